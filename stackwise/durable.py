@@ -1,0 +1,162 @@
+"""Files that survive kill -9 and power loss, and locks that die with their holder.
+
+One protocol everywhere: write to a fresh name in the same directory, fsync, rename, fsync the directory. A
+reader sees the old file or the new one, never a half.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from stackwise.errors import BusyError, NoSpaceError
+
+TEMPORARY = ".tmp-"
+"""Prefix of names that are being written. Whatever bears it and has no living writer is garbage."""
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a directory's entries (creations, renames, removals) durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turn ENOSPC and EDQUOT into `NoSpaceError`, which says where and how much is free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NoSpaceError(
+            f"no space left on the disk that holds {path}",
+            hint="free some space (`stackwise cache du` shows what the store holds), then run the same command again",
+        ) from error
+
+
+def write_durably(path: Path, write: Callable[[Path], object]) -> None:
+    """Publish one file: `write` fills a temporary path beside `path`, which then takes its place.
+
+    Raises:
+        NoSpaceError: The disk is full; `path` is as it was.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    with explain_full_disk(path):
+        try:
+            write(temporary)
+            fd = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        fsync_directory(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Publish `data` as `path`, durably and whole."""
+    write_durably(path, lambda temporary: temporary.write_bytes(data))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Publish plain data as indented JSON, durably and whole."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not JSON.
+    """
+    return json.loads(path.read_bytes())
+
+
+class FileLock:
+    """An exclusive or shared `flock` on a file, released by the kernel when its holder dies.
+
+    The exclusive holder's pid and host stand in the file, so that whoever is refused can say who holds it.
+
+    Args:
+        path: The lock file; created when missing and never removed.
+        what: What the lock protects, as the refusal calls it.
+        shared: Take it beside other shared holders.
+    """
+
+    def __init__(self, path: Path, what: str, *, shared: bool = False) -> None:
+        self.path, self.what, self.shared = path, what, shared
+        self._fd: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._fd is not None
+
+    def acquire(self) -> Self:
+        """Take the lock at once.
+
+        Raises:
+            BusyError: A live process holds it.
+        """
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 256, 0).decode(errors="replace").strip()
+            os.close(fd)
+            raise BusyError(
+                f"{self.what} is held by {holder or 'another process'}",
+                hint=f"wait for it to end, or stop it; the lock ({self.path}) frees itself when its holder ends",
+            ) from None
+        if not self.shared:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._fd = fd
+        return self
+
+    def release(self) -> None:
+        """Let go; releasing a lock that is not held does nothing."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> Self:
+        return self if self.held else self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a live process holds the lock file `path` exclusively. Asking never creates the file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
