@@ -1,0 +1,317 @@
+"""Every setting: its type, its default, what it means. The YAML maps onto these classes one to one.
+
+A field's description is its documentation: `stackwise init` writes it as the comment above the key.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+Mode = Literal["layerwise", "blockwise", "fused", "independent", "end_to_end"]
+Objective = Literal["mask_diffusion", "mlm", "clm", "custom"]
+Precision = Literal["auto", "fp32", "bf16"]
+StackPrecision = Literal["full", "fp32", "half", "fp16", "bfloat16", "bf16", "fp8", "nvfp4", "fp4", "qlora"]
+Codec = Literal["bf16", "fp16", "fp32", "fp8", "int8"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys and wrong types are refused, also on assignment."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, protected_namespaces=())
+
+
+class ArchitectureConfig(Section):
+    """How blocks make stacks, and stacks the rack."""
+
+    n_stacks: PositiveInt | None = Field(None, description="stacks in the rack; null: training.progressive.max_stacks")
+    blocks_per_stack: PositiveInt = Field(1, description="blocks (transformer layers) in a stack")
+
+
+class ModelConfig(Section):
+    """The rack: front, blocks, head."""
+
+    vocab_size: PositiveInt | None = Field(None, description="token ids that the model knows; null: the tokenizer's")
+    d_model: PositiveInt = Field(256, description="width of the residual stream")
+    n_heads: PositiveInt = Field(4, description="attention heads; they divide d_model")
+    n_kv_heads: PositiveInt | None = Field(
+        None, description="key and value heads (grouped-query attention); null: n_heads"
+    )
+    d_ff: PositiveInt | None = Field(
+        None, description="width inside the feed-forward; null: 4 d_model (gelu), 8/3 d_model rounded up to 32 (swiglu)"
+    )
+    architecture: ArchitectureConfig = Field(default_factory=lambda: ArchitectureConfig())
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation")
+    norm_eps: Positive = Field(1e-5, description="added to the variance inside a norm")
+    positions: Literal["rope", "learned"] = Field("rope", description="rotary, or a learned table added by the front")
+    rope_theta: Positive = Field(10_000.0, description="base of the rotary wavelengths")
+    ffn: Literal["swiglu", "gelu"] = Field("swiglu", description="feed-forward")
+    bias: bool = Field(False, description="biases in linear layers")
+    dropout: Probability = Field(0.0, description="dropout after attention and feed-forward, in training")
+    tie_embeddings: bool = Field(True, description="the token embedding, transposed, as output projection")
+    max_seq_len: PositiveInt | None = Field(None, description="longest sample the model takes; null: training.seq_len")
+    init_std: Positive = Field(0.02, description="standard deviation of fresh weights")
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks in the whole rack."""
+        return (self.architecture.n_stacks or 1) * self.architecture.blocks_per_stack
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, resolved."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Width inside the feed-forward, resolved."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return 4 * self.d_model if self.ffn == "gelu" else -(-8 * self.d_model // 3 // 32) * 32
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters in one block."""
+        d, f, kv = self.d_model, self.ffn_width, self.kv_heads * self.head_dim
+        matrices = 2 * d * d + 2 * d * kv + (3 if self.ffn == "swiglu" else 2) * d * f
+        norms = 2 * d * (2 if self.norm == "layernorm" else 1)
+        biases = (2 * d + 2 * kv + d + f * (2 if self.ffn == "swiglu" else 1)) if self.bias else 0
+        return matrices + norms + biases
+
+
+class DataConfig(Section):
+    """The text: where it is, how it becomes tokens, what is held out."""
+
+    paths: list[str] = Field(
+        default_factory=list,
+        description="files and folders of text, jsonl, parquet, Hugging Face data sets, or one prepared data set; "
+        "empty: the Python standard library on this machine",
+    )
+    text_column: str = Field("text", description="column of jsonl, parquet and data set rows that holds the text")
+    tokenizer: str = Field(
+        "bpe", description="bpe (byte-level, trained on the text once), bytes, or the path of a tokenizer.json"
+    )
+    vocab_size: PositiveInt | None = Field(
+        None, description="size that bpe is trained to; null: model.vocab_size, else 4096"
+    )
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.05, description="share of the documents held out from training, chosen by their content"
+    )
+    max_bytes: PositiveInt | None = Field(None, description="read at most so many bytes of text; null: all of it")
+    within_documents: bool = Field(False, description="attention stays within a document")
+    cache_dir: str | None = Field(
+        None, description="where prepared data and tokenizers are kept; null: the user's cache directory"
+    )
+
+
+class StageTraining(Section):
+    """How one stage trains. Each of these can be set for one stage: `stages.K.training.KEY`."""
+
+    steps: PositiveInt | None = Field(None, description="optimizer steps of a stage; null: by epochs_per_layer")
+    epochs_per_layer: Positive = Field(1.0, description="passes of a stage over its rows, where steps is null")
+    batch_size: PositiveInt = Field(8, description="rows in a microbatch")
+    accumulation: PositiveInt = Field(1, description="microbatches in a step")
+    learning_rate: Positive = Field(1e-3, description="peak learning rate")
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="shape after warm-up; wsd holds, then falls over the last fifth"
+    )
+    min_learning_rate: NonNegative = Field(0.1, description="where the schedule ends, as a share of the peak")
+    warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.05, description="share of the steps that warm up")
+    weight_decay: NonNegative = Field(0.1, description="AdamW's, on matrices alone")
+    beta1: Probability = Field(0.9, description="AdamW's first decay rate")
+    beta2: Probability = Field(0.95, description="AdamW's second decay rate")
+    adam_eps: Positive = Field(1e-8, description="AdamW's epsilon")
+    grad_clip: NonNegative = Field(1.0, description="largest global gradient norm; 0: no clipping")
+
+
+class QLoRAConfig(Section):
+    """Adapters of one stack (`training.progressive.qlora_configs`)."""
+
+    rank: PositiveInt = Field(16, description="rank of the adapter")
+    alpha: Positive = Field(32.0, description="its scale is alpha / rank")
+
+
+class ProgressiveConfig(Section):
+    """Progressive training: the rack grows stack by stack. Where enabled, it wins over `training.mode`."""
+
+    enabled: bool = Field(False, description="grow the rack stack by stack")
+    trunk_strategy: Literal["frozen", "qlora"] = Field("frozen", description="what happens to the stacks below")
+    new_stack_precision: StackPrecision = Field("full", description="precision of the stack in training")
+    cache_activations: bool = Field(True, description="read boundaries from the store instead of recomputing them")
+    qlora_enabled: bool = Field(False, description="adapters on each stack as it is made")
+    qlora_rank: PositiveInt = Field(16, description="their rank")
+    qlora_alpha: Positive = Field(32.0, description="their alpha")
+    qlora_strategy: Literal["simplified", "progressive", "variable"] = Field(
+        "simplified", description="the same adapters everywhere, a pattern over stacks, or qlora_configs"
+    )
+    qlora_rank_pattern: Literal["increasing", "decreasing", "linear", "constant"] = Field(
+        "constant", description="ranks over stacks"
+    )
+    qlora_alpha_pattern: Literal["increasing", "decreasing", "linear", "constant"] = Field(
+        "constant", description="alphas over stacks"
+    )
+    qlora_configs: dict[int, QLoRAConfig] = Field(default_factory=dict, description="adapters by stack")
+    progressive_qlora: bool = Field(False, description="adapters on the whole trunk when a stack is added")
+    progressive_qlora_rank: PositiveInt = Field(8, description="their rank")
+    progressive_qlora_alpha: Positive = Field(16.0, description="their alpha")
+    max_stacks: PositiveInt | None = Field(None, description="stacks to grow to, where n_stacks is null")
+    building_mode: Literal["append", "prepend"] = Field("append", description="new stacks above, or below")
+    time_interpretation: Literal["input", "depth"] | None = Field(
+        None, description="depth: stage k trains on the rows whose masked fraction is its own"
+    )
+    time_embedding_dim: PositiveInt = Field(512, description="width of the time embedding (time as input)")
+    time_encoding_type: Literal["sinusoidal", "learned"] = Field("sinusoidal", description="its kind")
+    stack_time_mapping: Literal["linear", "exponential", "custom"] = Field(
+        "linear", description="fraction by depth (time as depth)"
+    )
+    time_per_stack: PositiveInt = Field(100, description="time steps a stack (time as depth)")
+    training_objective: Objective | None = Field(None, description="overrides training.objective")
+
+
+class TrainingConfig(StageTraining):
+    """Mode, objective and masks, and the defaults of every stage's training."""
+
+    mode: Mode = Field("blockwise", description="the schedule: layerwise, blockwise, fused, independent, end_to_end")
+    block_size: PositiveInt = Field(4, description="blocks in a stage (blockwise, fused)")
+    n_stages: PositiveInt | None = Field(None, description="number of stages instead of block_size")
+    fusion_mode: Literal["frozen", "trainable"] = Field("frozen", description="what fused does with the blocks below")
+    objective: Objective = Field("mask_diffusion", description="mask_diffusion, mlm, clm (causal), custom (targets)")
+    seq_len: PositiveInt = Field(512, description="tokens in a sample")
+    rows: PositiveInt | None = Field(
+        None, description="rows (sample under a mask) of every boundary; null: what steps need, at most the corpus"
+    )
+    min_mask_fraction: Fraction = Field(0.15, description="smallest share of positions masked")
+    max_mask_fraction: Fraction = Field(0.90, description="largest share of positions masked")
+    mask_schedule_type: Literal["linear", "exponential", "cosine"] = Field(
+        "linear", description="how fractions run from smallest to largest"
+    )
+    mask_schedule_over: Literal["time", "depth"] = Field(
+        "time", description="time: every stage sees all fractions; depth: stage k trains on its own window of them"
+    )
+    masks_per_sample: PositiveInt = Field(1, description="masks that each sample is seen under, at every depth")
+    mask_pool: Count = Field(0, description="distinct masks to draw from; 0: a fresh one for each row")
+    mask_token_id: Count | None = Field(None, description="id shown at masked positions; null: the tokenizer's")
+    tied_head: Literal["copy", "frozen"] = Field(
+        "copy", description="a tied projection above stage 0: a trainable copy of the embedding, or frozen"
+    )
+    mlm_mask: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.8, description="mlm: share of selected positions that show the mask token"
+    )
+    mlm_random: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.1, description="mlm: share that shows a random token; the rest shows itself"
+    )
+    compile: bool = Field(False, description="torch.compile the blocks")
+    checkpoint_steps: PositiveInt | None = Field(None, description="checkpoint every so many steps; null: by minutes")
+    checkpoint_minutes: Positive = Field(10.0, description="checkpoint every so many minutes")
+    log_every: PositiveInt = Field(10, description="steps between plain log lines")
+    cache_mode: Literal["layerwise", "fusion"] | None = Field(None, description="implied by mode; accepted, unused")
+    cache_dir: str | None = Field(None, description="another name of store.path")
+    fusion_evaluation: bool = Field(False, description="implied: every run evaluates the fused rack; unused")
+    save_fused_checkpoints: bool = Field(False, description="export the fused rack into the run directory at the end")
+    progressive: ProgressiveConfig = Field(default_factory=lambda: ProgressiveConfig())
+
+
+class StoreConfig(Section):
+    """The activation store."""
+
+    path: str | None = Field(None, description="directory of the store; null: `store` in the run directory")
+    keep: Literal["all", "none"] | Count = Field(
+        "all", description="boundaries kept beside those being read and written: a number, all, none"
+    )
+    codec: Codec | None = Field(None, description="how activations are stored; null: bf16")
+    max_bytes: PositiveInt | None = Field(None, description="most bytes that boundaries may take; null: the disk")
+    chunk_bytes: PositiveInt = Field(8 << 20, description="about the size of a chunk")
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation after the last stage."""
+
+    fractions: list[Fraction] = Field(
+        default_factory=lambda: [0.15, 0.5, 0.9], description="masked shares at which loss and accuracy are measured"
+    )
+    samples: PositiveInt = Field(128, description="held-out samples used, at most")
+    batch_size: PositiveInt = Field(16, description="samples in a batch")
+
+
+class StageOverrides(Section):
+    """What one stage does differently: only the keys that were set count."""
+
+    training: StageTraining = Field(default_factory=StageTraining)
+
+
+class StackWiseConfig(Section):
+    """The whole configuration of a run."""
+
+    name: str = Field("stackwise", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
+    seed: Count = Field(0, description="every random draw follows from it")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cuda, cuda:N, mps, cpu")
+    precision: Precision = Field("auto", description="fp32, or bf16 autocast; auto: bf16 on a GPU that has it")
+    deterministic: bool = Field(True, description="only kernels that repeat bit for bit (on a GPU somewhat slower)")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    store: StoreConfig = Field(default_factory=StoreConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    stages: dict[Count, StageOverrides] = Field(default_factory=dict, description="what single stages do differently")
+
+    @classmethod
+    def from_yaml(cls, path: str, overrides: dict[str, Any] | None = None) -> Self:
+        """Read a YAML file; every fault of it is reported at once.
+
+        Args:
+            path: The file.
+            overrides: Dotted keys and their values, applied on top.
+
+        Raises:
+            ConfigError: Unknown keys, wrong types, values out of range, settings that contradict each other.
+        """
+        from stackwise.config.loading import load
+
+        return load(cls, path, overrides or {})
+
+    @classmethod
+    def from_preset(cls, name: str, overrides: dict[str, Any] | None = None) -> Self:
+        """One of the built-in configurations.
+
+        Raises:
+            UsageError: No preset has that name.
+            ConfigError: An override is faulty.
+        """
+        from stackwise.config.loading import load
+        from stackwise.config.presets import preset_path
+
+        return load(cls, str(preset_path(name)), overrides or {}, source=f"preset {name}")
+
+    def validate(self) -> Self:  # type: ignore[override]
+        """Check that the settings fit each other.
+
+        Raises:
+            ConfigError: They do not; every fault is named.
+        """
+        from stackwise.config.checks import faults
+        from stackwise.errors import ConfigError
+
+        if found := faults(self):
+            raise ConfigError([f"{key}: {text}" for key, text in found])
+        return self
+
+    def stage_training(self, depth: int) -> StageTraining:
+        """How stage `depth` trains: the defaults of `training`, with its own overrides."""
+        own = self.stages.get(depth)
+        values = {name: getattr(self.training, name) for name in StageTraining.model_fields}
+        if own is not None:
+            values |= own.training.model_dump(exclude_unset=True)
+        return StageTraining(**values)
