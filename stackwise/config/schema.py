@@ -5,6 +5,7 @@ A field's description is its documentation: `stackwise init` writes it as the co
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -302,11 +303,56 @@ class StackWiseConfig(Section):
             ConfigError: They do not; every fault is named.
         """
         from stackwise.config.checks import faults
+        from stackwise.config.loading import resolve
         from stackwise.errors import ConfigError
 
+        resolve(self)
         if found := faults(self):
             raise ConfigError([f"{key}: {text}" for key, text in found])
         return self
+
+    @property
+    def objective(self) -> Objective:
+        """The training objective in force."""
+        progressive = self.training.progressive
+        return (progressive.training_objective if progressive.enabled else None) or self.training.objective
+
+    @property
+    def time_as_depth(self) -> bool:
+        """Whether stage k trains on its own window of masked fractions alone."""
+        progressive = self.training.progressive
+        return self.training.mask_schedule_over == "depth" or (
+            progressive.enabled and progressive.time_interpretation == "depth"
+        )
+
+    @property
+    def mask_schedule_type(self) -> Literal["linear", "exponential", "cosine"]:
+        """The shape of the mask schedule in force."""
+        progressive = self.training.progressive
+        if progressive.enabled and "stack_time_mapping" in progressive.model_fields_set:
+            return "exponential" if progressive.stack_time_mapping == "exponential" else "linear"
+        return self.training.mask_schedule_type
+
+    @property
+    def partition(self) -> list[tuple[int, int]]:
+        """First and last block of each part of the rack that becomes new with a stage, lowest first."""
+        training, n_blocks = self.training, self.model.n_blocks
+        if training.progressive.enabled:
+            size = self.model.architecture.blocks_per_stack
+        elif training.mode in ("layerwise", "end_to_end"):
+            size = 1 if training.mode == "layerwise" else n_blocks
+        elif training.n_stages is not None:
+            n = min(training.n_stages, n_blocks)
+            edges = [n_blocks * k // n for k in range(n + 1)]
+            return [(first, end - 1) for first, end in itertools.pairwise(edges)]
+        else:
+            size = training.block_size
+        return [(first, min(first + size, n_blocks) - 1) for first in range(0, n_blocks, size)]
+
+    @property
+    def n_stages(self) -> int:
+        """Stages in the schedule."""
+        return len(self.partition)
 
     def stage_training(self, depth: int) -> StageTraining:
         """How stage `depth` trains: the defaults of `training`, with its own overrides."""

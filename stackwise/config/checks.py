@@ -1,0 +1,137 @@
+"""What settings must hold together, and which of them a configuration sets in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stackwise.config.schema import StackWiseConfig
+
+Fault = tuple[str, str]
+"""A dotted key, and what is wrong with it."""
+
+
+def faults(config: StackWiseConfig) -> list[Fault]:
+    """Every contradiction between settings that are valid on their own."""
+    return [*_model(config), *_training(config), *_progressive(config), *_stages(config)]
+
+
+def _model(config: StackWiseConfig) -> Iterator[Fault]:
+    model = config.model
+    if model.d_model % model.n_heads:
+        yield "model.n_heads", f"{model.n_heads} heads do not divide d_model {model.d_model}"
+    elif model.positions == "rope" and model.head_dim % 2:
+        yield "model.n_heads", f"rotary positions need an even head width, not {model.head_dim}"
+    if model.n_heads % model.kv_heads:
+        yield "model.n_kv_heads", f"{model.kv_heads} key and value heads do not divide {model.n_heads} heads"
+    if model.max_seq_len is not None and model.max_seq_len < config.training.seq_len:
+        yield "model.max_seq_len", f"{model.max_seq_len} is less than training.seq_len {config.training.seq_len}"
+    if model.vocab_size is not None and model.vocab_size < 4:
+        yield "model.vocab_size", f"{model.vocab_size} is too small for text, a separator and a mask token"
+    if config.data.vocab_size is not None:
+        if config.data.tokenizer == "bpe" and config.data.vocab_size < 258:
+            yield "data.vocab_size", f"{config.data.vocab_size} is less than 258: 256 bytes, a separator, a mask token"
+        if model.vocab_size is not None and config.data.vocab_size > model.vocab_size:
+            yield "data.vocab_size", f"{config.data.vocab_size} is more than model.vocab_size {model.vocab_size}"
+    blocks, memory = model.n_blocks, model.block_parameters
+    if blocks * memory > 10**14:
+        yield "model.d_model", f"{blocks} blocks of {memory:.1e} parameters are beyond any disk"
+
+
+def _training(config: StackWiseConfig) -> Iterator[Fault]:
+    training, n_blocks = config.training, config.model.n_blocks
+    if training.min_mask_fraction > training.max_mask_fraction:
+        yield (
+            "training.min_mask_fraction",
+            (f"{training.min_mask_fraction} is more than max_mask_fraction {training.max_mask_fraction}"),
+        )
+    if training.n_stages is not None and training.n_stages > n_blocks:
+        yield "training.n_stages", f"{training.n_stages} stages are more than the {n_blocks} blocks of the model"
+    if training.mlm_mask + training.mlm_random > 1:
+        yield "training.mlm_random", f"with mlm_mask it makes {training.mlm_mask + training.mlm_random:g}, more than 1"
+    if training.mask_token_id is not None and (size := config.model.vocab_size) and training.mask_token_id >= size:
+        yield "training.mask_token_id", f"{training.mask_token_id} is not below model.vocab_size {size}"
+    if training.cache_dir and config.store.path and training.cache_dir != config.store.path:
+        yield "training.cache_dir", f"is another name of store.path, which says {config.store.path!r}"
+    if config.objective == "clm" and training.masks_per_sample > 1:
+        yield "training.masks_per_sample", "clm masks nothing: every further mask would repeat the sample"
+    if training.mask_schedule_over == "depth" and config.objective == "clm":
+        yield "training.mask_schedule_over", "clm masks nothing: there are no fractions to spread over depth"
+    if not training.progressive.enabled and training.mode == "independent":
+        yield "training.mode", "independent is not available yet; layerwise, blockwise, fused, end_to_end are"
+
+
+def _progressive(config: StackWiseConfig) -> Iterator[Fault]:
+    progressive = config.training.progressive
+    if not progressive.enabled:
+        return
+    key = "training.progressive"
+    if progressive.trunk_strategy == "qlora":
+        yield f"{key}.trunk_strategy", "qlora is not available yet; frozen is"
+    if progressive.building_mode == "prepend":
+        yield f"{key}.building_mode", "prepend is not available yet for training; append is"
+    if progressive.new_stack_precision in ("fp8", "nvfp4", "fp4", "qlora"):
+        yield (
+            f"{key}.new_stack_precision",
+            f"{progressive.new_stack_precision} is not available yet; full and bfloat16 are",
+        )
+    if progressive.new_stack_precision in ("half", "fp16"):
+        yield f"{key}.new_stack_precision", "fp16 needs loss scaling, which is not available yet; use bfloat16"
+    if progressive.time_interpretation == "input":
+        yield f"{key}.time_interpretation", "input is not available yet; depth is"
+
+
+def _stages(config: StackWiseConfig) -> Iterator[Fault]:
+    count = config.n_stages
+    for depth in config.stages:
+        if depth >= count:
+            yield f"stages.{depth}", f"there is no such stage: the schedule has {count} (0 to {count - 1})"
+
+
+def notes(config: StackWiseConfig) -> list[str]:
+    """One line for each setting that was given and that this configuration cannot use."""
+    training, given = config.training, config.training.model_fields_set
+    lines = []
+    if "cache_mode" in given and training.cache_mode is not None:
+        lines.append("training.cache_mode is unused: the mode decides what is stored")
+    if training.fusion_evaluation:
+        lines.append("training.fusion_evaluation is unused: every run evaluates the fused rack")
+    if training.mode != "fused" and "fusion_mode" in given:
+        lines.append(f"training.fusion_mode is unused: training.mode is {training.mode}")
+    if "block_size" in given and (training.mode in ("layerwise", "end_to_end") and not training.progressive.enabled):
+        lines.append(f"training.block_size is unused: training.mode is {training.mode}")
+    if training.n_stages and "block_size" in given:
+        lines.append("training.block_size is unused: training.n_stages is given")
+    if training.steps and "epochs_per_layer" in given:
+        lines.append("training.epochs_per_layer is unused: training.steps is given")
+    if config.model.tie_embeddings is False and "tied_head" in given:
+        lines.append("training.tied_head is unused: model.tie_embeddings is false")
+    if config.objective != "mlm" and given & {"mlm_mask", "mlm_random"}:
+        lines.append(f"training.mlm_mask and mlm_random are unused: the objective is {config.objective}")
+    if config.objective == "clm" and given & {"min_mask_fraction", "max_mask_fraction", "mask_schedule_type"}:
+        lines.append("training.min_mask_fraction, max_mask_fraction, mask_schedule_type are unused: clm masks nothing")
+    lines += _progressive_notes(config)
+    return lines
+
+
+def _progressive_notes(config: StackWiseConfig) -> list[str]:
+    progressive = config.training.progressive
+    given = progressive.model_fields_set - {"enabled"}
+    if not progressive.enabled:
+        given.discard("max_stacks")
+        if not given:
+            return []
+        return [f"training.progressive.{', '.join(sorted(given))}: unused, training.progressive.enabled is false"]
+    lines = []
+    if "mode" in config.training.model_fields_set:
+        lines.append("training.mode is unused: training.progressive.enabled is true")
+    adapters = {name for name in given if "qlora" in name}
+    if progressive.trunk_strategy == "frozen" and adapters:
+        lines.append(f"training.progressive.{', '.join(sorted(adapters))}: unused, the trunk is frozen")
+    if not progressive.cache_activations:
+        lines.append("training.progressive.cache_activations is unused: a frozen trunk's boundaries are stored")
+    time = given & {"time_embedding_dim", "time_encoding_type", "time_per_stack"}
+    if time:
+        lines.append(f"training.progressive.{', '.join(sorted(time))}: unused, time is not an input")
+    return lines

@@ -1,0 +1,284 @@
+"""From YAML text to a checked configuration, with every fault of it in one report."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from stackwise.config.checks import faults as cross_faults
+from stackwise.config.schema import Section, StackWiseConfig, StageOverrides
+from stackwise.errors import ConfigError, NotFound, UsageError
+
+C = TypeVar("C", bound=StackWiseConfig)
+Tree = dict[str, Any]
+Key = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1e-3 as a number (as YAML 1.2 has it) and a key given twice as a fault."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str | int):
+            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML.
+
+    Raises:
+        ConfigError: The text is not YAML, or gives a key twice; says the line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError([f"{where}{error.problem or error.context}"], source=source) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([str(error).splitlines()[0]], source=source) from None
+
+
+def parse_overrides(items: tuple[str, ...] | list[str]) -> dict[str, Any]:
+    """`KEY=VALUE` strings (the command line's `-o`) as dotted keys and YAML values.
+
+    Raises:
+        UsageError: An item has no `=`, or its value is not YAML.
+    """
+    overrides: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"-o {item}: needs KEY=VALUE", hint="for example -o training.learning_rate=1e-3")
+        overrides[key.strip()] = parse_yaml(text, f"-o {item}")
+    return overrides
+
+
+def load(cls: type[C], path: str, overrides: Mapping[str, Any], *, source: str | None = None) -> C:
+    """Read, override, build and check a configuration file. See `StackWiseConfig.from_yaml`."""
+    source = source or path
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise NotFound(f"{path}: there is no such file", hint="`stackwise init` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as text: {error}") from None
+    tree = parse_yaml(text, source)
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError([f"a mapping of settings was expected, not {_kind(tree)}"], source=source)
+    return build(cls, tree, overrides, source=source)
+
+
+def build(cls: type[C], tree: Tree, overrides: Mapping[str, Any] | None = None, *, source: str = "configuration") -> C:
+    """A checked configuration from plain data.
+
+    Args:
+        cls: The class to build.
+        tree: Nested mappings, as YAML gives them; not changed.
+        overrides: Dotted keys and values, applied on top.
+        source: What the report calls it.
+
+    Raises:
+        ConfigError: With every fault: unknown keys (and the key meant), wrong types, contradictions.
+    """
+    tree, found = _overridden(tree, overrides or {})
+    for name in _sections(cls):  # a section whose keys are all commented out
+        parent: Any = tree
+        *above, last = name.split(".")
+        for part in above:
+            parent = parent.get(part) if isinstance(parent, dict) else None
+        if isinstance(parent, dict) and last in parent and parent[last] is None:
+            parent[last] = {}
+    try:
+        config = cls.model_validate(tree)
+    except ValidationError as error:
+        found |= _field_faults(error, tree)
+        # What is left may hold contradictions of its own: report them now, not after the next try.
+        config = cls.model_validate(_without(tree, set(found)))
+    resolve(config)
+    wrong = {_dotted(key) for key in found}
+    lines = [f"{_dotted(key)}: {text}" for key, text in found.items()]
+    lines += [f"{key}: {text}" for key, text in cross_faults(config) if key not in wrong]
+    if lines:
+        raise ConfigError(lines, source=source)
+    return config
+
+
+def resolve(config: StackWiseConfig) -> None:
+    """Settle the settings that follow from others."""
+    architecture, progressive = config.model.architecture, config.training.progressive
+    if architecture.n_stacks is None:
+        architecture.n_stacks = (progressive.max_stacks if progressive.enabled else None) or 1
+    elif progressive.enabled and progressive.max_stacks is not None:
+        architecture.n_stacks = min(architecture.n_stacks, progressive.max_stacks)
+    if config.store.path is None and config.training.cache_dir is not None:
+        config.store.path = config.training.cache_dir
+
+
+def dump(config: StackWiseConfig) -> str:
+    """A configuration as YAML, every setting resolved, that `load` reads back as an equal one."""
+    plain = config.model_dump(exclude={"stages"})
+    plain["stages"] = {k: own.model_dump(exclude_unset=True) for k, own in sorted(config.stages.items())}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _overridden(tree: Tree, overrides: Mapping[str, Any]) -> tuple[Tree, dict[Key, str]]:
+    """The tree with dotted keys set, and the overrides that run into something that is no section."""
+    tree, found = _copied(tree), {}
+    for dotted, value in overrides.items():
+        *parents, last = key = _key(dotted)
+        section: Any = tree
+        for name in parents:
+            if section.get(name) is None:
+                section[name] = {}
+            section = section[name]
+            if not isinstance(section, dict):
+                found[key] = f"{_dotted(tuple(parents))} is a value, not a section"
+                break
+        else:
+            section[last] = value
+    return tree, found
+
+
+def _key(dotted: str) -> Key:
+    return tuple(int(part) if part.isdecimal() else part for part in dotted.split("."))
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(map(str, key))
+
+
+def _copied(value: Any) -> Any:
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _without(tree: Tree, keys: set[Key], prefix: Key = ()) -> Tree:
+    """The tree less the faulty keys, so that the rest of it can still be checked."""
+    return {
+        name: _without(value, keys, (*prefix, name)) if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if (*prefix, name) not in keys
+    }
+
+
+def _field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
+    """One line a key. A union's branches report one by one; they become one line that names all that is allowed."""
+    said: dict[Key, list[str]] = {}
+    for item in error.errors(include_url=False):
+        key = _present(item["loc"], tree)
+        text = _unknown(key) if item["type"] == "extra_forbidden" else _allowed(dict(item))
+        said.setdefault(key, []).append(text)
+    found = {}
+    for key, texts in said.items():
+        value = _at(tree, key)
+        allowed = " or ".join(dict.fromkeys(texts))
+        found[key] = allowed if allowed.startswith("unknown") else f"{allowed}, not {_kind(value)}"
+    return found
+
+
+def _present(loc: tuple[str | int, ...], tree: Any) -> Key:
+    """The part of an error's location that stands in the tree: pydantic appends the names of union branches."""
+    key: list[str | int] = []
+    for name in loc:
+        if not isinstance(tree, dict) or name not in tree:
+            break
+        tree = tree[name]
+        key.append(name)
+    return tuple(key)
+
+
+def _at(tree: Any, key: Key) -> Any:
+    for name in key:
+        tree = tree[name]
+    return tree
+
+
+def _kind(value: Any) -> str:
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a section of settings",
+    "model_attributes_type": "a section of settings",
+    "none_required": "null",
+}
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def _allowed(item: dict[str, Any]) -> str:
+    kind, context = item["type"], item.get("ctx", {})
+    if kind in _TYPES:
+        return f"must be {_TYPES[kind]}"
+    if kind == "literal_error":
+        return f"must be one of {context['expected'].replace(' or ', ', ')}".replace("'", "")
+    for bound, words in _BOUNDS.items():
+        if bound in context:
+            return f"must be {words} {context[bound]}"
+    if kind == "string_pattern_mismatch":
+        return f"must match {context['pattern']}"
+    return str(item["msg"])
+
+
+def _sections(model: type[Section], prefix: str = "") -> dict[str, type[Section]]:
+    """Every section by its dotted name."""
+    found = {prefix: model}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found |= _sections(field.annotation, f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def _unknown(key: Key) -> str:
+    """What was meant by a key that does not exist: a near miss in its section, else one of that name elsewhere."""
+    sections = _sections(StackWiseConfig)
+    if key[0] == "stages" and len(key) > 2:
+        sections |= _sections(StageOverrides, _dotted(key[:2]))
+    here = sections.get(_dotted(key[:-1]))
+    names = {name: name for name in (here.model_fields if here else ())}
+    if near := difflib.get_close_matches(str(key[-1]), names, n=1, cutoff=0.7):
+        meant = _dotted((*key[:-1], near[0]))
+        return f"unknown key; did you mean {meant}?"
+    everywhere = {
+        f"{where}.{name}" if where else name: name for where, s in sections.items() for name in s.model_fields
+    }
+    same = [full for full, name in everywhere.items() if name == key[-1]]
+    if not same:
+        near = difflib.get_close_matches(str(key[-1]), list(set(everywhere.values())), n=1, cutoff=0.75)
+        same = [full for full, name in everywhere.items() if near and name == near[0]]
+    if same:
+        return f"unknown key; did you mean {' or '.join(same[:2])}?"
+    return f"unknown key; {_dotted(key[:-1]) or 'the top level'} has {', '.join(sorted(names))}"

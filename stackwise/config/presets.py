@@ -1,0 +1,74 @@
+"""The built-in configurations, and the commented file that `stackwise init` writes."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import yaml
+
+from stackwise.config.loading import parse_yaml
+from stackwise.config.schema import Section, StackWiseConfig
+from stackwise.errors import NotFound
+
+PRESETS = ("micro", "smoke", "demo", "gpt2-small", "bert-base", "llama-1b", "llama-70b")
+"""From seconds on two cores to one H200 for months."""
+
+_DIRECTORY = Path(__file__).parent / "presets"
+
+
+def preset_path(name: str) -> Path:
+    """The YAML file of a preset.
+
+    Raises:
+        NotFound: No preset has that name.
+    """
+    if name not in PRESETS:
+        raise NotFound(f"there is no preset {name!r}", hint=f"presets: {', '.join(PRESETS)}")
+    return _DIRECTORY / f"{name}.yaml"
+
+
+def commented(preset: str, name: str | None = None) -> str:
+    """A preset as a file to edit: every setting with its meaning, those the preset leaves alone commented out."""
+    text = preset_path(preset).read_text(encoding="utf-8")
+    own = parse_yaml(text, preset)
+    if name is not None:
+        own["name"] = name
+    lines = [
+        f"# StackWise configuration, from the preset {preset}. Run it: stackwise run stackwise.yaml",
+        "# A setting that is commented out shows its default. -o KEY=VALUE overrides any of them for one run.",
+        *(f"# {line}" for line in _about(text)),
+        "",
+        *_section(StackWiseConfig, own, 0),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _about(text: str) -> list[str]:
+    """The comment at the top of a preset's file."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return lines
+
+
+def _section(model: type[Section], own: dict[str, object], depth: int) -> list[str]:
+    pad, lines = "  " * depth, []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            below = own.get(name)
+            inner = _section(kind, below if isinstance(below, dict) else {}, depth + 1)
+            used = isinstance(below, dict) and bool(below)
+            title = (kind.__doc__ or "").strip().splitlines()[0]
+            lines += ["", f"{pad}# {title}", f"{pad}{name}:" if used or depth == 0 else f"{pad}# {name}:", *inner]
+            continue
+        lines += [f"{pad}# {line}" for line in textwrap.wrap(field.description or "", 100 - len(pad))]
+        value = own[name] if name in own else field.get_default(call_default_factory=True)
+        # One key in flow style is "{key: value}": the value stays on its line, the braces go.
+        shown = yaml.safe_dump({name: value}, default_flow_style=True, width=10**6).strip()[1:-1]
+        lines.append(f"{pad}{shown}" if name in own else f"{pad}# {shown}")
+    return lines
