@@ -1,1 +1,18 @@
-"""."""
+"""Data: files of text become token files, packed into samples, with a held-out side."""
+
+from stackwise.data.documents import IGNORED
+from stackwise.data.prepare import prepare
+from stackwise.data.prepared import PreparedData, Split, is_prepared, require_samples, sample_ids
+from stackwise.data.tokenizer import Tokenizer, bytes_tokenizer
+
+__all__ = [
+    "IGNORED",
+    "PreparedData",
+    "Split",
+    "Tokenizer",
+    "bytes_tokenizer",
+    "is_prepared",
+    "prepare",
+    "require_samples",
+    "sample_ids",
+]

@@ -1,0 +1,232 @@
+"""Text to token ids and back, with the two ids of our own: the separator after a document, and the mask."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from stackwise.durable import write_bytes
+from stackwise.errors import NotFound, UsageError
+from stackwise.identity import Hex, digest
+
+if TYPE_CHECKING:
+    import tokenizers
+
+Ids = np.ndarray[Any, np.dtype[np.uint32]]
+
+SEPARATOR, MASK = "<|endoftext|>", "<|mask|>"
+"""The names of the tokens that are added where a tokenizer brings none."""
+
+_SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]", "<sep>")
+_MASKS = (MASK, "<mask>", "[MASK]", "<|mdm_mask|>")
+
+
+class Tokenizer:
+    """A tokenizer of the `tokenizers` library, made fit for training on plain text.
+
+    Templates, truncation, padding and dropout are off, and the names of special tokens that stand in a text are
+    text: no text encodes to the separator or the mask. Where it has no separator or mask of its own, one is added
+    after its vocabulary.
+
+    Args:
+        backend: The library's tokenizer; it is changed.
+        name: What it is called in messages.
+
+    Raises:
+        UsageError: Its ids have gaps, so that nothing can be added after them.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, name: str = "tokenizer") -> None:
+        self.name = name
+        self._backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        if getattr(backend.model, "dropout", None) is not None:
+            backend.model.dropout = None
+        backend.encode_special_tokens = True
+        self.separator_id = self._special(_SEPARATORS)
+        self.mask_id = self._special(_MASKS)
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        """All ids, the added ones included."""
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str = "tokenizer") -> Self:
+        """Read the text of a tokenizer.json.
+
+        Raises:
+            UsageError: It is not one.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            backend = Backend.from_str(text)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exceptions, and panics derive from BaseException
+            reason = (str(error).splitlines() or ["unreadable"])[0]
+            raise UsageError(
+                f"{name}: not a tokenizer.json ({reason})", hint="it is what `save_pretrained` writes beside a model"
+            ) from None
+        return cls(backend, name=name)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a tokenizer.json, or the one in a folder.
+
+        Raises:
+            NotFound: There is none.
+            UsageError: It cannot be read, or is broken.
+        """
+        path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise NotFound(
+                f"tokenizer {path} does not exist", hint="data.tokenizer is bpe, bytes, or the path of a tokenizer.json"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"tokenizer {path} cannot be read ({error})") from None
+        return cls.from_json(text, name=str(path))
+
+    def _special(self, names: tuple[str, ...]) -> int:
+        from tokenizers import AddedToken
+
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        for name in names:
+            if name in vocabulary:
+                self._backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+                # a vocabulary of whole words would still take the name in a text for the token
+                if vocabulary[name] not in self._backend.encode(name, add_special_tokens=False).ids:
+                    return vocabulary[name]
+        name = next(name for name in names if name not in vocabulary)
+        self._backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+        added = self._backend.token_to_id(name)
+        assert added is not None
+        if added in vocabulary.values():
+            raise UsageError(f"{self.name}: its ids have gaps, and {name} cannot be added after them")
+        return added
+
+    @cached_property
+    def json(self) -> str:
+        """The text of its tokenizer.json, the added tokens included."""
+        return str(self._backend.to_str())
+
+    @cached_property
+    def id(self) -> Hex:
+        """Fingerprint of everything that it does."""
+        return digest(json.dumps(json.loads(self.json), sort_keys=True).encode())
+
+    def save(self, path: Path) -> None:
+        """Write its tokenizer.json, durably and whole."""
+        write_bytes(path, self.json.encode())
+
+    @cached_property
+    def is_bytes(self) -> bool:
+        """Whether a token is a byte, and the id its value."""
+        return self.json == _bytes_json()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids (uint32 [n]) of each text, in parallel; nothing is added to them."""
+        if self.is_bytes:
+            return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def encode_with_bytes(self, texts: Sequence[str]) -> list[tuple[Ids, Ids]]:
+        """Token ids of each text, and the bytes of it that each token stands for (uint32 [n]).
+
+        A token stands for what lies between its predecessor's end and its own; the last one for the rest too. So the
+        bytes of a text's tokens add up to the text's, whatever the tokenizer drops or normalises.
+        """
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            (np.array(encoding.ids, np.uint32), _bytes_between(text, encoding.offsets))
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def decode(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> str:
+        """The text of ids; special tokens appear by name, bytes that are no UTF-8 as replacement characters."""
+        return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def bytes_per_token(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        """Bytes of text that each id stands for (int64 [vocab_size]; specials 0), or None.
+
+        None: the length of a token's text depends on where it stands (the tokenizer is not byte-level, or
+        normalises, or drops text).
+        """
+        return _byte_table(json.loads(self.json), self.vocab_size)
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """256 bytes, a separator (256), a mask (257)."""
+    return Tokenizer.from_json(_bytes_json(), name="bytes")
+
+
+def byte_letters() -> list[str]:
+    """The letter that byte-level tokenizers write for each byte: itself where it can be seen, else one from 256 up."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = iter(range(256, 512))
+    return [chr(byte) if byte in seen else chr(next(hidden)) for byte in range(256)]
+
+
+@lru_cache(maxsize=1)
+def _bytes_json() -> str:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    backend = Backend(models.BPE({letter: byte for byte, letter in enumerate(byte_letters())}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([SEPARATOR, MASK])
+    return str(backend.to_str())
+
+
+def _bytes_between(text: str, offsets: Sequence[tuple[int, int]]) -> Ids:
+    ends = np.fromiter((end for _, end in offsets), np.int64, len(offsets))
+    if not len(ends):
+        return np.empty(0, np.uint32)
+    ends = np.maximum.accumulate(ends)
+    ends[-1] = len(text)
+    if not text.isascii():
+        code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        widths = 1 + (code_points > 0x7F) + (code_points > 0x7FF) + (code_points > 0xFFFF)
+        ends = np.concatenate(([0], np.cumsum(widths)))[ends]
+    return np.diff(ends, prepend=0).astype(np.uint32)
+
+
+def _byte_table(spec: dict[str, Any], vocab_size: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    model, letters = spec["model"], set(byte_letters())
+    stages = _flat(spec["pre_tokenizer"], "pretokenizers")
+    byte_level = [stage for stage in stages if stage["type"] == "ByteLevel"]
+    exact = (
+        model["type"] == "BPE"
+        and not _flat(spec["normalizer"], "normalizers")
+        and len(byte_level) == 1
+        and stages[-1] is byte_level[0]
+        and not byte_level[0]["add_prefix_space"]
+        and all(stage["type"] in ("Split", "Digits") and stage.get("behavior") != "Removed" for stage in stages[:-1])
+        and letters <= model["vocab"].keys()
+        and not model["continuing_subword_prefix"]
+        and not model["end_of_word_suffix"]
+    )
+    if not exact:
+        return None
+    table = np.zeros(vocab_size, np.int64)
+    for token, i in model["vocab"].items():
+        table[i] = len(token)
+    for added in spec["added_tokens"]:
+        if not added["special"] and (added["lstrip"] or added["rstrip"]):
+            return None
+        table[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+    return table
+
+
+def _flat(stage: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    if stage is None:
+        return []
+    return [flat for part in stage[inner] for flat in _flat(part, inner)] if stage["type"] == "Sequence" else [stage]
