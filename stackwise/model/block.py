@@ -1,0 +1,79 @@
+"""A block (one transformer layer) and a stack of them. Plain modules: take them out and use them.
+
+Shapes in names: B batch, S sequence, D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stackwise.config.schema import ModelConfig
+from stackwise.model.layers import GELU, Attention, SwiGLU, attention_mask, make_norm
+
+
+class Block(nn.Module):
+    """One transformer layer, norms first: x + attention(norm x), then x + ffn(norm x).
+
+    The residual stream keeps the dtype it came in; the branches compute in the weights' dtype, or in autocast's.
+    Made by itself its weights are PyTorch's defaults; `build_block` gives seeded ones.
+
+    Args:
+        config: The rack's configuration; its `architecture` plays no part here.
+
+    Raises:
+        UsageError: Heads that do not divide the width.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.ffn_norm = make_norm(config)
+        self.ffn = SwiGLU(config) if config.ffn == "swiglu" else GELU(config)
+        self.dropout = config.dropout
+
+    def forward(self, x_BSD: Tensor, *, causal: bool = False, segments_BS: Tensor | None = None) -> Tensor:
+        """[B, S, D] to [B, S, D], in the input's dtype.
+
+        Args:
+            x_BSD: The residual stream.
+            causal: No position sees those after it.
+            segments_BS: Integers; a position sees only those with its own value. None: it sees all.
+
+        Raises:
+            UsageError: A sample longer than the model takes (rotary positions).
+        """
+        mask_B1SS = None if segments_BS is None else attention_mask(segments_BS, causal)
+        y_BSD = self.attention(self.attention_norm(x_BSD), causal=causal, mask_B1SS=mask_B1SS)
+        x_BSD = x_BSD + self._drop(y_BSD).to(x_BSD.dtype)
+        y_BSD = self.ffn(self.ffn_norm(x_BSD))
+        return x_BSD + self._drop(y_BSD).to(x_BSD.dtype)
+
+    def _drop(self, y_BSD: Tensor) -> Tensor:
+        return F.dropout(y_BSD, self.dropout) if self.training and self.dropout else y_BSD
+
+
+class Stack(nn.Module):
+    """Consecutive blocks.
+
+    Args:
+        blocks: The blocks, lowest first.
+        stack_id: What the stack is called where it was made; its place in a rack is the rack's to say.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], stack_id: int = 0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.stack_id = stack_id
+
+    def forward(self, x_BSD: Tensor, *, causal: bool = False, segments_BS: Tensor | None = None) -> Tensor:
+        """[B, S, D] to [B, S, D]; the arguments are those of `Block`."""
+        for block in self.blocks:
+            x_BSD = block(x_BSD, causal=causal, segments_BS=segments_BS)
+        return x_BSD
+
+    def __len__(self) -> int:
+        return len(self.blocks)

@@ -1,0 +1,163 @@
+"""Parts with fresh weights, which are a pure function of (seed, part, tensor, shape): the same on every machine.
+
+Each tensor draws from a generator of its own, so neither PyTorch's global generator nor the order of construction
+plays a part, and a large block's tensors are drawn side by side.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from stackwise.config.schema import ModelConfig
+from stackwise.errors import UsageError
+from stackwise.identity import derive_seed
+from stackwise.model.block import Block, Stack
+from stackwise.model.ends import Front, Head
+from stackwise.model.layers import residual_scale
+from stackwise.model.rack import Rack
+
+RESIDUAL = ("attention.o.weight", "ffn.down.weight")
+"""The matrices that write into the residual stream: their fresh weights shrink with depth."""
+
+LARGE = 1 << 22
+"""Elements of a part from which on its tensors are drawn by several threads."""
+
+
+def draw(shape: torch.Size | tuple[int, ...], std: float, *key: int | str) -> Tensor:
+    """A float32 tensor of normal values on the CPU, a pure function of its arguments."""
+    generator = torch.Generator("cpu").manual_seed(derive_seed(*key))
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int, part: str, std: float, scale: float = 1.0) -> None:
+    """Fill a part: matrices normal(0, std), those of the residual stream times `scale`; norms one, biases zero.
+
+    Args:
+        module: The part, on any device, in any dtype.
+        seed: The run's seed.
+        part: Its name, such as "block.3".
+        std: Standard deviation.
+        scale: Factor on `RESIDUAL` matrices.
+    """
+
+    def fill(item: tuple[str, nn.Parameter]) -> None:
+        name, parameter = item
+        if parameter.ndim >= 2:
+            own = std * (scale if name in RESIDUAL else 1.0)
+            values = draw(parameter.shape, own, seed, "init", part, name)
+            with torch.no_grad():  # a setting of the thread
+                parameter.copy_(values)
+
+    matrices = [(name, p) for name, p in module.named_parameters() if p.ndim >= 2]
+    if sum(p.numel() for _, p in matrices) >= LARGE:
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            list(pool.map(fill, matrices))
+    else:
+        for item in matrices:
+            fill(item)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+
+
+def build_front(
+    config: ModelConfig,
+    vocab_size: int,
+    seed: int,
+    seq_len: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Front:
+    """A front with fresh weights.
+
+    Args:
+        config: The rack's configuration.
+        vocab_size: Token ids it knows.
+        seed: The run's seed.
+        seq_len: Longest sample, where `config.max_seq_len` is None.
+        device: Where it lives; None: the default device.
+        dtype: Of its weights; None: float32.
+    """
+    with torch.device("meta"):
+        front = Front(config, vocab_size, seq_len)
+    _materialise(front, device, dtype)
+    initialise(front, seed, "front", config.init_std)
+    return front
+
+
+def build_block(
+    config: ModelConfig,
+    index: int,
+    seed: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Block:
+    """Block `index` of the rack with fresh weights; its residual matrices are scaled by 1/sqrt(2 n_blocks).
+
+    Raises:
+        UsageError: Heads that do not divide the width.
+    """
+    with torch.device("meta"):
+        block = Block(config)
+    _materialise(block, device, dtype)
+    initialise(block, seed, f"block.{index}", config.init_std, residual_scale(config))
+    return block
+
+
+def build_head(
+    config: ModelConfig,
+    vocab_size: int,
+    seed: int,
+    embedding: Tensor | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Head:
+    """A head with fresh weights; with `embedding` it shares that tensor (see `Head`).
+
+    Raises:
+        UsageError: An embedding of another shape.
+    """
+    if embedding is None:
+        with torch.device("meta"):
+            head = Head(config, vocab_size)
+        _materialise(head, device, dtype)
+    else:  # to_empty would take the values of the given tensor
+        head = Head(config, vocab_size, embedding).to(device=device, dtype=dtype)
+    initialise(head, seed, "head", config.init_std)
+    return head
+
+
+def build_rack(
+    config: ModelConfig,
+    vocab_size: int,
+    seed: int,
+    seq_len: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Rack:
+    """The whole rack with fresh weights: the same as its parts built one by one.
+
+    Raises:
+        UsageError: Heads that do not divide the width; a vocabulary of no tokens.
+    """
+    if vocab_size < 1:
+        raise UsageError(f"a vocabulary of {vocab_size} tokens")
+    front = build_front(config, vocab_size, seed, seq_len, device, dtype)
+    per_stack = config.architecture.blocks_per_stack
+    stacks = [
+        Stack((build_block(config, i, seed, device, dtype) for i in range(first, first + per_stack)), stack_id=k)
+        for k, first in enumerate(range(0, config.n_blocks, per_stack))
+    ]
+    shared = front.embedding.weight if config.tie_embeddings else None
+    return Rack(front, stacks, build_head(config, vocab_size, seed, shared, device, dtype))
+
+
+def _materialise(module: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    # Built on the meta device first: PyTorch's own initialisation would cost time and draw from the global generator.
+    if dtype is not None:
+        module.to(dtype)
+    module.to_empty(device=torch.get_default_device() if device is None else device)

@@ -1,0 +1,241 @@
+"""A rack grown stack by stack: appended above or prepended below, each stack in a precision of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from stackwise.config.schema import ArchitectureConfig, ModelConfig, StackWiseConfig
+from stackwise.errors import NotFound, UsageError
+from stackwise.model.block import Stack
+from stackwise.model.build import build_block, build_front, build_head
+from stackwise.model.lora import adapter_parameters, adapter_sizes, add_adapters, merge_adapters
+from stackwise.model.rack import Rack
+
+PRECISIONS = {
+    "full": torch.float32,
+    "fp32": torch.float32,
+    "half": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+"""Names of a stack's precision and the dtype its weights are held and computed in."""
+
+
+def stack_dtype(precision: str) -> torch.dtype:
+    """The dtype that a precision's name means.
+
+    Raises:
+        UsageError: A quantized precision, which stacks are not built in, or no precision at all.
+    """
+    if precision in PRECISIONS:
+        return PRECISIONS[precision]
+    known = ", ".join(PRECISIONS)
+    if precision in ("fp8", "nvfp4", "fp4", "qlora"):
+        raise UsageError(f"stack precision {precision}: quantized stacks are not supported; choose one of {known}")
+    raise UsageError(f"stack precision {precision!r} is unknown; choose one of {known}")
+
+
+def create_stack_from_config(
+    stack_id: int,
+    n_blocks: int | None,
+    config: StackWiseConfig,
+    *,
+    precision: str = "full",
+    first_block: int | None = None,
+    device: torch.device | str | None = None,
+) -> Stack:
+    """A stack with fresh seeded weights, and with adapters where `training.progressive.qlora_enabled`.
+
+    Args:
+        stack_id: Its name among the stacks, and its place in the order of making.
+        n_blocks: Blocks in it; None: `model.architecture.blocks_per_stack`.
+        config: The whole configuration.
+        precision: full (fp32), half (fp16) or bfloat16 (bf16): what its weights are held in.
+        first_block: Index of its first block, which its fresh weights follow from; None: stack_id times n_blocks.
+        device: Where it lives.
+
+    Raises:
+        UsageError: A precision that cannot be, no blocks, an adapter rank above a matrix's.
+    """
+    n_blocks = config.model.architecture.blocks_per_stack if n_blocks is None else n_blocks
+    if n_blocks < 1:
+        raise UsageError(f"a stack of {n_blocks} blocks: it takes at least one")
+    first = stack_id * n_blocks if first_block is None else first_block
+    dtype = stack_dtype(precision)
+    blocks = [build_block(config.model, i, config.seed, device, dtype) for i in range(first, first + n_blocks)]
+    stack = Stack(blocks, stack_id)
+    progressive = config.training.progressive
+    if progressive.qlora_enabled:
+        limit = progressive.max_stacks or config.model.architecture.n_stacks or stack_id + 1
+        rank, alpha = adapter_sizes(progressive, stack_id, limit)
+        add_adapters(stack, rank, alpha, config.seed, f"stack.{stack_id}")
+    return stack
+
+
+class ProgressiveRackBuilder:
+    """Builds a rack by adding stacks, below or above those that are there.
+
+    Either a whole configuration, or the sizes alone as keywords.
+
+    Args:
+        config: Everything follows from it: the model, the seed, adapters, `training.progressive.max_stacks`.
+        building_mode: What `add_stack` does: "append" puts the new stack above, "prepend" below. None: the
+            configuration's.
+        default_precision: Precision of a stack where none is given.
+        vocab_size: Token ids, where the configuration has none.
+        d_model: Width (plain form).
+        d_ff: Width inside the feed-forward (plain form).
+        n_heads: Attention heads (plain form).
+        seed: Of the fresh weights (plain form); None: the configuration's.
+        max_stacks: Most stacks (plain form); None: the configuration's, else any number.
+        device: Where the parts live.
+
+    Raises:
+        UsageError: No vocabulary size, or a precision or mode that cannot be.
+    """
+
+    def __init__(
+        self,
+        config: StackWiseConfig | None = None,
+        building_mode: Literal["append", "prepend"] | None = None,
+        default_precision: str = "full",
+        *,
+        vocab_size: int | None = None,
+        d_model: int | None = None,
+        d_ff: int | None = None,
+        n_heads: int | None = None,
+        seed: int | None = None,
+        max_stacks: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        given = {"d_model": d_model, "d_ff": d_ff, "n_heads": n_heads}
+        sizes = {name: value for name, value in given.items() if value is not None}
+        if config is None:
+            model = ModelConfig(architecture=ArchitectureConfig(n_stacks=max_stacks or 12), **sizes)  # type: ignore[arg-type]
+            config = StackWiseConfig(model=model, seed=seed or 0)
+        else:
+            config = config.model_copy(deep=True)
+            for name, value in sizes.items():
+                setattr(config.model, name, value)
+            if seed is not None:
+                config.seed = seed
+        self.config = config
+        self.max_stacks = max_stacks or config.training.progressive.max_stacks
+        if config.model.architecture.n_stacks is None:  # residual weights are scaled by the depth of the grown rack
+            config.model.architecture.n_stacks = self.max_stacks
+        size = vocab_size or config.model.vocab_size
+        if size is None:
+            raise UsageError("the vocabulary's size is not known", hint="pass vocab_size, or set model.vocab_size")
+        self.vocab_size: int = size
+        self.building_mode = building_mode or config.training.progressive.building_mode
+        if self.building_mode not in ("append", "prepend"):
+            raise UsageError(f"building_mode {self.building_mode!r} is neither append nor prepend")
+        stack_dtype(default_precision)
+        self.default_precision, self.device = default_precision, device
+        self.stacks: list[Stack] = []
+        self._made = self._blocks_made = 0
+
+    def append_stack(self, n_blocks: int | None = None, precision: str | None = None) -> Stack:
+        """Add a stack above those that are there; None takes the configured number of blocks, the default precision.
+
+        Raises:
+            UsageError: More stacks than `max_stacks`, a precision that cannot be.
+        """
+        stack = self._make(n_blocks, precision)
+        self.stacks.append(stack)
+        return stack
+
+    def prepend_stack(self, n_blocks: int | None = None, precision: str | None = None) -> Stack:
+        """Add a stack below those that are there; otherwise as `append_stack`."""
+        stack = self._make(n_blocks, precision)
+        self.stacks.insert(0, stack)
+        return stack
+
+    def add_stack(self, n_blocks: int | None = None, precision: str | None = None) -> Stack:
+        """Add a stack where `building_mode` says."""
+        add = self.append_stack if self.building_mode == "append" else self.prepend_stack
+        return add(n_blocks, precision)
+
+    def _make(self, n_blocks: int | None, precision: str | None) -> Stack:
+        if self.max_stacks is not None and len(self.stacks) >= self.max_stacks:
+            raise UsageError(f"the rack has its {self.max_stacks} stacks", hint="raise training.progressive.max_stacks")
+        stack = create_stack_from_config(
+            self._made,
+            n_blocks,
+            self.config,
+            precision=precision or self.default_precision,
+            first_block=self._blocks_made,
+            device=self.device,
+        )
+        self._made += 1
+        self._blocks_made += len(stack)
+        return stack
+
+    def build_rack(self, seq_len: int | None = None) -> Rack:
+        """Front, the stacks so far, and head. The rack shares the stacks; front and head are fresh.
+
+        Args:
+            seq_len: Longest sample; None: `training.seq_len`.
+
+        Raises:
+            UsageError: No stacks yet.
+        """
+        if not self.stacks:
+            raise UsageError("a rack needs a stack", hint="call append_stack or prepend_stack first")
+        model, seed = self.config.model, self.config.seed
+        length = seq_len or self.config.training.seq_len
+        front = build_front(model, self.vocab_size, seed, length, self.device)
+        shared = front.embedding.weight if model.tie_embeddings else None
+        return Rack(front, self.stacks, build_head(model, self.vocab_size, seed, shared, self.device))
+
+    def freeze_trunk(self, trunk_indices: Iterable[int]) -> None:
+        """Freeze stacks, adapters included.
+
+        Args:
+            trunk_indices: Places of the stacks in the rack, 0 the lowest.
+
+        Raises:
+            NotFound: There is no such stack.
+        """
+        for stack in self._chosen(trunk_indices):
+            stack.requires_grad_(False)
+
+    def freeze_all_but_qlora(self, trunk_indices: Iterable[int]) -> None:
+        """Freeze stacks but for their adapters, which train.
+
+        Raises:
+            NotFound: There is no such stack.
+            UsageError: A stack without adapters.
+        """
+        stacks = self._chosen(trunk_indices)
+        for stack in stacks:
+            if not adapter_parameters(stack):
+                raise UsageError(
+                    f"stack {self.stacks.index(stack)} has no adapters to train",
+                    hint="set training.progressive.qlora_enabled before the stack is made",
+                )
+        for stack in stacks:
+            stack.requires_grad_(False)
+            for parameter in adapter_parameters(stack):
+                parameter.requires_grad_(True)
+
+    def merge(self) -> None:
+        """Fold the adapters of every stack into its weights."""
+        for stack in self.stacks:
+            merge_adapters(stack)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters of the stacks that are not frozen."""
+        return [p for stack in self.stacks for p in stack.parameters() if p.requires_grad]
+
+    def _chosen(self, indices: Iterable[int]) -> list[Stack]:
+        indices = list(indices)
+        for index in indices:
+            if not 0 <= index < len(self.stacks):
+                raise NotFound(f"there is no stack {index}: the rack has {len(self.stacks)}")
+        return [self.stacks[index] for index in indices]

@@ -1,0 +1,210 @@
+"""The layers that a block is made of: norms, rotary positions, attention, feed-forward.
+
+Shapes in names: B batch, S sequence, D d_model, H heads, K key/value heads, E width of a head, F feed-forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stackwise.config.schema import ModelConfig
+from stackwise.errors import UsageError
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm (arXiv 1910.07467): computed in the wider of input and weight, given in the weight's dtype.
+
+    So a stack in half precision normalises a float32 residual stream in float32, and its matrices get half.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D] in the weight's dtype."""
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        y = F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
+        return y.to(self.weight.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm (arXiv 1607.06450) with weight and bias, with the dtypes of `RMSNorm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D] in the weight's dtype."""
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        y = F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
+        return y.to(self.weight.dtype)
+
+
+def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """The norm that the configuration names, over d_model."""
+    kind = RMSNorm if config.norm == "rmsnorm" else LayerNorm
+    return kind(config.d_model, eps=config.norm_eps)
+
+
+class Rotary(nn.Module):
+    """Rotary positions (RoFormer, arXiv 2104.09864), the half-rotation convention of Hugging Face's LLaMA.
+
+    The tables are float32 whatever the module is cast to, and are no part of the state dict.
+
+    Args:
+        width: Width of a head; even.
+        theta: Base of the wavelengths.
+        max_positions: Longest sequence; None: the tables grow as needed.
+
+    Raises:
+        UsageError: The width is odd.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, width: int, theta: float, max_positions: int | None) -> None:
+        super().__init__()
+        if width % 2:
+            raise UsageError(f"rotary positions need heads of even width, not {width}")
+        self.width, self.theta, self.max_positions = width, theta, max_positions
+        self._fill(max_positions or 512, torch.get_default_device())
+
+    def _fill(self, positions: int, device: torch.device) -> None:
+        # Always computed on the CPU in float32: the same table on every device, and LLaMA's to the last bit.
+        with torch.device("cpu"):
+            inverse = 1.0 / (self.theta ** (torch.arange(0, self.width, 2, dtype=torch.float32) / self.width))
+            angle = torch.outer(torch.arange(positions, dtype=torch.float32), inverse)
+            cos, sin = angle.cos(), angle.sin()
+            cos_SE, sin_SE = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        self.register_buffer("cos", cos_SE.to(device), persistent=False)
+        self.register_buffer("sin", sin_SE.to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # `fn` may have cast the tables, or left them without values (to_empty): make them anew where they are now.
+        if self.cos.device.type != "meta":
+            self._fill(self.cos.shape[0], self.cos.device)
+        return self
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of positions 0 … length-1, [S, 1, E] each, float32.
+
+        Raises:
+            UsageError: The sequence is longer than the model takes.
+        """
+        if length > self.cos.shape[0]:
+            if self.max_positions is not None:
+                raise too_long(length, self.max_positions)
+            self._fill(1 << (length - 1).bit_length(), self.cos.device)
+        return self.cos[:length, None], self.sin[:length, None]
+
+    def rotate(self, x_BSHE: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotate each head by its position; computed in float32 (or wider), given in the input's dtype."""
+        cos_S1E, sin_S1E = tables
+        return torch.addcmul(x_BSHE * cos_S1E, x_BSHE.roll(self.width // 2, -1), sin_S1E).to(x_BSHE.dtype)
+
+
+def too_long(length: int, limit: int) -> UsageError:
+    """The error for a sample that is longer than the model takes."""
+    return UsageError(
+        f"a sample of {length} tokens is longer than the model takes ({limit})",
+        hint="raise model.max_seq_len, or lower training.seq_len",
+    )
+
+
+def attention_mask(segments_BS: Tensor, causal: bool) -> Tensor:
+    """Which position sees which, bool [B, 1, S, S]: those of its own segment, and with `causal` none that follow."""
+    mask_BSS = segments_BS[:, :, None] == segments_BS[:, None, :]
+    return (mask_BSS.tril() if causal else mask_BSS)[:, None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention (arXiv 1706.03762), grouped-query (arXiv 2305.13245) where there are fewer key/value heads.
+
+    Raises:
+        UsageError: Heads that do not divide the width, or key/value heads that do not divide the heads.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, self.heads, self.kv_heads = config.d_model, config.n_heads, config.kv_heads
+        if d % self.heads:
+            raise UsageError(f"model.n_heads {self.heads} does not divide model.d_model {d}")
+        if self.heads % self.kv_heads:
+            raise UsageError(f"model.n_kv_heads {self.kv_heads} does not divide model.n_heads {self.heads}")
+        self.width = d // self.heads
+        self.q = nn.Linear(d, d, bias=config.bias)
+        self.k = nn.Linear(d, self.kv_heads * self.width, bias=config.bias)
+        self.v = nn.Linear(d, self.kv_heads * self.width, bias=config.bias)
+        self.o = nn.Linear(d, d, bias=config.bias)
+        self.rotary = Rotary(self.width, config.rope_theta, config.max_seq_len) if config.positions == "rope" else None
+
+    def forward(self, x_BSD: Tensor, *, causal: bool = False, mask_B1SS: Tensor | None = None) -> Tensor:
+        """Attend. [B, S, D] to [B, S, D].
+
+        Args:
+            x_BSD: Normed input.
+            causal: No position sees those after it. Has no effect beside a mask.
+            mask_B1SS: Which position sees which; None: by `causal` alone.
+        """
+        B, S, D = x_BSD.shape
+        q_BSHE = self.q(x_BSD).view(B, S, self.heads, self.width)
+        k_BSKE = self.k(x_BSD).view(B, S, self.kv_heads, self.width)
+        v_BSKE = self.v(x_BSD).view(B, S, self.kv_heads, self.width)
+        if self.rotary is not None:
+            tables = self.rotary.tables(S)
+            q_BSHE, k_BSKE = self.rotary.rotate(q_BSHE, tables), self.rotary.rotate(k_BSKE, tables)
+        q_BHSE, k_BKSE, v_BKSE = q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
+        grouped = self.kv_heads != self.heads
+        if grouped and mask_B1SS is not None and q_BHSE.is_cuda:
+            # CUDA's kernels that take a mask know no groups: without this the whole score matrix would be made.
+            repeats = self.heads // self.kv_heads
+            k_BKSE, v_BKSE = k_BKSE.repeat_interleave(repeats, 1), v_BKSE.repeat_interleave(repeats, 1)
+            grouped = False
+        y_BHSE = F.scaled_dot_product_attention(
+            q_BHSE, k_BKSE, v_BKSE, attn_mask=mask_B1SS, is_causal=causal and mask_B1SS is None, enable_gqa=grouped
+        )
+        y_BSD: Tensor = self.o(y_BHSE.transpose(1, 2).reshape(B, S, D))
+        return y_BSD
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward (arXiv 2002.05202): down(silu(gate x) · up x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, f = config.d_model, config.ffn_width
+        self.gate = nn.Linear(d, f, bias=config.bias)
+        self.up = nn.Linear(d, f, bias=config.bias)
+        self.down = nn.Linear(f, d, bias=config.bias)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        y_BSD: Tensor = self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD))
+        return y_BSD
+
+
+class GELU(nn.Module):
+    """Plain feed-forward: down(gelu(up x)), the exact GELU (arXiv 1606.08415)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, f = config.d_model, config.ffn_width
+        self.up = nn.Linear(d, f, bias=config.bias)
+        self.down = nn.Linear(f, d, bias=config.bias)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        y_BSD: Tensor = self.down(F.gelu(self.up(x_BSD)))
+        return y_BSD
+
+
+def residual_scale(config: ModelConfig) -> float:
+    """Factor on the fresh weights that write into the residual stream: 1/sqrt(2 n_blocks), as in GPT-2."""
+    return 1.0 / math.sqrt(2 * config.n_blocks)
+
+
+def projections(module: nn.Module) -> dict[str, Any]:
+    """The linear layers inside a module, by dotted name."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}

@@ -1,0 +1,266 @@
+"""Objectives: what is shown, what is scored, and gradients that equal those written out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stackwise.config.schema import ArchitectureConfig, ModelConfig, ProgressiveConfig, TrainingConfig
+from stackwise.errors import UsageError
+from stackwise.model import Rack, build_rack
+from stackwise.objectives import (
+    CLMObjective,
+    CustomObjective,
+    MaskDiffusionObjective,
+    MLMObjective,
+    Objective,
+    corrupt,
+    head_cross_entropy,
+    make_objective,
+    uniform_masks,
+)
+
+V, L, B, MASK = 97, 24, 6, 96
+
+
+def rack(tied: bool = True, dtype: torch.dtype = torch.float64) -> Rack:
+    config = ModelConfig(
+        d_model=32, n_heads=4, tie_embeddings=tied, architecture=ArchitectureConfig(n_stacks=1, blocks_per_stack=2)
+    )
+    return build_rack(config, V, 0, L, dtype=dtype)
+
+
+def batch(n: int = B) -> tuple[Tensor, Tensor, np.ndarray]:
+    g = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, V - 1, (n, L), generator=g)
+    masks = torch.from_numpy(uniform_masks(np.arange(n, dtype=np.uint64), 10, L))
+    return tokens, masks, np.random.default_rng(0).integers(0, 256, (n, 16), dtype=np.uint8)
+
+
+def by_hand(objective: Objective, model: Rack, tokens: Tensor, masks: Tensor, targets: Tensor | None) -> Tensor:
+    """The definition, one position after another."""
+    logits = model(objective.inputs(tokens, masks), causal=objective.causal)
+    total = torch.zeros((), dtype=torch.float64)
+    for b in range(len(tokens)):
+        for i in range(L):
+            if objective.name == "clm":
+                wanted = None if i == L - 1 else tokens[b, i + 1]
+            elif objective.name == "custom":
+                assert targets is not None
+                wanted = targets[b, i] if masks[b, i] and targets[b, i] >= 0 else None
+            else:
+                wanted = tokens[b, i] if masks[b, i] else None
+            if wanted is not None:
+                total = total - logits[b, i].log_softmax(-1)[wanted]
+    return total
+
+
+OBJECTIVES = [MaskDiffusionObjective(MASK), MLMObjective(MASK, V), CLMObjective(), CustomObjective()]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+@pytest.mark.parametrize("slices", [True, False])
+def test_gradients_are_those_written_out_by_hand(
+    objective: Objective, tied: bool, slices: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if slices:
+        monkeypatch.setattr("stackwise.objectives.cross_entropy.slice_rows", lambda *_: 7)
+    tokens, masks, _ = batch()
+    targets = torch.randint(-1, V, (B, L), generator=torch.Generator().manual_seed(5))
+    given = targets if objective.name == "custom" else None
+    model, reference = rack(tied), rack(tied)
+    x = model.hidden(objective.inputs(tokens, masks), objective.causal)
+    loss, count = objective.loss(x, model.head, tokens, masks, given)
+    (loss / count).backward()
+    expected = by_hand(objective, reference, tokens, masks, given)
+    (expected / count).backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[:3], ids=lambda o: o.name)
+def test_selection(objective: Objective) -> None:
+    tokens, masks, _ = batch()
+    positions, targets = objective.select(tokens, masks)
+    if objective.name == "clm":
+        assert positions[:, :-1].all()
+        assert not positions[:, -1].any()
+        assert torch.equal(targets.view(B, L - 1), tokens[:, 1:])
+    else:
+        assert torch.equal(positions, masks)
+        assert torch.equal(targets, tokens[masks])
+    x = torch.randn(B, L, 32, dtype=torch.float64)
+    assert objective.loss(x, rack().head, tokens, masks)[1] == len(targets)
+
+
+def test_head_sees_the_scored_positions_alone() -> None:
+    tokens, masks, _ = batch()
+    seen = 0
+
+    def head(x: Tensor) -> Tensor:
+        nonlocal seen
+        seen += x.shape[:-1].numel()
+        return x @ torch.ones(32, V)
+
+    MaskDiffusionObjective(MASK).loss(torch.randn(B, L, 32), head, tokens, masks)
+    assert seen == masks.sum() + 1  # and one row, for the width
+
+
+def test_a_masked_loss_never_sees_unmasked_targets_nor_masked_tokens() -> None:
+    tokens, masks, _ = batch()
+    objective, model = MaskDiffusionObjective(MASK), rack()
+    shown = objective.inputs(tokens, masks)
+    assert (shown[masks] == MASK).all()
+    assert torch.equal(shown[~masks], tokens[~masks])
+    x = model.hidden(shown)
+    loss, _ = objective.loss(x, model.head, tokens, masks)
+    other = torch.where(masks, tokens, (tokens + 1) % (V - 1))
+    assert torch.equal(objective.loss(x, model.head, other, masks)[0], loss)
+    hidden = torch.where(masks, (tokens + 1) % (V - 1), tokens)
+    assert torch.equal(objective.inputs(hidden, masks), shown)
+
+
+def test_clm_does_not_see_the_future() -> None:
+    tokens, masks, _ = batch()
+    model, objective = rack(), CLMObjective()
+    later = tokens.clone()
+    later[:, 12:] = 0
+    a, b = (model(objective.inputs(t, masks), causal=objective.causal) for t in (tokens, later))
+    torch.testing.assert_close(a[:, :12], b[:, :12])
+
+
+def test_mlm_shows_mask_random_and_same_in_its_shares() -> None:
+    n, vocab, mask = 4000, 50, 7
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocab, (n, 32))
+    masks = uniform_masks(np.arange(n, dtype=np.uint64), 8, 32)
+    ids = rng.integers(0, 256, (n, 16), dtype=np.uint8)
+    shown = corrupt(tokens, masks, ids, mask_token_id=mask, vocab_size=vocab)
+    assert np.array_equal(shown[~masks], tokens[~masks])
+    chosen, true = shown[masks], tokens[masks]
+    plain = true != mask  # a token that is the mask token by itself would count for both
+    is_mask, same = chosen[plain] == mask, chosen[plain] == true[plain]
+    random = ~is_mask & ~same
+    assert is_mask.mean() == pytest.approx(0.8, abs=0.01)
+    assert random.mean() == pytest.approx(0.1 * (vocab - 2) / (vocab - 1), abs=0.01)
+    assert same.mean() == pytest.approx(0.1 + 0.1 / (vocab - 1), abs=0.01)
+    seen, counts = np.unique(chosen[plain][random], return_counts=True)
+    assert mask not in seen
+    assert len(seen) == vocab - 1
+    assert counts.std() / counts.mean() < 0.2, "random tokens are not uniform"
+
+
+def test_corruption_is_a_function_of_seed_sample_and_mask() -> None:
+    tokens, masks, ids = batch(40)
+    objective = MLMObjective(MASK, V, seed=1)
+    shown = objective.inputs(tokens, masks, ids)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(objective.inputs(tokens[order], masks[order], ids[order.numpy()]), shown[order])
+    assert not torch.equal(MLMObjective(MASK, V, seed=2).inputs(tokens, masks, ids), shown)
+    assert not torch.equal(objective.inputs(tokens, masks, ids[::-1].copy()), shown)
+    assert torch.equal(objective.inputs(tokens, masks), objective.inputs(tokens, masks))
+    # The same sample under another mask is corrupted anew: among positions in both masks, some differ.
+    other = torch.from_numpy(uniform_masks(np.arange(100, 140, dtype=np.uint64), 20, L))
+    both = masks & other
+    assert (objective.inputs(tokens, other, ids)[both] != shown[both]).float().mean() > 0.2
+
+
+def test_slicing_is_rounding_alone_in_float32_and_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, masks, _ = batch()
+    objective = MaskDiffusionObjective(MASK)
+    gradients = []
+    for rows in (5, 10**6):
+        monkeypatch.setattr("stackwise.objectives.cross_entropy.slice_rows", lambda *_, rows=rows: rows)
+        for cast in (False, True):
+            model = rack(dtype=torch.float32)
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                loss, _ = objective.loss(model.hidden(objective.inputs(tokens, masks)), model.head, tokens, masks)
+            loss.backward()
+            assert loss.dtype == torch.float32
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-4, atol=1e-4)
+    relative = (gradients[1] - gradients[3]).norm() / gradients[3].norm()
+    assert relative < 0.02
+    assert (gradients[1] - gradients[0]).norm() / gradients[0].norm() < 0.03
+
+
+def test_frozen_head_and_no_grad() -> None:
+    tokens, masks, _ = batch()
+    model, objective = rack(tied=False), MaskDiffusionObjective(MASK)
+    model.head.requires_grad_(False)
+    x = model.hidden(objective.inputs(tokens, masks)).detach().requires_grad_()
+    loss, _ = objective.loss(x, model.head, tokens, masks)
+    loss.backward()
+    assert x.grad is not None
+    assert model.head.weight.grad is None
+    assert (x.grad[~masks] == 0).all()
+    with torch.no_grad():
+        again, _ = objective.loss(x, model.head, tokens, masks)
+    assert not again.requires_grad
+    assert again == loss.detach()
+
+
+def test_no_scored_position() -> None:
+    tokens, masks, _ = batch()
+    x = torch.randn(B, L, 32, requires_grad=True)
+    loss, count = MaskDiffusionObjective(MASK).loss(x, rack().head, tokens, torch.zeros_like(masks))
+    assert (loss.item(), count) == (0.0, 0)
+    loss.backward()
+
+
+def test_a_gradient_is_taken_once() -> None:
+    tokens, masks, _ = batch()
+    model, objective = rack(), MaskDiffusionObjective(MASK)
+    loss, _ = objective.loss(model.hidden(tokens), model.head, tokens, masks)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already taken"):
+        loss.backward()
+
+
+def test_half_precision_heads_leave_loss_scaling_to_autograd() -> None:
+    head = rack(tied=False).head.to(torch.float16)
+    x = torch.randn(40, 32, requires_grad=True)
+    targets = torch.randint(0, V, (40,))
+    loss = head_cross_entropy(head, x, targets)
+    torch.testing.assert_close(loss, F.cross_entropy(head(x).float(), targets, reduction="sum"))
+
+
+def test_make_objective() -> None:
+    def made(**settings: object) -> Objective:
+        return make_objective(TrainingConfig(**settings), MASK, V, 3)  # type: ignore[arg-type]
+
+    assert type(made()) is MaskDiffusionObjective
+    mlm = made(objective="mlm", mlm_mask=0.7)
+    assert isinstance(mlm, MLMObjective)
+    assert (mlm.mask_share, mlm.seed) == (0.7, 3)
+    assert isinstance(made(objective="clm"), CLMObjective)
+    assert isinstance(made(objective="custom"), CustomObjective)
+    own = ProgressiveConfig(enabled=True, training_objective="clm")
+    assert isinstance(made(progressive=own), CLMObjective)
+    assert type(made(progressive=ProgressiveConfig(training_objective="clm"))) is MaskDiffusionObjective
+
+
+def test_refusals() -> None:
+    with pytest.raises(UsageError, match="needs a mask token"):
+        make_objective(TrainingConfig(), None, V, 0)
+    with pytest.raises(UsageError, match="not among"):
+        make_objective(TrainingConfig(objective="mlm"), V, V, 0)
+    with pytest.raises(UsageError, match="negative"):
+        MaskDiffusionObjective(-1)
+    with pytest.raises(UsageError, match="shares"):
+        MLMObjective(MASK, V, 0.9, 0.2)
+    tokens, masks, _ = batch()
+    with pytest.raises(UsageError, match="needs targets"):
+        CustomObjective().select(tokens, masks)
+    with pytest.raises(UsageError, match="do not match"):
+        CustomObjective().select(tokens, masks, tokens[:1])
+
+
+def test_specifications_tell_objectives_apart() -> None:
+    specs = [o.specification() for o in (*OBJECTIVES, MaskDiffusionObjective(3), MLMObjective(MASK, V, 0.7))]
+    assert all(a != b for i, a in enumerate(specs) for b in specs[i + 1 :])
