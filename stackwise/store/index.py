@@ -1,0 +1,320 @@
+"""The index: one LMDB environment a store, opened once a process, whatever forks or grows.
+
+LMDB's traps are handled here and nowhere else. An environment must not be opened twice in a process, so stores
+of one path share it. It must not cross a fork, so a child opens its own. A reader must be short, so nothing here
+hands a transaction out for longer than a `with`. The map starts large and grows when another process needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lmdb
+
+from stackwise.errors import DamageError, NoSpaceError, StackWiseError
+
+TABLES = ("masks", "rowsets", "boundaries", "trunks", "chunks", "runs")
+MAP_SIZE = 1 << 36
+"""Address space, not disk: the file is as large as what is in it."""
+
+Transaction = Any
+T = TypeVar("T")
+
+_DAMAGE = (
+    lmdb.CorruptedError,
+    lmdb.InvalidError,
+    lmdb.PageNotFoundError,
+    lmdb.VersionMismatchError,
+    lmdb.PanicError,
+    lmdb.IncompatibleError,
+    lmdb.BadValsizeError,
+)
+_open: dict[str, Index] = {}
+_open_lock = threading.Lock()
+
+
+class Index:
+    """Tables of bytes to bytes under `path`. Use `open_index`, which shares one a process."""
+
+    def __init__(self, path: Path, map_size: int = MAP_SIZE) -> None:
+        self.path = path
+        self.references = 0
+        self._map_size = map_size
+        self._env: Any = None
+        self._tables: dict[str, Any] = {}
+        self._new_locks()
+
+    def _new_locks(self) -> None:
+        self._opening = threading.RLock()
+        self._writing = threading.Lock()  # LMDB's own lock is between processes; a resize must be alone in this one
+        self._gate = threading.Condition()
+        self._readers = 0
+
+    def before_fork(self) -> None:
+        """Wait until no thread of this process is inside a transaction, and let none begin one."""
+        self._writing.acquire()
+        self._gate.acquire()
+        self._gate.wait_for(lambda: self._readers == 0, timeout=10)
+
+    def after_fork(self) -> None:
+        """In the parent: go on."""
+        self._gate.release()
+        self._writing.release()
+
+    def after_fork_in_child(self) -> None:
+        """In the child: leave the parent's environment behind; the next use opens an own one.
+
+        LMDB forbids to use an environment across a fork. To close the child's copy is safe where no transaction
+        is open, of which `before_fork` made sure: it unmaps and closes, and touches no slot of the parent's.
+        """
+        if self._env is not None:
+            self._env.close()
+        self._env, self._tables = None, {}
+        self._new_locks()
+
+    def _environment(self) -> Any:
+        """The environment of this very process, opened when there is none."""
+        if self._env is None:
+            with self._opening, self._explained():
+                if self._env is None:
+                    env = _open_environment(self.path, self._map_size)
+                    self._tables = {name: env.open_db(name.encode()) for name in TABLES}
+                    env.reader_check()
+                    self._env = env
+        return self._env
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except _DAMAGE as error:
+            raise DamageError(
+                f"the index of the store {self.path.parent} is damaged ({error})",
+                hint="`stackwise cache repair` rebuilds it from the boundaries",
+            ) from error
+        except (lmdb.Error, OSError) as error:
+            if isinstance(error, StackWiseError):
+                raise
+            code = error.code if isinstance(error, lmdb.Error) else error.errno
+            if code in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpaceError(
+                    f"no space left on the disk that holds {self.path}",
+                    hint="free some space (`stackwise cache gc` works on a full disk), then run the same command again",
+                ) from error
+            if isinstance(error, lmdb.Error):
+                raise StackWiseError(f"the index {self.path}: {error}") from error
+            raise
+
+    @contextlib.contextmanager
+    def read(self, *, buffers: bool = False) -> Iterator[Reading]:
+        """A short read-only view of one state of the index. Values are copies unless `buffers`."""
+        env = self._environment()
+        with self._explained():
+            while True:
+                with self._gate:
+                    self._readers += 1
+                try:
+                    with env.begin(buffers=buffers) as transaction:
+                        yield Reading(transaction, self._tables)
+                    return
+                except lmdb.MapResizedError:
+                    pass
+                except lmdb.ReadersFullError:
+                    if not env.reader_check():
+                        raise
+                    continue
+                finally:
+                    with self._gate:
+                        self._readers -= 1
+                        self._gate.notify_all()
+                with self._writing:
+                    self._resize(env, 0)
+
+    def update(self, change: Callable[[Writing], T]) -> T:
+        """Run `change` in one write transaction and commit it; nothing of it is seen before, all of it after.
+
+        `change` runs again where the map had to grow, so it must bear that.
+
+        Raises:
+            NoSpaceError: The disk is full; nothing was changed.
+            DamageError: The index is damaged.
+        """
+        env = self._environment()
+        with self._explained(), self._writing:
+            while True:
+                try:
+                    with env.begin(write=True) as transaction:
+                        return change(Writing(transaction, self._tables))
+                except lmdb.MapResizedError:
+                    self._resize(env, 0)
+                except lmdb.MapFullError:
+                    self._resize(env, env.info()["map_size"] * 2)
+
+    def _resize(self, env: Any, size: int) -> None:
+        # The map must not be pulled from under this process's other threads: wait until none of them reads.
+        with self._gate:
+            self._gate.wait_for(lambda: self._readers == 0)
+            env.set_mapsize(size)
+
+    def statistics(self) -> dict[str, int]:
+        """`{"entries", "bytes"}`: records in all tables, and the bytes of the files of the index."""
+        with self.read() as view:
+            entries = sum(view.count(name) for name in TABLES)
+        size = sum(path.stat().st_size for path in (self.path / "data.mdb",) if path.exists())
+        rowsets = self.path / "rowsets"
+        if rowsets.is_dir():
+            size += sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(rowsets))
+        return {"entries": entries, "bytes": size}
+
+    def clear_stale_readers(self) -> int:
+        """Free the slots of readers that died; returns how many there were."""
+        return int(self._environment().reader_check())
+
+    def close(self) -> None:
+        """Close the environment."""
+        with self._opening:
+            if self._env is not None:
+                self._env.close()
+            self._env, self._tables = None, {}
+
+
+class Reading:
+    """One state of the tables. Keys and values are bytes."""
+
+    def __init__(self, transaction: Transaction, tables: dict[str, Any]) -> None:
+        self._transaction, self._tables = transaction, tables
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """The value of `key`, or None."""
+        value: bytes | None = self._transaction.get(key, db=self._tables[table])
+        return value
+
+    def get_many(self, table: str, keys: list[bytes]) -> list[bytes | None]:
+        """The values of `keys`, in order."""
+        get, database = self._transaction.get, self._tables[table]
+        return [get(key, None, database) for key in keys]
+
+    def scan(self, table: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """The records whose key begins with `prefix`, in order of their keys."""
+        with self._transaction.cursor(db=self._tables[table]) as cursor:
+            if not (cursor.set_range(prefix) if prefix else cursor.first()):
+                return
+            for key, value in cursor:
+                if not key.startswith(prefix):
+                    return
+                yield key, value
+
+    def keys(self, table: str, prefix: bytes = b"") -> list[bytes]:
+        """The keys that begin with `prefix`, in order; their values are not touched."""
+        found = []
+        with self._transaction.cursor(db=self._tables[table]) as cursor:
+            if cursor.set_range(prefix) if prefix else cursor.first():
+                for key in cursor.iternext(keys=True, values=False):
+                    if not key.startswith(prefix):
+                        break
+                    found.append(key)
+        return found
+
+    def count(self, table: str) -> int:
+        """Number of records."""
+        return int(self._transaction.stat(self._tables[table])["entries"])
+
+
+class Writing(Reading):
+    """The tables inside a write transaction."""
+
+    def put(self, table: str, key: bytes, value: bytes) -> None:
+        """Set `key`."""
+        self._transaction.put(key, value, db=self._tables[table])
+
+    def delete(self, table: str, key: bytes) -> bool:
+        """Remove `key`; whether it was there."""
+        return bool(self._transaction.delete(key, db=self._tables[table]))
+
+    def delete_prefix(self, table: str, prefix: bytes) -> int:
+        """Remove every key that begins with `prefix`; returns how many."""
+        removed = 0
+        with self._transaction.cursor(db=self._tables[table]) as cursor:
+            while cursor.set_range(prefix) and cursor.key().startswith(prefix):
+                cursor.delete()
+                removed += 1
+        return removed
+
+
+def _before_fork() -> None:
+    _open_lock.acquire()
+    for index in _open.values():
+        index.before_fork()
+
+
+def _after_fork() -> None:
+    for index in _open.values():
+        index.after_fork()
+    _open_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _open_lock
+    _open_lock = threading.Lock()
+    for index in _open.values():
+        index.after_fork_in_child()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+
+
+def _open_environment(path: Path, map_size: int) -> Any:
+    size = map_size
+    while True:
+        try:
+            return lmdb.open(
+                str(path),
+                map_size=size,
+                max_dbs=len(TABLES),
+                max_readers=1022,
+                readahead=False,
+                meminit=True,
+                writemap=False,
+                max_spare_txns=0,  # an idle cached reader would keep a slot across a fork
+            )
+        except (lmdb.MemoryError, MemoryError, lmdb.Error) as error:
+            # Where address space is limited (ulimit -v), a smaller map does; it grows when it must.
+            if getattr(error, "code", errno.ENOMEM) != errno.ENOMEM or size <= 1 << 26:
+                raise
+            size >>= 2
+
+
+def open_index(path: Path, map_size: int = MAP_SIZE) -> Index:
+    """The index under `path`, shared with every other store of this process that has it open."""
+    key = os.path.realpath(path)
+    with _open_lock:
+        index = _open.get(key)
+        if index is None:
+            index = _open[key] = Index(path, map_size)
+        index.references += 1
+        try:
+            index._environment()
+        except BaseException:
+            _release(key, index)
+            raise
+        return index
+
+
+def close_index(index: Index) -> None:
+    """Give back what `open_index` gave; the last one closes it."""
+    with _open_lock:
+        _release(os.path.realpath(index.path), index)
+
+
+def _release(key: str, index: Index) -> None:
+    index.references -= 1
+    if index.references <= 0:
+        index.close()
+        if _open.get(key) is index:
+            del _open[key]

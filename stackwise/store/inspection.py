@@ -1,0 +1,224 @@
+"""What a store holds, and whether it is what was written: the plain data of `cache inspect`, `du` and `verify`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+from stackwise import durable
+from stackwise.errors import DamageError
+from stackwise.identity import generator, is_hex_id
+from stackwise.store import files, layout
+from stackwise.store.backend import Backend
+from stackwise.store.chunks import ChunkSource
+from stackwise.store.index import Index
+from stackwise.store.layout import Layout
+from stackwise.store.leases import in_use
+from stackwise.store.records import BoundaryInfo, chunk_key
+from stackwise.store.rowset import Rowset, rowset_id_of
+from stackwise.store.stages import Stages
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) chunks and files."""
+
+_BATCH = 256
+
+
+class Damage(TypedDict):
+    """One fault: the boundary (or `stage <recipe>`, `rowset <id>`), the chunk (or file), and what is wrong."""
+
+    boundary: str
+    chunk: int | str | None
+    fault: str
+
+
+def read_boundaries(index: Index) -> tuple[list[BoundaryInfo], list[tuple[str, DamageError]]]:
+    """All boundaries, shallow first, and the ids of those whose record is damaged, each with the error."""
+    with index.read() as view:
+        records = list(view.scan("boundaries"))
+    found, damaged = [], []
+    for key, raw in records:
+        try:
+            found.append(BoundaryInfo.decode(key, raw))
+        except DamageError as error:
+            damaged.append((key.hex(), error))
+    return sorted(found, key=lambda info: (info.depth, info.created, info.id)), damaged
+
+
+def rowset_rows(index: Index) -> dict[str, int]:
+    """Rows of every rowset, by id."""
+    with index.read() as view:
+        return {key.hex(): int.from_bytes(raw[:8], "little") for key, raw in view.scan("rowsets")}
+
+
+def inspect(index: Index, store_layout: Layout) -> dict[str, Any]:
+    """The contract's `cache inspect --json`; `masks.referenced` counts the rows that name a mask."""
+    boundaries, _ = read_boundaries(index)
+    with index.read() as view:
+        unique = view.count("masks")
+    return {
+        "format": layout.FORMAT,
+        "masks": {"unique": unique, "referenced": sum(rowset_rows(index).values())},
+        "boundaries": [info.as_dict() for info in boundaries],
+        "index": index.statistics(),
+    }
+
+
+def usage(index: Index, store_layout: Layout, backend: Backend) -> dict[str, Any]:
+    """Bytes by what they are for: `{"boundaries", "stages", "index", "reserve", "total", "free"}`."""
+    boundaries = sum(size for _, size in backend.walk(""))
+    stages = files.tree_bytes(store_layout.stages)
+    reserve = store_layout.reserve.stat().st_size if store_layout.reserve.exists() else 0
+    indexed = files.tree_bytes(store_layout.index)
+    return {
+        "boundaries": boundaries,
+        "stages": stages,
+        "index": indexed,
+        "reserve": reserve,
+        "total": boundaries + stages + indexed + reserve,
+        "free": files.free_bytes(store_layout.root),
+    }
+
+
+class Verifier:
+    """One run of `verify`.
+
+    Args:
+        index: The index.
+        store_layout: Where the store lies.
+        backend: Where its boundaries lie.
+        fast: Compare existence and sizes, read no data.
+        subset: Share of the chunks to check, chosen by this run's time.
+        max_duration: Seconds after which it stops, having said how many it checked.
+        progress: Called with (done, total).
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        store_layout: Layout,
+        backend: Backend,
+        *,
+        fast: bool = False,
+        subset: float = 1.0,
+        max_duration: float | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._index, self._layout, self._backend = index, store_layout, backend
+        self._fast, self._subset, self._progress = fast, subset, progress
+        self._until = time.monotonic() + max_duration if max_duration is not None else None
+        self.checked = 0
+        self.damaged: list[Damage] = []
+
+    def run(self) -> dict[str, Any]:
+        """The contract's `cache verify --json`, with `checked_stages`, `complete` and the orphans' names beside."""
+        boundaries, broken = read_boundaries(self._index)
+        for boundary_id, _ in broken:
+            self._report(boundary_id, None, "its record is damaged")
+        self._check_rowsets(boundaries)
+        stages = Stages(self._layout)
+        recipes = stages.names()
+        work = [(info, chunk) for info in boundaries for chunk in range(info.chunks)]
+        if self._subset < 1.0:
+            # A run checks another part each time, so that a small share a day covers everything.
+            chosen = generator("verify", int(time.time())).permutation(len(work))
+            work = [work[i] for i in sorted(chosen[: max(1, round(self._subset * len(work)))].tolist())] if work else []
+        total = len(work) + len(recipes)
+        complete = self._check_chunks(work, total)
+        checked_stages = 0
+        for recipe in recipes:
+            if self._expired():
+                complete = False
+                break
+            self._check_stage(stages, recipe)
+            checked_stages += 1
+            self._tell(len(work) + checked_stages, total)
+        names = orphans(self._index, self._layout, self._backend)
+        return {
+            "checked_chunks": self.checked,
+            "checked_stages": checked_stages,
+            "damaged": self.damaged,
+            "orphans": names,
+            "complete": complete,
+        }
+
+    def _check_chunks(self, work: list[tuple[BoundaryInfo, int]], total: int) -> bool:
+        sources: dict[str, ChunkSource] = {}
+        for first in range(0, len(work), _BATCH):
+            batch = work[first : first + _BATCH]
+            with self._index.read() as view:
+                records = view.get_many("chunks", [chunk_key(info.id, chunk) for info, chunk in batch])
+                alive = {info.id for info, _ in batch if view.get("boundaries", bytes.fromhex(info.id)) is not None}
+            for at, ((info, chunk), raw) in enumerate(zip(batch, records, strict=True)):
+                if self._expired():
+                    return False
+                if info.id not in alive or (raw is None and info.state != "complete"):
+                    continue
+                source = sources.get(info.id)
+                if source is None:
+                    sources = {info.id: (source := ChunkSource(self._index, self._backend, info))}
+                fault = source.fault(chunk, raw, fast=self._fast)
+                if fault is not None and self._still_there(info):
+                    self._report(info.id, chunk, fault)
+                self.checked += 1
+                self._tell(first + at + 1, total)
+        return True
+
+    def _check_rowsets(self, boundaries: list[BoundaryInfo]) -> None:
+        for rowset_id, rows in rowset_rows(self._index).items():
+            try:
+                rowset = Rowset(rowset_id, self._layout.rowset(rowset_id), rows)
+            except DamageError as error:
+                self._report(f"rowset {rowset_id}", None, error.message.rpartition(": ")[2])
+                continue
+            if not self._fast and rowset_id_of(rowset.sample_ids, rowset.mask_ids) != rowset_id:
+                self._report(f"rowset {rowset_id}", None, "changed")
+
+    def _check_stage(self, stages: Stages, recipe: str) -> None:
+        try:
+            stage = stages.get(recipe, check=False)
+        except DamageError as error:
+            self._report(f"stage {recipe}", "stage.json", error.message)
+            return
+        if stage is None:
+            return
+        for name, fault in stage.faults():
+            self._report(f"stage {recipe}", name, fault)
+
+    def _still_there(self, info: BoundaryInfo) -> bool:
+        """A boundary dropped while it was being checked is not damaged."""
+        with self._index.read() as view:
+            return view.get("boundaries", bytes.fromhex(info.id)) is not None
+
+    def _report(self, boundary: str, chunk: int | str | None, fault: str) -> None:
+        self.damaged.append({"boundary": boundary, "chunk": chunk, "fault": fault})
+
+    def _expired(self) -> bool:
+        return self._until is not None and time.monotonic() > self._until
+
+    def _tell(self, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(done, total)
+
+
+def orphans(index: Index, store_layout: Layout, backend: Backend) -> list[str]:
+    """What lies in the store and belongs to nothing: paths relative to it, sorted."""
+    with index.read() as view:
+        known = {key.hex() for key in view.keys("boundaries")}
+        rowsets = {key.hex() for key in view.keys("rowsets")}
+    found = [f"boundaries/{name}" for name in backend.names() if name not in known]
+    for directory, prefix, keep in (
+        (store_layout.stages, "stages", None),
+        (store_layout.rowsets, "index/rowsets", rowsets),
+    ):
+        if directory.is_dir():
+            names = [entry.name for entry in directory.iterdir()]
+            found += [f"{prefix}/{n}" for n in names if (n not in keep if keep is not None else not is_hex_id(n))]
+    for boundary_id in sorted(known):
+        if in_use(store_layout.lock(boundary_id)):
+            continue  # a temporary file there has a living writer
+        for key, _ in backend.walk(boundary_id):
+            if key.rpartition("/")[2].startswith(durable.TEMPORARY):
+                found.append(f"boundaries/{key}")
+    return sorted(found)

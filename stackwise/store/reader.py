@@ -1,0 +1,265 @@
+"""Reading a boundary: any rows in any order, straight into their places in a batch."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from stackwise.errors import UsageError
+from stackwise.store.backend import Backend
+from stackwise.store.buffers import BufferPool, bits_of
+from stackwise.store.chunks import Array, ChunkDamage, ChunkSource, OpenChunk
+from stackwise.store.codecs import decode_scaled
+from stackwise.store.index import Index
+from stackwise.store.leases import Lease
+from stackwise.store.order import RowOrder
+from stackwise.store.prefetch import Prefetcher
+from stackwise.store.records import BoundaryInfo
+
+if TYPE_CHECKING:
+    import torch
+
+Rows = npt.NDArray[np.int64]
+Batch = tuple[Rows, "torch.Tensor"]
+
+_OPEN_FILES = 192
+_DIRECT_ROW_BYTES = 1 << 14
+"""Streaming smaller rows, one call a row costs more than copying them out of whole chunks."""
+_CACHED_BYTES = 512 << 20
+_SLOW = 2e9
+"""Bytes a second below which the disk, not memory, is being read, and asking ahead pays."""
+
+
+class BoundaryReader:
+    """Reads one boundary; made by `ActivationStore.reader`. Safe to use from several threads.
+
+    It holds a lease, so the boundary is not dropped or evicted while it is open. A row's digest is checked when
+    this reader first reads it.
+
+    Attributes:
+        info: The boundary.
+    """
+
+    def __init__(self, index: Index, backend: Backend, info: BoundaryInfo, lease: Lease) -> None:
+        self.info = info
+        self._backend, self._lease = backend, lease
+        self._source = ChunkSource(index, backend, info)
+        self._codec = info.codec_object
+        self._pool = BufferPool()
+        self._open: OrderedDict[int, OpenChunk] = OrderedDict()
+        self._loaded: OrderedDict[int, list[Array]] = OrderedDict()
+        self._loaded_limit = 4
+        self._lock = threading.RLock()
+        self._closed = False
+
+    def read(self, rows: npt.ArrayLike, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Activations [n, seq_len, d_model] of `rows` (any integers in range, any order, repeats allowed).
+
+        Args:
+            rows: Row numbers, integers [n].
+            out: A contiguous CPU tensor [n, seq_len, d_model] of the boundary's dtype to read into.
+
+        Returns:
+            `out`, or a tensor of the boundary's dtype, on the CPU, that is the caller's to keep.
+
+        Raises:
+            UsageError: A row is out of range, or `out` does not fit.
+            ChunkDamage: A chunk is missing, truncated or changed; named by boundary and chunk.
+            NotFound: A chunk is not written yet.
+        """
+        return self._gather(self._checked_rows(rows), out, whole=self._codec.compression != "none")
+
+    def stream(self, order: RowOrder, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """Endless batches in the given order.
+
+        Args:
+            order: Which rows, and in which order.
+            batch_size: Rows of a batch, B.
+            start: Number of the first batch: the whole state of a reader.
+
+        Yields:
+            (rows int64 [B], activations [B, seq_len, d_model]); both are the consumer's to keep.
+        """
+        if order.rows != self.info.rows:
+            raise UsageError(f"the order is over {order.rows} rows, the boundary has {self.info.rows}")
+        small = min(self._source.row_bytes[0], sum(self._source.row_bytes)) < _DIRECT_ROW_BYTES
+        whole = self._codec.compression != "none" or small or not self._is_local()
+        if whole:
+            self._loaded_limit = self._window_chunks(order)
+        number, advised, slow = start, -1, False
+        while True:
+            rows = order.batch(number, batch_size)
+            if slow:
+                advised = self._advise(order, (number + 1) * batch_size, advised)
+            began = time.perf_counter()
+            x = self._gather(rows, None, whole=whole)
+            slow = x.nbytes / max(time.perf_counter() - began, 1e-9) < _SLOW and not whole
+            yield rows, x
+            del x
+            number += 1
+
+    def batches(self, order: RowOrder, batch_size: int, start: int = 0, prefetch: int = 2) -> Prefetcher[Batch]:
+        """`stream` behind a background thread that stays `prefetch` batches ahead; close it when done."""
+        return Prefetcher(self.stream(order, batch_size, start), depth=prefetch)
+
+    def _is_local(self) -> bool:
+        return getattr(self._backend, "root", None) is not None
+
+    def _window_chunks(self, order: RowOrder) -> int:
+        """Chunks on disk that two windows of the order touch, as far as memory allows."""
+        each = -(-order.chunk_rows // self.info.chunk_rows) + 1
+        wanted = 2 * order.window_chunks * each + 2
+        chunk_bytes = sum(self._source.row_bytes) * self.info.chunk_rows
+        return max(2, min(wanted, _CACHED_BYTES // max(1, chunk_bytes), self.info.chunks))
+
+    def _checked_rows(self, rows: npt.ArrayLike) -> Rows:
+        numbers = np.asarray(rows)
+        if numbers.ndim != 1 or (numbers.dtype.kind not in "iu" and numbers.size):
+            raise UsageError(f"rows are integers [n], not {numbers.dtype} {list(numbers.shape)}")
+        numbers = numbers.astype(np.int64)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= self.info.rows):
+            raise UsageError(f"boundary {self.info.id} has rows 0 to {self.info.rows - 1}")
+        return numbers
+
+    def _gather(self, rows: Rows, out: torch.Tensor | None, *, whole: bool) -> torch.Tensor:
+        import torch
+
+        shape = (len(rows), self.info.seq_len, self.info.d_model)
+        dtype = self._codec.decoded
+        if out is None:
+            out = self._pool.tensor(shape, dtype)
+        elif (
+            tuple(out.shape) != shape
+            or out.dtype is not getattr(torch, dtype)
+            or out.device.type != "cpu"
+            or not out.is_contiguous()
+        ):
+            raise UsageError(f"`out` is to be a contiguous CPU tensor {list(shape)} of {dtype}")
+        if not len(rows):
+            return out
+        with self._lock:
+            if self._closed:
+                raise UsageError(f"the reader of boundary {self.info.id} is closed")
+            if self._codec.lossless:
+                self._fill(rows, [bits_of(out)], whole)
+                return out
+            stored = [
+                np.empty((len(rows), *spec.row_shape(self.info.seq_len, self.info.d_model)), spec.numpy)
+                for spec in self._codec.arrays
+            ]
+            self._fill(rows, stored, whole)
+        decode_scaled(self._codec.base, stored[0], stored[1], out)
+        return out
+
+    def _fill(self, rows: Rows, arrays: list[Array], whole: bool) -> None:
+        if whole:
+            self._from_loaded(rows, arrays)
+        else:
+            for array, row_bytes, at in zip(arrays, self._source.row_bytes, range(len(arrays)), strict=True):
+                self._scatter(rows, array.reshape(-1).view(np.uint8).data, row_bytes, at)
+            if len(arrays) > 1:
+                self._check_scaled(rows, arrays)
+
+    def _scatter(self, rows: Rows, view: memoryview, row_bytes: int, part: int) -> None:
+        """Read each row of one array straight into its place, and check it where it is checked by itself."""
+        chunk_rows = self.info.chunk_rows
+        check = self._codec.lossless
+        preadv, digest = os.preadv, xxhash.xxh3_64_intdigest
+        chunks = rows // chunk_rows
+        at, current, opened, fd = 0, -1, None, None
+        for chunk, row in zip(chunks.tolist(), (rows - chunks * chunk_rows).tolist(), strict=True):
+            if chunk != current or opened is None:
+                opened, current = self._opened(chunk), chunk
+                fd = opened.handles[part].fd
+            target = view[at : at + row_bytes]
+            at += row_bytes
+            try:
+                if fd is None:
+                    count = opened.handles[part].read_into(target, row * row_bytes)
+                else:
+                    count = preadv(fd, (target,), row * row_bytes)
+                    if 0 < count < row_bytes:
+                        count += opened.handles[part].read_into(target[count:], row * row_bytes + count)
+            except OSError as error:
+                raise ChunkDamage(self.info.id, chunk, f"unreadable ({error.strerror or error})") from error
+            if count != row_bytes:
+                raise ChunkDamage(self.info.id, chunk, "truncated")
+            if check and not opened.checked[row]:
+                if digest(target) != opened.digests[row]:
+                    raise ChunkDamage(self.info.id, chunk, "changed")
+                opened.checked[row] = 1
+
+    def _check_scaled(self, rows: Rows, arrays: list[Array]) -> None:
+        for at, row in enumerate(rows.tolist()):
+            chunk, within = divmod(row, self.info.chunk_rows)
+            opened = self._opened(chunk)
+            if not opened.checked[within]:
+                self._source.check_rows(opened, chunk, within, [array[at : at + 1] for array in arrays])
+
+    def _from_loaded(self, rows: Rows, arrays: list[Array]) -> None:
+        """Copy rows out of whole chunks that are kept in memory."""
+        chunks = rows // self.info.chunk_rows
+        for chunk in dict.fromkeys(chunks.tolist()):
+            places = np.flatnonzero(chunks == chunk)
+            within = rows[places] - chunk * self.info.chunk_rows
+            for array, loaded in zip(arrays, self._load(chunk), strict=True):
+                array[places] = loaded[within]
+
+    def _load(self, chunk: int) -> list[Array]:
+        loaded = self._loaded.get(chunk)
+        if loaded is None:
+            while len(self._loaded) >= self._loaded_limit:
+                self._loaded.popitem(last=False)
+            loaded = self._loaded[chunk] = self._source.load(chunk)
+        else:
+            self._loaded.move_to_end(chunk)
+        return loaded
+
+    def _opened(self, chunk: int) -> OpenChunk:
+        opened = self._open.get(chunk)
+        if opened is None:
+            while len(self._open) >= _OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+            opened = self._open[chunk] = self._source.open(chunk)
+        else:
+            self._open.move_to_end(chunk)
+        return opened
+
+    def _advise(self, order: RowOrder, position: int, advised: int) -> int:
+        """Ask the disk for the window after the one that holds `position`; returns how far was asked."""
+        _, end = order.window_rows(position)
+        if end <= advised:
+            return advised
+        rows, _ = order.window_rows(end)
+        with self._lock:
+            for chunk in np.unique(rows // self.info.chunk_rows).tolist():
+                for handle in self._opened(chunk).handles:
+                    self._backend.advise(handle)
+        return end
+
+    def close(self) -> None:
+        """Close the files and let go of the lease. A second time does nothing."""
+        with self._lock:
+            self._closed = True
+            for opened in self._open.values():
+                opened.close()
+            self._open.clear()
+            self._loaded.clear()
+            self._lease.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

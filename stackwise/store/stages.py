@@ -1,0 +1,213 @@
+"""Committed stages: what training a stage came to, under its recipe's id, whole or not there at all.
+
+    STORE/stages/<recipe id>/front.safetensors, block.3.safetensors, …, stage.json
+
+The directory is built under a temporary name with `stage.json` written last, then renamed. Every file's size and
+digest stand in `stage.json`, so a file that was deleted or altered by hand is noticed and named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from stackwise import durable
+from stackwise.errors import DamageError, UsageError
+from stackwise.identity import Hex, is_hex_id
+from stackwise.store import files
+from stackwise.store.layout import Layout
+from stackwise.store.leases import Lease
+
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,100}")
+_RECORD_BYTES = 256 << 20
+_READ = 16 << 20
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """The file of a part: its name in the stage's directory, its size in bytes, xxh3-128 of its bytes."""
+
+    file: str
+    bytes: int
+    digest: Hex
+
+
+@dataclass(frozen=True)
+class CommittedStage:
+    """A committed stage.
+
+    Attributes:
+        recipe: The recipe's id.
+        directory: Where its files lie.
+        record: The plain data that it was committed with.
+        parts: Each part ("front", "block.3", "head") and its file.
+    """
+
+    recipe: Hex
+    directory: Path
+    record: dict[str, Any]
+    parts: dict[str, PartFile]
+
+    def path(self, part: str) -> Path:
+        """The safetensors file of a part.
+
+        Raises:
+            UsageError: The stage has no such part.
+        """
+        if part not in self.parts:
+            raise UsageError(f"stage {self.recipe} has no part {part!r}; it has {', '.join(self.parts)}")
+        return self.directory / self.parts[part].file
+
+    def check(self) -> None:
+        """Compare every file with its size and digest.
+
+        Raises:
+            DamageError: A file is missing or was changed; it is named.
+        """
+        for fault in self.faults():
+            raise DamageError(
+                f"committed stage {self.recipe}: {self.directory / fault[0]} {fault[1]}",
+                hint="`stackwise run` trains that stage again from its upstream",
+            )
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """(file, what is wrong with it) of every file that is missing or was changed."""
+        for part in self.parts.values():
+            path = self.directory / part.file
+            try:
+                size = path.stat(follow_symlinks=False).st_size
+                if path.is_symlink():
+                    yield part.file, "is a link"
+                elif size != part.bytes:
+                    yield part.file, f"has {size} bytes instead of {part.bytes}"
+                elif file_digest(path) != part.digest:
+                    yield part.file, "was changed"
+            except OSError as error:
+                yield part.file, "is missing" if isinstance(error, FileNotFoundError) else f"is unreadable ({error})"
+
+
+class Stages:
+    """The committed stages of one store."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def commit(
+        self, recipe: Hex, write_parts: Mapping[str, Callable[[Path], None]], record: dict[str, Any]
+    ) -> CommittedStage:
+        """Write a stage's parts and commit it; see `ActivationStore.commit_stage`."""
+        final = self._layout.stage(recipe)
+        for part in write_parts:
+            if not _PART.fullmatch(part) or part == "stage":
+                raise UsageError(f"{part!r} cannot name a part of a stage")
+        text = json.dumps(record)  # fails before anything is written where the record is not plain
+        with (
+            Lease(self._layout.lock(f"stage-{recipe}"), f"stage {recipe}", alone=True),
+            durable.explain_full_disk(final),
+        ):
+            temporary = final.with_name(f"{durable.TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{recipe}")
+            temporary.mkdir()
+            try:
+                parts = {part: _write_part(temporary, part, write) for part, write in write_parts.items()}
+                value = {
+                    "format": 1,
+                    "recipe": recipe,
+                    "parts": {
+                        name: {"file": p.file, "bytes": p.bytes, "digest": p.digest} for name, p in parts.items()
+                    },
+                    "record": json.loads(text),
+                }
+                durable.write_json(temporary / "stage.json", value)
+                replaced = final.with_name(f"{temporary.name}-replaced")
+                if final.exists():
+                    os.rename(final, replaced)
+                os.rename(temporary, final)
+            except BaseException:
+                files.remove_tree(temporary)
+                raise
+            durable.fsync_directory(final.parent)
+            files.remove_tree(replaced)
+        return CommittedStage(recipe, final, json.loads(text), parts)
+
+    def get(self, recipe: Hex, *, check: bool = True) -> CommittedStage | None:
+        """The committed stage of a recipe, or None; see `ActivationStore.stage`."""
+        directory = self._layout.stage(recipe)
+        path = directory / "stage.json"
+        try:
+            if path.stat().st_size > _RECORD_BYTES:
+                raise ValueError("absurdly large")
+            stage = _parse(recipe, directory, durable.read_json(path))
+        except FileNotFoundError as error:
+            if not directory.exists():
+                return None
+            raise _damaged(path, "is missing") from error
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+            raise _damaged(path, f"is damaged ({str(error)[:100]})") from error
+        if check:
+            stage.check()
+        return stage
+
+    def names(self) -> list[Hex]:
+        """Recipe ids of all committed stages, damaged ones included."""
+        try:
+            return sorted(entry.name for entry in os.scandir(self._layout.stages) if is_hex_id(entry.name))
+        except FileNotFoundError:
+            return []
+
+    def drop(self, recipe: Hex) -> int:
+        """Remove a committed stage; returns the bytes freed."""
+        final = self._layout.stage(recipe)
+        lease = Lease(self._layout.lock(f"stage-{recipe}"), f"stage {recipe}", alone=True)
+        try:
+            if not final.exists():
+                return 0
+            # Under a temporary name first: a stage is there whole or not at all.
+            doomed = final.with_name(f"{durable.TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{recipe}")
+            os.rename(final, doomed)
+            durable.fsync_directory(final.parent)
+            return files.remove_tree(doomed)
+        finally:
+            lease.remove()
+
+
+def file_digest(path: Path) -> Hex:
+    """xxh3-128 of a file's bytes, read in pieces."""
+    state = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(_READ))
+        while count := file.readinto(buffer):
+            state.update(buffer[:count])
+    return state.hexdigest()
+
+
+def _write_part(directory: Path, part: str, write: Callable[[Path], None]) -> PartFile:
+    path = directory / f"{part}.safetensors"
+    durable.write_durably(path, write)
+    return PartFile(path.name, path.stat().st_size, file_digest(path))
+
+
+def _parse(recipe: Hex, directory: Path, value: Any) -> CommittedStage:
+    if value["recipe"] != recipe or value["format"] != 1:
+        raise ValueError("it is that of another stage, or of another format")
+    parts = {}
+    for name, part in value["parts"].items():
+        if not _PART.fullmatch(name) or part["file"] != f"{name}.safetensors":
+            raise ValueError("a part's name is not one")
+        if not isinstance(part["bytes"], int) or not is_hex_id(part["digest"]):
+            raise ValueError(f"part {name}")
+        parts[name] = PartFile(part["file"], part["bytes"], part["digest"])
+    if not isinstance(value["record"], dict):
+        raise ValueError("no record")
+    return CommittedStage(recipe, directory, value["record"], parts)
+
+
+def _damaged(path: Path, fault: str) -> DamageError:
+    return DamageError(f"{path} {fault}", hint="`stackwise run` trains that stage again from its upstream")

@@ -1,0 +1,462 @@
+"""The activation store: the one object that a user opens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from stackwise.errors import NotFound, UsageError
+from stackwise.identity import Hex
+from stackwise.store import inspection, layout
+from stackwise.store.backend import Backend, LocalBackend
+from stackwise.store.codecs import codec_named, default_chunk_rows
+from stackwise.store.index import Writing, close_index, open_index
+from stackwise.store.layout import Layout, checked_id
+from stackwise.store.leases import Lease
+from stackwise.store.masks import MaskIds, Masks
+from stackwise.store.reader import BoundaryReader
+from stackwise.store.records import BoundaryInfo, boundary_id_of
+from stackwise.store.rowset import Ids, Rowset, check_ids, rowset_id_of, stage_rowset
+from stackwise.store.stages import CommittedStage, Stages
+from stackwise.store.writer import BoundaryWriter
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ActivationStore:
+    """Activations on disk, found by what made them: (trunk, sample, mask).
+
+    A *boundary* holds the activations of a *rowset* (an ordered list of (sample, mask) pairs) that one *trunk*
+    (any computation with an id) gave, as a Zarr v3 group. What a writer published survives kill -9 and power loss;
+    what is damaged is never delivered. Any number of processes may use a store at once, each with an object of
+    its own; a store may be used in a forked child as it is.
+
+    Args:
+        path: The store's directory.
+        create: Make it where there is none.
+        backend: Where the boundaries' files lie; by default beside the index. The index stays under `path`.
+
+    Raises:
+        UsageError: It is of a newer format, no store, or on a network file system.
+        NotFound: There is no store and `create` is false.
+        NoSpaceError: The disk is full.
+
+    Example:
+        >>> import tempfile, numpy as np, torch
+        >>> from stackwise.store import ActivationStore
+        >>> with ActivationStore(tempfile.mkdtemp() + "/store") as store:
+        ...     mask_ids = store.put_masks(np.random.rand(6, 32) < 0.3)      # bool [rows, positions]
+        ...     sample_ids = np.random.randint(0, 256, (6, 16), np.uint8)    # any 16 bytes a sample
+        ...     rowset = store.put_rowset(sample_ids, mask_ids)
+        ...     trunk = "00" * 16                                            # the id of what computed them
+        ...     with store.writer(trunk=trunk, rowset=rowset, depth=1, seq_len=32, d_model=8) as writer:
+        ...         for chunk in writer.missing:
+        ...             start, stop = writer.chunk_rows_of(chunk)
+        ...             _ = writer.write_chunk(chunk, torch.ones(stop - start, 32, 8))
+        ...         boundary = writer.finish()
+        ...     with store.reader(boundary.id) as reader:
+        ...         x = reader.read([5, 0, 3])
+        >>> x.shape, x.dtype
+        (torch.Size([3, 32, 8]), torch.bfloat16)
+    """
+
+    def __init__(self, path: str | os.PathLike[str], create: bool = True, *, backend: Backend | None = None) -> None:
+        self.path = Path(path).absolute()
+        self._layout = Layout(self.path)
+        layout.refuse_network(self.path)
+        if layout.read_format(self._layout) is None:
+            if not create:
+                raise NotFound(f"there is no store at {self.path}", hint="name it by --store, or the run by --run")
+            self._refuse_foreign_directory()
+            layout.create(self._layout)
+        self._index = open_index(self._layout.index)
+        try:
+            if layout.read_format(self._layout) is None:
+                layout.seal(self._layout)
+        except BaseException:
+            close_index(self._index)
+            raise
+        self._backend: Backend = backend if backend is not None else LocalBackend(self._layout.boundaries)
+        self._masks = Masks(self._index)
+        self._stages = Stages(self._layout)
+        self._rowsets: dict[Hex, Rowset] = {}
+        self._closed = False
+
+    def _refuse_foreign_directory(self) -> None:
+        """A directory with other things in it does not become a store."""
+        try:
+            names = {entry.name for entry in os.scandir(self.path)}
+        except FileNotFoundError:
+            return
+        foreign = names - {"index", "boundaries", "stages", "locks", "reserve", "lost+found"}
+        foreign = {name for name in foreign if not name.startswith(".tmp-")}
+        if foreign:
+            raise UsageError(f"{self.path} is no store, and not empty (it holds {sorted(foreign)[0]!r})")
+
+    # Masks and rowsets
+
+    def put_masks(self, masks: npt.NDArray[np.bool_]) -> MaskIds:
+        """Store mask patterns bool [n, length]; returns their ids uint8 [n, 16]. Equal patterns are stored once.
+
+        Raises:
+            UsageError: `masks` is not a boolean matrix.
+        """
+        return self._masks.put(masks)
+
+    def masks(self, mask_ids: MaskIds, seq_len: int | None = None) -> npt.NDArray[np.bool_]:
+        """Patterns bool [n, length] of mask ids uint8 [n, 16]; recent ones are kept in memory.
+
+        Raises:
+            NotFound: An id is not stored here.
+            UsageError: The masks differ in length, or are not of `seq_len` positions.
+        """
+        return self._masks.get(mask_ids, seq_len)
+
+    def put_rowset(self, sample_ids: Ids, mask_ids: MaskIds) -> Hex:
+        """Store the ordered pairs of sample ids uint8 [rows, 16] and mask ids uint8 [rows, 16]; returns its id.
+
+        Storing the same pairs again does nothing and gives the same id.
+
+        Raises:
+            UsageError: Not such arrays, or no row.
+            NotFound: A mask is not in the store (`put_masks` comes first).
+        """
+        samples, masks = check_ids(sample_ids, mask_ids)
+        rowset_id = rowset_id_of(samples, masks)
+        if self._rowset_rows(rowset_id) is not None:
+            return rowset_id
+        missing = self._masks.missing(masks)
+        if missing:
+            raise NotFound(f"{missing} of the rowset's masks are not in the store; `put_masks` stores them")
+        install = stage_rowset(self._layout.rowset(rowset_id), samples, masks)
+
+        def publish(view: Writing) -> None:
+            install()
+            view.put("rowsets", bytes.fromhex(rowset_id), len(samples).to_bytes(8, "little"))
+
+        self._index.update(publish)
+        return rowset_id
+
+    def rowset(self, rowset_id: Hex) -> Rowset:
+        """The rowset of that id: `.rows`, `.sample_ids`, `.mask_ids`, `.row(sample, mask)`, `.find(samples, masks)`.
+
+        Raises:
+            NotFound: It is not in the store.
+            DamageError: Its file is damaged.
+        """
+        found = self._rowsets.get(rowset_id)
+        if found is None:
+            checked_id(rowset_id, "rowset")
+            rows = self._rowset_rows(rowset_id)
+            if rows is None:
+                raise NotFound(f"rowset {rowset_id} is not in the store {self.path}")
+            found = self._rowsets[rowset_id] = Rowset(rowset_id, self._layout.rowset(rowset_id), rows)
+        return found
+
+    def _rowset_rows(self, rowset_id: Hex) -> int | None:
+        with self._index.read() as view:
+            raw = view.get("rowsets", bytes.fromhex(rowset_id))
+        return None if raw is None else int.from_bytes(raw[:8], "little")
+
+    # Boundaries
+
+    def writer(
+        self,
+        *,
+        trunk: Hex,
+        rowset: Hex,
+        depth: int,
+        seq_len: int,
+        d_model: int,
+        codec: str = "bf16",
+        chunk_rows: int | None = None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> BoundaryWriter:
+        """A writer of the boundary of `trunk`, `rowset` and `codec`, new or begun before.
+
+        Args:
+            trunk: Id of what computes the activations.
+            rowset: Id of the rowset whose activations they are.
+            depth: The stage that the boundary enters.
+            seq_len: Positions of a row.
+            d_model: Features of a position.
+            codec: A name in `CODECS`.
+            chunk_rows: Rows of a chunk; by default about 8 MiB of them.
+            attributes: Plain data kept with the boundary, also in its Zarr attributes.
+
+        Raises:
+            UsageError: An argument is out of range, or the boundary was begun with another shape.
+            NotFound: The rowset is not in the store.
+            BusyError: The boundary is being removed.
+        """
+        checked_id(trunk, "trunk")
+        codec_object = codec_named(codec)
+        rows = self.rowset(rowset).rows
+        itemsize = codec_object.arrays[0].numpy.itemsize
+        info = BoundaryInfo(
+            id=boundary_id_of(trunk, rowset, codec),
+            trunk=trunk,
+            rowset=rowset,
+            depth=depth,
+            rows=rows,
+            seq_len=seq_len,
+            d_model=d_model,
+            codec=codec,
+            chunk_rows=min(chunk_rows or default_chunk_rows(seq_len, d_model, itemsize, rows), rows),
+            created=time.time(),
+            attributes=json.loads(json.dumps(dict(attributes or {}))),
+        )
+        try:
+            info.check()
+        except ValueError as error:
+            raise UsageError(f"no boundary can have this: {error}") from error
+        lease = self._lease(info.id)
+
+        def begin(view: Writing) -> BoundaryInfo:
+            raw_id = bytes.fromhex(info.id)
+            raw = view.get("boundaries", raw_id)
+            if raw is not None:
+                return BoundaryInfo.decode(raw_id, raw)
+            view.put("boundaries", raw_id, info.encode())
+            view.put("trunks", bytes.fromhex(trunk) + raw_id, b"")
+            return info
+
+        try:
+            begun = self._index.update(begin)
+            if (begun.shape, begun.chunk_rows) != (info.shape, info.chunk_rows) and (
+                begun.shape != info.shape or chunk_rows is not None
+            ):
+                raise UsageError(
+                    f"boundary {info.id} was begun as {list(begun.shape)} in chunks of {begun.chunk_rows} rows, "
+                    f"not {list(info.shape)} in chunks of {info.chunk_rows}"
+                )
+            return BoundaryWriter(self._index, self._backend, self._masks, self.rowset(rowset), begun, lease)
+        except BaseException:
+            lease.release()
+            raise
+
+    def reader(self, boundary_id: Hex) -> BoundaryReader:
+        """A reader of a boundary; while it is open the boundary is neither dropped nor evicted.
+
+        Raises:
+            NotFound: The boundary is not in the store.
+            BusyError: It is being removed.
+        """
+        lease = self._lease(checked_id(boundary_id, "boundary"))
+        try:
+            return BoundaryReader(self._index, self._backend, self.boundary(boundary_id), lease)
+        except BaseException:
+            lease.release()
+            raise
+
+    def boundary(self, boundary_id: Hex) -> BoundaryInfo:
+        """What the index says of a boundary.
+
+        Raises:
+            NotFound: It is not in the store.
+        """
+        key = bytes.fromhex(checked_id(boundary_id, "boundary"))
+        with self._index.read() as view:
+            raw = view.get("boundaries", key)
+        if raw is None:
+            raise NotFound(f"boundary {boundary_id} is not in the store {self.path}")
+        return BoundaryInfo.decode(key, raw)
+
+    def boundaries(self) -> list[BoundaryInfo]:
+        """Every boundary, shallow first. One whose record is damaged is left to `verify` to name."""
+        return inspection.read_boundaries(self._index)[0]
+
+    def find(self, *, trunk: Hex, rowset: Hex, codec: str) -> BoundaryInfo | None:
+        """The boundary of these three, in whatever state; None where there is none."""
+        with contextlib.suppress(NotFound):
+            return self.boundary(boundary_id_of(trunk, rowset, codec))
+        return None
+
+    def lookup(self, trunk: Hex, sample_id: bytes | Ids, mask_id: bytes | Ids) -> torch.Tensor:
+        """The activation [seq_len, d_model] of one sample under one mask, in constant time.
+
+        Raises:
+            NotFound: No boundary of that trunk holds the pair.
+            DamageError: It is damaged.
+        """
+        with self._index.read() as view:
+            keys = view.keys("trunks", bytes.fromhex(checked_id(trunk, "trunk")))
+        for key in keys:
+            info = self.boundary(key[16:].hex())
+            try:
+                row = self.rowset(info.rowset).row(sample_id, mask_id)
+                with self.reader(info.id) as reader:
+                    return reader.read([row])[0]
+            except NotFound:
+                continue
+        raise NotFound(
+            f"no activation of sample {bytes(sample_id).hex()} under mask {bytes(mask_id).hex()} of trunk {trunk}"
+        )
+
+    def drop(self, boundary_id: Hex) -> int:
+        """Remove a boundary: first from the index, then its files; returns the bytes freed.
+
+        Raises:
+            BusyError: It is being read or written.
+            NotFound: It is not in the store.
+        """
+        key = bytes.fromhex(checked_id(boundary_id, "boundary"))
+        lease = self._lease(boundary_id, alone=True)
+        try:
+            info = self.boundary(boundary_id)
+
+            def forget(view: Writing) -> None:
+                view.delete("boundaries", key)
+                view.delete("trunks", bytes.fromhex(info.trunk) + key)
+                view.delete_prefix("chunks", key)
+
+            self._index.update(forget)
+            return self._backend.remove(boundary_id)
+        finally:
+            lease.remove()
+
+    def _lease(self, boundary_id: Hex, *, alone: bool = False) -> Lease:
+        return Lease(self._layout.lock(boundary_id), f"boundary {boundary_id}", alone=alone)
+
+    # Runs
+
+    def register_run(self, run_key: str, *, recipes: list[Hex], boundaries: list[Hex]) -> None:
+        """Say what a run refers to, instead of what was said of it before: `gc` keeps that.
+
+        Args:
+            run_key: The run's name, such as its directory; 1 to 400 bytes.
+            recipes: Ids of the recipes whose committed stages it needs.
+            boundaries: Ids of the boundaries that it needs.
+
+        Raises:
+            UsageError: An id or the key is not one.
+        """
+        key = run_key.encode()
+        if not 0 < len(key) <= 400:
+            raise UsageError("a run's key has 1 to 400 bytes")
+        for name in (*recipes, *boundaries):
+            checked_id(name, "recipe or boundary")
+        value = json.dumps({"recipes": recipes, "boundaries": boundaries, "at": time.time()}).encode()
+        self._index.update(lambda view: view.put("runs", key, value))
+
+    def forget_run(self, run_key: str) -> bool:
+        """Forget a registered run; whether there was one. What it alone referred to is then `gc`'s."""
+        return self._index.update(lambda view: view.delete("runs", run_key.encode()))
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """Registered runs by key: `{"recipes": [...], "boundaries": [...], "at": seconds since 1970}`."""
+        with self._index.read() as view:
+            records = list(view.scan("runs"))
+        found: dict[str, dict[str, Any]] = {}
+        for key, raw in records:
+            with contextlib.suppress(ValueError, RecursionError):
+                found[key.decode()] = dict(json.loads(raw))
+        return found
+
+    # Committed stages
+
+    def commit_stage(
+        self, recipe_id: Hex, write_parts: Mapping[str, Callable[[Path], None]], record: dict[str, Any]
+    ) -> CommittedStage:
+        """Commit a stage: its parts are written, fsynced, digested, and appear together or not at all.
+
+        Committing a recipe again replaces what was committed.
+
+        Args:
+            recipe_id: Id of the stage's recipe.
+            write_parts: For each part ("front", "block.3", "head") a function that writes its safetensors file
+                to the path it is given.
+            record: Plain data kept with it, such as the digests of the parts' tensors.
+
+        Raises:
+            UsageError: A part's name is not one, or the id.
+            BusyError: Another process is committing the same recipe.
+            NoSpaceError: The disk is full; nothing was changed.
+        """
+        return self._stages.commit(recipe_id, write_parts, record)
+
+    def stage(self, recipe_id: Hex, check: bool = True) -> CommittedStage | None:
+        """The committed stage of a recipe; None where it was not committed.
+
+        Args:
+            recipe_id: Id of the recipe.
+            check: Compare every file's size and digest.
+
+        Raises:
+            DamageError: A file is missing or was changed; it is named.
+        """
+        return self._stages.get(recipe_id, check=check)
+
+    def stages(self) -> list[Hex]:
+        """Recipe ids of all committed stages."""
+        return self._stages.names()
+
+    def drop_stage(self, recipe_id: Hex) -> int:
+        """Remove a committed stage; returns the bytes freed (0 where there was none)."""
+        return self._stages.drop(recipe_id)
+
+    # The whole
+
+    def inspect(self) -> dict[str, Any]:
+        """What the store holds, as the contract's `cache inspect --json`."""
+        return inspection.inspect(self._index, self._layout)
+
+    def usage(self) -> dict[str, Any]:
+        """Bytes by what they are for; see `inspection.usage`."""
+        return inspection.usage(self._index, self._layout, self._backend)
+
+    def verify(
+        self,
+        progress: inspection.Progress | None = None,
+        fast: bool = False,
+        subset: float = 1.0,
+        max_duration: float | None = None,
+    ) -> dict[str, Any]:
+        """Compare what lies on disk with what was published, as the contract's `cache verify --json`.
+
+        Args:
+            progress: Called with (done, total) chunks and stages.
+            fast: Compare existence and sizes alone.
+            subset: Share of the chunks to check, from 0 to 1, another each time.
+            max_duration: Seconds after which to stop.
+
+        Returns:
+            `{"checked_chunks", "damaged": [{"boundary", "chunk", "fault"}], "orphans"}`, and beside these
+            `checked_stages` and `complete` (whether time sufficed).
+        """
+        if not 0.0 < subset <= 1.0:
+            raise UsageError(f"a subset is a share above 0 and up to 1, not {subset}")
+        return inspection.Verifier(
+            self._index,
+            self._layout,
+            self._backend,
+            fast=fast,
+            subset=subset,
+            max_duration=max_duration,
+            progress=progress,
+        ).run()
+
+    def close(self) -> None:
+        """Close the store. Readers and writers made from it end with it; a second time does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._rowsets.clear()
+            close_index(self._index)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,43 @@
+"""What the tests of the store share; imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from stackwise.store import ActivationStore, BoundaryInfo
+
+TRUNK = "ab" * 16
+SEQ, DIM = 12, 8
+
+
+def pairs(rows: int, seed: int = 0, patterns: int = 5, seq: int = SEQ) -> tuple[np.ndarray, np.ndarray]:
+    """Sample ids [rows, 16] and masks bool [rows, seq], of which few are distinct."""
+    rng = np.random.default_rng(seed)
+    samples = rng.integers(0, 256, (rows, 16), np.uint8)
+    masks = rng.random((patterns, seq)) < 0.4
+    return samples, masks[rng.integers(0, patterns, rows)]
+
+
+def values(rows: int, seed: int = 0, seq: int = SEQ, dim: int = DIM) -> np.ndarray:
+    return np.random.default_rng(seed + 1000).standard_normal((rows, seq, dim)).astype(np.float32)
+
+
+def put_rowset(store: ActivationStore, rows: int, seed: int = 0, seq: int = SEQ) -> str:
+    samples, masks = pairs(rows, seed, seq=seq)
+    return store.put_rowset(samples, store.put_masks(masks))
+
+
+def write(
+    store: ActivationStore, x: np.ndarray, *, seed: int = 0, codec: str = "fp32", trunk: str = TRUNK, **more: Any
+) -> BoundaryInfo:
+    rowset = put_rowset(store, len(x), seed, seq=x.shape[1])
+    more = {"depth": 1, "chunk_rows": 4, **more}
+    with store.writer(
+        trunk=trunk, rowset=rowset, seq_len=x.shape[1], d_model=x.shape[2], codec=codec, **more
+    ) as writer:
+        for chunk in writer.missing:
+            start, stop = writer.chunk_rows_of(chunk)
+            writer.write_chunk(chunk, x[start:stop])
+        return writer.finish()
