@@ -59,7 +59,9 @@ def text_document(data: bytes) -> TextDocument:
     return TextDocument(xxhash.xxh3_128_intdigest(data), len(data), partial(cut, (data,)))
 
 
-def text_file(path: Path, limit: int | None = None) -> Iterator[TextDocument]:
+def text_file(
+    path: Path, limit: int | None = None, tell: Callable[[int], None] | None = None
+) -> Iterator[TextDocument]:
     """A text file: one document, or none where it is empty (or cut to nothing by `limit` bytes).
 
     Raises:
@@ -81,6 +83,8 @@ def text_file(path: Path, limit: int | None = None) -> Iterator[TextDocument]:
         for block in is_utf8(_chain(head, following, blocks)):
             state.update(block)
             n_bytes += len(block)
+            if tell is not None:
+                tell(len(block))
     except UnicodeDecodeError:
         raise SkippedFile("not UTF-8 text") from None
     yield TextDocument(state.intdigest(), n_bytes, lambda: cut(file_blocks(path, limit)))

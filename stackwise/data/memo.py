@@ -18,6 +18,9 @@ from typing import Any
 SETTLED_NS = 2_000_000_000
 """A file changed less than this ago may change again within the resolution of its time: it is not remembered."""
 
+HELD = 1024
+"""Files that are held before they are written down together."""
+
 _SCHEMA = "CREATE TABLE IF NOT EXISTS files (key TEXT PRIMARY KEY, stamp TEXT NOT NULL, value TEXT NOT NULL)"
 
 
@@ -25,12 +28,14 @@ class Memo:
     """An open memory; `None` as its path is one that forgets.
 
     Args:
-        path: The SQLite file; made where it is missing.
+        path: The SQLite file; it may be missing.
     """
 
     def __init__(self, path: Path | None) -> None:
+        self._path = path
         self._db: sqlite3.Connection | None = None
-        if path is None:
+        self._new: list[tuple[str, str, str]] = []
+        if path is None or not path.exists():
             return
         try:
             self._db = _open(path)
@@ -51,31 +56,40 @@ class Memo:
 
     def put(self, path: Path, status: os.stat_result, reading: str, value: Any) -> None:
         """Remember a file; `status` is from before it was read."""
-        if self._db is None or time.time_ns() - status.st_mtime_ns < SETTLED_NS:
-            return
-        with contextlib.suppress(sqlite3.Error):
-            self._db.execute(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?)",
-                (_key(path, reading), _stamp(status), json.dumps(value)),
-            )
+        if time.time_ns() - status.st_mtime_ns >= SETTLED_NS:
+            self._new.append((_key(path, reading), _stamp(status), json.dumps(value)))
+            if self._db is not None and len(self._new) >= HELD:
+                self._flush()
 
-    def close(self) -> None:
-        """Keep what was put."""
+    def _flush(self) -> None:
+        # one short transaction: another process never waits for a file to be read
+        if self._db is not None and self._new:
+            with contextlib.suppress(sqlite3.Error), self._db:
+                self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", self._new)
+        self._new.clear()
+
+    def close(self, *, create: bool = False) -> None:
+        """Keep what was put; `create`: also where there was no memory yet."""
+        if self._db is None and create and self._path is not None and self._new:
+            with contextlib.suppress(sqlite3.Error, OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._db = _open(self._path)
+        self._flush()
         if self._db is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._db.commit()
             self._db.close()
             self._db = None
 
 
 @contextlib.contextmanager
 def open_memo(path: Path | None) -> Iterator[Memo]:
-    """A memory for the length of a block; what was put is kept even where the block fails."""
+    """A memory for the length of a block. Where the block fails, what was put is kept, but nothing is created."""
     memo = Memo(path)
+    done = False
     try:
         yield memo
+        done = True
     finally:
-        memo.close()
+        memo.close(create=done)
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -32,8 +32,10 @@ class Source:
     kind: str
     named: bool
 
-    def documents(self, column: str, limit: Limit | None = None) -> Iterator[Document]:
-        """Its documents in order, within a limit.
+    def documents(
+        self, column: str, limit: Limit | None = None, tell: Callable[[int], None] | None = None
+    ) -> Iterator[Document]:
+        """Its documents in order, within a limit. `tell` hears how many bytes of a long text file went by.
 
         Raises:
             SkippedFile: It holds no text.
@@ -42,9 +44,9 @@ class Source:
         """
         if self.kind == "text":
             if limit is None:
-                return text_file(self.path)
+                return text_file(self.path, None, tell)
             limit.reached = self.path.stat().st_size > limit.size
-            return text_file(self.path, limit.size)
+            return text_file(self.path, limit.size, tell)
         documents = row_documents(_ROWS[self.kind](self.path, column), column)
         return documents if limit is None else limit.apply(documents)
 

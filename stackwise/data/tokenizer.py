@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from stackwise.data.source_bytes import Ids, Table, byte_letters, byte_table, bytes_between
 from stackwise.durable import write_bytes
 from stackwise.errors import NotFound, UsageError
 from stackwise.identity import Hex, digest
 
 if TYPE_CHECKING:
     import tokenizers
-
-Ids = np.ndarray[Any, np.dtype[np.uint32]]
 
 SEPARATOR, MASK = "<|endoftext|>", "<|mask|>"
 """The names of the tokens that are added where a tokenizer brings none."""
@@ -145,7 +144,7 @@ class Tokenizer:
         """
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [
-            (np.array(encoding.ids, np.uint32), _bytes_between(text, encoding.offsets))
+            (np.array(encoding.ids, np.uint32), bytes_between(text, encoding.offsets))
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
@@ -153,25 +152,22 @@ class Tokenizer:
         """The text of ids; special tokens appear by name, bytes that are no UTF-8 as replacement characters."""
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
 
-    def bytes_per_token(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    def bytes_per_token(self) -> Table | None:
         """Bytes of text that each id stands for (int64 [vocab_size]; specials 0), or None.
 
         None: the length of a token's text depends on where it stands (the tokenizer is not byte-level, or
         normalises, or drops text).
         """
-        return _byte_table(json.loads(self.json), self.vocab_size)
+        return self._table
+
+    @cached_property
+    def _table(self) -> Table | None:
+        return byte_table(json.loads(self.json), self.vocab_size)
 
 
 def bytes_tokenizer() -> Tokenizer:
     """256 bytes, a separator (256), a mask (257)."""
     return Tokenizer.from_json(_bytes_json(), name="bytes")
-
-
-def byte_letters() -> list[str]:
-    """The letter that byte-level tokenizers write for each byte: itself where it can be seen, else one from 256 up."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = iter(range(256, 512))
-    return [chr(byte) if byte in seen else chr(next(hidden)) for byte in range(256)]
 
 
 @lru_cache(maxsize=1)
@@ -184,49 +180,3 @@ def _bytes_json() -> str:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([SEPARATOR, MASK])
     return str(backend.to_str())
-
-
-def _bytes_between(text: str, offsets: Sequence[tuple[int, int]]) -> Ids:
-    ends = np.fromiter((end for _, end in offsets), np.int64, len(offsets))
-    if not len(ends):
-        return np.empty(0, np.uint32)
-    ends = np.maximum.accumulate(ends)
-    ends[-1] = len(text)
-    if not text.isascii():
-        code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        widths = 1 + (code_points > 0x7F) + (code_points > 0x7FF) + (code_points > 0xFFFF)
-        ends = np.concatenate(([0], np.cumsum(widths)))[ends]
-    return np.diff(ends, prepend=0).astype(np.uint32)
-
-
-def _byte_table(spec: dict[str, Any], vocab_size: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    model, letters = spec["model"], set(byte_letters())
-    stages = _flat(spec["pre_tokenizer"], "pretokenizers")
-    byte_level = [stage for stage in stages if stage["type"] == "ByteLevel"]
-    exact = (
-        model["type"] == "BPE"
-        and not _flat(spec["normalizer"], "normalizers")
-        and len(byte_level) == 1
-        and stages[-1] is byte_level[0]
-        and not byte_level[0]["add_prefix_space"]
-        and all(stage["type"] in ("Split", "Digits") and stage.get("behavior") != "Removed" for stage in stages[:-1])
-        and letters <= model["vocab"].keys()
-        and not model["continuing_subword_prefix"]
-        and not model["end_of_word_suffix"]
-    )
-    if not exact:
-        return None
-    table = np.zeros(vocab_size, np.int64)
-    for token, i in model["vocab"].items():
-        table[i] = len(token)
-    for added in spec["added_tokens"]:
-        if not added["special"] and (added["lstrip"] or added["rstrip"]):
-            return None
-        table[added["id"]] = 0 if added["special"] else len(added["content"].encode())
-    return table
-
-
-def _flat(stage: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-    if stage is None:
-        return []
-    return [flat for part in stage[inner] for flat in _flat(part, inner)] if stage["type"] == "Sequence" else [stage]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import xxhash
 
 from stackwise.data.documents import TextDocument
-from stackwise.data.scan import Corpus, HeldOut, Progress
+from stackwise.data.held_out import HeldOut
+from stackwise.data.scan import Corpus, Progress
 from stackwise.data.tokenizer import MASK, SEPARATOR, Tokenizer
 from stackwise.errors import UsageError
 

@@ -11,7 +11,8 @@ import numpy as np
 import xxhash
 
 from stackwise.data.documents import IGNORED, TextDocument
-from stackwise.data.scan import Corpus, HeldOut, Progress
+from stackwise.data.held_out import HeldOut
+from stackwise.data.scan import Corpus, Progress
 from stackwise.data.tokenizer import Tokenizer
 from stackwise.errors import UsageError
 
@@ -20,6 +21,9 @@ BATCH_BYTES = 2 << 20
 
 BATCH_TEXTS = 4096
 FLUSH_TOKENS = 1 << 20
+
+SIDES = ("train", "held_out")
+"""The splits, and their folders' names."""
 
 Array = np.ndarray[Any, Any]
 
@@ -120,15 +124,25 @@ class SplitWriter:
             UsageError: The mask token stands in the data.
         """
         self._flush()
-        if hits := int(self._counts[self._tokenizer.mask_id]):
-            raise UsageError(
-                f"the mask token (id {self._tokenizer.mask_id}) occurs {hits} times in the data",
-                hint="use a tokenizer whose mask token no text contains",
-            )
+        self._check_mask()
         counts = _Column(self.directory / "counts.bin", "<i8")
         counts.append(self._counts)
         columns = {name: column.close() for name, column in (*self._columns.items(), ("counts", counts))}
-        return {"documents": self.n_documents, "tokens": self.n_tokens, "bytes": self.n_bytes, "columns": columns}
+        return {"documents": self.n_documents, "tokens": self.n_tokens, "bytes": self._bytes(), "columns": columns}
+
+    def _check_mask(self) -> None:
+        hits = int(self._counts[self._tokenizer.mask_id])
+        # rows with targets may well show masks: they bring their own objective
+        if hits and "targets" not in self._columns:
+            raise UsageError(
+                f"the mask token (id {self._tokenizer.mask_id}) occurs {hits} times in the data",
+                hint="use a tokenizer whose mask token the data does not contain",
+            )
+
+    def _bytes(self) -> int:
+        """Bytes of source text; of rows of tokens, what the tokens stand for where that is known."""
+        table = None if self.n_bytes else self._tokenizer.bytes_per_token()
+        return self.n_bytes if table is None else int(table @ self._counts)
 
     def abandon(self) -> None:
         """Close the files as they are."""
@@ -158,8 +172,7 @@ def write_splits(
             stays empty.
     """
     extra = {"targets"} if corpus.has_targets else {"bytes"} if measure and corpus.has_text else set[str]()
-    names = ("train", "held_out")
-    writers = [SplitWriter(directory / name, tokenizer, frozenset(extra)) for name in names]
+    writers = [SplitWriter(directory / name, tokenizer, frozenset(extra)) for name in SIDES]
     try:
         done = 0
         for batch in _batches(corpus, held_out):

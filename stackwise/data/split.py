@@ -1,0 +1,192 @@
+"""One side of a prepared set: its stream of tokens, cut into samples of any length."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from stackwise.durable import write_bytes
+from stackwise.errors import UsageError
+from stackwise.identity import digest
+
+_TYPES = {"tokens": ("<u2", "<u4"), "documents": ("<i8",), "counts": ("<i8",), "bytes": ("<u4",), "targets": ("<i4",)}
+
+Array = np.ndarray[Any, Any]
+Int64s = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class DamagedColumnError(ValueError):
+    """A file of a set is not what its description says. `PreparedData` says which set."""
+
+
+class Split:
+    """One side of a prepared set: its documents' tokens, one after another, a separator after each.
+
+    Samples are consecutive runs of the stream, so that a set serves every length; the tail that fills none is left.
+
+    Args:
+        directory: Its folder.
+        meta: Its description.
+        byte_table: Gives the bytes of text that each id stands for, where that is the id's own.
+    """
+
+    def __init__(self, directory: Path, meta: Mapping[str, Any], byte_table: Callable[[], Int64s | None]) -> None:
+        self.directory = directory
+        self._byte_table = byte_table
+        self._meta = meta
+        self._columns = {name: _map(directory, name, column) for name, column in meta["columns"].items()}
+        self.tokens: Array = self._columns["tokens"]
+        """The whole stream: uint16 or uint32 [n_tokens], memory-mapped."""
+        self.documents: Int64s = self._columns["documents"]
+        """Where each document starts: int64 [n_documents], memory-mapped."""
+        self.counts: Int64s = self._columns["counts"]
+        """How often each id occurs: int64 [vocab_size]."""
+        self.n_tokens = len(self.tokens)
+        self.n_documents = len(self.documents)
+        self.n_bytes: int = meta["bytes"]
+        """Bytes of source text; 0 where rows brought tokens."""
+
+    def n_samples(self, seq_len: int) -> int:
+        """Whole samples of `seq_len` tokens."""
+        return self.n_tokens // seq_len
+
+    def samples(self, indices: Any, seq_len: int) -> Int64s:
+        """Tokens of samples: int64 [n, seq_len].
+
+        Args:
+            indices: Integers in [0, n_samples) (a sequence or array; [n]).
+            seq_len: Tokens in a sample.
+
+        Raises:
+            IndexError: An index is out of range.
+        """
+        return self._rows("tokens", indices, seq_len).astype(np.int64)
+
+    def targets(self, indices: Any, seq_len: int) -> Int64s | None:
+        """Targets of samples: int64 [n, seq_len], -100 where ignored. None where the rows brought none."""
+        return self._rows("targets", indices, seq_len).astype(np.int64) if "targets" in self._columns else None
+
+    def sample_bytes(self, indices: Any, seq_len: int) -> Int64s:
+        """Bytes of source text that samples stand for: int64 [n].
+
+        Over all tokens they add up to the documents' bytes; a separator stands for none. All 0 where rows brought
+        tokens of a tokenizer whose tokens have no length of their own.
+        """
+        measured = "bytes" in self._columns
+        rows = self._rows("bytes" if measured else "tokens", indices, seq_len)
+        table = None if measured else self._byte_table()
+        if table is not None:
+            rows = table[rows]
+        elif not measured:
+            rows = np.zeros_like(rows)
+        sums: Int64s = rows.sum(axis=1, dtype=np.int64)
+        return sums
+
+    def segments(self, indices: Any, seq_len: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Which document of the sample, from 0, each position belongs to: int32 [n, seq_len].
+
+        A separator belongs to the document that it ends.
+        """
+        first = self._checked(indices, seq_len) * seq_len
+        low = np.searchsorted(self.documents, first, side="right")
+        high = np.searchsorted(self.documents, first + seq_len, side="left")
+        marks = np.zeros((len(first), seq_len), np.int32)
+        row = np.repeat(np.arange(len(first)), high - low)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(high - low) - (high - low), high - low)
+        starts = self.documents[np.repeat(low, high - low) + nth]
+        marks[row, starts - first[row]] = 1
+        return np.cumsum(marks, axis=1, dtype=np.int32)
+
+    def sample_ids(self, seq_len: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The ids of all samples: uint8 [n_samples, 16]; see `sample_ids`.
+
+        Computed once for a length and kept beside the set, where that can be written.
+        """
+        path = self.directory / f"sample_ids-{seq_len}.bin"
+        tokens_digest = bytes.fromhex(self._meta["columns"]["tokens"]["digest"])
+        n = self.n_samples(seq_len)
+        with contextlib.suppress(OSError):
+            data = path.read_bytes()
+            if len(data) == 16 * (n + 1) and data[-16:] == _seal(data[:-16], tokens_digest):
+                return np.frombuffer(data, np.uint8, 16 * n).reshape(n, 16)
+        ids = sample_ids(self.tokens[: n * seq_len].reshape(n, seq_len))
+        data = ids.tobytes()
+        with contextlib.suppress(OSError):  # a convenience: a read-only or full disk is no fault here
+            write_bytes(path, data + _seal(data, tokens_digest))
+        return ids
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(column.nbytes for column in self._columns.values())
+
+    def verify(self) -> None:
+        """Read everything and compare it with its digests.
+
+        Raises:
+            DamagedColumnError: A file has changed.
+        """
+        for name, column in self._columns.items():
+            if digest(column) != self._meta["columns"][name]["digest"]:
+                raise DamagedColumnError(f"{self.directory.name}/{name}.bin has changed")
+
+    def summary(self) -> dict[str, int]:
+        """Plain data: `documents`, `tokens`, `bytes`."""
+        return {"documents": self.n_documents, "tokens": self.n_tokens, "bytes": self.n_bytes}
+
+    def _rows(self, column: str, indices: Any, seq_len: int) -> Array:
+        n = self.n_samples(seq_len)
+        rows: Array = self._columns[column][: n * seq_len].reshape(n, seq_len)
+        return rows[self._checked(indices, seq_len)]
+
+    def _checked(self, indices: Any, seq_len: int) -> Int64s:
+        array = np.asarray(indices, np.int64)
+        if array.size and not 0 <= array.min() <= array.max() < self.n_samples(seq_len):
+            raise IndexError(f"samples {array.min()} … {array.max()} of {self.n_samples(seq_len)}")
+        return array
+
+
+def sample_ids(tokens_NS: Array) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Content ids of samples: xxh3-128 of each row as little-endian uint32 (big-endian digest; uint8 [N, 16])."""
+    ids = np.empty((len(tokens_NS), 16), np.uint8)
+    block = max(1, (1 << 20) // max(1, tokens_NS.shape[1]))
+    for start in range(0, len(ids), block):
+        rows = np.ascontiguousarray(tokens_NS[start : start + block], "<u4")
+        joined = b"".join(xxhash.xxh3_128_digest(row) for row in rows)
+        ids[start : start + block] = np.frombuffer(joined, np.uint8).reshape(-1, 16)
+    return ids
+
+
+def require_samples(split: Split, seq_len: int, name: str) -> int:
+    """How many samples a split has, at least one.
+
+    Raises:
+        UsageError: It is shorter than one sample.
+    """
+    if (n := split.n_samples(seq_len)) > 0:
+        return n
+    raise UsageError(
+        f"{name}: {split.n_tokens} tokens are fewer than one sample of {seq_len} (training.seq_len)",
+        hint=f"add text, set training.seq_len to {split.n_tokens} or less"
+        + (", or raise data.held_out" if "held" in name else ""),
+    )
+
+
+def _seal(data: bytes, tokens_digest: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(tokens_digest + data)
+
+
+def _map(directory: Path, name: str, column: Mapping[str, Any]) -> Array:
+    if name not in _TYPES or column["dtype"] not in _TYPES[name]:
+        raise DamagedColumnError(f"a column {name!r} of type {column['dtype']!r}")
+    dtype, length, path = np.dtype(column["dtype"]), column["length"], directory / f"{name}.bin"
+    if path.stat().st_size != length * dtype.itemsize:
+        raise DamagedColumnError(
+            f"{directory.name}/{name}.bin is {path.stat().st_size} bytes, not {length * dtype.itemsize}"
+        )
+    return np.memmap(path, dtype, "r", shape=(length,)) if name != "counts" else np.fromfile(path, dtype)
