@@ -1,0 +1,192 @@
+"""Held-out evaluation with one stage resident: activations go from stage to stage in memory.
+
+Shapes in names: N samples, B a batch of them, S positions, D d_model, V vocabulary, n scored positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from stackwise.evaluation.passes import Pass, likelihood_kind, make_passes, tensor
+from stackwise.evaluation.scores import Scores, figures, unigram
+from stackwise.model.rack import StageModules
+from stackwise.objectives.cross_entropy import slice_rows
+from stackwise.objectives.objectives import Objective
+
+
+@contextlib.contextmanager
+def _evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients; afterwards each module is as it was."""
+    before = [(child, child.training) for module in modules for child in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, mode in before:
+            child.training = mode
+
+
+@torch.no_grad()
+def score(head: nn.Module, x_nD: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats and hits of a head at some positions, a bounded slice of logits at a time.
+
+    Args:
+        head: From […, D] to logits […, V].
+        x_nD: The vectors that enter it.
+        targets_n: What is right.
+
+    Returns:
+        float64 [n] and bool [n], on the CPU.
+    """
+    nats, hits = [], []
+    width = head(x_nD[:1]).shape[-1] if len(x_nD) else 1
+    rows = slice_rows(width, x_nD.device)
+    for start in range(0, len(x_nD), rows):
+        logits = head(x_nD[start : start + rows]).float()
+        targets = targets_n[start : start + rows]
+        picked = logits.gather(1, targets[:, None]).squeeze(1)
+        nats.append((logits.logsumexp(-1).double() - picked.double()).cpu())
+        hits.append((logits.argmax(-1) == targets).cpu())
+    if not nats:
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
+    return torch.cat(nats), torch.cat(hits)
+
+
+class _Carried:
+    """One pass on its way up: the activations of all samples at the depth reached."""
+
+    def __init__(self, way: Pass, front: nn.Module, batch_size: int, device: torch.device, keep: torch.dtype | None):
+        self.way, self.batch_size, self.device = way, batch_size, device
+        self.x_NSD = torch.empty(0)
+        for part in self._parts():
+            x_BSD = front(tensor(way.ids_NS[part], device))
+            if not self.x_NSD.numel():
+                shape = (len(way.ids_NS), *x_BSD.shape[1:])
+                self.x_NSD = torch.empty(shape, dtype=keep or x_BSD.dtype)
+            self.x_NSD[part] = x_BSD.to(self.x_NSD)
+        self.dtype = x_BSD.dtype
+
+    def _parts(self) -> Iterator[slice]:
+        for start in range(0, len(self.way.ids_NS), self.batch_size):
+            yield slice(start, start + self.batch_size)
+
+    def through(self, stage: StageModules) -> Scores:
+        """Take all samples through a stage, and score them with its head."""
+        way, scores = self.way, Scores.empty(*self.way.ids_NS.shape)
+        for part in self._parts():
+            segments = None if way.segments_NS is None else tensor(way.segments_NS[part], self.device)
+            x_BSD = stage.forward(self.x_NSD[part].to(self.device, self.dtype), segments)
+            self.x_NSD[part] = x_BSD.to(self.x_NSD)
+            scored = way.scored_NS[part]
+            index_n = torch.from_numpy(np.flatnonzero(scored)).to(self.device)
+            targets_n = tensor(way.targets_NS[part][scored], self.device)
+            nats_n, hits_n = score(stage.head, x_BSD.flatten(0, 1).index_select(0, index_n), targets_n)
+            scores.nats_NS[part][scored] = nats_n.numpy()
+            scores.hits_NS[part][scored] = hits_n.numpy()
+        return scores
+
+
+def evaluate(
+    front: nn.Module,
+    stages: Iterable[StageModules],
+    tokens_NS: ArrayLike,
+    sample_bytes_N: ArrayLike,
+    *,
+    objective: Objective,
+    segments_NS: ArrayLike | None = None,
+    targets_NS: ArrayLike | None = None,
+    fractions: Sequence[float] = (0.15, 0.5, 0.9),
+    batch_size: int = 16,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
+    carry_dtype: torch.dtype | None = None,
+    draws: int = 1,
+    separator_id: int | None = None,
+    unigram_counts: ArrayLike | None = None,
+    vocab_size: int | None = None,
+) -> dict[str, Any]:
+    """Figures of a rack, and of every stage of it, on held-out samples.
+
+    `loss` and `accuracy` are nats a masked token and the share of them that the likeliest token hits, by fraction.
+    `bits_per_byte` is, for masked objectives, the bound of masked diffusion: k uniform on 1 … S, exactly k positions
+    masked, their cross entropy weighted S/k (LLaDA, arXiv 2502.09992, eq. 6; predictions are factorised given the
+    input); for a causal rack the likelihood itself, every token predicted from a separator and what precedes it;
+    for custom targets None. `likelihood` says which, `bits_per_byte_error` is its standard error over samples.
+
+    One stage is resident at a time: a stage is dropped before the next is asked for.
+
+    Args:
+        front: Tokens to vectors, on `device`.
+        stages: Lowest first, on `device`; a generator that loads each when it is asked for it.
+        tokens_NS: Held-out samples.
+        sample_bytes_N: Bytes of text in each; all 0 where they are not known, then bits per byte are None.
+        objective: What the rack learnt.
+        segments_NS: Attention stays within equal values; None: it does not.
+        targets_NS: For a custom objective: what each position is to say; negative: nothing.
+        fractions: Masked shares at which loss and accuracy are measured.
+        batch_size: Samples in a batch.
+        seed: Of the masks: the same for every stage, rack and baseline.
+        device: Where to compute.
+        autocast: Narrow dtype to compute in; None: none.
+        carry_dtype: Of the activations carried on the CPU between stages; None: as the front gives them.
+        draws: Masks of each sample that the bound is averaged over.
+        separator_id: The separator, which a causal rack's first token follows.
+        unigram_counts: How often each token occurs in training: adds the unigram baseline (add-one smoothing), on
+            the same positions; its bits per byte are exact.
+        vocab_size: Token ids that the baseline spreads over; None: the width of the last head's logits.
+
+    Returns:
+        Plain data: the last stage's figures, `stages` (the same by depth), `baselines`, `samples`, `likelihood`.
+
+    Raises:
+        UsageError: No samples, a causal objective without separator, a custom one without targets.
+    """
+    device, tokens = torch.device(device), np.asarray(tokens_NS, dtype=np.int64)
+    ways = make_passes(objective, tokens, _ints(segments_NS), _ints(targets_NS), fractions, seed, draws, separator_id)
+    narrow = torch.autocast(device.type, autocast, enabled=autocast is not None)
+    by_depth: list[dict[str, Any]] = []
+    width = vocab_size or 0
+    with _evaluating(front), narrow:
+        carried = [_Carried(way, front, batch_size, device, carry_dtype) for way in ways]
+    for stage in stages:
+        with _evaluating(*stage.blocks, stage.head), narrow:
+            scores = [one.through(stage) for one in carried]
+            width = vocab_size or stage.head.weight.shape[0]
+        by_depth.append({"depth": stage.depth} | _figures(ways, scores, sample_bytes_N, tokens.size))
+        # Out of the loop variable before the next one is loaded.
+        del stage
+    result = {key: value for key, value in by_depth[-1].items() if key != "depth"} if by_depth else {}
+    result |= {"samples": len(tokens), "likelihood": likelihood_kind(objective), "stages": by_depth, "baselines": {}}
+    if unigram_counts is not None:
+        scores = [unigram(unigram_counts, way.targets_NS, width) for way in ways]
+        base = _figures(ways, scores, sample_bytes_N, tokens.size)
+        exact = None if likelihood_kind(objective) is None else unigram(unigram_counts, tokens, width).nats_NS.sum(1)
+        bits = figures({}, exact, sample_bytes_N, tokens.size)
+        base |= {key: bits[key] for key in ("bits_per_byte", "bits_per_byte_error")}
+        result["baselines"]["unigram"] = base
+    return result
+
+
+def _figures(ways: Sequence[Pass], scores: Sequence[Scores], bytes_N: ArrayLike, tokens: int) -> dict[str, Any]:
+    by_fraction: dict[str, tuple[float, float]] = {}
+    nats_N: NDArray[np.float64] | None = None
+    for way, score_ in zip(ways, scores, strict=True):
+        by_fraction |= {key: score_.over(mask) for key, mask in way.fractions.items()}
+        own = way.sample_nats(score_)
+        if own is not None:
+            nats_N = own if nats_N is None else nats_N + own
+    return figures(by_fraction, nats_N, bytes_N, tokens)
+
+
+def _ints(array: ArrayLike | None) -> NDArray[np.int64] | None:
+    return None if array is None else np.asarray(array, dtype=np.int64)

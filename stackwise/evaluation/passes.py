@@ -1,0 +1,127 @@
+"""What held-out samples are shown as, and which of their positions are scored: one pass for each way of masking.
+
+Shapes in names: N samples, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stackwise.errors import UsageError
+from stackwise.evaluation.scores import Floats, Scores
+from stackwise.identity import generator
+from stackwise.objectives.hashing import child, seed_key
+from stackwise.objectives.masks import Bools, uniform_masks
+from stackwise.objectives.objectives import CLMObjective, CustomObjective, MaskDiffusionObjective, Objective
+
+Tokens = NDArray[np.int64]
+
+
+@dataclass
+class Pass:
+    """One forward over all samples.
+
+    Attributes:
+        ids_NS: What the front is shown.
+        scored_NS: Where the head is asked.
+        targets_NS: What is right there.
+        segments_NS: Which positions see each other; None: all do.
+        fractions: Figures read off it: the key, and the positions that count.
+        weights_N: Factor on each sample's nats in its bound or likelihood; None: the pass is for no such thing.
+    """
+
+    ids_NS: Tokens
+    scored_NS: Bools
+    targets_NS: Tokens
+    segments_NS: NDArray[np.int64] | None
+    fractions: dict[str, Bools] = field(default_factory=dict)
+    weights_N: Floats | None = None
+
+    def sample_nats(self, scores: Scores) -> Floats | None:
+        """Nats of each sample: the weighted sum over its scored positions."""
+        if self.weights_N is None:
+            return None
+        nats_N: Floats = np.where(self.scored_NS, scores.nats_NS, 0.0).sum(1) * self.weights_N
+        return nats_N
+
+
+def likelihood_kind(objective: Objective) -> str | None:
+    """What bits per byte are under an objective: "bound", "exact", or None where they are no likelihood."""
+    return {"clm": "exact", "custom": None}.get(objective.name, "bound")
+
+
+def fraction_masks(samples: int, length: int, fraction: float, seed: int) -> Bools:
+    """Masks that cover a fraction of the positions, at least one; a function of (seed, fraction, sample's place)."""
+    keys = np.full(samples, seed_key(seed, "evaluation", f"{fraction:g}"), dtype=np.uint64)
+    count = min(length, max(1, round(fraction * length)))
+    return uniform_masks(child(keys, np.arange(samples, dtype=np.uint64)), count, length)
+
+
+def bound_masks(samples: int, length: int, seed: int, draw: int = 0) -> Bools:
+    """Masks for the likelihood bound: k uniform on 1 … length, in strata over the samples; exactly k masked."""
+    rng = generator(seed, "evaluation", "bound", draw)
+    times_N = (rng.permutation(samples) + rng.random(samples)) / samples
+    counts_N = np.minimum(length, 1 + np.floor(times_N * length).astype(np.int64))
+    keys = np.full(samples, seed_key(seed, "evaluation", "bound", draw), dtype=np.uint64)
+    return uniform_masks(child(keys, np.arange(samples, dtype=np.uint64)), counts_N, length)
+
+
+def make_passes(
+    objective: Objective,
+    tokens_NS: Tokens,
+    segments_NS: NDArray[np.int64] | None,
+    targets_NS: Tokens | None,
+    fractions: Sequence[float],
+    seed: int,
+    draws: int,
+    separator_id: int | None,
+) -> list[Pass]:
+    """The passes that an objective needs.
+
+    Masked objectives: one for each fraction, and `draws` for the bound; masked positions show the mask token, also
+    for masked-language modelling, whose corruption is for training. Causal: one, each token predicted from the
+    separator and what precedes it; a fraction's figures are those of the positions that would be masked. Custom:
+    one, scored at the positions that have a target.
+
+    Raises:
+        UsageError: A causal objective without a separator, a custom one without targets, no samples.
+    """
+    samples, length = tokens_NS.shape
+    if not samples:
+        raise UsageError("there are no held-out samples to evaluate on")
+    masks = {f"{fraction:g}": fraction_masks(samples, length, fraction, seed) for fraction in fractions}
+    if isinstance(objective, CLMObjective):
+        if separator_id is None:
+            raise UsageError("a causal rack's likelihood needs the separator, which its first token follows")
+        shifted = np.concatenate([np.full((samples, 1), separator_id), tokens_NS[:, :-1]], axis=1)
+        # The separator before the first token is taken for a part of that token's document.
+        same = None if segments_NS is None else np.concatenate([segments_NS[:, :1], segments_NS[:, :-1]], axis=1)
+        everywhere = np.ones_like(tokens_NS, dtype=np.bool_)
+        return [Pass(shifted, everywhere, tokens_NS, same, masks, np.ones(samples))]
+    if isinstance(objective, CustomObjective):
+        if targets_NS is None:
+            raise UsageError("a custom objective is evaluated on targets", hint="pass targets_NS")
+        known = targets_NS >= 0
+        subsets = {key: mask & known for key, mask in masks.items()}
+        return [Pass(tokens_NS, known, np.maximum(targets_NS, 0), segments_NS, subsets)]
+    assert isinstance(objective, MaskDiffusionObjective)
+    passes = []
+    for key, mask in masks.items():
+        shown = np.where(mask, objective.mask_token_id, tokens_NS)
+        passes.append(Pass(shown, mask, tokens_NS, segments_NS, {key: mask}))
+    for draw in range(draws):
+        mask = bound_masks(samples, length, seed, draw)
+        shown = np.where(mask, objective.mask_token_id, tokens_NS)
+        weights_N = length / mask.sum(1) / draws
+        passes.append(Pass(shown, mask, tokens_NS, segments_NS, weights_N=weights_N))
+    return passes
+
+
+def tensor(array: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """A batch on the device."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
