@@ -1,1 +1,47 @@
-"""."""
+"""StackWise: train a transformer far larger than your GPU, one stage at a time, from a disk-backed store."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from stackwise.version import __version__
+
+if TYPE_CHECKING:
+    from stackwise.config import StackWiseConfig
+    from stackwise.model import ProgressiveRackBuilder, Rack
+    from stackwise.objectives import FixedMaskAssigner, MaskDiffusionObjective, MaskScheduler
+    from stackwise.pipeline.library import StageResult, UnifiedTrainer
+    from stackwise.store import ActivationStore
+
+_HOMES = {
+    "ActivationStore": "stackwise.store",
+    "FixedMaskAssigner": "stackwise.objectives",
+    "MaskDiffusionObjective": "stackwise.objectives",
+    "MaskScheduler": "stackwise.objectives",
+    "ProgressiveRackBuilder": "stackwise.model",
+    "Rack": "stackwise.model",
+    "StackWiseConfig": "stackwise.config",
+    "StageResult": "stackwise.pipeline.library",
+    "UnifiedTrainer": "stackwise.pipeline.library",
+}
+
+__all__ = [
+    "ActivationStore",
+    "FixedMaskAssigner",
+    "MaskDiffusionObjective",
+    "MaskScheduler",
+    "ProgressiveRackBuilder",
+    "Rack",
+    "StackWiseConfig",
+    "StageResult",
+    "UnifiedTrainer",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that `import stackwise` costs nothing (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -21,7 +21,10 @@ Mode = Literal["layerwise", "blockwise", "fused", "independent", "end_to_end"]
 Objective = Literal["mask_diffusion", "mlm", "clm", "custom"]
 Precision = Literal["auto", "fp32", "bf16"]
 StackPrecision = Literal["full", "fp32", "half", "fp16", "bfloat16", "bf16", "fp8", "nvfp4", "fp4", "qlora"]
-Codec = Literal["bf16", "fp16", "fp32", "fp8", "int8"]
+Codec = Literal[
+    "bf16", "bf16-blosc", "bf16-zstd", "fp16", "fp16-blosc", "fp16-zstd", "fp32", "fp32-blosc", "fp32-zstd",
+    "fp8", "fp8-blosc", "fp8-zstd", "int8", "int8-blosc", "int8-zstd",
+]  # fmt: skip
 
 
 class Section(BaseModel):

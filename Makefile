@@ -1,0 +1,44 @@
+# `make` lists what there is. Everything runs in .venv, which is made on first use from constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format stress bench clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+.venv/.run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/.dev: .venv/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/.run ## train a small model on this machine's Python library, about three minutes
+	$(BIN)/stackwise run
+
+test: .venv/.dev ## the test suite
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+lint: .venv/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev ## let ruff put things in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+stress: .venv/.dev ## the long tests: many kills, many rows
+	$(BIN)/python -m pytest -q -m stress
+
+bench: .venv/.dev ## the benchmarks whose tables are in docs/benchmarks.md
+	$(BIN)/python -m benchmarks
+
+clean: ## remove .venv and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,140 @@
+"""From files to modules: the parts of a stage, with the weights that its job names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from stackwise.config import StackWiseConfig
+from stackwise.errors import DamageError
+from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
+from stackwise.objectives import Objective, make_objective
+from stackwise.pipeline.job import Source, StageJob
+from stackwise.pipeline.schedule import FRONT, HEAD, Stage
+from stackwise.training.stage import StageModel
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load_part(source: Source) -> dict[str, torch.Tensor] | None:
+    """A part's tensors, checked against their digest; None where it is fresh.
+
+    Raises:
+        DamageError: The file is missing, broken or not what was committed.
+    """
+    if source.path is None:
+        return None
+    try:
+        tensors = load_file(source.path)
+    except Exception as error:  # safetensors raises its own class, without a common base
+        raise DamageError(f"{source.path} cannot be read: {error}", hint="run again: its stage is retrained") from error
+    if source.digest is not None and part_digest(tensors) != source.digest:
+        raise DamageError(f"{source.path} is not what was committed", hint="run again: its stage is retrained")
+    return tensors
+
+
+def make_front(config: StackWiseConfig, vocab_size: int, source: Source) -> Front:
+    """The front, with a part's weights or fresh ones."""
+    model, seq_len = config.model, config.training.seq_len
+    if source.path is None:
+        return build_front(model, vocab_size, config.seed, seq_len)
+    return _loaded(lambda: Front(model, vocab_size, seq_len), source)
+
+
+def make_block(config: StackWiseConfig, index: int, source: Source) -> nn.Module:
+    """A block, with a part's weights or fresh ones."""
+    if source.path is None:
+        return build_block(config.model, index, config.seed)
+    return _loaded(lambda: Block(config.model), source)
+
+
+def make_head(
+    config: StackWiseConfig, vocab_size: int, source: Source, embedding_VD: torch.Tensor | None, *, own: bool
+) -> Head:
+    """A head.
+
+    Args:
+        config: The configuration.
+        vocab_size: Width of the logits.
+        source: Its weights; those of a tied head hold no projection.
+        embedding_VD: What a tied head projects with: the front's parameter (shared), or a plain tensor.
+        own: Give a tied head a projection of its own that starts as a copy.
+    """
+    tensors = load_part(source)
+    if tensors is not None and "projection" in tensors:
+        embedding_VD, own = None, False
+    head = build_head(config.model, vocab_size, config.seed, embedding_VD)
+    if tensors is not None:
+        head.load_state_dict(tensors)
+    if own and embedding_VD is not None:
+        head.untie()
+    return head
+
+
+def stage_model(job: StageJob, config: StackWiseConfig) -> StageModel:
+    """The stage of a job, on the CPU, with gradients required for what it trains."""
+    stage = job.stage
+    front = None if stage.reads_boundary else make_front(config, job.vocab_size, job.initial[FRONT])
+    blocks = [
+        make_block(config, index, job.initial[part])
+        for part, index in zip(stage.blocks, range(stage.first, stage.last + 1), strict=True)
+    ]
+    head = None
+    if HEAD in job.initial:
+        embedding: torch.Tensor | None = None
+        if config.model.tie_embeddings:
+            embedding = front.embedding.weight if front is not None else _embedding(job)
+        own = front is None and config.training.tied_head == "copy"
+        head = make_head(config, job.vocab_size, job.initial[HEAD], embedding, own=own)
+    objective = objective_of(config, job.mask_token, job.vocab_size)
+    model = StageModel(front, blocks, head, objective, config.precision)
+    for part, module in parts_of(model, job.stage).items():
+        module.requires_grad_(part in stage.trains)
+    return model
+
+
+def objective_of(config: StackWiseConfig, mask_token: int, vocab_size: int) -> Objective:
+    """The objective in force."""
+    training = config.training.model_copy(update={"objective": config.objective})
+    return make_objective(training, mask_token, vocab_size, config.seed)
+
+
+def parts_of(model: StageModel, stage: Stage) -> dict[str, nn.Module]:
+    """A stage's modules by part name, in forward order."""
+    found: dict[str, nn.Module] = {}
+    if model.front is not None:
+        found[FRONT] = model.front
+    found |= dict(zip(stage.blocks, model.blocks, strict=True))
+    if model.head is not None:
+        found[HEAD] = model.head
+    return found
+
+
+def _loaded(make: Callable[[], M], source: Source) -> M:
+    # Made without values: drawing fresh weights only to overwrite them takes seconds for a large block.
+    with torch.device("meta"):
+        module = make()
+    module.to_empty(device="cpu")
+    tensors = load_part(source)
+    assert tensors is not None
+    module.load_state_dict(tensors)
+    return module
+
+
+def _embedding(job: StageJob) -> torch.Tensor | None:
+    if job.embedding is None:
+        return None
+    tensors = load_part(job.embedding)
+    return None if tensors is None else tensors["embedding.weight"]
+
+
+def save_part(module: nn.Module, path: Path) -> None:
+    """Write a part's weights as safetensors."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}, path)

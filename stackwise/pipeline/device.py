@@ -1,0 +1,57 @@
+"""Where to compute, resolved on the machine that computes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import psutil
+import torch
+
+from stackwise.errors import UsageError
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        UsageError: The device that was asked for is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise UsageError(f"device {name}: this machine has no such GPU", hint="set device: auto or device: cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device mps: this machine has none", hint="set device: auto or device: cpu")
+    return device
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The device's name, memory in bytes, and the precision that `auto` means on it."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return {"device": "cuda", "name": properties.name, "memory": properties.total_memory, "precision": precision}
+    name = f"{os.cpu_count()} CPU cores" if device.type == "cpu" else "Apple GPU"
+    return {"device": device.type, "name": name, "memory": psutil.virtual_memory().total, "precision": "fp32"}
+
+
+def make_deterministic() -> None:
+    """Only kernels that repeat bit for bit, where PyTorch has them; a warning names the others."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held on the device; on a CPU, its largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,234 @@
+"""What happens in a run, as plain events, and who listens: the log, TensorBoard, the manifest, the screen."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from stackwise.durable import write_json
+from stackwise.identity import content_id
+from stackwise.pipeline.recipe import Recipe, differences, recipe_id, stage_steps
+from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.schedule import Stage
+from stackwise.store import BoundaryInfo, CommittedStage
+
+if TYPE_CHECKING:
+    from stackwise.pipeline.plan import Plan
+
+Event = dict[str, Any]
+Observer = Callable[[Event], None]
+
+
+class Observers:
+    """Passes every event to all who listen, in order."""
+
+    def __init__(self, observers: list[Observer]) -> None:
+        self._observers = observers
+
+    def add(self, observer: Observer) -> None:
+        """Let one more listen."""
+        self._observers.append(observer)
+
+    def __call__(self, event: Event) -> None:
+        """Pass it on."""
+        for observer in self._observers:
+            observer(event)
+
+
+class EventLog:
+    """Appends events to a file, one JSON object a line, each with the time in seconds since 1970."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def __call__(self, event: Event) -> None:
+        """Append it; progress that only a screen needs is left out."""
+        if event["event"] not in ("preparing", "boundary"):
+            self._file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Loss, learning rate, speed and wait share of each stage as TensorBoard event files."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._writers: dict[int, Any] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Record its figures."""
+        if event["event"] == "step":
+            writer = self._writer(event["stage"])
+            first = event["step"] - len(event["losses"]) + 1
+            for number, loss in enumerate(event["losses"]):
+                writer.add_scalar("loss", loss, first + number)
+            for name in ("learning_rate", "tokens_per_second", "wait_fraction", "memory"):
+                writer.add_scalar(name, event[name], event["step"])
+        elif event["event"] == "evaluation" and not event.get("reused"):
+            for depth, result in enumerate(event["result"].get("stages", [])):
+                writer = self._writer(depth)
+                writer.add_scalar("held_out/bits_per_byte", result["bits_per_byte"], 0)
+                for fraction, loss in result["loss"].items():
+                    writer.add_scalar(f"held_out/loss_at_{fraction}", loss, 0)
+
+    def _writer(self, depth: int) -> Any:
+        if depth not in self._writers:
+            from tensorboardX import SummaryWriter
+
+            self._writers[depth] = SummaryWriter(str(self._directory / f"stage-{depth:03d}"), flush_secs=10)
+        return self._writers[depth]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class Manifest:
+    """Keeps `run.json` level with what happens.
+
+    Args:
+        run: Whose manifest it is.
+        plan: The plan that is carried out.
+        before: The manifest of an earlier run in the same directory.
+    """
+
+    def __init__(self, run: RunDirectory, plan: Plan, before: dict[str, Any]) -> None:
+        self._run, self._plan = run, plan
+        self._before = {stage["depth"]: stage for stage in before.get("stages", [])}
+        self._known_evaluation = before.get("evaluation")
+        self._boundaries: list[str] = list(before.get("boundaries", []))
+        self._written = 0.0
+        self._stages = [self._pending(stage) for stage in plan.stages]
+
+    def observe(self, event: Event) -> None:
+        """Take up an event."""
+        depth = event.get("stage")
+        if not isinstance(depth, int) or depth >= len(self._stages):
+            return
+        stage = self._stages[depth]
+        match event["event"]:
+            case "training":
+                stage |= {"state": "running", "step": 0, "steps": event["steps"], "reason": event["reason"]}
+                stage |= {"recipe": event["recipe"], "trunk": event["trunk"], "weights": None}
+                self.save()
+            case "resumed":
+                stage |= {"step": event["step"], "reason": f"resumed at step {event['step']} of {event['steps']}"}
+            case "step":
+                stage |= {key: event[key] for key in ("step", "steps", "loss", "wait_fraction")}
+                stage["peak_memory_bytes"] = event["memory"]
+                if time.monotonic() - self._written > 1:
+                    self.save()
+            case "writing":
+                if event["boundary"] not in self._boundaries:
+                    self._boundaries.append(event["boundary"])
+            case "reused":
+                stage["reason"] = event["reason"]
+            case "failed":
+                stage["state"] = "failed"
+                stage["reason"] = event["text"]
+
+    def reason(self, stage: Stage, recipe: Recipe) -> str:
+        """Why a stage trains: what changed since it was last trained here, or that it never was."""
+        before = self._before.get(stage.depth)
+        if before is None or before.get("recipe") is None:
+            return "not trained yet"
+        old = self._plan.store.stage(before["recipe"], check=False)
+        if before["recipe"] == recipe_id(recipe):
+            return "not finished yet" if before.get("step") else "not trained yet"
+        if old is None:
+            return "the configuration changed since it began"
+        return f"changed: {'; '.join(differences(old.record['recipe'], recipe)[:3])}"
+
+    def committed(self, stage: Stage, committed: CommittedStage) -> None:
+        """A stage is done."""
+        record = committed.record
+        self._stages[stage.depth] |= {
+            "state": "done",
+            "step": record["steps"],
+            "steps": record["steps"],
+            "loss": _recent(record["losses"]),
+            "trunk": record["trunk"],
+            "weights": content_id("weights", record["parts"]),
+            "recipe": committed.recipe,
+            "wait_fraction": record["wait_fraction"],
+            "peak_memory_bytes": record["peak_memory_bytes"],
+        }
+        self.save()
+
+    def note_boundaries(self, present: list[BoundaryInfo]) -> None:
+        """Forget boundaries that are gone."""
+        ids = {info.id for info in present}
+        self._boundaries = [boundary for boundary in self._boundaries if boundary in ids]
+
+    def recipes(self) -> list[str]:
+        """The recipes of the stages done."""
+        return [stage["recipe"] for stage in self._stages if stage["state"] == "done"]
+
+    def boundaries(self) -> list[str]:
+        """The boundaries that this run wrote and that are still there."""
+        return list(self._boundaries)
+
+    def evaluation(self, key: str) -> dict[str, Any] | None:
+        """The evaluation of the same weights, where there is one."""
+        known = self._known_evaluation
+        if known is None or known["key"] != key or not self._run.evaluation_file.exists():
+            return None
+        return dict(known["result"])
+
+    def save_evaluation(self, key: str, result: dict[str, Any]) -> None:
+        """Keep an evaluation, and what it is of."""
+        self._known_evaluation = {"key": key, "result": result}
+        write_json(self._run.evaluation_file, result)
+        self.save()
+
+    def save(self) -> None:
+        """Publish the manifest."""
+        self._written = time.monotonic()
+        vocabulary = self._plan.vocabulary
+        self._run.write_manifest(
+            {
+                "name": self._plan.config.name,
+                "data": {"id": self._plan.data.id, "directory": str(self._plan.data.directory)},
+                "vocabulary": {"size": vocabulary.size, "mask": vocabulary.mask},
+                "store": str(self._plan.store.path),
+                "rowsets": self._plan.known_rowsets,
+                "stages": self._stages,
+                "boundaries": self._boundaries,
+                "evaluation": self._known_evaluation,
+            }
+        )
+
+    def _pending(self, stage: Stage) -> dict[str, Any]:
+        rows = self._plan.rowset(stage.rowset)[1]
+        return {
+            "depth": stage.depth,
+            "window": 0,
+            "blocks": [stage.first, stage.last],
+            "state": "pending",
+            "step": 0,
+            "steps": stage_steps(self._plan.config, stage.depth, rows),
+            "loss": None,
+            "trunk": None,
+            "weights": None,
+            "recipe": None,
+            "reason": None,
+            "wait_fraction": None,
+            "peak_memory_bytes": None,
+        }
+
+
+def _recent(losses: list[float]) -> float | None:
+    """The mean of the last steps' losses: one step's alone is mostly noise."""
+    recent = losses[-20:]
+    return sum(recent) / len(recent) if recent else None

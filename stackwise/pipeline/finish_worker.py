@@ -1,0 +1,31 @@
+"""What a worker does after the last stage: held-out evaluation, a passage filled in, the export if asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stackwise.errors import InterruptedRun
+from stackwise.pipeline.job import FinishJob
+from stackwise.pipeline.load import load_rack
+from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.use import evaluate_rack
+
+
+def run_finish(job: FinishJob, emit: Callable[[dict[str, Any]], None], stop: Callable[[], bool]) -> None:
+    """Do the job, telling its results as events.
+
+    Raises:
+        InterruptedRun: `stop` said so; what is committed stays, and the same command goes on.
+    """
+    rack = load_rack(RunDirectory(Path(job.run)), torch.device(job.device))
+    begun = time.perf_counter()
+    emit({"event": "evaluating", "samples": rack.config.evaluation.samples})
+    result = evaluate_rack(rack, rack.data.held_out)
+    emit({"event": "evaluation", "reused": False, "result": result, "seconds": time.perf_counter() - begun})
+    if stop():
+        raise InterruptedRun("stopped after the evaluation", hint="the same command goes on")

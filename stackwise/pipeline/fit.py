@@ -1,0 +1,120 @@
+"""Does it fit? Disk for boundaries, weights and checkpoints; memory for the largest stage. Asked before a run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from stackwise.config import StackWiseConfig
+from stackwise.errors import NoSpaceError, UsageError
+from stackwise.pipeline.plan import Plan
+from stackwise.pipeline.recipe import codec_name
+from stackwise.pipeline.schedule import FRONT, HEAD, Stage
+from stackwise.store import CODECS
+
+WEIGHT_BYTES = 4
+STATE_BYTES = 16
+"""Of a parameter in training: its weight, its gradient and AdamW's two moments, in float32."""
+
+
+def part_parameters(config: StackWiseConfig, vocab_size: int, part: str, stage: Stage) -> int:
+    """Parameters of a part of a stage."""
+    model = config.model
+    if part == FRONT:
+        positions = (model.max_seq_len or config.training.seq_len) if model.positions == "learned" else 0
+        return (vocab_size + positions) * model.d_model
+    if part == HEAD:
+        shared = model.tie_embeddings and (not stage.reads_boundary or config.training.tied_head == "frozen")
+        return model.d_model + (0 if shared else vocab_size * model.d_model)
+    return model.block_parameters
+
+
+def stage_parameters(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
+    """Parameters that a stage holds."""
+    return sum(part_parameters(config, vocab_size, part, stage) for part in stage.holds)
+
+
+def boundary_bytes(config: StackWiseConfig, rows: int) -> int:
+    """Bytes of one boundary."""
+    return rows * CODECS[codec_name(config.store)].row_bytes(config.training.seq_len, config.model.d_model)
+
+
+def stage_memory(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
+    """About the bytes that training a stage takes: its state, and the activations of one microbatch.
+
+    A block keeps about 34 bytes a token and feature for its backward pass in 16 bits (Korthikanti et al., arXiv
+    2205.05198, without the attention matrix, which fused attention does not keep), twice that in 32; the logits of
+    half of the positions are held three times.
+    """
+    settings, model = config.stage_training(stage.depth), config.model
+    tokens = settings.batch_size * config.training.seq_len
+    width = 1 if config.precision == "bf16" else 2
+    activations = 34 * width * tokens * model.d_model * (stage.last - stage.first + 1)
+    logits = 3 * 4 * vocab_size * min(tokens // 2, 8192)
+    return STATE_BYTES * stage_parameters(config, vocab_size, stage) + activations + logits
+
+
+def check_fit(plan: Plan, todo: list[Stage], run: Path) -> dict[str, Any]:
+    """What the stages in `todo` need and what is there.
+
+    Returns:
+        `disk_needed`, `disk_free`, `memory_needed`, `memory_total`, in bytes.
+
+    Raises:
+        NoSpaceError: The disk is too small, or `store.max_bytes` is.
+        UsageError: The largest stage's weights, gradients and moments alone exceed the memory.
+    """
+    config, size = plan.config, plan.vocabulary.size
+    rows = max((plan.rowset(stage.rowset)[1] for stage in todo), default=0)
+    boundary = boundary_bytes(config, rows)
+    reading = sum(stage.reads_boundary for stage in plan.stages)
+    live = (
+        min(reading, 2 if config.store.keep == "none" else 2 + int(config.store.keep))
+        if config.store.keep != "all"
+        else reading
+    )
+    present = sum(info.disk_bytes for info in plan.store.boundaries())
+    boundaries = max(0, boundary * live - present) if todo else 0
+    weights = sum(stage_parameters(config, size, stage) for stage in todo) * WEIGHT_BYTES
+    # Two checkpoints are kept, and a third is written before the oldest goes: weights and two moments each.
+    checkpoints = 3 * 3 * WEIGHT_BYTES * max((stage_parameters(config, size, stage) for stage in todo), default=0)
+    needed = boundaries + weights + checkpoints
+    free = shutil.disk_usage(plan.store.path).free
+    memory = max((stage_memory(config, size, stage) for stage in todo), default=0)
+    state = max((STATE_BYTES * stage_parameters(config, size, stage) for stage in todo), default=0)
+    total = psutil.virtual_memory().total
+    if needed > free:
+        raise NoSpaceError(
+            f"the run needs {_size(needed)} of disk ({_size(boundaries)} of them boundaries) and "
+            f"{plan.store.path} has {_size(free)} free",
+            hint="lower training.rows or training.steps, set store.keep: none, or name a larger disk with store.path",
+        )
+    if todo and config.store.max_bytes is not None and boundary * min(live, 2) > config.store.max_bytes:
+        raise NoSpaceError(
+            f"store.max_bytes is {_size(config.store.max_bytes)}, and two boundaries of {_size(boundary)} live at once",
+            hint="raise store.max_bytes, or lower training.rows or training.steps",
+        )
+    if plan.device == "cpu" and state > total:
+        raise UsageError(
+            f"the largest stage takes {_size(state)} for weights, gradients and moments alone; "
+            f"this machine has {_size(total)} of memory",
+            hint="lower training.block_size",
+        )
+    return {
+        "disk_needed": needed,
+        "disk_free": free,
+        "memory_needed": memory,
+        "memory_total": total,
+        "boundary": boundary,
+    }
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"

@@ -1,0 +1,120 @@
+"""What a worker is told: everything it may open, by path and id, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.loading import build, parse_yaml
+from stackwise.pipeline.recipe import Recipe
+from stackwise.pipeline.schedule import Stage
+
+
+@dataclass(frozen=True)
+class Source:
+    """The weights that a part starts from.
+
+    Args:
+        path: A safetensors file; None: fresh, from the seed.
+        digest: What the file's tensors must hash to.
+        recipe: The recipe of the stage that committed it.
+    """
+
+    path: str | None = None
+    digest: str | None = None
+    recipe: str = ""
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage for one worker: train it where it is not committed, then write the boundary above it if asked.
+
+    Args:
+        config: The resolved configuration, as YAML.
+        stage: The stage.
+        store: The store's directory.
+        data: The prepared data's directory.
+        vocab_size: Ids that the model knows.
+        mask_token: The id shown at masked positions.
+        device: Where to compute.
+        checkpoints: Where this recipe's checkpoints are.
+        recipe: What determines the result.
+        recipe_id: Its id.
+        forward: The forward specification of the run.
+        rows: Rows in the rowset.
+        rowset: Its id, for training.
+        initial: For each part held, where its weights come from.
+        embedding: The front's weights, where a tied head above it needs them.
+        trunk_digests: Digests of the parts below the stage, the front first.
+        train: Whether to train; otherwise the committed parts are loaded.
+        reads: The boundary that enters; None: tokens.
+        writes_rowset: The rowset whose boundary to write above the stage; None: none.
+        writes_number: That rowset's number in the schedule.
+    """
+
+    config: str
+    stage: Stage
+    store: str
+    data: str
+    vocab_size: int
+    mask_token: int
+    device: str
+    checkpoints: str
+    recipe: Recipe
+    recipe_id: str
+    forward: dict[str, Any]
+    rows: int
+    rowset: str
+    initial: dict[str, Source]
+    embedding: Source | None
+    trunk_digests: list[str]
+    train: bool
+    reads: str | None
+    writes_rowset: str | None
+    writes_number: int
+    kind: str = field(default="stage", init=False)
+
+    @property
+    def settings(self) -> StackWiseConfig:
+        """The configuration."""
+        return build(StackWiseConfig, parse_yaml(self.config, "job"))
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, data: dict[str, Any]) -> StageJob:
+        """The inverse of `plain`."""
+        data = dict(data)
+        data.pop("kind", None)
+        stage = dict(data["stage"])
+        data["stage"] = Stage(**(stage | {"trains": tuple(stage["trains"])}))
+        data["initial"] = {part: Source(**source) for part, source in data["initial"].items()}
+        data["embedding"] = None if data["embedding"] is None else Source(**data["embedding"])
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class FinishJob:
+    """What follows the last stage: held-out evaluation, a passage filled in, and the fused export if asked.
+
+    Args:
+        run: The run's directory.
+        export: Where to export the fused rack; None: nowhere.
+    """
+
+    run: str
+    device: str
+    export: str | None = None
+    kind: str = field(default="finish", init=False)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, data: dict[str, Any]) -> FinishJob:
+        """The inverse of `plain`."""
+        return cls(**{key: value for key, value in data.items() if key != "kind"})

@@ -1,0 +1,190 @@
+"""What a run will do: which recipe each stage has, where its weights come from, what is committed already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.loading import dump
+from stackwise.data import PreparedData, require_samples
+from stackwise.errors import NotFound, UsageError
+from stackwise.pipeline.job import Source, StageJob
+from stackwise.pipeline.recipe import Recipe, codec_name, forward_specification, recipe_id, stage_recipe, trunk_id
+from stackwise.pipeline.rows import put_rows, rows_key
+from stackwise.pipeline.schedule import FRONT, HEAD, Stage, schedule
+from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
+
+Versions = dict[str, Source]
+"""The newest committed weights of each part, by the part's name."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The model's ids: how many, and which one stands for a masked token."""
+
+    size: int
+    mask: int
+
+
+def vocabulary(config: StackWiseConfig, data: PreparedData) -> Vocabulary:
+    """Settle the vocabulary of a configuration over prepared data.
+
+    Raises:
+        UsageError: The tokenizer's ids do not fit the model, or the mask token occurs in the data.
+    """
+    tokenizer = data.tokenizer
+    size = config.model.vocab_size or tokenizer.vocab_size
+    mask = tokenizer.mask_id if config.training.mask_token_id is None else config.training.mask_token_id
+    highest = max((int(split.counts.nonzero()[0][-1]) for split in (data.train, data.held_out)), default=0)
+    if config.objective == "clm":
+        needed, what = highest + 1, "the data's ids"
+    else:
+        needed, what = max(highest, mask) + 1, "the tokenizer's vocabulary with a mask token"
+    if needed > size:
+        raise UsageError(
+            f"model.vocab_size {size} does not fit {what}: {needed} ids are needed",
+            hint=f"set model.vocab_size to {needed} or more (or null), or prepare the data with a smaller tokenizer",
+        )
+    if config.objective != "clm":
+        for split, name in ((data.train, "training"), (data.held_out, "held-out")):
+            if mask < len(split.counts) and split.counts[mask]:
+                raise UsageError(
+                    f"training.mask_token_id {mask} occurs {int(split.counts[mask])} times in the {name} data",
+                    hint="leave training.mask_token_id null: the tokenizer's mask token occurs in no text",
+                )
+    return Vocabulary(size, mask)
+
+
+class Plan:
+    """A configuration over prepared data and a store.
+
+    Args:
+        config: With `precision` resolved.
+        data: The prepared data.
+        store: The store.
+        device: The device's name, for jobs.
+        known_rowsets: Ids by `rows_key`, from an earlier run.
+
+    Raises:
+        UsageError: The data does not fit the configuration.
+    """
+
+    def __init__(
+        self,
+        config: StackWiseConfig,
+        data: PreparedData,
+        store: ActivationStore,
+        *,
+        device: str,
+        known_rowsets: dict[str, list[Any]] | None = None,
+    ) -> None:
+        self.config, self.data, self.store, self.device = config, data, store, device
+        self.stages = schedule(config)
+        self.vocabulary = vocabulary(config, data)
+        for split, name in ((data.train, "training"), (data.held_out, "held-out")):
+            require_samples(split, config.training.seq_len, name)
+        self.forward = forward_specification(config, self.vocabulary.size, self.vocabulary.mask)
+        self.known_rowsets = known_rowsets if known_rowsets is not None else {}
+
+    def rowset(self, number: int) -> tuple[str, int]:
+        """Id and rows of a rowset; it is put into the store where it is not there yet."""
+        key = rows_key(self.config, self.data.id, number)
+        known = self.known_rowsets.get(key)
+        if known is None or not self._stored(known[0]):
+            known = list(put_rows(self.config, self.data.train, self.store, number))
+            self.known_rowsets[key] = known
+        return str(known[0]), int(known[1])
+
+    def trunk(self, stage: Stage, versions: Versions) -> str | None:
+        """The id of what the stage reads; None where it reads tokens."""
+        if not stage.reads_boundary:
+            return None
+        return trunk_id(self.forward, self._digests(stage.trunk, versions))
+
+    def recipe(self, stage: Stage, versions: Versions) -> Recipe:
+        """The recipe of a stage above committed ones."""
+        rowset, rows = self.rowset(stage.rowset)
+        initial = {part: versions[part].digest if part in versions else None for part in stage.holds}
+        return stage_recipe(
+            self.config,
+            stage,
+            forward=self.forward,
+            rows=rows,
+            rowset=rowset,
+            initial=initial,
+            trunk=self.trunk(stage, versions),
+            targets=self.data.id if self.config.objective == "custom" else None,
+        )
+
+    def boundary(self, stage: Stage, versions: Versions) -> BoundaryInfo | None:
+        """The boundary that enters a stage, where it is complete."""
+        trunk = self.trunk(stage, versions)
+        if trunk is None:
+            return None
+        info = self.store.find(trunk=trunk, rowset=self.rowset(stage.rowset)[0], codec=codec_name(self.config.store))
+        return info if info is not None and info.state == "complete" else None
+
+    def job(
+        self,
+        stage: Stage,
+        versions: Versions,
+        *,
+        checkpoints: Path,
+        train: bool,
+        reads: str | None,
+        writes: int | None,
+    ) -> StageJob:
+        """A worker's job at one stage.
+
+        Args:
+            stage: The stage.
+            versions: What is committed below it (to train it), or with it (to write the boundary above).
+            checkpoints: Where the recipe's checkpoints are.
+            train: Whether to train.
+            reads: The boundary that enters.
+            writes: The number of the rowset whose boundary above to write; None: none.
+        """
+        recipe = self.recipe(stage, versions) if train else {}
+        parts = stage.holds if train else tuple(part for part in stage.holds if part != HEAD)
+        rowset, rows = self.rowset(stage.rowset if train else writes or 0)
+        embedding = versions.get(FRONT) if stage.reads_boundary and self.config.model.tie_embeddings else None
+        return StageJob(
+            config=dump(self.config),
+            stage=stage,
+            store=str(self.store.path),
+            data=str(self.data.directory),
+            vocab_size=self.vocabulary.size,
+            mask_token=self.vocabulary.mask,
+            device=self.device,
+            checkpoints=str(checkpoints),
+            recipe=recipe,
+            recipe_id=recipe_id(recipe) if train else versions[stage.blocks[-1]].recipe,
+            forward=self.forward,
+            rows=rows,
+            rowset=rowset,
+            initial={part: versions.get(part, Source()) for part in parts},
+            embedding=embedding,
+            trunk_digests=self._digests(stage.trunk, versions),
+            train=train,
+            reads=reads,
+            writes_rowset=None if writes is None else self.rowset(writes)[0],
+            writes_number=writes or 0,
+        )
+
+    def _stored(self, rowset: str) -> bool:
+        try:
+            self.store.rowset(rowset)
+        except NotFound:
+            return False
+        return True
+
+    def _digests(self, parts: tuple[str, ...], versions: Versions) -> list[str]:
+        return [str(versions[part].digest) for part in parts]
+
+
+def add_versions(versions: Versions, committed: CommittedStage) -> None:
+    """Let a committed stage's parts be the newest."""
+    for part, digest in committed.record["parts"].items():
+        versions[part] = Source(str(committed.path(part)), digest, committed.recipe)

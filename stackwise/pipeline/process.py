@@ -1,0 +1,137 @@
+"""A worker seen from the runner: started early, given one job, listened to, told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
+
+Event = dict[str, Any]
+
+_ERRORS = {kind.exit_code: kind for kind in (InterruptedRun, NoSpaceError)}
+
+
+class WorkerFailed(StackWiseError):
+    """A worker ended without finishing its job."""
+
+
+class Worker:
+    """One worker process.
+
+    Args:
+        device: As in the configuration; the worker resolves it.
+        log: Where its standard error goes.
+    """
+
+    def __init__(self, device: str, log: Path) -> None:
+        self.log = log
+        with log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "stackwise.pipeline.worker", device],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                encoding="utf-8",
+                start_new_session=True,  # a terminal's Ctrl-C is for the runner to pass on
+            )
+        self._events: queue.Queue[Event | None] = queue.Queue()
+        threading.Thread(target=self._listen, name="worker-events", daemon=True).start()
+        self._ready: Event | None = None
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def ready(self) -> Event:
+        """Wait until its imports are done; says the device, its name, memory and default precision.
+
+        Raises:
+            StackWiseError: It could not start, or the device is not there.
+        """
+        if self._ready is None:
+            event = self._next()
+            if event["event"] != "ready":
+                raise self._failure(event)
+            self._ready = event
+        return self._ready
+
+    def run(self, job: dict[str, Any]) -> Iterator[Event]:
+        """Give it its job and yield its events until it ends.
+
+        Raises:
+            InterruptedRun: It was told to stop, and saved its state.
+            StackWiseError: It failed; says how, with the last lines of its log.
+        """
+        self.ready()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+        while (event := self._events.get()) is not None:
+            if event["event"] in ("error", "interrupted"):
+                self._process.wait()
+                raise self._failure(event)
+            yield event
+        if self._process.wait() != 0:
+            raise self._failure(None)
+
+    def stop(self) -> None:
+        """Ask it to save and end."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    def close(self) -> None:
+        """Let go of it: a worker without a job ends by itself, one with a job saves and ends."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with contextlib.suppress(ValueError, OSError):
+            for line in self._process.stdout:
+                with contextlib.suppress(json.JSONDecodeError):
+                    self._events.put(json.loads(line))
+        self._events.put(None)
+
+    def _next(self) -> Event:
+        event = self._events.get()
+        if event is None:
+            raise self._failure(None)
+        return event
+
+    def _failure(self, event: Event | None) -> StackWiseError:
+        if event is not None:
+            code = int(event.get("exit_code", 1))
+            error: StackWiseError = _ERRORS.get(code, WorkerFailed)(str(event["message"]), hint=event.get("hint"))
+            error.exit_code = code
+            return error
+        code = self._process.wait()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        if code == -signal.SIGKILL:
+            how += " (often the system's way of saying: out of memory)"
+        tail = "".join(f"\n    {line}" for line in self._last_lines(5))
+        return WorkerFailed(f"worker {self.pid} {how}{tail}", hint=f"its log: {self.log}; run again to go on")
+
+    def _last_lines(self, count: int) -> list[str]:
+        try:
+            return self.log.read_text(errors="replace").splitlines()[-count:]
+        except OSError:
+            return []

@@ -1,0 +1,135 @@
+"""What determines a stage's result, and the ids that follow from it.
+
+A recipe names the content of every artefact its worker may open and every setting that shapes the outcome, and
+nothing else: no directory, no device, no log interval. Equal recipes have equal results, so none trains twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stackwise.config import StackWiseConfig, StoreConfig
+from stackwise.identity import NUMERICS, Hex, content_id
+from stackwise.pipeline.schedule import Stage
+from stackwise.store import CODECS, default_chunk_rows
+
+Recipe = dict[str, Any]
+
+WINDOW_CHUNKS = 8
+"""Groups of rows that are shuffled together."""
+
+
+def codec_name(store: StoreConfig) -> str:
+    """The codec that boundaries are written with."""
+    return store.codec or "bf16"
+
+
+def order_rows(config: StackWiseConfig, rows: int) -> int:
+    """Rows that stay together through the order's first permutation.
+
+    About what a chunk of bf16 holds, whatever the store's codec and chunk size are: these must not change a result.
+    """
+    return default_chunk_rows(config.training.seq_len, config.model.d_model, 2, rows)
+
+
+def forward_specification(config: StackWiseConfig, vocab_size: int, mask_token: int) -> dict[str, Any]:
+    """What a forward pass computes beside its weights."""
+    training = config.training
+    objective = config.objective
+    specification = {
+        "numerics": NUMERICS,
+        "model": config.model.model_dump(exclude={"architecture", "init_std", "dropout", "tie_embeddings"}),
+        "vocab_size": vocab_size,
+        "causal": objective == "clm",
+        "mask_token": None if objective == "clm" else mask_token,
+        "precision": config.precision,
+        "within_documents": config.data.within_documents,
+    }
+    if objective == "mlm":
+        specification["corruption"] = [training.mlm_mask, training.mlm_random, config.seed]
+    return specification
+
+
+def trunk_id(forward: Mapping[str, Any], digests: list[Hex]) -> Hex:
+    """The id of a trunk: its forward specification and its parts' digests, the front first, block by block."""
+    return content_id("trunk", {"forward": dict(forward), "parts": digests})
+
+
+def stage_recipe(
+    config: StackWiseConfig,
+    stage: Stage,
+    *,
+    forward: Mapping[str, Any],
+    rows: int,
+    rowset: Hex,
+    initial: Mapping[str, Hex | None],
+    trunk: Hex | None,
+    targets: Hex | None,
+) -> Recipe:
+    """The recipe of one stage.
+
+    Args:
+        config: The configuration, `auto` values resolved.
+        stage: The stage.
+        forward: `forward_specification` of the configuration.
+        rows: Rows in the rowset.
+        rowset: Its id.
+        initial: For each part that the stage holds, the digest it starts from; None where it is fresh.
+        trunk: The id of what the stage reads; None where it reads tokens.
+        targets: Digest of the data's own targets, where the objective uses them.
+    """
+    settings = config.stage_training(stage.depth)
+    fresh = any(digest is None for digest in initial.values())
+    windowed = config.time_as_depth and config.n_stages > 1
+    objective: dict[str, Any] = {"name": config.objective}
+    return {
+        "forward": dict(forward),
+        "training": settings.model_dump(exclude={"steps", "epochs_per_layer"})
+        | {"steps": stage_steps(config, stage.depth, rows), "dropout": config.model.dropout},
+        "objective": objective,
+        "stage": {"blocks": [stage.first, stage.last], "trains": list(stage.trains)},
+        "head": {"tied": config.model.tie_embeddings, "above": config.training.tied_head},
+        "order": {"chunk_rows": order_rows(config, rows), "window_chunks": WINDOW_CHUNKS},
+        # The seed of order and dropout: two stages of one run must not draw alike.
+        "seed": [config.seed, stage.depth],
+        "rowset": rowset,
+        "rows": {"window": [stage.depth, config.n_stages], "schedule": config.mask_schedule_type} if windowed else None,
+        "reads": {"trunk": trunk, "codec": CODECS[codec_name(config.store)].base} if trunk is not None else None,
+        "initial": dict(initial),
+        "fresh": {"seed": config.seed, "init_std": config.model.init_std} if fresh else None,
+        "targets": targets,
+    }
+
+
+def recipe_id(recipe: Recipe) -> Hex:
+    """The id of a recipe."""
+    return content_id("recipe", recipe)
+
+
+def stage_steps(config: StackWiseConfig, depth: int, rows: int) -> int:
+    """Optimizer steps of a stage: `steps`, else as many as `epochs_per_layer` passes over the rows need."""
+    settings = config.stage_training(depth)
+    if settings.steps is not None:
+        return settings.steps
+    return max(1, round(settings.epochs_per_layer * rows / (settings.batch_size * settings.accumulation)))
+
+
+def differences(old: Recipe, new: Recipe, prefix: str = "") -> list[str]:
+    """What differs between two recipes, as `key: old → new`, the settings before the ids that follow from them."""
+    found: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if a == b:
+            continue
+        name = f"{prefix}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{name}.")
+        else:
+            found.append(f"{name}: {_short(a)} → {_short(b)}")
+    return sorted(found, key=lambda text: text.startswith(("initial", "reads", "rowset")))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:8]}…" if len(text) > 24 else text

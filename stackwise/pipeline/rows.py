@@ -1,0 +1,114 @@
+"""Which rows the stages train on: samples chosen once, each under its masks, the same at every depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stackwise.config import StackWiseConfig
+from stackwise.errors import UsageError
+from stackwise.identity import NUMERICS, content_id, derive_seed, generator
+from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler
+from stackwise.store import ActivationStore
+
+if TYPE_CHECKING:  # torch stays out of the orchestrator
+    from stackwise.training.feed import Samples
+
+SLICE = 1 << 15
+"""Rows whose masks are in memory at once."""
+
+
+def assigner(config: StackWiseConfig, rowset: int) -> FixedMaskAssigner:
+    """The mask plan of a configuration; every rowset has masks of its own."""
+    training = config.training
+    return FixedMaskAssigner(
+        MaskScheduler(training.min_mask_fraction, training.max_mask_fraction, config.mask_schedule_type),
+        training.seq_len,
+        masks_per_sample=training.masks_per_sample,
+        pool=training.mask_pool,
+        seed=derive_seed(config.seed, "masks", rowset),
+    )
+
+
+def count_rows(config: StackWiseConfig, split: Samples) -> int:
+    """Rows in every boundary: `training.rows`, else what the steps need, at most every sample under every mask."""
+    training = config.training
+    most = split.n_samples(training.seq_len) * training.masks_per_sample
+    if training.rows is not None:
+        return min(training.rows, most)
+    if training.steps is not None:
+        return min(training.steps * training.batch_size * training.accumulation, most)
+    return most
+
+
+def choose_samples(config: StackWiseConfig, split: Samples, rowset: int) -> np.ndarray:
+    """For each row its sample's index in the split, [R]; a pure function of data and configuration.
+
+    Samples are drawn without replacement, in random order, each distinct one once; the masks of a sample stand
+    next to each other.
+    """
+    per_sample = config.training.masks_per_sample
+    rows = count_rows(config, split)
+    ids = split.sample_ids(config.training.seq_len)
+    order = generator(config.seed, "samples", rowset).permutation(len(ids))
+    wanted = math.ceil(rows / per_sample)
+    # A repeated sample would be the same row twice: its mask follows from its id.
+    _, first = np.unique(np.ascontiguousarray(ids[order]).view("V16").ravel(), return_index=True)
+    chosen = order[np.sort(first)[:wanted]]
+    return np.repeat(chosen, per_sample)[:rows]
+
+
+def put_rows(config: StackWiseConfig, split: Samples, store: ActivationStore, rowset: int) -> tuple[str, int]:
+    """Store the masks and the rows of a rowset; the same rows have the same id, however often they are put.
+
+    Returns:
+        The rowset's id, and how many rows it has.
+    """
+    samples_R = choose_samples(config, split, rowset)
+    ids_R16 = np.ascontiguousarray(split.sample_ids(config.training.seq_len)[samples_R])
+    masks_of = _no_masks(config) if config.objective == "clm" else _planned_masks(config, rowset)
+    mask_ids = [
+        store.put_masks(masks_of(ids_R16[first : first + SLICE], first)) for first in range(0, len(ids_R16), SLICE)
+    ]
+    return store.put_rowset(ids_R16, np.concatenate(mask_ids)), len(ids_R16)
+
+
+def rows_key(config: StackWiseConfig, data_id: str, rowset: int) -> str:
+    """Names what a rowset follows from, so that a later run need not make it again to know its id."""
+    training = config.training.model_dump(
+        include={"seq_len", "rows", "steps", "batch_size", "accumulation", "min_mask_fraction", "max_mask_fraction"}
+        | {"masks_per_sample", "mask_pool"}
+    )
+    values = {"training": training, "data": data_id, "objective": config.objective, "seed": config.seed}
+    return content_id("rows", values | {"rowset": rowset, "schedule": config.mask_schedule_type, "numerics": NUMERICS})
+
+
+def stage_rows(config: StackWiseConfig, sample_ids_R16: np.ndarray, depth: int) -> np.ndarray | None:
+    """With time as depth, the rows that stage `depth` trains on: those whose fraction is its own; else None.
+
+    Raises:
+        UsageError: No row is left for the stage.
+    """
+    if not config.time_as_depth or config.n_stages == 1:
+        return None
+    plan = assigner(config, 0)
+    counts_R = plan.counts(sample_ids_R16, np.arange(len(sample_ids_R16)) % config.training.masks_per_sample)
+    chosen = np.flatnonzero(plan.stage_of(counts_R, config.n_stages) == depth)
+    if not len(chosen):
+        raise UsageError(
+            f"stage {depth}: none of the {len(counts_R)} rows has a masked fraction of its own window",
+            hint="raise training.rows or training.masks_per_sample, or set mask_schedule_over: time",
+        )
+    return chosen
+
+
+def _planned_masks(config: StackWiseConfig, rowset: int) -> Callable[[np.ndarray, int], np.ndarray]:
+    plan, per_sample = assigner(config, rowset), config.training.masks_per_sample
+    return lambda ids_N16, first: plan.masks(ids_N16, (first + np.arange(len(ids_N16))) % per_sample)
+
+
+def _no_masks(config: StackWiseConfig) -> Callable[[np.ndarray, int], np.ndarray]:
+    return lambda ids_N16, first: np.zeros((len(ids_N16), config.training.seq_len), dtype=bool)

@@ -1,0 +1,150 @@
+"""A run's directory: the resolved configuration, the manifest, the log of events, checkpoints.
+
+RUN/stackwise.yaml     the configuration, every value resolved
+RUN/run.json           the manifest: each stage's recipe, state and figures
+RUN/events.jsonl       what happened, one JSON object a line
+RUN/tensorboard/       event files
+RUN/checkpoints/       stages in training, by recipe
+RUN/logs/              what workers print
+RUN/evaluation.json    held-out results
+RUN/store/             the store, unless `store.path` says otherwise
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stackwise import durable
+from stackwise.config import StackWiseConfig
+from stackwise.durable import FileLock
+from stackwise.errors import NotFound, UsageError
+
+FORMAT = 1
+
+
+class RunDirectory:
+    """The paths and the manifest of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "stackwise.yaml"
+        self.manifest_file = path / "run.json"
+        self.events_file = path / "events.jsonl"
+        self.evaluation_file = path / "evaluation.json"
+        self.report_file = path / "report.html"
+        self.tensorboard = path / "tensorboard"
+        self.logs = path / "logs"
+        self.export = path / "export"
+
+    def checkpoints(self, recipe_id: str) -> Path:
+        """Where a recipe's checkpoints are."""
+        return self.path / "checkpoints" / recipe_id
+
+    def lock(self) -> FileLock:
+        """Held while a runner works on this directory."""
+        return FileLock(self.path / "run.lock", f"run {self.path}")
+
+    def create(self) -> None:
+        """Make the directory.
+
+        Raises:
+            UsageError: It cannot be made or written.
+            NoSpaceError: The disk is full.
+        """
+        with durable.explain_full_disk(self.path):
+            try:
+                self.logs.mkdir(parents=True, exist_ok=True)
+            except (PermissionError, FileExistsError, NotADirectoryError) as error:
+                raise UsageError(f"run directory {self.path} cannot be used: {error.strerror}") from None
+        if not self.manifest_file.exists() and self.config_file.exists() and not self._is_ours():
+            raise UsageError(f"{self.config_file} is not a run's", hint="name another directory with --run")
+
+    def store_path(self, config: StackWiseConfig) -> Path:
+        """Where the run's store is."""
+        return Path(config.store.path).expanduser() if config.store.path else self.path / "store"
+
+    def config(self) -> StackWiseConfig:
+        """The run's resolved configuration.
+
+        Raises:
+            NotFound: There is no run here.
+        """
+        if not self.config_file.exists():
+            raise NotFound(f"{self.path}: there is no run here", hint=f"`stackwise run --run {self.path}` makes one")
+        return StackWiseConfig.from_yaml(str(self.config_file))
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; empty stages for a run that has not begun.
+
+        Raises:
+            NotFound: There is no run here.
+            UsageError: The manifest is broken, or of a newer format.
+        """
+        try:
+            manifest = durable.read_json(self.manifest_file)
+            if manifest["format"] > FORMAT:
+                raise UsageError(f"{self.manifest_file} is of a newer format ({manifest['format']})")
+        except FileNotFoundError:
+            self.config()
+            return {"format": FORMAT, "stages": []}
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(
+                f"{self.manifest_file} is broken: {error}",
+                hint="remove it and run again: committed stages are recognised by their content",
+            ) from None
+        return dict(manifest)
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Publish the manifest."""
+        durable.write_json(self.manifest_file, {"format": FORMAT, **manifest})
+
+    def _is_ours(self) -> bool:
+        try:
+            self.config()
+        except UsageError:
+            return False
+        return True
+
+
+def held_by_live_process(run: RunDirectory) -> bool:
+    """Whether a runner works on this directory now."""
+    return durable.is_locked(run.path / "run.lock")
+
+
+def status(run: RunDirectory) -> dict[str, Any]:
+    """The run's state, in the shape of `stackwise status --json`. Reads files alone."""
+    manifest, live = run.manifest(), held_by_live_process(run)
+    stages = []
+    for stage in manifest["stages"]:
+        shown = {key: stage.get(key) for key in STATUS_KEYS}
+        if shown["state"] == "running" and not live:
+            shown["state"] = "interrupted"
+        stages.append(shown)
+    states = {stage["state"] for stage in stages}
+    if live:
+        state = "running"
+    elif stages and states == {"done"}:
+        state = "done"
+    else:
+        state = next((s for s in ("failed", "interrupted") if s in states), "pending")
+    return {"run": str(run.path), "state": state, "stages": stages}
+
+
+STATUS_KEYS = (
+    "depth",
+    "window",
+    "blocks",
+    "state",
+    "step",
+    "steps",
+    "loss",
+    "trunk",
+    "weights",
+    "recipe",
+    "reason",
+    "wait_fraction",
+    "peak_memory_bytes",
+)

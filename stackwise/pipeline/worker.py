@@ -1,0 +1,98 @@
+"""A worker process: `python -m stackwise.pipeline.worker`. One job in, events out, one JSON object a line.
+
+It imports torch before it asks for its job, so that a worker started early takes over at once. It ends when its
+job is done, when it is told to (SIGTERM: the step in hand is finished and saved), or when whoever started it is
+gone (its standard input closes).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from typing import Any
+
+from stackwise.errors import InterruptedRun, StackWiseError
+
+
+class _Channel:
+    """Events to standard output, which is kept for them alone; a reader that is gone is no error."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
+        # Whatever a library prints goes to the log instead.
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        self._lock = threading.Lock()
+
+    def emit(self, event: dict[str, Any]) -> None:
+        line = json.dumps(event) + "\n"
+        with self._lock:
+            try:
+                self._out.write(line)
+                self._out.flush()
+            except (BrokenPipeError, ValueError):
+                pass
+
+
+def main() -> int:
+    """Serve one job; the exit code is that of `StackWiseError`, 0 when done."""
+    stopping = threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the runner, which tells its workers
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    channel = _Channel()
+    try:
+        return _serve(channel, stopping)
+    except StackWiseError as error:
+        kind = "interrupted" if isinstance(error, InterruptedRun) else "error"
+        channel.emit({"event": kind, "message": error.message, "hint": error.hint, "exit_code": error.exit_code})
+        return error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        channel.emit({"event": "error", "exit_code": 1, **_explained(error)})
+        return 1
+
+
+def _serve(channel: _Channel, stopping: threading.Event) -> int:
+    # Before torch: a job for `status` of a device that is not there should fail here, not at import.
+    from stackwise.pipeline.device import describe, resolve_device
+    from stackwise.pipeline.finish_worker import run_finish
+    from stackwise.pipeline.job import FinishJob, StageJob
+    from stackwise.pipeline.stage_worker import run_stage
+
+    device = resolve_device(sys.argv[1] if len(sys.argv) > 1 else "auto")
+    channel.emit({"event": "ready", **describe(device), "pid": os.getpid()})
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    threading.Thread(target=_watch_parent, args=(stopping,), daemon=True).start()
+    job = json.loads(line)
+    if job["kind"] == "stage":
+        run_stage(StageJob.from_plain(job), channel.emit, stopping.is_set)
+    else:
+        run_finish(FinishJob.from_plain(job), channel.emit, stopping.is_set)
+    return 0
+
+
+def _watch_parent(stopping: threading.Event) -> None:
+    sys.stdin.read()
+    stopping.set()
+
+
+def _explained(error: Exception) -> dict[str, str]:
+    """An unexpected error in a line, with what to do about the ones that have a remedy."""
+    text = str(error).strip().splitlines()
+    message = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return {
+            "message": f"out of memory: {message}",
+            "hint": "lower training.batch_size (and raise training.accumulation), training.seq_len or "
+            "training.block_size, then run again",
+        }
+    return {"message": message, "hint": "the worker's log has the whole of it"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""What a worker holds: the parts of one stage, and how a batch runs through them.
+
+Shapes: B rows, S positions, D model width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from stackwise.model import Block, Stack
+from stackwise.objectives import Objective
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows: their tokens, their masks and, above the front, the activations that enter the stage."""
+
+    rows_B: np.ndarray
+    sample_ids_B16: np.ndarray
+    tokens_BS: torch.Tensor
+    masks_BS: torch.Tensor
+    x_BSD: torch.Tensor | None = None
+    segments_BS: torch.Tensor | None = None
+    targets_BS: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; pinned tensors travel while the device computes."""
+
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return Batch(
+            self.rows_B,
+            self.sample_ids_B16,
+            self.tokens_BS.to(device, non_blocking=True),
+            self.masks_BS,  # which positions are scored is then known without waiting for the device
+            move(self.x_BSD),
+            move(self.segments_BS),
+            move(self.targets_BS),
+        )
+
+
+class StageModel(nn.Module):
+    """The front (in a stage that reads tokens), the blocks and the head of one stage.
+
+    Args:
+        front: Tokens to activations; None in a stage that reads a boundary.
+        blocks: In order: StackWise's own, or any modules from [B, S, D] to the same. Only the former are told the
+            attention's direction and the documents.
+        head: Activations at scored positions to logits; None in a stage that only passes activations on.
+        objective: What is shown, what is scored, and in which direction attention looks.
+        precision: "fp32", or "bf16": autocast with the residual stream in bf16.
+    """
+
+    def __init__(
+        self,
+        front: nn.Module | None,
+        blocks: Sequence[nn.Module],
+        head: nn.Module | None,
+        objective: Objective,
+        precision: str,
+    ) -> None:
+        super().__init__()
+        self.front, self.blocks, self.head = front, nn.ModuleList(blocks), head
+        self.objective, self.precision = objective, precision
+        self.stream_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def activations(self, batch: Batch) -> torch.Tensor:
+        """The activations that leave the stage's last block, [B, S, D]."""
+        if self.front is not None:
+            x_BSD = self.front(self.objective.inputs(batch.tokens_BS, batch.masks_BS, batch.sample_ids_B16))
+        else:
+            assert batch.x_BSD is not None, "a stage without a front reads a boundary"
+            x_BSD = batch.x_BSD
+        x_BSD = x_BSD.to(self.stream_dtype)
+        for block in self.blocks:
+            if isinstance(block, Block | Stack):
+                x_BSD = block(x_BSD, causal=self.objective.causal, segments_BS=batch.segments_BS)
+            else:
+                x_BSD = block(x_BSD)
+        assert isinstance(x_BSD, torch.Tensor)
+        return x_BSD
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        """The sum of the losses over the scored positions of a batch, and how many those are."""
+        assert self.head is not None, "a stage without a head has no loss"
+        return self.objective.loss(
+            self.activations(batch), self.head, batch.tokens_BS, batch.masks_BS, batch.targets_BS
+        )
+
+    @contextlib.contextmanager
+    def numerics(self, device: torch.device) -> Iterator[None]:
+        """The precision that the stage computes in."""
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            yield

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# One thread a process: the suite runs in several, and threads beyond the cores only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from stackwise.config import StackWiseConfig
+from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.runner import Runner
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the session's own: nothing is read from or left in the user's."""
+    path = tmp_path_factory.getbasetemp() / "cache"
+    path.mkdir(exist_ok=True)
+    os.environ["XDG_CACHE_HOME"] = str(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some real text in files of a few kilobytes: modules of the standard library."""
+    directory = tmp_path_factory.mktemp("text")
+    home = Path(os.__file__).parent
+    for name in (
+        "ast",
+        "bisect",
+        "calendar",
+        "cmd",
+        "code",
+        "colorsys",
+        "copy",
+        "csv",
+        "dis",
+        "enum",
+        "fnmatch",
+        "glob",
+    ):
+        (directory / f"{name}.txt").write_bytes((home / f"{name}.py").read_bytes())
+    return directory
+
+
+Micro = Callable[..., StackWiseConfig]
+
+
+@pytest.fixture(scope="session")
+def micro(text: Path) -> Micro:
+    """The micro preset on `text`, with overrides by dotted key."""
+
+    def make(**overrides: Any) -> StackWiseConfig:
+        dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+        return StackWiseConfig.from_preset("micro", {"data.paths": [str(text)], **dotted})
+
+    return make
+
+
+def run(config: StackWiseConfig, directory: Path, only: int | None = None) -> list[dict[str, Any]]:
+    """Run a configuration; its events."""
+    events: list[dict[str, Any]] = []
+    Runner(config, RunDirectory(directory), events.append).run(only=only)
+    return events

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stackwise.config import StackWiseConfig
+from stackwise.pipeline.schedule import schedule
+
+
+def config(blocks: int = 7, **training: Any) -> StackWiseConfig:
+    return StackWiseConfig(model={"architecture": {"n_stacks": blocks}}, training=training).validate()
+
+
+def rows(c: StackWiseConfig) -> list[tuple[int, int, bool, int]]:
+    return [(s.first, s.last, s.reads_boundary, s.rowset) for s in schedule(c)]
+
+
+def test_layerwise_is_blockwise_with_one_block() -> None:
+    assert rows(config(3, mode="layerwise")) == [(0, 0, False, 0), (1, 1, True, 0), (2, 2, True, 0)]
+    assert rows(config(3, mode="layerwise")) == rows(config(3, mode="blockwise", block_size=1))
+
+
+def test_a_last_stage_takes_what_does_not_divide() -> None:
+    assert rows(config(7, block_size=3)) == [(0, 2, False, 0), (3, 5, True, 0), (6, 6, True, 0)]
+
+
+def test_end_to_end_is_one_stage() -> None:
+    assert rows(config(7, mode="end_to_end")) == [(0, 6, False, 0)]
+
+
+def test_fused_frozen_draws_fresh_rows_for_each_stage() -> None:
+    assert rows(config(4, mode="fused", block_size=2)) == [(0, 1, False, 0), (2, 3, True, 1)]
+
+
+def test_fused_trainable_grows_from_tokens() -> None:
+    stages = schedule(config(4, mode="fused", block_size=2, fusion_mode="trainable"))
+    assert [(s.first, s.last, s.reads_boundary) for s in stages] == [(0, 1, False), (0, 3, False)]
+    assert stages[1].trains == ("front", "block.0", "block.1", "block.2", "block.3", "head")
+
+
+def test_n_stages_spreads_the_blocks() -> None:
+    assert [(s.first, s.last) for s in schedule(config(7, n_stages=3))] == [(0, 1), (2, 3), (4, 6)]
+
+
+def test_progressive_wins_over_mode_and_stacks_are_its_stages() -> None:
+    c = StackWiseConfig(
+        model={"architecture": {"n_stacks": 3, "blocks_per_stack": 2}},
+        training={"mode": "layerwise", "progressive": {"enabled": True}},
+    ).validate()
+    assert [(s.first, s.last) for s in schedule(c)] == [(0, 1), (2, 3), (4, 5)]
+
+
+@pytest.mark.parametrize("mode", ["layerwise", "blockwise", "fused", "end_to_end"])
+def test_every_block_is_trained_by_some_stage(mode: str) -> None:
+    trained = {part for stage in schedule(config(5, mode=mode, block_size=2)) for part in stage.trains}
+    assert trained == {"front", "head", *(f"block.{i}" for i in range(5))}
