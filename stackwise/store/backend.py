@@ -41,8 +41,8 @@ class Backend(Protocol):
     def stage(self, key: str, buffers: Sequence[Any], size: int | None = None) -> Any:
         """Write a file beside `key`, padded with zeros to `size`; returns what `install` takes."""
 
-    def install(self, staged: Any, key: str) -> None:
-        """Give a staged file its name, replacing what bears it."""
+    def install(self, staged: Sequence[tuple[Any, str]]) -> None:
+        """Give each staged file its key, replacing what bears it; durable on return."""
 
     def discard(self, staged: Any) -> None:
         """Remove a staged file that will not be installed."""
@@ -112,9 +112,9 @@ class LocalBackend:
         """See `Backend`."""
         return files.stage(self.root / key, buffers, size)
 
-    def install(self, staged: Path, key: str) -> None:
+    def install(self, staged: Sequence[tuple[Path, str]]) -> None:
         """See `Backend`."""
-        files.install(staged, self.root / key)
+        files.install([(temporary, self.root / key) for temporary, key in staged])
 
     def discard(self, staged: Path) -> None:
         """See `Backend`."""
@@ -122,7 +122,7 @@ class LocalBackend:
 
     def put(self, key: str, data: bytes) -> None:
         """See `Backend`."""
-        files.install(files.stage(self.root / key, [data]), self.root / key)
+        files.install([(files.stage(self.root / key, [data]), self.root / key)])
 
     def open(self, key: str) -> LocalFile:
         """See `Backend`."""

@@ -11,8 +11,8 @@ import xxhash
 from stackwise.errors import DamageError, NotFound
 from stackwise.store.backend import Backend, Handle
 from stackwise.store.index import Index
+from stackwise.store.publishing import chunk_keys, row_digests
 from stackwise.store.records import BoundaryInfo, ChunkRecord, chunk_key
-from stackwise.store.writer import chunk_keys, row_digests
 
 Array = npt.NDArray[Any]
 

@@ -53,11 +53,13 @@ def write_all(fd: int, buffer: Buffer) -> None:
         rest = rest[os.write(fd, rest[: 1 << 30]) :]
 
 
-def install(temporary: Path, path: Path) -> None:
-    """Give a staged file its name, durably. Where it already has it, make only sure of the directory."""
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(temporary, path)
-    durable.fsync_directory(path.parent)
+def install(staged: Sequence[tuple[Path, Path]]) -> None:
+    """Give staged files their names, durably. Where one already has it, make only sure of the directory."""
+    for temporary, path in staged:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(temporary, path)
+    for directory in dict.fromkeys(path.parent for _, path in staged):
+        durable.fsync_directory(directory)
 
 
 def discard(path: Path) -> None:

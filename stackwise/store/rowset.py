@@ -135,7 +135,7 @@ def stage_rowset(path: Path, sample_ids: Ids, mask_ids: Ids) -> Callable[[], Non
     starts = np.zeros((1 << bits) + 1, _number(rows))
     np.cumsum(np.bincount(buckets.astype(np.int64), minlength=1 << bits), out=starts[1:])
     temporary = files.stage(path, [_HEADER.pack(_MAGIC, 1, bits, rows), pairs, starts, order])
-    return lambda: files.install(temporary, path)
+    return lambda: files.install([(temporary, path)])
 
 
 def _number(rows: int) -> Any:
