@@ -17,6 +17,9 @@ from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
 
 Event = dict[str, Any]
 
+CLOSE_SECONDS = 120
+"""How long a worker that was told to stop may take for the step in hand and its checkpoint."""
+
 _ERRORS = {kind.exit_code: kind for kind in (InterruptedRun, NoSpaceError)}
 
 
@@ -45,8 +48,10 @@ class Worker:
                 start_new_session=True,  # a terminal's Ctrl-C is for the runner to pass on
             )
         self._events: queue.Queue[Event | None] = queue.Queue()
-        threading.Thread(target=self._listen, name="worker-events", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="worker-events", daemon=True)
+        self._listener.start()
         self._ready: Event | None = None
+        self._given = False
 
     @property
     def pid(self) -> int:
@@ -75,6 +80,7 @@ class Worker:
         """
         self.ready()
         assert self._process.stdin is not None
+        self._given = True
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
@@ -97,11 +103,20 @@ class Worker:
             self._process.kill()
 
     def close(self) -> None:
-        """Let go of it: a worker without a job ends by itself, one with a job saves and ends."""
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        """Let go of it: one without a job ends at once; one with a job saves first."""
+        if not self._given:
+            self.kill()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self._process.wait()
+        self._listener.join()
+        self._process.stdout.close()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
