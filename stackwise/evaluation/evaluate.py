@@ -5,7 +5,6 @@ Shapes in names: N samples, B a batch of them, S positions, D d_model, V vocabul
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,23 +15,10 @@ from torch import Tensor, nn
 
 from stackwise.evaluation.passes import Pass, likelihood_kind, make_passes, tensor
 from stackwise.evaluation.scores import Scores, figures, unigram
+from stackwise.model.mode import evaluating
 from stackwise.model.rack import StageModules
 from stackwise.objectives.cross_entropy import slice_rows
 from stackwise.objectives.objectives import Objective
-
-
-@contextlib.contextmanager
-def _evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients; afterwards each module is as it was."""
-    before = [(child, child.training) for module in modules for child in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child, mode in before:
-            child.training = mode
 
 
 @torch.no_grad()
@@ -156,10 +142,10 @@ def evaluate(
     narrow = torch.autocast(device.type, autocast, enabled=autocast is not None)
     by_depth: list[dict[str, Any]] = []
     width = vocab_size or 0
-    with _evaluating(front), narrow:
+    with evaluating(front), narrow:
         carried = [_Carried(way, front, batch_size, device, carry_dtype) for way in ways]
     for stage in stages:
-        with _evaluating(*stage.blocks, stage.head), narrow:
+        with evaluating(*stage.blocks, stage.head), narrow:
             scores = [one.through(stage) for one in carried]
             width = vocab_size or stage.head.weight.shape[0]
         by_depth.append({"depth": stage.depth} | _figures(ways, scores, sample_bytes_N, tokens.size))

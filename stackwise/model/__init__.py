@@ -6,6 +6,7 @@ from stackwise.model.builder import PRECISIONS, ProgressiveRackBuilder, create_s
 from stackwise.model.digest import part_digest
 from stackwise.model.ends import Front, Head
 from stackwise.model.lora import AdaptedLinear, Adapter, add_adapters, merge_adapters
+from stackwise.model.mode import evaluating
 from stackwise.model.rack import Rack, StageModules, stages_of
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "build_head",
     "build_rack",
     "create_stack_from_config",
+    "evaluating",
     "merge_adapters",
     "part_digest",
     "stack_dtype",

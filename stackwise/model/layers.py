@@ -84,8 +84,12 @@ class Rotary(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # `fn` may have cast the tables, or left them without values (to_empty): make them anew where they are now.
         if self.cos.device.type != "meta":
-            self._fill(self.cos.shape[0], self.cos.device)
+            self.rebuild(self.cos.device)
         return self
+
+    def rebuild(self, device: torch.device | str) -> None:
+        """Make the tables anew on a device: for a module from the meta device, whose tables no file holds."""
+        self._fill(self.cos.shape[0], torch.device(device))
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of positions 0 … length-1, [S, 1, E] each, float32.

@@ -1,0 +1,258 @@
+"""Export: transformers and `load_rack` give the logits that the rack gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from stackwise.config.schema import ArchitectureConfig, ModelConfig
+from stackwise.errors import DamageError, NotFound, UsageError
+from stackwise.inference import export, load_rack, read_export
+from stackwise.model import Rack, StageModules, add_adapters, build_rack, part_digest
+
+V, L = 67, 24
+
+
+def config(**settings: object) -> ModelConfig:
+    values: dict[str, object] = {"d_model": 32, "n_heads": 4, "norm_eps": 1e-6, "rope_theta": 5000.0}
+    values["architecture"] = ArchitectureConfig(n_stacks=3, blocks_per_stack=1)
+    return ModelConfig(**(values | settings))  # type: ignore[arg-type]
+
+
+def rack(c: ModelConfig) -> Rack:
+    model = build_rack(c, V, 3, L)
+    with torch.no_grad():  # fresh norms and biases would hide a mistake
+        for i, p in enumerate(model.parameters()):
+            if p.ndim < 2:
+                p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    return model
+
+
+def stages(model: Rack, causal: bool) -> Iterator[StageModules]:
+    for depth, stack in enumerate(model.stacks):
+        yield StageModules(depth, list(stack.blocks), model.head, causal)
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(0, V, (2, L), generator=torch.Generator().manual_seed(0))
+
+
+def tokenizer() -> str:
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return str(backend.to_str())
+
+
+LLAMA = [
+    {},
+    {"n_kv_heads": 2, "tie_embeddings": False},
+    {"bias": True},
+    {"n_kv_heads": 1, "d_ff": 80, "max_seq_len": 64},
+]
+OTHER = [
+    {"norm": "layernorm", "ffn": "gelu", "positions": "learned", "bias": True},
+    {"ffn": "gelu"},
+    {"norm": "layernorm", "tie_embeddings": False, "n_kv_heads": 2},
+]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("settings", LLAMA)
+def test_transformers_gives_equal_logits(
+    settings: dict[str, object], causal: bool, attention: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    c = config(**settings)
+    model = rack(c)
+    told = export(tmp_path / "out", model.front, stages(model, causal), c)
+    assert told.llama
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, attn_implementation=attention
+    )
+    assert isinstance(loaded, LlamaForCausalLM)
+    assert not any(info.values()), "weights that transformers missed or did not expect"
+    assert loaded.config.tie_word_embeddings == c.tie_embeddings
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids()).logits, model(ids(), causal=causal), rtol=1e-4, atol=2e-5)
+
+
+def test_a_bidirectional_rack_can_be_recorded_as_causal(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = rack(config())
+    export(tmp_path / "out", model.front, stages(model, False), config(), causal=True)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids()).logits
+        torch.testing.assert_close(logits, model(ids(), causal=True), rtol=1e-4, atol=2e-5)
+
+
+def test_transformers_generates_what_the_rack_continues(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from stackwise.inference import sample_causal
+
+    model = rack(config())
+    export(tmp_path / "out", model.front, stages(model, True), config())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    prompt = ids()[:1, :5]
+    ours = sample_causal(model.front, model, prompt, 10)
+    theirs = loaded.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10, do_sample=False, pad_token_id=0
+    )
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("settings", LLAMA + OTHER)
+def test_load_rack_gives_equal_logits(settings: dict[str, object], tmp_path: Path) -> None:
+    c = config(**settings)
+    model = rack(c)
+    told = export(
+        tmp_path / "out", model.front, stages(model, False), c, mask_token_id=5, separator_id=6, shard_bytes=9000
+    )
+    assert len(told.files) > 3
+    assert told.parameters == sum(p.numel() for p in model.parameters())
+    back = load_rack(tmp_path / "out")
+    assert torch.equal(back(ids()), model(ids()))
+    assert torch.equal(back(ids(), causal=True), model(ids(), causal=True))
+    assert back.head.tied == c.tie_embeddings
+    assert [part_digest(b) for b in back.blocks] == [part_digest(b) for b in model.blocks]
+    assert all(p.requires_grad for p in back.parameters())
+    about = read_export(tmp_path / "out")
+    assert (about.mask_token_id, about.separator_id, about.causal) == (5, 6, False)
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["stackwise"]["bidirectional"] is True
+
+
+def test_shards_load_in_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = rack(config())
+    told = export(tmp_path / "out", model.front, stages(model, True), config(), shard_bytes=20_000)
+    assert told.files[0] == f"model-00001-of-{len(told.files):05d}.safetensors"
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids()).logits
+    torch.testing.assert_close(logits, model(ids(), causal=True), rtol=1e-4, atol=2e-5)
+
+
+def test_a_copied_head_is_untied_and_an_equal_one_stays_tied(tmp_path: Path) -> None:
+    model = rack(config())
+    model.head.untie()
+    assert export(tmp_path / "equal", model.front, stages(model, True), config()).tied
+    with torch.no_grad():
+        model.head.weight[3] += 1.0
+    assert not export(tmp_path / "moved", model.front, stages(model, True), config()).tied
+    back = load_rack(tmp_path / "moved")
+    assert not back.head.tied
+    assert torch.equal(back(ids()), model(ids()))
+    assert json.loads((tmp_path / "moved" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_adapters_are_merged_and_left_in_the_rack(tmp_path: Path) -> None:
+    model = rack(config())
+    add_adapters(model.blocks[1], 4, 8.0, 0, "block.1")
+    with torch.no_grad():
+        for name, p in model.blocks[1].named_parameters():
+            if name.endswith(".b"):
+                p.normal_(0.0, 0.1)
+    keys = set(model.state_dict())
+    export(tmp_path / "out", model.front, stages(model, False), config())
+    torch.testing.assert_close(load_rack(tmp_path / "out")(ids()), model(ids()), rtol=1e-4, atol=1e-5)
+    assert set(model.state_dict()) == keys
+
+
+def test_dtype(tmp_path: Path) -> None:
+    model = rack(config())
+    export(tmp_path / "out", model.front, stages(model, False), config(), dtype=torch.bfloat16)
+    back = load_rack(tmp_path / "out")
+    assert {p.dtype for p in back.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(back(ids()).float(), model(ids()), rtol=0.1, atol=0.1)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("as_path", [True, False])
+def test_tokenizer_comes_along(as_path: bool, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = tokenizer()
+    (tmp_path / "tokenizer.json").write_text(source)
+    model = rack(config())
+    given = tmp_path / "tokenizer.json" if as_path else source
+    export(tmp_path / "out", model.front, stages(model, True), config(), tokenizer_json=given)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded("a b a")["input_ids"] == [0, 1, 0]
+
+
+def test_targets(tmp_path: Path) -> None:
+    model = rack(config())
+
+    def write(name: str, **settings: bool) -> None:
+        export(tmp_path / name, model.front, stages(model, True), config(), **settings)  # type: ignore[arg-type]
+
+    write("out")
+    with pytest.raises(UsageError, match="not empty"):
+        write("out")
+    before = (tmp_path / "out" / "model.safetensors").stat().st_ino
+    write("out", overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_ino != before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="something else than an export"):
+        write("mine", overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        write("file")
+    (tmp_path / "empty").mkdir()
+    write("empty")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "mine", "out"]
+
+
+def test_nothing_is_left_of_a_failed_export(tmp_path: Path) -> None:
+    model = rack(config())
+    with pytest.raises(UsageError, match="hold 2 blocks, the rack has 3"):
+        export(tmp_path / "out", model.front, list(stages(model, True))[:2], config())
+    with pytest.raises(UsageError, match="tokenizer cannot be read"):
+        export(tmp_path / "out", model.front, stages(model, True), config(), tokenizer_json="{no json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_directories(tmp_path: Path) -> None:
+    model = rack(config())
+    with pytest.raises(NotFound, match="no export"):
+        load_rack(tmp_path / "nowhere")
+    export(tmp_path / "out", model.front, stages(model, True), config(), shard_bytes=20_000)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    good = index.read_text()
+    index.write_text(good.replace("model-00002", "../model-00002"))
+    with pytest.raises(UsageError, match="no file of weights"):
+        load_rack(tmp_path / "out")
+    index.write_text("{")
+    with pytest.raises(DamageError, match="cannot be read"):
+        load_rack(tmp_path / "out")
+    index.write_text(good)
+    shard = next((tmp_path / "out").glob("model-00002*"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100])
+    with pytest.raises(DamageError, match="cannot be read"):
+        load_rack(tmp_path / "out")
+    shard.unlink()
+    with pytest.raises(DamageError, match="missing"):
+        load_rack(tmp_path / "out")
+    shard.write_bytes(content)
+    path = tmp_path / "out" / "config.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"stackwise": told["stackwise"] | {"format": 99}}))
+    with pytest.raises(UsageError, match="format 99"):
+        load_rack(tmp_path / "out")
+    path.write_text(json.dumps(told | {"stackwise": told["stackwise"] | {"vocab_size": V + 1}}))
+    with pytest.raises(DamageError, match="has shape"):
+        load_rack(tmp_path / "out")
+    path.write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(NotFound, match="not exported by stackwise"):
+        load_rack(tmp_path / "out")
