@@ -14,6 +14,7 @@ from typing import Any
 
 from stackwise.data import arrow
 from stackwise.data.documents import Document, Limit, jsonl_rows, row_documents, text_file
+from stackwise.data.prepared import is_prepared
 from stackwise.errors import NotFound, UsageError
 
 NAMED = 100
@@ -114,6 +115,9 @@ def _folder(folder: Path, skipped: Skipped, above: set[tuple[int, int]], *, name
         for split in unused:
             skipped.add(folder / split, "not the train split of its data set")
         yield from (Source(file, "arrow", named=True) for file in files)
+        return
+    if not named and is_prepared(folder):
+        skipped.add(folder, "a prepared data set")
         return
     status = folder.stat()
     here = (status.st_dev, status.st_ino)

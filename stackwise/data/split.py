@@ -14,6 +14,9 @@ from stackwise.durable import write_bytes
 from stackwise.errors import UsageError
 from stackwise.identity import digest
 
+_BLOCK_TOKENS = 1 << 20
+"""Tokens that are looked at together where every sample is."""
+
 _TYPES = {"tokens": ("<u2", "<u4"), "documents": ("<i8",), "counts": ("<i8",), "bytes": ("<u4",), "targets": ("<i4",)}
 
 Array = np.ndarray[Any, Any]
@@ -77,14 +80,15 @@ class Split:
         Over all tokens they add up to the documents' bytes; a separator stands for none. All 0 where rows brought
         tokens of a tokenizer whose tokens have no length of their own.
         """
-        measured = "bytes" in self._columns
-        rows = self._rows("bytes" if measured else "tokens", indices, seq_len)
-        table = None if measured else self._byte_table()
-        if table is not None:
-            rows = table[rows]
-        elif not measured:
-            rows = np.zeros_like(rows)
-        sums: Int64s = rows.sum(axis=1, dtype=np.int64)
+        wanted = self._checked(indices, seq_len)
+        sums = np.zeros(len(wanted), np.int64)
+        column, table = ("bytes", None) if "bytes" in self._columns else ("tokens", self._byte_table())
+        if column == "tokens" and table is None:
+            return sums
+        block = max(1, _BLOCK_TOKENS // seq_len)
+        for start in range(0, len(wanted), block):
+            rows = self._rows(column, wanted[start : start + block], seq_len)
+            sums[start : start + block] = (rows if table is None else table[rows]).sum(axis=1, dtype=np.int64)
         return sums
 
     def segments(self, indices: Any, seq_len: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -154,7 +158,7 @@ class Split:
 def sample_ids(tokens_NS: Array) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Content ids of samples: xxh3-128 of each row as little-endian uint32 (big-endian digest; uint8 [N, 16])."""
     ids = np.empty((len(tokens_NS), 16), np.uint8)
-    block = max(1, (1 << 20) // max(1, tokens_NS.shape[1]))
+    block = max(1, _BLOCK_TOKENS // max(1, tokens_NS.shape[1]))
     for start in range(0, len(ids), block):
         rows = np.ascontiguousarray(tokens_NS[start : start + block], "<u4")
         joined = b"".join(xxhash.xxh3_128_digest(row) for row in rows)

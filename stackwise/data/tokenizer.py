@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -48,6 +50,8 @@ class Tokenizer:
         if getattr(backend.model, "dropout", None) is not None:
             backend.model.dropout = None
         backend.encode_special_tokens = True
+        # names that the model itself, though not the list of added tokens, takes for the token (Unigram does)
+        self._taken: list[str] = []
         self.separator_id = self._special(_SEPARATORS)
         self.mask_id = self._special(_MASKS)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -96,17 +100,13 @@ class Tokenizer:
         from tokenizers import AddedToken
 
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        for name in names:
-            if name in vocabulary:
-                self._backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
-                # a vocabulary of whole words would still take the name in a text for the token
-                if vocabulary[name] not in self._backend.encode(name, add_special_tokens=False).ids:
-                    return vocabulary[name]
-        name = next(name for name in names if name not in vocabulary)
+        name = next((name for name in names if name in vocabulary), names[0])
         self._backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
         added = self._backend.token_to_id(name)
         assert added is not None
-        if added in vocabulary.values():
+        if added in self._backend.encode(name, add_special_tokens=False).ids:
+            self._taken.append(name)
+        if name not in vocabulary and added in vocabulary.values():
             raise UsageError(f"{self.name}: its ids have gaps, and {name} cannot be added after them")
         return added
 
@@ -133,6 +133,8 @@ class Tokenizer:
         """Token ids (uint32 [n]) of each text, in parallel; nothing is added to them."""
         if self.is_bytes:
             return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
+        if self._taken:
+            return [ids for ids, _ in self.encode_with_bytes(texts)]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
@@ -140,13 +142,36 @@ class Tokenizer:
         """Token ids of each text, and the bytes of it that each token stands for (uint32 [n]).
 
         A token stands for what lies between its predecessor's end and its own; the last one for the rest too. So the
-        bytes of a text's tokens add up to the text's, whatever the tokenizer drops or normalises.
+        bytes of a text's tokens add up to the text's, whatever the tokenizer drops or normalises. (A text may make no
+        token at all.)
         """
+        encoded = self._measured(texts)
+        if self._taken:
+            special = [self.separator_id, self.mask_id]
+            for index, (ids, _) in enumerate(encoded):
+                if np.isin(ids, special).any():
+                    encoded[index] = self._spelled(texts[index], special)
+        return encoded
+
+    def _measured(self, texts: Sequence[str]) -> list[tuple[Ids, Ids]]:
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [
             (np.array(encoding.ids, np.uint32), bytes_between(text, encoding.offsets))
             for text, encoding in zip(texts, encodings, strict=True)
         ]
+
+    def _spelled(self, text: str, special: list[int]) -> tuple[Ids, Ids]:
+        """Encode a text that holds the name of a special token: the name in two parts, so that it stays text."""
+        cuts = [match.start() + 1 for name in self._taken for match in re.finditer(re.escape(name), text)]
+        parts = [text[start:end] for start, end in pairwise([0, *sorted(cuts), len(text)])]
+        encoded: list[tuple[Ids, Ids]] = []
+        for part, (ids, sizes) in zip(parts, self._measured(parts), strict=True):
+            # a normalizer can make the name of other letters (NFKC of full-width ones): then letter by letter
+            encoded += self._measured(list(part)) if np.isin(ids, special).any() else [(ids, sizes)]
+        ids, sizes = (np.concatenate(column) for column in zip(*encoded, strict=True))
+        if len(ids):  # parts that made no token
+            sizes[-1] += len(text.encode()) - int(sizes.sum())
+        return ids, sizes
 
     def decode(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> str:
         """The text of ids; special tokens appear by name, bytes that are no UTF-8 as replacement characters."""

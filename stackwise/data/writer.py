@@ -80,24 +80,36 @@ class SplitWriter:
         self.n_tokens = self.n_documents = self.n_bytes = 0
         self._start = 0
         self._last = -1
+        self._unclaimed = 0
 
     def add(self, tokens: Array, **extra: Array) -> None:
         """Append a run of the document in hand."""
         if not len(tokens):
             return
+        # before, not after: the end of a document may still add to its last token's bytes
+        if self._held_tokens >= FLUSH_TOKENS:
+            self._flush()
+        if self._unclaimed and "bytes" in extra:
+            extra["bytes"][0] += self._unclaimed
+            self._unclaimed = 0
         self._held["tokens"].append(tokens)
         for name, values in extra.items():
             self._held[name].append(values)
         self.n_tokens += len(tokens)
         self._held_tokens += len(tokens)
         self._last = int(tokens[-1])
-        if self._held_tokens >= FLUSH_TOKENS:
-            self._flush()
+
+    def leave(self, n_bytes: int) -> None:
+        """Text of the document in hand that made no token: the next one stands for it too, at its end the last."""
+        self._unclaimed += n_bytes
 
     def end_document(self, n_bytes: int) -> None:
         """End the document in hand with a separator, unless it brought one; without tokens it leaves no trace."""
+        left, self._unclaimed = self._unclaimed, 0
         if self.n_tokens == self._start:
             return
+        if left:
+            self._held["bytes"][-1][-1] += left
         if self._last != self._tokenizer.separator_id:
             separator = np.array([self._tokenizer.separator_id], np.uint32)
             fill = {"bytes": 0, "targets": IGNORED}
@@ -233,7 +245,9 @@ def _encode(batch: list[_Item], writers: list[SplitWriter], tokenizer: Tokenizer
         table = tokenizer.bytes_per_token()
         if table is None or sum(int(table[c["tokens"]].sum()) for c in encoded) != sum(size for *_, size in batch):
             raise NotExactError
-    for (side, _, n_bytes, _), columns in zip(batch, encoded, strict=True):
+    for (side, _, n_bytes, size), columns in zip(batch, encoded, strict=True):
         writers[side].add(**columns)
+        if measure and not len(columns["tokens"]):
+            writers[side].leave(size)
         if n_bytes >= 0:
             writers[side].end_document(n_bytes)

@@ -1,0 +1,247 @@
+"""What users hand in by mistake: one clear line, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stackwise.config import DataConfig
+from stackwise.data import PreparedData, prepare, require_samples
+from stackwise.errors import NoSpaceError, NotFound, UsageError
+
+from .conftest import all_text
+from .test_sources import write_dataset
+
+Settings = Callable[..., DataConfig]
+GOOD = b'{"text": "one"}\n{"text": "two"}\n'
+
+FAULTS: dict[str, tuple[str, bytes, str]] = {
+    "empty": ("empty.txt", b"", r"no text in 1 file \(1 empty\)"),
+    "binary": ("x.bin", b"\x7fELF\0\0", r"no text in 1 file \(1 binary\)"),
+    "not utf-8": ("x.txt", b"Stra\xdfe", r"no text in 1 file \(1 not UTF-8 text\)"),
+    "no json": ("x.jsonl", GOOD + b'{"text": \n', r"x\.jsonl, line 3: not JSON"),
+    "json not utf-8": ("x.jsonl", GOOD + b'{"text": "\xff"}\n', r"x\.jsonl, line 3: not UTF-8"),
+    "nested": ("x.jsonl", b"[" * 100_000, r"line 1: (not JSON|JSON nested)"),
+    "array": ("x.jsonl", GOOD + b"[1, 2]\n", r"x\.jsonl, line 3: a list, not an object"),
+    "no column": ("x.jsonl", GOOD + b'{"b": 1, "a": 2}\n', r"line 3: no column 'text'; its columns are: a, b"),
+    "number": ("x.jsonl", GOOD + b'{"text": 7}\n', r"line 3: column 'text' holds a number, not text"),
+    "float ids": (
+        "x.jsonl",
+        b'{"input_ids": [0.5]}\n',
+        r"line 1: column 'input_ids' holds a list, not a list of integers",
+    ),
+    "ragged ids": ("x.jsonl", b'{"input_ids": [[1], [2, 3]]}\n', r"not a list of integers"),
+    "negative": ("x.jsonl", b'{"input_ids": [1, -1]}\n', r"negative id"),
+    "wide": ("x.jsonl", b'{"input_ids": [4294967296]}\n', r"beyond 32 bits"),
+    "targets": ("x.jsonl", b'{"input_ids": [1, 2], "targets": [1]}\n', r"2 input_ids but 1 targets"),
+    "negative target": ("x.jsonl", b'{"input_ids": [1], "targets": [-1]}\n', r"only -100"),
+    "mixed": ("x.jsonl", GOOD + b'{"input_ids": [1]}\n', r"some rows bring text and some input_ids"),
+    "some targets": (
+        "x.jsonl",
+        b'{"input_ids": [1], "targets": [1]}\n{"input_ids": [1]}\n',
+        r"some rows bring targets and some do not",
+    ),
+    "parquet": ("x.parquet", b"PAR1 but nothing more", r"x\.parquet: not a readable parquet file"),
+    "arrow": ("x.arrow", b"nothing of the kind", r"x\.arrow: not a readable Arrow file"),
+    "one byte": ("x.txt", b"a", r"too short to hold a part of it out"),
+    "all the same": ("x.jsonl", b'{"text": "one"}\n' * 9, r"all 9 documents are the same"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faulty_files(tmp_path: Path, settings: Settings, name: str) -> None:
+    file, content, message = FAULTS[name]
+    (tmp_path / file).write_bytes(content)
+    for out in (None, tmp_path / "out"):
+        with pytest.raises(UsageError, match=message) as caught:
+            prepare(settings(tmp_path / file, tokenizer="bytes"), out=out)
+        assert caught.value.exit_code == 2
+        assert "\n" not in caught.value.message
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts]
+    assert left == [tmp_path / file]
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+
+
+def test_an_empty_folder(tmp_path: Path, settings: Settings) -> None:
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UsageError, match="no text in 0 files"):
+        prepare(settings(tmp_path / "nothing"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_device_is_no_file(settings: Settings) -> None:
+    with pytest.raises(UsageError, match="neither a file nor a folder"):
+        prepare(settings("/dev/null"))
+
+
+def test_parquet_without_the_column(tmp_path: Path, settings: Settings) -> None:
+    pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match=r"no column 'text'; its columns are: body, id") as caught:
+        prepare(settings(tmp_path / "x.parquet"))
+    assert "data.text_column" in (caught.value.hint or "")
+
+
+def test_damaged_data_set_folders(tmp_path: Path, settings: Settings) -> None:
+    folder = write_dataset(tmp_path / "set", ["one"] * 5, ["two"] * 5)
+    (folder / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(NotFound, match=r"data-00001-of-00002\.arrow: missing"):
+        prepare(settings(folder))
+    state = json.loads((folder / "state.json").read_text())
+    for bad in ("../../secret.arrow", "/etc/passwd", "..", 7):
+        (folder / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": bad}]}))
+        with pytest.raises(UsageError, match="names no data files"):
+            prepare(settings(folder))
+    (folder / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{"filename": "i.arrow"}]}))
+    with pytest.raises(UsageError, match="indices mapping"):
+        prepare(settings(folder))
+    (folder / "state.json").write_text("{")
+    with pytest.raises(UsageError, match="not JSON"):
+        prepare(settings(folder))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "not json", '{"version": "1.0", "model": {"type": "Nothing"}}', "[]"])
+def test_a_broken_tokenizer(corpus: Path, settings: Settings, tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UsageError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        prepare(settings(corpus, tokenizer=str(tmp_path / "tokenizer.json")))
+    with pytest.raises(NotFound, match="does not exist"):
+        prepare(settings(corpus, tokenizer=str(tmp_path / "missing.json")))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_vocabularies_that_do_not_fit(corpus: Path, settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.vocab_size: 100 is too small for bpe"):
+        prepare(settings(corpus, vocab_size=100))
+    with pytest.raises(UsageError, match=r"model\.vocab_size: 257 is too small for bpe"):
+        prepare(settings(corpus), model_vocab=257)
+    with pytest.raises(UsageError, match=r"model\.vocab_size: 500 is too small .* 600 ids"):
+        prepare(settings(corpus, vocab_size=600), model_vocab=500)
+    with pytest.raises(UsageError, match=r"model\.vocab_size: 256 is too small for the tokenizer bytes: 258 ids"):
+        prepare(settings(corpus, tokenizer="bytes"), model_vocab=256)
+    assert not (tmp_path / "cache").exists()
+    data, _ = prepare(settings(corpus, tokenizer="bytes"), model_vocab=258)
+    with pytest.raises(UsageError, match="too small"):
+        prepare(settings(data.directory), model_vocab=200)
+
+
+def test_ids_beyond_the_tokenizer_and_masks_in_the_data(tmp_path: Path, settings: Settings) -> None:
+    rows = tmp_path / "x.jsonl"
+    rows.write_text("".join(f'{{"input_ids": [{i}]}}\n' for i in range(300)))
+    with pytest.raises(UsageError, match="rows bring the id 299, but the tokenizer bytes has 258 ids"):
+        prepare(settings(rows, tokenizer="bytes"))
+    rows.write_text("".join(f'{{"input_ids": [{i}, 257]}}\n' for i in range(30)))
+    with pytest.raises(UsageError, match=r"the mask token \(id 257\) occurs \d+ times"):
+        prepare(settings(rows, tokenizer="bytes"))
+    assert not list((tmp_path / "cache" / "prepared").iterdir())
+    # with targets of their own, rows may show masks
+    rows.write_text("".join(f'{{"input_ids": [{i}, 257], "targets": [-100, 5]}}\n' for i in range(30)))
+    prepare(settings(rows, tokenizer="bytes"))
+
+
+def test_prepared_sets_that_are_damaged_or_newer(corpus: Path, settings: Settings, tmp_path: Path) -> None:
+    data, _ = prepare(settings(corpus, tokenizer="bytes"), out=tmp_path / "set")
+    kept = all_text(data.directory)
+
+    def faulty(file: str, content: bytes | None, message: str, kind: type[UsageError] = UsageError) -> None:
+        path = data.directory / file
+        path.write_bytes(content) if content is not None else path.unlink()
+        with pytest.raises(kind, match=message):
+            PreparedData.open(data.directory)
+        with pytest.raises(UsageError):
+            prepare(settings(data.directory))
+        path.write_bytes(kept[file])
+
+    meta = json.loads(kept["meta.json"])
+    faulty("train/tokens.bin", kept["train/tokens.bin"][:-2], "tokens.bin is")
+    faulty("train/tokens.bin", b"\1" + kept["train/tokens.bin"][1:], "tokens.bin has changed")
+    faulty("held_out/counts.bin", None, "damaged")
+    faulty("tokenizer.json", b"{}", "tokenizer.json has changed")
+    faulty("tokenizer.json", None, "damaged")
+    faulty("meta.json", kept["meta.json"][:100], "damaged prepared data")
+    faulty("meta.json", None, "no meta.json", NotFound)
+    faulty("meta.json", json.dumps(meta | {"version": 2}).encode(), "format 2; this version reads up to 1")
+    faulty("meta.json", json.dumps(meta | {"id": "../.."}).encode(), "no id")
+    altered = json.loads(kept["meta.json"])
+    altered["tokenizer"]["mask_id"] = 5
+    faulty("meta.json", json.dumps(altered).encode(), "meta.json has changed")
+    del altered["splits"]["train"]
+    faulty("meta.json", json.dumps(altered).encode(), "damaged")
+    PreparedData.open(data.directory).verify()
+
+
+def test_somebody_elses_meta_json_is_text(tmp_path: Path, settings: Settings) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "meta.json").write_text('{"author": "me"}')
+    (tmp_path / "texts" / "a.txt").write_text("some text\n")
+    assert prepare(settings(tmp_path / "texts", tokenizer="bytes"))[0].summary()["documents"] == 2
+    with pytest.raises(NotFound, match="not a prepared data set"):
+        PreparedData.open(tmp_path / "texts")
+
+
+def test_too_short_for_a_sample(tmp_path: Path, settings: Settings) -> None:
+    (tmp_path / "a.txt").write_text("short\n" * 10)
+    data, _ = prepare(settings(tmp_path / "a.txt", tokenizer="bytes", held_out=0.2))
+    assert require_samples(data.train, 16, "training text") == data.train.n_tokens // 16
+    with pytest.raises(UsageError, match=r"held-out text: 13 tokens are fewer than one sample of 16") as caught:
+        require_samples(data.held_out, 16, "held-out text")
+    assert "training.seq_len" in str(caught.value)
+    assert "data.held_out" in str(caught.value)
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, settings: Settings) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(GOOD * 3)
+
+    def change(phase: str, done: int, total: int | None) -> None:
+        if phase == "reading" and done == total:
+            file.write_bytes(GOOD)
+
+    with pytest.raises(UsageError, match=r"a\.jsonl: changed while it was read"):
+        prepare(settings(file, tokenizer="bytes"), progress=change)
+    assert not list((tmp_path / "cache" / "prepared").iterdir())
+
+
+def test_an_interrupt_leaves_nothing(corpus: Path, settings: Settings, tmp_path: Path) -> None:
+    def interrupt(phase: str, done: int, total: int | None) -> None:
+        if phase == "tokenizing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings(corpus, tokenizer="bytes"), progress=interrupt)
+    assert not list((tmp_path / "cache" / "prepared").iterdir())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk(corpus: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.open
+
+    def full(self: Path, mode: str = "r", *args: object, **more: object) -> object:
+        target = Path("/dev/full") if self.name == "tokens.bin" and "w" in mode else self
+        return real(target, mode, *args, **more)  # type: ignore[call-overload]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(NoSpaceError) as caught:
+            prepare(settings(corpus, tokenizer="bytes"))
+    assert caught.value.exit_code == 5
+    assert not list((tmp_path / "cache" / "prepared").iterdir())
+    assert not prepare(settings(corpus, tokenizer="bytes"))[1]
+
+
+def test_a_cache_that_cannot_be_written(corpus: Path, settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UsageError, match=r"cache directory .* cannot be written") as caught:
+        prepare(settings(corpus, tokenizer="bytes"))
+    assert "data.cache_dir" in (caught.value.hint or "")
+    # with a place of its own a set needs no cache
+    assert prepare(settings(corpus, vocab_size=300), out=tmp_path / "set")[0].vocab_size == 300
+    assert prepare(settings(corpus, vocab_size=300), out=tmp_path / "set")[1]
+    with pytest.raises(UsageError, match="cannot be made"):
+        prepare(settings(corpus, tokenizer="bytes"), out=tmp_path / "cache" / "set")

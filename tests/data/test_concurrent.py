@@ -1,0 +1,127 @@
+"""Several processes at one set, and processes that are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stackwise.config import DataConfig
+from stackwise.data import PreparedData, prepare
+from stackwise.durable import TEMPORARY
+
+Settings = Callable[..., DataConfig]
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from stackwise.config import DataConfig
+from stackwise.data import prepare
+corpus, cache, out, pause = sys.argv[1:]
+seen = []
+def progress(phase, done, total):
+    if phase not in seen:
+        seen.append(phase)
+    if phase == "tokenizing":
+        print("tokenizing", flush=True)
+        time.sleep(float(pause))
+config = DataConfig(paths=[corpus], cache_dir=cache, vocab_size=500)
+data, reused = prepare(config, out=Path(out) if out else None, progress=progress)
+print(data.id, reused, "waiting" in seen)
+"""
+
+
+def start(corpus: Path, tmp_path: Path, out: str = "", pause: float = 0.0) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", SCRIPT, str(corpus), str(tmp_path / "cache"), out, str(pause)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@pytest.mark.parametrize("own_place", [False, True])
+def test_one_makes_it_and_the_others_find_it(corpus: Path, tmp_path: Path, own_place: bool) -> None:
+    out = str(tmp_path / "sets" / "set") if own_place else ""
+    processes = [start(corpus, tmp_path, out, pause=0.5) for _ in range(3)]
+    ends = [process.communicate(timeout=60)[0].split()[-3:] for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    assert len({end[0] for end in ends}) == 1
+    assert sorted(end[1] for end in ends) == ["False", "True", "True"]
+    folder = tmp_path / ("sets" if own_place else "cache/prepared")
+    (name,) = names(folder)
+    PreparedData.open(folder / name).verify()
+
+
+def test_without_a_cache_the_first_rename_wins(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("not a folder")
+    out = tmp_path / "sets" / "set"
+    processes = [start(corpus, tmp_path, str(out), pause=0.5) for _ in range(2)]
+    ends = [process.communicate(timeout=60)[0].split()[-3:] for process in processes]
+    assert len({end[0] for end in ends}) == 1
+    assert {end[1] for end in ends} <= {"False", "True"}
+    assert names(tmp_path / "sets") == ["set"]
+    PreparedData.open(out).verify()
+
+
+def test_killed_in_the_middle(corpus: Path, tmp_path: Path, settings: Settings) -> None:
+    process = start(corpus, tmp_path, pause=60)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "tokenizing\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    (stale,) = names(tmp_path / "cache" / "prepared")
+    assert stale.startswith(TEMPORARY)
+    # a live one's is left alone by whoever prepares something else; a dead one's goes
+    live = start(corpus / "part1", tmp_path, pause=60)
+    assert live.stdout is not None
+    assert live.stdout.readline() == "tokenizing\n"
+    data, reused = prepare(settings(corpus, vocab_size=500))
+    assert not reused
+    left = names(tmp_path / "cache" / "prepared")
+    assert stale not in left
+    assert len(left) == 2
+    assert data.directory.name in left
+    live.kill()
+    live.communicate()
+
+
+def test_an_unchanged_corpus_is_not_read_again(
+    corpus: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled = time.time() - 60
+    for file in corpus.rglob("*.py"):
+        os.utime(file, (settled, settled))
+    first, _ = prepare(settings(corpus, tokenizer="bytes"))
+    real = Path.open
+    opened: list[Path] = []
+
+    def spy(self: Path, *args: object, **more: object) -> object:
+        opened.append(self)
+        return real(self, *args, **more)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", spy)
+    assert prepare(settings(corpus, tokenizer="bytes"))[1]
+    assert not [path for path in opened if path.is_relative_to(corpus)]
+    # one file written again, to the same size: read, and found changed
+    file = sorted(corpus.rglob("*.py"))[3]
+    file.write_bytes(file.read_bytes().replace(b"a", b"b", 1))
+    opened.clear()
+    data, reused = prepare(settings(corpus, tokenizer="bytes"))
+    assert not reused
+    assert data.id != first.id
+
+
+def test_a_broken_memory_is_forgotten(corpus: Path, settings: Settings, tmp_path: Path) -> None:
+    first, _ = prepare(settings(corpus, tokenizer="bytes"))
+    (tmp_path / "cache" / "files.sqlite").write_bytes(b"not a database, but long enough to look at" * 100)
+    data, reused = prepare(settings(corpus, tokenizer="bytes"))
+    assert reused
+    assert data.id == first.id
