@@ -82,7 +82,7 @@ def fill(
     for step in range(1, steps + 1):
         index_n = open_BS.flatten().nonzero().squeeze(1)
         logits_nV = logits_at(front, stages, ids_BS, index_n, causal=False, segments_BS=segments_BS, autocast=autocast)
-        forbid(logits_nV, {mask_token_id, *forbidden})
+        logits_nV = forbid(logits_nV, {mask_token_id, *forbidden})
         chosen_n = choose(logits_nV, temperature, seed, "fill", step)
         sure_n = logits_nV.gather(1, chosen_n[:, None]).squeeze(1) - logits_nV.logsumexp(-1)
         sure_BS = torch.full(open_BS.shape, -torch.inf, device=device).flatten().scatter(0, index_n, sure_n)
