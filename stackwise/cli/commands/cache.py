@@ -1,0 +1,185 @@
+"""`stackwise cache …`: the activation store. Each command calls one of the store's functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from stackwise.cli.app import Subcommands
+from stackwise.cli.options import as_json, run_option, store_path
+from stackwise.cli.output import console, note, plain, print_json, progress, state, table
+from stackwise.errors import DamageError
+from stackwise.report import words
+
+if TYPE_CHECKING:
+    from stackwise.store import ActivationStore
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@click.group(cls=Subcommands, short_help="The activation store: look, check, mend, clean.")
+def cache() -> None:
+    """The activation store: look, check, mend, clean.
+
+    Without --run and --store it is the store of the latest run under runs/.
+    """
+
+
+def _where(command: F) -> F:
+    """The options that name a store."""
+    for option in (as_json, click.option("--store", metavar="DIR", help="The store's directory."), run_option):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def _opened(run: str | None, store: str | None) -> Iterator[ActivationStore]:
+    path = store_path(run, store)
+    from stackwise.store import ActivationStore
+
+    with ActivationStore(path, create=False) as opened:
+        yield opened
+
+
+@cache.command()
+@_where
+def inspect(run: str | None, store: str | None, as_json: bool) -> None:
+    """What the store holds: masks, boundaries, index."""
+    with _opened(run, store) as opened:
+        found, path = opened.inspect(), opened.path
+    if as_json:
+        print_json(found)
+        return
+    masks, index = found["masks"], found["index"]
+    out = console()
+    out.print(plain(f"{path}: format {found['format']}"))
+    out.print(f"masks       {masks['unique']:,} distinct, {masks['referenced']:,} rows name one")
+    out.print(f"index       {index['entries']:,} entries, {words.size(index['bytes'])}")
+    total = sum(boundary["disk_bytes"] for boundary in found["boundaries"])
+    out.print(f"boundaries  {len(found['boundaries'])}, {words.size(total)} on disk")
+    if found["boundaries"]:
+        out.print(_boundaries(found["boundaries"]))
+
+
+@cache.command(name="ls")
+@_where
+def list_entries(run: str | None, store: str | None, as_json: bool) -> None:
+    """Every boundary and every committed stage, and the runs that refer to them."""
+    with _opened(run, store) as opened:
+        boundaries = opened.inspect()["boundaries"]
+        stages = _committed(opened)
+        runs = opened.runs()
+    if as_json:
+        print_json({"boundaries": boundaries, "stages": stages, "runs": runs})
+        return
+    out = console()
+    out.print("boundaries", style="bold")
+    out.print(_boundaries(boundaries) if boundaries else "  none")
+    out.print("\ncommitted stages", style="bold")
+    shown = table("recipe", "stage", "blocks", "steps", "size", "runs", right=(1, 3, 4))
+    for stage in stages:
+        users = [key for key, refs in runs.items() if stage["recipe"] in refs["recipes"]]
+        blocks = words.span(*stage["blocks"]) if stage["blocks"] else ""
+        steps = f"{stage['steps']:,}" if stage["steps"] is not None else ""
+        depth = "" if stage["depth"] is None else str(stage["depth"])
+        shown.add_row(
+            stage["recipe"], depth, blocks, steps, words.size(stage["bytes"]), plain(", ".join(users) or "none")
+        )
+    out.print(shown if stages else "  none")
+
+
+@cache.command()
+@_where
+def du(run: str | None, store: str | None, as_json: bool) -> None:
+    """Bytes by what they are for."""
+    with _opened(run, store) as opened:
+        found, path = opened.usage(), opened.path
+    if as_json:
+        print_json(found)
+        return
+    shown = table("", "bytes", right=(1,))
+    for name in ("boundaries", "stages", "index", "reserve", "total", "free"):
+        style = "bold" if name == "total" else "dim" if name == "free" else ""
+        shown.add_row("free on this disk" if name == "free" else name, words.size(found[name]), style=style)
+    out = console()
+    out.print(plain(path))
+    out.print(shown)
+
+
+@cache.command()
+@_where
+@click.option("--fast", is_flag=True, help="Compare existence and sizes alone; read no data.")
+@click.option(
+    "--subset", type=float, default=1.0, metavar="F", help="Check this share of the chunks, another each time."
+)
+@click.option("--max-duration", type=float, metavar="SECONDS", help="Stop after so long.")
+def verify(
+    run: str | None, store: str | None, as_json: bool, fast: bool, subset: float, max_duration: float | None
+) -> None:
+    """Compare what lies on disk with what was published. Exit code 3 where something is damaged."""
+    with _opened(run, store) as opened, progress("verifying") as tell:
+        found = opened.verify(progress=tell, fast=fast, subset=subset, max_duration=max_duration)
+    if as_json:
+        print_json(found)
+    else:
+        _show_verified(found)
+    if found["damaged"]:
+        raise DamageError(
+            f"{words.plural(len(found['damaged']), 'fault')} found",
+            hint="`stackwise run` makes again what it needs of these; nothing damaged is ever delivered",
+        )
+
+
+def _show_verified(found: dict[str, Any]) -> None:
+    out = console()
+    if found["damaged"]:
+        shown = table("boundary", "chunk", "fault")
+        for damage in found["damaged"]:
+            chunk = "" if damage["chunk"] is None else str(damage["chunk"])
+            shown.add_row(damage["boundary"], plain(chunk), f"[red]{plain(damage['fault'])}[/]")
+        out.print(shown)
+    stages = found.get("checked_stages", 0)
+    checked = f"{words.plural(found['checked_chunks'], 'chunk')} and {words.plural(stages, 'committed stage')} checked"
+    verdict = words.plural(len(found["damaged"]), "fault") if found["damaged"] else "no damage"
+    out.print(f"{checked}: {verdict}")
+    if not found.get("complete", True):
+        note("time ran out before all was checked")
+    if found["orphans"]:
+        note(f"{words.plural(len(found['orphans']), 'orphan')} (files that belong to nothing):")
+        for name in found["orphans"][:10]:
+            note(f"  {name}")
+
+
+def _boundaries(boundaries: list[dict[str, Any]]) -> Any:
+    shown = table("boundary", "depth", "shape", "dtype", "codec", "chunks", "on disk", "state", right=(1, 5, 6))
+    for item in boundaries:
+        shown.add_row(
+            item["id"],
+            str(item["depth"]),
+            " × ".join(map(str, item["shape"])),
+            item["dtype"],
+            item["codec"],
+            f"{item['chunks']:,}",
+            words.size(item["disk_bytes"]),
+            state(item["state"]),
+        )
+    return shown
+
+
+def _committed(opened: ActivationStore) -> list[dict[str, Any]]:
+    """The committed stages as plain data; a damaged one is named and left to `verify`."""
+    found = []
+    for recipe in opened.stages():
+        try:
+            stage = opened.stage(recipe, check=False)
+        except DamageError as error:
+            note(error.message)
+            continue
+        if stage is not None:
+            record = {key: stage.record.get(key) for key in ("depth", "blocks", "steps", "seconds", "device")}
+            size = sum(part.bytes for part in stage.parts.values())
+            found.append({"recipe": recipe, **record, "parts": sorted(stage.parts), "bytes": size})
+    return sorted(found, key=lambda stage: (-1 if stage["depth"] is None else stage["depth"], stage["recipe"]))

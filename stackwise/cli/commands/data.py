@@ -1,0 +1,93 @@
+"""`stackwise data prepare`."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stackwise.cli.app import Subcommands
+from stackwise.cli.options import as_json
+from stackwise.cli.output import note, phases, print_json
+from stackwise.report import words
+
+if TYPE_CHECKING:
+    from stackwise.config import DataConfig
+
+WORDS = {"reading": "reading", "tokenizer": "training the tokenizer", "tokenizing": "tokenizing", "waiting": "waiting"}
+
+
+@click.group(cls=Subcommands, short_help="Prepare text for training.")
+def data() -> None:
+    """Prepare text for training."""
+
+
+@data.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--out", required=True, metavar="DIR", help="Where the prepared data set goes; a new folder.")
+@click.option("--tokenizer", default="bpe", show_default=True, help="bpe, bytes, or the path of a tokenizer.json.")
+@click.option("--vocab-size", type=int, metavar="N", help="Size that bpe is trained to.  [default: 4096]")
+@click.option("--held-out", type=float, metavar="F", help="Share of the documents held out.  [default: 0.05]")
+@click.option(
+    "--text-column", metavar="C", help="Column of jsonl and parquet rows that holds the text.  [default: text]"
+)
+@click.option("--max-bytes", type=int, metavar="N", help="Read at most so many bytes of text.")
+@as_json
+def prepare(as_json: bool, out: str, **options: Any) -> None:
+    """Tokenize text files and folders, jsonl, parquet and Hugging Face data sets into a prepared data set.
+
+    `data.paths` accepts the folder that is made. Text is streamed: a corpus may be larger than memory.
+    """
+    from stackwise.data import prepare as prepare_data
+
+    config = _config(options)
+    begun = time.perf_counter()
+    with phases(unit=lambda phase, value: "" if phase == "waiting" else words.size(value)) as tell:
+        prepared, reused = prepare_data(
+            config,
+            out=Path(out).expanduser(),
+            progress=lambda phase, done, total: tell(WORDS.get(phase, phase), done, total),
+        )
+    summary = prepared.summary()
+    if as_json:
+        print_json({**summary, "reused": reused})
+        return
+    seconds = time.perf_counter() - begun
+    click.echo(f"{prepared.directory}: " + ("was there already, unchanged" if reused else words.duration(seconds)))
+    for name, split in (("training", summary["train"]), ("held out", summary["held_out"])):
+        size = f", {words.size(split['bytes'])}" if split["bytes"] else ""
+        documents = words.plural(split["documents"], "document")
+        click.echo(f"  {name}: {documents}, {words.count(split['tokens'])} tokens{size}")
+    tokenizer = summary["tokenizer"]
+    click.echo(f"  tokenizer: {tokenizer['name']}, {tokenizer['vocab_size']:,} ids")
+    for line in (*skipped(summary["skipped"]), *summary["notes"]):
+        note(f"  {line}")
+    click.echo("use it with:")
+    click.echo("  stackwise run -o " + shlex.quote(f"data.paths={_flow([str(prepared.directory)])}"))
+
+
+def skipped(found: dict[str, Any]) -> list[str]:
+    """What was not read: a line a reason, and the first of the files."""
+    lines = [
+        f"skipped: {words.plural(number, 'file')}: {reason}" for reason, number in found.get("reasons", {}).items()
+    ]
+    return [*lines, *(f"  {item['path']}: {item['why']}" for item in found.get("files", [])[:5])] if lines else []
+
+
+def _config(options: dict[str, Any]) -> DataConfig:
+    """The `data` section that the options come to, checked like any other."""
+    from stackwise.config import StackWiseConfig
+    from stackwise.config.loading import build
+
+    given = {key: value for key, value in options.items() if value is not None}
+    given["paths"] = list(given["paths"])
+    return build(StackWiseConfig, {"data": given}, source="data prepare").data
+
+
+def _flow(value: list[str]) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()

@@ -1,0 +1,100 @@
+"""`stackwise run`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stackwise.cli.failure import stopped_after_saving
+from stackwise.cli.options import Choice, as_json, choose, configuration, is_run
+from stackwise.cli.output import console, is_live, note, plain
+
+if TYPE_CHECKING:
+    from stackwise.cli.views.state import RunView
+
+Event = dict[str, Any]
+
+
+@click.command(short_help="Train every stage, evaluate, report; resumes by itself.")
+@configuration
+@as_json
+def run(config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Train every stage, evaluate on held-out text, write report.html.
+
+    What is committed is not trained again; what was interrupted goes on. With neither CONFIG nor --preset: the
+    configuration of the run that --run names, where there is one, else the preset demo.
+    """
+    carry_out(choose(config, preset, run, overrides), as_json=as_json, command="stackwise run")
+
+
+def carry_out(choice: Choice, *, as_json: bool, command: str, only: int | None = None) -> None:
+    """Run a configuration, or one stage of it, and show it.
+
+    Args:
+        choice: The configuration and the run.
+        as_json: One event a line instead of a view.
+        command: What was typed, for the line that says how to go on.
+        only: One stage alone.
+    """
+    from stackwise import report
+    from stackwise.cli.views.state import RunView
+    from stackwise.pipeline.run import status
+    from stackwise.pipeline.runner import Runner
+
+    again = shlex.join([*command.split(), *choice.arguments])
+    known = status(choice.run)["stages"] if is_run(choice.run.path) else []
+    view = RunView(choice.config, str(choice.run.path), known)
+    watcher = _watcher(view, as_json)
+    try:
+        with watcher as observe:
+            Runner(choice.config, choice.run, observe, resume_command=again).run(only)
+        page = report.write(choice.run) if only is None else None
+    except KeyboardInterrupt:
+        if not view.saved:
+            raise
+        raise stopped_after_saving(again) from None
+    except BrokenPipeError:  # whoever read this is gone: the worker saves and ends
+        raise stopped_after_saving(again) from None
+    if not as_json:
+        _conclude(view)
+        if page is not None:
+            click.echo(f"report: {page}")
+
+
+def _watcher(view: RunView, as_json: bool) -> contextlib.AbstractContextManager[Callable[[Event], None]]:
+    """Who shows the events: JSON lines, a live view where the terminal can be drawn on, plain lines otherwise."""
+    if as_json:
+        return contextlib.nullcontext(_print_event)
+    if is_live(sys.stdout):
+        from stackwise.cli.views.live import Live
+
+        return Live(view, console())
+    from stackwise.cli.views.lines import Lines
+
+    return Lines(view, view.config.training.log_every)
+
+
+def _print_event(event: Event) -> None:
+    sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _conclude(view: RunView) -> None:
+    from stackwise.cli.views.results import held_out, passage
+
+    out = console()
+    if view.evaluation:
+        out.print()
+        out.print(held_out(view.evaluation))
+    if view.fill is not None:
+        out.print()
+        out.print(plain("a held-out passage, with holes and as the rack filled them"), style="bold")
+        passage(out, view.fill["before"], view.fill["after"])
+    elif view.evaluation is None:
+        note(f"{view.run}: no evaluation yet")

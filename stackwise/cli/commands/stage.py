@@ -1,0 +1,131 @@
+"""`stackwise stage list` and `stackwise stage run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stackwise.cli.app import Subcommands
+from stackwise.cli.options import Choice, as_json, choose, configuration, find_run, is_run
+from stackwise.cli.output import console, plain, print_json, state, table
+from stackwise.report import words
+
+if TYPE_CHECKING:
+    from stackwise.config import StackWiseConfig
+
+
+@click.group(cls=Subcommands, short_help="One stage alone; the schedule.")
+def stage() -> None:
+    """One stage alone; the schedule."""
+
+
+@stage.command(name="run")
+@click.option("--depth", type=click.IntRange(min=0), required=True, metavar="K", help="The stage, from 0.")
+@configuration
+@as_json
+def run_stage(
+    depth: int, config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Train stage K alone; what is below it must be committed (exit code 2 otherwise).
+
+    Without CONFIG and --preset the run's own configuration counts.
+    """
+    from stackwise.cli.commands.run import carry_out
+
+    choice = _choice(config, preset, run, overrides)
+    carry_out(choice, as_json=as_json, command=f"stackwise stage run --depth {depth}", only=depth)
+
+
+@stage.command(name="list")
+@configuration
+@as_json
+def list_stages(
+    config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """The schedule: what each stage holds, reads and trains; with a run, how each stands.
+
+    Without CONFIG, --preset and --run: the latest run under runs/, else the preset demo.
+    """
+    choice = _choice(config, preset, run, overrides, must_exist=False)
+    stages = listing(choice.config)
+    states = _states(choice, stages)
+    if as_json:
+        print_json({"source": choice.source, "stages": [row | states.get(row["depth"], {}) for row in stages]})
+        return
+    shown = table("stage", "blocks", "reads", "trains", "steps", "rate", "state", "loss", right=(0, 4, 5, 7))
+    for row in stages:
+        own = states.get(row["depth"], {})
+        steps, loss = row["steps"] or own.get("steps"), own.get("loss")
+        shown.add_row(
+            str(row["depth"]),
+            words.span(*row["blocks"]),
+            row["reads"],
+            _parts(row["trains"]),
+            f"{steps:,}" if steps else "by data",
+            words.rate(row["learning_rate"]),
+            state(own.get("state", "–")),
+            f"{loss:.3f}" if loss is not None else "",
+        )
+    out = console()
+    out.print(plain(f"{choice.config.name}: {words.plural(len(stages), 'stage')} ({choice.source})"), style="bold")
+    out.print(shown)
+
+
+def listing(config: StackWiseConfig) -> list[dict[str, Any]]:
+    """The schedule as plain data. `steps` is null where it follows from the amount of data."""
+    from stackwise.pipeline.schedule import schedule
+
+    rows = []
+    for stage in schedule(config):
+        settings = config.stage_training(stage.depth)
+        rows.append(
+            {
+                "depth": stage.depth,
+                "blocks": [stage.first, stage.last],
+                "reads": f"boundary {stage.depth}" if stage.reads_boundary else "tokens",
+                "trains": list(stage.trains),
+                "steps": settings.steps,
+                "learning_rate": settings.learning_rate,
+            }
+        )
+    return rows
+
+
+def _choice(
+    config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...], *, must_exist: bool = True
+) -> Choice:
+    """As `choose`, but with no configuration named the run's own is meant: the latest run's where none is named."""
+    if config is None and preset is None:
+        if run is None and (must_exist or any(is_run(path) for path in Path("runs").glob("*"))):
+            run = str(find_run(None).path)
+        elif run is not None and must_exist:
+            find_run(run)
+    return choose(config, preset, run, overrides)
+
+
+def _states(choice: Choice, stages: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """How the stages of the run stand, by depth; those of a schedule that holds other blocks are left out."""
+    from stackwise.pipeline.run import status
+
+    if not is_run(choice.run.path):
+        return {}
+    known = {row["depth"]: row for row in status(choice.run)["stages"]}
+    keys = ("state", "step", "loss", "reason")
+    return {
+        row["depth"]: {"steps": row["steps"] or own["steps"], **{key: own[key] for key in keys}}
+        for row in stages
+        if (own := known.get(row["depth"])) is not None and own["blocks"] == row["blocks"]
+    }
+
+
+def _parts(trains: list[str]) -> str:
+    """What trains, in few words: front, blocks 0–1, head."""
+    blocks = [int(part.partition(".")[2]) for part in trains if part.startswith("block.")]
+    names = (
+        {f"block.{blocks[0]}": f"block{'s' if len(blocks) > 1 else ''} {words.span(blocks[0], blocks[-1])}"}
+        if blocks
+        else {}
+    )
+    return ", ".join(names.get(part, part) for part in trains if part in names or not part.startswith("block."))

@@ -1,0 +1,121 @@
+"""`stackwise eval`, `generate`, `export`: what is done with a run's committed weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from stackwise.cli.options import as_json, device_option, find_run, run_option
+from stackwise.cli.output import console, is_live, note, print_json, progress
+from stackwise.errors import UsageError
+from stackwise.report import words
+
+
+@click.command(name="eval", short_help="Held-out bits per byte, loss and accuracy by depth.")
+@run_option
+@click.option("--data", multiple=True, metavar="PATH", help="Other text than the held-out; repeat it for more.")
+@device_option
+@as_json
+def evaluate(run: str | None, data: tuple[str, ...], device: str, as_json: bool) -> None:
+    """Held-out bits per byte, loss and accuracy by depth, beside baselines.
+
+    Bits per byte is a bound on the likelihood (the likelihood itself for a causal rack); losses are in nats a
+    masked token, at each masked fraction.
+    """
+    found = find_run(run)
+    from stackwise.pipeline.use import evaluate_run
+
+    result = evaluate_run(found, data=list(data) or None, device=device)
+    if as_json:
+        print_json(result)
+        return
+    from stackwise.cli.views.results import held_out
+
+    console().print(held_out(result))
+
+
+@click.command(short_help="Fill in masked text, or go on from a prompt.")
+@run_option
+@click.argument("text", required=False)
+@click.option(
+    "--file", "file", type=click.Path(dir_okay=False), metavar="F", help="Read TEXT from a file; - is standard input."
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), metavar="N", help="Steps of unmasking (tokens, for a causal rack)."
+)
+@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, metavar="T", help="0: the likeliest.")
+@click.option("--seed", type=int, default=0, metavar="N", help="Of the draws, where the temperature is above 0.")
+@device_option
+@as_json
+def generate(
+    run: str | None,
+    text: str | None,
+    file: str | None,
+    steps: int | None,
+    temperature: float,
+    seed: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Fill in masked text, the most certain places first; for a causal rack TEXT is a prompt.
+
+    Holes in TEXT are written [MASK], or [MASK*12] for twelve tokens. Without TEXT a held-out passage is masked and
+    filled in.
+    """
+    found = find_run(run)
+    given = _text(text, file)
+    from stackwise.pipeline.use import generate_text
+
+    with progress("filling in") as tell:
+        made = 0
+
+        def on_step(_: str) -> None:
+            nonlocal made
+            made += 1
+            tell(made, steps)
+
+        result = generate_text(
+            found, given, steps=steps, temperature=temperature, seed=seed, device=device, on_step=on_step
+        )
+    if as_json:
+        print_json(result)
+    elif given is not None and not is_live(sys.stdout):
+        click.echo(result["after"])
+    else:
+        from stackwise.cli.views.results import passage
+
+        passage(console(), result["before"], result["after"])
+
+
+@click.command(short_help="One fused safetensors with its configuration and tokenizer.")
+@run_option
+@click.option("--out", required=True, metavar="DIR", help="Where it goes; a new or empty folder.")
+@as_json
+def export(run: str | None, out: str, as_json: bool) -> None:
+    """One fused safetensors with config.json and tokenizer.json; a LLaMA-shaped rack loads in transformers."""
+    found = find_run(run)
+    from stackwise.pipeline.use import export_run
+
+    directory = export_run(found, Path(out).expanduser())
+    files = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
+    if as_json:
+        print_json({"directory": str(directory), "files": files})
+        return
+    click.echo(f"exported to {directory}")
+    for name, size in files.items():
+        note(f"  {name}  {words.size(size)}")
+
+
+def _text(text: str | None, file: str | None) -> str | None:
+    if text is not None and file is not None:
+        raise UsageError("TEXT and --file are two texts; give one")
+    if file is None:
+        return text
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{file}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: cannot be read as text: {error}") from None

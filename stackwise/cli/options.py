@@ -1,0 +1,135 @@
+"""Options that several commands share, and what they come to: a configuration, a run, a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from stackwise.errors import NotFound, UsageError
+
+if TYPE_CHECKING:
+    from stackwise.config import StackWiseConfig
+    from stackwise.pipeline.run import RunDirectory
+
+F = TypeVar("F", bound=Callable[..., Any])
+RUNS = Path("runs")
+"""Where runs are by default."""
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
+run_option = click.option("--run", "run", metavar="DIR", help="The run's directory. Default: the latest under runs/.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N.")
+
+
+def configuration(command: F) -> F:
+    """The options that name a configuration: CONFIG, --preset, --run, -o."""
+    for option in (
+        click.option(
+            "-o", "overrides", metavar="KEY=VALUE", multiple=True, help="Set a key, such as training.steps=50."
+        ),
+        click.option("--run", "run", metavar="DIR", help="The run's directory. Default: runs/NAME."),
+        click.option(
+            "--preset", metavar="NAME", help="micro, smoke, demo, gpt2-small, bert-base, llama-1b, llama-70b."
+        ),
+        click.argument("config", required=False, metavar="[CONFIG]"),
+    ):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A configuration, and the run it is for.
+
+    Args:
+        config: The configuration.
+        run: The run's directory, which may not exist yet.
+        source: Where the configuration came from, in words.
+        arguments: The words of the command line that make the same choice again.
+    """
+
+    config: StackWiseConfig
+    run: RunDirectory
+    source: str
+    arguments: tuple[str, ...]
+
+
+def choose(config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...]) -> Choice:
+    """The configuration that the options name.
+
+    CONFIG or a preset where one is given; else the own configuration of the run that `--run` names, where there is
+    one; else the preset demo.
+
+    Raises:
+        UsageError: CONFIG and a preset at once, or a faulty configuration; every fault is named.
+    """
+    from stackwise.config import StackWiseConfig
+    from stackwise.config.loading import parse_overrides
+    from stackwise.pipeline.run import RunDirectory
+
+    if config is not None and preset is not None:
+        raise UsageError(f"a configuration file ({config}) and --preset {preset} are two configurations; give one")
+    values = parse_overrides(overrides)
+    arguments: list[str] = []
+    if config is not None:
+        chosen, source = StackWiseConfig.from_yaml(config, values), config
+        arguments.append(config)
+    elif preset is None and run is not None and is_run(Path(run)):
+        own = RunDirectory(Path(run)).config_file
+        chosen, source = StackWiseConfig.from_yaml(str(own), values), str(own)
+    else:
+        chosen, source = StackWiseConfig.from_preset(preset or "demo", values), f"preset {preset or 'demo'}"
+        arguments += ["--preset", preset] if preset is not None else []
+    if run is not None:
+        arguments += ["--run", run]
+    for item in overrides:
+        arguments += ["-o", item]
+    return Choice(chosen, RunDirectory(Path(run) if run is not None else RUNS / chosen.name), source, tuple(arguments))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run's: it has a manifest."""
+    return (path / "run.json").is_file()
+
+
+def find_run(run: str | None) -> RunDirectory:
+    """The run that `--run` names; without it the only one under runs/, else the latest, which is said.
+
+    Raises:
+        NotFound: There is none.
+    """
+    from stackwise.pipeline.run import RunDirectory
+
+    if run is not None:
+        found = RunDirectory(Path(run))
+        found.manifest()
+        return found
+    runs = [path for path in RUNS.iterdir() if is_run(path)] if RUNS.is_dir() else []
+    if not runs:
+        raise NotFound("there is no run under runs/", hint="`stackwise run` makes one; --run DIR names one elsewhere")
+    latest = max(runs, key=lambda path: (path / "run.json").stat().st_mtime)
+    if len(runs) > 1:
+        click.echo(f"{latest}: the latest of {len(runs)} runs (--run names another)", err=True)
+    return RunDirectory(latest)
+
+
+def store_path(run: str | None, store: str | None) -> Path:
+    """The store that `--store` names, or that of the run.
+
+    Raises:
+        UsageError: Both are given.
+        NotFound: There is no such store.
+    """
+    if run is not None and store is not None:
+        raise UsageError("--run and --store both name a store; give one")
+    if store is not None:
+        path = Path(store).expanduser()
+    else:
+        found = find_run(run)
+        path = found.store_path(found.config())
+    if not path.is_dir():
+        raise NotFound(f"there is no store at {path}", hint="--store DIR names one, --run DIR names a run")
+    return path

@@ -1,0 +1,69 @@
+"""A run as plain lines, for logs and for terminals that cannot be drawn on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from stackwise.cli.views.state import RunView
+from stackwise.cli.views.wording import step_line, wording
+from stackwise.report import words
+
+Event = dict[str, Any]
+SECONDS = 5.0
+"""Between two lines of progress that is not counted in steps."""
+
+
+class Lines:
+    """Prints a line for each change of state, and one every `every` steps.
+
+    Args:
+        view: Kept up to date with what is told.
+        every: Steps between two lines.
+    """
+
+    def __init__(self, view: RunView, every: int) -> None:
+        self._view, self._every = view, every
+        self._shown: dict[int, int] = {}
+        self._spoke = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        """Take up an event."""
+        self._view.observe(event)
+        depth = event.get("stage")
+        kind = event["event"]
+        if kind == "step":
+            before, step = self._shown.get(event["stage"], 0), event["step"]
+            if step // self._every > before // self._every or step == event["steps"]:
+                self._shown[event["stage"]] = step
+                self._say(step_line(event, self._view.stages[event["stage"]].seconds_left), event["stage"])
+        elif kind in ("preparing", "boundary", "evaluating"):
+            self._say_progress(kind, event)
+        else:
+            if kind == "training":
+                self._shown[event["stage"]] = 0
+            if (text := wording(event)) is not None:
+                self._say(text, depth if kind != "dropped" else None)
+
+    def _say_progress(self, kind: str, event: Event) -> None:
+        now = time.monotonic()
+        if now - self._spoke < SECONDS or not event.get("total"):
+            return
+        share = words.percent(event["done"] / event["total"])
+        if kind == "boundary":
+            self._say(f"boundary {event['stage'] + 1}: {share}", event["stage"])
+        else:
+            self._say(f"{event.get('phase', 'evaluating')}: {share}", None)
+
+    def _say(self, text: str, depth: int | None) -> None:
+        self._spoke = time.monotonic()
+        where = f"stage {depth}: " if isinstance(depth, int) else ""
+        sys.stdout.write(f"{time.strftime('%H:%M:%S')} {where}{text}\n")
+        sys.stdout.flush()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass

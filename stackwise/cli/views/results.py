@@ -1,0 +1,54 @@
+"""What a run came to: the held-out table, and a passage before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from stackwise.cli.output import plain, table
+from stackwise.report import words
+
+
+def held_out(result: Mapping[str, Any]) -> RenderableType:
+    """Held-out figures by depth, and the baselines under them."""
+    fractions = list(result["loss"])
+    columns = ["held out", "bits/byte", *(f"loss {words.fraction(f)}" for f in fractions)]
+    columns += [f"right {words.fraction(f)}" for f in fractions]
+    shown = table(*columns, right=range(1, len(columns)))
+    stages = result.get("stages") or [result]
+    for depth, stage in enumerate(stages):
+        last = depth == len(stages) - 1
+        _row(shown, f"stage {depth}" if len(stages) > 1 else "the rack", stage, fractions, "bold" if last else "")
+    for name, baseline in result.get("baselines", {}).items():
+        _row(shown, f"baseline: {name.replace('_', ' ')}", baseline, fractions, "dim")
+    return Group(shown, Text(_footnote(result), style="dim"))
+
+
+def _row(shown: Table, name: str, figures: Mapping[str, Any], fractions: list[str], style: str) -> None:
+    bits = figures.get("bits_per_byte")
+    loss, accuracy = figures.get("loss") or {}, figures.get("accuracy") or {}
+    cells = [f"{bits:.3f}" if bits is not None else "–"]
+    cells += [f"{loss[f]:.3f}" if loss.get(f) is not None else "–" for f in fractions]
+    cells += [f"{100 * accuracy[f]:.1f}%" if accuracy.get(f) is not None else "–" for f in fractions]
+    shown.add_row(plain(name), *cells, style=style)
+
+
+def _footnote(result: Mapping[str, Any]) -> str:
+    text = f"{words.count(result['tokens'])} held-out tokens"
+    if result.get("bytes"):
+        text += f", {words.size(result['bytes'])} of text"
+    return f"{text}; loss in nats a masked token; bits/byte is a bound on the likelihood"
+
+
+def passage(console: Console, before: str, after: str) -> None:
+    """A passage with its holes, and as the rack filled them."""
+    from rich.rule import Rule
+
+    for title, text in (("before", before), ("after", after)):
+        console.print(Rule(title, style="dim", align="left"))
+        console.print(Text(text))
+    console.print(Rule(style="dim"))

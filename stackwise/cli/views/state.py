@@ -1,0 +1,151 @@
+"""What is known of a run from its events so far."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from stackwise.config import StackWiseConfig
+from stackwise.pipeline.schedule import schedule
+
+Event = dict[str, Any]
+SMOOTH = 0.3
+"""Weight of the newest figure in speeds and losses that are shown."""
+
+
+@dataclass
+class StageView:
+    """One stage."""
+
+    depth: int
+    blocks: tuple[int, int]
+    state: str = "pending"
+    step: int = 0
+    steps: int | None = None
+    loss: float | None = None
+    why: str = ""
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
+    wait_fraction: float | None = None
+    memory: int | None = None
+    seconds_per_step: float | None = None
+    last: tuple[float, int] | None = None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until its last step, at the pace so far."""
+        if self.seconds_per_step is None or self.steps is None:
+            return None
+        return self.seconds_per_step * (self.steps - self.step)
+
+
+@dataclass
+class RunView:
+    """A run as its events tell it.
+
+    Args:
+        config: Its configuration.
+        run: Its directory.
+        known: The stages' states before, as `status` gives them: what a stage that is reused came to.
+    """
+
+    config: StackWiseConfig
+    run: str
+    known: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[StageView] = field(default_factory=list)
+    current: int | None = None
+    activity: str | None = None
+    done: int = 0
+    total: int | None = None
+    evaluation: dict[str, Any] | None = None
+    fill: Event | None = None
+    saved: bool = False
+
+    def __post_init__(self) -> None:
+        for stage in schedule(self.config):
+            steps = self.config.stage_training(stage.depth).steps
+            self.stages.append(StageView(stage.depth, (stage.first, stage.last), steps=steps))
+
+    def observe(self, event: Event) -> None:
+        """Take up an event."""
+        depth = event.get("stage")
+        stage = self.stages[depth] if isinstance(depth, int) and depth < len(self.stages) else None
+        if stage is not None:
+            self._observe_stage(stage, event)
+        match event["event"]:
+            case "preparing":
+                self._progress(event["phase"], event["done"], event["total"])
+            case "evaluating":
+                self._progress("evaluating", event.get("done", 0), event.get("total"))
+            case "data" | "evaluation" | "done":
+                self.activity = None
+        if event["event"] == "evaluation":
+            self.evaluation = event["result"]
+        elif event["event"] == "fill":
+            self.fill = event
+        elif event["event"] in ("training", "reused"):
+            self.saved = True
+
+    def _observe_stage(self, stage: StageView, event: Event) -> None:
+        match event["event"]:
+            case "training":
+                stage.state, stage.steps, stage.why, stage.step = "running", event["steps"], event["reason"], 0
+                self.current, self.activity = stage.depth, None
+            case "resumed":
+                stage.step, stage.why = event["step"], f"resumed at step {event['step']:,}"
+            case "step":
+                self._step(stage, event)
+            case "committed":
+                stage.state, stage.step = "done", stage.steps or stage.step
+            case "reused":
+                stage.state, stage.why = "done", event["reason"]
+                self._recall(stage)
+            case "writing" | "recomputing":
+                self._progress(f"boundary {stage.depth + 1}", 0, None)
+            case "boundary":
+                self._progress(f"boundary {stage.depth + 1}", event["done"], event["total"])
+            case "written":
+                self.activity = None
+            case "failed":
+                stage.state = "failed"
+
+    def _step(self, stage: StageView, event: Event) -> None:
+        now = time.monotonic()
+        if stage.last is not None and event["step"] > stage.last[1]:
+            pace = (now - stage.last[0]) / (event["step"] - stage.last[1])
+            stage.seconds_per_step = _smooth(stage.seconds_per_step, pace)
+        stage.last = (now, event["step"])
+        stage.step, stage.steps, stage.learning_rate = event["step"], event["steps"], event["learning_rate"]
+        stage.loss = _smooth(stage.loss, event["loss"])
+        stage.tokens_per_second = _smooth(stage.tokens_per_second, event["tokens_per_second"])
+        stage.wait_fraction, stage.memory = event["wait_fraction"], event["memory"]
+        self.current = stage.depth
+
+    def _recall(self, stage: StageView) -> None:
+        """What a stage that is not trained again came to before."""
+        for before in self.known:
+            if before["depth"] == stage.depth and before["state"] == "done":
+                stage.loss, stage.step, stage.steps = before["loss"], before["step"], before["steps"]
+
+    def _progress(self, activity: str, done: int, total: int | None) -> None:
+        self.activity, self.done, self.total = activity, done, total
+
+    @property
+    def running(self) -> StageView | None:
+        """The stage in training."""
+        stage = self.stages[self.current] if self.current is not None else None
+        return stage if stage is not None and stage.state == "running" else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last step of the last stage, as if every stage took as long a step as this one."""
+        stage = self.running
+        if stage is None or stage.seconds_per_step is None or any(s.steps is None for s in self.stages):
+            return None
+        steps = sum((s.steps or 0) - s.step for s in self.stages if s.state in ("pending", "running"))
+        return stage.seconds_per_step * steps
+
+
+def _smooth(before: float | None, now: float) -> float:
+    return now if before is None else (1 - SMOOTH) * before + SMOOTH * now

@@ -1,0 +1,80 @@
+"""Each event of a run as a line of words, the same in the live view and in a log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stackwise.report import words
+
+Event = dict[str, Any]
+
+
+def wording(event: Event) -> str | None:
+    """What an event says, without its stage; None for those that are shown as progress alone."""
+    match event["event"]:
+        case "note":
+            return f"note: {event['text']}"
+        case "data":
+            return _data(event)
+        case "device":
+            memory = f", {words.size(event['memory'])} of memory" if event.get("memory") else ""
+            return f"device: {event['device']} ({event['name']}{memory}), {event.get('precision', 'fp32')}"
+        case "fit":
+            disk = f"{words.size(event['disk_needed'])} of disk, {words.size(event['disk_free'])} are free"
+            memory = (
+                f"about {words.size(event['memory_needed'])} of memory, there are {words.size(event['memory_total'])}"
+            )
+            return f"it fits: needs {disk}; {memory}"
+        case "training":
+            return f"training, {words.plural(event['steps'], 'step')} ({event['reason']})"
+        case "resumed":
+            return f"resumed at step {event['step']:,} of {event['steps']:,}"
+        case "committed":
+            return "committed"
+        case "writing":
+            chunks = event.get("chunks")
+            return "writing its boundary" + (f", {words.plural(chunks, 'chunk')}" if chunks else "")
+        case "written":
+            speed = event["bytes"] / event["seconds"] if event["seconds"] else 0.0
+            took = f"{words.size(event['bytes'])} in {words.duration(event['seconds'])}, {words.size(speed)}/s"
+            return f"boundary written: {took}"
+        case "reused":
+            return f"reused ({event['reason']})"
+        case "recomputing" | "stopping" | "failed":
+            return str(event["text"])
+        case "dropped":
+            return f"boundary {event['stage']} dropped, {words.size(event['bytes'])} freed (store.keep)"
+        case "warning":
+            return f"warning: {event['text']}"
+        case "evaluation" if event.get("reused"):
+            return "evaluation: reused (the weights are the same)"
+        case "exported":
+            return f"exported to {event.get('path') or event.get('directory')}"
+        case "interrupted":
+            return f"interrupted: {event['text']}"
+        case "done":
+            return f"done in {words.duration(event['seconds'])}"
+    return None
+
+
+def step_line(event: Event, seconds_left: float | None) -> str:
+    """A step's figures in a line."""
+    parts = [
+        f"step {event['step']:,}/{event['steps']:,}",
+        f"loss {event['loss']:.3f}",
+        f"lr {words.rate(event['learning_rate'])}",
+        f"{words.count(event['tokens_per_second'])} tokens/s",
+        f"wait {words.percent(event['wait_fraction'])}",
+        f"memory {words.size(event['memory'])}",
+    ]
+    if seconds_left is not None and event["step"] < event["steps"]:
+        parts.append(f"{words.clock(seconds_left)} left")
+    return "  ".join(parts)
+
+
+def _data(event: Event) -> str:
+    splits = f"{words.plural(event['documents'], 'document')}, {words.count(event['tokens'])} tokens"
+    if event.get("bytes"):
+        splits += f", {words.size(event['bytes'])}"
+    how = "reused, unchanged" if event["reused"] else f"prepared in {words.duration(event['seconds'])}"
+    return f"data: {how}: {splits} ({event['directory']})"

@@ -1,0 +1,98 @@
+"""The section on training: loss by stage and step, and a table of the stages."""
+
+from __future__ import annotations
+
+from html import escape
+
+from stackwise.report import words
+from stackwise.report.charts import Line, hue_of, line_chart
+from stackwise.report.collect import Facts, StageFacts
+from stackwise.report.curves import Points, smooth, thin
+
+RAW, SMOOTHED = 300, 160
+"""Points kept of a stage's raw and smoothed losses."""
+SETTLED = 0.06
+"""Share of a stage's steps after which its loss has come into the picture."""
+
+
+def section(facts: Facts) -> list[str]:
+    """Loss by stage and step, and what each stage did."""
+    if not facts.stages:
+        return ["<h2>Training</h2>", '<p class="soft">No stage has begun yet.</p>']
+    return ["<h2>Training</h2>", *_curves(facts), _table(facts)]
+
+
+def _curves(facts: Facts) -> list[str]:
+    drawn = [stage for stage in facts.stages if len(stage.curve) > 1]
+    if not drawn:
+        return []
+    lines = []
+    for stage in drawn:
+        smoothed = smooth(stage.curve, max(2.0, len(stage.curve) / 20))
+        lines.append(
+            Line(
+                f"stage {stage.depth}",
+                thin(smoothed, SMOOTHED),
+                hue_of(stage.depth, len(facts.stages)),
+                faint=thin(stage.curve, RAW),
+            )
+        )
+    return [
+        '<p class="soft">Loss in nats on the rows of each stage, by its step; the line is a running mean. The first '
+        "steps may lie above the frame.</p>",
+        "<figure style='margin:8px 0'>",
+        line_chart(
+            lines,
+            title="Loss by stage and step",
+            x_label="step",
+            y_label="nats",
+            y_range=_range(lines),
+        ),
+        "</figure>",
+    ]
+
+
+def _range(lines: list[Line]) -> tuple[float, float]:
+    """Where the settled parts of the curves lie, with room for their noise."""
+    settled: Points = []
+    for line in lines:
+        settled += line.points[int(SETTLED * len(line.points)) :]
+    noise = [y for line in lines for _, y in (line.faint or [])[int(0.2 * len(line.faint or [])) :]]
+    low, high = min(y for _, y in settled), max(y for _, y in settled)
+    low = min(low, *noise) if noise else low
+    room = 0.06 * (high - low) or 0.1
+    return max(0.0, low - room), high + room
+
+
+def _table(facts: Facts) -> str:
+    head = ("blocks", "state", "steps", "loss", "tokens/s", "waiting", "peak memory", "time")
+    cells = "".join(f"<th>{name}</th>" for name in head)
+    rows = "".join(_row(stage) for stage in facts.stages)
+    return (
+        f'<div class="scroll"><table class="data"><thead><tr><th class="text">stage</th>{cells}'
+        f'<th class="text">recipe</th><th class="text">why</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        '<p class="soft">“Waiting” is the share of its training that a stage waited for data.</p>'
+    )
+
+
+def _row(stage: StageFacts) -> str:
+    recipe = f'<span class="mono" data-tip="{_ids(stage)}">{escape(stage.recipe[:8])}</span>' if stage.recipe else "–"
+    figures = [
+        words.span(*stage.blocks),
+        f'<span class="state {stage.state}">{escape(stage.state)}</span>',
+        f"{stage.step:,}/{stage.steps:,}" if stage.step != stage.steps else f"{stage.steps:,}",
+        f"{stage.loss:.3f}" if stage.loss is not None else "–",
+        words.count(stage.tokens_per_second) if stage.tokens_per_second else "–",
+        words.percent(stage.wait_fraction) if stage.wait_fraction is not None else "–",
+        words.size(stage.peak_memory_bytes) if stage.peak_memory_bytes else "–",
+        words.duration(stage.seconds) if stage.seconds else "–",
+    ]
+    return (
+        f'<tr><th scope="row" class="text">{stage.depth}</th>{"".join(f"<td>{cell}</td>" for cell in figures)}'
+        f'<td class="text">{recipe}</td><td class="text why">{escape(stage.reason or "")}</td></tr>'
+    )
+
+
+def _ids(stage: StageFacts) -> str:
+    named = (("recipe", stage.recipe), ("reads trunk", stage.trunk or "tokens"), ("weights", stage.weights))
+    return escape("\n".join(f"{name} {value}" for name, value in named if value))
