@@ -50,16 +50,14 @@ def score(head: nn.Module, x_nD: Tensor, targets_n: Tensor) -> tuple[Tensor, Ten
 class _Carried:
     """One pass on its way up: the activations of all samples at the depth reached."""
 
-    def __init__(self, way: Pass, front: nn.Module, batch_size: int, device: torch.device, keep: torch.dtype | None):
+    def __init__(self, way: Pass, front: nn.Module, batch_size: int, device: torch.device, narrow: torch.dtype | None):
         self.way, self.batch_size, self.device = way, batch_size, device
         self.x_NSD = torch.empty(0)
         for part in self._parts():
             x_BSD = front(tensor(way.ids_NS[part], device))
             if not self.x_NSD.numel():
-                shape = (len(way.ids_NS), *x_BSD.shape[1:])
-                self.x_NSD = torch.empty(shape, dtype=keep or x_BSD.dtype)
+                self.x_NSD = torch.empty((len(way.ids_NS), *x_BSD.shape[1:]), dtype=narrow or x_BSD.dtype)
             self.x_NSD[part] = x_BSD.to(self.x_NSD)
-        self.dtype = x_BSD.dtype
 
     def _parts(self) -> Iterator[slice]:
         for start in range(0, len(self.way.ids_NS), self.batch_size):
@@ -70,7 +68,7 @@ class _Carried:
         way, scores = self.way, Scores.empty(*self.way.ids_NS.shape)
         for part in self._parts():
             segments = None if way.segments_NS is None else tensor(way.segments_NS[part], self.device)
-            x_BSD = stage.forward(self.x_NSD[part].to(self.device, self.dtype), segments)
+            x_BSD = stage.forward(self.x_NSD[part].to(self.device), segments)
             self.x_NSD[part] = x_BSD.to(self.x_NSD)
             scored = way.scored_NS[part]
             index_n = torch.from_numpy(np.flatnonzero(scored)).to(self.device)
@@ -95,7 +93,6 @@ def evaluate(
     seed: int = 0,
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
-    carry_dtype: torch.dtype | None = None,
     draws: int = 1,
     separator_id: int | None = None,
     unigram_counts: ArrayLike | None = None,
@@ -123,8 +120,7 @@ def evaluate(
         batch_size: Samples in a batch.
         seed: Of the masks: the same for every stage, rack and baseline.
         device: Where to compute.
-        autocast: Narrow dtype to compute in; None: none.
-        carry_dtype: Of the activations carried on the CPU between stages; None: as the front gives them.
+        autocast: Narrow dtype to compute in, the residual stream too, as in training; None: as the front gives it.
         draws: Masks of each sample that the bound is averaged over.
         separator_id: The separator, which a causal rack's first token follows.
         unigram_counts: How often each token occurs in training: adds the unigram baseline (add-one smoothing), on
@@ -143,7 +139,7 @@ def evaluate(
     by_depth: list[dict[str, Any]] = []
     width = vocab_size or 0
     with evaluating(front), narrow:
-        carried = [_Carried(way, front, batch_size, device, carry_dtype) for way in ways]
+        carried = [_Carried(way, front, batch_size, device, autocast) for way in ways]
     for stage in stages:
         with evaluating(*stage.blocks, stage.head), narrow:
             scores = [one.through(stage) for one in carried]

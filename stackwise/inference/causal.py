@@ -40,7 +40,7 @@ def sample_causal(
         seed: Of what is drawn.
         forbidden: Ids never produced: the mask token, say.
         stop_token_id: Ends a row, and stays; the row repeats it until all rows have ended.
-        autocast: Narrow dtype to compute in; None: none.
+        autocast: Narrow dtype to compute in, the residual stream too, as in training; None: none.
         callback: Called with the ids after each token.
 
     Returns:

@@ -60,7 +60,7 @@ def fill(
         seed: Of what is drawn.
         forbidden: Other ids never produced: the separator, say.
         segments: Attention stays within equal values.
-        autocast: Narrow dtype to compute in; None: none.
+        autocast: Narrow dtype to compute in, the residual stream too, as in training; None: none.
         callback: Called after each step.
 
     Returns:

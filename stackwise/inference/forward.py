@@ -63,7 +63,7 @@ def logits_at(
         index_n: Indices into the flattened positions.
         causal: Whether attention is causal.
         segments_BS: Attention stays within equal values.
-        autocast: Narrow dtype to compute in; None: none.
+        autocast: Narrow dtype to compute in, the residual stream too, as in training; None: none.
 
     Returns:
         float32 [n, V].
@@ -75,6 +75,7 @@ def logits_at(
     with torch.autocast(ids_BS.device.type, autocast, enabled=autocast is not None):
         with evaluating(front):
             x_BSD = front(ids_BS)
+        x_BSD = x_BSD if autocast is None else x_BSD.to(autocast)
         for stage in each_stage(stages, causal):
             head = stage.head
             with evaluating(*stage.blocks):

@@ -67,7 +67,8 @@ class Head(nn.Module):
         if embedding is not None and tuple(embedding.shape) != shape:
             raise UsageError(f"an embedding of shape {tuple(embedding.shape)} cannot be a head of shape {shape}")
         self.norm = make_norm(config)
-        self.register_parameter("projection", None if embedding is not None else nn.Parameter(torch.empty(shape)))
+        own = nn.Parameter(nn.init.normal_(torch.empty(shape), std=config.init_std)) if embedding is None else None
+        self.register_parameter("projection", own)
         is_parameter = isinstance(embedding, nn.Parameter)
         self.register_buffer("fixed", None if is_parameter else embedding, persistent=False)
         # In a tuple, where nn.Module does not look for parameters.

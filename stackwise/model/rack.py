@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from stackwise.model.block import Stack
+from stackwise.model.block import Block, Stack
 from stackwise.model.ends import Front, Head
 
 
@@ -63,7 +63,7 @@ class StageModules:
     depth: int
     """Its place in the schedule."""
     blocks: Sequence[nn.Module] = field(repr=False)
-    """The blocks it holds, lowest first."""
+    """The blocks it holds, lowest first; only StackWise's own are told the direction and the documents."""
     head: Head = field(repr=False)
     """The head it trained with."""
     causal: bool = False
@@ -72,7 +72,10 @@ class StageModules:
     def forward(self, x_BSD: Tensor, segments_BS: Tensor | None = None) -> Tensor:
         """The vectors that leave the stage, [B, S, D] to [B, S, D]."""
         for block in self.blocks:
-            x_BSD = block(x_BSD, causal=self.causal, segments_BS=segments_BS)
+            if isinstance(block, Block | Stack):
+                x_BSD = block(x_BSD, causal=self.causal, segments_BS=segments_BS)
+            else:
+                x_BSD = block(x_BSD)
         return x_BSD
 
 

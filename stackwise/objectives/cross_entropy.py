@@ -58,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient_h is None and not want_weight:
                 continue
             slope = logits.sub_(log_z).exp_()
-            slope.scatter_add_(1, targets, slope.new_full((), -1.0).expand_as(targets))
+            slope.scatter_(1, targets, slope.gather(1, targets) - 1.0)  # scatter_add_ has no fixed order on a GPU
             narrow = slope.to(h.dtype)
             if gradient_h is not None:
                 torch.mm(narrow, weight_VD, out=gradient_h[start : start + rows])

@@ -238,17 +238,23 @@ def test_modes_come_back_and_dropout_is_off() -> None:
     assert not model.blocks[0].training
 
 
-def test_narrow_compute_and_carry_are_close() -> None:
-    model = rack()
+def test_narrow_compute_is_close_and_is_what_training_computes() -> None:
+    model, objective = rack(), MaskDiffusionObjective(MASK)
 
-    def run(**settings: torch.dtype) -> float:
-        objective = MaskDiffusionObjective(MASK)
-        return float(
-            evaluate(model.front, staged(model), tokens(), sizes(), objective=objective, **settings)["bits_per_byte"]  # type: ignore[arg-type]
+    def run(autocast: torch.dtype | None) -> dict[str, object]:
+        return evaluate(
+            model.front, staged(model), tokens(), sizes(), objective=objective, fractions=[0.5], autocast=autocast
         )
 
-    assert run(autocast=torch.bfloat16) == pytest.approx(run(), rel=0.02)
-    assert run(carry_dtype=torch.bfloat16) == pytest.approx(run(), rel=0.02)
+    narrow = run(torch.bfloat16)
+    assert narrow["bits_per_byte"] == pytest.approx(run(None)["bits_per_byte"], rel=0.02)
+    ids, masks = torch.from_numpy(tokens()), torch.from_numpy(fraction_masks(N, L, 0.5, 0))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        x = model.front(objective.inputs(ids, masks)).to(torch.bfloat16)
+        for block in model.blocks:
+            x = block(x)
+        loss, count = objective.loss(x, model.head, ids, masks)
+    assert narrow["loss"] == {"0.5": pytest.approx(loss.item() / count, rel=1e-4)}
 
 
 def test_error_of_a_ratio() -> None:
