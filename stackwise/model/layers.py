@@ -68,17 +68,22 @@ class Rotary(nn.Module):
         if width % 2:
             raise UsageError(f"rotary positions need heads of even width, not {width}")
         self.width, self.theta, self.max_positions = width, theta, max_positions
-        self._fill(max_positions or 512, torch.get_default_device())
-
-    def _fill(self, positions: int, device: torch.device) -> None:
-        # Always computed on the CPU in float32: the same table on every device, and LLaMA's to the last bit.
-        with torch.device("cpu"):
-            inverse = 1.0 / (self.theta ** (torch.arange(0, self.width, 2, dtype=torch.float32) / self.width))
-            angle = torch.outer(torch.arange(positions, dtype=torch.float32), inverse)
-            cos, sin = angle.cos(), angle.sin()
-            cos_SE, sin_SE = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        device = torch.get_default_device()
+        cos_SE, sin_SE = self._tables(max_positions or 512)
         self.register_buffer("cos", cos_SE.to(device), persistent=False)
         self.register_buffer("sin", sin_SE.to(device), persistent=False)
+
+    def _tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        # Always computed on the CPU in float32: the same table on every device, and LLaMA's to the last bit.
+        even = torch.arange(0, self.width, 2, dtype=torch.float32, device="cpu")
+        places = torch.arange(positions, dtype=torch.float32, device="cpu")
+        angle = torch.outer(places, 1.0 / (self.theta ** (even / self.width)))
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+    def _fill(self, positions: int, device: torch.device | str) -> None:
+        cos_SE, sin_SE = self._tables(positions)
+        self.cos, self.sin = cos_SE.to(device), sin_SE.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -89,7 +94,7 @@ class Rotary(nn.Module):
 
     def rebuild(self, device: torch.device | str) -> None:
         """Make the tables anew on a device: for a module from the meta device, whose tables no file holds."""
-        self._fill(self.cos.shape[0], torch.device(device))
+        self._fill(self.cos.shape[0], device)
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of positions 0 … length-1, [S, 1, E] each, float32.

@@ -224,3 +224,6 @@ def test_blocks_compile_without_breaks() -> None:
     torch.testing.assert_close(compiled(x, causal=True, segments_BS=segments), block(x, causal=True))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(compiled(x), block(x))
+    fresh = torch.compile(build_block(config(), 0, 0), backend="eager", fullgraph=True)
+    long = torch.randn(1, 600, 32)
+    torch.testing.assert_close(fresh(long), build_block(config(), 0, 0)(long), msg="the rotary tables did not grow")
