@@ -11,7 +11,9 @@ from stackwise.store.codecs import CODECS, Codec, default_chunk_rows
 from stackwise.store.order import RowOrder
 from stackwise.store.prefetch import Prefetcher
 from stackwise.store.reader import BoundaryReader
+from stackwise.store.recompute import Evicted
 from stackwise.store.records import BoundaryInfo, boundary_id_of
+from stackwise.store.repair import Recompute, repair_store
 from stackwise.store.rowset import Rowset, rowset_id_of
 from stackwise.store.stages import CommittedStage, PartFile
 from stackwise.store.store import ActivationStore
@@ -26,11 +28,14 @@ __all__ = [
     "ChunkDamage",
     "Codec",
     "CommittedStage",
+    "Evicted",
     "PartFile",
     "Prefetcher",
+    "Recompute",
     "RowOrder",
     "Rowset",
     "boundary_id_of",
     "default_chunk_rows",
+    "repair_store",
     "rowset_id_of",
 ]

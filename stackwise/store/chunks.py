@@ -137,17 +137,18 @@ class ChunkSource:
             raise ChunkDamage(self.info.id, chunk, "changed")
         opened.checked[first:stop] = b"\1" * (stop - first)
 
-    def load(self, chunk: int, *, check: bool | None = None) -> list[Array]:
+    def load(self, chunk: int, *, check: bool | None = None, record: ChunkRecord | None = None) -> list[Array]:
         """The stored arrays of a whole chunk ([n, seq, d_model], and [n, seq] of scales), decompressed and checked.
 
         Args:
             chunk: Its index.
             check: Compare digests: always, never, or (None) unless this source did before.
+            record: Its record; by default what the index has.
 
         Raises:
             ChunkDamage: It is missing, truncated or changed.
         """
-        opened = self.open(chunk)
+        opened = self.open(chunk, record)
         try:
             rows = len(opened.record.rows)
             needs = check if check is not None else not all(opened.checked)
@@ -196,7 +197,7 @@ class ChunkSource:
             if fast:
                 self.open(chunk, record).close()
             else:
-                self.load(chunk, check=True)
+                self.load(chunk, check=True, record=record)
         except ChunkDamage as damage:
             return damage.fault
         except NotFound:

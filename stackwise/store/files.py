@@ -104,9 +104,11 @@ def remove_tree(path: Path) -> int:
 
 
 def tree_bytes(path: Path) -> int:
-    """Bytes on disk (allocated blocks) of all files under `path`, links not followed."""
+    """Bytes on disk (allocated blocks) of a file, or of all files under a directory, links not followed."""
     total = 0
     try:
+        if not path.is_dir():
+            return path.stat(follow_symlinks=False).st_blocks * 512
         for entry in os.scandir(path):
             if entry.is_dir(follow_symlinks=False):
                 total += tree_bytes(Path(entry.path))

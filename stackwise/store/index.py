@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 import lmdb
 
 from stackwise.errors import DamageError, NoSpaceError, StackWiseError
+from stackwise.store import trust
 
-TABLES = ("masks", "rowsets", "boundaries", "trunks", "chunks", "runs")
+TABLES = ("masks", "rowsets", "boundaries", "trunks", "chunks", "runs", "evicted")
 MAP_SIZE = 1 << 36
 """Address space, not disk: the file is as large as what is in it."""
 
@@ -84,6 +85,9 @@ class Index:
             with self._opening, self._explained():
                 if self._env is None:
                     env = _open_environment(self.path, self._map_size)
+                    if trust.is_cut_off(self.path / "data.mdb", env.info()["last_pgno"], env.stat()["psize"]):
+                        env.close()
+                        raise lmdb.CorruptedError("the file is cut off")
                     self._tables = {name: env.open_db(name.encode()) for name in TABLES}
                     env.reader_check()
                     self._env = env

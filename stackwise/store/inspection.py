@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from stackwise import durable
 from stackwise.errors import DamageError
 from stackwise.identity import generator, is_hex_id
-from stackwise.store import files, layout
+from stackwise.store import files, layout, rebuild
 from stackwise.store.backend import Backend
 from stackwise.store.chunks import ChunkSource
 from stackwise.store.index import Index
@@ -117,6 +117,7 @@ class Verifier:
         for boundary_id, _ in broken:
             self._report(boundary_id, None, "its record is damaged")
         self._check_rowsets(boundaries)
+        self._check_columns(boundaries)
         stages = Stages(self._layout)
         recipes = stages.names()
         work = [(info, chunk) for info in boundaries for chunk in range(info.chunks)]
@@ -174,6 +175,21 @@ class Verifier:
                 continue
             if not self._fast and rowset_id_of(rowset.sample_ids, rowset.mask_ids) != rowset_id:
                 self._report(f"rowset {rowset_id}", None, "changed")
+
+    def _check_columns(self, boundaries: list[BoundaryInfo]) -> None:
+        """What other programs read, and an index is rebuilt from: the metadata, and the column of samples."""
+        for info in boundaries:
+            if info.state != "complete" or self._expired():
+                continue
+            try:
+                described, bits = rebuild.describe(self._backend, info.id)
+                if (described.shape, described.chunk_rows) != (info.shape, info.chunk_rows):
+                    raise ValueError("its zarr.json says another shape")
+                if not self._fast:
+                    rebuild.check_columns(self._index, self._backend, self._layout, info, bits)
+            except ValueError as error:
+                if self._still_there(info):
+                    self._report(info.id, None, str(error))
 
     def _check_stage(self, stages: Stages, recipe: str) -> None:
         try:

@@ -52,6 +52,7 @@ class Layout:
         self.stages = root / "stages"
         self.locks = root / "locks"
         self.reserve = root / "reserve"
+        self.presence = self.locks / "open.lock"
 
     def boundary(self, boundary_id: str) -> Path:
         """The Zarr group of a boundary."""

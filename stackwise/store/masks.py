@@ -127,6 +127,23 @@ class Masks:
         with self._index.read() as view:
             return sum(value is None for value in view.get_many("masks", keys))
 
+    def damaged(self, mask_ids: MaskIds) -> int:
+        """How many of the distinct ids uint8 [n, 16] are not stored, or are not those of their patterns."""
+        keys = list(dict.fromkeys(np.ascontiguousarray(mask_ids).view("V16").reshape(-1).tolist()))
+        with self._index.read() as view:
+            values = view.get_many("masks", keys)
+        faults = 0
+        for key, value in zip(keys, values, strict=True):
+            length = struct.unpack_from("<I", value)[0] if value is not None and len(value) > 4 else 0
+            packed = np.frombuffer(value or b"", np.uint8)[4:]
+            faults += not length or len(packed) != -(-length // 8) or mask_ids_of(packed[None], length).tobytes() != key
+        return faults
+
+    def forget(self) -> None:
+        """Empty the memory of recent masks."""
+        with self._lock:
+            self._cache = {}
+
     def count(self) -> int:
         """Number of distinct masks stored."""
         with self._index.read() as view:

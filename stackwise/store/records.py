@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -63,6 +64,8 @@ class BoundaryInfo:
     """Chunks published so far."""
     stored_bytes: int = 0
     """Bytes of the files of the published chunks."""
+    cost: float = 0.0
+    """Seconds that computing it took, as far as known: what evicting it would cost."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """Plain data of the user's own, kept with it."""
 
@@ -119,6 +122,8 @@ class BoundaryInfo:
             "chunk_rows": self.chunk_rows,
             "published": self.published,
             "created": self.created,
+            "age": max(0.0, time.time() - self.created),
+            "cost": self.cost,
         }
 
     def encode(self) -> bytes:
@@ -160,6 +165,7 @@ class BoundaryInfo:
         _expect(_whole(self.published, 0, self.chunks) and _whole(self.stored_bytes, 0, 1 << 62), "counts")
         _expect(self.state in ("writing", "complete"), "state")
         _expect(math.isfinite(self.created), "created")
+        _expect(math.isfinite(self.cost) and self.cost >= 0, "cost")
         _expect(isinstance(self.attributes, dict), "attributes")
         _expect(self.id == boundary_id_of(self.trunk, self.rowset, self.codec), "the id is not that of its parts")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import time
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from stackwise.errors import NotFound, UsageError
-from stackwise.identity import Hex
-from stackwise.store import inspection, layout
+from stackwise.errors import DamageError, NotFound, UsageError
+from stackwise.identity import Hex, is_hex_id
+from stackwise.store import layout, trust
 from stackwise.store.backend import Backend, LocalBackend
 from stackwise.store.codecs import codec_named, default_chunk_rows
 from stackwise.store.index import Writing, close_index, open_index
@@ -24,16 +25,19 @@ from stackwise.store.layout import Layout, checked_id
 from stackwise.store.leases import Lease
 from stackwise.store.masks import MaskIds, Masks
 from stackwise.store.reader import BoundaryReader
+from stackwise.store.recompute import Evicted
 from stackwise.store.records import BoundaryInfo, boundary_id_of
 from stackwise.store.rowset import Ids, Rowset, check_ids, rowset_id_of, stage_rowset
+from stackwise.store.space import Reserve
 from stackwise.store.stages import CommittedStage, Stages
+from stackwise.store.upkeep import Upkeep
 from stackwise.store.writer import BoundaryWriter
 
 if TYPE_CHECKING:
     import torch
 
 
-class ActivationStore:
+class ActivationStore(Upkeep):
     """Activations on disk, found by what made them: (trunk, sample, mask).
 
     A *boundary* holds the activations of a *rowset* (an ordered list of (sample, mask) pairs) that one *trunk*
@@ -50,6 +54,7 @@ class ActivationStore:
         UsageError: It is of a newer format, no store, or on a network file system.
         NotFound: There is no store and `create` is false.
         NoSpaceError: The disk is full.
+        DamageError: The index is missing or damaged, or was made by a stranger and is not sound.
 
     Example:
         >>> import tempfile, numpy as np, torch
@@ -79,17 +84,34 @@ class ActivationStore:
                 raise NotFound(f"there is no store at {self.path}", hint="name it by --store, or the run by --run")
             self._refuse_foreign_directory()
             layout.create(self._layout)
-        self._index = open_index(self._layout.index)
+        elif not (self._layout.index / "data.mdb").exists():
+            raise DamageError(
+                f"the index of the store {self.path} is missing",
+                hint="`stackwise cache repair` rebuilds it from the boundaries",
+            )
+        # Held shared while the store is open: whoever gets it alone knows that nobody else is about to use it.
+        self._presence = os.open(self._layout.presence, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(self._presence, fcntl.LOCK_SH)
+            trust.check_index(self._layout.index, self._presence)
+            self._index = open_index(self._layout.index)
+        except BaseException:
+            os.close(self._presence)
+            raise
         try:
             if layout.read_format(self._layout) is None:
+                trust.mark(self._layout.index)
                 layout.seal(self._layout)
         except BaseException:
             close_index(self._index)
+            os.close(self._presence)
             raise
         self._backend: Backend = backend if backend is not None else LocalBackend(self._layout.boundaries)
         self._masks = Masks(self._index)
         self._stages = Stages(self._layout)
         self._rowsets: dict[Hex, Rowset] = {}
+        self._reserve = Reserve(self._layout.reserve)
+        self._reserve.take()
         self._closed = False
 
     def _refuse_foreign_directory(self) -> None:
@@ -163,6 +185,15 @@ class ActivationStore:
             found = self._rowsets[rowset_id] = Rowset(rowset_id, self._layout.rowset(rowset_id), rows)
         return found
 
+    def forget_rowset(self, rowset_id: Hex) -> None:
+        """Remove a rowset from the index and from memory, not from the disk: it is about to be stored anew."""
+        self._rowsets.pop(rowset_id, None)
+        self._index.update(lambda view: view.delete("rowsets", bytes.fromhex(checked_id(rowset_id, "rowset"))))
+
+    def _forget_cached(self) -> None:
+        self._rowsets.clear()
+        self._masks.forget()
+
     def _rowset_rows(self, rowset_id: Hex) -> int | None:
         with self._index.read() as view:
             raw = view.get("rowsets", bytes.fromhex(rowset_id))
@@ -181,6 +212,7 @@ class ActivationStore:
         codec: str = "bf16",
         chunk_rows: int | None = None,
         attributes: Mapping[str, Any] | None = None,
+        cost: float | None = None,
     ) -> BoundaryWriter:
         """A writer of the boundary of `trunk`, `rowset` and `codec`, new or begun before.
 
@@ -193,6 +225,7 @@ class ActivationStore:
             codec: A name in `CODECS`.
             chunk_rows: Rows of a chunk; by default about 8 MiB of them.
             attributes: Plain data kept with the boundary, also in its Zarr attributes.
+            cost: Seconds that recomputing it takes; by default as long as writing it does.
 
         Raises:
             UsageError: An argument is out of range, or the boundary was begun with another shape.
@@ -214,6 +247,7 @@ class ActivationStore:
             codec=codec,
             chunk_rows=min(chunk_rows or default_chunk_rows(seq_len, d_model, itemsize, rows), rows),
             created=time.time(),
+            cost=cost or 0.0,
             attributes=json.loads(json.dumps(dict(attributes or {}))),
         )
         try:
@@ -227,6 +261,7 @@ class ActivationStore:
             raw = view.get("boundaries", raw_id)
             if raw is not None:
                 return BoundaryInfo.decode(raw_id, raw)
+            view.delete("evicted", raw_id)
             view.put("boundaries", raw_id, info.encode())
             view.put("trunks", bytes.fromhex(trunk) + raw_id, b"")
             return info
@@ -249,7 +284,7 @@ class ActivationStore:
         """A reader of a boundary; while it is open the boundary is neither dropped nor evicted.
 
         Raises:
-            NotFound: The boundary is not in the store.
+            NotFound: The boundary is not in the store; `Evicted` where it was, and can be recomputed.
             BusyError: It is being removed.
         """
         lease = self._lease(checked_id(boundary_id, "boundary"))
@@ -267,14 +302,33 @@ class ActivationStore:
         """
         key = bytes.fromhex(checked_id(boundary_id, "boundary"))
         with self._index.read() as view:
-            raw = view.get("boundaries", key)
+            raw, evicted = view.get("boundaries", key), view.get("evicted", key)
+        if raw is None and evicted is not None:
+            raise Evicted(
+                f"boundary {boundary_id} was evicted from the store {self.path} to make room",
+                hint="`stackwise run` recomputes it",
+            )
         if raw is None:
             raise NotFound(f"boundary {boundary_id} is not in the store {self.path}")
         return BoundaryInfo.decode(key, raw)
 
-    def boundaries(self) -> list[BoundaryInfo]:
-        """Every boundary, shallow first. One whose record is damaged is left to `verify` to name."""
-        return inspection.read_boundaries(self._index)[0]
+    def has(self, boundary_id: Hex) -> bool:
+        """Whether the boundary is in the store, complete or not."""
+        return is_hex_id(boundary_id) and self._has_boundary(boundary_id)
+
+    def _has_boundary(self, boundary_id: Hex) -> bool:
+        with self._index.read() as view:
+            return view.get("boundaries", bytes.fromhex(boundary_id)) is not None
+
+    def evicted(self) -> dict[Hex, BoundaryInfo]:
+        """Boundaries that made room for others, and are not in the store again since."""
+        with self._index.read() as view:
+            records = list(view.scan("evicted"))
+        found = {}
+        for key, raw in records:
+            with contextlib.suppress(DamageError):
+                found[key.hex()] = BoundaryInfo.decode(key, raw)
+        return found
 
     def find(self, *, trunk: Hex, rowset: Hex, codec: str) -> BoundaryInfo | None:
         """The boundary of these three, in whatever state; None where there is none."""
@@ -310,6 +364,9 @@ class ActivationStore:
             BusyError: It is being read or written.
             NotFound: It is not in the store.
         """
+        return self._drop(boundary_id)
+
+    def _drop(self, boundary_id: Hex, *, evict: bool = False) -> int:
         key = bytes.fromhex(checked_id(boundary_id, "boundary"))
         lease = self._lease(boundary_id, alone=True)
         try:
@@ -319,6 +376,8 @@ class ActivationStore:
                 view.delete("boundaries", key)
                 view.delete("trunks", bytes.fromhex(info.trunk) + key)
                 view.delete_prefix("chunks", key)
+                if evict:
+                    view.put("evicted", key, info.encode())
 
             self._index.update(forget)
             return self._backend.remove(boundary_id)
@@ -405,52 +464,12 @@ class ActivationStore:
         """Remove a committed stage; returns the bytes freed (0 where there was none)."""
         return self._stages.drop(recipe_id)
 
-    # The whole
-
-    def inspect(self) -> dict[str, Any]:
-        """What the store holds, as the contract's `cache inspect --json`."""
-        return inspection.inspect(self._index, self._layout)
-
-    def usage(self) -> dict[str, Any]:
-        """Bytes by what they are for; see `inspection.usage`."""
-        return inspection.usage(self._index, self._layout, self._backend)
-
-    def verify(
-        self,
-        progress: inspection.Progress | None = None,
-        fast: bool = False,
-        subset: float = 1.0,
-        max_duration: float | None = None,
-    ) -> dict[str, Any]:
-        """Compare what lies on disk with what was published, as the contract's `cache verify --json`.
-
-        Args:
-            progress: Called with (done, total) chunks and stages.
-            fast: Compare existence and sizes alone.
-            subset: Share of the chunks to check, from 0 to 1, another each time.
-            max_duration: Seconds after which to stop.
-
-        Returns:
-            `{"checked_chunks", "damaged": [{"boundary", "chunk", "fault"}], "orphans"}`, and beside these
-            `checked_stages` and `complete` (whether time sufficed).
-        """
-        if not 0.0 < subset <= 1.0:
-            raise UsageError(f"a subset is a share above 0 and up to 1, not {subset}")
-        return inspection.Verifier(
-            self._index,
-            self._layout,
-            self._backend,
-            fast=fast,
-            subset=subset,
-            max_duration=max_duration,
-            progress=progress,
-        ).run()
-
     def close(self) -> None:
         """Close the store. Readers and writers made from it end with it; a second time does nothing."""
         if not self._closed:
             self._closed = True
-            self._rowsets.clear()
+            self._forget_cached()
+            os.close(self._presence)
             close_index(self._index)
 
     def __enter__(self) -> Self:

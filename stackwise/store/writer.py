@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from types import TracebackType
@@ -47,6 +48,7 @@ class BoundaryWriter:
         self._info, self._lease = info, lease
         self._publisher = Publisher(index, backend, info)
         self._background: Background | None = None
+        self._began, self._lacked = time.monotonic(), info.chunks - info.published
 
     @property
     def info(self) -> BoundaryInfo:
@@ -147,11 +149,15 @@ class BoundaryWriter:
         with self._explained():
             write_metadata(self._index, self._backend, self._masks, self._rowset, info)
 
+        # What this writer did not write is taken to have cost as much a chunk.
+        measured = (time.monotonic() - self._began) * info.chunks / max(1, self._lacked)
+
         def complete(view: Writing) -> BoundaryInfo:
             raw = view.get("boundaries", bytes.fromhex(info.id))
             if raw is None:
                 raise NotFound(f"boundary {info.id} is no longer in the store")
-            done = replace(BoundaryInfo.decode(bytes.fromhex(info.id), raw), state="complete")
+            now = BoundaryInfo.decode(bytes.fromhex(info.id), raw)
+            done = replace(now, state="complete", cost=now.cost or measured)
             view.put("boundaries", bytes.fromhex(info.id), done.encode())
             return done
 

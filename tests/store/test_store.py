@@ -286,7 +286,7 @@ def test_ids_never_become_paths_unchecked(store: ActivationStore) -> None:
         for call in (store.reader, store.rowset, store.drop, store.stage, store.drop_stage):
             with pytest.raises(NotFound):
                 call(name)  # type: ignore[arg-type]
-    assert os.listdir(store.path / "locks") == []
+    assert os.listdir(store.path / "locks") == ["open.lock"]
 
 
 def test_default_chunks_are_of_about_8_mib() -> None:

@@ -62,10 +62,14 @@ def test_an_error_behind_is_raised_before(tmp_path: Path, monkeypatch: pytest.Mo
     with ActivationStore(tmp_path / "s") as store:
         writer = writer_of(store, 40)
         monkeypatch.setattr(store_files, "write_all", fails_later)
-        with pytest.raises(NoSpaceError, match=r"still to be written, up to [\d,]+ bytes; [\d,]+ are free") as caught:
+
+        def submit_all() -> None:
             for chunk in range(20):
                 writer.submit(chunk, values(2))
             writer.flush()
+
+        with pytest.raises(NoSpaceError, match=r"still to be written, up to [\d,]+ bytes; [\d,]+ are free") as caught:
+            submit_all()
         assert caught.value.exit_code == 5
         with pytest.raises(NoSpaceError):
             writer.close()

@@ -1,0 +1,312 @@
+"""Healing: what the trunk can recompute is recomputed, what the boundaries still say is put back, the rest is named."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stackwise.errors import DamageError, NotFound, StackWiseError
+from stackwise.identity import is_hex_id
+from stackwise.store import files, inspection
+from stackwise.store.backend import Backend, LocalBackend
+from stackwise.store.columns import write_metadata
+from stackwise.store.index import Writing
+from stackwise.store.layout import Layout
+from stackwise.store.leases import Lease, in_use
+from stackwise.store.publishing import Publisher, row_digests
+from stackwise.store.rebuild import Rebuilder, describe, set_aside
+from stackwise.store.records import BoundaryInfo, ChunkRecord, chunk_key
+from stackwise.store.rowset import Rowset, rowset_id_of
+
+if TYPE_CHECKING:
+    from stackwise.store.store import ActivationStore
+
+Recompute = Callable[[BoundaryInfo, Sequence[int]], Iterator[tuple[int, Any]]]
+"""Yields (chunk, its rows [n, seq_len, d_model]) of a boundary, in any order; whatever it cannot make it leaves out.
+
+Raising `NotFound` says that the boundary cannot be recomputed at all.
+"""
+
+
+class Repairer:
+    """One run of `repair`.
+
+    Args:
+        store: The store.
+        recompute: What makes chunks again; without it a damaged chunk is given up, to be written again later.
+        dry_run: Say what would be done, change nothing.
+        progress: Called with (done, total) damaged chunks.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        recompute: Recompute | None,
+        *,
+        dry_run: bool = False,
+        progress: inspection.Progress | None = None,
+    ) -> None:
+        self._store, self._recompute, self._dry, self._progress = store, recompute, dry_run, progress
+        self._report: dict[str, Any] = {
+            "dry_run": dry_run,
+            "rebuilt": [],
+            "repaired": [],
+            "gone": [],
+            "busy": [],
+            "checked_chunks": 0,
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Repair; see `ActivationStore.repair`."""
+        self._drop_broken_records()
+        self._restore_rowsets()
+        self._restore_boundaries()
+        found = self._store.verify()
+        self._report["checked_chunks"] = found["checked_chunks"]
+        by_boundary: dict[str, dict[int, str]] = {}
+        for damage in found["damaged"]:
+            if is_hex_id(damage["boundary"]) and isinstance(damage["chunk"], int):
+                by_boundary.setdefault(damage["boundary"], {})[damage["chunk"]] = damage["fault"]
+            elif not self._rewrite_metadata(damage["boundary"]):
+                self._gone(damage["boundary"], damage["chunk"], damage["fault"])
+        total, done = sum(len(chunks) for chunks in by_boundary.values()), 0
+        for boundary_id, chunks in by_boundary.items():
+            self._heal(boundary_id, chunks)
+            done += len(chunks)
+            if self._progress is not None:
+                self._progress(done, total)
+        return self._report
+
+    def _gone(self, boundary: str, chunk: int | str | None, fault: str) -> None:
+        entry = {"boundary": boundary, "chunk": chunk, "fault": fault}
+        if entry not in self._report["gone"]:
+            self._report["gone"].append(entry)
+
+    def _drop_broken_records(self) -> None:
+        """A record that is none is removed; the boundary itself may still say what it is."""
+        _, broken = inspection.read_boundaries(self._store._index)
+        if self._dry:
+            self._report["rebuilt"] += [boundary_id for boundary_id, _ in broken]
+            return
+
+        def forget(view: Writing) -> None:
+            for boundary_id, _ in broken:
+                view.delete("boundaries", bytes.fromhex(boundary_id))
+                view.delete_prefix("chunks", bytes.fromhex(boundary_id))
+
+        if broken:
+            self._store._index.update(forget)
+
+    def _restore_rowsets(self) -> None:
+        """Rowsets whose file or masks are damaged, from the columns of a boundary that has them."""
+        store = self._store
+        rebuilder = Rebuilder(store)
+        boundaries = store.boundaries()
+        for rowset_id in {**inspection.rowset_rows(store._index), **{info.rowset: 0 for info in boundaries}}:
+            if self._sound(rowset_id):
+                continue
+            for info in boundaries:
+                if info.rowset != rowset_id:
+                    continue
+                with contextlib.suppress(ValueError, StackWiseError):
+                    described, bits = describe(store._backend, info.id)
+                    if not self._dry:
+                        rebuilder.restore_rows(described, bits)
+                    self._report["rebuilt"].append(f"rowset {rowset_id}")
+                    break
+
+    def _sound(self, rowset_id: str) -> bool:
+        store = self._store
+        rows = store._rowset_rows(rowset_id)
+        if rows is None:
+            return False
+        try:
+            rowset = Rowset(rowset_id, store._layout.rowset(rowset_id), rows)
+            if rowset_id_of(rowset.sample_ids, rowset.mask_ids) != rowset_id:
+                return False
+            return store._masks.damaged(np.unique(rowset.mask_ids, axis=0)) == 0
+        except StackWiseError:
+            return False
+
+    def _restore_boundaries(self) -> None:
+        """Boundaries that lie on disk and that the index does not know."""
+        store = self._store
+        rebuilder = Rebuilder(store)
+        for name in store._backend.names():
+            if not is_hex_id(name) or store._has_boundary(name):
+                continue
+            if self._dry:
+                with contextlib.suppress(ValueError):
+                    describe(store._backend, name)
+                    self._report["rebuilt"].append(name)
+                continue
+            try:
+                with Lease(store._layout.lock(name), f"boundary {name}"):
+                    restored, damaged, digests = rebuilder.restore(name)
+                    self._report["rebuilt"].append(name)
+                    if damaged:
+                        self._fill(restored, damaged, digests, complete=True)
+            except (ValueError, StackWiseError) as error:
+                self._gone(name, None, str(error).partition("\n")[0])
+
+    def _rewrite_metadata(self, name: str) -> bool:
+        """Columns and `zarr.json` of a boundary that the index knows whole; whether that was it."""
+        store = self._store
+        if not is_hex_id(name) or not store._has_boundary(name):
+            return False
+        try:
+            info = store.boundary(name)
+            rowset = store.rowset(info.rowset)
+            if not self._dry:
+                with Lease(store._layout.lock(name), f"boundary {name}"):
+                    write_metadata(store._index, store._backend, store._masks, rowset, info)
+        except (StackWiseError, OSError):
+            return False
+        self._report["rebuilt"].append(f"metadata {name}")
+        return True
+
+    def _heal(self, boundary_id: str, chunks: dict[int, str]) -> None:
+        try:
+            info = self._store.boundary(boundary_id)
+        except (NotFound, DamageError):
+            return
+        if self._dry:
+            kind = "repaired" if self._recompute else "gone"
+            self._report[kind] += [{"boundary": boundary_id, "chunk": c, "fault": f} for c, f in chunks.items()]
+            return
+        with Lease(self._store._layout.lock(boundary_id), f"boundary {boundary_id}"):
+            self._fill(info, chunks, self._digests(info, list(chunks)))
+
+    def _digests(self, info: BoundaryInfo, chunks: list[int]) -> dict[int, Any]:
+        """What the index says the rows of damaged chunks were, where it still says it."""
+        known = {}
+        with self._store._index.read() as view:
+            for chunk in chunks:
+                raw = view.get("chunks", chunk_key(info.id, chunk))
+                start, stop = info.chunk_span(chunk)
+                with contextlib.suppress(ValueError):
+                    record = ChunkRecord.decode(raw or b"", rows=stop - start, files=len(info.codec_object.arrays))
+                    known[chunk] = record.rows
+        return known
+
+    def _fill(
+        self, info: BoundaryInfo, chunks: dict[int, str], known: dict[int, Any], *, complete: bool = False
+    ) -> None:
+        """Recompute damaged chunks; one that comes out otherwise, or not at all, is unpublished and named."""
+        publisher = Publisher(self._store._index, self._store._backend, info)
+        left = dict(chunks)
+        if self._recompute is not None:
+            with contextlib.suppress(NotFound):
+                for chunk, x in self._recompute(info, sorted(chunks)):
+                    if chunk not in left:
+                        continue
+                    arrays = info.codec_object.encode(x)
+                    if chunk not in known or not np.array_equal(row_digests(arrays), known[chunk]):
+                        left[chunk] += "; recomputed, it came out otherwise"
+                        continue
+                    publisher.publish([publisher.stage(chunk, arrays)], over=True)
+                    self._report["repaired"].append({"boundary": info.id, "chunk": chunk, "fault": chunks[chunk]})
+                    del left[chunk]
+        for chunk, fault in left.items():
+            self._gone(info.id, chunk, fault)
+        if left:
+            self._unpublish(info, list(left))
+        elif complete:
+            self._store._index.update(lambda view: _set_state(view, info.id, "complete"))
+
+    def _unpublish(self, info: BoundaryInfo, chunks: list[int]) -> None:
+        """Chunks that are gone are no longer published: a writer of the boundary then finds them missing."""
+
+        def forget(view: Writing) -> None:
+            key = bytes.fromhex(info.id)
+            raw = view.get("boundaries", key)
+            if raw is None:
+                return
+            now = BoundaryInfo.decode(key, raw)
+            gone = sum(view.delete("chunks", chunk_key(info.id, chunk)) for chunk in chunks)
+            each = now.stored_bytes // max(1, now.published)
+            now = replace(
+                now,
+                state="writing",
+                published=max(0, now.published - gone),
+                stored_bytes=max(0, now.stored_bytes - gone * each),
+            )
+            view.put("boundaries", key, now.encode())
+
+        self._store._index.update(forget)
+
+
+def repair_store(
+    path: str | os.PathLike[str],
+    recompute: Recompute | None = None,
+    *,
+    backend: Backend | None = None,
+    dry_run: bool = False,
+    progress: inspection.Progress | None = None,
+) -> dict[str, Any]:
+    """Repair a store that may not even open: a lost or damaged index is set aside and rebuilt.
+
+    Args:
+        path: The store's directory.
+        recompute: See `ActivationStore.repair`.
+        backend: Where its boundaries lie, where not beside the index.
+        dry_run: Say what would be done, change nothing.
+        progress: Called with (done, total) damaged chunks.
+
+    Returns:
+        What `ActivationStore.repair` returns, with `index`: `sound`, `rebuilt`, or (in a dry run) `damaged`.
+
+    Raises:
+        NotFound: There is no store.
+    """
+    from stackwise.store.store import ActivationStore
+
+    state = "sound"
+    try:
+        store = ActivationStore(path, create=False, backend=backend)
+    except DamageError as error:
+        if dry_run:
+            names = (backend or LocalBackend(Layout(Path(path)).boundaries)).names()
+            rebuilt = [name for name in names if is_hex_id(name)]
+            empty: dict[str, Any] = {"repaired": [], "gone": [], "busy": [], "checked_chunks": 0}
+            return {"dry_run": True, "index": "damaged", "rebuilt": rebuilt, "fault": error.message, **empty}
+        layout = Layout(Path(path).absolute())
+        set_aside(layout.index)
+        state = "rebuilt"
+        for stale in layout.rowsets.glob("*") if layout.rowsets.is_dir() else ():
+            stale.unlink()
+        # Its format is known: `format.json` was read before the index was opened.
+        layout.format.rename(layout.format.with_name(".tmp-format.json"))
+        store = ActivationStore(path, backend=backend)
+    with store:
+        report = Repairer(store, recompute, dry_run=dry_run, progress=progress).run()
+    files.discard(store.path / ".tmp-format.json")
+    return {**report, "index": state}
+
+
+def _set_state(view: Writing, boundary_id: str, state: Any) -> None:
+    key = bytes.fromhex(boundary_id)
+    raw = view.get("boundaries", key)
+    if raw is not None:
+        view.put("boundaries", key, replace(BoundaryInfo.decode(key, raw), state=state).encode())
+
+
+def unlock(store: ActivationStore) -> dict[str, Any]:
+    """Free what the dead left; see `ActivationStore.unlock`."""
+    held, removed = [], []
+    for path in sorted(Path(store._layout.locks).glob("*.lock")):
+        if path == store._layout.presence:
+            continue
+        if in_use(path):
+            held.append(path.stem)
+        else:
+            with contextlib.suppress(StackWiseError, OSError):
+                Lease(path, path.stem, alone=True).remove()
+                removed.append(path.stem)
+    return {"stale_readers": store._index.clear_stale_readers(), "removed": removed, "held": held}
