@@ -96,7 +96,7 @@ def build_block(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Block:
-    """Block `index` of the rack with fresh weights; its residual matrices are scaled by 1/sqrt(2 n_blocks).
+    """Block `index` of the rack with fresh weights; its residual matrices are scaled by 1/sqrt(2 (index + 1)).
 
     Raises:
         UsageError: Heads that do not divide the width.
@@ -104,7 +104,7 @@ def build_block(
     with torch.device("meta"):
         block = Block(config)
     _materialise(block, device, dtype)
-    initialise(block, seed, f"block.{index}", config.init_std, residual_scale(config))
+    initialise(block, seed, f"block.{index}", config.init_std, residual_scale(index))
     return block
 
 

@@ -209,9 +209,13 @@ class GELU(nn.Module):
         return y_BSD
 
 
-def residual_scale(config: ModelConfig) -> float:
-    """Factor on the fresh weights that write into the residual stream: 1/sqrt(2 n_blocks), as in GPT-2."""
-    return 1.0 / math.sqrt(2 * config.n_blocks)
+def residual_scale(index: int) -> float:
+    """Factor on the fresh weights of block `index` that write into the residual stream: 1/sqrt(2 (index + 1)).
+
+    GPT-2 scales all of them by the rack's depth. By the block's own place, as torchtitan has it, a block's fresh
+    weights do not change when blocks are stacked above it, and so neither do the stages that are trained already.
+    """
+    return 1.0 / math.sqrt(2 * (index + 1))
 
 
 def projections(module: nn.Module) -> dict[str, Any]:

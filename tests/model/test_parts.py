@@ -66,9 +66,14 @@ def test_large_parts_are_drawn_the_same(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_residual_matrices_shrink_with_depth() -> None:
     c = config(d_model=256, d_ff=512, architecture=ArchitectureConfig(n_stacks=8, blocks_per_stack=1))
-    block = build_block(c, 0, 0)
+    block = build_block(c, 7, 0)
     for name, std in {"attention.q": 0.02, "attention.o": 0.02 / 4, "ffn.up": 0.02, "ffn.down": 0.02 / 4}.items():
         assert block.get_parameter(f"{name}.weight").std().item() == pytest.approx(std, rel=0.03)
+
+
+def test_a_blocks_fresh_weights_do_not_depend_on_what_is_stacked_above() -> None:
+    taller = config(architecture=ArchitectureConfig(n_stacks=12, blocks_per_stack=2))
+    assert part_digest(build_block(config(), 1, 0)) == part_digest(build_block(taller, 1, 0))
 
 
 def test_direction_and_segments() -> None:
