@@ -114,22 +114,3 @@ def find_run(run: str | None) -> RunDirectory:
     if len(runs) > 1:
         click.echo(f"{latest}: the latest of {len(runs)} runs (--run names another)", err=True)
     return RunDirectory(latest)
-
-
-def store_path(run: str | None, store: str | None) -> Path:
-    """The store that `--store` names, or that of the run.
-
-    Raises:
-        UsageError: Both are given.
-        NotFound: There is no such store.
-    """
-    if run is not None and store is not None:
-        raise UsageError("--run and --store both name a store; give one")
-    if store is not None:
-        path = Path(store).expanduser()
-    else:
-        found = find_run(run)
-        path = found.store_path(found.config())
-    if not path.is_dir():
-        raise NotFound(f"there is no store at {path}", hint="--store DIR names one, --run DIR names a run")
-    return path

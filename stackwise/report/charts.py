@@ -214,11 +214,11 @@ def bars(items: Sequence[Bar], *, name: str, figure: str) -> str:
     rows = []
     for bar in items:
         hint = f' data-tip="{escape(bar.hint)}"' if bar.hint else ""
-        more = f' <span class="more">{escape(bar.more)}</span>' if bar.more else ""
+        more = f'<td class="more">{escape(bar.more)}</td>' if any(item.more for item in items) else ""
         rows.append(
             f'<tr{hint}><th scope="row">{escape(bar.name)}</th><td class="length">'
             f'<span class="bar" style="{colour(bar.hue)};width:{max(100 * bar.value / most, 0.3):.1f}%"></span></td>'
-            f'<td class="figure">{escape(bar.shown)}{more}</td></tr>'
+            f'<td class="figure">{escape(bar.shown)}</td>{more}</tr>'
         )
     head = f'<tr class="unseen"><th>{escape(name)}</th><th></th><th>{escape(figure)}</th></tr>'
     return f'<table class="bars">{head}{"".join(rows)}</table>'

@@ -13,8 +13,10 @@ from stackwise.report.collect import Facts
 
 MANY = 16
 """Of more stages than this, bits per byte is drawn as a line."""
-HOLE = re.compile(r"\[MASK(?:\*\d+)?\]|▒+|█+|␣+")
-BASELINES = {"unigram": "unigram frequencies", "first_stage": "first stage only"}
+HOLES = re.compile(r"(?:\[MASK\])+")
+BASELINES = {"unigram": "unigram frequencies"}
+FIRST_STAGE = "first_stage"
+"""A baseline that is the first of the stages, and is called so there."""
 
 
 def section(facts: Facts) -> list[str]:
@@ -70,7 +72,7 @@ def _bits(result: dict[str, Any], stages: list[dict[str, Any]]) -> str:
     baselines = {
         BASELINES.get(name, name.replace("_", " ")): figures["bits_per_byte"]
         for name, figures in (result.get("baselines") or {}).items()
-        if isinstance(figures, Mapping) and figures.get("bits_per_byte") is not None
+        if name != FIRST_STAGE and figures.get("bits_per_byte") is not None
     }
     if not known:
         return '<p class="soft">not measured: the data says nothing of its bytes</p>'
@@ -91,7 +93,7 @@ def _bits(result: dict[str, Any], stages: list[dict[str, Any]]) -> str:
         )
     items = [Bar(name, y, f"{y:.3f}") for name, y in baselines.items()]
     items += [
-        Bar(f"up to stage {i}" if i else "stage 0", y, f"{y:.3f}", hue=hue_of(i, len(stages)), hint=_gain(y, baselines))
+        Bar(depth_name(i, len(stages)), y, f"{y:.3f}", hue=hue_of(i, len(stages)), hint=_gain(y, baselines))
         for i, y in known
     ]
     return bars(items, name="depth", figure="bits per byte")
@@ -101,15 +103,24 @@ def _gain(bits: float, baselines: Mapping[str, float]) -> str:
     return "\n".join(f"{100 * (1 - bits / y):+.1f}% below {name}" for name, y in baselines.items() if y)
 
 
+def depth_name(depth: int, stages: int) -> str:
+    """What the rack up to a stage is called."""
+    if stages == 1:
+        return "the rack"
+    return f"stages 0–{depth}" if depth else "first stage only"
+
+
 def _table(result: dict[str, Any], stages: list[dict[str, Any]]) -> str:
     fractions = list(stages[-1]["loss"])
     head = "<th>bits/byte</th>" + "".join(f"<th>loss {words.fraction(f)}</th>" for f in fractions)
-    head += "".join(f"<th>right {words.fraction(f)}</th>" for f in fractions)
+    head += "".join(f"<th>accuracy {words.fraction(f)}</th>" for f in fractions)
     rows = [
-        _row(f"stage {i}", stage, fractions, "last" if i == len(stages) - 1 else "") for i, stage in enumerate(stages)
+        _row(depth_name(i, len(stages)), stage, fractions, "last" if i == len(stages) - 1 else "")
+        for i, stage in enumerate(stages)
     ]
     for name, figures in (result.get("baselines") or {}).items():
-        rows.append(_row(BASELINES.get(name, name.replace("_", " ")), figures, fractions, "aside"))
+        if name != FIRST_STAGE:
+            rows.append(_row(BASELINES.get(name, name.replace("_", " ")), figures, fractions, "aside"))
     return (
         f'<div class="scroll"><table class="data"><thead><tr><th class="text">depth</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -127,10 +138,14 @@ def _row(name: str, figures: Mapping[str, Any], fractions: list[str], kind: str)
 
 def passage(facts: Facts) -> list[str]:
     """A held-out passage with holes, and as the rack filled them."""
-    fill = facts.history.fill or (facts.evaluation or {}).get("fill")
+    fill = facts.history.fill
     if not fill or not fill.get("before"):
         return []
-    before, after = highlighted(str(fill["before"]), str(fill.get("after", "")))
+    before = holes_marked(str(fill["before"]))
+    spans = fill.get("spans") or [[fill.get("after", ""), "given"]]
+    after = "".join(
+        f"<mark>{escape(str(text))}</mark>" if kind == "filled" else escape(str(text)) for text, kind in spans
+    )
     return [
         "<h2>A held-out passage, filled in</h2>",
         '<div class="pair">',
@@ -140,23 +155,15 @@ def passage(facts: Facts) -> list[str]:
     ]
 
 
-def highlighted(before: str, after: str) -> tuple[str, str]:
-    """Both texts as HTML, the holes of the one and what fills them in the other marked."""
-    holes = [match.group() for match in HOLE.finditer(before)]
-    pieces = HOLE.split(before)
-    shown = escape(pieces[0])
-    for hole, piece in zip(holes, pieces[1:], strict=True):
-        shown += f'<mark class="hole">{escape(hole)}</mark>{escape(piece)}'
-    filled, at = "", 0
-    for number, piece in enumerate(pieces):
-        last = number == len(pieces) - 1
-        found = len(after) - len(piece) if last and after.endswith(piece) else after.find(piece, at)
-        if found < at:  # not the same text around the holes: shown as it is
-            return shown, escape(after)
-        gap = after[at:found]
-        filled += (f"<mark>{escape(gap)}</mark>" if gap and number else escape(gap)) + escape(piece)
-        at = found + len(piece)
-    return shown, filled + escape(after[at:])
+def holes_marked(before: str) -> str:
+    """A text with holes as HTML: runs of holes are marked as one, with their count."""
+    shown, at = "", 0
+    for match in HOLES.finditer(before):
+        count = match.group().count("[MASK]")
+        name = f"{words.plural(count, 'token')} masked"
+        shown += f'{escape(before[at : match.start()])}<mark class="hole" data-tip="{name}">{"▒" * count}</mark>'
+        at = match.end()
+    return shown + escape(before[at:])
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from stackwise.report.curves import Points, smooth, thin
 
 RAW, SMOOTHED = 300, 160
 """Points kept of a stage's raw and smoothed losses."""
-SETTLED = 0.06
+SETTLED = 0.15
 """Share of a stage's steps after which its loss has come into the picture."""
 
 
@@ -28,7 +28,7 @@ def _curves(facts: Facts) -> list[str]:
         return []
     lines = []
     for stage in drawn:
-        smoothed = smooth(stage.curve, max(2.0, len(stage.curve) / 20))
+        smoothed = smooth(stage.curve, max(5.0, len(stage.curve) / 12))
         lines.append(
             Line(
                 f"stage {stage.depth}",
@@ -65,12 +65,12 @@ def _range(lines: list[Line]) -> tuple[float, float]:
 
 
 def _table(facts: Facts) -> str:
-    head = ("blocks", "state", "steps", "loss", "tokens/s", "waiting", "peak memory", "time")
-    cells = "".join(f"<th>{name}</th>" for name in head)
+    head = "".join(f"<th>{name}</th>" for name in ("steps", "loss", "tokens/s", "waiting", "peak memory", "time"))
     rows = "".join(_row(stage) for stage in facts.stages)
     return (
-        f'<div class="scroll"><table class="data"><thead><tr><th class="text">stage</th>{cells}'
-        f'<th class="text">recipe</th><th class="text">why</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        '<div class="scroll"><table class="data"><thead><tr><th class="text">stage</th><th class="text">blocks</th>'
+        f'<th class="text">state</th>{head}<th class="text">recipe</th><th class="text">why</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
         '<p class="soft">“Waiting” is the share of its training that a stage waited for data.</p>'
     )
 
@@ -78,8 +78,6 @@ def _table(facts: Facts) -> str:
 def _row(stage: StageFacts) -> str:
     recipe = f'<span class="mono" data-tip="{_ids(stage)}">{escape(stage.recipe[:8])}</span>' if stage.recipe else "–"
     figures = [
-        words.span(*stage.blocks),
-        f'<span class="state {stage.state}">{escape(stage.state)}</span>',
         f"{stage.step:,}/{stage.steps:,}" if stage.step != stage.steps else f"{stage.steps:,}",
         f"{stage.loss:.3f}" if stage.loss is not None else "–",
         words.count(stage.tokens_per_second) if stage.tokens_per_second else "–",
@@ -88,7 +86,9 @@ def _row(stage: StageFacts) -> str:
         words.duration(stage.seconds) if stage.seconds else "–",
     ]
     return (
-        f'<tr><th scope="row" class="text">{stage.depth}</th>{"".join(f"<td>{cell}</td>" for cell in figures)}'
+        f'<tr><th scope="row" class="text">{stage.depth}</th><td class="text">{words.span(*stage.blocks)}</td>'
+        f'<td class="text"><span class="state {escape(stage.state)}">{escape(stage.state)}</span></td>'
+        f"{''.join(f'<td>{cell}</td>' for cell in figures)}"
         f'<td class="text">{recipe}</td><td class="text why">{escape(stage.reason or "")}</td></tr>'
     )
 

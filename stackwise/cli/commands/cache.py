@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from stackwise.cli.app import Subcommands
-from stackwise.cli.options import as_json, run_option, store_path
+from stackwise.cli.commands.cache_upkeep import gc, repair, unlock
 from stackwise.cli.output import console, note, plain, print_json, progress, state, table
+from stackwise.cli.stores import opened, where
 from stackwise.errors import DamageError
 from stackwise.report import words
 
 if TYPE_CHECKING:
     from stackwise.store import ActivationStore
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.group(cls=Subcommands, short_help="The activation store: look, check, mend, clean.")
@@ -28,28 +25,16 @@ def cache() -> None:
     """
 
 
-def _where(command: F) -> F:
-    """The options that name a store."""
-    for option in (as_json, click.option("--store", metavar="DIR", help="The store's directory."), run_option):
-        command = option(command)
-    return command
-
-
-@contextmanager
-def _opened(run: str | None, store: str | None) -> Iterator[ActivationStore]:
-    path = store_path(run, store)
-    from stackwise.store import ActivationStore
-
-    with ActivationStore(path, create=False) as opened:
-        yield opened
+for _command in (repair, gc, unlock):
+    cache.add_command(_command)
 
 
 @cache.command()
-@_where
+@where
 def inspect(run: str | None, store: str | None, as_json: bool) -> None:
     """What the store holds: masks, boundaries, index."""
-    with _opened(run, store) as opened:
-        found, path = opened.inspect(), opened.path
+    with opened(run, store) as it:
+        found, path = it.inspect(), it.path
     if as_json:
         print_json(found)
         return
@@ -65,13 +50,13 @@ def inspect(run: str | None, store: str | None, as_json: bool) -> None:
 
 
 @cache.command(name="ls")
-@_where
+@where
 def list_entries(run: str | None, store: str | None, as_json: bool) -> None:
     """Every boundary and every committed stage, and the runs that refer to them."""
-    with _opened(run, store) as opened:
-        boundaries = opened.inspect()["boundaries"]
-        stages = _committed(opened)
-        runs = opened.runs()
+    with opened(run, store) as it:
+        boundaries = it.inspect()["boundaries"]
+        stages = _committed(it)
+        runs = it.runs()
     if as_json:
         print_json({"boundaries": boundaries, "stages": stages, "runs": runs})
         return
@@ -92,11 +77,11 @@ def list_entries(run: str | None, store: str | None, as_json: bool) -> None:
 
 
 @cache.command()
-@_where
+@where
 def du(run: str | None, store: str | None, as_json: bool) -> None:
     """Bytes by what they are for."""
-    with _opened(run, store) as opened:
-        found, path = opened.usage(), opened.path
+    with opened(run, store) as it:
+        found, path = it.usage(), it.path
     if as_json:
         print_json(found)
         return
@@ -110,7 +95,7 @@ def du(run: str | None, store: str | None, as_json: bool) -> None:
 
 
 @cache.command()
-@_where
+@where
 @click.option("--fast", is_flag=True, help="Compare existence and sizes alone; read no data.")
 @click.option(
     "--subset", type=float, default=1.0, metavar="F", help="Check this share of the chunks, another each time."
@@ -120,8 +105,14 @@ def verify(
     run: str | None, store: str | None, as_json: bool, fast: bool, subset: float, max_duration: float | None
 ) -> None:
     """Compare what lies on disk with what was published. Exit code 3 where something is damaged."""
-    with _opened(run, store) as opened, progress("verifying") as tell:
-        found = opened.verify(progress=tell, fast=fast, subset=subset, max_duration=max_duration)
+    try:
+        with opened(run, store) as it, progress("verifying") as tell:
+            found = it.verify(progress=tell, fast=fast, subset=subset, max_duration=max_duration)
+    except DamageError as error:  # it does not even open
+        if as_json:
+            fault = {"boundary": "index", "chunk": None, "fault": error.message}
+            print_json({"checked_chunks": 0, "checked_stages": 0, "damaged": [fault], "orphans": [], "complete": False})
+        raise
     if as_json:
         print_json(found)
     else:
@@ -129,7 +120,7 @@ def verify(
     if found["damaged"]:
         raise DamageError(
             f"{words.plural(len(found['damaged']), 'fault')} found",
-            hint="`stackwise run` makes again what it needs of these; nothing damaged is ever delivered",
+            hint="`stackwise cache repair` mends what can be, `stackwise run` makes again what it needs",
         )
 
 

@@ -95,6 +95,6 @@ def _conclude(view: RunView) -> None:
     if view.fill is not None:
         out.print()
         out.print(plain("a held-out passage, with holes and as the rack filled them"), style="bold")
-        passage(out, view.fill["before"], view.fill["after"])
+        passage(out, view.fill)
     elif view.evaluation is None:
         note(f"{view.run}: no evaluation yet")

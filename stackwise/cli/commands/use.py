@@ -86,19 +86,20 @@ def generate(
     else:
         from stackwise.cli.views.results import passage
 
-        passage(console(), result["before"], result["after"])
+        passage(console(), result)
 
 
 @click.command(short_help="One fused safetensors with its configuration and tokenizer.")
 @run_option
-@click.option("--out", required=True, metavar="DIR", help="Where it goes; a new or empty folder.")
+@click.option("--out", required=True, metavar="DIR", help="Where it goes; a new folder.")
+@click.option("--force", is_flag=True, help="Replace an export that is there.")
 @as_json
-def export(run: str | None, out: str, as_json: bool) -> None:
+def export(run: str | None, out: str, force: bool, as_json: bool) -> None:
     """One fused safetensors with config.json and tokenizer.json; a LLaMA-shaped rack loads in transformers."""
     found = find_run(run)
     from stackwise.pipeline.use import export_run
 
-    directory = export_run(found, Path(out).expanduser())
+    directory = export_run(found, Path(out).expanduser(), overwrite=force)
     files = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
     if as_json:
         print_json({"directory": str(directory), "files": files})

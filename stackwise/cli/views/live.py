@@ -114,7 +114,7 @@ class Live:
         figures = PHASES.get(activity, activity)
         if activity.startswith("boundary"):
             figures = f"writing {activity}"
-        if activity != "waiting":
+        if activity != "waiting" and (view.done or view.total):
             figures += f"  {unit(view.done)}" + (f" of {unit(view.total)}" if view.total else "")
         return Group(self._bar(view.done, view.total), Text(figures))
 

@@ -11,20 +11,22 @@ from rich.text import Text
 
 from stackwise.cli.output import plain, table
 from stackwise.report import words
+from stackwise.report.held_out import FIRST_STAGE, depth_name
 
 
 def held_out(result: Mapping[str, Any]) -> RenderableType:
     """Held-out figures by depth, and the baselines under them."""
     fractions = list(result["loss"])
     columns = ["held out", "bits/byte", *(f"loss {words.fraction(f)}" for f in fractions)]
-    columns += [f"right {words.fraction(f)}" for f in fractions]
+    columns += [f"acc. {words.fraction(f)}" for f in fractions]
     shown = table(*columns, right=range(1, len(columns)))
     stages = result.get("stages") or [result]
     for depth, stage in enumerate(stages):
         last = depth == len(stages) - 1
-        _row(shown, f"stage {depth}" if len(stages) > 1 else "the rack", stage, fractions, "bold" if last else "")
+        _row(shown, depth_name(depth, len(stages)), stage, fractions, "bold" if last else "")
     for name, baseline in result.get("baselines", {}).items():
-        _row(shown, f"baseline: {name.replace('_', ' ')}", baseline, fractions, "dim")
+        if name != FIRST_STAGE:
+            _row(shown, f"baseline: {name.replace('_', ' ')}", baseline, fractions, "dim")
     return Group(shown, Text(_footnote(result), style="dim"))
 
 
@@ -38,17 +40,23 @@ def _row(shown: Table, name: str, figures: Mapping[str, Any], fractions: list[st
 
 
 def _footnote(result: Mapping[str, Any]) -> str:
-    text = f"{words.count(result['tokens'])} held-out tokens"
+    text = f"{words.count(result['tokens'])} tokens"
     if result.get("bytes"):
         text += f", {words.size(result['bytes'])} of text"
-    return f"{text}; loss in nats a masked token; bits/byte is a bound on the likelihood"
+    kind = "bits/byte is the likelihood" if result.get("likelihood") == "exact" else "bits/byte is an upper bound"
+    error = result.get("bits_per_byte_error")
+    return f"{text}; loss in nats a masked token; {kind}" + (f" (± {error:.3f})" if error else "")
 
 
-def passage(console: Console, before: str, after: str) -> None:
-    """A passage with its holes, and as the rack filled them."""
+def passage(console: Console, fill: Mapping[str, Any]) -> None:
+    """A passage with its holes, and as the rack filled them; what it made stands out."""
     from rich.rule import Rule
 
-    for title, text in (("before", before), ("after", after)):
+    before, after = Text(fill["before"]), Text()
+    before.highlight_words(["[MASK]"], style="dim cyan")
+    for text, kind in fill.get("spans") or [[fill["after"], "given"]]:
+        after.append(text, style="bold cyan" if kind == "filled" else "")
+    for title, shown in (("before", before), ("after", after)):
         console.print(Rule(title, style="dim", align="left"))
-        console.print(Text(text))
+        console.print(shown)
     console.print(Rule(style="dim"))

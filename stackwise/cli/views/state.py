@@ -114,7 +114,7 @@ class RunView:
         now = time.monotonic()
         if stage.last is not None and event["step"] > stage.last[1]:
             pace = (now - stage.last[0]) / (event["step"] - stage.last[1])
-            stage.seconds_per_step = _smooth(stage.seconds_per_step, pace)
+            stage.seconds_per_step = _smooth(stage.seconds_per_step, pace, 0.12)
         stage.last = (now, event["step"])
         stage.step, stage.steps, stage.learning_rate = event["step"], event["steps"], event["learning_rate"]
         stage.loss = _smooth(stage.loss, event["loss"])
@@ -147,5 +147,5 @@ class RunView:
         return stage.seconds_per_step * steps
 
 
-def _smooth(before: float | None, now: float) -> float:
-    return now if before is None else (1 - SMOOTH) * before + SMOOTH * now
+def _smooth(before: float | None, now: float, share: float = SMOOTH) -> float:
+    return now if before is None else (1 - share) * before + share * now

@@ -1,0 +1,106 @@
+"""`stackwise cache repair`, `gc`, `unlock`: what changes a store. Each can say what it would do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from stackwise.cli.output import console, note, plain, print_json, progress, table
+from stackwise.cli.stores import opened, store_path, where
+from stackwise.errors import DamageError
+from stackwise.report import words
+
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
+NAMED = 10
+"""Ids that are listed one by one."""
+
+
+@click.command()
+@where
+@dry_run_option
+def repair(run: str | None, store: str | None, as_json: bool, dry_run: bool) -> None:
+    """Heal what can be healed, say what is gone. Exit code 3 where something is.
+
+    A lost or damaged index is rebuilt from the boundaries; a damaged chunk is taken out, so that the next
+    `stackwise run` that needs it makes it again.
+    """
+    path = store_path(run, store)
+    from stackwise.store.repair import repair_store
+
+    with progress("repairing") as tell:
+        found = repair_store(path, dry_run=dry_run, progress=tell)
+    if as_json:
+        print_json(found)
+    else:
+        _show_repaired(found, dry_run)
+    if found["gone"]:
+        gone = words.plural(len(found["gone"]), "thing")
+        raise DamageError(
+            f"{gone} could not be repaired"
+            + (" (nothing was changed)" if dry_run else "; what is damaged was taken out"),
+            hint="`stackwise run` makes again what it needs",
+        )
+
+
+def _show_repaired(found: dict[str, Any], dry_run: bool) -> None:
+    out = console()
+    would = "would be " if dry_run else ""
+    if found.get("index", "sound") != "sound":
+        out.print(f"index: {'damaged' if dry_run else 'set aside and rebuilt'}")
+    for name in found["rebuilt"]:
+        out.print(plain(f"{would}rebuilt: {name}"))
+    for item in found["repaired"]:
+        out.print(plain(f"{would}repaired: {_place(item)}: {item['fault']}"))
+    for item in found["gone"]:
+        out.print(f"[red]{would}gone[/]: {plain(_place(item))}: {plain(item['fault'])}")
+    for name in found["busy"]:
+        note(f"in use, left alone: {name}")
+    if not any(found[key] for key in ("rebuilt", "repaired", "gone")):
+        out.print(f"{words.plural(found['checked_chunks'], 'chunk')} checked: nothing to repair")
+
+
+def _place(item: dict[str, Any]) -> str:
+    return item["boundary"] if item["chunk"] is None else f"{item['boundary']}, {_chunk(item['chunk'])}"
+
+
+def _chunk(name: int | str) -> str:
+    return f"chunk {name}" if isinstance(name, int) else name
+
+
+@click.command()
+@where
+@dry_run_option
+@click.option("--all", "everything", is_flag=True, help="Collect even where no run is registered.")
+def gc(run: str | None, store: str | None, as_json: bool, dry_run: bool, everything: bool) -> None:
+    """Remove what no registered run refers to. It works on a full disk."""
+    with opened(run, store) as it, progress("collecting") as tell:
+        found = it.gc(dry_run=dry_run, all=everything, progress=tell)
+    if as_json:
+        print_json(found)
+        return
+    would = "would go" if dry_run else "removed"
+    shown = table("", would, right=(1,))
+    for name, value in found.items():
+        if name not in ("dry_run", "busy", "freed"):
+            shown.add_row(name, f"{value if isinstance(value, int) else len(value):,}")
+    out = console()
+    out.print(shown)
+    out.print(f"{words.size(found['freed'])} {'would be freed' if dry_run else 'freed'}")
+    for name in found["busy"][:NAMED]:
+        note(f"in use, left alone: {name}")
+
+
+@click.command()
+@where
+def unlock(run: str | None, store: str | None, as_json: bool) -> None:
+    """Free what dead processes left. A living holder's locks stay, and are named."""
+    with opened(run, store) as it:
+        found = it.unlock()
+    if as_json:
+        print_json(found)
+        return
+    removed, readers = len(found["removed"]), found["stale_readers"]
+    click.echo(f"{words.plural(removed, 'lock')} that nobody held and {words.plural(readers, 'stale reader')} removed")
+    for name in found["held"]:
+        note(f"held by a living process: {name}")
