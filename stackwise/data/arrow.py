@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +111,8 @@ def _damaged(path: Path, kind: str, error: Exception) -> UsageError:
 
 def is_dataset(folder: Path) -> bool:
     """Whether a folder is a Hugging Face data set, or a dictionary of them, as `save_to_disk` writes it."""
-    return (folder / _DICT).is_file() or ((folder / _DATASET).is_file() and any(folder.glob("*.arrow")))
+    # os.path: a folder that may not be looked into is none
+    return os.path.isfile(folder / _DICT) or (os.path.isfile(folder / _DATASET) and any(folder.glob("*.arrow")))
 
 
 def dataset_files(folder: Path) -> tuple[list[Path], list[str]]:

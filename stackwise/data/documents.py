@@ -113,7 +113,7 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except UnicodeDecodeError:
                 raise UsageError(f"{where}: not UTF-8 text") from None
             except ValueError as error:
@@ -191,7 +191,14 @@ def _integers(where: str, column: str, value: Any) -> np.ndarray[Any, np.dtype[n
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        bytes: "binary data",
+        type(None): "null",
+    }
     return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
 
 

@@ -8,6 +8,7 @@ from typing import Self
 
 from stackwise.data.contents import DIGESTS, Contents
 from stackwise.data.documents import Document, TextDocument, TokenDocument
+from stackwise.data.text import boundary
 from stackwise.errors import UsageError
 
 
@@ -70,7 +71,7 @@ def _divide_tokens(document: TokenDocument, share: float) -> tuple[Document, Doc
 
 def _divide_text(document: TextDocument, share: float) -> tuple[Document, Document]:
     """Divide at a line end near the share, reading at most up to there."""
-    at, before = round(document.n_bytes * (1 - share)), 0
+    at, before = min(max(1, round(document.n_bytes * (1 - share))), document.n_bytes - 1), 0
     for piece in document.pieces():
         size = len(piece.encode())
         if before + size >= at:
@@ -97,9 +98,9 @@ def _place(data: bytes, at: int) -> int:
     for found in (data.rfind(b"\n", 0, at), data.find(b"\n", at, len(data) - 1)):
         if found > 0:
             return found + 1
-    while at > 0 and at < len(data) and data[at] & 0xC0 == 0x80:
-        at -= 1
-    return at
+    if (before := boundary(data, at)) > 0:
+        return before
+    return next((after for after in range(at + 1, len(data)) if data[after] & 0xC0 != 0x80), len(data))
 
 
 def _slice(document: TextDocument, start: int, stop: int) -> Iterator[str]:

@@ -15,7 +15,7 @@ from stackwise.data.prepared import META, TOKENIZER, VERSION, PreparedData, desc
 from stackwise.data.scan import Corpus, Progress, scan
 from stackwise.data.sources import find_sources
 from stackwise.data.tokenizer import Tokenizer
-from stackwise.data.writer import SIDES, NotExactError, write_splits
+from stackwise.data.tokenizing import SIDES, NotExactError, write_splits
 from stackwise.durable import TEMPORARY, explain_full_disk, fsync_directory, write_json
 from stackwise.errors import UsageError
 from stackwise.identity import Hex, content_id

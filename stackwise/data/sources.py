@@ -71,7 +71,7 @@ class Skipped:
         """Count a file (or folder) that is left out; hidden ones are not worth naming."""
         self.reasons[why] += 1
         if name and len(self.files) < NAMED:
-            self.files.append({"path": str(path), "why": why})
+            self.files.append({"path": os.fsencode(path).decode(errors="replace"), "why": why})
 
     def to_dict(self) -> dict[str, object]:
         """Plain data: `count`, `reasons`, `files`."""
@@ -85,12 +85,14 @@ def find_sources(paths: Sequence[str]) -> tuple[list[Source], Skipped]:
 
     Raises:
         NotFound: A path does not exist.
-        UsageError: A path is neither file nor folder, or its folder cannot be read.
+        UsageError: A path is neither file nor folder, or its folder cannot be read; there is no standard library.
     """
     skipped = Skipped()
     if not paths:
-        return list(_standard_library()), skipped
-    found: list[Source] = []
+        if library := list(_standard_library()):
+            return library, skipped
+        raise UsageError("the Python standard library is here without sources", hint="name text with data.paths")
+    found: dict[str, Source] = {}
     for name in paths:
         path = Path(name).expanduser()
         try:
@@ -100,12 +102,15 @@ def find_sources(paths: Sequence[str]) -> tuple[list[Source], Skipped]:
         except OSError as error:
             raise UsageError(f"data.paths: {path} cannot be read ({error.strerror})") from None
         if stat.S_ISDIR(mode):
-            found += _folder(path, skipped, set(), named=True)
+            sources = list(_folder(path, skipped, set(), named=True))
         elif stat.S_ISREG(mode):
-            found.append(Source(path, _KINDS.get(path.suffix.lower(), "text"), named=True))
+            sources = [Source(path, _KINDS.get(path.suffix.lower(), "text"), named=True)]
         else:
             raise UsageError(f"data.paths: {path} is neither a file nor a folder")
-    return found, skipped
+        for source in sources:
+            if found.setdefault(os.path.abspath(source.path), source) is not source:
+                skipped.add(source.path, "named twice")
+    return list(found.values()), skipped
 
 
 def _folder(folder: Path, skipped: Skipped, above: set[tuple[int, int]], *, named: bool = False) -> Iterator[Source]:
@@ -135,9 +140,14 @@ def _folder(folder: Path, skipped: Skipped, above: set[tuple[int, int]], *, name
         path = folder / entry.name
         if entry.name.startswith("."):
             skipped.add(path, "hidden", name=False)
-        elif entry.is_dir():
+            continue
+        try:
+            folder_there, file_there = entry.is_dir(), entry.is_file()
+        except OSError:  # a link to itself
+            folder_there = file_there = False
+        if folder_there:
             yield from _folder(path, skipped, above | {here})
-        elif entry.is_file():
+        elif file_there:
             yield Source(path, _KINDS.get(path.suffix.lower(), "text"), named=False)
         else:
             skipped.add(path, "a broken link" if entry.is_symlink() else "not a file")

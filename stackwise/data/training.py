@@ -18,6 +18,8 @@ TRAINER = 1
 SAMPLE_BYTES = 32 << 20
 """About the most text that a tokenizer is trained on; of a larger corpus a sample is drawn, piece by piece."""
 
+_BATCH_BYTES = 1 << 20
+
 DEFAULT_VOCABULARY = 4096
 SMALLEST = 256 + 2
 
@@ -63,9 +65,10 @@ def train_bpe(corpus: Corpus, held_out: HeldOut, vocab_size: int, progress: Prog
     return Tokenizer(backend, name="bpe")
 
 
-def _sample(corpus: Corpus, held_out: HeldOut, total: int, progress: Progress) -> Iterator[str]:
+def _sample(corpus: Corpus, held_out: HeldOut, total: int, progress: Progress) -> Iterator[list[str]]:
     share = int(total / corpus.contents.text_bytes * 2**64)
-    done = 0
+    batch: list[str] = []
+    done = size = 0
     for document in corpus.documents():
         for side, part in held_out.divide(document):
             if side or not isinstance(part, TextDocument):
@@ -73,9 +76,15 @@ def _sample(corpus: Corpus, held_out: HeldOut, total: int, progress: Progress) -
             for number, piece in enumerate(part.pieces()):
                 # which pieces are drawn depends on the document alone
                 if xxhash.xxh3_64_intdigest(part.digest.to_bytes(16, "big") + number.to_bytes(8, "big")) < share:
-                    progress("tokenizer", min(done, total), total)
-                    done += len(piece)
-                    yield piece
+                    batch.append(piece)
+                    size += len(piece)
+                    if size >= _BATCH_BYTES:
+                        progress("tokenizer", min(done, total), total)
+                        yield batch
+                        done, size, batch = done + size, 0, []
+    if batch:
+        progress("tokenizer", min(done, total), total)
+        yield batch
 
 
 def numbers_tokenizer(n: int) -> Tokenizer:

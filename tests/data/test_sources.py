@@ -130,21 +130,23 @@ def test_what_is_not_text_is_skipped_and_said(tmp_path: Path, settings: Settings
     prepare(settings(folder / "good.txt", tokenizer="bytes"), out=out)
     (folder / "loop").symlink_to(folder)
     (folder / "broken").symlink_to(folder / "nowhere")
+    (folder / "itself").symlink_to(folder / "itself")
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.bin")).write_bytes(b"\0")
     os.mkfifo(folder / "pipe")
     data, _ = prepare(settings(folder, tokenizer="bytes"))
     skipped = data.summary()["skipped"]
     assert skipped["reasons"] == {
-        "a broken link": 1,
+        "a broken link": 2,
         "a link to a folder above it": 1,
         "a prepared data set": 1,
-        "binary": 2,
+        "binary": 3,
         "empty": 1,
         "hidden": 2,
         "not UTF-8 text": 2,
         "not a file": 1,
     }
     assert {"path": str(folder / "latin.txt"), "why": "not UTF-8 text"} in skipped["files"]
-    assert skipped["count"] == 11
+    assert skipped["count"] == 13
     assert sorted(read_back(settings(folder, tokenizer="bytes"))) == sorted([TEXTS[0], TEXTS[1], "with a mark\n"])
 
 
@@ -210,6 +212,25 @@ def test_rows_of_tokens_of_ones_own_tokenizer(tmp_path: Path, settings: Settings
         documents_of(data.train, data.tokenizer.decode) + documents_of(data.held_out, data.tokenizer.decode)
     ) == sorted(texts)
     assert data.summary()["bytes"] == sum(map(len, texts))
+
+
+def test_one_row_of_tokens_is_divided(tmp_path: Path, settings: Settings) -> None:
+    row = {"input_ids": list(range(100)), "targets": list(range(100, 0, -1))}
+    data, _ = prepare(settings(write_jsonl(tmp_path / "one.jsonl", [row]), held_out=0.1))
+    assert data.train.tokens[:-1].tolist() == list(range(90))
+    assert data.held_out.tokens[:-1].tolist() == list(range(90, 100))
+    targets = data.held_out.targets(range(11), 1)
+    assert targets is not None
+    assert targets.ravel().tolist() == [*range(10, 0, -1), -100]
+
+
+def test_a_file_named_twice_is_read_once(tmp_path: Path, settings: Settings) -> None:
+    for name in "ab":
+        (tmp_path / "texts" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "texts" / name).write_text(f"the text of {name}\n")
+    data, _ = prepare(settings(tmp_path / "texts" / "b", tmp_path / "texts", tokenizer="bytes"))
+    assert data.summary()["documents"] == 2
+    assert data.summary()["skipped"]["reasons"] == {"named twice": 1}
 
 
 def test_pyarrow_is_asked_for_only_when_needed(tmp_path: Path) -> None:

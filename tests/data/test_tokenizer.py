@@ -285,7 +285,7 @@ def test_added_words_that_are_not_special_count_their_bytes() -> None:
 def test_training_repeats(corpus: Path, settings: Settings, tmp_path: Path) -> None:
     """In another process, with other hash seeds and threads, and with the documents in another order."""
     data, _ = prepare(settings(corpus, vocab_size=1500))
-    for number, file in enumerate(random.Random(5).sample(sorted(corpus.rglob("*.py")), 40)):
+    for number, file in enumerate(random.Random(5).sample(sorted(corpus.rglob("*.py")), 30)):
         file.rename(file.with_name(f"{number}-{file.name}"))
     script = (
         "import sys; from stackwise.config import DataConfig; from stackwise.data import prepare; "
