@@ -130,7 +130,7 @@ def run(path: Path, kind: str, stride: int) -> None:
     assert {"open", "write", "fsync", "replace", "mkdir", "commit"} <= set(counted)
     suited = [at for at, name in enumerate(names, 1) if kind != "short write" or name == "write"]
     # Coprime to the lengths of the repeated steps, so that every sort of step is met.
-    chosen = suited[KINDS.index(kind) :: 1 if kind == "short write" and stride > 1 else stride]
+    chosen = suited if kind == "short write" or stride == 1 else suited[KINDS.index(kind) :: stride]
     for at in chosen:
         try:
             trial(path / str(at), at, kind)
