@@ -1,7 +1,7 @@
 """Data: files of text become token files, packed into samples, with a held-out side."""
 
 from stackwise.data.documents import IGNORED
-from stackwise.data.prepare import prepare
+from stackwise.data.preparation import prepare
 from stackwise.data.prepared import PreparedData, is_prepared
 from stackwise.data.split import Split, require_samples, sample_ids
 from stackwise.data.tokenizer import Tokenizer, bytes_tokenizer
