@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-PLAIN_WIDTH = 110
-"""Columns where there is no terminal to ask."""
+PLAIN_WIDTH = 1000
+"""Columns where there is no terminal: nothing is cut off or wrapped."""
 
 STATES = {
     "done": "green",
@@ -47,20 +48,28 @@ def is_live(stream: TextIO) -> bool:
         return False
 
 
+class _Unpadded:
+    """A stream whose lines lose the blanks at their ends, with which a table is filled up."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(re.sub(r"[ \t]+(?=\n)", "", text))
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 def console(stream: TextIO | None = None) -> Console:
     """Where tables go. Colour and styles for a terminal alone, and by NO_COLOR not even there."""
     from rich.console import Console
 
     stream = stream or sys.stdout
-    live = is_live(stream)
-    return Console(
-        file=stream,
-        force_terminal=live,
-        color_system="auto" if live else None,
-        width=None if live else PLAIN_WIDTH,
-        highlight=False,
-        soft_wrap=not live,
-    )
+    if is_live(stream):
+        return Console(file=stream, force_terminal=True, highlight=False)
+    plain = cast("IO[str]", _Unpadded(stream))
+    return Console(file=plain, force_terminal=False, color_system=None, width=PLAIN_WIDTH, highlight=False)
 
 
 def table(*columns: str, right: Sequence[int] = ()) -> Table:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import statistics
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from stackwise import durable
@@ -93,8 +92,7 @@ def collect(run: RunDirectory) -> Facts:
     present: list[BoundaryInfo] = []
     usage = None
     with contextlib.suppress(StackWiseError, OSError):  # a report can do without its store
-        store_path = Path(manifest.get("store") or run.store_path(config))
-        with ActivationStore(store_path, create=False) as store:
+        with ActivationStore(run.store_path(config), create=False) as store:
             own = set(manifest.get("boundaries", []))
             present = [info for info in store.boundaries() if info.id in own]
             usage = store.usage()

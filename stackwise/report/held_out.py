@@ -15,6 +15,8 @@ MANY = 16
 """Of more stages than this, bits per byte is drawn as a line."""
 HOLES = re.compile(r"(?:\[MASK\])+")
 BASELINES = {"unigram": "unigram frequencies"}
+MADE = ("filled", "right", "wrong")
+"""Kinds of text that the rack made."""
 FIRST_STAGE = "first_stage"
 """A baseline that is the first of the stages, and is called so there."""
 
@@ -144,10 +146,17 @@ def passage(facts: Facts) -> list[str]:
     before = holes_marked(str(fill["before"]))
     spans = fill.get("spans") or [[fill.get("after", ""), "given"]]
     after = "".join(
-        f"<mark>{escape(str(text))}</mark>" if kind == "filled" else escape(str(text)) for text, kind in spans
+        f'<mark class="{kind}">{escape(str(text))}</mark>' if kind in MADE else escape(str(text))
+        for text, kind in spans
+    )
+    compared = any(kind in ("right", "wrong") for _, kind in spans)
+    legend = (
+        '<p class="soft">What the rack filled in: <mark class="right">as in the original</mark>, '
+        '<mark class="wrong">otherwise</mark>.</p>'
     )
     return [
         "<h2>A held-out passage, filled in</h2>",
+        legend if compared else "",
         '<div class="pair">',
         f'<section><h3>Before</h3><pre class="passage">{before}</pre></section>',
         f'<section><h3>After</h3><pre class="passage">{after}</pre></section>',

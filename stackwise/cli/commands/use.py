@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from stackwise.cli.options import as_json, device_option, find_run, run_option
-from stackwise.cli.output import console, is_live, note, print_json, progress
+from stackwise.cli.output import console, is_live, print_json, progress
 from stackwise.errors import UsageError
 from stackwise.report import words
 
@@ -106,7 +106,7 @@ def export(run: str | None, out: str, force: bool, as_json: bool) -> None:
         return
     click.echo(f"exported to {directory}")
     for name, size in files.items():
-        note(f"  {name}  {words.size(size)}")
+        click.echo(f"  {name}  {words.size(size)}")
 
 
 def _text(text: str | None, file: str | None) -> str | None:

@@ -13,6 +13,9 @@ from stackwise.cli.output import plain, table
 from stackwise.report import words
 from stackwise.report.held_out import FIRST_STAGE, depth_name
 
+MADE = {"filled": "bold cyan", "right": "bold green", "wrong": "underline yellow"}
+"""How text that the rack made is shown: as such, as it stood in the original, otherwise than there."""
+
 
 def held_out(result: Mapping[str, Any]) -> RenderableType:
     """Held-out figures by depth, and the baselines under them."""
@@ -55,8 +58,8 @@ def passage(console: Console, fill: Mapping[str, Any]) -> None:
     before, after = Text(fill["before"]), Text()
     before.highlight_words(["[MASK]"], style="dim cyan")
     for text, kind in fill.get("spans") or [[fill["after"], "given"]]:
-        after.append(text, style="bold cyan" if kind == "filled" else "")
+        after.append(text, style=MADE.get(kind, ""))
     for title, shown in (("before", before), ("after", after)):
-        console.print(Rule(title, style="dim", align="left"))
+        console.print(Rule(title, style="dim", align="left") if console.is_terminal else f"--- {title}")
         console.print(shown)
-    console.print(Rule(style="dim"))
+    console.print(Rule(style="dim") if console.is_terminal else "---")

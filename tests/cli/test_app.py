@@ -1,0 +1,140 @@
+"""The command line as a whole: help, near misses, what is imported, how errors end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import click
+import pytest
+
+from stackwise.cli import main
+from stackwise.cli.app import COMMANDS
+from stackwise.cli.failure import explain
+from stackwise.errors import BusyError, ConfigError, DamageError, InterruptedRun, NoSpaceError, UsageError
+from stackwise.version import __version__
+from tests.cli.conftest import COMMAND, Cli, stackwise
+
+
+def test_help_names_every_command_and_every_exit_code(cli: Cli) -> None:
+    result = cli("--help")
+    assert result.exit_code == 0
+    assert all(f"  {name} " in result.output for name in COMMANDS)
+    assert "75 interrupted" in result.output
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_a_command_says_of_itself_what_the_table_says(name: str, cli: Cli) -> None:
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    assert command.get_short_help_str(200) == COMMANDS[name][1] or name == "stage"
+    assert cli(name, "--help").exit_code == 0
+
+
+def test_version_and_module() -> None:
+    done = stackwise("--version")
+    assert (done.code, done.out.strip()) == (0, f"stackwise {__version__}")
+
+
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (["rum"], "did you mean run?"),
+        (["stage", "lst"], "did you mean list?"),
+        (["cache", "verfy"], "did you mean verify?"),
+        (["status", "--jsn"], "--json"),
+    ],
+)
+def test_a_near_miss_is_answered_with_what_was_meant(args: list[str], meant: str, cli: Cli) -> None:
+    result = cli(*args)
+    assert result.exit_code == 2
+    assert meant in result.stderr
+    assert result.stdout == ""
+    assert result.stderr.startswith("stackwise: ")
+
+
+def test_what_answers_without_torch(finished_run: Path, tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        f"""
+        import sys
+        from stackwise.cli import main
+        for args in (
+            ["--help"], ["run", "--help"], ["init", "x"], ["stage", "list", "--preset", "llama-70b"],
+            ["stage", "list", "--run", {str(finished_run)!r}], ["status", "--run", {str(finished_run)!r}, "--json"],
+            ["cache", "inspect", "--run", {str(finished_run)!r}], ["cache", "ls", "--run", {str(finished_run)!r}],
+            ["cache", "du", "--run", {str(finished_run)!r}], ["cache", "verify", "--run", {str(finished_run)!r}],
+            ["cache", "unlock", "--run", {str(finished_run)!r}], ["report", "--run", {str(finished_run)!r}],
+            ["data", "prepare", "x/stackwise.yaml", "--out", "d", "--tokenizer", "bytes"],
+        ):
+            try:
+                main(args, standalone_mode=False)
+            except SystemExit as error:
+                assert not error.code, args
+            assert "torch" not in sys.modules, args
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_imports_neither_rich_nor_pydantic() -> None:
+    program = "import sys; from stackwise.cli import main; main(['--help'], standalone_mode=False);"
+    program += "print(sorted({'rich', 'pydantic', 'numpy', 'yaml'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("wrong", hint="do this"), 2),
+        (ConfigError(["a: b"]), 2),
+        (DamageError("damaged", hint="do this"), 3),
+        (BusyError("busy"), 4),
+        (NoSpaceError("full"), 5),
+        (InterruptedRun("stopped"), 75),
+        (OSError(28, "No space left on device", "/somewhere"), 5),
+        (PermissionError(13, "Permission denied", "/somewhere"), 1),
+        (KeyboardInterrupt(), 130),
+        (SystemExit(7), 7),
+        (BrokenPipeError(), 141),
+    ],
+)
+def test_each_error_ends_with_its_code(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain(error) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Traceback" not in said.err
+    if isinstance(error, UsageError | DamageError) and error.hint:
+        assert said.err == f"stackwise: {error.message}\n  do this\n"
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert explain(ZeroDivisionError("a\nb")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("stackwise: ZeroDivisionError: a\n")
+    (kept,) = tmp_path.iterdir()
+    assert str(kept) in said
+    assert "ZeroDivisionError: a" in kept.read_text()
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError) as raised:
+        print(1 / 0)
+    assert explain(raised.value, debug=True) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with subprocess.Popen([*COMMAND, "stage", "list", "--json"], stdout=write, stderr=subprocess.PIPE) as process:
+        os.close(write)
+        assert process.communicate()[1] == b""
+    assert process.returncode == 141
