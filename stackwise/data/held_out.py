@@ -44,6 +44,11 @@ class HeldOut:
             return replace(chosen, below=contents.highest)
         return chosen
 
+    @classmethod
+    def everything(cls) -> Self:
+        """Every document is held out."""
+        return cls(1.0, DIGESTS, single=False)
+
     def divide(self, document: Document) -> list[tuple[int, Document]]:
         """A document's parts with their sides: 0 trains, 1 is held out.
 

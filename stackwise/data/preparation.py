@@ -30,6 +30,7 @@ def prepare(
     model_vocab: int | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
+    all_held_out: bool = False,
 ) -> tuple[PreparedData, bool]:
     """Prepare the data that `config` names, or find it prepared.
 
@@ -39,6 +40,7 @@ def prepare(
         out: Where the set goes; None: a directory named by content under the cache.
         progress: Called with (phase, done, total or None): "reading", "tokenizer", "tokenizing" in bytes, and
             "waiting" while another process prepares the same set.
+        all_held_out: Hold out every document, for evaluation alone; with a tokenizer that is there already.
 
     Returns:
         The set, and whether it was there already.
@@ -61,8 +63,9 @@ def prepare(
     with open_memo(cache.memo) as memo:
         corpus = scan(sources, skipped, config.text_column, config.max_bytes, memo, tell)
     choice = choice.resolve(corpus)
-    held_out = HeldOut.choose(corpus.contents, config.held_out)
-    key = _key(corpus, choice, config.held_out)
+    share = 1.0 if all_held_out else config.held_out
+    held_out = HeldOut.everything() if all_held_out else HeldOut.choose(corpus.contents, share)
+    key = _key(corpus, choice, share)
     directory = out.absolute() if out is not None else cache.prepared(key)
     with explain_full_disk(directory), cache.building(directory, tell):
         if (found := _reusable(directory, key, mine=out is None)) is not None:

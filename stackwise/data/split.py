@@ -199,4 +199,6 @@ def _map(directory: Path, name: str, column: Mapping[str, Any]) -> Array:
         raise DamagedColumnError(
             f"{directory.name}/{name}.bin is {path.stat().st_size} bytes, not {length * dtype.itemsize}"
         )
-    return np.memmap(path, dtype, "r", shape=(length,)) if name != "counts" else np.fromfile(path, dtype)
+    if name == "counts" or not length:  # an empty file cannot be mapped
+        return np.fromfile(path, dtype)
+    return np.memmap(path, dtype, "r", shape=(length,))

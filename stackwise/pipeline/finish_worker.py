@@ -13,7 +13,7 @@ from stackwise.errors import InterruptedRun
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.load import load_rack
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.use import evaluate_rack
+from stackwise.pipeline.use import evaluate_rack, export_rack, generate
 
 
 def run_finish(job: FinishJob, emit: Callable[[dict[str, Any]], None], stop: Callable[[], bool]) -> None:
@@ -29,3 +29,7 @@ def run_finish(job: FinishJob, emit: Callable[[dict[str, Any]], None], stop: Cal
     emit({"event": "evaluation", "reused": False, "result": result, "seconds": time.perf_counter() - begun})
     if stop():
         raise InterruptedRun("stopped after the evaluation", hint="the same command goes on")
+    emit({"event": "fill", **generate(rack, None)})
+    if job.export is not None:
+        out = export_rack(rack, Path(job.export), overwrite=True)
+        emit({"event": "exported", "directory": str(out)})
