@@ -6,6 +6,7 @@ The index, the leases and the committed stages are always local. Keys are relati
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -104,13 +105,26 @@ class LocalBackend:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def _path(self, key: str) -> Path:
+        """The path of a key.
+
+        Raises:
+            OSError: A link on the way leads elsewhere: nothing outside is read or written.
+        """
+        path = self.root / key
+        if os.path.realpath(path.parent) != os.path.join(os.path.realpath(self.root), os.path.dirname(key)).rstrip("/"):
+            raise OSError(errno.ELOOP, "a link stands in the way", str(path))
+        return path
+
     def prepare(self, keys: Sequence[str]) -> None:
         """See `Backend`."""
-        files.make_directories([(self.root / key).parent for key in keys])
+        for boundary in {key.partition("/")[0] for key in keys}:
+            self._path(f"{boundary}/x/x")
+        files.make_directories([self._path(key).parent for key in keys])
 
     def stage(self, key: str, buffers: Sequence[Any], size: int | None = None) -> Path:
         """See `Backend`."""
-        return files.stage(self.root / key, buffers, size)
+        return files.stage(self._path(key), buffers, size)
 
     def install(self, staged: Sequence[tuple[Path, str]]) -> None:
         """See `Backend`."""
@@ -122,14 +136,17 @@ class LocalBackend:
 
     def put(self, key: str, data: bytes) -> None:
         """See `Backend`."""
-        files.install([(files.stage(self.root / key, [data]), self.root / key)])
+        path = self._path(key)
+        files.install([(files.stage(path, [data]), path)])
 
     def open(self, key: str) -> LocalFile:
         """See `Backend`."""
-        return LocalFile(self.root / key)
+        return LocalFile(self._path(key))
 
     def walk(self, prefix: str) -> Iterator[tuple[str, int]]:
         """See `Backend`. Links are listed with size 0 and never followed."""
+        if prefix and (self.root / prefix).is_symlink():
+            return
         try:
             entries = sorted(os.scandir(self.root / prefix), key=lambda entry: entry.name)
         except (FileNotFoundError, NotADirectoryError):

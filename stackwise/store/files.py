@@ -86,6 +86,9 @@ def remove_tree(path: Path) -> int:
     What vanishes meanwhile is no error.
     """
     freed = 0
+    if path.is_symlink():
+        discard(path)
+        return 0
     try:
         entries = list(os.scandir(path))
     except (FileNotFoundError, NotADirectoryError):
@@ -107,7 +110,7 @@ def tree_bytes(path: Path) -> int:
     """Bytes on disk (allocated blocks) of a file, or of all files under a directory, links not followed."""
     total = 0
     try:
-        if not path.is_dir():
+        if path.is_symlink() or not path.is_dir():
             return path.stat(follow_symlinks=False).st_blocks * 512
         for entry in os.scandir(path):
             if entry.is_dir(follow_symlinks=False):

@@ -109,6 +109,19 @@ def refuse_network(path: Path) -> None:
         )
 
 
+def refuse_links(layout: Layout) -> None:
+    """Refuse a store whose own directories are links: what lies behind them is not the store's to remove.
+
+    Raises:
+        UsageError: One is.
+    """
+    for path in (layout.index, layout.rowsets, layout.boundaries, layout.stages, layout.locks):
+        if path.is_symlink():
+            raise UsageError(
+                f"{path} is a link; a store's directories must lie in it", hint="link or move the whole store instead"
+            )
+
+
 def create(layout: Layout) -> None:
     """Make the directories of a new store; `format.json` comes later, by `seal`."""
     with durable.explain_full_disk(layout.root):

@@ -6,13 +6,14 @@ the file it locked is still the one that bears the name.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from stackwise.errors import BusyError
+from stackwise.errors import BusyError, DamageError
 
 
 class Lease:
@@ -31,7 +32,12 @@ class Lease:
         self.path = path
         mode = (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB
         while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.EISDIR):
+                    raise DamageError(f"{path} is no lock file", hint="remove it; it is made anew") from error
+                raise
             try:
                 fcntl.flock(fd, mode)
                 if _is_still(fd, path):

@@ -79,6 +79,7 @@ class ActivationStore(Upkeep):
         self.path = Path(path).absolute()
         self._layout = Layout(self.path)
         layout.refuse_network(self.path)
+        layout.refuse_links(self._layout)
         if layout.read_format(self._layout) is None:
             if not create:
                 raise NotFound(f"there is no store at {self.path}", hint="name it by --store, or the run by --run")
