@@ -66,7 +66,7 @@ def canonical(value: Any) -> bytes:
 
 def digest(data: bytes | bytearray | memoryview | np.ndarray[Any, Any]) -> Hex:
     """xxh3-128 of raw bytes (any contiguous buffer), as 32 hex digits."""
-    return xxhash.xxh3_128_hexdigest(data)
+    return xxhash.xxh3_128_hexdigest(data)  # type: ignore[arg-type]  # numpy says it is a Buffer from 3.12 on
 
 
 def content_id(kind: str, value: Any) -> Hex:

@@ -1,11 +1,11 @@
 """Configuration: YAML onto typed, documented, validated fields."""
 
+from stackwise.config.configuration import StackWiseConfig
 from stackwise.config.schema import (
     DataConfig,
     EvaluationConfig,
     ModelConfig,
     ProgressiveConfig,
-    StackWiseConfig,
     StageTraining,
     StoreConfig,
     TrainingConfig,

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from stackwise.config.schema import StackWiseConfig
+from stackwise.config.schema import Settings
 
 Fault = tuple[str, str]
 """A dotted key, and what is wrong with it."""
 
 
-def faults(config: StackWiseConfig) -> list[Fault]:
+def faults(config: Settings) -> list[Fault]:
     """Every contradiction between settings that are valid on their own."""
     return [*_model(config), *_training(config), *_progressive(config), *_stages(config)]
 
 
-def _model(config: StackWiseConfig) -> Iterator[Fault]:
+def _model(config: Settings) -> Iterator[Fault]:
     model = config.model
     if model.d_model % model.n_heads:
         yield "model.n_heads", f"{model.n_heads} heads do not divide d_model {model.d_model}"
@@ -39,7 +37,7 @@ def _model(config: StackWiseConfig) -> Iterator[Fault]:
         yield "model.d_model", f"{blocks} blocks of {memory:.1e} parameters are beyond any disk"
 
 
-def _training(config: StackWiseConfig) -> Iterator[Fault]:
+def _training(config: Settings) -> Iterator[Fault]:
     training, n_blocks = config.training, config.model.n_blocks
     if training.min_mask_fraction > training.max_mask_fraction:
         yield (
@@ -62,7 +60,7 @@ def _training(config: StackWiseConfig) -> Iterator[Fault]:
         yield "training.mode", "independent is not available yet; layerwise, blockwise, fused, end_to_end are"
 
 
-def _progressive(config: StackWiseConfig) -> Iterator[Fault]:
+def _progressive(config: Settings) -> Iterator[Fault]:
     progressive = config.training.progressive
     if not progressive.enabled:
         return
@@ -82,14 +80,14 @@ def _progressive(config: StackWiseConfig) -> Iterator[Fault]:
         yield f"{key}.time_interpretation", "input is not available yet; depth is"
 
 
-def _stages(config: StackWiseConfig) -> Iterator[Fault]:
+def _stages(config: Settings) -> Iterator[Fault]:
     count = config.n_stages
     for depth in config.stages:
         if depth >= count:
             yield f"stages.{depth}", f"there is no such stage: the schedule has {count} (0 to {count - 1})"
 
 
-def notes(config: StackWiseConfig) -> list[str]:
+def notes(config: Settings) -> list[str]:
     """One line for each setting that was given and that this configuration cannot use."""
     training, given = config.training, config.training.model_fields_set
     lines = []
@@ -115,7 +113,7 @@ def notes(config: StackWiseConfig) -> list[str]:
     return lines
 
 
-def _progressive_notes(config: StackWiseConfig) -> list[str]:
+def _progressive_notes(config: Settings) -> list[str]:
     progressive = config.training.progressive
     given = progressive.model_fields_set - {"enabled"}
     if not progressive.enabled:

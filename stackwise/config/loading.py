@@ -12,10 +12,10 @@ import yaml
 from pydantic import ValidationError
 
 from stackwise.config.checks import faults as cross_faults
-from stackwise.config.schema import Section, StackWiseConfig, StageOverrides
+from stackwise.config.schema import Section, Settings, StageOverrides
 from stackwise.errors import ConfigError, NotFound, UsageError
 
-C = TypeVar("C", bound=StackWiseConfig)
+C = TypeVar("C", bound=Settings)
 Tree = dict[str, Any]
 Key = tuple[str | int, ...]
 
@@ -129,7 +129,7 @@ def build(cls: type[C], tree: Tree, overrides: Mapping[str, Any] | None = None, 
     return config
 
 
-def resolve(config: StackWiseConfig) -> None:
+def resolve(config: Settings) -> None:
     """Settle the settings that follow from others."""
     architecture, progressive = config.model.architecture, config.training.progressive
     if architecture.n_stacks is None:
@@ -140,7 +140,7 @@ def resolve(config: StackWiseConfig) -> None:
         config.store.path = config.training.cache_dir
 
 
-def dump(config: StackWiseConfig) -> str:
+def dump(config: Settings) -> str:
     """A configuration as YAML, every setting resolved, that `load` reads back as an equal one."""
     plain = config.model_dump(exclude={"stages"})
     plain["stages"] = {k: own.model_dump(exclude_unset=True) for k, own in sorted(config.stages.items())}
@@ -264,7 +264,7 @@ def _sections(model: type[Section], prefix: str = "") -> dict[str, type[Section]
 
 def _unknown(key: Key) -> str:
     """What was meant by a key that does not exist: a near miss in its section, else one of that name elsewhere."""
-    sections = _sections(StackWiseConfig)
+    sections = _sections(Settings)
     if key[0] == "stages" and len(key) > 2:
         sections |= _sections(StageOverrides, _dotted(key[:2]))
     here = sections.get(_dotted(key[:-1]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from stackwise.config.loading import parse_yaml
-from stackwise.config.schema import Section, StackWiseConfig
+from stackwise.config.schema import Section, Settings
 from stackwise.errors import NotFound
 
 PRESETS = ("micro", "smoke", "demo", "gpt2-small", "bert-base", "llama-1b", "llama-70b")
@@ -39,7 +39,7 @@ def commented(preset: str, name: str | None = None) -> str:
         "# A setting that is commented out shows its default. -o KEY=VALUE overrides any of them for one run.",
         *(f"# {line}" for line in _about(text)),
         "",
-        *_section(StackWiseConfig, own, 0),
+        *_section(Settings, own, 0),
         "",
     ]
     return "\n".join(lines)

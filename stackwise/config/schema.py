@@ -6,7 +6,7 @@ A field's description is its documentation: `stackwise init` writes it as the co
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -256,8 +256,8 @@ class StageOverrides(Section):
     training: StageTraining = Field(default_factory=StageTraining)
 
 
-class StackWiseConfig(Section):
-    """The whole configuration of a run."""
+class Settings(Section):
+    """Every setting of a run, and what follows from them."""
 
     name: str = Field("stackwise", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
     seed: Count = Field(0, description="every random draw follows from it")
@@ -270,49 +270,6 @@ class StackWiseConfig(Section):
     store: StoreConfig = Field(default_factory=StoreConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     stages: dict[Count, StageOverrides] = Field(default_factory=dict, description="what single stages do differently")
-
-    @classmethod
-    def from_yaml(cls, path: str, overrides: dict[str, Any] | None = None) -> Self:
-        """Read a YAML file; every fault of it is reported at once.
-
-        Args:
-            path: The file.
-            overrides: Dotted keys and their values, applied on top.
-
-        Raises:
-            ConfigError: Unknown keys, wrong types, values out of range, settings that contradict each other.
-        """
-        from stackwise.config.loading import load
-
-        return load(cls, path, overrides or {})
-
-    @classmethod
-    def from_preset(cls, name: str, overrides: dict[str, Any] | None = None) -> Self:
-        """One of the built-in configurations.
-
-        Raises:
-            UsageError: No preset has that name.
-            ConfigError: An override is faulty.
-        """
-        from stackwise.config.loading import load
-        from stackwise.config.presets import preset_path
-
-        return load(cls, str(preset_path(name)), overrides or {}, source=f"preset {name}")
-
-    def validate(self) -> Self:  # type: ignore[override]
-        """Check that the settings fit each other.
-
-        Raises:
-            ConfigError: They do not; every fault is named.
-        """
-        from stackwise.config.checks import faults
-        from stackwise.config.loading import resolve
-        from stackwise.errors import ConfigError
-
-        resolve(self)
-        if found := faults(self):
-            raise ConfigError([f"{key}: {text}" for key, text in found])
-        return self
 
     @property
     def objective(self) -> Objective:

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from stackwise.config.schema import ArchitectureConfig, ModelConfig, StackWiseConfig
+from stackwise.config import ModelConfig, StackWiseConfig
+from stackwise.config.schema import ArchitectureConfig
 from stackwise.errors import NotFound, UsageError
 from stackwise.model.block import Stack
 from stackwise.model.build import build_block, build_front, build_head

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from stackwise.errors import InterruptedRun
+from stackwise.pipeline.generate import generate
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.load import load_rack
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.use import evaluate_rack, export_rack, generate
+from stackwise.pipeline.use import evaluate_rack, export_rack
 
 
 def run_finish(job: FinishJob, emit: Callable[[dict[str, Any]], None], stop: Callable[[], bool]) -> None:

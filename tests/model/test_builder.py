@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stackwise.config.schema import ArchitectureConfig, ModelConfig, ProgressiveConfig, StackWiseConfig, TrainingConfig
+from stackwise.config import ModelConfig, ProgressiveConfig, StackWiseConfig, TrainingConfig
+from stackwise.config.schema import ArchitectureConfig
 from stackwise.errors import NotFound, UsageError
 from stackwise.model import ProgressiveRackBuilder, build_block, create_stack_from_config, merge_adapters, part_digest
 from stackwise.model.lora import adapter_parameters, adapter_sizes, add_adapters

@@ -66,7 +66,7 @@ def generate(
     """
     found = find_run(run)
     given = _text(text, file)
-    from stackwise.pipeline.use import generate_text
+    from stackwise.pipeline.generate import generate_text
 
     with progress("filling in") as tell:
         made = 0
