@@ -69,8 +69,8 @@ def write_splits(
     extra = {"targets"} if corpus.has_targets else {"bytes"} if measure and corpus.has_text else set[str]()
     writers = [SplitWriter(directory / side, tokenizer, frozenset(extra)) for side in SIDES]
     done = 0
-    progress("tokenizing", 0, corpus.contents.size)
     try:
+        progress("tokenizing", 0, corpus.contents.size)
         for batch, encoded in _in_parallel(_batches(corpus, held_out), tokenizer, measure):
             for piece, columns in zip(batch, encoded, strict=True):
                 writer = writers[piece.side]

@@ -208,9 +208,10 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, settings: Settings
     assert not list((tmp_path / "cache" / "prepared").iterdir())
 
 
-def test_an_interrupt_leaves_nothing(corpus: Path, settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_leaves_nothing(corpus: Path, settings: Settings, tmp_path: Path, late: bool) -> None:
     def interrupt(phase: str, done: int, total: int | None) -> None:
-        if phase == "tokenizing":
+        if phase == "tokenizing" and bool(done) == late:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
