@@ -11,6 +11,8 @@ from stackwise.report.curves import Points, label, spread, ticks
 LEFT, RIGHT, TOP, BOTTOM = 46, 92, 12, 40
 LABELLED = 10
 """Lines of which each has its name at its end; of more, the first and the last have."""
+ROWS = 20
+"""Rows of a table above which it scrolls within the page."""
 STOPS = 72
 """Places along the x axis where a line chart says its figures."""
 
@@ -200,6 +202,11 @@ class _Drawing:
             f'dy=".32em">{escape(line.name)}</text>'
             for line, at in zip(named, places, strict=True)
         ]
+
+
+def scroll(table: str, rows: int) -> str:
+    """A table that scrolls by itself: sideways on a narrow page, and down where it has many rows."""
+    return f'<div class="scroll{" tall" if rows > ROWS else ""}">{table}</div>'
 
 
 def bars(items: Sequence[Bar], *, name: str, figure: str) -> str:

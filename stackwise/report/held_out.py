@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from stackwise.report import words
-from stackwise.report.charts import Bar, Line, bars, hue_of, line_chart
+from stackwise.report.charts import Bar, Line, bars, hue_of, line_chart, scroll
 from stackwise.report.collect import Facts
 
 MANY = 16
@@ -123,9 +123,10 @@ def _table(result: dict[str, Any], stages: list[dict[str, Any]]) -> str:
     for name, figures in (result.get("baselines") or {}).items():
         if name != FIRST_STAGE:
             rows.append(_row(BASELINES.get(name, name.replace("_", " ")), figures, fractions, "aside"))
-    return (
-        f'<div class="scroll"><table class="data"><thead><tr><th class="text">depth</th>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    return scroll(
+        f'<table class="data"><thead><tr><th class="text">depth</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>",
+        len(rows),
     )
 
 

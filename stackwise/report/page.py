@@ -86,7 +86,7 @@ def _alerts(facts: Facts) -> str:
     if facts.state == "failed" and facts.history.failure:
         found.append(("alert bad", f"The run failed: {facts.history.failure}"))
     elif facts.state == "interrupted":
-        found.append(("alert", "The run was interrupted; its state is saved, and the same command goes on."))
+        found.append(("alert", "The run was interrupted; the same command goes on from its last checkpoint."))
     found += [("alert", text) for text in dict.fromkeys(facts.history.warnings[-3:])]
     return "".join(f'<p class="{kind}">{escape(text)}</p>\n' for kind, text in found)
 

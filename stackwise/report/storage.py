@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from stackwise.report import words
-from stackwise.report.charts import Bar, bars, hue_of
+from stackwise.report.charts import Bar, bars, hue_of, scroll
 from stackwise.report.collect import BoundaryFacts, Facts
 
 
@@ -29,7 +29,8 @@ def _boundaries(facts: Facts) -> str:
         hue = hue_of(item.depth, len(facts.stages)) if there else None
         return Bar(f"boundary {item.depth}", item.bytes, words.size(item.bytes), more, hue, hint)
 
-    return bars([bar(item) for item in facts.boundaries], name="boundary", figure="bytes")
+    shown = bars([bar(item) for item in facts.boundaries], name="boundary", figure="bytes")
+    return scroll(shown, len(facts.boundaries))
 
 
 def _store(facts: Facts) -> str:
@@ -61,5 +62,5 @@ def configuration(facts: Facts) -> list[str]:
     return [
         "<h2>Configuration</h2>",
         '<p class="soft">As it was run, every value resolved.</p>',
-        f"<details><summary>Show it</summary><pre>{escape(facts.yaml)}</pre></details>",
+        f"<details><summary>Show it</summary><pre class="yaml">{escape(facts.yaml)}</pre></details>",
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from stackwise.report import words
-from stackwise.report.charts import Line, hue_of, line_chart
+from stackwise.report.charts import Line, hue_of, line_chart, scroll
 from stackwise.report.collect import Facts, StageFacts
 from stackwise.report.curves import Points, smooth, thin
 
@@ -67,12 +67,12 @@ def _range(lines: list[Line]) -> tuple[float, float]:
 def _table(facts: Facts) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("steps", "loss", "tokens/s", "waiting", "peak memory", "time"))
     rows = "".join(_row(stage) for stage in facts.stages)
-    return (
-        '<div class="scroll"><table class="data"><thead><tr><th class="text">stage</th><th class="text">blocks</th>'
+    return scroll(
+        '<table class="data"><thead><tr><th class="text">stage</th><th class="text">blocks</th>'
         f'<th class="text">state</th>{head}<th class="text">recipe</th><th class="text">why</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-        '<p class="soft">“Waiting” is the share of its training that a stage waited for data.</p>'
-    )
+        f"<tbody>{rows}</tbody></table>",
+        len(facts.stages),
+    ) + ('<p class="soft">“Waiting” is the share of its training that a stage waited for data.</p>')
 
 
 def _row(stage: StageFacts) -> str:
