@@ -62,5 +62,5 @@ def configuration(facts: Facts) -> list[str]:
     return [
         "<h2>Configuration</h2>",
         '<p class="soft">As it was run, every value resolved.</p>',
-        f"<details><summary>Show it</summary><pre class="yaml">{escape(facts.yaml)}</pre></details>",
+        f'<details><summary>Show it</summary><pre class="yaml">{escape(facts.yaml)}</pre></details>',
     ]
