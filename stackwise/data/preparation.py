@@ -40,7 +40,8 @@ def prepare(
         out: Where the set goes; None: a directory named by content under the cache.
         progress: Called with (phase, done, total or None): "reading", "tokenizer", "tokenizing" in bytes, and
             "waiting" while another process prepares the same set.
-        all_held_out: Hold out every document, for evaluation alone; with a tokenizer that is there already.
+        all_held_out: Hold out every document, for evaluation alone; with a tokenizer that is there already. A
+            prepared set is taken as it is, if it was made with that tokenizer.
 
     Returns:
         The set, and whether it was there already.
@@ -51,13 +52,17 @@ def prepare(
         NoSpaceError: The disk is full. Nothing is left behind.
     """
     tell: Progress = progress or (lambda phase, done, total: None)
-    given = _given(config, out)
+    given = _given(config, None if all_held_out else out)
     if given is not None:
         check_fit(given.vocab_size, f"the tokenizer of {given.directory}", model_vocab)
+        if all_held_out:
+            _check_tokenizer(given, Choice.of(config, model_vocab))
         return given, True
     if out is not None:
         _check_out(out)
     choice = Choice.of(config, model_vocab)
+    if all_held_out and choice.tokenizer is None:
+        raise UsageError("data.tokenizer: bpe has nothing to be trained on where all text is held out")
     sources, skipped = find_sources(config.paths)
     cache = Cache(config.cache_dir, optional=out is not None)
     with open_memo(cache.memo) as memo:
@@ -84,6 +89,14 @@ def _given(config: DataConfig, out: Path | None) -> PreparedData | None:
     if out is not None:
         raise UsageError(f"{named[0]} is prepared already", hint=f"set data.paths to [{named[0]}]")
     return PreparedData.open(named[0])
+
+
+def _check_tokenizer(given: PreparedData, choice: Choice) -> None:
+    if choice.tokenizer is not None and choice.tokenizer.id != given.tokenizer_id:
+        raise UsageError(
+            f"{given.directory}: prepared with another tokenizer",
+            hint="name the text itself instead of the prepared set",
+        )
 
 
 def _check_out(out: Path) -> None:

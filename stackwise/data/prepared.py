@@ -35,6 +35,7 @@ class PreparedData:
         """What it was made from: documents, tokenizer, split."""
         self.vocab_size: int = meta["tokenizer"]["vocab_size"]
         self.separator_id: int = meta["tokenizer"]["separator_id"]
+        self.tokenizer_id: Hex = meta["tokenizer"]["id"]
         self.mask_id: int = meta["tokenizer"]["mask_id"]
         self.train = Split(directory / "train", meta["splits"]["train"], self._table)
         self.held_out = Split(directory / "held_out", meta["splits"]["held_out"], self._table)

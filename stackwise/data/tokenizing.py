@@ -81,7 +81,8 @@ def write_splits(
                     writer.end_document(piece.ends)
                 done += piece.size
             progress("tokenizing", done, corpus.contents.size)
-        if held_out.share < 1 and not all(writer.n_documents for writer in writers):
+        wanted = writers if held_out.share < 1 else writers[1:]
+        if not all(writer.n_documents for writer in wanted):
             raise UsageError("data.paths: too little text to hold some of it out", hint="add more text")
         return [writer.finish() for writer in writers]
     finally:

@@ -235,3 +235,26 @@ def test_ids_are_stored_as_small_as_they_fit(corpus: Path, settings: Settings, t
     data, _ = prepare(settings(rows))
     assert data.train.tokens.dtype == np.uint32
     assert isinstance(PreparedData.open(data.directory).train.tokens, np.memmap)
+
+
+def test_all_held_out_for_evaluation(corpus: Path, settings: Settings, tmp_path: Path) -> None:
+    trained, _ = prepare(settings(corpus, vocab_size=400))
+    tokenizer = str(trained.directory / "tokenizer.json")
+    (tmp_path / "one.txt").write_text("a single\ndocument\n")
+    data, reused = prepare(
+        settings(tmp_path / "one.txt", tokenizer=tokenizer), out=tmp_path / "eval", all_held_out=True
+    )
+    assert not reused
+    assert documents_of(data.held_out, data.tokenizer.decode) == ["a single\ndocument\n"]
+    assert data.tokenizer_id == trained.tokenizer_id
+    assert data.train.n_documents == data.train.n_samples(1) == len(data.train.sample_ids(8)) == 0
+    assert data.train.segments([], 8).shape == (0, 8)
+    # a prepared set is taken as it is, its tokenizer being the same
+    assert prepare(settings(trained.directory, tokenizer=tokenizer), out=tmp_path / "x", all_held_out=True)[1]
+    with pytest.raises(UsageError, match="another tokenizer"):
+        prepare(settings(trained.directory, tokenizer="bytes"), all_held_out=True)
+    with pytest.raises(UsageError, match="nothing to be trained on"):
+        prepare(settings(corpus), all_held_out=True)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UsageError, match="no text"):
+        prepare(settings(tmp_path / "empty.txt", tokenizer="bytes"), all_held_out=True)
