@@ -1,0 +1,5 @@
+"""Measurements of StackWise's main job, each a command: `python -m benchmarks.stage`, `feed`, `depth`, `demo`.
+
+Speeds are given as ratios within one run, from interleaved rounds, with their spread: absolute times do not repeat
+on shared machines. `python -m benchmarks` runs all of them and writes their tables into docs/benchmarks.md.
+"""

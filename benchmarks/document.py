@@ -1,0 +1,58 @@
+"""docs/benchmarks.md: a text written by hand, and below it sections that the benchmarks write.
+
+A section stands between two comment lines that name it. Whoever writes one replaces it alone; everything outside
+the marks stays as it is.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+from pathlib import Path
+
+from benchmarks.common import Section, machine
+
+PATH = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+"""Where the tables go; the environment's STACKWISE_BENCHMARKS_DOC names another file."""
+
+VARIABLE = "STACKWISE_BENCHMARKS_DOC"
+
+
+def marks(key: str) -> tuple[str, str]:
+    """The lines that a section stands between."""
+    return f"<!-- {key}: written by its benchmark -->", f"<!-- end of {key} -->"
+
+
+def write(section: Section, command: str) -> Path:
+    """Write a section, in its place or at the end.
+
+    Args:
+        section: What to write.
+        command: The command that gave it.
+
+    Returns:
+        The file written.
+    """
+    path = Path(os.environ.get(VARIABLE) or PATH)
+    before = path.read_text(encoding="utf-8") if path.exists() else "# Benchmarks\n"
+    temporary = path.with_suffix(".new")
+    temporary.write_text(_placed(before, section.key, rendered(section, command)), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def rendered(section: Section, command: str) -> str:
+    """A section as Markdown, without its marks."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    facts = f"`{command}`\\\n{machine(section.device)}; {today}"
+    return f"## {section.title}\n\n{facts}\n\n{section.body}\n\n{section.text}"
+
+
+def _placed(document: str, key: str, text: str) -> str:
+    first, last = marks(key)
+    block = f"{first}\n\n{text}\n\n{last}"
+    pattern = re.compile(re.escape(first) + ".*?" + re.escape(last), re.DOTALL)
+    if pattern.search(document):
+        return pattern.sub(lambda _: block, document, count=1)
+    return f"{document.rstrip()}\n\n{block}\n"

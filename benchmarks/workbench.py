@@ -1,0 +1,338 @@
+"""One stage of any preset that reads a real boundary: a temporary store, random samples under real masks, the model.
+
+What a stage worker builds from a run, this builds from a preset alone, out of the same parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+
+from benchmarks.common import refuse
+from stackwise.config import StackWiseConfig
+from stackwise.errors import NoSpaceError
+from stackwise.identity import content_id, generator
+from stackwise.model import Block, Head
+from stackwise.pipeline.build import objective_of
+from stackwise.pipeline.device import describe, make_deterministic
+from stackwise.pipeline.fit import stage_memory
+from stackwise.pipeline.recipe import WINDOW_CHUNKS, codec_name, order_rows
+from stackwise.pipeline.rows import choose_samples, put_rows
+from stackwise.pipeline.schedule import HEAD, Stage, block_part
+from stackwise.pipeline.stage_worker import boundary_chunk_rows
+from stackwise.report import words
+from stackwise.store import CODECS, ActivationStore, Prefetcher, RowOrder
+from stackwise.training.feed import Feed
+from stackwise.training.stage import Batch, StageModel
+from stackwise.training.trainer import Progress, Trainer
+
+QUEUE = 4
+"""Batches that may lie ready when a round begins: so many are trained on before its clock starts."""
+
+
+class RandomSamples:
+    """Samples of random tokens, all of them but the mask token, in memory."""
+
+    def __init__(self, samples: int, seq_len: int, vocab_size: int, seed: int) -> None:
+        draw = generator(seed, "benchmark", "tokens")
+        self._tokens_NS = draw.integers(0, vocab_size - 1, (samples, seq_len), dtype=np.int64)
+        self._ids_N16 = draw.integers(0, 256, (samples, 16), dtype=np.uint8)
+
+    def n_samples(self, seq_len: int) -> int:
+        """How many there are."""
+        return len(self._tokens_NS)
+
+    def samples(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
+        """Their tokens."""
+        found: np.ndarray = self._tokens_NS[indices]
+        return found
+
+    def sample_ids(self, seq_len: int) -> np.ndarray:
+        """Their ids."""
+        return self._ids_N16
+
+    def segments(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
+        """Each is one document."""
+        return np.zeros((len(indices), seq_len), dtype=np.int32)
+
+    def targets(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
+        """The tokens themselves."""
+        found: np.ndarray = self._tokens_NS[indices]
+        return found
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A stage to be measured.
+
+    Args:
+        config: The configuration, device and precision resolved.
+        blocks: Blocks in the stage.
+        device: Where it computes.
+        store_bytes: Most bytes that two boundaries may take together.
+        most_rows: Rows of the boundary, where the bytes allow it.
+    """
+
+    config: StackWiseConfig
+    blocks: int
+    device: torch.device
+    store_bytes: int
+    most_rows: int = 512
+
+    @property
+    def stage(self) -> Stage:
+        """The second stage of such a schedule: one that reads a boundary."""
+        parts = tuple(block_part(self.blocks + i) for i in range(self.blocks))
+        return Stage(1, self.blocks, 2 * self.blocks - 1, (*parts, HEAD), reads_boundary=True, rowset=0)
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits: the model's, else the tokenizer's."""
+        bpe = self.config.data.vocab_size or 4096
+        return self.config.model.vocab_size or (bpe if self.config.data.tokenizer == "bpe" else 258)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row on disk."""
+        return CODECS[codec_name(self.config.store)].row_bytes(self.config.training.seq_len, self.config.model.d_model)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the boundary: `most_rows`, or as many as fit twice into `store_bytes`."""
+        return min(self.most_rows, self.store_bytes // 2 // self.row_bytes)
+
+    def check(self, directory: Path) -> int:
+        """Refuse what cannot fit.
+
+        Args:
+            directory: Where the store will be.
+
+        Returns:
+            The estimate of its memory, in bytes.
+
+        Raises:
+            UsageError: The stage does not fit into the device's memory, or not one batch into the store.
+            NoSpaceError: The boundaries do not fit on the disk.
+        """
+        training = self.config.training
+        need, there = stage_memory(self.config, self.vocab_size, self.stage), free_memory(self.device)
+        if need > there:
+            raise refuse(
+                f"a stage of {words.plural(self.blocks, 'block')}, {training.batch_size} x {training.seq_len} tokens, "
+                f"takes about {words.size(need)} of memory; {words.size(there)} are free on {self.device.type}",
+                "lower --blocks, --batch-size or --seq-len",
+            )
+        if self.rows < training.batch_size:
+            least = words.size(2 * training.batch_size * self.row_bytes)
+            raise refuse(
+                f"--store-bytes {self.store_bytes} does not hold one batch of {training.batch_size} rows twice",
+                f"{least} are the least",
+            )
+        disk, free = 2 * self.rows * self.row_bytes, shutil.disk_usage(directory).free
+        if disk > 0.9 * free:
+            raise NoSpaceError(
+                f"two boundaries take {words.size(disk)}; {directory} has {words.size(free)} free",
+                hint="lower --store-bytes, or name a larger disk with --dir",
+            )
+        return need
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process can still take on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A store with a boundary that a stage reads.
+
+    Args:
+        setting: The stage.
+        store: The store.
+        rowset: Id of the rows.
+        rows: How many there are.
+        boundary: Id of the boundary that enters the stage.
+        split: The samples.
+        order: The order of the stage's rows.
+        scored_R: Positions that the loss scores in each row.
+    """
+
+    setting: Setting
+    store: ActivationStore
+    rowset: str
+    rows: int
+    boundary: str
+    split: RandomSamples
+    order: RowOrder
+    scored_R: np.ndarray
+
+    @contextlib.contextmanager
+    def feed(self) -> Iterator[Feed]:
+        """What enters the stage, with a reader that was just opened."""
+        config = self.setting.config
+        with self.store.reader(self.boundary) as reader:
+            yield Feed(
+                self.split,
+                config.training.seq_len,
+                choose_samples(config, self.split, 0),
+                self.store,
+                self.store.rowset(self.rowset),
+                reader,
+                within_documents=config.data.within_documents,
+                targets=config.objective == "custom",
+            )
+
+    def scored(self, first: int, count: int) -> int:
+        """Scored positions of `count` batches in order, from batch number `first` on."""
+        size = self.setting.config.training.batch_size
+        return int(self.scored_R[self.order.at(first * size, (first + count) * size)].sum())
+
+
+@contextlib.contextmanager
+def workbench(setting: Setting, directory: Path) -> Iterator[Bench]:
+    """Make a store in `directory` with a boundary of the setting's shape, through the writer that stages use.
+
+    The activations are normal values of the scale that a residual stream has after a few blocks.
+    """
+    config = setting.config
+    config.training.rows = setting.rows
+    split = RandomSamples(setting.rows, config.training.seq_len, setting.vocab_size, config.seed)
+    if config.deterministic and setting.device.type == "cuda":
+        make_deterministic()
+    with ActivationStore(directory / "store") as store:
+        rowset, rows = put_rows(config, split, store, 0)
+        boundary = _write_random(setting, store, rowset)
+        order = RowOrder(
+            rows,
+            seed=(config.seed, setting.stage.depth, "order"),
+            chunk_rows=order_rows(config, rows),
+            window_chunks=WINDOW_CHUNKS,
+        )
+        objective = objective_of(config, setting.vocab_size - 1, setting.vocab_size)
+        masks_RS = torch.from_numpy(store.masks(store.rowset(rowset).mask_ids, config.training.seq_len))
+        scored_R = objective.positions(masks_RS).sum(1).numpy()
+        yield Bench(setting, store, rowset, rows, boundary, split, order, scored_R)
+
+
+def _write_random(setting: Setting, store: ActivationStore, rowset: str) -> str:
+    config, rows = setting.config, setting.rows
+    draw = torch.Generator(setting.device).manual_seed(config.seed)
+    with store.writer(
+        trunk=content_id("benchmark", {"what": "random activations", "seed": config.seed}),
+        rowset=rowset,
+        depth=setting.stage.depth,
+        seq_len=config.training.seq_len,
+        d_model=config.model.d_model,
+        codec=codec_name(config.store),
+        chunk_rows=boundary_chunk_rows(config, rows, None),
+    ) as writer:
+        for chunk in writer.missing:
+            first, last = writer.chunk_rows_of(chunk)
+            shape = (last - first, config.training.seq_len, config.model.d_model)
+            writer.write_chunk(chunk, torch.randn(shape, device=setting.device, generator=draw))
+        return writer.finish().id
+
+
+def fresh_model(setting: Setting) -> StageModel:
+    """The stage on its device, with random weights of the configuration's scale, drawn there: that takes a moment."""
+    config, device = setting.config, setting.device
+    draw = torch.Generator(device).manual_seed(config.seed)
+    with torch.device("meta"):
+        blocks = [Block(config.model) for _ in range(setting.blocks)]
+        head = Head(config.model, setting.vocab_size)
+    for part in (*blocks, head):
+        part.to_empty(device=device)
+        for name, parameter in part.named_parameters():
+            with torch.no_grad():
+                if parameter.ndim >= 2:
+                    parameter.normal_(0.0, config.model.init_std, generator=draw)
+                else:
+                    parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+    if not trains_projection(config):
+        assert head.projection is not None
+        head.projection.requires_grad_(False)
+    objective = objective_of(config, setting.vocab_size - 1, setting.vocab_size)
+    model = StageModel(None, blocks, head, objective, config.precision)
+    if config.training.compile:
+        for block in model.blocks:
+            block.compile()
+    return model
+
+
+def trains_projection(config: StackWiseConfig) -> bool:
+    """Whether a stage above the front trains its head's projection."""
+    return not config.model.tie_embeddings or config.training.tied_head == "copy"
+
+
+class _Until:
+    """Hooks that end a trainer's loop at a step; nothing is saved."""
+
+    def __init__(self, trainer: Trainer, last: int) -> None:
+        self.trainer, self.last = trainer, last
+        self.losses: list[float] = []
+
+    def report(self, progress: Progress) -> None:
+        self.losses += progress.losses
+
+    def checkpoint_due(self, step: int) -> bool:
+        return False
+
+    def save(self) -> None:
+        return
+
+    def stop(self) -> bool:
+        return self.trainer.step >= self.last
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Some steps: how long they took, how much of it was waiting for data, and their losses."""
+
+    seconds: float
+    waited: float
+    losses: list[float]
+
+
+def train(trainer: Trainer, batches: Iterator[Batch], steps: int) -> Timed:
+    """Let the one trainer's loop take `steps` steps; it ends with the losses read, so with an idle device."""
+    hooks = _Until(trainer, trainer.step + steps)
+
+    def waited() -> float:
+        return batches.waited if isinstance(batches, Prefetcher) else 0.0
+
+    before, begun = waited(), time.perf_counter()
+    trainer.fit(batches, waited=waited, hooks=hooks)
+    return Timed(time.perf_counter() - begun, waited() - before, hooks.losses)
+
+
+def settle_steps(config: StackWiseConfig) -> int:
+    """Steps that use up the batches which lay ready before a clock starts."""
+    return -(-QUEUE // config.training.accumulation)
+
+
+def resolved(config: StackWiseConfig, device: torch.device) -> StackWiseConfig:
+    """A configuration with device and precision settled, checked.
+
+    Raises:
+        ConfigError: Its settings contradict each other.
+    """
+    config.device = device.type
+    if config.precision == "auto":
+        config.precision = describe(device)["precision"]
+    return config.validate()
+
+
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of a module's weights, to start from again."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
