@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -113,6 +114,7 @@ class _Hooks:
                 "tokens_per_second": progress.tokens_per_second,
                 "wait_fraction": progress.wait_fraction,
                 "memory": peak_memory(self._trainer.device),
+                "pid": os.getpid(),
             }
         )
 

@@ -130,11 +130,9 @@ class Trainer:
             group["lr"] = rate
         total = torch.zeros((), device=self.device)
         scored = 0
-        dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.model.modules())
         for number, cpu_batch in enumerate(microbatches):
             batch = cpu_batch.to(self.device)
-            if dropout:
-                torch.manual_seed(derive_seed(*self.seed, self.step, number, "dropout"))
+            torch.manual_seed(derive_seed(*self.seed, self.step, number, "dropout"))
             with self.model.numerics(self.device):
                 loss, count = self.model(batch)
             # Scaled by a constant now and by the true count below, which is known only at the last microbatch.

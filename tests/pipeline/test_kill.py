@@ -1,0 +1,153 @@
+"""Runs that end in every other way than by themselves: the next one goes on, and ends with the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.loading import dump
+from stackwise.pipeline.run import RunDirectory, status
+from stackwise.store import ActivationStore
+from tests.conftest import Micro, run
+from tests.pipeline.test_run import weights
+
+
+class Command:
+    """A real `stackwise run`, listened to."""
+
+    def __init__(self, config: Path, directory: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "stackwise", "run", str(config), "--run", str(directory), "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.seen: list[dict[str, Any]] = []
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.seen.append(json.loads(line))
+            yield self.seen[-1]
+
+    def until(self, event: str, stage: int, at: int = 0) -> dict[str, Any]:
+        for seen in self.events():
+            if seen["event"] == event and seen.get("stage") == stage and seen.get("step", 0) >= at:
+                return seen
+        raise AssertionError(f"no {event} of stage {stage}: {self.process.communicate()[1]}")
+
+    def end(self) -> tuple[int, str]:
+        out, err = self.process.communicate(timeout=120)
+        self.seen += [json.loads(line) for line in out.splitlines()]
+        return self.process.returncode, err
+
+
+@pytest.fixture(scope="module")
+def reference(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A configuration file, and the weights of a run of it that nothing disturbed."""
+    home = tmp_path_factory.mktemp("reference")
+    config: StackWiseConfig = micro(training__steps=60, training__checkpoint_steps=10, model__dropout=0.1)
+    (home / "stackwise.yaml").write_text(dump(config))
+    run(config, home / "run")
+    return home / "stackwise.yaml", weights(home / "run")
+
+
+def goes_on(config: Path, directory: Path, expected: list[str]) -> list[dict[str, Any]]:
+    again = Command(config, directory)
+    code, err = again.end()
+    assert code == 0, err
+    assert weights(directory) == expected
+    with ActivationStore(directory / "store", create=False) as store:
+        assert store.verify()["damaged"] == []
+    assert not list((directory / "checkpoints").glob("*/*")), "a committed stage's checkpoints are removed"
+    return again.seen
+
+
+@pytest.mark.parametrize(("event", "stage"), [("training", 0), ("checkpoint", 0), ("writing", 0), ("checkpoint", 1)])
+def test_the_runner_killed(reference: tuple[Path, list[str]], tmp_path: Path, event: str, stage: int) -> None:
+    config, expected = reference
+    first = Command(config, tmp_path / "run")
+    first.until(event, stage)
+    first.process.kill()
+    first.end()
+    seen = goes_on(config, tmp_path / "run", expected)
+    if stage == 1:
+        assert [e["stage"] for e in seen if e["event"] == "reused"] == [0]
+
+
+def test_the_worker_killed(reference: tuple[Path, list[str]], tmp_path: Path) -> None:
+    config, expected = reference
+    first = Command(config, tmp_path / "run")
+    first.until("checkpoint", 1)
+    os.kill(first.until("step", 1, 11)["pid"], signal.SIGKILL)
+    code, err = first.end()
+    assert code == 1
+    assert "killed by SIGKILL" in err
+    assert "run again" in err
+    assert status(RunDirectory(tmp_path / "run"))["stages"][1]["state"] == "failed"
+    seen = goes_on(config, tmp_path / "run", expected)
+    assert [e["step"] for e in seen if e["event"] == "resumed"] in ([10], [20], [30], [40], [50])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_told_to_stop(reference: tuple[Path, list[str]], tmp_path: Path, number: signal.Signals) -> None:
+    config, expected = reference
+    first = Command(config, tmp_path / "run")
+    first.until("step", 1)
+    first.process.send_signal(number)
+    code, err = first.end()
+    assert code == 75, err
+    assert f"--run {tmp_path / 'run'}" in err
+    shown = status(RunDirectory(tmp_path / "run"))
+    assert shown["state"] == "interrupted"
+    assert [s["state"] for s in shown["stages"]] == ["done", "interrupted"]
+    seen = goes_on(config, tmp_path / "run", expected)
+    resumed = [e["step"] for e in seen if e["event"] == "resumed"]
+    assert resumed, "the step in hand was saved"
+    assert resumed[0] >= shown["stages"][1]["step"] > 0
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(reference: tuple[Path, list[str]], tmp_path: Path) -> None:
+    config, expected = reference
+    first = Command(config, tmp_path / "run")
+    first.until("checkpoint", 0, 30)
+    first.process.send_signal(signal.SIGTERM)
+    first.end()
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("*/step-*"))[-1]
+    with (newest / "state.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    seen = goes_on(config, tmp_path / "run", expected)
+    assert newest.name in next(e["text"] for e in seen if e["event"] == "warning")
+    assert any(e["event"] == "resumed" for e in seen)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("trial", range(25))
+def test_kills_at_random_moments(reference: tuple[Path, list[str]], tmp_path: Path, trial: int) -> None:
+    """Runner or worker, wherever it happens to be, up to eight times in one run."""
+    config, expected = reference
+    draw = random.Random(trial)
+    for _ in range(8):
+        command = Command(config, tmp_path / "run")
+        time.sleep(draw.uniform(0.2, 6.0))
+        if command.process.poll() is not None:
+            command.end()
+            break
+        children = subprocess.run(
+            ["pgrep", "-P", str(command.process.pid)], capture_output=True, text=True
+        ).stdout.split()
+        victim = draw.choice([command.process.pid, *map(int, children)])
+        os.kill(victim, signal.SIGKILL)
+        command.end()
+    goes_on(config, tmp_path / "run", expected)

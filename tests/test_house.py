@@ -1,0 +1,60 @@
+"""The laws of the house, held against the code: floors, light imports, no traces of stubs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "stackwise"
+
+FLOORS = [
+    {"errors", "identity", "version"},
+    {"durable", "config"},
+    {"store", "data", "model", "objectives"},
+    {"training", "evaluation", "inference"},
+    {"pipeline"},
+    {"report", "cli", "__main__"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# Within a floor these may look sideways, in one direction.
+BESIDE = {("cli", "report"), ("__main__", "cli")}
+
+
+def rooms_imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stackwise":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("stackwise.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_from_below(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    for other in rooms_imported(path) - {room, "__version__"}:
+        assert FLOOR[other] < FLOOR[room] or (room, other) in BESIDE, f"{room} imports {other}"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "stackwise",
+        "stackwise.cli",
+        "stackwise.store",
+        "stackwise.data",
+        "stackwise.pipeline.runner",
+        "stackwise.report",
+    ],
+)
+def test_torch_is_imported_where_it_is_used(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
