@@ -117,6 +117,17 @@ def test_a_deep_rack_shows_the_stages_around_the_running_one() -> None:
     assert len(drawn.splitlines()) < 26
 
 
+def test_the_running_stage_has_a_bar_and_its_figures_under_it(view: RunView) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    live = Live(view, console)
+    for event in EVENTS[:11]:
+        live(event)
+    console.print(live._render())
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert set(lines[-2]) <= set("━╸╺ ")
+    assert lines[-1].startswith("stage 1  10/60  loss 2.500  lr 2.1e-3  8,420 tokens/s  wait 1.2%  memory 612 MB  0:")
+
+
 def test_time_left_follows_the_pace(view: RunView, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)

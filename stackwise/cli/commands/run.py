@@ -13,7 +13,8 @@ import click
 
 from stackwise.cli.failure import stopped_after_saving
 from stackwise.cli.options import Choice, as_json, choose, configuration, is_run
-from stackwise.cli.output import console, is_live, note, plain
+from stackwise.cli.output import console, is_live, plain
+from stackwise.errors import StackWiseError
 
 if TYPE_CHECKING:
     from stackwise.cli.views.state import RunView
@@ -50,21 +51,24 @@ def carry_out(choice: Choice, *, as_json: bool, command: str, only: int | None =
     again = shlex.join([*command.split(), *choice.arguments])
     known = status(choice.run)["stages"] if is_run(choice.run.path) else []
     view = RunView(choice.config, str(choice.run.path), known)
-    watcher = _watcher(view, as_json)
     try:
-        with watcher as observe:
+        with _watcher(view, as_json) as observe:
             Runner(choice.config, choice.run, observe, resume_command=again).run(only)
-        page = report.write(choice.run) if only is None else None
+        page = report.write(choice.run)
     except KeyboardInterrupt:
         if not view.saved:
             raise
         raise stopped_after_saving(again) from None
     except BrokenPipeError:  # whoever read this is gone: the worker saves and ends
         raise stopped_after_saving(again) from None
+    except StackWiseError:
+        if view.saved:  # as far as it went
+            with contextlib.suppress(StackWiseError, OSError):
+                report.write(choice.run)
+        raise
     if not as_json:
         _conclude(view)
-        if page is not None:
-            click.echo(f"report: {page}")
+        click.echo(f"report: {page}")
 
 
 def _watcher(view: RunView, as_json: bool) -> contextlib.AbstractContextManager[Callable[[Event], None]]:
@@ -96,5 +100,3 @@ def _conclude(view: RunView) -> None:
         out.print()
         out.print(plain("a held-out passage, with holes and as the rack filled them"), style="bold")
         passage(out, view.fill)
-    elif view.evaluation is None:
-        note(f"{view.run}: no evaluation yet")

@@ -53,7 +53,7 @@ class Live:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._view.activity = None
+        self._view.end()
         self._live.stop()
 
     def _render(self) -> RenderableType:
@@ -104,7 +104,7 @@ class Live:
             figures.append(f"[dim]all stages {words.clock(self._view.seconds_left)}[/]")
         if stage.seconds_per_step is None and stage.step == 0:
             figures.append("[dim]starting[/]")
-        return Group(self._bar(stage.step, stage.steps), Text.from_markup("  ".join(figures)))
+        return self._lines(self._bar(stage.step, stage.steps), Text.from_markup("  ".join(figures)))
 
     def _activity(self) -> RenderableType:
         view = self._view
@@ -116,10 +116,17 @@ class Live:
             figures = f"writing {activity}"
         if activity != "waiting" and (view.done or view.total):
             figures += f"  {unit(view.done)}" + (f" of {unit(view.total)}" if view.total else "")
-        return Group(self._bar(view.done, view.total), Text(figures))
+        return self._lines(self._bar(view.done, view.total), Text(figures))
+
+    def _lines(self, bar: RenderableType, figures: Text) -> Table:
+        lines = Table.grid()
+        lines.add_row(bar)
+        lines.add_row(figures)
+        return lines
 
     def _bar(self, done: int, total: int | None) -> RenderableType:
         width = min(64, self._console.width)
         if not total:
-            return ProgressBar(total=None, width=width, pulse=True)
-        return ProgressBar(total=total, completed=min(done, total), width=width)
+            return ProgressBar(total=None, width=width, pulse=True, pulse_style="cyan")
+        styles = {"complete_style": "cyan", "finished_style": "cyan"}
+        return ProgressBar(total=total, completed=min(done, total), width=width, **styles)

@@ -87,6 +87,13 @@ class RunView:
         elif event["event"] in ("training", "reused"):
             self.saved = True
 
+    def end(self) -> None:
+        """Nothing goes on any more: what ran was interrupted."""
+        self.activity = None
+        for stage in self.stages:
+            if stage.state == "running":
+                stage.state = "interrupted"
+
     def _observe_stage(self, stage: StageView, event: Event) -> None:
         match event["event"]:
             case "training":
