@@ -128,5 +128,6 @@ class Live:
         width = min(64, self._console.width)
         if not total:
             return ProgressBar(total=None, width=width, pulse=True, pulse_style="cyan")
-        styles = {"complete_style": "cyan", "finished_style": "cyan"}
-        return ProgressBar(total=total, completed=min(done, total), width=width, **styles)
+        return ProgressBar(
+            total=total, completed=min(done, total), width=width, complete_style="cyan", finished_style="cyan"
+        )
