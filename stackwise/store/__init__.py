@@ -6,6 +6,8 @@ It knows no model: it holds the activations that any computation, named by an id
 Nothing here imports torch until a tensor is handed in or out.
 """
 
+from typing import TYPE_CHECKING
+
 from stackwise.store.chunks import ChunkDamage
 from stackwise.store.codecs import CODECS, Codec, default_chunk_rows
 from stackwise.store.order import RowOrder
@@ -19,9 +21,13 @@ from stackwise.store.stages import CommittedStage, PartFile
 from stackwise.store.store import ActivationStore
 from stackwise.store.writer import BoundaryWriter
 
+if TYPE_CHECKING:
+    from stackwise.store.dataset import BoundaryDataset
+
 __all__ = [
     "CODECS",
     "ActivationStore",
+    "BoundaryDataset",
     "BoundaryInfo",
     "BoundaryReader",
     "BoundaryWriter",
@@ -39,3 +45,11 @@ __all__ = [
     "repair_store",
     "rowset_id_of",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "BoundaryDataset":  # a torch class: the one import here that would load torch
+        from stackwise.store.dataset import BoundaryDataset
+
+        return BoundaryDataset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

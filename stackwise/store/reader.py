@@ -107,9 +107,30 @@ class BoundaryReader:
             del x
             number += 1
 
-    def batches(self, order: RowOrder, batch_size: int, start: int = 0, prefetch: int = 2) -> Prefetcher[Batch]:
-        """`stream` behind a background thread that stays `prefetch` batches ahead; close it when done."""
-        return Prefetcher(self.stream(order, batch_size, start), depth=prefetch)
+    def batches(
+        self,
+        order: RowOrder,
+        batch_size: int,
+        start: int = 0,
+        prefetch: int = 2,
+        device: torch.device | str | None = None,
+    ) -> Prefetcher[Batch]:
+        """`stream` behind a background thread that stays `prefetch` batches ahead; close it when done.
+
+        Args:
+            order: Which rows, and in which order.
+            batch_size: Rows of a batch, B.
+            start: Number of the first batch.
+            prefetch: Batches kept ready.
+            device: Where the batches are to be; on a CUDA device they come by pinned buffers and a copy stream.
+        """
+        if device is None:
+            return Prefetcher(self.stream(order, batch_size, start), depth=prefetch)
+        import torch
+
+        from stackwise.store.transfer import to_device
+
+        return Prefetcher(to_device(self, order, batch_size, start, torch.device(device)), depth=prefetch)
 
     def _is_local(self) -> bool:
         return getattr(self._backend, "root", None) is not None

@@ -48,3 +48,12 @@ def test_a_chunk_of_nothing_but_zeros_is_a_file(store: ActivationStore) -> None:
     info = write(store, np.zeros((9, 12, 8), np.float32))
     files = sorted(Path(store.path / "boundaries" / info.id / "activations" / "c").rglob("0/0"))
     assert [f.stat().st_size for f in files if f.is_file()] == [4 * 12 * 8 * 4] * 3
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "bf16-blosc", "fp16-zstd"])
+def test_tensorstore_opens_a_boundary(store: ActivationStore, codec: str) -> None:
+    tensorstore = pytest.importorskip("tensorstore")
+    info = write(store, values(10), codec=codec)
+    place = {"driver": "file", "path": str(store.path / "boundaries" / info.id / "activations")}
+    array = tensorstore.open({"driver": "zarr3", "kvstore": place}).result()
+    assert (array.read().result() == CODECS[codec].encode(values(10))[0]).all()
