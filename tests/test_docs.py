@@ -1,0 +1,67 @@
+"""Every Python example of the README and the docs runs; every command they name exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from stackwise.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+CONFIG = """
+name: example
+model: {vocab_size: 100, d_model: 64, n_heads: 4}
+training: {mode: blockwise, block_size: 2, seq_len: 32, steps: 4, batch_size: 16}
+"""
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    return [
+        (f"{page.name}-{number}", text)
+        for page in PAGES
+        for number, (kind, text) in enumerate(BLOCK.findall(page.read_text()))
+        if kind == language
+    ]
+
+
+@pytest.mark.parametrize("code", [pytest.param(code, id=name) for name, code in blocks("python")])
+def test_python_examples_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    exec(compile(code, "example", "exec"), {"__name__": "example"})
+
+
+COMMANDS = sorted(
+    {
+        line.split("#")[0].strip()
+        for name, text in blocks("") + blocks("bash") + blocks("sh")
+        for line in text.splitlines()
+        if line.startswith("stackwise ")
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_exist_with_the_options_that_are_shown(command: str) -> None:
+    words = shlex.split(command)[1:]
+    names = [word for word in words if not word.startswith("-")]
+    group = names[:2] if names[0] in ("stage", "cache", "data") else names[:1]
+    answer = CliRunner().invoke(main, [*group, "--help"])
+    assert answer.exit_code == 0, answer.output
+    for word in words:
+        if word.startswith("--"):
+            assert word in answer.output
+
+
+def test_the_two_commands_are_in_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for command in ("make demo", "make test"):
+        assert command in (ROOT / "README.md").read_text()
+        assert f"\n{command.split()[1]}:" in makefile
