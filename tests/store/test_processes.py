@@ -63,7 +63,7 @@ def test_a_data_loader_keeps_the_order(tmp_path: Path, workers: int) -> None:
         assert torch.equal(x, torch.from_numpy(values(ROWS)[rows.numpy()]))
 
 
-def test_the_mapgrows_where_it_must(tmp_path: Path) -> None:
+def test_the_map_grows_where_it_must(tmp_path: Path) -> None:
     index = Index(tmp_path, map_size=1 << 16)
     index.update(lambda view: view.put("runs", b"a", b"b"))
     stop = threading.Event()
@@ -88,7 +88,7 @@ def test_the_mapgrows_where_it_must(tmp_path: Path) -> None:
     child.join(60)
     assert child.exitcode == 0
     with index.read() as view:
-        assert view.count("runs") == 1001
+        assert view.count("runs") == 3001
         assert view.count("masks") == 100
     stop.set()
     for thread in threads:
