@@ -73,8 +73,8 @@ class Reference:
     Its matrices exist only while it is timed, so that they are no part of anyone's peak memory.
     """
 
-    def __init__(self, device: torch.device, seconds: float = REFERENCE_SECONDS) -> None:
-        self.device, self.seconds = device, seconds
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.side = SIDE.get(device.type, SIDE["cpu"])
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self._times = 1
@@ -98,5 +98,5 @@ class Reference:
         synchronise(self.device)
         seconds = time.perf_counter() - begun
         rate = self._times * 2 * self.side**3 / seconds
-        self._times = max(1, round(self.seconds / (seconds / self._times)))
+        self._times = max(1, round(REFERENCE_SECONDS / (seconds / self._times)))
         return rate

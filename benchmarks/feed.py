@@ -195,7 +195,8 @@ def _section(result: Result) -> Section:
         f"{result['rounds']} rounds, the order turning, each of {result['steps_per_round']} timed steps from the same "
         "weights; medians, smallest to largest in brackets, ratios within a round. Memory is the strictest there is: "
         "batches that lie ready, nothing left to gather. A round reads each of "
-        f"{words.plural(result['rows'], 'row')} about once; in the first epoch of a reader the digest of each is checked. The losses of all three were the same, bit for bit, in every round."
+        f"{words.plural(result['rows'], 'row')} about once; a fresh reader checks the digest of each as it comes. "
+        "The losses of all three were the same, bit for bit, in every round."
     )
     header = ["batches from", "tokens/s", "speed, of that from memory", "share of the time waiting for data"]
     gpu = result["device_type"] != "cpu"

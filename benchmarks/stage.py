@@ -52,10 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(arguments: Sequence[str]) -> Section:
     options = _parser().parse_args(arguments)
     if len(options.blocks or [0]) * len(options.batch_size or [0]) == 1:
-        results = [measure(options)]
-    else:
-        results = _each(options, list(arguments))
-    return _section(results)
+        return _section([measure(options)], [])
+    return _section(*_each(options, list(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     return made
 
 
-def _each(options: argparse.Namespace, arguments: list[str]) -> list[Result]:
-    """Every combination in a process of its own, so that peak memory is its own; what does not fit is said."""
-    results = []
+def _each(options: argparse.Namespace, arguments: list[str]) -> tuple[list[Result], list[str]]:
+    """Every combination in a process of its own, so that peak memory is its own; also those that do not fit."""
+    results, refused = [], []
     base = [word for word in arguments if word not in ("--json", "--write")]
     for blocks, batch in itertools.product(options.blocks or [None], options.batch_size or [None]):
         own = [*(["--blocks", str(blocks)] if blocks else []), *(["--batch-size", str(batch)] if batch else [])]
@@ -85,11 +83,13 @@ def _each(options: argparse.Namespace, arguments: list[str]) -> list[Result]:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode == 0:
             results.append(json.loads(done.stdout))
-        elif done.returncode != REFUSED:
+        elif done.returncode == REFUSED:
+            refused.append(" ".join(own))
+        else:
             raise refuse(f"{' '.join(own)} failed with exit code {done.returncode}", "its message is above")
     if not results:
         raise refuse("nothing that was asked for fits", "each refusal is above")
-    return results
+    return results, refused
 
 
 def choose(options: argparse.Namespace) -> Setting:
@@ -156,7 +156,7 @@ def measure(options: argparse.Namespace) -> Result:
     return result
 
 
-def _section(results: list[Result]) -> Section:
+def _section(results: list[Result], refused: list[str]) -> Section:
     from benchmarks.arithmetic import FORMULA
 
     first = results[0]
@@ -168,6 +168,7 @@ def _section(results: list[Result]) -> Section:
         f"{first['training']['reference']}, timed on the same device before and after each round; the share is of the "
         f"mean of the two. {_memory_note(first)} Writing the boundary above the stage is one forward-only pass over "
         f"{words.plural(first['rows'], 'row')}, reading and fsync included. {FORMULA}"
+        + (f" Refused, as it does not fit: {'; '.join(refused)}." if refused else "")
     )
     where = "GPU" if gpu else "CPU"
     columns = [_column(result) for result in results]

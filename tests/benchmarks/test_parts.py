@@ -1,0 +1,87 @@
+"""What the benchmarks count and write: operations, spreads, sections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import document
+from benchmarks.arithmetic import matrix_parameters, work_of
+from benchmarks.common import Section, Spread, shown, table
+from benchmarks.workbench import Setting, fresh_model, trains_projection, workbench
+from stackwise.config import StackWiseConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("tied", ["copy", "frozen"])
+def test_the_operations_are_those_that_torch_counts(tmp_path: Path, tied: str) -> None:
+    config = StackWiseConfig.from_preset("micro", {"precision": "fp32", "training.tied_head": tied})
+    setting = Setting(config, 2, CPU, 1 << 20, most_rows=16)
+    with workbench(setting, tmp_path) as bench, bench.feed() as feed:
+        model = fresh_model(setting)
+        batch = next(feed.shuffled(bench.order, 8, 0))
+        with FlopCounterMode(display=False) as counter:
+            loss, scored = model(batch)
+            loss.backward()
+    assert scored == bench.scored_R[batch.rows_B].sum()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for name, count in counts.items() if "mm" in str(name))
+    # At a sample of no length attention takes nothing: what is left are the matrices and the head.
+    trained = trains_projection(config)
+    work = work_of(config.model, 2, 0, setting.vocab_size, causal=False, trained_head=trained)
+    assert products == work.training(8 * 32, scored)
+
+
+def test_the_attention_term() -> None:
+    model = StackWiseConfig.from_preset("llama-70b").model
+    assert matrix_parameters(model) == model.block_parameters - 2 * model.d_model
+    full = work_of(model, 3, 2048, 32000, causal=False, trained_head=True)
+    none = work_of(model, 3, 0, 32000, causal=False, trained_head=True)
+    half = work_of(model, 3, 2048, 32000, causal=True, trained_head=True)
+    assert full.training(10, 0) - none.training(10, 0) == 12 * 3 * model.d_model * 2048 * 10
+    assert 2 * (full.blocks - half.blocks) == full.blocks - none.blocks
+    assert full.forward(10) * 3 == full.training(10, 0)
+
+
+def test_a_spread_and_a_table() -> None:
+    spread = Spread.of([3.0, 1.0, 2.0])
+    assert spread.plain() == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert shown(spread.plain(), lambda value: f"{value:g}") == "2 (1 to 3)"
+    lines = table(["a", "long"], [["wide cell", "b"]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "page.md"
+    monkeypatch.setenv(document.VARIABLE, str(path))
+    return path
+
+
+def section(key: str, body: str) -> Section:
+    return Section(key, f"Of {key}", "How.", body, "CPU", {})
+
+
+def test_a_section_is_replaced_alone(page: Path) -> None:
+    page.write_text("# Mine\n\nBy hand.\n")
+    document.write(section("one", "old"), "command one")
+    document.write(section("two", "second"), "command two")
+    document.write(section("one", r"new \1"), "command one")
+    text = page.read_text()
+    assert text.startswith("# Mine\n\nBy hand.\n")
+    assert "old" not in text
+    assert r"new \1" in text
+    assert text.index(r"new \1") < text.index("second")
+    assert text.count("## Of one") == 1
+
+
+def test_the_document_has_a_place_for_every_section() -> None:
+    text = document.PATH.read_text(encoding="utf-8")
+    for key in ("stage on a CPU", "stage on a GPU", "feed on a CPU", "depth", "demo"):
+        first, last = document.marks(key)
+        assert text.count(first) == text.count(last) == 1
+        assert text.index(first) < text.index(last)
