@@ -28,7 +28,7 @@ def _curves(facts: Facts) -> list[str]:
         return []
     lines = []
     for stage in drawn:
-        smoothed = smooth(stage.curve, max(5.0, len(stage.curve) / 12))
+        smoothed = smooth(stage.curve, max(5.0, len(stage.curve) / 10))
         lines.append(
             Line(
                 f"stage {stage.depth}",
@@ -53,13 +53,13 @@ def _curves(facts: Facts) -> list[str]:
 
 
 def _range(lines: list[Line]) -> tuple[float, float]:
-    """Where the settled parts of the curves lie, with room for their noise."""
+    """Where the settled parts of the curves lie, with room for most of their noise."""
     settled: Points = []
     for line in lines:
         settled += line.points[int(SETTLED * len(line.points)) :]
-    noise = [y for line in lines for _, y in (line.faint or [])[int(0.2 * len(line.faint or [])) :]]
+    noise = sorted(y for line in lines for _, y in (line.faint or [])[int(0.2 * len(line.faint or [])) :])
     low, high = min(y for _, y in settled), max(y for _, y in settled)
-    low = min(low, *noise) if noise else low
+    low = min(low, noise[len(noise) // 20]) if noise else low
     room = 0.06 * (high - low) or 0.1
     return max(0.0, low - room), high + room
 
