@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from stackwise.config.checks import faults as cross_faults
-from stackwise.config.schema import Section, Settings, StageOverrides
+from stackwise.config.schema import PATTERNS, Section, Settings, StageOverrides
 from stackwise.errors import ConfigError, NotFound, UsageError
 
 C = TypeVar("C", bound=Settings)
@@ -197,6 +197,8 @@ def _field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
     for key, texts in said.items():
         value = _at(tree, key)
         allowed = " or ".join(dict.fromkeys(texts))
+        if isinstance(value, list) and "a list" not in allowed:
+            allowed = f"each item {allowed}"
         found[key] = allowed if allowed.startswith("unknown") else f"{allowed}, not {_kind(value)}"
     return found
 
@@ -249,7 +251,7 @@ def _allowed(item: dict[str, Any]) -> str:
         if bound in context:
             return f"must be {words} {context[bound]}"
     if kind == "string_pattern_mismatch":
-        return f"must match {context['pattern']}"
+        return f"must be {PATTERNS.get(context['pattern'], context['pattern'])}"
     return str(item["msg"])
 
 

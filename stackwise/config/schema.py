@@ -27,6 +27,12 @@ Codec = Literal[
 ]  # fmt: skip
 
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+PATTERNS = {NAME: "letters, digits, dots and dashes", DEVICE: "one of auto, cuda, cuda:N, mps, cpu"}
+"""Patterns of text fields, and what they allow in words."""
+
+
 class Section(BaseModel):
     """A part of the configuration: unknown keys and wrong types are refused, also on assignment."""
 
@@ -259,9 +265,9 @@ class StageOverrides(Section):
 class Settings(Section):
     """Every setting of a run, and what follows from them."""
 
-    name: str = Field("stackwise", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
+    name: str = Field("stackwise", pattern=NAME, description="name of the run: letters, digits, dots, dashes")
     seed: Count = Field(0, description="every random draw follows from it")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cuda, cuda:N, mps, cpu")
+    device: str = Field("auto", pattern=DEVICE, description="auto, cuda, cuda:N, mps, cpu")
     precision: Precision = Field("auto", description="fp32, or bf16 autocast; auto: bf16 on a GPU that has it")
     deterministic: bool = Field(True, description="only kernels that repeat bit for bit (on a GPU somewhat slower)")
     model: ModelConfig = Field(default_factory=ModelConfig)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from stackwise.durable import write_json
+from stackwise.durable import explain_full_disk, write_json
 from stackwise.identity import content_id
 from stackwise.pipeline.recipe import Recipe, differences, recipe_id, stage_steps
 from stackwise.pipeline.run import RunDirectory
@@ -23,17 +25,23 @@ Observer = Callable[[Event], None]
 
 
 class Observers:
-    """Passes every event to all who listen, in order."""
+    """Passes every event to all who listen, in order; who comes later is told what was said before."""
 
     def __init__(self, observers: list[Observer]) -> None:
         self._observers = observers
+        self._said: list[Event] = []
 
     def add(self, observer: Observer) -> None:
         """Let one more listen."""
+        for event in self._said:
+            observer(event)
         self._observers.append(observer)
 
     def __call__(self, event: Event) -> None:
         """Pass it on."""
+        event = {"time": round(time.time(), 3), **event}
+        if event["event"] in ("start", "note", "data"):
+            self._said.append(event)
         for observer in self._observers:
             observer(event)
 
@@ -42,12 +50,13 @@ class EventLog:
     """Appends events to a file, one JSON object a line, each with the time in seconds since 1970."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._path, self._file = path, path.open("a", encoding="utf-8", buffering=1)
 
     def __call__(self, event: Event) -> None:
         """Append it; progress that only a screen needs is left out."""
         if event["event"] not in ("preparing", "boundary"):
-            self._file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+            with explain_full_disk(self._path):
+                self._file.write(json.dumps(event) + "\n")
 
     def __enter__(self) -> Self:
         return self
@@ -87,6 +96,8 @@ class TensorBoard:
         return self._writers[depth]
 
     def __enter__(self) -> Self:
+        # Imported while the first worker gets ready, so that the first steps are not kept waiting.
+        threading.Thread(target=importlib.import_module, args=("tensorboardX",), daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:

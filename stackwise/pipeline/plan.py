@@ -57,6 +57,17 @@ def vocabulary(config: StackWiseConfig, data: PreparedData) -> Vocabulary:
     return Vocabulary(size, mask)
 
 
+def check_data(config: StackWiseConfig, data: PreparedData) -> Vocabulary:
+    """Check that prepared data fits a configuration.
+
+    Raises:
+        UsageError: The vocabulary does not fit, the mask token occurs in the data, a side is shorter than one sample.
+    """
+    for split, name in ((data.train, "training"), (data.held_out, "held-out")):
+        require_samples(split, config.training.seq_len, name)
+    return vocabulary(config, data)
+
+
 class Plan:
     """A configuration over prepared data and a store.
 
@@ -82,9 +93,7 @@ class Plan:
     ) -> None:
         self.config, self.data, self.store, self.device = config, data, store, device
         self.stages = schedule(config)
-        self.vocabulary = vocabulary(config, data)
-        for split, name in ((data.train, "training"), (data.held_out, "held-out")):
-            require_samples(split, config.training.seq_len, name)
+        self.vocabulary = check_data(config, data)
         self.forward = forward_specification(config, self.vocabulary.size, self.vocabulary.mask)
         self.known_rowsets = known_rowsets if known_rowsets is not None else {}
 

@@ -7,33 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.checks import notes
 from stackwise.config.loading import dump
 from stackwise.data import PreparedData, prepare
-from stackwise.durable import is_locked, write_bytes
-from stackwise.errors import DamageError, InterruptedRun, NotFound, StackWiseError, UsageError
+from stackwise.durable import write_bytes
+from stackwise.errors import DamageError, NotFound, StackWiseError, UsageError
 from stackwise.identity import content_id
-from stackwise.pipeline.events import Event, EventLog, Manifest, Observer, Observers, TensorBoard
+from stackwise.pipeline.crew import Crew
+from stackwise.pipeline.events import EventLog, Manifest, Observer, Observers, TensorBoard
 from stackwise.pipeline.fit import check_fit
 from stackwise.pipeline.job import FinishJob
-from stackwise.pipeline.plan import Plan, Versions, add_versions
-from stackwise.pipeline.process import Worker
+from stackwise.pipeline.plan import Plan, Versions, add_versions, check_data
 from stackwise.pipeline.recipe import codec_name, recipe_id, stage_steps
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import Stage
 from stackwise.store import ActivationStore, CommittedStage
-
-LOCK_PATIENCE = 20.0
-"""Seconds to wait for the worker of a runner that was killed: it saves and leaves by itself."""
 
 
 class Runner:
@@ -50,11 +43,8 @@ class Runner:
         self, config: StackWiseConfig, run: RunDirectory, observe: Observer, *, resume_command: str = "stackwise run"
     ) -> None:
         self.config, self.run_directory = config.model_copy(deep=True), run
-        self.resume_command = resume_command
         self._observe = Observers([observe])
-        self._busy: Worker | None = None
-        self._spare: Worker | None = None
-        self._stopping = False
+        self._crew = Crew(self._observe, resume_command)
 
     def run(self, only: int | None = None) -> dict[str, Any]:
         """Every stage, then the held-out evaluation; or one stage alone.
@@ -68,48 +58,54 @@ class Runner:
         Raises:
             StackWiseError: With the exit code that the command line ends with.
         """
-        with self._signals():
+        with self._crew.signals(), contextlib.ExitStack() as stack:
             self._tell("start", run=str(self.run_directory.path), name=self.config.name, stages=self.config.n_stages)
             for line in notes(self.config):
                 self._tell("note", text=line)
-            data = self._prepare()
             if only is not None and not 0 <= only < self.config.n_stages:
                 raise NotFound(f"there is no stage {only}: the schedule has 0 to {self.config.n_stages - 1}")
-            self.run_directory.create()
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(self.run_directory.lock())
-                stack.callback(self._close_workers)
-                return self._locked(data, only, stack)
+            data = self._prepare()
+            plan, manifest = self._open(data, stack)
+            try:
+                return self._stages(plan, manifest, only)
+            finally:
+                manifest.save()
 
-    def _locked(self, data: PreparedData, only: int | None, stack: contextlib.ExitStack) -> dict[str, Any]:
+    def _open(self, data: PreparedData, stack: contextlib.ExitStack) -> tuple[Plan, Manifest]:
+        """Take the run directory and the store, and plan. Where that fails, a directory made here is gone again."""
         run = self.run_directory
-        before = run.manifest() if run.manifest_file.exists() else {"stages": []}
-        self._spare = self._worker()
-        ready = self._spare.ready()
-        if self.config.precision == "auto":
-            self.config.precision = ready["precision"]
-        self.config.device = ready["device"] if self.config.device == "auto" else self.config.device
-        store_path = run.store_path(self.config)
-        store = stack.enter_context(ActivationStore(store_path))
-        known = {key: list(value) for key, value in before.get("rowsets", {}).items()}
-        plan = Plan(self.config, data, store, device=ready["device"], known_rowsets=known)
+        check_data(self.config, data)
+        fresh = not run.path.exists()
+        run.create()
+        try:
+            stack.enter_context(run.lock())
+            before = run.manifest() if run.manifest_file.exists() else {"stages": []}
+            stack.callback(self._crew.close)
+            ready = self._crew.start(self.config.device, run.logs / "workers.log")
+            if self.config.precision == "auto":
+                self.config.precision = ready["precision"]
+            store = stack.enter_context(ActivationStore(run.store_path(self.config)))
+            known = {key: list(value) for key, value in before.get("rowsets", {}).items()}
+            plan = Plan(self.config, data, store, device=ready["device"], known_rowsets=known)
+        except UsageError:
+            if fresh:
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
         manifest = Manifest(run, plan, before)
-        log = stack.enter_context(EventLog(run.events_file))
-        board = stack.enter_context(TensorBoard(run.tensorboard))
-        for observer in (log, board, manifest.observe):
+        for observer in (
+            stack.enter_context(EventLog(run.events_file)),
+            stack.enter_context(TensorBoard(run.tensorboard)),
+            manifest.observe,
+        ):
             self._observe.add(observer)
         write_bytes(run.config_file, dump(self.config).encode())
-        self._tell(
-            "device", **{key: ready[key] for key in ("device", "name", "memory")}, precision=plan.config.precision
-        )
-        try:
-            return self._stages(plan, manifest, only)
-        finally:
-            manifest.save()
+        about = {key: ready[key] for key in ("device", "name", "memory")}
+        self._tell("device", **about, precision=plan.config.precision)
+        return plan, manifest
 
     def _stages(self, plan: Plan, manifest: Manifest, only: int | None) -> dict[str, Any]:
         versions: Versions = {}
-        todo = self._pending(plan)
+        todo = self._pending(plan, manifest)
         self._tell("fit", **check_fit(plan, todo, Path(self.run_directory.path)))
         begun = time.perf_counter()
         for stage in plan.stages:
@@ -126,14 +122,15 @@ class Runner:
         self._tell("done", seconds=time.perf_counter() - begun, evaluation=evaluation)
         return evaluation
 
-    def _pending(self, plan: Plan) -> list[Stage]:
-        """The stages that are not known to be committed, before any of them is trained."""
+    def _pending(self, plan: Plan, manifest: Manifest) -> list[Stage]:
+        """The stages that are not committed, before any of them is trained; the manifest takes note of the others."""
         versions: Versions = {}
         for stage in plan.stages:
             found = plan.store.stage(recipe_id(plan.recipe(stage, versions)), check=False)
             if found is None:
                 return plan.stages[stage.depth :]
             add_versions(versions, found)
+            manifest.committed(stage, found)
         return []
 
     def _stage(
@@ -169,7 +166,6 @@ class Runner:
         following = plan.stages[stage.depth + 1] if stage.depth + 1 < len(plan.stages) else None
         hands_on = following is not None and following.reads_boundary and following.rowset == stage.rowset
         checkpoints = self.run_directory.checkpoints(key)
-        self._wait_for_orphan(Path(plan.store.path) / "locks" / f"work-{key}.lock")
         for attempt in (1, 2):
             reads = self._boundary(plan, stage, versions) if stage.reads_boundary else None
             job = plan.job(
@@ -181,7 +177,7 @@ class Runner:
                 writes=stage.rowset if hands_on else None,
             )
             try:
-                self._work(job.plain())
+                self._crew.work(job)
                 break
             except StackWiseError as error:
                 committed = plan.store.stage(key, check=False)
@@ -213,7 +209,7 @@ class Runner:
         below = plan.stages[stage.depth - 1]
         reads = self._boundary(plan, below, versions, number) if below.reads_boundary else None
         self._tell("recomputing", stage=below.depth, text=f"boundary {stage.depth} is not in the store: made again")
-        self._work(
+        self._crew.work(
             plan.job(
                 below,
                 versions,
@@ -221,7 +217,7 @@ class Runner:
                 train=False,
                 reads=reads,
                 writes=number,
-            ).plain()
+            )
         )
         info = plan.store.find(trunk=trunk, rowset=plan.rowset(number)[0], codec=codec)
         assert info is not None, "a worker that ended well has written its boundary"
@@ -274,7 +270,7 @@ class Runner:
         manifest.save()
         export = str(run.export) if config.training.save_fused_checkpoints else None
         result: dict[str, Any] = {}
-        for event in self._work(FinishJob(str(run.path), plan.device, export).plain()):
+        for event in self._crew.work(FinishJob(str(run.path), plan.device, export)):
             if event["event"] == "evaluation":
                 result = event["result"]
         manifest.save_evaluation(key, result)
@@ -290,78 +286,5 @@ class Runner:
         self._tell("data", reused=reused, seconds=time.perf_counter() - begun, **data.summary())
         return data
 
-    def _work(self, job: dict[str, Any]) -> list[Event]:
-        """Give a job to a worker and pass on its events."""
-        if self._stopping:
-            raise self._interrupted("stopped before the next step began")
-        worker = self._spare or self._worker()
-        self._busy, self._spare = worker, None
-        events = []
-        try:
-            for event in worker.run(job):
-                if event["event"] in ("step", "boundary", "resumed"):
-                    self._start_spare()
-                self._observe(event)
-                if event["event"] not in ("step", "boundary"):
-                    events.append(event)
-        except InterruptedRun as error:
-            raise self._interrupted(error.message) from None
-        except StackWiseError as error:
-            self._tell("failed", stage=job.get("stage", {}).get("depth"), text=error.message)
-            raise
-        finally:
-            worker.close()
-            self._busy = None
-        return events
-
-    def _worker(self) -> Worker:
-        return Worker(self.config.device, self.run_directory.logs / "workers.log")
-
-    def _start_spare(self) -> None:
-        """Start the next worker, whose imports are done while this one works."""
-        if self._spare is None and not self._stopping:
-            self._spare = self._worker()
-
-    def _close_workers(self) -> None:
-        for worker in (self._busy, self._spare):
-            if worker is not None:
-                worker.close()
-
-    def _wait_for_orphan(self, lock: Path) -> None:
-        """A runner that was killed leaves a worker that saves and ends; give it the time."""
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while is_locked(lock) and time.monotonic() < deadline and not self._stopping:
-            time.sleep(0.05)
-
-    def _interrupted(self, message: str) -> InterruptedRun:
-        self._tell("interrupted", text=message)
-        return InterruptedRun(message, hint=f"go on with: {self.resume_command}")
-
     def _tell(self, event: str, **values: Any) -> None:
         self._observe({"event": event, **values})
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM: the worker saves and ends. A second one stops at once."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self._stopping:
-                for worker in (self._busy, self._spare):
-                    if worker is not None:
-                        worker.kill()
-                raise InterruptedRun("stopped at once", hint=f"go on with: {self.resume_command}")
-            self._stopping = True
-            if self._busy is None:
-                raise InterruptedRun("stopped", hint=f"go on with: {self.resume_command}")
-            self._tell("stopping", text="finishing the step in hand and saving (again to stop at once)")
-            self._busy.stop()
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)

@@ -1,0 +1,204 @@
+"""The configuration as a user meets it: what is accepted, and what is said of what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.checks import notes
+from stackwise.config.loading import build, dump, parse_overrides, parse_yaml
+from stackwise.config.presets import PRESETS, commented
+from stackwise.errors import ConfigError, NotFound, UsageError
+
+SEED_YAML = """
+model:
+  d_model: 8192
+  n_heads: 64
+  d_ff: 28672
+  architecture:
+    n_stacks: 80
+    blocks_per_stack: 1
+training:
+  mode: "blockwise"
+  block_size: 4
+  fusion_mode: "frozen"
+  min_mask_fraction: 0.15
+  max_mask_fraction: 0.90
+  mask_schedule_type: "linear"
+  mask_token_id: 0
+  cache_mode: "layerwise"
+  cache_dir: "./cache"
+  fusion_evaluation: false
+  save_fused_checkpoints: false
+  epochs_per_layer: 1
+  learning_rate: 1.0e-4
+  batch_size: 4
+  seq_len: 512
+  progressive:
+    enabled: true
+    trunk_strategy: "frozen"
+    new_stack_precision: "full"
+    cache_activations: true
+    qlora_enabled: true
+    qlora_rank: 16
+    qlora_alpha: 32
+    qlora_strategy: "simplified"
+    progressive_qlora: true
+    progressive_qlora_rank: 8
+    progressive_qlora_alpha: 16
+    max_stacks: 12
+    building_mode: "append"
+    time_interpretation: "depth"
+    time_embedding_dim: 512
+    time_encoding_type: "sinusoidal"
+    stack_time_mapping: "linear"
+    time_per_stack: 100
+    training_objective: "mlm"
+    qlora_rank_pattern: increasing
+    qlora_alpha_pattern: constant
+    qlora_configs:
+      0: {rank: 8, alpha: 16}
+      1: {rank: 16, alpha: 32}
+"""
+
+
+def faults(tree: dict[str, Any], **overrides: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        build(StackWiseConfig, tree, {key.replace("__", "."): value for key, value in overrides.items()})
+    assert caught.value.exit_code == 2
+    return list(caught.value.faults)
+
+
+def test_the_keys_of_the_original_documents_are_accepted_as_they_stand() -> None:
+    config = build(StackWiseConfig, parse_yaml(SEED_YAML, "seed"))
+    assert config.model.n_blocks == 12, "max_stacks bounds the stacks that are grown"
+    assert config.objective == "mlm"
+    assert config.time_as_depth
+    assert config.store.path == "./cache"
+    said = "\n".join(notes(config))
+    for unused in ("cache_mode", "mode is unused", "qlora_rank", "time_embedding_dim"):
+        assert unused in said
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_their_commented_files_say_the_same(name: str) -> None:
+    config = StackWiseConfig.from_preset(name)
+    assert config.validate() is config
+    assert build(StackWiseConfig, parse_yaml(commented(name), name)) == config
+    assert notes(config) == []
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_resolved_configuration_reads_back_as_itself(name: str) -> None:
+    config = StackWiseConfig.from_preset(name, {"stages.0.training.learning_rate": 1e-3})
+    again = build(StackWiseConfig, parse_yaml(dump(config), "dump"))
+    assert again.model_dump() == config.model_dump()
+    assert again.stage_training(0).learning_rate == 1e-3
+
+
+def test_every_setting_is_documented() -> None:
+    text = commented("demo")
+    assert text.count("#") > 100
+    for key in ("checkpoint_minutes", "qlora_alpha", "within_documents", "max_bytes"):
+        assert key in text
+
+
+def test_all_faults_of_a_file_are_reported_at_once() -> None:
+    found = faults(
+        {
+            "modle": {},
+            "learning_rate": 1,
+            "model": {"n_heads": 3, "d_model": 64},
+            "training": {"lerning_rate": 1, "mode": "x", "min_mask_fraction": 0, "steps": "3", "batch_size": 0},
+            "store": {"keep": -1},
+            "data": {"paths": [1]},
+            "device": "gpu",
+            "stages": {0: {"training": {"seq_len": 2}}},
+        }
+    )
+    said = "\n".join(found)
+    for line in (
+        "modle: unknown key; did you mean model?",
+        "learning_rate: unknown key; did you mean training.learning_rate?",
+        "training.lerning_rate: unknown key; did you mean training.learning_rate?",
+        "training.mode: must be one of layerwise, blockwise, fused, independent, end_to_end, not 'x'",
+        "training.min_mask_fraction: must be more than 0.0, not 0",
+        "training.steps: must be a whole number, not '3'",
+        "training.batch_size: must be at least 1, not 0",
+        "model.n_heads: 3 heads do not divide d_model 64",
+        "stages.0.training.seq_len: unknown key; did you mean training.seq_len?",
+    ):
+        assert line in said
+    assert len(found) == 12
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ({"training__max_mask_fraction": 1.5}, "training.max_mask_fraction: must be at most 1.0, not 1.5"),
+        ({"training__min_mask_fraction": 0.95}, "is more than max_mask_fraction"),
+        ({"training__n_stages": 9}, "9 stages are more than the 4 blocks"),
+        ({"stages": {7: {}}}, "stages.7: there is no such stage: the schedule has 2 (0 to 1)"),
+        ({"model__n_kv_heads": 3}, "3 key and value heads do not divide 4 heads"),
+        ({"data__vocab_size": 100}, "less than 258"),
+        ({"training__progressive": {"enabled": True, "trunk_strategy": "qlora"}}, "qlora is not available yet"),
+        ({"training__mode": "independent"}, "independent is not available yet"),
+        ({"training__learning_rate": float("nan")}, "training.learning_rate: must be"),
+        ({"store__keep": "some"}, "store.keep: must be one of all, none"),
+        ({"seed": -1}, "seed: must be at least 0"),
+        ({"name": "../up"}, "name: must be letters, digits"),
+        ({"training": 3}, "training: must be a section of settings"),
+    ],
+)
+def test_faults(overrides: dict[str, Any], line: str) -> None:
+    tree = {"model": {"architecture": {"n_stacks": 4}}, "training": {"block_size": 2}}
+    assert any(line in fault for fault in faults(tree, **overrides)), faults(tree, **overrides)
+
+
+def test_numbers_in_scientific_notation_are_numbers() -> None:
+    assert parse_overrides(["training.learning_rate=1e-3", "a=[1e3, x]"]) == {
+        "training.learning_rate": 1e-3,
+        "a": [1000.0, "x"],
+    }
+    with pytest.raises(UsageError, match="needs KEY=VALUE"):
+        parse_overrides(["training.learning_rate"])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a: [1", "line 1"),
+        ("name: x\nname: y\n", "line 2, column 1: key 'name' is given twice"),
+        ("- 1\n", "a mapping of settings was expected"),
+        ("? [1]\n: 2\n", "is no key"),
+        ("a: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+    ],
+)
+def test_what_is_no_configuration(text: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=line.replace("[", r"\[")):
+        StackWiseConfig.from_yaml(str(path))
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="there is no such file"):
+        StackWiseConfig.from_yaml(str(tmp_path / "none.yaml"))
+    with pytest.raises(UsageError, match="cannot be read as text"):
+        StackWiseConfig.from_yaml(str(tmp_path))
+    with pytest.raises(NotFound, match="there is no preset 'dmo'"):
+        StackWiseConfig.from_preset("dmo")
+
+
+def test_a_section_whose_keys_are_all_commented_out_is_empty() -> None:
+    assert build(StackWiseConfig, {"training": None, "model": {"architecture": None}}).n_stages == 1
+
+
+def test_assignment_is_checked_too() -> None:
+    config = StackWiseConfig()
+    config.training.mode = "layerwise"
+    with pytest.raises(ValueError, match="mode"):
+        config.training.mode = "sideways"  # type: ignore[assignment]
