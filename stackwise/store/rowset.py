@@ -30,7 +30,8 @@ _MAGIC = b"SWROWSET"
 _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
 _WORD = (1 << 64) - 1
 _DICTIONARY_ROWS = 1 << 17
-_PAIR = struct.Struct("<4Q")
+_K1, _K2, _K3, _K4 = _MULTIPLIERS
+_UNPACK = struct.Struct("<4Q").unpack
 
 
 def rowset_id_of(sample_ids: Ids, mask_ids: Ids) -> Hex:
@@ -62,7 +63,8 @@ class Rowset:
         number = _number(rows)
         self._starts = np.frombuffer(self._map, number, (1 << bits) + 1, at)
         self._order = np.frombuffer(self._map, number, rows, at + self._starts.nbytes)
-        self._dictionary: dict[bytes, int] | None = None
+        self._views: tuple[Any, Any, Any] = (self._starts.data, self._order.data, pairs.reshape(-1).data)
+        self._dictionary: dict[bytes, int] = {}
 
     def row(self, sample_id: bytes | Ids, mask_id: bytes | Ids) -> int:
         """The first row of that pair; each id 16 bytes.
@@ -70,8 +72,13 @@ class Rowset:
         Raises:
             NotFound: The pair is not in the rowset.
         """
-        pair = bytes(sample_id) + bytes(mask_id)
-        row = self._small().get(pair, -1) if self.rows <= _DICTIONARY_ROWS else self._probe(pair)
+        pair = sample_id + mask_id if type(sample_id) is bytes and type(mask_id) is bytes else None
+        if pair is None:
+            pair = bytes(sample_id) + bytes(mask_id)
+        if self.rows > _DICTIONARY_ROWS:
+            row = self._probe(pair)
+        else:
+            row = (self._dictionary or self._small()).get(pair, -1)
         if row < 0:
             raise NotFound(f"sample {bytes(sample_id).hex()} under mask {bytes(mask_id).hex()} is not in the rowset")
         return row
@@ -95,18 +102,24 @@ class Rowset:
         return found
 
     def _small(self) -> dict[bytes, int]:
-        if self._dictionary is None:
+        if not self._dictionary:
             raw = self._pairs.tobytes()
             # Backwards, so that the first of equal pairs stays.
             self._dictionary = {raw[32 * row : 32 * row + 32]: row for row in range(self.rows - 1, -1, -1)}
         return self._dictionary
 
     def _probe(self, pair: bytes) -> int:
-        bucket = _hash_one(pair) >> self._shift
-        for at in range(int(self._starts[bucket]), min(int(self._starts[bucket + 1]), self.rows)):
-            row = int(self._order[at])
-            if row < self.rows and self._map[_HEADER.size + 32 * row : _HEADER.size + 32 * row + 32] == pair:
+        # Written out, with plain integers: it is called once a look-up, and every call and numpy scalar would show.
+        a, b, c, d = _UNPACK(pair)
+        total = a + b * _K1 + c * _K2 + d * _K3 & _WORD
+        bucket = ((total ^ (total >> 31)) * _K4 & _WORD) >> self._shift
+        starts, order, raw = self._views
+        at, end = starts[bucket], min(starts[bucket + 1], self.rows)
+        while at < end:
+            row: int = order[at]
+            if raw[32 * row : 32 * row + 32] == pair and row < self.rows:
                 return row
+            at += 1
         return -1
 
 
@@ -144,18 +157,11 @@ def _number(rows: int) -> Any:
 
 def _hash(pairs: Ids) -> npt.NDArray[np.uint64]:
     words = np.ascontiguousarray(pairs).view("<u8")
-    total = np.zeros(len(words), np.uint64)
-    for i, multiplier in enumerate(_MULTIPLIERS):
-        word = words[:, i]
-        total ^= (word ^ (word >> np.uint64(29))) * np.uint64(multiplier)
-    return (total ^ (total >> np.uint64(32))) * np.uint64(_MULTIPLIERS[0])
-
-
-def _hash_one(pair: bytes) -> int:
-    total = 0
-    for word, multiplier in zip(_PAIR.unpack(pair), _MULTIPLIERS, strict=True):
-        total ^= (word ^ (word >> 29)) * multiplier & _WORD
-    return (total ^ (total >> 32)) * _MULTIPLIERS[0] & _WORD
+    total = words[:, 0].copy()
+    for i, multiplier in enumerate(_MULTIPLIERS[:3], 1):
+        total += words[:, i] * np.uint64(multiplier)
+    mixed: npt.NDArray[np.uint64] = (total ^ (total >> np.uint64(31))) * np.uint64(_MULTIPLIERS[3])
+    return mixed
 
 
 def _map(path: Path, rowset_id: Hex, rows: int) -> mmap.mmap:
