@@ -21,6 +21,9 @@ from stackwise.errors import StackWiseError, UsageError
 
 Result = dict[str, Any]
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -166,10 +169,14 @@ def run_command(module: str, arguments: Sequence[str] | None, measure: Callable[
         if type(error).__name__ != "OutOfMemoryError":
             raise
         return _failed(module, error)
-    if "--json" in given:
-        print(json.dumps(section.result))
-    else:
-        print(f"{section.title}\n{machine(section.device)}\n\n{section.body}\n\n{section.text}")
+    except KeyboardInterrupt:
+        say(f"benchmarks.{module}: interrupted; what it made is removed")
+        return INTERRUPTED
+    text = f"{section.title}\n{machine(section.device)}\n\n{section.body}\n\n{section.text}"
+    try:
+        print(json.dumps(section.result) if "--json" in given else text, flush=True)
+    except BrokenPipeError:  # whoever read this is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import textwrap
 from pathlib import Path
 
 from benchmarks.common import Section, machine
@@ -46,7 +47,8 @@ def rendered(section: Section, command: str) -> str:
     """A section as Markdown, without its marks."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     facts = f"`{command}`\\\n{machine(section.device)}; {today}"
-    return f"## {section.title}\n\n{facts}\n\n{section.body}\n\n{section.text}"
+    text = textwrap.fill(section.text, 120, break_long_words=False, break_on_hyphens=False)
+    return f"## {section.title}\n\n{facts}\n\n{section.body}\n\n{text}"
 
 
 def _placed(document: str, key: str, text: str) -> str:

@@ -24,7 +24,8 @@ from stackwise.report import words
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.workbench import Bench, Setting, Timed
+    from benchmarks.setting import Setting
+    from benchmarks.workbench import Bench, Timed
     from stackwise.store import Prefetcher
     from stackwise.training.feed import Feed
     from stackwise.training.stage import Batch, StageModel
@@ -94,7 +95,8 @@ def measure(options: argparse.Namespace) -> Result:
 
 def choose(options: argparse.Namespace) -> Setting:
     """The stage that the options name."""
-    from benchmarks.workbench import Setting, resolved, settle_steps
+    from benchmarks.setting import Setting, resolved
+    from benchmarks.workbench import settle_steps
     from stackwise.pipeline.device import resolve_device
 
     device = resolve_device(options.device)

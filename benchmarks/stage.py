@@ -37,7 +37,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.report import words
 
 if TYPE_CHECKING:
-    from benchmarks.workbench import Setting
+    from benchmarks.setting import Setting
 
 ROUNDS = 5
 REFUSED = 2
@@ -96,7 +96,7 @@ def choose(options: argparse.Namespace) -> Setting:
     """The stage that the options name, on the device that is there."""
     import torch
 
-    from benchmarks.workbench import Setting, resolved
+    from benchmarks.setting import Setting, resolved
     from stackwise.pipeline.device import resolve_device
 
     device = resolve_device(options.device)
