@@ -59,11 +59,8 @@ class Rowset:
         self.sample_ids: Ids = pairs[:, :16]
         self.mask_ids: Ids = pairs[:, 16:]
         self._pairs = pairs
-        at = _HEADER.size + rows * 32
-        number = _number(rows)
-        self._starts = np.frombuffer(self._map, number, (1 << bits) + 1, at)
-        self._order = np.frombuffer(self._map, number, rows, at + self._starts.nbytes)
-        self._views: tuple[Any, Any, Any] = (self._starts.data, self._order.data, pairs.reshape(-1).data)
+        self._table = np.frombuffer(self._map, _number(rows), offset=_HEADER.size + rows * 32)
+        self._views: tuple[Any, Any] = (self._table.data, pairs.reshape(-1).data)
         self._dictionary: dict[bytes, int] = {}
 
     def row(self, sample_id: bytes | Ids, mask_id: bytes | Ids) -> int:
@@ -75,10 +72,8 @@ class Rowset:
         pair = sample_id + mask_id if type(sample_id) is bytes and type(mask_id) is bytes else None
         if pair is None:
             pair = bytes(sample_id) + bytes(mask_id)
-        if self.rows > _DICTIONARY_ROWS:
-            row = self._probe(pair)
-        else:
-            row = (self._dictionary or self._small()).get(pair, -1)
+        small = self.rows <= _DICTIONARY_ROWS
+        row = (self._dictionary or self._small()).get(pair, -1) if small else self._probe(pair)
         if row < 0:
             raise NotFound(f"sample {bytes(sample_id).hex()} under mask {bytes(mask_id).hex()} is not in the rowset")
         return row
@@ -86,19 +81,18 @@ class Rowset:
     def find(self, sample_ids: Ids, mask_ids: Ids) -> Rows:
         """Rows int64 [n] of pairs uint8 [n, 16] and [n, 16]; -1 where a pair is not in the rowset."""
         wanted = np.concatenate([sample_ids, mask_ids], axis=1, dtype=np.uint8)
-        buckets = (_hash(wanted) >> np.uint64(self._shift)).astype(np.int64)
-        at = self._starts[buckets].astype(np.int64)
-        end = np.minimum(self._starts[buckets + 1].astype(np.int64), self.rows)
+        at = (_hash(wanted) >> np.uint64(self._shift)).astype(np.int64)
         found = np.full(len(wanted), -1, np.int64)
         keys, have = wanted.view(np.uint64), self._pairs.view(np.uint64)
-        active = np.flatnonzero(at < end)
+        active = np.arange(len(wanted))
         while len(active):
-            candidates = self._order[at[active]].astype(np.int64)
-            hit = (have[np.minimum(candidates, self.rows - 1)] == keys[active]).all(axis=1) & (candidates < self.rows)
-            found[active[hit]] = candidates[hit]
+            rows = self._table[at[active]].astype(np.int64)
+            active, rows = active[rows < self.rows], rows[rows < self.rows]  # an empty slot ends the search
+            hit = (have[rows] == keys[active]).all(axis=1)
+            found[active[hit]] = rows[hit]
             active = active[~hit]
             at[active] += 1
-            active = active[at[active] < end[active]]
+            active = active[at[active] < len(self._table)]
         return found
 
     def _small(self) -> dict[bytes, int]:
@@ -112,14 +106,15 @@ class Rowset:
         # Written out, with plain integers: it is called once a look-up, and every call and numpy scalar would show.
         a, b, c, d = _UNPACK(pair)
         total = a + b * _K1 + c * _K2 + d * _K3 & _WORD
-        bucket = ((total ^ (total >> 31)) * _K4 & _WORD) >> self._shift
-        starts, order, raw = self._views
-        at, end = starts[bucket], min(starts[bucket + 1], self.rows)
-        while at < end:
-            row: int = order[at]
-            if raw[32 * row : 32 * row + 32] == pair and row < self.rows:
+        at = ((total ^ (total >> 31)) * _K4 & _WORD) >> self._shift
+        table, raw = self._views
+        rows = self.rows
+        row: int = table[at]
+        while row < rows:  # an empty slot ends the search
+            if raw[32 * row : 32 * row + 32] == pair:
                 return row
             at += 1
+            row = table[at]
         return -1
 
 
@@ -141,13 +136,17 @@ def stage_rowset(path: Path, sample_ids: Ids, mask_ids: Ids) -> Callable[[], Non
     """Write a rowset's file beside `path`; calling what is returned installs it (to be done in a transaction)."""
     rows = len(sample_ids)
     pairs = np.concatenate([sample_ids, mask_ids], axis=1)
-    bits = max(4, (rows - 1).bit_length())
-    buckets = _hash(pairs) >> np.uint64(64 - bits)
+    bits = max(4, (rows + rows // 2).bit_length())
+    home = (_hash(pairs) >> np.uint64(64 - bits)).astype(np.int64)
+    # Open addressing, made in one go: in order of their home slots, each takes the next free one from there on.
     # Stable, so that of equal pairs the first row is found first.
-    order = np.argsort(buckets, kind="stable").astype(_number(rows))
-    starts = np.zeros((1 << bits) + 1, _number(rows))
-    np.cumsum(np.bincount(buckets.astype(np.int64), minlength=1 << bits), out=starts[1:])
-    temporary = files.stage(path, [_HEADER.pack(_MAGIC, 1, bits, rows), pairs, starts, order])
+    order = np.argsort(home, kind="stable")
+    number = np.arange(rows)
+    slots = number + np.maximum.accumulate(home[order] - number)
+    # One slot beyond the last stays empty, so that every search ends inside.
+    table = np.full(max(1 << bits, int(slots[-1]) + 2), -1, np.int64).astype(_number(rows))
+    table[slots] = order
+    temporary = files.stage(path, [_HEADER.pack(_MAGIC, 1, bits, rows), pairs, table])
     return lambda: files.install([(temporary, path)])
 
 
@@ -180,7 +179,9 @@ def _map(path: Path, rowset_id: Hex, rows: int) -> mmap.mmap:
     width = _number(rows).itemsize
     if magic != _MAGIC or version != 1 or count != rows or not 4 <= bits <= 48:
         raise _damaged(rowset_id, "its file is not that of a rowset of its size")
-    if size != _HEADER.size + rows * 32 + ((1 << bits) + 1 + rows) * width:
+    slots, rest = divmod(size - _HEADER.size - rows * 32, width)
+    last = mapped[-width:] == b"\xff" * width  # else a search might run over the end
+    if rest or not 1 << bits <= slots <= (1 << bits) + rows + 1 or not last:
         raise _damaged(rowset_id, "its file has the wrong length")
     return mapped
 
