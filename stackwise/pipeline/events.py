@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import threading
@@ -47,21 +48,48 @@ class Observers:
 
 
 class EventLog:
-    """Appends events to a file, one JSON object a line, each with the time in seconds since 1970."""
+    """Appends events to a file, one JSON object a line.
+
+    Steps that follow each other within a second share a line, so that the log of a run of months stays small; no
+    step's loss is left out.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, path.open("a", encoding="utf-8", buffering=1)
+        self._steps: Event | None = None
 
     def __call__(self, event: Event) -> None:
         """Append it; progress that only a screen needs is left out."""
-        if event["event"] not in ("preparing", "boundary"):
-            with explain_full_disk(self._path):
-                self._file.write(json.dumps(event) + "\n")
+        if event["event"] in ("preparing", "boundary"):
+            return
+        if event["event"] != "step":
+            self.flush()
+            self._write(event)
+            return
+        begun = self._steps
+        if begun is not None:
+            event = {**event, "losses": [*begun["losses"], *event["losses"]], "begun": begun["begun"]}
+        self._steps = {"begun": event["time"], **event}
+        if event["time"] - self._steps["begun"] >= 1.0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        if self._steps is not None:
+            self._steps.pop("begun")
+            self._write(self._steps)
+            self._steps = None
+
+    def _write(self, event: Event) -> None:
+        with explain_full_disk(self._path):
+            self._file.write(json.dumps(event) + "\n")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):
+            self.flush()
         self._file.close()
 
 
@@ -191,15 +219,15 @@ class Manifest:
         return list(self._boundaries)
 
     def evaluation(self, key: str) -> dict[str, Any] | None:
-        """The evaluation of the same weights, where there is one."""
+        """The evaluation of the same weights (`result`) and the passage filled in (`fill`), where there is one."""
         known = self._known_evaluation
         if known is None or known["key"] != key or not self._run.evaluation_file.exists():
             return None
-        return dict(known["result"])
+        return dict(known)
 
-    def save_evaluation(self, key: str, result: dict[str, Any]) -> None:
-        """Keep an evaluation, and what it is of."""
-        self._known_evaluation = {"key": key, "result": result}
+    def save_evaluation(self, key: str, result: dict[str, Any], fill: dict[str, Any] | None) -> None:
+        """Keep an evaluation with the passage that was filled in, and what it is of."""
+        self._known_evaluation = {"key": key, "result": result, "fill": fill}
         write_json(self._run.evaluation_file, result)
         self.save()
 

@@ -265,15 +265,16 @@ class Runner:
         )
         known = manifest.evaluation(key)
         if known is not None:
-            self._tell("evaluation", reused=True, result=known)
-            return known
+            self._tell("evaluation", reused=True, result=known["result"])
+            if known.get("fill") is not None:
+                self._tell("fill", **known["fill"])
+            return dict(known["result"])
         manifest.save()
         export = str(run.export) if config.training.save_fused_checkpoints else None
-        result: dict[str, Any] = {}
-        for event in self._crew.work(FinishJob(str(run.path), plan.device, export)):
-            if event["event"] == "evaluation":
-                result = event["result"]
-        manifest.save_evaluation(key, result)
+        events = {e["event"]: e for e in self._crew.work(FinishJob(str(run.path), plan.device, export))}
+        result = dict(events["evaluation"]["result"])
+        fill = {key: events["fill"][key] for key in ("before", "after", "spans")} if "fill" in events else None
+        manifest.save_evaluation(key, result, fill)
         return result
 
     def _prepare(self) -> PreparedData:

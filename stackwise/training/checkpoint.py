@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from stackwise import durable
@@ -99,8 +98,3 @@ def remove(directory: Path) -> None:
 
 def _complete(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if (path / _META).exists())
-
-
-def tensor_bytes(tensors: dict[str, torch.Tensor]) -> int:
-    """Bytes that tensors take."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -6,7 +6,6 @@ import queue
 import threading
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from stackwise.store import BoundaryWriter
@@ -100,8 +99,3 @@ class _ChunkWriter:
                     self._writer.write_chunk(*item)
                 except BaseException as error:
                     self._error = error
-
-
-def row_chunks(rows: int, chunk_rows: int) -> int:
-    """Chunks that `rows` rows make."""
-    return int(np.ceil(rows / chunk_rows))
