@@ -43,6 +43,8 @@ def make_deterministic() -> None:
     """Only kernels that repeat bit for bit, where PyTorch has them; a warning names the others."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Every `torch.empty` would be filled with NaN otherwise: it costs bandwidth and changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 

@@ -20,6 +20,10 @@ STATE_BYTES = 16
 """Of a parameter in training: its weight, its gradient and AdamW's two moments, in float32."""
 
 
+LOSS_BYTES = 3 * (32 << 20)
+"""Of the loss: a slice of logits, its gradient and what makes it."""
+
+
 def part_parameters(config: StackWiseConfig, vocab_size: int, part: str, stage: Stage) -> int:
     """Parameters of a part of a stage."""
     model = config.model
@@ -45,16 +49,21 @@ def boundary_bytes(config: StackWiseConfig, rows: int) -> int:
 def stage_memory(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
     """About the bytes that training a stage takes: its state, and the activations of one microbatch.
 
-    A block keeps about 34 bytes a token and feature for its backward pass in 16 bits (Korthikanti et al., arXiv
-    2205.05198, without the attention matrix, which fused attention does not keep), twice that in 32; the logits of
-    half of the positions are held three times.
+    What a block keeps for its backward pass, in numbers a token, after Korthikanti et al. (arXiv 2205.05198, section
+    4.1), without the attention matrix, which fused attention does not keep: two norms' inputs and outputs, queries,
+    keys, values and the attention's output, and what lies inside the feed-forward. Autocast adds a 16-bit copy of
+    every matrix in use. The loss keeps no logits beyond a slice.
     """
     settings, model = config.stage_training(stage.depth), config.model
     tokens = settings.batch_size * config.training.seq_len
-    width = 1 if config.precision == "bf16" else 2
-    activations = 34 * width * tokens * model.d_model * (stage.last - stage.first + 1)
-    logits = 3 * 4 * vocab_size * min(tokens // 2, 8192)
-    return STATE_BYTES * stage_parameters(config, vocab_size, stage) + activations + logits
+    kv = model.kv_heads * model.head_dim
+    inner = (4 if model.ffn == "swiglu" else 2) * model.ffn_width
+    numbers = 8 * model.d_model + 2 * kv + inner
+    half = config.precision == "bf16"
+    blocks = stage.last - stage.first + 1
+    activations = tokens * blocks * numbers * (2 if half else 4)
+    copies = 2 * blocks * model.block_parameters if half else 0
+    return STATE_BYTES * stage_parameters(config, vocab_size, stage) + activations + copies + LOSS_BYTES
 
 
 def check_fit(plan: Plan, todo: list[Stage], run: Path) -> dict[str, Any]:
