@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stackwise.errors import DamageError, NotFound, StackWiseError
+from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError
 from stackwise.identity import is_hex_id
 from stackwise.store import files, inspection
 from stackwise.store.backend import Backend, LocalBackend
@@ -210,7 +210,13 @@ class Repairer:
                     if chunk not in known or not np.array_equal(row_digests(arrays), known[chunk]):
                         left[chunk] += "; recomputed, it came out otherwise"
                         continue
-                    publisher.publish([publisher.stage(chunk, arrays)], over=True)
+                    try:
+                        publisher.publish([publisher.stage(chunk, arrays)], over=True)
+                    except NoSpaceError:
+                        raise
+                    except OSError as error:  # a directory or a link where the file belongs
+                        left[chunk] += f"; it cannot be written ({error.strerror})"
+                        continue
                     self._report["repaired"].append({"boundary": info.id, "chunk": chunk, "fault": chunks[chunk]})
                     del left[chunk]
         for chunk, fault in left.items():
