@@ -18,11 +18,13 @@ from typing import Any, TypeVar
 import lmdb
 
 from stackwise.errors import DamageError, NoSpaceError, StackWiseError
-from stackwise.store import trust
+from stackwise.store import files, trust
 
 TABLES = ("masks", "rowsets", "boundaries", "trunks", "chunks", "runs", "evicted")
 MAP_SIZE = 1 << 36
 """Address space, not disk: the file is as large as what is in it."""
+
+_NEARLY_FULL = 16 << 20
 
 Transaction = Any
 T = TypeVar("T")
@@ -106,7 +108,9 @@ class Index:
             if isinstance(error, StackWiseError):
                 raise
             code = error.code if isinstance(error, lmdb.Error) else error.errno
-            if code in (errno.ENOSPC, errno.EDQUOT):
+            # LMDB calls a write that the full disk cut short an I/O error.
+            cut_short = code == errno.EIO and files.free_bytes(self.path) < _NEARLY_FULL
+            if code in (errno.ENOSPC, errno.EDQUOT) or cut_short:
                 raise NoSpaceError(
                     f"no space left on the disk that holds {self.path}",
                     hint="free some space (`stackwise cache gc` works on a full disk), then run the same command again",

@@ -7,29 +7,28 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
-
-import numpy as np
-import numpy.typing as npt
 
 from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.identity import Hex, is_hex_id
 from stackwise.store import layout, trust
 from stackwise.store.backend import Backend, LocalBackend
 from stackwise.store.codecs import codec_named, default_chunk_rows
+from stackwise.store.commitments import Commitments
 from stackwise.store.index import Writing, close_index, open_index
 from stackwise.store.layout import Layout, checked_id
 from stackwise.store.leases import Lease
-from stackwise.store.masks import MaskIds, Masks
+from stackwise.store.masks import Masks
 from stackwise.store.reader import BoundaryReader
 from stackwise.store.recompute import Evicted
 from stackwise.store.records import BoundaryInfo, boundary_id_of
-from stackwise.store.rowset import Ids, Rowset, check_ids, rowset_id_of, stage_rowset
+from stackwise.store.rows import Rows
+from stackwise.store.rowset import Ids, Rowset
 from stackwise.store.space import Reserve
-from stackwise.store.stages import CommittedStage, Stages
+from stackwise.store.stages import Stages
 from stackwise.store.upkeep import Upkeep
 from stackwise.store.writer import BoundaryWriter
 
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class ActivationStore(Upkeep):
+class ActivationStore(Rows, Commitments, Upkeep):
     """Activations on disk, found by what made them: (trunk, sample, mask).
 
     A *boundary* holds the activations of a *rowset* (an ordered list of (sample, mask) pairs) that one *trunk*
@@ -125,80 +124,6 @@ class ActivationStore(Upkeep):
         foreign = {name for name in foreign if not name.startswith(".tmp-")}
         if foreign:
             raise UsageError(f"{self.path} is no store, and not empty (it holds {sorted(foreign)[0]!r})")
-
-    # Masks and rowsets
-
-    def put_masks(self, masks: npt.NDArray[np.bool_]) -> MaskIds:
-        """Store mask patterns bool [n, length]; returns their ids uint8 [n, 16]. Equal patterns are stored once.
-
-        Raises:
-            UsageError: `masks` is not a boolean matrix.
-        """
-        return self._masks.put(masks)
-
-    def masks(self, mask_ids: MaskIds, seq_len: int | None = None) -> npt.NDArray[np.bool_]:
-        """Patterns bool [n, length] of mask ids uint8 [n, 16]; recent ones are kept in memory.
-
-        Raises:
-            NotFound: An id is not stored here.
-            UsageError: The masks differ in length, or are not of `seq_len` positions.
-        """
-        return self._masks.get(mask_ids, seq_len)
-
-    def put_rowset(self, sample_ids: Ids, mask_ids: MaskIds) -> Hex:
-        """Store the ordered pairs of sample ids uint8 [rows, 16] and mask ids uint8 [rows, 16]; returns its id.
-
-        Storing the same pairs again does nothing and gives the same id.
-
-        Raises:
-            UsageError: Not such arrays, or no row.
-            NotFound: A mask is not in the store (`put_masks` comes first).
-        """
-        samples, masks = check_ids(sample_ids, mask_ids)
-        rowset_id = rowset_id_of(samples, masks)
-        if self._rowset_rows(rowset_id) is not None:
-            return rowset_id
-        missing = self._masks.missing(masks)
-        if missing:
-            raise NotFound(f"{missing} of the rowset's masks are not in the store; `put_masks` stores them")
-        install = stage_rowset(self._layout.rowset(rowset_id), samples, masks)
-
-        def publish(view: Writing) -> None:
-            install()
-            view.put("rowsets", bytes.fromhex(rowset_id), len(samples).to_bytes(8, "little"))
-
-        self._index.update(publish)
-        return rowset_id
-
-    def rowset(self, rowset_id: Hex) -> Rowset:
-        """The rowset of that id: `.rows`, `.sample_ids`, `.mask_ids`, `.row(sample, mask)`, `.find(samples, masks)`.
-
-        Raises:
-            NotFound: It is not in the store.
-            DamageError: Its file is damaged.
-        """
-        found = self._rowsets.get(rowset_id)
-        if found is None:
-            checked_id(rowset_id, "rowset")
-            rows = self._rowset_rows(rowset_id)
-            if rows is None:
-                raise NotFound(f"rowset {rowset_id} is not in the store {self.path}")
-            found = self._rowsets[rowset_id] = Rowset(rowset_id, self._layout.rowset(rowset_id), rows)
-        return found
-
-    def forget_rowset(self, rowset_id: Hex) -> None:
-        """Remove a rowset from the index and from memory, not from the disk: it is about to be stored anew."""
-        self._rowsets.pop(rowset_id, None)
-        self._index.update(lambda view: view.delete("rowsets", bytes.fromhex(checked_id(rowset_id, "rowset"))))
-
-    def _forget_cached(self) -> None:
-        self._rowsets.clear()
-        self._masks.forget()
-
-    def _rowset_rows(self, rowset_id: Hex) -> int | None:
-        with self._index.read() as view:
-            raw = view.get("rowsets", bytes.fromhex(rowset_id))
-        return None if raw is None else int.from_bytes(raw[:8], "little")
 
     # Boundaries
 
@@ -387,83 +312,6 @@ class ActivationStore(Upkeep):
 
     def _lease(self, boundary_id: Hex, *, alone: bool = False) -> Lease:
         return Lease(self._layout.lock(boundary_id), f"boundary {boundary_id}", alone=alone)
-
-    # Runs
-
-    def register_run(self, run_key: str, *, recipes: list[Hex], boundaries: list[Hex]) -> None:
-        """Say what a run refers to, instead of what was said of it before: `gc` keeps that.
-
-        Args:
-            run_key: The run's name, such as its directory; 1 to 400 bytes.
-            recipes: Ids of the recipes whose committed stages it needs.
-            boundaries: Ids of the boundaries that it needs.
-
-        Raises:
-            UsageError: An id or the key is not one.
-        """
-        key = run_key.encode()
-        if not 0 < len(key) <= 400:
-            raise UsageError("a run's key has 1 to 400 bytes")
-        for name in (*recipes, *boundaries):
-            checked_id(name, "recipe or boundary")
-        value = json.dumps({"recipes": recipes, "boundaries": boundaries, "at": time.time()}).encode()
-        self._index.update(lambda view: view.put("runs", key, value))
-
-    def forget_run(self, run_key: str) -> bool:
-        """Forget a registered run; whether there was one. What it alone referred to is then `gc`'s."""
-        return self._index.update(lambda view: view.delete("runs", run_key.encode()))
-
-    def runs(self) -> dict[str, dict[str, Any]]:
-        """Registered runs by key: `{"recipes": [...], "boundaries": [...], "at": seconds since 1970}`."""
-        with self._index.read() as view:
-            records = list(view.scan("runs"))
-        found: dict[str, dict[str, Any]] = {}
-        for key, raw in records:
-            with contextlib.suppress(ValueError, RecursionError):
-                found[key.decode()] = dict(json.loads(raw))
-        return found
-
-    # Committed stages
-
-    def commit_stage(
-        self, recipe_id: Hex, write_parts: Mapping[str, Callable[[Path], None]], record: dict[str, Any]
-    ) -> CommittedStage:
-        """Commit a stage: its parts are written, fsynced, digested, and appear together or not at all.
-
-        Committing a recipe again replaces what was committed.
-
-        Args:
-            recipe_id: Id of the stage's recipe.
-            write_parts: For each part ("front", "block.3", "head") a function that writes its safetensors file
-                to the path it is given.
-            record: Plain data kept with it, such as the digests of the parts' tensors.
-
-        Raises:
-            UsageError: A part's name is not one, or the id.
-            BusyError: Another process is committing the same recipe.
-            NoSpaceError: The disk is full; nothing was changed.
-        """
-        return self._stages.commit(recipe_id, write_parts, record)
-
-    def stage(self, recipe_id: Hex, check: bool = True) -> CommittedStage | None:
-        """The committed stage of a recipe; None where it was not committed.
-
-        Args:
-            recipe_id: Id of the recipe.
-            check: Compare every file's size and digest.
-
-        Raises:
-            DamageError: A file is missing or was changed; it is named.
-        """
-        return self._stages.get(recipe_id, check=check)
-
-    def stages(self) -> list[Hex]:
-        """Recipe ids of all committed stages."""
-        return self._stages.names()
-
-    def drop_stage(self, recipe_id: Hex) -> int:
-        """Remove a committed stage; returns the bytes freed (0 where there was none)."""
-        return self._stages.drop(recipe_id)
 
     def close(self) -> None:
         """Close the store. Readers and writers made from it end with it; a second time does nothing."""
