@@ -16,11 +16,11 @@ from stackwise.config.checks import notes
 from stackwise.config.loading import dump
 from stackwise.data import PreparedData, prepare
 from stackwise.durable import write_bytes
-from stackwise.errors import DamageError, NotFound, StackWiseError, UsageError
+from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError, UsageError
 from stackwise.identity import content_id
 from stackwise.pipeline.crew import Crew
 from stackwise.pipeline.events import EventLog, Manifest, Observer, Observers, TensorBoard
-from stackwise.pipeline.fit import check_fit
+from stackwise.pipeline.fit import boundary_bytes, check_fit
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.plan import Plan, Versions, add_versions, check_data
 from stackwise.pipeline.recipe import codec_name, recipe_id, stage_steps
@@ -96,6 +96,8 @@ class Runner:
             stack.enter_context(EventLog(run.events_file)),
             stack.enter_context(TensorBoard(run.tensorboard)),
             manifest.observe,
+            # A boundary is this run's from its first chunk on, so that no `cache gc` beside it takes it.
+            lambda event: self._register(plan, manifest) if event["event"] == "writing" else None,
         ):
             self._observe.add(observer)
         write_bytes(run.config_file, dump(self.config).encode())
@@ -168,6 +170,8 @@ class Runner:
         checkpoints = self.run_directory.checkpoints(key)
         for attempt in (1, 2):
             reads = self._boundary(plan, stage, versions) if stage.reads_boundary else None
+            if hands_on:
+                self._make_room(plan, stage, reads)
             job = plan.job(
                 stage,
                 versions,
@@ -208,6 +212,7 @@ class Runner:
             return info.id
         below = plan.stages[stage.depth - 1]
         reads = self._boundary(plan, below, versions, number) if below.reads_boundary else None
+        self._make_room(plan, below, reads)
         self._tell("recomputing", stage=below.depth, text=f"boundary {stage.depth} is not in the store: made again")
         self._crew.work(
             plan.job(
@@ -226,9 +231,7 @@ class Runner:
     def _retain(self, plan: Plan, manifest: Manifest, stage: Stage, versions: Versions) -> None:
         """Drop the boundaries that `store.keep` does not keep, once nothing in this run reads or writes them."""
         manifest.note_boundaries(plan.store.boundaries())
-        plan.store.register_run(
-            str(self.run_directory.path.resolve()), recipes=manifest.recipes(), boundaries=manifest.boundaries()
-        )
+        self._register(plan, manifest)
         keep = plan.config.store.keep
         if keep == "all":
             return
@@ -250,6 +253,32 @@ class Runner:
             with contextlib.suppress(StackWiseError):  # someone else reads it: it goes another time
                 plan.store.drop(info.id)
                 self._tell("dropped", stage=info.depth, boundary=info.id, bytes=info.disk_bytes)
+
+    def _register(self, plan: Plan, manifest: Manifest) -> None:
+        """Tell the store what this run refers to."""
+        plan.store.register_run(
+            str(self.run_directory.path.resolve()), recipes=manifest.recipes(), boundaries=manifest.boundaries()
+        )
+
+    def _make_room(self, plan: Plan, stage: Stage, reads: str | None) -> None:
+        """Under a quota, evict what is cheapest to compute again until the boundary above a stage fits."""
+        limit = plan.config.store.max_bytes
+        if limit is None:
+            return
+        present = plan.store.boundaries()
+        begun = [info for info in present if info.state != "complete"]
+        whole = boundary_bytes(plan.config, plan.rowset(stage.rowset)[1])
+        need = max(0, whole - sum(info.disk_bytes for info in begun))
+        protect = [info.id for info in begun] + ([reads] if reads is not None else [])
+        made = plan.store.enforce_quota(limit, need=need, protect=protect)
+        for info in present:
+            if info.id in made["evicted"]:
+                self._tell("dropped", stage=info.depth, boundary=info.id, bytes=info.disk_bytes)
+        if not made["fits"]:
+            raise NoSpaceError(
+                f"store.max_bytes is {limit}: boundaries in use take {made['bytes']} and the next needs {need}",
+                hint="raise store.max_bytes, or lower training.rows or training.steps",
+            )
 
     def _finish(self, plan: Plan, manifest: Manifest) -> dict[str, Any]:
         """Held-out evaluation, a passage filled in, the export if asked; once for the same weights."""

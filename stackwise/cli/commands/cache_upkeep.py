@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from stackwise.cli.options import find_run
 from stackwise.cli.output import console, note, plain, print_json, progress, table
 from stackwise.cli.stores import opened, store_path, where
-from stackwise.errors import DamageError
+from stackwise.errors import DamageError, UsageError
 from stackwise.report import words
+
+if TYPE_CHECKING:
+    from stackwise.store import BoundaryInfo, Recompute
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
 NAMED = 10
@@ -22,14 +27,15 @@ NAMED = 10
 def repair(run: str | None, store: str | None, as_json: bool, dry_run: bool) -> None:
     """Heal what can be healed, say what is gone. Exit code 3 where something is.
 
-    A lost or damaged index is rebuilt from the boundaries; a damaged chunk is taken out, so that the next
-    `stackwise run` that needs it makes it again.
+    A lost or damaged index is rebuilt from the boundaries. A damaged chunk is computed again from the run's committed
+    weights, and taken out where it does not come out bit for bit as it was (with --store alone: always), so that the
+    next `stackwise run` that needs it makes it again.
     """
     path = store_path(run, store)
     from stackwise.store.repair import repair_store
 
     with progress("repairing") as tell:
-        found = repair_store(path, dry_run=dry_run, progress=tell)
+        found = repair_store(path, None if store else _recompute(run), dry_run=dry_run, progress=tell)
     if as_json:
         print_json(found)
     else:
@@ -41,6 +47,23 @@ def repair(run: str | None, store: str | None, as_json: bool, dry_run: bool) -> 
             + (" (nothing was changed)" if dry_run else "; what is damaged was taken out"),
             hint="`stackwise run` makes again what it needs",
         )
+
+
+def _recompute(run: str | None) -> Recompute:
+    """Recomputes from a run's weights; torch and the weights are loaded when a chunk is asked for, not before."""
+
+    def recompute(info: BoundaryInfo, chunks: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        from stackwise.pipeline.heal import recomputer
+        from stackwise.store import ActivationStore
+
+        directory = find_run(run)
+        with ActivationStore(directory.store_path(directory.config()), create=False) as store:
+            try:
+                yield from recomputer(directory, store)(info, chunks)
+            except UsageError as error:  # another run's boundary, or a run without weights: it is taken out
+                note(f"boundary {info.id}: {error.message}")
+
+    return recompute
 
 
 def _show_repaired(found: dict[str, Any], dry_run: bool) -> None:
