@@ -3,3 +3,10 @@
 Speeds are given as ratios within one run, from interleaved rounds, with their spread: absolute times do not repeat
 on shared machines. `python -m benchmarks` runs all of them and writes their tables into docs/benchmarks.md.
 """
+
+import os
+
+from stackwise.pipeline.process import WAIT_POLICY
+
+# What is measured in this process waits as a worker does; it must be said before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from stackwise.store import ActivationStore
 from tests.cli.conftest import Cli, stackwise
 
 
@@ -30,6 +31,29 @@ def test_inspect(store: Path, here: Path, cli: Cli) -> None:
     assert set(keys) <= set(boundary)
     assert boundary["shape"] == [boundary["rows"], 32, 32]
     assert boundary["id"] in cli("cache", "inspect", "--store", str(store)).stdout
+
+
+def test_inspect_says_what_the_run_needs_next(finished: Path, store: Path, here: Path, cli: Cli) -> None:
+    value = json.loads(cli("cache", "inspect", "--json").stdout)
+    boundary, planned = value["boundaries"][0], value["planned"]
+    assert (planned["stage"], planned["needed"], planned["stored"]) == (None, 0, boundary["disk_bytes"])
+    assert planned["free"] > 0
+    assert "no boundary is to come" in cli("cache", "inspect").stdout
+    assert json.loads(cli("cache", "inspect", "--store", str(store), "--json").stdout)["planned"] is None
+
+    manifest = finished / "run.json"
+    after = json.loads(manifest.read_text())
+    after["stages"][1]["state"] = "pending"
+    manifest.write_text(json.dumps(after))  # stage 1 is to be trained, and its boundary is complete
+    assert json.loads(cli("cache", "inspect", "--json").stdout)["planned"]["stage"] is None
+    with ActivationStore(store) as opened:
+        opened.drop(boundary["id"])
+    planned = json.loads(cli("cache", "inspect", "--json").stdout)["planned"]
+    assert (planned["stage"], planned["rows"]) == (1, boundary["rows"])
+    assert planned["needed"] == boundary["logical_bytes"]
+    said = cli("cache", "inspect").stdout
+    assert "the next boundary (for stage 1) needs" in said
+    assert "free" in said
 
 
 def test_ls_and_du(store: Path, here: Path, cli: Cli) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from stackwise.cli.app import Subcommands
 from stackwise.cli.commands.cache_upkeep import gc, repair, unlock
+from stackwise.cli.options import find_run
 from stackwise.cli.output import console, note, plain, print_json, progress, state, table
 from stackwise.cli.stores import opened, where
 from stackwise.errors import DamageError
 from stackwise.report import words
 
 if TYPE_CHECKING:
+    from stackwise.pipeline.run import RunDirectory
     from stackwise.store import ActivationStore
 
 
@@ -32,9 +35,12 @@ for _command in (repair, gc, unlock):
 @cache.command()
 @where
 def inspect(run: str | None, store: str | None, as_json: bool) -> None:
-    """What the store holds: masks, boundaries, index."""
+    """What the store holds: masks, boundaries, index; and what the run's next boundary needs."""
+    if run is None and store is None:
+        run = str(find_run(None).path)
     with opened(run, store) as it:
         found, path = it.inspect(), it.path
+        found["planned"] = None if run is None else _planned(find_run(run), it)
     if as_json:
         print_json(found)
         return
@@ -45,6 +51,8 @@ def inspect(run: str | None, store: str | None, as_json: bool) -> None:
     out.print(f"index       {index['entries']:,} entries, {words.size(index['bytes'])}")
     total = sum(boundary["disk_bytes"] for boundary in found["boundaries"])
     out.print(f"boundaries  {len(found['boundaries'])}, {words.size(total)} on disk")
+    if found["planned"] is not None:
+        out.print(f"planned     {_said(found['planned'])}")
     if found["boundaries"]:
         out.print(_boundaries(found["boundaries"]))
 
@@ -142,6 +150,61 @@ def _show_verified(found: dict[str, Any]) -> None:
         note(f"{words.plural(len(found['orphans']), 'orphan')} (files that belong to nothing):")
         for name in found["orphans"][:10]:
             note(f"  {name}")
+
+
+def _planned(run: RunDirectory, store: ActivationStore) -> dict[str, Any]:
+    """What the run will write next, by its own configuration.
+
+    Returns:
+        `stage`: who reads the next boundary (None: none is to come); `rows`, and `needed` bytes before compression,
+        less what is written of it already (None: the rows are not chosen yet); `stored`: bytes of all boundaries;
+        `allowed`: `store.max_bytes`; `free`: bytes on the disk.
+    """
+    from stackwise.pipeline.fit import boundary_bytes
+    from stackwise.pipeline.plan import Versions, add_versions
+    from stackwise.pipeline.recipe import codec_name, forward_specification, trunk_id
+    from stackwise.pipeline.rows import rows_key
+    from stackwise.pipeline.schedule import schedule
+
+    config, manifest = run.config(), run.manifest()
+    stored = sum(info.disk_bytes for info in store.boundaries())
+    planned = {"stage": None, "rows": None, "needed": 0, "stored": stored, "allowed": config.store.max_bytes}
+    planned["free"] = shutil.disk_usage(store.path).free
+    versions: Versions = {}
+    done = 0
+    for entry in manifest["stages"]:
+        committed = store.stage(entry["recipe"], check=False) if entry["state"] == "done" else None
+        if committed is None:
+            break
+        add_versions(versions, committed)
+        done += 1
+    for stage in schedule(config)[done:]:
+        if not stage.reads_boundary:
+            continue
+        data = manifest.get("data", {}).get("id", "")
+        rowset, rows = manifest.get("rowsets", {}).get(rows_key(config, data, stage.rowset), (None, None))
+        written = None
+        if stage.depth == done and rowset is not None:  # what it stands on is committed: its boundary has an id
+            forward = forward_specification(config, manifest["vocabulary"]["size"], manifest["vocabulary"]["mask"])
+            trunk = trunk_id(forward, [str(versions[part].digest) for part in stage.trunk])
+            written = store.find(trunk=trunk, rowset=rowset, codec=codec_name(config.store))
+        if written is not None and written.state == "complete":
+            continue
+        begun = written.disk_bytes if written is not None else 0
+        needed = None if rows is None else max(0, boundary_bytes(config, rows) - begun)
+        return planned | {"stage": stage.depth, "rows": rows, "needed": needed}
+    return planned
+
+
+def _said(planned: dict[str, Any]) -> str:
+    if planned["stage"] is None:
+        return "no boundary is to come"
+    needed, free = planned["needed"], planned["free"]
+    said = f"the next boundary (for stage {planned['stage']}) needs "
+    said += "what its rows will take: they are not chosen yet" if needed is None else words.size(needed)
+    allowed = "" if planned["allowed"] is None else f" of {words.size(planned['allowed'])} allowed"
+    said += f"; the store has {words.size(planned['stored'])}{allowed}, the disk {words.size(free)} free"
+    return f"{said}: too little" if needed is not None and needed > free else said
 
 
 def _boundaries(boundaries: list[dict[str, Any]]) -> Any:
