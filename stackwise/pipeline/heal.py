@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -103,7 +104,7 @@ def _raised(
             break
     per_chunk = [len(range(start, stop, size)) for start, stop in ranges]
     edges = np.cumsum([0, *per_chunk])
-    return [torch.cat(carried[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [torch.cat(carried[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 def _segments(rack: CommittedRack, samples_B: np.ndarray, seq_len: int) -> torch.Tensor | None:
