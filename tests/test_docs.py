@@ -31,11 +31,17 @@ def blocks(language: str) -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("code", [pytest.param(code, id=name) for name, code in blocks("python")])
-def test_python_examples_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.name
+)
+def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's examples, one after another: a later one may use what an earlier one made."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(CONFIG)
-    exec(compile(code, "example", "exec"), {"__name__": "example"})
+    names: dict[str, object] = {"__name__": "example"}
+    for kind, text in BLOCK.findall(page.read_text()):
+        if kind == "python":
+            exec(compile(text, page.name, "exec"), names)
 
 
 COMMANDS = sorted(
