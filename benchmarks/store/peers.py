@@ -35,7 +35,8 @@ def memmap(path: Path, x: Bits) -> Read:
     """numpy's memmap."""
     x.tofile(path / "mapped")
     mapped = np.memmap(path / "mapped", x.dtype, "r", shape=x.shape)
-    return lambda rows, out: np.take(mapped, rows, axis=0, out=out)
+    # With another mode numpy takes into a buffer of its own, and copies that.
+    return lambda rows, out: np.take(mapped, rows, axis=0, out=out, mode="clip")
 
 
 def safetensors(path: Path, x: Bits) -> Read:
