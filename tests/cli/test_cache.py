@@ -87,15 +87,27 @@ def test_verify_names_damage_and_ends_with_3(store: Path, here: Path, cli: Cli) 
     assert damage["boundary"] in cli("cache", "verify").stdout
 
 
-def test_repair_takes_out_what_is_damaged(store: Path, here: Path, cli: Cli) -> None:
+def test_repair_takes_out_what_is_damaged_where_no_run_can_make_it_again(store: Path, here: Path, cli: Cli) -> None:
+    alone = ("--store", str(store))
     chunk(store).unlink()
-    planned = cli("cache", "repair", "--dry-run", "--json")
+    planned = cli("cache", "repair", *alone, "--dry-run", "--json")
     assert planned.exit_code == 3
     assert json.loads(planned.stdout)["gone"]
-    assert cli("cache", "verify").exit_code == 3
-    assert cli("cache", "repair").exit_code == 3
+    assert cli("cache", "verify", *alone).exit_code == 3
+    assert cli("cache", "repair", *alone).exit_code == 3
+    assert cli("cache", "verify", *alone).exit_code == 0
+    assert "nothing to repair" in cli("cache", "repair", *alone).stdout
+
+
+def test_repair_makes_again_what_the_runs_weights_can(store: Path, here: Path, cli: Cli) -> None:
+    file = chunk(store)
+    before = file.read_bytes()
+    file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    repaired = cli("cache", "repair", "--json")
+    assert repaired.exit_code == 0
+    assert json.loads(repaired.stdout)["repaired"]
+    assert file.read_bytes() == before
     assert cli("cache", "verify").exit_code == 0
-    assert "nothing to repair" in cli("cache", "repair").stdout
 
 
 def test_a_lost_index_is_rebuilt(store: Path, here: Path, cli: Cli) -> None:
