@@ -15,12 +15,6 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
-CONFIG = """
-name: example
-model: {vocab_size: 100, d_model: 64, n_heads: 4}
-training: {mode: blockwise, block_size: 2, seq_len: 32, steps: 4, batch_size: 16}
-"""
-
 
 def blocks(language: str) -> list[tuple[str, str]]:
     return [
@@ -37,10 +31,11 @@ def blocks(language: str) -> list[tuple[str, str]]:
 def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's examples, one after another: a later one may use what an earlier one made."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text(CONFIG)
     names: dict[str, object] = {"__name__": "example"}
     for kind, text in BLOCK.findall(page.read_text()):
-        if kind == "python":
+        if kind == "yaml":
+            (tmp_path / "config.yaml").write_text(text)
+        elif kind == "python":
             exec(compile(text, page.name, "exec"), names)
 
 

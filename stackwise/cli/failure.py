@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -71,6 +72,11 @@ def explain(error: BaseException, *, debug: bool = False) -> int:
             return INTERRUPTED
     if debug:
         traceback.print_exception(error)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or isinstance(error, NoSpaceError):
+        # Writers in the background fail as well, now and at exit: one line about a full disk is enough.
+        threading.excepthook = lambda _: None
+        sys.unraisablehook = lambda _: None
     match error:
         case StackWiseError():
             _say(error.message, error.hint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stackwise.config.schema import Settings
+from stackwise.config.schema import Section, Settings
 
 Fault = tuple[str, str]
 """A dotted key, and what is wrong with it."""
@@ -87,9 +87,20 @@ def _stages(config: Settings) -> Iterator[Fault]:
             yield f"stages.{depth}", f"there is no such stage: the schedule has {count} (0 to {count - 1})"
 
 
+def changed(section: Section) -> list[str]:
+    """The settings of a section that were given, and differ from their defaults."""
+    fields = type(section).model_fields
+    return [
+        name
+        for name in fields
+        if name in section.model_fields_set
+        and getattr(section, name) != fields[name].get_default(call_default_factory=True)
+    ]
+
+
 def notes(config: Settings) -> list[str]:
     """One line for each setting that was given and that this configuration cannot use."""
-    training, given = config.training, config.training.model_fields_set
+    training, given = config.training, set(changed(config.training))
     lines = []
     if "cache_mode" in given and training.cache_mode is not None:
         lines.append("training.cache_mode is unused: the mode decides what is stored")
@@ -115,14 +126,14 @@ def notes(config: Settings) -> list[str]:
 
 def _progressive_notes(config: Settings) -> list[str]:
     progressive = config.training.progressive
-    given = progressive.model_fields_set - {"enabled"}
+    given = set(changed(progressive)) - {"enabled"}
     if not progressive.enabled:
         given.discard("max_stacks")
         if not given:
             return []
         return [f"training.progressive.{', '.join(sorted(given))}: unused, training.progressive.enabled is false"]
     lines = []
-    if "mode" in config.training.model_fields_set:
+    if "mode" in changed(config.training):
         lines.append("training.mode is unused: training.progressive.enabled is true")
     adapters = {name for name in given if "qlora" in name}
     if progressive.trunk_strategy == "frozen" and adapters:

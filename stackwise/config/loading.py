@@ -197,7 +197,7 @@ def _field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
     for key, texts in said.items():
         value = _at(tree, key)
         allowed = " or ".join(dict.fromkeys(texts))
-        if isinstance(value, list) and "a list" not in allowed:
+        if isinstance(value, list) and allowed.startswith("must be") and "a list" not in allowed:
             allowed = f"each item {allowed}"
         found[key] = allowed if allowed.startswith("unknown") else f"{allowed}, not {_kind(value)}"
     return found

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from stackwise.durable import explain_full_disk, write_json
+from stackwise.errors import DamageError
 from stackwise.identity import content_id
 from stackwise.pipeline.recipe import Recipe, differences, recipe_id, stage_steps
 from stackwise.pipeline.run import RunDirectory
@@ -130,7 +131,8 @@ class TensorBoard:
 
     def __exit__(self, *exception: object) -> None:
         for writer in self._writers.values():
-            writer.close()
+            with contextlib.suppress(OSError):  # on a full disk; the event log has every figure
+                writer.close()
 
 
 class Manifest:
@@ -182,9 +184,13 @@ class Manifest:
         before = self._before.get(stage.depth)
         if before is None or before.get("recipe") is None:
             return "not trained yet"
-        old = self._plan.store.stage(before["recipe"], check=False)
         if before["recipe"] == recipe_id(recipe):
+            if before.get("state") == "done":
+                return "it was committed, and its files are gone"
             return "not finished yet" if before.get("step") else "not trained yet"
+        old = None
+        with contextlib.suppress(DamageError):
+            old = self._plan.store.stage(before["recipe"], check=False)
         if old is None:
             return "the configuration changed since it began"
         return f"changed: {'; '.join(differences(old.record['recipe'], recipe)[:3])}"
@@ -211,8 +217,8 @@ class Manifest:
         self._boundaries = [boundary for boundary in self._boundaries if boundary in ids]
 
     def recipes(self) -> list[str]:
-        """The recipes of the stages done."""
-        return [stage["recipe"] for stage in self._stages if stage["state"] == "done"]
+        """The recipes of the stages done, and of the one in training."""
+        return [stage["recipe"] for stage in self._stages if stage["recipe"] is not None]
 
     def boundaries(self) -> list[str]:
         """The boundaries that this run wrote and that are still there."""

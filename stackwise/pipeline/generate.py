@@ -75,6 +75,11 @@ def generate(
         ids = np.where(holes, rack.mask_token, truth)
     else:
         ids, holes = parse_holes(text, tokenizer, rack.mask_token)
+        longest = rack.config.model.max_seq_len or rack.config.training.seq_len
+        if len(ids) > longest:
+            raise UsageError(
+                f"the text makes {len(ids)} tokens, and this rack takes {longest}", hint="shorten it, or its holes"
+            )
 
     def show(step: FillStep) -> None:
         if on_step is not None:
@@ -140,6 +145,8 @@ def _continue(
     on_step: Callable[[str], None] | None,
 ) -> dict[str, Any]:
     tokenizer = rack.data.tokenizer
+    if text and HOLE.search(text):
+        raise UsageError("this rack was trained causally: it continues a prompt and fills no holes")
     prompt = tokenizer.encode_batch([text])[0] if text else _passage(rack)[0][: PASSAGE_TOKENS // 2]
     if not len(prompt):
         raise UsageError("the prompt is empty")

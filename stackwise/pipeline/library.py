@@ -51,6 +51,11 @@ class LoadedSamples:
         self._tokens_NS, self._targets_NS = tokens_NS, targets_NS
         self._ids: np.ndarray | None = None
 
+    @property
+    def length(self) -> int:
+        """Tokens in a sample."""
+        return int(self._tokens_NS.shape[1])
+
     def n_samples(self, seq_len: int) -> int:
         """How many samples there are."""
         self._check(seq_len)
@@ -160,6 +165,9 @@ class UnifiedTrainer:
         """
         config, self.heads = self._sized(len(layers)), []
         data = LoadedSamples.from_batches(dataloader)
+        if "seq_len" not in config.training.model_fields_set:
+            config.training.seq_len = data.length
+            config.validate()
         vocab_size, mask_token = self._vocabulary(config, data)
         device = resolve_device(config.device)
         if config.precision == "auto":

@@ -109,6 +109,25 @@ class RunDirectory:
         return True
 
 
+def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
+    """A copy whose paths do not depend on the current directory, so that a run can be used from anywhere."""
+    config = config.model_copy(deep=True)
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    config.data.paths = [absolute(path) for path in config.data.paths]
+    if config.data.tokenizer not in ("bpe", "bytes"):
+        config.data.tokenizer = absolute(config.data.tokenizer)
+    if config.data.cache_dir is not None:
+        config.data.cache_dir = absolute(config.data.cache_dir)
+    if config.store.path is not None:
+        config.store.path = absolute(config.store.path)
+        if config.training.cache_dir is not None:
+            config.training.cache_dir = config.store.path
+    return config
+
+
 def held_by_live_process(run: RunDirectory) -> bool:
     """Whether a runner works on this directory now."""
     return durable.is_locked(run.path / "run.lock")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.checks import notes
+from stackwise.config.checks import changed, notes
 from stackwise.config.loading import dump
-from stackwise.data import PreparedData, prepare
+from stackwise.data import PreparedData, is_prepared, prepare
 from stackwise.durable import write_bytes
 from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError, UsageError
 from stackwise.identity import content_id
@@ -24,9 +24,12 @@ from stackwise.pipeline.fit import boundary_bytes, check_fit
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.plan import Plan, Versions, add_versions, check_data
 from stackwise.pipeline.recipe import codec_name, recipe_id, stage_steps
-from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.run import RunDirectory, with_absolute_paths
 from stackwise.pipeline.schedule import Stage
 from stackwise.store import ActivationStore, CommittedStage
+
+PROGRESS_SECONDS = 0.2
+"""Between two words on how far the preparation of the data is."""
 
 
 class Runner:
@@ -42,7 +45,7 @@ class Runner:
     def __init__(
         self, config: StackWiseConfig, run: RunDirectory, observe: Observer, *, resume_command: str = "stackwise run"
     ) -> None:
-        self.config, self.run_directory = config.model_copy(deep=True), run
+        self.config, self.run_directory = with_absolute_paths(config), run
         self._observe = Observers([observe])
         self._crew = Crew(self._observe, resume_command)
 
@@ -65,6 +68,8 @@ class Runner:
             if only is not None and not 0 <= only < self.config.n_stages:
                 raise NotFound(f"there is no stage {only}: the schedule has 0 to {self.config.n_stages - 1}")
             data = self._prepare()
+            for line in self._unused_beside_prepared():
+                self._tell("note", text=line)
             plan, manifest = self._open(data, stack)
             try:
                 return self._stages(plan, manifest, only)
@@ -84,11 +89,11 @@ class Runner:
             ready = self._crew.start(self.config.device, run.logs / "workers.log")
             if self.config.precision == "auto":
                 self.config.precision = ready["precision"]
-            store = stack.enter_context(ActivationStore(run.store_path(self.config)))
+            store = stack.enter_context(_open_store(run.store_path(self.config)))
             known = {key: list(value) for key, value in before.get("rowsets", {}).items()}
             plan = Plan(self.config, data, store, device=ready["device"], known_rowsets=known)
-        except UsageError:
-            if fresh:
+        except StackWiseError as error:
+            if fresh and error.exit_code == UsageError.exit_code:
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
         manifest = Manifest(run, plan, before)
@@ -96,8 +101,8 @@ class Runner:
             stack.enter_context(EventLog(run.events_file)),
             stack.enter_context(TensorBoard(run.tensorboard)),
             manifest.observe,
-            # A boundary is this run's from its first chunk on, so that no `cache gc` beside it takes it.
-            lambda event: self._register(plan, manifest) if event["event"] == "writing" else None,
+            # A stage is this run's from its first step on, a boundary from its first chunk: no `cache gc` takes them.
+            lambda event: self._register(plan, manifest) if event["event"] in ("training", "writing") else None,
         ):
             self._observe.add(observer)
         write_bytes(run.config_file, dump(self.config).encode())
@@ -108,6 +113,7 @@ class Runner:
     def _stages(self, plan: Plan, manifest: Manifest, only: int | None) -> dict[str, Any]:
         versions: Versions = {}
         todo = self._pending(plan, manifest)
+        self._register(plan, manifest)
         self._tell("fit", **check_fit(plan, todo, Path(self.run_directory.path)))
         begun = time.perf_counter()
         for stage in plan.stages:
@@ -128,7 +134,7 @@ class Runner:
         """The stages that are not committed, before any of them is trained; the manifest takes note of the others."""
         versions: Versions = {}
         for stage in plan.stages:
-            found = plan.store.stage(recipe_id(plan.recipe(stage, versions)), check=False)
+            found = committed_stage(plan, recipe_id(plan.recipe(stage, versions)))
             if found is None:
                 return plan.stages[stage.depth :]
             add_versions(versions, found)
@@ -159,7 +165,7 @@ class Runner:
         if only is not None and stage.depth != only:
             raise UsageError(
                 f"stage {stage.depth}, which stage {only} stands on, is not committed",
-                hint=f"stackwise stage run --depth {stage.depth} --run {self.run_directory.path}",
+                hint=f"run the same command with --depth {stage.depth} first",
             )
         steps = stage_steps(plan.config, stage.depth, plan.rowset(stage.rowset)[1])
         self._tell(
@@ -176,7 +182,7 @@ class Runner:
                 stage,
                 versions,
                 checkpoints=checkpoints,
-                train=plan.store.stage(key, check=False) is None,
+                train=committed_stage(plan, key) is None,
                 reads=reads,
                 writes=stage.rowset if hands_on else None,
             )
@@ -184,7 +190,7 @@ class Runner:
                 self._crew.work(job)
                 break
             except StackWiseError as error:
-                committed = plan.store.stage(key, check=False)
+                committed = committed_stage(plan, key)
                 if error.exit_code != DamageError.exit_code or attempt == 2:
                     raise
                 self._heal(plan, stage, reads, error)
@@ -213,7 +219,9 @@ class Runner:
         below = plan.stages[stage.depth - 1]
         reads = self._boundary(plan, below, versions, number) if below.reads_boundary else None
         self._make_room(plan, below, reads)
-        self._tell("recomputing", stage=below.depth, text=f"boundary {stage.depth} is not in the store: made again")
+        self._tell(
+            "recomputing", stage=below.depth, text=f"boundary {stage.depth} is not in the store: made by forward passes"
+        )
         self._crew.work(
             plan.job(
                 below,
@@ -253,6 +261,14 @@ class Runner:
             with contextlib.suppress(StackWiseError):  # someone else reads it: it goes another time
                 plan.store.drop(info.id)
                 self._tell("dropped", stage=info.depth, boundary=info.id, bytes=info.disk_bytes)
+
+    def _unused_beside_prepared(self) -> list[str]:
+        """The settings that a prepared data set has settled already."""
+        data = self.config.data
+        if not any(is_prepared(Path(path)) for path in data.paths):
+            return []
+        given = sorted(set(changed(data)) & {"tokenizer", "vocab_size", "held_out", "max_bytes", "text_column"})
+        return [f"data.{', '.join(given)}: unused, {data.paths[0]} is prepared already"] if given else []
 
     def _register(self, plan: Plan, manifest: Manifest) -> None:
         """Tell the store what this run refers to."""
@@ -307,10 +323,14 @@ class Runner:
         return result
 
     def _prepare(self) -> PreparedData:
-        begun = time.perf_counter()
+        begun = told = time.perf_counter()
+        before = ""
 
         def progress(phase: str, done: int, total: int | None) -> None:
-            self._tell("preparing", phase=phase, done=done, total=total)
+            nonlocal told, before
+            if phase != before or time.perf_counter() - told > PROGRESS_SECONDS:
+                told, before = time.perf_counter(), phase
+                self._tell("preparing", phase=phase, done=done, total=total)
 
         data, reused = prepare(self.config.data, model_vocab=self.config.model.vocab_size, progress=progress)
         self._tell("data", reused=reused, seconds=time.perf_counter() - begun, **data.summary())
@@ -318,3 +338,17 @@ class Runner:
 
     def _tell(self, event: str, **values: Any) -> None:
         self._observe({"event": event, **values})
+
+
+def committed_stage(plan: Plan, recipe: str) -> CommittedStage | None:
+    """A committed stage, its files unchecked; None where there is none, or its record is damaged."""
+    with contextlib.suppress(DamageError):
+        return plan.store.stage(recipe, check=False)
+    return None
+
+
+def _open_store(path: Path) -> ActivationStore:
+    try:
+        return ActivationStore(path)
+    except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+        raise UsageError(f"store.path {path} cannot be used: {error.strerror}", hint="name another directory") from None

@@ -86,7 +86,7 @@ def test_a_quota_evicts_what_is_not_in_use_and_changes_no_weight(micro: Micro, t
     assert weights(tmp_path / "tight") == weights(tmp_path / "free")
     config.stages = {2: {"training": {"learning_rate": 1e-3}}}  # type: ignore[dict-item]
     again = run(config, tmp_path / "tight")
-    assert "is not in the store: made again" in named(again, "recomputing")[0]["text"]
+    assert "is not in the store: made by forward passes" in named(again, "recomputing")[0]["text"]
     with ActivationStore(tmp_path / "tight" / "store", create=False) as store:
         assert sum(info.disk_bytes for info in store.boundaries()) <= config.store.max_bytes
     config.store.max_bytes = size

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.checks import notes
 from stackwise.errors import BusyError, NoSpaceError, UsageError
 from stackwise.pipeline.load import CommittedRack, load_rack
 from stackwise.pipeline.recipe import codec_name
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory, status
+from stackwise.pipeline.runner import Runner
 from stackwise.pipeline.use import evaluate_rack
 from stackwise.store import ActivationStore
 from stackwise.training.forward import forward_rows
@@ -111,6 +113,36 @@ def test_runs_that_share_a_store_share_stages(finished: tuple[StackWiseConfig, P
         assert str((tmp_path / "another").resolve()) in store.runs()
 
 
+def test_a_committed_stage_whose_record_was_altered_is_retrained(copy: tuple[StackWiseConfig, Path]) -> None:
+    config, directory = copy
+    before = weights(directory)
+    recipe = status(RunDirectory(directory))["stages"][0]["recipe"]
+    (directory / "store" / "stages" / recipe / "stage.json").write_text("{}")
+    events = run(config, directory)
+    assert [e["stage"] for e in named(events, "training")] == [0]
+    assert "stage.json" in named(events, "warning")[0]["text"]
+    assert weights(directory) == before
+
+
+def test_gc_beside_a_run_takes_nothing_of_it(finished: tuple[StackWiseConfig, Path], tmp_path: Path) -> None:
+    config, directory = finished
+    seen = []
+
+    def collect(event: dict[str, Any]) -> None:
+        if event["event"] in ("training", "checkpoint", "committed", "writing", "written", "reused"):
+            with ActivationStore(tmp_path / "run" / "store", create=False) as store:
+                seen.append(store.gc())
+
+    Runner(config, RunDirectory(tmp_path / "run"), collect).run()
+    assert len(seen) > 8
+    assert not any(found["stages"] or found["boundaries"] for found in seen)
+    assert weights(tmp_path / "run") == weights(directory)
+
+
+def test_a_saved_configuration_says_nothing_is_unused(finished: tuple[StackWiseConfig, Path]) -> None:
+    assert notes(RunDirectory(finished[1]).config()) == []
+
+
 @pytest.mark.parametrize("harm", ["delete", "alter"])
 def test_a_committed_file_that_was_touched_is_retrained_from_its_upstream(
     copy: tuple[StackWiseConfig, Path], harm: str
@@ -171,7 +203,7 @@ def test_keep_none_leaves_no_boundary_and_changes_no_weight(
     assert [e["stage"] for e in named(events, "dropped")] == [1]
     assert not list((tmp_path / "run" / "store" / "boundaries").iterdir())
     config.stages = {1: {"training": {"learning_rate": 1e-3}}}  # type: ignore[dict-item]
-    assert "made again" in named(run(config, tmp_path / "run"), "recomputing")[0]["text"]
+    assert "made by forward passes" in named(run(config, tmp_path / "run"), "recomputing")[0]["text"]
 
 
 def test_two_runners_on_one_run_directory(copy: tuple[StackWiseConfig, Path]) -> None:

@@ -44,7 +44,7 @@ def repair(run: str | None, store: str | None, as_json: bool, dry_run: bool) -> 
         gone = words.plural(len(found["gone"]), "thing")
         raise DamageError(
             f"{gone} could not be repaired"
-            + (" (nothing was changed)" if dry_run else "; what is damaged was taken out"),
+            + (" (nothing was changed)" if dry_run else "; damaged chunks were taken out"),
             hint="`stackwise run` makes again what it needs",
         )
 

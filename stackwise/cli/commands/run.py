@@ -98,5 +98,7 @@ def _conclude(view: RunView) -> None:
         out.print(held_out(view.evaluation))
     if view.fill is not None:
         out.print()
-        out.print(plain("a held-out passage, with holes and as the rack filled them"), style="bold")
+        causal = view.evaluation is not None and view.evaluation.get("likelihood") == "exact"
+        title = "a prompt, and how the rack goes on" if causal else "with holes, and as the rack filled them"
+        out.print(plain(f"a held-out passage: {title}"), style="bold")
         passage(out, view.fill)
