@@ -6,7 +6,8 @@ on shared machines. `python -m benchmarks` runs all of them and writes their tab
 
 import os
 
-from stackwise.pipeline.process import WAIT_POLICY
+from stackwise.pipeline.process import WAITING
 
 # What is measured in this process waits as a worker does; it must be said before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
+for name, value in WAITING.items():
+    os.environ.setdefault(name, value)

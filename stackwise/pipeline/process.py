@@ -18,9 +18,9 @@ from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
 
 Event = dict[str, Any]
 
-WAIT_POLICY = "passive"
-"""How a worker's threads wait for each other: asleep. Spinning, one of them keeps the core that the other needs as soon
-as anything else runs on the machine, and small stages train seven times slower (docs/log.md)."""
+WAITING = {"GOMP_SPINCOUNT": "1000"}
+"""How a worker's threads wait for each other: a short spin, then asleep. With libgomp's own long spin one of them keeps
+the core that the other needs as soon as anything else runs on the machine (docs/log.md)."""
 
 CLOSE_SECONDS = 120
 """How long a worker that was told to stop may take for the step in hand and its checkpoint."""
@@ -50,7 +50,7 @@ class Worker:
                 stderr=errors,
                 text=True,
                 encoding="utf-8",
-                env={"OMP_WAIT_POLICY": WAIT_POLICY, **os.environ},
+                env={**WAITING, **os.environ},
                 start_new_session=True,  # a terminal's Ctrl-C is for the runner to pass on
             )
         self._events: queue.Queue[Event | None] = queue.Queue()
