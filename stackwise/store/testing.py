@@ -11,6 +11,7 @@ The first tests ask the backend alone, the later ones a whole store on top of it
 
 from __future__ import annotations
 
+import abc
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,15 +34,15 @@ TRUNK = "ab" * 16
 NAME = "cd" * 16
 
 
-class BackendSuite:
+class BackendSuite(abc.ABC):
     """Subclass it, and say in `make_backend` how a backend is made."""
 
     codecs: Sequence[str] = ("fp32", "bf16-zstd", "int8")
     """Codecs that the tests of a whole store run with."""
 
+    @abc.abstractmethod
     def make_backend(self, path: Path) -> Backend:
         """A backend over an empty place."""
-        raise NotImplementedError
 
     @pytest.fixture
     def backend(self, tmp_path: Path) -> Backend:

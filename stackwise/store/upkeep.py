@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from stackwise.store.repair import Recompute
 
 
-class Upkeep:
+class Upkeep(abc.ABC):
     """The part of `ActivationStore` that looks after the whole; not to be made by itself."""
 
     _index: Index
@@ -28,8 +29,9 @@ class Upkeep:
         """Every boundary, shallow first. One whose record is damaged is left to `verify` to name."""
         return inspection.read_boundaries(self._index)[0]
 
+    @abc.abstractmethod
     def _drop(self, boundary_id: Hex, *, evict: bool = False) -> int:
-        raise NotImplementedError
+        """Remove a boundary, index first; returns the bytes freed."""
 
     def inspect(self) -> dict[str, Any]:
         """What the store holds, as the contract's `cache inspect --json`.
