@@ -79,7 +79,7 @@ def test_the_keys_of_the_original_documents_are_accepted_as_they_stand() -> None
     assert config.time_as_depth
     assert config.store.path == "./cache"
     said = "\n".join(notes(config))
-    for unused in ("cache_mode", "mode is unused", "qlora_rank", "time_embedding_dim"):
+    for unused in ("cache_mode", "mode is unused", "qlora_rank"):
         assert unused in said
 
 
