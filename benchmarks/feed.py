@@ -136,18 +136,11 @@ class _Race:
             return self._train(batches)
 
     def _train(self, batches: Iterator[Batch]) -> Timed:
-        from benchmarks.workbench import Timed, train
-        from stackwise.training.trainer import Trainer
+        from benchmarks.workbench import Timed, train, trainer_of
 
         setting = self.bench.setting
         self.model.load_state_dict(self.start)
-        trainer = Trainer(
-            self.model,
-            setting.config.stage_training(setting.stage.depth),
-            steps=self.settle + self.steps + 1,
-            seed=(setting.config.seed, setting.stage.depth),
-            device=setting.device,
-        )
+        trainer = trainer_of(setting, self.model, self.settle + self.steps + 1)
         before = train(trainer, batches, self.settle)
         timed = train(trainer, batches, self.steps)
         return Timed(timed.seconds, timed.waited, before.losses + timed.losses)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.arithmetic import Reference, synchronise, work_of
 from benchmarks.common import Result, Spread
-from benchmarks.workbench import Bench, settle_steps, train, trains_projection
+from benchmarks.workbench import Bench, settle_steps, train, trainer_of, trains_projection
 from stackwise.identity import content_id
 from stackwise.pipeline.recipe import codec_name
 from stackwise.pipeline.stage_worker import boundary_chunk_rows
@@ -39,13 +39,7 @@ def training(bench: Bench, model: StageModel, rounds: int, steps: int, profile: 
         config.model, setting.blocks, settings.seq_len, setting.vocab_size,
         causal=model.objective.causal, trained_head=trains_projection(config),
     )  # fmt: skip
-    trainer = Trainer(
-        model,
-        config.stage_training(setting.stage.depth),
-        steps=10**9,
-        seed=(config.seed, setting.stage.depth),
-        device=setting.device,
-    )
+    trainer = trainer_of(setting, model, 10**9)
     reference = Reference(setting.device)
     rates, seconds, waits, flops, losses = [], [], [], [], []
     with bench.feed() as feed, ahead(feed.shuffled(bench.order, settings.batch_size, 0), setting.device) as batches:
@@ -84,7 +78,7 @@ def _profile(trainer: Trainer, batches: Iterator[Batch], path: Path) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    gpu = trainer.device.type == "cuda"
+    gpu = trainer.engine.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with record(activities=activities) as found:
         train(trainer, batches, 1)

@@ -25,6 +25,7 @@ from stackwise.pipeline.recipe import WINDOW_CHUNKS, codec_name, order_rows
 from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.pipeline.stage_worker import boundary_chunk_rows
 from stackwise.store import ActivationStore, Prefetcher, RowOrder
+from stackwise.training.engine import ResidentEngine
 from stackwise.training.feed import Feed
 from stackwise.training.stage import Batch, StageModel
 from stackwise.training.trainer import Progress, Trainer
@@ -184,6 +185,12 @@ def fresh_model(setting: Setting) -> StageModel:
 def trains_projection(config: StackWiseConfig) -> bool:
     """Whether a stage above the front trains its head's projection."""
     return not config.model.tie_embeddings or config.training.tied_head == "copy"
+
+
+def trainer_of(setting: Setting, model: StageModel, steps: int) -> Trainer:
+    """The trainer of a stage as a worker makes it."""
+    settings, seed = setting.config.stage_training(setting.stage.depth), (setting.config.seed, setting.stage.depth)
+    return Trainer(ResidentEngine(model, settings, seed=seed, device=setting.device), settings, steps=steps)
 
 
 class _Until:

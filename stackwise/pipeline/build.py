@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -133,8 +133,8 @@ def _embedding(job: StageJob) -> torch.Tensor | None:
     return None if tensors is None else tensors["embedding.weight"]
 
 
-def save_part(module: nn.Module, path: Path) -> None:
-    """Write a part's weights as safetensors."""
+def save_part(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a part's weights (its state dict) as safetensors."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}, path)
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)

@@ -26,6 +26,7 @@ from stackwise.pipeline.recipe import WINDOW_CHUNKS, codec_name, order_rows, sta
 from stackwise.pipeline.rows import choose_samples, stage_rows
 from stackwise.store import CODECS, ActivationStore, BoundaryInfo, BoundaryReader, RowOrder
 from stackwise.training import checkpoint
+from stackwise.training.engine import Engine, ResidentEngine
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.forward import write_boundary
 from stackwise.training.stage import StageModel
@@ -113,7 +114,7 @@ class _Hooks:
                 "learning_rate": progress.learning_rate,
                 "tokens_per_second": progress.tokens_per_second,
                 "wait_fraction": progress.wait_fraction,
-                "memory": peak_memory(self._trainer.device),
+                "memory": peak_memory(self._trainer.engine.device),
                 "pid": os.getpid(),
             }
         )
@@ -150,7 +151,8 @@ def train_stage(
     if config.training.compile:
         for block in model.blocks:
             block.compile()
-    trainer = Trainer(model, settings, steps=steps, seed=(config.seed, stage.depth), device=device)
+    engine = ResidentEngine(model, settings, seed=(config.seed, stage.depth), device=device)
+    trainer = Trainer(engine, settings, steps=steps)
     directory = Path(job.checkpoints)
 
     def warn(text: str) -> None:
@@ -180,10 +182,11 @@ def _commit(
 ) -> None:
     stage, record = job.stage, trainer.record
     trained = {name: module for name, module in parts_of(model, stage).items() if name in stage.trains}
-    digests = {name: part_digest(module) for name, module in trained.items()}
+    trainer.engine.settle()
+    digests = {name: part_digest(trainer.engine.weights(module)) for name, module in trained.items()}
     store.commit_stage(
         job.recipe_id,
-        {name: partial(save_part, module) for name, module in trained.items()},
+        {name: partial(_save, trainer.engine, module) for name, module in trained.items()},
         {
             "recipe": job.recipe,
             "depth": stage.depth,
@@ -200,6 +203,10 @@ def _commit(
         },
     )
     emit({"event": "committed", "stage": stage.depth, "recipe": job.recipe_id, "parts": digests})
+
+
+def _save(engine: Engine, module: nn.Module, path: Path) -> None:
+    save_part(engine.weights(module), path)
 
 
 def write_above(

@@ -13,12 +13,14 @@ import mmap
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from stackwise import durable
 from stackwise.identity import digest
@@ -36,6 +38,26 @@ def file_digest(path: Path) -> str:
         return digest(memoryview(view))
 
 
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of an open safetensors file, each read when it is asked for: one at a time is in memory."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise KeyError(name) from error
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+
 def save(directory: Path, trainer: Trainer) -> Path:
     """Save a trainer's state under `directory`; afterwards the oldest beyond two are removed.
 
@@ -48,7 +70,7 @@ def save(directory: Path, trainer: Trainer) -> Path:
     with durable.explain_full_disk(directory):
         try:
             temporary.mkdir()
-            state = {key: tensor.contiguous().cpu() for key, tensor in trainer.state().items()}
+            state = {key: tensor.contiguous().cpu() for key, tensor in trainer.engine.state().items()}
             durable.write_durably(temporary / _STATE, lambda path: save_file(state, path))
             meta = {"step": trainer.step, "digest": file_digest(temporary / _STATE), "record": asdict(trainer.record)}
             durable.write_bytes(temporary / _META, json.dumps(meta).encode())
@@ -78,15 +100,13 @@ def restore_latest(directory: Path, trainer: Trainer, warn: Callable[[str], None
             meta: dict[str, Any] = durable.read_json(path / _META)
             if file_digest(path / _STATE) != meta["digest"]:
                 raise ValueError("its digest differs")
-            tensors = load_file(path / _STATE)
-            expected = {f"weight/{name}": p.shape for name, p in trainer.parameters.items()}
-            if any(key not in tensors or tensors[key].shape != shape for key, shape in expected.items()):
-                raise ValueError("it is of another shape")
             record, step = Record(**meta["record"]), int(meta["step"])
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            with safe_open(path / _STATE, "pt") as file:
+                _check_shapes(file, trainer.engine.state())
+                trainer.restore(Tensors(file), step, record)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             warn(f"checkpoint {path} is damaged ({error}); the one before it is used")
             continue
-        trainer.restore(tensors, step, record)
         return True
     return False
 
@@ -94,6 +114,13 @@ def restore_latest(directory: Path, trainer: Trainer, warn: Callable[[str], None
 def remove(directory: Path) -> None:
     """Remove every checkpoint of a stage that is committed."""
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def _check_shapes(file: Any, state: Mapping[str, Tensor]) -> None:
+    """Whether a checkpoint is of this stage, asked before any of it is taken up."""
+    there = set(file.keys())
+    if any(n not in there or file.get_slice(n).get_shape() != list(tensor.shape) for n, tensor in state.items()):
+        raise ValueError("it is of another shape")
 
 
 def _complete(directory: Path) -> list[Path]:

@@ -1,14 +1,14 @@
-"""The one trainer: steps over batches, with gradients exact over accumulated microbatches.
+"""The one trainer: the loop over a stage's steps, with what is told, saved and decided between them.
 
-Every draw is a pure function of (seed, stage, step, microbatch), so a trainer restored at step n goes on as one
-that was never stopped: its state is the weights, the optimizer's moments and the step.
+Randomness is a pure function of (seed, stage, step, microbatch), so a trainer restored at step n goes on as one that
+was never stopped: its state is the engine's and the step.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,9 +16,9 @@ import torch
 
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
-from stackwise.identity import derive_seed
-from stackwise.training.optim import learning_rate, make_optimizer
-from stackwise.training.stage import Batch, StageModel
+from stackwise.training.engine import Engine, Stepped
+from stackwise.training.optim import learning_rate
+from stackwise.training.stage import Batch
 
 REPORT_SECONDS = 0.25
 """Losses are read off the device at most this often, so that reporting never stalls it."""
@@ -68,87 +68,29 @@ class Hooks(Protocol):
 
 
 class Trainer:
-    """Trains what of a `StageModel` requires gradients.
+    """Takes an engine through a stage's steps.
 
     Args:
-        model: The stage, on its device.
-        settings: Learning rate, batch, clipping and the rest.
+        engine: What holds the stage and takes its steps.
+        settings: Learning rate, batch and the rest.
         steps: How many optimizer steps the stage takes.
-        seed: The parts that its randomness follows from, such as (seed, stage).
-        device: Where `model` is.
     """
 
-    def __init__(
-        self,
-        model: StageModel,
-        settings: StageTraining,
-        *,
-        steps: int,
-        seed: tuple[int | str, ...],
-        device: torch.device,
-    ) -> None:
-        self.model, self.settings, self.steps, self.seed, self.device = model, settings, steps, seed, device
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.parameters.values(), settings)
+    def __init__(self, engine: Engine, settings: StageTraining, *, steps: int) -> None:
+        self.engine, self.settings, self.steps = engine, settings, steps
         self.step = 0
         self.record = Record()
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Weights and moments by name; with `step` and `record`, all that a checkpoint needs."""
-        tensors = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
-        return tensors
-
-    def restore(self, tensors: dict[str, torch.Tensor], step: int, record: Record) -> None:
-        """Take up the state that `state` gave, in place: no second copy of the weights is made."""
-        for name, p in self.parameters.items():
-            p.data.copy_(tensors.pop(f"weight/{name}"))
-        moments: dict[str, dict[str, torch.Tensor]] = {}
-        for key in list(tensors):
-            kind, _, name = key.partition("/")
-            moments.setdefault(name, {})[kind] = tensors.pop(key)
-        for name, p in self.parameters.items():
-            if name in moments:
-                self.optimizer.state[p] = {
-                    kind: value if kind == "step" and value.device == p.device else value.to(p.device)
-                    for kind, value in moments[name].items()
-                }
+    def restore(self, tensors: Mapping[str, torch.Tensor], step: int, record: Record) -> None:
+        """Take up the engine's state as it was at `step`."""
+        self.engine.restore(tensors)
         self.step, self.record = step, record
 
-    def train_step(self, microbatches: list[Batch] | Iterator[Batch]) -> torch.Tensor:
-        """One optimizer step over `accumulation` microbatches.
-
-        The gradient is that of the mean loss over all their scored positions, however these fall into the
-        microbatches.
-
-        Returns:
-            The mean loss, a scalar on the device: reading it waits for the device.
-        """
-        rate = learning_rate(self.settings, self.step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        total = torch.zeros((), device=self.device)
-        scored = 0
-        for number, cpu_batch in enumerate(microbatches):
-            batch = cpu_batch.to(self.device)
-            torch.manual_seed(derive_seed(*self.seed, self.step, number, "dropout"))
-            with self.model.numerics(self.device):
-                loss, count = self.model(batch)
-            # Scaled by a constant now and by the true count below, which is known only at the last microbatch.
-            (loss / batch.tokens_BS.numel()).backward()
-            total += loss.detach()
-            scored += int(count)
-            nominal = batch.tokens_BS.numel()
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if gradients and scored:
-            torch._foreach_mul_(gradients, nominal / scored)
-            if self.settings.grad_clip > 0:
-                torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def train_step(self, microbatches: Sequence[Batch]) -> Stepped:
+        """One optimizer step over `accumulation` microbatches, at the rate that the schedule gives."""
+        stepped = self.engine.step(microbatches, self.step, learning_rate(self.settings, self.step, self.steps))
         self.step += 1
-        return total / max(scored, 1)
+        return stepped
 
     def fit(
         self,
@@ -170,8 +112,7 @@ class Trainer:
         Raises:
             StackWiseError: The loss is no longer a finite number.
         """
-        self.model.train()
-        pending: list[torch.Tensor] = []
+        pending: list[Stepped] = []
         begun = reported = time.perf_counter()
         waited_before, seconds_before, tokens = self.record.waited, self.record.seconds, 0
         while self.step < self.steps:
@@ -182,7 +123,7 @@ class Trainer:
             stopping = hooks.stop() or self.step == self.steps
             saving = hooks.checkpoint_due(self.step) or stopping
             if saving or now - reported >= REPORT_SECONDS:
-                losses = torch.stack(pending).tolist()
+                losses = torch.stack([stepped.loss for stepped in pending]).tolist()
                 now = time.perf_counter()
                 self.record.losses += losses
                 self.record.seconds = seconds_before + now - begun

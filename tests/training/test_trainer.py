@@ -17,6 +17,7 @@ from stackwise.errors import StackWiseError
 from stackwise.model import build_block, build_front, build_head
 from stackwise.objectives import MaskDiffusionObjective
 from stackwise.training import checkpoint
+from stackwise.training.engine import ResidentEngine
 from stackwise.training.optim import learning_rate
 from stackwise.training.stage import Batch, StageModel
 from stackwise.training.trainer import Progress, Trainer
@@ -85,7 +86,12 @@ def fit(trainer: Trainer, hooks: Hooks, source: Iterator[Batch]) -> bool:
 
 def trainer(steps: int = 12, tokens: bool = True, dropout: float = 0.1, **settings: object) -> Trainer:
     chosen = StageTraining.model_validate({"learning_rate": 1e-2, **settings})
-    return Trainer(model(dropout, tokens), chosen, steps=steps, seed=(0, 1), device=CPU)
+    return Trainer(ResidentEngine(model(dropout, tokens), chosen, seed=(0, 1), device=CPU), chosen, steps=steps)
+
+
+def resident(trainer: Trainer) -> ResidentEngine:
+    assert isinstance(trainer.engine, ResidentEngine)
+    return trainer.engine
 
 
 @pytest.mark.parametrize("tokens", [True, False])
@@ -93,10 +99,11 @@ def test_a_stages_gradient_is_that_of_the_objective_written_out_by_hand(tokens: 
     one = trainer(tokens=tokens, dropout=0.0, grad_clip=0.0, accumulation=3)
     parts = [batch(i, rows=2 + i, tokens=tokens) for i in range(1)] + [batch(i, rows=2, tokens=tokens) for i in (1, 2)]
     seen: dict[str, torch.Tensor] = {}
-    one.optimizer.register_step_pre_hook(
-        lambda *_: seen.update({name: p.grad.clone() for name, p in one.parameters.items() if p.grad is not None})
+    parameters = resident(one).parameters
+    resident(one).optimizer.register_step_pre_hook(
+        lambda *_: seen.update({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
     )
-    loss = one.train_step(iter(parts))
+    stepped = one.train_step(parts)
 
     other = model(0.0, tokens)
     total, count = torch.zeros(()), 0
@@ -110,10 +117,12 @@ def test_a_stages_gradient_is_that_of_the_objective_written_out_by_hand(tokens: 
         total = total + F.cross_entropy(logits[part.masks_BS], part.tokens_BS[part.masks_BS], reduction="sum")
         count += int(part.masks_BS.sum())
     (total / count).backward()
-    assert loss.item() == pytest.approx((total / count).item(), rel=1e-6)
+    assert stepped.loss.item() == pytest.approx((total / count).item(), rel=1e-6)
     for name, p in other.named_parameters():
         assert p.grad is not None
         torch.testing.assert_close(seen[name], p.grad, rtol=1e-4, atol=1e-7)
+    norm = torch.cat([p.grad.flatten() for p in other.parameters() if p.grad is not None]).norm()
+    assert stepped.gradient_norm.item() == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_stopped_and_resumed_anywhere_ends_with_the_same_bits(tmp_path: Path) -> None:
@@ -128,8 +137,8 @@ def test_stopped_and_resumed_anywhere_ends_with_the_same_bits(tmp_path: Path) ->
         assert second.step == stop_at
         assert fit(second, Hooks(), batches(stop_at))
         assert second.record.losses == whole.record.losses
-        for name, p in whole.parameters.items():
-            assert torch.equal(p, second.parameters[name]), name
+        for name, p in resident(whole).parameters.items():
+            assert torch.equal(p, resident(second).parameters[name]), name
 
 
 def test_a_loss_that_is_no_number_ends_training_before_it_is_saved(tmp_path: Path) -> None:
@@ -165,7 +174,7 @@ def test_learning_rates(shape: str) -> None:
 
 
 def test_weight_decay_touches_matrices_alone() -> None:
-    groups = trainer().optimizer.param_groups
+    groups = resident(trainer()).optimizer.param_groups
     assert all(p.dim() >= 2 for p in groups[0]["params"])
     assert all(p.dim() < 2 for p in groups[1]["params"])
     assert groups[0]["weight_decay"] > 0 == groups[1]["weight_decay"]
