@@ -14,8 +14,7 @@ from stackwise.pipeline.load import CommittedRack, load_rack
 from stackwise.pipeline.recipe import forward_specification, trunk_id
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
-from stackwise.store import CODECS, ActivationStore, BoundaryInfo, Codec, Recompute
-from stackwise.store.codecs import decode_scaled
+from stackwise.store import CODECS, ActivationStore, BoundaryInfo, Recompute
 from stackwise.training.forward import forward_rows
 
 GROUP = 16
@@ -98,7 +97,7 @@ def _raised(
                     x_BSD = front(objective.inputs(tokens, shown, ids)).to(stream)
                     carried.append(torch.empty(0))
                 else:
-                    x_BSD = _stored(codec, carried[place]).to(rack.device, stream)
+                    x_BSD = codec.round_trip(carried[place]).to(rack.device, stream)
                 carried[place] = stage.forward(x_BSD, _segments(rack, samples_R[index], info.seq_len)).cpu()
         if stage.depth == depth:
             break
@@ -111,13 +110,3 @@ def _segments(rack: CommittedRack, samples_B: np.ndarray, seq_len: int) -> torch
     if not rack.config.data.within_documents:
         return None
     return torch.from_numpy(rack.data.train.segments(samples_B, seq_len)).to(rack.device)
-
-
-def _stored(codec: Codec, x_RSD: torch.Tensor) -> torch.Tensor:
-    """What reading gives of rows that were written: a codec may cost precision."""
-    if codec.lossless:
-        return x_RSD.to({"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[codec.decoded])
-    stored, scale = codec.encode(x_RSD)
-    out = torch.empty(x_RSD.shape, dtype=torch.bfloat16)
-    decode_scaled(codec.base, stored, scale, out)
-    return out

@@ -236,7 +236,7 @@ def write_above(
         attributes={"blocks_below": stage.last + 1},
     ) as writer:
         emit({"event": "writing", "stage": stage.depth, "boundary": writer.info.id, "chunks": writer.info.chunks})
-        finished = write_boundary(
+        done = write_boundary(
             model,
             feed,
             writer,
@@ -246,7 +246,7 @@ def write_above(
             ),
             stop=stop,
         )
-    if not finished:
+    if not done.finished:
         raise InterruptedRun(f"stage {stage.depth} stopped while writing boundary {stage.depth + 1}", hint=RESUME)
     info = next(info for info in store.boundaries() if info.id == writer.info.id)
     emit(
@@ -257,6 +257,8 @@ def write_above(
             "bytes": info.disk_bytes,
             "rows": info.rows,
             "seconds": time.perf_counter() - clock,
+            "wait_fraction": done.wait_fraction,
+            "blocked_fraction": done.blocked_fraction,
         }
     )
 

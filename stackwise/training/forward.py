@@ -1,16 +1,25 @@
-"""The forward-only pass that writes the boundary above a stage."""
+"""The forward-only pass: rows through frozen stages, and the boundary that they leave behind.
+
+On a GPU rows come up, are computed on, go down and are written all at once: batches lie ready pinned, results leave by
+a copy stream of their own into pinned memory, and threads write what has arrived. Every queue between is bounded.
+"""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from stackwise.store import BoundaryWriter
+from stackwise.store import BoundaryWriter, Codec
 from stackwise.training.feed import Feed, ahead
-from stackwise.training.stage import StageModel
+from stackwise.training.stage import Batch, StageModel
+
+ON_THE_WAY = 2
+"""Batches whose results may still be on their way from a GPU while the next is computed."""
 
 
 def forward_rows(seq_len: int) -> int:
@@ -18,7 +27,93 @@ def forward_rows(seq_len: int) -> int:
     return max(1, 8192 // seq_len)
 
 
+def pieces(first: int, last: int, seq_len: int) -> list[tuple[int, int]]:
+    """The rows [first, last) of a chunk in the ranges that go forward together, each (first, row after the last)."""
+    size = forward_rows(seq_len)
+    return [(at, min(at + size, last)) for at in range(first, last, size)]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a forward-only pass went.
+
+    Args:
+        finished: Whether the boundary is complete.
+        seconds: How long the pass took.
+        waited: Seconds of them in which it waited for rows to come in.
+        blocked: Seconds of them in which it waited for the disk to take chunks.
+    """
+
+    finished: bool
+    seconds: float
+    waited: float
+    blocked: float
+
+    @property
+    def wait_fraction(self) -> float:
+        """Share of the time that the pass waited for rows to come in."""
+        return self.waited / self.seconds if self.seconds else 0.0
+
+    @property
+    def blocked_fraction(self) -> float:
+        """Share of the time that the pass waited for the disk to take chunks."""
+        return self.blocked / self.seconds if self.seconds else 0.0
+
+
+def through(stages: Sequence[StageModel], batch: Batch, codec: Codec) -> torch.Tensor:
+    """The activations [B, S, D] that leave the last of some frozen stages, on their device.
+
+    At each edge between two of them the rows go through `codec`, as if they had been stored and read again.
+    """
+    device = batch.tokens_BS.device
+    for stage in stages[:-1]:
+        with stage.numerics(device):
+            x_BSD = stage.activations(batch)
+        batch = batch.above(codec.round_trip(x_BSD).to(device))
+    with stages[-1].numerics(device):
+        return stages[-1].activations(batch)
+
+
 @torch.no_grad()
+def outputs(
+    stages: Sequence[StageModel], batches: Iterator[Batch], codec: Codec, device: torch.device
+) -> Generator[torch.Tensor]:
+    """For each batch what leaves the last stage, on the CPU; on a GPU while the next batches are computed.
+
+    Args:
+        stages: Frozen, in evaluation mode, on `device`.
+        batches: On the CPU; pinned, for a GPU.
+        codec: What the rows will be stored with: bf16 is narrowed before it travels.
+        device: Where `stages` are.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield through(stages, batch.to(device), codec).cpu()
+        return
+    leaving: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    on_the_way: deque[tuple[torch.Tensor, Any]] = deque()
+    for batch in batches:
+        x_BSD = through(stages, batch.to(device), codec)
+        if codec.base == "bf16":
+            x_BSD = x_BSD.to(torch.bfloat16)
+        leaving.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(leaving):
+            landed = torch.empty(x_BSD.shape, dtype=x_BSD.dtype, pin_memory=True)
+            landed.copy_(x_BSD, non_blocking=True)
+            arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record(leaving)
+        x_BSD.record_stream(leaving)  # its memory is not given away while it travels
+        on_the_way.append((landed, arrived))
+        if len(on_the_way) > ON_THE_WAY:
+            landed, arrived = on_the_way.popleft()
+            arrived.synchronize()
+            yield landed
+    while on_the_way:
+        landed, arrived = on_the_way.popleft()
+        arrived.synchronize()
+        yield landed
+
+
 def write_boundary(
     model: StageModel,
     feed: Feed,
@@ -27,75 +122,41 @@ def write_boundary(
     *,
     progress: Callable[[int, int], None],
     stop: Callable[[], bool],
-) -> bool:
-    """Write every chunk that `writer` still lacks; reading, computing and writing overlap.
+) -> Pass:
+    """Write every chunk that `writer` still lacks; reading, copies, computing and writing overlap.
 
     Args:
-        model: The stage, on `device`.
+        model: The stage, on `device`; it is left in evaluation mode.
         feed: What enters the stage.
         writer: The boundary above it.
         device: Where `model` is.
-        progress: Told the chunks written and the chunks in all.
-        stop: Asked after each chunk; True ends early, and a later call goes on from there.
+        progress: Told the chunks handed to the writer and the chunks in all.
+        stop: Asked before each chunk; True ends early, and a later call goes on from there.
 
     Returns:
-        Whether the boundary is complete.
+        Whether the boundary is complete, and how long the pass waited for what.
     """
     model.eval()
     missing, total = list(writer.missing), writer.info.chunks
     ranges = [writer.chunk_rows_of(chunk) for chunk in missing]
-    rows = forward_rows(feed.seq_len)
-    finished = True
-    with ahead(feed.sequential(ranges, rows), device) as batches, _ChunkWriter(writer) as out:
-        source = iter(batches)
+    begun, blocked, finished = time.perf_counter(), 0.0, True
+    with ahead(feed.sequential(ranges, forward_rows(feed.seq_len)), device) as batches:
+        source = outputs([model], batches, writer.info.codec_object, device)
         for done, (chunk, (first, last)) in enumerate(zip(missing, ranges, strict=True)):
             if stop():
                 finished = False
                 break
-            parts: list[torch.Tensor] = []
-            for _ in range(first, last, rows):
-                batch = next(source).to(device)
-                with model.numerics(device):
-                    parts.append(model.activations(batch))
-            out.put(chunk, torch.cat(parts).cpu())
+            x_RSD = torch.cat([next(source) for _ in pieces(first, last, feed.seq_len)])
+            handed = time.perf_counter()
+            writer.submit(chunk, x_RSD, copy=False)
+            blocked += time.perf_counter() - handed
             progress(total - len(missing) + done + 1, total)
+        source.close()
+        waited = batches.waited
+    handed = time.perf_counter()
     if finished:
         writer.finish()
-    return finished
-
-
-class _ChunkWriter:
-    """Writes chunks in a thread of its own, two at most waiting, so that fsync and compute overlap."""
-
-    def __init__(self, writer: BoundaryWriter) -> None:
-        self._writer = writer
-        self._chunks: queue.Queue[tuple[int, torch.Tensor] | None] = queue.Queue(maxsize=2)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="boundary-writer", daemon=True)
-
-    def __enter__(self) -> _ChunkWriter:
-        self._thread.start()
-        return self
-
-    def put(self, chunk: int, x_RSD: torch.Tensor) -> None:
-        self._raise()
-        self._chunks.put((chunk, x_RSD))
-
-    def __exit__(self, *exception: object) -> None:
-        self._chunks.put(None)
-        self._thread.join()
-        if exception[0] is None:
-            self._raise()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _work(self) -> None:
-        # After an error the queue is still emptied, so that `put` never waits for a thread that is gone.
-        while (item := self._chunks.get()) is not None:
-            if self._error is None:
-                try:
-                    self._writer.write_chunk(*item)
-                except BaseException as error:
-                    self._error = error
+    else:
+        writer.flush()
+    now = time.perf_counter()
+    return Pass(finished, now - begun, waited, blocked + now - handed)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,6 +44,10 @@ class Batch:
             move(self.segments_BS),
             move(self.targets_BS),
         )
+
+    def above(self, x_BSD: torch.Tensor) -> Batch:
+        """The same rows one stage higher: `x_BSD` is what enters there."""
+        return replace(self, x_BSD=x_BSD)
 
 
 class StageModel(nn.Module):

@@ -37,7 +37,12 @@ def wording(event: Event) -> str | None:
         case "written":
             speed = event["bytes"] / event["seconds"] if event["seconds"] else 0.0
             took = f"{words.size(event['bytes'])} in {words.duration(event['seconds'])}, {words.size(speed)}/s"
-            return f"boundary written: {took}"
+            waited = [
+                f"{words.percent(event[key])} waiting for {what}"
+                for key, what in (("wait_fraction", "data"), ("blocked_fraction", "the disk"))
+                if event.get(key, 0.0) >= 0.005
+            ]
+            return f"boundary written: {', '.join([took, *waited])}"
         case "reused":
             return f"reused ({event['reason']})"
         case "recomputing" | "stopping" | "failed":
