@@ -57,7 +57,7 @@ class Spill:
         path = self.directory / str(self._made)
         self._made += 1
         with durable.explain_full_disk(path), path.open("wb", buffering=0) as file:
-            left = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            left = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             while left:
                 left = left[file.write(left) :]
         self._files[key] = path, tensor.dtype, tensor.shape

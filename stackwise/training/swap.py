@@ -17,18 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.training.engine import Stepped
-from stackwise.training.optim import make_optimizer
-from stackwise.training.parts import FRONT, HEAD, Group, Loaded, Parts, in_turn, make_groups
+from stackwise.training.groups import Turns
+from stackwise.training.parts import FRONT, HEAD, Parts, in_turn, make_groups
 from stackwise.training.redo import RedoLog
 from stackwise.training.spill import Spill
 from stackwise.training.stage import Batch, StageModel
-
 
 
 class SwappedEngine:
@@ -62,6 +61,7 @@ class SwappedEngine:
         self.log = RedoLog(directory, parts.trains)
         self.log.open(warn)
         self.spill = Spill(directory / "step", memory)
+        self.turns = Turns(parts, self.log, settings, device)
         trained = [group.index for group in self.groups if set(group.names) & set(parts.trains)]
         self.lowest = min(trained, default=len(self.groups))
         # The gradient of a tied projection arrives at the front from the head too, so the front waits for it.
@@ -106,14 +106,15 @@ class SwappedEngine:
 
     def settle(self) -> None:
         """Bring every part up to the last step published."""
-        for loaded in in_turn(self._load_to_update, [g for g in self.groups if set(g.names) & set(self.parts.trains)]):
+        trained = [group for group in self.groups if set(group.names) & set(self.parts.trains)]
+        for loaded in in_turn(self.turns.load_to_update, trained):
             loaded.to(self.device)
-            self._update(loaded)
+            self.turns.update(loaded)
         self.log.flush()
 
     def weights(self, part: str) -> dict[str, Tensor]:
         """The state dict, as it is committed, of a part; after `settle`."""
-        embedding = self._embedding() if part == HEAD and self.parts.tied else None
+        embedding = self.turns.embedding() if part == HEAD and self.parts.tied else None
         return self.parts.make(part, self.log.weights(part), embedding).state_dict()
 
     def close(self) -> None:
@@ -121,22 +122,20 @@ class SwappedEngine:
         self.log.close()
         self.spill.clear()
 
-    def _up(
-        self, microbatches: Sequence[Batch], step: int, norms: dict[int, list[Tensor]]
-    ) -> tuple[Tensor, int]:
+    def _up(self, microbatches: Sequence[Batch], step: int, norms: dict[int, list[Tensor]]) -> tuple[Tensor, int]:
         """Everything forward, the loss at the top and its gradient; the sum of the losses and how many were scored."""
         total, scored = torch.zeros((), device=self.device), 0
-        for loaded in in_turn(self._load_to_update, self.groups):
+        for loaded in in_turn(self.turns.load_to_update, self.groups):
             index = loaded.group.index
             loaded.to(self.device)
-            self._update(loaded)
+            self.turns.update(loaded)
             model, top = self.parts.model(loaded.parts), index + 1 == len(self.groups)
             for number, cpu_batch in enumerate(microbatches):
                 batch = self._entering(index, number, cpu_batch)
                 seeded = self._draw(step, index, number)
                 if top:
                     loss, count = self._loss(model, batch)
-                    (loss / batch.tokens_BS.numel()).backward()
+                    (loss / batch.tokens_BS.numel()).backward()  # type: ignore[no-untyped-call]
                     total += loss.detach()
                     scored += int(count)
                     self._hand_down(index, number, batch)
@@ -150,18 +149,18 @@ class SwappedEngine:
                     self.spill.drop(("x", index, number))
             if top:
                 nominal = microbatches[-1].tokens_BS.numel() / scored if scored else None
-                self._write_gradients(loaded, nominal, norms)
+                self.turns.write_gradients(loaded, nominal, norms)
         return total, scored
 
     def _down(
         self, microbatches: Sequence[Batch], step: int, nominal: float | None, norms: dict[int, list[Tensor]]
     ) -> None:
         """Group by group from the top, each forward again and backward, to the lowest that trains."""
-        for loaded in in_turn(self._load, self.groups[self.lowest : -1][::-1]):
+        for loaded in in_turn(self.turns.load, self.groups[self.lowest : -1][::-1]):
             index = loaded.group.index
             loaded.to(self.device)
             model = self.parts.model(loaded.parts)
-            head = self._tied_head(loaded) if self.tied and index == 0 else None
+            head = self.turns.tied_head(loaded) if self.tied and index == 0 else None
             for number, cpu_batch in enumerate(microbatches):
                 if ("g", index, number) not in self.spill:
                     continue
@@ -179,14 +178,7 @@ class SwappedEngine:
                         roots, slopes = [leaving, loss], [slopes[0], torch.ones_like(loss)]
                 torch.autograd.backward(roots, slopes)
                 self._hand_down(index, number, batch)
-            self._write_gradients(loaded, nominal, norms)
-
-    def _tied_head(self, loaded: Loaded) -> StageModel:
-        """The head above the front's own parameter: its gradient is taken again where the front's is, in one sum."""
-        front = loaded.parts[FRONT]
-        embedding = front.get_parameter("embedding.weight")
-        head = self.parts.make(HEAD, self.log.weights(HEAD), embedding)
-        return self.parts.model({HEAD: head.requires_grad_(False).to(self.device)})
+            self.turns.write_gradients(loaded, nominal, norms)
 
     def _loss(self, model: StageModel, batch: Batch) -> tuple[Tensor, int]:
         with model.numerics(self.device):
@@ -194,7 +186,7 @@ class SwappedEngine:
         return found
 
     def _entering(self, index: int, number: int, batch: Batch, *, track: bool = True) -> Batch:
-        """A microbatch as it enters a group, on the device; with `track`, gradients flow to it if a part below trains."""
+        """A microbatch as it enters a group, on the device; with `track`, its gradient is taken if a part below trains."""
         if index:
             batch = replace(batch, x_BSD=self.spill.get(("x", index, number)))
         batch = batch.to(self.device)
@@ -227,80 +219,6 @@ class SwappedEngine:
         now = _generator(self.device)
         if not torch.equal(now, seeded):
             self.spill.put(("draw", index, number), now)
-
-    def _load(self, group: Group) -> Loaded:
-        """A group's parts with their trained weights. In the loader's thread."""
-        made: dict[str, nn.Module] = {}
-        for name in group.names:
-            embedding = self._embedding() if name == HEAD and self.parts.tied else None
-            made[name] = self.parts.make(name, self.log.weights(name), embedding)
-        return Loaded(group, made)
-
-    def _load_to_update(self, group: Group) -> Loaded:
-        """A group's parts with their moments, and the gradients that they still lack. In the loader's thread."""
-        loaded = Loaded(group, {})
-        for name in group.names:
-            gradients = self.log.gradients(name)
-            if gradients is not None:
-                loaded.gradients[name] = gradients
-                loaded.states[name] = self.log.state(name) or {}
-                found = {key: value for key, value in loaded.states[name].items() if key.startswith("weight/")}
-                trained = {key.removeprefix("weight/"): loaded.states[name].pop(key) for key in found} or None
-            else:
-                trained = self.log.weights(name)
-            embedding = self._embedding() if name == HEAD and self.parts.tied else None
-            loaded.parts[name] = self.parts.make(name, trained, embedding)
-        return loaded
-
-    def _embedding(self) -> Tensor:
-        """The front's embedding as it stands, for a tied head."""
-        found = self.log.weights(FRONT)
-        if found is not None and "embedding.weight" in found:
-            return found["embedding.weight"]
-        return self.parts.make(FRONT, None).get_parameter("embedding.weight").detach()
-
-    def _update(self, loaded: Loaded) -> None:
-        """Apply the last step published to the parts that lack it, and write their state, behind."""
-        if not loaded.gradients:
-            return
-        trained = [(part, name, p) for part, name, p in loaded.parameters() if part in loaded.gradients]
-        optimizer = make_optimizer([p for _, _, p in trained], self.settings)
-        for part, name, p in trained:
-            state = {key.removesuffix(f"/{name}"): v for key, v in loaded.states[part].items() if key.endswith(f"/{name}")}
-            if state:
-                optimizer.state[p] = {kind: value.to(p.device) for kind, value in state.items()}
-            if (gradient := loaded.gradients[part].pop(name, None)) is not None:
-                p.grad = gradient.to(p.device)
-        commit = self.log.committed
-        gradients = [p.grad for _, _, p in trained if p.grad is not None]
-        if gradients and commit.scale is not None:
-            torch._foreach_mul_(gradients, torch.tensor(commit.scale, dtype=gradients[0].dtype, device=self.device))
-        for group in optimizer.param_groups:
-            group["lr"] = commit.rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        states: dict[str, dict[str, Tensor]] = {part: {} for part in loaded.gradients}
-        for part, name, p in trained:
-            states[part][f"weight/{name}"] = p.detach().cpu().contiguous()
-            for kind, value in optimizer.state.get(p, {}).items():
-                states[part][f"{kind}/{name}"] = value.detach().cpu().contiguous()
-        loaded.states.clear()
-        loaded.gradients.clear()
-        self.log.write_states(states)
-
-    def _write_gradients(self, loaded: Loaded, nominal: float | None, norms: dict[int, list[Tensor]]) -> None:
-        """Scale a group's gradients by the true count, note their norms, and write them, behind."""
-        trained = list(loaded.parameters())
-        gradients = [p.grad for _, _, p in trained if p.grad is not None]
-        if gradients and nominal is not None:
-            torch._foreach_mul_(gradients, nominal)
-        norms[loaded.group.index] = list(torch._foreach_norm(gradients)) if gradients else []
-        found: dict[str, dict[str, Tensor]] = {name: {} for name in loaded.group.names if name in self.log.at}
-        for part, name, p in trained:
-            if p.grad is not None:
-                found[part][name] = p.grad.detach().cpu().contiguous()
-        if found:
-            self.log.write_gradients(found)
 
     def _clip(self, norms: list[Tensor]) -> tuple[Tensor, float | None]:
         """The gradient's norm, from the norms of its tensors as `clip_grad_norm_` has it, and the scale it gives."""

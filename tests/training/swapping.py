@@ -58,7 +58,13 @@ class RackParts:
         )
         self.names = [*(["front"] if tokens else []), *(f"block.{i}" for i in range(depth)), "head"]
         self.trains = list(self.names) if trains is None else list(trains)
-        self.tied, self.fixed_head, self.precision, self.dtype, self.vocab = tied and tokens, fixed_head, precision, dtype, vocab
+        self.tied, self.fixed_head, self.precision, self.dtype, self.vocab = (
+            tied and tokens,
+            fixed_head,
+            precision,
+            dtype,
+            vocab,
+        )
 
     def make(self, name: str, trained: Mapping[str, Tensor] | None, embedding_VD: Tensor | None = None) -> nn.Module:
         made: nn.Module
@@ -78,9 +84,7 @@ class RackParts:
 
     def model(self, parts: Mapping[str, nn.Module]) -> StageModel:
         blocks = [module for name, module in parts.items() if name.startswith("block.")]
-        made = StageModel(
-            parts.get("front"), blocks, parts.get("head"), MaskDiffusionObjective(MASK), self.precision
-        )
+        made = StageModel(parts.get("front"), blocks, parts.get("head"), MaskDiffusionObjective(MASK), self.precision)
         if self.dtype == torch.float64:
             made.stream_dtype = torch.float64
         return made.train()
@@ -159,7 +163,6 @@ class Plain:
         loss = self.gradients(batches, step)
         if self.settings.grad_clip > 0:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.settings, step, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step, steps)
         self.optimizer.step()
@@ -168,9 +171,14 @@ class Plain:
 
     def weights(self, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         """State dicts by part."""
-        blocks = iter(self.model.blocks)
-        found = {}
-        for name in names:
-            module = {"front": self.model.front, "head": self.model.head}.get(name) or next(blocks)
-            found[name] = {key: value.clone() for key, value in module.state_dict().items()}
-        return found
+        return state_dicts(self.model, names)
+
+
+def state_dicts(model: StageModel, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Copies of the state dicts of a whole model's parts, by part."""
+    blocks = iter(model.blocks)
+    found = {}
+    for name in names:
+        module = {"front": model.front, "head": model.head}.get(name) or next(blocks)
+        found[name] = {key: value.clone() for key, value in module.state_dict().items()}
+    return found

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from stackwise.errors import StackWiseError
-from tests.training.swapping import CPU, Plain, RackParts, engine, microbatches, settings
+from stackwise.model import part_digest
 from stackwise.training.optim import learning_rate
+from stackwise.training.spill import Spill
+from stackwise.training.swap import SwappedEngine
+from tests.training.swapping import CPU, MASK, SEED, Plain, RackParts, engine, microbatches, settings, state_dicts
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A directory where syncing costs nothing, if there is one."""
+    memory = Path("/dev/shm")
+    made = Path(tempfile.mkdtemp(prefix="stackwise-swap-", dir=memory if memory.is_dir() else None))
+    yield made / "swap"
+    shutil.rmtree(made)
+
 
 SHAPES: list[dict[str, Any]] = [
     {"depth": 1, "tied": True},
@@ -28,34 +48,172 @@ SHAPES: list[dict[str, Any]] = [
 RACK = ("depth", "tied", "dropout", "precision", "dtype", "trains", "tokens", "fixed_head")
 
 
-def both(tmp_path: Path, shape: dict[str, Any], **more: Any) -> tuple[RackParts, Plain, Any, int | None]:
+def both(disk: Path, shape: dict[str, Any], **more: Any) -> tuple[RackParts, Plain, Any, int | None]:
     shape = shape | more
     parts = RackParts(**{key: shape.pop(key) for key in RACK if key in shape})
     training = {key: shape.pop(key) for key in ("accumulation", "grad_clip") if key in shape}
     width = None if "front" in parts.names else 16
-    return parts, Plain(parts, **training), engine(parts, tmp_path / "swap", **shape, **training), width
+    return parts, Plain(parts, **training), engine(parts, disk, **shape, **training), width
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients_and_weights_are_those_of_plain_training_bit_for_bit(tmp_path: Path, shape: dict[str, Any]) -> None:
-    parts, plain, swapped, width = both(tmp_path, shape)
+def test_gradients_and_weights_are_those_of_plain_training_bit_for_bit(disk: Path, shape: dict[str, Any]) -> None:
+    parts, plain, swapped, width = both(disk, shape)
     first = microbatches(0, swapped.settings.accumulation, width)
     plain.gradients(first, 0)
     expected = {p: None if p.grad is None else p.grad.clone() for p in plain.parameters}
     plain.optimizer.zero_grad()
-    for step in range(6):
+    for step in range(4):
         batches = microbatches(step, swapped.settings.accumulation, width)
-        stepped = swapped.step(batches, step, learning_rate(swapped.settings, step, 6))
+        stepped = swapped.step(batches, step, learning_rate(swapped.settings, step, 4))
         if step == 0:
-            found = {name: load_file(tmp_path / "swap" / "gradients" / f"{name}-00000001.safetensors") for name in parts.trains}
-            names = [(part, key) for part, tensors in plain.weights(parts.names).items() for key in tensors if part in parts.trains]
+            found = {name: load_file(disk / "gradients" / f"{name}-00000001.safetensors") for name in parts.trains}
+            names = [
+                (part, key)
+                for part, tensors in plain.weights(parts.names).items()
+                for key in tensors
+                if part in parts.trains
+            ]
             for (part, key), p in zip(names, plain.parameters, strict=True):
                 wanted = expected[p]
                 assert (wanted is None) == (key not in found[part]), (part, key)
                 assert wanted is None or torch.equal(found[part][key], wanted), (part, key)
-        assert float(stepped.loss) == plain.step(batches, step, 6)
+        assert float(stepped.loss) == plain.step(batches, step, 4)
     swapped.settle()
     for part, tensors in plain.weights(parts.names).items():
         for key, value in tensors.items():
             assert torch.equal(swapped.weights(part)[key], value), (part, key)
     swapped.close()
+
+
+@pytest.mark.parametrize(("depth", "tied", "groups"), [(2, True, 2), (5, False, 2)])
+def test_in_float64_it_stays_with_a_loop_of_pytorchs_own_parts(disk: Path, depth: int, tied: bool, groups: int) -> None:
+    parts = RackParts(depth, tied=tied, dropout=0.0, dtype=torch.float64)
+    swapped = engine(parts, disk, groups=groups)
+    model = parts.whole()
+    weights = list(model.parameters())
+    decayed, others = [p for p in weights if p.dim() > 1], [p for p in weights if p.dim() < 2]
+    chosen = swapped.settings
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": chosen.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(chosen.beta1, chosen.beta2), eps=chosen.adam_eps, foreach=False, fused=False,
+    )  # fmt: skip
+    for step in range(20):
+        batches = microbatches(step, 3)
+        rate = learning_rate(chosen, step, 20)
+        swapped.step(batches, step, rate)
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for one in batches:
+            assert model.front is not None
+            assert model.head is not None
+            x = model.front(one.tokens_BS.masked_fill(one.masks_BS, MASK))
+            for block in model.blocks:
+                x = block(x)
+            logits = model.head(x)[one.masks_BS]
+            total = total + F.cross_entropy(logits, one.tokens_BS[one.masks_BS], reduction="sum")
+            count += int(one.masks_BS.sum())
+        (total / count).backward()
+        torch.nn.utils.clip_grad_norm_(weights, chosen.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    swapped.settle()
+    for part, tensors in state_dicts(model, parts.names).items():
+        for key, value in tensors.items():
+            torch.testing.assert_close(swapped.weights(part)[key], value, rtol=1e-9, atol=1e-12)
+    swapped.close()
+
+
+def test_it_goes_on_after_every_step_and_in_other_groups(disk: Path) -> None:
+    parts = RackParts(4)
+    plain, losses = Plain(parts), []
+    for step, groups in enumerate((1, 4, 2, 3)):
+        swapped = engine(parts, disk, groups=groups, memory=1000 * step)
+        assert swapped.steps_done == step
+        swapped.step(microbatches(step, 3), step, learning_rate(swapped.settings, step, 4))
+        losses.append(plain.step(microbatches(step, 3), step, 4))
+        swapped.log.close()  # as a kill leaves it: nothing settled, what lives for a step still there
+    swapped = engine(parts, disk)
+    swapped.settle()
+    assert swapped.log.losses() == losses
+    for part, tensors in plain.weights(parts.names).items():
+        for key, value in tensors.items():
+            assert torch.equal(swapped.weights(part)[key], value), (part, key)
+    swapped.close()
+    assert not list((disk / "step").iterdir())
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.stress) for seed in range(2, 12))])
+def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path, seed: int) -> None:
+    steps = 8
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.training.swap_killed", str(tmp_path), str(seed), "4", str(steps)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plain = Plain(RackParts(3, tied=True))
+    losses = [plain.step(microbatches(step, 3), step, steps) for step in range(steps)]
+    result = json.loads(done.stdout)
+    assert result["losses"] == losses
+    expected = {
+        name: part_digest(state)
+        for name, state in plain.weights(["front", "block.0", "block.1", "block.2", "head"]).items()
+    }
+    assert result["digests"] == expected
+
+
+def test_a_step_whose_gradient_is_no_number_is_not_taken(disk: Path) -> None:
+    parts = RackParts(2)
+    swapped = engine(parts, disk, grad_clip=0.0)
+    swapped.step(microbatches(0, 3), 0, 1e30)
+    with pytest.raises(StackWiseError, match=r"no longer a finite number at step 2"):
+        swapped.step(microbatches(1, 3), 1, 1e30)
+    swapped.log.close()
+    assert engine(parts, disk).steps_done == 1
+
+
+@pytest.mark.parametrize("kind", ["state", "gradients", "losses"])
+def test_what_is_damaged_is_named_and_training_starts_anew(disk: Path, kind: str) -> None:
+    parts = RackParts(2)
+    swapped = engine(parts, disk)
+    for step in range(2):
+        swapped.step(microbatches(step, 3), step, 1e-3)
+    swapped.log.close()
+    path = disk / "losses" if kind == "losses" else next((disk / kind).glob("block.1-*"))
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 4)
+    said: list[str] = []
+    again = SwappedEngine(
+        parts, settings(), seed=SEED, device=CPU, directory=disk, groups=2, memory=0, warn=said.append
+    )
+    assert again.steps_done == 0
+    assert len(said) == 1
+    assert "starts anew" in said[0]
+    again.step(microbatches(0, 3), 0, 1e-3)
+    again.close()
+
+
+def test_a_spill_holds_what_it_is_given_in_memory_and_in_files(tmp_path: Path) -> None:
+    spill = Spill(tmp_path / "spill", 1000)
+    tensors = {number: torch.randn(10, 5).to(torch.bfloat16 if number % 2 else torch.float32) for number in range(9)}
+    for number, tensor in tensors.items():
+        spill.put(number, tensor)
+    assert 0 < spill.bytes_in_memory <= 1000
+    assert spill.bytes_in_memory + spill.bytes_on_disk == sum(t.nbytes for t in tensors.values())
+    assert all(torch.equal(spill.get(number), tensor) for number, tensor in tensors.items())
+    assert all(torch.equal(spill.take(number), tensor) for number, tensor in tensors.items())
+    assert (spill.bytes_in_memory, spill.bytes_on_disk, list(spill.directory.iterdir())) == (0, 0, [])
+
+
+def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    """Resident, 9 more blocks of this width would take 64 MB more."""
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.training.swap_memory", str(tmp_path / str(depth)), str(depth)],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for depth in (3, 12)
+    ]  # fmt: skip
+    peaks = [int(child.communicate()[0]) for child in children]
+    assert peaks[1] - peaks[0] < 20e6

@@ -1,0 +1,64 @@
+"""Trains swapped in children of its own, killing them with SIGKILL at random moments until one reaches the end.
+
+    python -m tests.training.swap_killed DIRECTORY SEED KILLS STEPS
+
+Prints how many were killed in the middle of a step, then the digest of each part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from stackwise.model import part_digest
+from stackwise.training.optim import learning_rate
+from tests.training.swapping import RackParts, engine, microbatches
+
+PARTS = RackParts(3, tied=True)
+
+
+def train(directory: Path, steps: int) -> None:
+    """From wherever the directory stands to the end."""
+    one = engine(PARTS, directory / "swap", groups=3)
+    for step in range(one.steps_done, steps):
+        one.step(microbatches(step, 3), step, learning_rate(one.settings, step, steps))
+    one.settle()
+    digests = {name: part_digest(one.weights(name)) for name in PARTS.trains}
+    (directory / "digests.json").write_text(json.dumps({"digests": digests, "losses": one.log.losses()}))
+    one.close()
+
+
+def main() -> None:
+    """Kill, and kill again; then let it end."""
+    directory, seed, kills, steps = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    torch.set_num_threads(1)
+    draw = random.Random(seed)
+    killed = 0
+    for number in range(kills + 1):
+        child = os.fork()
+        if not child:
+            try:
+                train(directory, steps)
+            except BaseException as error:
+                print(error, file=sys.stderr, flush=True)
+                os._exit(1)
+            os._exit(0)
+        if number < kills:
+            time.sleep(draw.uniform(0.02, 0.8))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        killed += os.WIFSIGNALED(status)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+            sys.exit(1)
+    print(json.dumps({"killed": killed, **json.loads((directory / "digests.json").read_text())}))
+
+
+if __name__ == "__main__":
+    main()

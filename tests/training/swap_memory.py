@@ -1,0 +1,29 @@
+"""Two swapped steps of a rack of some depth; prints the bytes that they added to the largest resident size.
+
+python -m tests.training.swap_memory DIRECTORY DEPTH
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+from tests.training.swapping import RackParts, batch, engine
+
+WIDTH = 192
+
+
+def main() -> None:
+    """Take the steps."""
+    directory, depth = Path(sys.argv[1]), int(sys.argv[2])
+    one = engine(RackParts(depth, width=WIDTH), directory, groups=depth)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for step in range(2):
+        one.step([batch(2 * step), batch(2 * step + 1)], step, 1e-3)
+    one.close()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+if __name__ == "__main__":
+    main()
