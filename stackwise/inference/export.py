@@ -30,7 +30,7 @@ from stackwise.inference.shards import SHARD_BYTES, ShardWriter, read_tensors
 from stackwise.model.block import Block, Stack
 from stackwise.model.ends import Front, Head
 from stackwise.model.layers import Rotary
-from stackwise.model.lora import AdaptedLinear, merge_adapters
+from stackwise.model.quantized import QuantizedLinear, plain_layers
 from stackwise.model.rack import Rack, StageModules
 
 
@@ -71,9 +71,9 @@ def export(
     """Write a rack as a directory, its parts streaming through memory one after another.
 
     A LLaMA-shaped rack (RMSNorm, rotary positions, SwiGLU) becomes what transformers' `LlamaForCausalLM` loads, with
-    equal logits; another one keeps its own names, and `load_rack` loads it. Adapters are merged. The head is the
-    last stage's; if it is tied, or still equal to the embedding, it stays tied, else it is written by itself. The
-    directory appears whole or not at all.
+    equal logits; another one keeps its own names, and `load_rack` loads it. Adapters are merged, weights in a narrow
+    format widened. The head is the last stage's; if it is tied, or still equal to the embedding, it stays tied, else
+    it is written by itself. The directory appears whole or not at all.
 
     Args:
         directory: Where to; must not hold anything, but for an earlier export with `overwrite`.
@@ -153,8 +153,8 @@ def export(
 
 
 def _merged(block: nn.Module) -> nn.Module:
-    adapted = any(isinstance(child, AdaptedLinear) for child in block.modules())
-    return merge_adapters(copy.deepcopy(block)) if adapted else block
+    narrow = any(isinstance(child, QuantizedLinear) for child in block.modules())
+    return plain_layers(copy.deepcopy(block)) if narrow else block
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from stackwise.config import ModelConfig, StackWiseConfig
+from stackwise.config.precision import FORMATS, adapter_sizes, canonical
 from stackwise.config.schema import ArchitectureConfig
 from stackwise.errors import NotFound, UsageError
 from stackwise.model.block import Stack
 from stackwise.model.build import build_block, build_front, build_head
-from stackwise.model.lora import adapter_parameters, adapter_sizes, add_adapters, merge_adapters
+from stackwise.model.lora import adapter_parameters, add_adapters, merge_adapters
+from stackwise.model.quantized import quantize
 from stackwise.model.rack import Rack
 
 PRECISIONS = {
@@ -23,22 +25,27 @@ PRECISIONS = {
     "fp16": torch.float16,
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
+    "fp8": torch.float32,
+    "nvfp4": torch.float32,
+    "fp4": torch.float32,
+    "qlora": torch.float32,
 }
-"""Names of a stack's precision and the dtype its weights are held and computed in."""
+"""Names of a stack's precision and the dtype that its weights train in.
+
+fp8 and nvfp4 (fp4) train float32 weights that the forward pass sees in that format; a qlora stack's weights are packed
+as nf4, and its adapters train.
+"""
 
 
 def stack_dtype(precision: str) -> torch.dtype:
-    """The dtype that a precision's name means.
+    """The dtype that a stack of this precision trains in.
 
     Raises:
-        UsageError: A quantized precision, which stacks are not built in, or no precision at all.
+        UsageError: There is no such precision.
     """
-    if precision in PRECISIONS:
-        return PRECISIONS[precision]
-    known = ", ".join(PRECISIONS)
-    if precision in ("fp8", "nvfp4", "fp4", "qlora"):
-        raise UsageError(f"stack precision {precision}: quantized stacks are not supported; choose one of {known}")
-    raise UsageError(f"stack precision {precision!r} is unknown; choose one of {known}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"stack precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
 
 
 def create_stack_from_config(
@@ -50,13 +57,13 @@ def create_stack_from_config(
     first_block: int | None = None,
     device: torch.device | str | None = None,
 ) -> Stack:
-    """A stack with fresh seeded weights, and with adapters where `training.progressive.qlora_enabled`.
+    """A stack with fresh seeded weights; with adapters where `training.progressive.qlora_enabled`, and in qlora.
 
     Args:
         stack_id: Its name among the stacks, and its place in the order of making.
         n_blocks: Blocks in it; None: `model.architecture.blocks_per_stack`.
         config: The whole configuration.
-        precision: full (fp32), half (fp16) or bfloat16 (bf16): what its weights are held in.
+        precision: A key of `PRECISIONS`.
         first_block: Index of its first block, which its fresh weights follow from; None: stack_id times n_blocks.
         device: Where it lives.
 
@@ -70,12 +77,21 @@ def create_stack_from_config(
     dtype = stack_dtype(precision)
     blocks = [build_block(config.model, i, config.seed, device, dtype) for i in range(first, first + n_blocks)]
     stack = Stack(blocks, stack_id)
-    progressive = config.training.progressive
-    if progressive.qlora_enabled:
+    progressive, frozen = config.training.progressive, precision == "qlora"
+    if form := FORMATS.get(canonical(precision)):
+        quantize(stack, form, pack=frozen)
+    if frozen:
+        stack.requires_grad_(False)
+    if progressive.qlora_enabled or frozen:
         limit = progressive.max_stacks or config.model.architecture.n_stacks or stack_id + 1
         rank, alpha = adapter_sizes(progressive, stack_id, limit)
         add_adapters(stack, rank, alpha, config.seed, f"stack.{stack_id}")
     return stack
+
+
+def trunk_adapters(stack_id: int) -> str:
+    """Name of the adapters that the stacks below get when stack `stack_id` is added (`progressive_qlora`)."""
+    return f"trunk_{stack_id}"
 
 
 class ProgressiveRackBuilder:
@@ -165,6 +181,12 @@ class ProgressiveRackBuilder:
     def _make(self, n_blocks: int | None, precision: str | None) -> Stack:
         if self.max_stacks is not None and len(self.stacks) >= self.max_stacks:
             raise UsageError(f"the rack has its {self.max_stacks} stacks", hint="raise training.progressive.max_stacks")
+        progressive, seed = self.config.training.progressive, self.config.seed
+        if progressive.progressive_qlora:
+            rank, alpha = progressive.progressive_qlora_rank, progressive.progressive_qlora_alpha
+            for below in self.stacks:
+                part = f"stack.{below.stack_id}"
+                add_adapters(below, rank, alpha, seed, part, trunk_adapters(self._made))
         stack = create_stack_from_config(
             self._made,
             n_blocks,
@@ -194,24 +216,27 @@ class ProgressiveRackBuilder:
         shared = front.embedding.weight if model.tie_embeddings else None
         return Rack(front, self.stacks, build_head(model, self.vocab_size, seed, shared, self.device))
 
-    def freeze_trunk(self, trunk_indices: Iterable[int]) -> None:
-        """Freeze stacks, adapters included.
+    def freeze_trunk(self, trunk_indices: Iterable[int], precision: str | None = None) -> None:
+        """Freeze stacks, adapters included; weights that are in a narrow format are packed, for good.
 
         Args:
             trunk_indices: Places of the stacks in the rack, 0 the lowest.
+            precision: Pack plain weights too: fp8, nvfp4 (fp4) or qlora (nf4).
 
         Raises:
             NotFound: There is no such stack.
+            UsageError: A precision that is no narrow format, or another than a stack's own.
         """
         for stack in self._chosen(trunk_indices):
+            self._pack(stack, precision)
             stack.requires_grad_(False)
 
-    def freeze_all_but_qlora(self, trunk_indices: Iterable[int]) -> None:
-        """Freeze stacks but for their adapters, which train.
+    def freeze_all_but_qlora(self, trunk_indices: Iterable[int], precision: str | None = None) -> None:
+        """Freeze stacks as `freeze_trunk` does, but for their adapters, which train.
 
         Raises:
             NotFound: There is no such stack.
-            UsageError: A stack without adapters.
+            UsageError: A stack without adapters, or a precision as for `freeze_trunk`.
         """
         stacks = self._chosen(trunk_indices)
         for stack in stacks:
@@ -221,9 +246,16 @@ class ProgressiveRackBuilder:
                     hint="set training.progressive.qlora_enabled before the stack is made",
                 )
         for stack in stacks:
+            self._pack(stack, precision)
             stack.requires_grad_(False)
             for parameter in adapter_parameters(stack):
                 parameter.requires_grad_(True)
+
+    def _pack(self, stack: Stack, precision: str | None) -> None:
+        form = None if precision is None else FORMATS.get(canonical(precision))
+        if precision is not None and form is None:
+            raise UsageError(f"a trunk cannot be packed as {precision}", hint="choose fp8, nvfp4 or qlora")
+        quantize(stack, form, pack=True)
 
     def merge(self) -> None:
         """Fold the adapters of every stack into its weights."""

@@ -1,24 +1,28 @@
 """Low-rank adapters on linear layers (LoRA, arXiv 2106.09685), several to a layer, and their merge.
 
-A layer keeps the names of its weights (`attention.q.weight`); an adapter adds `attention.q.adapters.NAME.a` and `.b`.
+A layer keeps the names of its weights (`attention.q.weight`); an adapter adds `attention.q.adapters.NAME.a`, `.b` and
+`.scale`, which `adapter_state` and `base_state` tell apart.
 Shapes in names: I inputs, O outputs, R rank; `…` any leading dimensions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stackwise.config.schema import ProgressiveConfig
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
 from stackwise.model.layers import projections
+from stackwise.model.quantized import QuantizedLinear
 
 STACK = "stack"
 """Name of the adapters that a stack gets when it is made."""
+
+_MARK = ".adapters."
 
 
 class Adapter(nn.Module):
@@ -26,7 +30,10 @@ class Adapter(nn.Module):
 
     def __init__(self, a_RI: Tensor, b_OR: Tensor, scale: float) -> None:
         super().__init__()
-        self.a, self.b, self.scale = nn.Parameter(a_RI), nn.Parameter(b_OR), scale
+        self.a, self.b = nn.Parameter(a_RI), nn.Parameter(b_OR)
+        # In the state dict, so that a file of adapters says all that they do, and so does its digest.
+        self.scale: Tensor
+        self.register_buffer("scale", torch.tensor(scale, device=a_RI.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, I] to […, O]."""
@@ -37,12 +44,11 @@ class Adapter(nn.Module):
         return self.scale * (self.b.float() @ self.a.float())
 
 
-class AdaptedLinear(nn.Linear):
-    """A linear layer with adapters beside its weight. It shares the weight and bias of the layer it is made from."""
+class AdaptedLinear(QuantizedLinear):
+    """A linear layer with adapters beside its weight, plain or in a narrow format, which is the base layer's own."""
 
     def __init__(self, base: nn.Linear) -> None:
-        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
+        super().__init__(base, base.form if isinstance(base, QuantizedLinear) else None)
         self.adapters = nn.ModuleDict()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,17 +58,13 @@ class AdaptedLinear(nn.Linear):
             y = y + adapter(x)
         return y
 
-    def merged(self) -> nn.Linear:
-        """A plain linear layer with the adapters added into its weight; the weight itself is left as it was."""
-        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+    def plain(self, extra: Tensor | None = None) -> nn.Linear:
+        """A plain linear layer with the adapters added into the weight that the forward pass uses."""
         with torch.no_grad():
-            total = self.weight.float()
             for adapter in self.adapters.values():
                 assert isinstance(adapter, Adapter)
-                total = total + adapter.delta()
-            plain.weight = nn.Parameter(total.to(self.weight.dtype), requires_grad=self.weight.requires_grad)
-        plain.bias = self.bias
-        return plain
+                extra = adapter.delta() if extra is None else extra + adapter.delta()
+        return super().plain(extra)
 
 
 def add_adapters(module: nn.Module, rank: int, alpha: float, seed: int, part: str, name: str = STACK) -> None:
@@ -90,19 +92,19 @@ def add_adapters(module: nn.Module, rank: int, alpha: float, seed: int, part: st
             raise UsageError(f"{part} already has adapters named {name}")
     for path, layer in layers.items():
         adapted = layer if isinstance(layer, AdaptedLinear) else AdaptedLinear(layer)
-        weight, bound = layer.weight, 1.0 / math.sqrt(layer.in_features)
+        like, bound = adapted.like, 1.0 / math.sqrt(layer.in_features)
         generator = torch.Generator("cpu").manual_seed(derive_seed(seed, "adapter", part, path, name))
         a_RI = torch.empty(rank, layer.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
-        b_OR = torch.zeros(layer.out_features, rank, device=weight.device, dtype=weight.dtype)
-        adapted.adapters[name] = Adapter(a_RI.to(weight), b_OR, alpha / rank)
+        b_OR = torch.zeros(layer.out_features, rank, device=like.device, dtype=like.dtype)
+        adapted.adapters[name] = Adapter(a_RI.to(like), b_OR, alpha / rank)
         module.set_submodule(path, adapted)
 
 
 def merge_adapters(module: nn.Module) -> nn.Module:
-    """Fold every adapter into its weight, in place: afterwards the layers are plain ones. Returns the module."""
+    """Fold every adapter into its weight, in place: afterwards these layers are plain. Returns the module."""
     for path, layer in projections(module).items():
         if isinstance(layer, AdaptedLinear):
-            module.set_submodule(path, layer.merged())
+            module.set_submodule(path, layer.plain())
     return module
 
 
@@ -111,38 +113,33 @@ def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for child in module.modules() if isinstance(child, Adapter) for p in child.parameters()]
 
 
-def adapter_sizes(progressive: ProgressiveConfig, stack: int, max_stacks: int) -> tuple[int, float]:
-    """Rank and alpha of the adapters of a stack.
+def adapter_state(module: nn.Module) -> dict[str, Tensor]:
+    """The adapters of a module, as `load_adapters` takes them."""
+    return {name: tensor for name, tensor in module.state_dict().items() if _MARK in name}
 
-    `simplified`: the same everywhere. `progressive`: by pattern over the stacks, from `qlora_rank` (`qlora_alpha`):
-    `increasing` doubles each time, `decreasing` halves (to no less than 1), `linear` adds itself each time, `constant`
-    stays. `variable`: `qlora_configs`, by stack.
+
+def base_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict without its adapters."""
+    return {name: tensor for name, tensor in module.state_dict().items() if _MARK not in name}
+
+
+def load_adapters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put adapters with given weights on a module's linear layers, in place.
 
     Args:
-        progressive: The settings.
-        stack: Index of the stack, in the order of making.
-        max_stacks: How many there may be.
-
-    Raises:
-        UsageError: `variable` without an entry for this stack.
+        module: A block, or a stack, without adapters of these names.
+        tensors: What `adapter_state` gave.
     """
-    if progressive.qlora_strategy == "variable":
-        own = progressive.qlora_configs.get(stack)
-        if own is None:
-            raise UsageError(
-                f"training.progressive.qlora_configs has no entry for stack {stack}",
-                hint=f"give it entries 0 to {max_stacks - 1}, or set qlora_strategy to simplified",
-            )
-        return own.rank, own.alpha
-    rank, alpha = progressive.qlora_rank, progressive.qlora_alpha
-    if progressive.qlora_strategy == "simplified":
-        return rank, alpha
-    return (
-        max(1, int(_pattern(progressive.qlora_rank_pattern, rank, stack))),
-        _pattern(progressive.qlora_alpha_pattern, alpha, stack),
-    )
-
-
-def _pattern(pattern: str, first: float, stack: int) -> float:
-    factor = {"increasing": 2.0**stack, "decreasing": 0.5**stack, "linear": 1.0 + stack, "constant": 1.0}
-    return first * factor[pattern]
+    for key in tensors:
+        path, _, rest = key.partition(_MARK)
+        name, _, kind = rest.partition(".")
+        if kind != "a":
+            continue
+        layer = module.get_submodule(path)
+        assert isinstance(layer, nn.Linear)
+        if not isinstance(layer, AdaptedLinear):
+            layer = AdaptedLinear(layer)
+            module.set_submodule(path, layer)
+        prefix = f"{path}{_MARK}{name}"
+        scale = float(tensors[f"{prefix}.scale"])
+        layer.adapters[name] = Adapter(tensors[key].clone(), tensors[f"{prefix}.b"].clone(), scale)

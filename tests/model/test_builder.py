@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from stackwise.config import ModelConfig, ProgressiveConfig, StackWiseConfig, TrainingConfig
+from stackwise.config.precision import adapter_sizes
 from stackwise.config.schema import ArchitectureConfig
 from stackwise.errors import NotFound, UsageError
 from stackwise.model import ProgressiveRackBuilder, build_block, create_stack_from_config, merge_adapters, part_digest
-from stackwise.model.lora import adapter_parameters, adapter_sizes, add_adapters
+from stackwise.model.lora import adapter_parameters, add_adapters
+from stackwise.model.quantized import QuantizedLinear
 
 
 def config(**progressive: object) -> StackWiseConfig:
@@ -111,6 +113,43 @@ def test_adapters_start_as_nothing_learn_and_merge() -> None:
     assert torch.linalg.matrix_rank(w.detach(), atol=1e-6) <= 4
 
 
+@pytest.mark.parametrize(("precision", "form"), [("fp8", "fp8"), ("nvfp4", "nvfp4"), ("fp4", "nvfp4")])
+def test_a_stack_trains_as_its_format_sees_it_and_is_packed_in_the_trunk(precision: str, form: str) -> None:
+    builder = ProgressiveRackBuilder(config())
+    plain, stack = create_stack_from_config(0, 2, config()), builder.append_stack(2, precision)
+    assert part_digest(stack) == part_digest(plain), "the weights in training are the full ones"
+    x = torch.randn(2, 6, 32)
+    y = stack(x)
+    assert not torch.equal(y, plain(x))
+    builder.freeze_trunk([0])
+    assert torch.equal(stack(x), y), "packing changed what the stack computes"
+    assert not any(p.requires_grad for p in stack.parameters())
+    layers = [child for child in stack.modules() if isinstance(child, QuantizedLinear)]
+    assert len(layers) == 14
+    assert all(layer.packed and layer.form == form for layer in layers)
+
+
+def test_a_qlora_stack_and_a_qlora_trunk() -> None:
+    builder = ProgressiveRackBuilder(config(qlora_rank=4, progressive_qlora=True, progressive_qlora_rank=2))
+    first, second, third = builder.append_stack(1), builder.append_stack(1, "qlora"), builder.append_stack(1)
+    names = [sorted(stack.blocks[0].ffn.up.adapters) for stack in (first, second)]  # type: ignore[union-attr, operator]
+    assert names == [["trunk_1", "trunk_2"], ["stack", "trunk_2"]]
+    assert not adapter_parameters(third)
+    assert {id(p) for p in second.parameters() if p.requires_grad} == {id(p) for p in adapter_parameters(second)}
+    builder.freeze_all_but_qlora([0, 1], "qlora")
+    packed = [layer for stack in (first, second) for layer in stack.modules() if isinstance(layer, QuantizedLinear)]
+    assert [layer.form for layer in packed] == ["nf4"] * 14
+    assert builder.build_rack()(ids()).shape == (2, 12, 50)
+    before = builder.build_rack()(ids())
+    builder.merge()
+    torch.testing.assert_close(builder.build_rack()(ids()), before, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UsageError, match="cannot be packed as bf16"):
+        builder.freeze_trunk([2], "bf16")
+    builder.freeze_trunk([2], "fp8")
+    with pytest.raises(UsageError, match="in format fp8 already"):
+        builder.freeze_trunk([2], "qlora")
+
+
 def test_two_adapters_on_one_layer() -> None:
     block = build_block(config().model, 0, 0)
     add_adapters(block, 4, 8.0, 0, "block.0")
@@ -158,9 +197,6 @@ def test_ranks_stack_by_stack() -> None:
 
 
 def test_refusals() -> None:
-    for precision in ("fp8", "nvfp4", "fp4", "qlora"):
-        with pytest.raises(UsageError, match="quantized stacks are not supported"):
-            ProgressiveRackBuilder(config()).append_stack(precision=precision)
     with pytest.raises(UsageError, match="unknown"):
         ProgressiveRackBuilder(config(), default_precision="double")
     with pytest.raises(UsageError, match="neither append nor prepend"):
