@@ -23,7 +23,12 @@ MODULES = {"pyyaml": "yaml", "tensorboardx": "tensorboardX"}
 """Import names that differ from their distribution's."""
 FALLBACK = ("click", "lmdb", "numcodecs", "numpy", "psutil", "pydantic", "PyYAML", "rich", "safetensors")
 """What is needed, where the installation does not say."""
-EXTRAS = {"arrow": "parquet files and Hugging Face data set folders"}
+EXTRAS = {
+    "arrow": "parquet files and Hugging Face data set folders",
+    "wandb": "Weights & Biases (tracking.wandb)",
+    "mlflow": "MLflow (tracking.mlflow)",
+    "slurm": "jobs of a batch system (stackwise run --engine slurm)",
+}
 SCRATCH_BYTES = 2 << 30
 """Less free disk than this is worth a word."""
 

@@ -121,6 +121,9 @@ def notes(config: Settings) -> list[str]:
     if config.objective == "clm" and given & {"min_mask_fraction", "max_mask_fraction", "mask_schedule_type"}:
         lines.append("training.min_mask_fraction, max_mask_fraction, mask_schedule_type are unused: clm masks nothing")
     lines += _progressive_notes(config)
+    named = sorted(set(changed(config.tracking)) & {"project", "group", "name"})
+    if named and not config.tracking.wandb and not config.tracking.mlflow:
+        lines.append(f"tracking.{', '.join(named)}: unused, neither tracking.wandb nor tracking.mlflow is on")
     return lines
 
 

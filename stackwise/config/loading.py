@@ -246,7 +246,8 @@ def _allowed(item: dict[str, Any]) -> str:
     if kind in _TYPES:
         return f"must be {_TYPES[kind]}"
     if kind == "literal_error":
-        return f"must be one of {context['expected'].replace(' or ', ', ')}".replace("'", "")
+        allowed = context["expected"].replace(" or ", ", ").replace("'", "").replace("False", "false")
+        return f"must be one of {allowed}" if "," in allowed else f"must be {allowed}"
     for bound, words in _BOUNDS.items():
         if bound in context:
             return f"must be {words} {context[bound]}"

@@ -256,6 +256,21 @@ class EvaluationConfig(Section):
     batch_size: PositiveInt = Field(16, description="samples in a batch")
 
 
+class TrackingConfig(Section):
+    """Where figures go as training runs, beside the run's own log. Keys and tokens come from the environment."""
+
+    tensorboard: bool = Field(True, description="TensorBoard event files in the run directory")
+    wandb: Literal["offline", "online", False] = Field(
+        False, description="Weights & Biases: online, offline (kept in the run directory, to sync later), or false"
+    )
+    mlflow: str | Literal[False] = Field(
+        False, description="MLflow: the URI of a server or a database, or a directory; or false"
+    )
+    project: str = Field("stackwise", min_length=1, description="W&B project, MLflow experiment")
+    group: str | None = Field(None, description="W&B group, MLflow tag; null: none, in a sweep the sweep's name")
+    name: str | None = Field(None, description="what the run is called there; null: its directory's name")
+
+
 class StageOverrides(Section):
     """What one stage does differently: only the keys that were set count."""
 
@@ -275,6 +290,7 @@ class Settings(Section):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     store: StoreConfig = Field(default_factory=StoreConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     stages: dict[Count, StageOverrides] = Field(default_factory=dict, description="what single stages do differently")
 
     @property

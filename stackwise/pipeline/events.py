@@ -1,11 +1,9 @@
-"""What happens in a run, as plain events, and who listens: the log, TensorBoard, the manifest, the screen."""
+"""What happens in a run, as plain events, and who listens: the log, the manifest, the screen."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,47 +90,6 @@ class EventLog:
         with contextlib.suppress(OSError):
             self.flush()
         self._file.close()
-
-
-class TensorBoard:
-    """Loss, learning rate, speed and wait share of each stage as TensorBoard event files."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._writers: dict[int, Any] = {}
-
-    def __call__(self, event: Event) -> None:
-        """Record its figures."""
-        if event["event"] == "step":
-            writer = self._writer(event["stage"])
-            first = event["step"] - len(event["losses"]) + 1
-            for number, loss in enumerate(event["losses"]):
-                writer.add_scalar("loss", loss, first + number)
-            for name in ("learning_rate", "tokens_per_second", "wait_fraction", "memory"):
-                writer.add_scalar(name, event[name], event["step"])
-        elif event["event"] == "evaluation" and not event.get("reused"):
-            for depth, result in enumerate(event["result"].get("stages", [])):
-                writer = self._writer(depth)
-                writer.add_scalar("held_out/bits_per_byte", result["bits_per_byte"], 0)
-                for fraction, loss in result["loss"].items():
-                    writer.add_scalar(f"held_out/loss_at_{fraction}", loss, 0)
-
-    def _writer(self, depth: int) -> Any:
-        if depth not in self._writers:
-            from tensorboardX import SummaryWriter
-
-            self._writers[depth] = SummaryWriter(str(self._directory / f"stage-{depth:03d}"), flush_secs=10)
-        return self._writers[depth]
-
-    def __enter__(self) -> Self:
-        # Imported while the first worker gets ready, so that the first steps are not kept waiting.
-        threading.Thread(target=importlib.import_module, args=("tensorboardX",), daemon=True).start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for writer in self._writers.values():
-            with contextlib.suppress(OSError):  # on a full disk; the event log has every figure
-                writer.close()
 
 
 class Manifest:

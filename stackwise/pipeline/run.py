@@ -4,6 +4,7 @@ RUN/stackwise.yaml     the configuration, every value resolved
 RUN/run.json           the manifest: each stage's recipe, state and figures
 RUN/events.jsonl       what happened, one JSON object a line
 RUN/tensorboard/       event files
+RUN/tracking/          what each tracker has taken of the log
 RUN/checkpoints/       stages in training, by recipe
 RUN/logs/              what workers print
 RUN/evaluation.json    held-out results
@@ -33,7 +34,7 @@ class RunDirectory:
         self.events_file = path / "events.jsonl"
         self.evaluation_file = path / "evaluation.json"
         self.report_file = path / "report.html"
-        self.tensorboard = path / "tensorboard"
+        self.tracking = path / "tracking"
         self.logs = path / "logs"
         self.export = path / "export"
 
@@ -119,6 +120,12 @@ def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
     config.data.paths = [absolute(path) for path in config.data.paths]
     if config.data.tokenizer not in ("bpe", "bytes"):
         config.data.tokenizer = absolute(config.data.tokenizer)
+    if config.tracking.mlflow:
+        scheme, colon, rest = config.tracking.mlflow.partition("://")
+        if not colon and scheme != "databricks":
+            config.tracking.mlflow = absolute(scheme)
+        elif scheme == "sqlite" and rest.startswith("/") and not rest.startswith("//"):
+            config.tracking.mlflow = f"sqlite:///{absolute(rest[1:])}"
     if config.data.cache_dir is not None:
         config.data.cache_dir = absolute(config.data.cache_dir)
     if config.store.path is not None:

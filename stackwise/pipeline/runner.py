@@ -19,13 +19,15 @@ from stackwise.durable import write_bytes
 from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError, UsageError
 from stackwise.identity import content_id
 from stackwise.pipeline.crew import Crew
-from stackwise.pipeline.events import EventLog, Manifest, Observer, Observers, TensorBoard
+from stackwise.pipeline.events import EventLog, Manifest, Observer, Observers
 from stackwise.pipeline.fit import boundary_bytes, check_fit
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.plan import Plan, Versions, add_versions, check_data
 from stackwise.pipeline.recipe import codec_name, recipe_id, stage_steps
 from stackwise.pipeline.run import RunDirectory, with_absolute_paths
 from stackwise.pipeline.schedule import Stage
+from stackwise.pipeline.track import Trackers
+from stackwise.pipeline.trackers import check_installed
 from stackwise.store import ActivationStore, CommittedStage
 
 PROGRESS_SECONDS = 0.2
@@ -67,6 +69,7 @@ class Runner:
                 self._tell("note", text=line)
             if only is not None and not 0 <= only < self.config.n_stages:
                 raise NotFound(f"there is no stage {only}: the schedule has 0 to {self.config.n_stages - 1}")
+            check_installed(self.config)
             data = self._prepare()
             for line in self._unused_beside_prepared():
                 self._tell("note", text=line)
@@ -99,7 +102,7 @@ class Runner:
         manifest = Manifest(run, plan, before)
         for observer in (
             stack.enter_context(EventLog(run.events_file)),
-            stack.enter_context(TensorBoard(run.tensorboard)),
+            stack.enter_context(Trackers(run, self.config, self._observe)),
             manifest.observe,
             # A stage is this run's from its first step on, a boundary from its first chunk: no `cache gc` takes them.
             lambda event: self._register(plan, manifest) if event["event"] in ("training", "writing") else None,

@@ -35,6 +35,8 @@ from stackwise.training.trainer import Progress, Trainer
 Emit = Callable[[dict[str, Any]], None]
 Stop = Callable[[], bool]
 
+RETOLD = 1000
+"""Losses told again on resuming: the last ones before a kill may have reached no one."""
 RESUME = "its state is saved; the same command goes on from there"
 
 
@@ -159,7 +161,8 @@ def train_stage(
         emit({"event": "warning", "stage": stage.depth, "text": text})
 
     if checkpoint.restore_latest(directory, trainer, warn):
-        emit({"event": "resumed", "stage": stage.depth, "step": trainer.step, "steps": steps})
+        losses = trainer.record.losses[-RETOLD:]
+        emit({"event": "resumed", "stage": stage.depth, "step": trainer.step, "steps": steps, "losses": losses})
     order = RowOrder(
         job.rows,
         seed=(config.seed, stage.depth, "order"),

@@ -1,0 +1,357 @@
+"""Figures for trackers, taken from a run's log of events: which there are, and which a tracker has already.
+
+A tracker follows the log, as a reader that may fall behind. What it has taken is kept beside the log, so a run that
+was killed goes on in the same tracker run without a point twice, a server that was gone gets what it missed, and a
+tracker that is switched on late gets the whole history.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from stackwise.durable import read_json, write_json
+from stackwise.identity import content_id
+
+Event = dict[str, Any]
+
+SECONDS = 1.0
+"""Between two looks at the log."""
+RETRY_SECONDS = 20.0
+"""After a failure, before the next attempt."""
+BATCH_BYTES = 1 << 22
+"""Of the log, taken at once."""
+
+_NO_FIGURES = ("event", "time", "begun", "stage", "step", "steps", "loss", "losses", "pid")
+_BOOKKEEPING = ("step", "resumed", "training", "committed", "reused", "writing", "written", "boundary", "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One figure.
+
+    Args:
+        stage: The stage's depth; None: a figure of the run by depth.
+        name: What it is, such as `loss`.
+        step: The stage's optimizer step; of a figure of the run, the depth.
+        value: Losses in nats, sizes in bytes, times in seconds, rates as they are.
+        time: When it was told, in seconds since 1970.
+    """
+
+    stage: int | None
+    name: str
+    step: int
+    value: float
+    time: float
+
+
+@dataclass(frozen=True)
+class About:
+    """What a tracker is told of the run.
+
+    Args:
+        name: The run's name.
+        project: The project, or experiment, it belongs to.
+        group: The group, such as a sweep.
+        directory: The run's directory.
+        parameters: The configuration by dotted key.
+    """
+
+    name: str
+    project: str
+    group: str | None
+    directory: str
+    parameters: dict[str, Any]
+
+
+class Tracker(Protocol):
+    """Where figures go: TensorBoard, Weights & Biases, MLflow. Any call may fail; what was not taken comes again."""
+
+    name: str
+
+    def open(self, about: About, number: int, known: str | None) -> str:
+        """Begin a tracker run, or go on with the one `known`; returns its id.
+
+        Args:
+            about: The run.
+            number: 1, and one more each time that a changed configuration trains other stages in the same directory.
+            known: The id that an earlier `open` gave.
+        """
+
+    def log(self, points: list[Point]) -> None:
+        """Take figures; they are safe when this returns."""
+
+    def close(self, state: str) -> None:
+        """The run ended: done, failed or interrupted."""
+
+
+@dataclass
+class Taken:
+    """What a tracker run has.
+
+    Args:
+        number: Which tracker run of this directory it is.
+        id: Its id.
+        offset: Bytes of the log that were read.
+        recipes: The recipe of each stage (by depth, as text) whose figures it holds.
+        told: The last step of each series by recipe and kind; for figures of the run, what they were.
+    """
+
+    number: int = 1
+    id: str | None = None
+    offset: int = 0
+    recipes: dict[str, str] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
+
+    def changed_by(self, event: Event) -> bool:
+        """Whether a stage now has another recipe: its figures belong to another tracker run."""
+        if event["event"] not in ("training", "reused"):
+            return False
+        before = self.recipes.get(str(event["stage"]))
+        return before is not None and before != event["recipe"]
+
+    def renewed(self, event: Event) -> Taken:
+        """The next tracker run: the stages below the changed one are the same."""
+        depth = event["stage"]
+        kept = {key: recipe for key, recipe in self.recipes.items() if int(key) < depth}
+        return Taken(self.number + 1, None, self.offset, kept | {str(depth): event["recipe"]})
+
+    def take(self, event: Event) -> list[Point]:
+        """The event's figures that are new here; they count as taken."""
+        kind, stage, at = event["event"], event.get("stage"), float(event.get("time", 0.0))
+        if kind == "evaluation":
+            return self._evaluation(event, at)
+        if not isinstance(stage, int):
+            return []
+        if kind in ("training", "reused"):
+            self.recipes[str(stage)] = event["recipe"]
+            return []
+        recipe = self.recipes.get(str(stage), "")
+        if kind in ("step", "resumed"):
+            return self._steps(event, recipe, stage, at)
+        if kind == "written":
+            step, prefix = int(self.told.get(recipe, 0)), "boundary_"
+            figures = {name: event[name] for name in ("bytes", "seconds")}
+        elif kind not in _BOOKKEEPING and isinstance(event.get("step"), int):
+            # Whatever else is told at a step, such as a checkpoint's time or a held-out loss.
+            step, prefix, figures = event["step"], f"{kind}/", _figures(event)
+        else:
+            return []
+        key = f"{recipe}:{kind}"
+        if step <= self.told.get(key, -1):
+            return []
+        self.told[key] = step
+        return [Point(stage, prefix + name, step, float(value), at) for name, value in figures.items()]
+
+    def _steps(self, event: Event, recipe: str, stage: int, at: float) -> list[Point]:
+        last, losses, told = event["step"], event.get("losses", []), int(self.told.get(recipe, 0))
+        first = last - len(losses) + 1
+        found = [
+            Point(stage, "loss", first + number, float(loss), at)
+            for number, loss in enumerate(losses)
+            if first + number > told
+        ]
+        if event["event"] == "step" and last > told:
+            found += [Point(stage, name, last, float(value), at) for name, value in _figures(event).items()]
+        if found:
+            self.told[recipe] = max(told, last)
+        return found
+
+    def _evaluation(self, event: Event, at: float) -> list[Point]:
+        result = event.get("result") or {}
+        digest = content_id("evaluation", json.dumps(result, sort_keys=True))
+        if event.get("reused") or not result or self.told.get("evaluation") == digest:
+            return []
+        self.told["evaluation"] = digest
+        found = []
+        for depth, figures in enumerate(result.get("stages") or [result]):
+            shown = {"bits_per_byte": figures.get("bits_per_byte")}
+            for name in ("loss", "accuracy"):
+                shown |= {f"{name}_at_{fraction}": value for fraction, value in (figures.get(name) or {}).items()}
+            found += [
+                Point(None, f"held_out/{name}", depth, float(value), at)
+                for name, value in shown.items()
+                if value is not None
+            ]
+        return found
+
+
+def _figures(event: Event) -> dict[str, float]:
+    """The numbers of an event beside those that say where it belongs."""
+    return {
+        name: value
+        for name, value in event.items()
+        if name not in _NO_FIGURES and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+class Follower:
+    """Brings one tracker level with a run's log, again and again.
+
+    Args:
+        tracker: Where the figures go.
+        about: The run.
+        log: The run's log of events.
+        state: Where to keep what the tracker has.
+        warn: Told, once, that the tracker fails.
+    """
+
+    def __init__(self, tracker: Tracker, about: About, log: Path, state: Path, warn: Callable[[str], None]) -> None:
+        self._tracker, self._about, self._log, self._file, self._warn = tracker, about, log, state, warn
+        self.name = tracker.name
+        self._taken: Taken | None = None
+        self._end = threading.Event()
+        self._outcome = "interrupted"
+        self._warned = False
+        self._thread = threading.Thread(target=self._follow, name=f"tracker-{tracker.name}", daemon=True)
+
+    def start(self) -> None:
+        """Begin, in a thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """What the log holds by now is still taken."""
+        self._end.set()
+
+    def join(self, seconds: float | None = None) -> bool:
+        """Wait for the end; whether it has come."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _follow(self) -> None:
+        again = 0.0
+        while True:
+            last = self._end.wait(SECONDS)
+            if last or time.monotonic() >= again:
+                again = 0.0 if self._attempt(self._catch_up) else time.monotonic() + RETRY_SECONDS
+            if last:
+                break
+        if self._taken is not None:
+            self._attempt(lambda: self._tracker.close(self._outcome))
+
+    def _attempt(self, act: Callable[[], None]) -> bool:
+        try:
+            act()
+        except Exception as error:  # whatever a tracker's package or its server comes up with
+            if not self._warned:
+                self._warned = True
+                line = (str(error).strip().splitlines() or [""])[0][:200]
+                self._warn(
+                    f"{self._tracker.name} takes no figures ({type(error).__name__}: {line}); training goes on, "
+                    "and what is missing is sent when the tracker answers again, or at the run's next start"
+                )
+            return False
+        return True
+
+    def _catch_up(self) -> None:
+        taken = self._taken if self._taken is not None else self._begin()
+        more = True
+        while more:
+            taken = replace(taken, recipes=dict(taken.recipes), told=dict(taken.told))
+            points: list[Point] = []
+            events, more = self._read(taken.offset)
+            for event, offset in events:
+                if taken.changed_by(event):
+                    self._send(taken, points)
+                    self._tracker.close("done")
+                    taken, points = taken.renewed(event), []
+                    taken.id = self._tracker.open(self._about, taken.number, None)
+                    points = self._history(taken)
+                points += taken.take(event)
+                taken.offset = offset
+                self._note(event)
+            if events:
+                self._send(taken, points)
+
+    def _begin(self) -> Taken:
+        """Go on with the tracker run that is known; else begin one with the log's history."""
+        known = self._known()
+        if known is not None and known.id is not None:
+            found = self._tracker.open(self._about, known.number, known.id)
+            if found == known.id:
+                self._taken = known
+                return known
+            known.id = found
+        else:
+            known = Taken()
+            known.id = self._tracker.open(self._about, known.number, None)
+        known.offset = self._log.stat().st_size if self._log.exists() else 0
+        known.recipes, known.told = {}, {}
+        for event in self._before(known.offset):
+            if event["event"] in ("training", "reused"):
+                known.recipes[str(event["stage"])] = event["recipe"]
+        self._send(known, self._history(known))
+        return known
+
+    def _history(self, taken: Taken) -> list[Point]:
+        """What the log says so far of the stages as they are now."""
+        current: dict[str, str] = {}
+        points: list[Point] = []
+        for event in self._before(taken.offset):
+            self._note(event)
+            if event["event"] in ("training", "reused"):
+                current[str(event["stage"])] = event["recipe"]
+            elif event["event"] == "evaluation":
+                points += taken.take(event) if current == taken.recipes else []
+            elif current.get(key := str(event.get("stage"))) == taken.recipes.get(key):
+                points += taken.take(event)
+        return points
+
+    def _note(self, event: Event) -> None:
+        """Keep in mind how the run ended."""
+        if event["event"] in ("done", "failed", "interrupted", "start"):
+            self._outcome = "interrupted" if event["event"] == "start" else event["event"]
+
+    def _send(self, taken: Taken, points: list[Point]) -> None:
+        if points:
+            self._tracker.log(points)
+        self._taken = taken
+        self._file.parent.mkdir(exist_ok=True)
+        write_json(self._file, asdict(taken))
+
+    def _known(self) -> Taken | None:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            taken = Taken(**read_json(self._file))
+            size = self._log.stat().st_size if self._log.exists() else 0
+            taken.offset = taken.offset if taken.offset <= size else 0  # a log that was cut is read again
+            return taken
+        return None
+
+    def _before(self, offset: int) -> Iterator[Event]:
+        at, more = 0, True
+        while more and at < offset:
+            events, more = self._read(at, offset)
+            for event, at in events:  # noqa: B007 (the place goes on with the last event)
+                yield event
+            if not events:
+                return
+
+    def _read(self, offset: int, end: int | None = None) -> tuple[list[tuple[Event, int]], bool]:
+        """Whole lines from an offset on, each with the offset after it; whether there are more."""
+        try:
+            with self._log.open("rb") as file:
+                file.seek(offset)
+                size = BATCH_BYTES if end is None else min(BATCH_BYTES, end - offset)
+                block = file.read(size)
+                whole = len(block) == BATCH_BYTES
+                if not block.endswith(b"\n"):
+                    block += file.readline()
+        except FileNotFoundError:
+            return [], False
+        found = []
+        for line in block.splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            offset += len(line)
+            event: Any = None
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("event"), str):
+                found.append((event, offset))
+        return found, whole
