@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stackwise.config.schema import Section, Settings
+from stackwise.config.schema import STACK_PRECISION, Section, Settings, StageTraining
 
 Fault = tuple[str, str]
 """A dotted key, and what is wrong with it."""
@@ -56,6 +56,13 @@ def _training(config: Settings) -> Iterator[Fault]:
         yield "training.masks_per_sample", "clm masks nothing: every further mask would repeat the sample"
     if training.mask_schedule_over == "depth" and config.objective == "clm":
         yield "training.mask_schedule_over", "clm masks nothing: there are no fractions to spread over depth"
+    for key, rates in (
+        ("training", training.block_learning_rates),
+        *((f"stages.{depth}.training", own.training.block_learning_rates) for depth, own in config.stages.items()),
+    ):
+        for block in rates:
+            if block >= n_blocks:
+                yield f"{key}.block_learning_rates", f"there is no block {block}: the rack has 0 to {n_blocks - 1}"
     if not training.progressive.enabled and training.mode == "independent":
         yield "training.mode", "independent is not available yet; layerwise, blockwise, fused, end_to_end are"
 
@@ -72,10 +79,11 @@ def _progressive(config: Settings) -> Iterator[Fault]:
     if progressive.new_stack_precision in ("fp8", "nvfp4", "fp4", "qlora"):
         yield (
             f"{key}.new_stack_precision",
-            f"{progressive.new_stack_precision} is not available yet; full and bfloat16 are",
+            f"{progressive.new_stack_precision} is not available yet; full, half and bfloat16 are",
         )
-    if progressive.new_stack_precision in ("half", "fp16"):
-        yield f"{key}.new_stack_precision", "fp16 needs loss scaling, which is not available yet; use bfloat16"
+    wanted = STACK_PRECISION.get(progressive.new_stack_precision)
+    if wanted is not None and config.precision != wanted:
+        yield f"{key}.new_stack_precision", f"{progressive.new_stack_precision} is not precision {config.precision}"
     if progressive.time_interpretation == "input":
         yield f"{key}.time_interpretation", "input is not available yet; depth is"
 
@@ -85,6 +93,18 @@ def _stages(config: Settings) -> Iterator[Fault]:
     for depth in config.stages:
         if depth >= count:
             yield f"stages.{depth}", f"there is no such stage: the schedule has {count} (0 to {count - 1})"
+
+
+def _training_notes(key: str, settings: StageTraining, given: set[str], precision: str) -> Iterator[str]:
+    """One line for each setting of a stage's training that was given in vain; `key` is where it was."""
+    if "tokens" in given and settings.steps:
+        yield f"{key}.tokens is unused: steps is given"
+    if "epochs_per_layer" in given and (settings.steps or settings.tokens):
+        yield f"{key}.epochs_per_layer is unused: training.{'steps' if settings.steps else 'tokens'} is given"
+    if "muon_momentum" in given and settings.optimizer != "muon":
+        yield f"{key}.muon_momentum is unused: optimizer is {settings.optimizer}"
+    if "loss_scale" in given and precision != "fp16":
+        yield f"{key}.loss_scale is unused: precision is {precision}"
 
 
 def changed(section: Section) -> list[str]:
@@ -112,8 +132,10 @@ def notes(config: Settings) -> list[str]:
         lines.append(f"training.block_size is unused: training.mode is {training.mode}")
     if training.n_stages and "block_size" in given:
         lines.append("training.block_size is unused: training.n_stages is given")
-    if training.steps and "epochs_per_layer" in given:
-        lines.append("training.epochs_per_layer is unused: training.steps is given")
+    lines += _training_notes("training", training, given, config.precision)
+    for depth, own in config.stages.items():
+        settings = config.stage_training(depth)
+        lines += _training_notes(f"stages.{depth}.training", settings, set(changed(own.training)), config.precision)
     if config.model.tie_embeddings is False and "tied_head" in given:
         lines.append("training.tied_head is unused: model.tie_embeddings is false")
     if config.objective != "mlm" and given & {"mlm_mask", "mlm_random"}:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from stackwise.config.checks import faults as cross_faults
-from stackwise.config.schema import PATTERNS, Section, Settings, StageOverrides
+from stackwise.config.schema import PATTERNS, STACK_PRECISION, Section, Settings, StageOverrides
 from stackwise.errors import ConfigError, NotFound, UsageError
 
 C = TypeVar("C", bound=Settings)
@@ -136,6 +136,9 @@ def resolve(config: Settings) -> None:
         architecture.n_stacks = (progressive.max_stacks if progressive.enabled else None) or 1
     elif progressive.enabled and progressive.max_stacks is not None:
         architecture.n_stacks = min(architecture.n_stacks, progressive.max_stacks)
+    wanted = STACK_PRECISION.get(progressive.new_stack_precision) if progressive.enabled else None
+    if wanted is not None and config.precision == "auto":
+        config.precision = wanted
     if config.store.path is None and config.training.cache_dir is not None:
         config.store.path = config.training.cache_dir
 

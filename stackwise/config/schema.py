@@ -19,8 +19,12 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 Mode = Literal["layerwise", "blockwise", "fused", "independent", "end_to_end"]
 Objective = Literal["mask_diffusion", "mlm", "clm", "custom"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 StackPrecision = Literal["full", "fp32", "half", "fp16", "bfloat16", "bf16", "fp8", "nvfp4", "fp4", "qlora"]
+STACK_PRECISION: dict[str, Precision] = {
+    "fp32": "fp32", "half": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16",
+}  # fmt: skip
+"""What a stack's precision is in words of `precision`; full is whatever `precision` says."""
 Codec = Literal[
     "bf16", "bf16-blosc", "bf16-zstd", "fp16", "fp16-blosc", "fp16-zstd", "fp32", "fp32-blosc", "fp32-zstd",
     "fp8", "fp8-blosc", "fp8-zstd", "int8", "int8-blosc", "int8-zstd",
@@ -130,11 +134,22 @@ class DataConfig(Section):
 class StageTraining(Section):
     """How one stage trains. Each of these can be set for one stage: `stages.K.training.KEY`."""
 
-    steps: PositiveInt | None = Field(None, description="optimizer steps of a stage; null: by epochs_per_layer")
+    steps: PositiveInt | None = Field(
+        None, description="optimizer steps of a stage; null: by tokens or epochs_per_layer"
+    )
+    tokens: PositiveInt | None = Field(
+        None, description="tokens that a stage trains on, where steps is null; null: by epochs_per_layer"
+    )
     epochs_per_layer: Positive = Field(1.0, description="passes of a stage over its rows, where steps is null")
     batch_size: PositiveInt = Field(8, description="rows in a microbatch")
     accumulation: PositiveInt = Field(1, description="microbatches in a step")
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = Field(
+        "adamw", description="adamw, muon (blocks' matrices; adamw for the rest), adamw8bit (moments in 8 bits)"
+    )
     learning_rate: Positive = Field(1e-3, description="peak learning rate")
+    block_learning_rates: dict[Count, Positive] = Field(
+        default_factory=dict, description="peak learning rates of single blocks, by their number in the rack: {3: 1e-4}"
+    )
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="shape after warm-up; wsd holds, then falls over the last fifth"
     )
@@ -144,7 +159,20 @@ class StageTraining(Section):
     beta1: Probability = Field(0.9, description="AdamW's first decay rate")
     beta2: Probability = Field(0.95, description="AdamW's second decay rate")
     adam_eps: Positive = Field(1e-8, description="AdamW's epsilon")
+    muon_momentum: Probability = Field(0.95, description="Muon's momentum")
     grad_clip: NonNegative = Field(1.0, description="largest global gradient norm; 0: no clipping")
+    loss_scale: Literal["dynamic"] | Positive = Field(
+        "dynamic", description="precision fp16: factor on the loss before gradients are taken; dynamic finds it"
+    )
+    ema: Probability = Field(
+        0.0, description="decay of a running mean of the weights, which is then what is committed; 0: none"
+    )
+
+    def budget(self, seq_len: int) -> int | None:
+        """Steps by `steps` or `tokens`; None: `epochs_per_layer` says."""
+        if self.steps is not None or self.tokens is None:
+            return self.steps
+        return max(1, round(self.tokens / (self.batch_size * self.accumulation * seq_len)))
 
 
 class QLoRAConfig(Section):
@@ -283,7 +311,9 @@ class Settings(Section):
     name: str = Field("stackwise", pattern=NAME, description="name of the run: letters, digits, dots, dashes")
     seed: Count = Field(0, description="every random draw follows from it")
     device: str = Field("auto", pattern=DEVICE, description="auto, cuda, cuda:N, mps, cpu")
-    precision: Precision = Field("auto", description="fp32, or bf16 autocast; auto: bf16 on a GPU that has it")
+    precision: Precision = Field(
+        "auto", description="fp32, or autocast to bf16 or fp16; auto: bf16 on a GPU that has it"
+    )
     deterministic: bool = Field(True, description="only kernels that repeat bit for bit (on a GPU somewhat slower)")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)

@@ -16,8 +16,8 @@ from stackwise.pipeline.schedule import FRONT, HEAD, Stage
 from stackwise.store import CODECS
 
 WEIGHT_BYTES = 4
-STATE_BYTES = 16
-"""Of a parameter in training: its weight, its gradient and AdamW's two moments, in float32."""
+MOMENT_BYTES = {"adamw": 8, "muon": 4, "adamw8bit": 2}
+"""Of a parameter's optimizer state; muon's is that of a block's matrices."""
 
 
 LOSS_BYTES = 3 * (32 << 20)
@@ -41,6 +41,16 @@ def stage_parameters(config: StackWiseConfig, vocab_size: int, stage: Stage) -> 
     return sum(part_parameters(config, vocab_size, part, stage) for part in stage.holds)
 
 
+def state_bytes(config: StackWiseConfig, vocab_size: int, stage: Stage, *, gradients: bool) -> int:
+    """Bytes of a stage's weights and optimizer state (what a checkpoint holds), with or without their gradients."""
+    settings = config.stage_training(stage.depth)
+    whole = stage_parameters(config, vocab_size, stage)
+    blocks = (stage.last - stage.first + 1) * config.model.block_parameters
+    moments = MOMENT_BYTES[settings.optimizer] * blocks
+    moments += MOMENT_BYTES["adamw" if settings.optimizer == "muon" else settings.optimizer] * (whole - blocks)
+    return (WEIGHT_BYTES * (1 + gradients + bool(settings.ema))) * whole + moments
+
+
 def boundary_bytes(config: StackWiseConfig, rows: int) -> int:
     """Bytes of one boundary."""
     return rows * CODECS[codec_name(config.store)].row_bytes(config.training.seq_len, config.model.d_model)
@@ -59,11 +69,11 @@ def stage_memory(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
     kv = model.kv_heads * model.head_dim
     inner = (4 if model.ffn == "swiglu" else 2) * model.ffn_width
     numbers = 8 * model.d_model + 2 * kv + inner
-    half = config.precision == "bf16"
+    half = config.precision in ("bf16", "fp16")
     blocks = stage.last - stage.first + 1
     activations = tokens * blocks * numbers * (2 if half else 4)
     copies = 2 * blocks * model.block_parameters if half else 0
-    return STATE_BYTES * stage_parameters(config, vocab_size, stage) + activations + copies + LOSS_BYTES
+    return state_bytes(config, vocab_size, stage, gradients=True) + activations + copies + LOSS_BYTES
 
 
 def check_fit(plan: Plan, todo: list[Stage], run: Path) -> dict[str, Any]:
@@ -88,12 +98,12 @@ def check_fit(plan: Plan, todo: list[Stage], run: Path) -> dict[str, Any]:
     present = sum(info.disk_bytes for info in plan.store.boundaries())
     boundaries = max(0, boundary * live - present) if todo else 0
     weights = sum(stage_parameters(config, size, stage) for stage in todo) * WEIGHT_BYTES
-    # Two checkpoints are kept, and a third is written before the oldest goes: weights and two moments each.
-    checkpoints = 3 * 3 * WEIGHT_BYTES * max((stage_parameters(config, size, stage) for stage in todo), default=0)
+    # One more than are kept is written before the oldest goes.
+    checkpoints = 3 * max((state_bytes(config, size, stage, gradients=False) for stage in todo), default=0)
     needed = boundaries + weights + checkpoints
     free = shutil.disk_usage(plan.store.path).free
     memory = max((stage_memory(config, size, stage) for stage in todo), default=0)
-    state = max((STATE_BYTES * stage_parameters(config, size, stage) for stage in todo), default=0)
+    state = max((state_bytes(config, size, stage, gradients=True) for stage in todo), default=0)
     total = psutil.virtual_memory().total
     if needed > free:
         raise NoSpaceError(

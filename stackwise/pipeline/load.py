@@ -21,6 +21,7 @@ from stackwise.pipeline.plan import Versions, add_versions
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_part, schedule
 from stackwise.store import ActivationStore
+from stackwise.training.stage import NARROW
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class CommittedRack:
     @property
     def autocast(self) -> torch.dtype | None:
         """The dtype that matrices are multiplied in; None: float32."""
-        return torch.bfloat16 if self.config.precision == "bf16" else None
+        return NARROW.get(self.config.precision)
 
     def front(self) -> Front:
         """The front."""

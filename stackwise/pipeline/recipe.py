@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stackwise.config import StackWiseConfig, StoreConfig
+from stackwise.config import StackWiseConfig, StageTraining, StoreConfig
 from stackwise.identity import NUMERICS, Hex, content_id
 from stackwise.pipeline.schedule import Stage
 from stackwise.store import CODECS, default_chunk_rows
@@ -79,13 +79,12 @@ def stage_recipe(
         trunk: The id of what the stage reads; None where it reads tokens.
         targets: Digest of the data's own targets, where the objective uses them.
     """
-    settings = config.stage_training(stage.depth)
     fresh = any(digest is None for digest in initial.values())
     windowed = config.time_as_depth and config.n_stages > 1
     objective: dict[str, Any] = {"name": config.objective}
     return {
         "forward": dict(forward),
-        "training": settings.model_dump(exclude={"steps", "epochs_per_layer"})
+        "training": training_recipe(config, stage)
         | {"steps": stage_steps(config, stage.depth, rows), "dropout": config.model.dropout},
         "objective": objective,
         "stage": {"blocks": [stage.first, stage.last], "trains": list(stage.trains)},
@@ -102,16 +101,35 @@ def stage_recipe(
     }
 
 
+_ADDED = ("optimizer", "block_learning_rates", "muon_momentum", "loss_scale", "ema")
+"""Settings that are named where they differ from their default: what was trained before they were there stays."""
+
+
+def training_recipe(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
+    """The settings of a stage's training that shape its result, the budget aside."""
+    settings = config.stage_training(stage.depth)
+    values = settings.model_dump(exclude={"steps", "tokens", "epochs_per_layer"})
+    own = {str(block): rate for block, rate in sorted(settings.block_learning_rates.items())}
+    values["block_learning_rates"] = {b: own[b] for b in own if stage.first <= int(b) <= stage.last}
+    if config.precision != "fp16":
+        del values["loss_scale"]
+    if settings.optimizer != "muon":
+        del values["muon_momentum"]
+    defaults = StageTraining().model_dump()
+    return {key: value for key, value in values.items() if key not in _ADDED or value != defaults[key]}
+
+
 def recipe_id(recipe: Recipe) -> Hex:
     """The id of a recipe."""
     return content_id("recipe", recipe)
 
 
 def stage_steps(config: StackWiseConfig, depth: int, rows: int) -> int:
-    """Optimizer steps of a stage: `steps`, else as many as `epochs_per_layer` passes over the rows need."""
+    """Optimizer steps of a stage: by `steps`, `tokens`, or as many as `epochs_per_layer` passes over the rows need."""
     settings = config.stage_training(depth)
-    if settings.steps is not None:
-        return settings.steps
+    budget = settings.budget(config.training.seq_len)
+    if budget is not None:
+        return budget
     return max(1, round(settings.epochs_per_layer * rows / (settings.batch_size * settings.accumulation)))
 
 

@@ -39,8 +39,9 @@ def count_rows(config: StackWiseConfig, split: Samples) -> int:
     most = split.n_samples(training.seq_len) * training.masks_per_sample
     if training.rows is not None:
         return min(training.rows, most)
-    if training.steps is not None:
-        return min(training.steps * training.batch_size * training.accumulation, most)
+    budget = training.budget(training.seq_len)
+    if budget is not None:
+        return min(budget * training.batch_size * training.accumulation, most)
     return most
 
 
@@ -82,6 +83,8 @@ def rows_key(config: StackWiseConfig, data_id: str, rowset: int) -> str:
         include={"seq_len", "rows", "steps", "batch_size", "accumulation", "min_mask_fraction", "max_mask_fraction"}
         | {"masks_per_sample", "mask_pool"}
     )
+    if config.training.steps is None and config.training.tokens is not None:
+        training["tokens"] = config.training.tokens
     values = {"training": training, "data": data_id, "objective": config.objective, "seed": config.seed}
     return content_id("rows", values | {"rowset": rowset, "schedule": config.mask_schedule_type, "numerics": NUMERICS})
 

@@ -153,7 +153,7 @@ def train_stage(
     if config.training.compile:
         for block in model.blocks:
             block.compile()
-    engine = ResidentEngine(model, settings, seed=(config.seed, stage.depth), device=device)
+    engine = ResidentEngine(model, settings, seed=(config.seed, stage.depth), device=device, first_block=stage.first)
     trainer = Trainer(engine, settings, steps=steps)
     directory = Path(job.checkpoints)
 

@@ -27,6 +27,8 @@ from stackwise.identity import digest
 from stackwise.training.trainer import Record, Trainer
 
 KEPT = 2
+FORMAT = 2
+"""Of what a checkpoint's tensors are called."""
 _STATE, _META = "state.safetensors", "checkpoint.json"
 
 
@@ -72,7 +74,12 @@ def save(directory: Path, trainer: Trainer) -> Path:
             temporary.mkdir()
             state = {key: tensor.contiguous().cpu() for key, tensor in trainer.engine.state().items()}
             durable.write_durably(temporary / _STATE, lambda path: save_file(state, path))
-            meta = {"step": trainer.step, "digest": file_digest(temporary / _STATE), "record": asdict(trainer.record)}
+            meta = {
+                "format": FORMAT,
+                "step": trainer.step,
+                "digest": file_digest(temporary / _STATE),
+                "record": asdict(trainer.record),
+            }
             durable.write_bytes(temporary / _META, json.dumps(meta).encode())
             final = directory / name
             shutil.rmtree(final, ignore_errors=True)
@@ -98,6 +105,8 @@ def restore_latest(directory: Path, trainer: Trainer, warn: Callable[[str], None
                 shutil.rmtree(stale, ignore_errors=True)
         try:
             meta: dict[str, Any] = durable.read_json(path / _META)
+            if meta.get("format") != FORMAT:
+                raise ValueError("it is of another version of StackWise")
             if file_digest(path / _STATE) != meta["digest"]:
                 raise ValueError("its digest differs")
             record, step = Record(**meta["record"]), int(meta["step"])

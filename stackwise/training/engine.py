@@ -6,7 +6,8 @@ knows where weights, gradients and the optimizer's state are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 
 from stackwise.config import StageTraining
 from stackwise.identity import derive_seed
-from stackwise.training.optim import make_optimizer
+from stackwise.training.optim import BLOCK, make_optimizer
+from stackwise.training.scaling import LossScale
 from stackwise.training.stage import Batch, StageModel
+
+MEAN, OPTIMIZER = "mean/", "optimizer/"
+"""What names in an engine's state begin with."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,16 @@ class Stepped:
     Args:
         loss: Mean loss over the scored positions of all microbatches, in nats.
         gradient_norm: Norm of the gradient of that mean over all that trains, before clipping.
+        taken: Whether the weights moved: not where `accept` refused, nor where gradients overflowed half precision.
     """
 
     loss: Tensor
     gradient_norm: Tensor
+    taken: bool = True
+
+
+Accept = Callable[[float, float], bool]
+"""Asked with a step's loss and gradient norm whether it is taken."""
 
 
 class Engine(Protocol):
@@ -42,13 +53,24 @@ class Engine(Protocol):
     device: torch.device
     """Where it computes."""
 
-    def step(self, microbatches: Sequence[Batch], step: int, rate: float) -> Stepped:
+    def step(self, microbatches: Sequence[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
         """One optimizer step: the gradient of the mean loss over all scored positions of all microbatches.
 
         Args:
             microbatches: On the CPU, `accumulation` of them.
             step: Which step this is, from 0; dropout follows from it.
             rate: Its learning rate.
+            accept: Asked before anything moves; where it refuses, weights and optimizer stay as they were. None: no
+                figure has to be read off the device.
+
+        Raises:
+            StackWiseError: Half precision overflows however the loss is scaled.
+        """
+
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """Mean loss in nats over the scored positions of some batches, under the weights that would be committed now.
+
+        Nothing of the training changes by it.
         """
 
     def state(self) -> dict[str, Tensor]:
@@ -76,54 +98,112 @@ class ResidentEngine:
         settings: Clipping, accumulation and the optimizer's.
         seed: The parts that its randomness follows from, such as (seed, stage).
         device: Where `model` is.
+        first_block: The number in the rack of the stage's first block.
     """
 
     def __init__(
-        self, model: StageModel, settings: StageTraining, *, seed: tuple[int | str, ...], device: torch.device
+        self,
+        model: StageModel,
+        settings: StageTraining,
+        *,
+        seed: tuple[int | str, ...],
+        device: torch.device,
+        first_block: int = 0,
     ) -> None:
         self.model, self.settings, self.seed, self.device = model.train(), settings, seed, device
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.parameters.values(), settings)
+        self.optimizer = make_optimizer(
+            [(part_of(name, first_block), p) for name, p in self.parameters.items()], settings
+        )
+        self.scale = LossScale(settings.loss_scale) if model.precision == "fp16" else None
+        self._mean = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
 
-    def step(self, microbatches: Sequence[Batch], step: int, rate: float) -> Stepped:
+    def step(self, microbatches: Sequence[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
         """One optimizer step (see `Engine.step`)."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         loss, norm = self._gradients(microbatches, step)
-        self.optimizer.step()
+        taken = True
+        if self.scale is not None and math.isfinite(float(loss)) and not math.isfinite(float(norm)):
+            self.scale.overflowed()
+            taken = False
+        elif accept is not None:
+            taken = accept(float(loss), float(norm))
+        if taken:
+            self.optimizer.step()
+            if self.scale is not None:
+                self.scale.taken()
+            self._average(step)
         self.optimizer.zero_grad(set_to_none=True)
-        return Stepped(loss, norm)
+        return Stepped(loss, norm, taken)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """The mean loss over some batches (see `Engine.evaluate`)."""
+        total, scored = torch.zeros((), dtype=torch.float64), 0
+        self.model.eval()
+        self._exchange()
+        try:
+            for cpu_batch in batches:
+                with self.model.numerics(self.device):
+                    loss, count = self.model(cpu_batch.to(self.device))
+                total += loss.double().cpu()
+                scored += int(count)
+        finally:
+            self._exchange()
+            self.model.train()
+        return float(total) / max(scored, 1)
 
     def state(self) -> dict[str, Tensor]:
-        """Weights as `weight/NAME`, the optimizer's state as `KIND/NAME`."""
+        """Weights as `weight/NAME`, their mean as `mean/NAME`, the optimizer's state as `KIND/NAME`."""
         tensors = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"{MEAN}{name}": mean for name, mean in self._mean.items()}
+        if self.scale is not None:
+            tensors |= self.scale.state()
         for name, p in self.parameters.items():
-            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
+            tensors |= {f"{OPTIMIZER}{key}/{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave, one tensor at a time."""
         for name, p in self.parameters.items():
             p.data.copy_(tensors[f"weight/{name}"])
-        moments: dict[str, list[str]] = {}
+        for name, mean in self._mean.items():
+            mean.copy_(tensors[f"{MEAN}{name}"])
+        if self.scale is not None:
+            self.scale.restore(tensors)
+        kinds: dict[str, list[str]] = {}
         for key in tensors:
-            kind, _, name = key.partition("/")
-            if kind != "weight":
-                moments.setdefault(name, []).append(kind)
+            if key.startswith(OPTIMIZER):
+                kind, _, name = key.removeprefix(OPTIMIZER).partition("/")
+                kinds.setdefault(name, []).append(kind)
         for name, p in self.parameters.items():
-            if name in moments:
-                self.optimizer.state[p] = {
-                    kind: value if kind == "step" and value.device == p.device else value.to(p.device)
-                    for kind in moments[name]
-                    for value in (tensors[f"{kind}/{name}"],)
-                }
+            known = self.optimizer.state.pop(p, {})
+            if name in kinds:
+                known = {kind: _taken_up(known, kind, tensors[f"{OPTIMIZER}{kind}/{name}"], p) for kind in kinds[name]}
+                self.optimizer.state[p] = known
 
     def settle(self) -> None:
-        """Nothing to do: the modules hold what is committed."""
+        """The modules hold what is committed; where a mean is kept, that is the mean."""
+        self._exchange()
+        self._mean = {}
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's state dict."""
         return module.state_dict()
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        """Move the mean of the weights. Its decay grows with the steps, so that it forgets where they began."""
+        if self._mean:
+            decay = min(self.settings.ema, (1.0 + step) / (10.0 + step))
+            torch._foreach_lerp_(list(self._mean.values()), list(self.parameters.values()), 1.0 - decay)
+
+    def _exchange(self) -> None:
+        """Let weights and mean change places; nothing is copied."""
+        for name, mean in self._mean.items():
+            p = self.parameters[name]
+            p.data, self._mean[name] = mean, p.data
 
     def _gradients(self, microbatches: Sequence[Batch], step: int) -> tuple[Tensor, Tensor]:
         """Leave the step's clipped gradient on the parameters; its mean loss and its norm before clipping."""
@@ -135,15 +215,30 @@ class ResidentEngine:
             with self.model.numerics(self.device):
                 loss, count = self.model(batch)
             # Scaled by a constant now and by the true count below, which is known only at the last microbatch.
-            (loss / batch.tokens_BS.numel()).backward()
+            scaled = loss if self.scale is None else loss * self.scale.scale
+            (scaled / batch.tokens_BS.numel()).backward()
             total += loss.detach()
             scored += int(count)
             nominal = batch.tokens_BS.numel()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if not gradients or not scored:
             return total / max(scored, 1), torch.zeros((), device=self.device)
-        torch._foreach_mul_(gradients, nominal / scored)
+        scale = 1.0 if self.scale is None else self.scale.scale
+        torch._foreach_mul_(gradients, nominal / scored / scale)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.settings.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.grad_clip, norm)
         return total / scored, norm
+
+
+def part_of(name: str, first_block: int) -> str:
+    """The part that a parameter of a `StageModel` is in: front, block.N (its number in the rack), head."""
+    part, _, rest = name.partition(".")
+    return part if part != "blocks" else f"{BLOCK}{first_block + int(rest.partition('.')[0])}"
+
+
+def _taken_up(known: Mapping[str, Tensor], kind: str, saved: Tensor, p: nn.Parameter) -> Tensor:
+    """Optimizer state as saved: into the memory that is there, else new; where the optimizer would have it."""
+    if kind in known:
+        return known[kind].copy_(saved)
+    return saved.to(p.device)

@@ -16,6 +16,9 @@ from torch import nn
 from stackwise.model import Block, Stack
 from stackwise.objectives import Objective
 
+NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The precisions that are computed in by autocast."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -59,7 +62,7 @@ class StageModel(nn.Module):
             attention's direction and the documents.
         head: Activations at scored positions to logits; None in a stage that only passes activations on.
         objective: What is shown, what is scored, and in which direction attention looks.
-        precision: "fp32", or "bf16": autocast with the residual stream in bf16.
+        precision: "fp32", or "bf16" or "fp16": autocast, with the residual stream in the same.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class StageModel(nn.Module):
         super().__init__()
         self.front, self.blocks, self.head = front, nn.ModuleList(blocks), head
         self.objective, self.precision = objective, precision
-        self.stream_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.stream_dtype = NARROW.get(precision, torch.float32)
 
     def activations(self, batch: Batch) -> torch.Tensor:
         """The activations that leave the stage's last block, [B, S, D]."""
@@ -101,5 +104,5 @@ class StageModel(nn.Module):
     @contextlib.contextmanager
     def numerics(self, device: torch.device) -> Iterator[None]:
         """The precision that the stage computes in."""
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(device.type, dtype=NARROW.get(self.precision), enabled=self.precision in NARROW):
             yield

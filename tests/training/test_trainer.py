@@ -29,11 +29,11 @@ CONFIG = ModelConfig(
 CPU = torch.device("cpu")
 
 
-def model(dropout: float = 0.1, tokens: bool = True) -> StageModel:
+def model(dropout: float = 0.1, tokens: bool = True, precision: str = "fp32") -> StageModel:
     config = CONFIG.model_copy(update={"dropout": dropout})
     front = build_front(config, VOCAB, 0, S) if tokens else None
     head = build_head(config, VOCAB, 0, front.embedding.weight if front is not None else None)
-    return StageModel(front, [build_block(config, 0, 0)], head, MaskDiffusionObjective(MASK), "fp32")
+    return StageModel(front, [build_block(config, 0, 0)], head, MaskDiffusionObjective(MASK), precision)
 
 
 def batch(number: int, rows: int = 4, tokens: bool = True) -> Batch:
@@ -84,9 +84,13 @@ def fit(trainer: Trainer, hooks: Hooks, source: Iterator[Batch]) -> bool:
     return trainer.fit(source, waited=lambda: 0.0, hooks=hooks)
 
 
-def trainer(steps: int = 12, tokens: bool = True, dropout: float = 0.1, **settings: object) -> Trainer:
+def trainer(
+    steps: int = 12, tokens: bool = True, dropout: float = 0.1, precision: str = "fp32", **settings: object
+) -> Trainer:
     chosen = StageTraining.model_validate({"learning_rate": 1e-2, **settings})
-    return Trainer(ResidentEngine(model(dropout, tokens), chosen, seed=(0, 1), device=CPU), chosen, steps=steps)
+    return Trainer(
+        ResidentEngine(model(dropout, tokens, precision), chosen, seed=(0, 1), device=CPU), chosen, steps=steps
+    )
 
 
 def resident(trainer: Trainer) -> ResidentEngine:
@@ -100,7 +104,9 @@ def test_a_stages_gradient_is_that_of_the_objective_written_out_by_hand(tokens: 
     parts = [batch(i, rows=2 + i, tokens=tokens) for i in range(1)] + [batch(i, rows=2, tokens=tokens) for i in (1, 2)]
     seen: dict[str, torch.Tensor] = {}
     parameters = resident(one).parameters
-    resident(one).optimizer.register_step_pre_hook(
+    optimizer = resident(one).optimizer
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    optimizer.register_step_pre_hook(
         lambda *_: seen.update({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
     )
     stepped = one.train_step(parts)

@@ -1,0 +1,140 @@
+"""AdamW with its moments in 8 bits: two bytes and a little of state a number instead of eight.
+
+Block-wise quantization after Dettmers et al. (arXiv 2110.02861): every block of 256 numbers has its own scale, and a
+code stands for a place on a scale that is finest near zero. Everything is computed in float32 and stored in 8 bits.
+The root of the second moment is stored in place of the moment itself: the same codes then reach twice as many decades.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Numbers that share a scale."""
+SMALL = 4096
+"""A tensor of fewer numbers keeps float32 moments: biases and norms cost nothing and are sensitive."""
+SLICE = 1 << 22
+"""Numbers that are worked on at once, so that float32 copies stay small beside the weights. A multiple of BLOCK."""
+
+
+@functools.cache
+def codebook(signed: bool, device: torch.device) -> Tensor:
+    """The 256 values that a code can mean, ascending, float32 in [-1, 1] or [0, 1].
+
+    Dynamic quantization (arXiv 2110.02861, section 2.2): seven decades below 1, each of twice as many evenly spaced
+    values as the one below it; beside them 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        count = 2 ** (decade + (0 if signed else 1))
+        for i in range(count):
+            value = 10.0 ** (decade - 6) * (0.1 + 0.9 * (i + 0.5) / count)
+            values += [value, -value] if signed else [value]
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+def quantize(numbers: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales of float32 numbers, a flat tensor; each to the nearest value, and only 0 to 0 if unsigned.
+
+    Returns:
+        uint8 of the same length, float32 [blocks].
+    """
+    book = codebook(signed, numbers.device)
+    blocks = torch.nn.functional.pad(numbers, (0, -len(numbers) % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(1)
+    shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    codes = torch.bucketize(shares, (book[1:] + book[:-1]) / 2)
+    if not signed:  # a root of 0 would make the next update boundless
+        codes = torch.where((codes == 0) & (shares > 0), 1, codes)
+    return codes.to(torch.uint8).view(-1)[: len(numbers)].clone(), scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    """The float32 numbers that codes and scales stand for."""
+    values = codebook(signed, codes.device)[codes.long()]
+    return values.mul_(scales.repeat_interleave(BLOCK)[: len(values)])
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW whose state is stored in 8 bits; `lr`, `betas`, `eps`, `weight_decay` as in `torch.optim.AdamW`.
+
+    State of a parameter: `step`, and either `mean`, `root` (uint8) with `mean_scale`, `root_scale` (float32), or for
+    a small one `mean` and `root` in float32. All are plain tensors: saved and restored bit for bit.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step on every parameter that has a gradient."""
+        assert closure is None, "the gradients are there already"
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, group)
+
+    def _update(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            self._begin(p, state)
+        if state["step"].device.type != "cpu":  # as it comes from a checkpoint; elsewhere it would be waited for
+            state["step"] = state["step"].cpu()
+        state["step"] += 1
+        count = int(state["step"])
+        beta1, beta2 = group["betas"]
+        p.mul_(1.0 - group["lr"] * group["weight_decay"])
+        size, root_correction = group["lr"] / (1.0 - beta1**count), math.sqrt(1.0 - beta2**count)
+        numbers, slopes = p.view(-1), gradient.reshape(-1)
+        for first in range(0, len(numbers), SLICE):
+            part = slice(first, first + SLICE)
+            slope = slopes[part].float()
+            mean, root = self._read(state, part)
+            mean.lerp_(slope, 1.0 - beta1)
+            root.square_().mul_(beta2).addcmul_(slope, slope, value=1.0 - beta2).sqrt_()
+            self._write(state, part, mean, root)
+            numbers[part].sub_((mean / (root / root_correction).add_(group["eps"])).mul_(size).to(p.dtype))
+
+    def _begin(self, p: Tensor, state: dict[str, Tensor]) -> None:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        if p.numel() < SMALL:
+            state["mean"], state["root"] = (torch.zeros_like(p.view(-1), dtype=torch.float32) for _ in range(2))
+            return
+        for name, signed in (("mean", True), ("root", False)):
+            zero = int((codebook(signed, p.device) == 0).nonzero())
+            state[name] = torch.full((p.numel(),), zero, dtype=torch.uint8, device=p.device)
+            state[f"{name}_scale"] = torch.zeros(-(-p.numel() // BLOCK), device=p.device)
+
+    def _read(self, state: dict[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:
+        if "mean_scale" not in state:
+            return state["mean"], state["root"]
+        mean, root = (
+            dequantize(state[name][part], state[f"{name}_scale"][_blocks(part)], signed)
+            for name, signed in (("mean", True), ("root", False))
+        )
+        return mean, root
+
+    def _write(self, state: dict[str, Tensor], part: slice, mean: Tensor, root: Tensor) -> None:
+        if "mean_scale" not in state:
+            return  # worked on in place
+        for name, numbers, signed in (("mean", mean, True), ("root", root, False)):
+            codes, scales = quantize(numbers, signed)
+            state[name][part] = codes
+            state[f"{name}_scale"][_blocks(part)] = scales
+
+
+def _blocks(part: slice) -> slice:
+    return slice(part.start // BLOCK, -(-part.stop // BLOCK))
