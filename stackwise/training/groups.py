@@ -61,7 +61,7 @@ class Turns:
         if not loaded.gradients:
             return
         trained = [(part, name, p) for part, name, p in loaded.parameters() if part in loaded.gradients]
-        optimizer = make_optimizer([p for _, _, p in trained], self.settings)
+        optimizer = make_optimizer([(part, p) for part, _, p in trained], self.settings)
         for part, name, p in trained:
             state = {
                 key.removesuffix(f"/{name}"): v for key, v in loaded.states[part].items() if key.endswith(f"/{name}")
@@ -75,7 +75,7 @@ class Turns:
         if gradients and commit.scale is not None:
             torch._foreach_mul_(gradients, torch.tensor(commit.scale, dtype=gradients[0].dtype, device=self.device))
         for group in optimizer.param_groups:
-            group["lr"] = commit.rate
+            group["lr"] = commit.rate * group["scale"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         states: dict[str, dict[str, Tensor]] = {part: {} for part in loaded.gradients}
