@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackwise.config.schema import ModelConfig
 from stackwise.model.layers import GELU, Attention, SwiGLU, attention_mask, make_norm
+from stackwise.model.numerics import in_own_precision
 
 
 class Block(nn.Module):
@@ -34,7 +36,10 @@ class Block(nn.Module):
         self.ffn_norm = make_norm(config)
         self.ffn = SwiGLU(config) if config.ffn == "swiglu" else GELU(config)
         self.dropout = config.dropout
+        self.compute: torch.dtype | None = None
+        """What it computes in; None: what its surroundings do."""
 
+    @in_own_precision
     def forward(self, x_BSD: Tensor, *, causal: bool = False, segments_BS: Tensor | None = None) -> Tensor:
         """[B, S, D] to [B, S, D], in the input's dtype.
 

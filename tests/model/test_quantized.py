@@ -14,7 +14,7 @@ from torch import nn
 
 from stackwise.config.schema import ModelConfig
 from stackwise.errors import UsageError
-from stackwise.model import add_adapters, build_block, part_digest
+from stackwise.model import Block, add_adapters, build_block, part_digest
 from stackwise.model.formats import FORMATS, NF4, NVFP4, bits_per_weight, nf4_kernel
 from stackwise.model.lora import AdaptedLinear, adapter_parameters, adapter_state, base_state, load_adapters
 from stackwise.model.quantized import QuantizedLinear, plain_layers, quantize
@@ -134,8 +134,6 @@ def test_packing_is_a_pure_function_and_survives_a_file(name: str, tmp_path: Pat
 
 
 def block_like() -> nn.Module:
-    from stackwise.model import Block
-
     return Block(ModelConfig(d_model=32, n_heads=4, d_ff=48))
 
 
@@ -220,6 +218,23 @@ def test_the_way_back_keeps_no_unpacked_weight(name: str) -> None:
     assert max(kept, default=0) < 64 * 64
     assert not math.isnan(layer(draw(2, 64)).sum().item())
     assert not list(layer.parameters())
+
+
+def test_a_block_computes_in_its_own_precision_within_another() -> None:
+    module, x = block(), draw(2, 5, 32, std=1.0)
+    plain = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = module(x)
+    assert isinstance(module, Block)
+    for compute, expected, around in ((torch.bfloat16, narrow, False), (torch.float32, plain, True)):
+        module.compute = compute
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            assert torch.equal(module(x), expected)
+            assert module(x).dtype == torch.float32, "the residual stream keeps its dtype"
+    module.compute = torch.float16
+    assert 0 < (module(x) - plain).abs().max() < (narrow - plain).abs().max()
+    module(x).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
 
 
 def test_unknown_format() -> None:
