@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,37 @@ RUNS = Path("runs")
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
 run_option = click.option("--run", "run", metavar="DIR", help="The run's directory. Default: the latest under runs/.")
+
+
+class Duration(click.ParamType[float]):
+    """A length of time, in seconds: 90, 90s, 90m, 3h, 1d, 1h30m, 1:30:00 (hours), 90:00 (minutes)."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse it; what is no length of time is a wrong usage."""
+        if isinstance(value, int | float):
+            return float(value)
+        text = str(value).strip().lower()
+        clock = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d\d)", text)
+        units = re.fullmatch(r"(?:([\d.]+)d)?(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text)
+        found = clock or units
+        try:
+            parts = [float(part or 0) for part in found.groups()] if found else []
+        except ValueError:
+            parts = []
+        seconds = sum(part * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=False))
+        if not seconds:
+            self.fail(f"{value!r} is no length of time: 3h, 90m, 1:30:00, or seconds", param, ctx)
+        return seconds
+
+
+max_time_option = click.option(
+    "--max-time",
+    type=Duration(),
+    metavar="TIME",
+    help="Save and end with 75 before this is over: 3h, 90m, 1:30:00, or seconds.",
+)
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N.")
 
 

@@ -254,7 +254,9 @@ class TrainingConfig(StageTraining):
     compile: bool = Field(False, description="torch.compile the blocks")
     checkpoint_steps: PositiveInt | None = Field(None, description="checkpoint every so many steps; null: by minutes")
     checkpoint_minutes: Positive = Field(10.0, description="checkpoint every so many minutes")
-    log_every: PositiveInt = Field(10, description="steps between plain log lines")
+    log_every: PositiveInt = Field(
+        10, description="steps between plain log lines, at least; they come every few seconds"
+    )
     cache_mode: Literal["layerwise", "fusion"] | None = Field(None, description="implied by mode; accepted, unused")
     cache_dir: str | None = Field(None, description="another name of store.path")
     fusion_evaluation: bool = Field(False, description="implied: every run evaluates the fused rack; unused")

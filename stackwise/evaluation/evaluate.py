@@ -5,7 +5,7 @@ Shapes in names: N samples, B a batch of them, S positions, D d_model, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,13 @@ class _Carried:
         for start in range(0, len(self.way.ids_NS), self.batch_size):
             yield slice(start, start + self.batch_size)
 
-    def through(self, stage: StageModules) -> Scores:
-        """Take all samples through a stage, and score them with its head."""
+    @property
+    def batches(self) -> int:
+        """How many batches take the samples through a stage."""
+        return len(list(self._parts()))
+
+    def through(self, stage: StageModules, tick: Callable[[], None]) -> Scores:
+        """Take all samples through a stage, and score them with its head; `tick` is called after each batch."""
         way, scores = self.way, Scores.empty(*self.way.ids_NS.shape)
         for part in self._parts():
             segments = None if way.segments_NS is None else tensor(way.segments_NS[part], self.device)
@@ -76,6 +81,7 @@ class _Carried:
             nats_n, hits_n = score(stage.head, x_BSD.flatten(0, 1).index_select(0, index_n), targets_n)
             scores.nats_NS[part][scored] = nats_n.numpy()
             scores.hits_NS[part][scored] = hits_n.numpy()
+            tick()
         return scores
 
 
@@ -97,6 +103,7 @@ def evaluate(
     separator_id: int | None = None,
     unigram_counts: ArrayLike | None = None,
     vocab_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Figures of a rack, and of every stage of it, on held-out samples.
 
@@ -126,6 +133,7 @@ def evaluate(
         unigram_counts: How often each token occurs in training: adds the unigram baseline (add-one smoothing), on
             the same positions; its bits per byte are exact.
         vocab_size: Token ids that the baseline spreads over; None: the width of the last head's logits.
+        progress: Called after each batch with the batches done and those of one stage; what it raises ends this.
 
     Returns:
         Plain data: the last stage's figures, `stages` (the same by depth), `baselines`, `samples`, `likelihood`.
@@ -140,9 +148,17 @@ def evaluate(
     width = vocab_size or 0
     with evaluating(front), narrow:
         carried = [_Carried(way, front, batch_size, device, autocast) for way in ways]
+    done, of_stage = 0, sum(one.batches for one in carried)
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, of_stage)
+
     for stage in stages:
         with evaluating(*stage.blocks, stage.head), narrow:
-            scores = [one.through(stage) for one in carried]
+            scores = [one.through(stage, tick) for one in carried]
             width = vocab_size or stage.head.weight.shape[0]
         by_depth.append({"depth": stage.depth} | _figures(ways, scores, sample_bytes_N, tokens.size))
         # Out of the loop variable before the next one is loaded.

@@ -15,9 +15,13 @@ from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.process import Worker
+from stackwise.pipeline.time_limit import TimeLimit
 
 LOCK_PATIENCE = 20.0
 """Seconds to wait for the worker of a runner that was killed: it saves and leaves by itself."""
+
+PROGRESS = ("step", "boundary", "evaluating")
+"""Events that only say how far a job is."""
 
 
 class Crew:
@@ -26,14 +30,16 @@ class Crew:
     Args:
         observe: Told every event.
         resume_command: What an interruption tells the user to type.
+        limit: When the run has to be over.
     """
 
-    def __init__(self, observe: Observer, resume_command: str) -> None:
-        self._observe, self._resume_command = observe, resume_command
+    def __init__(self, observe: Observer, resume_command: str, limit: TimeLimit | None = None) -> None:
+        self._observe, self._resume_command, self._limit = observe, resume_command, limit
         self._device, self._log = "auto", Path()
         self._busy: Worker | None = None
         self._spare: Worker | None = None
         self._stopping = False
+        self._signals = 0
 
     def start(self, device: str, log: Path) -> Event:
         """Start the first worker; says the device, its name, memory and default precision.
@@ -49,8 +55,12 @@ class Crew:
         self._spare = Worker(device, log)
         return self._spare.ready()
 
-    def work(self, job: StageJob | FinishJob) -> list[Event]:
+    def work(self, job: StageJob | FinishJob, *, saves: int = 0) -> list[Event]:
         """Have a job done; returns its events, progress aside.
+
+        Args:
+            job: The job.
+            saves: Bytes of one of its checkpoints.
 
         Raises:
             InterruptedRun: It was stopped after saving.
@@ -58,28 +68,46 @@ class Crew:
         """
         if isinstance(job, StageJob):
             self._wait_for_orphan(Path(job.store) / "locks" / f"work-{job.recipe_id}.lock")
-        if self._stopping:
-            raise self._interrupted("stopped before the next step began")
-        worker = self._spare or Worker(self._device, self._log)
-        self._busy, self._spare = worker, None
+        self.check()
+        worker = self._busy = self._spare or Worker(self._device, self._log)
+        self._spare = None
+        if self._limit is not None:
+            self._limit.begin(saves)
         events = []
         try:
             for event in worker.run(job.plain()):
                 if event["event"] in ("step", "boundary", "resumed"):
                     self._start_spare()
+                if self._limit is not None:
+                    self._limit.observe(event)
                 self._observe(event)
-                if event["event"] not in ("step", "boundary"):
+                if event["event"] not in PROGRESS:
                     events.append(event)
         except InterruptedRun as error:
             raise self._interrupted(error.message) from None
         except StackWiseError as error:
             depth = job.stage.depth if isinstance(job, StageJob) else None
             self._observe({"event": "failed", "stage": depth, "text": error.message})
+            error.hint = f"{error.hint}; go on with: {self._resume_command}" if error.hint else self.go_on
             raise
         finally:
             worker.close()
             self._busy = None
         return events
+
+    @property
+    def go_on(self) -> str:
+        """What to do after the end of a run that is not finished."""
+        return f"go on with: {self._resume_command}"
+
+    def check(self) -> None:
+        """Whatever takes long outside of workers asks this as it goes.
+
+        Raises:
+            InterruptedRun: The run was told to stop.
+        """
+        if self._stopping:
+            raise self._interrupted("stopped before the next step began")
 
     def close(self) -> None:
         """Let go of every worker; one that is at work saves first."""
@@ -90,30 +118,44 @@ class Crew:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM: the worker saves and ends. A second one stops at once."""
+        """Ctrl-C, SIGTERM and the end of the time: the worker saves and ends. A second signal stops at once."""
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if self._stopping:
+            self._signals += 1
+            if self._signals > 1:
                 for worker in (self._busy, self._spare):
                     if worker is not None:
                         worker.kill()
-                raise InterruptedRun("stopped at once", hint=f"go on with: {self._resume_command}")
-            self._stopping = True
-            if self._busy is None:
-                raise InterruptedRun("stopped", hint=f"go on with: {self._resume_command}")
-            text = "finishing the step in hand and saving (again to stop at once)"
-            self._observe({"event": "stopping", "text": text})
-            self._busy.stop()
+                raise InterruptedRun("stopped at once, at the last checkpoint", hint=self.go_on)
+            if not self._stop("finishing the step in hand and saving (again to stop at once)"):
+                raise InterruptedRun("stopped", hint=self.go_on)
 
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        over = threading.Event()
+        watcher = threading.Thread(target=self._watch_the_time, args=(over,), name="time-limit", daemon=True)
+        watcher.start()
+        mine = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if mine else ()
+        previous = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for before, handler in previous.items():
+                signal.signal(before, handler)
+            over.set()
+            watcher.join()
+
+    def _watch_the_time(self, over: threading.Event) -> None:
+        limit = self._limit
+        while limit is not None and not over.wait(min(1.0, max(0.02, limit.left))):
+            if limit.left <= 0 and not self._stopping:
+                self._stop(f"the time limit is near: {limit.reserved}")
+
+    def _stop(self, text: str) -> bool:
+        """Have the worker save and end; returns whether there is one. Called by signals and from another thread."""
+        self._stopping, busy = True, self._busy
+        if busy is not None:
+            busy.stop({"event": "stopping", "text": text})
+        return busy is not None
 
     def _start_spare(self) -> None:
         """Start the next worker, whose imports are done while this one works."""
@@ -128,4 +170,4 @@ class Crew:
 
     def _interrupted(self, message: str) -> InterruptedRun:
         self._observe({"event": "interrupted", "text": message})
-        return InterruptedRun(message, hint=f"go on with: {self._resume_command}")
+        return InterruptedRun(message, hint=self.go_on)

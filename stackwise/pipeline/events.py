@@ -59,7 +59,7 @@ class EventLog:
 
     def __call__(self, event: Event) -> None:
         """Append it; progress that only a screen needs is left out."""
-        if event["event"] in ("preparing", "boundary"):
+        if event["event"] in ("preparing", "boundary") or (event["event"] == "evaluating" and "done" in event):
             return
         if event["event"] != "step":
             self.flush()

@@ -16,6 +16,9 @@ from stackwise.pipeline.load import load_rack
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.use import evaluate_rack, export_rack
 
+PROGRESS_SECONDS = 0.25
+"""Between two words on how far the evaluation is."""
+
 
 def run_finish(job: FinishJob, emit: Callable[[dict[str, Any]], None], stop: Callable[[], bool]) -> None:
     """Do the job, telling its results as events.
@@ -24,9 +27,18 @@ def run_finish(job: FinishJob, emit: Callable[[dict[str, Any]], None], stop: Cal
         InterruptedRun: `stop` said so; what is committed stays, and the same command goes on.
     """
     rack = load_rack(RunDirectory(Path(job.run)), torch.device(job.device))
-    begun = time.perf_counter()
+    begun = told = time.perf_counter()
     emit({"event": "evaluating", "samples": rack.config.evaluation.samples})
-    result = evaluate_rack(rack, rack.data.held_out)
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if stop():
+            raise InterruptedRun("stopped during the evaluation", hint="the same command evaluates again")
+        if time.perf_counter() - told > PROGRESS_SECONDS:
+            told = time.perf_counter()
+            emit({"event": "evaluating", "done": done, "total": total})
+
+    result = evaluate_rack(rack, rack.data.held_out, progress)
     emit({"event": "evaluation", "reused": False, "result": result, "seconds": time.perf_counter() - begun})
     if stop():
         raise InterruptedRun("stopped after the evaluation", hint="the same command goes on")

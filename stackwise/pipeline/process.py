@@ -53,11 +53,12 @@ class Worker:
                 env={**WAITING, **os.environ},
                 start_new_session=True,  # a terminal's Ctrl-C is for the runner to pass on
             )
-        self._events: queue.Queue[Event | None] = queue.Queue()
+        # Its `put` may be called by a signal handler that interrupts its `get`.
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._listener = threading.Thread(target=self._listen, name="worker-events", daemon=True)
         self._listener.start()
         self._ready: Event | None = None
-        self._given = False
+        self._given = self._stopped = False
 
     @property
     def pid(self) -> int:
@@ -71,8 +72,8 @@ class Worker:
             StackWiseError: It could not start, or the device is not there.
         """
         if self._ready is None:
-            event = self._next()
-            if event["event"] != "ready":
+            event = self._events.get()
+            if event is None or event["event"] != "ready":
                 raise self._failure(event)
             self._ready = event
         return self._ready
@@ -98,10 +99,16 @@ class Worker:
         if self._process.wait() != 0:
             raise self._failure(None)
 
-    def stop(self) -> None:
-        """Ask it to save and end."""
+    def stop(self, told: Event) -> None:
+        """Ask it to save and end; one without a job has nothing to save. May be called by a signal handler.
+
+        Args:
+            told: An event that says so; it appears among the worker's own.
+        """
+        self._stopped = True
+        self._events.put(told)
         with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)
+            self._process.send_signal(signal.SIGTERM if self._given else signal.SIGKILL)
 
     def kill(self) -> None:
         """End it at once."""
@@ -132,24 +139,22 @@ class Worker:
                     self._events.put(json.loads(line))
         self._events.put(None)
 
-    def _next(self) -> Event:
-        event = self._events.get()
-        if event is None:
-            raise self._failure(None)
-        return event
-
     def _failure(self, event: Event | None) -> StackWiseError:
-        if event is not None:
+        if event is not None and event["event"] in ("error", "interrupted"):
             code = int(event.get("exit_code", 1))
             error: StackWiseError = _ERRORS.get(code, WorkerFailed)(str(event["message"]), hint=event.get("hint"))
             error.exit_code = code
             return error
+        if not self._given:
+            self.kill()
         code = self._process.wait()
+        if self._stopped and code in (0, -signal.SIGTERM, -signal.SIGKILL):
+            return InterruptedRun("stopped before there was anything to save")
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         if code == -signal.SIGKILL:
             how += " (often the system's way of saying: out of memory)"
         tail = "".join(f"\n    {line}" for line in self._last_lines(5))
-        return WorkerFailed(f"worker {self.pid} {how}{tail}", hint=f"its log: {self.log}; run again to go on")
+        return WorkerFailed(f"worker {self.pid} {how}{tail}", hint=f"its log: {self.log}")
 
     def _last_lines(self, count: int) -> list[str]:
         try:

@@ -20,12 +20,13 @@ from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError
 from stackwise.identity import content_id
 from stackwise.pipeline.crew import Crew
 from stackwise.pipeline.events import EventLog, Manifest, Observer, Observers
-from stackwise.pipeline.fit import boundary_bytes, check_fit
+from stackwise.pipeline.fit import boundary_bytes, check_fit, state_bytes
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.plan import Plan, Versions, add_versions, check_data
 from stackwise.pipeline.recipe import codec_name, recipe_id, stage_steps
 from stackwise.pipeline.run import RunDirectory, with_absolute_paths
 from stackwise.pipeline.schedule import Stage
+from stackwise.pipeline.time_limit import TimeLimit
 from stackwise.pipeline.track import Trackers
 from stackwise.pipeline.trackers import check_installed
 from stackwise.store import ActivationStore, CommittedStage
@@ -42,14 +43,22 @@ class Runner:
         run: Where the run lives.
         observe: Told every event.
         resume_command: What an interruption tells the user to type.
+        max_time: Seconds after which the run has to be over: before that, the step in hand is finished and saved,
+            and `InterruptedRun` is raised; None: no limit.
     """
 
     def __init__(
-        self, config: StackWiseConfig, run: RunDirectory, observe: Observer, *, resume_command: str = "stackwise run"
+        self,
+        config: StackWiseConfig,
+        run: RunDirectory,
+        observe: Observer,
+        *,
+        resume_command: str = "stackwise run",
+        max_time: float | None = None,
     ) -> None:
         self.config, self.run_directory = with_absolute_paths(config), run
         self._observe = Observers([observe])
-        self._crew = Crew(self._observe, resume_command)
+        self._crew = Crew(self._observe, resume_command, None if max_time is None else TimeLimit(max_time))
 
     def run(self, only: int | None = None) -> dict[str, Any]:
         """Every stage, then the held-out evaluation; or one stage alone.
@@ -177,6 +186,7 @@ class Runner:
         following = plan.stages[stage.depth + 1] if stage.depth + 1 < len(plan.stages) else None
         hands_on = following is not None and following.reads_boundary and following.rowset == stage.rowset
         checkpoints = self.run_directory.checkpoints(key)
+        saves = state_bytes(plan.config, plan.vocabulary.size, stage, gradients=False)
         for attempt in (1, 2):
             reads = self._boundary(plan, stage, versions) if stage.reads_boundary else None
             if hands_on:
@@ -190,7 +200,7 @@ class Runner:
                 writes=stage.rowset if hands_on else None,
             )
             try:
-                self._crew.work(job)
+                self._crew.work(job, saves=saves if job.train else 0)
                 break
             except StackWiseError as error:
                 committed = committed_stage(plan, key)
@@ -331,6 +341,7 @@ class Runner:
 
         def progress(phase: str, done: int, total: int | None) -> None:
             nonlocal told, before
+            self._crew.check()
             if phase != before or time.perf_counter() - told > PROGRESS_SECONDS:
                 told, before = time.perf_counter(), phase
                 self._tell("preparing", phase=phase, done=done, total=total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,16 @@ def held_out_samples(rack: CommittedRack, split: Split) -> np.ndarray:
     return np.sort(order[: config.evaluation.samples])
 
 
-def evaluate_rack(rack: CommittedRack, split: Split) -> dict[str, Any]:
-    """Held-out figures of a rack and of each of its stages, in the shape of `stackwise eval --json`."""
+def evaluate_rack(
+    rack: CommittedRack, split: Split, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Held-out figures of a rack and of each of its stages, in the shape of `stackwise eval --json`.
+
+    Args:
+        rack: The rack.
+        split: What to evaluate on.
+        progress: Called after each batch with (done, total); what it raises ends the evaluation.
+    """
     config = rack.config
     seq_len = config.training.seq_len
     indices = held_out_samples(rack, split)
@@ -48,6 +57,7 @@ def evaluate_rack(rack: CommittedRack, split: Split) -> dict[str, Any]:
         separator_id=rack.data.tokenizer.separator_id,
         unigram_counts=rack.data.train.counts,
         vocab_size=rack.vocab_size,
+        progress=None if progress is None else lambda done, stage: progress(done, stage * config.n_stages),
     )
     if len(result["stages"]) > 1:
         first = {key: value for key, value in result["stages"][0].items() if key != "depth"}

@@ -95,4 +95,7 @@ def _explained(error: Exception) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    # Everything is closed and durable; taking torch apart module by module would only keep the next stage waiting.
+    os._exit(code)

@@ -84,9 +84,22 @@ def test_plain_lines(view: RunView, capsys: pytest.CaptureFixture[str]) -> None:
     assert "stage 1: training, 60 steps (changed: [x] → y)" in said
     assert "stage 1: boundary written: 8.00 MB in 2.00 s, 4.00 MB/s" in said
     steps = [line for line in said if "step " in line and "loss" in line]
-    assert [line.split("  ")[0] for line in steps] == ["stage 1: step 10/60", "stage 1: step 60/60"]
+    assert [line.split("  ")[0] for line in steps] == ["stage 1: step 9/60", "stage 1: step 60/60"]
     assert "lr 2.1e-3  8,420 tokens/s  wait 1.2%  memory 612 MB" in steps[0]
     assert "done in 1:15" in said
+
+
+def test_plain_lines_are_seconds_apart(
+    view: RunView, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    lines = Lines(view, every=10)
+    for number in range(1, 61):  # half a minute: the first, the last, and one every few seconds
+        now += 0.5
+        lines(step(number))
+    said = [line[9:].split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == [f"stage 0: step {number}/60" for number in (1, 11, 21, 31, 41, 51, 60)]
 
 
 def test_the_live_view_follows(view: RunView) -> None:

@@ -94,7 +94,7 @@ def test_the_worker_killed(reference: tuple[Path, list[str]], tmp_path: Path) ->
     code, err = first.end()
     assert code == 1
     assert "killed by SIGKILL" in err
-    assert "run again" in err
+    assert "go on with: stackwise run" in err
     assert status(RunDirectory(tmp_path / "run"))["stages"][1]["state"] == "failed"
     seen = goes_on(config, tmp_path / "run", expected)
     assert [e["step"] for e in seen if e["event"] == "resumed"] in [[step] for step in range(10, 120, 10)]

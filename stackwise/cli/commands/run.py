@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stackwise.cli.failure import stopped_after_saving
-from stackwise.cli.options import Choice, as_json, choose, configuration, is_run
+from stackwise.cli.options import Choice, as_json, choose, configuration, is_run, max_time_option
 from stackwise.cli.output import console, is_live, plain
 from stackwise.errors import StackWiseError
 
@@ -24,17 +24,27 @@ Event = dict[str, Any]
 
 @click.command(short_help="Train every stage, evaluate, report; resumes by itself.")
 @configuration
+@max_time_option
 @as_json
-def run(config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def run(
+    config: str | None,
+    preset: str | None,
+    run: str | None,
+    overrides: tuple[str, ...],
+    max_time: float | None,
+    as_json: bool,
+) -> None:
     """Train every stage, evaluate on held-out text, write report.html.
 
     What is committed is not trained again; what was interrupted goes on. With neither CONFIG nor --preset: the
     configuration of the run that --run names, where there is one, else the preset demo.
     """
-    carry_out(choose(config, preset, run, overrides), as_json=as_json, command="stackwise run")
+    carry_out(choose(config, preset, run, overrides), as_json=as_json, command="stackwise run", max_time=max_time)
 
 
-def carry_out(choice: Choice, *, as_json: bool, command: str, only: int | None = None) -> None:
+def carry_out(
+    choice: Choice, *, as_json: bool, command: str, only: int | None = None, max_time: float | None = None
+) -> None:
     """Run a configuration, or one stage of it, and show it.
 
     Args:
@@ -42,18 +52,20 @@ def carry_out(choice: Choice, *, as_json: bool, command: str, only: int | None =
         as_json: One event a line instead of a view.
         command: What was typed, for the line that says how to go on.
         only: One stage alone.
+        max_time: Seconds after which it has to be over; None: no limit.
     """
     from stackwise import report
     from stackwise.cli.views.state import RunView
     from stackwise.pipeline.run import status
     from stackwise.pipeline.runner import Runner
 
-    again = shlex.join([*command.split(), *choice.arguments])
+    limit = [] if max_time is None else ["--max-time", f"{max_time:g}s"]
+    again = shlex.join([*command.split(), *choice.arguments, *limit])
     known = status(choice.run)["stages"] if is_run(choice.run.path) else []
     view = RunView(choice.config, str(choice.run.path), known)
     try:
         with _watcher(view, as_json) as observe:
-            Runner(choice.config, choice.run, observe, resume_command=again).run(only)
+            Runner(choice.config, choice.run, observe, resume_command=again, max_time=max_time).run(only)
         page = report.write(choice.run)
     except KeyboardInterrupt:
         if not view.saved:

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stackwise.cli.app import Subcommands
-from stackwise.cli.options import Choice, as_json, choose, configuration, find_run, is_run
-from stackwise.cli.output import console, plain, print_json, state, table
+from stackwise.cli.options import Choice, as_json, choose, configuration, find_run, is_run, max_time_option
+from stackwise.cli.output import plain, state, table
+from stackwise.cli.watching import show, watch_option
 from stackwise.report import words
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from stackwise.config import StackWiseConfig
 
 
@@ -24,9 +27,16 @@ def stage() -> None:
 @stage.command(name="run")
 @click.option("--depth", type=click.IntRange(min=0), required=True, metavar="K", help="The stage, from 0.")
 @configuration
+@max_time_option
 @as_json
 def run_stage(
-    depth: int, config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...], as_json: bool
+    depth: int,
+    config: str | None,
+    preset: str | None,
+    run: str | None,
+    overrides: tuple[str, ...],
+    max_time: float | None,
+    as_json: bool,
 ) -> None:
     """Train stage K alone; what is below it must be committed (exit code 2 otherwise).
 
@@ -35,42 +45,54 @@ def run_stage(
     from stackwise.cli.commands.run import carry_out
 
     choice = _choice(config, preset, run, overrides)
-    carry_out(choice, as_json=as_json, command=f"stackwise stage run --depth {depth}", only=depth)
+    command = f"stackwise stage run --depth {depth}"
+    carry_out(choice, as_json=as_json, command=command, only=depth, max_time=max_time)
 
 
 @stage.command(name="list")
 @configuration
+@watch_option
 @as_json
 def list_stages(
-    config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...], as_json: bool
+    config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...], watch: bool, as_json: bool
 ) -> None:
     """The schedule: what each stage holds, reads and trains; with a run, how each stands.
 
     Without CONFIG, --preset and --run: the latest run under runs/, else the preset demo.
     """
+    from stackwise.pipeline.run import held_by_live_process
+
     choice = _choice(config, preset, run, overrides, must_exist=False)
     stages = listing(choice.config)
-    states = _states(choice, stages)
-    if as_json:
-        print_json({"source": choice.source, "stages": [row | states.get(row["depth"], {}) for row in stages]})
-        return
-    shown = table("stage", "blocks", "reads", "trains", "steps", "rate", "state", "loss", right=(0, 4, 5, 7))
+
+    def look() -> dict[str, Any]:
+        states = _states(choice, stages)
+        return {"source": choice.source, "stages": [row | states.get(row["depth"], {}) for row in stages]}
+
+    going_on = (lambda: held_by_live_process(choice.run)) if watch else None
+    show(look, lambda value: _rendered(choice, value["stages"]), going_on, as_json=as_json)
+
+
+def _rendered(choice: Choice, stages: list[dict[str, Any]]) -> Group:
+    from rich.console import Group
+    from rich.text import Text
+
+    shown = table("stage", "blocks", "reads", "trains", "steps", "rate", "state", "step", "loss", right=(0, 4, 5, 7, 8))
     for row in stages:
-        own = states.get(row["depth"], {})
-        steps, loss = row["steps"] or own.get("steps"), own.get("loss")
+        loss = row.get("loss")
         shown.add_row(
             str(row["depth"]),
             words.span(*row["blocks"]),
             row["reads"],
             _parts(row["trains"]),
-            f"{steps:,}" if steps else "by data",
+            f"{row['steps']:,}" if row["steps"] else "by data",
             words.rate(row["learning_rate"]),
-            state(own.get("state", "–")),
+            state(row.get("state", "–")),
+            f"{row['step']:,}" if row.get("step") else "",
             f"{loss:.3f}" if loss is not None else "",
         )
-    out = console()
-    out.print(plain(f"{choice.config.name}: {words.plural(len(stages), 'stage')} ({choice.source})"), style="bold")
-    out.print(shown)
+    title = plain(f"{choice.config.name}: {words.plural(len(stages), 'stage')} ({choice.source})")
+    return Group(Text.from_markup(f"[bold]{title}[/]"), shown)
 
 
 def listing(config: StackWiseConfig) -> list[dict[str, Any]]:

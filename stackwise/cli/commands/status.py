@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from stackwise.cli.options import as_json, find_run, run_option
-from stackwise.cli.output import console, is_live, plain, print_json, state, table
+from stackwise.cli.output import plain, state, table
+from stackwise.cli.watching import show, watch_option
 from stackwise.report import words
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from stackwise.pipeline.run import RunDirectory
-
-SECONDS = 1.0
-"""Between two looks of --watch."""
-
 
 @click.command(short_help="How a run stands.")
 @run_option
-@click.option("--watch", is_flag=True, help="Look again every second, until the run has ended.")
+@watch_option
 @as_json
 def status(run: str | None, watch: bool, as_json: bool) -> None:
     """How a run stands: each stage's state, step, loss, and why."""
+    from stackwise.pipeline.run import held_by_live_process
     from stackwise.pipeline.run import status as state_of
 
     found = find_run(run)
-    if watch:
-        _watch(found, as_json)
-    elif as_json:
-        print_json(state_of(found))
-    else:
-        console().print(rendered(state_of(found)))
+    going_on = (lambda: held_by_live_process(found)) if watch else None
+    show(lambda: state_of(found), rendered, going_on, as_json=as_json)
 
 
 def rendered(value: dict[str, Any]) -> Group:
@@ -61,30 +51,3 @@ def rendered(value: dict[str, Any]) -> Group:
             plain(stage["reason"] or ""),
         )
     return Group(Text.from_markup(line), shown)
-
-
-def _watch(run: RunDirectory, as_json: bool) -> None:
-    """Show the state whenever it has changed, until nothing works on the run any more."""
-    from stackwise.pipeline.run import status as state_of
-
-    if not as_json and is_live(sys.stdout):
-        from rich.live import Live
-
-        value = state_of(run)
-        with Live(rendered(value), console=console(), auto_refresh=False) as live:
-            while value["state"] == "running":
-                time.sleep(SECONDS)
-                value = state_of(run)
-                live.update(rendered(value), refresh=True)
-        return
-    before: dict[str, Any] | None = None
-    while before is None or before["state"] == "running":
-        value = state_of(run)
-        if value != before:
-            if as_json:
-                click.echo(json.dumps(value, ensure_ascii=False))
-            else:
-                console().print(rendered(value))
-            before = value
-        if value["state"] == "running":
-            time.sleep(SECONDS)

@@ -12,15 +12,15 @@ from stackwise.report import words
 
 Event = dict[str, Any]
 SECONDS = 5.0
-"""Between two lines of progress that is not counted in steps."""
+"""Between two lines of progress."""
 
 
 class Lines:
-    """Prints a line for each change of state, and one every `every` steps.
+    """Prints a line for each change of state, and of a stage's steps the first, the last, and some between.
 
     Args:
         view: Kept up to date with what is told.
-        every: Steps between two lines.
+        every: Steps between two lines, at least; so many that a few seconds lie between them.
     """
 
     def __init__(self, view: RunView, every: int) -> None:
@@ -34,15 +34,17 @@ class Lines:
         depth = event.get("stage")
         kind = event["event"]
         if kind == "step":
-            before, step = self._shown.get(event["stage"], 0), event["step"]
-            if step // self._every > before // self._every or step == event["steps"]:
+            before, step = self._shown.get(event["stage"]), event["step"]
+            late = time.monotonic() - self._spoke >= SECONDS
+            due = before is None or (late and step // self._every > before // self._every)
+            if due or step == event["steps"]:
                 self._shown[event["stage"]] = step
                 self._say(step_line(event, self._view.stages[event["stage"]].seconds_left), event["stage"])
         elif kind in ("preparing", "boundary", "evaluating"):
             self._say_progress(kind, event)
         else:
             if kind == "training":
-                self._shown[event["stage"]] = 0
+                self._shown.pop(event["stage"], None)
             if (text := wording(event)) is not None:
                 self._say(text, depth if kind != "dropped" else None)
 
