@@ -14,6 +14,7 @@ from stackwise.config.schema import ArchitectureConfig
 from stackwise.identity import derive_seed
 from stackwise.model import Front, build_block, build_front, build_head
 from stackwise.objectives import MaskDiffusionObjective
+from stackwise.training.engine import part_of
 from stackwise.training.optim import learning_rate, make_optimizer
 from stackwise.training.stage import Batch, StageModel
 from stackwise.training.swap import SwappedEngine
@@ -141,8 +142,9 @@ class Plain:
 
     def __init__(self, parts: RackParts, **values: object) -> None:
         self.model, self.settings = parts.whole(), settings(**values)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, self.settings)
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = list(named.values())
+        self.optimizer = make_optimizer([(part_of(name, 0), p) for name, p in named.items()], self.settings)
 
     def gradients(self, batches: Sequence[Batch], step: int) -> float:
         """Leave the gradient of the mean loss over a step's microbatches on the parameters; the loss."""
