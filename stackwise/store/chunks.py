@@ -62,6 +62,10 @@ class ChunkSource:
         self.row_bytes = [spec.row_bytes(info.seq_len, info.d_model) for spec in self._specs]
         self._checked: dict[int, bytearray] = {}
 
+    def checked(self, chunk: int) -> bytearray | None:
+        """Which rows of a chunk were compared with their digests, one byte a row; None where none was."""
+        return self._checked.get(chunk)
+
     def record(self, chunk: int) -> ChunkRecord:
         """The published record of a chunk.
 

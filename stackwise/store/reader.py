@@ -21,6 +21,7 @@ from stackwise.store.chunks import Array, ChunkDamage, ChunkSource, OpenChunk
 from stackwise.store.codecs import decode_scaled
 from stackwise.store.index import Index
 from stackwise.store.leases import Lease
+from stackwise.store.maps import ChunkMaps
 from stackwise.store.order import RowOrder
 from stackwise.store.prefetch import Prefetcher
 from stackwise.store.records import BoundaryInfo
@@ -58,6 +59,7 @@ class BoundaryReader:
         self._open: OrderedDict[int, OpenChunk] = OrderedDict()
         self._loaded: OrderedDict[int, list[Array]] = OrderedDict()
         self._loaded_limit = 4
+        self._maps = ChunkMaps(self._source, self._opened, None if self._codec.compression == "none" else 0)
         self._lock = threading.RLock()
         self._closed = False
 
@@ -186,23 +188,27 @@ class BoundaryReader:
             self._from_loaded(rows, arrays)
         else:
             for array, row_bytes, at in zip(arrays, self._source.row_bytes, range(len(arrays)), strict=True):
-                self._scatter(rows, array.reshape(-1).view(np.uint8).data, row_bytes, at)
+                self._scatter(rows, array.reshape(-1).view(np.uint8), row_bytes, at)
             if len(arrays) > 1:
                 self._check_scaled(rows, arrays)
 
-    def _scatter(self, rows: Rows, view: memoryview, row_bytes: int, part: int) -> None:
-        """Read each row of one array straight into its place, and check it where it is checked by itself."""
-        chunk_rows = self.info.chunk_rows
+    def _scatter(self, rows: Rows, flat: npt.NDArray[np.uint8], row_bytes: int, part: int) -> None:
+        """Bring each row of one array straight into its place, and check it where it is checked by itself."""
         check = self._codec.lossless
         preadv, digest = os.preadv, xxhash.xxh3_64_intdigest
-        chunks = rows // chunk_rows
-        at, current, opened, fd = 0, -1, None, None
-        for chunk, row in zip(chunks.tolist(), (rows - chunks * chunk_rows).tolist(), strict=True):
+        view, places = flat.data, flat.reshape(len(rows), row_bytes)
+        numbers = rows // self.info.chunk_rows
+        chunks, within = numbers.tolist(), (rows - numbers * self.info.chunk_rows).tolist()
+        mapped = self._maps.rows(chunks, within, part)
+        current, opened, fd = -1, None, None
+        for at, (chunk, row) in enumerate(zip(chunks, within, strict=True)):
+            if chunk in mapped:
+                places[at] = mapped[chunk][row]
+                continue
             if chunk != current or opened is None:
                 opened, current = self._opened(chunk), chunk
                 fd = opened.handles[part].fd
-            target = view[at : at + row_bytes]
-            at += row_bytes
+            target = view[at * row_bytes : (at + 1) * row_bytes]
             try:
                 if fd is None:
                     count = opened.handles[part].read_into(target, row * row_bytes)
@@ -237,6 +243,8 @@ class BoundaryReader:
 
     def _load(self, chunk: int) -> list[Array]:
         loaded = self._loaded.get(chunk)
+        if loaded is None and (mapped := self._maps.whole(chunk)) is not None:
+            return mapped
         if loaded is None:
             while len(self._loaded) >= self._loaded_limit:
                 self._loaded.popitem(last=False)
@@ -275,6 +283,7 @@ class BoundaryReader:
                 opened.close()
             self._open.clear()
             self._loaded.clear()
+            self._maps.close()
             self._lease.release()
 
     def __enter__(self) -> Self:

@@ -30,6 +30,11 @@ def trunk_of(number: int) -> str:
     return f"{number + 1:032x}"
 
 
+def cost_of(trunk: str) -> float:
+    """Given, not measured: which boundary is evicted must not depend on how fast this machine is."""
+    return float(int(trunk, 16))
+
+
 def content(trunk: str, chunk: int) -> np.ndarray:
     return np.random.default_rng([int(trunk, 16), chunk]).standard_normal((2, SEQ, DIM)).astype(np.float32)
 
@@ -46,7 +51,7 @@ def _in_child(path: Path, action: str, trunk: str, codec: str, chunk: int, rowse
                 assert (reader.read([2 * chunk]).numpy()[0] == content(trunk, chunk)[0]).all()
             return
         given: dict[str, Any] = {"trunk": trunk, "rowset": rowset, "depth": 1, "seq_len": SEQ, "d_model": DIM}
-        writer = store.writer(**given, codec=codec, chunk_rows=2)
+        writer = store.writer(**given, codec=codec, chunk_rows=2, cost=cost_of(trunk))
         writer.write_chunk(chunk, content(trunk, chunk))
         if action == "crash":
             writer._publisher.stage((chunk + 1) % 3, [content(trunk, (chunk + 1) % 3)])
@@ -89,7 +94,8 @@ class StoreMachine(RuleBasedStateMachine):
     def write(self, number: int, codec: str, chunk: int, behind: bool) -> None:
         key = (trunk_of(number), codec)
         given: dict[str, Any] = {"trunk": key[0], "rowset": self.rowset, "depth": number, "seq_len": SEQ}
-        with self.store.writer(**given, d_model=DIM, codec=codec, chunk_rows=2) as writer:
+        cost = cost_of(key[0])
+        with self.store.writer(**given, d_model=DIM, codec=codec, chunk_rows=2, cost=cost) as writer:
             have = self.model.setdefault(key, set())
             self.evicted.discard(key)
             assert set(writer.missing) == {0, 1, 2} - have
