@@ -63,8 +63,34 @@ def _training(config: Settings) -> Iterator[Fault]:
         for block in rates:
             if block >= n_blocks:
                 yield f"{key}.block_learning_rates", f"there is no block {block}: the rack has 0 to {n_blocks - 1}"
-    if not training.progressive.enabled and training.mode == "independent":
-        yield "training.mode", "independent is not available yet; layerwise, blockwise, fused, end_to_end are"
+    if training.mode == "independent" and not training.progressive.enabled and config.objective == "clm":
+        yield "training.mode", "independent gives each stage its own masked fractions, and clm masks nothing"
+    if training.loss_weight != "none" and config.objective in ("clm", "custom"):
+        yield "training.loss_weight", f"{training.loss_weight} weighs by masked fraction; {config.objective} has none"
+    yield from _mask_windows(config)
+
+
+def _mask_windows(config: Settings) -> Iterator[Fault]:
+    training, key = config.training, "training.mask_windows"
+    windows, mapping = training.mask_windows, training.progressive.stack_time_mapping
+    if not config.time_as_depth:
+        return
+    if windows is None:
+        if training.progressive.enabled and mapping == "custom":
+            yield "training.progressive.stack_time_mapping", f"custom needs {key}: a [from, to] for each stage"
+        return
+    if len(windows) != config.n_stages:
+        yield key, f"{len(windows)} windows for {config.n_stages} stages"
+    reached = training.min_mask_fraction
+    for low, high in sorted(map(tuple, windows)):
+        if not 0.0 <= low < high <= 1.0:
+            yield key, f"[{low:g}, {high:g}] does not run upwards within 0 and 1"
+            return
+        if low > reached:
+            break
+        reached = max(reached, high)
+    if reached < training.max_mask_fraction:
+        yield key, f"no stage trains on the fractions just above {reached:g}: widen a window to hold them"
 
 
 def _progressive(config: Settings) -> Iterator[Fault]:
@@ -74,8 +100,6 @@ def _progressive(config: Settings) -> Iterator[Fault]:
     key = "training.progressive"
     if progressive.trunk_strategy == "qlora":
         yield f"{key}.trunk_strategy", "qlora is not available yet; frozen is"
-    if progressive.building_mode == "prepend":
-        yield f"{key}.building_mode", "prepend is not available yet for training; append is"
     if progressive.new_stack_precision in ("fp8", "nvfp4", "fp4", "qlora"):
         yield (
             f"{key}.new_stack_precision",
@@ -136,6 +160,17 @@ def notes(config: Settings) -> list[str]:
     for depth, own in config.stages.items():
         settings = config.stage_training(depth)
         lines += _training_notes(f"stages.{depth}.training", settings, set(changed(own.training)), config.precision)
+    if "mask_windows" in given and not config.time_as_depth:
+        lines.append("training.mask_windows is unused: fractions go over time (training.mask_schedule_over)")
+    stacked = (
+        training.progressive.building_mode == "append"
+        if training.progressive.enabled
+        else (training.mode != "independent")
+    )
+    if "lookahead" in given and (not stacked or config.n_stages == 1):
+        lines.append("training.lookahead is unused: no stage of this schedule has blocks above it")
+    if training.lookahead == "none" and "lookahead_blocks" in given:
+        lines.append("training.lookahead_blocks is unused: training.lookahead is none")
     if config.model.tie_embeddings is False and "tied_head" in given:
         lines.append("training.tied_head is unused: model.tie_embeddings is false")
     if config.objective != "mlm" and given & {"mlm_mask", "mlm_random"}:

@@ -239,9 +239,26 @@ class TrainingConfig(StageTraining):
     mask_schedule_over: Literal["time", "depth"] = Field(
         "time", description="time: every stage sees all fractions; depth: stage k trains on its own window of them"
     )
+    mask_windows: list[Annotated[list[float], Field(min_length=2, max_length=2)]] | None = Field(
+        None,
+        description="masked fractions of each stage as [from, to], lowest stage first, where they go over depth; they "
+        "may overlap; null: equal parts of the schedule",
+    )
+    fresh_masks: bool = Field(
+        False, description="new samples and masks for each stage, made by forward passes; else the same at every depth"
+    )
+    loss_weight: Literal["none", "inverse_time"] = Field(
+        "none", description="none: each scored position counts the same; inverse_time: each sample does (1/t)"
+    )
     masks_per_sample: PositiveInt = Field(1, description="masks that each sample is seen under, at every depth")
     mask_pool: Count = Field(0, description="distinct masks to draw from; 0: a fresh one for each row")
     mask_token_id: Count | None = Field(None, description="id shown at masked positions; null: the tokenizer's")
+    lookahead: Literal["none", "auxiliary", "overlap", "tail"] = Field(
+        "none",
+        description="blocks between a stage's own and its head, training along: auxiliary (thrown away), overlap "
+        "(those of the next stage, which trains them again), tail (the rack's last ones, shared by every stage)",
+    )
+    lookahead_blocks: PositiveInt = Field(1, description="how many blocks that is")
     tied_head: Literal["copy", "frozen"] = Field(
         "copy", description="a tied projection above stage 0: a trainable copy of the embedding, or frozen"
     )
@@ -335,9 +352,16 @@ class Settings(Section):
     def time_as_depth(self) -> bool:
         """Whether stage k trains on its own window of masked fractions alone."""
         progressive = self.training.progressive
-        return self.training.mask_schedule_over == "depth" or (
-            progressive.enabled and progressive.time_interpretation == "depth"
-        )
+        if progressive.enabled:
+            return self.training.mask_schedule_over == "depth" or progressive.time_interpretation == "depth"
+        return self.training.mask_schedule_over == "depth" or self.training.mode == "independent"
+
+    @property
+    def fresh_masks(self) -> bool:
+        """Whether each stage trains on rows of its own."""
+        training = self.training
+        fused = training.mode == "fused" and training.fusion_mode == "frozen" and not training.progressive.enabled
+        return training.fresh_masks or fused
 
     @property
     def mask_schedule_type(self) -> Literal["linear", "exponential", "cosine"]:

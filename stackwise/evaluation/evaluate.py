@@ -51,12 +51,16 @@ class _Carried:
     """One pass on its way up: the activations of all samples at the depth reached."""
 
     def __init__(self, way: Pass, front: nn.Module, batch_size: int, device: torch.device, narrow: torch.dtype | None):
-        self.way, self.batch_size, self.device = way, batch_size, device
+        self.way, self.batch_size, self.device, self.narrow = way, batch_size, device, narrow
         self.x_NSD = torch.empty(0)
+        self.start(front)
+
+    def start(self, front: nn.Module) -> None:
+        """All samples through a front."""
         for part in self._parts():
-            x_BSD = front(tensor(way.ids_NS[part], device))
+            x_BSD = front(tensor(self.way.ids_NS[part], self.device))
             if not self.x_NSD.numel():
-                self.x_NSD = torch.empty((len(way.ids_NS), *x_BSD.shape[1:]), dtype=narrow or x_BSD.dtype)
+                self.x_NSD = torch.empty((len(self.way.ids_NS), *x_BSD.shape[1:]), dtype=self.narrow or x_BSD.dtype)
             self.x_NSD[part] = x_BSD.to(self.x_NSD)
 
     def _parts(self) -> Iterator[slice]:
@@ -78,6 +82,7 @@ class _Carried:
             scored = way.scored_NS[part]
             index_n = torch.from_numpy(np.flatnonzero(scored)).to(self.device)
             targets_n = tensor(way.targets_NS[part][scored], self.device)
+            x_BSD = stage.features(x_BSD, segments)
             nats_n, hits_n = score(stage.head, x_BSD.flatten(0, 1).index_select(0, index_n), targets_n)
             scores.nats_NS[part][scored] = nats_n.numpy()
             scores.hits_NS[part][scored] = hits_n.numpy()
@@ -104,6 +109,7 @@ def evaluate(
     unigram_counts: ArrayLike | None = None,
     vocab_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    exit_of: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None,
 ) -> dict[str, Any]:
     """Figures of a rack, and of every stage of it, on held-out samples.
 
@@ -134,9 +140,12 @@ def evaluate(
             the same positions; its bits per byte are exact.
         vocab_size: Token ids that the baseline spreads over; None: the width of the last head's logits.
         progress: Called after each batch with the batches done and those of one stage; what it raises ends this.
+        exit_of: Of numbers of masked positions [N], the stages that answer, counted from 0 as they come: an exit
+            that depends on the number masked alone. None: the last one.
 
     Returns:
-        Plain data: the last stage's figures, `stages` (the same by depth), `baselines`, `samples`, `likelihood`.
+        Plain data: the rack's figures (the last stage's, or by `exit_of`), `stages` (the same by depth), `baselines`,
+        `samples`, `likelihood`.
 
     Raises:
         UsageError: No samples, a causal objective without separator, a custom one without targets.
@@ -145,6 +154,8 @@ def evaluate(
     ways = make_passes(objective, tokens, _ints(segments_NS), _ints(targets_NS), fractions, seed, draws, separator_id)
     narrow = torch.autocast(device.type, autocast, enabled=autocast is not None)
     by_depth: list[dict[str, Any]] = []
+    answers = [Scores.empty(*way.ids_NS.shape) for way in ways]
+    who = [None if exit_of is None else exit_of(way.scored_NS.sum(1)) for way in ways]
     width = vocab_size or 0
     with evaluating(front), narrow:
         carried = [_Carried(way, front, batch_size, device, autocast) for way in ways]
@@ -157,13 +168,19 @@ def evaluate(
             progress(done, of_stage)
 
     for stage in stages:
-        with evaluating(*stage.blocks, stage.head), narrow:
+        with evaluating(*stage.blocks, *stage.beyond, stage.head), narrow:
+            if stage.front is not None:
+                with evaluating(stage.front):
+                    for one in carried:
+                        one.start(stage.front)
             scores = [one.through(stage, tick) for one in carried]
             width = vocab_size or stage.head.weight.shape[0]
+        for answer, stages_N, score_ in zip(answers, who, scores, strict=True):
+            answer.take(score_, slice(None) if stages_N is None else stages_N == len(by_depth))
         by_depth.append({"depth": stage.depth} | _figures(ways, scores, sample_bytes_N, tokens.size))
         # Out of the loop variable before the next one is loaded.
         del stage
-    result = {key: value for key, value in by_depth[-1].items() if key != "depth"} if by_depth else {}
+    result = _figures(ways, answers, sample_bytes_N, tokens.size) if by_depth else {}
     result |= {"samples": len(tokens), "likelihood": likelihood_kind(objective), "stages": by_depth, "baselines": {}}
     if unigram_counts is not None:
         scores = [unigram(unigram_counts, way.targets_NS, width) for way in ways]

@@ -33,6 +33,10 @@ class Scores:
         """Nothing scored yet."""
         return cls(np.zeros((samples, length)), np.zeros((samples, length), dtype=np.bool_))
 
+    def take(self, other: Scores, samples: slice | NDArray[np.bool_]) -> None:
+        """Take over some samples' figures."""
+        self.nats_NS[samples], self.hits_NS[samples] = other.nats_NS[samples], other.hits_NS[samples]
+
     def over(self, masks_NS: NDArray[np.bool_]) -> tuple[float, float]:
         """Mean nats and accuracy over the positions of a mask."""
         count = max(1, int(masks_NS.sum()))

@@ -68,10 +68,21 @@ class StageModules:
     """The head it trained with."""
     causal: bool = False
     """Whether it was trained with causal attention."""
+    front: Front | None = field(default=None, repr=False)
+    """Where the stage does not go on from the one before it: the front that it starts from."""
+    beyond: Sequence[nn.Module] = field(default=(), repr=False)
+    """Blocks between its own and its head, which nothing above it goes through."""
 
     def forward(self, x_BSD: Tensor, segments_BS: Tensor | None = None) -> Tensor:
         """The vectors that leave the stage, [B, S, D] to [B, S, D]."""
-        for block in self.blocks:
+        return self._through(self.blocks, x_BSD, segments_BS)
+
+    def features(self, x_BSD: Tensor, segments_BS: Tensor | None = None) -> Tensor:
+        """The vectors that enter its head, of those that leave it."""
+        return self._through(self.beyond, x_BSD, segments_BS)
+
+    def _through(self, blocks: Sequence[nn.Module], x_BSD: Tensor, segments_BS: Tensor | None) -> Tensor:
+        for block in blocks:
             if isinstance(block, Block | Stack):
                 x_BSD = block(x_BSD, causal=self.causal, segments_BS=segments_BS)
             else:

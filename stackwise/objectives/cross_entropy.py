@@ -43,7 +43,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_nD: Tensor, weight_VD: Tensor, targets_n: Tensor, rows: int, needs: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        h_nD: Tensor,
+        weight_VD: Tensor,
+        targets_n: Tensor,
+        factors_n: Tensor | None,
+        rows: int,
+        needs: bool,
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         total = torch.zeros((), dtype=torch.float32, device=h_nD.device)
         want_h, want_weight = needs and ctx.needs_input_grad[0], needs and ctx.needs_input_grad[1]
@@ -54,11 +62,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h, targets = h_nD[start : start + rows], targets_n[start : start + rows, None]
             logits = (h @ weight_VD.T).to(wide)
             log_z = torch.logsumexp(logits, -1, keepdim=True)
-            total = total + (log_z - logits.gather(1, targets)).sum(dtype=wide)
+            factors = None if factors_n is None else factors_n[start : start + rows, None]
+            nats = log_z - logits.gather(1, targets)
+            total = total + (nats if factors is None else nats * factors).sum(dtype=wide)
             if gradient_h is None and not want_weight:
                 continue
             slope = logits.sub_(log_z).exp_()
             slope.scatter_(1, targets, slope.gather(1, targets) - 1.0)  # scatter_add_ has no fixed order on a GPU
+            if factors is not None:
+                slope.mul_(factors)
             narrow = slope.to(h.dtype)
             if gradient_h is not None:
                 torch.mm(narrow, weight_VD, out=gradient_h[start : start + rows])
@@ -80,12 +92,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the gradient of this loss was already taken, and freed")
         gradients, ctx.gradients = ctx.gradients, None
         if slope is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         scaled = [None if g is None else g.mul_(slope).to(t) for g, t in zip(gradients, ctx.dtypes, strict=True)]
-        return scaled[0], scaled[1], None, None, None
+        return scaled[0], scaled[1], None, None, None, None
 
 
-def head_cross_entropy(head: Callable[[Tensor], Tensor], x_nD: Tensor, targets_n: Tensor) -> Tensor:
+def head_cross_entropy(
+    head: Callable[[Tensor], Tensor], x_nD: Tensor, targets_n: Tensor, factors_n: Tensor | None = None
+) -> Tensor:
     """Sum over positions of the cross entropy of `head(x)` against targets, in nats.
 
     A `ProjectionHead` is worked through in slices that leave their gradients behind; another head's logits are made
@@ -96,6 +110,7 @@ def head_cross_entropy(head: Callable[[Tensor], Tensor], x_nD: Tensor, targets_n
         head: From […, D] to logits […, V].
         x_nD: The vectors at the scored positions.
         targets_n: Token ids, int64.
+        factors_n: What each position's cross entropy is multiplied by, float32; None: 1.
 
     Returns:
         A float32 scalar (float64 for float64 inputs); its graph leads to `x_nD` and the head's parameters.
@@ -115,22 +130,31 @@ def head_cross_entropy(head: Callable[[Tensor], Tensor], x_nD: Tensor, targets_n
             rows = slice_rows(weight_VD.shape[0], x_nD.device)
             with torch.autocast(x_nD.device.type, enabled=False):
                 apply: Callable[..., Tensor] = _LinearCrossEntropy.apply
-                return apply(h_nD, weight_VD, targets_n, rows, torch.is_grad_enabled())
-    return _sliced(head, x_nD, targets_n)
+                return apply(h_nD, weight_VD, targets_n, factors_n, rows, torch.is_grad_enabled())
+    return _sliced(head, x_nD, targets_n, factors_n)
 
 
-def _sliced(head: Callable[[Tensor], Tensor], x_nD: Tensor, targets_n: Tensor) -> Tensor:
-    def loss(x: Tensor, targets: Tensor) -> Tensor:
+def _sliced(head: Callable[[Tensor], Tensor], x_nD: Tensor, targets_n: Tensor, factors_n: Tensor | None) -> Tensor:
+    def loss(x: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
         logits = head(x)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if factors is None:
+            return F.cross_entropy(logits, targets, reduction="sum")
+        return (F.cross_entropy(logits, targets, reduction="none") * factors).sum()
+
+    def part(values: Tensor | None, start: int) -> Tensor | None:
+        return None if values is None else values[start : start + rows]
 
     # The width of the logits is known after the first row.
     with torch.no_grad():
         rows = slice_rows(head(x_nD[:1]).shape[-1], x_nD.device)
     if len(x_nD) <= rows:
-        return loss(x_nD, targets_n)
+        return loss(x_nD, targets_n, factors_n)
     parts = [
-        cast(Tensor, checkpoint(loss, x_nD[i : i + rows], targets_n[i : i + rows], use_reentrant=False))
+        cast(
+            Tensor,
+            checkpoint(loss, x_nD[i : i + rows], targets_n[i : i + rows], part(factors_n, i), use_reentrant=False),
+        )
         for i in range(0, len(x_nD), rows)
     ]
     return torch.stack(parts).sum()

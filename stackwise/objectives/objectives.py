@@ -84,7 +84,7 @@ class Objective(abc.ABC):
         masks_BS: Tensor,
         targets_BS: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        """Sum of the float32 cross entropies at the scored positions, in nats, and their number.
+        """Sum of the float32 cross entropies at the scored positions, in nats, and what it is divided by for a mean.
 
         The head sees only those positions, a slice of them at a time (`head_cross_entropy`).
 
@@ -98,7 +98,18 @@ class Objective(abc.ABC):
         index_n = flat_index(self.positions(masks_BS, targets_BS), x_BSD.device)
         targets_n = self.targets(tokens_BS, targets_BS).to(x_BSD.device).flatten().index_select(0, index_n).long()
         x_nD = x_BSD.flatten(0, 1).index_select(0, index_n)
-        return head_cross_entropy(head, x_nD, targets_n), len(index_n)
+        factors_BS = self.factors(masks_BS)
+        if factors_BS is None:
+            return head_cross_entropy(head, x_nD, targets_n), len(index_n)
+        factors_n = factors_BS.to(x_BSD.device).flatten().index_select(0, index_n)
+        return head_cross_entropy(head, x_nD, targets_n, factors_n), masks_BS.numel()
+
+    def factors(self, masks_BS: Tensor) -> Tensor | None:
+        """What each position's cross entropy is multiplied by, float32 [B, S], its mean then over all positions.
+
+        None: by 1, its mean over the scored ones.
+        """
+        return None
 
     def specification(self) -> dict[str, Any]:
         """Everything that determines its result, as plain data."""
@@ -114,10 +125,12 @@ def flat_index(positions_BS: Tensor, device: torch.device) -> Tensor:
 class MaskDiffusionObjective(Objective):
     """Masked positions show the mask token and are scored (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992).
 
-    The loss is the plain mean over masked positions; weighted by L/k it is the bound on the likelihood.
+    The loss is the plain mean over masked positions. Weighted by 1/t = L/k, the mean is over samples, and k uniform
+    makes it the bound on the likelihood (LLaDA, eq. 3).
 
     Args:
         mask_token_id: Shown at masked positions; data must not contain it.
+        inverse_time: Weigh each sample by 1/t.
 
     Raises:
         UsageError: A negative id.
@@ -125,10 +138,10 @@ class MaskDiffusionObjective(Objective):
 
     name = "mask_diffusion"
 
-    def __init__(self, mask_token_id: int) -> None:
+    def __init__(self, mask_token_id: int, inverse_time: bool = False) -> None:
         if mask_token_id < 0:
             raise UsageError(f"mask token id {mask_token_id} is negative")
-        self.mask_token_id = mask_token_id
+        self.mask_token_id, self.inverse_time = mask_token_id, inverse_time
 
     def inputs(self, tokens_BS: Tensor, masks_BS: Tensor, sample_ids: SampleIds | None = None) -> Tensor:
         """The tokens, with the mask token at masked positions."""
@@ -138,9 +151,17 @@ class MaskDiffusionObjective(Objective):
         """The masked positions."""
         return masks_BS
 
+    def factors(self, masks_BS: Tensor) -> Tensor | None:
+        """1/t of each sample, where it is asked for."""
+        if not self.inverse_time:
+            return None
+        counts_B1 = masks_BS.sum(1, keepdim=True, dtype=torch.float32).clamp(min=1.0)
+        return (masks_BS.shape[1] / counts_B1).expand(masks_BS.shape)
+
     def specification(self) -> dict[str, Any]:
         """Everything that determines its result, as plain data."""
-        return super().specification() | {"mask_token_id": self.mask_token_id}
+        own = {"mask_token_id": self.mask_token_id} | ({"weight": "inverse_time"} if self.inverse_time else {})
+        return super().specification() | own
 
 
 class MLMObjective(MaskDiffusionObjective):
@@ -152,6 +173,7 @@ class MLMObjective(MaskDiffusionObjective):
         mask_share: Share of the selected positions that shows the mask token.
         random_share: Share that shows a random token; the rest shows itself.
         seed: The run's seed.
+        inverse_time: Weigh each sample by 1/t.
 
     Raises:
         UsageError: Shares that are negative or sum to more than 1.
@@ -160,9 +182,15 @@ class MLMObjective(MaskDiffusionObjective):
     name = "mlm"
 
     def __init__(
-        self, mask_token_id: int, vocab_size: int, mask_share: float = 0.8, random_share: float = 0.1, seed: int = 0
+        self,
+        mask_token_id: int,
+        vocab_size: int,
+        mask_share: float = 0.8,
+        random_share: float = 0.1,
+        seed: int = 0,
+        inverse_time: bool = False,
     ) -> None:
-        super().__init__(mask_token_id)
+        super().__init__(mask_token_id, inverse_time)
         check_shares(mask_share, random_share)
         self.vocab_size, self.seed = vocab_size, seed
         self.mask_share, self.random_share = mask_share, random_share
@@ -259,6 +287,7 @@ def make_objective(training: TrainingConfig, mask_token_id: int | None, vocab_si
         raise UsageError(f"objective {name} needs a mask token", hint="set training.mask_token_id")
     if not 0 <= mask_token_id < vocab_size:
         raise UsageError(f"mask token {mask_token_id} is not among the {vocab_size} ids that the model knows")
+    weighted = training.loss_weight == "inverse_time"
     if name == "mlm":
-        return MLMObjective(mask_token_id, vocab_size, training.mlm_mask, training.mlm_random, seed)
-    return MaskDiffusionObjective(mask_token_id)
+        return MLMObjective(mask_token_id, vocab_size, training.mlm_mask, training.mlm_random, seed, weighted)
+    return MaskDiffusionObjective(mask_token_id, weighted)

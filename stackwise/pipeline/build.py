@@ -12,6 +12,7 @@ from torch import nn
 
 from stackwise.config import StackWiseConfig
 from stackwise.errors import DamageError
+from stackwise.identity import derive_seed
 from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
 from stackwise.objectives import Objective, make_objective
 from stackwise.pipeline.job import Source, StageJob
@@ -46,11 +47,14 @@ def make_front(config: StackWiseConfig, vocab_size: int, source: Source) -> Fron
     return _loaded(lambda: Front(model, vocab_size, seq_len), source)
 
 
-def make_block(config: StackWiseConfig, index: int, source: Source) -> nn.Module:
-    """A block, with a part's weights or fresh ones."""
-    if source.path is None:
-        return build_block(config.model, index, config.seed)
-    return _loaded(lambda: Block(config.model), source)
+def make_block(config: StackWiseConfig, part: str, source: Source) -> nn.Module:
+    """A block of the rack, or of an auxiliary head, with a part's weights or fresh ones."""
+    if source.path is not None:
+        return _loaded(lambda: Block(config.model), source)
+    kind, *numbers = part.split(".")
+    # An auxiliary block is drawn apart from those of the rack: nothing of it stays in the model.
+    seed = config.seed if kind == "block" else derive_seed(config.seed, part)
+    return build_block(config.model, int(numbers[-1]), seed)
 
 
 def make_head(
@@ -80,19 +84,18 @@ def stage_model(job: StageJob, config: StackWiseConfig) -> StageModel:
     """The stage of a job, on the CPU, with gradients required for what it trains."""
     stage = job.stage
     front = None if stage.reads_boundary else make_front(config, job.vocab_size, job.initial[FRONT])
-    blocks = [
-        make_block(config, index, job.initial[part])
-        for part, index in zip(stage.blocks, range(stage.first, stage.last + 1), strict=True)
-    ]
+    blocks = [make_block(config, part, job.initial[part]) for part in stage.blocks]
+    beyond = [make_block(config, part, job.initial[part]) for part in stage.beyond if part in job.initial]
     head = None
     if HEAD in job.initial:
         embedding: torch.Tensor | None = None
         if config.model.tie_embeddings:
             embedding = front.embedding.weight if front is not None else _embedding(job)
-        own = front is None and config.training.tied_head == "copy"
+        trains = {FRONT, HEAD} & set(stage.trains)
+        own = trains == {HEAD} and config.training.tied_head == "copy"
         head = make_head(config, job.vocab_size, job.initial[HEAD], embedding, own=own)
     objective = objective_of(config, job.mask_token, job.vocab_size)
-    model = StageModel(front, blocks, head, objective, config.precision)
+    model = StageModel(front, blocks, head, objective, config.precision, beyond)
     for part, module in parts_of(model, job.stage).items():
         module.requires_grad_(part in stage.trains)
     return model
@@ -110,6 +113,7 @@ def parts_of(model: StageModel, stage: Stage) -> dict[str, nn.Module]:
     if model.front is not None:
         found[FRONT] = model.front
     found |= dict(zip(stage.blocks, model.blocks, strict=True))
+    found |= dict(zip(stage.beyond, model.beyond, strict=False))  # none where the stage only hands on
     if model.head is not None:
         found[HEAD] = model.head
     return found

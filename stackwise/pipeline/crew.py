@@ -86,8 +86,8 @@ class Crew:
         except InterruptedRun as error:
             raise self._interrupted(error.message) from None
         except StackWiseError as error:
-            depth = job.stage.depth if isinstance(job, StageJob) else None
-            self._observe({"event": "failed", "stage": depth, "text": error.message})
+            place = job.stage.place if isinstance(job, StageJob) else None
+            self._observe({"event": "failed", "stage": place, "text": error.message})
             error.hint = f"{error.hint}; go on with: {self._resume_command}" if error.hint else self.go_on
             raise
         finally:

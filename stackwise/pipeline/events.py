@@ -103,7 +103,7 @@ class Manifest:
 
     def __init__(self, run: RunDirectory, plan: Plan, before: dict[str, Any]) -> None:
         self._run, self._plan = run, plan
-        self._before = {stage["depth"]: stage for stage in before.get("stages", [])}
+        self._before = {(stage["depth"], stage["window"]): stage for stage in before.get("stages", [])}
         self._known_evaluation = before.get("evaluation")
         self._boundaries: list[str] = list(before.get("boundaries", []))
         self._written = 0.0
@@ -111,10 +111,10 @@ class Manifest:
 
     def observe(self, event: Event) -> None:
         """Take up an event."""
-        depth = event.get("stage")
-        if not isinstance(depth, int) or depth >= len(self._stages):
+        place = event.get("stage")
+        if not isinstance(place, int) or place >= len(self._stages):
             return
-        stage = self._stages[depth]
+        stage = self._stages[place]
         match event["event"]:
             case "training":
                 stage |= {"state": "running", "step": 0, "steps": event["steps"], "reason": event["reason"]}
@@ -138,7 +138,7 @@ class Manifest:
 
     def reason(self, stage: Stage, recipe: Recipe) -> str:
         """Why a stage trains: what changed since it was last trained here, or that it never was."""
-        before = self._before.get(stage.depth)
+        before = self._before.get((stage.depth, stage.window))
         if before is None or before.get("recipe") is None:
             return "not trained yet"
         if before["recipe"] == recipe_id(recipe):
@@ -155,7 +155,7 @@ class Manifest:
     def committed(self, stage: Stage, committed: CommittedStage) -> None:
         """A stage is done."""
         record = committed.record
-        self._stages[stage.depth] |= {
+        self._stages[stage.place] |= {
             "state": "done",
             "step": record["steps"],
             "steps": record["steps"],
@@ -215,7 +215,7 @@ class Manifest:
         rows = self._plan.rowset(stage.rowset)[1]
         return {
             "depth": stage.depth,
-            "window": 0,
+            "window": stage.window,
             "blocks": [stage.first, stage.last],
             "state": "pending",
             "step": 0,

@@ -70,7 +70,7 @@ def stage_memory(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
     inner = (4 if model.ffn == "swiglu" else 2) * model.ffn_width
     numbers = 8 * model.d_model + 2 * kv + inner
     half = config.precision in ("bf16", "fp16")
-    blocks = stage.last - stage.first + 1
+    blocks = stage.last - stage.first + 1 + len(stage.beyond)
     activations = tokens * blocks * numbers * (2 if half else 4)
     copies = 2 * blocks * model.block_parameters if half else 0
     return state_bytes(config, vocab_size, stage, gradients=True) + activations + copies + LOSS_BYTES

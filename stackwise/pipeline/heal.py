@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -14,6 +15,7 @@ from stackwise.pipeline.load import CommittedRack, load_rack
 from stackwise.pipeline.recipe import forward_specification, trunk_id
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.schedule import FRONT, HEAD, block_parts
 from stackwise.store import CODECS, ActivationStore, BoundaryInfo, Recompute
 from stackwise.training.forward import forward_rows
 
@@ -35,25 +37,27 @@ def recomputer(run: RunDirectory, store: ActivationStore, device: str = "auto") 
     Raises:
         UsageError: The run has no committed stage.
     """
-    rack = load_rack(run, resolve_device(device), whole=False)
+    whole = load_rack(run, resolve_device(device), whole=False)
 
     def recompute(info: BoundaryInfo, chunks: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        depth = _depth(rack, info)
+        rack = _below(whole, info)
         samples_R = _samples(rack, store, info)
         for first in range(0, len(chunks), GROUP):
             group = chunks[first : first + GROUP]
-            yield from zip(group, _raised(rack, store, info, group, depth, samples_R), strict=True)
+            yield from zip(group, _raised(rack, store, info, group, samples_R), strict=True)
 
     return recompute
 
 
-def _depth(rack: CommittedRack, info: BoundaryInfo) -> int:
-    """The stage whose output a boundary is."""
+def _below(rack: CommittedRack, info: BoundaryInfo) -> CommittedRack:
+    """The part of a rack that made a boundary, with the weights of that time."""
     forward = forward_specification(rack.config, rack.vocab_size, rack.mask_token)
-    for stage, (_, last) in zip(rack.stages, rack.config.partition, strict=False):
-        parts = ["front", *(f"block.{index}" for index in range(last + 1))]
-        if trunk_id(forward, [str(rack.parts[part].digest) for part in parts]) == info.trunk:
-            return stage.depth
+    for stage, versions in zip(rack.stages, rack.versions, strict=True):
+        parts = (FRONT, *block_parts(0, stage.last))
+        if not all(part in versions for part in parts):
+            continue
+        if trunk_id(forward, [str(versions[part].digest) for part in parts]) == info.trunk:
+            return dataclasses.replace(rack, parts={part: versions[part] for part in (*parts, HEAD)})
     raise NotFound(f"no committed stage of this run made boundary {info.id}")
 
 
@@ -74,10 +78,9 @@ def _raised(
     store: ActivationStore,
     info: BoundaryInfo,
     chunks: Sequence[int],
-    depth: int,
     samples_R: np.ndarray,
 ) -> list[torch.Tensor]:
-    """The rows of some chunks, taken up from their tokens through stage `depth`."""
+    """The rows of some chunks, taken up from their tokens through the rack."""
     size, codec = forward_rows(info.seq_len), CODECS[info.codec]
     stream = rack.autocast or torch.float32
     masks = store.rowset(info.rowset).mask_ids
@@ -99,8 +102,6 @@ def _raised(
                 else:
                     x_BSD = codec.round_trip(carried[place]).to(rack.device, stream)
                 carried[place] = stage.forward(x_BSD, _segments(rack, samples_R[index], info.seq_len)).cpu()
-        if stage.depth == depth:
-            break
     per_chunk = [len(range(start, stop, size)) for start, stop in ranges]
     edges = np.cumsum([0, *per_chunk])
     return [torch.cat(carried[a:b]) for a, b in itertools.pairwise(edges)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
@@ -18,8 +20,9 @@ from stackwise.objectives import Objective
 from stackwise.pipeline.build import load_part, make_block, make_front, make_head, objective_of
 from stackwise.pipeline.job import Source
 from stackwise.pipeline.plan import Versions, add_versions
+from stackwise.pipeline.rows import assigner
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_part, schedule
+from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_parts, schedule
 from stackwise.store import ActivationStore
 from stackwise.training.stage import NARROW
 
@@ -35,7 +38,7 @@ class CommittedRack:
         mask_token: The id shown at masked positions.
         stages: The committed stages.
         parts: The newest weights of each part.
-        heads: Each stage's own head.
+        versions: The same as each stage left them.
         device: Where modules are put.
     """
 
@@ -45,7 +48,7 @@ class CommittedRack:
     mask_token: int
     stages: list[Stage]
     parts: Versions
-    heads: list[Source]
+    versions: list[Versions]
     device: torch.device
 
     @property
@@ -58,27 +61,55 @@ class CommittedRack:
         """The dtype that matrices are multiplied in; None: float32."""
         return NARROW.get(self.config.precision)
 
-    def front(self) -> Front:
-        """The front."""
-        return make_front(self.config, self.vocab_size, self.parts[FRONT]).to(self.device).eval()
+    def front(self, parts: Versions | None = None) -> Front:
+        """The front, of the newest weights or of others."""
+        return make_front(self.config, self.vocab_size, (parts or self.parts)[FRONT]).to(self.device).eval()
 
-    def head(self, depth: int) -> Head:
-        """The head that stage `depth` trained with."""
+    def head(self, parts: Versions | None = None) -> Head:
+        """The head, of the newest weights or of others."""
+        parts = parts or self.parts
         embedding = None
         if self.config.model.tie_embeddings:
-            tensors = load_part(self.parts[FRONT])
+            tensors = load_part(parts[FRONT])
             embedding = None if tensors is None else tensors["embedding.weight"]
-        head = make_head(self.config, self.vocab_size, self.heads[depth], embedding, own=False)
+        head = make_head(self.config, self.vocab_size, parts[HEAD], embedding, own=False)
         return head.to(self.device).eval()
 
     def modules(self) -> Iterator[StageModules]:
-        """Each stage's new blocks with its head, loaded when asked for: one stage is resident at a time."""
-        for stage, (first, last) in zip(self.stages, self.config.partition, strict=False):
-            blocks = [
-                make_block(self.config, index, self.parts[block_part(index)]).to(self.device).eval()
-                for index in range(first, last + 1)
-            ]
-            yield StageModules(stage.depth, blocks, self.head(stage.depth), self.objective.causal)
+        """The finished rack, section by section, each loaded when it is asked for; every one has the last head."""
+        head = self.head()
+        for depth, (first, last) in enumerate(self.config.partition):
+            parts = block_parts(first, last)
+            if all(part in self.parts for part in parts):
+                yield StageModules(depth, self._blocks(parts, self.parts), head, self.objective.causal)
+
+    def exit_of(self, counts_N: np.ndarray) -> np.ndarray:
+        """Where time is depth: of numbers of masked positions, the depth of the stage that trained on them."""
+        return assigner(self.config, 0).stage_of(counts_N, self.config.n_stages)
+
+    def exits(self) -> Iterator[StageModules]:
+        """The rack as it left at each stage, with that stage's head, one stage loaded at a time.
+
+        A stage that stands on what the one before it left goes on from there; any other brings its whole way, from
+        its own front.
+        """
+        left: list[Source] | None = None
+        for stage, versions in zip(self.stages, self.versions, strict=True):
+            below = [versions[part] for part in stage.trunk]
+            goes_on = left is not None and stage.reads_boundary and below == left
+            first = stage.first if goes_on or not stage.reads_boundary else 0
+            yield StageModules(
+                stage.depth,
+                self._blocks(block_parts(first, stage.last), versions),
+                self.head(versions),
+                self.objective.causal,
+                front=None if goes_on else self.front(versions),
+                beyond=self._blocks(stage.beyond, versions),
+            )
+            left = [*below, *(versions[part] for part in stage.hands_on)]
+
+    def _blocks(self, parts: Iterable[str], versions: Versions) -> list[nn.Module]:
+        return [make_block(self.config, part, versions[part]).to(self.device).eval() for part in parts]
 
 
 def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) -> CommittedRack:
@@ -106,14 +137,14 @@ def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) ->
     if not done or (whole and len(done) < len(stages)):
         raise UsageError(f"{run.path}: {len(done)} of {len(stages)} stages are committed", hint=again)
     parts: Versions = {}
-    heads = []
+    versions: list[Versions] = []
     with ActivationStore(run.store_path(config), create=False) as store:
         for entry in done:
             committed = store.stage(entry["recipe"])
             if committed is None:
                 raise UsageError(f"{run.path}: stage {entry['depth']} is no longer in the store", hint=again)
             add_versions(parts, committed)
-            heads.append(parts[HEAD])
+            versions.append(dict(parts))
     vocabulary = manifest["vocabulary"]
     return CommittedRack(
         config,
@@ -122,6 +153,6 @@ def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) ->
         vocabulary["mask"],
         stages[: len(done)],
         parts,
-        heads,
+        versions,
         device,
     )

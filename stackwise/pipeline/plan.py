@@ -13,7 +13,7 @@ from stackwise.errors import NotFound, UsageError
 from stackwise.pipeline.job import Source, StageJob
 from stackwise.pipeline.recipe import Recipe, codec_name, forward_specification, recipe_id, stage_recipe, trunk_id
 from stackwise.pipeline.rows import put_rows, rows_key
-from stackwise.pipeline.schedule import FRONT, HEAD, Stage, schedule
+from stackwise.pipeline.schedule import FRONT, Stage, schedule
 from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
 
 Versions = dict[str, Source]
@@ -115,14 +115,13 @@ class Plan:
     def recipe(self, stage: Stage, versions: Versions) -> Recipe:
         """The recipe of a stage above committed ones."""
         rowset, rows = self.rowset(stage.rowset)
-        initial = {part: versions[part].digest if part in versions else None for part in stage.holds}
         return stage_recipe(
             self.config,
             stage,
             forward=self.forward,
             rows=rows,
             rowset=rowset,
-            initial=initial,
+            initial={part: source.digest for part, source in starts(stage, versions).items()},
             trunk=self.trunk(stage, versions),
             targets=self.data.id if self.config.objective == "custom" else None,
         )
@@ -156,9 +155,9 @@ class Plan:
             writes: The number of the rowset whose boundary above to write; None: none.
         """
         recipe = self.recipe(stage, versions) if train else {}
-        parts = stage.holds if train else tuple(part for part in stage.holds if part != HEAD)
         rowset, rows = self.rowset(stage.rowset if train else writes or 0)
         embedding = versions.get(FRONT) if stage.reads_boundary and self.config.model.tie_embeddings else None
+        initial = starts(stage, versions) if train else {part: versions[part] for part in stage.hands_on}
         return StageJob(
             config=dump(self.config),
             stage=stage,
@@ -173,7 +172,7 @@ class Plan:
             forward=self.forward,
             rows=rows,
             rowset=rowset,
-            initial={part: versions.get(part, Source()) for part in parts},
+            initial=initial,
             embedding=embedding,
             trunk_digests=self._digests(stage.trunk, versions),
             train=train,
@@ -191,6 +190,11 @@ class Plan:
 
     def _digests(self, parts: tuple[str, ...], versions: Versions) -> list[str]:
         return [str(versions[part].digest) for part in parts]
+
+
+def starts(stage: Stage, versions: Versions) -> dict[str, Source]:
+    """For each part that a stage holds, the weights that it starts from."""
+    return {part: Source() if part in stage.fresh else versions.get(part, Source()) for part in stage.holds}
 
 
 def add_versions(versions: Versions, committed: CommittedStage) -> None:

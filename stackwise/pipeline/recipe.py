@@ -82,18 +82,24 @@ def stage_recipe(
     fresh = any(digest is None for digest in initial.values())
     windowed = config.time_as_depth and config.n_stages > 1
     objective: dict[str, Any] = {"name": config.objective}
+    if config.training.loss_weight != "none":
+        objective["weight"] = config.training.loss_weight
+    window: dict[str, Any] = {"window": [stage.depth, config.n_stages], "schedule": config.mask_schedule_type}
+    if config.training.mask_windows is not None:
+        window |= {"windows": config.training.mask_windows}
     return {
         "forward": dict(forward),
         "training": training_recipe(config, stage)
         | {"steps": stage_steps(config, stage.depth, rows), "dropout": config.model.dropout},
         "objective": objective,
-        "stage": {"blocks": [stage.first, stage.last], "trains": list(stage.trains)},
+        "stage": {"blocks": [stage.first, stage.last], "trains": list(stage.trains)}
+        | ({"beyond": list(stage.beyond)} if stage.beyond else {}),
         "head": {"tied": config.model.tie_embeddings, "above": config.training.tied_head},
         "order": {"chunk_rows": order_rows(config, rows), "window_chunks": WINDOW_CHUNKS},
         # The seed of order and dropout: two stages of one run must not draw alike.
         "seed": [config.seed, stage.depth],
         "rowset": rowset,
-        "rows": {"window": [stage.depth, config.n_stages], "schedule": config.mask_schedule_type} if windowed else None,
+        "rows": window if windowed else None,
         "reads": {"trunk": trunk, "codec": CODECS[codec_name(config.store)].base} if trunk is not None else None,
         "initial": dict(initial),
         "fresh": {"seed": config.seed, "init_std": config.model.init_std} if fresh else None,

@@ -30,6 +30,7 @@ def assigner(config: StackWiseConfig, rowset: int) -> FixedMaskAssigner:
         masks_per_sample=training.masks_per_sample,
         pool=training.mask_pool,
         seed=derive_seed(config.seed, "masks", rowset),
+        windows=[(low, high) for low, high in training.mask_windows] if training.mask_windows is not None else None,
     )
 
 
@@ -89,7 +90,7 @@ def rows_key(config: StackWiseConfig, data_id: str, rowset: int) -> str:
     return content_id("rows", values | {"rowset": rowset, "schedule": config.mask_schedule_type, "numerics": NUMERICS})
 
 
-def stage_rows(config: StackWiseConfig, sample_ids_R16: np.ndarray, depth: int) -> np.ndarray | None:
+def stage_rows(config: StackWiseConfig, sample_ids_R16: np.ndarray, depth: int, rowset: int) -> np.ndarray | None:
     """With time as depth, the rows that stage `depth` trains on: those whose fraction is its own; else None.
 
     Raises:
@@ -97,9 +98,9 @@ def stage_rows(config: StackWiseConfig, sample_ids_R16: np.ndarray, depth: int) 
     """
     if not config.time_as_depth or config.n_stages == 1:
         return None
-    plan = assigner(config, 0)
+    plan = assigner(config, rowset)
     counts_R = plan.counts(sample_ids_R16, np.arange(len(sample_ids_R16)) % config.training.masks_per_sample)
-    chosen = np.flatnonzero(plan.stage_of(counts_R, config.n_stages) == depth)
+    chosen = np.flatnonzero(plan.in_window(counts_R, depth, config.n_stages))
     if not len(chosen):
         raise UsageError(
             f"stage {depth}: none of the {len(counts_R)} rows has a masked fraction of its own window",

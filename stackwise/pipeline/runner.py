@@ -25,7 +25,7 @@ from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.plan import Plan, Versions, add_versions, check_data
 from stackwise.pipeline.recipe import codec_name, recipe_id, stage_steps
 from stackwise.pipeline.run import RunDirectory, with_absolute_paths
-from stackwise.pipeline.schedule import Stage
+from stackwise.pipeline.schedule import Stage, maker
 from stackwise.pipeline.time_limit import TimeLimit
 from stackwise.pipeline.track import Trackers
 from stackwise.pipeline.trackers import check_installed
@@ -148,7 +148,7 @@ class Runner:
         for stage in plan.stages:
             found = committed_stage(plan, recipe_id(plan.recipe(stage, versions)))
             if found is None:
-                return plan.stages[stage.depth :]
+                return plan.stages[stage.place :]
             add_versions(versions, found)
             manifest.committed(stage, found)
         return []
@@ -162,17 +162,18 @@ class Runner:
         try:
             found = plan.store.stage(key)
         except DamageError as error:
-            self._tell("warning", stage=stage.depth, text=f"{error.message}: stage {stage.depth} is trained again")
+            self._tell("warning", stage=stage.place, text=f"{error.message}: stage {stage.depth} is trained again")
             plan.store.drop_stage(key)
             found, reason = None, "its committed files were damaged"
         else:
             reason = manifest.reason(stage, recipe)
         if found is not None:
             shutil.rmtree(self.run_directory.checkpoints(key), ignore_errors=True)  # of a kill just after the commit
-            self._tell("reused", stage=stage.depth, recipe=key, reason="committed: the recipe is the same")
-            if only == stage.depth and stage.depth + 1 < len(plan.stages):
+            self._tell("reused", stage=stage.place, recipe=key, reason="committed: the recipe is the same")
+            following = plan.stages[stage.place + 1] if stage.place + 1 < len(plan.stages) else None
+            if only == stage.depth and following is not None and following.reads_boundary:
                 add_versions(versions, found)
-                self._boundary(plan, plan.stages[stage.depth + 1], versions)
+                self._boundary(plan, following, versions)
             return found
         if only is not None and stage.depth != only:
             raise UsageError(
@@ -181,10 +182,15 @@ class Runner:
             )
         steps = stage_steps(plan.config, stage.depth, plan.rowset(stage.rowset)[1])
         self._tell(
-            "training", stage=stage.depth, recipe=key, reason=reason, steps=steps, trunk=plan.trunk(stage, versions)
+            "training", stage=stage.place, recipe=key, reason=reason, steps=steps, trunk=plan.trunk(stage, versions)
         )
-        following = plan.stages[stage.depth + 1] if stage.depth + 1 < len(plan.stages) else None
-        hands_on = following is not None and following.reads_boundary and following.rowset == stage.rowset
+        following = plan.stages[stage.place + 1] if stage.place + 1 < len(plan.stages) else None
+        hands_on = (
+            following is not None
+            and following.reads_boundary
+            and following.rowset == stage.rowset
+            and following.first == stage.last + 1
+        )
         checkpoints = self.run_directory.checkpoints(key)
         saves = state_bytes(plan.config, plan.vocabulary.size, stage, gradients=False)
         for attempt in (1, 2):
@@ -217,7 +223,7 @@ class Runner:
         """Drop a boundary that turned out damaged, so that it is recomputed from the trunk."""
         if reads is None:
             raise error
-        self._tell("warning", stage=stage.depth, text=f"{error.message}: boundary {stage.depth} is made again")
+        self._tell("warning", stage=stage.place, text=f"{error.message}: boundary {stage.depth} is made again")
         plan.store.drop(reads)
 
     def _boundary(self, plan: Plan, stage: Stage, versions: Versions, rowset: int | None = None) -> str:
@@ -229,11 +235,11 @@ class Runner:
         info = plan.store.find(trunk=trunk, rowset=plan.rowset(number)[0], codec=codec)
         if info is not None and info.state == "complete":
             return info.id
-        below = plan.stages[stage.depth - 1]
+        below = maker(plan.stages, stage)
         reads = self._boundary(plan, below, versions, number) if below.reads_boundary else None
         self._make_room(plan, below, reads)
         self._tell(
-            "recomputing", stage=below.depth, text=f"boundary {stage.depth} is not in the store: made by forward passes"
+            "recomputing", stage=below.place, text=f"boundary {stage.depth} is not in the store: made by forward passes"
         )
         self._crew.work(
             plan.job(
@@ -256,7 +262,7 @@ class Runner:
         keep = plan.config.store.keep
         if keep == "all":
             return
-        following = plan.stages[stage.depth + 1] if stage.depth + 1 < len(plan.stages) else None
+        following = plan.stages[stage.place + 1] if stage.place + 1 < len(plan.stages) else None
         needed = plan.boundary(following, versions) if following is not None else None
         others = {
             boundary

@@ -5,6 +5,8 @@ Everything below works on `Stage` alone: which blocks it holds, which parts it t
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stackwise.config import StackWiseConfig
@@ -17,17 +19,31 @@ def block_part(index: int) -> str:
     return f"block.{index}"
 
 
+def block_parts(first: int, last: int) -> tuple[str, ...]:
+    """The parts of blocks `first` to `last`, both included."""
+    return tuple(block_part(index) for index in range(first, last + 1))
+
+
+def auxiliary_part(depth: int, index: int) -> str:
+    """The name of a block of a stage's auxiliary head."""
+    return f"auxiliary.{depth}.{index}"
+
+
 @dataclass(frozen=True)
 class Stage:
     """One entry of the schedule.
 
     Args:
-        depth: Its place, from 0.
-        first: The lowest block it holds.
-        last: The highest block it holds.
-        trains: Parts that train: "front", "block.N", "head".
-        reads_boundary: Whether boundary `depth` enters it; otherwise it reads tokens and holds the front.
+        depth: Its number, from 0: `stages.K` of the configuration means it.
+        first: The lowest block that it hands on.
+        last: The highest block that it hands on: the boundary above the stage lies over it.
+        trains: Parts that train: "front", "block.N", "auxiliary.K.N", "head".
+        reads_boundary: Whether the boundary below block `first` enters it; otherwise it reads tokens with the front.
         rowset: Which rowset it trains on; stages with one number share their rows and masks.
+        beyond: Blocks between those it hands on and its head, on its loss's way only.
+        fresh: Parts that start fresh although the run has committed weights for them.
+        window: The window of the corpus that it trains on.
+        place: Its place in the schedule, from 0.
     """
 
     depth: int
@@ -36,39 +52,88 @@ class Stage:
     trains: tuple[str, ...]
     reads_boundary: bool
     rowset: int
+    beyond: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+    window: int = 0
+    place: int = -1
 
     @property
     def holds(self) -> tuple[str, ...]:
         """Every part in memory while the stage trains, in forward order."""
-        front = () if self.reads_boundary else (FRONT,)
-        return (*front, *self.blocks, HEAD)
+        return (*self.hands_on, *self.beyond, HEAD)
+
+    @property
+    def hands_on(self) -> tuple[str, ...]:
+        """The parts that make the boundary above from what the stage reads, in forward order."""
+        return (*(() if self.reads_boundary else (FRONT,)), *self.blocks)
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The blocks it holds, in forward order."""
-        return tuple(block_part(i) for i in range(self.first, self.last + 1))
+        """The blocks that it hands on, in forward order."""
+        return block_parts(self.first, self.last)
 
     @property
     def trunk(self) -> tuple[str, ...]:
         """The parts below it, which made the boundary that it reads; empty where it reads tokens."""
-        return (FRONT, *(block_part(i) for i in range(self.first))) if self.reads_boundary else ()
+        return (FRONT, *block_parts(0, self.first - 1)) if self.reads_boundary else ()
 
 
 def schedule(config: StackWiseConfig) -> list[Stage]:
-    """The stages of a configuration, lowest first.
+    """The stages of a configuration, in the order in which they train."""
+    return [dataclasses.replace(stage, place=place) for place, stage in enumerate(_stages(config))]
 
-    A stage holds either its own blocks above a boundary, or (fused, trainable) all blocks so far above tokens;
-    its rows are either everyone's or (fused, frozen) fresh. The other modes differ in block count alone.
-    """
+
+def maker(stages: list[Stage], stage: Stage) -> Stage:
+    """The stage that makes the boundary which enters another: the newest before it that ends where it begins."""
+    return next(s for s in reversed(stages[: stage.place]) if s.last + 1 == stage.first and s.window == stage.window)
+
+
+def _stages(config: StackWiseConfig) -> Iterator[Stage]:
     training = config.training
-    fused = training.mode == "fused" and not training.progressive.enabled
-    grows = fused and training.fusion_mode == "trainable"
-    fresh_rows = fused and training.fusion_mode == "frozen"
-    stages = []
+    if training.progressive.enabled:
+        return _prepended(config) if training.progressive.building_mode == "prepend" else _stacked(config)
+    if training.mode == "independent":
+        return _independent(config)
+    return _stacked(config, grows=training.mode == "fused" and training.fusion_mode == "trainable")
+
+
+def _stacked(config: StackWiseConfig, *, grows: bool = False) -> Iterator[Stage]:
+    """Each section of the rack in turn, above its boundary; or above tokens, with all blocks so far."""
     for depth, (first, last) in enumerate(config.partition):
         low = 0 if grows else first
         reads_boundary = low > 0
-        blocks = tuple(block_part(i) for i in range(low, last + 1))
-        trains = (*(() if reads_boundary else (FRONT,)), *blocks, HEAD)
-        stages.append(Stage(depth, low, last, trains, reads_boundary, depth if fresh_rows else 0))
-    return stages
+        beyond = _beyond(config, depth, last)
+        trains = (*(() if reads_boundary else (FRONT,)), *block_parts(low, last), *beyond, HEAD)
+        yield Stage(depth, low, last, trains, reads_boundary, depth if config.fresh_masks else 0, beyond)
+
+
+def _prepended(config: StackWiseConfig) -> Iterator[Stage]:
+    """The highest section first, each new one below those there are and above the front, which all stand still."""
+    top = config.model.n_blocks - 1
+    for depth, (first, last) in enumerate(reversed(config.partition)):
+        ends = ((FRONT,), (HEAD,)) if depth == 0 else ((), ())
+        trains = (*ends[0], *block_parts(first, last), *ends[1])
+        yield Stage(depth, first, top, trains, False, depth if config.fresh_masks else 0)
+
+
+def _independent(config: StackWiseConfig) -> Iterator[Stage]:
+    """Each section between the front, which trains with the first alone, and a head of its own."""
+    for depth, (first, last) in enumerate(config.partition):
+        trains = (*((FRONT,) if depth == 0 else ()), *block_parts(first, last), HEAD)
+        rowset = depth if config.fresh_masks else 0
+        yield Stage(depth, first, last, trains, False, rowset, fresh=() if depth == 0 else (HEAD,))
+
+
+def _beyond(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...]:
+    """The blocks between a stage that ends with block `last` and its head."""
+    top, count = config.model.n_blocks - 1, config.training.lookahead_blocks
+    if last == top:
+        return ()
+    match config.training.lookahead:
+        case "auxiliary":
+            return tuple(auxiliary_part(depth, index) for index in range(count))
+        case "overlap":
+            return block_parts(last + 1, min(last + count, top))
+        case "tail":
+            return block_parts(max(last, top - count) + 1, top)
+    return ()

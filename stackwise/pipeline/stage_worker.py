@@ -66,14 +66,14 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
         if job.writes_rowset is not None:
             # The head and the optimizer are done with; what remains is one forward pass.
             digests = [part_digest(module) for module in _passed_on(model, job).values()]
-            model.head = None
+            model.head, model.beyond = None, nn.ModuleList()
             gc.collect()
             feed = _feed(config, data, store, reader, job.writes_rowset, job.writes_number)
             write_above(job, config, model, feed, store, digests, device, emit, stop)
 
 
 def _passed_on(model: StageModel, job: StageJob) -> dict[str, nn.Module]:
-    return {name: module for name, module in parts_of(model, job.stage).items() if name != "head"}
+    return {name: module for name, module in parts_of(model, job.stage).items() if name in job.stage.hands_on}
 
 
 def _feed(
@@ -108,7 +108,7 @@ class _Hooks:
         self._emit(
             {
                 "event": "step",
-                "stage": self._job.stage.depth,
+                "stage": self._job.stage.place,
                 "step": progress.step,
                 "steps": progress.steps,
                 "losses": progress.losses,
@@ -133,7 +133,7 @@ class _Hooks:
         self._saved = time.monotonic()
         seconds = time.perf_counter() - begun
         self._emit(
-            {"event": "checkpoint", "stage": self._job.stage.depth, "step": self._trainer.step, "seconds": seconds}
+            {"event": "checkpoint", "stage": self._job.stage.place, "step": self._trainer.step, "seconds": seconds}
         )
 
 
@@ -151,24 +151,24 @@ def train_stage(
     stage, settings = job.stage, config.stage_training(job.stage.depth)
     steps = stage_steps(config, stage.depth, job.rows)
     if config.training.compile:
-        for block in model.blocks:
+        for block in (*model.blocks, *model.beyond):
             block.compile()
     engine = ResidentEngine(model, settings, seed=(config.seed, stage.depth), device=device, first_block=stage.first)
     trainer = Trainer(engine, settings, steps=steps)
     directory = Path(job.checkpoints)
 
     def warn(text: str) -> None:
-        emit({"event": "warning", "stage": stage.depth, "text": text})
+        emit({"event": "warning", "stage": stage.place, "text": text})
 
     if checkpoint.restore_latest(directory, trainer, warn):
         losses = trainer.record.losses[-RETOLD:]
-        emit({"event": "resumed", "stage": stage.depth, "step": trainer.step, "steps": steps, "losses": losses})
+        emit({"event": "resumed", "stage": stage.place, "step": trainer.step, "steps": steps, "losses": losses})
     order = RowOrder(
         job.rows,
         seed=(config.seed, stage.depth, "order"),
         chunk_rows=order_rows(config, job.rows),
         window_chunks=WINDOW_CHUNKS,
-        select=stage_rows(config, feed.rowset.sample_ids, stage.depth),
+        select=stage_rows(config, feed.rowset.sample_ids, stage.depth, stage.rowset),
     )
     start = trainer.step * settings.accumulation
     with ahead(feed.shuffled(order, settings.batch_size, start), device) as batches:
@@ -193,6 +193,7 @@ def _commit(
         {
             "recipe": job.recipe,
             "depth": stage.depth,
+            "window": stage.window,
             "blocks": [stage.first, stage.last],
             "parts": digests,
             "trunk": job.recipe["reads"] and job.recipe["reads"]["trunk"],
@@ -205,7 +206,7 @@ def _commit(
             "device": device.type,
         },
     )
-    emit({"event": "committed", "stage": stage.depth, "recipe": job.recipe_id, "parts": digests})
+    emit({"event": "committed", "stage": stage.place, "recipe": job.recipe_id, "parts": digests})
 
 
 def _save(engine: Engine, module: nn.Module, path: Path) -> None:
@@ -238,14 +239,14 @@ def write_above(
         chunk_rows=boundary_chunk_rows(config, feed.rowset.rows, begun),
         attributes={"blocks_below": stage.last + 1},
     ) as writer:
-        emit({"event": "writing", "stage": stage.depth, "boundary": writer.info.id, "chunks": writer.info.chunks})
+        emit({"event": "writing", "stage": stage.place, "boundary": writer.info.id, "chunks": writer.info.chunks})
         done = write_boundary(
             model,
             feed,
             writer,
             device,
             progress=lambda done, total: emit(
-                {"event": "boundary", "stage": stage.depth, "done": done, "total": total}
+                {"event": "boundary", "stage": stage.place, "done": done, "total": total}
             ),
             stop=stop,
         )
@@ -255,7 +256,7 @@ def write_above(
     emit(
         {
             "event": "written",
-            "stage": stage.depth,
+            "stage": stage.place,
             "boundary": info.id,
             "bytes": info.disk_bytes,
             "rows": info.rows,

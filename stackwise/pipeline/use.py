@@ -43,7 +43,7 @@ def evaluate_rack(
     indices = held_out_samples(rack, split)
     result = evaluate(
         rack.front(),
-        rack.modules(),
+        rack.exits(),
         split.samples(indices, seq_len),
         split.sample_bytes(indices, seq_len),
         objective=rack.objective,
@@ -57,7 +57,8 @@ def evaluate_rack(
         separator_id=rack.data.tokenizer.separator_id,
         unigram_counts=rack.data.train.counts,
         vocab_size=rack.vocab_size,
-        progress=None if progress is None else lambda done, stage: progress(done, stage * config.n_stages),
+        progress=None if progress is None else lambda done, stage: progress(done, stage * len(rack.stages)),
+        exit_of=rack.exit_of if config.time_as_depth and len(rack.stages) > 1 else None,
     )
     if len(result["stages"]) > 1:
         first = {key: value for key, value in result["stages"][0].items() if key != "depth"}

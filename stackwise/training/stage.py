@@ -58,11 +58,12 @@ class StageModel(nn.Module):
 
     Args:
         front: Tokens to activations; None in a stage that reads a boundary.
-        blocks: In order: StackWise's own, or any modules from [B, S, D] to the same. Only the former are told the
-            attention's direction and the documents.
+        blocks: Those that the stage hands on, in order: StackWise's own, or any modules from [B, S, D] to the same.
+            Only the former are told the attention's direction and the documents.
         head: Activations at scored positions to logits; None in a stage that only passes activations on.
         objective: What is shown, what is scored, and in which direction attention looks.
         precision: "fp32", or "bf16" or "fp16": autocast, with the residual stream in the same.
+        beyond: Further blocks between `blocks` and the head, which only the loss goes through.
     """
 
     def __init__(
@@ -72,34 +73,37 @@ class StageModel(nn.Module):
         head: nn.Module | None,
         objective: Objective,
         precision: str,
+        beyond: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.front, self.blocks, self.head = front, nn.ModuleList(blocks), head
+        self.beyond = nn.ModuleList(beyond)
         self.objective, self.precision = objective, precision
         self.stream_dtype = NARROW.get(precision, torch.float32)
 
     def activations(self, batch: Batch) -> torch.Tensor:
-        """The activations that leave the stage's last block, [B, S, D]."""
+        """The activations that leave the last block handed on, [B, S, D]."""
         if self.front is not None:
             x_BSD = self.front(self.objective.inputs(batch.tokens_BS, batch.masks_BS, batch.sample_ids_B16))
         else:
             assert batch.x_BSD is not None, "a stage without a front reads a boundary"
             x_BSD = batch.x_BSD
-        x_BSD = x_BSD.to(self.stream_dtype)
-        for block in self.blocks:
+        return self._through(self.blocks, x_BSD.to(self.stream_dtype), batch)
+
+    def _through(self, blocks: nn.ModuleList, x_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        for block in blocks:
             if isinstance(block, Block | Stack):
                 x_BSD = block(x_BSD, causal=self.objective.causal, segments_BS=batch.segments_BS)
             else:
                 x_BSD = block(x_BSD)
-        assert isinstance(x_BSD, torch.Tensor)
+            assert isinstance(x_BSD, torch.Tensor)
         return x_BSD
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
         """The sum of the losses over the scored positions of a batch, and how many those are."""
         assert self.head is not None, "a stage without a head has no loss"
-        return self.objective.loss(
-            self.activations(batch), self.head, batch.tokens_BS, batch.masks_BS, batch.targets_BS
-        )
+        x_BSD = self._through(self.beyond, self.activations(batch), batch)
+        return self.objective.loss(x_BSD, self.head, batch.tokens_BS, batch.masks_BS, batch.targets_BS)
 
     @contextlib.contextmanager
     def numerics(self, device: torch.device) -> Iterator[None]:

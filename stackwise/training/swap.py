@@ -186,7 +186,7 @@ class SwappedEngine:
         return found
 
     def _entering(self, index: int, number: int, batch: Batch, *, track: bool = True) -> Batch:
-        """A microbatch as it enters a group, on the device; with `track`, its gradient is taken if a part below trains."""
+        """A microbatch as it enters a group, on the device; `track`: its gradient is taken if a part below trains."""
         if index:
             batch = replace(batch, x_BSD=self.spill.get(("x", index, number)))
         batch = batch.to(self.device)

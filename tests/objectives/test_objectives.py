@@ -264,3 +264,36 @@ def test_refusals() -> None:
 def test_specifications_tell_objectives_apart() -> None:
     specs = [o.specification() for o in (*OBJECTIVES, MaskDiffusionObjective(3), MLMObjective(MASK, V, 0.7))]
     assert all(a != b for i, a in enumerate(specs) for b in specs[i + 1 :])
+
+
+def test_inverse_time_makes_every_sample_count_the_same() -> None:
+    """The mean of the weighted loss is that over samples of each one's mean cross entropy."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 8, 6, generator=generator, requires_grad=True)
+    weight = torch.randn(11, 6, generator=generator, requires_grad=True)
+    tokens = torch.randint(0, 10, (3, 8), generator=generator)
+    masks = torch.zeros(3, 8, dtype=torch.bool)
+    masks[0, :1] = masks[1, :5] = masks[2, :8] = True
+    total, count = MaskDiffusionObjective(10, inverse_time=True).loss(x, lambda h: h @ weight.T, tokens, masks)
+    nats = torch.nn.functional.cross_entropy((x @ weight.T).transpose(1, 2), tokens, reduction="none")
+    by_hand = torch.stack([nats[i][masks[i]].mean() for i in range(3)]).mean()
+    assert torch.allclose(total / count, by_hand)
+    got = torch.autograd.grad(total / count, (x, weight))
+    want = torch.autograd.grad(by_hand, (x, weight))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))
+
+    class Sliced:
+        """A head whose gradients are made in the forward."""
+
+        def __init__(self) -> None:
+            self.weight = weight
+
+        def features(self, h: torch.Tensor) -> torch.Tensor:
+            return h
+
+        def __call__(self, h: torch.Tensor) -> torch.Tensor:
+            return h @ weight.T
+
+    total, count = MaskDiffusionObjective(10, inverse_time=True).loss(x, Sliced(), tokens, masks)
+    got = torch.autograd.grad(total / count, (x, weight))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))

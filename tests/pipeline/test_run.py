@@ -268,6 +268,8 @@ def test_depth_as_time_gives_each_stage_its_own_fractions(micro: Micro, tmp_path
         {"training.objective": "clm"},
         {"training.objective": "mlm"},
         {"training.progressive.enabled": True},
+        {"training.mode": "independent", "training.loss_weight": "inverse_time"},
+        {"training.lookahead": "tail"},
     ],
     ids=str,
 )

@@ -51,7 +51,7 @@ def test_progressive_wins_over_mode_and_stacks_are_its_stages() -> None:
     assert [(s.first, s.last) for s in schedule(c)] == [(0, 1), (2, 3), (4, 5)]
 
 
-@pytest.mark.parametrize("mode", ["layerwise", "blockwise", "fused", "end_to_end"])
+@pytest.mark.parametrize("mode", ["layerwise", "blockwise", "fused", "independent", "end_to_end"])
 def test_every_block_is_trained_by_some_stage(mode: str) -> None:
     trained = {part for stage in schedule(config(5, mode=mode, block_size=2)) for part in stage.trains}
     assert trained == {"front", "head", *(f"block.{i}" for i in range(5))}
