@@ -18,6 +18,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "run": ("run:run", "Train every stage, evaluate, report; resumes by itself."),
         "stage": ("stage:stage", "One stage alone; the schedule."),
         "status": ("status:status", "How a run stands."),
+        "sweep": ("sweep:sweep", "A run for each combination of some settings' values."),
+        "compare": ("sweep:compare", "Runs beside each other: what differs, what they came to."),
     },
     "Use what was trained": {
         "eval": ("use:evaluate", "Held-out bits per byte, loss and accuracy by depth."),

@@ -102,24 +102,34 @@ def choose(config: str | None, preset: str | None, run: str | None, overrides: t
     from stackwise.config.loading import parse_overrides
     from stackwise.pipeline.run import RunDirectory
 
-    if config is not None and preset is not None:
-        raise UsageError(f"a configuration file ({config}) and --preset {preset} are two configurations; give one")
     values = parse_overrides(overrides)
     arguments: list[str] = []
-    if config is not None:
-        chosen, source = StackWiseConfig.from_yaml(config, values), config
-        arguments.append(config)
-    elif preset is None and run is not None and is_run(Path(run)):
+    if config is None and preset is None and run is not None and is_run(Path(run)):
         own = RunDirectory(Path(run)).config_file
         chosen, source = StackWiseConfig.from_yaml(str(own), values), str(own)
     else:
-        chosen, source = StackWiseConfig.from_preset(preset or "demo", values), f"preset {preset or 'demo'}"
-        arguments += ["--preset", preset] if preset is not None else []
+        chosen, source = load(config, preset, values), config or f"preset {preset or 'demo'}"
+        arguments += [config] if config is not None else ["--preset", preset] if preset is not None else []
     if run is not None:
         arguments += ["--run", run]
     for item in overrides:
         arguments += ["-o", item]
     return Choice(chosen, RunDirectory(Path(run) if run is not None else RUNS / chosen.name), source, tuple(arguments))
+
+
+def load(config: str | None, preset: str | None, values: dict[str, Any]) -> StackWiseConfig:
+    """CONFIG, or a preset (by default demo), with overrides.
+
+    Raises:
+        UsageError: CONFIG and a preset at once, or a faulty configuration; every fault is named.
+    """
+    from stackwise.config import StackWiseConfig
+
+    if config is not None and preset is not None:
+        raise UsageError(f"a configuration file ({config}) and --preset {preset} are two configurations; give one")
+    if config is not None:
+        return StackWiseConfig.from_yaml(config, values)
+    return StackWiseConfig.from_preset(preset or "demo", values)
 
 
 def is_run(path: Path) -> bool:

@@ -150,6 +150,23 @@ def dump(config: Settings) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
 
 
+def flat(config: Settings) -> dict[str, Any]:
+    """The settings by dotted key, without those that say only where figures go; a stage's own ones come last."""
+    found: dict[str, Any] = {}
+
+    def walk(tree: Mapping[str, Any], prefix: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict) and value:
+                walk(value, f"{prefix}{key}.")
+            else:
+                found[f"{prefix}{key}"] = value
+
+    walk(config.model_dump(exclude={"tracking", "stages", "name"}), "")
+    for depth, own in sorted(config.stages.items()):
+        walk(own.model_dump(exclude_unset=True), f"stages.{depth}.")
+    return found
+
+
 def _overridden(tree: Tree, overrides: Mapping[str, Any]) -> tuple[Tree, dict[Key, str]]:
     """The tree with dotted keys set, and the overrides that run into something that is no section."""
     tree, found = _copied(tree), {}

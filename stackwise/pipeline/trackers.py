@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.loading import flat
 from stackwise.errors import UsageError
 from stackwise.pipeline.tracking import About, Point, Tracker
 
@@ -273,21 +274,3 @@ def about(config: StackWiseConfig, directory: Path) -> About:
         directory=str(directory),
         parameters=flat(config),
     )
-
-
-def flat(config: StackWiseConfig) -> dict[str, Any]:
-    """A configuration by dotted key, without what says only where things go. A stage's own settings come last."""
-    found: dict[str, Any] = {}
-
-    def walk(tree: dict[str, Any], prefix: str) -> None:
-        for key, value in tree.items():
-            name = f"{prefix}{key}"
-            if isinstance(value, dict) and value:
-                walk(value, f"{name}.")
-            else:
-                found[name] = value
-
-    walk(config.model_dump(exclude={"tracking", "stages", "name"}), "")
-    for depth, own in sorted(config.stages.items()):
-        walk(own.model_dump(exclude_unset=True), f"stages.{depth}.")
-    return found

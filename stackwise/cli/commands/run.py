@@ -64,7 +64,7 @@ def carry_out(
     known = status(choice.run)["stages"] if is_run(choice.run.path) else []
     view = RunView(choice.config, str(choice.run.path), known)
     try:
-        with _watcher(view, as_json) as observe:
+        with watcher(view, as_json) as observe:
             Runner(choice.config, choice.run, observe, resume_command=again, max_time=max_time).run(only)
         page = report.write(choice.run)
     except KeyboardInterrupt:
@@ -83,10 +83,10 @@ def carry_out(
         click.echo(f"report: {page}")
 
 
-def _watcher(view: RunView, as_json: bool) -> contextlib.AbstractContextManager[Callable[[Event], None]]:
+def watcher(view: RunView, as_json: bool) -> contextlib.AbstractContextManager[Callable[[Event], None]]:
     """Who shows the events: JSON lines, a live view where the terminal can be drawn on, plain lines otherwise."""
     if as_json:
-        return contextlib.nullcontext(_print_event)
+        return contextlib.nullcontext(print_event)
     if is_live(sys.stdout):
         from stackwise.cli.views.live import Live
 
@@ -96,7 +96,8 @@ def _watcher(view: RunView, as_json: bool) -> contextlib.AbstractContextManager[
     return Lines(view, view.config.training.log_every)
 
 
-def _print_event(event: Event) -> None:
+def print_event(event: Event) -> None:
+    """An event as a line of JSON."""
     sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
     sys.stdout.flush()
 

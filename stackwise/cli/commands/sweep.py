@@ -1,0 +1,191 @@
+"""`stackwise sweep` and `stackwise compare`."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stackwise.cli.commands.run import print_event, watcher
+from stackwise.cli.options import RUNS, as_json, find_run, load, max_time_option
+from stackwise.cli.output import console, phases, plain, print_json, state, table
+from stackwise.errors import StackWiseError
+from stackwise.report import words
+
+if TYPE_CHECKING:
+    from stackwise.pipeline.sweep import Combination, Member, Sweep
+
+Event = dict[str, Any]
+
+
+@click.command(short_help="A run for each combination of some settings' values; common stages are trained once.")
+@click.argument("config", required=False, metavar="[CONFIG]")
+@click.option("--preset", metavar="NAME", help="micro, smoke, demo, gpt2-small, bert-base, llama-1b, llama-70b.")
+@click.option(
+    "-o", "axes", metavar="KEY=V1,V2,…", multiple=True, help="Values to try for a key; one value is for all runs."
+)
+@click.option("--dir", "directory", metavar="DIR", help="The sweep's directory. Default: runs/sweep-NAME.")
+@click.option("--dry-run", is_flag=True, help="Say what each run would reuse and train; train nothing.")
+@max_time_option
+@as_json
+def sweep(
+    config: str | None,
+    preset: str | None,
+    axes: tuple[str, ...],
+    directory: str | None,
+    dry_run: bool,
+    max_time: float | None,
+    as_json: bool,
+) -> None:
+    """Train every combination of the values given with -o, a run each, over one store.
+
+    \b
+    stackwise sweep -o training.learning_rate=1e-3,3e-3 -o stages.3.training.weight_decay=0,0.1
+
+    Stages that runs have in common are trained once. A combination that fails is in the table, and the others go on
+    (exit code 1 at the end). Interrupted, the same command goes on. The table is kept as sweep.json and sweep.md.
+    """
+    from stackwise.pipeline.sweep import Sweep, combinations, parse_axes
+
+    found = combinations(parse_axes(axes), lambda overrides: load(config, preset, overrides))
+    place = Path(directory) if directory is not None else RUNS / f"sweep-{found[0].config.name}"
+    typed = ["stackwise", "sweep", *([config] if config else []), *(["--preset", preset] if preset else [])]
+    placed = ["--dir", directory] if directory is not None else []
+    limit = [] if max_time is None else ["--max-time", f"{max_time:g}s"]
+    again = shlex.join([*typed, *placed, *(word for axis in axes for word in ("-o", axis)), *limit])
+    chosen = Sweep(found, place, again)
+    if dry_run:
+        with phases() as progress:
+            order = chosen.foresee(progress)
+        _show_outlook(order, as_json)
+        return
+    try:
+        _carry_out(chosen, as_json, max_time)
+    finally:
+        if any(chosen.run_directory(member).config_file.exists() for member in chosen.members):
+            with contextlib.suppress(BrokenPipeError):
+                _show_results(chosen, as_json)
+    failed = [member.combination.name for member in chosen.members if member.failure is not None]
+    if failed:
+        raise StackWiseError(
+            f"{len(failed)} of {words.plural(len(chosen.members), 'combination')} failed: {', '.join(failed)}",
+            hint="the same command tries them again, and reuses the others",
+        )
+
+
+@click.command(short_help="Runs beside each other: what differs, and what each came to.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN…")
+@as_json
+def compare(runs: tuple[str, ...], as_json: bool) -> None:
+    """A table of runs: the settings that differ, loss by stage, held-out bits a byte, time, stages reused."""
+    from stackwise.report.compare import Entry
+    from stackwise.report.compare import compare as comparison
+
+    _show(comparison([Entry(find_run(run)) for run in runs]), as_json)
+
+
+def _carry_out(chosen: Sweep, as_json: bool, max_time: float | None) -> None:
+    def tell(event: Event) -> None:
+        if as_json:
+            print_event(event)
+        elif event["event"] == "combination":
+            done = " (reused: it stands complete)" if event["reused"] else ""
+            click.echo(f"── {event['number']} of {event['of']}: {event['name']}{done}")
+        elif event["event"] == "combination_ended" and event["failure"] is not None:
+            click.echo(f"   {event['name']} failed: {event['failure']}")
+
+    @contextlib.contextmanager
+    def watch(combination: Combination) -> Iterator[Callable[[Event], None]]:
+        from stackwise import report
+        from stackwise.cli.views.state import RunView
+        from stackwise.pipeline.run import RunDirectory
+
+        run = RunDirectory(chosen.directory / combination.name)
+        try:
+            if as_json:
+                yield lambda event: print_event({"combination": combination.name, **event})
+            else:
+                with watcher(RunView(combination.config, str(run.path), []), as_json=False) as observe:
+                    yield observe
+        finally:
+            with contextlib.suppress(StackWiseError, OSError):
+                report.write(run)
+
+    chosen.run(watch, tell, max_time)
+
+
+def _show_results(chosen: Sweep, as_json: bool) -> None:
+    from stackwise.report.compare import Entry, compare, write
+
+    value = compare(
+        [
+            Entry(chosen.run_directory(member), member.combination.name, member.combination.values, member.failure)
+            for member in chosen.members
+        ]
+    )
+    page = write(chosen.directory, value)
+    if as_json:
+        print_event({"event": "sweep", **value})
+        return
+    click.echo()
+    _show(value, as_json=False)
+    click.echo(f"table: {page}")
+
+
+def _show(value: dict[str, Any], as_json: bool) -> None:
+    from stackwise.report.compare import best, cells, summary
+
+    if as_json:
+        print_json(value)
+        return
+    columns, rows = cells(value)
+    at = columns.index("state")
+    shown = table(*columns, right=range(at + 2, len(columns)))
+    for number, row in enumerate(rows):
+        texts = [state(text) if column == at else plain(text) for column, text in enumerate(row)]
+        shown.add_row(*texts, style="bold" if number == best(value) else "")
+    out = console()
+    out.print(shown)
+    for run in value["runs"]:
+        if run["failure"]:
+            out.print(plain(f"{run['name']}: {run['failure']}"), style="red")
+    out.print(plain(summary(value)), style="dim")
+
+
+def _show_outlook(order: list[Member], as_json: bool) -> None:
+    from stackwise.pipeline.sweep import sources
+
+    found = sources(order)
+    if as_json:
+        print_json(
+            {
+                "runs": [
+                    {
+                        "name": member.combination.name,
+                        "values": member.combination.values,
+                        "failure": member.failure,
+                        "stages": found[member.combination.name],
+                    }
+                    for member in order
+                ]
+            }
+        )
+        return
+    depth = max((len(member.outlook) for member in order), default=0)
+    numbers = {member.combination.name: str(number) for number, member in enumerate(order, 1)}
+    shown = table("", "run", *(f"stage {k}" for k in range(depth)), "", right=(0,))
+    for member in order:
+        name = member.combination.name
+        stages = [f"as in {numbers[text]}" if text in numbers else text for text in found[name]]
+        blank = [""] * (depth - len(stages))
+        shown.add_row(numbers[name], plain(name), *stages, *blank, plain(member.failure or ""))
+    out = console()
+    out.print(shown)
+    every = [text for texts in found.values() for text in texts]
+    train, store = every.count("train"), every.count("store")
+    counts = f"{train} to train, {store} in the store, {len(every) - train - store} shared"
+    out.print(plain(f"{words.plural(len(order), 'run')} of {words.plural(len(every), 'stage')} in all: {counts}"))
