@@ -18,7 +18,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "run": ("run:run", "Train every stage, evaluate, report; resumes by itself."),
         "stage": ("stage:stage", "One stage alone; the schedule."),
         "status": ("status:status", "How a run stands."),
-        "sweep": ("sweep:sweep", "A run for each combination of some settings' values."),
+        "sweep": ("sweep:sweep", "A run for each combination of values; common stages once."),
         "compare": ("sweep:compare", "Runs beside each other: what differs, what they came to."),
     },
     "Use what was trained": {

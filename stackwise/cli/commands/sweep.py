@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 
-@click.command(short_help="A run for each combination of some settings' values; common stages are trained once.")
+@click.command(short_help="A run for each combination of values; common stages once.")
 @click.argument("config", required=False, metavar="[CONFIG]")
 @click.option("--preset", metavar="NAME", help="micro, smoke, demo, gpt2-small, bert-base, llama-1b, llama-70b.")
 @click.option(
@@ -77,7 +77,7 @@ def sweep(
         )
 
 
-@click.command(short_help="Runs beside each other: what differs, and what each came to.")
+@click.command(short_help="Runs beside each other: what differs, what they came to.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN RUN…")
 @as_json
 def compare(runs: tuple[str, ...], as_json: bool) -> None:
