@@ -24,6 +24,16 @@ TEMPORARY = ".tmp-"
 """Prefix of names that are being written. Whatever bears it and has no living writer is garbage."""
 
 
+def unusable(path: Path) -> str | None:
+    """Why a directory cannot be written, or made where it is missing; None where it can."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+    if not there.is_dir():
+        return f"{there} is not a directory" if there != path.absolute() else "it is not a directory"
+    if not os.access(there, os.W_OK | os.X_OK):  # also false on a file system that is mounted read-only
+        return f"{there} cannot be written"
+    return None
+
+
 def fsync_directory(path: Path) -> None:
     """Make a directory's entries (creations, renames, removals) durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Self
 from stackwise.durable import explain_full_disk, write_json
 from stackwise.errors import DamageError
 from stackwise.identity import content_id
-from stackwise.pipeline.recipe import Recipe, differences, recipe_id, stage_steps
+from stackwise.pipeline.reasons import NEW, changed_settings, changes, words
+from stackwise.pipeline.recipe import Recipe, recipe_id, stage_steps
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import Stage
 from stackwise.store import BoundaryInfo, CommittedStage
 
 if TYPE_CHECKING:
+    from stackwise.config import StackWiseConfig
     from stackwise.pipeline.plan import Plan
 
 Event = dict[str, Any]
@@ -99,10 +101,13 @@ class Manifest:
         run: Whose manifest it is.
         plan: The plan that is carried out.
         before: The manifest of an earlier run in the same directory.
+        earlier: The configuration of that run.
     """
 
-    def __init__(self, run: RunDirectory, plan: Plan, before: dict[str, Any]) -> None:
-        self._run, self._plan = run, plan
+    def __init__(
+        self, run: RunDirectory, plan: Plan, before: dict[str, Any], earlier: StackWiseConfig | None = None
+    ) -> None:
+        self._run, self._plan, self.earlier = run, plan, earlier
         self._before = {(stage["depth"], stage["window"]): stage for stage in before.get("stages", [])}
         self._known_evaluation = before.get("evaluation")
         self._boundaries: list[str] = list(before.get("boundaries", []))
@@ -136,21 +141,30 @@ class Manifest:
                 stage["state"] = "failed"
                 stage["reason"] = event["text"]
 
+    def knows(self, stage: Stage) -> bool:
+        """Whether the stage was trained in this run before."""
+        before = self._before.get((stage.depth, stage.window), {})
+        return (before.get("recipe") or before.get("last")) is not None
+
     def reason(self, stage: Stage, recipe: Recipe) -> str:
         """Why a stage trains: what changed since it was last trained here, or that it never was."""
-        before = self._before.get((stage.depth, stage.window))
-        if before is None or before.get("recipe") is None:
-            return "not trained yet"
-        if before["recipe"] == recipe_id(recipe):
+        before = self._before.get((stage.depth, stage.window), {})
+        last = before.get("recipe") or before.get("last")
+        if last is None:
+            return NEW
+        if last == recipe_id(recipe):
             if before.get("state") == "done":
                 return "it was committed, and its files are gone"
-            return "not finished yet" if before.get("step") else "not trained yet"
+            return "not finished yet" if before.get("step") else NEW
         old = None
         with contextlib.suppress(DamageError):
-            old = self._plan.store.stage(before["recipe"], check=False)
+            old = self._plan.store.stage(last, check=False)
+        config, depth = self._plan.config, stage.depth
         if old is None:
-            return "the configuration changed since it began"
-        return f"changed: {'; '.join(differences(old.record['recipe'], recipe)[:3])}"
+            text = words(changed_settings(self.earlier, config, depth))
+            return "the configuration changed since it began" + (f": {text}" if text else "")
+        decided = changes(old.record["recipe"], recipe, depth=depth, config=config, earlier=self.earlier)
+        return f"changed: {words(decided)}"
 
     def committed(self, stage: Stage, committed: CommittedStage) -> None:
         """A stage is done."""
@@ -213,6 +227,7 @@ class Manifest:
 
     def _pending(self, stage: Stage) -> dict[str, Any]:
         rows = self._plan.rowset(stage.rowset)[1]
+        before = self._before.get((stage.depth, stage.window), {})
         return {
             "depth": stage.depth,
             "window": stage.window,
@@ -227,6 +242,8 @@ class Manifest:
             "reason": None,
             "wait_fraction": None,
             "peak_memory_bytes": None,
+            # What it was last trained by, so that a later run can say what changed.
+            "last": before.get("recipe") or before.get("last"),
         }
 
 

@@ -76,8 +76,13 @@ def stage_memory(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
     return state_bytes(config, vocab_size, stage, gradients=True) + activations + copies + LOSS_BYTES
 
 
-def check_fit(plan: Plan, todo: list[Stage], run: Path) -> dict[str, Any]:
+def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
     """What the stages in `todo` need and what is there.
+
+    Args:
+        plan: The plan.
+        todo: The stages that are not committed.
+        disk: Where the store is, or will be.
 
     Returns:
         `disk_needed`, `disk_free`, `memory_needed`, `memory_total`, in bytes.
@@ -101,14 +106,14 @@ def check_fit(plan: Plan, todo: list[Stage], run: Path) -> dict[str, Any]:
     # One more than are kept is written before the oldest goes.
     checkpoints = 3 * max((state_bytes(config, size, stage, gradients=False) for stage in todo), default=0)
     needed = boundaries + weights + checkpoints
-    free = shutil.disk_usage(plan.store.path).free
+    free = shutil.disk_usage(next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())).free
     memory = max((stage_memory(config, size, stage) for stage in todo), default=0)
     state = max((state_bytes(config, size, stage, gradients=True) for stage in todo), default=0)
     total = psutil.virtual_memory().total
     if needed > free:
         raise NoSpaceError(
             f"the run needs {_size(needed)} of disk ({_size(boundaries)} of them boundaries) and "
-            f"{plan.store.path} has {_size(free)} free",
+            f"{disk} has {_size(free)} free",
             hint="lower training.rows or training.steps, set store.keep: none, or name a larger disk with store.path",
         )
     if todo and config.store.max_bytes is not None and boundary * min(live, 2) > config.store.max_bytes:

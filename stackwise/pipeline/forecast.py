@@ -11,11 +11,11 @@ from pathlib import Path
 from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
 from stackwise.identity import content_id
+from stackwise.pipeline.foresight import committed_stage
 from stackwise.pipeline.job import Source
 from stackwise.pipeline.plan import Plan, Versions, add_versions
 from stackwise.pipeline.process import Worker
 from stackwise.pipeline.recipe import recipe_id
-from stackwise.pipeline.runner import committed_stage
 from stackwise.store import ActivationStore
 
 

@@ -137,23 +137,3 @@ def stage_steps(config: StackWiseConfig, depth: int, rows: int) -> int:
     if budget is not None:
         return budget
     return max(1, round(settings.epochs_per_layer * rows / (settings.batch_size * settings.accumulation)))
-
-
-def differences(old: Recipe, new: Recipe, prefix: str = "") -> list[str]:
-    """What differs between two recipes, as `key: old → new`, the settings before the ids that follow from them."""
-    found: list[str] = []
-    for key in dict.fromkeys([*old, *new]):
-        a, b = old.get(key), new.get(key)
-        if a == b:
-            continue
-        name = f"{prefix}{key}"
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{name}.")
-        else:
-            found.append(f"{name}: {_short(a)} → {_short(b)}")
-    return sorted(found, key=lambda text: text.startswith(("initial", "reads", "rowset")))
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return f"{text[:8]}…" if len(text) > 24 else text

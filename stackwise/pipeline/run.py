@@ -13,6 +13,7 @@ RUN/store/             the store, unless `store.path` says otherwise
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,32 @@ class RunDirectory:
             UsageError: It cannot be made or written.
             NoSpaceError: The disk is full.
         """
+        self.check()
         with durable.explain_full_disk(self.path):
             try:
                 self.logs.mkdir(parents=True, exist_ok=True)
-            except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
                 raise UsageError(f"run directory {self.path} cannot be used: {error.strerror}") from None
-        if not self.manifest_file.exists() and self.config_file.exists() and not self._is_ours():
+        if not self.manifest_file.exists() and self.config_file.exists() and self.earlier_config() is None:
             raise UsageError(f"{self.config_file} is not a run's", hint="name another directory with --run")
+
+    def check(self) -> None:
+        """Look whether the directory is there, or can be made, and can be written.
+
+        Raises:
+            UsageError: It cannot.
+        """
+        if fault := durable.unusable(self.path):
+            raise UsageError(f"run directory {self.path} cannot be used: {fault}", hint="name another with --run")
+
+    def earlier_config(self) -> StackWiseConfig | None:
+        """The configuration of the run that was here before; None where there was none that can be read."""
+        try:
+            return self.config()
+        except UsageError:
+            return None
 
     def store_path(self, config: StackWiseConfig) -> Path:
         """Where the run's store is."""
@@ -101,13 +121,6 @@ class RunDirectory:
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Publish the manifest."""
         durable.write_json(self.manifest_file, {"format": FORMAT, **manifest})
-
-    def _is_ours(self) -> bool:
-        try:
-            self.config()
-        except UsageError:
-            return False
-        return True
 
 
 def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:

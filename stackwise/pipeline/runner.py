@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.checks import changed, notes
 from stackwise.config.loading import dump
 from stackwise.data import PreparedData, is_prepared, prepare
-from stackwise.durable import write_bytes
+from stackwise.durable import unusable, write_bytes
 from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError, UsageError
 from stackwise.identity import content_id
 from stackwise.pipeline.crew import Crew
 from stackwise.pipeline.events import EventLog, Manifest, Observer, Observers
 from stackwise.pipeline.fit import boundary_bytes, check_fit, state_bytes
+from stackwise.pipeline.foresight import REUSED, Foreseen, committed_stage, foresee
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.plan import Plan, Versions, add_versions, check_data
 from stackwise.pipeline.recipe import codec_name, recipe_id, stage_steps
@@ -60,14 +62,16 @@ class Runner:
         self._observe = Observers([observe])
         self._crew = Crew(self._observe, resume_command, None if max_time is None else TimeLimit(max_time))
 
-    def run(self, only: int | None = None) -> dict[str, Any]:
+    def run(self, only: int | None = None, *, dry: bool = False) -> dict[str, Any]:
         """Every stage, then the held-out evaluation; or one stage alone.
 
         Args:
             only: A depth: that stage alone, above committed ones.
+            dry: Say which stages will be reused and which trained, why, and what room that takes, and stop. What is
+                left behind is the prepared data, which a run reuses.
 
         Returns:
-            The evaluation (empty for one stage alone).
+            The evaluation (empty for one stage alone, and for a dry run).
 
         Raises:
             StackWiseError: With the exit code that the command line ends with.
@@ -79,11 +83,20 @@ class Runner:
             if only is not None and not 0 <= only < self.config.n_stages:
                 raise NotFound(f"there is no stage {only}: the schedule has 0 to {self.config.n_stages - 1}")
             check_installed(self.config)
+            self.run_directory.check()
+            _check_store(self.run_directory.store_path(self.config))
             data = self._prepare()
             for line in self._unused_beside_prepared():
                 self._tell("note", text=line)
+            if dry:
+                self._foresee(*self._look(data, stack))
+                return {}
             plan, manifest = self._open(data, stack)
             try:
+                for each in self._foresee(plan, manifest):
+                    if each.recipe and (found := committed_stage(plan, each.recipe)) is not None:
+                        manifest.committed(plan.stages[each.stage], found)
+                self._register(plan, manifest)
                 return self._stages(plan, manifest, only)
             finally:
                 manifest.save()
@@ -96,19 +109,12 @@ class Runner:
         run.create()
         try:
             stack.enter_context(run.lock())
-            before = run.manifest() if run.manifest_file.exists() else {"stages": []}
             stack.callback(self._crew.close)
-            ready = self._crew.start(self.config.device, run.logs / "workers.log")
-            if self.config.precision == "auto":
-                self.config.precision = ready["precision"]
-            store = stack.enter_context(_open_store(run.store_path(self.config)))
-            known = {key: list(value) for key, value in before.get("rowsets", {}).items()}
-            plan = Plan(self.config, data, store, device=ready["device"], known_rowsets=known)
+            plan, manifest = self._plan(data, stack, run.logs, run.store_path(self.config))
         except StackWiseError as error:
             if fresh and error.exit_code == UsageError.exit_code:
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
-        manifest = Manifest(run, plan, before)
         for observer in (
             stack.enter_context(EventLog(run.events_file)),
             stack.enter_context(Trackers(run, self.config, self._observe)),
@@ -118,15 +124,42 @@ class Runner:
         ):
             self._observe.add(observer)
         write_bytes(run.config_file, dump(self.config).encode())
+        return plan, manifest
+
+    def _look(self, data: PreparedData, stack: contextlib.ExitStack) -> tuple[Plan, Manifest]:
+        """Plan without taking or making anything: where there is no store yet, one that is gone afterwards serves."""
+        run = self.run_directory
+        check_data(self.config, data)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stackwise-dry-run-")))
+        stack.callback(self._crew.close)
+        store = run.store_path(self.config)
+        return self._plan(data, stack, scratch, store if store.exists() else scratch / "store")
+
+    def _plan(self, data: PreparedData, stack: contextlib.ExitStack, logs: Path, store: Path) -> tuple[Plan, Manifest]:
+        """The plan on this machine, and what is known of the run from before."""
+        run = self.run_directory
+        before = run.manifest() if run.manifest_file.exists() else {"stages": []}
+        earlier = run.earlier_config()
+        ready = self._crew.start(self.config.device, logs / "workers.log")
+        if self.config.precision == "auto":
+            self.config.precision = ready["precision"]
+        opened = stack.enter_context(_open_store(store))
+        known = {key: list(value) for key, value in before.get("rowsets", {}).items()}
+        plan = Plan(self.config, data, opened, device=ready["device"], known_rowsets=known)
         about = {key: ready[key] for key in ("device", "name", "memory")}
         self._tell("device", **about, precision=plan.config.precision)
-        return plan, manifest
+        return plan, Manifest(run, plan, before, earlier)
+
+    def _foresee(self, plan: Plan, manifest: Manifest) -> list[Foreseen]:
+        """Say what becomes of each stage, and whether there is room for it."""
+        foreseen = foresee(plan, manifest)
+        self._tell("plan", stages=[each.plain() for each in foreseen])
+        todo = [plan.stages[each.stage] for each in foreseen if each.action == "train"]
+        self._tell("fit", **check_fit(plan, todo, self.run_directory.store_path(plan.config)))
+        return foreseen
 
     def _stages(self, plan: Plan, manifest: Manifest, only: int | None) -> dict[str, Any]:
         versions: Versions = {}
-        todo = self._pending(plan, manifest)
-        self._register(plan, manifest)
-        self._tell("fit", **check_fit(plan, todo, Path(self.run_directory.path)))
         begun = time.perf_counter()
         for stage in plan.stages:
             if only is not None and stage.depth > only:
@@ -141,17 +174,6 @@ class Runner:
         evaluation = self._finish(plan, manifest)
         self._tell("done", seconds=time.perf_counter() - begun, evaluation=evaluation)
         return evaluation
-
-    def _pending(self, plan: Plan, manifest: Manifest) -> list[Stage]:
-        """The stages that are not committed, before any of them is trained; the manifest takes note of the others."""
-        versions: Versions = {}
-        for stage in plan.stages:
-            found = committed_stage(plan, recipe_id(plan.recipe(stage, versions)))
-            if found is None:
-                return plan.stages[stage.place :]
-            add_versions(versions, found)
-            manifest.committed(stage, found)
-        return []
 
     def _stage(
         self, plan: Plan, manifest: Manifest, stage: Stage, versions: Versions, only: int | None
@@ -169,7 +191,7 @@ class Runner:
             reason = manifest.reason(stage, recipe)
         if found is not None:
             shutil.rmtree(self.run_directory.checkpoints(key), ignore_errors=True)  # of a kill just after the commit
-            self._tell("reused", stage=stage.place, recipe=key, reason="committed: the recipe is the same")
+            self._tell("reused", stage=stage.place, recipe=key, reason=REUSED)
             following = plan.stages[stage.place + 1] if stage.place + 1 < len(plan.stages) else None
             if only == stage.depth and following is not None and following.reads_boundary:
                 add_versions(versions, found)
@@ -360,11 +382,9 @@ class Runner:
         self._observe({"event": event, **values})
 
 
-def committed_stage(plan: Plan, recipe: str) -> CommittedStage | None:
-    """A committed stage, its files unchecked; None where there is none, or its record is damaged."""
-    with contextlib.suppress(DamageError):
-        return plan.store.stage(recipe, check=False)
-    return None
+def _check_store(path: Path) -> None:
+    if fault := unusable(path):
+        raise UsageError(f"store.path {path} cannot be used: {fault}", hint="name another directory")
 
 
 def _open_store(path: Path) -> ActivationStore:

@@ -64,7 +64,7 @@ def test_a_change_trains_what_it_changes(finished: Path) -> None:
     done = stackwise("run", "--run", str(finished), *change)
     assert done.code == 0
     assert "stage 0: reused" in done.out
-    assert "stage 1: training, 20 steps (changed: training.learning_rate: 0.003 → 0.001)" in done.out
+    assert "stage 1: training, 20 steps (changed: stages.1.training.learning_rate: 0.003 → 0.001)" in done.out
     lines = [line for line in done.out.splitlines() if " stage 1: step " in line]
     assert 1 <= len(lines) <= 5
     assert all("loss " in line and "tokens/s" in line and "wait " in line for line in lines)

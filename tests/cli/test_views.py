@@ -44,6 +44,14 @@ EVENTS: list[dict[str, Any]] = [
         "bytes": 9000,
     },
     {"event": "device", "device": "cpu", "name": "2 CPU cores", "memory": 8 * 10**9, "precision": "fp32"},
+    {
+        "event": "plan",
+        "stages": [
+            {"stage": 0, "depth": 0, "action": "reuse", "reason": "the same", "steps": 60, "recipe": "aa"},
+            {"stage": 1, "depth": 1, "action": "train", "reason": "not trained yet", "steps": 60, "recipe": None},
+            {"stage": 2, "depth": 2, "action": "train", "reason": "not trained yet", "steps": 60, "recipe": None},
+        ],
+    },
     {"event": "fit", "disk_needed": 1e9, "disk_free": 5e10, "memory_needed": 6e8, "memory_total": 8e9},
     {"event": "reused", "stage": 0, "recipe": "aa", "reason": "committed: the recipe is the same"},
     {"event": "training", "stage": 1, "recipe": "bb", "reason": "changed: [x] → y", "steps": 60, "trunk": "cc"},
@@ -80,6 +88,8 @@ def test_plain_lines(view: RunView, capsys: pytest.CaptureFixture[str]) -> None:
         lines(event)
     said = [line[9:] for line in capsys.readouterr().out.splitlines()]
     assert "note: a setting is unused" in said
+    assert "stage 0: reuse (the same)" in said
+    assert "stages 1–2: train, 60 steps (not trained yet)" in said
     assert "stage 0: reused (committed: the recipe is the same)" in said
     assert "stage 1: training, 60 steps (changed: [x] → y)" in said
     assert "stage 1: boundary written: 8.00 MB in 2.00 s, 4.00 MB/s" in said
@@ -133,7 +143,7 @@ def test_a_deep_rack_shows_the_stages_around_the_running_one() -> None:
 def test_the_running_stage_has_a_bar_and_its_figures_under_it(view: RunView) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
     live = Live(view, console)
-    for event in EVENTS[:11]:
+    for event in EVENTS[:12]:
         live(event)
     console.print(live._render())
     lines = [line.strip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]

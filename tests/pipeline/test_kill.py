@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +14,8 @@ from stackwise.config.loading import dump
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run
+from tests.pipeline.storm import Command, Storm, retrained
 from tests.pipeline.test_run import weights
-
-
-class Command:
-    """A real `stackwise run`, listened to."""
-
-    def __init__(self, config: Path, directory: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "stackwise", "run", str(config), "--run", str(directory), "--json"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.seen: list[dict[str, Any]] = []
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.seen.append(json.loads(line))
-            yield self.seen[-1]
-
-    def until(self, event: str, stage: int, at: int = 0) -> dict[str, Any]:
-        for seen in self.events():
-            if seen["event"] == event and seen.get("stage") == stage and seen.get("step", 0) >= at:
-                return seen
-        raise AssertionError(f"no {event} of stage {stage}: {self.process.communicate()[1]}")
-
-    def end(self) -> tuple[int, str]:
-        out, err = self.process.communicate(timeout=120)
-        self.seen += [json.loads(line) for line in out.splitlines()]
-        return self.process.returncode, err
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +36,7 @@ def goes_on(config: Path, directory: Path, expected: list[str]) -> list[dict[str
     with ActivationStore(directory / "store", create=False) as store:
         assert store.verify()["damaged"] == []
     assert not list((directory / "checkpoints").glob("*/*")), "a committed stage's checkpoints are removed"
+    assert retrained(directory) == []
     return again.seen
 
 
@@ -132,22 +98,24 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(reference: tuple[Path,
     assert any(e["event"] == "resumed" for e in seen)
 
 
+@pytest.fixture(scope="module")
+def long_reference(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Three stages with many checkpoints and many chunks, and the weights of a run that nothing disturbed."""
+    home = tmp_path_factory.mktemp("long-reference")
+    settings = {"model.architecture.n_stacks": 3, "training.steps": 200, "training.checkpoint_steps": 10}
+    config: StackWiseConfig = micro(**settings, **{"model.dropout": 0.1, "store.chunk_bytes": 500_000})
+    (home / "stackwise.yaml").write_text(dump(config))
+    run(config, home / "run")
+    return home / "stackwise.yaml", weights(home / "run")
+
+
 @pytest.mark.stress
-@pytest.mark.parametrize("trial", range(25))
-def test_kills_at_random_moments(reference: tuple[Path, list[str]], tmp_path: Path, trial: int) -> None:
-    """Runner or worker, wherever it happens to be, up to eight times in one run."""
-    config, expected = reference
-    draw = random.Random(trial)
-    for _ in range(8):
-        command = Command(config, tmp_path / "run")
-        time.sleep(draw.uniform(0.2, 6.0))
-        if command.process.poll() is not None:
-            command.end()
-            break
-        children = subprocess.run(
-            ["pgrep", "-P", str(command.process.pid)], capture_output=True, text=True
-        ).stdout.split()
-        victim = draw.choice([command.process.pid, *map(int, children)])
-        os.kill(victim, signal.SIGKILL)
-        command.end()
-    goes_on(config, tmp_path / "run", expected)
+@pytest.mark.parametrize("trial", range(10))
+def test_two_hundred_kills_at_random_moments(
+    long_reference: tuple[Path, list[str]], tmp_path: Path, trial: int
+) -> None:
+    """Runner, workers and `cache gc`, kill -9 and SIGTERM, in every phase; twenty a trial."""
+    config, expected = long_reference
+    storm = Storm(config, expected, tmp_path, trial)
+    storm.rage(20)
+    print(f"\n{storm.kills.total()} kills in {storm.rounds} runs: {dict(storm.kills)}")

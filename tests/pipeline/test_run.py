@@ -86,7 +86,7 @@ def test_a_change_of_one_stage_trains_that_stage_alone(copy: tuple[StackWiseConf
     assert [e["stage"] for e in named(events, "reused")] == [0]
     (trained,) = named(events, "training")
     assert trained["stage"] == 1
-    assert trained["reason"] == "changed: training.learning_rate: 0.003 → 0.001"
+    assert trained["reason"] == "changed: stages.1.training.learning_rate: 0.003 → 0.001"
     assert weights(directory)[0] == before[0]
     assert weights(directory)[1] != before[1]
     assert not named(events, "recomputing"), "the boundary was kept"

@@ -25,6 +25,7 @@ Event = dict[str, Any]
 @click.command(short_help="Train every stage, evaluate, report; resumes by itself.")
 @configuration
 @max_time_option
+@click.option("--dry-run", "dry", is_flag=True, help="Say what is reused or trained, why, what it takes, and stop.")
 @as_json
 def run(
     config: str | None,
@@ -32,6 +33,7 @@ def run(
     run: str | None,
     overrides: tuple[str, ...],
     max_time: float | None,
+    dry: bool,
     as_json: bool,
 ) -> None:
     """Train every stage, evaluate on held-out text, write report.html.
@@ -39,7 +41,24 @@ def run(
     What is committed is not trained again; what was interrupted goes on. With neither CONFIG nor --preset: the
     configuration of the run that --run names, where there is one, else the preset demo.
     """
-    carry_out(choose(config, preset, run, overrides), as_json=as_json, command="stackwise run", max_time=max_time)
+    choice = choose(config, preset, run, overrides)
+    if dry:
+        _foretell(choice, as_json)
+    else:
+        carry_out(choice, as_json=as_json, command="stackwise run", max_time=max_time)
+
+
+def _foretell(choice: Choice, as_json: bool) -> None:
+    """Show what a run would do."""
+    from stackwise.cli.views.lines import Lines
+    from stackwise.cli.views.state import RunView
+    from stackwise.pipeline.runner import Runner
+
+    view = RunView(choice.config, str(choice.run.path))
+    observe = print_event if as_json else Lines(view, view.config.training.log_every)
+    Runner(choice.config, choice.run, observe).run(dry=True)
+    if not as_json:
+        click.echo("dry run: nothing was trained")
 
 
 def carry_out(

@@ -46,7 +46,8 @@ class Lines:
             if kind == "training":
                 self._shown.pop(event["stage"], None)
             if (text := wording(event)) is not None:
-                self._say(text, depth if kind != "dropped" else None)
+                for line in text.splitlines():
+                    self._say(line, depth if kind != "dropped" else None)
 
     def _say_progress(self, kind: str, event: Event) -> None:
         now = time.monotonic()

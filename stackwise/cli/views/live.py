@@ -19,7 +19,7 @@ Event = dict[str, Any]
 ROWS = 16
 """Stages shown at once; of more, those around the running one."""
 PHASES = {"reading": "reading text", "tokenizer": "training the tokenizer", "waiting": "waiting for another process"}
-SILENT = ("training", "committed", "writing", "reused", "resumed", "done")
+SILENT = ("plan", "training", "committed", "writing", "reused", "resumed", "done")
 """What the table shows anyway."""
 
 

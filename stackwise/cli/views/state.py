@@ -74,6 +74,9 @@ class RunView:
         if stage is not None:
             self._observe_stage(stage, event)
         match event["event"]:
+            case "plan":
+                for each in event["stages"]:
+                    self.stages[each["stage"]].why = each["reason"]
             case "preparing":
                 self._progress(event["phase"], event["done"], event["total"])
             case "evaluating":

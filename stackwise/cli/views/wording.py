@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from stackwise.report import words
@@ -19,6 +20,8 @@ def wording(event: Event) -> str | None:
         case "device":
             memory = f", {words.size(event['memory'])} of memory" if event.get("memory") else ""
             return f"device: {event['device']} ({event['name']}{memory}), {event.get('precision', 'fp32')}"
+        case "plan":
+            return "\n".join(_decisions(event["stages"]))
         case "fit":
             disk = f"{words.size(event['disk_needed'])} of disk, {words.size(event['disk_free'])} are free"
             memory = (
@@ -83,3 +86,14 @@ def _data(event: Event) -> str:
         splits += f", {words.size(event['bytes'])}"
     how = "reused, unchanged" if event["reused"] else f"prepared in {words.duration(event['seconds'])}"
     return f"data: {how}: {splits} ({event['directory']})"
+
+
+def _decisions(stages: list[dict[str, Any]]) -> list[str]:
+    """Reuse or train, and why; neighbours that agree share a line."""
+    lines = []
+    for (action, reason, steps), group in itertools.groupby(stages, lambda s: (s["action"], s["reason"], s["steps"])):
+        depths = [stage["depth"] for stage in group]
+        which = f"stage{'s' if len(depths) > 1 else ''} {words.span(depths[0], depths[-1])}"
+        doing = "reuse" if action == "reuse" else f"train, {words.plural(steps, 'step')}"
+        lines.append(f"{which}: {doing} ({reason})")
+    return lines

@@ -1,0 +1,88 @@
+"""What a run will do with each stage, said before it does it: reuse it, or train it, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from stackwise.errors import DamageError
+from stackwise.pipeline.plan import Plan, Versions, add_versions
+from stackwise.pipeline.reasons import NEW, own_changes, words
+from stackwise.pipeline.recipe import recipe_id, stage_steps
+from stackwise.store import CommittedStage
+
+if TYPE_CHECKING:
+    from stackwise.pipeline.events import Manifest
+
+REUSED = "committed: the recipe is the same"
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What becomes of a stage.
+
+    Args:
+        stage: Its place in the schedule.
+        depth: Its number.
+        window: The window of the corpus that it trains on.
+        action: Whether it is committed already.
+        reason: Why.
+        steps: Those that it takes to train it.
+        recipe: Its recipe's id; None where it follows from what a stage below comes to.
+    """
+
+    stage: int
+    depth: int
+    window: int
+    action: Literal["reuse", "train"]
+    reason: str
+    steps: int
+    recipe: str | None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return asdict(self)
+
+
+def foresee(plan: Plan, manifest: Manifest) -> list[Foreseen]:
+    """What becomes of each stage, lowest first.
+
+    Args:
+        plan: The plan.
+        manifest: The run's.
+    """
+    versions: Versions = {}
+    origin: dict[str, int] = {}  # parts that will be others, and the lowest stage that makes them so
+    found: list[Foreseen] = []
+    for stage in plan.stages:
+        where = (stage.place, stage.depth, stage.window)
+        steps = stage_steps(plan.config, stage.depth, plan.rowset(stage.rowset)[1])
+        needs = {*stage.trunk, *stage.holds} - {*stage.fresh}
+        unsettled = [origin[part] for part in needs if part in origin]
+        if unsettled:
+            below = min(unsettled)
+            own = words(own_changes(manifest.earlier, plan.config, stage.depth))
+            reason = f"stage {below} below it is trained" + (f"; {own}" if own else "")
+            if not manifest.knows(stage):
+                reason = NEW
+            found.append(Foreseen(*where, "train", reason, steps, None))
+            origin |= dict.fromkeys(stage.trains, below)
+            continue
+        recipe = plan.recipe(stage, versions)
+        key = recipe_id(recipe)
+        committed = committed_stage(plan, key)
+        if committed is None:
+            found.append(Foreseen(*where, "train", manifest.reason(stage, recipe), steps, key))
+            origin |= dict.fromkeys(stage.trains, stage.depth)
+        else:
+            found.append(Foreseen(*where, "reuse", REUSED, steps, key))
+            add_versions(versions, committed)
+    return found
+
+
+def committed_stage(plan: Plan, recipe: str) -> CommittedStage | None:
+    """A committed stage, its files unchecked; None where there is none, or its record is damaged."""
+    try:
+        return plan.store.stage(recipe, check=False)
+    except DamageError:
+        return None

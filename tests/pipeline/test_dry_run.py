@@ -1,0 +1,121 @@
+"""What a run says beforehand: reuse or train, the key that decided, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stackwise.config import StackWiseConfig
+from stackwise.errors import NoSpaceError, UsageError
+from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.runner import Runner
+from tests.conftest import Micro, run
+
+
+def files(directory: Path) -> set[str]:
+    """What is under a directory; rowsets that a store was told of are of use to any later run."""
+    found = {path.relative_to(directory) for path in directory.rglob("*")}
+    return {str(path) for path in found if "rowsets" not in path.parts}
+
+
+def foretold(config: StackWiseConfig, directory: Path) -> list[tuple[str, str]]:
+    """Action and reason of each stage of a dry run."""
+    events: list[dict[str, Any]] = []
+    Runner(config, RunDirectory(directory), events.append).run(dry=True)
+    assert not {"training", "step", "committed", "evaluation"} & {event["event"] for event in events}
+    assert events[-1]["event"] == "fit"
+    (plan,) = (event for event in events if event["event"] == "plan")
+    return [(stage["action"], stage["reason"]) for stage in plan["stages"]]
+
+
+@pytest.fixture(scope="module")
+def finished(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    run(micro(training__steps=5), directory)
+    return directory
+
+
+def test_of_a_new_run_nothing_is_left(micro: Micro, tmp_path: Path) -> None:
+    config = micro(store__path=str(tmp_path / "store"))
+    assert foretold(config, tmp_path / "run") == [("train", "not trained yet")] * 2
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [("reuse", "committed: the recipe is the same")] * 2),
+        (
+            {"stages": {1: {"training": {"learning_rate": 1e-3}}}},
+            [
+                ("reuse", "committed: the recipe is the same"),
+                ("train", "changed: stages.1.training.learning_rate: 0.003 → 0.001"),
+            ],
+        ),
+        (
+            {"training.weight_decay": 0.2, "stages": {1: {"training": {"warmup": 0.2}}}},
+            [
+                ("train", "changed: training.weight_decay: 0.1 → 0.2"),
+                ("train", "stage 0 below it is trained; stages.1.training.warmup: unset → 0.2"),
+            ],
+        ),
+        (
+            {"training.masks_per_sample": 2, "training.rows": 40},
+            [
+                ("train", "changed: training.rows: unset → 40; training.masks_per_sample: 1 → 2"),
+                ("train", "stage 0 below it is trained"),
+            ],
+        ),
+        (
+            {"model.norm": "layernorm"},
+            [("train", "changed: model.norm: rmsnorm → layernorm"), ("train", "stage 0 below it is trained")],
+        ),
+        (
+            {"training.mode": "end_to_end"},
+            [("train", "changed: training.mode: blockwise → end_to_end")],
+        ),
+        ({"training.log_every": 3, "store.keep": "none"}, [("reuse", "committed: the recipe is the same")] * 2),
+    ],
+    ids=["nothing", "one stage", "all, and one more", "rows", "model", "mode", "what shapes no result"],
+)
+def test_the_key_that_decides_is_named(
+    micro: Micro, finished: Path, changes: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
+    before = files(finished)
+    config = micro(training__steps=5, **{key.replace(".", "__"): value for key, value in changes.items()})
+    assert foretold(config, finished) == expected
+    assert files(finished) == before
+
+
+def test_what_a_stage_was_trained_by_outlives_a_run_that_did_not_reach_it(
+    micro: Micro, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    run(micro(training__steps=5, training__beta2=0.9), tmp_path / "run", only=0)
+    config = micro(training__steps=5, stages={1: {"training": {"warmup": 0.3}}})
+    assert foretold(config, tmp_path / "run")[1] == ("train", "changed: stages.1.training.warmup: 0.05 → 0.3")
+
+
+def test_what_does_not_fit_is_said(micro: Micro, tmp_path: Path) -> None:
+    with pytest.raises(NoSpaceError, match=r"store\.max_bytes"):
+        foretold(micro(store__max_bytes=1000), tmp_path / "run")
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_place_that_cannot_be_used_is_refused_before_data_is_prepared(
+    micro: Micro, tmp_path: Path, dry: bool
+) -> None:
+    (tmp_path / "file").write_text("")
+    cache = tmp_path / "cache"
+    for change in ({}, {"store__path": str(tmp_path / "file")}):
+        directory = tmp_path / "run" if change else tmp_path / "file" / "run"
+        with pytest.raises(UsageError, match="is not a directory"):
+            Runner(micro(data__cache_dir=str(cache), **change), RunDirectory(directory), lambda event: None).run(
+                dry=dry
+            )
+    assert sorted(os.listdir(tmp_path)) == ["file"]
