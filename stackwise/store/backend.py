@@ -32,7 +32,7 @@ class Handle(Protocol):
 class Backend(Protocol):
     """What the store asks of a place for its boundaries' files.
 
-    A file is written by `stage` (whole and durable, but under no name a reader knows) and `install` (its name,
+    A file is written in three steps: `stage` (under no name a reader knows), `settle` (durable), `install` (its name,
     durable, atomic). `install` runs inside the transaction that publishes the file's record, perhaps twice.
     """
 
@@ -40,10 +40,13 @@ class Backend(Protocol):
         """Make what must exist before files of these keys can be written."""
 
     def stage(self, key: str, buffers: Sequence[Any], size: int | None = None) -> Any:
-        """Write a file beside `key`, padded with zeros to `size`; returns what `install` takes."""
+        """Write a file beside `key`, padded with zeros to `size`; returns what the next steps take."""
+
+    def settle(self, staged: Sequence[Any]) -> None:
+        """Make staged files durable."""
 
     def install(self, staged: Sequence[tuple[Any, str]]) -> None:
-        """Give each staged file its key, replacing what bears it; durable on return."""
+        """Give each settled file its key, replacing what bears it; durable on return."""
 
     def discard(self, staged: Any) -> None:
         """Remove a staged file that will not be installed."""
@@ -122,22 +125,29 @@ class LocalBackend:
             self._path(f"{boundary}/x/x")
         files.make_directories([self._path(key).parent for key in keys])
 
-    def stage(self, key: str, buffers: Sequence[Any], size: int | None = None) -> Path:
+    def stage(self, key: str, buffers: Sequence[Any], size: int | None = None) -> files.Staged:
         """See `Backend`."""
         return files.stage(self._path(key), buffers, size)
 
-    def install(self, staged: Sequence[tuple[Path, str]]) -> None:
+    def settle(self, staged: Sequence[files.Staged]) -> None:
         """See `Backend`."""
-        files.install([(temporary, self.root / key) for temporary, key in staged])
+        for file in staged:
+            file.settle()
 
-    def discard(self, staged: Path) -> None:
+    def install(self, staged: Sequence[tuple[files.Staged, str]]) -> None:
+        """See `Backend`."""
+        files.install([(file, self.root / key) for file, key in staged])
+
+    def discard(self, staged: files.Staged) -> None:
         """See `Backend`."""
         files.discard(staged)
 
     def put(self, key: str, data: bytes) -> None:
         """See `Backend`."""
         path = self._path(key)
-        files.install([(files.stage(path, [data]), path)])
+        staged = files.stage(path, [data])
+        staged.settle()
+        files.install([(staged, path)])
 
     def open(self, key: str) -> LocalFile:
         """See `Backend`."""

@@ -1,7 +1,7 @@
 """The few file operations that publishing a chunk is made of.
 
-They stand apart so that each can be made to fail, one by one, in a test. A staged file is whole and on disk but
-under a temporary name; `install` gives it its own name, inside the transaction that publishes its record.
+They stand apart so that each can be made to fail, one by one, in a test. A staged file is written under a temporary
+name; `settle` brings it to the disk; `install` gives it its own name, inside the transaction that publishes its record.
 """
 
 from __future__ import annotations
@@ -14,13 +14,47 @@ from pathlib import Path
 from typing import Any
 
 from stackwise import durable
+from stackwise.store import kernel
 
 Buffer = Any
 """Anything with the buffer protocol."""
+_PIECE = 4 << 20
+"""Bytes after which the disk begins with what is written so far. Much smaller pieces make much slower writes."""
 
 
-def stage(path: Path, buffers: Sequence[Buffer], size: int | None = None) -> Path:
-    """Write a file beside `path` under a temporary name and fsync it.
+class Staged:
+    """A file under a temporary name, open until it is settled or discarded.
+
+    Attributes:
+        path: Where it lies.
+    """
+
+    __slots__ = ("_fd", "path")
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path, self._fd = path, fd
+
+    def settle(self) -> None:
+        """Bring it to the disk; a second time does nothing.
+
+        Raises:
+            OSError: What the disk says.
+        """
+        if self._fd >= 0:
+            try:
+                os.fsync(self._fd)
+            finally:
+                self.close()
+
+    def close(self) -> None:
+        """Let go of the file, which stays."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+def stage(path: Path, buffers: Sequence[Buffer], size: int | None = None) -> Staged:
+    """Write a file beside `path` under a temporary name; it is on the disk once it is settled.
 
     Args:
         path: Where it will be installed.
@@ -32,18 +66,21 @@ def stage(path: Path, buffers: Sequence[Buffer], size: int | None = None) -> Pat
     """
     temporary = path.with_name(f"{durable.TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    staged, offset = Staged(temporary, fd), 0
     try:
         for buffer in buffers:
-            write_all(fd, buffer)
+            view = memoryview(buffer).cast("B")
+            for start in range(0, len(view), _PIECE):
+                piece = view[start : start + _PIECE]
+                write_all(fd, piece)
+                kernel.start_writing(fd, offset, len(piece))
+                offset += len(piece)
         if size is not None:
             os.ftruncate(fd, size)
-        os.fsync(fd)
     except BaseException:
-        discard(temporary)
+        discard(staged)
         raise
-    finally:
-        os.close(fd)
-    return temporary
+    return staged
 
 
 def write_all(fd: int, buffer: Buffer) -> None:
@@ -53,31 +90,45 @@ def write_all(fd: int, buffer: Buffer) -> None:
         rest = rest[os.write(fd, rest[: 1 << 30]) :]
 
 
-def install(staged: Sequence[tuple[Path, Path]]) -> None:
-    """Give staged files their names, durably. Where one already has it, make only sure of the directory."""
-    for temporary, path in staged:
+def install(staged: Sequence[tuple[Staged, Path]]) -> None:
+    """Give settled files their names, durably. Where one already has it, make only sure of the directory."""
+    for file, path in staged:
         with contextlib.suppress(FileNotFoundError):
-            os.replace(temporary, path)
+            os.replace(file.path, path)
     for directory in dict.fromkeys(path.parent for _, path in staged):
         durable.fsync_directory(directory)
 
 
-def discard(path: Path) -> None:
+def discard(staged: Staged | Path) -> None:
     """Remove a file that may be there."""
+    if isinstance(staged, Staged):
+        staged.close()
+        staged = staged.path
     with contextlib.suppress(OSError):
-        os.unlink(path)
+        os.unlink(staged)
 
 
 def make_directories(paths: Sequence[Path]) -> None:
-    """Make directories that may exist, and make them and their parents' entries durable."""
+    """Make directories that may exist, and make the entries of those that did not durable."""
     parents: dict[Path, None] = {}
     for path in paths:
-        if not path.is_dir():
-            path.mkdir(parents=True, exist_ok=True)
-            parents[path.parent] = None
-            parents[path.parent.parent] = None
+        _make(path, parents)
     for parent in parents:
         durable.fsync_directory(parent)
+
+
+def _make(path: Path, parents: dict[Path, None]) -> None:
+    try:
+        os.mkdir(path)
+    except FileNotFoundError:
+        _make(path.parent, parents)
+        _make(path, parents)
+        return
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+        return
+    parents[path.parent] = None
 
 
 def remove_tree(path: Path) -> int:

@@ -94,6 +94,9 @@ class ObjectBackend:
         self._write(temporary, buffers, size)
         return temporary
 
+    def settle(self, staged: Sequence[str]) -> None:
+        """See `Backend`: an upload that has ended is durable."""
+
     def install(self, staged: Sequence[tuple[str, str]]) -> None:
         """See `Backend`."""
         for temporary, key in staged:

@@ -1,7 +1,7 @@
-"""How chunks come to exist: staged on disk first, then named and recorded in one transaction.
+"""How chunks come to exist: written first, then brought to the disk, then named and recorded in one transaction.
 
 LMDB's write lock spans processes, so of two writers of one chunk exactly one publishes it. Several staged chunks
-may share a transaction: its flushes then cost a group as much as one.
+may share a transaction, and wait for the disk together: its flushes then cost a group little more than one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from stackwise.store.backend import Backend
 from stackwise.store.index import Index, Writing
 from stackwise.store.records import BoundaryInfo, ChunkRecord, chunk_key
 
-GROUP = 8
+GROUP = 32
 """Chunks that share a transaction at most, where they come fast enough."""
+_GROUP_BYTES = 64 << 20
+"""What is written and waits for the disk, about: it takes as much of the page cache."""
 _DIRECTORIES = 64
 """Chunk directories made at a time: their fsyncs cost one journal commit together."""
 
@@ -50,7 +52,7 @@ def row_digests(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class StagedChunk:
-    """A chunk that is on disk under temporary names, with the record that will publish it."""
+    """A chunk that is written under temporary names, with the record that will publish it."""
 
     chunk: int
     record: ChunkRecord
@@ -67,7 +69,7 @@ class Publisher:
         self._prepared: set[int] = set()
 
     def stage(self, chunk: int, arrays: list[npt.NDArray[Any]]) -> StagedChunk:
-        """Write and fsync a chunk's encoded arrays under temporary names."""
+        """Write a chunk's encoded arrays under temporary names; the disk begins with them while they are digested."""
         info, codec = self._info, self._codec
         self._prepare(chunk)
         sizes, digests, staged = [], [], []
@@ -92,7 +94,7 @@ class Publisher:
         return StagedChunk(chunk, ChunkRecord(tuple(sizes), tuple(digests), row_digests(arrays)), tuple(staged))
 
     def publish(self, group: list[StagedChunk], *, over: bool = False) -> list[bool]:
-        """Publish staged chunks in one transaction; for each, whether this published it.
+        """Bring staged chunks to the disk, and publish them in one transaction; for each, whether this published it.
 
         Args:
             group: The chunks.
@@ -100,6 +102,7 @@ class Publisher:
         """
         published: list[bool] = []
         try:
+            self._backend.settle([file for staged in group for file in staged.files])
             published = self._index.update(lambda view: self._publish(view, group, over))
         finally:
             for at, staged in enumerate(group):
@@ -143,23 +146,24 @@ class Publisher:
 
 
 class Background:
-    """Threads that stage and publish chunks in groups while the caller computes the next ones.
+    """Threads that write and publish chunks while the caller computes the next ones.
 
-    Two of them, so that one copies into the page cache while the other waits for the disk. After an error nothing
-    more is written; every later `put` and `flush` raises it.
+    One writes into the page cache; the other waits for the disk, and publishes together what was written meanwhile: the
+    slower the disk, the larger its groups. After an error nothing more is written; every later `put` and `flush`
+    raises it.
     """
 
-    def __init__(self, publisher: Publisher, depth: int = 2, threads: int = 2) -> None:
+    def __init__(self, publisher: Publisher, depth: int = 2) -> None:
         self._publisher, self._depth = publisher, depth
         self._waiting: deque[tuple[int, list[npt.NDArray[Any]]]] = deque()
         self._ready: list[StagedChunk] = []
-        self._staging = 0
         self._pending = 0
         self._stopping = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._threads = [
-            threading.Thread(target=self._work, name="stackwise-writer", daemon=True) for _ in range(threads)
+            threading.Thread(target=work, name=f"stackwise-{name}", daemon=True)
+            for name, work in (("write", self._write), ("publish", self._publish))
         ]
         for thread in self._threads:
             thread.start()
@@ -191,40 +195,48 @@ class Background:
         if self._error is not None:
             raise self._error
 
-    def _work(self) -> None:
-        while (item := self._next()) is not None:
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._stopping)
+                if not self._waiting:
+                    return
+                item = self._waiting.popleft()
+                self._changed.notify_all()
             try:
                 staged = self._publisher.stage(*item)
-                group = self._group(staged)
-                if group:
-                    self._publisher.publish(group)
-                    with self._changed:
-                        self._pending -= len(group)
-                        self._changed.notify_all()
             except BaseException as error:
                 self._fail(error)
+                continue
+            with self._changed:
+                self._changed.wait_for(lambda: self._has_room() or self._error is not None)
+                if self._error is None:
+                    self._ready.append(staged)
+                    self._changed.notify_all()
+                    continue
+            self._publisher.discard(staged)
 
-    def _next(self) -> tuple[int, list[npt.NDArray[Any]]] | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._stopping)
-            if not self._waiting:
-                return None
-            self._staging += 1
-            self._changed.notify_all()
-            return self._waiting.popleft()
+    def _has_room(self) -> bool:
+        """Whether the next group may grow: not too far ahead of the disk."""
+        ready = sum(sum(staged.record.sizes) for staged in self._ready)
+        return len(self._ready) < GROUP and ready < _GROUP_BYTES
 
-    def _group(self, staged: StagedChunk) -> list[StagedChunk]:
-        """Add a chunk to the next group; the group, where it is full or nothing else is on its way."""
-        with self._changed:
-            self._staging -= 1
-            self._ready.append(staged)
-            if self._error is None and len(self._ready) < GROUP and (self._waiting or self._staging):
-                return []
-            group, self._ready = self._ready, []
-        if self._error is not None:
-            self._discard(group)
-            return []
-        return group
+    def _publish(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ready or (self._stopping and self._pending <= 0))
+                if not self._ready:
+                    return
+                group, self._ready = self._ready, []
+                self._changed.notify_all()
+            try:
+                self._publisher.publish(group)
+            except BaseException as error:
+                self._fail(error)
+            else:
+                with self._changed:
+                    self._pending -= len(group)
+                    self._changed.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:

@@ -146,8 +146,9 @@ def stage_rowset(path: Path, sample_ids: Ids, mask_ids: Ids) -> Callable[[], Non
     # One slot beyond the last stays empty, so that every search ends inside.
     table = np.full(max(1 << bits, int(slots[-1]) + 2), -1, np.int64).astype(_number(rows))
     table[slots] = order
-    temporary = files.stage(path, [_HEADER.pack(_MAGIC, 1, bits, rows), pairs, table])
-    return lambda: files.install([(temporary, path)])
+    staged = files.stage(path, [_HEADER.pack(_MAGIC, 1, bits, rows), pairs, table])
+    staged.settle()
+    return lambda: files.install([(staged, path)])
 
 
 def _number(rows: int) -> Any:

@@ -79,6 +79,7 @@ class BackendSuite(abc.ABC):
         key = f"{NAME}/activations/c/0/0/0"
         backend.prepare([key])
         staged = backend.stage(key, [b"one", memoryview(b"two"), np.arange(3, dtype=np.uint8)], size=16)
+        backend.settle([staged])
         with pytest.raises(FileNotFoundError):
             backend.open(key)
         backend.install([(staged, key)])
@@ -89,6 +90,7 @@ class BackendSuite(abc.ABC):
         keys = [f"{NAME}/a/c/{n}" for n in range(3)]
         backend.prepare(keys)
         staged = [(backend.stage(key, [key.encode()]), key) for key in keys]
+        backend.settle([file for file, _ in staged])
         backend.install(staged)
         backend.install(staged)
         assert [self._read(backend, key) for key in keys] == [key.encode() for key in keys]
@@ -98,7 +100,9 @@ class BackendSuite(abc.ABC):
         """The newer file is the one read, whatever its size."""
         key = f"{NAME}/x"
         self._put(backend, key, b"a longer old one")
-        backend.install([(backend.stage(key, [b"new"]), key)])
+        staged = backend.stage(key, [b"new"])
+        backend.settle([staged])
+        backend.install([(staged, key)])
         assert self._read(backend, key) == b"new"
 
     def test_a_discarded_file_is_gone(self, backend: Backend) -> None:
