@@ -37,7 +37,7 @@ def training(bench: Bench, model: StageModel, rounds: int, steps: int, profile: 
     settle = settle_steps(config)
     work = work_of(
         config.model, setting.blocks, settings.seq_len, setting.vocab_size,
-        causal=model.objective.causal, trained_head=trains_projection(config),
+        causal=model.objective.causal is True, trained_head=trains_projection(config),
     )  # fmt: skip
     trainer = trainer_of(setting, model, 10**9)
     reference = Reference(setting.device)
@@ -98,7 +98,7 @@ def forward(bench: Bench, model: StageModel) -> Result:
     gc.collect()
     work = work_of(
         config.model, setting.blocks, config.training.seq_len, setting.vocab_size,
-        causal=model.objective.causal, trained_head=True,
+        causal=model.objective.causal is True, trained_head=True,
     )  # fmt: skip
     synchronise(setting.device)
     with bench.feed() as feed:

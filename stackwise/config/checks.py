@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stackwise.config.schema import STACK_PRECISION, Section, Settings, StageTraining
+from stackwise.config.schema import (
+    LINEAR_SETTINGS,
+    MLA_SETTINGS,
+    STACK_PRECISION,
+    Section,
+    Settings,
+    StageTraining,
+)
 
 Fault = tuple[str, str]
 """A dotted key, and what is wrong with it."""
@@ -23,6 +30,12 @@ def _model(config: Settings) -> Iterator[Fault]:
         yield "model.n_heads", f"rotary positions need an even head width, not {model.head_dim}"
     if model.n_heads % model.kv_heads:
         yield "model.n_kv_heads", f"{model.kv_heads} key and value heads do not divide {model.n_heads} heads"
+    if model.attention == "mha" and model.kv_heads != model.n_heads:
+        yield "model.attention", f"mha has as many key and value heads as heads; n_kv_heads {model.kv_heads} means gqa"
+    if model.attention == "gqa" and model.n_kv_heads is None:
+        yield "model.attention", "gqa needs model.n_kv_heads, fewer than n_heads"
+    if model.attention == "mla" and model.rotary_width % 2:
+        yield "model.rope_head_dim", f"rotary positions need an even width, not {model.rotary_width}"
     if model.max_seq_len is not None and model.max_seq_len < config.training.seq_len:
         yield "model.max_seq_len", f"{model.max_seq_len} is less than training.seq_len {config.training.seq_len}"
     if model.vocab_size is not None and model.vocab_size < 4:
@@ -67,6 +80,13 @@ def _training(config: Settings) -> Iterator[Fault]:
         yield "training.mode", "independent gives each stage its own masked fractions, and clm masks nothing"
     if training.loss_weight != "none" and config.objective in ("clm", "custom"):
         yield "training.loss_weight", f"{training.loss_weight} weighs by masked fraction; {config.objective} has none"
+    if (size := training.diffusion_block) is not None:
+        if config.objective != "mask_diffusion":
+            yield "training.diffusion_block", f"blocks are of mask_diffusion; the objective is {config.objective}"
+        if training.seq_len % size:
+            yield "training.diffusion_block", f"{size} does not divide training.seq_len {training.seq_len}"
+    if config.model.time_embedding != "none" and config.objective == "clm":
+        yield "model.time_embedding", "clm masks nothing: there is no masked share to take as input"
     yield from _mask_windows(config)
 
 
@@ -108,8 +128,6 @@ def _progressive(config: Settings) -> Iterator[Fault]:
     wanted = STACK_PRECISION.get(progressive.new_stack_precision)
     if wanted is not None and config.precision != wanted:
         yield f"{key}.new_stack_precision", f"{progressive.new_stack_precision} is not precision {config.precision}"
-    if progressive.time_interpretation == "input":
-        yield f"{key}.time_interpretation", "input is not available yet; depth is"
 
 
 def _stages(config: Settings) -> Iterator[Fault]:
@@ -177,10 +195,28 @@ def notes(config: Settings) -> list[str]:
         lines.append(f"training.mlm_mask and mlm_random are unused: the objective is {config.objective}")
     if config.objective == "clm" and given & {"min_mask_fraction", "max_mask_fraction", "mask_schedule_type"}:
         lines.append("training.min_mask_fraction, max_mask_fraction, mask_schedule_type are unused: clm masks nothing")
+    lines += _model_notes(config)
     lines += _progressive_notes(config)
     named = sorted(set(changed(config.tracking)) & {"project", "group", "name"})
     if named and not config.tracking.wandb and not config.tracking.mlflow:
         lines.append(f"tracking.{', '.join(named)}: unused, neither tracking.wandb nor tracking.mlflow is on")
+    return lines
+
+
+def _model_notes(config: Settings) -> list[str]:
+    model = config.model
+    kind, given = model.attention or "mha", set(changed(model))
+    users = dict.fromkeys(MLA_SETTINGS, "mla") | dict.fromkeys(LINEAR_SETTINGS, "linear")
+    idle = sorted(name for name, user in users.items() if name in given and user != kind)
+    lines = [f"model.{name} is unused: model.attention is {kind}" for name in idle]
+    if kind == "mla" and "n_kv_heads" in given:
+        lines.append("model.n_kv_heads is unused: mla makes the keys of all heads from one latent")
+    if kind == "mla" and model.positions != "rope" and "rope_head_dim" in given:
+        lines.append("model.rope_head_dim is unused: model.positions is learned")
+    if kind == "linear" and model.feature_map != "performer" and "random_features" in given:
+        lines.append(f"model.random_features is unused: model.feature_map is {model.feature_map}")
+    if model.time_embedding == "none" and "time_embedding_dim" in given:
+        lines.append("model.time_embedding_dim is unused: model.time_embedding is none")
     return lines
 
 
@@ -201,6 +237,8 @@ def _progressive_notes(config: Settings) -> list[str]:
     if not progressive.cache_activations:
         lines.append("training.progressive.cache_activations is unused: a frozen trunk's boundaries are stored")
     time = given & {"time_embedding_dim", "time_encoding_type", "time_per_stack"}
+    if progressive.time_interpretation == "input":
+        time -= {"time_embedding_dim", "time_encoding_type"}
     if time:
         lines.append(f"training.progressive.{', '.join(sorted(time))}: unused, time is not an input")
     return lines

@@ -139,6 +139,9 @@ def resolve(config: Settings) -> None:
     wanted = STACK_PRECISION.get(progressive.new_stack_precision) if progressive.enabled else None
     if wanted is not None and config.precision == "auto":
         config.precision = wanted
+    if progressive.enabled and progressive.time_interpretation == "input" and config.model.time_embedding == "none":
+        config.model.time_embedding = progressive.time_encoding_type
+        config.model.time_embedding_dim = progressive.time_embedding_dim
     if config.store.path is None and config.training.cache_dir is not None:
         config.store.path = config.training.cache_dir
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stackwise.evaluation.passes import Pass, likelihood_kind, make_passes, tensor
 from stackwise.evaluation.scores import Scores, figures, unigram
 from stackwise.model.mode import evaluating
-from stackwise.model.rack import StageModules
+from stackwise.model.rack import StageModules, enter
 from stackwise.objectives.cross_entropy import slice_rows
 from stackwise.objectives.objectives import Objective
 
@@ -58,7 +58,8 @@ class _Carried:
     def start(self, front: nn.Module) -> None:
         """All samples through a front."""
         for part in self._parts():
-            x_BSD = front(tensor(self.way.ids_NS[part], self.device))
+            ids_BS, times = tensor(self.way.ids_NS[part], self.device), self.way.times_of(part)
+            x_BSD = enter(front, ids_BS, times, causal=self.way.causal)
             if not self.x_NSD.numel():
                 self.x_NSD = torch.empty((len(self.way.ids_NS), *x_BSD.shape[1:]), dtype=self.narrow or x_BSD.dtype)
             self.x_NSD[part] = x_BSD.to(self.x_NSD)

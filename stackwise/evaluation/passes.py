@@ -12,12 +12,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stackwise.config.direction import Direction
 from stackwise.errors import UsageError
 from stackwise.evaluation.scores import Floats, Scores
 from stackwise.identity import generator
 from stackwise.objectives.hashing import child, seed_key
 from stackwise.objectives.masks import Bools, uniform_masks
-from stackwise.objectives.objectives import CLMObjective, CustomObjective, MaskDiffusionObjective, Objective
+from stackwise.objectives.objectives import (
+    BlockDiffusionObjective,
+    CLMObjective,
+    CustomObjective,
+    MaskDiffusionObjective,
+    Objective,
+)
 
 Tokens = NDArray[np.int64]
 
@@ -32,7 +39,11 @@ class Pass:
         targets_NS: What is right there.
         segments_NS: Which positions see each other; None: all do.
         fractions: Figures read off it: the key, and the positions that count.
-        weights_N: Factor on each sample's nats in its bound or likelihood; None: the pass is for no such thing.
+        weights: Factor on the nats in the bound or likelihood, of each sample [N] or position [N, S]; None: the pass
+            is for no such thing.
+        times: The masked share that a front may take as input: of each sample [N], or position [N, S]; None: nothing
+            is masked.
+        causal: The direction of attention.
     """
 
     ids_NS: Tokens
@@ -40,14 +51,23 @@ class Pass:
     targets_NS: Tokens
     segments_NS: NDArray[np.int64] | None
     fractions: dict[str, Bools] = field(default_factory=dict)
-    weights_N: Floats | None = None
+    weights: Floats | None = None
+    times: Floats | None = None
+    causal: Direction = False
+
+    def times_of(self, part: slice) -> torch.Tensor:
+        """`times` of some samples, float32."""
+        times = np.zeros(len(self.ids_NS)) if self.times is None else self.times
+        return torch.from_numpy(times[part]).float()
 
     def sample_nats(self, scores: Scores) -> Floats | None:
         """Nats of each sample: the weighted sum over its scored positions."""
-        if self.weights_N is None:
+        if self.weights is None:
             return None
-        nats_N: Floats = np.where(self.scored_NS, scores.nats_NS, 0.0).sum(1) * self.weights_N
-        return nats_N
+        nats_NS: Floats = np.where(self.scored_NS, scores.nats_NS, 0.0)
+        if self.weights.ndim == 1:
+            return np.asarray(nats_NS.sum(1) * self.weights)
+        return np.asarray((nats_NS * self.weights).sum(1))
 
 
 def likelihood_kind(objective: Objective) -> str | None:
@@ -110,15 +130,56 @@ def make_passes(
         subsets = {key: mask & known for key, mask in masks.items()}
         return [Pass(tokens_NS, known, np.maximum(targets_NS, 0), segments_NS, subsets)]
     assert isinstance(objective, MaskDiffusionObjective)
+    if isinstance(objective, BlockDiffusionObjective):
+        return _block_passes(objective, tokens_NS, segments_NS, masks, seed, draws)
     passes = []
     for key, mask in masks.items():
         shown = np.where(mask, objective.mask_token_id, tokens_NS)
-        passes.append(Pass(shown, mask, tokens_NS, segments_NS, {key: mask}))
+        passes.append(Pass(shown, mask, tokens_NS, segments_NS, {key: mask}, times=mask.mean(1)))
     for draw in range(draws):
         mask = bound_masks(samples, length, seed, draw)
         shown = np.where(mask, objective.mask_token_id, tokens_NS)
         weights_N = length / mask.sum(1) / draws
-        passes.append(Pass(shown, mask, tokens_NS, segments_NS, weights_N=weights_N))
+        passes.append(Pass(shown, mask, tokens_NS, segments_NS, weights=weights_N, times=mask.mean(1)))
+    return passes
+
+
+def _block_passes(
+    objective: BlockDiffusionObjective,
+    tokens_NS: Tokens,
+    segments_NS: NDArray[np.int64] | None,
+    masks: dict[str, Bools],
+    seed: int,
+    draws: int,
+) -> list[Pass]:
+    """As for masked diffusion, but that every block of a sample draws its own k of its positions, weighted size/k.
+
+    The bound is then that of each block given the clean ones before it, summed (arXiv 2503.09573, section 3.1). What
+    is shown is a pair of copies; the clean one is never scored.
+    """
+    (samples, length), size = tokens_NS.shape, objective.block
+
+    def paired(mask_NS: Bools, key: str | None, weights_NS: Floats | None = None) -> Pass:
+        clean_NS = np.zeros_like(mask_NS)
+        scored = np.concatenate([mask_NS, clean_NS], axis=1)
+        shown = np.concatenate([np.where(mask_NS, objective.mask_token_id, tokens_NS), tokens_NS], axis=1)
+        shares_NS = np.repeat(mask_NS.reshape(samples, -1, size).mean(2), size, axis=1)
+        return Pass(
+            shown,
+            scored,
+            np.concatenate([tokens_NS, tokens_NS], axis=1),
+            segments_NS,
+            {} if key is None else {key: scored},
+            None if weights_NS is None else np.concatenate([weights_NS, clean_NS], axis=1),
+            np.concatenate([shares_NS, clean_NS], axis=1),
+            objective.causal,
+        )
+
+    passes = [paired(mask_NS, key) for key, mask_NS in masks.items()]
+    for draw in range(draws):
+        mask_NS = bound_masks(samples * (length // size), size, seed, draw).reshape(samples, length)
+        counts_NS = np.repeat(mask_NS.reshape(samples, -1, size).sum(2), size, axis=1)
+        passes.append(paired(mask_NS, None, size / counts_NS / draws))
     return passes
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from stackwise.errors import UsageError
 from stackwise.inference.forward import Stages, choose, forbid, logits_at
+from stackwise.model.cache import Caches
+from stackwise.model.ends import Front
 
 
 def sample_causal(
@@ -27,8 +29,12 @@ def sample_causal(
     stop_token_id: int | None = None,
     autocast: torch.dtype | None = None,
     callback: Callable[[Tensor], object] | None = None,
+    cache: bool = True,
 ) -> Tensor:
-    """Continue a prompt token by token. Beyond the model's length the latest tokens are the context.
+    """Continue a prompt token by token, going over the new token alone.
+
+    Beyond the model's length the latest tokens are the context, which moves on with each token: nothing can be kept
+    then, and every token goes over all of it.
 
     Args:
         front: Tokens to vectors.
@@ -42,6 +48,7 @@ def sample_causal(
         stop_token_id: Ends a row, and stays; the row repeats it until all rows have ended.
         autocast: Narrow dtype to compute in, the residual stream too, as in training; None: none.
         callback: Called with the ids after each token.
+        cache: Keep what attention needs of the tokens behind; False goes over all of them for each token.
 
     Returns:
         int64 [S + new] or [B, S + new], the prompt included.
@@ -55,11 +62,17 @@ def sample_causal(
         raise UsageError(f"max_new_tokens {max_new_tokens}, top_k {top_k}: out of range")
     ids_BS = prompt.long().reshape(-1, prompt.shape[-1])
     limit = getattr(front, "max_seq_len", None)
+    caches = Caches() if cache and isinstance(front, Front) else None
     ended_B = torch.zeros(len(ids_BS), dtype=torch.bool, device=ids_BS.device)
     for step in range(max_new_tokens):
+        if caches is not None and limit is not None and ids_BS.shape[1] > limit:
+            caches = None
         context_BS = ids_BS if limit is None else ids_BS[:, -limit:]
+        if caches is not None:
+            context_BS = context_BS[:, caches.length :]
         last_B = torch.arange(1, len(ids_BS) + 1, device=ids_BS.device) * context_BS.shape[1] - 1
-        logits_BV = forbid(logits_at(front, stages, context_BS, last_B, causal=True, autocast=autocast), forbidden)
+        logits_BV = logits_at(front, stages, context_BS, last_B, causal=True, autocast=autocast, caches=caches)
+        logits_BV = forbid(logits_BV, forbidden)
         if top_k is not None and top_k < logits_BV.shape[1]:
             least_B1 = logits_BV.topk(top_k).values[:, -1:]
             logits_BV.masked_fill_(logits_BV < least_B1, -torch.inf)

@@ -111,7 +111,7 @@ def export(
             add(front_name(name, llama), tensor)
         head, trained_causally, index = None, False, 0
         for stage in stages:
-            head, trained_causally = stage.head, stage.causal
+            head, trained_causally = stage.head, stage.causal is True
             for block in stage.blocks:
                 for name, tensor in _merged(block).state_dict().items():
                     add(block_name(index, name, llama), tensor)

@@ -1,19 +1,26 @@
-"""Filling holes by iterative unmasking, most confident first.
+"""Filling holes by iterative unmasking: masked-diffusion sampling.
 
-Sources: MaskGIT (arXiv 2202.04200), LLaDA with low-confidence remasking (arXiv 2502.09992).
-Shapes in names: B rows, S positions, n holes that are still open, V vocabulary.
+Sources: MaskGIT (arXiv 2202.04200), MDLM (arXiv 2406.07524), LLaDA with low-confidence remasking and
+semi-autoregressive blocks (arXiv 2502.09992, section 2.4), BD3-LM (arXiv 2503.09573, section 3.2).
+Shapes in names: B rows, S positions, n holes that are being worked on, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from stackwise.config.direction import BlockCausal, Direction
 from stackwise.errors import UsageError
+from stackwise.identity import derive_seed
 from stackwise.inference.forward import Stages, choose, forbid, logits_at
+from stackwise.model.cache import Caches
+
+Order = Literal["confidence", "random"]
 
 
 @dataclass(frozen=True)
@@ -37,17 +44,24 @@ def fill(
     *,
     mask_token_id: int,
     steps: int = 16,
+    order: Order = "confidence",
+    block: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     forbidden: Collection[int] = (),
     segments: Tensor | None = None,
     autocast: torch.dtype | None = None,
+    direction: Direction = False,
+    exit_at: Callable[[float], int] | None = None,
     callback: Callable[[FillStep], object] | None = None,
 ) -> Tensor:
-    """Fill holes: each step predicts all that are open, keeps the most confident, and masks the others again.
+    """Fill holes: each step predicts all that are open, keeps some, and masks the others again.
 
-    An even share of each row's holes is kept a step; confidence is the probability (at temperature 1, after what is
-    forbidden) of the token chosen. The mask token is never produced.
+    An even share of each row's holes is kept a step: the most confident (the probability, at temperature 1 and after
+    what is forbidden, of the token chosen), or random ones. The mask token is never produced.
+
+    A rack trained in blocks is filled block by block from the left, each given the finished ones through a cache;
+    positions behind a block play no part in it, and a last block that is cut short is worked on whole.
 
     Args:
         front: Tokens to vectors.
@@ -55,12 +69,17 @@ def fill(
         ids: [S] or [B, S]; what stands at the holes plays no part.
         holes: bool, the same shape.
         mask_token_id: Shown where a hole is open.
-        steps: Forward passes; at most one for each hole.
+        steps: Forward passes in all; at most one for each hole, at least one for each block.
+        order: Which predictions are kept.
+        block: Finish so many holes before the next ones are begun, from the left (semi-autoregressive); None: all at
+            once. A rack trained in blocks has its own.
         temperature: 0 takes the likeliest token, 1 draws from the model.
         seed: Of what is drawn.
         forbidden: Other ids never produced: the separator, say.
         segments: Attention stays within equal values.
         autocast: Narrow dtype to compute in, the residual stream too, as in training; None: none.
+        direction: How the rack was trained: False, or in blocks.
+        exit_at: From the share of positions that are open to the depth of the stage that answers; None: the last.
         callback: Called after each step.
 
     Returns:
@@ -68,33 +87,138 @@ def fill(
 
     Raises:
         UsageError: Shapes that differ, no steps, a negative temperature, every id forbidden, a sample too long, stages
-            that were trained causally.
+            that were trained another way, segments with a rack trained in blocks.
     """
     if ids.shape != holes.shape or ids.ndim not in (1, 2):
         raise UsageError(f"ids {list(ids.shape)} and holes {list(holes.shape)} need the same shape, [S] or [B, S]")
     if steps < 1:
         raise UsageError(f"{steps} steps: filling takes at least one")
-    shape, device = ids.shape, ids.device
-    open_BS = holes.to(device, torch.bool).reshape(-1, shape[-1]).clone()
+    if block is not None and block < 1:
+        raise UsageError(f"a block of {block} holes: it takes at least one")
+    shape, length = ids.shape, ids.shape[-1]
+    open_BS = holes.to(ids.device, torch.bool).reshape(-1, length).clone()
     ids_BS = ids.long().reshape(open_BS.shape).masked_fill(open_BS, mask_token_id)
-    segments_BS = None if segments is None else segments.to(device).reshape(open_BS.shape)
-    steps = min(steps, int(open_BS.sum(1).max())) if open_BS.any() else 0
-    for step in range(1, steps + 1):
-        index_n = open_BS.flatten().nonzero().squeeze(1)
-        logits_nV = logits_at(front, stages, ids_BS, index_n, causal=False, segments_BS=segments_BS, autocast=autocast)
-        logits_nV = forbid(logits_nV, {mask_token_id, *forbidden})
+    if not open_BS.any():
+        return ids_BS.view(shape)
+    canvas: _Whole
+    if isinstance(direction, BlockCausal):
+        if segments is not None:
+            raise UsageError("a rack trained in blocks fills one document at a time")
+        block = direction.size
+        pad = -length % block
+        open_BS = torch.nn.functional.pad(open_BS, (0, pad), value=True)
+        ids_BS = torch.nn.functional.pad(ids_BS, (0, pad), value=mask_token_id)
+        groups_BS = (torch.arange(length + pad, device=ids.device) // block).expand_as(ids_BS)
+        canvas = _Blocks(front, stages, autocast, BlockCausal(block), exit_at)
+    else:
+        groups_BS = (open_BS.cumsum(1) - 1) // (block or length)
+        segments_BS = None if segments is None else segments.to(ids.device).reshape(open_BS.shape)
+        canvas = _Whole(front, stages, autocast, direction, exit_at, segments_BS)
+    noise_BS = _random(open_BS, seed) if order == "random" else None
+    plan = list(_plan(open_BS, groups_BS, min(steps, int(open_BS.sum(1).max()))))
+    for step, (group, left) in enumerate(plan, 1):
+        ours_BS = open_BS & (groups_BS == group)
+        index_n = ours_BS.flatten().nonzero().squeeze(1)
+        logits_nV = forbid(canvas.logits(ids_BS, open_BS, index_n, group), {mask_token_id, *forbidden})
         chosen_n = choose(logits_nV, temperature, seed, "fill", step)
-        sure_n = logits_nV.gather(1, chosen_n[:, None]).squeeze(1) - logits_nV.logsumexp(-1)
-        sure_BS = torch.full(open_BS.shape, -torch.inf, device=device).flatten().scatter(0, index_n, sure_n)
+        if noise_BS is None:
+            sure_n = logits_nV.gather(1, chosen_n[:, None]).squeeze(1) - logits_nV.logsumexp(-1)
+        else:
+            sure_n = noise_BS.flatten()[index_n]
+        sure_BS = torch.full(open_BS.shape, -torch.inf, device=ids.device).flatten().scatter(0, index_n, sure_n)
         guess_BS = ids_BS.flatten().scatter(0, index_n, chosen_n).view_as(ids_BS)
         # The k surest of each row; rows end together, whatever the number of their holes.
-        remaining_B, left = open_BS.sum(1), steps - step + 1
-        keep_B = -(-remaining_B // left)
+        keep_B = -(-ours_BS.sum(1) // left)
         order_BS = sure_BS.view_as(ids_BS).argsort(dim=1, descending=True, stable=True)
         rank_BS = order_BS.argsort(1)
-        closing_BS = open_BS & (rank_BS < keep_B[:, None])
+        closing_BS = ours_BS & (rank_BS < keep_B[:, None])
         ids_BS = torch.where(closing_BS, guess_BS, ids_BS)
         open_BS = open_BS & ~closing_BS
         if callback is not None:
-            callback(FillStep(step, steps, ids_BS.view(shape).clone(), open_BS.view(shape).clone()))
-    return ids_BS.view(shape)
+            now, still = ids_BS[:, :length], open_BS[:, :length]
+            callback(FillStep(step, len(plan), now.reshape(shape).clone(), still.reshape(shape).clone()))
+    return ids_BS[:, :length].reshape(shape)
+
+
+def _random(open_BS: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(derive_seed(seed, "fill order"))
+    return torch.rand(open_BS.shape, generator=generator, device="cpu").to(open_BS.device)
+
+
+def _plan(open_BS: Tensor, groups_BS: Tensor, steps: int) -> Iterator[tuple[int, int]]:
+    """The steps as (group of holes, steps left for it): shared out by the groups' sizes, at least one for each."""
+    numbers = torch.unique(groups_BS[open_BS]).tolist()
+    sizes = [int((open_BS & (groups_BS == number)).sum(1).max()) for number in numbers]
+    done = upto = 0
+    for number, size in zip(numbers, sizes, strict=True):
+        upto += size
+        own = max(1, min(size, -(-steps * upto // sum(sizes)) - done))
+        done += own
+        for left in range(own, 0, -1):
+            yield number, left
+
+
+class _Whole:
+    """A canvas that every step goes over whole."""
+
+    def __init__(
+        self,
+        front: nn.Module,
+        stages: Stages,
+        autocast: torch.dtype | None,
+        direction: Direction,
+        exit_at: Callable[[float], int] | None,
+        segments_BS: Tensor | None = None,
+    ) -> None:
+        self.front, self.stages, self.autocast, self.segments_BS = front, stages, autocast, segments_BS
+        self.direction, self.exit_at = direction, exit_at
+
+    def logits(self, ids_BS: Tensor, open_BS: Tensor, index_n: Tensor, group: int) -> Tensor:
+        """Logits at some positions, float32 [n, V].
+
+        Args:
+            ids_BS: The canvas.
+            open_BS: What is masked on it.
+            index_n: Indices into its flattened positions.
+            group: Number of the group of holes that they are of.
+        """
+        return self._run(ids_BS, index_n, open_BS.float().mean(1), float(open_BS.float().mean()), None)
+
+    def _run(self, ids_BS: Tensor, index_n: Tensor, time: Tensor, share: float, caches: Caches | None) -> Tensor:
+        return logits_at(
+            self.front,
+            self.stages,
+            ids_BS,
+            index_n,
+            causal=self.direction,
+            segments_BS=self.segments_BS,
+            autocast=self.autocast,
+            time=time,
+            caches=caches,
+            exit_depth=None if self.exit_at is None or not len(index_n) else self.exit_at(share),
+        )
+
+
+class _Blocks(_Whole):
+    """A canvas of blocks: a step goes over one of them; what is finished goes into the caches, once."""
+
+    caches: Caches | None = None
+
+    def logits(self, ids_BS: Tensor, open_BS: Tensor, index_n: Tensor, group: int) -> Tensor:
+        """Logits at some positions of block `group`."""
+        assert isinstance(self.direction, BlockCausal)
+        size, length = self.direction.size, ids_BS.shape[1]
+        if self.caches is None:
+            self.caches = Caches()
+        caches, start = self.caches, group * size
+        if caches.length < start:
+            caches.frozen = False
+            finished_BS = ids_BS[:, caches.length : start]
+            none_n = index_n[:0]
+            self._run(finished_BS, none_n, torch.zeros(finished_BS.shape, device=ids_BS.device), 0.0, caches)
+        caches.frozen = True
+        part = slice(start, start + size)
+        share_BS = open_BS[:, part].float().mean(1, keepdim=True).expand(-1, size)
+        rows_n, places_n = index_n // length, index_n % length
+        own_n = rows_n * size + places_n - start
+        return self._run(ids_BS[:, part], own_n, share_BS, float(share_BS.mean()), caches)

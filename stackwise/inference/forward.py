@@ -10,38 +10,53 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from stackwise.config.direction import BlockCausal, Direction
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
+from stackwise.model.cache import Caches
 from stackwise.model.mode import evaluating
-from stackwise.model.rack import Rack, StageModules, stages_of
+from stackwise.model.rack import Rack, StageModules, enter, stages_of
 
 Stages = Rack | Sequence[StageModules] | Callable[[], Iterable[StageModules]]
 """A whole rack, loaded stages, or a function that gives a fresh generator of stages loaded one by one."""
 
 
-def each_stage(stages: Stages, causal: bool) -> Iterator[StageModules]:
-    """The stages, lowest first. `causal` is how a whole rack attends, and how stages must have been trained.
+def each_stage(stages: Stages, direction: Direction) -> Iterator[StageModules]:
+    """The stages, lowest first. `direction` is how a whole rack attends, and how stages must have been trained.
 
     Raises:
-        UsageError: There are none, or one was trained the other way.
+        UsageError: There are none, or one was trained another way.
     """
     count = 0
-    for stage in stages_of(stages, causal) if isinstance(stages, Rack) else stages() if callable(stages) else stages:
-        if stage.causal and not causal:
-            raise UsageError(
-                "this rack was trained with causal attention: it cannot fill holes",
-                hint="continue a prompt instead, or train it with training.objective: mask_diffusion",
-            )
-        if causal and not stage.causal:
-            raise UsageError(
-                "this rack was trained with bidirectional attention: it cannot continue a prompt token by token",
-                hint="fill masked positions behind the prompt instead, or train it with training.objective: clm",
-            )
+    rack = isinstance(stages, Rack)
+    for stage in stages_of(stages, direction) if isinstance(stages, Rack) else stages() if callable(stages) else stages:
+        if not rack:
+            _check(stage.causal, direction)
         count += 1
         yield stage
         del stage
     if not count:
         raise UsageError("there are no stages to run")
+
+
+def _check(trained: Direction, wanted: Direction) -> None:
+    if trained is True and wanted is not True:
+        raise UsageError(
+            "this rack was trained with causal attention: it cannot fill holes",
+            hint="continue a prompt instead, or train it with training.objective: mask_diffusion",
+        )
+    if wanted is True and trained is not True:
+        raise UsageError(
+            "this rack was trained with bidirectional attention: it cannot continue a prompt token by token",
+            hint="fill masked positions behind the prompt instead, or train it with training.objective: clm",
+        )
+    blocks = (trained.size if isinstance(trained, BlockCausal) else None) if trained is not True else None
+    if blocks != (wanted.size if isinstance(wanted, BlockCausal) else None):
+        raise UsageError(f"this rack was trained in {_said(trained)}, not in {_said(wanted)}")
+
+
+def _said(direction: Direction) -> str:
+    return f"blocks of {direction.size} tokens" if isinstance(direction, BlockCausal) else "whole samples"
 
 
 def logits_at(
@@ -50,41 +65,69 @@ def logits_at(
     ids_BS: Tensor,
     index_n: Tensor,
     *,
-    causal: bool,
+    causal: Direction,
     segments_BS: Tensor | None = None,
     autocast: torch.dtype | None = None,
+    time: Tensor | None = None,
+    caches: Caches | None = None,
+    exit_depth: int | None = None,
 ) -> Tensor:
-    """Logits of the last stage's head at some positions.
+    """Logits of the last stage's head, or of an earlier one's, at some positions.
 
     Args:
         front: Tokens to vectors.
         stages: The rack, or its stages.
-        ids_BS: Token ids, on the device of the modules.
-        index_n: Indices into the flattened positions.
-        causal: Whether attention is causal.
+        ids_BS: Token ids, on the device of the modules; with caches those of the new positions alone.
+        index_n: Indices into the flattened positions; none: only the caches are wanted, no logits are made.
+        causal: The direction of attention.
         segments_BS: Attention stays within equal values.
         autocast: Narrow dtype to compute in, the residual stream too, as in training; None: none.
+        time: The masked share of each row [B], or at each position [B, S], for a front that takes it.
+        caches: What the blocks keep of the positions in front; the new ones join.
+        exit_depth: The stage whose head answers, and beyond which nothing runs; None: the last.
 
     Returns:
         float32 [n, V].
 
     Raises:
-        UsageError: Stages that were trained the other way, or none; a sample too long.
+        UsageError: Stages that were trained another way, or none; a sample too long.
     """
     head: nn.Module | None = None
+    first, start = 0, 0 if caches is None else caches.length
+    if exit_depth is not None and isinstance(stages, Sequence):
+        stages = _way_to(stages, exit_depth)
     with torch.autocast(ids_BS.device.type, autocast, enabled=autocast is not None):
         with evaluating(front):
-            x_BSD = front(ids_BS)
+            x_BSD = enter(front, ids_BS, time, causal=causal, start=start)
         x_BSD = x_BSD if autocast is None else x_BSD.to(autocast)
         for stage in each_stage(stages, causal):
             head = stage.head
-            with evaluating(*stage.blocks):
-                x_BSD = stage.forward(x_BSD, segments_BS)
+            with evaluating(*stage.blocks, *stage.beyond):
+                if stage.front is not None:
+                    with evaluating(stage.front):
+                        x_BSD = enter(stage.front, ids_BS, time, causal=causal).to(x_BSD.dtype)
+                own = None if caches is None else caches.of(first, len(stage.blocks))
+                x_BSD = stage.forward(x_BSD, segments_BS, direction=causal, caches=own)
+                h_BSD = stage.features(x_BSD, segments_BS, direction=causal)
+            first += len(stage.blocks)
+            if exit_depth is not None and stage.depth >= exit_depth:
+                break
             del stage
         assert head is not None
+        if not len(index_n):
+            return torch.empty(0, 0, device=ids_BS.device)
         with evaluating(head):
-            logits_nV: Tensor = head(x_BSD.flatten(0, 1).index_select(0, index_n))
+            logits_nV: Tensor = head(h_BSD.flatten(0, 1).index_select(0, index_n))
     return logits_nV.float()
+
+
+def _way_to(stages: Sequence[StageModules], depth: int) -> list[StageModules]:
+    """The stages that lead to the one that answers: from the last before it that begins with a front of its own."""
+    way: list[StageModules] = []
+    for stage in stages:
+        if stage.depth <= depth:
+            way = [stage] if stage.front is not None else [*way, stage]
+    return way
 
 
 def forbid(logits_nV: Tensor, forbidden: Collection[int]) -> Tensor:

@@ -32,7 +32,8 @@ LLAMA = {
 
 def is_llama(config: ModelConfig) -> bool:
     """Whether Hugging Face's LLaMA computes the same function."""
-    return config.norm == "rmsnorm" and config.positions == "rope" and config.ffn == "swiglu"
+    alike = config.norm == "rmsnorm" and config.positions == "rope" and config.ffn == "swiglu"
+    return alike and config.attention in (None, "mha", "gqa") and config.time_embedding == "none"
 
 
 def front_name(name: str, llama: bool) -> str:

@@ -11,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stackwise.config.direction import Direction
 from stackwise.config.schema import ModelConfig
-from stackwise.model.layers import GELU, Attention, SwiGLU, attention_mask, make_norm
+from stackwise.errors import UsageError
+from stackwise.model.attention import is_paired, make_attention
+from stackwise.model.cache import Cache
+from stackwise.model.layers import GELU, SwiGLU, make_norm
 from stackwise.model.numerics import in_own_precision
 
 
@@ -32,7 +36,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config)
+        self.attention = make_attention(config)
         self.ffn_norm = make_norm(config)
         self.ffn = SwiGLU(config) if config.ffn == "swiglu" else GELU(config)
         self.dropout = config.dropout
@@ -40,19 +44,32 @@ class Block(nn.Module):
         """What it computes in; None: what its surroundings do."""
 
     @in_own_precision
-    def forward(self, x_BSD: Tensor, *, causal: bool = False, segments_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        *,
+        causal: Direction = False,
+        segments_BS: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """[B, S, D] to [B, S, D], in the input's dtype.
 
         Args:
             x_BSD: The residual stream.
-            causal: No position sees those after it.
-            segments_BS: Integers; a position sees only those with its own value. None: it sees all.
+            causal: True: no position sees those after it; or another direction.
+            segments_BS: Integers; a position sees only those with its own value; of paired rows those of one copy.
+                None: it sees all.
+            cache: The positions in front of these, which these join; for generation, without gradients. None: there
+                are none.
 
         Raises:
-            UsageError: A sample longer than the model takes (rotary positions).
+            UsageError: A sample longer than the model takes (rotary positions); a cache that cannot be used so.
         """
-        mask_B1SS = None if segments_BS is None else attention_mask(segments_BS, causal)
-        y_BSD = self.attention(self.attention_norm(x_BSD), causal=causal, mask_B1SS=mask_B1SS)
+        if cache is not None and (segments_BS is not None or causal is False):
+            raise UsageError("a cache serves attention that looks back, over one document")
+        if segments_BS is not None and is_paired(causal):
+            segments_BS = segments_BS.repeat(1, 2)
+        y_BSD = self.attention(self.attention_norm(x_BSD), causal=causal, segments_BS=segments_BS, cache=cache)
         x_BSD = x_BSD + self._drop(y_BSD).to(x_BSD.dtype)
         y_BSD = self.ffn(self.ffn_norm(x_BSD))
         return x_BSD + self._drop(y_BSD).to(x_BSD.dtype)
@@ -74,8 +91,8 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.stack_id = stack_id
 
-    def forward(self, x_BSD: Tensor, *, causal: bool = False, segments_BS: Tensor | None = None) -> Tensor:
-        """[B, S, D] to [B, S, D]; the arguments are those of `Block`."""
+    def forward(self, x_BSD: Tensor, *, causal: Direction = False, segments_BS: Tensor | None = None) -> Tensor:
+        """[B, S, D] to [B, S, D]; the arguments are those of `Block`, which alone take a cache."""
         for block in self.blocks:
             x_BSD = block(x_BSD, causal=causal, segments_BS=segments_BS)
         return x_BSD

@@ -1,21 +1,57 @@
 """The two ends of a rack: the front makes vectors of tokens, the head logits of vectors.
 
-Shapes in names: B batch, S sequence, D d_model, V vocabulary; `…` any leading dimensions.
+Shapes in names: B batch, S sequence, D d_model, V vocabulary, T width of the time features; `…` any leading dimensions.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stackwise.config.schema import ModelConfig
+from stackwise.config.schema import TIME_KNOTS, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model.layers import make_norm, too_long
 
 
+class TimeEmbedding(nn.Module):
+    """The masked share of a row as a vector: features of it, then two layers with SiLU between (arXiv 2006.11239).
+
+    `sinusoidal`: sines and cosines at wavelengths from 1/1000 of the range to ten times it. `learned`: a table of
+    vectors at even shares, linear in between.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.width = config.time_embedding_dim
+        self.table = nn.Embedding(TIME_KNOTS, self.width) if config.time_embedding == "learned" else None
+        self.up = nn.Linear(self.width, config.d_model)
+        self.out = nn.Linear(config.d_model, config.d_model)
+
+    def features(self, time: Tensor) -> Tensor:
+        """Shares in [0, 1], […], to […, T]."""
+        if self.table is not None:
+            place = time.clamp(0.0, 1.0) * (TIME_KNOTS - 1)
+            low = place.floor().clamp(max=TIME_KNOTS - 2)
+            within = (place - low)[..., None]
+            index = low.long()
+            features: Tensor = torch.lerp(self.table(index), self.table(index + 1), within.to(self.table.weight.dtype))
+            return features
+        half = -(-self.width // 2)
+        steps = torch.arange(half, dtype=torch.float32, device=time.device) / max(1, half - 1)
+        angle = 2000.0 * math.pi * time.float()[..., None] * torch.exp(-math.log(10_000.0) * steps)
+        return torch.cat((angle.sin(), angle.cos()), -1)[..., : self.width]
+
+    def forward(self, time: Tensor) -> Tensor:
+        """Shares in [0, 1], […], to […, D]."""
+        y: Tensor = self.out(F.silu(self.up(self.features(time).to(self.up.weight.dtype))))
+        return y
+
+
 class Front(nn.Module):
-    """Token embedding, plus a learned table of positions where the configuration asks for one.
+    """Token embedding, plus a learned table of positions, plus an embedding of time, where the configuration asks so.
 
     Args:
         config: The rack's configuration.
@@ -28,18 +64,34 @@ class Front(nn.Module):
         self.max_seq_len = config.max_seq_len or seq_len
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.positions = nn.Embedding(self.max_seq_len, config.d_model) if config.positions == "learned" else None
+        self.time = TimeEmbedding(config) if config.time_embedding != "none" else None
 
-    def forward(self, ids_BS: Tensor) -> Tensor:
+    def forward(self, ids_BS: Tensor, time: Tensor | None = None, *, start: int = 0, paired: bool = False) -> Tensor:
         """Token ids (any integer dtype) [B, S] to [B, S, D] in the embedding's dtype.
 
+        Args:
+            ids_BS: Token ids.
+            time: The masked share of each row [B], or what holds at each position [B, S]; unused where the front has
+                no embedding of it.
+            start: The first position.
+            paired: The halves of a row are two copies of a sample, each from position `start` on.
+
         Raises:
-            UsageError: A sample longer than the model takes.
+            UsageError: A sample longer than the model takes; no time where one is needed.
         """
-        length = ids_BS.shape[-1]
-        if length > self.max_seq_len:
-            raise too_long(length, self.max_seq_len)
+        length = ids_BS.shape[-1] // 2 if paired else ids_BS.shape[-1]
+        if start + length > self.max_seq_len:
+            raise too_long(start + length, self.max_seq_len)
         x_BSD: Tensor = self.embedding(ids_BS if ids_BS.dtype in (torch.int32, torch.int64) else ids_BS.long())
-        return x_BSD if self.positions is None else x_BSD + self.positions.weight[:length]
+        if self.positions is not None:
+            places_SD = self.positions.weight[start : start + length]
+            x_BSD = x_BSD + (places_SD.repeat(2, 1) if paired else places_SD)
+        if self.time is not None:
+            if time is None:
+                raise UsageError("this front takes the masked share of each row as input", hint="pass time, [B]")
+            embedded = self.time(time)
+            x_BSD = x_BSD + (embedded[:, None] if time.ndim == 1 else embedded)
+        return x_BSD
 
 
 class Head(nn.Module):

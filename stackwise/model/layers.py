@@ -1,6 +1,6 @@
-"""The layers that a block is made of: norms, rotary positions, attention, feed-forward.
+"""The layers that a block is made of beside attention: norms, rotary positions, feed-forward.
 
-Shapes in names: B batch, S sequence, D d_model, H heads, K key/value heads, E width of a head, F feed-forward.
+Shapes in names: B batch, S sequence, D d_model, H heads, E width of a head, F feed-forward.
 """
 
 from __future__ import annotations
@@ -96,17 +96,29 @@ class Rotary(nn.Module):
         """Make the tables anew on a device: for a module from the meta device, whose tables no file holds."""
         self._fill(self.cos.shape[0], device)
 
-    def tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines of positions 0 … length-1, [S, 1, E] each, float32.
+    def tables(self, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of `length` positions from `start` on, [S, 1, E] each, float32.
 
         Raises:
             UsageError: The sequence is longer than the model takes.
         """
-        if length > self.cos.shape[0]:
+        end = start + length
+        if end > self.cos.shape[0]:
             if self.max_positions is not None:
-                raise too_long(length, self.max_positions)
-            self._fill(1 << (length - 1).bit_length(), self.cos.device)
-        return self.cos[:length, None], self.sin[:length, None]
+                raise too_long(end, self.max_positions)
+            self._fill(1 << (end - 1).bit_length(), self.cos.device)
+        return self.cos[start:end, None], self.sin[start:end, None]
+
+    def copies(self, length: int, start: int, paired: bool) -> tuple[Tensor, Tensor]:
+        """The tables of a row; of a paired row, whose halves are two copies of a sample, both from position 0 on.
+
+        Raises:
+            UsageError: The sequence is longer than the model takes.
+        """
+        if not paired:
+            return self.tables(length, start)
+        cos_S1E, sin_S1E = self.tables(length // 2)
+        return cos_S1E.repeat(2, 1, 1), sin_S1E.repeat(2, 1, 1)
 
     def rotate(self, x_BSHE: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         """Rotate each head by its position; computed in float32 (or wider), given in the input's dtype."""
@@ -120,62 +132,6 @@ def too_long(length: int, limit: int) -> UsageError:
         f"a sample of {length} tokens is longer than the model takes ({limit})",
         hint="raise model.max_seq_len, or lower training.seq_len",
     )
-
-
-def attention_mask(segments_BS: Tensor, causal: bool) -> Tensor:
-    """Which position sees which, bool [B, 1, S, S]: those of its own segment, and with `causal` none that follow."""
-    mask_BSS = segments_BS[:, :, None] == segments_BS[:, None, :]
-    return (mask_BSS.tril() if causal else mask_BSS)[:, None]
-
-
-class Attention(nn.Module):
-    """Multi-head attention (arXiv 1706.03762), grouped-query (arXiv 2305.13245) where there are fewer key/value heads.
-
-    Raises:
-        UsageError: Heads that do not divide the width, or key/value heads that do not divide the heads.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        d, self.heads, self.kv_heads = config.d_model, config.n_heads, config.kv_heads
-        if d % self.heads:
-            raise UsageError(f"model.n_heads {self.heads} does not divide model.d_model {d}")
-        if self.heads % self.kv_heads:
-            raise UsageError(f"model.n_kv_heads {self.kv_heads} does not divide model.n_heads {self.heads}")
-        self.width = d // self.heads
-        self.q = nn.Linear(d, d, bias=config.bias)
-        self.k = nn.Linear(d, self.kv_heads * self.width, bias=config.bias)
-        self.v = nn.Linear(d, self.kv_heads * self.width, bias=config.bias)
-        self.o = nn.Linear(d, d, bias=config.bias)
-        self.rotary = Rotary(self.width, config.rope_theta, config.max_seq_len) if config.positions == "rope" else None
-
-    def forward(self, x_BSD: Tensor, *, causal: bool = False, mask_B1SS: Tensor | None = None) -> Tensor:
-        """Attend. [B, S, D] to [B, S, D].
-
-        Args:
-            x_BSD: Normed input.
-            causal: No position sees those after it. Has no effect beside a mask.
-            mask_B1SS: Which position sees which; None: by `causal` alone.
-        """
-        B, S, D = x_BSD.shape
-        q_BSHE = self.q(x_BSD).view(B, S, self.heads, self.width)
-        k_BSKE = self.k(x_BSD).view(B, S, self.kv_heads, self.width)
-        v_BSKE = self.v(x_BSD).view(B, S, self.kv_heads, self.width)
-        if self.rotary is not None:
-            tables = self.rotary.tables(S)
-            q_BSHE, k_BSKE = self.rotary.rotate(q_BSHE, tables), self.rotary.rotate(k_BSKE, tables)
-        q_BHSE, k_BKSE, v_BKSE = q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
-        grouped = self.kv_heads != self.heads
-        if grouped and mask_B1SS is not None and q_BHSE.is_cuda:
-            # CUDA's kernels that take a mask know no groups: without this the whole score matrix would be made.
-            repeats = self.heads // self.kv_heads
-            k_BKSE, v_BKSE = k_BKSE.repeat_interleave(repeats, 1), v_BKSE.repeat_interleave(repeats, 1)
-            grouped = False
-        y_BHSE = F.scaled_dot_product_attention(
-            q_BHSE, k_BKSE, v_BKSE, attn_mask=mask_B1SS, is_causal=causal and mask_B1SS is None, enable_gqa=grouped
-        )
-        y_BSD: Tensor = self.o(y_BHSE.transpose(1, 2).reshape(B, S, D))
-        return y_BSD
 
 
 class SwiGLU(nn.Module):

@@ -11,6 +11,7 @@ from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler, no_mask
 if TYPE_CHECKING:
     from stackwise.objectives.cross_entropy import head_cross_entropy
     from stackwise.objectives.objectives import (
+        BlockDiffusionObjective,
         CLMObjective,
         CustomObjective,
         MaskDiffusionObjective,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BlockDiffusionObjective",
     "CLMObjective",
     "CustomObjective",
     "FixedMaskAssigner",

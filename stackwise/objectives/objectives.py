@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stackwise.config.direction import BlockCausal, Direction
 from stackwise.config.schema import TrainingConfig
 from stackwise.errors import UsageError
 from stackwise.objectives.corruption import check_shares, corrupt
@@ -33,8 +34,8 @@ class Objective(abc.ABC):
 
     name: str
     """As the configuration calls it."""
-    causal: bool = False
-    """Whether attention must be causal."""
+    causal: Direction = False
+    """The direction of attention."""
 
     @abc.abstractmethod
     def inputs(self, tokens_BS: Tensor, masks_BS: Tensor, sample_ids: SampleIds | None = None) -> Tensor:
@@ -48,6 +49,10 @@ class Objective(abc.ABC):
         Returns:
             int64 [B, S] on the tokens' device.
         """
+
+    def times(self, masks_BS: Tensor) -> Tensor:
+        """The share of positions masked, float32 on the masks' device: of each row [B], or for each position shown."""
+        return masks_BS.float().mean(1)
 
     @abc.abstractmethod
     def positions(self, masks_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
@@ -162,6 +167,49 @@ class MaskDiffusionObjective(Objective):
         """Everything that determines its result, as plain data."""
         own = {"mask_token_id": self.mask_token_id} | ({"weight": "inverse_time"} if self.inverse_time else {})
         return super().specification() | own
+
+
+class BlockDiffusionObjective(MaskDiffusionObjective):
+    """Masked diffusion within blocks, each given the clean blocks before it (BD3-LM, arXiv 2503.09573, section 3).
+
+    A row is the noised sample followed by the clean one, 2 S positions: all its blocks learn at once, each from its
+    own noise and a clean past (section 3.2). Only the noised copy is scored.
+
+    Args:
+        mask_token_id: Shown at masked positions of the noised copy.
+        block: Positions in a block; it divides S.
+        inverse_time: Weigh each block by 1/t of its own, instead of each position alike.
+    """
+
+    def __init__(self, mask_token_id: int, block: int, inverse_time: bool = False) -> None:
+        super().__init__(mask_token_id, inverse_time)
+        self.block = block
+        self.causal = BlockCausal(block, paired=True)
+
+    def inputs(self, tokens_BS: Tensor, masks_BS: Tensor, sample_ids: SampleIds | None = None) -> Tensor:
+        """The noised tokens, then the clean ones, [B, 2 S]."""
+        return torch.cat((super().inputs(tokens_BS, masks_BS), tokens_BS.long()), 1)
+
+    def times(self, masks_BS: Tensor) -> Tensor:
+        """The share masked of each position's block; of the clean copy 0. float32 [B, 2 S]."""
+        shares = masks_BS.float().view(len(masks_BS), -1, self.block).mean(2).repeat_interleave(self.block, 1)
+        return torch.cat((shares, torch.zeros_like(shares)), 1)
+
+    def positions(self, masks_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+        """The masked positions of the noised copy, bool [B, 2 S]."""
+        return torch.cat((masks_BS, torch.zeros_like(masks_BS)), 1)
+
+    def targets(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+        """The tokens, for both copies."""
+        return tokens_BS.repeat(1, 2)
+
+    def specification(self) -> dict[str, Any]:
+        """Everything that determines its result, as plain data."""
+        return super().specification() | {"causal": False, "block": self.block}
+
+    def factors(self, masks_BS: Tensor) -> Tensor | None:
+        """1/t of each position's block, where it is asked for, [B, 2 S]."""
+        return 1.0 / self.times(masks_BS).clamp(min=1.0 / self.block) if self.inverse_time else None
 
 
 class MLMObjective(MaskDiffusionObjective):
@@ -290,4 +338,6 @@ def make_objective(training: TrainingConfig, mask_token_id: int | None, vocab_si
     weighted = training.loss_weight == "inverse_time"
     if name == "mlm":
         return MLMObjective(mask_token_id, vocab_size, training.mlm_mask, training.mlm_random, seed, weighted)
+    if training.diffusion_block is not None:
+        return BlockDiffusionObjective(mask_token_id, training.diffusion_block, weighted)
     return MaskDiffusionObjective(mask_token_id, weighted)

@@ -29,7 +29,7 @@ def part_parameters(config: StackWiseConfig, vocab_size: int, part: str, stage: 
     model = config.model
     if part == FRONT:
         positions = (model.max_seq_len or config.training.seq_len) if model.positions == "learned" else 0
-        return (vocab_size + positions) * model.d_model
+        return (vocab_size + positions) * model.d_model + model.time_parameters
     if part == HEAD:
         shared = model.tie_embeddings and (not stage.reads_boundary or config.training.tied_head == "frozen")
         return model.d_model + (0 if shared else vocab_size * model.d_model)
@@ -53,7 +53,7 @@ def state_bytes(config: StackWiseConfig, vocab_size: int, stage: Stage, *, gradi
 
 def boundary_bytes(config: StackWiseConfig, rows: int) -> int:
     """Bytes of one boundary."""
-    return rows * CODECS[codec_name(config.store)].row_bytes(config.training.seq_len, config.model.d_model)
+    return rows * CODECS[codec_name(config.store)].row_bytes(config.row_positions, config.model.d_model)
 
 
 def stage_memory(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
@@ -65,7 +65,7 @@ def stage_memory(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
     every matrix in use. The loss keeps no logits beyond a slice.
     """
     settings, model = config.stage_training(stage.depth), config.model
-    tokens = settings.batch_size * config.training.seq_len
+    tokens = settings.batch_size * config.row_positions
     kv = model.kv_heads * model.head_dim
     inner = (4 if model.ffn == "swiglu" else 2) * model.ffn_width
     numbers = 8 * model.d_model + 2 * kv + inner

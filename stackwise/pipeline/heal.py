@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from stackwise.errors import NotFound
+from stackwise.model import enter
 from stackwise.pipeline.device import resolve_device
 from stackwise.pipeline.load import CommittedRack, load_rack
 from stackwise.pipeline.recipe import forward_specification, trunk_id
@@ -81,7 +82,8 @@ def _raised(
     samples_R: np.ndarray,
 ) -> list[torch.Tensor]:
     """The rows of some chunks, taken up from their tokens through the rack."""
-    size, codec = forward_rows(info.seq_len), CODECS[info.codec]
+    seq_len = rack.config.training.seq_len
+    size, codec = forward_rows(seq_len), CODECS[info.codec]
     stream = rack.autocast or torch.float32
     masks = store.rowset(info.rowset).mask_ids
     ranges = [(chunk * info.chunk_rows, min((chunk + 1) * info.chunk_rows, info.rows)) for chunk in chunks]
@@ -94,14 +96,15 @@ def _raised(
             index = np.arange(part.start, part.stop)
             with narrow:
                 if stage.depth == 0:
-                    tokens = torch.from_numpy(rack.data.train.samples(samples_R[index], info.seq_len)).to(rack.device)
-                    shown = torch.from_numpy(store.masks(masks[index], info.seq_len))
+                    tokens = torch.from_numpy(rack.data.train.samples(samples_R[index], seq_len)).to(rack.device)
+                    shown = torch.from_numpy(store.masks(masks[index], seq_len))
                     ids = store.rowset(info.rowset).sample_ids[index]
-                    x_BSD = front(objective.inputs(tokens, shown, ids)).to(stream)
+                    entering = objective.inputs(tokens, shown, ids)
+                    x_BSD = enter(front, entering, objective.times(shown), causal=objective.causal).to(stream)
                     carried.append(torch.empty(0))
                 else:
                     x_BSD = codec.round_trip(carried[place]).to(rack.device, stream)
-                carried[place] = stage.forward(x_BSD, _segments(rack, samples_R[index], info.seq_len)).cpu()
+                carried[place] = stage.forward(x_BSD, _segments(rack, samples_R[index], seq_len)).cpu()
     per_chunk = [len(range(start, stop, size)) for start, stop in ranges]
     edges = np.cumsum([0, *per_chunk])
     return [torch.cat(carried[a:b]) for a, b in itertools.pairwise(edges)]

@@ -39,13 +39,15 @@ def forward_specification(config: StackWiseConfig, vocab_size: int, mask_token: 
     objective = config.objective
     specification = {
         "numerics": NUMERICS,
-        "model": config.model.model_dump(exclude={"architecture", "init_std", "dropout", "tie_embeddings"}),
+        "model": config.model.specification(),
         "vocab_size": vocab_size,
         "causal": objective == "clm",
         "mask_token": None if objective == "clm" else mask_token,
         "precision": config.precision,
         "within_documents": config.data.within_documents,
     }
+    if training.diffusion_block is not None:
+        specification["diffusion_block"] = training.diffusion_block
     if objective == "mlm":
         specification["corruption"] = [training.mlm_mask, training.mlm_random, config.seed]
     return specification

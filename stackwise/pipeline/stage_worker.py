@@ -233,7 +233,7 @@ def write_above(
         trunk=trunk,
         rowset=feed.rowset.id,
         depth=stage.depth + 1,
-        seq_len=feed.seq_len,
+        seq_len=config.row_positions,
         d_model=config.model.d_model,
         codec=codec,
         chunk_rows=boundary_chunk_rows(config, feed.rowset.rows, begun),
@@ -271,6 +271,6 @@ def boundary_chunk_rows(config: StackWiseConfig, rows: int, begun: BoundaryInfo 
     """Rows in a chunk on disk: those of a boundary that was begun before, else by `store.chunk_bytes`."""
     if begun is not None:
         return begun.chunk_rows
-    row_bytes = CODECS[codec_name(config.store)].row_bytes(config.training.seq_len, config.model.d_model)
+    row_bytes = CODECS[codec_name(config.store)].row_bytes(config.row_positions, config.model.d_model)
     fitting = max(1, config.store.chunk_bytes // row_bytes)
     return min(rows, 1 << (fitting.bit_length() - 1))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stackwise.model import Block, Stack
+from stackwise.model import Block, Stack, enter
 from stackwise.objectives import Objective
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +84,9 @@ class StageModel(nn.Module):
     def activations(self, batch: Batch) -> torch.Tensor:
         """The activations that leave the last block handed on, [B, S, D]."""
         if self.front is not None:
-            x_BSD = self.front(self.objective.inputs(batch.tokens_BS, batch.masks_BS, batch.sample_ids_B16))
+            ids_BS = self.objective.inputs(batch.tokens_BS, batch.masks_BS, batch.sample_ids_B16)
+            times = self.objective.times(batch.masks_BS)
+            x_BSD = enter(self.front, ids_BS, times, causal=self.objective.causal)
         else:
             assert batch.x_BSD is not None, "a stage without a front reads a boundary"
             x_BSD = batch.x_BSD

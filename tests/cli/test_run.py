@@ -176,7 +176,21 @@ def test_generate(finished: Path, here: Path, cli: Cli) -> None:
     Path("hole.txt").write_text("def [MASK*4](x): return")
     assert json.loads(cli("generate", "--file", "hole.txt", "--json").stdout) == value
     assert "before" in cli("generate").stdout
-    assert cli("generate", "no hole").exit_code == 2
+    grown = json.loads(
+        cli("generate", "no hole", "--length", "9", "--steps", "3", "--order", "random", "--json").stdout
+    )
+    assert grown["before"] == "no hole" + 9 * "[MASK]"
+    assert grown["after"].startswith("no hole")
+    assert "[MASK]" not in grown["after"]
+    for wrong, said in (
+        (["x", "--length", "90"], "takes 32"),
+        ([""], "is empty"),
+        (["x", "--causal"], "token by token"),
+    ):
+        refused = cli("generate", *wrong)
+        assert refused.exit_code == 2
+        assert said in refused.stderr
+    assert "--exit auto is unused" in cli("generate", "x", "--exit", "auto").stderr
     assert cli("generate", "[MASK]", "--file", "hole.txt").exit_code == 2
     assert cli("generate", "--file", "nowhere.txt").exit_code == 2
 

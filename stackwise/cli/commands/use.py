@@ -36,38 +36,59 @@ def evaluate(run: str | None, data: tuple[str, ...], device: str, as_json: bool)
     console().print(held_out(result))
 
 
-@click.command(short_help="Fill in masked text, or go on from a prompt.")
+@click.command(short_help="Go on from a text, or fill in its holes.")
 @run_option
 @click.argument("text", required=False)
 @click.option(
     "--file", "file", type=click.Path(dir_okay=False), metavar="F", help="Read TEXT from a file; - is standard input."
 )
+@click.option("--length", type=click.IntRange(min=1), metavar="N", help="Tokens to add behind TEXT.")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Rounds of unmasking; else one a token.")
 @click.option(
-    "--steps", type=click.IntRange(min=1), metavar="N", help="Steps of unmasking (tokens, for a causal rack)."
+    "--order",
+    type=click.Choice(["confidence", "random"]),
+    default="confidence",
+    help="Which tokens a round keeps: the most certain, or random ones.",
+)
+@click.option(
+    "--block", type=click.IntRange(min=1), metavar="N", help="Finish N tokens before the next, from the left."
 )
 @click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, metavar="T", help="0: the likeliest.")
 @click.option("--seed", type=int, default=0, metavar="N", help="Of the draws, where the temperature is above 0.")
+@click.option(
+    "--exit",
+    "leave",
+    type=click.Choice(["auto", "last"]),
+    help="auto (as without it): leave at the stage that trained on the masked share (time as depth).",
+)
+@click.option("--causal", is_flag=True, help="Token by token, for a rack trained so; others are refused.")
 @device_option
 @as_json
 def generate(
     run: str | None,
     text: str | None,
     file: str | None,
+    length: int | None,
     steps: int | None,
+    order: str,
+    block: int | None,
     temperature: float,
     seed: int,
+    leave: str | None,
+    causal: bool,
     device: str,
     as_json: bool,
 ) -> None:
-    """Fill in masked text, the most certain places first; for a causal rack TEXT is a prompt.
+    """Go on from TEXT, or fill in its holes, the most certain places first.
 
-    Holes in TEXT are written [MASK], or [MASK*12] for twelve tokens. Without TEXT a held-out passage is masked and
-    filled in.
+    Holes in TEXT are written [MASK], or [MASK*12] for twelve tokens. A text without holes gets masked positions
+    behind it; a causal rack adds one token after another. Without TEXT a held-out passage is masked and filled in.
     """
     found = find_run(run)
     given = _text(text, file)
-    from stackwise.pipeline.generate import generate_text
+    from stackwise.pipeline.generate import Sampling, generate_text
 
+    sampling = Sampling(steps, length, order, block, temperature, seed, leave, causal)  # type: ignore[arg-type]
     with progress("filling in") as tell:
         made = 0
 
@@ -76,9 +97,9 @@ def generate(
             made += 1
             tell(made, steps)
 
-        result = generate_text(
-            found, given, steps=steps, temperature=temperature, seed=seed, device=device, on_step=on_step
-        )
+        result = generate_text(found, given, sampling, device=device, on_step=on_step)
+    for note in result["notes"]:
+        click.echo(f"note: {note}", err=True)
     if as_json:
         print_json(result)
     elif given is not None and not is_live(sys.stdout):

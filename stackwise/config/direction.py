@@ -1,0 +1,39 @@
+"""In which direction attention looks: what the configuration, objectives and blocks all speak of. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BlockCausal:
+    """Attention within blocks of positions, and causal between them (BD3-LM, arXiv 2503.09573, section 3).
+
+    Attributes:
+        size: Positions in a block.
+        paired: A row is a noised copy of the sample followed by the clean one. A noised position sees its own noised
+            block and the clean blocks before it; a clean position sees the clean blocks up to its own.
+    """
+
+    size: int
+    paired: bool = False
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """Between bidirectional and causal: of the positions that follow, each one sees a random share.
+
+    After arXiv 2410.17891, section 3.2, which goes the other way. Which they are is a function of (key, pair of
+    positions), the same for every row, head and block.
+
+    Attributes:
+        visible: The share, 0 (causal) to 1 (bidirectional).
+        key: What the draw follows from.
+    """
+
+    visible: float
+    key: int
+
+
+Direction = bool | BlockCausal | Annealed
+"""False: every position sees all others. True: none sees those that follow."""

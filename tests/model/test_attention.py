@@ -1,0 +1,305 @@
+"""Every kind of attention beside a reference written out position by position, in float64; and with a cache."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stackwise.config.direction import Annealed, BlockCausal, Direction
+from stackwise.config.schema import ArchitectureConfig, ModelConfig
+from stackwise.errors import UsageError
+from stackwise.model import Block, Cache, build_block, build_rack, part_digest
+from stackwise.model.attention import flex
+from stackwise.model.layers import RMSNorm, Rotary
+from stackwise.model.linear import LinearAttention, projection
+from stackwise.model.sight import Sight
+
+D, H, E = 32, 4, 8
+KINDS: dict[str, dict[str, object]] = {
+    "mha": {},
+    "gqa": {"attention": "gqa", "n_kv_heads": 2, "bias": True},
+    "learned": {"positions": "learned"},
+    "mla": {"attention": "mla"},
+    "mla-q": {"attention": "mla", "kv_rank": 12, "q_rank": 20, "rope_head_dim": 6, "bias": True},
+    "mla-learned": {"attention": "mla", "positions": "learned"},
+    "elu": {"attention": "linear"},
+    "relu": {"attention": "linear", "feature_map": "relu", "n_kv_heads": 2},
+    "performer": {"attention": "linear", "feature_map": "performer", "random_features": 12},
+}
+DIRECTIONS: dict[str, Direction] = {
+    "both": False,
+    "causal": True,
+    "blocks": BlockCausal(4),
+    "wide": BlockCausal(100),
+    "paired": BlockCausal(4, paired=True),
+    "annealed": Annealed(0.4, 7),
+}
+
+
+def config(kind: str) -> ModelConfig:
+    architecture = ArchitectureConfig(n_stacks=2, blocks_per_stack=1)
+    return ModelConfig(d_model=D, n_heads=H, d_ff=16, architecture=architecture, **KINDS[kind])  # type: ignore[arg-type]
+
+
+def block(kind: str) -> Block:
+    made = build_block(config(kind), 0, 3, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in made.parameters():  # biases too, and weights large enough to tell positions apart
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return made
+
+
+def stream(length: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, length, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def documents(length: int) -> Tensor:
+    edges = torch.tensor([[length // 3, length // 2], [3, length - 5]])
+    return (torch.arange(length)[None, :, None] >= edges[:, None]).sum(-1)
+
+
+def visible(direction: Direction, q: int, k: int, length: int) -> bool:
+    """Which position sees which, said again in other words."""
+    if isinstance(direction, BlockCausal) and direction.paired:
+        half = length // 2
+        q_clean, k_clean = q >= half, k >= half
+        q_block, k_block = (q - half * q_clean) // direction.size, (k - half * k_clean) // direction.size
+        if not q_clean and not k_clean:
+            return q_block == k_block
+        return k_clean and (k_block <= q_block if q_clean else k_block < q_block)
+    if isinstance(direction, BlockCausal):
+        return k < (q // direction.size + 1) * direction.size
+    return k <= q or direction is False
+
+
+def turned(rotary: Rotary, x_BSHE: Tensor, position: int, at: int) -> Tensor:
+    """Head vectors [B, H, E] of one position, rotated pair by pair."""
+    x, half = x_BSHE[:, position], rotary.width // 2
+    waves = [1.0 / rotary.theta ** (2 * i / rotary.width) for i in range(half)]
+    angles = at * torch.tensor(waves, dtype=torch.float32)
+    cos, sin = angles.cos().double(), angles.sin().double()
+    low, high = x[..., :half], x[..., half:]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+
+
+def normed(norm: RMSNorm, x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+
+
+def reference(module: Any, x: Tensor, direction: Direction, segments: Tensor | None) -> Tensor:
+    """Attention by loops over rows and positions; the weights of a head from its scores one by one."""
+    B, S, _ = x.shape
+    paired = isinstance(direction, BlockCausal) and direction.paired
+    places = [s % (S // 2) if paired else s for s in range(S)]
+    a = module
+    latent = hasattr(a, "kv_down")
+    if latent:
+        c = normed(a.kv_norm, x @ a.kv_down.weight.T)
+        cq = x if a.q_down is None else normed(a.q_norm, x @ a.q_down.weight.T)
+        q, k, v = (y.view(B, S, H, E) for y in (cq @ a.q_up.weight.T, c @ a.k_up.weight.T, c @ a.v_up.weight.T))
+        if a.rotary is not None:
+            qr, kr = (cq @ a.q_rotary.weight.T).view(B, S, H, -1), (x @ a.k_rotary.weight.T).view(B, S, 1, -1)
+            qr, kr = (
+                torch.stack([turned(a.rotary, r, s, places[s]) for s in range(S)], 1).expand(B, S, H, -1)
+                for r in (qr, kr)
+            )
+            q, k = torch.cat((q, qr), -1), torch.cat((k, kr), -1)
+    else:
+        q, k, v = (layer(x).view(B, S, -1, E) for layer in (a.q, a.k, a.v))
+        if a.rotary is not None:
+            q, k = (torch.stack([turned(a.rotary, r, s, places[s]) for s in range(S)], 1) for r in (q, k))
+        k, v = (y.repeat_interleave(H // y.shape[2], 2) for y in (k, v))
+    rows = []
+    for b in range(B):
+        for i in range(S):
+            seen = [
+                j
+                for j in range(S)
+                if visible(direction, i, j, S) and (segments is None or segments[b, i] == segments[b, j])
+            ]
+            if isinstance(a, LinearAttention):
+                phi_q, phi_k = features(a, q[b, i], True), features(a, k[b, seen], False)
+                weights = torch.einsum("hf,jhf->hj", phi_q, phi_k)
+                weights = weights / weights.sum(-1, keepdim=True)
+            else:
+                weights = (torch.einsum("he,jhe->hj", q[b, i], k[b, seen]) / math.sqrt(q.shape[-1])).softmax(-1)
+            rows.append(torch.einsum("hj,jhe->he", weights, v[b, seen]).flatten())
+    y: Tensor = a.o(torch.stack(rows).view(B, S, -1))
+    return y
+
+
+def features(a: LinearAttention, x: Tensor, query: bool) -> Tensor:
+    if a.feature_map == "elu":
+        return torch.where(x > 0, x + 1, x.exp())
+    if a.feature_map == "relu":
+        return x.clamp(min=0) + 1e-3
+    x = x / E**0.25
+    exponent = x @ projection(E, 12).double() - x.square().sum(-1, keepdim=True) / 2
+    return (exponent - (exponent.amax(-1, keepdim=True) if query else E / 4)).exp() + 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["both", "causal", "blocks", "wide", "paired"])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_attention_is_the_reference_and_so_are_its_gradients(kind: str, way: str, segmented: bool) -> None:
+    module, direction = block(kind).attention, DIRECTIONS[way]
+    # Longer than a chunk of linear attention, where that matters; a length that no chunk divides.
+    length = 70 if kind in ("elu", "performer") and way in ("both", "causal") else 22
+    x = stream(length, 2 if segmented else 1).requires_grad_()
+    segments = None
+    if segmented:
+        segments = documents(length // 2).repeat(1, 2) if way == "paired" else documents(length)
+    want = reference(module, x, direction, segments)
+    weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    inputs = [x, *module.parameters()]
+    slopes = torch.autograd.grad((want * weights).sum(), inputs)
+    got = module(x, causal=direction, segments_BS=segments)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=2e-6)  # the tables are float32
+    for mine, theirs in zip(torch.autograd.grad((got * weights).sum(), inputs), slopes, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("direction", [True, BlockCausal(4)])
+def test_a_cache_gives_what_the_whole_gives(kind: str, direction: Direction) -> None:
+    made = block(kind)
+    length = 132 if kind == "elu" else 28
+    x = stream(length)
+    with torch.no_grad():
+        whole = made(x, causal=direction)
+        cache, parts = Cache(), list[Tensor]()
+        steps = [12, 4, 4, 4] if direction is not True else [9, 1, 1, 1, 4]
+        for step in [*steps, length - sum(steps)]:
+            new = x[:, cache.length : cache.length + step]
+            parts += [made(new, causal=direction, cache=cache)]
+    assert cache.length == length
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-6, atol=1e-8)
+
+
+def test_a_frozen_cache_is_read_and_stays() -> None:
+    for kind in ("mha", "mla", "elu"):
+        made, x, cache = block(kind), stream(12), Cache()
+        with torch.no_grad():
+            made(x[:, :8], causal=BlockCausal(4), cache=cache)
+            cache.frozen = True
+            made(-x[:, 8:], causal=BlockCausal(4), cache=cache)
+            cache.frozen = False
+            last = made(x[:, 8:], causal=BlockCausal(4), cache=cache)
+            torch.testing.assert_close(last, made(x, causal=BlockCausal(4))[:, 8:])
+
+
+def test_the_latent_cache_holds_the_latent_alone() -> None:
+    made, cache = block("mla-q"), Cache()
+    with torch.no_grad():
+        made(stream(10), causal=True, cache=cache)
+    assert sum(t.shape[1] * t.shape[-1] for t in cache.kept) == 12 + 6
+    cache = Cache()
+    with torch.no_grad():
+        block("elu")(stream(10), causal=True, cache=cache)
+    assert [list(t.shape) for t in cache.kept] == [[2, H, E, E + 1]], "a state, whatever the length"
+
+
+def test_annealing_runs_from_both_ways_to_one() -> None:
+    made, x = block("mha"), stream(40)
+    torch.testing.assert_close(made(x, causal=Annealed(1.0, 3)), made(x))
+    torch.testing.assert_close(made(x, causal=Annealed(0.0, 3)), made(x, causal=True))
+    mask = Sight(Annealed(0.3, 11)).mask(200, torch.device("cpu"))
+    assert mask is not None
+    ahead = mask[0, 0].float().triu(1).sum() / (200 * 199 / 2)
+    assert ahead.item() == pytest.approx(0.3, abs=0.02)
+    assert mask[0, 0].tril().sum() == 200 * 201 / 2
+    other = Sight(Annealed(0.3, 12)).mask(200, torch.device("cpu"))
+    assert other is not None
+    assert not torch.equal(mask, other)
+    with pytest.raises(UsageError, match="cannot anneal"):
+        block("elu")(x, causal=Annealed(0.5, 1))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("way", ["causal", "blocks", "paired", "annealed"])
+def test_flex_attention_follows_the_same_rule(way: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 32, 16, generator=generator) for heads in (4, 2, 2))
+    sight = Sight(DIRECTIONS[way], documents(32))
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=sight.mask(32, q.device), enable_gqa=True
+    )
+    torch.testing.assert_close(flex(q, k, v, sight), want, rtol=1e-4, atol=1e-5)
+
+
+def test_random_features_come_near_the_softmax() -> None:
+    wide = ModelConfig(d_model=D, n_heads=H, attention="linear", feature_map="performer", random_features=4096)
+    near, exact = build_block(wide, 0, 1).attention, build_block(config("mha"), 0, 1).attention
+    near.load_state_dict(exact.state_dict())
+    x = stream(16).float() * 4
+    torch.testing.assert_close(near(x), exact(x), rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_seeds_and_narrow_streams(kind: str) -> None:
+    c = config(kind)
+    made = build_block(c, 1, 0)
+    assert sum(p.numel() for p in made.parameters()) == c.block_parameters
+    assert part_digest(build_block(c, 1, 0)) == part_digest(made)
+    norms = [p for name, p in made.named_parameters() if name.endswith("norm.weight")]
+    assert all(bool((p == 1).all()) for p in norms)
+    x = stream(9).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = made(x.bfloat16())
+        cached = [made(x[:, s : s + 3].bfloat16(), causal=True, cache=c) for c in [Cache()] for s in (0, 3, 6)]
+        torch.testing.assert_close(torch.cat(cached, 1), made(x.bfloat16(), causal=True), rtol=0.05, atol=0.05)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), made(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["mla", "elu", "performer"])
+def test_kinds_compile_without_breaks(kind: str) -> None:
+    torch._dynamo.reset()
+    made = build_block(config(kind), 0, 0)
+    compiled = torch.compile(made, backend="eager", fullgraph=True)
+    x, segments = stream(12).float(), documents(12)
+    for direction in (False, True, BlockCausal(4)):
+        torch.testing.assert_close(compiled(x, causal=direction), made(x, causal=direction))
+        torch.testing.assert_close(
+            compiled(x, causal=direction, segments_BS=segments), made(x, causal=direction, segments_BS=segments)
+        )
+
+
+def test_a_cache_serves_what_looks_back() -> None:
+    for settings in ({"causal": False}, {"causal": True, "segments_BS": documents(6)}):
+        with pytest.raises(UsageError, match="looks back"):
+            block("mha")(stream(6), cache=Cache(), **settings)
+
+
+@pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
+def test_time_is_an_input(kind: str) -> None:
+    c = ModelConfig(d_model=D, n_heads=H, time_embedding=kind, time_embedding_dim=20)  # type: ignore[arg-type]
+    rack = build_rack(c, 50, 0, 16)
+    ids = torch.arange(16).view(1, 16).expand(3, 16)
+    shares = torch.tensor([0.25, 0.5, 1.0])
+    entered = rack.front(ids, shares)
+    assert not torch.allclose(entered[0], entered[1])
+    torch.testing.assert_close(rack.front(ids[:1], shares[:1]), entered[:1])
+    torch.testing.assert_close(rack.front(ids, shares[:, None].expand(3, 16)), entered)
+    plain = build_rack(ModelConfig(d_model=D, n_heads=H), 50, 0, 16)
+    torch.testing.assert_close(plain.front(ids, shares), plain.front(ids))
+    assert sum(p.numel() for p in rack.front.parameters()) - 50 * D == c.time_parameters
+    assert rack(ids, time=shares).shape == (3, 16, 50)
+    rack(ids, time=shares).sum().backward()
+    assert all(p.grad is not None for p in rack.front.parameters())
+    with pytest.raises(UsageError, match="masked share"):
+        rack(ids)
+
+
+def test_settings_without_effect_are_no_identity() -> None:
+    plain = ModelConfig(d_model=D, n_heads=H).specification()
+    assert ModelConfig(d_model=D, n_heads=H, kv_rank=4, feature_map="relu", attention="mha").specification() == plain
+    assert "attention" not in plain
+    linear = ModelConfig(d_model=D, n_heads=H, attention="linear", random_features=9).specification()
+    assert set(linear) - set(plain) == {"attention", "feature_map"}
+    latent = ModelConfig(d_model=D, n_heads=H, attention="mla").specification()
+    assert latent == ModelConfig(d_model=D, n_heads=H, attention="mla", kv_rank=32, rope_head_dim=4).specification()
