@@ -145,13 +145,19 @@ class Section:
     result: Result
 
 
-def run_command(module: str, arguments: Sequence[str] | None, measure: Callable[[Sequence[str]], Section]) -> int:
+def run_command(
+    module: str,
+    arguments: Sequence[str] | None,
+    measure: Callable[[Sequence[str]], Section],
+    page: Path | None = None,
+) -> int:
     """Carry out a benchmark's command: measure, print, and write where it is asked for.
 
     Args:
         module: Its name after `benchmarks.`.
         arguments: The command line; None: the program's.
         measure: From the command line to what it has to say; takes `--json` and `--write` too.
+        page: The page that `--write` writes; None: docs/benchmarks.md.
 
     Returns:
         The exit code: 0, that of the error that a user caused, 1 for a lack of memory.
@@ -162,7 +168,7 @@ def run_command(module: str, arguments: Sequence[str] | None, measure: Callable[
     try:
         section = measure(given)
         if "--write" in given:
-            document.write(section, _command(module, given))
+            document.write(section, _command(module, given), page)
     except (StackWiseError, MemoryError) as error:
         return _failed(module, error)
     except RuntimeError as error:

@@ -25,17 +25,18 @@ def marks(key: str) -> tuple[str, str]:
     return f"<!-- {key}: written by its benchmark -->", f"<!-- end of {key} -->"
 
 
-def write(section: Section, command: str) -> Path:
+def write(section: Section, command: str, page: Path | None = None) -> Path:
     """Write a section, in its place or at the end.
 
     Args:
         section: What to write.
         command: The command that gave it.
+        page: The page; None: docs/benchmarks.md, or what the environment names.
 
     Returns:
         The file written.
     """
-    path = Path(os.environ.get(VARIABLE) or PATH)
+    path = page or Path(os.environ.get(VARIABLE) or PATH)
     before = path.read_text(encoding="utf-8") if path.exists() else "# Benchmarks\n"
     temporary = path.with_suffix(".new")
     temporary.write_text(_placed(before, section.key, rendered(section, command)), encoding="utf-8")

@@ -1,0 +1,115 @@
+"""Every mode on the same rack, data and seeds, beside plain end-to-end training: what fitting in memory costs.
+
+    python -m benchmarks.quality [--rows NAME,NAME] [--seeds 3] [--rates 1e-3,2e-3,4e-3] [--steps 300] [--write]
+
+Each row's learning rate is the best of the grid on the first seed, by mean held-out loss; the other seeds train at
+that one. Results are kept in a file run by run, and what is there is not run again. `--write` writes the tables and
+plots of docs/quality.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.common import Result, Section, overrides, parser, positive, refuse, run_command
+from benchmarks.quality.page import body, write_plots
+from benchmarks.quality.results import Results, Trial, mean_loss
+from benchmarks.quality.rows import BUDGETS, ROWS, Budget, Row
+from stackwise.config import StackWiseConfig
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+
+BASE = {
+    "model.d_model": 128,
+    "model.n_heads": 4,
+    "model.architecture.n_stacks": 8,
+    "model.architecture.blocks_per_stack": 1,
+    "training.batch_size": 16,
+    "device": "cpu",
+}
+"""The rack: 8 blocks of width 128 on the demo's corpus and samples."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_command("quality", arguments, lambda given: _measure(_parser().parse_args(given)), DOCS / "quality.md")
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = parser("quality", __doc__)
+    add = made.add_argument
+    add("--rows", metavar="NAMES", help="rows by name, commas between; default: all")
+    add("--budget", choices=tuple(BUDGETS), help="one of the budgets; default: both")
+    add("--seeds", type=positive, default=3, metavar="N", help="seeds; default 3")
+    add("--rates", default="1e-3,2e-3,4e-3", metavar="X,X", help="the grid of learning rates")
+    add("--steps", type=positive, default=300, metavar="N", help="updates of each block; default 300")
+    add("--results", type=Path, default=DOCS / "quality.json", metavar="FILE", help="where results are kept")
+    add("--dir", metavar="DIR", help="where the temporary runs go; default: the system's temporary directory")
+    add("--report", action="store_true", help="run nothing: tables of what is there")
+    return made
+
+
+def _measure(options: argparse.Namespace) -> Section:
+    rows = _chosen(options.rows)
+    rates = [float(rate) for rate in options.rates.split(",")]
+    base = BASE | overrides(options.overrides)
+    config = StackWiseConfig.from_preset("demo", base)
+    setting: Result = {
+        "base": base,
+        "steps": options.steps,
+        "rates": rates,
+        "vocab_size": config.model.vocab_size or config.data.vocab_size,
+    }
+    results = Results(options.results, setting)
+    budgets: list[Budget] = [options.budget] if options.budget else list(BUDGETS)
+    wanted = [(row, budget) for budget in budgets for row in rows if budget in row.budgets]
+    found = [one for row, budget in wanted if (one := _row(results, row, budget, rates, options)) is not None]
+    if not found:
+        raise refuse("there are no results yet", "leave --report out")
+    if options.write:
+        write_plots(DOCS, found)
+    text = (
+        f"{config.model.n_blocks} blocks of width {config.model.d_model}, samples of {config.training.seq_len} tokens, "
+        f"{options.steps} updates of each block, batches of {config.training.batch_size}. Losses in nats a masked "
+        "token on held-out files at 15, 50 and 90% masked; medians over the seeds, smallest to largest in brackets. "
+        "Rates from the same grid, the best by the first seed. Block updates, rows and bytes are of one run."
+    )
+    return Section("quality", "Modes beside end to end", text, body(found), "CPU", {"rows": found})
+
+
+def _chosen(names: str | None) -> list[Row]:
+    if names is None:
+        return list(ROWS)
+    known = {row.name: row for row in ROWS}
+    # Names hold commas: they are matched whole, longest first.
+    chosen, rest = [], names
+    while rest:
+        name = max((n for n in known if rest == n or rest.startswith(f"{n},")), key=len, default=None)
+        if name is None:
+            raise refuse(f"no row is called {rest!r}", f"rows: {'; '.join(known)}")
+        chosen.append(known[name])
+        rest = rest[len(name) + 1 :]
+    return chosen
+
+
+def _row(results: Results, row: Row, budget: Budget, rates: list[float], options: argparse.Namespace) -> Result | None:
+    trials = [Trial(row, budget, rate, 0) for rate in rates]
+    if options.report:
+        trials = [trial for trial in trials if trial.key in results.runs]
+        if not trials:
+            return None
+    best = min(trials, key=lambda trial: mean_loss(results.of(trial)))
+    runs = [results.of(best)]
+    for seed in range(1, options.seeds):
+        trial = Trial(row, budget, best.rate, seed)
+        if not options.report or trial.key in results.runs:
+            runs.append(results.of(trial))
+    grid = {f"{trial.rate:g}": mean_loss(results.of(trial)) for trial in trials}
+    return {"name": row.name, "budget": budget, "rate": best.rate, "grid": grid, "runs": runs}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""What has been measured: one entry a run, in a file that grows, so that a table can be finished another day."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Result, say
+from benchmarks.quality.plain import train_plainly
+from benchmarks.quality.rows import PLAIN, Budget, Row, configuration, flops, updated
+from stackwise.config import StackWiseConfig
+from stackwise.pipeline.run import RunDirectory, status
+from stackwise.pipeline.runner import Runner
+from stackwise.pipeline.schedule import schedule
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: a row under a budget, at a rate, from a seed."""
+
+    row: Row
+    budget: Budget
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Names it in the file."""
+        return f"{self.row.name} | {self.budget} | {self.rate:g} | {self.seed}"
+
+
+class Results:
+    """The file.
+
+    Args:
+        path: Where it is.
+        setting: What all runs share; results of another setting are refused.
+    """
+
+    def __init__(self, path: Path, setting: Result) -> None:
+        self.path, self.setting = path, setting
+        self.runs: dict[str, Result] = {}
+        if path.exists():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if known["setting"] != setting:
+                raise SystemExit(f"{path} holds results of another setting: name another file with --results")
+            self.runs = known["runs"]
+
+    def of(self, trial: Trial) -> Result:
+        """A trial's result; it is run where it is not there yet."""
+        if trial.key not in self.runs:
+            say(trial.key)
+            self.runs[trial.key] = _run(trial, self.setting)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_suffix(".new")
+            temporary.write_text(json.dumps({"setting": self.setting, "runs": self.runs}, indent=1) + "\n")
+            temporary.replace(self.path)
+        return self.runs[trial.key]
+
+
+def mean_loss(result: Result) -> float:
+    """Nats a masked token on held-out text, averaged over the fractions."""
+    losses: list[float] = list(result["loss"].values())
+    return sum(losses) / len(losses)
+
+
+def _run(trial: Trial, setting: Result) -> Result:
+    config = configuration(
+        setting["base"], trial.row, trial.budget, steps=setting["steps"], rate=trial.rate, seed=trial.seed
+    )
+    stages = schedule(config)
+    shared = {
+        "updates": sum(updated(stage) * (config.stage_training(stage.depth).steps or 0) for stage in stages),
+        "stages": len(stages),
+    }
+    if trial.row.name == PLAIN:
+        plain = train_plainly(config)
+        figures = plain["evaluation"]
+        own = {key: plain[key] for key in ("seconds", "peak_memory_bytes", "rows")} | {"written": 0, "read": 0}
+        return shared | own | _figures(figures) | {"flops": flops(config, setting["vocab_size"])}
+    with tempfile.TemporaryDirectory(prefix="stackwise-quality-", dir=setting.get("dir")) as directory:
+        run = RunDirectory(Path(directory) / "run")
+        events: list[dict[str, Any]] = []
+        figures = Runner(config, run, events.append).run()
+        manifest = run.manifest()
+        written = sum(event["bytes"] for event in events if event["event"] == "written")
+        own = {
+            "seconds": events[-1]["seconds"],
+            "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in status(run)["stages"]),
+            "rows": sum(rows for _, rows, *_ in manifest["rowsets"].values()),
+            "written": written,
+            "read": _read(config, manifest["rowsets"]),
+        }
+    return shared | own | _figures(figures) | {"flops": flops(config, setting["vocab_size"])}
+
+
+def _read(config: StackWiseConfig, rowsets: dict[str, Any]) -> int:
+    """Bytes of boundaries read: by training, and by the forward passes that write the next ones."""
+    from stackwise.pipeline.fit import boundary_bytes
+
+    batch = config.training.batch_size * config.training.accumulation
+    stages = schedule(config)
+    rows = max(rows for _, rows, *_ in rowsets.values())
+    reading = [stage for stage in stages if stage.reads_boundary]
+    trained = sum((config.stage_training(stage.depth).steps or 0) * batch for stage in reading)
+    passes = sum(max(0, len(reading) - 1 - n) for n in range(len(reading))) if config.fresh_masks else len(reading) - 1
+    return boundary_bytes(config, trained + max(0, passes) * rows)
+
+
+def _figures(evaluation: Result) -> Result:
+    return {
+        "loss": evaluation["loss"],
+        "bits_per_byte": evaluation["bits_per_byte"],
+        "by_depth": [stage["loss"] for stage in evaluation["stages"]],
+    }

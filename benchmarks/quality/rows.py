@@ -1,0 +1,124 @@
+"""The rows of the table: schedules of one rack, and the budget that each of them gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from stackwise.config import StackWiseConfig
+from stackwise.pipeline.schedule import FRONT, HEAD, Stage, schedule
+
+Budget = Literal["rows", "fresh"]
+
+BUDGETS: dict[Budget, str] = {
+    "rows": "equal block updates on equal rows: each stage sees the rows that end to end saw",
+    "fresh": "equal block updates: each stage sees rows of its own",
+}
+
+PLAIN = "end to end, plain PyTorch"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A schedule.
+
+    Args:
+        name: What the table calls it.
+        overrides: What makes it, as dotted keys.
+        budgets: Those that differ for it: a schedule of one stage sees its rows once either way.
+    """
+
+    name: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    budgets: tuple[Budget, ...] = ("rows", "fresh")
+
+
+def _blockwise(size: int, **more: Any) -> dict[str, Any]:
+    return {"training.mode": "blockwise", "training.block_size": size} | {
+        f"training.{key}": value for key, value in more.items()
+    }
+
+
+ROWS = (
+    Row(PLAIN, {"training.mode": "end_to_end"}, ("rows",)),
+    Row("end to end", {"training.mode": "end_to_end"}, ("rows",)),
+    Row("end to end, swapped", {"training.mode": "end_to_end", "training.swap": "always"}, ("rows",)),
+    Row("stages of 1", _blockwise(1)),
+    Row("stages of 2", _blockwise(2)),
+    Row("stages of 4", _blockwise(4)),
+    Row("stages of 1, tail of 1", _blockwise(1, lookahead="tail")),
+    Row("stages of 2, tail of 1", _blockwise(2, lookahead="tail")),
+    Row("stages of 2, tail of 2", _blockwise(2, lookahead="tail", lookahead_blocks=2)),
+    Row("stages of 4, tail of 1", _blockwise(4, lookahead="tail")),
+    Row("stages of 1, overlapping by 1", _blockwise(1, lookahead="overlap")),
+    Row("stages of 2, overlapping by 1", _blockwise(2, lookahead="overlap")),
+    Row("stages of 1, auxiliary head of 1", _blockwise(1, lookahead="auxiliary")),
+    Row("stages of 2, auxiliary head of 1", _blockwise(2, lookahead="auxiliary")),
+    Row("stages of 2, own head", _blockwise(2) | {"model.tie_embeddings": False}),
+    Row("stages of 2, tied head frozen", _blockwise(2, tied_head="frozen")),
+    Row("stages of 2, 1/t weights", _blockwise(2, loss_weight="inverse_time")),
+    Row("stages of 2, time as depth", _blockwise(2, mask_schedule_over="depth")),
+    Row("fused, trainable, by 2", _blockwise(2, mode="fused", fusion_mode="trainable")),
+    Row("independent stages of 2", _blockwise(2, mode="independent")),
+    Row("prepended stacks of 2", {
+        "training.progressive.enabled": True,
+        "training.progressive.building_mode": "prepend",
+        "model.architecture.n_stacks": 4,
+        "model.architecture.blocks_per_stack": 2,
+    }),
+)  # fmt: skip
+
+
+def configuration(
+    base: dict[str, Any], row: Row, budget: Budget, *, steps: int, rate: float, seed: int
+) -> StackWiseConfig:
+    """A row's configuration under a budget.
+
+    Args:
+        base: The rack, the data and the batch that all rows share.
+        row: The row.
+        budget: The budget.
+        steps: Steps of end-to-end training: as many updates of each block are what every row spends.
+        rate: The peak learning rate.
+        seed: The seed.
+    """
+    given = base | row.overrides | {"seed": seed, "training.learning_rate": rate, "training.steps": steps}
+    config = StackWiseConfig.from_preset("demo", given)
+    share = config.model.n_blocks / sum(updated(stage) for stage in schedule(config))
+    own = max(1, round(steps * share))
+    batch = config.training.batch_size * config.training.accumulation
+    rows = steps * batch if budget == "rows" else own * batch
+    fresh = budget == "fresh" and config.n_stages > 1
+    return StackWiseConfig.from_preset(
+        "demo", given | {"training.steps": own, "training.rows": rows, "training.fresh_masks": fresh}
+    )
+
+
+def updated(stage: Stage) -> int:
+    """Blocks that a step of a stage updates."""
+    return sum(part not in (FRONT, HEAD) for part in stage.trains)
+
+
+def flops(config: StackWiseConfig, vocab_size: int) -> float:
+    """Floating-point operations of a run's training and forward passes, of its matrices alone.
+
+    Two a parameter and token forward, two for the gradient that goes down, two for the weight's own (Kaplan et al.,
+    arXiv 2001.08361, section 2.1). The head is asked at the masked positions.
+    """
+    training, stages = config.training, schedule(config)
+    masked = (training.min_mask_fraction + training.max_mask_fraction) / 2
+    block, head = config.model.block_parameters, vocab_size * config.model.d_model * masked
+    total = 0.0
+    for stage in stages:
+        tokens = (config.stage_training(stage.depth).steps or 0) * training.batch_size * training.accumulation
+        tokens *= training.seq_len
+        inner = [part for part in stage.holds if part not in (FRONT, HEAD)]
+        lowest = next((place for place, part in enumerate(inner) if part in stage.trains), len(inner))
+        for place, part in enumerate(inner):
+            total += tokens * block * (2 + 2 * (place >= lowest) + 2 * (part in stage.trains))
+        total += tokens * head * (4 + 2 * (HEAD in stage.trains))
+        above = stages[stage.place + 1] if stage.place + 1 < len(stages) else None
+        if above is not None and above.reads_boundary:
+            passed = above.first if config.fresh_masks else len(stage.blocks)
+            total += (training.rows or 0) * training.seq_len * passed * block * 2
+    return total
