@@ -87,6 +87,12 @@ def _training(config: Settings) -> Iterator[Fault]:
             yield "training.diffusion_block", f"{size} does not divide training.seq_len {training.seq_len}"
     if config.model.time_embedding != "none" and config.objective == "clm":
         yield "model.time_embedding", "clm masks nothing: there is no masked share to take as input"
+    if (fusion := training.fusion.strategy) != "none":
+        prepends = training.progressive.enabled and training.progressive.building_mode == "prepend"
+        if training.mode == "independent" and not training.progressive.enabled:
+            yield "training.fusion.strategy", f"{fusion}: independent stages do not stand on each other"
+        elif prepends and fusion == "hierarchical":
+            yield "training.fusion.strategy", "hierarchical needs stacks that stand on finished ones; use trainable"
     yield from _mask_windows(config)
 
 
@@ -99,8 +105,8 @@ def _mask_windows(config: Settings) -> Iterator[Fault]:
         if training.progressive.enabled and mapping == "custom":
             yield "training.progressive.stack_time_mapping", f"custom needs {key}: a [from, to] for each stage"
         return
-    if len(windows) != config.n_stages:
-        yield key, f"{len(windows)} windows for {config.n_stages} stages"
+    if len(windows) != config.n_sections:
+        yield key, f"{len(windows)} windows for {config.n_sections} stages"
     reached = training.min_mask_fraction
     for low, high in sorted(map(tuple, windows)):
         if not 0.0 <= low < high <= 1.0:
@@ -185,7 +191,11 @@ def notes(config: Settings) -> list[str]:
         if training.progressive.enabled
         else (training.mode != "independent")
     )
-    if "lookahead" in given and (not stacked or config.n_stages == 1):
+    if training.fusion.strategy != "none" and config.n_sections == 1:
+        lines.append("training.fusion.strategy is unused: there is one stage")
+    if training.fusion.strategy == "none" and training.fusion.steps is not None:
+        lines.append("training.fusion.steps is unused: training.fusion.strategy is none")
+    if "lookahead" in given and (not stacked or config.n_sections == 1):
         lines.append("training.lookahead is unused: no stage of this schedule has blocks above it")
     if training.lookahead == "none" and "lookahead_blocks" in given:
         lines.append("training.lookahead_blocks is unused: training.lookahead is none")

@@ -294,6 +294,19 @@ class ProgressiveConfig(Section):
     training_objective: Objective | None = Field(None, description="overrides training.objective")
 
 
+class FusionConfig(Section):
+    """Stages that train sections of the rack together, after they were trained one by one."""
+
+    strategy: Literal["none", "frozen", "trainable", "hierarchical"] = Field(
+        "none",
+        description="frozen (the head alone, over the finished rack), trainable (the whole rack), hierarchical "
+        "(neighbours first, then pairs of pairs, up to the whole)",
+    )
+    steps: PositiveInt | None = Field(
+        None, description="optimizer steps in all, shared by these stages; null: as many as a stage each"
+    )
+
+
 class TrainingConfig(StageTraining):
     """Mode, objective and masks, and the defaults of every stage's training."""
 
@@ -358,6 +371,7 @@ class TrainingConfig(StageTraining):
     cache_dir: str | None = Field(None, description="another name of store.path")
     fusion_evaluation: bool = Field(False, description="implied: every run evaluates the fused rack; unused")
     save_fused_checkpoints: bool = Field(False, description="export the fused rack into the run directory at the end")
+    fusion: FusionConfig = Field(default_factory=lambda: FusionConfig())
     progressive: ProgressiveConfig = Field(default_factory=lambda: ProgressiveConfig())
 
 
@@ -473,14 +487,37 @@ class Settings(Section):
         return [(first, min(first + size, n_blocks) - 1) for first in range(0, n_blocks, size)]
 
     @property
+    def n_sections(self) -> int:
+        """Stages that each train a section of the rack."""
+        return len(self.partition)
+
+    @property
+    def fusions(self) -> list[tuple[int, int]]:
+        """First and last block of each stage that trains sections together afterwards, in order."""
+        level, strategy, groups = self.partition, self.training.fusion.strategy, []
+        if strategy == "none" or len(level) == 1:
+            return []
+        if strategy == "frozen":
+            return [level[-1]]
+        if strategy == "trainable":
+            return [(0, self.model.n_blocks - 1)]
+        while len(level) > 1:
+            pairs = [level[start : start + 2] for start in range(0, len(level), 2)]
+            level = [(pair[0][0], pair[-1][1]) for pair in pairs]
+            groups += [group for group, pair in zip(level, pairs, strict=True) if len(pair) == 2]
+        return groups
+
+    @property
     def n_stages(self) -> int:
         """Stages in the schedule."""
-        return len(self.partition)
+        return self.n_sections + len(self.fusions)
 
     def stage_training(self, depth: int) -> StageTraining:
         """How stage `depth` trains: the defaults of `training`, with its own overrides."""
         own = self.stages.get(depth)
         values = {name: getattr(self.training, name) for name in StageTraining.model_fields}
+        if depth >= self.n_sections and self.training.fusion.steps is not None:
+            values["steps"] = max(1, self.training.fusion.steps // len(self.fusions))
         if own is not None:
             values |= own.training.model_dump(exclude_unset=True)
         return StageTraining(**values)

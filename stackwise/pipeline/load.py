@@ -85,7 +85,7 @@ class CommittedRack:
 
     def exit_of(self, counts_N: np.ndarray) -> np.ndarray:
         """Where time is depth: of numbers of masked positions, the depth of the stage that trained on them."""
-        return assigner(self.config, 0).stage_of(counts_N, self.config.n_stages)
+        return assigner(self.config, 0).stage_of(counts_N, self.config.n_sections)
 
     def exits(self) -> Iterator[StageModules]:
         """The rack as it left at each stage, with that stage's head, one stage loaded at a time.

@@ -42,13 +42,13 @@ SHAPELESS = (
 ROWS = (
     *("data.", "seed", "training.seq_len", "training.rows", "training.steps", "training.tokens", "training.mask"),
     *("training.min_mask", "training.max_mask", "training.batch_size", "training.accumulation"),
-    *("training.objective", "training.progressive.", "training.epochs"),
+    *("training.objective", "training.progressive.", "training.epochs", "training.fresh_masks"),
 )
 """Settings that a rowset follows from."""
 
 PARTS = (
     *("training.mode", "training.block_size", "training.n_stages", "training.fusion_mode"),
-    *("training.progressive.", "model.architecture."),
+    *("training.lookahead", "training.fusion.", "training.progressive.", "model.architecture."),
 )
 """Settings that say which blocks a stage holds, and what of it trains."""
 

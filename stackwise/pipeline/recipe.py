@@ -82,11 +82,11 @@ def stage_recipe(
         targets: Digest of the data's own targets, where the objective uses them.
     """
     fresh = any(digest is None for digest in initial.values())
-    windowed = config.time_as_depth and config.n_stages > 1
+    windowed = config.time_as_depth and config.n_sections > 1 and stage.depth < config.n_sections
     objective: dict[str, Any] = {"name": config.objective}
     if config.training.loss_weight != "none":
         objective["weight"] = config.training.loss_weight
-    window: dict[str, Any] = {"window": [stage.depth, config.n_stages], "schedule": config.mask_schedule_type}
+    window: dict[str, Any] = {"window": [stage.depth, config.n_sections], "schedule": config.mask_schedule_type}
     if config.training.mask_windows is not None:
         window |= {"windows": config.training.mask_windows}
     return {

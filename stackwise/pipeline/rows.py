@@ -96,11 +96,11 @@ def stage_rows(config: StackWiseConfig, sample_ids_R16: np.ndarray, depth: int, 
     Raises:
         UsageError: No row is left for the stage.
     """
-    if not config.time_as_depth or config.n_stages == 1:
+    if not config.time_as_depth or config.n_sections == 1 or depth >= config.n_sections:
         return None
     plan = assigner(config, rowset)
     counts_R = plan.counts(sample_ids_R16, np.arange(len(sample_ids_R16)) % config.training.masks_per_sample)
-    chosen = np.flatnonzero(plan.in_window(counts_R, depth, config.n_stages))
+    chosen = np.flatnonzero(plan.in_window(counts_R, depth, config.n_sections))
     if not len(chosen):
         raise UsageError(
             f"stage {depth}: none of the {len(counts_R)} rows has a masked fraction of its own window",

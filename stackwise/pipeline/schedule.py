@@ -89,6 +89,11 @@ def maker(stages: list[Stage], stage: Stage) -> Stage:
 
 
 def _stages(config: StackWiseConfig) -> Iterator[Stage]:
+    yield from _sections(config)
+    yield from _fusions(config)
+
+
+def _sections(config: StackWiseConfig) -> Iterator[Stage]:
     training = config.training
     if training.progressive.enabled:
         return _prepended(config) if training.progressive.building_mode == "prepend" else _stacked(config)
@@ -122,6 +127,16 @@ def _independent(config: StackWiseConfig) -> Iterator[Stage]:
         trains = (*((FRONT,) if depth == 0 else ()), *block_parts(first, last), HEAD)
         rowset = depth if config.fresh_masks else 0
         yield Stage(depth, first, last, trains, False, rowset, fresh=() if depth == 0 else (HEAD,))
+
+
+def _fusions(config: StackWiseConfig) -> Iterator[Stage]:
+    """Sections together, after each was trained: a stage like any other, that starts from what they came to."""
+    for number, (first, last) in enumerate(config.fusions):
+        depth = config.n_sections + number
+        front = () if first > 0 else (FRONT,)
+        frozen = config.training.fusion.strategy == "frozen"
+        trains = (HEAD,) if frozen else (*front, *block_parts(first, last), HEAD)
+        yield Stage(depth, first, last, trains, first > 0, depth if config.fresh_masks else 0)
 
 
 def _beyond(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def evaluate_rack(
         unigram_counts=rack.data.train.counts,
         vocab_size=rack.vocab_size,
         progress=None if progress is None else lambda done, stage: progress(done, stage * len(rack.stages)),
-        exit_of=rack.exit_of if config.time_as_depth and len(rack.stages) > 1 else None,
+        exit_of=rack.exit_of if 1 < len(rack.stages) == config.n_sections and config.time_as_depth else None,
     )
     if len(result["stages"]) > 1:
         first = {key: value for key, value in result["stages"][0].items() if key != "depth"}

@@ -144,6 +144,27 @@ def test_fresh_masks_give_every_stage_rows_of_its_own(ran: Any) -> None:
     assert len({stage.record["recipe"]["rowset"] for stage in stages}) == 3
 
 
+def test_fusion_starts_from_what_the_sections_came_to(micro: Micro, tmp_path: Path) -> None:
+    config = micro(
+        **{**THREE, "model__architecture__n_stacks": 4, "training__steps": 4},
+        training__fusion__strategy="hierarchical",
+        store__keep="none",
+    )
+    run(config, tmp_path / "run")
+    stages = committed(tmp_path / "run")
+    assert [stage.record["blocks"] for stage in stages[4:]] == [[0, 1], [2, 3], [0, 3]]
+    pair = stages[5].record["recipe"]
+    assert pair["initial"]["block.2"] == stages[2].record["parts"]["block.2"]
+    assert pair["reads"]["trunk"] != stages[2].record["recipe"]["reads"]["trunk"], "the pair below was fused first"
+    assert stages[6].record["recipe"]["initial"]["block.1"] == stages[4].record["parts"]["block.1"]
+    rack = rack_of(tmp_path / "run")
+    assert [(len(stage.blocks), stage.front is None) for stage in rack.exits()] == [
+        *((1, False), (1, True), (1, True), (1, True)),  # up the rack
+        *((2, False), (2, True), (4, False)),  # each pair, then the whole
+    ]
+    assert len(evaluate_rack(rack, rack.data.held_out)["stages"]) == 7
+
+
 def test_fraction_windows_may_overlap(micro: Micro, tmp_path: Path) -> None:
     windows = [[0.15, 0.6], [0.4, 0.9]]
     config = micro(training__mask_schedule_over="depth", training__mask_windows=windows)
@@ -160,6 +181,7 @@ def test_fraction_windows_may_overlap(micro: Micro, tmp_path: Path) -> None:
         ({"mask_schedule_over": "depth", "mask_windows": [[0.15, 0.9]]}, "1 windows for 2 stages"),
         ({"mask_schedule_over": "depth", "mask_windows": [[0.9, 0.15], [0.15, 0.9]]}, "does not run upwards"),
         ({"objective": "clm", "loss_weight": "inverse_time"}, "clm has none"),
+        ({"mode": "independent", "fusion": {"strategy": "trainable"}}, "do not stand on each other"),
         (
             {"progressive": {"enabled": True, "time_interpretation": "depth", "stack_time_mapping": "custom"}},
             "custom needs training.mask_windows",

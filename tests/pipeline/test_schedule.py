@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.pipeline.schedule import schedule
+from stackwise.pipeline.schedule import maker, schedule
 
 
 def config(blocks: int = 7, **training: Any) -> StackWiseConfig:
@@ -55,3 +55,28 @@ def test_progressive_wins_over_mode_and_stacks_are_its_stages() -> None:
 def test_every_block_is_trained_by_some_stage(mode: str) -> None:
     trained = {part for stage in schedule(config(5, mode=mode, block_size=2)) for part in stage.trains}
     assert trained == {"front", "head", *(f"block.{i}" for i in range(5))}
+
+
+def test_fusion_follows_the_stages() -> None:
+    def after(strategy: str, blocks: int = 5) -> list[tuple[int, int, bool]]:
+        c = config(blocks, mode="layerwise", fusion={"strategy": strategy})
+        return [(s.first, s.last, s.reads_boundary) for s in schedule(c)[c.n_sections :]]
+
+    assert after("none") == []
+    assert after("frozen") == [(4, 4, True)]
+    assert after("trainable") == [(0, 4, False)]
+    assert after("hierarchical") == [(0, 1, False), (2, 3, True), (0, 3, False), (0, 4, False)]
+    assert after("hierarchical", 1) == []
+    whole = schedule(config(2, mode="layerwise", fusion={"strategy": "trainable"}))[-1]
+    assert whole.trains == ("front", "block.0", "block.1", "head")
+
+
+def test_the_steps_of_a_fusion_are_shared() -> None:
+    c = config(4, mode="layerwise", steps=100, fusion={"strategy": "hierarchical", "steps": 60})
+    assert [c.stage_training(stage.depth).steps for stage in schedule(c)] == [100] * 4 + [20] * 3
+
+
+def test_a_boundary_is_made_by_the_newest_stage_that_ends_below_it() -> None:
+    stages = schedule(config(4, mode="layerwise", fusion={"strategy": "hierarchical"}))
+    assert maker(stages, stages[3]) == stages[2]
+    assert maker(stages, stages[5]) == stages[4], "the pair below, once fused"
