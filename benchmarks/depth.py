@@ -105,7 +105,7 @@ def block_updates(config: StackWiseConfig) -> list[int]:
 def carry_out(config: StackWiseConfig, directory: Path) -> Result:
     """Run a configuration and gather what it came to."""
     from stackwise.data import prepare
-    from stackwise.pipeline.fit import boundary_bytes
+    from stackwise.pipeline.recipe import boundary_bytes
     from stackwise.pipeline.runner import Runner
     from stackwise.pipeline.schedule import schedule
     from stackwise.report.history import PHASES, read_history

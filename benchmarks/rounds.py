@@ -11,8 +11,7 @@ from benchmarks.arithmetic import Reference, synchronise, work_of
 from benchmarks.common import Result, Spread
 from benchmarks.workbench import Bench, settle_steps, train, trainer_of, trains_projection
 from stackwise.identity import content_id
-from stackwise.pipeline.recipe import codec_name
-from stackwise.pipeline.stage_worker import boundary_chunk_rows
+from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name
 from stackwise.training.feed import ahead
 from stackwise.training.forward import write_boundary
 from stackwise.training.stage import Batch, StageModel
@@ -110,9 +109,9 @@ def forward(bench: Bench, model: StageModel) -> Result:
             seq_len=config.training.seq_len,
             d_model=config.model.d_model,
             codec=codec_name(config.store),
-            chunk_rows=boundary_chunk_rows(config, bench.rows, None),
+            chunk_rows=boundary_chunk_rows(config, bench.rows),
         ) as writer:
-            write_boundary(model, feed, writer, setting.device, progress=lambda done, total: None, stop=lambda: False)
+            write_boundary([model], feed, writer, setting.device, progress=lambda done, total: None, stop=lambda: False)
             written = writer.info.disk_bytes
         seconds = time.perf_counter() - begun
     tokens = bench.rows * config.training.seq_len

@@ -21,9 +21,8 @@ from stackwise.identity import content_id, generator
 from stackwise.model import Block, Head
 from stackwise.pipeline.build import objective_of
 from stackwise.pipeline.device import make_deterministic
-from stackwise.pipeline.recipe import WINDOW_CHUNKS, codec_name, order_rows
+from stackwise.pipeline.recipe import WINDOW_CHUNKS, boundary_chunk_rows, codec_name, order_rows
 from stackwise.pipeline.rows import choose_samples, put_rows
-from stackwise.pipeline.stage_worker import boundary_chunk_rows
 from stackwise.store import ActivationStore, Prefetcher, RowOrder
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.feed import Feed
@@ -147,7 +146,7 @@ def _write_random(setting: Setting, store: ActivationStore, rowset: str) -> str:
         seq_len=config.training.seq_len,
         d_model=config.model.d_model,
         codec=codec_name(config.store),
-        chunk_rows=boundary_chunk_rows(config, rows, None),
+        chunk_rows=boundary_chunk_rows(config, rows),
     ) as writer:
         for chunk in writer.missing:
             first, last = writer.chunk_rows_of(chunk)

@@ -206,6 +206,7 @@ def notes(config: Settings) -> list[str]:
     if config.objective == "clm" and given & {"min_mask_fraction", "max_mask_fraction", "mask_schedule_type"}:
         lines.append("training.min_mask_fraction, max_mask_fraction, mask_schedule_type are unused: clm masks nothing")
     lines += _model_notes(config)
+    lines += _store_notes(config)
     lines += _progressive_notes(config)
     named = sorted(set(changed(config.tracking)) & {"project", "group", "name"})
     if named and not config.tracking.wandb and not config.tracking.mlflow:
@@ -230,6 +231,14 @@ def _model_notes(config: Settings) -> list[str]:
     return lines
 
 
+def _store_notes(config: Settings) -> list[str]:
+    given = [f"store.{name}" for name in ("every", "fuse_passes") if name in changed(config.store)]
+    whole = config.training.mode == "fused" and config.training.fusion_mode == "trainable"
+    if given and (config.n_stages == 1 or (whole and not config.training.progressive.enabled)):
+        return [f"{' and '.join(given)}: unused, every stage reads tokens"]
+    return []
+
+
 def _progressive_notes(config: Settings) -> list[str]:
     progressive = config.training.progressive
     given = set(changed(progressive)) - {"enabled"}
@@ -244,8 +253,6 @@ def _progressive_notes(config: Settings) -> list[str]:
     adapters = {name for name in given if "qlora" in name}
     if progressive.trunk_strategy == "frozen" and adapters:
         lines.append(f"training.progressive.{', '.join(sorted(adapters))}: unused, the trunk is frozen")
-    if not progressive.cache_activations:
-        lines.append("training.progressive.cache_activations is unused: a frozen trunk's boundaries are stored")
     time = given & {"time_embedding_dim", "time_encoding_type", "time_per_stack"}
     if progressive.time_interpretation == "input":
         time -= {"time_embedding_dim", "time_encoding_type"}

@@ -385,6 +385,14 @@ class StoreConfig(Section):
     codec: Codec | None = Field(None, description="how activations are stored; null: bf16")
     max_bytes: PositiveInt | None = Field(None, description="most bytes that boundaries may take; null: the disk")
     chunk_bytes: PositiveInt = Field(8 << 20, description="about the size of a chunk")
+    every: PositiveInt = Field(
+        1, description="store every so-many-th boundary; stages between recompute theirs, in memory, from the one below"
+    )
+    fuse_passes: bool = Field(
+        False,
+        description="make a boundary while the stage above trains on it, not in a pass before: it is read once less, "
+        "and the stage below stays in memory, frozen",
+    )
 
 
 class EvaluationConfig(Section):
@@ -469,6 +477,14 @@ class Settings(Section):
         if progressive.enabled and "stack_time_mapping" in progressive.model_fields_set:
             return "exponential" if progressive.stack_time_mapping == "exponential" else "linear"
         return self.training.mask_schedule_type
+
+    @property
+    def boundary_every(self) -> int:
+        """Every how-many-th boundary is stored; with as many as there are stages, none is."""
+        progressive = self.training.progressive
+        if progressive.enabled and not progressive.cache_activations:
+            return max(self.n_stages, self.store.every)
+        return self.store.every
 
     @property
     def partition(self) -> list[tuple[int, int]]:

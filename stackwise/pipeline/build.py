@@ -15,7 +15,7 @@ from stackwise.errors import DamageError
 from stackwise.identity import derive_seed
 from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
 from stackwise.objectives import Objective, make_objective
-from stackwise.pipeline.job import Source, StageJob
+from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage
 from stackwise.training.stage import StageModel
 
@@ -99,6 +99,15 @@ def stage_model(job: StageJob, config: StackWiseConfig) -> StageModel:
     for part, module in parts_of(model, job.stage).items():
         module.requires_grad_(part in stage.trains)
     return model
+
+
+def frozen_stage(below: Frozen, job: StageJob, config: StackWiseConfig) -> StageModel:
+    """A committed stage below a job's, on the CPU, without its head: in evaluation mode, nothing requires gradients."""
+    stage = below.stage
+    front = None if stage.reads_boundary else make_front(config, job.vocab_size, below.initial[FRONT])
+    blocks = [make_block(config, part, below.initial[part]) for part in stage.blocks]
+    model = StageModel(front, blocks, None, objective_of(config, job.mask_token, job.vocab_size), config.precision)
+    return model.requires_grad_(False).eval()
 
 
 def objective_of(config: StackWiseConfig, mask_token: int, vocab_size: int) -> Objective:

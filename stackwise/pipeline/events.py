@@ -132,7 +132,7 @@ class Manifest:
                 stage["peak_memory_bytes"] = event["memory"]
                 if time.monotonic() - self._written > 1:
                     self.save()
-            case "writing":
+            case "writing" | "filling":
                 if event["boundary"] not in self._boundaries:
                     self._boundaries.append(event["boundary"])
             case "reused":

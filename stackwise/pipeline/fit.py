@@ -11,9 +11,9 @@ import psutil
 from stackwise.config import StackWiseConfig
 from stackwise.errors import NoSpaceError, UsageError
 from stackwise.pipeline.plan import Plan
-from stackwise.pipeline.recipe import codec_name
+from stackwise.pipeline.recipe import WINDOW_CHUNKS, boundary_bytes, order_rows
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage
-from stackwise.store import CODECS
+from stackwise.pipeline.traffic import separate_traffic, traffic
 
 WEIGHT_BYTES = 4
 MOMENT_BYTES = {"adamw": 8, "muon": 4, "adamw8bit": 2}
@@ -51,11 +51,6 @@ def state_bytes(config: StackWiseConfig, vocab_size: int, stage: Stage, *, gradi
     return (WEIGHT_BYTES * (1 + gradients + bool(settings.ema))) * whole + moments
 
 
-def boundary_bytes(config: StackWiseConfig, rows: int) -> int:
-    """Bytes of one boundary."""
-    return rows * CODECS[codec_name(config.store)].row_bytes(config.row_positions, config.model.d_model)
-
-
 def stage_memory(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
     """About the bytes that training a stage takes: its state, and the activations of one microbatch.
 
@@ -76,6 +71,24 @@ def stage_memory(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
     return state_bytes(config, vocab_size, stage, gradients=True) + activations + copies + LOSS_BYTES
 
 
+def below_memory(plan: Plan, stage: Stage) -> int:
+    """About the bytes that committed stages take below one in training, where it computes its boundary on demand.
+
+    Their weights alone; what a forward pass has in hand; the rows of the window in hand and of the next.
+    """
+    below = plan.base(stage)[1]
+    if not below:
+        return 0
+    config, model = plan.config, plan.config.model
+    parts = [(part, one) for one in below for part in one.hands_on]
+    weights = WEIGHT_BYTES * sum(part_parameters(config, plan.vocabulary.size, part, one) for part, one in parts)
+    positions, size = config.row_positions, 4 if config.precision == "fp32" else 2
+    in_hand = max(1, 8192 // config.training.seq_len) * positions * (4 * model.d_model + 3 * model.ffn_width) * size
+    rows = plan.rowset(stage.rowset)[1]
+    window = min(rows, 2 * WINDOW_CHUNKS * order_rows(config, rows)) * positions * model.d_model * size
+    return weights + in_hand + window
+
+
 def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
     """What the stages in `todo` need and what is there.
 
@@ -85,7 +98,9 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
         disk: Where the store is, or will be.
 
     Returns:
-        `disk_needed`, `disk_free`, `memory_needed`, `memory_total`, in bytes.
+        `disk_needed`, `disk_free`, `memory_needed`, `memory_total`, in bytes; `traffic`: bytes of boundaries that are
+        `read` and `written`, and `flops` of forward passes beside training; `separate`: the same with every boundary
+        stored, each by a pass of its own.
 
     Raises:
         NoSpaceError: The disk is too small, or `store.max_bytes` is.
@@ -94,7 +109,7 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
     config, size = plan.config, plan.vocabulary.size
     rows = max((plan.rowset(stage.rowset)[1] for stage in todo), default=0)
     boundary = boundary_bytes(config, rows)
-    reading = sum(stage.reads_boundary for stage in plan.stages)
+    reading = sum(plan.keeps(stage) for stage in plan.stages)
     live = (
         min(reading, 2 if config.store.keep == "none" else 2 + int(config.store.keep))
         if config.store.keep != "all"
@@ -107,7 +122,7 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
     checkpoints = 3 * max((state_bytes(config, size, stage, gradients=False) for stage in todo), default=0)
     needed = boundaries + weights + checkpoints
     free = shutil.disk_usage(next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())).free
-    memory = max((stage_memory(config, size, stage) for stage in todo), default=0)
+    memory = max((stage_memory(config, size, stage) + below_memory(plan, stage) for stage in todo), default=0)
     state = max((state_bytes(config, size, stage, gradients=True) for stage in todo), default=0)
     total = psutil.virtual_memory().total
     if needed > free:
@@ -133,6 +148,8 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
         "memory_needed": memory,
         "memory_total": total,
         "boundary": boundary,
+        "traffic": traffic(plan, todo).plain(),
+        "separate": separate_traffic(plan, todo).plain(),
     }
 
 

@@ -27,6 +27,19 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Frozen:
+    """A committed stage that rows go through on their way into a job's stage.
+
+    Args:
+        stage: The stage.
+        initial: Where the weights of its blocks are, and of the front where it reads tokens.
+    """
+
+    stage: Stage
+    initial: dict[str, Source]
+
+
+@dataclass(frozen=True)
 class StageJob:
     """One stage for one worker: train it where it is not committed, then write the boundary above it if asked.
 
@@ -43,14 +56,16 @@ class StageJob:
         recipe_id: Its id.
         forward: The forward specification of the run.
         rows: Rows in the rowset.
-        rowset: Its id, for training.
+        rowset: Its id.
+        rowset_number: Its number in the schedule.
         initial: For each part held, where its weights come from.
         embedding: The front's weights, where a tied head above it needs them.
         trunk_digests: Digests of the parts below the stage, the front first.
         train: Whether to train; otherwise the committed parts are loaded.
-        reads: The boundary that enters; None: tokens.
-        writes_rowset: The rowset whose boundary to write above the stage; None: none.
-        writes_number: That rowset's number in the schedule.
+        reads: The boundary that is read; None: tokens.
+        writes: Whether to write the boundary above the stage.
+        through: The committed stages between what is read and the stage, lowest first.
+        fills: Whether the boundary that enters the stage is written as they make it.
     """
 
     config: str
@@ -66,13 +81,15 @@ class StageJob:
     forward: dict[str, Any]
     rows: int
     rowset: str
+    rowset_number: int
     initial: dict[str, Source]
     embedding: Source | None
     trunk_digests: list[str]
     train: bool
     reads: str | None
-    writes_rowset: str | None
-    writes_number: int
+    writes: bool
+    through: tuple[Frozen, ...] = ()
+    fills: bool = False
     kind: str = field(default="stage", init=False)
 
     @property
@@ -89,11 +106,19 @@ class StageJob:
         """The inverse of `plain`."""
         data = dict(data)
         data.pop("kind", None)
-        stage = dict(data["stage"])
-        data["stage"] = Stage(**(stage | {"trains": tuple(stage["trains"])}))
-        data["initial"] = {part: Source(**source) for part, source in data["initial"].items()}
+        data["stage"] = _stage(data["stage"])
+        data["initial"] = _sources(data["initial"])
+        data["through"] = tuple(Frozen(_stage(one["stage"]), _sources(one["initial"])) for one in data["through"])
         data["embedding"] = None if data["embedding"] is None else Source(**data["embedding"])
         return cls(**data)
+
+
+def _stage(data: dict[str, Any]) -> Stage:
+    return Stage(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+def _sources(data: dict[str, Any]) -> dict[str, Source]:
+    return {part: Source(**source) for part, source in data.items()}
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ from stackwise.errors import UsageError
 from stackwise.identity import digest
 from stackwise.model import Front, Head, build_front, build_head, part_digest
 from stackwise.objectives import Objective
+from stackwise.pipeline.boundary_worker import write_above
 from stackwise.pipeline.build import objective_of, parts_of
 from stackwise.pipeline.device import describe, resolve_device
 from stackwise.pipeline.job import Source, StageJob
 from stackwise.pipeline.recipe import codec_name, forward_specification, recipe_id, stage_recipe, trunk_id
 from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.pipeline.schedule import HEAD, Stage, schedule
-from stackwise.pipeline.stage_worker import train_stage, write_above
+from stackwise.pipeline.stage_worker import train_stage
 from stackwise.store import ActivationStore, CommittedStage
 from stackwise.training.feed import Feed
 from stackwise.training.stage import StageModel
@@ -253,13 +254,13 @@ class _Run:
             forward=through,
             rows=rows,
             rowset=rowset,
+            rowset_number=stage.rowset,
             initial={name: Source() for name in parts},
             embedding=None,
             trunk_digests=[self.digests[part] for part in stage.trunk],
             train=True,
             reads=None,
-            writes_rowset=None,
-            writes_number=stage.rowset,
+            writes=False,
         )
         committed = self.store.stage(job.recipe_id)
         reused = committed is not None
@@ -329,7 +330,7 @@ class _Run:
         above = job.stage.depth + 1
         if above < len(stages) and stages[above].reads_boundary:
             digests = [self.digests[name] for name in parts_of(model, job.stage) if name != HEAD]
-            write_above(job, self.config, model, feed, self.store, digests, self.device, self.observe, lambda: False)
+            write_above(job, self.config, [model], feed, self.store, digests, self.device, self.observe, lambda: False)
         model.to("cpu")
 
 

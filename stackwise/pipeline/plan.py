@@ -10,10 +10,18 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.data import PreparedData, require_samples
 from stackwise.errors import NotFound, UsageError
-from stackwise.pipeline.job import Source, StageJob
-from stackwise.pipeline.recipe import Recipe, codec_name, forward_specification, recipe_id, stage_recipe, trunk_id
+from stackwise.pipeline.job import Frozen, Source, StageJob
+from stackwise.pipeline.recipe import (
+    Recipe,
+    codec_name,
+    forward_specification,
+    recipe_id,
+    stage_recipe,
+    stage_steps,
+    trunk_id,
+)
 from stackwise.pipeline.rows import put_rows, rows_key
-from stackwise.pipeline.schedule import FRONT, Stage, schedule
+from stackwise.pipeline.schedule import FRONT, Stage, maker, schedule
 from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
 
 Versions = dict[str, Source]
@@ -66,6 +74,21 @@ def check_data(config: StackWiseConfig, data: PreparedData) -> Vocabulary:
     for split, name in ((data.train, "training"), (data.held_out, "held-out")):
         require_samples(split, config.training.seq_len, name)
     return vocabulary(config, data)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How rows come to a stage.
+
+    Args:
+        reads: The boundary that is read; None: tokens.
+        through: The committed stages between that and the stage, lowest first: their output is made on demand.
+        fills: Whether the boundary that enters the stage is written as they make it.
+    """
+
+    reads: str | None = None
+    through: tuple[Stage, ...] = ()
+    fills: bool = False
 
 
 class Plan:
@@ -126,13 +149,73 @@ class Plan:
             targets=self.data.id if self.config.objective == "custom" else None,
         )
 
-    def boundary(self, stage: Stage, versions: Versions) -> BoundaryInfo | None:
-        """The boundary that enters a stage, where it is complete."""
+    def boundary(self, stage: Stage, versions: Versions, rowset: int | None = None) -> BoundaryInfo | None:
+        """The boundary that enters a stage, where it is complete; of the stage's own rowset, or of another."""
         trunk = self.trunk(stage, versions)
         if trunk is None:
             return None
-        info = self.store.find(trunk=trunk, rowset=self.rowset(stage.rowset)[0], codec=codec_name(self.config.store))
+        number = stage.rowset if rowset is None else rowset
+        info = self.store.find(trunk=trunk, rowset=self.rowset(number)[0], codec=codec_name(self.config.store))
         return info if info is not None and info.state == "complete" else None
+
+    def nearest(self, stage: Stage, versions: Versions) -> BoundaryInfo | None:
+        """The complete boundary that enters the stage, or that enters the nearest stage below it; None: tokens."""
+        number = stage.rowset
+        while stage.reads_boundary:
+            info = self.boundary(stage, versions, number)
+            if info is not None:
+                return info
+            stage = maker(self.stages, stage)
+        return None
+
+    def base(self, stage: Stage, *, train: bool = True) -> tuple[Stage | None, tuple[Stage, ...]]:
+        """What a stage reads from, where all boundaries that are to be stored are there.
+
+        Args:
+            stage: The stage.
+            train: To train it, passes may be fused; the pass that writes the boundary above reads what is stored.
+
+        Returns:
+            The stage whose boundary is read (itself, or one below it; None: tokens), and the stages whose output is
+            made on demand, lowest first.
+        """
+        at, through = stage, list[Stage]()
+        while at.reads_boundary and not self.reads_stored(at, fused=train and at is stage):
+            at = maker(self.stages, at)
+            through.insert(0, at)
+        return at if at.reads_boundary else None, tuple(through)
+
+    def reads_stored(self, stage: Stage, *, fused: bool) -> bool:
+        """Whether the boundary that enters a stage is stored before it is read; with `fused`, it may be filled."""
+        return self.keeps(stage) and not (fused and self.config.store.fuse_passes)
+
+    def keeps(self, stage: Stage) -> bool:
+        """Whether the boundary that enters a stage is one of those that are stored."""
+        return stage.reads_boundary and stage.depth % self.config.boundary_every == 0
+
+    def fuses(self, stage: Stage) -> bool:
+        """Whether a stage itself writes the boundary that enters it, while it trains.
+
+        One that nobody would read again is not written at all: no later stage, no later epoch, no later run.
+        """
+        if not self.config.store.fuse_passes or not self.keeps(stage):
+            return False
+        config, rows = self.config, self.rowset(stage.rowset)[1]
+        settings = config.stage_training(stage.depth)
+        seen = stage_steps(config, stage.depth, rows) * settings.batch_size * settings.accumulation
+        above = any(later.rowset == stage.rowset for later in self.stages[stage.place + 1 :])
+        return above or seen > rows or config.store.keep not in ("none", 0)
+
+    def following(self, stage: Stage) -> Stage | None:
+        """The stage after one, where it reads its own boundary, made by a pass before it."""
+        for above in self.stages[stage.place + 1 : stage.place + 2]:
+            return above if self.base(above)[0] is above else None
+        return None
+
+    def hands_on(self, stage: Stage) -> bool:
+        """Whether a worker that has trained a stage writes the boundary above it."""
+        above = self.following(stage)
+        return above is not None and above.rowset == stage.rowset and above.first == stage.last + 1
 
     def job(
         self,
@@ -141,8 +224,9 @@ class Plan:
         *,
         checkpoints: Path,
         train: bool,
-        reads: str | None,
-        writes: int | None,
+        entry: Entry,
+        writes: bool,
+        rowset: int | None = None,
     ) -> StageJob:
         """A worker's job at one stage.
 
@@ -151,11 +235,13 @@ class Plan:
             versions: What is committed below it (to train it), or with it (to write the boundary above).
             checkpoints: Where the recipe's checkpoints are.
             train: Whether to train.
-            reads: The boundary that enters.
-            writes: The number of the rowset whose boundary above to write; None: none.
+            entry: How rows come to it.
+            writes: Whether to write the boundary above.
+            rowset: The number of the rowset, where it is not the stage's own.
         """
         recipe = self.recipe(stage, versions) if train else {}
-        rowset, rows = self.rowset(stage.rowset if train else writes or 0)
+        number = stage.rowset if rowset is None else rowset
+        rowset_id, rows = self.rowset(number)
         embedding = versions.get(FRONT) if stage.reads_boundary and self.config.model.tie_embeddings else None
         initial = starts(stage, versions) if train else {part: versions[part] for part in stage.hands_on}
         return StageJob(
@@ -171,14 +257,16 @@ class Plan:
             recipe_id=recipe_id(recipe) if train else versions[stage.blocks[-1]].recipe,
             forward=self.forward,
             rows=rows,
-            rowset=rowset,
+            rowset=rowset_id,
+            rowset_number=number,
             initial=initial,
             embedding=embedding,
             trunk_digests=self._digests(stage.trunk, versions),
             train=train,
-            reads=reads,
-            writes_rowset=None if writes is None else self.rowset(writes)[0],
-            writes_number=writes or 0,
+            reads=entry.reads,
+            writes=writes,
+            through=tuple(Frozen(below, {part: versions[part] for part in below.hands_on}) for below in entry.through),
+            fills=entry.fills,
         )
 
     def _stored(self, rowset: str) -> bool:

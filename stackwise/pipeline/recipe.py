@@ -33,6 +33,18 @@ def order_rows(config: StackWiseConfig, rows: int) -> int:
     return default_chunk_rows(config.training.seq_len, config.model.d_model, 2, rows)
 
 
+def boundary_bytes(config: StackWiseConfig, rows: int) -> int:
+    """Bytes of one boundary."""
+    return rows * CODECS[codec_name(config.store)].row_bytes(config.row_positions, config.model.d_model)
+
+
+def boundary_chunk_rows(config: StackWiseConfig, rows: int) -> int:
+    """Rows in a chunk of a boundary, by `store.chunk_bytes`: a power of two, or all rows where they are fewer."""
+    row_bytes = CODECS[codec_name(config.store)].row_bytes(config.row_positions, config.model.d_model)
+    fitting = max(1, config.store.chunk_bytes // row_bytes)
+    return min(rows, 1 << (fitting.bit_length() - 1))
+
+
 def forward_specification(config: StackWiseConfig, vocab_size: int, mask_token: int) -> dict[str, Any]:
     """What a forward pass computes beside its weights."""
     training = config.training

@@ -21,17 +21,20 @@ from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError
 from stackwise.identity import content_id
 from stackwise.pipeline.crew import Crew
 from stackwise.pipeline.events import EventLog, Manifest, Observer, Observers
-from stackwise.pipeline.fit import boundary_bytes, check_fit, state_bytes
+from stackwise.pipeline.fit import check_fit, state_bytes
 from stackwise.pipeline.foresight import REUSED, Foreseen, committed_stage, foresee
 from stackwise.pipeline.job import FinishJob
-from stackwise.pipeline.plan import Plan, Versions, add_versions, check_data
-from stackwise.pipeline.recipe import codec_name, recipe_id, stage_steps
+from stackwise.pipeline.plan import Entry, Plan, Versions, add_versions, check_data
+from stackwise.pipeline.recipe import boundary_bytes, codec_name, recipe_id, stage_steps
 from stackwise.pipeline.run import RunDirectory, with_absolute_paths
 from stackwise.pipeline.schedule import Stage, maker
 from stackwise.pipeline.time_limit import TimeLimit
 from stackwise.pipeline.track import Trackers
 from stackwise.pipeline.trackers import check_installed
 from stackwise.store import ActivationStore, CommittedStage
+
+BEGINNINGS = ("training", "writing", "filling")
+"""Events after which the store has something new that is this run's."""
 
 PROGRESS_SECONDS = 0.2
 """Between two words on how far the preparation of the data is."""
@@ -120,7 +123,7 @@ class Runner:
             stack.enter_context(Trackers(run, self.config, self._observe)),
             manifest.observe,
             # A stage is this run's from its first step on, a boundary from its first chunk: no `cache gc` takes them.
-            lambda event: self._register(plan, manifest) if event["event"] in ("training", "writing") else None,
+            lambda event: self._register(plan, manifest) if event["event"] in BEGINNINGS else None,
         ):
             self._observe.add(observer)
         write_bytes(run.config_file, dump(self.config).encode())
@@ -192,8 +195,8 @@ class Runner:
         if found is not None:
             shutil.rmtree(self.run_directory.checkpoints(key), ignore_errors=True)  # of a kill just after the commit
             self._tell("reused", stage=stage.place, recipe=key, reason=REUSED)
-            following = plan.stages[stage.place + 1] if stage.place + 1 < len(plan.stages) else None
-            if only == stage.depth and following is not None and following.reads_boundary:
+            following = plan.following(stage)
+            if only == stage.depth and following is not None:
                 add_versions(versions, found)
                 self._boundary(plan, following, versions)
             return found
@@ -206,26 +209,20 @@ class Runner:
         self._tell(
             "training", stage=stage.place, recipe=key, reason=reason, steps=steps, trunk=plan.trunk(stage, versions)
         )
-        following = plan.stages[stage.place + 1] if stage.place + 1 < len(plan.stages) else None
-        hands_on = (
-            following is not None
-            and following.reads_boundary
-            and following.rowset == stage.rowset
-            and following.first == stage.last + 1
-        )
+        hands_on = plan.hands_on(stage)
         checkpoints = self.run_directory.checkpoints(key)
         saves = state_bytes(plan.config, plan.vocabulary.size, stage, gradients=False)
         for attempt in (1, 2):
-            reads = self._boundary(plan, stage, versions) if stage.reads_boundary else None
-            if hands_on:
-                self._make_room(plan, stage, reads)
+            entry = self._entry(plan, stage, versions)
+            if hands_on or entry.fills:
+                self._make_room(plan, stage, entry.reads)
             job = plan.job(
                 stage,
                 versions,
                 checkpoints=checkpoints,
                 train=committed_stage(plan, key) is None,
-                reads=reads,
-                writes=stage.rowset if hands_on else None,
+                entry=entry,
+                writes=hands_on,
             )
             try:
                 self._crew.work(job, saves=saves if job.train else 0)
@@ -234,46 +231,67 @@ class Runner:
                 committed = committed_stage(plan, key)
                 if error.exit_code != DamageError.exit_code or attempt == 2:
                     raise
-                self._heal(plan, stage, reads, error)
+                self._heal(plan, stage, versions, entry, error)
                 if committed is not None:  # what failed was the boundary above: it is written when it is needed
                     return committed
         committed = plan.store.stage(key)
         assert committed is not None, "a worker that ended well has committed its stage"
         return committed
 
-    def _heal(self, plan: Plan, stage: Stage, reads: str | None, error: StackWiseError) -> None:
+    def _heal(self, plan: Plan, stage: Stage, versions: Versions, entry: Entry, error: StackWiseError) -> None:
         """Drop a boundary that turned out damaged, so that it is recomputed from the trunk."""
-        if reads is None:
+        at_hand = [entry.reads] if entry.reads is not None else []
+        trunk = plan.trunk(stage, versions)
+        if entry.fills and trunk is not None:
+            codec = codec_name(plan.config.store)
+            filled = plan.store.find(trunk=trunk, rowset=plan.rowset(stage.rowset)[0], codec=codec)
+            at_hand += [filled.id] if filled is not None else []
+        damaged = [boundary for boundary in at_hand if boundary in error.message] or at_hand
+        if not damaged:
             raise error
-        self._tell("warning", stage=stage.place, text=f"{error.message}: boundary {stage.depth} is made again")
-        plan.store.drop(reads)
+        for boundary in damaged:
+            depth = plan.store.boundary(boundary).depth
+            self._tell("warning", stage=stage.place, text=f"{error.message}: boundary {depth} is made again")
+            plan.store.drop(boundary)
+
+    def _entry(
+        self, plan: Plan, stage: Stage, versions: Versions, rowset: int | None = None, *, train: bool = True
+    ) -> Entry:
+        """How rows come to a stage; the boundary to read is made first where it is gone.
+
+        The nearest boundary below that is to be stored is read, or one that happens to lie nearer. Where passes are
+        fused, the stage below is not waited for: its output is made, and written, while this one trains.
+        """
+        number = stage.rowset if rowset is None else rowset
+        at, through, reads = stage, list[Stage](), None
+        while at.reads_boundary and reads is None:
+            info = plan.boundary(at, versions, number)
+            if info is not None:
+                reads = info.id
+            elif plan.reads_stored(at, fused=train and at is stage):
+                reads = self._boundary(plan, at, versions, number)
+            else:
+                at = maker(plan.stages, at)
+                through.insert(0, at)
+        return Entry(reads, tuple(through), fills=bool(through) and train and plan.fuses(stage))
 
     def _boundary(self, plan: Plan, stage: Stage, versions: Versions, rowset: int | None = None) -> str:
         """The boundary that enters a stage; made by forward passes from the nearest one below where it is gone."""
         number = stage.rowset if rowset is None else rowset
-        trunk = plan.trunk(stage, versions)
-        assert trunk is not None
-        codec = codec_name(plan.config.store)
-        info = plan.store.find(trunk=trunk, rowset=plan.rowset(number)[0], codec=codec)
-        if info is not None and info.state == "complete":
+        info = plan.boundary(stage, versions, number)
+        if info is not None:
             return info.id
         below = maker(plan.stages, stage)
-        reads = self._boundary(plan, below, versions, number) if below.reads_boundary else None
-        self._make_room(plan, below, reads)
+        entry = self._entry(plan, below, versions, number, train=False)
+        self._make_room(plan, below, entry.reads)
         self._tell(
             "recomputing", stage=below.place, text=f"boundary {stage.depth} is not in the store: made by forward passes"
         )
+        checkpoints = self.run_directory.path / "checkpoints"
         self._crew.work(
-            plan.job(
-                below,
-                versions,
-                checkpoints=self.run_directory.path / "checkpoints",
-                train=False,
-                reads=reads,
-                writes=number,
-            )
+            plan.job(below, versions, checkpoints=checkpoints, train=False, entry=entry, writes=True, rowset=number)
         )
-        info = plan.store.find(trunk=trunk, rowset=plan.rowset(number)[0], codec=codec)
+        info = plan.boundary(stage, versions, number)
         assert info is not None, "a worker that ended well has written its boundary"
         return info.id
 
@@ -284,8 +302,8 @@ class Runner:
         keep = plan.config.store.keep
         if keep == "all":
             return
-        following = plan.stages[stage.place + 1] if stage.place + 1 < len(plan.stages) else None
-        needed = plan.boundary(following, versions) if following is not None else None
+        following = plan.stages[stage.depth + 1] if stage.depth + 1 < len(plan.stages) else None
+        needed = plan.nearest(following, versions) if following is not None else None
         others = {
             boundary
             for key, refs in plan.store.runs().items()

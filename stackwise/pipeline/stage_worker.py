@@ -6,10 +6,8 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,25 +17,21 @@ from stackwise.data import PreparedData
 from stackwise.durable import FileLock
 from stackwise.errors import InterruptedRun
 from stackwise.model import part_digest
-from stackwise.pipeline.build import parts_of, save_part, stage_model
+from stackwise.pipeline.boundary_worker import RESUME, Emit, Stop, entering, write_above
+from stackwise.pipeline.build import frozen_stage, parts_of, save_part, stage_model
 from stackwise.pipeline.device import make_deterministic, peak_memory
 from stackwise.pipeline.job import StageJob
-from stackwise.pipeline.recipe import WINDOW_CHUNKS, codec_name, order_rows, stage_steps, trunk_id
+from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows, stage_steps
 from stackwise.pipeline.rows import choose_samples, stage_rows
-from stackwise.store import CODECS, ActivationStore, BoundaryInfo, BoundaryReader, RowOrder
+from stackwise.store import ActivationStore, BoundaryReader, RowOrder
 from stackwise.training import checkpoint
 from stackwise.training.engine import Engine, ResidentEngine
 from stackwise.training.feed import Feed, ahead
-from stackwise.training.forward import write_boundary
 from stackwise.training.stage import StageModel
 from stackwise.training.trainer import Progress, Trainer
 
-Emit = Callable[[dict[str, Any]], None]
-Stop = Callable[[], bool]
-
 RETOLD = 1000
 """Losses told again on resuming: the last ones before a kill may have reached no one."""
-RESUME = "its state is saved; the same command goes on from there"
 
 
 def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
@@ -58,38 +52,33 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
         lock = Path(job.store) / "locks" / f"work-{job.recipe_id}.lock"
         stack.enter_context(FileLock(lock, f"stage {job.stage.depth}"))
         reader = stack.enter_context(store.reader(job.reads)) if job.reads else None
-        data = PreparedData.open(Path(job.data))
+        below = _feed(job, config, store, reader)
+        frozen = [frozen_stage(one, job, config).to(device) for one in job.through]
         model = stage_model(job, config).to(device)
         if job.train:
-            feed = _feed(config, data, store, reader, job.rowset, job.stage.rowset)
-            train_stage(job, config, model, feed, store, device, emit, stop)
-        if job.writes_rowset is not None:
+            with entering(job, config, below, frozen, store, device, emit, stop) as feed:
+                train_stage(job, config, model, feed, store, device, emit, stop)
+        if job.writes:
             # The head and the optimizer are done with; what remains is one forward pass.
             digests = [part_digest(module) for module in _passed_on(model, job).values()]
             model.head, model.beyond = None, nn.ModuleList()
             gc.collect()
-            feed = _feed(config, data, store, reader, job.writes_rowset, job.writes_number)
-            write_above(job, config, model, feed, store, digests, device, emit, stop)
+            write_above(job, config, [*frozen, model], below, store, digests, device, emit, stop)
 
 
 def _passed_on(model: StageModel, job: StageJob) -> dict[str, nn.Module]:
     return {name: module for name, module in parts_of(model, job.stage).items() if name in job.stage.hands_on}
 
 
-def _feed(
-    config: StackWiseConfig,
-    data: PreparedData,
-    store: ActivationStore,
-    reader: BoundaryReader | None,
-    rowset: str,
-    number: int,
-) -> Feed:
+def _feed(job: StageJob, config: StackWiseConfig, store: ActivationStore, reader: BoundaryReader | None) -> Feed:
+    """The job's rows as they are stored: tokens, masks, and the boundary that is read."""
+    data = PreparedData.open(Path(job.data))
     return Feed(
         data.train,
         config.training.seq_len,
-        choose_samples(config, data.train, number),
+        choose_samples(config, data.train, job.rowset_number),
         store,
-        store.rowset(rowset),
+        store.rowset(job.rowset),
         reader,
         within_documents=config.data.within_documents,
         targets=config.objective == "custom",
@@ -211,66 +200,3 @@ def _commit(
 
 def _save(engine: Engine, module: nn.Module, path: Path) -> None:
     save_part(engine.weights(module), path)
-
-
-def write_above(
-    job: StageJob,
-    config: StackWiseConfig,
-    model: StageModel,
-    feed: Feed,
-    store: ActivationStore,
-    digests: list[str],
-    device: torch.device,
-    emit: Emit,
-    stop: Stop,
-) -> None:
-    """Write what the boundary above a stage still lacks."""
-    stage, clock = job.stage, time.perf_counter()
-    trunk = trunk_id(job.forward, [*job.trunk_digests, *digests])
-    codec = codec_name(config.store)
-    begun = store.find(trunk=trunk, rowset=feed.rowset.id, codec=codec)
-    with store.writer(
-        trunk=trunk,
-        rowset=feed.rowset.id,
-        depth=stage.depth + 1,
-        seq_len=config.row_positions,
-        d_model=config.model.d_model,
-        codec=codec,
-        chunk_rows=boundary_chunk_rows(config, feed.rowset.rows, begun),
-        attributes={"blocks_below": stage.last + 1},
-    ) as writer:
-        emit({"event": "writing", "stage": stage.place, "boundary": writer.info.id, "chunks": writer.info.chunks})
-        done = write_boundary(
-            model,
-            feed,
-            writer,
-            device,
-            progress=lambda done, total: emit(
-                {"event": "boundary", "stage": stage.place, "done": done, "total": total}
-            ),
-            stop=stop,
-        )
-    if not done.finished:
-        raise InterruptedRun(f"stage {stage.depth} stopped while writing boundary {stage.depth + 1}", hint=RESUME)
-    info = next(info for info in store.boundaries() if info.id == writer.info.id)
-    emit(
-        {
-            "event": "written",
-            "stage": stage.place,
-            "boundary": info.id,
-            "bytes": info.disk_bytes,
-            "rows": info.rows,
-            "seconds": time.perf_counter() - clock,
-            "wait_fraction": done.wait_fraction,
-            "blocked_fraction": done.blocked_fraction,
-        }
-    )
-
-
-def boundary_chunk_rows(config: StackWiseConfig, rows: int, begun: BoundaryInfo | None) -> int:
-    """Rows in a chunk on disk: those of a boundary that was begun before, else by `store.chunk_bytes`."""
-    if begun is not None:
-        return begun.chunk_rows
-    row_bytes = CODECS[codec_name(config.store)].row_bytes(config.row_positions, config.model.d_model)
-    fitting = max(1, config.store.chunk_bytes // row_bytes)
-    return min(rows, 1 << (fitting.bit_length() - 1))

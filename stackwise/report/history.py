@@ -131,7 +131,7 @@ def _take(history: History, event: Event) -> None:
                 history.curves[event["stage"]] = Curve(event.get("recipe"))
         case "step":
             _take_step(history.curves.setdefault(event["stage"], Curve(None)), event)
-        case "writing":
+        case "writing" | "filling":
             history.boundaries[event["boundary"]] = Written(event["stage"] + 1)
         case "written":
             written = history.boundaries.setdefault(event["boundary"], Written(event["stage"] + 1))

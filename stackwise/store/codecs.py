@@ -105,8 +105,8 @@ class Codec:
         target = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.base]
         y = x.detach().to(device="cpu", dtype=target).contiguous()
         bits = y.view(torch.uint16).numpy() if target is torch.bfloat16 else y.numpy()
-        if self.base == "fp16" and x.dtype is not torch.float16 and bool((y.isinf() & x.isfinite().to("cpu")).any()):
-            raise _too_large()
+        if self.base == "fp16":
+            _check_range(x, y)
         return [bits]
 
     def round_trip(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,10 @@ class Codec:
 
         decoded: torch.dtype = getattr(torch, self.decoded)
         if self.lossless:
-            return x.detach().to(decoded)
+            y = x.detach().to(decoded)
+            if self.base == "fp16":
+                _check_range(x, y)
+            return y
         stored, scale = self.encode(x)
         out = torch.empty(x.shape, dtype=decoded)
         decode_scaled(self.base, stored, scale, out)
@@ -248,6 +251,11 @@ def decode_scaled(base: str, stored: Array, scale: Array, out: torch.Tensor) -> 
         q = q.view(torch.float8_e4m3fn)
     torch.mul(q.to(torch.float32), torch.from_numpy(scale).unsqueeze(-1), out=(product := torch.empty(out.shape)))
     out.copy_(product)
+
+
+def _check_range(x: torch.Tensor, half: torch.Tensor) -> None:
+    if x.dtype is not half.dtype and bool((half.isinf() & x.isfinite().to(half.device)).any()):
+        raise _too_large()
 
 
 def _too_large() -> UsageError:

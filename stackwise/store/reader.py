@@ -93,10 +93,7 @@ class BoundaryReader:
         """
         if order.rows != self.info.rows:
             raise UsageError(f"the order is over {order.rows} rows, the boundary has {self.info.rows}")
-        small = min(self._source.row_bytes[0], sum(self._source.row_bytes)) < _DIRECT_ROW_BYTES
-        whole = self._codec.compression != "none" or small or not self._is_local()
-        if whole:
-            self._loaded_limit = self._window_chunks(order)
+        whole = self.expect(order)
         number, advised, slow = start, -1, False
         while True:
             rows = order.batch(number, batch_size)
@@ -108,6 +105,14 @@ class BoundaryReader:
             yield rows, x
             del x
             number += 1
+
+    def expect(self, order: RowOrder) -> bool:
+        """Get ready for reads in this order; whether whole chunks are then kept in memory, and how many, follows."""
+        small = min(self._source.row_bytes[0], sum(self._source.row_bytes)) < _DIRECT_ROW_BYTES
+        whole = self._codec.compression != "none" or small or not self._is_local()
+        if whole:
+            self._loaded_limit = self._window_chunks(order)
+        return whole
 
     def batches(
         self,

@@ -133,8 +133,12 @@ class BoundaryWriter:
             raise UsageError(f"chunk {chunk} of boundary {info.id} is {expected}, not {list(x.shape)}")
         return info.codec_object.encode(x)
 
-    def finish(self) -> BoundaryInfo:
+    def finish(self, cost: float | None = None) -> BoundaryInfo:
         """Make the boundary complete: its columns and Zarr metadata are written, then its state changes.
+
+        Args:
+            cost: Seconds that computing it took, where the writer did other things in between; by default the time
+                since the writer was made.
 
         Raises:
             UsageError: Chunks are missing.
@@ -150,7 +154,7 @@ class BoundaryWriter:
             write_metadata(self._index, self._backend, self._masks, self._rowset, info)
 
         # What this writer did not write is taken to have cost as much a chunk.
-        measured = (time.monotonic() - self._began) * info.chunks / max(1, self._lacked)
+        measured = (time.monotonic() - self._began) * info.chunks / max(1, self._lacked) if cost is None else cost
 
         def complete(view: Writing) -> BoundaryInfo:
             raw = view.get("boundaries", bytes.fromhex(info.id))

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from stackwise.store import ActivationStore, BoundaryReader, Prefetcher, RowOrder, Rowset
+from stackwise.store import ActivationStore, Prefetcher, RowOrder, Rowset
 from stackwise.training.stage import Batch
 
 
@@ -32,6 +32,16 @@ class Samples(Protocol):
         """The data's own targets int64 [n, seq_len], where it brings them."""
 
 
+class Activations(Protocol):
+    """Where activations come from: a boundary that is stored, or one that is filled on demand."""
+
+    def read(self, rows: np.ndarray) -> torch.Tensor:
+        """Activations [n, seq_len, d_model] of `rows`, on the CPU."""
+
+    def stream(self, order: RowOrder, batch_size: int, start: int = 0) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Endless batches in `order`, from batch number `start` on: rows [B] and their activations."""
+
+
 @dataclass(frozen=True)
 class Feed:
     """The rows of a rowset, as batches.
@@ -52,7 +62,7 @@ class Feed:
     samples_R: np.ndarray
     store: ActivationStore
     rowset: Rowset
-    reader: BoundaryReader | None = None
+    reader: Activations | None = None
     within_documents: bool = False
     targets: bool = False
 
@@ -93,14 +103,16 @@ class Feed:
 def ahead(batches: Iterator[Batch], device: torch.device, depth: int = 3) -> Prefetcher[Batch]:
     """The same batches, prepared by a background thread (and pinned, for a GPU) while the device computes."""
 
-    def pinned() -> Iterator[Batch]:
+    def each() -> Iterator[Batch]:
         for batch in batches:
-            yield _pin(batch)
+            yield pinned(batch)
 
-    return Prefetcher(pinned() if device.type == "cuda" else batches, depth=depth)
+    return Prefetcher(each() if device.type == "cuda" else batches, depth=depth)
 
 
-def _pin(batch: Batch) -> Batch:
+def pinned(batch: Batch) -> Batch:
+    """The same batch in pinned memory, from which a GPU copies by itself."""
+
     def pin(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.pin_memory()
 

@@ -115,33 +115,36 @@ def outputs(
 
 
 def write_boundary(
-    model: StageModel,
+    stages: Sequence[StageModel],
     feed: Feed,
     writer: BoundaryWriter,
     device: torch.device,
     *,
     progress: Callable[[int, int], None],
     stop: Callable[[], bool],
+    spent: float | None = None,
 ) -> Pass:
     """Write every chunk that `writer` still lacks; reading, copies, computing and writing overlap.
 
     Args:
-        model: The stage, on `device`; it is left in evaluation mode.
-        feed: What enters the stage.
-        writer: The boundary above it.
-        device: Where `model` is.
+        stages: The stages that the rows go through, lowest first, on `device`; they are left in evaluation mode.
+        feed: What enters the lowest.
+        writer: The boundary above the highest.
+        device: Where `stages` are.
         progress: Told the chunks handed to the writer and the chunks in all.
         stop: Asked before each chunk; True ends early, and a later call goes on from there.
+        spent: Seconds that the chunks which are there already took to compute; None: they took as long as these.
 
     Returns:
         Whether the boundary is complete, and how long the pass waited for what.
     """
-    model.eval()
+    for stage in stages:
+        stage.eval()
     missing, total = list(writer.missing), writer.info.chunks
     ranges = [writer.chunk_rows_of(chunk) for chunk in missing]
     begun, blocked, finished = time.perf_counter(), 0.0, True
     with ahead(feed.sequential(ranges, forward_rows(feed.seq_len)), device) as batches:
-        source = outputs([model], batches, writer.info.codec_object, device)
+        source = outputs(stages, batches, writer.info.codec_object, device)
         for done, (chunk, (first, last)) in enumerate(zip(missing, ranges, strict=True)):
             if stop():
                 finished = False
@@ -155,7 +158,7 @@ def write_boundary(
         waited = batches.waited
     handed = time.perf_counter()
     if finished:
-        writer.finish()
+        writer.finish(None if spent is None else spent + handed - begun)
     else:
         writer.flush()
     now = time.perf_counter()

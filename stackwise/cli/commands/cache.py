@@ -160,9 +160,8 @@ def _planned(run: RunDirectory, store: ActivationStore) -> dict[str, Any]:
         less what is written of it already (None: the rows are not chosen yet); `stored`: bytes of all boundaries;
         `allowed`: `store.max_bytes`; `free`: bytes on the disk.
     """
-    from stackwise.pipeline.fit import boundary_bytes
     from stackwise.pipeline.plan import Versions, add_versions
-    from stackwise.pipeline.recipe import codec_name, forward_specification, trunk_id
+    from stackwise.pipeline.recipe import boundary_bytes, codec_name, forward_specification, trunk_id
     from stackwise.pipeline.rows import rows_key
     from stackwise.pipeline.schedule import schedule
 

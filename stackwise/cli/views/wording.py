@@ -27,7 +27,7 @@ def wording(event: Event) -> str | None:
             memory = (
                 f"about {words.size(event['memory_needed'])} of memory, there are {words.size(event['memory_total'])}"
             )
-            return f"it fits: needs {disk}; {memory}"
+            return f"it fits: needs {disk}; {memory}{_traffic(event)}"
         case "training":
             return f"training, {words.plural(event['steps'], 'step')} ({event['reason']})"
         case "resumed":
@@ -37,6 +37,9 @@ def wording(event: Event) -> str | None:
         case "writing":
             chunks = event.get("chunks")
             return "writing its boundary" + (f", {words.plural(chunks, 'chunk')}" if chunks else "")
+        case "filling":
+            chunks = words.plural(event["chunks"], "chunk")
+            return f"its boundary is written while stage {event['stage'] + 1} trains on it, {chunks}"
         case "written":
             speed = event["bytes"] / event["seconds"] if event["seconds"] else 0.0
             took = f"{words.size(event['bytes'])} in {words.duration(event['seconds'])}, {words.size(speed)}/s"
@@ -63,6 +66,21 @@ def wording(event: Event) -> str | None:
         case "done":
             return f"done in {words.duration(event['seconds'])}"
     return None
+
+
+def _traffic(event: Event) -> str:
+    """What the boundaries cost where they are not each written by a pass of their own, beside what those would."""
+    here, separate = event.get("traffic"), event.get("separate")
+    if not here or not separate or here == separate:
+        return ""
+
+    def figures(of: dict[str, int]) -> str:
+        return (
+            f"{words.size(of['read'])} read, {words.size(of['written'])} written, "
+            f"{of['flops'] / 1e12:.3g} TFLOP of forward passes"
+        )
+
+    return f"; boundaries: {figures(here)} (with each stored by a pass of its own: {figures(separate)})"
 
 
 def step_line(event: Event, seconds_left: float | None) -> str:
