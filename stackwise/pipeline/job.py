@@ -114,7 +114,8 @@ class StageJob:
 
 
 def _stage(data: dict[str, Any]) -> Stage:
-    return Stage(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return Stage(**values)
 
 
 def _sources(data: dict[str, Any]) -> dict[str, Source]:
