@@ -157,14 +157,19 @@ class FileLock:
         self.release()
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a live process holds the lock file `path` exclusively. Asking never creates the file."""
+def is_locked(path: Path, *, shared: bool = False) -> bool:
+    """Whether a live process holds the lock file `path` exclusively. Asking never creates the file.
+
+    Args:
+        path: The lock file; a link is none.
+        shared: Count those who hold it beside others, too.
+    """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_EX if shared else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:

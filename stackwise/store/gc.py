@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +28,24 @@ class Collector:
         store: The store.
         dry_run: Say what would go, remove nothing.
         all: Collect even where no run is registered.
+        forget_missing: Forget the runs whose directory is gone.
         progress: Called with (done, total).
     """
 
     def __init__(
-        self, store: ActivationStore, *, dry_run: bool, all: bool, progress: inspection.Progress | None
+        self,
+        store: ActivationStore,
+        *,
+        dry_run: bool,
+        all: bool,
+        forget_missing: bool,
+        progress: inspection.Progress | None,
     ) -> None:
         self._store, self._dry, self._all, self._progress = store, dry_run, all, progress
+        self._forget = forget_missing
         self._report: Report = {
             "dry_run": dry_run,
+            "missing_runs": [],
             "boundaries": [],
             "stages": [],
             "rowsets": 0,
@@ -55,6 +65,7 @@ class Collector:
                 f"no run is registered in the store {store.path}: gc would remove all that it holds",
                 hint="run `stackwise run` (which registers itself), or say that all may go (`--all`)",
             )
+        self._missing(runs)
         kept = {boundary for run in runs.values() for boundary in run["boundaries"]}
         needed = {recipe for run in runs.values() for recipe in run["recipes"]}
         doomed = [info for info in boundaries if info.id not in kept]
@@ -75,6 +86,16 @@ class Collector:
             store._reserve.take()
         self._tell(total, total)
         return report
+
+    def _missing(self, runs: dict[str, dict[str, Any]]) -> None:
+        """Name the runs whose directory is gone; where asked to, forget them, and what they alone refer to."""
+        gone = [key for key in runs if os.path.isabs(key) and not os.path.lexists(key)]
+        self._report["missing_runs"] = gone
+        if self._forget:
+            for key in gone:
+                del runs[key]
+                if not self._dry:
+                    self._store._reserve.run(lambda key=key: self._store.forget_run(key))  # type: ignore[misc]
 
     def _one(self, kind: str, name: str, remove: Callable[[], int], size: int) -> None:
         if self._dry:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import lmdb
 
-from stackwise.errors import DamageError, NoSpaceError, StackWiseError
+from stackwise.errors import DamageError, NoSpaceError, StackWiseError, UsageError
 from stackwise.store import files, trust
 
 TABLES = ("masks", "rowsets", "boundaries", "trunks", "chunks", "runs", "evicted")
@@ -45,8 +45,8 @@ _open_lock = threading.Lock()
 class Index:
     """Tables of bytes to bytes under `path`. Use `open_index`, which shares one a process."""
 
-    def __init__(self, path: Path, map_size: int = MAP_SIZE) -> None:
-        self.path = path
+    def __init__(self, path: Path, map_size: int = MAP_SIZE, *, read_only: bool = False) -> None:
+        self.path, self.read_only = path, read_only
         self.references = 0
         self._map_size = map_size
         self._env: Any = None
@@ -86,11 +86,11 @@ class Index:
         if self._env is None:
             with self._opening, self._explained():
                 if self._env is None:
-                    env = _open_environment(self.path, self._map_size)
+                    env = _open_environment(self.path, self._map_size, self.read_only)
                     if trust.is_cut_off(self.path / "data.mdb", env.info()["last_pgno"], env.stat()["psize"]):
                         env.close()
                         raise lmdb.CorruptedError("the file is cut off")
-                    self._tables = {name: env.open_db(name.encode()) for name in TABLES}
+                    self._tables = {name: env.open_db(name.encode(), create=not self.read_only) for name in TABLES}
                     env.reader_check()
                     self._env = env
         return self._env
@@ -152,7 +152,10 @@ class Index:
         Raises:
             NoSpaceError: The disk is full; nothing was changed.
             DamageError: The index is damaged.
+            UsageError: It can only be read.
         """
+        if self.read_only:
+            raise UsageError(f"the store {self.path.parent} can only be read here")
         env = self._environment()
         with self._explained(), self._writing:
             while True:
@@ -277,7 +280,7 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
-def _open_environment(path: Path, map_size: int) -> Any:
+def _open_environment(path: Path, map_size: int, read_only: bool) -> Any:
     size = map_size
     while True:
         try:
@@ -289,6 +292,8 @@ def _open_environment(path: Path, map_size: int) -> Any:
                 readahead=False,
                 meminit=True,
                 writemap=False,
+                readonly=read_only,
+                lock=not read_only,
                 max_spare_txns=0,  # an idle cached reader would keep a slot across a fork
             )
         except (lmdb.MemoryError, MemoryError, lmdb.Error) as error:
@@ -298,13 +303,13 @@ def _open_environment(path: Path, map_size: int) -> Any:
             size >>= 2
 
 
-def open_index(path: Path, map_size: int = MAP_SIZE) -> Index:
+def open_index(path: Path, map_size: int = MAP_SIZE, *, read_only: bool = False) -> Index:
     """The index under `path`, shared with every other store of this process that has it open."""
     key = os.path.realpath(path)
     with _open_lock:
         index = _open.get(key)
         if index is None:
-            index = _open[key] = Index(path, map_size)
+            index = _open[key] = Index(path, map_size, read_only=read_only)
         index.references += 1
         try:
             index._environment()

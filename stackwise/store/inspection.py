@@ -14,7 +14,6 @@ from stackwise.store.backend import Backend
 from stackwise.store.chunks import ChunkSource
 from stackwise.store.index import Index
 from stackwise.store.layout import Layout
-from stackwise.store.leases import in_use
 from stackwise.store.records import BoundaryInfo, chunk_key
 from stackwise.store.rowset import Rowset, rowset_id_of
 from stackwise.store.stages import Stages
@@ -232,7 +231,7 @@ def orphans(index: Index, store_layout: Layout, backend: Backend) -> list[str]:
             names = [entry.name for entry in directory.iterdir()]
             found += [f"{prefix}/{n}" for n in names if (n not in keep if keep is not None else not is_hex_id(n))]
     for boundary_id in sorted(known):
-        if in_use(store_layout.lock(boundary_id)):
+        if durable.is_locked(store_layout.lock(boundary_id), shared=True):
             continue  # a temporary file there has a living writer
         for key, _ in backend.walk(boundary_id):
             if key.rpartition("/")[2].startswith(durable.TEMPORARY):

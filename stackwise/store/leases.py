@@ -1,7 +1,8 @@
 """Leases: who reads or writes a boundary holds its lock shared, who removes it needs it alone.
 
 The kernel frees a dead holder's. A lock file may be removed by whoever holds it alone, so a lease checks that
-the file it locked is still the one that bears the name.
+the file it locked is still the one that bears the name. Where a store can only be read, a lease is taken on the lock
+file that is there; where there is none, nothing protects the reader, and on a disk that is read-only nothing need.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from stackwise.errors import BusyError, DamageError
+from stackwise.errors import BusyError, DamageError, UsageError
+
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the system says where a file or a disk can only be read."""
 
 
 class Lease:
@@ -26,18 +30,22 @@ class Lease:
 
     Raises:
         BusyError: Another holder is in the way.
+        UsageError: `alone`, in a store that this user may only read.
     """
 
     def __init__(self, path: Path, what: str, *, alone: bool = False) -> None:
         self.path = path
+        self._fd: int | None = None
         mode = (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB
         while True:
-            try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-            except OSError as error:
-                if error.errno in (errno.ELOOP, errno.EISDIR):
-                    raise DamageError(f"{path} is no lock file", hint="remove it; it is made anew") from error
-                raise
+            opened = open_lock(path)
+            if opened is None or (alone and not opened[1]):
+                if opened is not None:
+                    os.close(opened[0])
+                if alone:
+                    raise UsageError(f"{what} cannot be changed: its store can only be read here")
+                return
+            fd = opened[0]
             try:
                 fcntl.flock(fd, mode)
                 if _is_still(fd, path):
@@ -53,7 +61,7 @@ class Lease:
             except BaseException:
                 os.close(fd)
                 raise
-        self._fd: int | None = fd
+        self._fd = fd
 
     def remove(self) -> None:
         """Remove the lock file (a holder alone may) and let go."""
@@ -76,6 +84,26 @@ class Lease:
         self.release()
 
 
+def open_lock(path: Path) -> tuple[int, bool] | None:
+    """A lock file's descriptor, and whether the store can be written; None where it is missing and cannot be made.
+
+    Raises:
+        DamageError: It is a link or a directory.
+    """
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644), True
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise DamageError(f"{path} is no lock file", hint="remove it; it is made anew") from error
+        if error.errno not in READ_ONLY:
+            raise
+    try:
+        return os.open(path, os.O_RDONLY | flags), False
+    except FileNotFoundError:
+        return None
+
+
 def _is_still(fd: int, path: Path) -> bool:
     try:
         named = os.stat(path, follow_symlinks=False)
@@ -83,18 +111,3 @@ def _is_still(fd: int, path: Path) -> bool:
         return False
     ours = os.fstat(fd)
     return (ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino)
-
-
-def in_use(path: Path) -> bool:
-    """Whether anyone holds the lock file `path`, shared or alone. Asking never creates it."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError
+from stackwise import durable
+from stackwise.errors import BusyError, DamageError, NoSpaceError, NotFound, StackWiseError
 from stackwise.identity import is_hex_id
 from stackwise.store import files, inspection
 from stackwise.store.backend import Backend, LocalBackend
 from stackwise.store.columns import write_metadata
 from stackwise.store.index import Writing
 from stackwise.store.layout import Layout
-from stackwise.store.leases import Lease, in_use
+from stackwise.store.leases import Lease
 from stackwise.store.publishing import Publisher, row_digests
 from stackwise.store.rebuild import Rebuilder, describe, set_aside
 from stackwise.store.records import BoundaryInfo, ChunkRecord, chunk_key
@@ -41,6 +42,7 @@ class Repairer:
         store: The store.
         recompute: What makes chunks again; without it a damaged chunk is given up, to be written again later.
         dry_run: Say what would be done, change nothing.
+        drop_stages: Remove damaged committed stages.
         progress: Called with (done, total) damaged chunks.
     """
 
@@ -50,14 +52,17 @@ class Repairer:
         recompute: Recompute | None,
         *,
         dry_run: bool = False,
+        drop_stages: bool = False,
         progress: inspection.Progress | None = None,
     ) -> None:
         self._store, self._recompute, self._dry, self._progress = store, recompute, dry_run, progress
+        self._drop_stages = drop_stages
         self._report: dict[str, Any] = {
             "dry_run": dry_run,
             "rebuilt": [],
             "repaired": [],
             "gone": [],
+            "dropped_stages": [],
             "busy": [],
             "checked_chunks": 0,
         }
@@ -74,6 +79,7 @@ class Repairer:
             if is_hex_id(damage["boundary"]) and isinstance(damage["chunk"], int):
                 by_boundary.setdefault(damage["boundary"], {})[damage["chunk"]] = damage["fault"]
             elif not self._rewrite_metadata(damage["boundary"]):
+                self._drop_stage(damage["boundary"])
                 self._gone(damage["boundary"], damage["chunk"], damage["fault"])
         total, done = sum(len(chunks) for chunks in by_boundary.values()), 0
         for boundary_id, chunks in by_boundary.items():
@@ -82,6 +88,19 @@ class Repairer:
             if self._progress is not None:
                 self._progress(done, total)
         return self._report
+
+    def _drop_stage(self, name: str) -> None:
+        """Remove `stage <recipe>`, where damaged stages are to go; another thing's name is passed over."""
+        kind, _, recipe = name.partition(" ")
+        if kind != "stage" or not self._drop_stages or recipe in self._report["dropped_stages"]:
+            return
+        try:
+            if not self._dry:
+                self._store.drop_stage(recipe)
+        except BusyError:
+            self._report["busy"].append(name)
+            return
+        self._report["dropped_stages"].append(recipe)
 
     def _gone(self, boundary: str, chunk: int | str | None, fault: str) -> None:
         entry = {"boundary": boundary, "chunk": chunk, "fault": fault}
@@ -254,6 +273,7 @@ def repair_store(
     *,
     backend: Backend | None = None,
     dry_run: bool = False,
+    drop_stages: bool = False,
     progress: inspection.Progress | None = None,
 ) -> dict[str, Any]:
     """Repair a store that may not even open: a lost or damaged index is set aside and rebuilt.
@@ -263,6 +283,7 @@ def repair_store(
         recompute: See `ActivationStore.repair`.
         backend: Where its boundaries lie, where not beside the index.
         dry_run: Say what would be done, change nothing.
+        drop_stages: See `ActivationStore.repair`.
         progress: Called with (done, total) damaged chunks.
 
     Returns:
@@ -280,7 +301,7 @@ def repair_store(
         if dry_run:
             names = (backend or LocalBackend(Layout(Path(path)).boundaries)).names()
             rebuilt = [name for name in names if is_hex_id(name)]
-            empty: dict[str, Any] = {"repaired": [], "gone": [], "busy": [], "checked_chunks": 0}
+            empty: dict[str, Any] = {"repaired": [], "gone": [], "dropped_stages": [], "busy": [], "checked_chunks": 0}
             return {"dry_run": True, "index": "damaged", "rebuilt": rebuilt, "fault": error.message, **empty}
         layout = Layout(Path(path).absolute())
         set_aside(layout.index)
@@ -291,7 +312,7 @@ def repair_store(
         layout.format.rename(layout.format.with_name(".tmp-format.json"))
         store = ActivationStore(path, backend=backend)
     with store:
-        report = Repairer(store, recompute, dry_run=dry_run, progress=progress).run()
+        report = Repairer(store, recompute, dry_run=dry_run, drop_stages=drop_stages, progress=progress).run()
     files.discard(store.path / ".tmp-format.json")
     return {**report, "index": state}
 
@@ -309,7 +330,7 @@ def unlock(store: ActivationStore) -> dict[str, Any]:
     for path in sorted(Path(store._layout.locks).glob("*.lock")):
         if path == store._layout.presence:
             continue
-        if in_use(path):
+        if durable.is_locked(path, shared=True):
             held.append(path.stem)
         else:
             with contextlib.suppress(StackWiseError, OSError):

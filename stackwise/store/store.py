@@ -20,7 +20,7 @@ from stackwise.store.codecs import codec_named, default_chunk_rows
 from stackwise.store.commitments import Commitments
 from stackwise.store.index import Writing, close_index, open_index
 from stackwise.store.layout import Layout, checked_id
-from stackwise.store.leases import Lease
+from stackwise.store.leases import Lease, open_lock
 from stackwise.store.masks import Masks
 from stackwise.store.reader import BoundaryReader
 from stackwise.store.recompute import Evicted
@@ -43,6 +43,14 @@ class ActivationStore(Rows, Commitments, Upkeep):
     (any computation with an id) gave, as a Zarr v3 group. What a writer published survives kill -9 and power loss;
     what is damaged is never delivered. Any number of processes may use a store at once, each with an object of
     its own; a store may be used in a forked child as it is.
+
+    A store on a read-only disk, or of another user, can be read, looked at and verified. Where its lock files cannot
+    be written, LMDB reads without its own lock: on a disk that nobody writes that is safe; beside another user's
+    running writer it is not, as pages may be used again while they are read, and a boundary may be removed.
+
+    Attributes:
+        path: The store's directory.
+        read_only: Whether it can only be read.
 
     Args:
         path: The store's directory.
@@ -89,12 +97,10 @@ class ActivationStore(Rows, Commitments, Upkeep):
                 f"the index of the store {self.path} is missing",
                 hint="`stackwise cache repair` rebuilds it from the boundaries",
             )
-        # Held shared while the store is open: whoever gets it alone knows that nobody else is about to use it.
-        self._presence = os.open(self._layout.presence, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        self._presence, self.read_only = self._enter()
         try:
-            fcntl.flock(self._presence, fcntl.LOCK_SH)
             trust.check_index(self._layout.index, self._presence)
-            self._index = open_index(self._layout.index)
+            self._index = open_index(self._layout.index, read_only=self.read_only)
         except BaseException:
             os.close(self._presence)
             raise
@@ -111,8 +117,24 @@ class ActivationStore(Rows, Commitments, Upkeep):
         self._stages = Stages(self._layout)
         self._rowsets: dict[Hex, Rowset] = {}
         self._reserve = Reserve(self._layout.reserve)
-        self._reserve.take()
+        if not self.read_only:
+            self._reserve.take()
         self._closed = False
+
+    def _enter(self) -> tuple[int, bool]:
+        """Hold the store's presence lock shared, as long as it is open; its descriptor, and whether it is read-only.
+
+        Whoever gets that lock alone knows that nobody else is about to use the store.
+        """
+        opened = open_lock(self._layout.presence)
+        if opened is None:  # it can only be read, and nobody ever opened it: any file of it will do
+            return os.open(self._layout.format, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), True
+        try:
+            fcntl.flock(opened[0], fcntl.LOCK_SH)
+        except BaseException:
+            os.close(opened[0])
+            raise
+        return opened[0], not opened[1]
 
     def _refuse_foreign_directory(self) -> None:
         """A directory with other things in it does not become a store."""

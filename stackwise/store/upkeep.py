@@ -82,6 +82,7 @@ class Upkeep(abc.ABC):
         recompute: Recompute | None = None,
         *,
         dry_run: bool = False,
+        drop_stages: bool = False,
         progress: inspection.Progress | None = None,
     ) -> dict[str, Any]:
         """Heal what can be healed, and name what is gone.
@@ -93,18 +94,32 @@ class Upkeep(abc.ABC):
         Args:
             recompute: Given a boundary and its damaged chunks, yields (chunk, rows [n, seq_len, d_model]).
             dry_run: Say what would be done, change nothing.
+            drop_stages: Remove damaged committed stages, so that the next run trains them again. By default they are
+                only named: what is sound in them can still be saved.
             progress: Called with (done, total) damaged chunks.
 
         Returns:
-            `{"dry_run", "rebuilt": [ids], "repaired": [{"boundary", "chunk", "fault"}], "gone": [the same], "busy",
-            "checked_chunks"}`.
+            `{"dry_run", "rebuilt": [ids], "repaired": [{"boundary", "chunk", "fault"}], "gone": [the same],
+            "dropped_stages": [ids], "busy", "checked_chunks"}`.
         """
         from stackwise.store.repair import Repairer
 
-        return Repairer(self, recompute, dry_run=dry_run, progress=progress).run()  # type: ignore[arg-type]
+        repairer = Repairer(
+            self,  # type: ignore[arg-type]
+            recompute,
+            dry_run=dry_run,
+            drop_stages=drop_stages,
+            progress=progress,
+        )
+        return repairer.run()
 
     def gc(
-        self, *, dry_run: bool = False, all: bool = False, progress: inspection.Progress | None = None
+        self,
+        *,
+        dry_run: bool = False,
+        all: bool = False,
+        forget_missing: bool = False,
+        progress: inspection.Progress | None = None,
     ) -> dict[str, Any]:
         """Remove what no registered run refers to: boundaries, stages, rowsets, masks, and what belongs to nothing.
 
@@ -114,18 +129,27 @@ class Upkeep(abc.ABC):
         Args:
             dry_run: Say what would go and how much it is; remove nothing.
             all: Collect even where no run is registered, which is everything that is not in use.
+            forget_missing: Forget the runs whose key is a directory that is gone (a disk that is not mounted has
+                gone, too), and collect what they alone refer to. By default they are only named.
             progress: Called with (done, total).
 
         Returns:
-            `{"dry_run", "boundaries": [ids], "stages": [ids], "rowsets", "masks", "orphans": [paths], "busy": [ids],
-            "freed": bytes}`.
+            `{"dry_run", "missing_runs": [keys], "boundaries": [ids], "stages": [ids], "rowsets", "masks",
+            "orphans": [paths], "busy": [ids], "freed": bytes}`.
 
         Raises:
             UsageError: No run is registered, and `all` was not said.
         """
         from stackwise.store.gc import Collector
 
-        return Collector(self, dry_run=dry_run, all=all, progress=progress).run()  # type: ignore[arg-type]
+        collector = Collector(
+            self,  # type: ignore[arg-type]
+            dry_run=dry_run,
+            all=all,
+            forget_missing=forget_missing,
+            progress=progress,
+        )
+        return collector.run()
 
     def unlock(self) -> dict[str, Any]:
         """Free what dead processes left: slots in the index's table of readers, and lock files nobody holds.

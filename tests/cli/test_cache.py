@@ -130,6 +130,35 @@ def test_gc_keeps_what_a_run_refers_to(store: Path, here: Path, cli: Cli) -> Non
     assert "0 B would be freed" in cli("cache", "gc", "--dry-run").stdout
 
 
+def test_gc_forgets_a_run_that_is_gone_where_asked(store: Path, here: Path, cli: Cli, tmp_path: Path) -> None:
+    shutil.copytree(store, "alone")
+    with ActivationStore(here / "alone") as opened:
+        for key in opened.runs():
+            refers = opened.runs()[key]
+            opened.forget_run(key)
+            opened.register_run(str(tmp_path / "gone"), recipes=refers["recipes"], boundaries=refers["boundaries"])
+    named = cli("cache", "gc", "--store", "alone")
+    assert str(tmp_path / "gone") in named.output
+    assert "--forget-missing" in named.output
+    planned = json.loads(cli("cache", "gc", "--store", "alone", "--forget-missing", "--dry-run", "--json").stdout)
+    assert planned["freed"] > 0
+    done = json.loads(cli("cache", "gc", "--store", "alone", "--forget-missing", "--json").stdout)
+    assert (done["boundaries"], done["stages"]) == (planned["boundaries"], planned["stages"])
+    assert json.loads(cli("cache", "inspect", "--store", "alone", "--json").stdout)["boundaries"] == []
+
+
+def test_repair_removes_a_damaged_stage_where_asked(store: Path, here: Path, cli: Cli) -> None:
+    shutil.copytree(store, "alone")
+    part = next(Path("alone/stages").glob("*/*.safetensors"))
+    part.write_bytes(b"x")
+    kept = cli("cache", "repair", "--store", "alone")
+    assert (kept.exit_code, part.exists()) == (3, True)
+    dropped = cli("cache", "repair", "--store", "alone", "--drop-stages")
+    assert (dropped.exit_code, part.exists()) == (3, False)
+    assert part.parent.name in dropped.stdout
+    assert cli("cache", "repair", "--store", "alone").exit_code == 0
+
+
 def test_unlock(store: Path, here: Path, cli: Cli) -> None:
     assert cli("cache", "unlock").exit_code == 0
     assert set(json.loads(cli("cache", "unlock", "--json").stdout)) == {"stale_readers", "removed", "held"}

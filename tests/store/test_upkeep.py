@@ -163,3 +163,39 @@ def test_inspect_says_age_and_cost(store: ActivationStore) -> None:
     (shown,) = store.inspect()["boundaries"]
     assert 0 <= shown["age"] < 60
     assert shown["cost"] == 12.5
+
+
+def test_runs_whose_directory_is_gone_are_named_and_forgotten_only_where_asked(tmp_path: Path) -> None:
+    with ActivationStore(tmp_path / "s") as store:
+        kept, lost, named = several(store, 3)
+        (tmp_path / "here").mkdir()
+        store.register_run(str(tmp_path / "here"), recipes=[], boundaries=[kept.id])
+        store.register_run(str(tmp_path / "moved"), recipes=[], boundaries=[lost.id, kept.id])
+        store.register_run("a name", recipes=[], boundaries=[named.id])
+        gone = [str(tmp_path / "moved")]
+        found = store.gc()
+        assert (found["missing_runs"], found["boundaries"]) == (gone, [])
+        planned = store.gc(dry_run=True, forget_missing=True)
+        assert (planned["missing_runs"], planned["boundaries"]) == (gone, [lost.id])
+        assert planned["freed"] >= lost.disk_bytes
+        assert len(store.runs()) == 3
+        assert store.gc(forget_missing=True)["boundaries"] == [lost.id]
+        assert set(store.runs()) == {str(tmp_path / "here"), "a name"}
+        assert {info.id for info in store.boundaries()} == {kept.id, named.id}
+
+
+def test_a_damaged_stage_is_named_and_removed_only_where_asked(tmp_path: Path) -> None:
+    sound, hurt = "12" * 16, "34" * 16
+    with ActivationStore(tmp_path / "s") as store:
+        for recipe in (sound, hurt):
+            store.commit_stage(recipe, {"front": part(1), "head": part(2)}, {})
+        (store.path / "stages" / hurt / "front.safetensors").write_bytes(b"x")
+        (store.path / "stages" / hurt / "head.safetensors").unlink()
+        for drop, dry in ((False, False), (True, True)):
+            found = store.repair(drop_stages=drop, dry_run=dry)
+            assert [item["boundary"] for item in found["gone"]] == [f"stage {hurt}"] * 2
+            assert found["dropped_stages"] == ([hurt] if drop else [])
+            assert store.stages() == [sound, hurt]
+        assert store.repair(drop_stages=True)["dropped_stages"] == [hurt]
+        assert store.stages() == [sound]
+        assert store.repair()["gone"] == []

@@ -24,18 +24,21 @@ NAMED = 10
 @click.command()
 @where
 @dry_run_option
-def repair(run: str | None, store: str | None, as_json: bool, dry_run: bool) -> None:
+@click.option("--drop-stages", is_flag=True, help="Remove damaged committed stages; the next run trains them again.")
+def repair(run: str | None, store: str | None, as_json: bool, dry_run: bool, drop_stages: bool) -> None:
     """Heal what can be healed, say what is gone. Exit code 3 where something is.
 
     A lost or damaged index is rebuilt from the boundaries. A damaged chunk is computed again from the run's committed
     weights, and taken out where it does not come out bit for bit as it was (with --store alone: always), so that the
-    next `stackwise run` that needs it makes it again.
+    next `stackwise run` that needs it makes it again. A damaged committed stage is named, and stays unless
+    --drop-stages is given.
     """
     path = store_path(run, store)
     from stackwise.store.repair import repair_store
 
     with progress("repairing") as tell:
-        found = repair_store(path, None if store else _recompute(run), dry_run=dry_run, progress=tell)
+        recompute = None if store else _recompute(run)
+        found = repair_store(path, recompute, dry_run=dry_run, drop_stages=drop_stages, progress=tell)
     if as_json:
         print_json(found)
     else:
@@ -77,6 +80,8 @@ def _show_repaired(found: dict[str, Any], dry_run: bool) -> None:
         out.print(plain(f"{would}repaired: {_place(item)}: {item['fault']}"))
     for item in found["gone"]:
         out.print(f"[red]{would}gone[/]: {plain(_place(item))}: {plain(item['fault'])}")
+    for name in found["dropped_stages"]:
+        out.print(f"{would}removed: stage {name}")
     for name in found["busy"]:
         note(f"in use, left alone: {name}")
     if not any(found[key] for key in ("rebuilt", "repaired", "gone")):
@@ -95,23 +100,33 @@ def _chunk(name: int | str) -> str:
 @where
 @dry_run_option
 @click.option("--all", "everything", is_flag=True, help="Collect even where no run is registered.")
-def gc(run: str | None, store: str | None, as_json: bool, dry_run: bool, everything: bool) -> None:
+@click.option(
+    "--forget-missing", is_flag=True, help="Forget the runs whose directory is gone, and collect what was theirs alone."
+)
+def gc(
+    run: str | None, store: str | None, as_json: bool, dry_run: bool, everything: bool, forget_missing: bool
+) -> None:
     """Remove what no registered run refers to. It works on a full disk."""
     with opened(run, store) as it, progress("collecting") as tell:
-        found = it.gc(dry_run=dry_run, all=everything, progress=tell)
+        found = it.gc(dry_run=dry_run, all=everything, forget_missing=forget_missing, progress=tell)
     if as_json:
         print_json(found)
         return
     would = "would go" if dry_run else "removed"
     shown = table("", would, right=(1,))
     for name, value in found.items():
-        if name not in ("dry_run", "busy", "freed"):
+        if name not in ("dry_run", "busy", "freed", "missing_runs"):
             shown.add_row(name, f"{value if isinstance(value, int) else len(value):,}")
     out = console()
     out.print(shown)
     out.print(f"{words.size(found['freed'])} {'would be freed' if dry_run else 'freed'}")
     for name in found["busy"][:NAMED]:
         note(f"in use, left alone: {name}")
+    for name in found["missing_runs"][:NAMED]:
+        note(f"the directory of this run is gone: {name}")
+    if found["missing_runs"]:
+        forgotten = "they would be forgotten" if dry_run else "they were forgotten"
+        note(forgotten if forget_missing else "`--forget-missing` forgets them, and collects what was theirs alone")
 
 
 @click.command()
