@@ -71,7 +71,10 @@ def sample_causal(
         if caches is not None:
             context_BS = context_BS[:, caches.length :]
         last_B = torch.arange(1, len(ids_BS) + 1, device=ids_BS.device) * context_BS.shape[1] - 1
-        logits_BV = logits_at(front, stages, context_BS, last_B, causal=True, autocast=autocast, caches=caches)
+        none_B = torch.zeros(len(ids_BS), device=ids_BS.device)  # nothing is masked
+        logits_BV = logits_at(
+            front, stages, context_BS, last_B, causal=True, autocast=autocast, time=none_B, caches=caches
+        )
         logits_BV = forbid(logits_BV, forbidden)
         if top_k is not None and top_k < logits_BV.shape[1]:
             least_B1 = logits_BV.topk(top_k).values[:, -1:]

@@ -9,6 +9,7 @@ from stackwise.objectives.corruption import corrupt
 from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler, no_masks, uniform_masks
 
 if TYPE_CHECKING:
+    from stackwise.objectives.adaptation import AdaptationObjective
     from stackwise.objectives.cross_entropy import head_cross_entropy
     from stackwise.objectives.objectives import (
         BlockDiffusionObjective,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AdaptationObjective",
     "BlockDiffusionObjective",
     "CLMObjective",
     "CustomObjective",
@@ -41,5 +43,5 @@ def __getattr__(name: str) -> Any:
     """Load what needs torch when it is first asked for (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "cross_entropy" if name == "head_cross_entropy" else "objectives"
+    module = {"head_cross_entropy": "cross_entropy", "AdaptationObjective": "adaptation"}.get(name, "objectives")
     return getattr(import_module(f"{__name__}.{module}"), name)

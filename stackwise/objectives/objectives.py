@@ -37,6 +37,14 @@ class Objective(abc.ABC):
     causal: Direction = False
     """The direction of attention."""
 
+    def at(self, step: int | None) -> Objective:
+        """The objective of an optimizer step, counted from 0: the same at all of them, but for one that changes.
+
+        Args:
+            step: The step; None: what holds when training is done.
+        """
+        return self
+
     @abc.abstractmethod
     def inputs(self, tokens_BS: Tensor, masks_BS: Tensor, sample_ids: SampleIds | None = None) -> Tensor:
         """The ids shown to the front.

@@ -31,6 +31,8 @@ class Batch:
     x_BSD: torch.Tensor | None = None
     segments_BS: torch.Tensor | None = None
     targets_BS: torch.Tensor | None = None
+    step: int | None = None
+    """The optimizer step that it is taken for: an objective may change as training goes. None: for no training."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; pinned tensors travel while the device computes."""
@@ -46,6 +48,7 @@ class Batch:
             move(self.x_BSD),
             move(self.segments_BS),
             move(self.targets_BS),
+            self.step,
         )
 
     def above(self, x_BSD: torch.Tensor) -> Batch:
@@ -84,18 +87,19 @@ class StageModel(nn.Module):
     def activations(self, batch: Batch) -> torch.Tensor:
         """The activations that leave the last block handed on, [B, S, D]."""
         if self.front is not None:
-            ids_BS = self.objective.inputs(batch.tokens_BS, batch.masks_BS, batch.sample_ids_B16)
-            times = self.objective.times(batch.masks_BS)
-            x_BSD = enter(self.front, ids_BS, times, causal=self.objective.causal)
+            objective = self.objective.at(batch.step)
+            ids_BS = objective.inputs(batch.tokens_BS, batch.masks_BS, batch.sample_ids_B16)
+            x_BSD = enter(self.front, ids_BS, objective.times(batch.masks_BS), causal=objective.causal)
         else:
             assert batch.x_BSD is not None, "a stage without a front reads a boundary"
             x_BSD = batch.x_BSD
         return self._through(self.blocks, x_BSD.to(self.stream_dtype), batch)
 
     def _through(self, blocks: nn.ModuleList, x_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        causal = self.objective.at(batch.step).causal
         for block in blocks:
             if isinstance(block, Block | Stack):
-                x_BSD = block(x_BSD, causal=self.objective.causal, segments_BS=batch.segments_BS)
+                x_BSD = block(x_BSD, causal=causal, segments_BS=batch.segments_BS)
             else:
                 x_BSD = block(x_BSD)
             assert isinstance(x_BSD, torch.Tensor)
@@ -105,7 +109,8 @@ class StageModel(nn.Module):
         """The sum of the losses over the scored positions of a batch, and how many those are."""
         assert self.head is not None, "a stage without a head has no loss"
         x_BSD = self._through(self.beyond, self.activations(batch), batch)
-        return self.objective.loss(x_BSD, self.head, batch.tokens_BS, batch.masks_BS, batch.targets_BS)
+        objective = self.objective.at(batch.step)
+        return objective.loss(x_BSD, self.head, batch.tokens_BS, batch.masks_BS, batch.targets_BS)
 
     @contextlib.contextmanager
     def numerics(self, device: torch.device) -> Iterator[None]:

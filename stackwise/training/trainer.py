@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -88,6 +88,7 @@ class Trainer:
 
     def train_step(self, microbatches: Sequence[Batch]) -> Stepped:
         """One optimizer step over `accumulation` microbatches, at the rate that the schedule gives."""
+        microbatches = [replace(batch, step=self.step) for batch in microbatches]
         stepped = self.engine.step(microbatches, self.step, learning_rate(self.settings, self.step, self.steps))
         self.step += 1
         return stepped
