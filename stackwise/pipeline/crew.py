@@ -6,15 +6,16 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from stackwise.durable import is_locked
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.job import FinishJob, StageJob
-from stackwise.pipeline.process import Worker
+from stackwise.pipeline.process import OutOfMemory, Worker
 from stackwise.pipeline.time_limit import TimeLimit
 
 LOCK_PATIENCE = 20.0
@@ -55,12 +56,19 @@ class Crew:
         self._spare = Worker(device, log)
         return self._spare.ready()
 
-    def work(self, job: StageJob | FinishJob, *, saves: int = 0) -> list[Event]:
+    def work(
+        self,
+        job: StageJob | FinishJob,
+        *,
+        saves: int = 0,
+        remedy: Callable[[dict[str, Any] | None], str] | None = None,
+    ) -> list[Event]:
         """Have a job done; returns its events, progress aside.
 
         Args:
             job: The job.
             saves: Bytes of one of its checkpoints.
+            remedy: What to do where memory runs out, from what was measured.
 
         Raises:
             InterruptedRun: It was stopped after saving.
@@ -88,6 +96,8 @@ class Crew:
         except StackWiseError as error:
             place = job.stage.place if isinstance(job, StageJob) else None
             self._observe({"event": "failed", "stage": place, "text": error.message})
+            if isinstance(error, OutOfMemory) and remedy is not None:
+                error.hint = f"{remedy(error.measured)}\n  {error.hint}"
             error.hint = f"{error.hint}; go on with: {self._resume_command}" if error.hint else self.go_on
             raise
         finally:

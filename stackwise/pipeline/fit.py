@@ -59,16 +59,34 @@ def stage_memory(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
     keys, values and the attention's output, and what lies inside the feed-forward. Autocast adds a 16-bit copy of
     every matrix in use. The loss keeps no logits beyond a slice.
     """
-    settings, model = config.stage_training(stage.depth), config.model
-    tokens = settings.batch_size * config.row_positions
+    fixed, row = memory_parts(config, vocab_size, stage)
+    return int(fixed + config.stage_training(stage.depth).batch_size * row)
+
+
+def memory_parts(
+    config: StackWiseConfig, vocab_size: int, stage: Stage, *, blocks: int | None = None
+) -> tuple[float, float]:
+    """The terms of `stage_memory`: bytes whatever the batch is, and bytes of each of its rows.
+
+    Args:
+        config: The configuration.
+        vocab_size: Ids that the model knows.
+        stage: The stage.
+        blocks: Blocks of the stage; None: its own.
+    """
+    model, own = config.model, stage.last - stage.first + 1
     kv = model.kv_heads * model.head_dim
     inner = (4 if model.ffn == "swiglu" else 2) * model.ffn_width
     numbers = 8 * model.d_model + 2 * kv + inner
     half = config.precision in ("bf16", "fp16")
-    blocks = stage.last - stage.first + 1 + len(stage.beyond)
-    activations = tokens * blocks * numbers * (2 if half else 4)
+    blocks = own if blocks is None else blocks
+    state = state_bytes(config, vocab_size, stage, gradients=True)
+    state -= round(
+        (own - blocks) * state / max(1, stage_parameters(config, vocab_size, stage)) * model.block_parameters
+    )
+    blocks += len(stage.beyond)
     copies = 2 * blocks * model.block_parameters if half else 0
-    return state_bytes(config, vocab_size, stage, gradients=True) + activations + copies + LOSS_BYTES
+    return state + copies + LOSS_BYTES, config.row_positions * blocks * numbers * (2 if half else 4)
 
 
 def below_memory(plan: Plan, stage: Stage) -> int:
@@ -127,19 +145,20 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
     total = psutil.virtual_memory().total
     if needed > free:
         raise NoSpaceError(
-            f"the run needs {_size(needed)} of disk ({_size(boundaries)} of them boundaries) and "
-            f"{disk} has {_size(free)} free",
+            f"the run needs {in_bytes(needed)} of disk ({in_bytes(boundaries)} of them boundaries) and "
+            f"{disk} has {in_bytes(free)} free",
             hint="lower training.rows or training.steps, set store.keep: none, or name a larger disk with store.path",
         )
     if todo and config.store.max_bytes is not None and boundary * min(live, 2) > config.store.max_bytes:
         raise NoSpaceError(
-            f"store.max_bytes is {_size(config.store.max_bytes)}, and two boundaries of {_size(boundary)} live at once",
+            f"store.max_bytes is {in_bytes(config.store.max_bytes)}, and two boundaries of {in_bytes(boundary)} "
+            "live at once",
             hint="raise store.max_bytes, or lower training.rows or training.steps",
         )
     if plan.device == "cpu" and state > total:
         raise UsageError(
-            f"the largest stage takes {_size(state)} for weights, gradients and moments alone; "
-            f"this machine has {_size(total)} of memory",
+            f"the largest stage takes {in_bytes(state)} for weights, gradients and moments alone; "
+            f"this machine has {in_bytes(total)} of memory",
             hint="lower training.block_size",
         )
     return {
@@ -153,7 +172,8 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
     }
 
 
-def _size(count: float) -> str:
+def in_bytes(count: float) -> str:
+    """Bytes in decimal units, three digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

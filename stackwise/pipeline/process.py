@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
+from stackwise.pipeline.memory import killed_for_memory
 
 Event = dict[str, Any]
 
@@ -30,6 +31,16 @@ _ERRORS = {kind.exit_code: kind for kind in (InterruptedRun, NoSpaceError)}
 
 class WorkerFailed(StackWiseError):
     """A worker ended without finishing its job."""
+
+
+class OutOfMemory(WorkerFailed):
+    """A worker ran out of memory, or was killed as the system kills for want of it.
+
+    Attributes:
+        measured: `limit`, `base`, `peak` in bytes and `what` they are of, as the worker saw them; None: it was killed.
+    """
+
+    measured: dict[str, Any] | None = None
 
 
 class Worker:
@@ -59,6 +70,7 @@ class Worker:
         self._listener.start()
         self._ready: Event | None = None
         self._given = self._stopped = False
+        self._killed_before = killed_for_memory()
 
     @property
     def pid(self) -> int:
@@ -142,7 +154,13 @@ class Worker:
     def _failure(self, event: Event | None) -> StackWiseError:
         if event is not None and event["event"] in ("error", "interrupted"):
             code = int(event.get("exit_code", 1))
-            error: StackWiseError = _ERRORS.get(code, WorkerFailed)(str(event["message"]), hint=event.get("hint"))
+            if (measured := event.get("memory")) is not None:
+                short = OutOfMemory(str(event["message"]), hint=f"its log: {self.log}")
+                short.measured = measured
+                return short
+            hint = event.get("hint") or (f"its log: {self.log}" if event.get("unexpected") else None)
+            tail = self._tail() if event.get("unexpected") else ""
+            error: StackWiseError = _ERRORS.get(code, WorkerFailed)(f"{event['message']}{tail}", hint=hint)
             error.exit_code = code
             return error
         if not self._given:
@@ -151,10 +169,15 @@ class Worker:
         if self._stopped and code in (0, -signal.SIGTERM, -signal.SIGKILL):
             return InterruptedRun("stopped before there was anything to save")
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        kind: type[WorkerFailed] = WorkerFailed
         if code == -signal.SIGKILL:
-            how += " (often the system's way of saying: out of memory)"
-        tail = "".join(f"\n    {line}" for line in self._last_lines(5))
-        return WorkerFailed(f"worker {self.pid} {how}{tail}", hint=f"its log: {self.log}")
+            kind = OutOfMemory
+            sure = killed_for_memory() > self._killed_before
+            how += ": out of memory" if sure else " (often the system's way of saying: out of memory)"
+        return kind(f"worker {self.pid} {how}{self._tail()}", hint=f"its log: {self.log}")
+
+    def _tail(self) -> str:
+        return "".join(f"\n    {line}" for line in self._last_lines(5))
 
     def _last_lines(self, count: int) -> list[str]:
         try:

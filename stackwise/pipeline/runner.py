@@ -26,6 +26,7 @@ from stackwise.pipeline.foresight import REUSED, Foreseen, committed_stage, fore
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.plan import Entry, Plan, Versions, add_versions, check_data
 from stackwise.pipeline.recipe import boundary_bytes, codec_name, recipe_id, stage_steps
+from stackwise.pipeline.remedy import remedy
 from stackwise.pipeline.run import RunDirectory, with_absolute_paths
 from stackwise.pipeline.schedule import Stage, maker
 from stackwise.pipeline.time_limit import TimeLimit
@@ -225,7 +226,11 @@ class Runner:
                 writes=hands_on,
             )
             try:
-                self._crew.work(job, saves=saves if job.train else 0)
+                self._crew.work(
+                    job,
+                    saves=saves if job.train else 0,
+                    remedy=lambda measured: remedy(plan.config, plan.vocabulary.size, stage, measured),
+                )
                 break
             except StackWiseError as error:
                 committed = committed_stage(plan, key)

@@ -16,6 +16,7 @@ import traceback
 from typing import Any
 
 from stackwise.errors import InterruptedRun, StackWiseError
+from stackwise.pipeline.memory import Memory, is_out_of_memory, memory
 
 
 class _Channel:
@@ -43,19 +44,20 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the runner, which tells its workers
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     channel = _Channel()
+    before: list[Memory] = []
     try:
-        return _serve(channel, stopping)
+        return _serve(channel, stopping, before)
     except StackWiseError as error:
         kind = "interrupted" if isinstance(error, InterruptedRun) else "error"
         channel.emit({"event": kind, "message": error.message, "hint": error.hint, "exit_code": error.exit_code})
         return error.exit_code
     except Exception as error:
         traceback.print_exc()
-        channel.emit({"event": "error", "exit_code": 1, **_explained(error)})
+        channel.emit({"event": "error", "exit_code": 1, **_explained(error, before[0] if before else memory())})
         return 1
 
 
-def _serve(channel: _Channel, stopping: threading.Event) -> int:
+def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory]) -> int:
     # Before torch: a job for `status` of a device that is not there should fail here, not at import.
     from stackwise.pipeline.device import describe, resolve_device
     from stackwise.pipeline.finish_worker import run_finish
@@ -69,6 +71,7 @@ def _serve(channel: _Channel, stopping: threading.Event) -> int:
         return 0
     threading.Thread(target=_watch_parent, args=(stopping,), daemon=True).start()
     job = json.loads(line)
+    before.append(memory(device))
     if job["kind"] == "stage":
         run_stage(StageJob.from_plain(job), channel.emit, stopping.is_set)
     else:
@@ -81,17 +84,24 @@ def _watch_parent(stopping: threading.Event) -> None:
     stopping.set()
 
 
-def _explained(error: Exception) -> dict[str, str]:
-    """An unexpected error in a line, with what to do about the ones that have a remedy."""
+def _explained(error: Exception, base: Memory) -> dict[str, Any]:
+    """An unexpected error in a line; with what was measured, where memory ran out."""
     text = str(error).strip().splitlines()
     message = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return {
-            "message": f"out of memory: {message}",
-            "hint": "lower training.batch_size (and raise training.accumulation), training.seq_len or "
-            "training.block_size, then run again",
-        }
-    return {"message": message, "hint": "the worker's log has the whole of it"}
+    if is_out_of_memory(error):
+        measured = {"limit": base.limit, "base": base.used, "peak": _peak(base), "what": base.what}
+        return {"message": f"out of memory: {message}", "memory": measured}
+    return {"message": message, "unexpected": True}
+
+
+def _peak(base: Memory) -> int | None:
+    """Most bytes held, in the measure of `base`, as far as that is known."""
+    if base.what == "GPU memory":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    now = memory()
+    return now.used if now.what == base.what else None
 
 
 if __name__ == "__main__":
