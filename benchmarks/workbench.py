@@ -6,10 +6,12 @@ What a stage worker builds from a run, this builds from a preset alone, out of t
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -200,12 +202,18 @@ class _Until:
         self.losses: list[float] = []
 
     def report(self, progress: Progress) -> None:
-        self.losses += progress.losses
+        self.losses += [loss for loss in progress.losses if loss is not None]
 
     def checkpoint_due(self, step: int) -> bool:
         return False
 
-    def save(self) -> None:
+    def save(self, *, wait: bool) -> None:
+        return
+
+    def evaluate(self) -> float:
+        return math.nan
+
+    def diverged(self, told: Mapping[str, Any]) -> None:
         return
 
     def stop(self) -> bool:

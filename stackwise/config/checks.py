@@ -69,6 +69,13 @@ def _training(config: Settings) -> Iterator[Fault]:
         yield "training.masks_per_sample", "clm masks nothing: every further mask would repeat the sample"
     if training.mask_schedule_over == "depth" and config.objective == "clm":
         yield "training.mask_schedule_over", "clm masks nothing: there are no fractions to spread over depth"
+    for depth in range(config.n_stages):
+        settings = config.stage_training(depth)
+        if settings.heeds_held_out and settings.eval_every is None:
+            which = "patience" if settings.patience is not None else "keep_best"
+            key = f"stages.{depth}.training" if depth in config.stages else "training"
+            yield f"{key}.{which}", "needs held-out losses: set training.eval_every too"
+            break
     for key, rates in (
         ("training", training.block_learning_rates),
         *((f"stages.{depth}.training", own.training.block_learning_rates) for depth, own in config.stages.items()),
@@ -151,6 +158,10 @@ def _training_notes(key: str, settings: StageTraining, given: set[str], precisio
         yield f"{key}.epochs_per_layer is unused: training.{'steps' if settings.steps else 'tokens'} is given"
     if "muon_momentum" in given and settings.optimizer != "muon":
         yield f"{key}.muon_momentum is unused: optimizer is {settings.optimizer}"
+    if settings.on_divergence == "stop" and (unused := sorted(given & {"divergence_factor", "divergence_limit"})):
+        yield f"{key}.{', '.join(unused)}: unused, on_divergence is stop"
+    if "rollback_factor" in given and settings.on_divergence != "rollback":
+        yield f"{key}.rollback_factor is unused: on_divergence is {settings.on_divergence}"
     if "loss_scale" in given and precision != "fp16":
         yield f"{key}.loss_scale is unused: precision is {precision}"
 

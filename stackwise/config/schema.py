@@ -242,6 +242,28 @@ class StageTraining(Section):
     ema: Probability = Field(
         0.0, description="decay of a running mean of the weights, which is then what is committed; 0: none"
     )
+    eval_every: PositiveInt | None = Field(
+        None, description="steps between evaluations on held-out rows inside a stage; null: none"
+    )
+    patience: PositiveInt | None = Field(
+        None, description="end a stage after so many evaluations without a lower held-out loss; null: never"
+    )
+    keep_best: bool = Field(False, description="commit the weights of the evaluation with the lowest held-out loss")
+    on_divergence: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="at a loss or gradient that is no number, or (skip, rollback) a loss that explodes: stop, skip the "
+        "step, or go back to the last checkpoint by steps with a lower learning rate",
+    )
+    divergence_factor: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] = Field(
+        3.0, description="a loss explodes above so many times the median of the last 32"
+    )
+    divergence_limit: PositiveInt = Field(5, description="skips or rollbacks of a stage before it is given up")
+    rollback_factor: Fraction = Field(0.5, description="factor on the learning rate at each rollback")
+
+    @property
+    def heeds_held_out(self) -> bool:
+        """Whether what is committed depends on held-out loss."""
+        return self.patience is not None or self.keep_best
 
     def budget(self, seq_len: int) -> int | None:
         """Steps by `steps` or `tokens`; None: `epochs_per_layer` says."""
@@ -364,6 +386,7 @@ class TrainingConfig(StageTraining):
     compile: bool = Field(False, description="torch.compile the blocks")
     checkpoint_steps: PositiveInt | None = Field(None, description="checkpoint every so many steps; null: by minutes")
     checkpoint_minutes: Positive = Field(10.0, description="checkpoint every so many minutes")
+    keep_checkpoints: PositiveInt = Field(2, description="checkpoints of a stage that are kept; the best one beside")
     log_every: PositiveInt = Field(
         10, description="steps between plain log lines, at least; they come every few seconds"
     )

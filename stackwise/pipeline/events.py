@@ -247,7 +247,7 @@ class Manifest:
         }
 
 
-def _recent(losses: list[float]) -> float | None:
+def _recent(losses: list[float | None]) -> float | None:
     """The mean of the last steps' losses: one step's alone is mostly noise."""
-    recent = losses[-20:]
+    recent = [loss for loss in losses[-20:] if loss is not None]
     return sum(recent) / len(recent) if recent else None

@@ -66,6 +66,9 @@ class StageJob:
         writes: Whether to write the boundary above the stage.
         through: The committed stages between what is read and the stage, lowest first.
         fills: Whether the boundary that enters the stage is written as they make it.
+        held_out: The rowset that the stage is evaluated on as it trains; None: none.
+        held_out_reads: Its boundary that enters the stage; None: tokens.
+        hands_held_out: Whether to write its boundary above the stage too.
     """
 
     config: str
@@ -90,6 +93,9 @@ class StageJob:
     writes: bool
     through: tuple[Frozen, ...] = ()
     fills: bool = False
+    held_out: str | None = None
+    held_out_reads: str | None = None
+    hands_held_out: bool = False
     kind: str = field(default="stage", init=False)
 
     @property

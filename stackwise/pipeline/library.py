@@ -165,6 +165,11 @@ class UnifiedTrainer:
             UsageError: Data, layers and configuration do not fit each other.
         """
         config, self.heads = self._sized(len(layers)), []
+        if any(config.stage_training(depth).eval_every for depth in range(config.n_stages)):
+            raise UsageError(
+                "training.eval_every: a data loader brings no held-out rows",
+                hint="leave it out here; `stackwise run` evaluates inside its stages",
+            )
         data = LoadedSamples.from_batches(dataloader)
         if "seq_len" not in config.training.model_fields_set:
             config.training.seq_len = data.length
@@ -349,7 +354,7 @@ def _ids_of(
 
 
 def _result(stage: Stage, committed: CommittedStage, reused: bool) -> StageResult:
-    losses = committed.record["losses"][-20:]
+    losses = [loss for loss in committed.record["losses"][-20:] if loss is not None]
     loss = sum(losses) / max(len(losses), 1)
     return StageResult(
         stage.depth, (stage.first, stage.last), loss, committed.record["steps"], reused, committed.recipe

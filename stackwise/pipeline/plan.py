@@ -20,7 +20,7 @@ from stackwise.pipeline.recipe import (
     stage_steps,
     trunk_id,
 )
-from stackwise.pipeline.rows import put_rows, rows_key
+from stackwise.pipeline.rows import HELD_OUT, put_rows, rows_key
 from stackwise.pipeline.schedule import FRONT, Stage, maker, schedule
 from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
 
@@ -125,7 +125,8 @@ class Plan:
         key = rows_key(self.config, self.data.id, number)
         known = self.known_rowsets.get(key)
         if known is None or not self._stored(known[0]):
-            known = list(put_rows(self.config, self.data.train, self.store, number))
+            split = self.data.held_out if number == HELD_OUT else self.data.train
+            known = list(put_rows(self.config, split, self.store, number))
             self.known_rowsets[key] = known
         return str(known[0]), int(known[1])
 
@@ -147,6 +148,7 @@ class Plan:
             initial={part: source.digest for part, source in starts(stage, versions).items()},
             trunk=self.trunk(stage, versions),
             targets=self.data.id if self.config.objective == "custom" else None,
+            held_out=self.rowset(HELD_OUT)[0] if self.config.stage_training(stage.depth).heeds_held_out else None,
         )
 
     def boundary(self, stage: Stage, versions: Versions, rowset: int | None = None) -> BoundaryInfo | None:
@@ -217,6 +219,15 @@ class Plan:
         above = self.following(stage)
         return above is not None and above.rowset == stage.rowset and above.first == stage.last + 1
 
+    def evaluates(self, stage: Stage) -> bool:
+        """Whether a stage is evaluated on held-out rows as it trains."""
+        return self.config.stage_training(stage.depth).eval_every is not None
+
+    def hands_held_out(self, stage: Stage) -> bool:
+        """Whether a worker that has trained a stage writes the held-out rows' boundary above it."""
+        above = self.stages[stage.place + 1 : stage.place + 2]
+        return any(s.reads_boundary and s.first == stage.last + 1 and self.evaluates(s) for s in above)
+
     def job(
         self,
         stage: Stage,
@@ -227,6 +238,7 @@ class Plan:
         entry: Entry,
         writes: bool,
         rowset: int | None = None,
+        held_out_reads: str | None = None,
     ) -> StageJob:
         """A worker's job at one stage.
 
@@ -238,7 +250,10 @@ class Plan:
             entry: How rows come to it.
             writes: Whether to write the boundary above.
             rowset: The number of the rowset, where it is not the stage's own.
+            held_out_reads: The held-out rows' boundary that enters a stage to train; None: tokens, or none is needed.
         """
+        hands_held_out = rowset is None and self.hands_held_out(stage)
+        held_out = self.rowset(HELD_OUT)[0] if rowset is None and (self.evaluates(stage) or hands_held_out) else None
         recipe = self.recipe(stage, versions) if train else {}
         number = stage.rowset if rowset is None else rowset
         rowset_id, rows = self.rowset(number)
@@ -267,6 +282,9 @@ class Plan:
             writes=writes,
             through=tuple(Frozen(below, {part: versions[part] for part in below.hands_on}) for below in entry.through),
             fills=entry.fills,
+            held_out=held_out,
+            held_out_reads=held_out_reads,
+            hands_held_out=hands_held_out,
         )
 
     def _stored(self, rowset: str) -> bool:

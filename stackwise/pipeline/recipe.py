@@ -11,7 +11,7 @@ from typing import Any
 
 from stackwise.config import StackWiseConfig, StageTraining, StoreConfig
 from stackwise.identity import NUMERICS, Hex, content_id
-from stackwise.pipeline.schedule import Stage
+from stackwise.pipeline.schedule import Stage, block_part
 from stackwise.store import CODECS, default_chunk_rows
 
 Recipe = dict[str, Any]
@@ -80,6 +80,7 @@ def stage_recipe(
     initial: Mapping[str, Hex | None],
     trunk: Hex | None,
     targets: Hex | None,
+    held_out: Hex | None = None,
 ) -> Recipe:
     """The recipe of one stage.
 
@@ -92,6 +93,7 @@ def stage_recipe(
         initial: For each part that the stage holds, the digest it starts from; None where it is fresh.
         trunk: The id of what the stage reads; None where it reads tokens.
         targets: Digest of the data's own targets, where the objective uses them.
+        held_out: The rowset that the stage is evaluated on, where the result heeds it.
     """
     fresh = any(digest is None for digest in initial.values())
     windowed = config.time_as_depth and config.n_sections > 1 and stage.depth < config.n_sections
@@ -118,10 +120,13 @@ def stage_recipe(
         "initial": dict(initial),
         "fresh": {"seed": config.seed, "init_std": config.model.init_std} if fresh else None,
         "targets": targets,
-    }
+    } | ({"held_out": held_out} if held_out is not None else {})
 
 
-_ADDED = ("optimizer", "block_learning_rates", "muon_momentum", "loss_scale", "ema")
+_ADDED = (
+    "optimizer", "block_learning_rates", "muon_momentum", "loss_scale", "ema", "eval_every", "patience", "keep_best",
+    "on_divergence", "divergence_factor", "divergence_limit", "rollback_factor",
+)  # fmt: skip
 """Settings that are named where they differ from their default: what was trained before they were there stays."""
 
 
@@ -130,13 +135,22 @@ def training_recipe(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
     settings = config.stage_training(stage.depth)
     values = settings.model_dump(exclude={"steps", "tokens", "epochs_per_layer"})
     own = {str(block): rate for block, rate in sorted(settings.block_learning_rates.items())}
-    values["block_learning_rates"] = {b: own[b] for b in own if stage.first <= int(b) <= stage.last}
+    values["block_learning_rates"] = {b: own[b] for b in own if block_part(int(b)) in stage.holds}
     if config.precision != "fp16":
         del values["loss_scale"]
     if settings.optimizer != "muon":
         del values["muon_momentum"]
+    if not settings.heeds_held_out:
+        del values["eval_every"]
+    if settings.on_divergence == "stop":
+        del values["divergence_factor"], values["divergence_limit"]
+    if settings.on_divergence != "rollback":
+        del values["rollback_factor"]
     defaults = StageTraining().model_dump()
-    return {key: value for key, value in values.items() if key not in _ADDED or value != defaults[key]}
+    named = {key: value for key, value in values.items() if key not in _ADDED or value != defaults[key]}
+    if settings.on_divergence == "rollback":  # what a rollback goes back to
+        named["checkpoint_steps"] = config.training.checkpoint_steps
+    return named
 
 
 def recipe_id(recipe: Recipe) -> Hex:

@@ -11,12 +11,15 @@ import numpy as np
 from stackwise.config import StackWiseConfig
 from stackwise.errors import UsageError
 from stackwise.identity import NUMERICS, content_id, derive_seed, generator
-from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler
+from stackwise.objectives.hashing import child, seed_key
+from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler, uniform_masks
 from stackwise.store import ActivationStore
 
 if TYPE_CHECKING:  # torch stays out of the orchestrator
     from stackwise.training.feed import Samples
 
+HELD_OUT = -1
+"""The number of the rowset that stages are evaluated on as they train: held-out samples, each at every fraction."""
 SLICE = 1 << 15
 """Rows whose masks are in memory at once."""
 
@@ -52,6 +55,8 @@ def choose_samples(config: StackWiseConfig, split: Samples, rowset: int) -> np.n
     Samples are drawn without replacement, in random order, each distinct one once; the masks of a sample stand
     next to each other.
     """
+    if rowset == HELD_OUT:
+        return _held_out_samples(config, split)
     per_sample = config.training.masks_per_sample
     rows = count_rows(config, split)
     ids = split.sample_ids(config.training.seq_len)
@@ -71,7 +76,12 @@ def put_rows(config: StackWiseConfig, split: Samples, store: ActivationStore, ro
     """
     samples_R = choose_samples(config, split, rowset)
     ids_R16 = np.ascontiguousarray(split.sample_ids(config.training.seq_len)[samples_R])
-    masks_of = _no_masks(config) if config.objective == "clm" else _planned_masks(config, rowset)
+    if config.objective == "clm":
+        masks_of = _no_masks(config)
+    elif rowset == HELD_OUT:
+        masks_of = _held_out_masks(config)
+    else:
+        masks_of = _planned_masks(config, rowset)
     mask_ids = [
         store.put_masks(masks_of(ids_R16[first : first + SLICE], first)) for first in range(0, len(ids_R16), SLICE)
     ]
@@ -84,7 +94,10 @@ def rows_key(config: StackWiseConfig, data_id: str, rowset: int) -> str:
         include={"seq_len", "rows", "steps", "batch_size", "accumulation", "min_mask_fraction", "max_mask_fraction"}
         | {"masks_per_sample", "mask_pool"}
     )
-    if config.training.steps is None and config.training.tokens is not None:
+    if rowset == HELD_OUT:
+        training = {"seq_len": config.training.seq_len}
+        training |= config.evaluation.model_dump(include={"fractions", "samples"})
+    elif config.training.steps is None and config.training.tokens is not None:
         training["tokens"] = config.training.tokens
     values = {"training": training, "data": data_id, "objective": config.objective, "seed": config.seed}
     return content_id("rows", values | {"rowset": rowset, "schedule": config.mask_schedule_type, "numerics": NUMERICS})
@@ -112,6 +125,33 @@ def stage_rows(config: StackWiseConfig, sample_ids_R16: np.ndarray, depth: int, 
 def _planned_masks(config: StackWiseConfig, rowset: int) -> Callable[[np.ndarray, int], np.ndarray]:
     plan, per_sample = assigner(config, rowset), config.training.masks_per_sample
     return lambda ids_N16, first: plan.masks(ids_N16, (first + np.arange(len(ids_N16))) % per_sample)
+
+
+def _held_out_samples(config: StackWiseConfig, split: Samples) -> np.ndarray:
+    """Held-out samples, as the evaluation after the last stage draws them, each distinct one once a fraction, [R]."""
+    seq_len = config.training.seq_len
+    order = generator(config.seed, "held-out").permutation(split.n_samples(seq_len))
+    chosen = np.sort(order[: config.evaluation.samples])
+    _, first = np.unique(np.ascontiguousarray(split.sample_ids(seq_len)[chosen]).view("V16").ravel(), return_index=True)
+    return np.repeat(chosen[np.sort(first)], _held_out_each(config))
+
+
+def _held_out_each(config: StackWiseConfig) -> int:
+    return 1 if config.objective == "clm" else len(set(config.evaluation.fractions))
+
+
+def _held_out_masks(config: StackWiseConfig) -> Callable[[np.ndarray, int], np.ndarray]:
+    """Fixed masks: the rows of a sample are masked at one fraction after the other."""
+    seq_len, fractions = config.training.seq_len, sorted(set(config.evaluation.fractions))
+    key = seed_key(derive_seed(config.seed, "held-out"), "masks")
+
+    def masks(ids_N16: np.ndarray, first: int) -> np.ndarray:
+        rows = first + np.arange(len(ids_N16))
+        counts = np.array([min(seq_len, max(1, round(fraction * seq_len))) for fraction in fractions])
+        keys = child(np.full(len(rows), key, np.uint64), rows.astype(np.uint64))
+        return uniform_masks(keys, counts[rows % len(fractions)], seq_len)
+
+    return masks
 
 
 def _no_masks(config: StackWiseConfig) -> Callable[[np.ndarray, int], np.ndarray]:

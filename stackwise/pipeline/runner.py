@@ -27,6 +27,7 @@ from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.plan import Entry, Plan, Versions, add_versions, check_data
 from stackwise.pipeline.recipe import boundary_bytes, codec_name, recipe_id, stage_steps
 from stackwise.pipeline.remedy import remedy
+from stackwise.pipeline.rows import HELD_OUT
 from stackwise.pipeline.run import RunDirectory, with_absolute_paths
 from stackwise.pipeline.schedule import Stage, maker
 from stackwise.pipeline.time_limit import TimeLimit
@@ -217,6 +218,9 @@ class Runner:
             entry = self._entry(plan, stage, versions)
             if hands_on or entry.fills:
                 self._make_room(plan, stage, entry.reads)
+            held_out = None
+            if stage.reads_boundary and (plan.evaluates(stage) or plan.hands_held_out(stage)):
+                held_out = self._boundary(plan, stage, versions, HELD_OUT)
             job = plan.job(
                 stage,
                 versions,
@@ -224,6 +228,7 @@ class Runner:
                 train=committed_stage(plan, key) is None,
                 entry=entry,
                 writes=hands_on,
+                held_out_reads=held_out,
             )
             try:
                 self._crew.work(
@@ -236,16 +241,24 @@ class Runner:
                 committed = committed_stage(plan, key)
                 if error.exit_code != DamageError.exit_code or attempt == 2:
                     raise
-                self._heal(plan, stage, versions, entry, error)
+                self._heal(plan, stage, versions, entry, held_out, error)
                 if committed is not None:  # what failed was the boundary above: it is written when it is needed
                     return committed
         committed = plan.store.stage(key)
         assert committed is not None, "a worker that ended well has committed its stage"
         return committed
 
-    def _heal(self, plan: Plan, stage: Stage, versions: Versions, entry: Entry, error: StackWiseError) -> None:
+    def _heal(
+        self,
+        plan: Plan,
+        stage: Stage,
+        versions: Versions,
+        entry: Entry,
+        held_out: str | None,
+        error: StackWiseError,
+    ) -> None:
         """Drop a boundary that turned out damaged, so that it is recomputed from the trunk."""
-        at_hand = [entry.reads] if entry.reads is not None else []
+        at_hand = [boundary for boundary in (entry.reads, held_out) if boundary is not None]
         trunk = plan.trunk(stage, versions)
         if entry.fills and trunk is not None:
             codec = codec_name(plan.config.store)
@@ -308,7 +321,11 @@ class Runner:
         if keep == "all":
             return
         following = plan.stages[stage.depth + 1] if stage.depth + 1 < len(plan.stages) else None
-        needed = plan.nearest(following, versions) if following is not None else None
+        needed = set()
+        if following is not None:
+            found = [plan.nearest(following, versions)]
+            found += [plan.boundary(following, versions, HELD_OUT)] if plan.evaluates(following) else []
+            needed = {info.id for info in found if info is not None}
         others = {
             boundary
             for key, refs in plan.store.runs().items()
@@ -320,7 +337,7 @@ class Runner:
             for info in plan.store.boundaries()
             if info.id in manifest.boundaries() and info.depth <= stage.depth + 1 and info.id not in others
         ]
-        idle = sorted((i for i in mine if needed is None or i.id != needed.id), key=lambda i: (i.depth, i.created))
+        idle = sorted((i for i in mine if i.id not in needed), key=lambda i: (i.depth, i.created))
         for info in idle[: len(idle) - (0 if keep == "none" else int(keep)) or None]:
             with contextlib.suppress(StackWiseError):  # someone else reads it: it goes another time
                 plan.store.drop(info.id)

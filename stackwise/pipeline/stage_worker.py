@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
-import time
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +20,15 @@ from stackwise.pipeline.build import frozen_stage, parts_of, save_part, stage_mo
 from stackwise.pipeline.device import make_deterministic, peak_memory
 from stackwise.pipeline.job import StageJob
 from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows, stage_steps
-from stackwise.pipeline.rows import choose_samples, stage_rows
+from stackwise.pipeline.rows import HELD_OUT, choose_samples, stage_rows
+from stackwise.pipeline.stage_hooks import StageHooks
 from stackwise.store import ActivationStore, BoundaryReader, RowOrder
 from stackwise.training import checkpoint
+from stackwise.training.divergence import Rollback, anchor
 from stackwise.training.engine import Engine, ResidentEngine
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.stage import StageModel
-from stackwise.training.trainer import Progress, Trainer
+from stackwise.training.trainer import Trainer
 
 RETOLD = 1000
 """Losses told again on resuming: the last ones before a kill may have reached no one."""
@@ -52,78 +52,52 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
         lock = Path(job.store) / "locks" / f"work-{job.recipe_id}.lock"
         stack.enter_context(FileLock(lock, f"stage {job.stage.depth}"))
         reader = stack.enter_context(store.reader(job.reads)) if job.reads else None
-        below = _feed(job, config, store, reader)
+        below = _feed(job, config, store, reader, job.rowset, job.rowset_number)
+        held_out = None
+        if job.held_out is not None:
+            entering_it = stack.enter_context(store.reader(job.held_out_reads)) if job.held_out_reads else None
+            held_out = _feed(job, config, store, entering_it, job.held_out, HELD_OUT)
         frozen = [frozen_stage(one, job, config).to(device) for one in job.through]
         model = stage_model(job, config).to(device)
         if job.train:
             with entering(job, config, below, frozen, store, device, emit, stop) as feed:
-                train_stage(job, config, model, feed, store, device, emit, stop)
-        if job.writes:
-            # The head and the optimizer are done with; what remains is one forward pass.
+                train_stage(job, config, model, feed, store, device, emit, stop, held_out)
+        if job.writes or job.hands_held_out:
+            # The head and the optimizer are done with; what remains is forward passes.
             digests = [part_digest(module) for module in _passed_on(model, job).values()]
             model.head, model.beyond = None, nn.ModuleList()
             gc.collect()
-            write_above(job, config, [*frozen, model], below, store, digests, device, emit, stop)
+            if job.writes:
+                write_above(job, config, [*frozen, model], below, store, digests, device, emit, stop)
+            if job.hands_held_out and held_out is not None:
+                write_above(job, config, [model], held_out, store, digests, device, emit, stop)
 
 
 def _passed_on(model: StageModel, job: StageJob) -> dict[str, nn.Module]:
     return {name: module for name, module in parts_of(model, job.stage).items() if name in job.stage.hands_on}
 
 
-def _feed(job: StageJob, config: StackWiseConfig, store: ActivationStore, reader: BoundaryReader | None) -> Feed:
-    """The job's rows as they are stored: tokens, masks, and the boundary that is read."""
+def _feed(
+    job: StageJob,
+    config: StackWiseConfig,
+    store: ActivationStore,
+    reader: BoundaryReader | None,
+    rowset: str,
+    number: int,
+) -> Feed:
+    """A rowset of the job as it is stored: tokens, masks, and the boundary that is read."""
     data = PreparedData.open(Path(job.data))
+    split = data.held_out if number == HELD_OUT else data.train
     return Feed(
-        data.train,
+        split,
         config.training.seq_len,
-        choose_samples(config, data.train, job.rowset_number),
+        choose_samples(config, split, number),
         store,
-        store.rowset(job.rowset),
+        store.rowset(rowset),
         reader,
         within_documents=config.data.within_documents,
         targets=config.objective == "custom",
     )
-
-
-class _Hooks:
-    """A stage's training as events, checkpoints by step or by the clock."""
-
-    def __init__(self, job: StageJob, config: StackWiseConfig, trainer: Trainer, emit: Emit, stop: Stop) -> None:
-        self._job, self._config, self._trainer, self._emit = job, config, trainer, emit
-        self.stop = stop
-        self._saved = time.monotonic()
-
-    def report(self, progress: Progress) -> None:
-        self._emit(
-            {
-                "event": "step",
-                "stage": self._job.stage.place,
-                "step": progress.step,
-                "steps": progress.steps,
-                "losses": progress.losses,
-                "loss": sum(progress.losses) / len(progress.losses),
-                "learning_rate": progress.learning_rate,
-                "tokens_per_second": progress.tokens_per_second,
-                "wait_fraction": progress.wait_fraction,
-                "memory": peak_memory(self._trainer.engine.device),
-                "pid": os.getpid(),
-            }
-        )
-
-    def checkpoint_due(self, step: int) -> bool:
-        every = self._config.training.checkpoint_steps
-        if every is not None:
-            return step % every == 0
-        return time.monotonic() - self._saved >= 60 * self._config.training.checkpoint_minutes
-
-    def save(self) -> None:
-        begun = time.perf_counter()
-        checkpoint.save(Path(self._job.checkpoints), self._trainer)
-        self._saved = time.monotonic()
-        seconds = time.perf_counter() - begun
-        self._emit(
-            {"event": "checkpoint", "stage": self._job.stage.place, "step": self._trainer.step, "seconds": seconds}
-        )
 
 
 def train_stage(
@@ -135,15 +109,28 @@ def train_stage(
     device: torch.device,
     emit: Emit,
     stop: Stop,
+    held_out: Feed | None = None,
 ) -> None:
-    """Train a stage from its newest checkpoint, or from the start, and commit it."""
+    """Train a stage from its newest checkpoint, or from the start, and commit it.
+
+    Args:
+        held_out: What it is evaluated on while it trains.
+    """
     stage, settings = job.stage, config.stage_training(job.stage.depth)
     steps = stage_steps(config, stage.depth, job.rows)
     if config.training.compile:
         for block in (*model.blocks, *model.beyond):
             block.compile()
-    engine = ResidentEngine(model, settings, seed=(config.seed, stage.depth), device=device, first_block=stage.first)
-    trainer = Trainer(engine, settings, steps=steps)
+    engine = ResidentEngine(
+        model,
+        settings,
+        seed=(config.seed, stage.depth),
+        device=device,
+        first_block=stage.first,
+        beyond=stage.beyond,
+    )
+    every = anchor(settings, steps, config.training.checkpoint_steps)
+    trainer = Trainer(engine, settings, steps=steps, anchor=every)
     directory = Path(job.checkpoints)
 
     def warn(text: str) -> None:
@@ -159,14 +146,27 @@ def train_stage(
         window_chunks=WINDOW_CHUNKS,
         select=stage_rows(config, feed.rowset.sample_ids, stage.depth, stage.rowset),
     )
-    start = trainer.step * settings.accumulation
-    with ahead(feed.shuffled(order, settings.batch_size, start), device) as batches:
-        hooks = _Hooks(job, config, trainer, emit, stop)
-        finished = trainer.fit(iter(batches), waited=lambda: batches.waited, hooks=hooks)
-    if not finished:
-        raise InterruptedRun(f"stage {stage.depth} stopped at step {trainer.step} of {steps}", hint=RESUME)
+    with StageHooks(job, config, trainer, held_out, emit, stop) as hooks:
+        while True:
+            try:
+                finished = _fit(trainer, feed, order, hooks)
+                break
+            except Rollback as back:
+                hooks.roll_back(back, warn)
+        if not finished:
+            raise InterruptedRun(f"stage {stage.depth} stopped at step {trainer.step} of {steps}", hint=RESUME)
+        if settings.keep_best:
+            hooks.take_best()
     _commit(job, model, trainer, store, device, emit)
     checkpoint.remove(directory)
+
+
+def _fit(trainer: Trainer, feed: Feed, order: RowOrder, hooks: StageHooks) -> bool:
+    """Train on from the trainer's step; whether the stage is finished."""
+    settings = trainer.settings
+    start = trainer.step * settings.accumulation
+    with ahead(feed.shuffled(order, settings.batch_size, start), trainer.engine.device) as batches:
+        return trainer.fit(iter(batches), waited=lambda: batches.waited, hooks=hooks)
 
 
 def _commit(
@@ -188,6 +188,8 @@ def _commit(
             "trunk": job.recipe["reads"] and job.recipe["reads"]["trunk"],
             "steps": trainer.step,
             "losses": record.losses,
+            "held_out": record.held_out,
+            "divergences": record.divergences,
             "seconds": record.seconds,
             "tokens": record.tokens,
             "wait_fraction": record.wait_fraction,

@@ -155,7 +155,7 @@ class Taken:
         found = [
             Point(stage, "loss", first + number, float(loss), at)
             for number, loss in enumerate(losses)
-            if first + number > told
+            if first + number > told and loss is not None
         ]
         if event["event"] == "step" and last > told:
             found += [Point(stage, name, last, float(value), at) for name, value in _figures(event).items()]

@@ -122,7 +122,8 @@ def _add_training(stage: StageFacts, committed: CommittedStage | None, curve: Cu
     """Losses and speed: from what was committed, which is whole; else from the log, as far as it goes."""
     if committed is not None:
         record = committed.record
-        stage.curve = [(float(step), loss) for step, loss in enumerate(record.get("losses", []), 1)]
+        losses = enumerate(record.get("losses", []), 1)
+        stage.curve = [(float(step), loss) for step, loss in losses if loss is not None]
         stage.tokens, stage.seconds = record.get("tokens"), record.get("seconds")
         if stage.tokens and stage.seconds:
             stage.tokens_per_second = stage.tokens / stage.seconds

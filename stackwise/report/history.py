@@ -152,5 +152,6 @@ def _take_step(curve: Curve, event: Event) -> None:
     first = event["step"] - len(losses) + 1
     # Steps that were lost to a kill come again; the later telling counts.
     for number, loss in enumerate(losses):
-        curve.losses[first + number] = loss
+        if loss is not None:  # of a step that was refused there is none
+            curve.losses[first + number] = loss
     curve.tokens_per_second.append(event["tokens_per_second"])

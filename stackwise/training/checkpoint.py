@@ -1,35 +1,212 @@
-"""Checkpoints of a stage in training: one directory each, whole or not there.
+"""Checkpoints of a stage in training: one directory each, whole or not there, written beside training.
 
 `step-00000120/` holds `state.safetensors` and `checkpoint.json`, which carries the digest of the first. It is
-filled under a temporary name and renamed; the two newest are kept, so that a damaged one has a sound one behind
-it.
+filled under a temporary name and renamed. The newest few are kept, so that a damaged one has a sound one behind it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import psutil
+import torch
 from torch import Tensor
 
 from stackwise import durable
 from stackwise.identity import digest
+from stackwise.training.engine import OPTIMIZER
+from stackwise.training.tensors import Tensors, write_tensors
 from stackwise.training.trainer import Record, Trainer
 
 KEPT = 2
 FORMAT = 2
 """Of what a checkpoint's tensors are called."""
 _STATE, _META = "state.safetensors", "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is on the disk.
+
+    Args:
+        step: Of which step.
+        stopped: Seconds that training stood still for it.
+        seconds: Seconds that writing it took, the standstill among them.
+    """
+
+    step: int
+    stopped: float
+    seconds: float
+
+
+class Checkpoints:
+    """Saves a trainer's state: copied in a moment, then written by a thread while training goes on.
+
+    At most one is on its way; the next one waits for it. Where memory is too short for the copy, training waits for
+    the disk instead. The copy's memory (what a checkpoint takes) is kept for the next one.
+
+    Args:
+        directory: Where they go.
+        keep: How many of the newest stay.
+    """
+
+    def __init__(self, directory: Path, keep: int = KEPT) -> None:
+        self.directory, self._keep = directory, keep
+        self._buffers: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._done: list[Saved] = []
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        self._join()
+        self._buffers = {}
+        if kind is None:
+            self._raise()
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is on its way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, trainer: Trainer, protect: Collection[int] = ()) -> None:
+        """Save the trainer's state as it is now.
+
+        Args:
+            trainer: Whose state.
+            protect: Steps whose checkpoints stay beside the newest ones.
+
+        Raises:
+            NoSpaceError: The disk was full for the one before; those that are complete are untouched.
+        """
+        begun = time.perf_counter()
+        self.finish()
+        state, step = trainer.engine.state(), trainer.step
+        record = json.dumps(asdict(trainer.record))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        beside = bool(self._buffers) or size < 0.8 * psutil.virtual_memory().available
+        if beside:
+            state = self._copied(state, trainer.engine.device)
+        stopped = time.perf_counter() - begun
+
+        def write() -> None:
+            try:
+                _write(self.directory, state, step, record)
+                _remove_old(self.directory, self._keep, protect)
+                seconds = time.perf_counter() - begun
+                self._done.append(Saved(step, stopped if beside else seconds, seconds))
+            except BaseException as error:
+                self._error = error
+
+        if beside:
+            self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            write()
+            self._raise()
+
+    def told(self) -> list[Saved]:
+        """Those that have reached the disk since the last call.
+
+        Raises:
+            NoSpaceError: The disk is full.
+        """
+        self._raise()
+        done, self._done = self._done, []
+        return done
+
+    def finish(self) -> None:
+        """Wait for the one on its way.
+
+        Raises:
+            NoSpaceError: The disk is full.
+        """
+        self._join()
+        self._raise()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _copied(self, state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """The state in memory of our own (pinned for a GPU, so that it comes at the bus's full speed)."""
+        gpu = device.type == "cuda"
+        copies = {}
+        for name, tensor in state.items():
+            copy = self._buffers.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=gpu)
+            copies[name] = copy.copy_(tensor, non_blocking=gpu)
+        if gpu:
+            torch.cuda.synchronize(device)
+        self._buffers = copies
+        return copies
+
+
+def save(directory: Path, trainer: Trainer, keep: int = KEPT) -> Path:
+    """Save a trainer's state under `directory` and wait for it; the oldest beyond `keep` are removed.
+
+    Raises:
+        NoSpaceError: The disk is full; the checkpoints before are untouched.
+    """
+    with Checkpoints(directory, keep) as checkpoints:
+        checkpoints.save(trainer)
+    return _path(directory, trainer.step)
+
+
+def restore_latest(directory: Path, trainer: Trainer, warn: Callable[[str], None]) -> bool:
+    """Restore the newest sound checkpoint; one that is damaged is named, and the one before it is used.
+
+    Returns:
+        Whether there was one.
+    """
+    for stale in directory.glob(f"{durable.TEMPORARY}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    for path in reversed(_complete(directory)):
+        try:
+            _restore(path, trainer)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            warn(f"checkpoint {path} is damaged ({error}); the one before it is used")
+            continue
+        return True
+    return False
+
+
+def restore_step(directory: Path, trainer: Trainer, step: int) -> None:
+    """Restore the checkpoint of one step.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, RuntimeError: It is not there, or damaged.
+    """
+    _restore(_path(directory, step), trainer)
+
+
+def remove(directory: Path, after: int | None = None) -> None:
+    """Remove every checkpoint of a stage, or those of later steps than `after`."""
+    if after is None:
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    for path in _complete(directory):
+        if path > _path(directory, after):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def file_digest(path: Path) -> str:
@@ -40,97 +217,49 @@ def file_digest(path: Path) -> str:
         return digest(memoryview(view))
 
 
-class Tensors(Mapping[str, Tensor]):
-    """The tensors of an open safetensors file, each read when it is asked for: one at a time is in memory."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def __getitem__(self, name: str) -> Tensor:
-        try:
-            tensor: Tensor = self._file.get_tensor(name)
-        except SafetensorError as error:
-            raise KeyError(name) from error
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file.keys())
-
-    def __len__(self) -> int:
-        return len(self._file.keys())
-
-
-def save(directory: Path, trainer: Trainer) -> Path:
-    """Save a trainer's state under `directory`; afterwards the oldest beyond two are removed.
-
-    Raises:
-        NoSpaceError: The disk is full; the checkpoints before are untouched.
-    """
+def _write(directory: Path, state: Mapping[str, Tensor], step: int, record: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    name = f"step-{trainer.step:08d}"
-    temporary = directory / f"{durable.TEMPORARY}{secrets.token_hex(4)}-{name}"
+    final = _path(directory, step)
+    temporary = directory / f"{durable.TEMPORARY}{secrets.token_hex(4)}-{final.name}"
     with durable.explain_full_disk(directory):
         try:
             temporary.mkdir()
-            state = {key: tensor.contiguous().cpu() for key, tensor in trainer.engine.state().items()}
-            durable.write_durably(temporary / _STATE, lambda path: save_file(state, path))
-            meta = {
-                "format": FORMAT,
-                "step": trainer.step,
-                "digest": file_digest(temporary / _STATE),
-                "record": asdict(trainer.record),
-            }
+            meta = {"format": FORMAT, "step": step, "digest": write_tensors(temporary / _STATE, state)}
+            meta["record"] = json.loads(record)
             durable.write_bytes(temporary / _META, json.dumps(meta).encode())
-            final = directory / name
             shutil.rmtree(final, ignore_errors=True)
             os.rename(temporary, final)
             durable.fsync_directory(directory)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    for old in _complete(directory)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
-def restore_latest(directory: Path, trainer: Trainer, warn: Callable[[str], None]) -> bool:
-    """Restore the newest sound checkpoint; one that is damaged is named, and the one before it is used.
-
-    Returns:
-        Whether there was one.
-    """
-    for path in reversed(_complete(directory)):
-        with contextlib.suppress(OSError):
-            for stale in path.parent.glob(f"{durable.TEMPORARY}*"):
-                shutil.rmtree(stale, ignore_errors=True)
-        try:
-            meta: dict[str, Any] = durable.read_json(path / _META)
-            if meta.get("format") != FORMAT:
-                raise ValueError("it is of another version of StackWise")
-            if file_digest(path / _STATE) != meta["digest"]:
-                raise ValueError("its digest differs")
-            record, step = Record(**meta["record"]), int(meta["step"])
-            with safe_open(path / _STATE, "pt") as file:
-                _check_shapes(file, trainer.engine.state())
-                trainer.restore(Tensors(file), step, record)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            warn(f"checkpoint {path} is damaged ({error}); the one before it is used")
-            continue
-        return True
-    return False
+def _remove_old(directory: Path, keep: int, protect: Collection[int]) -> None:
+    stay = {_path(directory, step) for step in protect}
+    for old in _complete(directory)[:-keep]:
+        if old not in stay:
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def remove(directory: Path) -> None:
-    """Remove every checkpoint of a stage that is committed."""
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-def _check_shapes(file: Any, state: Mapping[str, Tensor]) -> None:
-    """Whether a checkpoint is of this stage, asked before any of it is taken up."""
-    there = set(file.keys())
-    if any(n not in there or file.get_slice(n).get_shape() != list(tensor.shape) for n, tensor in state.items()):
-        raise ValueError("it is of another shape")
+def _restore(path: Path, trainer: Trainer) -> None:
+    meta: dict[str, Any] = durable.read_json(path / _META)
+    if meta.get("format") != FORMAT:
+        raise ValueError("it is of another version of StackWise")
+    if file_digest(path / _STATE) != meta["digest"]:
+        raise ValueError("its digest differs")
+    record, step = Record(**meta["record"]), int(meta["step"])
+    tensors = Tensors(path / _STATE)
+    # Asked before any of it is taken up. The optimizer's state is not there before the first step.
+    for name, tensor in trainer.engine.state().items():
+        if not name.startswith(OPTIMIZER) and (name not in tensors or tensors.shape(name) != list(tensor.shape)):
+            raise ValueError("it is of another shape")
+    trainer.restore(tensors, step, record)
 
 
 def _complete(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if (path / _META).exists())
+
+
+def _path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"

@@ -40,7 +40,7 @@ class Stepped:
 
 
 Accept = Callable[[float, float], bool]
-"""Asked with a step's loss and gradient norm whether it is taken."""
+"""Asked, at every step, with its loss and gradient norm whether it is taken."""
 
 
 class Engine(Protocol):
@@ -99,6 +99,7 @@ class ResidentEngine:
         seed: The parts that its randomness follows from, such as (seed, stage).
         device: Where `model` is.
         first_block: The number in the rack of the stage's first block.
+        beyond: The parts that are beyond its blocks, in forward order.
     """
 
     def __init__(
@@ -109,11 +110,12 @@ class ResidentEngine:
         seed: tuple[int | str, ...],
         device: torch.device,
         first_block: int = 0,
+        beyond: Sequence[str] = (),
     ) -> None:
         self.model, self.settings, self.seed, self.device = model.train(), settings, seed, device
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(
-            [(part_of(name, first_block), p) for name, p in self.parameters.items()], settings
+            [(part_of(name, first_block, beyond), p) for name, p in self.parameters.items()], settings
         )
         self.scale = LossScale(settings.loss_scale) if model.precision == "fp16" else None
         self._mean = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
@@ -124,11 +126,12 @@ class ResidentEngine:
             group["lr"] = rate * group["scale"]
         loss, norm = self._gradients(microbatches, step)
         taken = True
-        if self.scale is not None and math.isfinite(float(loss)) and not math.isfinite(float(norm)):
+        over = self.scale is not None and math.isfinite(float(loss)) and not math.isfinite(float(norm))
+        if accept is not None:  # that gradients overflow is the scale's affair
+            taken = accept(float(loss), 0.0 if over else float(norm))
+        if over and self.scale is not None:
             self.scale.overflowed()
             taken = False
-        elif accept is not None:
-            taken = accept(float(loss), float(norm))
         if taken:
             self.optimizer.step()
             if self.scale is not None:
@@ -231,10 +234,13 @@ class ResidentEngine:
         return total / scored, norm
 
 
-def part_of(name: str, first_block: int) -> str:
-    """The part that a parameter of a `StageModel` is in: front, block.N (its number in the rack), head."""
+def part_of(name: str, first_block: int, beyond: Sequence[str] = ()) -> str:
+    """The part that a parameter of a `StageModel` is in: front, block.N (its number in the rack), head, one beyond."""
     part, _, rest = name.partition(".")
-    return part if part != "blocks" else f"{BLOCK}{first_block + int(rest.partition('.')[0])}"
+    if part not in ("blocks", "beyond"):
+        return part
+    index = int(rest.partition(".")[0])
+    return f"{BLOCK}{first_block + index}" if part == "blocks" else beyond[index]
 
 
 def _taken_up(known: Mapping[str, Tensor], kind: str, saved: Tensor, p: nn.Parameter) -> Tensor:

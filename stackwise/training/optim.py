@@ -14,6 +14,7 @@ from stackwise.training.adam8bit import AdamW8bit
 
 BLOCK = "block."
 """What the name of a block's part begins with; its number in the rack follows."""
+ENDS = ("front", "head")
 
 
 def learning_rate(settings: StageTraining, step: int, steps: int) -> float:
@@ -62,14 +63,14 @@ def make_optimizer(trained: Iterable[tuple[str, nn.Parameter]], settings: StageT
     2.2); all else by AdamW. Weight decay is on matrices alone.
 
     Args:
-        trained: Parameters, each with its part: front, block.N, head.
+        trained: Parameters, each with its part: front, block.N, head, or the name of a block beyond.
         settings: Of the stage.
     """
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for part, p in trained:
         if p.requires_grad:
             matrix = p.dim() >= 2
-            orthogonal = settings.optimizer == "muon" and p.dim() == 2 and part.startswith(BLOCK)
+            orthogonal = settings.optimizer == "muon" and p.dim() == 2 and part not in ENDS
             groups.setdefault((orthogonal, not matrix, rate_scale(settings, part)), []).append(p)
 
     def chosen(orthogonal: bool) -> list[dict[str, Any]]:

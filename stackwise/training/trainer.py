@@ -1,7 +1,7 @@
 """The one trainer: the loop over a stage's steps, with what is told, saved and decided between them.
 
 Randomness is a pure function of (seed, stage, step, microbatch), so a trainer restored at step n goes on as one that
-was never stopped: its state is the engine's and the step.
+was never stopped: its state is the engine's, the step and the record. Whatever is decided follows from these.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
+from stackwise.training.divergence import Rollback, Watch
 from stackwise.training.engine import Engine, Stepped
 from stackwise.training.optim import learning_rate
 from stackwise.training.stage import Batch
@@ -26,29 +27,61 @@ REPORT_SECONDS = 0.25
 
 @dataclass
 class Progress:
-    """How a stage's training stands. `losses` are those since the last report, one a step, in nats."""
+    """How a stage's training stands.
+
+    Args:
+        step: Steps done.
+        steps: Of how many.
+        losses: Those since the last report, one a step, in nats; None for a step that was refused.
+        learning_rate: Of the last step.
+        gradient_norm: Of the last step, before clipping.
+        tokens_per_second: Since the last report.
+        wait_fraction: Share of the time that training waited for data.
+    """
 
     step: int
     steps: int
-    losses: list[float]
+    losses: list[float | None]
     learning_rate: float
+    gradient_norm: float
     tokens_per_second: float
     wait_fraction: float
 
 
 @dataclass
 class Record:
-    """What training leaves behind beside the weights; a checkpoint carries it on."""
+    """What training leaves behind beside the weights; a checkpoint carries it on.
 
-    losses: list[float] = field(default_factory=list)
+    Args:
+        losses: One a step, in nats; None for a step that was refused.
+        seconds: Time in training.
+        waited: Of it, time waiting for data.
+        tokens: Tokens that were trained on.
+        held_out: (step, mean held-out loss in nats), at each evaluation.
+        divergences: What diverged, and what was done: step, why, action; of a rollback the step gone back to.
+    """
+
+    losses: list[float | None] = field(default_factory=list)
     seconds: float = 0.0
     waited: float = 0.0
     tokens: int = 0
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    divergences: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def wait_fraction(self) -> float:
         """Share of the time that training waited for data."""
         return self.waited / self.seconds if self.seconds else 0.0
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The evaluation with the lowest loss, the first of equal ones."""
+        return min(self.held_out, key=lambda found: found[1], default=None)
+
+    @property
+    def rollbacks(self) -> int:
+        """How often training went back."""
+        return sum(one["action"] == "rollback" for one in self.divergences)
 
 
 class Hooks(Protocol):
@@ -60,11 +93,17 @@ class Hooks(Protocol):
     def checkpoint_due(self, step: int) -> bool:
         """Whether to save after this step."""
 
-    def save(self) -> None:
-        """Save; also called before an early end."""
+    def save(self, *, wait: bool) -> None:
+        """Save; also called before an early end. With `wait`, return when it is on the disk."""
 
     def stop(self) -> bool:
         """Whether to end after this step; asked at each."""
+
+    def evaluate(self) -> float:
+        """The mean loss on held-out rows; asked where `training.eval_every` says."""
+
+    def diverged(self, told: Mapping[str, Any]) -> None:
+        """A step was refused."""
 
 
 class Trainer:
@@ -74,32 +113,41 @@ class Trainer:
         engine: What holds the stage and takes its steps.
         settings: Learning rate, batch and the rest.
         steps: How many optimizer steps the stage takes.
+        anchor: Steps between the checkpoints that a rollback goes back to.
     """
 
-    def __init__(self, engine: Engine, settings: StageTraining, *, steps: int) -> None:
-        self.engine, self.settings, self.steps = engine, settings, steps
+    def __init__(self, engine: Engine, settings: StageTraining, *, steps: int, anchor: int | None = None) -> None:
+        self.engine, self.settings, self.steps, self.anchor = engine, settings, steps, anchor
         self.step = 0
         self.record = Record()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done, or held-out loss has not fallen for `training.patience` evaluations."""
+        record, patience = self.record, self.settings.patience
+        if self.step >= self.steps or patience is None or record.best is None:
+            return self.step >= self.steps
+        return sum(step > record.best[0] for step, _ in record.held_out) >= patience
 
     def restore(self, tensors: Mapping[str, torch.Tensor], step: int, record: Record) -> None:
         """Take up the engine's state as it was at `step`."""
         self.engine.restore(tensors)
         self.step, self.record = step, record
 
-    def train_step(self, microbatches: Sequence[Batch]) -> Stepped:
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: that of the schedule, lowered at every rollback."""
+        lowered: float = self.settings.rollback_factor**self.record.rollbacks
+        return learning_rate(self.settings, step, self.steps) * lowered
+
+    def train_step(self, microbatches: Sequence[Batch], watch: Watch | None = None) -> Stepped:
         """One optimizer step over `accumulation` microbatches, at the rate that the schedule gives."""
         microbatches = [replace(batch, step=self.step) for batch in microbatches]
-        stepped = self.engine.step(microbatches, self.step, learning_rate(self.settings, self.step, self.steps))
+        accept = None if watch is None else watch.accept
+        stepped = self.engine.step(microbatches, self.step, self.rate(self.step), accept)
         self.step += 1
         return stepped
 
-    def fit(
-        self,
-        batches: Iterator[Batch],
-        *,
-        waited: Callable[[], float],
-        hooks: Hooks,
-    ) -> bool:
+    def fit(self, batches: Iterator[Batch], *, waited: Callable[[], float], hooks: Hooks) -> bool:
         """Train to the last step.
 
         Args:
@@ -108,41 +156,94 @@ class Trainer:
             hooks: What is told and asked as training goes.
 
         Returns:
-            Whether the last step was reached.
+            Whether the stage is finished.
 
         Raises:
-            StackWiseError: The loss is no longer a finite number.
+            StackWiseError: The loss is no longer a finite number, or training diverged too often.
+            Rollback: It is to go on from the checkpoint that this names.
         """
-        pending: list[Stepped] = []
+        settings = self.settings
+        watch = None if settings.on_divergence == "stop" else Watch(settings, self.record.losses)
+        pending: list[tuple[Stepped, bool]] = []
         begun = reported = time.perf_counter()
         waited_before, seconds_before, tokens = self.record.waited, self.record.seconds, 0
-        while self.step < self.steps:
-            microbatches = [next(batches) for _ in range(self.settings.accumulation)]
+        if self._at_anchor():
+            hooks.save(wait=False)
+        # Of a run that ended between a checkpoint and its evaluation.
+        self._evaluate(hooks)
+        while not self.finished:
+            microbatches = [next(batches) for _ in range(settings.accumulation)]
             tokens += sum(batch.tokens_BS.numel() for batch in microbatches)
-            pending.append(self.train_step(microbatches))
+            stepped = self.train_step(microbatches, watch)
+            refused = watch is not None and watch.verdict is not None
+            pending.append((stepped, refused))
+            if watch is not None and refused:
+                self._refused(watch, hooks)
             now = time.perf_counter()
+            evaluating = self._evaluation_due()
             stopping = hooks.stop() or self.step == self.steps
-            saving = hooks.checkpoint_due(self.step) or stopping
+            saving = hooks.checkpoint_due(self.step) or stopping or evaluating or self._at_anchor()
             if saving or now - reported >= REPORT_SECONDS:
-                losses = torch.stack([stepped.loss for stepped in pending]).tolist()
+                losses = self._losses(pending)
                 now = time.perf_counter()
                 self.record.losses += losses
                 self.record.seconds = seconds_before + now - begun
                 self.record.waited = waited_before + waited()
                 self.record.tokens += tokens
-                if not all(map(math.isfinite, losses)):
-                    first = self.step - len(losses) + next(i for i, x in enumerate(losses) if not math.isfinite(x))
-                    raise StackWiseError(
-                        f"the loss is no longer a finite number at step {first + 1} of {self.steps}",
-                        hint="lower training.learning_rate (for this stage: stages.K.training.learning_rate) or "
-                        "training.grad_clip, and run again",
-                    )
-                rate = learning_rate(self.settings, self.step - 1, self.steps)
+                self._check_finite(losses)
+                rate, norm = self.rate(self.step - 1), float(pending[-1][0].gradient_norm)
                 speed = tokens / (now - reported)
-                hooks.report(Progress(self.step, self.steps, losses, rate, speed, self.record.wait_fraction))
+                hooks.report(Progress(self.step, self.steps, losses, rate, norm, speed, self.record.wait_fraction))
                 pending, reported, tokens = [], now, 0
-                if saving and self.step < self.steps:
-                    hooks.save()
-            if stopping:
+                if saving and (self.step < self.steps or evaluating):
+                    # An evaluation never comes before the checkpoint of its step is safe.
+                    hooks.save(wait=evaluating or stopping)
+            if stopping and self.step < self.steps:
                 break
-        return self.step >= self.steps
+            self._evaluate(hooks)
+        return self.finished
+
+    def _at_anchor(self) -> bool:
+        return self.anchor is not None and self.step % self.anchor == 0
+
+    def _evaluation_due(self) -> bool:
+        every, told = self.settings.eval_every, self.record.held_out
+        if every is None or not self.step or (told and told[-1][0] >= self.step):
+            return False
+        return self.step % every == 0 or self.step == self.steps
+
+    def _evaluate(self, hooks: Hooks) -> None:
+        if self._evaluation_due():
+            self.record.held_out.append((self.step, hooks.evaluate()))
+
+    def _refused(self, watch: Watch, hooks: Hooks) -> None:
+        """A step was refused: go on without it, or back.
+
+        Raises:
+            Rollback: Back.
+            StackWiseError: It was not the first time, nor the second.
+        """
+        settings, times = self.settings, len(self.record.divergences)
+        if times >= settings.divergence_limit:
+            raise watch.too_often(times, self.step)
+        told: dict[str, Any] = {"step": self.step, "why": watch.verdict, "action": settings.on_divergence}
+        if self.anchor is not None:
+            told["to"] = (self.step - 1) // self.anchor * self.anchor
+        hooks.diverged(told)
+        if self.anchor is not None:
+            raise Rollback(told)
+        self.record.divergences.append(told)
+
+    def _losses(self, pending: list[tuple[Stepped, bool]]) -> list[float | None]:
+        """The losses of some steps, read off the device at once."""
+        values = torch.stack([stepped.loss for stepped, _ in pending]).tolist()
+        return [None if refused else value for value, (_, refused) in zip(values, pending, strict=True)]
+
+    def _check_finite(self, losses: list[float | None]) -> None:
+        for number, loss in enumerate(losses, self.step - len(losses) + 1):
+            if loss is not None and not math.isfinite(loss):
+                raise StackWiseError(
+                    f"the loss is no longer a finite number at step {number} of {self.steps}",
+                    hint="lower training.learning_rate (for this stage: stages.K.training.learning_rate) or "
+                    "training.grad_clip, and run again",
+                )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +63,7 @@ class Hooks:
         self.stop_at, self.told, self.directory = stop_at, [], None
         self.told: list[Progress]
         self.directory: Path | None
+        self.refused: list[dict[str, Any]] = []
 
     def report(self, progress: Progress) -> None:
         self.told.append(progress)
@@ -69,10 +71,17 @@ class Hooks:
     def checkpoint_due(self, step: int) -> bool:
         return False
 
-    def save(self) -> None:
+    def save(self, *, wait: bool) -> None:
         assert self.trainer is not None
         if self.directory is not None:
             checkpoint.save(self.directory, self.trainer)
+
+    def evaluate(self) -> float:
+        assert self.trainer is not None
+        return self.trainer.engine.evaluate([batch(1000)])
+
+    def diverged(self, told: Mapping[str, Any]) -> None:
+        self.refused.append(dict(told))
 
     def stop(self) -> bool:
         assert self.trainer is not None

@@ -127,7 +127,8 @@ class RunView:
             stage.seconds_per_step = _smooth(stage.seconds_per_step, pace, 0.12)
         stage.last = (now, event["step"])
         stage.step, stage.steps, stage.learning_rate = event["step"], event["steps"], event["learning_rate"]
-        stage.loss = _smooth(stage.loss, event["loss"])
+        if event["loss"] is not None:  # every step since was refused
+            stage.loss = _smooth(stage.loss, event["loss"])
         stage.tokens_per_second = _smooth(stage.tokens_per_second, event["tokens_per_second"])
         stage.wait_fraction, stage.memory = event["wait_fraction"], event["memory"]
         self.current = stage.depth
