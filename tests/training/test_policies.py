@@ -1,0 +1,186 @@
+"""Held-out losses, early ends, and steps that diverge: decided by what repeats, so a run that was cut ends the same."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stackwise.errors import StackWiseError
+from stackwise.training import checkpoint
+from stackwise.training.divergence import LEAST, Rollback, Watch, anchor
+from stackwise.training.stage import Batch
+from stackwise.training.trainer import Trainer
+from tests.training.test_trainer import Hooks, batch, fit, resident, trainer
+
+
+def few(start: int = 0) -> Iterator[Batch]:
+    """Four batches over and over, so that there is something to learn."""
+    return itertools.islice(itertools.cycle([batch(number) for number in range(4)]), start, None)
+
+
+class Saving(Hooks):
+    """Keeps checkpoints of every step asked for; says what was evaluated, and what was saved by then."""
+
+    def __init__(self, directory: Path, stop_at: int | None = None) -> None:
+        super().__init__(stop_at)
+        self.directory = directory
+        self.evaluated: list[tuple[int, bool]] = []
+
+    def save(self, *, wait: bool) -> None:
+        assert self.trainer is not None
+        assert self.directory is not None
+        checkpoint.save(self.directory, self.trainer, keep=100)
+
+    def evaluate(self) -> float:
+        assert self.trainer is not None
+        assert self.directory is not None
+        step = self.trainer.step
+        self.evaluated.append((step, (self.directory / f"step-{step:08d}").exists()))
+        return super().evaluate()
+
+
+def weights(one: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in resident(one).parameters.items()}
+
+
+def same(a: Trainer, b: Trainer) -> bool:
+    return all(torch.equal(p, weights(b)[name]) for name, p in weights(a).items())
+
+
+def test_an_evaluation_never_comes_before_the_checkpoint_of_its_step(tmp_path: Path) -> None:
+    one, hooks = trainer(steps=10, eval_every=4), Saving(tmp_path)
+    assert fit(one, hooks, few())
+    assert hooks.evaluated == [(4, True), (8, True), (10, True)]
+    assert [step for step, _ in one.record.held_out] == [4, 8, 10]
+    plain = trainer(steps=10)
+    assert fit(plain, Hooks(), few())
+    assert same(one, plain), "evaluating changes nothing"
+    assert one.record.losses == plain.record.losses
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path: Path) -> None:
+    one = trainer(steps=10, eval_every=4)
+    assert not fit(one, Saving(tmp_path, stop_at=4), few())
+    assert one.record.held_out == []
+    again, hooks = trainer(steps=10, eval_every=4), Saving(tmp_path)
+    assert checkpoint.restore_latest(tmp_path, again, pytest.fail)
+    assert fit(again, hooks, few(4))
+    assert [step for step, _ in hooks.evaluated] == [4, 8, 10]
+
+
+def test_patience_ends_a_stage_where_held_out_loss_stops_falling(tmp_path: Path) -> None:
+    # What is held out (one batch of random tokens) cannot be learnt from the others.
+    one, hooks = trainer(steps=400, eval_every=2, patience=3, learning_rate=0.03), Saving(tmp_path)
+    assert fit(one, hooks, few())
+    assert one.step < 400
+    best = one.record.best
+    assert best is not None
+    assert [step for step, _ in one.record.held_out if step > best[0]] == [best[0] + 2, best[0] + 4, best[0] + 6]
+    # Cut just before the end, it ends at the same step.
+    again = trainer(steps=400, eval_every=2, patience=3, learning_rate=0.03)
+    checkpoint.restore_step(tmp_path, again, one.step)
+    assert fit(again, Saving(tmp_path), few(one.step))
+    assert again.step == one.step
+    assert [tuple(told) for told in again.record.held_out] == one.record.held_out
+
+
+def spoilt(at: int, start: int = 0) -> Iterator[Batch]:
+    """Batches above a front, one of which makes no finite loss."""
+    for number in itertools.count(start):
+        one = batch(number, tokens=False)
+        if number == at and one.x_BSD is not None:
+            one.x_BSD[0, 0, 0] = math.nan
+        yield one
+
+
+def test_a_step_that_is_skipped_leaves_no_trace_in_the_weights(tmp_path: Path) -> None:
+    one, hooks = trainer(tokens=False, on_divergence="skip"), Hooks()
+    assert fit(one, hooks, spoilt(5))
+    assert one.record.losses[5] is None
+    assert [loss for loss in one.record.losses if loss is None] == [None]
+    (told,) = hooks.refused
+    assert told == one.record.divergences[0]
+    assert (told["step"], told["why"]) == (6, "its loss is no finite number")
+    # By hand: the same steps without the sixth.
+    other = trainer(tokens=False)
+    for number, good in zip(range(12), spoilt(-1), strict=False):
+        if number == 5:
+            other.step += 1
+        else:
+            other.train_step([good])
+    assert same(one, other)
+
+
+def test_skips_that_are_too_many_end_the_stage() -> None:
+    one = trainer(tokens=False, on_divergence="skip", divergence_limit=2)
+    bad = itertools.chain.from_iterable(itertools.repeat(next(spoilt(0)), 1) for _ in range(9))
+    with pytest.raises(StackWiseError, match=r"step 3 diverged .* after 2 skips"):
+        fit(one, Hooks(), bad)
+
+
+WILD: dict[str, Any] = {
+    "learning_rate": 3.0, "grad_clip": 0.0, "lr_schedule": "constant", "warmup": 0.6,
+    "on_divergence": "rollback", "divergence_factor": 1.4, "rollback_factor": 0.3,
+}  # fmt: skip
+
+
+def wild(directory: Path, stop_at: int | None = None) -> Trainer:
+    """A stage whose learning rate is far too high, trained as a worker does; cut after a step where asked."""
+    one = trainer(steps=40, **WILD)
+    one.anchor = 5
+    checkpoint.restore_latest(directory, one, pytest.fail)
+    while True:
+        try:
+            fit(one, Saving(directory, stop_at), few(one.step))
+            return one
+        except Rollback as back:
+            told = back.told
+            known = one.record.divergences
+            checkpoint.restore_step(directory, one, int(str(told["to"])))
+            one.record.divergences = [*known, told]
+            checkpoint.remove(directory, after=one.step)
+
+
+def test_a_stage_that_explodes_goes_back_with_a_lower_rate_and_a_cut_one_ends_the_same(tmp_path: Path) -> None:
+    whole = wild(tmp_path / "whole")
+    assert whole.step == 40
+    assert len(whole.record.losses) == 40
+    assert 1 <= whole.record.rollbacks <= 5
+    assert all(told["to"] % 5 == 0 and told["to"] < told["step"] for told in whole.record.divergences)
+    assert whole.rate(39) == pytest.approx(3.0 * 0.3**whole.record.rollbacks)
+    first = whole.record.divergences[0]
+    for stop_at in (first["to"] + 1, first["step"] - 1, first["step"] + 2, 33):
+        directory = tmp_path / str(stop_at)
+        cut = wild(directory, stop_at)
+        assert cut.step < 40
+        again = wild(directory)
+        assert again.record.divergences == whole.record.divergences
+        assert again.record.losses == whole.record.losses
+        assert same(again, whole)
+
+
+def test_an_exploding_loss_is_told_by_the_median_of_those_before() -> None:
+    settings = trainer(on_divergence="skip", divergence_factor=2.0).settings
+    early = Watch(settings, [1.0] * (LEAST - 1))
+    assert early.accept(50.0, 1.0), "there is nothing to go by yet"
+    watch = Watch(settings, [1.0, None] * LEAST)
+    assert not watch.accept(2.1, 1.0)
+    assert watch.verdict == "its loss 2.1 is more than 2 times the median before it, 1"
+    assert watch.accept(1.9, 1.0)
+    assert watch.verdict is None
+    assert not watch.accept(1.0, math.inf)
+    assert not watch.accept(math.nan, 1.0)
+
+
+def test_where_a_rollback_goes_follows_from_the_settings() -> None:
+    rollback, stop = (trainer(on_divergence=policy).settings for policy in ("rollback", "stop"))
+    assert anchor(rollback, 1000, 30) == 30
+    assert anchor(rollback, 1000, None) == 50
+    assert anchor(rollback, 3, None) == 1
+    assert anchor(stop, 1000, 30) is None
