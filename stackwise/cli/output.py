@@ -31,6 +31,8 @@ STATES = {
     "failed": "red",
     "damaged": "red",
     "pending": "dim",
+    "submitted": "dim",
+    "not run": "yellow",
     "dropped": "dim",
 }
 

@@ -154,7 +154,7 @@ def dump(config: Settings) -> str:
 
 
 def flat(config: Settings) -> dict[str, Any]:
-    """The settings by dotted key, without those that say only where figures go; a stage's own ones come last."""
+    """The settings by dotted key, without those that say only where and how it runs; a stage's own ones come last."""
     found: dict[str, Any] = {}
 
     def walk(tree: Mapping[str, Any], prefix: str) -> None:
@@ -164,7 +164,7 @@ def flat(config: Settings) -> dict[str, Any]:
             else:
                 found[f"{prefix}{key}"] = value
 
-    walk(config.model_dump(exclude={"tracking", "stages", "name"}), "")
+    walk(config.model_dump(exclude={"tracking", "slurm", "stages", "name"}), "")
     for depth, own in sorted(config.stages.items()):
         walk(own.model_dump(exclude_unset=True), f"stages.{depth}.")
     return found

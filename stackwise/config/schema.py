@@ -443,6 +443,23 @@ class TrackingConfig(Section):
     name: str | None = Field(None, description="what the run is called there; null: its directory's name")
 
 
+class SlurmConfig(Section):
+    """What a job asks for (`stackwise run --engine slurm`); it changes no result."""
+
+    partition: str | None = Field(None, description="partition; null: the cluster's default")
+    nodelist: str | None = Field(None, description="the node that has the store; null: the machine that submits")
+    minutes: PositiveInt = Field(1440, description="time limit of a job; one that reaches it saves and is queued again")
+    signal_seconds: PositiveInt = Field(120, description="seconds before the limit that a job is told to save")
+    gpus: Count | None = Field(None, description="GPUs of a job; null: 1, or none where device is cpu")
+    cpus: PositiveInt | None = Field(None, description="CPUs of a job; null: the cluster's default")
+    memory_gb: Positive | None = Field(None, description="memory of a job, in GB; null: the cluster's default")
+    account: str | None = Field(None, description="account; null: the user's default")
+    qos: str | None = Field(None, description="quality of service; null: the user's default")
+    parameters: dict[str, str | int | bool] = Field(
+        default_factory=dict, description="further options of sbatch by name, as {constraint: nvme}"
+    )
+
+
 class StageOverrides(Section):
     """What one stage does differently: only the keys that were set count."""
 
@@ -465,6 +482,7 @@ class Settings(Section):
     store: StoreConfig = Field(default_factory=StoreConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    slurm: SlurmConfig = Field(default_factory=SlurmConfig)
     stages: dict[Count, StageOverrides] = Field(default_factory=dict, description="what single stages do differently")
 
     @property

@@ -7,6 +7,7 @@ RUN/tensorboard/       event files
 RUN/tracking/          what each tracker has taken of the log
 RUN/checkpoints/       stages in training, by recipe
 RUN/logs/              what workers print
+RUN/jobs.json, jobs/   the jobs of a batch system, and what each said of itself
 RUN/evaluation.json    held-out results
 RUN/store/             the store, unless `store.path` says otherwise
 """
@@ -36,6 +37,8 @@ class RunDirectory:
         self.evaluation_file = path / "evaluation.json"
         self.report_file = path / "report.html"
         self.tracking = path / "tracking"
+        self.jobs_file = path / "jobs.json"
+        self.jobs = path / "jobs"
         self.logs = path / "logs"
         self.export = path / "export"
 
@@ -169,7 +172,32 @@ def status(run: RunDirectory) -> dict[str, Any]:
         state = "done"
     else:
         state = next((s for s in ("failed", "interrupted") if s in states), "pending")
-    return {"run": str(run.path), "state": state, "stages": stages}
+    return {"run": str(run.path), "state": state, "stages": stages, **_jobs(run)}
+
+
+def job_file(run: RunDirectory, stage: int | None) -> Path:
+    """Where the job of a stage (None: of the evaluation) keeps its state."""
+    return run.jobs / ("finish.json" if stage is None else f"stage-{stage:03d}.json")
+
+
+def job_state(path: Path) -> str:
+    """What a job last said of itself; `submitted` before it said anything."""
+    try:
+        return str(durable.read_json(path)["state"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "submitted"
+
+
+def _jobs(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
+    """The jobs of a run that was submitted to a batch system, each with what it last said of itself."""
+    try:
+        jobs = durable.read_json(run.jobs_file)
+    except (OSError, ValueError):
+        return {}
+    keys = ("stage", "job", "engine")
+    return {
+        "jobs": [{key: job[key] for key in keys} | {"state": job_state(job_file(run, job["stage"]))} for job in jobs]
+    }
 
 
 STATUS_KEYS = (

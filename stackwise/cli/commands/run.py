@@ -13,8 +13,8 @@ import click
 
 from stackwise.cli.failure import stopped_after_saving
 from stackwise.cli.options import Choice, as_json, choose, configuration, is_run, max_time_option
-from stackwise.cli.output import console, is_live, plain
-from stackwise.errors import StackWiseError
+from stackwise.cli.output import console, is_live, plain, print_json
+from stackwise.errors import StackWiseError, UsageError
 
 if TYPE_CHECKING:
     from stackwise.cli.views.state import RunView
@@ -24,6 +24,13 @@ Event = dict[str, Any]
 
 @click.command(short_help="Train every stage, evaluate, report; resumes by itself.")
 @configuration
+@click.option(
+    "--engine",
+    type=click.Choice(["here", "slurm", "local"]),
+    default="here",
+    show_default=True,
+    help="slurm: a job a stage (slurm.* says what it asks for); local: the same jobs on this machine.",
+)
 @max_time_option
 @click.option("--dry-run", "dry", is_flag=True, help="Say what is reused or trained, why, what it takes, and stop.")
 @as_json
@@ -32,6 +39,7 @@ def run(
     preset: str | None,
     run: str | None,
     overrides: tuple[str, ...],
+    engine: str,
     max_time: float | None,
     dry: bool,
     as_json: bool,
@@ -44,8 +52,12 @@ def run(
     choice = choose(config, preset, run, overrides)
     if dry:
         _foretell(choice, as_json)
-    else:
+    elif engine == "here":
         carry_out(choice, as_json=as_json, command="stackwise run", max_time=max_time)
+    elif max_time is not None:
+        raise UsageError("--max-time is for a run here", hint="slurm.minutes limits a job, which saves and comes back")
+    else:
+        _submit(choice, engine, as_json)
 
 
 def _foretell(choice: Choice, as_json: bool) -> None:
@@ -59,6 +71,19 @@ def _foretell(choice: Choice, as_json: bool) -> None:
     Runner(choice.config, choice.run, observe).run(dry=True)
     if not as_json:
         click.echo("dry run: nothing was trained")
+
+
+def _submit(choice: Choice, engine: str, as_json: bool) -> None:
+    from stackwise.pipeline.cluster import submit
+
+    jobs = submit(choice.config, choice.run, "slurm" if engine == "slurm" else "local")
+    if as_json:
+        print_json({"run": str(choice.run.path), "jobs": jobs})
+        return
+    for job in jobs:
+        what = "evaluation, report" if job["stage"] is None else f"stage {job['stage']}"
+        click.echo(f"{engine} job {job['job']}: {what}")
+    click.echo(f"how they stand: stackwise status --run {shlex.quote(str(choice.run.path))}")
 
 
 def carry_out(

@@ -50,4 +50,11 @@ def rendered(value: dict[str, Any]) -> Group:
             words.size(memory) if memory is not None else "",
             plain(stage["reason"] or ""),
         )
-    return Group(Text.from_markup(line), shown)
+    jobs = value.get("jobs", [])
+    if not jobs:
+        return Group(Text.from_markup(line), shown)
+    named = table("job", "of", "state")
+    for job in jobs:
+        of = "evaluation" if job["stage"] is None else f"stage {job['stage']}"
+        named.add_row(f"{job['engine']} {plain(job['job'])}", of, state(job["state"]))
+    return Group(Text.from_markup(line), shown, Text(), named)
