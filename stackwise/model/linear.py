@@ -150,20 +150,30 @@ def _inside(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, runs: Tensor |
 
 
 def _states(k: Tensor, v: Tensor, runs: Tensor | None, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Σ k vᵀ over the chunks in front of each one, [B, H, N, F, V], and over all; of the last document, where given."""
-    if runs is None:
-        own = k.transpose(-1, -2) @ v
-        begin = torch.zeros_like(own[:, :, 0]) if first is None else first
-        upto = torch.cat((begin[:, :, None], own), 2).cumsum(2)
-        return upto[:, :, :-1], upto[:, :, -1]
-    last = runs[..., -1]
-    own = (k * (runs == last[..., None])[:, None, :, :, None]).transpose(-1, -2) @ v
-    carried, left_ = torch.zeros_like(own[:, :, 0]), []
-    for chunk in range(k.shape[2]):
-        left_.append(carried)
-        goes_on = (last[:, chunk] == last[:, chunk - 1])[:, None, None, None] if chunk else 0
-        carried = own[:, :, chunk] + carried * goes_on
-    return torch.stack(left_, 2), carried
+    """Σ k vᵀ over the chunks in front of each one, [B, H, N, F, V], and over all.
+
+    Of the chunks in front those count whose end is in one document with the end of the last of them, and of these what
+    lies in that document. Summed by a matrix of zeros and ones: a GPU's cumulative sums have no fixed order.
+
+    Args:
+        k: Features of the keys, in chunks.
+        v: Values, in chunks.
+        runs: Documents, in chunks; None: one.
+        first: The sum over what precedes the first chunk.
+    """
+    count = k.shape[2]
+    places = torch.arange(count + 1, device=k.device)
+    before = places[:, None] > places[None, :count]
+    if runs is not None:
+        last = runs[..., -1]
+        k = k * (runs == last[..., None])[:, None, :, :, None]
+        # The chunk in front of each: in front of the first is none.
+        before = (before & (F.pad(last, (1, 0))[..., None] == last[:, None]))[:, None]
+    own = (k.transpose(-1, -2) @ v).flatten(-2)
+    sums = (before.to(own.dtype) @ own).view(*own.shape[:2], count + 1, k.shape[-1], v.shape[-1])
+    if first is not None:
+        sums = sums + first[:, :, None]
+    return sums[:, :, :-1], sums[:, :, -1]
 
 
 def _through(q: Tensor, left: Tensor, runs: Tensor | None) -> Tensor:
