@@ -99,7 +99,7 @@ def _run(trial: Trial, setting: Result) -> Result:
 
 def _read(config: StackWiseConfig, rowsets: dict[str, Any]) -> int:
     """Bytes of boundaries read: by training, and by the forward passes that write the next ones."""
-    from stackwise.pipeline.fit import boundary_bytes
+    from stackwise.pipeline.recipe import boundary_bytes
 
     batch = config.training.batch_size * config.training.accumulation
     stages = schedule(config)
