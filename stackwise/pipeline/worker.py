@@ -59,13 +59,14 @@ def main() -> int:
 
 def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory]) -> int:
     # Before torch: a job for `status` of a device that is not there should fail here, not at import.
-    from stackwise.pipeline.device import describe, resolve_device
+    from stackwise.pipeline.device import describe, resolve_device, warm_up
     from stackwise.pipeline.finish_worker import run_finish
     from stackwise.pipeline.job import FinishJob, StageJob
     from stackwise.pipeline.stage_worker import run_stage
 
     device = resolve_device(sys.argv[1] if len(sys.argv) > 1 else "auto")
     channel.emit({"event": "ready", **describe(device), "pid": os.getpid()})
+    warm_up()
     line = sys.stdin.readline()
     if not line:
         return 0

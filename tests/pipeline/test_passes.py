@@ -59,7 +59,7 @@ def run_stages(
         def _finish(self, plan: Plan, manifest: Manifest) -> dict[str, Any]:
             return {}
 
-    def work(job: StageJob | FinishJob, *, saves: int = 0) -> list[dict[str, Any]]:
+    def work(job: StageJob | FinishJob, **told: Any) -> list[dict[str, Any]]:
         run_stage(StageJob.from_plain(json.loads(json.dumps(job.plain()))), runner._observe, lambda: False)
         return []
 
