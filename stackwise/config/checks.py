@@ -63,6 +63,13 @@ def _training(config: Settings) -> Iterator[Fault]:
         yield "training.mlm_random", f"with mlm_mask it makes {training.mlm_mask + training.mlm_random:g}, more than 1"
     if training.mask_token_id is not None and (size := config.model.vocab_size) and training.mask_token_id >= size:
         yield "training.mask_token_id", f"{training.mask_token_id} is not below model.vocab_size {size}"
+    if training.swap == "always":
+        for depth in range(config.n_stages):
+            settings = config.stage_training(depth)
+            if settings.keep_best or settings.on_divergence == "rollback":
+                what = "keep_best" if settings.keep_best else "on_divergence: rollback"
+                yield "training.swap", f"always, but a swapped stage has no earlier weights for {what} (stage {depth})"
+                break
     if training.cache_dir and config.store.path and training.cache_dir != config.store.path:
         yield "training.cache_dir", f"is another name of store.path, which says {config.store.path!r}"
     if config.objective == "clm" and training.masks_per_sample > 1:
@@ -210,6 +217,8 @@ def notes(config: Settings) -> list[str]:
         lines.append("training.lookahead is unused: no stage of this schedule has blocks above it")
     if training.lookahead == "none" and "lookahead_blocks" in given:
         lines.append("training.lookahead_blocks is unused: training.lookahead is none")
+    if training.swap == "never" and given & {"swap_parts", "memory"}:
+        lines.append("training.swap_parts and memory are unused: training.swap is never")
     if config.model.tie_embeddings is False and "tied_head" in given:
         lines.append("training.tied_head is unused: model.tie_embeddings is false")
     if config.objective != "mlm" and given & {"mlm_mask", "mlm_random"}:

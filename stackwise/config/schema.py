@@ -384,6 +384,15 @@ class TrainingConfig(StageTraining):
         0.1, description="mlm: share that shows a random token; the rest shows itself"
     )
     compile: bool = Field(False, description="torch.compile the blocks")
+    swap: Literal["auto", "always", "never"] = Field(
+        "auto", description="swap a stage's parts between disk and memory; auto: where it does not fit. Same result"
+    )
+    swap_parts: PositiveInt | None = Field(
+        None, description="groups that a swapped stage's blocks take turns in; null: as few as fit"
+    )
+    memory: PositiveInt | None = Field(
+        None, description="bytes of memory that a stage may take before it is swapped; null: the device's"
+    )
     checkpoint_steps: PositiveInt | None = Field(None, description="checkpoint every so many steps; null: by minutes")
     checkpoint_minutes: Positive = Field(10.0, description="checkpoint every so many minutes")
     keep_checkpoints: PositiveInt = Field(2, description="checkpoints of a stage that are kept; the best one beside")

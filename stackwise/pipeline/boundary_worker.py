@@ -17,7 +17,7 @@ from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
 from stackwise.store import CODECS, ActivationStore, BoundaryWriter
 from stackwise.training.feed import Feed
 from stackwise.training.fill import FilledBoundary
-from stackwise.training.forward import Pass, write_boundary
+from stackwise.training.forward import Outputs, Pass, write_boundary
 from stackwise.training.stage import StageModel
 
 Emit = Callable[[dict[str, Any]], None]
@@ -76,7 +76,7 @@ def entering(
 def write_above(
     job: StageJob,
     config: StackWiseConfig,
-    stages: Sequence[StageModel],
+    stages: Sequence[StageModel] | Outputs,
     below: Feed,
     store: ActivationStore,
     digests: list[str],
@@ -89,7 +89,7 @@ def write_above(
     Args:
         job: The stage's.
         config: The configuration.
-        stages: What the rows go through, the job's stage last.
+        stages: What the rows go through, the job's stage last; or what makes its outputs.
         below: What enters the first of them.
         store: Where the boundary goes.
         digests: Of the parts that the job's stage passes on.

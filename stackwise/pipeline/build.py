@@ -90,9 +90,8 @@ def stage_model(job: StageJob, config: StackWiseConfig) -> StageModel:
     if HEAD in job.initial:
         embedding: torch.Tensor | None = None
         if config.model.tie_embeddings:
-            embedding = front.embedding.weight if front is not None else _embedding(job)
-        trains = {FRONT, HEAD} & set(stage.trains)
-        own = trains == {HEAD} and config.training.tied_head == "copy"
+            embedding = front.embedding.weight if front is not None else embedding_of(job)
+        own = owns_projection(config, stage)
         head = make_head(config, job.vocab_size, job.initial[HEAD], embedding, own=own)
     objective = objective_of(config, job.mask_token, job.vocab_size)
     model = StageModel(front, blocks, head, objective, config.precision, beyond)
@@ -108,6 +107,11 @@ def frozen_stage(below: Frozen, job: StageJob, config: StackWiseConfig) -> Stage
     blocks = [make_block(config, part, below.initial[part]) for part in stage.blocks]
     model = StageModel(front, blocks, None, objective_of(config, job.mask_token, job.vocab_size), config.precision)
     return model.requires_grad_(False).eval()
+
+
+def owns_projection(config: StackWiseConfig, stage: Stage) -> bool:
+    """Whether a tied head gets a copy of the embedding to train: where it trains, and the embedding does not."""
+    return {FRONT, HEAD} & set(stage.trains) == {HEAD} and config.training.tied_head == "copy"
 
 
 def objective_of(config: StackWiseConfig, mask_token: int, vocab_size: int) -> Objective:
@@ -139,7 +143,8 @@ def _loaded(make: Callable[[], M], source: Source) -> M:
     return module
 
 
-def _embedding(job: StageJob) -> torch.Tensor | None:
+def embedding_of(job: StageJob) -> torch.Tensor | None:
+    """The embedding that a tied head above the front projects with, where the job names one."""
     if job.embedding is None:
         return None
     tensors = load_part(job.embedding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ MOMENT_BYTES = {"adamw": 8, "muon": 4, "adamw8bit": 2}
 
 LOSS_BYTES = 3 * (32 << 20)
 """Of the loss: a slice of logits, its gradient and what makes it."""
+
+SHARE = 0.9
+"""Of the memory: what a stage may take of it."""
 
 
 def part_parameters(config: StackWiseConfig, vocab_size: int, part: str, stage: Stage) -> int:
@@ -89,6 +93,61 @@ def memory_parts(
     return state + copies + LOSS_BYTES, config.row_positions * blocks * numbers * (2 if half else 4)
 
 
+@dataclass(frozen=True)
+class Swap:
+    """How a stage that does not fit is swapped.
+
+    Args:
+        groups: Groups that its blocks take turns in.
+        boundaries: Bytes of a step's boundaries that stay in memory.
+        memory: About the bytes that it takes, boundaries included.
+        disk: About the bytes of disk: weights, moments and gradients, and what is left of a step's boundaries.
+    """
+
+    groups: int
+    boundaries: int
+    memory: int
+    disk: int
+
+
+def swap_of(config: StackWiseConfig, vocab_size: int, stage: Stage, memory: int) -> Swap | None:
+    """How a stage is swapped; None where it is resident. It decides nothing about the result.
+
+    The largest of its groups is in memory three times over: one being written, one computing, one being read.
+
+    Args:
+        config: The configuration, `precision` resolved.
+        vocab_size: Ids that the model knows.
+        stage: The stage.
+        memory: Bytes of the device, or on a CPU of the machine; `training.memory` comes before it.
+    """
+    training, settings = config.training, config.stage_training(stage.depth)
+    limit = min(memory, training.memory or memory)
+    fits = stage_memory(config, vocab_size, stage) <= SHARE * limit
+    goes_back = settings.on_divergence == "rollback" or settings.keep_best  # which takes weights of earlier steps
+    if training.swap == "never" or (training.swap == "auto" and (fits or goes_back)):
+        return None
+    block = config.model.block_parameters
+    state = state_bytes(config, vocab_size, stage, gradients=True)
+    each = state / stage_parameters(config, vocab_size, stage)
+    ends = max(part_parameters(config, vocab_size, part, stage) for part in stage.holds if part in (FRONT, HEAD))
+    most = len((*stage.blocks, *stage.beyond))
+    copies = 0 if config.precision == "fp32" else 2 * block
+    activations = settings.batch_size * memory_parts(config, vocab_size, stage)[1] / most + copies
+
+    def taken(groups: int) -> int:
+        blocks = -(-most // groups)
+        return round(3 * each * max(ends, blocks * block) + blocks * activations) + LOSS_BYTES
+
+    room = SHARE * limit - limit // 4
+    groups = training.swap_parts or next((n for n in range(1, most) if taken(n) <= room), most)
+    groups = min(groups, most)
+    tokens = settings.batch_size * settings.accumulation * config.row_positions
+    step = tokens * config.model.d_model * (4 if config.precision == "fp32" else 2) * (groups + 3)
+    kept = min(limit // 4, step)
+    return Swap(groups, limit // 4, taken(groups) + kept, state + round(each * max(ends, block)) + step - kept)
+
+
 def below_memory(plan: Plan, stage: Stage) -> int:
     """About the bytes that committed stages take below one in training, where it computes its boundary on demand.
 
@@ -116,9 +175,9 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
         disk: Where the store is, or will be.
 
     Returns:
-        `disk_needed`, `disk_free`, `memory_needed`, `memory_total`, in bytes; `traffic`: bytes of boundaries that are
-        `read` and `written`, and `flops` of forward passes beside training; `separate`: the same with every boundary
-        stored, each by a pass of its own.
+        `disk_needed`, `disk_free`, `memory_needed`, `memory_total`, in bytes; `swapped`: the groups by stage;
+        `traffic`: bytes of boundaries that are `read` and `written`, and `flops` of forward passes beside training;
+        `separate`: the same with every boundary stored, each by a pass of its own.
 
     Raises:
         NoSpaceError: The disk is too small, or `store.max_bytes` is.
@@ -136,13 +195,20 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
     present = sum(info.disk_bytes for info in plan.store.boundaries())
     boundaries = max(0, boundary * live - present) if todo else 0
     weights = sum(stage_parameters(config, size, stage) for stage in todo) * WEIGHT_BYTES
+    total = psutil.virtual_memory().total
+    swaps = {stage.depth: swap_of(config, size, stage, plan.memory or total) for stage in todo}
+    swapped = {depth: swap for depth, swap in swaps.items() if swap is not None}
+    resident = [stage for stage in todo if stage.depth not in swapped]
     # One more than are kept is written before the oldest goes.
-    checkpoints = 3 * max((state_bytes(config, size, stage, gradients=False) for stage in todo), default=0)
+    checkpoints = max(
+        3 * max((state_bytes(config, size, stage, gradients=False) for stage in resident), default=0),
+        max((swap.disk for swap in swapped.values()), default=0),
+    )
     needed = boundaries + weights + checkpoints
     free = shutil.disk_usage(next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())).free
-    memory = max((stage_memory(config, size, stage) + below_memory(plan, stage) for stage in todo), default=0)
-    state = max((state_bytes(config, size, stage, gradients=True) for stage in todo), default=0)
-    total = psutil.virtual_memory().total
+    taken = [stage_memory(config, size, stage) + below_memory(plan, stage) for stage in resident]
+    taken += [swapped[stage.depth].memory + below_memory(plan, stage) for stage in todo if stage.depth in swapped]
+    state = max((state_bytes(config, size, stage, gradients=True) for stage in resident), default=0)
     if needed > free:
         raise NoSpaceError(
             f"the run needs {in_bytes(needed)} of disk ({in_bytes(boundaries)} of them boundaries) and "
@@ -159,13 +225,14 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
         raise UsageError(
             f"the largest stage takes {in_bytes(state)} for weights, gradients and moments alone; "
             f"this machine has {in_bytes(total)} of memory",
-            hint="lower training.block_size",
+            hint="lower training.block_size, or set training.swap: auto",
         )
     return {
         "disk_needed": needed,
         "disk_free": free,
-        "memory_needed": memory,
+        "memory_needed": max(taken, default=0),
         "memory_total": total,
+        "swapped": {depth: swap.groups for depth, swap in swapped.items()},
         "boundary": boundary,
         "traffic": traffic(plan, todo).plain(),
         "separate": separate_traffic(plan, todo).plain(),

@@ -99,6 +99,7 @@ class Plan:
         data: The prepared data.
         store: The store.
         device: The device's name, for jobs.
+        memory: Bytes of its memory; None: the machine's.
         known_rowsets: Ids by `rows_key`, from an earlier run.
 
     Raises:
@@ -112,9 +113,11 @@ class Plan:
         store: ActivationStore,
         *,
         device: str,
+        memory: int | None = None,
         known_rowsets: dict[str, list[Any]] | None = None,
     ) -> None:
         self.config, self.data, self.store, self.device = config, data, store, device
+        self.memory = memory
         self.stages = schedule(config)
         self.vocabulary = check_data(config, data)
         self.forward = forward_specification(config, self.vocabulary.size, self.vocabulary.mask)

@@ -150,7 +150,8 @@ class Runner:
             self.config.precision = ready["precision"]
         opened = stack.enter_context(_open_store(store))
         known = {key: list(value) for key, value in before.get("rowsets", {}).items()}
-        plan = Plan(self.config, data, opened, device=ready["device"], known_rowsets=known)
+        memory = ready["memory"]
+        plan = Plan(self.config, data, opened, device=ready["device"], memory=memory, known_rowsets=known)
         about = {key: ready[key] for key in ("device", "name", "memory")}
         self._tell("device", **about, precision=plan.config.precision)
         return plan, Manifest(run, plan, before, earlier)
@@ -160,7 +161,11 @@ class Runner:
         foreseen = foresee(plan, manifest)
         self._tell("plan", stages=[each.plain() for each in foreseen])
         todo = [plan.stages[each.stage] for each in foreseen if each.action == "train"]
-        self._tell("fit", **check_fit(plan, todo, self.run_directory.store_path(plan.config)))
+        fit = check_fit(plan, todo, self.run_directory.store_path(plan.config))
+        self._tell("fit", **fit)
+        for depth, groups in fit["swapped"].items():
+            text = f"stage {depth} is swapped: its blocks take turns in {groups} groups (training.swap)"
+            self._tell("note", text=text)
         return foreseen
 
     def _stages(self, plan: Plan, manifest: Manifest, only: int | None) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,18 +19,25 @@ from stackwise.errors import InterruptedRun
 from stackwise.model import part_digest
 from stackwise.pipeline.boundary_worker import RESUME, Emit, Stop, entering, write_above
 from stackwise.pipeline.build import frozen_stage, parts_of, save_part, stage_model
-from stackwise.pipeline.device import make_deterministic, peak_memory
+from stackwise.pipeline.device import describe, make_deterministic, peak_memory
+from stackwise.pipeline.fit import Swap, swap_of
 from stackwise.pipeline.job import StageJob
 from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows, stage_steps
 from stackwise.pipeline.rows import HELD_OUT, choose_samples, stage_rows
 from stackwise.pipeline.stage_hooks import StageHooks
+from stackwise.pipeline.swapped import JobParts, committed_sources, record_directory, swapped_engine
 from stackwise.store import ActivationStore, BoundaryReader, RowOrder
 from stackwise.training import checkpoint
 from stackwise.training.divergence import Rollback, anchor
 from stackwise.training.engine import Engine, ResidentEngine
 from stackwise.training.feed import Feed, ahead
+from stackwise.training.lift import lifted
 from stackwise.training.stage import StageModel
+from stackwise.training.swap import SwappedEngine
 from stackwise.training.trainer import Trainer
+
+Weights = Callable[[str], Mapping[str, torch.Tensor]]
+"""The state dict of a part, as it is committed."""
 
 RETOLD = 1000
 """Losses told again on resuming: the last ones before a kill may have reached no one."""
@@ -58,6 +67,10 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
             entering_it = stack.enter_context(store.reader(job.held_out_reads)) if job.held_out_reads else None
             held_out = _feed(job, config, store, entering_it, job.held_out, HELD_OUT)
         frozen = [frozen_stage(one, job, config).to(device) for one in job.through]
+        swap = swap_of(config, job.vocab_size, job.stage, int(describe(device)["memory"]))
+        if swap is not None:
+            _run_swapped(job, config, swap, below, held_out, frozen, store, device, emit, stop)
+            return
         model = stage_model(job, config).to(device)
         if job.train:
             with entering(job, config, below, frozen, store, device, emit, stop) as feed:
@@ -71,6 +84,40 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
                 write_above(job, config, [*frozen, model], below, store, digests, device, emit, stop)
             if job.hands_held_out and held_out is not None:
                 write_above(job, config, [model], held_out, store, digests, device, emit, stop)
+
+
+def _run_swapped(
+    job: StageJob,
+    config: StackWiseConfig,
+    swap: Swap,
+    below: Feed,
+    held_out: Feed | None,
+    frozen: Sequence[StageModel],
+    store: ActivationStore,
+    device: torch.device,
+    emit: Emit,
+    stop: Stop,
+) -> None:
+    """What `run_stage` does, with one group of the stage's parts in memory at a time."""
+
+    def warn(text: str) -> None:
+        emit({"event": "warning", "stage": job.stage.place, "text": text})
+
+    if job.train:
+        with (
+            entering(job, config, below, frozen, store, device, emit, stop) as feed,
+            contextlib.closing(swapped_engine(job, config, swap, device, warn)) as engine,
+        ):
+            _train(job, config, engine, engine.weights, feed, store, device, emit, stop, held_out)
+    if job.writes or job.hands_held_out:
+        parts = JobParts(job, config, committed_sources(job, store.stage(job.recipe_id) if job.train else None))
+        row_bytes = 4 * config.row_positions * config.model.d_model
+        up = partial(lifted, parts, swap.groups, row_bytes=row_bytes, memory=swap.boundaries)
+        digests = [parts.digest(name) for name in parts.names]
+        if job.writes:
+            write_above(job, config, up(below=frozen), below, store, digests, device, emit, stop)
+        if job.hands_held_out and held_out is not None:
+            write_above(job, config, up(), held_out, store, digests, device, emit, stop)
 
 
 def _passed_on(model: StageModel, job: StageJob) -> dict[str, nn.Module]:
@@ -111,13 +158,12 @@ def train_stage(
     stop: Stop,
     held_out: Feed | None = None,
 ) -> None:
-    """Train a stage from its newest checkpoint, or from the start, and commit it.
+    """Train a stage that is in memory from its newest checkpoint, or from the start, and commit it.
 
     Args:
         held_out: What it is evaluated on while it trains.
     """
     stage, settings = job.stage, config.stage_training(job.stage.depth)
-    steps = stage_steps(config, stage.depth, job.rows)
     if config.training.compile:
         for block in (*model.blocks, *model.beyond):
             block.compile()
@@ -129,14 +175,36 @@ def train_stage(
         first_block=stage.first,
         beyond=stage.beyond,
     )
-    every = anchor(settings, steps, config.training.checkpoint_steps)
-    trainer = Trainer(engine, settings, steps=steps, anchor=every)
-    directory = Path(job.checkpoints)
+    parts = parts_of(model, stage)
+    _train(job, config, engine, lambda part: engine.weights(parts[part]), feed, store, device, emit, stop, held_out)
+
+
+def _train(
+    job: StageJob,
+    config: StackWiseConfig,
+    engine: Engine,
+    weights: Weights,
+    feed: Feed,
+    store: ActivationStore,
+    device: torch.device,
+    emit: Emit,
+    stop: Stop,
+    held_out: Feed | None,
+) -> None:
+    """Take an engine from where its stage stands to the last step, and commit the stage."""
+    stage, settings = job.stage, config.stage_training(job.stage.depth)
+    steps = stage_steps(config, stage.depth, job.rows)
+    trainer = Trainer(engine, settings, steps=steps, anchor=anchor(settings, steps, config.training.checkpoint_steps))
+    saving = replace(job, checkpoints=str(record_directory(job))) if isinstance(engine, SwappedEngine) else job
 
     def warn(text: str) -> None:
         emit({"event": "warning", "stage": stage.place, "text": text})
 
-    if checkpoint.restore_latest(directory, trainer, warn):
+    resumed = checkpoint.restore_latest(Path(saving.checkpoints), trainer, warn)
+    if isinstance(engine, SwappedEngine):
+        # Its steps are on the disk as they are taken; a checkpoint holds the record alone.
+        resumed = engine.resume(trainer)
+    if resumed:
         losses = trainer.record.losses[-RETOLD:]
         emit({"event": "resumed", "stage": stage.place, "step": trainer.step, "steps": steps, "losses": losses})
     order = RowOrder(
@@ -146,7 +214,7 @@ def train_stage(
         window_chunks=WINDOW_CHUNKS,
         select=stage_rows(config, feed.rowset.sample_ids, stage.depth, stage.rowset),
     )
-    with StageHooks(job, config, trainer, held_out, emit, stop) as hooks:
+    with StageHooks(saving, config, trainer, held_out, emit, stop) as hooks:
         while True:
             try:
                 finished = _fit(trainer, feed, order, hooks)
@@ -157,8 +225,8 @@ def train_stage(
             raise InterruptedRun(f"stage {stage.depth} stopped at step {trainer.step} of {steps}", hint=RESUME)
         if settings.keep_best:
             hooks.take_best()
-    _commit(job, model, trainer, store, device, emit)
-    checkpoint.remove(directory)
+    _commit(job, weights, trainer, store, device, emit)
+    checkpoint.remove(Path(job.checkpoints))
 
 
 def _fit(trainer: Trainer, feed: Feed, order: RowOrder, hooks: StageHooks) -> bool:
@@ -170,15 +238,15 @@ def _fit(trainer: Trainer, feed: Feed, order: RowOrder, hooks: StageHooks) -> bo
 
 
 def _commit(
-    job: StageJob, model: StageModel, trainer: Trainer, store: ActivationStore, device: torch.device, emit: Emit
+    job: StageJob, weights: Weights, trainer: Trainer, store: ActivationStore, device: torch.device, emit: Emit
 ) -> None:
     stage, record = job.stage, trainer.record
-    trained = {name: module for name, module in parts_of(model, stage).items() if name in stage.trains}
+    trained = [name for name in stage.holds if name in stage.trains]
     trainer.engine.settle()
-    digests = {name: part_digest(trainer.engine.weights(module)) for name, module in trained.items()}
+    digests = {name: part_digest(weights(name)) for name in trained}
     store.commit_stage(
         job.recipe_id,
-        {name: partial(_save, trainer.engine, module) for name, module in trained.items()},
+        {name: partial(_save, weights, name) for name in trained},
         {
             "recipe": job.recipe,
             "depth": stage.depth,
@@ -200,5 +268,5 @@ def _commit(
     emit({"event": "committed", "stage": stage.place, "recipe": job.recipe_id, "parts": digests})
 
 
-def _save(engine: Engine, module: nn.Module, path: Path) -> None:
-    save_part(engine.weights(module), path)
+def _save(weights: Weights, part: str, path: Path) -> None:
+    save_part(weights(part), path)

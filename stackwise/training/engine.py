@@ -84,10 +84,7 @@ class Engine(Protocol):
         """
 
     def settle(self) -> None:
-        """Called once after the last step: from then on the model's modules hold what is committed."""
-
-    def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """The state dict, as it is committed, of the front, a block or the head of the model; after `settle`."""
+        """Called once after the last step: from then on its `weights` are what is committed."""
 
 
 class ResidentEngine:
@@ -192,7 +189,7 @@ class ResidentEngine:
         self._mean = {}
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """The module's state dict."""
+        """The state dict, as it is committed, of the front, a block or the head of the model; after `settle`."""
         return module.state_dict()
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,8 +115,12 @@ def outputs(
         yield landed
 
 
+Outputs = Callable[[Iterator[Batch], Codec, torch.device], Generator[torch.Tensor]]
+"""For each batch what leaves some stages, on the CPU, as `outputs` gives it."""
+
+
 def write_boundary(
-    stages: Sequence[StageModel],
+    stages: Sequence[StageModel] | Outputs,
     feed: Feed,
     writer: BoundaryWriter,
     device: torch.device,
@@ -127,7 +132,8 @@ def write_boundary(
     """Write every chunk that `writer` still lacks; reading, copies, computing and writing overlap.
 
     Args:
-        stages: The stages that the rows go through, lowest first, on `device`; they are left in evaluation mode.
+        stages: The stages that the rows go through, lowest first, on `device`; they are left in evaluation mode. Or
+            what makes their outputs.
         feed: What enters the lowest.
         writer: The boundary above the highest.
         device: Where `stages` are.
@@ -138,13 +144,12 @@ def write_boundary(
     Returns:
         Whether the boundary is complete, and how long the pass waited for what.
     """
-    for stage in stages:
-        stage.eval()
+    make: Outputs = stages if callable(stages) else partial(outputs, [stage.eval() for stage in stages])
     missing, total = list(writer.missing), writer.info.chunks
     ranges = [writer.chunk_rows_of(chunk) for chunk in missing]
     begun, blocked, finished = time.perf_counter(), 0.0, True
     with ahead(feed.sequential(ranges, forward_rows(feed.seq_len)), device) as batches:
-        source = outputs(stages, batches, writer.info.codec_object, device)
+        source = make(batches, writer.info.codec_object, device)
         for done, (chunk, (first, last)) in enumerate(zip(missing, ranges, strict=True)):
             if stop():
                 finished = False

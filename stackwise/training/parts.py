@@ -25,8 +25,12 @@ class Parts(Protocol):
 
     names: Sequence[str]
     """In forward order: "front" where the stage reads tokens, the blocks, "head" where it has one."""
+    order: Sequence[str]
+    """The same names in the order in which a whole stage's model has them."""
     trains: Sequence[str]
     """Those with parameters that train."""
+    precision: str
+    """What the stage computes in."""
     tied: bool
     """Whether the head projects with the front's embedding, both of them held here."""
 
@@ -69,6 +73,7 @@ class Loaded:
     parts: dict[str, nn.Module]
     states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     gradients: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    means: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> None:
         """Move the parts, in place."""

@@ -1,22 +1,24 @@
 """The swapped engine's state on disk: weights and moments a part, the last step's gradients as its redo log.
 
-    swap/commit.json                        step n is done, at this learning rate, gradients times this scale
-    swap/losses                             the loss of each step, float64
-    swap/state/PART-<step>.safetensors      weights and moments after so many steps
-    swap/gradients/PART-<step>.safetensors  the gradients that make step n of the state after n-1
+    swap/commit.json                     steps and updates done; the last update's learning rate and clip scale
+    swap/losses                          the loss of each step, float64
+    swap/evaluations.json                held-out losses so far
+    swap/state/PART-<n>.safetensors      weights and moments after n updates
+    swap/gradients/PART-<n>.safetensors  the gradients that make update n of the state after n-1
 
-A part's state may be one step behind the commit: the gradients then bring it up. Every file is written under
+A part's state may be one update behind the commit: the gradients then bring it up. Every file is written under
 another name, synced and renamed; gradients stand before the commit that counts on them, a state before the files
 that it replaces go. So a kill, wherever it falls, loses the step in hand and nothing else.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,9 @@ from torch import Tensor
 from stackwise import durable
 
 STATE, GRADIENTS = "state", "gradients"
-_COMMIT, _LOSSES = "commit.json", "losses"
+FORMAT = 1
+"""Of the record and of what a state's tensors are called."""
+_COMMIT, _LOSSES, _EVALUATIONS = "commit.json", "losses", "evaluations.json"
 Tensors = dict[str, Tensor]
 
 
@@ -38,13 +42,19 @@ class Commit:
 
     Args:
         step: Steps done.
-        rate: The learning rate of the last of them.
-        scale: What its gradients are multiplied by (clipping); None: they stand as they are.
+        updates: Those of them that moved the weights.
+        last: The number of the last of those, from 0.
+        rate: Its learning rate.
+        clip: What its gradients are multiplied by; None: they stand as they are.
+        scaler: The state of the loss scale, where there is one.
     """
 
     step: int = 0
+    updates: int = 0
+    last: int = -1
     rate: float = 0.0
-    scale: float | None = None
+    clip: float | None = None
+    scaler: list[float] | None = None
 
 
 class RedoLog:
@@ -78,30 +88,26 @@ class RedoLog:
         """Wait for the writer, and let it go."""
         self._pool.shutdown()
 
-    def state(self, part: str) -> Tensors | None:
-        """A part's weights and moments, as `KIND/NAME`; None where it is as it was made.
+    def read(self, part: str, prefix: str) -> Tensors | None:
+        """What of a part's state begins with a prefix, without it; None where the part is as it was made.
 
         Raises:
             OSError: The file cannot be read.
         """
-        return self._read(STATE, part, self.at[part]) if self.at.get(part) else None
-
-    def weights(self, part: str) -> Tensors | None:
-        """A part's trained weights alone, by name; None where it is as it was made."""
-        return self._read(STATE, part, self.at[part], "weight/") if self.at.get(part) else None
+        return self._read(STATE, part, self.at[part], prefix) if self.at.get(part) else None
 
     def gradients(self, part: str) -> Tensors | None:
-        """The gradients that a part's state still lacks, by name; None where it lacks none."""
-        step = self.committed.step
-        return self._read(GRADIENTS, part, step) if self.at.get(part, step) < step else None
+        """The gradients of the update that a part's state still lacks, by name; None where it lacks none."""
+        updates = self.committed.updates
+        return self._read(GRADIENTS, part, updates) if self.at.get(part, updates) < updates else None
 
     def write_states(self, states: Mapping[str, Tensors]) -> None:
-        """Write parts' states after the committed step, behind; what they replace is then removed.
+        """Write parts' states after the last update, behind; what they replace is then removed.
 
         Raises:
             NoSpaceError: The disk is full (told at a later call, or by `flush`).
         """
-        step = self.committed.step
+        step = self.committed.updates
         before = {part: self.at[part] for part in states}
         self.at |= dict.fromkeys(states, step)
 
@@ -119,7 +125,7 @@ class RedoLog:
         Raises:
             NoSpaceError: The disk is full (told at a later call, or by `flush`).
         """
-        step = self.committed.step + 1
+        step = self.committed.updates + 1
 
         def write() -> None:
             for part, tensors in gradients.items():
@@ -137,50 +143,75 @@ class RedoLog:
             self._writing[0].result()
             self._writing = None  # not before: the loader waits for it too
 
-    def commit(self, rate: float, scale: float | None, loss: float) -> None:
+    def commit(
+        self, rate: float, clip: float | None, loss: float, *, taken: bool = True, scaler: list[float] | None = None
+    ) -> None:
         """Publish the step in hand, whose gradients are all handed in.
+
+        Args:
+            rate: Its learning rate.
+            clip: What its gradients are to be multiplied by.
+            loss: Its loss; no number where it was refused.
+            taken: Whether it moves the weights.
+            scaler: The state of the loss scale.
 
         Raises:
             NoSpaceError: The disk is full; the step is not published.
         """
         self.flush()
-        step = self.committed.step
+        before = self.committed
         path = self.directory / _LOSSES
         with durable.explain_full_disk(path):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                os.pwrite(fd, np.float64(loss).tobytes(), 8 * step)
+                os.pwrite(fd, np.float64(loss).tobytes(), 8 * before.step)
                 os.fsync(fd)
             finally:
                 os.close(fd)
-        record = Commit(step + 1, rate, scale)
-        durable.write_json(self.directory / _COMMIT, {"format": 1, **asdict(record)})
+        record = replace(before, step=before.step + 1, scaler=scaler)
+        if taken:
+            record = replace(record, updates=before.updates + 1, last=before.step, rate=rate, clip=clip)
+        durable.write_json(self.directory / _COMMIT, {"format": FORMAT, **asdict(record)})
         self.committed = record
 
-    def losses(self) -> list[float]:
-        """The loss of every step done, in nats."""
+    def losses(self) -> list[float | None]:
+        """The loss of every step done, in nats; None where it was refused."""
         step = self.committed.step
-        return list(np.fromfile(self.directory / _LOSSES, dtype=np.float64, count=step).tolist()) if step else []
+        found = np.fromfile(self.directory / _LOSSES, dtype=np.float64, count=step).tolist() if step else []
+        return [None if math.isnan(loss) else loss for loss in found]
+
+    def note_evaluation(self, loss: float) -> None:
+        """Keep the held-out loss after the steps done."""
+        known = [entry for entry in self.evaluations() if entry[0] != self.committed.step]
+        durable.write_json(self.directory / _EVALUATIONS, [*known, (self.committed.step, loss)])
+
+    def evaluations(self) -> list[tuple[int, float]]:
+        """Held-out losses, each with the steps done before it."""
+        path = self.directory / _EVALUATIONS
+        found = durable.read_json(path) if path.exists() else []
+        return [(int(step), float(loss)) for step, loss in found if step <= self.committed.step]
 
     def _take_up(self) -> None:
         value: dict[str, Any] = durable.read_json(self.directory / _COMMIT)
-        if value.pop("format") != 1:
+        if value.pop("format") != FORMAT:
             raise ValueError("another format")
-        commit = Commit(int(value["step"]), float(value["rate"]), value["scale"])
+        commit = Commit(**value)
         at = {}
         for part in self.parts:
-            if self._path(STATE, part, commit.step).exists():
-                at[part] = commit.step
+            if self._path(STATE, part, commit.updates).exists():
+                at[part] = commit.updates
             else:
-                at[part] = commit.step - 1
-                self._check(self._path(GRADIENTS, part, commit.step))
+                at[part] = commit.updates - 1
+                self._check(self._path(GRADIENTS, part, commit.updates))
             if at[part]:
                 self._check(self._path(STATE, part, at[part]))
         self.committed, self.at = commit, at
         if len(self.losses()) != commit.step:
             raise ValueError("losses are missing")
-        wanted = {self._path(STATE, part, step) for part, step in at.items()}
-        wanted |= {self._path(GRADIENTS, part, commit.step) for part, step in at.items() if step < commit.step}
+        wanted = {self._path(STATE, part, update) for part, update in at.items()}
+        wanted |= {
+            self._path(GRADIENTS, part, commit.updates) for part, update in at.items() if update < commit.updates
+        }
         for kind in (STATE, GRADIENTS):
             for path in (self.directory / kind).iterdir():
                 if path not in wanted:

@@ -36,7 +36,6 @@ class Spill:
         self._files.clear()
         self.bytes_in_memory = self.bytes_on_disk = 0
         shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory.mkdir(parents=True)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._memory or key in self._files
@@ -54,6 +53,7 @@ class Spill:
             self._memory[key] = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
             self.bytes_in_memory += tensor.nbytes
             return
+        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / str(self._made)
         self._made += 1
         with durable.explain_full_disk(path), path.open("wb", buffering=0) as file:

@@ -12,7 +12,7 @@ The bits are those of `ResidentEngine`: the same operations on the same tensors 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +22,17 @@ from torch import Tensor
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
-from stackwise.training.engine import Stepped
+from stackwise.training.engine import Accept, Stepped
 from stackwise.training.groups import Turns
-from stackwise.training.parts import FRONT, HEAD, Parts, in_turn, make_groups
+from stackwise.training.parts import FRONT, Parts, in_turn, make_groups
 from stackwise.training.redo import RedoLog
+from stackwise.training.scaling import LossScale
 from stackwise.training.spill import Spill
 from stackwise.training.stage import Batch, StageModel
+from stackwise.training.trainer import Trainer
+
+SCALER = "scaler/state"
+"""What `LossScale` calls its state."""
 
 
 class SwappedEngine:
@@ -62,6 +67,9 @@ class SwappedEngine:
         self.log.open(warn)
         self.spill = Spill(directory / "step", memory)
         self.turns = Turns(parts, self.log, settings, device)
+        self.scale = LossScale(settings.loss_scale) if parts.precision == "fp16" else None
+        if self.scale is not None and self.log.committed.scaler is not None:
+            self.scale.restore({SCALER: torch.tensor(self.log.committed.scaler, dtype=torch.float64)})
         trained = [group.index for group in self.groups if set(group.names) & set(parts.trains)]
         self.lowest = min(trained, default=len(self.groups))
         # The gradient of a tied projection arrives at the front from the head too, so the front waits for it.
@@ -72,30 +80,64 @@ class SwappedEngine:
         """Steps that are published: a kill loses nothing of them."""
         return self.log.committed.step
 
-    def step(self, microbatches: Sequence[Batch], step: int, rate: float) -> Stepped:
+    def step(self, microbatches: Sequence[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
         """One optimizer step (see `Engine.step`), durable when it returns.
 
         Raises:
-            StackWiseError: The loss or the gradient is no finite number; the step is not taken.
+            StackWiseError: The loss or the gradient is no finite number, and nobody was asked; the step is not taken.
             NoSpaceError: The disk is full; the step is not taken.
         """
         assert step == self.steps_done, f"step {step} after {self.steps_done}"
         self.spill.clear()
-        norms: dict[int, list[Tensor]] = {}
+        norms: dict[str, list[Tensor]] = {}
         total, scored = self._up(microbatches, step, norms)
-        nominal = microbatches[-1].tokens_BS.numel() / scored if scored else None
-        self._down(microbatches, step, nominal, norms)
+        self._down(microbatches, step, self._share(microbatches, scored), norms)
         loss = total / max(scored, 1)
-        norm, scale = self._clip([norm for index in sorted(norms) for norm in norms[index]] if scored else [])
-        if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
+        norm, clip = self._clip([norm for name in self.parts.order for norm in norms.get(name, [])] if scored else [])
+        finite, taken, refused = math.isfinite(float(norm)), True, False
+        if self.scale is not None and math.isfinite(float(loss)) and not finite:
+            self.scale.overflowed()
+            taken = False
+        elif accept is not None:
+            taken = accept(float(loss), float(norm))
+            refused = not taken
+        elif not (finite and math.isfinite(float(loss))):
             raise StackWiseError(
                 f"the loss or its gradient is no longer a finite number at step {step + 1}",
                 hint="lower training.learning_rate (for this stage: stages.K.training.learning_rate) or "
                 "training.grad_clip, and run again",
             )
-        self.log.commit(rate, scale, float(loss))
+        if taken and self.scale is not None:
+            self.scale.taken()
+        scaler = None if self.scale is None else self.scale.state()[SCALER].tolist()
+        self.log.commit(rate, clip, math.nan if refused else float(loss), taken=taken, scaler=scaler)
         self.spill.clear()
-        return Stepped(loss, norm)
+        return Stepped(loss, norm, taken)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """The mean loss over some batches (see `Engine.evaluate`)."""
+        held, total, scored = list(batches), torch.zeros((), dtype=torch.float64), 0
+        self.spill.clear()
+        for loaded in in_turn(self.turns.load_to_update, self.groups):
+            index = loaded.group.index
+            loaded.to(self.device)
+            self.turns.update(loaded)
+            self.turns.take_mean(loaded)
+            model = self.parts.model(loaded.parts).eval()
+            for number, cpu_batch in enumerate(held):
+                batch = self._entering(index, number, cpu_batch, track=False)
+                self.spill.drop(("x", index, number))
+                if index + 1 == len(self.groups):
+                    loss, count = self._loss(model, batch)
+                    total += loss.double().cpu()
+                    scored += int(count)
+                else:
+                    with model.numerics(self.device):
+                        self.spill.put(("x", index + 1, number), model.activations(batch))
+        loss_of_all = float(total) / max(scored, 1)
+        self.log.note_evaluation(loss_of_all)
+        return loss_of_all
 
     def state(self) -> dict[str, Tensor]:
         """Nothing: what it holds is on the disk already, step by step."""
@@ -103,6 +145,21 @@ class SwappedEngine:
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing: it took up its own directory."""
+
+    def resume(self, trainer: Trainer) -> bool:
+        """Put a trainer where the steps on the disk end, which may be beyond the record that it has.
+
+        Returns:
+            Whether there is a step on the disk.
+        """
+        record, done = trainer.record, self.steps_done
+        trainer.step, record.losses = done, self.losses()
+        told = {step: loss for step, loss in (*record.held_out, *self.log.evaluations()) if step <= done}
+        record.held_out = sorted(told.items())
+        known = {one["step"] for one in record.divergences}
+        refused = [number for number, loss in enumerate(record.losses, 1) if loss is None and number not in known]
+        record.divergences += [{"step": number, "why": "told before a kill", "action": "skip"} for number in refused]
+        return done > 0
 
     def settle(self) -> None:
         """Bring every part up to the last step published."""
@@ -112,17 +169,20 @@ class SwappedEngine:
             self.turns.update(loaded)
         self.log.flush()
 
+    def losses(self) -> list[float | None]:
+        """The loss of each step that is published; None where `accept` refused it."""
+        return self.log.losses()
+
     def weights(self, part: str) -> dict[str, Tensor]:
         """The state dict, as it is committed, of a part; after `settle`."""
-        embedding = self.turns.embedding() if part == HEAD and self.parts.tied else None
-        return self.parts.make(part, self.log.weights(part), embedding).state_dict()
+        return self.turns.make(part, self.turns.committed(part)).state_dict()
 
     def close(self) -> None:
         """End its thread; what lives for one step is dropped."""
         self.log.close()
         self.spill.clear()
 
-    def _up(self, microbatches: Sequence[Batch], step: int, norms: dict[int, list[Tensor]]) -> tuple[Tensor, int]:
+    def _up(self, microbatches: Sequence[Batch], step: int, norms: dict[str, list[Tensor]]) -> tuple[Tensor, int]:
         """Everything forward, the loss at the top and its gradient; the sum of the losses and how many were scored."""
         total, scored = torch.zeros((), device=self.device), 0
         for loaded in in_turn(self.turns.load_to_update, self.groups):
@@ -135,7 +195,8 @@ class SwappedEngine:
                 seeded = self._draw(step, index, number)
                 if top:
                     loss, count = self._loss(model, batch)
-                    (loss / batch.tokens_BS.numel()).backward()  # type: ignore[no-untyped-call]
+                    scaled = loss if self.scale is None else loss * self.scale.scale
+                    (scaled / batch.tokens_BS.numel()).backward()  # type: ignore[no-untyped-call]
                     total += loss.detach()
                     scored += int(count)
                     self._hand_down(index, number, batch)
@@ -148,12 +209,11 @@ class SwappedEngine:
                 if index < self.lowest:
                     self.spill.drop(("x", index, number))
             if top:
-                nominal = microbatches[-1].tokens_BS.numel() / scored if scored else None
-                self.turns.write_gradients(loaded, nominal, norms)
+                self.turns.write_gradients(loaded, self._share(microbatches, scored), norms)
         return total, scored
 
     def _down(
-        self, microbatches: Sequence[Batch], step: int, nominal: float | None, norms: dict[int, list[Tensor]]
+        self, microbatches: Sequence[Batch], step: int, share: float | None, norms: dict[str, list[Tensor]]
     ) -> None:
         """Group by group from the top, each forward again and backward, to the lowest that trains."""
         for loaded in in_turn(self.turns.load, self.groups[self.lowest : -1][::-1]):
@@ -174,11 +234,17 @@ class SwappedEngine:
                     self._draw(step, len(self.groups) - 1, number)
                     loss, _ = self._loss(head, above)
                     if loss.requires_grad:
-                        loss = loss / above.tokens_BS.numel()
+                        scaled = loss if self.scale is None else loss * self.scale.scale
+                        loss = scaled / above.tokens_BS.numel()
                         roots, slopes = [leaving, loss], [slopes[0], torch.ones_like(loss)]
                 torch.autograd.backward(roots, slopes)
                 self._hand_down(index, number, batch)
-            self.turns.write_gradients(loaded, nominal, norms)
+            self.turns.write_gradients(loaded, share, norms)
+
+    def _share(self, microbatches: Sequence[Batch], scored: int) -> float | None:
+        """What makes a gradient of the microbatches' nominal means that of the step's mean; None: nothing is scored."""
+        scale = 1.0 if self.scale is None else self.scale.scale
+        return microbatches[-1].tokens_BS.numel() / scored / scale if scored else None
 
     def _loss(self, model: StageModel, batch: Batch) -> tuple[Tensor, int]:
         with model.numerics(self.device):

@@ -58,6 +58,7 @@ class RackParts:
             architecture=ArchitectureConfig(n_stacks=depth, blocks_per_stack=1),
         )
         self.names = [*(["front"] if tokens else []), *(f"block.{i}" for i in range(depth)), "head"]
+        self.order = self.names
         self.trains = list(self.names) if trains is None else list(trains)
         self.tied, self.fixed_head, self.precision, self.dtype, self.vocab = (
             tied and tokens,

@@ -18,10 +18,22 @@ from safetensors.torch import load_file
 
 from stackwise.errors import StackWiseError
 from stackwise.model import part_digest
+from stackwise.training.engine import ResidentEngine
 from stackwise.training.optim import learning_rate
 from stackwise.training.spill import Spill
 from stackwise.training.swap import SwappedEngine
-from tests.training.swapping import CPU, MASK, SEED, Plain, RackParts, engine, microbatches, settings, state_dicts
+from tests.training.swapping import (
+    CPU,
+    MASK,
+    SEED,
+    Plain,
+    RackParts,
+    batch,
+    engine,
+    microbatches,
+    settings,
+    state_dicts,
+)
 
 
 @pytest.fixture
@@ -141,7 +153,7 @@ def test_it_goes_on_after_every_step_and_in_other_groups(disk: Path) -> None:
         for key, value in tensors.items():
             assert torch.equal(swapped.weights(part)[key], value), (part, key)
     swapped.close()
-    assert not list((disk / "step").iterdir())
+    assert not (disk / "step").exists()
 
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.stress) for seed in range(2, 12))])
@@ -217,3 +229,36 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     ]  # fmt: skip
     peaks = [int(child.communicate()[0]) for child in children]
     assert peaks[1] - peaks[0] < 20e6
+
+
+@pytest.mark.parametrize(
+    ("shape", "training"),
+    [
+        ({}, {"ema": 0.9, "optimizer": "muon"}),
+        ({"tied": False}, {"optimizer": "adamw8bit", "block_learning_rates": {1: 1e-4}}),
+        ({"precision": "fp16"}, {"loss_scale": "dynamic", "ema": 0.5}),
+    ],
+    ids=str,
+)
+def test_it_is_the_resident_engine_bit_for_bit(disk: Path, shape: dict[str, Any], training: dict[str, Any]) -> None:
+    """Also where steps are refused, and in what it would score on other rows in between."""
+    parts = RackParts(3, **shape)
+    resident = ResidentEngine(parts.whole(), settings(**training), seed=SEED, device=CPU)
+    held_out = [batch(100), batch(101)]
+    for step in range(4):
+        accept = None if step != 2 else (lambda loss, norm: False)
+        swapped = engine(parts, disk, groups=2, **training)  # each step in an engine made anew
+        one = resident.step(microbatches(step, 3), step, 1e-2, accept)
+        other = swapped.step(microbatches(step, 3), step, 1e-2, accept)
+        assert (one.loss, one.gradient_norm, one.taken) == (other.loss, other.gradient_norm, other.taken)
+        if step:
+            assert resident.evaluate(held_out) == swapped.evaluate(held_out)
+        swapped.log.close()
+    swapped = engine(parts, disk, **training)
+    assert [loss is None for loss in swapped.losses()] == [False, False, True, False]
+    swapped.settle()
+    resident.settle()
+    for part, tensors in state_dicts(resident.model, parts.names).items():
+        for key, value in tensors.items():
+            assert torch.equal(swapped.weights(part)[key], value), (part, key)
+    swapped.close()
