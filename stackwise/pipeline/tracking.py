@@ -135,6 +135,8 @@ class Taken:
         recipe = self.recipes.get(str(stage), "")
         if kind in ("step", "resumed"):
             return self._steps(event, recipe, stage, at)
+        if kind == "diverged" and isinstance(event.get("to"), int):
+            self._go_back(event, recipe)
         if kind == "written":
             step, prefix = int(self.told.get(recipe, 0)), "boundary_"
             figures = {name: event[name] for name in ("bytes", "seconds")}
@@ -149,6 +151,19 @@ class Taken:
         self.told[key] = step
         return [Point(stage, prefix + name, step, float(value), at) for name, value in figures.items()]
 
+    def _go_back(self, event: Event, recipe: str) -> None:
+        """The stage went back to an earlier step: the steps from there have other figures, which are new.
+
+        A stage that was resumed below a rollback comes to it again, with the figures that are known.
+        """
+        known, rollback = self.told.get(f"{recipe}:rollbacks", []), [event["step"], event["to"]]
+        if rollback in known and self.told.get(f"{recipe}:resumed"):
+            return
+        self.told |= {f"{recipe}:rollbacks": [*known, rollback], f"{recipe}:resumed": False}
+        for key in (recipe, *(f"{recipe}:{kind}" for kind in ("held_out", "checkpoint", "best"))):
+            if key in self.told:
+                self.told[key] = min(self.told[key], event["to"])
+
     def _steps(self, event: Event, recipe: str, stage: int, at: float) -> list[Point]:
         last, losses, told = event["step"], event.get("losses", []), int(self.told.get(recipe, 0))
         first = last - len(losses) + 1
@@ -161,6 +176,8 @@ class Taken:
             found += [Point(stage, name, last, float(value), at) for name, value in _figures(event).items()]
         if found:
             self.told[recipe] = max(told, last)
+        if event["event"] == "resumed":
+            self.told[f"{recipe}:resumed"] = True
         return found
 
     def _evaluation(self, event: Event, at: float) -> list[Point]:

@@ -102,6 +102,33 @@ def test_every_step_once_though_steps_are_repeated_after_a_kill(log: Log) -> Non
     assert log.tracker.steps("run-1", 0, "checkpoint/seconds") == [30]
 
 
+def test_skipped_steps_have_no_loss_and_steps_after_a_rollback_are_told_anew(log: Log) -> None:
+    log.add("training", stage=0, recipe="a", steps=100)
+    log.add(
+        "step", stage=0, step=3, steps=100, losses=[1.0, None, 3.0], loss=2.0, learning_rate=0.1, gradient_norm=None
+    )
+    log.add("diverged", stage=0, step=2, why="NaN", action="skip")
+    log.add("held_out", stage=0, step=3, nats=1.5)
+    log.train(0, 4, 12)
+    log.add("diverged", stage=0, step=12, to=10, why="NaN", action="rollback")
+    log.train(0, 11, 12)
+    log.add("diverged", stage=0, step=12, to=10, why="NaN", action="rollback")
+    log.train(0, 11, 14)
+    log.follow()
+    rest = [4, 5, 6, 7, 8, 9, 10, 11, 12, 11, 12, 11, 12, 13, 14]
+    assert log.tracker.steps("run-1", 0) == [1, 3, *rest]
+    assert log.tracker.steps("run-1", 0, "held_out/nats") == [3]
+    # Killed, and resumed below the rollbacks, which repeat: nothing is told twice.
+    log.add("resumed", stage=0, step=9, steps=100, losses=[])
+    log.train(0, 10, 12)
+    for _ in range(2):
+        log.add("diverged", stage=0, step=12, to=10, why="NaN", action="rollback")
+        log.train(0, 11, 15)
+    log.follow()
+    assert log.tracker.steps("run-1", 0) == [1, 3, *rest, 15]
+    assert not log.warnings
+
+
 def test_a_changed_stage_is_another_tracker_run_that_has_the_stages_below(log: Log) -> None:
     log.train(0, 1, 5, "a")
     log.train(1, 1, 5, "b")
