@@ -1,0 +1,52 @@
+"""Swapped training of other kinds of rack: pairs of copies, latent and linear attention, time, a changing objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from stackwise.objectives import AdaptationObjective, BlockDiffusionObjective, Objective
+from stackwise.training.optim import learning_rate
+from stackwise.training.stage import StageModel
+from tests.training.swapping import MASK, Plain, RackParts, engine, microbatches
+
+
+class Kind(RackParts):
+    """Parts of another kind, with an objective of their own."""
+
+    def __init__(self, objective: Objective, **model: object) -> None:
+        super().__init__(3)
+        self.config = self.config.model_copy(update=model)
+        self.objective = objective
+
+    def model(self, parts: Mapping[str, nn.Module]) -> StageModel:
+        made = super().model(parts)
+        made.objective = self.objective
+        return made
+
+
+KINDS = {
+    "blocks": lambda: Kind(BlockDiffusionObjective(MASK, 4), attention="mla", time_embedding="learned"),
+    "adaptation": lambda: Kind(AdaptationObjective(MASK, 2), time_embedding="sinusoidal"),
+    "linear": lambda: Kind(BlockDiffusionObjective(MASK, 3, True), attention="linear", feature_map="performer"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_swapped_is_plain_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    plain, swapped = Plain(KINDS[kind]()), engine(KINDS[kind](), tmp_path)
+    for step in range(3):
+        batches = [replace(one, step=step) for one in microbatches(step, 3)]
+        assert float(swapped.step(batches, step, learning_rate(swapped.settings, step, 3)).loss) == plain.step(
+            batches, step, 3
+        )
+    swapped.settle()
+    parts = KINDS[kind]()
+    for part, tensors in plain.weights(parts.names).items():
+        for key, value in swapped.weights(part).items():
+            assert torch.equal(value, tensors[key]), f"{part} {key}"
