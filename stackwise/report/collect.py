@@ -33,6 +33,7 @@ class StageFacts:
     trunk: str | None
     weights: str | None
     curve: list[tuple[float, float]] = field(default_factory=list)
+    held_out: list[tuple[float, float]] = field(default_factory=list)
     tokens: int | None = None
     seconds: float | None = None
     tokens_per_second: float | None = None
@@ -124,11 +125,13 @@ def _add_training(stage: StageFacts, committed: CommittedStage | None, curve: Cu
         record = committed.record
         losses = enumerate(record.get("losses", []), 1)
         stage.curve = [(float(step), loss) for step, loss in losses if loss is not None]
+        stage.held_out = [(float(step), loss) for step, loss in record.get("held_out", [])]
         stage.tokens, stage.seconds = record.get("tokens"), record.get("seconds")
         if stage.tokens and stage.seconds:
             stage.tokens_per_second = stage.tokens / stage.seconds
     elif curve is not None and curve.recipe in (None, stage.recipe):
         stage.curve = curve.points
+        stage.held_out = [(float(step), curve.held_out[step]) for step in sorted(curve.held_out)]
         if curve.tokens_per_second:
             stage.tokens_per_second = statistics.median(curve.tokens_per_second)
 

@@ -32,6 +32,7 @@ class Curve:
     recipe: str | None
     losses: dict[int, float] = field(default_factory=dict)
     tokens_per_second: list[float] = field(default_factory=list)
+    held_out: dict[int, float] = field(default_factory=dict)
 
     @property
     def points(self) -> list[tuple[float, float]]:
@@ -131,6 +132,10 @@ def _take(history: History, event: Event) -> None:
                 history.curves[event["stage"]] = Curve(event.get("recipe"))
         case "step":
             _take_step(history.curves.setdefault(event["stage"], Curve(None)), event)
+        case "held_out":
+            history.curves.setdefault(event["stage"], Curve(None)).held_out[event["step"]] = event["nats"]
+        case "diverged":
+            history.warnings.append(str(event["text"]))
         case "writing" | "filling":
             history.boundaries[event["boundary"]] = Written(event["stage"] + 1)
         case "written":

@@ -37,9 +37,14 @@ def _curves(facts: Facts) -> list[str]:
                 faint=thin(stage.curve, RAW),
             )
         )
+    for stage in drawn:
+        if stage.held_out:
+            hue = hue_of(stage.depth, len(facts.stages))
+            lines.append(Line(f"held out {stage.depth}", stage.held_out, hue, faint=[], dashed=True))
+    held_out = " Dashed: the mean loss on held-out rows." if any(stage.held_out for stage in drawn) else ""
     return [
         '<p class="soft">Loss in nats on the rows of each stage, by its step; the line is a running mean. The first '
-        "steps may lie above the frame.</p>",
+        f"steps may lie above the frame.{held_out}</p>",
         "<figure style='margin:8px 0'>",
         line_chart(
             lines,
