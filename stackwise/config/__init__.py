@@ -2,6 +2,7 @@
 
 from stackwise.config.configuration import StackWiseConfig
 from stackwise.config.schema import (
+    AUTO,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
@@ -12,6 +13,7 @@ from stackwise.config.schema import (
 )
 
 __all__ = [
+    "AUTO",
     "DataConfig",
     "EvaluationConfig",
     "ModelConfig",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidatorFunctionWrapHandler, WrapValidator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -16,6 +16,25 @@ Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Auto(int):
+    """A number that is still to be found; 0 until then."""
+
+
+AUTO = _Auto(0)
+"""What `auto` is read as where a number stands otherwise: it is settled before anything is done with it."""
+
+
+def _number_or_auto(value: Any, handler: ValidatorFunctionWrapHandler) -> int:
+    return AUTO if value == "auto" or isinstance(value, _Auto) else int(handler(value))
+
+
+AutoInt = Annotated[
+    PositiveInt,
+    WrapValidator(_number_or_auto),
+    PlainSerializer(lambda value: "auto" if isinstance(value, _Auto) else value, return_type=int | str),
+]
 
 Mode = Literal["layerwise", "blockwise", "fused", "independent", "end_to_end"]
 Objective = Literal["mask_diffusion", "mlm", "clm", "custom"]
@@ -216,7 +235,7 @@ class StageTraining(Section):
         None, description="tokens that a stage trains on, where steps is null; null: by epochs_per_layer"
     )
     epochs_per_layer: Positive = Field(1.0, description="passes of a stage over its rows, where steps is null")
-    batch_size: PositiveInt = Field(8, description="rows in a microbatch")
+    batch_size: AutoInt = Field(8, description="rows in a microbatch; auto: as many as fit in memory, found by trial")
     accumulation: PositiveInt = Field(1, description="microbatches in a step")
     optimizer: Literal["adamw", "muon", "adamw8bit"] = Field(
         "adamw", description="adamw, muon (blocks' matrices; adamw for the rest), adamw8bit (moments in 8 bits)"
@@ -267,7 +286,7 @@ class StageTraining(Section):
 
     def budget(self, seq_len: int) -> int | None:
         """Steps by `steps` or `tokens`; None: `epochs_per_layer` says."""
-        if self.steps is not None or self.tokens is None:
+        if self.steps is not None or self.tokens is None or not self.batch_size:
             return self.steps
         return max(1, round(self.tokens / (self.batch_size * self.accumulation * seq_len)))
 

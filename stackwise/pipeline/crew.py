@@ -17,6 +17,7 @@ from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.process import OutOfMemory, Worker
 from stackwise.pipeline.time_limit import TimeLimit
+from stackwise.pipeline.trial import TrialJob
 
 LOCK_PATIENCE = 20.0
 """Seconds to wait for the worker of a runner that was killed: it saves and leaves by itself."""
@@ -58,7 +59,7 @@ class Crew:
 
     def work(
         self,
-        job: StageJob | FinishJob,
+        job: StageJob | FinishJob | TrialJob,
         *,
         saves: int = 0,
         remedy: Callable[[dict[str, Any] | None], str] | None = None,

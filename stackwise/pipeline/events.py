@@ -102,12 +102,18 @@ class Manifest:
         plan: The plan that is carried out.
         before: The manifest of an earlier run in the same directory.
         earlier: The configuration of that run.
+        auto: What settings that were `auto` came to, by key, to be found here by a later run.
     """
 
     def __init__(
-        self, run: RunDirectory, plan: Plan, before: dict[str, Any], earlier: StackWiseConfig | None = None
+        self,
+        run: RunDirectory,
+        plan: Plan,
+        before: dict[str, Any],
+        earlier: StackWiseConfig | None = None,
+        auto: dict[str, Any] | None = None,
     ) -> None:
-        self._run, self._plan, self.earlier = run, plan, earlier
+        self._run, self._plan, self.earlier, self._auto = run, plan, earlier, auto or {}
         self._before = {(stage["depth"], stage["window"]): stage for stage in before.get("stages", [])}
         self._known_evaluation = before.get("evaluation")
         self._boundaries: list[str] = list(before.get("boundaries", []))
@@ -219,6 +225,7 @@ class Manifest:
                 "vocabulary": {"size": vocabulary.size, "mask": vocabulary.mask},
                 "store": str(self._plan.store.path),
                 "rowsets": self._plan.known_rowsets,
+                "auto": self._auto,
                 "stages": self._stages,
                 "boundaries": self._boundaries,
                 "evaluation": self._known_evaluation,

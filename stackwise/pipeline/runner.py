@@ -21,7 +21,7 @@ from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError
 from stackwise.identity import content_id
 from stackwise.pipeline.crew import Crew
 from stackwise.pipeline.events import EventLog, Manifest, Observer, Observers
-from stackwise.pipeline.fit import check_fit, state_bytes
+from stackwise.pipeline.fit import check_fit, in_bytes, state_bytes
 from stackwise.pipeline.foresight import REUSED, Foreseen, committed_stage, foresee
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.plan import Entry, Plan, Versions, add_versions, check_data
@@ -33,6 +33,7 @@ from stackwise.pipeline.schedule import Stage, maker
 from stackwise.pipeline.time_limit import TimeLimit
 from stackwise.pipeline.track import Trackers
 from stackwise.pipeline.trackers import check_installed
+from stackwise.pipeline.trial import conditions, make_job, settle, wanted
 from stackwise.store import ActivationStore, CommittedStage
 
 BEGINNINGS = ("training", "writing", "filling")
@@ -150,11 +151,31 @@ class Runner:
             self.config.precision = ready["precision"]
         opened = stack.enter_context(_open_store(store))
         known = {key: list(value) for key, value in before.get("rowsets", {}).items()}
+        about = {key: ready[key] for key in ("device", "name", "memory")}
+        self._tell("device", **about, precision=self.config.precision)
+        tried = self._settle_batches(data, ready["device"], before.get("auto", {}))
         memory = ready["memory"]
         plan = Plan(self.config, data, opened, device=ready["device"], memory=memory, known_rowsets=known)
-        about = {key: ready[key] for key in ("device", "name", "memory")}
-        self._tell("device", **about, precision=plan.config.precision)
-        return plan, Manifest(run, plan, before, earlier)
+        return plan, Manifest(run, plan, before, earlier, tried)
+
+    def _settle_batches(self, data: PreparedData, device: str, before: dict[str, Any]) -> dict[str, Any]:
+        """Find every `batch_size: auto`, or take what was found before under the same conditions; returns both."""
+        vocabulary = check_data(self.config, data)
+        samples = data.train.n_samples(self.config.training.seq_len)
+        for key, stage in wanted(self.config).items():
+            job = make_job(self.config, stage, vocabulary.size, vocabulary.mask, samples)
+            name = conditions(self.config, job, device)
+            known = before.get(key)
+            if known is not None and known["conditions"] == name:
+                self._tell("note", text=f"{key}: auto is {known['rows']}, as found before")
+            else:
+                (found,) = (event for event in self._crew.work(job) if event["event"] == "trial")
+                known = {"conditions": name, "rows": found["rows"]}
+                room = f"{in_bytes(found['peak'])} of {in_bytes(found['limit'])} of {found['what']}"
+                self._tell("note", text=f"{key}: auto is {found['rows']}, found by trial ({room})")
+            settle(self.config, key, known["rows"])
+            before = before | {key: known}
+        return before
 
     def _foresee(self, plan: Plan, manifest: Manifest) -> list[Foreseen]:
         """Say what becomes of each stage, and whether there is room for it."""

@@ -63,6 +63,7 @@ def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory]) -
     from stackwise.pipeline.finish_worker import run_finish
     from stackwise.pipeline.job import FinishJob, StageJob
     from stackwise.pipeline.stage_worker import run_stage
+    from stackwise.pipeline.trial import TrialJob, run_trial
 
     device = resolve_device(sys.argv[1] if len(sys.argv) > 1 else "auto")
     channel.emit({"event": "ready", **describe(device), "pid": os.getpid()})
@@ -75,6 +76,8 @@ def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory]) -
     before.append(memory(device))
     if job["kind"] == "stage":
         run_stage(StageJob.from_plain(job), channel.emit, stopping.is_set)
+    elif job["kind"] == "trial":
+        channel.emit({"event": "trial", **run_trial(TrialJob.from_plain(job), device)})
     else:
         run_finish(FinishJob.from_plain(job), channel.emit, stopping.is_set)
     return 0

@@ -1,0 +1,203 @@
+"""`batch_size: auto`: the largest batch that a stage fits in memory with, found by trying.
+
+The worker's side doubles the batch until memory runs out, or would; then halves the distance between what fitted and
+what did not. The runner's side has it done once and keeps the answer, before anything is hashed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from stackwise.config import AUTO, StackWiseConfig
+from stackwise.config.loading import build, dump, parse_yaml
+from stackwise.identity import content_id
+from stackwise.pipeline.fit import memory_parts
+from stackwise.pipeline.memory import Memory, is_out_of_memory, memory
+from stackwise.pipeline.schedule import Stage, schedule
+
+if TYPE_CHECKING:
+    import torch
+
+    from stackwise.training.engine import ResidentEngine
+
+SHARE = 0.8
+"""Of the memory, what a stage with the batch that is chosen may have taken in its trial."""
+
+SLOW = 10.0
+"""Seconds of a step beyond which no larger batch is tried: on a CPU memory is seldom what a batch is bounded by."""
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """A stage whose batch is to be found.
+
+    Args:
+        config: The configuration, as YAML.
+        stage: The stage.
+        vocab_size: Ids that the model knows.
+        mask_token: The id shown at masked positions.
+        most: The largest batch of use.
+    """
+
+    config: str
+    stage: Stage
+    vocab_size: int
+    mask_token: int
+    most: int
+    kind: str = field(default="trial", init=False)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, data: dict[str, Any]) -> TrialJob:
+        """The inverse of `plain`."""
+        data = {key: value for key, value in data.items() if key != "kind"}
+        tuples = {key: tuple(value) for key, value in data["stage"].items() if isinstance(value, list)}
+        return cls(**(data | {"stage": Stage(**(data["stage"] | tuples))}))
+
+
+def wanted(config: StackWiseConfig) -> dict[str, Stage]:
+    """The keys that are `auto`, each with the stage to try: the largest of those that it holds for."""
+    stages = schedule(config)
+
+    def takes(stage: Stage) -> float:
+        return sum(memory_parts(config, config.model.vocab_size or 4096, stage))
+
+    own = {k for k, each in config.stages.items() if "batch_size" in each.training.model_fields_set}
+    rest = [stage for stage in stages if stage.depth not in own]
+    found = {"training.batch_size": max(rest, key=takes)} if rest and config.training.batch_size == AUTO else {}
+    for depth in sorted(own):
+        if config.stages[depth].training.batch_size == AUTO:
+            mine = max((stage for stage in stages if stage.depth == depth), key=takes)
+            found[f"stages.{depth}.training.batch_size"] = mine
+    return found
+
+
+def settle(config: StackWiseConfig, key: str, rows: int) -> None:
+    """Set a key that was `auto`."""
+    section = config.training if key.startswith("training.") else config.stages[int(key.split(".")[1])].training
+    section.batch_size = rows
+
+
+def conditions(config: StackWiseConfig, job: TrialJob, device: str) -> str:
+    """Names what a trial's outcome holds for."""
+    stage = asdict(job.stage) | {"place": 0}
+    settings = config.stage_training(job.stage.depth)
+    values = {"model": config.model.model_dump(), "positions": config.row_positions, "stage": stage, "device": device}
+    values |= {"precision": config.precision, "optimizer": settings.optimizer, "ema": settings.ema, "most": job.most}
+    return content_id("batch size", values | {"objective": config.objective, "vocabulary": job.vocab_size})
+
+
+def make_job(config: StackWiseConfig, stage: Stage, vocab_size: int, mask_token: int, samples: int) -> TrialJob:
+    """The job for a stage; a batch is never larger than a step's share of the samples."""
+    most = max(1, samples // config.stage_training(stage.depth).accumulation)
+    return TrialJob(dump(config), stage, vocab_size, mask_token, most)
+
+
+def run_trial(job: TrialJob, device: torch.device) -> dict[str, Any]:
+    """Find the batch; returns `rows`, the `peak` in bytes that it took, and the `limit`.
+
+    Raises:
+        MemoryError: Not even one row fits.
+    """
+    config = build(StackWiseConfig, parse_yaml(job.config, "job"))
+    before = memory(device)
+    engine = _engine(job, config, device)
+    good, taken, bad, rows = 0, 0, 0, 1
+    while rows:
+        peak, seconds = _tried(engine, job, config, rows, device, before)
+        if peak is not None and peak <= SHARE * before.limit:
+            good, taken = rows, peak
+        else:
+            bad = rows
+        following = min(2 * good, job.most) if not bad else good + (bad - good) // 2
+        # What a row takes is seen: a batch that would not fit by that is not tried where trying is dangerous.
+        each = (taken - before.used) / good if good else 0
+        if device.type != "cuda" and before.used + each * following > SHARE * before.limit:
+            bad = bad or following
+            following = good + (bad - good) // 2 if each == 0 else int((SHARE * before.limit - before.used) / each)
+        done = following <= good or (bad and bad - good <= max(1, good // 8)) or following >= (bad or following + 1)
+        rows = 0 if done or (seconds > SLOW and not bad) else following
+    if not good:
+        raise MemoryError(f"a batch of one row does not fit into {SHARE:.0%} of {before.limit} bytes of {before.what}")
+    good = good // 8 * 8 if good >= 16 else good
+    return {"rows": good, "peak": taken, "limit": before.limit, "what": before.what}
+
+
+def _engine(job: TrialJob, config: StackWiseConfig, device: torch.device) -> ResidentEngine:
+    from stackwise.pipeline.build import make_block, make_front, make_head, objective_of
+    from stackwise.pipeline.job import Source
+    from stackwise.training.engine import ResidentEngine
+    from stackwise.training.stage import StageModel
+
+    stage, fresh = job.stage, Source()
+    front = None if stage.reads_boundary else make_front(config, job.vocab_size, fresh)
+    blocks, beyond = ([make_block(config, part, fresh) for part in parts] for parts in (stage.blocks, stage.beyond))
+    tied = front.embedding.weight if front is not None and config.model.tie_embeddings else None
+    head = make_head(config, job.vocab_size, fresh, tied, own=False)
+    objective = objective_of(config, job.mask_token, job.vocab_size)
+    model = StageModel(front, blocks, head, objective, config.precision, beyond).to(device)
+    return ResidentEngine(model, config.stage_training(stage.depth), seed=(0,), device=device, first_block=stage.first)
+
+
+def _tried(
+    engine: ResidentEngine, job: TrialJob, config: StackWiseConfig, rows: int, device: torch.device, before: Memory
+) -> tuple[int | None, float]:
+    """One step with so many rows: the most bytes held (None: memory ran out) and its seconds."""
+    import gc
+    import time
+
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    begun, short = time.perf_counter(), False
+    try:
+        engine.step([_batch(engine, job, config, rows)], 0, 0.0)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        short = True
+    seconds = time.perf_counter() - begun
+    if short:
+        engine.model.zero_grad(set_to_none=True)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None, seconds
+    return _peak(device, before), seconds
+
+
+def _batch(engine: ResidentEngine, job: TrialJob, config: StackWiseConfig, rows: int) -> Any:
+    import numpy as np
+    import torch
+
+    from stackwise.training.stage import Batch
+
+    length = config.training.seq_len
+    masks_BS = torch.zeros(rows, length, dtype=torch.bool)
+    masks_BS[:, : max(1, round(config.training.max_mask_fraction * length))] = config.objective != "clm"
+    reads = engine.model.front is None
+    dtype = engine.model.stream_dtype
+    x_BSD = torch.zeros(rows, config.row_positions, config.model.d_model, dtype=dtype) if reads else None
+    tokens_BS = torch.randint(0, min(4, job.vocab_size), (rows, length))
+    segments_BS = torch.zeros(rows, length, dtype=torch.int32) if config.data.within_documents else None
+    targets_BS = tokens_BS if config.objective == "custom" else None
+    ids_B16 = np.zeros((rows, 16), dtype=np.uint8)
+    return Batch(np.arange(rows), ids_B16, tokens_BS, masks_BS, x_BSD, segments_BS, targets_BS)
+
+
+def _peak(device: torch.device, before: Memory) -> int:
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    from stackwise.pipeline.device import peak_memory
+
+    now = memory(device)
+    return max(now.used, peak_memory(device)) if now.what == before.what else peak_memory(device)
