@@ -67,6 +67,8 @@ def measure(options: argparse.Namespace) -> Result:
         tempfile.TemporaryDirectory(prefix="stackwise-checkpoint-", dir=options.dir) as directory,
         Checkpoints(Path(directory), keep=1) as checkpoints,
     ):
+        checkpoints.prepare(trainer)
+        checkpoints.finish()
         for number in range(options.rounds + 1):
             before = [_step(trainer, batch) for _ in range(options.steps)]
             checkpoints.save(trainer)
@@ -77,7 +79,7 @@ def measure(options: argparse.Namespace) -> Result:
             (saved,) = checkpoints.told()
             say(f"stopped {saved.stopped:.3f} s, on the disk after {saved.seconds:.2f} s")
             if not number:
-                first = saved.stopped  # its memory is taken from the system then, and kept
+                first = saved.stopped
                 continue
             own = statistics.median(before)
             alone.append(own)
@@ -160,7 +162,7 @@ def _section(result: Result) -> Section:
     text = (
         f"A stage of {result['parameters'] / 1e6:.0f} million parameters, AdamW, float32: a checkpoint is "
         f"{words.size(result['bytes'])}. Over {words.plural(result['rounds'], 'checkpoint')} after the first, which "
-        f"stopped training for {result['first_stopped']:.2f} s because its memory was new; medians, least to most "
+        f"stopped training for {result['first_stopped']:.2f} s; medians, smallest to largest "
         f"in brackets. A step took {result['step_seconds']['median']:.2f} s. The shares in the second row are of both "
         "rows together. The last column is extrapolated, in proportion to the parameters: it was not measured."
     )

@@ -58,6 +58,7 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, path.open("a", encoding="utf-8", buffering=1)
         self._steps: Event | None = None
+        self._since = 0.0
 
     def __call__(self, event: Event) -> None:
         """Append it; progress that only a screen needs is left out."""
@@ -67,17 +68,17 @@ class EventLog:
             self.flush()
             self._write(event)
             return
-        begun = self._steps
-        if begun is not None:
-            event = {**event, "losses": [*begun["losses"], *event["losses"]], "begun": begun["begun"]}
-        self._steps = {"begun": event["time"], **event}
-        if event["time"] - self._steps["begun"] >= 1.0:
+        if self._steps is None:
+            self._since = time.monotonic()  # the other clock may be set back
+            self._steps = event
+        else:
+            self._steps = {**event, "losses": [*self._steps["losses"], *event["losses"]]}
+        if time.monotonic() - self._since >= 1.0:
             self.flush()
 
     def flush(self) -> None:
         """Write what is held back."""
         if self._steps is not None:
-            self._steps.pop("begun")
             self._write(self._steps)
             self._steps = None
 

@@ -50,6 +50,7 @@ class StageHooks:
         self._emit, self.stop = emit, stop
         self._directory = Path(job.checkpoints)
         self._checkpoints = Checkpoints(self._directory, config.training.keep_checkpoints)
+        self._prepared = False
         # A clock that is set back or forward must not matter.
         self._saved = time.monotonic()
 
@@ -64,6 +65,9 @@ class StageHooks:
     def report(self, progress: Progress) -> None:
         """A step event."""
         self._tell_saved()
+        if not self._prepared:
+            self._prepared = True
+            self._checkpoints.prepare(self._trainer)
         taken = [loss for loss in progress.losses if loss is not None]
         self._tell(
             "step",

@@ -6,6 +6,7 @@ filled under a temporary name and renamed. The newest few are kept, so that a da
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -116,6 +117,25 @@ class Checkpoints:
         else:
             write()
             self._raise()
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Take the copy's memory from the system beside training, so that the first checkpoint is as short as any.
+
+        Best after the first step, when the optimizer's state is there. Where memory is short it is left alone.
+        """
+        state = trainer.engine.state()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        if self._buffers or self.busy or size > 0.8 * psutil.virtual_memory().available:
+            return
+        gpu = trainer.engine.device.type == "cuda"
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+
+        def take() -> None:
+            with contextlib.suppress(MemoryError, RuntimeError):  # then each checkpoint sees for itself
+                self._buffers = {n: torch.zeros(shape, dtype=d, pin_memory=gpu) for n, (shape, d) in shapes.items()}
+
+        self._thread = threading.Thread(target=take, name="checkpoint-memory", daemon=True)
+        self._thread.start()
 
     def told(self) -> list[Saved]:
         """Those that have reached the disk since the last call.

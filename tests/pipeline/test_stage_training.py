@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from stackwise.config.checks import notes
 from stackwise.config.loading import dump
 from stackwise.errors import ConfigError, UsageError
+from stackwise.pipeline.events import EventLog
 from stackwise.pipeline.library import UnifiedTrainer
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.store import ActivationStore
@@ -123,6 +126,17 @@ def test_settings_given_in_vain_are_said_and_contradictions_refused(micro: Micro
         micro(**{"training.block_learning_rates": {7: 1e-4}})
     with pytest.raises(UsageError, match="no held-out rows"):
         UnifiedTrainer(micro(**{"training.eval_every": 2})).train_all_layers([], [object()])  # type: ignore[list-item]
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with EventLog(tmp_path / "events.jsonl") as log:
+        for number in range(8):
+            log({"event": "step", "stage": 0, "step": number + 1, "losses": [1.0], "time": 1e9 - 3600 * number})
+            now += 0.4
+        lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["losses"]) for line in lines] == [4, 4]
 
 
 def test_a_budget_in_tokens(micro: Micro, tmp_path: Path) -> None:

@@ -74,6 +74,22 @@ def test_at_most_one_is_on_its_way(tmp_path: Path, slow: threading.Event) -> Non
     assert steps(tmp_path) == [1, 2]
 
 
+def test_memory_that_was_taken_ahead_is_used(tmp_path: Path) -> None:
+    one = trainer()
+    one.train_step([batch(0)])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.prepare(one)
+        checkpoints.finish()
+        places = {name: copy.data_ptr() for name, copy in checkpoints._buffers.items()}
+        assert places.keys() == one.engine.state().keys()
+        checkpoints.save(one)
+        checkpoints.finish()
+        assert {name: copy.data_ptr() for name, copy in checkpoints._buffers.items()} == places
+    other = trainer()
+    assert checkpoint.restore_latest(tmp_path, other, pytest.fail)
+    assert other.step == 1
+
+
 def test_the_newest_and_those_that_are_needed_stay(tmp_path: Path) -> None:
     one = trainer()
     with Checkpoints(tmp_path, keep=3) as checkpoints:
