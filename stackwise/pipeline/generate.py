@@ -171,7 +171,7 @@ def _stages(rack: CommittedRack, load: Callable[[], Iterator[StageModules]]) -> 
 def _exits(rack: CommittedRack) -> Callable[[float], int] | None:
     """From the share of open positions to the stage that trained on it; None where no stage has its own."""
     config = rack.config
-    if not config.time_as_depth or config.n_stages == 1:
+    if not config.time_as_depth or not 1 < len(rack.stages) == config.n_sections:  # a fusion has seen all fractions
         return None
     length = config.training.seq_len
     return lambda share: int(rack.exit_of(np.array([max(1, round(share * length))]))[0])
