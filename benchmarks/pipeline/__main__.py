@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> Result:
         parts: dict[str, Callable[[], Result]] = {
             "handoff": lambda: _handoff(options, Path(name)),
             "restart": lambda: _restart(options, Path(name)),
-            "disk": lambda: {"speeds": slow_disk.measure("demo", SPEEDS, options.rounds, 24, name)},
+            "disk": lambda: {"speeds": slow_disk.measure("demo", SPEEDS, options.rounds, min(24, options.steps), name)},
             "stages": lambda: _stages(options, Path(name)),
             "fused": lambda: _fused(options, Path(name)),
         }

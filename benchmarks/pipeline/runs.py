@@ -56,9 +56,9 @@ class Run:
         """
         for _ in self.events():
             pass
-        if self._process.wait() != 0:
-            raise refuse(f"the run ended with code {self._process.returncode}", self._last_words())
-        self._errors.close()
+        code = self._ended()
+        if code != 0:
+            raise refuse(f"the run ended with code {code}", self._last_words())
         return self.seen
 
     def kill_worker(self, pid: int) -> None:
@@ -66,12 +66,16 @@ class Run:
         os.kill(pid, signal.SIGKILL)
         for _ in self.events():
             pass
-        self._process.wait()
+        self._ended()
+
+    def _ended(self) -> int:
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         self._errors.close()
+        return self._process.wait()
 
     def _last_words(self) -> str:
-        self._errors.seek(0)
-        said = self._errors.read().strip().splitlines()
+        said = Path(self._errors.name).read_text().strip().splitlines()
         return said[-1] if said else "it said nothing"
 
 
