@@ -29,15 +29,20 @@ def measured(capsys: Capture, text: Path, *arguments: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_handoffs_and_a_slow_disk(capsys: Capture, text: Path, own_document: Path) -> None:
-    result = measured(capsys, text, "--only", "handoff,disk")
+def test_handoffs(capsys: Capture, text: Path, own_document: Path) -> None:
+    result = measured(capsys, text, "--only", "handoff")
     assert 0 <= result["handoff"]["seconds"]["median"] < 60
+    assert "handoff between two small stages" in own_document.read_text()
+
+
+@pytest.mark.stress
+def test_a_slow_disk(capsys: Capture, text: Path) -> None:
+    result = measured(capsys, text, "--only", "disk")
     assert [one["speed_of_need"] for one in result["disk"]["speeds"]] == list(pipeline.SPEEDS)
     for one in result["disk"]["speeds"]:
         for way in ("ahead", "on demand"):
             assert 0 <= one[way]["waited"]["min"] <= one[way]["waited"]["max"] <= 1
             assert one[way]["speed"]["min"] > 0
-    assert "handoff between two small stages" in own_document.read_text()
 
 
 @pytest.mark.stress
