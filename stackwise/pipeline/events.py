@@ -131,6 +131,7 @@ class Manifest:
             case "training":
                 stage |= {"state": "running", "step": 0, "steps": event["steps"], "reason": event["reason"]}
                 stage |= {"recipe": event["recipe"], "trunk": event["trunk"], "weights": None}
+                stage |= {"held_out": None, "divergences": 0}
                 self.save()
             case "resumed":
                 stage |= {"step": event["step"], "reason": f"resumed at step {event['step']} of {event['steps']}"}
@@ -144,6 +145,10 @@ class Manifest:
                     self._boundaries.append(event["boundary"])
             case "reused":
                 stage["reason"] = event["reason"]
+            case "held_out":
+                stage["held_out"] = {key: event[key] for key in ("step", "nats", "best")}
+            case "diverged":
+                stage["divergences"] += 1
             case "failed":
                 stage["state"] = "failed"
                 stage["reason"] = event["text"]
@@ -186,6 +191,8 @@ class Manifest:
             "recipe": committed.recipe,
             "wait_fraction": record["wait_fraction"],
             "peak_memory_bytes": record["peak_memory_bytes"],
+            "held_out": _last_held_out(record.get("held_out", [])),
+            "divergences": len(record.get("divergences", [])),
         }
         self.save()
 
@@ -250,9 +257,18 @@ class Manifest:
             "reason": None,
             "wait_fraction": None,
             "peak_memory_bytes": None,
+            "held_out": None,
+            "divergences": 0,
             # What it was last trained by, so that a later run can say what changed.
             "last": before.get("recipe") or before.get("last"),
         }
+
+
+def _last_held_out(told: list[list[float]]) -> dict[str, float] | None:
+    """The last evaluation inside a stage, beside the best."""
+    if not told:
+        return None
+    return {"step": told[-1][0], "nats": told[-1][1], "best": min(nats for _, nats in told)}
 
 
 def _recent(losses: list[float | None]) -> float | None:

@@ -66,6 +66,11 @@ def test_what_was_evaluated_and_what_diverged_is_told(
         if event["event"] == "checkpoint":
             saved.add((event["stage"], event["step"]))
         assert event["event"] != "held_out" or (event["stage"], event["step"]) in saved
+    kept = RunDirectory(home.parent / "run").manifest()["stages"]
+    assert [stage["held_out"]["nats"] for stage in kept] == [
+        next(e["nats"] for e in reversed(told) if e["stage"] == depth) for depth in (0, 1)
+    ]
+    assert [stage["divergences"] for stage in kept] == [0, len(diverged)]
     # Held-out rows went up beside the others: nothing was made a second time.
     assert not named(events, "recomputing")
     with ActivationStore(home.parent / "run" / "store", create=False) as store:
