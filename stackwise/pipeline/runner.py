@@ -16,7 +16,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.checks import changed, notes
 from stackwise.config.loading import dump
 from stackwise.data import PreparedData, is_prepared, prepare
-from stackwise.durable import unusable, write_bytes
+from stackwise.durable import FileLock, is_locked, unusable, write_bytes
 from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError, UsageError
 from stackwise.identity import content_id
 from stackwise.pipeline.crew import Crew
@@ -28,7 +28,7 @@ from stackwise.pipeline.plan import Entry, Plan, Versions, add_versions, check_d
 from stackwise.pipeline.recipe import boundary_bytes, codec_name, recipe_id, stage_steps
 from stackwise.pipeline.remedy import remedy
 from stackwise.pipeline.rows import HELD_OUT
-from stackwise.pipeline.run import RunDirectory, with_absolute_paths
+from stackwise.pipeline.run import RunDirectory, held_by_live_process, with_absolute_paths
 from stackwise.pipeline.schedule import Stage, maker
 from stackwise.pipeline.time_limit import TimeLimit
 from stackwise.pipeline.track import Trackers
@@ -238,6 +238,7 @@ class Runner:
             "training", stage=stage.place, recipe=key, reason=reason, steps=steps, trunk=plan.trunk(stage, versions)
         )
         hands_on = plan.hands_on(stage)
+        self._refuse_where_busy(plan, stage, key)
         checkpoints = self.run_directory.checkpoints(key)
         saves = state_bytes(plan.config, plan.vocabulary.size, stage, gradients=False)
         for attempt in (1, 2):
@@ -273,6 +274,16 @@ class Runner:
         committed = plan.store.stage(key)
         assert committed is not None, "a worker that ended well has committed its stage"
         return committed
+
+    def _refuse_where_busy(self, plan: Plan, stage: Stage, key: str) -> None:
+        """A stage that a living run's worker holds is refused at once; a dead run's worker saves and is waited for."""
+        lock = plan.store.path / "locks" / f"work-{key}.lock"
+        if not is_locked(lock):
+            return
+        mine = str(self.run_directory.path.resolve())
+        others = [Path(run) for run, refs in plan.store.runs().items() if run != mine and key in refs["recipes"]]
+        if any(held_by_live_process(RunDirectory(other)) for other in others):
+            FileLock(lock, f"stage {stage.depth}").acquire().release()
 
     def _heal(
         self,

@@ -1,0 +1,104 @@
+"""What stands in a run's way: another run, a full disk, a directory that cannot be used, a clock set back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.loading import dump
+from stackwise.durable import is_locked
+from stackwise.errors import UsageError
+from stackwise.pipeline.run import RunDirectory, status
+from stackwise.pipeline.runner import Runner
+from tests.conftest import Micro, run
+from tests.pipeline.storm import Command, retrained
+from tests.pipeline.test_run import weights
+
+
+def written(config: StackWiseConfig, path: Path) -> Path:
+    path.write_text(dump(config))
+    return path
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of a few megabytes."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(path)], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_of_two_runs_at_once_one_works(micro: Micro, tmp_path: Path) -> None:
+    """On one run directory; and on one store with the same stage to train: the other ends at once, and says who."""
+    slow = micro(training__steps=100_000, training__rows=500, store__path=str(tmp_path / "store"))
+    file = written(slow, tmp_path / "slow.yaml")
+    first = Command(file, tmp_path / "run")
+    pid = first.until("step", 0)["pid"]
+    begun = time.monotonic()
+    others = [Command(file, tmp_path / "run"), Command(file, tmp_path / "another")]
+    ended = [other.end() for other in others]
+    assert time.monotonic() - begun < 60
+    for (code, said), holder in zip(ended, (first.process.pid, pid), strict=True):
+        assert code == 4, said
+        assert f"held by pid {holder} on {os.uname().nodename}" in said
+        assert "Traceback" not in said
+    lock = tmp_path / "store" / "locks" / f"work-{status(RunDirectory(tmp_path / 'run'))['stages'][0]['recipe']}.lock"
+    assert is_locked(lock)
+    os.kill(pid, signal.SIGKILL)
+    assert first.end()[0] == 1
+    assert not is_locked(lock), "a dead worker's lock is free at once"
+
+
+@pytest.mark.parametrize("place", ["run", "store"])
+def test_a_disk_that_can_only_be_read(micro: Micro, disk: Path, tmp_path: Path, place: str) -> None:
+    config = micro(data__cache_dir=str(tmp_path / "cache"))
+    if place == "store":
+        config.store.path = str(disk / "store")
+    directory = disk / "run" if place == "run" else tmp_path / "run"
+    before = sorted(os.listdir(tmp_path))
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(UsageError, match=r"cannot be used: .* cannot be written") as refused:
+        Runner(config, RunDirectory(directory), lambda event: None).run()
+    assert "\n" not in refused.value.message
+    assert sorted(os.listdir(tmp_path)) == before, "nothing was prepared, nothing was made"
+
+
+def test_a_clock_that_was_set_back_does_not_matter(micro: Micro, tmp_path: Path) -> None:
+    config = micro(training__steps=40)
+    run(config, tmp_path / "reference")
+    file = written(config, tmp_path / "config.yaml")
+    first = Command(file, tmp_path / "run")
+    first.until("checkpoint", 1)
+    first.process.kill()
+    first.end()
+    # Everything that the first run left is now of a time to come.
+    ahead = time.time() + 10 * 86400
+    for path in (tmp_path / "run").rglob("*"):
+        os.utime(path, (ahead, ahead), follow_symlinks=False)
+    manifest = tmp_path / "run" / "run.json"
+    events = tmp_path / "run" / "events.jsonl"
+    moved = [json.loads(line) for line in events.read_text().splitlines()]
+    events.write_text("".join(json.dumps(e | {"time": e["time"] + 10 * 86400}) + "\n" for e in moved))
+    assert manifest.exists()
+    again = Command(file, tmp_path / "run")
+    code, said = again.end()
+    assert code == 0, said
+    assert weights(tmp_path / "run") == weights(tmp_path / "reference")
+    gc = [sys.executable, "-m", "stackwise", "cache", "gc", "--run", str(tmp_path / "run"), "--json"]
+    assert subprocess.run(gc, capture_output=True, check=False).returncode == 0
+    assert retrained(tmp_path / "run") == []
