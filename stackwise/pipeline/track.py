@@ -23,9 +23,10 @@ from typing import Any, Self
 from stackwise.config import StackWiseConfig
 from stackwise.durable import FileLock
 from stackwise.errors import BusyError
+from stackwise.pipeline.figures import Event
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.trackers import about, make, wanted
-from stackwise.pipeline.tracking import About, Event, Follower
+from stackwise.pipeline.tracking import About, Follower
 
 CLOSE_SECONDS = 20.0
 """How long the end of a run waits for trackers; what they lack then is sent at the next start."""

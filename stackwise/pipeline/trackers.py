@@ -13,7 +13,8 @@ from typing import Any
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import flat
 from stackwise.errors import UsageError
-from stackwise.pipeline.tracking import About, Point, Tracker
+from stackwise.pipeline.figures import Point
+from stackwise.pipeline.tracking import About, Tracker
 
 OPEN_WRITERS = 8
 """Event files of TensorBoard kept open at once."""
@@ -142,7 +143,7 @@ class MLflow:
     def open(self, about: About, number: int, known: str | None) -> str:
         """Begin the run, or go on with it where it is still there."""
         # A server that is gone must show soon: what it misses is sent again anyway.
-        settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+        settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
         settings |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}
         for key, value in settings.items():
             os.environ.setdefault(key, value)

@@ -1,4 +1,4 @@
-"""Figures for trackers, taken from a run's log of events: which there are, and which a tracker has already.
+"""What a tracker is, and how it follows a run's log of events.
 
 A tracker follows the log, as a reader that may fall behind. What it has taken is kept beside the log, so a run that
 was killed goes on in the same tracker run without a point twice, a server that was gone gets what it missed, and a
@@ -12,14 +12,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from stackwise.durable import read_json, write_json
-from stackwise.identity import content_id
-
-Event = dict[str, Any]
+from stackwise.pipeline.figures import Event, Point, Taken
 
 SECONDS = 1.0
 """Between two looks at the log."""
@@ -27,28 +25,6 @@ RETRY_SECONDS = 20.0
 """After a failure, before the next attempt."""
 BATCH_BYTES = 1 << 22
 """Of the log, taken at once."""
-
-_NO_FIGURES = ("event", "time", "begun", "stage", "step", "steps", "loss", "losses", "pid")
-_BOOKKEEPING = ("step", "resumed", "training", "committed", "reused", "writing", "written", "boundary", "failed")
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One figure.
-
-    Args:
-        stage: The stage's depth; None: a figure of the run by depth.
-        name: What it is, such as `loss`.
-        step: The stage's optimizer step; of a figure of the run, the depth.
-        value: Losses in nats, sizes in bytes, times in seconds, rates as they are.
-        time: When it was told, in seconds since 1970.
-    """
-
-    stage: int | None
-    name: str
-    step: int
-    value: float
-    time: float
 
 
 @dataclass(frozen=True)
@@ -89,123 +65,6 @@ class Tracker(Protocol):
 
     def close(self, state: str) -> None:
         """The run ended: done, failed or interrupted."""
-
-
-@dataclass
-class Taken:
-    """What a tracker run has.
-
-    Args:
-        number: Which tracker run of this directory it is.
-        id: Its id.
-        offset: Bytes of the log that were read.
-        recipes: The recipe of each stage (by depth, as text) whose figures it holds.
-        told: The last step of each series by recipe and kind; for figures of the run, what they were.
-    """
-
-    number: int = 1
-    id: str | None = None
-    offset: int = 0
-    recipes: dict[str, str] = field(default_factory=dict)
-    told: dict[str, Any] = field(default_factory=dict)
-
-    def changed_by(self, event: Event) -> bool:
-        """Whether a stage now has another recipe: its figures belong to another tracker run."""
-        if event["event"] not in ("training", "reused"):
-            return False
-        before = self.recipes.get(str(event["stage"]))
-        return before is not None and before != event["recipe"]
-
-    def renewed(self, event: Event) -> Taken:
-        """The next tracker run: the stages below the changed one are the same."""
-        depth = event["stage"]
-        kept = {key: recipe for key, recipe in self.recipes.items() if int(key) < depth}
-        return Taken(self.number + 1, None, self.offset, kept | {str(depth): event["recipe"]})
-
-    def take(self, event: Event) -> list[Point]:
-        """The event's figures that are new here; they count as taken."""
-        kind, stage, at = event["event"], event.get("stage"), float(event.get("time", 0.0))
-        if kind == "evaluation":
-            return self._evaluation(event, at)
-        if not isinstance(stage, int):
-            return []
-        if kind in ("training", "reused"):
-            self.recipes[str(stage)] = event["recipe"]
-            return []
-        recipe = self.recipes.get(str(stage), "")
-        if kind in ("step", "resumed"):
-            return self._steps(event, recipe, stage, at)
-        if kind == "diverged" and isinstance(event.get("to"), int):
-            self._go_back(event, recipe)
-        if kind == "written":
-            step, prefix = int(self.told.get(recipe, 0)), "boundary_"
-            figures = {name: event[name] for name in ("bytes", "seconds")}
-        elif kind not in _BOOKKEEPING and isinstance(event.get("step"), int):
-            # Whatever else is told at a step, such as a checkpoint's time or a held-out loss.
-            step, prefix, figures = event["step"], f"{kind}/", _figures(event)
-        else:
-            return []
-        key = f"{recipe}:{kind}"
-        if step <= self.told.get(key, -1):
-            return []
-        self.told[key] = step
-        return [Point(stage, prefix + name, step, float(value), at) for name, value in figures.items()]
-
-    def _go_back(self, event: Event, recipe: str) -> None:
-        """The stage went back to an earlier step: the steps from there have other figures, which are new.
-
-        A stage that was resumed below a rollback comes to it again, with the figures that are known.
-        """
-        known, rollback = self.told.get(f"{recipe}:rollbacks", []), [event["step"], event["to"]]
-        if rollback in known and self.told.get(f"{recipe}:resumed"):
-            return
-        self.told |= {f"{recipe}:rollbacks": [*known, rollback], f"{recipe}:resumed": False}
-        for key in (recipe, *(f"{recipe}:{kind}" for kind in ("held_out", "checkpoint", "best"))):
-            if key in self.told:
-                self.told[key] = min(self.told[key], event["to"])
-
-    def _steps(self, event: Event, recipe: str, stage: int, at: float) -> list[Point]:
-        last, losses, told = event["step"], event.get("losses", []), int(self.told.get(recipe, 0))
-        first = last - len(losses) + 1
-        found = [
-            Point(stage, "loss", first + number, float(loss), at)
-            for number, loss in enumerate(losses)
-            if first + number > told and loss is not None
-        ]
-        if event["event"] == "step" and last > told:
-            found += [Point(stage, name, last, float(value), at) for name, value in _figures(event).items()]
-        if found:
-            self.told[recipe] = max(told, last)
-        if event["event"] == "resumed":
-            self.told[f"{recipe}:resumed"] = True
-        return found
-
-    def _evaluation(self, event: Event, at: float) -> list[Point]:
-        result = event.get("result") or {}
-        digest = content_id("evaluation", json.dumps(result, sort_keys=True))
-        if event.get("reused") or not result or self.told.get("evaluation") == digest:
-            return []
-        self.told["evaluation"] = digest
-        found = []
-        for depth, figures in enumerate(result.get("stages") or [result]):
-            shown = {"bits_per_byte": figures.get("bits_per_byte")}
-            for name in ("loss", "accuracy"):
-                shown |= {f"{name}_at_{fraction}": value for fraction, value in (figures.get(name) or {}).items()}
-            found += [
-                Point(None, f"held_out/{name}", depth, float(value), at)
-                for name, value in shown.items()
-                if value is not None
-            ]
-        return found
-
-
-def _figures(event: Event) -> dict[str, float]:
-    """The numbers of an event beside those that say where it belongs."""
-    return {
-        name: value
-        for name, value in event.items()
-        if name not in _NO_FIGURES and isinstance(value, int | float) and not isinstance(value, bool)
-    }
 
 
 class Follower:
@@ -268,18 +127,21 @@ class Follower:
 
     def _catch_up(self) -> None:
         taken = self._taken if self._taken is not None else self._begin()
+        if not taken.whole:
+            taken, points = self._with_history(taken)
+            self._send(taken, points)
         more = True
         while more:
-            taken = replace(taken, recipes=dict(taken.recipes), told=dict(taken.told))
-            points: list[Point] = []
+            taken, points = taken.copied(), []
             events, more = self._read(taken.offset)
             for event, offset in events:
                 if taken.changed_by(event):
                     self._send(taken, points)
                     self._tracker.close("done")
-                    taken, points = taken.renewed(event), []
+                    taken = taken.renewed(event)
                     taken.id = self._tracker.open(self._about, taken.number, None)
-                    points = self._history(taken)
+                    self._keep(taken)
+                    taken, points = self._with_history(taken)
                 points += taken.take(event)
                 taken.offset = offset
                 self._note(event)
@@ -287,24 +149,30 @@ class Follower:
                 self._send(taken, points)
 
     def _begin(self) -> Taken:
-        """Go on with the tracker run that is known; else begin one with the log's history."""
+        """Go on with the tracker run that is known; else begin one with what the log holds by now."""
         known = self._known()
         if known is not None and known.id is not None:
             found = self._tracker.open(self._about, known.number, known.id)
             if found == known.id:
                 self._taken = known
                 return known
-            known.id = found
+            known = Taken(known.number, found)
         else:
             known = Taken()
             known.id = self._tracker.open(self._about, known.number, None)
         known.offset = self._log.stat().st_size if self._log.exists() else 0
-        known.recipes, known.told = {}, {}
         for event in self._before(known.offset):
             if event["event"] in ("training", "reused"):
                 known.recipes[str(event["stage"])] = event["recipe"]
-        self._send(known, self._history(known))
+        self._keep(known)
         return known
+
+    def _with_history(self, taken: Taken) -> tuple[Taken, list[Point]]:
+        """A tracker run with what it lacks of the log before its beginning."""
+        taken = taken.copied()
+        points = self._history(taken)
+        taken.whole = True
+        return taken, points
 
     def _history(self, taken: Taken) -> list[Point]:
         """What the log says so far of the stages as they are now."""
@@ -328,6 +196,9 @@ class Follower:
     def _send(self, taken: Taken, points: list[Point]) -> None:
         if points:
             self._tracker.log(points)
+        self._keep(taken)
+
+    def _keep(self, taken: Taken) -> None:
         self._taken = taken
         self._file.parent.mkdir(exist_ok=True)
         write_json(self._file, asdict(taken))
