@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import benchmarks.__main__ as everything
-from benchmarks import arithmetic, demo, depth, document, feed, stage
+from benchmarks import arithmetic, demo, depth, document, feed, stage, swap
 from benchmarks.common import Spread
 
 Capture = pytest.CaptureFixture[str]
@@ -140,3 +140,13 @@ def test_the_commands_come_up_without_torch() -> None:
     names = ", ".join(f"benchmarks.{name}" for name in ("__main__", "stage", "feed", "depth", "demo"))
     check = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_swapped_training_is_measured(capsys: Capture) -> None:
+    small = ["--width", "16", "--blocks", "2", "--rows", "2", "--seq-len", "16", "--repeats", "2"]
+    assert swap.main([*small, "--microbatches", "1,2", "--depths", "2", "--json"]) == 0
+    result = printed(capsys)
+    assert [one["microbatches"] for one in result["timed"]] == [1, 2]
+    assert all(one["same_weights"] and is_spread(one["ratio"], 0, 1e6) for one in result["timed"])
+    assert [one["blocks"] for one in result["peaks"]] == [2]
+    assert result["peaks"][0]["swapped"] > 0
