@@ -24,6 +24,11 @@ TOKENS, TARGETS = "input_ids", "targets"
 _INT32 = np.iinfo(np.int32)
 
 
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".tgz")
+PACKED = "compressed: unpack it first"
+"""Why a file of such a name is left out."""
+
+
 class SkippedFile(Exception):
     """A file that holds no text; its message is the reason."""
 
@@ -68,6 +73,8 @@ def text_file(
         SkippedFile: It is binary, or not UTF-8.
         OSError: It cannot be read.
     """
+    if path.suffix.lower() in COMPRESSED:
+        raise SkippedFile(PACKED)
     blocks = file_blocks(path, limit)
     head = next(blocks, b"")
     if b"\0" in head[:8192]:

@@ -452,7 +452,11 @@ class Runner:
                 self._tell("preparing", phase=phase, done=done, total=total)
 
         data, reused = prepare(self.config.data, model_vocab=self.config.model.vocab_size, progress=progress)
-        self._tell("data", reused=reused, seconds=time.perf_counter() - begun, **data.summary())
+        summary = data.summary()
+        self._tell("data", reused=reused, seconds=time.perf_counter() - begun, **summary)
+        for reason, number in summary["skipped"].get("reasons", {}).items():
+            if reason.startswith("compressed"):
+                self._tell("note", text=f"data.paths: {number} files are left out, {reason}")
         return data
 
     def _tell(self, event: str, **values: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -262,3 +263,15 @@ def test_a_path_that_does_not_exist(tmp_path: Path, settings: Settings) -> None:
     with pytest.raises(NotFound, match="nowhere does not exist"):
         prepare(settings(tmp_path / "nowhere"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_compressed_text_is_skipped_and_said(tmp_path: Path, settings: Settings) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(f"some words of file {number}. " * 50)
+    (folder / "more.txt.gz").write_bytes(gzip.compress(b"words " * 100))
+    (folder / "more.zst").write_text("no text either")
+    data, _ = prepare(settings(folder, tokenizer="bytes"))
+    assert data.summary()["skipped"]["reasons"] == {"compressed: unpack it first": 2}
+    assert data.summary()["documents"] == 4
