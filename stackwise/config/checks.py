@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stackwise.config.schema import (
-    LINEAR_SETTINGS,
-    MLA_SETTINGS,
-    STACK_PRECISION,
-    Section,
-    Settings,
-    StageTraining,
-)
+from stackwise.config.schema import LINEAR_SETTINGS, MLA_SETTINGS, Section, Settings, StageTraining
+from stackwise.config.stacks import stack_faults, stack_notes
 
 Fault = tuple[str, str]
 """A dotted key, and what is wrong with it."""
@@ -19,7 +13,7 @@ Fault = tuple[str, str]
 
 def faults(config: Settings) -> list[Fault]:
     """Every contradiction between settings that are valid on their own."""
-    return [*_model(config), *_training(config), *_progressive(config), *_stages(config)]
+    return [*_model(config), *_training(config), *stack_faults(config), *_stages(config)]
 
 
 def _model(config: Settings) -> Iterator[Fault]:
@@ -133,23 +127,6 @@ def _mask_windows(config: Settings) -> Iterator[Fault]:
         yield key, f"no stage trains on the fractions just above {reached:g}: widen a window to hold them"
 
 
-def _progressive(config: Settings) -> Iterator[Fault]:
-    progressive = config.training.progressive
-    if not progressive.enabled:
-        return
-    key = "training.progressive"
-    if progressive.trunk_strategy == "qlora":
-        yield f"{key}.trunk_strategy", "qlora is not available yet; frozen is"
-    if progressive.new_stack_precision in ("fp8", "nvfp4", "fp4", "qlora"):
-        yield (
-            f"{key}.new_stack_precision",
-            f"{progressive.new_stack_precision} is not available yet; full, half and bfloat16 are",
-        )
-    wanted = STACK_PRECISION.get(progressive.new_stack_precision)
-    if wanted is not None and config.precision != wanted:
-        yield f"{key}.new_stack_precision", f"{progressive.new_stack_precision} is not precision {config.precision}"
-
-
 def _stages(config: Settings) -> Iterator[Fault]:
     count = config.n_stages
     for depth in config.stages:
@@ -227,6 +204,7 @@ def notes(config: Settings) -> list[str]:
         lines.append("training.min_mask_fraction, max_mask_fraction, mask_schedule_type are unused: clm masks nothing")
     lines += _model_notes(config)
     lines += _store_notes(config)
+    lines += stack_notes(config, set(changed(training.progressive)))
     lines += _progressive_notes(config)
     named = sorted(set(changed(config.tracking)) & {"project", "group", "name"})
     if named and not config.tracking.wandb and not config.tracking.mlflow:
@@ -270,9 +248,6 @@ def _progressive_notes(config: Settings) -> list[str]:
     lines = []
     if "mode" in changed(config.training):
         lines.append("training.mode is unused: training.progressive.enabled is true")
-    adapters = {name for name in given if "qlora" in name}
-    if progressive.trunk_strategy == "frozen" and adapters:
-        lines.append(f"training.progressive.{', '.join(sorted(adapters))}: unused, the trunk is frozen")
     time = given & {"time_embedding_dim", "time_encoding_type", "time_per_stack"}
     if progressive.time_interpretation == "input":
         time -= {"time_embedding_dim", "time_encoding_type"}

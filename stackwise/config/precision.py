@@ -1,8 +1,8 @@
-"""Precisions of stacks by name, and the sizes of adapters: what configuration, builder and schedule agree on."""
+"""Precisions of stacks by name, and their adapters: what configuration, builder and schedule agree on."""
 
 from __future__ import annotations
 
-from stackwise.config.schema import ProgressiveConfig
+from stackwise.config.schema import ProgressiveConfig, Settings
 from stackwise.errors import UsageError
 
 SYNONYMS = {"half": "fp16", "bfloat16": "bf16", "fp4": "nvfp4"}
@@ -12,9 +12,58 @@ FORMATS = {"fp8": "fp8", "nvfp4": "nvfp4", "qlora": "nf4"}
 """Precisions that put weights into a narrow format, and the format's name."""
 
 
+BITS = {"fp8": 8.0, "nvfp4": 4.5, "nf4": 4.127}
+"""Bits of a packed weight in each format, its scales included but for a row's."""
+
+
 def canonical(precision: str) -> str:
     """One name for each precision: full, fp32, fp16, bf16, fp8, nvfp4, qlora."""
     return SYNONYMS.get(precision, precision)
+
+
+def stack_precision(config: Settings, depth: int) -> str:
+    """The precision of the blocks that are new with a stage, by its canonical name; full where it is the run's own."""
+    own, progressive = config.stages.get(depth), config.training.progressive
+    name = (own.precision if own else None) or (progressive.new_stack_precision if progressive.enabled else "full")
+    return "full" if canonical(name) == config.precision else canonical(name)
+
+
+def holds_trunk(config: Settings) -> bool:
+    """Whether a stage holds the stacks made before it, and reads tokens."""
+    progressive = config.training.progressive
+    return progressive.enabled and (progressive.building_mode == "prepend" or progressive.trunk_strategy == "qlora")
+
+
+def trunk_precision(config: Settings, depth: int) -> str:
+    """The precision that the blocks of stage `depth` are held in once another one trains, by its canonical name.
+
+    Weights that were trained in a narrow format stay in it: no second rounding.
+    """
+    progressive, own = config.training.progressive, stack_precision(config, depth)
+    wanted = progressive.trunk_precision or ("qlora" if progressive.trunk_strategy == "qlora" else "full")
+    return own if own in FORMATS or wanted == "full" else canonical(wanted)
+
+
+def stack_adapters(config: Settings, depth: int, top: int) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of the adapters on the blocks of stage `depth` while stage `top` trains, by name.
+
+    `stack` came with the blocks; `trunk_K` came when stage K was added (`progressive_qlora`). A QLoRA trunk for which
+    neither kind is asked has the first.
+    """
+    progressive, found = config.training.progressive, {}
+    qlora = holds_trunk(config) and progressive.trunk_strategy == "qlora"
+    wanted = progressive.qlora_enabled or not progressive.progressive_qlora
+    if (qlora and wanted) or stack_precision(config, depth) == "qlora":
+        found["stack"] = adapter_sizes(progressive, depth, config.n_sections)
+    if qlora and progressive.progressive_qlora:
+        sizes = progressive.progressive_qlora_rank, progressive.progressive_qlora_alpha
+        found |= {trunk_adapters(above): sizes for above in range(depth + 1, top + 1)}
+    return found
+
+
+def trunk_adapters(stack: int) -> str:
+    """Name of the adapters that the stacks below get when a stack is added."""
+    return f"trunk_{stack}"
 
 
 def adapter_sizes(progressive: ProgressiveConfig, stack: int, max_stacks: int) -> tuple[int, float]:

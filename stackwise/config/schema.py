@@ -303,6 +303,11 @@ class ProgressiveConfig(Section):
 
     enabled: bool = Field(False, description="grow the rack stack by stack")
     trunk_strategy: Literal["frozen", "qlora"] = Field("frozen", description="what happens to the stacks below")
+    trunk_precision: StackPrecision | None = Field(
+        None,
+        description="what the stacks made before are held in where a stage holds them: fp8, nvfp4, qlora (nf4), full; "
+        "null: qlora under trunk_strategy qlora, else as they were trained",
+    )
     new_stack_precision: StackPrecision = Field("full", description="precision of the stack in training")
     cache_activations: bool = Field(True, description="read boundaries from the store instead of recomputing them")
     qlora_enabled: bool = Field(False, description="adapters on each stack as it is made")
@@ -491,6 +496,9 @@ class SlurmConfig(Section):
 class StageOverrides(Section):
     """What one stage does differently: only the keys that were set count."""
 
+    precision: StackPrecision | None = Field(
+        None, description="precision of the blocks that are new with the stage; null: new_stack_precision"
+    )
     training: StageTraining = Field(default_factory=StageTraining)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stackwise.config import ModelConfig, StackWiseConfig
-from stackwise.config.precision import FORMATS, adapter_sizes, canonical
+from stackwise.config.precision import FORMATS, adapter_sizes, canonical, trunk_adapters
 from stackwise.config.schema import ArchitectureConfig
 from stackwise.errors import NotFound, UsageError
 from stackwise.model.block import Stack
@@ -87,11 +87,6 @@ def create_stack_from_config(
         rank, alpha = adapter_sizes(progressive, stack_id, limit)
         add_adapters(stack, rank, alpha, config.seed, f"stack.{stack_id}")
     return stack
-
-
-def trunk_adapters(stack_id: int) -> str:
-    """Name of the adapters that the stacks below get when stack `stack_id` is added (`progressive_qlora`)."""
-    return f"trunk_{stack_id}"
 
 
 class ProgressiveRackBuilder:

@@ -16,6 +16,7 @@ from stackwise.errors import UsageError
 from stackwise.model.attention import attend, is_paired
 from stackwise.model.cache import Cache
 from stackwise.model.layers import RMSNorm, Rotary
+from stackwise.model.quantized import weight_of
 from stackwise.model.sight import Sight
 
 
@@ -94,8 +95,8 @@ class LatentAttention(nn.Module):
 
     def _absorbed(self, q_BHSE: Tensor, q_BHSR: Tensor, c_B1TC: Tensor, k_B1TR: Tensor, sight: Sight) -> Tensor:
         """The same without making keys and values: `k_up` goes into the queries, `v_up` behind the sum."""
-        up_HEC = self.k_up.weight.view(self.heads, self.width, self.rank).to(q_BHSE.dtype)
-        down_HEC = self.v_up.weight.view(self.heads, self.width, self.rank).to(q_BHSE.dtype)
+        up_HEC = weight_of(self.k_up, q_BHSE.dtype).view(self.heads, self.width, self.rank)
+        down_HEC = weight_of(self.v_up, q_BHSE.dtype).view(self.heads, self.width, self.rank)
         q = torch.cat((torch.einsum("bhse,hec->bhsc", q_BHSE, up_HEC), q_BHSR), -1)
         kept = torch.cat((c_B1TC, k_B1TR), -1)
         y_BHSC = attend(q, kept, kept, sight, self.scale)[..., : self.rank]

@@ -58,13 +58,13 @@ class AdaptedLinear(QuantizedLinear):
             y = y + adapter(x)
         return y
 
-    def plain(self, extra: Tensor | None = None) -> nn.Linear:
-        """A plain linear layer with the adapters added into the weight that the forward pass uses."""
-        with torch.no_grad():
-            for adapter in self.adapters.values():
-                assert isinstance(adapter, Adapter)
-                extra = adapter.delta() if extra is None else extra + adapter.delta()
-        return super().plain(extra)
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """The weight and its adapters as one matrix [O, I]."""
+        total = self.effective(torch.float32)
+        for adapter in self.adapters.values():
+            assert isinstance(adapter, Adapter)
+            total = total + adapter.delta()
+        return total.to(dtype)
 
 
 def add_adapters(module: nn.Module, rank: int, alpha: float, seed: int, part: str, name: str = STACK) -> None:
@@ -113,14 +113,14 @@ def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for child in module.modules() if isinstance(child, Adapter) for p in child.parameters()]
 
 
-def adapter_state(module: nn.Module) -> dict[str, Tensor]:
-    """The adapters of a module, as `load_adapters` takes them."""
-    return {name: tensor for name, tensor in module.state_dict().items() if _MARK in name}
+def adapter_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters in a module's state dict, as `load_adapters` takes them."""
+    return {name: tensor for name, tensor in state.items() if _MARK in name}
 
 
-def base_state(module: nn.Module) -> dict[str, Tensor]:
+def base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A module's state dict without its adapters."""
-    return {name: tensor for name, tensor in module.state_dict().items() if _MARK not in name}
+    return {name: tensor for name, tensor in state.items() if _MARK not in name}
 
 
 def load_adapters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

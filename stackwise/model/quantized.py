@@ -20,6 +20,9 @@ from stackwise.errors import UsageError
 from stackwise.model.formats import FORMATS, Layout
 from stackwise.model.layers import projections
 
+PACKED = ".codes"
+"""How the names of packed weights end in a state dict."""
+
 
 class QuantizedLinear(nn.Linear):
     """A linear layer with its weight in a format.
@@ -110,16 +113,15 @@ class QuantizedLinear(nn.Linear):
             return torch.empty(0, device=getattr(self, self._names[0]).device)
         return torch.empty(0, device=self.weight.device, dtype=self.weight.dtype)
 
-    def plain(self, extra: Tensor | None = None) -> nn.Linear:
-        """A plain linear layer with the effective weight, in the weight's dtype (packed: float32).
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """All that the layer multiplies by, as one matrix [O, I]."""
+        return self.effective(dtype)
 
-        Args:
-            extra: Added to the weight, float32 [O, I].
-        """
+    def plain(self) -> nn.Linear:
+        """A plain linear layer that computes the same, in the weight's dtype (packed: float32)."""
         made = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         with torch.no_grad():
-            total = self.effective(torch.float32)
-            total = total if extra is None else total + extra
+            total = self.whole(torch.float32)
             made.weight = nn.Parameter(
                 total.to(self.like.dtype), requires_grad=not self.packed and self.weight.requires_grad
             )
@@ -167,6 +169,11 @@ class _FakeQuantized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
+
+
+def weight_of(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """All that a linear layer multiplies by, as one matrix [O, I], whatever its form."""
+    return layer.whole(dtype) if isinstance(layer, QuantizedLinear) else layer.weight.to(dtype)
 
 
 def quantize(module: nn.Module, form: str | None, *, pack: bool) -> nn.Module:

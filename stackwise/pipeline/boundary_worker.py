@@ -54,7 +54,7 @@ def entering(
         source = FilledBoundary(below, frozen, codec=CODECS[codec], chunk_rows=chunk_rows, device=device)
         yield replace(below, reader=source)
         return
-    trunk = trunk_id(job.forward, job.trunk_digests)
+    trunk = trunk_id(job.forward, job.trunk_digests, job.stage.precisions(job.stage.trunk))
     with (
         boundary_writer(store, config, below, trunk, depth, job.stage.first) as writer,
         store.reader(writer.info.id) as reader,
@@ -101,7 +101,7 @@ def write_above(
         InterruptedRun: `stop` said so.
     """
     stage, begun = job.stage, time.perf_counter()
-    trunk = trunk_id(job.forward, [*job.trunk_digests, *digests])
+    trunk = trunk_id(job.forward, [*job.trunk_digests, *digests], job.stage.precisions(job.stage.makes))
     with boundary_writer(store, config, below, trunk, stage.depth + 1, stage.last + 1) as writer:
         emit({"event": "writing", "stage": stage.place, "boundary": writer.info.id, "chunks": writer.info.chunks})
         done = write_boundary(stages, below, writer, device, progress=_progress(emit, stage.place), stop=stop)

@@ -11,10 +11,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.precision import FORMATS
 from stackwise.errors import DamageError
 from stackwise.identity import derive_seed
 from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
+from stackwise.model.lora import adapter_parameters, adapter_state, add_adapters, base_state, load_adapters
+from stackwise.model.numerics import COMPUTE
+from stackwise.model.quantized import PACKED, quantize
 from stackwise.objectives import Objective, make_objective
+from stackwise.pipeline.holding import ADAPTER, PLAIN, Holding, adapter_part
 from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage
 from stackwise.training.stage import StageModel
@@ -47,14 +52,37 @@ def make_front(config: StackWiseConfig, vocab_size: int, source: Source) -> Fron
     return _loaded(lambda: Front(model, vocab_size, seq_len), source)
 
 
-def make_block(config: StackWiseConfig, part: str, source: Source) -> nn.Module:
-    """A block of the rack, or of an auxiliary head, with a part's weights or fresh ones."""
-    if source.path is not None:
-        return _loaded(lambda: Block(config.model), source)
-    kind, *numbers = part.split(".")
-    # An auxiliary block is drawn apart from those of the rack: nothing of it stays in the model.
-    seed = config.seed if kind == "block" else derive_seed(config.seed, part)
-    return build_block(config.model, int(numbers[-1]), seed)
+def make_block(
+    config: StackWiseConfig, part: str, sources: Mapping[str, Source], how: Holding = PLAIN, *, packed: bool = False
+) -> nn.Module:
+    """A block of the rack, or of an auxiliary head, with its part's weights or fresh ones.
+
+    Args:
+        config: The configuration.
+        part: Its name.
+        sources: Where the weights of parts come from: its own, and its adapters'.
+        how: The precision it is held in, and the adapters on it.
+        packed: Pack weights in a narrow format, which freezes them.
+    """
+    source, form = sources[part], FORMATS.get(how.precision)
+    if source.path is None:
+        kind, *numbers = part.split(".")
+        # An auxiliary block is drawn apart from those of the rack: nothing of it stays in the model.
+        seed = config.seed if kind == "block" else derive_seed(config.seed, part)
+        block = build_block(config.model, int(numbers[-1]), seed)
+    else:
+        block = _loaded(lambda: Block(config.model), source, form)
+    if form is not None:
+        quantize(block, form, pack=packed)
+    block.compute = COMPUTE.get(how.precision)
+    adapters = load_part(sources.get(adapter_part(part), Source())) or {}
+    for size in how.adapters:
+        own = {key: tensor for key, tensor in adapters.items() if f".{size.name}." in key}
+        if own:
+            load_adapters(block, own)
+        else:
+            add_adapters(block, size.rank, size.alpha, config.seed, part, size.name)
+    return block
 
 
 def make_head(
@@ -84,8 +112,14 @@ def stage_model(job: StageJob, config: StackWiseConfig) -> StageModel:
     """The stage of a job, on the CPU, with gradients required for what it trains."""
     stage = job.stage
     front = None if stage.reads_boundary else make_front(config, job.vocab_size, job.initial[FRONT])
-    blocks = [make_block(config, part, job.initial[part]) for part in stage.blocks]
-    beyond = [make_block(config, part, job.initial[part]) for part in stage.beyond if part in job.initial]
+    blocks, beyond = (
+        [
+            make_block(config, part, job.initial, stage.holding(part), packed=part not in stage.trains)
+            for part in parts
+            if part in job.initial  # what only hands on has nothing beyond
+        ]
+        for parts in (stage.blocks, stage.beyond)
+    )
     head = None
     if HEAD in job.initial:
         embedding: torch.Tensor | None = None
@@ -96,15 +130,23 @@ def stage_model(job: StageJob, config: StackWiseConfig) -> StageModel:
     objective = objective_of(config, job.mask_token, job.vocab_size)
     model = StageModel(front, blocks, head, objective, config.precision, beyond)
     for part, module in parts_of(model, job.stage).items():
-        module.requires_grad_(part in stage.trains)
+        if not part.startswith(ADAPTER):
+            require_gradients(part, module, job.stage)
     return model
+
+
+def require_gradients(part: str, module: nn.Module, stage: Stage) -> None:
+    """Let a part require gradients where the stage trains it, and its adapters where it trains these."""
+    module.requires_grad_(part in stage.trains)
+    for parameter in adapter_parameters(module):
+        parameter.requires_grad_(adapter_part(part) in stage.trains)
 
 
 def frozen_stage(below: Frozen, job: StageJob, config: StackWiseConfig) -> StageModel:
     """A committed stage below a job's, on the CPU, without its head: in evaluation mode, nothing requires gradients."""
     stage = below.stage
     front = None if stage.reads_boundary else make_front(config, job.vocab_size, below.initial[FRONT])
-    blocks = [make_block(config, part, below.initial[part]) for part in stage.blocks]
+    blocks = [make_block(config, part, below.initial, stage.holding(part), packed=True) for part in stage.blocks]
     model = StageModel(front, blocks, None, objective_of(config, job.mask_token, job.vocab_size), config.precision)
     return model.requires_grad_(False).eval()
 
@@ -121,24 +163,32 @@ def objective_of(config: StackWiseConfig, mask_token: int, vocab_size: int) -> O
 
 
 def parts_of(model: StageModel, stage: Stage) -> dict[str, nn.Module]:
-    """A stage's modules by part name, in forward order."""
+    """A stage's modules by part name, in forward order; a block's adapters are in the block (see `part_state`)."""
     found: dict[str, nn.Module] = {}
     if model.front is not None:
         found[FRONT] = model.front
-    found |= dict(zip(stage.blocks, model.blocks, strict=True))
-    found |= dict(zip(stage.beyond, model.beyond, strict=False))  # none where the stage only hands on
+    # None is beyond where the stage only hands on.
+    for part, block in (*zip(stage.blocks, model.blocks, strict=True), *zip(stage.beyond, model.beyond, strict=False)):
+        found |= dict.fromkeys(stage.with_adapters((part,)), block)
     if model.head is not None:
         found[HEAD] = model.head
     return found
 
 
-def _loaded(make: Callable[[], M], source: Source) -> M:
+def part_state(part: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A part's own tensors, of the state dict of the module that it is in."""
+    return adapter_state(state) if part.startswith(ADAPTER) else base_state(state)
+
+
+def _loaded(make: Callable[[], M], source: Source, form: str | None = None) -> M:
     # Made without values: drawing fresh weights only to overwrite them takes seconds for a large block.
     with torch.device("meta"):
         module = make()
-    module.to_empty(device="cpu")
     tensors = load_part(source)
     assert tensors is not None
+    if form is not None and any(name.endswith(PACKED) for name in tensors):
+        quantize(module, form, pack=True)
+    module.to_empty(device="cpu")
     module.load_state_dict(tensors)
     return module
 

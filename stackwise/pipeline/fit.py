@@ -10,7 +10,9 @@ from typing import Any
 import psutil
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.precision import BITS, FORMATS
 from stackwise.errors import NoSpaceError, UsageError
+from stackwise.pipeline.holding import ADAPTER
 from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.recipe import WINDOW_CHUNKS, boundary_bytes, order_rows
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage
@@ -31,25 +33,39 @@ SHARE = 0.9
 def part_parameters(config: StackWiseConfig, vocab_size: int, part: str, stage: Stage) -> int:
     """Parameters of a part of a stage."""
     model = config.model
+    if part.startswith(ADAPTER):
+        sides = 6 * model.d_model + 2 * model.kv_heads * model.head_dim
+        sides += (3 if model.ffn == "swiglu" else 2) * (model.d_model + model.ffn_width)
+        return sides * sum(size.rank for size in stage.holding(part.removeprefix(ADAPTER)).adapters)
     if part == FRONT:
         positions = (model.max_seq_len or config.training.seq_len) if model.positions == "learned" else 0
         return (vocab_size + positions) * model.d_model + model.time_parameters
     if part == HEAD:
-        shared = model.tie_embeddings and (not stage.reads_boundary or config.training.tied_head == "frozen")
+        shared = model.tie_embeddings and (FRONT in stage.trains or config.training.tied_head == "frozen")
         return model.d_model + (0 if shared else vocab_size * model.d_model)
     return model.block_parameters
 
 
-def stage_parameters(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
-    """Parameters that a stage holds."""
-    return sum(part_parameters(config, vocab_size, part, stage) for part in stage.holds)
+def trained_parameters(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
+    """Parameters that a stage trains."""
+    return sum(part_parameters(config, vocab_size, part, stage) for part in stage.trains)
+
+
+def still_bytes(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
+    """Bytes of the weights that a stage holds and does not train; packed where they are in a narrow format."""
+    found = 0.0
+    for part in set(stage.holds) - set(stage.trains):
+        form = FORMATS.get(stage.holding(part).precision)
+        found += part_parameters(config, vocab_size, part, stage) * (BITS[form] / 8 if form else WEIGHT_BYTES)
+    return round(found)
 
 
 def state_bytes(config: StackWiseConfig, vocab_size: int, stage: Stage, *, gradients: bool) -> int:
-    """Bytes of a stage's weights and optimizer state (what a checkpoint holds), with or without their gradients."""
+    """Bytes of what a stage trains and its optimizer state (as a checkpoint holds them), with or without gradients."""
     settings = config.stage_training(stage.depth)
-    whole = stage_parameters(config, vocab_size, stage)
-    blocks = (stage.last - stage.first + 1) * config.model.block_parameters
+    whole = trained_parameters(config, vocab_size, stage)
+    blocks = sum(part not in (FRONT, HEAD) and not part.startswith(ADAPTER) for part in stage.trains)
+    blocks *= config.model.block_parameters
     moments = MOMENT_BYTES[settings.optimizer] * blocks
     moments += MOMENT_BYTES["adamw" if settings.optimizer == "muon" else settings.optimizer] * (whole - blocks)
     return (WEIGHT_BYTES * (1 + gradients + bool(settings.ema))) * whole + moments
@@ -86,10 +102,11 @@ def memory_parts(
     blocks = own if blocks is None else blocks
     state = state_bytes(config, vocab_size, stage, gradients=True)
     state -= round(
-        (own - blocks) * state / max(1, stage_parameters(config, vocab_size, stage)) * model.block_parameters
+        (own - blocks) * state / max(1, trained_parameters(config, vocab_size, stage)) * model.block_parameters
     )
     blocks += len(stage.beyond)
     copies = 2 * blocks * model.block_parameters if half else 0
+    state += still_bytes(config, vocab_size, stage)
     return state + copies + LOSS_BYTES, config.row_positions * blocks * numbers * (2 if half else 4)
 
 
@@ -129,7 +146,7 @@ def swap_of(config: StackWiseConfig, vocab_size: int, stage: Stage, memory: int)
         return None
     block = config.model.block_parameters
     state = state_bytes(config, vocab_size, stage, gradients=True)
-    each = state / stage_parameters(config, vocab_size, stage)
+    each = state / trained_parameters(config, vocab_size, stage)
     ends = max(part_parameters(config, vocab_size, part, stage) for part in stage.holds if part in (FRONT, HEAD))
     most = len((*stage.blocks, *stage.beyond))
     copies = 0 if config.precision == "fp32" else 2 * block
@@ -194,7 +211,7 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
     )
     present = sum(info.disk_bytes for info in plan.store.boundaries())
     boundaries = max(0, boundary * live - present) if todo else 0
-    weights = sum(stage_parameters(config, size, stage) for stage in todo) * WEIGHT_BYTES
+    weights = sum(trained_parameters(config, size, stage) for stage in todo) * WEIGHT_BYTES
     total = psutil.virtual_memory().total
     swaps = {stage.depth: swap_of(config, size, stage, plan.memory or total) for stage in todo}
     swapped = {depth: swap for depth, swap in swaps.items() if swap is not None}

@@ -45,7 +45,7 @@ def forecast(plan: Plan) -> list[Outlook]:
         if committed is not None:
             add_versions(versions, committed)
         else:
-            for part in stage.trains:
+            for part in stage.commits:
                 versions[part] = Source(None, content_id("to come", {"recipe": key, "part": part}), key)
         found.append(Outlook(stage.depth, key, committed is not None))
     return found

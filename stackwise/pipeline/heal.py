@@ -16,7 +16,7 @@ from stackwise.pipeline.load import CommittedRack, load_rack
 from stackwise.pipeline.recipe import forward_specification, trunk_id
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.schedule import FRONT, HEAD, block_parts
+from stackwise.pipeline.schedule import HEAD
 from stackwise.store import CODECS, ActivationStore, BoundaryInfo, Recompute
 from stackwise.training.forward import forward_rows
 
@@ -54,10 +54,11 @@ def _below(rack: CommittedRack, info: BoundaryInfo) -> CommittedRack:
     """The part of a rack that made a boundary, with the weights of that time."""
     forward = forward_specification(rack.config, rack.vocab_size, rack.mask_token)
     for stage, versions in zip(rack.stages, rack.versions, strict=True):
-        parts = (FRONT, *block_parts(0, stage.last))
+        parts = stage.makes
         if not all(part in versions for part in parts):
             continue
-        if trunk_id(forward, [str(versions[part].digest) for part in parts]) == info.trunk:
+        digests = [str(versions[part].digest) for part in parts]
+        if trunk_id(forward, digests, stage.precisions(parts)) == info.trunk:
             return dataclasses.replace(rack, parts={part: versions[part] for part in (*parts, HEAD)})
     raise NotFound(f"no committed stage of this run made boundary {info.id}")
 

@@ -112,16 +112,13 @@ class StageJob:
         """The inverse of `plain`."""
         data = dict(data)
         data.pop("kind", None)
-        data["stage"] = _stage(data["stage"])
+        data["stage"] = Stage.from_plain(data["stage"])
         data["initial"] = _sources(data["initial"])
-        data["through"] = tuple(Frozen(_stage(one["stage"]), _sources(one["initial"])) for one in data["through"])
+        data["through"] = tuple(
+            Frozen(Stage.from_plain(one["stage"]), _sources(one["initial"])) for one in data["through"]
+        )
         data["embedding"] = None if data["embedding"] is None else Source(**data["embedding"])
         return cls(**data)
-
-
-def _stage(data: dict[str, Any]) -> Stage:
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    return Stage(**values)
 
 
 def _sources(data: dict[str, Any]) -> dict[str, Source]:

@@ -229,12 +229,17 @@ class _Run:
     def stage(self, stage: Stage, front: nn.Module, layers: Sequence[nn.Module], heads: list[Head]) -> StageResult:
         """Train one stage, or take its committed weights; then write the boundary above it."""
         config = self.config
+        if stage.held:
+            raise UsageError(
+                f"stage {stage.depth}: layers of your own train in their own precision, without adapters",
+                hint="set trunk_strategy: frozen, cache_activations: true and new_stack_precision: full",
+            )
         model = self._model(stage, front, layers, heads)
         parts = parts_of(model, stage)
         rowset, rows = put_rows(config, self.data, self.store, stage.rowset)
         initial = {name: part_digest(module) for name, module in parts.items()}
         below, through = self._forward(layers[: stage.first], front), self._forward(layers[: stage.last + 1], front)
-        trunk = trunk_id(below, [self.digests[p] for p in stage.trunk]) if stage.reads_boundary else None
+        trunk = trunk_id(below, [self.digests[p] for p in stage.trunk], {}) if stage.reads_boundary else None
         recipe = stage_recipe(
             config,
             stage,

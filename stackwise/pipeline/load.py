@@ -78,10 +78,12 @@ class CommittedRack:
     def modules(self) -> Iterator[StageModules]:
         """The finished rack, section by section, each loaded when it is asked for; every one has the last head."""
         head = self.head()
+        holders = {part: stage for stage in self.stages for part in (*stage.makes, *stage.beyond)}
         for depth, (first, last) in enumerate(self.config.partition):
             parts = block_parts(first, last)
             if all(part in self.parts for part in parts):
-                yield StageModules(depth, self._blocks(parts, self.parts), head, self.objective.causal)
+                blocks = self._blocks(parts, self.parts, holders[parts[-1]])
+                yield StageModules(depth, blocks, head, self.objective.causal)
 
     def exit_of(self, counts_N: np.ndarray) -> np.ndarray:
         """Where time is depth: of numbers of masked positions, the depth of the stage that trained on them."""
@@ -100,16 +102,17 @@ class CommittedRack:
             first = stage.first if goes_on or not stage.reads_boundary else 0
             yield StageModules(
                 stage.depth,
-                self._blocks(block_parts(first, stage.last), versions),
+                self._blocks(block_parts(first, stage.last), versions, stage),
                 self.head(versions),
                 self.objective.causal,
                 front=None if goes_on else self.front(versions),
-                beyond=self._blocks(stage.beyond, versions),
+                beyond=self._blocks(stage.beyond, versions, stage),
             )
             left = [*below, *(versions[part] for part in stage.hands_on)]
 
-    def _blocks(self, parts: Iterable[str], versions: Versions) -> list[nn.Module]:
-        return [make_block(self.config, part, versions[part]).to(self.device).eval() for part in parts]
+    def _blocks(self, parts: Iterable[str], versions: Versions, holder: Stage) -> list[nn.Module]:
+        made = (make_block(self.config, part, versions, holder.holding(part), packed=True) for part in parts)
+        return [block.to(self.device).eval() for block in made]
 
 
 def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) -> CommittedRack:

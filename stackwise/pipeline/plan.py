@@ -137,7 +137,7 @@ class Plan:
         """The id of what the stage reads; None where it reads tokens."""
         if not stage.reads_boundary:
             return None
-        return trunk_id(self.forward, self._digests(stage.trunk, versions))
+        return trunk_id(self.forward, self._digests(stage.trunk, versions), stage.precisions(stage.trunk))
 
     def recipe(self, stage: Stage, versions: Versions) -> Recipe:
         """The recipe of a stage above committed ones."""

@@ -65,9 +65,16 @@ def forward_specification(config: StackWiseConfig, vocab_size: int, mask_token: 
     return specification
 
 
-def trunk_id(forward: Mapping[str, Any], digests: list[Hex]) -> Hex:
-    """The id of a trunk: its forward specification and its parts' digests, the front first, block by block."""
-    return content_id("trunk", {"forward": dict(forward), "parts": digests})
+def trunk_id(forward: Mapping[str, Any], digests: list[Hex], precisions: Mapping[str, str]) -> Hex:
+    """The id of a trunk: its forward specification and its parts' digests, the front first, block by block.
+
+    Args:
+        forward: The specification.
+        digests: Of the parts; a block's adapters follow it.
+        precisions: Of the blocks that are not held in the run's, by part.
+    """
+    own = {"precisions": dict(precisions)} if precisions else {}
+    return content_id("trunk", {"forward": dict(forward), "parts": digests} | own)
 
 
 def stage_recipe(
@@ -96,6 +103,7 @@ def stage_recipe(
         held_out: The rowset that the stage is evaluated on, where the result heeds it.
     """
     fresh = any(digest is None for digest in initial.values())
+    held = {part: stage.held[part].plain() for part in (*stage.blocks, *stage.beyond) if part in stage.held}
     windowed = config.time_as_depth and config.n_sections > 1 and stage.depth < config.n_sections
     objective: dict[str, Any] = {"name": config.objective}
     if config.training.loss_weight != "none":
@@ -109,6 +117,7 @@ def stage_recipe(
         | {"steps": stage_steps(config, stage.depth, rows), "dropout": config.model.dropout},
         "objective": objective,
         "stage": {"blocks": [stage.first, stage.last], "trains": list(stage.trains)}
+        | ({"held": held} if held else {})
         | ({"beyond": list(stage.beyond)} if stage.beyond else {}),
         "head": {"tied": config.model.tie_embeddings, "above": config.training.tied_head},
         "order": {"chunk_rows": order_rows(config, rows), "window_chunks": WINDOW_CHUNKS},

@@ -6,10 +6,13 @@ Everything below works on `Stage` alone: which blocks it holds, which parts it t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.precision import holds_trunk
+from stackwise.pipeline.holding import PLAIN, Holding, adapter_part, holding
 
 FRONT, HEAD = "front", "head"
 
@@ -37,13 +40,15 @@ class Stage:
         depth: Its number, from 0: `stages.K` of the configuration means it.
         first: The lowest block that it hands on.
         last: The highest block that it hands on: the boundary above the stage lies over it.
-        trains: Parts that train: "front", "block.N", "auxiliary.K.N", "head".
+        trains: Parts that train: "front", "block.N", "adapter.block.N", "auxiliary.K.N", "head".
         reads_boundary: Whether the boundary below block `first` enters it; otherwise it reads tokens with the front.
         rowset: Which rowset it trains on; stages with one number share their rows and masks.
         beyond: Blocks between those it hands on and its head, on its loss's way only.
         fresh: Parts that start fresh although the run has committed weights for them.
+        keeps: Blocks that it makes and commits although they do not train.
         window: The window of the corpus that it trains on.
         place: Its place in the schedule, from 0.
+        held: How it holds its blocks, and how those below are held, where that is not plainly, by part.
     """
 
     depth: int
@@ -54,18 +59,28 @@ class Stage:
     rowset: int
     beyond: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
     window: int = 0
     place: int = -1
+    held: Mapping[str, Holding] = field(default_factory=dict)
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Stage:
+        """The inverse of `dataclasses.asdict`, also through JSON."""
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        return cls(**(values | {"held": {part: Holding.from_plain(how) for part, how in data["held"].items()}}))
 
     @property
     def holds(self) -> tuple[str, ...]:
         """Every part in memory while the stage trains, in forward order."""
-        return (*self.hands_on, *self.beyond, HEAD)
+        return (*self.hands_on, *self.with_adapters(self.beyond), HEAD)
 
     @property
     def hands_on(self) -> tuple[str, ...]:
         """The parts that make the boundary above from what the stage reads, in forward order."""
-        return (*(() if self.reads_boundary else (FRONT,)), *self.blocks)
+        return (*(() if self.reads_boundary else (FRONT,)), *self.with_adapters(self.blocks))
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -75,12 +90,43 @@ class Stage:
     @property
     def trunk(self) -> tuple[str, ...]:
         """The parts below it, which made the boundary that it reads; empty where it reads tokens."""
-        return (FRONT, *block_parts(0, self.first - 1)) if self.reads_boundary else ()
+        return (FRONT, *self.with_adapters(block_parts(0, self.first - 1))) if self.reads_boundary else ()
+
+    @property
+    def commits(self) -> tuple[str, ...]:
+        """What it leaves in the store: the parts that train, and the fresh blocks that stand still under adapters."""
+        return (*self.trains, *self.keeps)
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """The parts that make the boundary above it from tokens."""
+        return (*self.trunk, *self.hands_on)
+
+    def precisions(self, parts: Iterable[str]) -> dict[str, str]:
+        """The precision of each of these parts that is not held in the run's."""
+        return {part: self.held[part].precision for part in parts if self.holding(part).precision != PLAIN.precision}
+
+    def holding(self, part: str) -> Holding:
+        """How a block is held."""
+        return self.held.get(part, PLAIN)
+
+    def with_adapters(self, blocks: Iterable[str]) -> tuple[str, ...]:
+        """Blocks, each followed by its adapters where it has some."""
+        pairs = ((block, adapter_part(block)) if self.holding(block).adapters else (block,) for block in blocks)
+        return tuple(part for pair in pairs for part in pair)
 
 
 def schedule(config: StackWiseConfig) -> list[Stage]:
     """The stages of a configuration, in the order in which they train."""
-    return [dataclasses.replace(stage, place=place) for place, stage in enumerate(_stages(config))]
+    progressive, partition = config.training.progressive, config.partition
+    backwards = progressive.enabled and progressive.building_mode == "prepend"
+    homes = {
+        block: depth
+        for depth, (first, last) in enumerate(reversed(partition) if backwards else partition)
+        for block in block_parts(first, last)
+    }
+    stages = (dataclasses.replace(stage, place=place) for place, stage in enumerate(_stages(config)))
+    return [_with_holdings(config, stage, homes) for stage in stages]
 
 
 def maker(stages: list[Stage], stage: Stage) -> Stage:
@@ -96,19 +142,27 @@ def _stages(config: StackWiseConfig) -> Iterator[Stage]:
 def _sections(config: StackWiseConfig) -> Iterator[Stage]:
     training = config.training
     if training.progressive.enabled:
-        return _prepended(config) if training.progressive.building_mode == "prepend" else _stacked(config)
+        backwards = training.progressive.building_mode == "prepend"
+        return _prepended(config) if backwards else _stacked(config, holds=holds_trunk(config))
     if training.mode == "independent":
         return _independent(config)
     return _stacked(config, grows=training.mode == "fused" and training.fusion_mode == "trainable")
 
 
-def _stacked(config: StackWiseConfig, *, grows: bool = False) -> Iterator[Stage]:
-    """Each section of the rack in turn, above its boundary; or above tokens, with all blocks so far."""
+def _stacked(config: StackWiseConfig, *, grows: bool = False, holds: bool = False) -> Iterator[Stage]:
+    """Each section of the rack in turn, above its boundary; or above tokens, with all blocks so far.
+
+    Args:
+        config: The configuration.
+        grows: A stage holds the blocks below it, and they train along.
+        holds: A stage holds the blocks below it, and they stand still.
+    """
     for depth, (first, last) in enumerate(config.partition):
-        low = 0 if grows else first
+        low = 0 if grows or holds else first
         reads_boundary = low > 0
         beyond = _beyond(config, depth, last)
-        trains = (*(() if reads_boundary else (FRONT,)), *block_parts(low, last), *beyond, HEAD)
+        front = (FRONT,) if grows or depth == 0 else ()
+        trains = (*front, *block_parts(low if grows else first, last), *beyond, HEAD)
         yield Stage(depth, low, last, trains, reads_boundary, depth if config.fresh_masks else 0, beyond)
 
 
@@ -133,10 +187,11 @@ def _fusions(config: StackWiseConfig) -> Iterator[Stage]:
     """Sections together, after each was trained: a stage like any other, that starts from what they came to."""
     for number, (first, last) in enumerate(config.fusions):
         depth = config.n_sections + number
+        low = 0 if holds_trunk(config) else first
         front = () if first > 0 else (FRONT,)
         frozen = config.training.fusion.strategy == "frozen"
         trains = (HEAD,) if frozen else (*front, *block_parts(first, last), HEAD)
-        yield Stage(depth, first, last, trains, first > 0, depth if config.fresh_masks else 0)
+        yield Stage(depth, low, last, trains, low > 0, depth if config.fresh_masks else 0)
 
 
 def _beyond(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...]:
@@ -152,3 +207,28 @@ def _beyond(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...]:
         case "tail":
             return block_parts(max(last, top - count) + 1, top)
     return ()
+
+
+def _with_holdings(config: StackWiseConfig, stage: Stage, homes: Mapping[str, int]) -> Stage:
+    """A stage with how it holds its blocks; where weights stand still under adapters, these train in their place."""
+    below = block_parts(0, stage.first - 1) if stage.reads_boundary else ()
+    held = {
+        part: found
+        for part in (*below, *stage.blocks, *stage.beyond)
+        if part in homes and (found := holding(config, homes[part], stage.depth, part in stage.trains)) != PLAIN
+    }
+    progressive = config.training.progressive
+    whole_trunk = progressive.enabled and progressive.trunk_strategy == "qlora" and stage.trains != (HEAD,)
+    trains: list[str] = [FRONT] if FRONT in stage.trains else []
+    keeps = []
+    for part in (*stage.blocks, *stage.beyond):
+        how, still = held.get(part, PLAIN), part not in stage.trains
+        packed = how.precision == "qlora"
+        if not still and not packed:
+            trains.append(part)
+        if not still and packed and homes[part] == stage.depth:
+            keeps.append(part)
+        if how.adapters and (whole_trunk or not still):
+            trains.append(adapter_part(part))
+    trains += [HEAD] if HEAD in stage.trains else []
+    return dataclasses.replace(stage, held=held, trains=tuple(trains), keeps=tuple(keeps))

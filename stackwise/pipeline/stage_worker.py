@@ -18,9 +18,10 @@ from stackwise.durable import FileLock
 from stackwise.errors import InterruptedRun
 from stackwise.model import part_digest
 from stackwise.pipeline.boundary_worker import RESUME, Emit, Stop, entering, write_above
-from stackwise.pipeline.build import frozen_stage, parts_of, save_part, stage_model
+from stackwise.pipeline.build import frozen_stage, part_state, parts_of, save_part, stage_model
 from stackwise.pipeline.device import describe, make_deterministic, peak_memory
 from stackwise.pipeline.fit import Swap, swap_of
+from stackwise.pipeline.holding import ADAPTER
 from stackwise.pipeline.job import StageJob
 from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows, stage_steps
 from stackwise.pipeline.rows import HELD_OUT, choose_samples, stage_rows
@@ -77,7 +78,8 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
                 train_stage(job, config, model, feed, store, device, emit, stop, held_out)
         if job.writes or job.hands_held_out:
             # The head and the optimizer are done with; what remains is forward passes.
-            digests = [part_digest(module) for module in _passed_on(model, job).values()]
+            made = {part: module for part, module in parts_of(model, job.stage).items() if part in job.stage.hands_on}
+            digests = [part_digest(part_state(part, module.state_dict())) for part, module in made.items()]
             model.head, model.beyond = None, nn.ModuleList()
             gc.collect()
             if job.writes:
@@ -108,20 +110,16 @@ def _run_swapped(
             entering(job, config, below, frozen, store, device, emit, stop) as feed,
             contextlib.closing(swapped_engine(job, config, swap, device, warn)) as engine,
         ):
-            _train(job, config, engine, engine.weights, feed, store, device, emit, stop, held_out)
+            _train(job, config, engine, partial(_swapped_weights, engine), feed, store, device, emit, stop, held_out)
     if job.writes or job.hands_held_out:
         parts = JobParts(job, config, committed_sources(job, store.stage(job.recipe_id) if job.train else None))
         row_bytes = 4 * config.row_positions * config.model.d_model
         up = partial(lifted, parts, swap.groups, row_bytes=row_bytes, memory=swap.boundaries)
-        digests = [parts.digest(name) for name in parts.names]
+        digests = [parts.digest(part) for part in job.stage.hands_on]
         if job.writes:
             write_above(job, config, up(below=frozen), below, store, digests, device, emit, stop)
         if job.hands_held_out and held_out is not None:
             write_above(job, config, up(), held_out, store, digests, device, emit, stop)
-
-
-def _passed_on(model: StageModel, job: StageJob) -> dict[str, nn.Module]:
-    return {name: module for name, module in parts_of(model, job.stage).items() if name in job.stage.hands_on}
 
 
 def _feed(
@@ -176,7 +174,11 @@ def train_stage(
         beyond=stage.beyond,
     )
     parts = parts_of(model, stage)
-    _train(job, config, engine, lambda part: engine.weights(parts[part]), feed, store, device, emit, stop, held_out)
+
+    def weights(part: str) -> dict[str, torch.Tensor]:
+        return part_state(part, engine.weights(parts[part]))
+
+    _train(job, config, engine, weights, feed, store, device, emit, stop, held_out)
 
 
 def _train(
@@ -241,7 +243,7 @@ def _commit(
     job: StageJob, weights: Weights, trainer: Trainer, store: ActivationStore, device: torch.device, emit: Emit
 ) -> None:
     stage, record = job.stage, trainer.record
-    trained = [name for name in stage.holds if name in stage.trains]
+    trained = [name for name in stage.holds if name in stage.commits]
     trainer.engine.settle()
     digests = {name: part_digest(weights(name)) for name in trained}
     store.commit_stage(
@@ -266,6 +268,10 @@ def _commit(
         },
     )
     emit({"event": "committed", "stage": stage.place, "recipe": job.recipe_id, "parts": digests})
+
+
+def _swapped_weights(engine: SwappedEngine, part: str) -> dict[str, torch.Tensor]:
+    return part_state(part, engine.weights(part.removeprefix(ADAPTER)))
 
 
 def _save(weights: Weights, part: str, path: Path) -> None:

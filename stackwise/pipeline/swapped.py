@@ -11,8 +11,17 @@ from torch import Tensor, nn
 
 from stackwise.config import StackWiseConfig
 from stackwise.model import part_digest
-from stackwise.pipeline.build import embedding_of, make_block, make_front, make_head, objective_of, owns_projection
+from stackwise.pipeline.build import (
+    embedding_of,
+    make_block,
+    make_front,
+    make_head,
+    objective_of,
+    owns_projection,
+    require_gradients,
+)
 from stackwise.pipeline.fit import Swap
+from stackwise.pipeline.holding import ADAPTER, adapter_part
 from stackwise.pipeline.job import Source, StageJob
 from stackwise.pipeline.schedule import FRONT, HEAD
 from stackwise.store import CommittedStage
@@ -31,11 +40,13 @@ class JobParts:
 
     def __init__(self, job: StageJob, config: StackWiseConfig, sources: Mapping[str, Source]) -> None:
         self._job, self._config, self._sources = job, config, sources
-        stage, held = job.stage, [part for part in job.stage.holds if part in sources]
+        stage = job.stage
+        held = [part for part in stage.holds if part in sources and not part.startswith(ADAPTER)]
         self.names: Sequence[str] = held
         self.order: Sequence[str] = sorted(held, key=lambda part: part in stage.beyond)
-        self.trains: Sequence[str] = [part for part in held if part in stage.trains]
-        self.precision: str = config.precision
+        self.trains: Sequence[str] = [part for part in held if {part, adapter_part(part)} & {*stage.trains}]
+        in_half = any(stage.holding(part).precision == "fp16" for part in held)
+        self.precision: str = "fp16" if in_half else config.precision
         self._own = owns_projection(config, stage)
         self.tied = config.model.tie_embeddings and not self._own and FRONT in held and HEAD in held
         self._objective = objective_of(config, job.mask_token, job.vocab_size)
@@ -57,7 +68,7 @@ class JobParts:
             with torch.no_grad():
                 for key, value in trained.items():
                     part.get_parameter(key).copy_(value)
-        part.requires_grad_(name in self.trains)
+        require_gradients(name, part, self._job.stage)
         if embedding_VD is None and _made_by_its_values(part):
             self._empty.setdefault(name, _empty_twin(part))
         return part
@@ -80,7 +91,9 @@ class JobParts:
         if name == FRONT:
             return make_front(config, job.vocab_size, source)
         if name != HEAD:
-            return make_block(config, name, source)
+            stage = job.stage
+            packed = name not in stage.trains
+            return make_block(config, name, self._sources, stage.holding(name), packed=packed)
         if not self.tied and config.model.tie_embeddings:
             front = self._sources.get(FRONT)
             embedding_VD = (

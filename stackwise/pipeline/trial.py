@@ -55,8 +55,7 @@ class TrialJob:
     def from_plain(cls, data: dict[str, Any]) -> TrialJob:
         """The inverse of `plain`."""
         data = {key: value for key, value in data.items() if key != "kind"}
-        tuples = {key: tuple(value) for key, value in data["stage"].items() if isinstance(value, list)}
-        return cls(**(data | {"stage": Stage(**(data["stage"] | tuples))}))
+        return cls(**(data | {"stage": Stage.from_plain(data["stage"])}))
 
 
 def wanted(config: StackWiseConfig) -> dict[str, Stage]:
@@ -128,14 +127,20 @@ def run_trial(job: TrialJob, device: torch.device) -> dict[str, Any]:
 
 
 def _engine(job: TrialJob, config: StackWiseConfig, device: torch.device) -> ResidentEngine:
-    from stackwise.pipeline.build import make_block, make_front, make_head, objective_of
+    from stackwise.pipeline.build import make_block, make_front, make_head, objective_of, require_gradients
     from stackwise.pipeline.job import Source
     from stackwise.training.engine import ResidentEngine
     from stackwise.training.stage import StageModel
 
     stage, fresh = job.stage, Source()
     front = None if stage.reads_boundary else make_front(config, job.vocab_size, fresh)
-    blocks, beyond = ([make_block(config, part, fresh) for part in parts] for parts in (stage.blocks, stage.beyond))
+    sources = dict.fromkeys(stage.holds, fresh)
+    blocks, beyond = (
+        [make_block(config, part, sources, stage.holding(part), packed=part not in stage.trains) for part in parts]
+        for parts in (stage.blocks, stage.beyond)
+    )
+    for part, block in zip((*stage.blocks, *stage.beyond), (*blocks, *beyond), strict=True):
+        require_gradients(part, block, stage)
     tied = front.embedding.weight if front is not None and config.model.tie_embeddings else None
     head = make_head(config, job.vocab_size, fresh, tied, own=False)
     objective = objective_of(config, job.mask_token, job.vocab_size)

@@ -114,7 +114,7 @@ class ResidentEngine:
         self.optimizer = make_optimizer(
             [(part_of(name, first_block, beyond), p) for name, p in self.parameters.items()], settings
         )
-        self.scale = LossScale(settings.loss_scale) if model.precision == "fp16" else None
+        self.scale = LossScale(settings.loss_scale) if model.in_half else None
         self._mean = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
 
     def step(self, microbatches: Sequence[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:

@@ -84,6 +84,12 @@ class StageModel(nn.Module):
         self.objective, self.precision = objective, precision
         self.stream_dtype = NARROW.get(precision, torch.float32)
 
+    @property
+    def in_half(self) -> bool:
+        """Whether something of it computes in fp16, whose gradients need a scale."""
+        blocks = (*self.blocks, *self.beyond)
+        return self.precision == "fp16" or any(getattr(block, "compute", None) is torch.float16 for block in blocks)
+
     def activations(self, batch: Batch) -> torch.Tensor:
         """The activations that leave the last block handed on, [B, S, D]."""
         if self.front is not None:

@@ -144,7 +144,6 @@ def test_all_faults_of_a_file_are_reported_at_once() -> None:
         ({"stages": {7: {}}}, "stages.7: there is no such stage: the schedule has 2 (0 to 1)"),
         ({"model__n_kv_heads": 3}, "3 key and value heads do not divide 4 heads"),
         ({"data__vocab_size": 100}, "less than 258"),
-        ({"training__progressive": {"enabled": True, "trunk_strategy": "qlora"}}, "qlora is not available yet"),
         ({"training__learning_rate": float("nan")}, "training.learning_rate: must be"),
         ({"store__keep": "some"}, "store.keep: must be one of all, none"),
         ({"seed": -1}, "seed: must be at least 0"),

@@ -185,7 +185,9 @@ def _planned(run: RunDirectory, store: ActivationStore) -> dict[str, Any]:
         written = None
         if stage.depth == done and rowset is not None:  # what it stands on is committed: its boundary has an id
             forward = forward_specification(config, manifest["vocabulary"]["size"], manifest["vocabulary"]["mask"])
-            trunk = trunk_id(forward, [str(versions[part].digest) for part in stage.trunk])
+            trunk = trunk_id(
+                forward, [str(versions[part].digest) for part in stage.trunk], stage.precisions(stage.trunk)
+            )
             written = store.find(trunk=trunk, rowset=rowset, codec=codec_name(config.store))
         if written is not None and written.state == "complete":
             continue

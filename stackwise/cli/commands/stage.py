@@ -108,6 +108,7 @@ def listing(config: StackWiseConfig) -> list[dict[str, Any]]:
                 "blocks": [stage.first, stage.last],
                 "reads": f"boundary {stage.depth}" if stage.reads_boundary else "tokens",
                 "trains": list(stage.trains),
+                "precisions": stage.precisions(stage.holds),
                 "steps": settings.steps,
                 "learning_rate": settings.learning_rate,
             }
@@ -144,10 +145,15 @@ def _states(choice: Choice, stages: list[dict[str, Any]]) -> dict[int, dict[str,
 
 def _parts(trains: list[str]) -> str:
     """What trains, in few words: front, blocks 0–1, head."""
+    adapters = [int(part.rpartition(".")[2]) for part in trains if part.startswith("adapter.")]
+    trains = [part for part in trains if not part.startswith("adapter.")]
     blocks = [int(part.partition(".")[2]) for part in trains if part.startswith("block.")]
     names = (
         {f"block.{blocks[0]}": f"block{'s' if len(blocks) > 1 else ''} {words.span(blocks[0], blocks[-1])}"}
         if blocks
         else {}
     )
-    return ", ".join(names.get(part, part) for part in trains if part in names or not part.startswith("block."))
+    shown = [names.get(part, part) for part in trains if part in names or not part.startswith("block.")]
+    if adapters:
+        shown.insert(-1, f"adapters {words.span(min(adapters), max(adapters))}")
+    return ", ".join(shown)
