@@ -23,7 +23,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Use what was trained": {
         "eval": ("use:evaluate", "Held-out bits per byte, loss and accuracy by depth."),
-        "generate": ("use:generate", "Fill in masked text, or go on from a prompt."),
+        "generate": ("use:generate", "Go on from a text, or fill in its holes."),
         "export": ("use:export", "One fused safetensors with its configuration and tokenizer."),
         "report": ("report:report", "Write a run's report.html again."),
     },
