@@ -59,6 +59,7 @@ class BoundaryReader:
         self._open: OrderedDict[int, OpenChunk] = OrderedDict()
         self._loaded: OrderedDict[int, list[Array]] = OrderedDict()
         self._loaded_limit = 4
+        self._rows_read = 0
         self._maps = ChunkMaps(self._source, self._opened, None if self._codec.compression == "none" else 0)
         self._lock = threading.RLock()
         self._closed = False
@@ -99,9 +100,11 @@ class BoundaryReader:
             rows = order.batch(number, batch_size)
             if slow:
                 advised = self._advise(order, (number + 1) * batch_size, advised)
-            began = time.perf_counter()
+            before, began = self._rows_read, time.perf_counter()
             x = self._gather(rows, None, whole=whole)
-            slow = x.nbytes / max(time.perf_counter() - began, 1e-9) < _SLOW and not whole
+            # Of a batch that lay in memory the disk knows nothing: asking ahead would only cost.
+            cold = 2 * (self._rows_read - before) > len(rows) and not whole
+            slow = cold and x.nbytes / max(time.perf_counter() - began, 1e-9) < _SLOW
             yield rows, x
             del x
             number += 1
@@ -109,7 +112,7 @@ class BoundaryReader:
     def expect(self, order: RowOrder) -> bool:
         """Get ready for reads in this order; whether whole chunks are then kept in memory, and how many, follows."""
         small = min(self._source.row_bytes[0], sum(self._source.row_bytes)) < _DIRECT_ROW_BYTES
-        whole = self._codec.compression != "none" or small or not self._is_local()
+        whole = self._codec.compression != "none" or small or getattr(self._backend, "root", None) is None
         if whole:
             self._loaded_limit = self._window_chunks(order)
         return whole
@@ -138,9 +141,6 @@ class BoundaryReader:
         from stackwise.store.transfer import to_device
 
         return Prefetcher(to_device(self, order, batch_size, start, torch.device(device)), depth=prefetch)
-
-    def _is_local(self) -> bool:
-        return getattr(self._backend, "root", None) is not None
 
     def _window_chunks(self, order: RowOrder) -> int:
         """Chunks on disk that two windows of the order touch, as far as memory allows."""
@@ -225,6 +225,7 @@ class BoundaryReader:
                 raise ChunkDamage(self.info.id, chunk, f"unreadable ({error.strerror or error})") from error
             if count != row_bytes:
                 raise ChunkDamage(self.info.id, chunk, "truncated")
+            self._rows_read += 1
             if check and not opened.checked[row]:
                 if digest(target) != opened.digests[row]:
                     raise ChunkDamage(self.info.id, chunk, "changed")

@@ -26,6 +26,7 @@ Ids = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
 
 _HEADER = struct.Struct("<8sIIQ8x")  # magic, version, bits of the table, rows
+_HEADER_BYTES = _HEADER.size
 _MAGIC = b"SWROWSET"
 _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
 _WORD = (1 << 64) - 1
@@ -60,7 +61,7 @@ class Rowset:
         self.mask_ids: Ids = pairs[:, 16:]
         self._pairs = pairs
         self._table = np.frombuffer(self._map, _number(rows), offset=_HEADER.size + rows * 32)
-        self._views: tuple[Any, Any] = (self._table.data, pairs.reshape(-1).data)
+        self._views: tuple[Any, Any] = (self._table.data, self._map)
         self._dictionary: dict[bytes, int] = {}
 
     def row(self, sample_id: bytes | Ids, mask_id: bytes | Ids) -> int:
@@ -69,12 +70,27 @@ class Rowset:
         Raises:
             NotFound: The pair is not in the rowset.
         """
-        pair = sample_id + mask_id if type(sample_id) is bytes and type(mask_id) is bytes else None
-        if pair is None:
+        # Written out, with plain integers: it is called once a look-up, and every call and numpy scalar would show.
+        if type(sample_id) is bytes and type(mask_id) is bytes:
+            pair = sample_id + mask_id
+        else:
             pair = bytes(sample_id) + bytes(mask_id)
-        small = self.rows <= _DICTIONARY_ROWS
-        row = (self._dictionary or self._small()).get(pair, -1) if small else self._probe(pair)
-        if row < 0:
+        rows = self.rows
+        if rows <= _DICTIONARY_ROWS:
+            row = (self._dictionary or self._small()).get(pair, rows)
+        else:
+            a, b, c, d = _UNPACK(pair)
+            total = a + b * _K1 + c * _K2 + d * _K3 & _WORD
+            at = ((total ^ (total >> 31)) * _K4 & _WORD) >> self._shift
+            table, mapped = self._views
+            row = table[at]
+            while row < rows:  # an empty slot ends the search
+                start = 32 * row + _HEADER_BYTES
+                if mapped[start : start + 32] == pair:
+                    return row  # type: ignore[no-any-return]
+                at += 1
+                row = table[at]
+        if row >= rows:
             raise NotFound(f"sample {bytes(sample_id).hex()} under mask {bytes(mask_id).hex()} is not in the rowset")
         return row
 
@@ -101,21 +117,6 @@ class Rowset:
             # Backwards, so that the first of equal pairs stays.
             self._dictionary = {raw[32 * row : 32 * row + 32]: row for row in range(self.rows - 1, -1, -1)}
         return self._dictionary
-
-    def _probe(self, pair: bytes) -> int:
-        # Written out, with plain integers: it is called once a look-up, and every call and numpy scalar would show.
-        a, b, c, d = _UNPACK(pair)
-        total = a + b * _K1 + c * _K2 + d * _K3 & _WORD
-        at = ((total ^ (total >> 31)) * _K4 & _WORD) >> self._shift
-        table, raw = self._views
-        rows = self.rows
-        row: int = table[at]
-        while row < rows:  # an empty slot ends the search
-            if raw[32 * row : 32 * row + 32] == pair:
-                return row
-            at += 1
-            row = table[at]
-        return -1
 
 
 def check_ids(sample_ids: Ids, mask_ids: Ids) -> tuple[Ids, Ids]:

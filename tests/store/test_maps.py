@@ -114,6 +114,24 @@ def test_small_rows_of_a_checked_chunk_are_not_loaded_again(tmp_path: Path, call
             assert calls.rows == 0
 
 
+def test_the_disk_is_not_asked_for_what_lies_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stackwise.store.reader._SLOW", float("inf"))
+    asked: list[Any] = []
+    with ActivationStore(tmp_path / "s") as store:
+        info = write(store, values(ROWS, seq=SEQ, dim=DIM))
+        monkeypatch.setattr(store._backend, "advise", asked.append)
+        with store.reader(info.id) as reader:
+            stream = reader.stream(RowOrder(ROWS, seed=(1,), chunk_rows=4, window_chunks=2), 4)
+            for _ in range(ROWS // 4):
+                next(stream)
+            assert asked, "read for the first time, slowly: the disk is asked ahead"
+            next(stream)
+            asked.clear()
+            for _ in range(2 * ROWS // 4):
+                next(stream)
+            assert not asked
+
+
 def test_no_more_is_mapped_than_allowed(tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "physical_memory", lambda: 8 * (3 * 4 * SEQ * DIM * 4 + 1))
     with ActivationStore(tmp_path / "s") as store:

@@ -106,7 +106,7 @@ def test_an_equal_mask_is_stored_once(store: ActivationStore) -> None:
         store.masks(np.zeros((1, 16), np.uint8))
 
 
-def test_a_rowset_finds_every_pair(store: ActivationStore) -> None:
+def test_a_rowset_finds_every_pair(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
     samples, masks = pairs(500, patterns=3)
     samples = samples[np.arange(500) // 3]  # each sample under up to three masks
     ids = store.put_masks(masks)
@@ -121,10 +121,12 @@ def test_a_rowset_finds_every_pair(store: ActivationStore) -> None:
         first[samples[row].tobytes() + ids[row].tobytes()] = row
     assert found.tolist() == [first[samples[r].tobytes() + ids[r].tobytes()] for r in range(500)]
     assert [rowset.row(samples[r], ids[r].tobytes()) for r in range(500)] == found.tolist()
-    assert [rowset._probe(samples[r].tobytes() + ids[r].tobytes()) for r in range(500)] == found.tolist()
     assert rowset.find(samples[:4], ids[:4] ^ 1).tolist() == [-1] * 4
-    with pytest.raises(NotFound):
-        rowset.row(bytes(16), bytes(16))
+    for small in (True, False):
+        monkeypatch.setattr("stackwise.store.rowset._DICTIONARY_ROWS", 1000 if small else 0)
+        assert [rowset.row(samples[r].tobytes(), ids[r].tobytes()) for r in range(500)] == found.tolist()
+        with pytest.raises(NotFound):
+            rowset.row(bytes(16), bytes(16))
     assert store.put_rowset(samples[::-1], ids[::-1]) != rowset.id, "the order is part of it"
     with pytest.raises(NotFound, match="put_masks"):
         store.put_rowset(samples, ids ^ 1)
