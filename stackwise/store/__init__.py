@@ -8,14 +8,15 @@ Nothing here imports torch until a tensor is handed in or out.
 
 from typing import TYPE_CHECKING
 
+from stackwise.store.boundaries import Evicted
 from stackwise.store.chunks import ChunkDamage
 from stackwise.store.codecs import CODECS, Codec, default_chunk_rows
 from stackwise.store.order import RowOrder
 from stackwise.store.prefetch import Prefetcher
 from stackwise.store.reader import BoundaryReader
-from stackwise.store.recompute import Evicted
+from stackwise.store.recompute import Recompute
 from stackwise.store.records import BoundaryInfo, boundary_id_of
-from stackwise.store.repair import Recompute, repair_store
+from stackwise.store.rescue import repair_store
 from stackwise.store.rowset import Rowset, rowset_id_of
 from stackwise.store.stages import CommittedStage, PartFile
 from stackwise.store.store import ActivationStore

@@ -1,22 +1,23 @@
-"""Collecting what no registered run refers to: from the index first, then from the disk, even where it is full."""
+"""Collecting what no registered run refers to, from the index first, then from the disk; and locks nobody holds."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from stackwise.errors import BusyError, DamageError, NotFound, UsageError
+from stackwise import durable
+from stackwise.errors import BusyError, DamageError, NotFound, StackWiseError, UsageError
 from stackwise.identity import is_hex_id
 from stackwise.store import files, inspection
+from stackwise.store.contents import Contents
 from stackwise.store.leases import Lease
 from stackwise.store.rowset import Rowset
-
-if TYPE_CHECKING:
-    from stackwise.store.store import ActivationStore
 
 Report = dict[str, Any]
 
@@ -34,7 +35,7 @@ class Collector:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: Contents,
         *,
         dry_run: bool,
         all: bool,
@@ -216,3 +217,18 @@ class Collector:
     def _tell(self, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress(done, total)
+
+
+def unlock(store: Contents) -> dict[str, Any]:
+    """Free what the dead left; see `ActivationStore.unlock`."""
+    held, removed = [], []
+    for path in sorted(Path(store._layout.locks).glob("*.lock")):
+        if path == store._layout.presence:
+            continue
+        if durable.is_locked(path, shared=True):
+            held.append(path.stem)
+        else:
+            with contextlib.suppress(StackWiseError, OSError):
+                Lease(path, path.stem, alone=True).remove()
+                removed.append(path.stem)
+    return {"stale_readers": store._index.clear_stale_readers(), "removed": removed, "held": held}

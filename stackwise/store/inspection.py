@@ -11,6 +11,7 @@ from stackwise.errors import DamageError
 from stackwise.identity import generator, is_hex_id
 from stackwise.store import files, layout, rebuild
 from stackwise.store.backend import Backend
+from stackwise.store.boundaries import read_boundaries
 from stackwise.store.chunks import ChunkSource
 from stackwise.store.index import Index
 from stackwise.store.layout import Layout
@@ -30,19 +31,6 @@ class Damage(TypedDict):
     boundary: str
     chunk: int | str | None
     fault: str
-
-
-def read_boundaries(index: Index) -> tuple[list[BoundaryInfo], list[tuple[str, DamageError]]]:
-    """All boundaries, shallow first, and the ids of those whose record is damaged, each with the error."""
-    with index.read() as view:
-        records = list(view.scan("boundaries"))
-    found, damaged = [], []
-    for key, raw in records:
-        try:
-            found.append(BoundaryInfo.decode(key, raw))
-        except DamageError as error:
-            damaged.append((key.hex(), error))
-    return sorted(found, key=lambda info: (info.depth, info.created, info.id)), damaged
 
 
 def rowset_rows(index: Index) -> dict[str, int]:

@@ -17,8 +17,9 @@ import xxhash
 
 from stackwise.errors import NotFound
 from stackwise.store.backend import Backend
-from stackwise.store.index import Index, Writing
+from stackwise.store.index import Index
 from stackwise.store.records import BoundaryInfo, ChunkRecord, chunk_key
+from stackwise.store.tables import Writing
 
 GROUP = 32
 """Chunks that share a transaction at most, where they come fast enough."""

@@ -7,7 +7,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +17,14 @@ from stackwise.errors import StackWiseError
 from stackwise.store import zarr_meta
 from stackwise.store.backend import Backend
 from stackwise.store.chunks import ChunkSource
-from stackwise.store.index import Index, Writing
+from stackwise.store.contents import Contents
+from stackwise.store.index import Index
 from stackwise.store.layout import Layout
 from stackwise.store.masks import Masks, mask_ids_of
 from stackwise.store.publishing import array_key, chunk_keys
 from stackwise.store.records import BoundaryInfo, ChunkRecord, chunk_key
 from stackwise.store.rowset import rowset_id_of
-
-if TYPE_CHECKING:
-    from stackwise.store.store import ActivationStore
+from stackwise.store.tables import Writing
 
 _JSON_BYTES = 16 << 20
 _MASK_BITS = 1 << 24
@@ -124,7 +123,7 @@ class Rebuilder:
         store: The store, whose index is sound (if empty).
     """
 
-    def __init__(self, store: ActivationStore) -> None:
+    def __init__(self, store: Contents) -> None:
         self._store = store
         self._index: Index = store._index
         self._backend: Backend = store._backend

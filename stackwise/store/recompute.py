@@ -1,25 +1,24 @@
-"""A boundary that was evicted, asked for again."""
+"""A boundary that was evicted, or only begun, made whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from stackwise.errors import NotFound
 from stackwise.identity import Hex
+from stackwise.store.boundaries import Boundaries, Evicted
 from stackwise.store.records import BoundaryInfo
 
-if TYPE_CHECKING:
-    from stackwise.store.repair import Recompute
-    from stackwise.store.store import ActivationStore
+Recompute = Callable[[BoundaryInfo, Sequence[int]], Iterator[tuple[int, Any]]]
+"""Yields (chunk, its rows [n, seq_len, d_model]) of a boundary, in any order; whatever it cannot make it leaves out.
+
+Raising `NotFound` says that the boundary cannot be recomputed at all.
+"""
 
 
-class Evicted(NotFound):
-    """The boundary was in the store and made room for others; `ActivationStore.ensure` recomputes it."""
-
-
-def ensure(
-    store: ActivationStore, boundary_id: Hex, recompute: Recompute, say: Callable[[str], object] | None
+def made_whole(
+    store: Boundaries, boundary_id: Hex, recompute: Recompute, say: Callable[[str], object] | None
 ) -> BoundaryInfo:
     """See `ActivationStore.ensure`."""
     try:

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from stackwise import durable
 from stackwise.errors import BusyError, DamageError, NoSpaceError, NotFound, StackWiseError
 from stackwise.identity import is_hex_id
-from stackwise.store import files, inspection
-from stackwise.store.backend import Backend, LocalBackend
+from stackwise.store import inspection
+from stackwise.store.boundaries import read_boundaries
 from stackwise.store.columns import write_metadata
-from stackwise.store.index import Writing
-from stackwise.store.layout import Layout
+from stackwise.store.contents import Contents
 from stackwise.store.leases import Lease
 from stackwise.store.publishing import Publisher, row_digests
-from stackwise.store.rebuild import Rebuilder, describe, set_aside
+from stackwise.store.rebuild import Rebuilder, describe
+from stackwise.store.recompute import Recompute
 from stackwise.store.records import BoundaryInfo, ChunkRecord, chunk_key
 from stackwise.store.rowset import Rowset, rowset_id_of
-
-if TYPE_CHECKING:
-    from stackwise.store.store import ActivationStore
-
-Recompute = Callable[[BoundaryInfo, Sequence[int]], Iterator[tuple[int, Any]]]
-"""Yields (chunk, its rows [n, seq_len, d_model]) of a boundary, in any order; whatever it cannot make it leaves out.
-
-Raising `NotFound` says that the boundary cannot be recomputed at all.
-"""
+from stackwise.store.tables import Writing
 
 
 class Repairer:
@@ -48,7 +36,7 @@ class Repairer:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: Contents,
         recompute: Recompute | None,
         *,
         dry_run: bool = False,
@@ -72,7 +60,7 @@ class Repairer:
         self._drop_broken_records()
         self._restore_rowsets()
         self._restore_boundaries()
-        found = self._store.verify()
+        found = inspection.Verifier(self._store._index, self._store._layout, self._store._backend).run()
         self._report["checked_chunks"] = found["checked_chunks"]
         by_boundary: dict[str, dict[int, str]] = {}
         for damage in found["damaged"]:
@@ -109,7 +97,7 @@ class Repairer:
 
     def _drop_broken_records(self) -> None:
         """A record that is none is removed; the boundary itself may still say what it is."""
-        _, broken = inspection.read_boundaries(self._store._index)
+        _, broken = read_boundaries(self._store._index)
         if self._dry:
             self._report["rebuilt"] += [boundary_id for boundary_id, _ in broken]
             return
@@ -267,73 +255,8 @@ class Repairer:
         self._store._index.update(forget)
 
 
-def repair_store(
-    path: str | os.PathLike[str],
-    recompute: Recompute | None = None,
-    *,
-    backend: Backend | None = None,
-    dry_run: bool = False,
-    drop_stages: bool = False,
-    progress: inspection.Progress | None = None,
-) -> dict[str, Any]:
-    """Repair a store that may not even open: a lost or damaged index is set aside and rebuilt.
-
-    Args:
-        path: The store's directory.
-        recompute: See `ActivationStore.repair`.
-        backend: Where its boundaries lie, where not beside the index.
-        dry_run: Say what would be done, change nothing.
-        drop_stages: See `ActivationStore.repair`.
-        progress: Called with (done, total) damaged chunks.
-
-    Returns:
-        What `ActivationStore.repair` returns, with `index`: `sound`, `rebuilt`, or (in a dry run) `damaged`.
-
-    Raises:
-        NotFound: There is no store.
-    """
-    from stackwise.store.store import ActivationStore
-
-    state = "sound"
-    try:
-        store = ActivationStore(path, create=False, backend=backend)
-    except DamageError as error:
-        if dry_run:
-            names = (backend or LocalBackend(Layout(Path(path)).boundaries)).names()
-            rebuilt = [name for name in names if is_hex_id(name)]
-            empty: dict[str, Any] = {"repaired": [], "gone": [], "dropped_stages": [], "busy": [], "checked_chunks": 0}
-            return {"dry_run": True, "index": "damaged", "rebuilt": rebuilt, "fault": error.message, **empty}
-        layout = Layout(Path(path).absolute())
-        set_aside(layout.index)
-        state = "rebuilt"
-        for stale in layout.rowsets.glob("*") if layout.rowsets.is_dir() else ():
-            stale.unlink()
-        # Its format is known: `format.json` was read before the index was opened.
-        layout.format.rename(layout.format.with_name(".tmp-format.json"))
-        store = ActivationStore(path, backend=backend)
-    with store:
-        report = Repairer(store, recompute, dry_run=dry_run, drop_stages=drop_stages, progress=progress).run()
-    files.discard(store.path / ".tmp-format.json")
-    return {**report, "index": state}
-
-
 def _set_state(view: Writing, boundary_id: str, state: Any) -> None:
     key = bytes.fromhex(boundary_id)
     raw = view.get("boundaries", key)
     if raw is not None:
         view.put("boundaries", key, replace(BoundaryInfo.decode(key, raw), state=state).encode())
-
-
-def unlock(store: ActivationStore) -> dict[str, Any]:
-    """Free what the dead left; see `ActivationStore.unlock`."""
-    held, removed = [], []
-    for path in sorted(Path(store._layout.locks).glob("*.lock")):
-        if path == store._layout.presence:
-            continue
-        if durable.is_locked(path, shared=True):
-            held.append(path.stem)
-        else:
-            with contextlib.suppress(StackWiseError, OSError):
-                Lease(path, path.stem, alone=True).remove()
-                removed.append(path.stem)
-    return {"stale_readers": store._index.clear_stale_readers(), "removed": removed, "held": held}

@@ -9,10 +9,11 @@ import numpy.typing as npt
 
 from stackwise.errors import NotFound
 from stackwise.identity import Hex
-from stackwise.store.index import Index, Writing
+from stackwise.store.index import Index
 from stackwise.store.layout import Layout, checked_id
 from stackwise.store.masks import MaskIds, Masks
 from stackwise.store.rowset import Ids, Rowset, check_ids, rowset_id_of, stage_rowset
+from stackwise.store.tables import Writing
 
 
 class Rows:

@@ -26,7 +26,7 @@ from stackwise.store.chunks import ChunkDamage
 from stackwise.store.order import RowOrder
 from stackwise.store.publishing import chunk_keys
 from stackwise.store.records import BoundaryInfo
-from stackwise.store.repair import repair_store
+from stackwise.store.rescue import repair_store
 from stackwise.store.store import ActivationStore
 
 ROWS, SEQ, DIM, CHUNK = 11, 6, 16, 4

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stackwise.errors import BusyError, NotFound, UsageError
 from stackwise.identity import Hex
+from stackwise.store import gc as collecting
 from stackwise.store import inspection, space
-from stackwise.store.backend import Backend
-from stackwise.store.index import Index
-from stackwise.store.layout import Layout
+from stackwise.store.contents import Contents
+from stackwise.store.recompute import Recompute, made_whole
 from stackwise.store.records import BoundaryInfo
-
-if TYPE_CHECKING:
-    from stackwise.store.repair import Recompute
+from stackwise.store.repair import Repairer
 
 
-class Upkeep(abc.ABC):
+class Upkeep(Contents):
     """The part of `ActivationStore` that looks after the whole; not to be made by itself."""
-
-    _index: Index
-    _layout: Layout
-    _backend: Backend
-
-    def boundaries(self) -> list[BoundaryInfo]:
-        """Every boundary, shallow first. One whose record is damaged is left to `verify` to name."""
-        return inspection.read_boundaries(self._index)[0]
-
-    @abc.abstractmethod
-    def _drop(self, boundary_id: Hex, *, evict: bool = False) -> int:
-        """Remove a boundary, index first; returns the bytes freed."""
 
     def inspect(self) -> dict[str, Any]:
         """What the store holds, as the contract's `cache inspect --json`.
@@ -102,10 +87,8 @@ class Upkeep(abc.ABC):
             `{"dry_run", "rebuilt": [ids], "repaired": [{"boundary", "chunk", "fault"}], "gone": [the same],
             "dropped_stages": [ids], "busy", "checked_chunks"}`.
         """
-        from stackwise.store.repair import Repairer
-
         repairer = Repairer(
-            self,  # type: ignore[arg-type]
+            self,
             recompute,
             dry_run=dry_run,
             drop_stages=drop_stages,
@@ -140,10 +123,8 @@ class Upkeep(abc.ABC):
         Raises:
             UsageError: No run is registered, and `all` was not said.
         """
-        from stackwise.store.gc import Collector
-
-        collector = Collector(
-            self,  # type: ignore[arg-type]
+        collector = collecting.Collector(
+            self,
             dry_run=dry_run,
             all=all,
             forget_missing=forget_missing,
@@ -159,9 +140,7 @@ class Upkeep(abc.ABC):
         Returns:
             `{"stale_readers", "removed": [names], "held": [names]}`.
         """
-        from stackwise.store.repair import unlock
-
-        return unlock(self)  # type: ignore[arg-type]
+        return collecting.unlock(self)
 
     def retain(
         self, keep: space.Keep, *, boundaries: Sequence[Hex] | None = None, protect: Collection[Hex] = ()
@@ -218,6 +197,4 @@ class Upkeep(abc.ABC):
         Raises:
             NotFound: It was never in the store, or `recompute` left chunks out.
         """
-        from stackwise.store.recompute import ensure
-
-        return ensure(self, boundary_id, recompute, say)  # type: ignore[arg-type]
+        return made_whole(self, boundary_id, recompute, say)

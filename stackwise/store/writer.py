@@ -22,12 +22,13 @@ from stackwise.errors import NoSpaceError, NotFound, UsageError
 from stackwise.store import files
 from stackwise.store.backend import Backend
 from stackwise.store.columns import write_metadata
-from stackwise.store.index import Index, Writing
+from stackwise.store.index import Index
 from stackwise.store.leases import Lease
 from stackwise.store.masks import Masks
 from stackwise.store.publishing import Background, Publisher
 from stackwise.store.records import BoundaryInfo
 from stackwise.store.rowset import Rowset
+from stackwise.store.tables import Writing
 
 if TYPE_CHECKING:
     import torch

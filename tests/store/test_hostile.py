@@ -29,7 +29,7 @@ resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 from stackwise.errors import StackWiseError
 from stackwise.store import ActivationStore
 from stackwise.store.chunks import ChunkSource
-from stackwise.store.repair import repair_store
+from stackwise.store import repair_store
 def consume(store):
     store.verify(); store.inspect(); store.usage(); store.runs(); store.evicted()
     for name in store.stages():

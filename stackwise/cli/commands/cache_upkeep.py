@@ -34,7 +34,7 @@ def repair(run: str | None, store: str | None, as_json: bool, dry_run: bool, dro
     --drop-stages is given.
     """
     path = store_path(run, store)
-    from stackwise.store.repair import repair_store
+    from stackwise.store import repair_store
 
     with progress("repairing") as tell:
         recompute = None if store else _recompute(run)
