@@ -229,7 +229,7 @@ def _section(result: Result) -> Section:
         f"{result['seq_len']} tokens. Above: seconds a step of {words.plural(result['blocks'], 'block')}, medians of "
         f"{result['repeats']} steps, smallest to largest in brackets; the ratio is taken step by step. Swapped, every "
         "block takes its turn alone, boundaries go to files, and each step is durable when it ends. Below: what two "
-        "steps of four microbatches add to the largest resident size of a process of their own."
+        "steps of four microbatches, and importing PyTorch, add to the largest resident size of a process of their own."
     )
     return Section("swap", "Swapped stages", text, f"{steps}\n\n{memory}", "CPU", result)
 
