@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,8 @@ class EventLog:
     """
 
     def __init__(self, path: Path) -> None:
+        # A line that a kill or a full disk cut off does not take the next one with it.
+        self._begin = "\n" if _cut(path) else ""
         self._path, self._file = path, path.open("a", encoding="utf-8", buffering=1)
         self._steps: Event | None = None
         self._since = 0.0
@@ -84,15 +87,22 @@ class EventLog:
 
     def _write(self, event: Event) -> None:
         with explain_full_disk(self._path):
-            self._file.write(json.dumps(event) + "\n")
+            self._file.write(f"{self._begin}{json.dumps(event)}\n")
+        self._begin = ""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):
-            self.flush()
-        self._file.close()
+        try:
+            with explain_full_disk(self._path):
+                try:
+                    self.flush()
+                finally:
+                    self._file.close()
+        except OSError:
+            if exception[0] is None:  # else what ended the run says it already
+                raise
 
 
 class Manifest:
@@ -275,3 +285,12 @@ def _recent(losses: list[float | None]) -> float | None:
     """The mean of the last steps' losses: one step's alone is mostly noise."""
     recent = [loss for loss in losses[-20:] if loss is not None]
     return sum(recent) / len(recent) if recent else None
+
+
+def _cut(path: Path) -> bool:
+    """Whether a file's last line has no end."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,13 +11,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.durable import is_locked
-from stackwise.errors import UsageError
+from stackwise.errors import NoSpaceError, UsageError
+from stackwise.pipeline.events import EventLog
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner import Runner
 from tests.conftest import Micro, run
@@ -102,3 +105,37 @@ def test_a_clock_that_was_set_back_does_not_matter(micro: Micro, tmp_path: Path)
     gc = [sys.executable, "-m", "stackwise", "cache", "gc", "--run", str(tmp_path / "run"), "--json"]
     assert subprocess.run(gc, capture_output=True, check=False).returncode == 0
     assert retrained(tmp_path / "run") == []
+
+
+def fill(disk: Path) -> Path:
+    """Fill a disk to its last byte."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
+def logged(path: Path, *events: dict[str, Any], error: Exception | None = None) -> None:
+    with EventLog(path) as log:
+        for event in events:
+            log({"time": 1.0, **event})
+        if error is not None:
+            raise error
+
+
+def test_the_log_of_events_on_a_full_disk(disk: Path) -> None:
+    """What ended the run is what is raised; a line that was cut off does not take the next one with it."""
+    path = disk / "events.jsonl"
+    logged(path, {"event": "start"})
+    ballast = fill(disk)
+    with pytest.raises(NoSpaceError):
+        logged(path, {"event": "note", "text": "x" * 8192})
+    step = {"event": "step", "losses": [1.0] * 4096}
+    with pytest.raises(UsageError):  # the step is held back until the end
+        logged(path, step, error=UsageError("what ended the run"))
+    ballast.unlink()
+    logged(path, {"event": "done"})
+    lines = path.read_text().splitlines()
+    assert json.loads(lines[0])["event"] == "start"
+    assert json.loads(lines[-1])["event"] == "done"
