@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.common import Result, Section, Spread, numbers, parser, positive, run_command, say, shown, table
 from stackwise.config import ModelConfig, StageTraining
-from stackwise.config.schema import ArchitectureConfig
+from stackwise.config.model import ArchitectureConfig
 from stackwise.report import words
 
 if TYPE_CHECKING:

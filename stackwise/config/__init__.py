@@ -1,16 +1,10 @@
 """Configuration: YAML onto typed, documented, validated fields."""
 
 from stackwise.config.configuration import StackWiseConfig
-from stackwise.config.schema import (
-    AUTO,
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    ProgressiveConfig,
-    StageTraining,
-    StoreConfig,
-    TrainingConfig,
-)
+from stackwise.config.fields import AUTO
+from stackwise.config.model import ModelConfig
+from stackwise.config.schema import DataConfig, EvaluationConfig, StoreConfig
+from stackwise.config.training import ProgressiveConfig, StageTraining, TrainingConfig
 
 __all__ = [
     "AUTO",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stackwise.config.schema import LINEAR_SETTINGS, MLA_SETTINGS, Section, Settings, StageTraining
+from stackwise.config.fields import Section
+from stackwise.config.model import LINEAR_SETTINGS, MLA_SETTINGS
+from stackwise.config.schema import Settings
 from stackwise.config.stacks import stack_faults, stack_notes
+from stackwise.config.training import StageTraining
 
 Fault = tuple[str, str]
 """A dotted key, and what is wrong with it."""

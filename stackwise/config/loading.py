@@ -12,7 +12,9 @@ import yaml
 from pydantic import ValidationError
 
 from stackwise.config.checks import faults as cross_faults
-from stackwise.config.schema import PATTERNS, STACK_PRECISION, Section, Settings, StageOverrides
+from stackwise.config.fields import Section
+from stackwise.config.schema import PATTERNS, Settings, StageOverrides
+from stackwise.config.training import STACK_PRECISION
 from stackwise.errors import ConfigError, NotFound, UsageError
 
 C = TypeVar("C", bound=Settings)

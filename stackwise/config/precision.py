@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from stackwise.config.schema import ProgressiveConfig, Settings
+from stackwise.config.schema import Settings
+from stackwise.config.training import ProgressiveConfig
 from stackwise.errors import UsageError
 
 SYNONYMS = {"half": "fp16", "bfloat16": "bf16", "fp4": "nvfp4"}

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from stackwise.config.fields import Section
 from stackwise.config.loading import parse_yaml
-from stackwise.config.schema import Section, Settings
+from stackwise.config.schema import Settings
 from stackwise.errors import NotFound
 
 PRESETS = ("micro", "smoke", "demo", "gpt2-small", "bert-base", "llama-1b", "llama-70b")

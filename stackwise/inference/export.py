@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackwise.config.schema import ModelConfig
+from stackwise.config.model import ModelConfig
 from stackwise.durable import TEMPORARY, fsync_directory
 from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.inference.layout import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from stackwise.config.schema import ModelConfig
+from stackwise.config.model import ModelConfig
 from stackwise.version import __version__
 
 FORMAT = 1

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackwise.config.direction import BlockCausal, Direction
-from stackwise.config.schema import ModelConfig
+from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model.cache import Cache
 from stackwise.model.layers import Rotary

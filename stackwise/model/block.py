@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackwise.config.direction import Direction
-from stackwise.config.schema import ModelConfig
+from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model.attention import is_paired, make_attention
 from stackwise.model.cache import Cache

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from stackwise.config.schema import ModelConfig
+from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
 from stackwise.model.block import Block, Stack

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from stackwise.config import ModelConfig, StackWiseConfig
+from stackwise.config.model import ArchitectureConfig
 from stackwise.config.precision import FORMATS, adapter_sizes, canonical, trunk_adapters
-from stackwise.config.schema import ArchitectureConfig
 from stackwise.errors import NotFound, UsageError
 from stackwise.model.block import Stack
 from stackwise.model.build import build_block, build_front, build_head

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stackwise.config.schema import TIME_KNOTS, ModelConfig
+from stackwise.config.model import TIME_KNOTS, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model.layers import make_norm, too_long
 

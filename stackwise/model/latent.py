@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackwise.config.direction import Direction
-from stackwise.config.schema import ModelConfig
+from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model.attention import attend, is_paired
 from stackwise.model.cache import Cache

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stackwise.config.direction import BlockCausal
-from stackwise.config.schema import ModelConfig
+from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
 from stackwise.model.attention import Attention

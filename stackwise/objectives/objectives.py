@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stackwise.config.direction import BlockCausal, Direction
-from stackwise.config.schema import TrainingConfig
+from stackwise.config.training import TrainingConfig
 from stackwise.errors import UsageError
 from stackwise.objectives.corruption import check_shares, corrupt
 from stackwise.objectives.cross_entropy import SLICE_BYTES, head_cross_entropy

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stackwise.config.schema import ArchitectureConfig, ModelConfig
+from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.evaluation import StageModules, bits_per_byte, bound_masks, evaluate, fraction_masks
 from stackwise.model import Rack, build_block, build_head, build_rack

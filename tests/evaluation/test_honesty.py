@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stackwise.config.schema import ArchitectureConfig, ModelConfig, TrainingConfig
+from stackwise.config.model import ArchitectureConfig, ModelConfig
+from stackwise.config.training import TrainingConfig
 from stackwise.evaluation import StageModules, evaluate
 from stackwise.model import Rack, build_rack
 from stackwise.objectives import FixedMaskAssigner, MaskScheduler, Objective, make_objective

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from stackwise.config.schema import ArchitectureConfig, ModelConfig
+from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.inference import export, load_rack, read_export
 from stackwise.model import Rack, StageModules, add_adapters, build_rack, part_digest

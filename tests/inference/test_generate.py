@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stackwise.config.schema import ArchitectureConfig, ModelConfig
+from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.inference import FillStep, StageModules, fill, logits_at, sample_causal
 from stackwise.model import Rack, build_rack

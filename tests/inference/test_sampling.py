@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stackwise.config.direction import BlockCausal
-from stackwise.config.schema import ArchitectureConfig, ModelConfig
+from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.inference import FillStep, StageModules, fill, logits_at, sample_causal
 from stackwise.model import Caches, Rack, build_rack

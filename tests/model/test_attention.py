@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stackwise.config.direction import Annealed, BlockCausal, Direction
-from stackwise.config.schema import ArchitectureConfig, ModelConfig
+from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model import Block, Cache, build_block, build_rack, part_digest
 from stackwise.model.attention import flex

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stackwise.config import ModelConfig, ProgressiveConfig, StackWiseConfig, TrainingConfig
+from stackwise.config.model import ArchitectureConfig
 from stackwise.config.precision import adapter_sizes
-from stackwise.config.schema import ArchitectureConfig
 from stackwise.errors import NotFound, UsageError
 from stackwise.model import ProgressiveRackBuilder, build_block, create_stack_from_config, merge_adapters, part_digest
 from stackwise.model.lora import adapter_parameters, add_adapters

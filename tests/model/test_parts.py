@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from stackwise.config.schema import ArchitectureConfig, ModelConfig
+from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model import Block, Head, Rack, build_block, build_front, build_head, build_rack, part_digest
 

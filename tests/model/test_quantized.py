@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stackwise.config.schema import ModelConfig
+from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model import Block, add_adapters, build_block, part_digest
 from stackwise.model.formats import FORMATS, NF4, NVFP4, bits_per_weight, nf4_kernel

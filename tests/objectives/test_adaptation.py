@@ -10,7 +10,7 @@ import torch
 
 from stackwise.config import StageTraining
 from stackwise.config.direction import Annealed
-from stackwise.config.schema import ArchitectureConfig, ModelConfig
+from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.inference import StageModules, sample_causal
 from stackwise.model import Rack, build_rack

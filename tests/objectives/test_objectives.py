@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stackwise.config.schema import ArchitectureConfig, ModelConfig, ProgressiveConfig, TrainingConfig
+from stackwise.config.model import ArchitectureConfig, ModelConfig
+from stackwise.config.training import ProgressiveConfig, TrainingConfig
 from stackwise.errors import UsageError
 from stackwise.model import Rack, build_rack
 from stackwise.objectives import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.config import ModelConfig, StageTraining
-from stackwise.config.schema import ArchitectureConfig
+from stackwise.config.model import ArchitectureConfig
 from stackwise.identity import derive_seed
 from stackwise.model import Front, build_block, build_front, build_head
 from stackwise.objectives import MaskDiffusionObjective

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stackwise.config import ModelConfig
-from stackwise.config.schema import ArchitectureConfig
+from stackwise.config.model import ArchitectureConfig
 from stackwise.model import build_block, build_front
 from stackwise.objectives import MaskDiffusionObjective
 from stackwise.pipeline.library import LoadedSamples

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from stackwise.config import ModelConfig, StageTraining
-from stackwise.config.schema import ArchitectureConfig
+from stackwise.config.model import ArchitectureConfig
 from stackwise.errors import StackWiseError
 from stackwise.model import build_block, build_front, build_head
 from stackwise.objectives import MaskDiffusionObjective
