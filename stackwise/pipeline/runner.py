@@ -13,23 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.checks import changed, notes
+from stackwise.config.checks import notes
 from stackwise.config.loading import dump
-from stackwise.data import PreparedData, is_prepared, prepare
+from stackwise.data import PreparedData
 from stackwise.durable import FileLock, is_locked, unusable, write_bytes
-from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError, UsageError
+from stackwise.errors import DamageError, NotFound, StackWiseError, UsageError
 from stackwise.identity import content_id
+from stackwise.pipeline.boundaries import Boundaries
 from stackwise.pipeline.crew import Crew
 from stackwise.pipeline.events import EventLog, Manifest, Observer, Observers
 from stackwise.pipeline.fit import check_fit, in_bytes, state_bytes
 from stackwise.pipeline.foresight import REUSED, Foreseen, committed_stage, foresee
 from stackwise.pipeline.job import FinishJob
-from stackwise.pipeline.plan import Entry, Plan, Versions, add_versions, check_data
-from stackwise.pipeline.recipe import boundary_bytes, codec_name, recipe_id, stage_steps
+from stackwise.pipeline.plan import Plan, Versions, add_versions, check_data
+from stackwise.pipeline.preparing import prepare_data
+from stackwise.pipeline.recipe import recipe_id, stage_steps
 from stackwise.pipeline.remedy import remedy
 from stackwise.pipeline.rows import HELD_OUT
 from stackwise.pipeline.run import RunDirectory, held_by_live_process, with_absolute_paths
-from stackwise.pipeline.schedule import Stage, maker
+from stackwise.pipeline.schedule import Stage
 from stackwise.pipeline.time_limit import TimeLimit
 from stackwise.pipeline.track import Trackers
 from stackwise.pipeline.trackers import check_installed
@@ -38,9 +40,6 @@ from stackwise.store import ActivationStore, CommittedStage
 
 BEGINNINGS = ("training", "writing", "filling")
 """Events after which the store has something new that is this run's."""
-
-PROGRESS_SECONDS = 0.2
-"""Between two words on how far the preparation of the data is."""
 
 
 class Runner:
@@ -91,23 +90,21 @@ class Runner:
             check_installed(self.config)
             self.run_directory.check()
             _check_store(self.run_directory.store_path(self.config))
-            data = self._prepare()
-            for line in self._unused_beside_prepared():
-                self._tell("note", text=line)
+            data = prepare_data(self.config, self._tell, self._crew.check)
             if dry:
                 self._foresee(*self._look(data, stack))
                 return {}
-            plan, manifest = self._open(data, stack)
+            plan, manifest, boundaries = self._open(data, stack)
             try:
                 for each in self._foresee(plan, manifest):
                     if each.recipe and (found := committed_stage(plan, each.recipe)) is not None:
                         manifest.committed(plan.stages[each.stage], found)
-                self._register(plan, manifest)
-                return self._stages(plan, manifest, only)
+                boundaries.register()
+                return self._stages(plan, manifest, boundaries, only)
             finally:
                 manifest.save()
 
-    def _open(self, data: PreparedData, stack: contextlib.ExitStack) -> tuple[Plan, Manifest]:
+    def _open(self, data: PreparedData, stack: contextlib.ExitStack) -> tuple[Plan, Manifest, Boundaries]:
         """Take the run directory and the store, and plan. Where that fails, a directory made here is gone again."""
         run = self.run_directory
         check_data(self.config, data)
@@ -121,16 +118,17 @@ class Runner:
             if fresh and error.exit_code == UsageError.exit_code:
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
+        boundaries = Boundaries(run, plan, manifest, self._crew, self._tell)
         for observer in (
             stack.enter_context(EventLog(run.events_file)),
             stack.enter_context(Trackers(run, self.config, self._observe)),
             manifest.observe,
             # A stage is this run's from its first step on, a boundary from its first chunk: no `cache gc` takes them.
-            lambda event: self._register(plan, manifest) if event["event"] in BEGINNINGS else None,
+            lambda event: boundaries.register() if event["event"] in BEGINNINGS else None,
         ):
             self._observe.add(observer)
         write_bytes(run.config_file, dump(self.config).encode())
-        return plan, manifest
+        return plan, manifest, boundaries
 
     def _look(self, data: PreparedData, stack: contextlib.ExitStack) -> tuple[Plan, Manifest]:
         """Plan without taking or making anything: where there is no store yet, one that is gone afterwards serves."""
@@ -189,16 +187,16 @@ class Runner:
             self._tell("note", text=text)
         return foreseen
 
-    def _stages(self, plan: Plan, manifest: Manifest, only: int | None) -> dict[str, Any]:
+    def _stages(self, plan: Plan, manifest: Manifest, boundaries: Boundaries, only: int | None) -> dict[str, Any]:
         versions: Versions = {}
         begun = time.perf_counter()
         for stage in plan.stages:
             if only is not None and stage.depth > only:
                 break
-            committed = self._stage(plan, manifest, stage, versions, only)
+            committed = self._stage(plan, manifest, boundaries, stage, versions, only)
             add_versions(versions, committed)
             manifest.committed(stage, committed)
-            self._retain(plan, manifest, stage, versions)
+            boundaries.retain(stage, versions)
         if only is not None:
             self._tell("done", seconds=time.perf_counter() - begun, evaluation=None)
             return {}
@@ -207,7 +205,13 @@ class Runner:
         return evaluation
 
     def _stage(
-        self, plan: Plan, manifest: Manifest, stage: Stage, versions: Versions, only: int | None
+        self,
+        plan: Plan,
+        manifest: Manifest,
+        boundaries: Boundaries,
+        stage: Stage,
+        versions: Versions,
+        only: int | None,
     ) -> CommittedStage:
         """Reuse a stage, or train it."""
         recipe = plan.recipe(stage, versions)
@@ -226,7 +230,7 @@ class Runner:
             following = plan.following(stage)
             if only == stage.depth and following is not None:
                 add_versions(versions, found)
-                self._boundary(plan, following, versions)
+                boundaries.made(following, versions)
             return found
         if only is not None and stage.depth != only:
             raise UsageError(
@@ -242,12 +246,12 @@ class Runner:
         checkpoints = self.run_directory.checkpoints(key)
         saves = state_bytes(plan.config, plan.vocabulary.size, stage, gradients=False)
         for attempt in (1, 2):
-            entry = self._entry(plan, stage, versions)
+            entry = boundaries.entry(stage, versions)
             if hands_on or entry.fills:
-                self._make_room(plan, stage, entry.reads)
+                boundaries.make_room(stage, entry.reads)
             held_out = None
             if stage.reads_boundary and (plan.evaluates(stage) or plan.hands_held_out(stage)):
-                held_out = self._boundary(plan, stage, versions, HELD_OUT)
+                held_out = boundaries.made(stage, versions, HELD_OUT)
             job = plan.job(
                 stage,
                 versions,
@@ -268,7 +272,7 @@ class Runner:
                 committed = committed_stage(plan, key)
                 if error.exit_code != DamageError.exit_code or attempt == 2:
                     raise
-                self._heal(plan, stage, versions, entry, held_out, error)
+                boundaries.heal(stage, versions, entry, held_out, error)
                 if committed is not None:  # what failed was the boundary above: it is written when it is needed
                     return committed
         committed = plan.store.stage(key)
@@ -284,135 +288,6 @@ class Runner:
         others = [Path(run) for run, refs in plan.store.runs().items() if run != mine and key in refs["recipes"]]
         if any(held_by_live_process(RunDirectory(other)) for other in others):
             FileLock(lock, f"stage {stage.depth}").acquire().release()
-
-    def _heal(
-        self,
-        plan: Plan,
-        stage: Stage,
-        versions: Versions,
-        entry: Entry,
-        held_out: str | None,
-        error: StackWiseError,
-    ) -> None:
-        """Drop a boundary that turned out damaged, so that it is recomputed from the trunk."""
-        at_hand = [boundary for boundary in (entry.reads, held_out) if boundary is not None]
-        trunk = plan.trunk(stage, versions)
-        if entry.fills and trunk is not None:
-            codec = codec_name(plan.config.store)
-            filled = plan.store.find(trunk=trunk, rowset=plan.rowset(stage.rowset)[0], codec=codec)
-            at_hand += [filled.id] if filled is not None else []
-        damaged = [boundary for boundary in at_hand if boundary in error.message] or at_hand
-        if not damaged:
-            raise error
-        for boundary in damaged:
-            depth = plan.store.boundary(boundary).depth
-            self._tell("warning", stage=stage.place, text=f"{error.message}: boundary {depth} is made again")
-            plan.store.drop(boundary)
-
-    def _entry(
-        self, plan: Plan, stage: Stage, versions: Versions, rowset: int | None = None, *, train: bool = True
-    ) -> Entry:
-        """How rows come to a stage; the boundary to read is made first where it is gone.
-
-        The nearest boundary below that is to be stored is read, or one that happens to lie nearer. Where passes are
-        fused, the stage below is not waited for: its output is made, and written, while this one trains.
-        """
-        number = stage.rowset if rowset is None else rowset
-        at, through, reads = stage, list[Stage](), None
-        while at.reads_boundary and reads is None:
-            info = plan.boundary(at, versions, number)
-            if info is not None:
-                reads = info.id
-            elif plan.reads_stored(at, fused=train and at is stage):
-                reads = self._boundary(plan, at, versions, number)
-            else:
-                at = maker(plan.stages, at)
-                through.insert(0, at)
-        return Entry(reads, tuple(through), fills=bool(through) and train and plan.fuses(stage))
-
-    def _boundary(self, plan: Plan, stage: Stage, versions: Versions, rowset: int | None = None) -> str:
-        """The boundary that enters a stage; made by forward passes from the nearest one below where it is gone."""
-        number = stage.rowset if rowset is None else rowset
-        info = plan.boundary(stage, versions, number)
-        if info is not None:
-            return info.id
-        below = maker(plan.stages, stage)
-        entry = self._entry(plan, below, versions, number, train=False)
-        self._make_room(plan, below, entry.reads)
-        self._tell(
-            "recomputing", stage=below.place, text=f"boundary {stage.depth} is not in the store: made by forward passes"
-        )
-        checkpoints = self.run_directory.path / "checkpoints"
-        self._crew.work(
-            plan.job(below, versions, checkpoints=checkpoints, train=False, entry=entry, writes=True, rowset=number)
-        )
-        info = plan.boundary(stage, versions, number)
-        assert info is not None, "a worker that ended well has written its boundary"
-        return info.id
-
-    def _retain(self, plan: Plan, manifest: Manifest, stage: Stage, versions: Versions) -> None:
-        """Drop the boundaries that `store.keep` does not keep, once nothing in this run reads or writes them."""
-        manifest.note_boundaries(plan.store.boundaries())
-        self._register(plan, manifest)
-        keep = plan.config.store.keep
-        if keep == "all":
-            return
-        following = plan.stages[stage.depth + 1] if stage.depth + 1 < len(plan.stages) else None
-        needed = set()
-        if following is not None:
-            found = [plan.nearest(following, versions)]
-            found += [plan.boundary(following, versions, HELD_OUT)] if plan.evaluates(following) else []
-            needed = {info.id for info in found if info is not None}
-        others = {
-            boundary
-            for key, refs in plan.store.runs().items()
-            if key != str(self.run_directory.path.resolve())
-            for boundary in refs["boundaries"]
-        }
-        mine = [
-            info
-            for info in plan.store.boundaries()
-            if info.id in manifest.boundaries() and info.depth <= stage.depth + 1 and info.id not in others
-        ]
-        idle = sorted((i for i in mine if i.id not in needed), key=lambda i: (i.depth, i.created))
-        for info in idle[: len(idle) - (0 if keep == "none" else int(keep)) or None]:
-            with contextlib.suppress(StackWiseError):  # someone else reads it: it goes another time
-                plan.store.drop(info.id)
-                self._tell("dropped", stage=info.depth, boundary=info.id, bytes=info.disk_bytes)
-
-    def _unused_beside_prepared(self) -> list[str]:
-        """The settings that a prepared data set has settled already."""
-        data = self.config.data
-        if not any(is_prepared(Path(path)) for path in data.paths):
-            return []
-        given = sorted(set(changed(data)) & {"tokenizer", "vocab_size", "held_out", "max_bytes", "text_column"})
-        return [f"data.{', '.join(given)}: unused, {data.paths[0]} is prepared already"] if given else []
-
-    def _register(self, plan: Plan, manifest: Manifest) -> None:
-        """Tell the store what this run refers to."""
-        plan.store.register_run(
-            str(self.run_directory.path.resolve()), recipes=manifest.recipes(), boundaries=manifest.boundaries()
-        )
-
-    def _make_room(self, plan: Plan, stage: Stage, reads: str | None) -> None:
-        """Under a quota, evict what is cheapest to compute again until the boundary above a stage fits."""
-        limit = plan.config.store.max_bytes
-        if limit is None:
-            return
-        present = plan.store.boundaries()
-        begun = [info for info in present if info.state != "complete"]
-        whole = boundary_bytes(plan.config, plan.rowset(stage.rowset)[1])
-        need = max(0, whole - sum(info.disk_bytes for info in begun))
-        protect = [info.id for info in begun] + ([reads] if reads is not None else [])
-        made = plan.store.enforce_quota(limit, need=need, protect=protect)
-        for info in present:
-            if info.id in made["evicted"]:
-                self._tell("dropped", stage=info.depth, boundary=info.id, bytes=info.disk_bytes)
-        if not made["fits"]:
-            raise NoSpaceError(
-                f"store.max_bytes is {limit}: boundaries in use take {made['bytes']} and the next needs {need}",
-                hint="raise store.max_bytes, or lower training.rows or training.steps",
-            )
 
     def _finish(self, plan: Plan, manifest: Manifest) -> dict[str, Any]:
         """Held-out evaluation, a passage filled in, the export if asked; once for the same weights."""
@@ -439,25 +314,6 @@ class Runner:
         fill = {key: events["fill"][key] for key in ("before", "after", "spans")} if "fill" in events else None
         manifest.save_evaluation(key, result, fill)
         return result
-
-    def _prepare(self) -> PreparedData:
-        begun = told = time.perf_counter()
-        before = ""
-
-        def progress(phase: str, done: int, total: int | None) -> None:
-            nonlocal told, before
-            self._crew.check()
-            if phase != before or time.perf_counter() - told > PROGRESS_SECONDS:
-                told, before = time.perf_counter(), phase
-                self._tell("preparing", phase=phase, done=done, total=total)
-
-        data, reused = prepare(self.config.data, model_vocab=self.config.model.vocab_size, progress=progress)
-        summary = data.summary()
-        self._tell("data", reused=reused, seconds=time.perf_counter() - begun, **summary)
-        for reason, number in summary["skipped"].get("reasons", {}).items():
-            if reason.startswith("compressed"):
-                self._tell("note", text=f"data.paths: {number} files are left out, {reason}")
-        return data
 
     def _tell(self, event: str, **values: Any) -> None:
         self._observe({"event": event, **values})
