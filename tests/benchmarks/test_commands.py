@@ -114,6 +114,7 @@ def test_depth_gives_the_whole_rack_its_own_learning_rate() -> None:
     assert staged.training.rows == whole.training.rows == 7 * 16
 
 
+@pytest.mark.stress
 def test_the_demo_is_measured_twice(text: Path, capsys: Capture) -> None:
     settings = [f"data.paths=[{text}]", "training.steps=3", "evaluation.samples=8", "device=cpu"]
     assert demo.main(["--preset", "micro", "--json", *(word for one in settings for word in ("-o", one))]) == 0

@@ -75,6 +75,7 @@ def test_the_command_repairs_with_the_runs_weights(copy: Path) -> None:
     assert weights(copy) == before_weights
 
 
+@pytest.mark.stress
 def test_a_quota_evicts_what_is_not_in_use_and_changes_no_weight(micro: Micro, tmp_path: Path) -> None:
     config: StackWiseConfig = micro(training__steps=10, **{"model.architecture.n_stacks": 5})
     run(config, tmp_path / "free")

@@ -81,6 +81,7 @@ def test_a_disk_that_can_only_be_read(micro: Micro, disk: Path, tmp_path: Path, 
     assert sorted(os.listdir(tmp_path)) == before, "nothing was prepared, nothing was made"
 
 
+@pytest.mark.stress
 def test_a_clock_that_was_set_back_does_not_matter(micro: Micro, tmp_path: Path) -> None:
     config = micro(training__steps=40)
     run(config, tmp_path / "reference")

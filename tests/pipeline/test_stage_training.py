@@ -81,7 +81,10 @@ def test_what_was_evaluated_and_what_diverged_is_told(
         assert record.record["held_out"][0][0] == 10
 
 
-@pytest.mark.parametrize(("event", "stage", "at"), [("held_out", 0, 20), ("diverged", 1, 0), ("held_out", 1, 20)])
+@pytest.mark.parametrize(
+    ("event", "stage", "at"),
+    [("held_out", 0, 20), ("diverged", 1, 0), pytest.param("held_out", 1, 20, marks=pytest.mark.stress)],
+)
 def test_a_run_that_decides_and_is_killed_ends_the_same(
     reference: tuple[Path, list[str], list[dict[str, Any]]], tmp_path: Path, event: str, stage: int, at: int
 ) -> None:

@@ -25,7 +25,9 @@ FOUR: dict[str, Any] = {"training__block_size": 2, "model__architecture__n_stack
 MODES = [
     {**END_TO_END, "model__dropout": 0.1},
     {**FUSED, "model__tie_embeddings": False, "precision": "bf16"},
-    {**BLOCKWISE, **FOUR, "training__tied_head": "frozen", "model__dropout": 0.1},
+    pytest.param(
+        {**BLOCKWISE, **FOUR, "training__tied_head": "frozen", "model__dropout": 0.1}, marks=pytest.mark.stress
+    ),
     pytest.param({**END_TO_END, "model__tie_embeddings": False, "precision": "bf16"}, marks=pytest.mark.stress),
     pytest.param(FUSED, marks=pytest.mark.stress),
     pytest.param({**BLOCKWISE, "data__within_documents": True}, marks=pytest.mark.stress),
