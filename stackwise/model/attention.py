@@ -1,12 +1,10 @@
-"""Softmax attention, multi-head or grouped-query, and the choice of a block's kind of attention.
+"""Softmax attention, multi-head or grouped-query.
 
 Shapes in names: B batch, S positions that ask, T positions that are asked, D d_model, H heads, K key/value heads,
 E width of a head.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +16,6 @@ from stackwise.errors import UsageError
 from stackwise.model.cache import Cache
 from stackwise.model.layers import Rotary
 from stackwise.model.sight import Sight, sees
-
-if TYPE_CHECKING:
-    from stackwise.model.latent import LatentAttention
 
 
 class Attention(nn.Module):
@@ -128,16 +123,3 @@ def flex(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, sight: Sight, scale: fl
     blocks = create_block_mask(rule, batch, None, length, length, device=str(q_BHSE.device))
     grouped = q_BHSE.shape[1] != k_BKSE.shape[1]
     return flex_attention(q_BHSE, k_BKSE, v_BKSE, block_mask=blocks, scale=scale, enable_gqa=grouped)
-
-
-def make_attention(config: ModelConfig) -> Attention | LatentAttention:
-    """The attention that the configuration names."""
-    if config.attention == "mla":
-        from stackwise.model.latent import LatentAttention
-
-        return LatentAttention(config)
-    if config.attention == "linear":
-        from stackwise.model.linear import LinearAttention
-
-        return LinearAttention(config)
-    return Attention(config)

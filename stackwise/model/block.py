@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from stackwise.config.direction import Direction
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
-from stackwise.model.attention import is_paired, make_attention
+from stackwise.model.attention import Attention, is_paired
 from stackwise.model.cache import Cache
+from stackwise.model.latent import LatentAttention
 from stackwise.model.layers import GELU, SwiGLU, make_norm
+from stackwise.model.linear import LinearAttention
 from stackwise.model.numerics import in_own_precision
 
 
@@ -76,6 +78,16 @@ class Block(nn.Module):
 
     def _drop(self, y_BSD: Tensor) -> Tensor:
         return F.dropout(y_BSD, self.dropout) if self.training and self.dropout else y_BSD
+
+
+def make_attention(config: ModelConfig) -> Attention | LatentAttention:
+    """The attention that the configuration names."""
+    match config.attention:
+        case "mla":
+            return LatentAttention(config)
+        case "linear":
+            return LinearAttention(config)
+    return Attention(config)
 
 
 class Stack(nn.Module):
