@@ -43,18 +43,38 @@ def fsync_directory(path: Path) -> None:
         os.close(fd)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a disk, or a user's share of it, that is full."""
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a full disk is what went wrong. Libraries written in Rust raise errors of their own, with the number."""
+    if isinstance(error, OSError):
+        return error.errno in FULL or isinstance(error, NoSpaceError)
+    return any(f"(os error {number})" in str(error) for number in FULL)
+
+
+def no_space(path: Path | None) -> NoSpaceError:
+    """What a full disk is called, and what to do.
+
+    Args:
+        path: What was to be written, where that is known.
+    """
+    return NoSpaceError(
+        "no space left on the disk" + (f" that holds {path}" if path is not None else ""),
+        hint="free some space (`stackwise cache du` shows what the store holds), then run the same command again",
+    )
+
+
 @contextlib.contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turn ENOSPC and EDQUOT into `NoSpaceError`, which says where and how much is free."""
+    """Turn what a full disk raises into `NoSpaceError`, which says where and what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if isinstance(error, NoSpaceError) or not is_full_disk(error):
             raise
-        raise NoSpaceError(
-            f"no space left on the disk that holds {path}",
-            hint="free some space (`stackwise cache du` shows what the store holds), then run the same command again",
-        ) from error
+        raise no_space(path) from error
 
 
 def write_durably(path: Path, write: Callable[[Path], object]) -> None:
@@ -136,10 +156,15 @@ class FileLock:
                 f"{self.what} is held by {holder or 'another process'}",
                 hint=f"wait for it to end, or stop it; the lock ({self.path}) frees itself when its holder ends",
             ) from None
+        self._fd = fd
         if not self.shared:
             os.ftruncate(fd, 0)
-            os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        self._fd = fd
+            try:
+                os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            except OSError as error:
+                if not is_full_disk(error):  # without the name it is a lock all the same: freeing space takes it, too
+                    self.release()
+                    raise
         return self
 
     def release(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
+from stackwise.durable import is_full_disk
 from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
 
 DEBUG = "STACKWISE_DEBUG"
@@ -72,8 +72,7 @@ def explain(error: BaseException, *, debug: bool = False) -> int:
             return INTERRUPTED
     if debug:
         traceback.print_exception(error)
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or isinstance(error, NoSpaceError):
+    if is_full_disk(error):
         # Writers in the background fail as well, now and at exit: one line about a full disk is enough.
         threading.excepthook = lambda _: None
         sys.unraisablehook = lambda _: None
@@ -83,8 +82,8 @@ def explain(error: BaseException, *, debug: bool = False) -> int:
             return error.exit_code
         case OSError() if error.filename is not None:
             _say(f"{os.fsdecode(error.filename)}: {error.strerror or error}", None)
-            return NoSpaceError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
-        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NoSpaceError.exit_code if is_full_disk(error) else 1
+        case _ if is_full_disk(error):
             _say("no space left on the disk", "`stackwise cache du` shows what the store holds")
             return NoSpaceError.exit_code
     text = str(error).strip().splitlines()

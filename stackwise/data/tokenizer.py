@@ -120,6 +120,15 @@ class Tokenizer:
         """Fingerprint of everything that it does."""
         return digest(json.dumps(json.loads(self.json), sort_keys=True).encode())
 
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id of what its vocabulary lacks; None where it has none."""
+        model = json.loads(self.json)["model"]
+        if model.get("unk_id") is not None:  # Unigram
+            return int(model["unk_id"])
+        name = model.get("unk_token")
+        return None if name is None else self._backend.token_to_id(name)
+
     def save(self, path: Path) -> None:
         """Write its tokenizer.json, durably and whole."""
         write_bytes(path, self.json.encode())

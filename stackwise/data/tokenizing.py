@@ -25,6 +25,8 @@ BATCH_BYTES = 2 << 20
 """Text that is tokenized at once: enough to keep every core busy, little enough to forget."""
 
 BATCH_PIECES = 4096
+UNKNOWN_SHARE = 0.5
+"""Of the tokens of a text: with more unknown ones it is the wrong tokenizer, and there is nothing to learn."""
 _AHEAD = 2
 """Batches in the making: while one's tokens come over from the library, it works at the next."""
 
@@ -64,7 +66,8 @@ def write_splits(
 
     Raises:
         NotExactError: Without `measure`, the byte table does not add up.
-        UsageError: A file changed meanwhile, the mask token occurs, or a side stays empty.
+        UsageError: A file changed meanwhile, the mask token occurs, a side stays empty, or the tokenizer knows less
+            than half of the text.
     """
     extra = {"targets"} if corpus.has_targets else {"bytes"} if measure and corpus.has_text else set[str]()
     writers = [SplitWriter(directory / side, tokenizer, frozenset(extra)) for side in SIDES]
@@ -84,10 +87,26 @@ def write_splits(
         wanted = writers if held_out.share < 1 else writers[1:]
         if not all(writer.n_documents for writer in wanted):
             raise UsageError("data.paths: too little text to hold some of it out", hint="add more text")
-        return [writer.finish() for writer in writers]
+        made = [writer.finish() for writer in writers]
+        if corpus.has_text:
+            _check_known(tokenizer, writers[0].counts + writers[1].counts)
+        return made
     finally:
         for writer in writers:
             writer.abandon()
+
+
+def _check_known(tokenizer: Tokenizer, counts: Array) -> None:
+    """Separators aside, as a tokenizer that makes one unknown token of a document has as many of them."""
+    unknown = tokenizer.unknown_id
+    total = int(counts.sum() - counts[tokenizer.separator_id])
+    if unknown is None or counts[unknown] <= UNKNOWN_SHARE * total:
+        return
+    raise UsageError(
+        f"data.tokenizer: {tokenizer.name} does not know this text: {counts[unknown] / total:.0%} of its tokens are "
+        f"{tokenizer.decode([unknown])} (id {unknown}), its token for the unknown",
+        hint="use a tokenizer made for such text, or set data.tokenizer to bpe or bytes",
+    )
 
 
 def _batches(corpus: Corpus, held_out: HeldOut) -> Iterator[list[_Piece]]:

@@ -132,6 +132,11 @@ class SplitWriter:
         columns = {name: column.close() for name, column in (*self._columns.items(), ("counts", counts))}
         return {"documents": self.n_documents, "tokens": self.n_tokens, "bytes": self._bytes(), "columns": columns}
 
+    @property
+    def counts(self) -> Array:
+        """How often each id was written (int64 [vocab_size]); whole after `finish`."""
+        return self._counts
+
     def _check_mask(self) -> None:
         hits = int(self._counts[self._tokenizer.mask_id])
         # rows with targets may well show masks: they bring their own objective

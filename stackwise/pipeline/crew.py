@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from stackwise.durable import is_locked
-from stackwise.errors import InterruptedRun, StackWiseError
+from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.process import OutOfMemory, Worker
@@ -96,7 +96,8 @@ class Crew:
             raise self._interrupted(error.message) from None
         except StackWiseError as error:
             place = job.stage.place if isinstance(job, StageJob) else None
-            self._observe({"event": "failed", "stage": place, "text": error.message})
+            with contextlib.suppress(NoSpaceError):  # of the log: what ended the job is what is to be said
+                self._observe({"event": "failed", "stage": place, "text": error.message})
             if isinstance(error, OutOfMemory) and remedy is not None:
                 error.hint = f"{remedy(error.measured)}\n  {error.hint}"
             error.hint = f"{error.hint}; go on with: {self._resume_command}" if error.hint else self.go_on

@@ -17,7 +17,7 @@ from stackwise.config.checks import notes
 from stackwise.config.loading import dump
 from stackwise.data import PreparedData
 from stackwise.durable import FileLock, is_locked, unusable, write_bytes
-from stackwise.errors import DamageError, NotFound, StackWiseError, UsageError
+from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError, UsageError
 from stackwise.identity import content_id
 from stackwise.pipeline.boundaries import Boundaries
 from stackwise.pipeline.crew import Crew
@@ -100,9 +100,13 @@ class Runner:
                     if each.recipe and (found := committed_stage(plan, each.recipe)) is not None:
                         manifest.committed(plan.stages[each.stage], found)
                 boundaries.register()
-                return self._stages(plan, manifest, boundaries, only)
-            finally:
-                manifest.save()
+                evaluation = self._stages(plan, manifest, boundaries, only)
+            except BaseException:
+                with contextlib.suppress(NoSpaceError):  # what ended the run says it already
+                    manifest.save()
+                raise
+            manifest.save()
+            return evaluation
 
     def _open(self, data: PreparedData, stack: contextlib.ExitStack) -> tuple[Plan, Manifest, Boundaries]:
         """Take the run directory and the store, and plan. Where that fails, a directory made here is gone again."""

@@ -7,14 +7,17 @@ gone (its standard input closes).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import Any
 
+from stackwise.durable import is_full_disk, no_space
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.pipeline.memory import Memory, is_out_of_memory, memory
 
@@ -48,13 +51,21 @@ def main() -> int:
     try:
         return _serve(channel, stopping, before)
     except StackWiseError as error:
-        kind = "interrupted" if isinstance(error, InterruptedRun) else "error"
-        channel.emit({"event": kind, "message": error.message, "hint": error.hint, "exit_code": error.exit_code})
-        return error.exit_code
+        return _tell(channel, error)
     except Exception as error:
-        traceback.print_exc()
+        if is_full_disk(error):
+            name = getattr(error, "filename", None)
+            return _tell(channel, no_space(None if name is None else Path(os.fsdecode(name))))
+        with contextlib.suppress(OSError):  # whatever keeps the log from being written, the runner is told
+            traceback.print_exc()
         channel.emit({"event": "error", "exit_code": 1, **_explained(error, before[0] if before else memory())})
         return 1
+
+
+def _tell(channel: _Channel, error: StackWiseError) -> int:
+    kind = "interrupted" if isinstance(error, InterruptedRun) else "error"
+    channel.emit({"event": kind, "message": error.message, "hint": error.hint, "exit_code": error.exit_code})
+    return error.exit_code
 
 
 def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory]) -> int:
@@ -110,6 +121,7 @@ def _peak(base: Memory) -> int | None:
 
 if __name__ == "__main__":
     code = main()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     # Everything is closed and durable; taking torch apart module by module would only keep the next stage waiting.
     os._exit(code)

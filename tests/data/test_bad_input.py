@@ -10,6 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 from stackwise.config import DataConfig
 from stackwise.data import PreparedData, prepare, require_samples
@@ -246,3 +248,35 @@ def test_a_cache_that_cannot_be_written(corpus: Path, settings: Settings, tmp_pa
     assert prepare(settings(corpus, vocab_size=300), out=tmp_path / "set")[1]
     with pytest.raises(UsageError, match="cannot be made"):
         prepare(settings(corpus, tokenizer="bytes"), out=tmp_path / "cache" / "set")
+
+
+def tokenizer_of(kind: str, text: str) -> tokenizers.Tokenizer:
+    """A tokenizer that knows the words of a text, or its letters."""
+    unknown = "[UNK]"
+    if kind == "unigram":
+        return tokenizers.Tokenizer(models.Unigram([(unknown, 0.0), *((c, -1.0) for c in sorted({*text}))], unk_id=0))
+    known = {word: i for i, word in enumerate([unknown, *sorted({*text.split()})])}
+    made = tokenizers.Tokenizer(
+        models.WordLevel(known, unknown) if kind != "wordpiece" else models.WordPiece(known, unk_token=unknown)
+    )
+    if kind != "no words":  # without it a whole document is one word
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
+@pytest.mark.parametrize("kind", ["words", "no words", "wordpiece", "unigram"])
+def test_a_tokenizer_that_does_not_know_the_text(tmp_path: Path, settings: Settings, kind: str) -> None:
+    texts = [f"the cat number {number} sat on the mat and looked at you" for number in range(40)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text(tokenizer_of(kind, "Страница за страницей").to_str())
+    with pytest.raises(UsageError, match=r"foreign\.json does not know this text: \d+% .* \[UNK\] \(id 0\)") as caught:
+        prepare(settings(tmp_path / "x.jsonl", tokenizer=str(foreign)))
+    assert "\n" not in caught.value.message
+    assert "bpe or bytes" in (caught.value.hint or "")
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+    if kind != "no words":
+        own = tmp_path / "own.json"
+        own.write_text(tokenizer_of(kind, " ".join(texts[:20])).to_str())  # half of the numbers are not in it
+        data, _ = prepare(settings(tmp_path / "x.jsonl", tokenizer=str(own)))
+        assert data.train.n_tokens > 0

@@ -17,8 +17,8 @@ import pytest
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
-from stackwise.durable import is_locked
-from stackwise.errors import NoSpaceError, UsageError
+from stackwise.durable import FileLock, is_locked
+from stackwise.errors import BusyError, NoSpaceError, UsageError
 from stackwise.pipeline.events import EventLog
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner import Runner
@@ -140,3 +140,57 @@ def test_the_log_of_events_on_a_full_disk(disk: Path) -> None:
     lines = path.read_text().splitlines()
     assert json.loads(lines[0])["event"] == "start"
     assert json.loads(lines[-1])["event"] == "done"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The weights of a run that nothing stood in the way of."""
+    path = tmp_path_factory.mktemp("undisturbed")
+    run(micro(training__steps=60), path)
+    return weights(path)
+
+
+MOMENTS: dict[str, list[tuple[str, int]]] = {"run": [("step", 0)], "store": [("writing", 0), ("step", 1)]}
+"""After which event of which stage the disk is filled, by what lies on it: a checkpoint, a boundary, a commit fail."""
+
+
+@pytest.mark.parametrize("place", MOMENTS)
+def test_a_disk_that_fills_up_in_the_middle(
+    micro: Micro, disk: Path, tmp_path: Path, undisturbed: list[str], place: str
+) -> None:
+    """It ends with one line and 5, whatever was being written; with room again the same command goes on."""
+    directory = disk / "run" if place == "run" else tmp_path / "run"
+    every, store = (5, None) if place == "run" else (50, str(disk / "store"))
+    config = micro(training__steps=60, training__checkpoint_steps=every, store__path=store)
+    file = written(config, tmp_path / "config.yaml")
+    for moment, stage in MOMENTS[place]:
+        command = Command(file, directory)
+        command.until(moment, stage)
+        ballast = fill(disk)
+        code, said = command.end()
+        assert code == 5, (moment, said)
+        message, hint = said.splitlines()
+        assert message.startswith("stackwise: no space left "), said
+        assert "free" in hint, said
+        assert "then run the same command again" in hint, said
+        ballast.unlink()
+    code, said = Command(file, directory).end()
+    assert code == 0, said
+    assert weights(directory) == undisturbed
+    assert retrained(directory) == []
+    assert "Traceback" not in (directory / "logs" / "workers.log").read_text()
+    verify = [sys.executable, "-m", "stackwise", "cache", "verify", "--run", str(directory), "--json"]
+    done = subprocess.run(verify, capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["damaged"] == []
+
+
+def test_a_lock_on_a_full_disk(disk: Path) -> None:
+    """It holds all the same, though its holder's name cannot be written: what frees space takes it, too."""
+    fill(disk)
+    path = disk / "lock"
+    with FileLock(path, "it"):
+        assert is_locked(path)
+        with pytest.raises(BusyError, match="held by another process"):
+            FileLock(path, "it").acquire()
+    assert not is_locked(path)
