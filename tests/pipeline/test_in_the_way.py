@@ -10,15 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
-from stackwise.durable import FileLock, is_locked
+from stackwise.durable import FileLock, is_locked, write_durably
 from stackwise.errors import BusyError, NoSpaceError, UsageError
+from stackwise.pipeline.build import save_part
 from stackwise.pipeline.events import EventLog
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner import Runner
@@ -150,8 +153,8 @@ def undisturbed(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> list[
     return weights(path)
 
 
-MOMENTS: dict[str, list[tuple[str, int]]] = {"run": [("step", 0)], "store": [("writing", 0), ("step", 1)]}
-"""After which event of which stage the disk is filled, by what lies on it: a checkpoint, a boundary, a commit fail."""
+MOMENTS: dict[str, list[tuple[str, int]]] = {"run": [("step", 0)], "store": [("writing", 0), ("training", 1)]}
+"""After which event of which stage the disk is filled, by what lies on it: a checkpoint, a boundary, a stage fails."""
 
 
 @pytest.mark.parametrize("place", MOMENTS)
@@ -183,6 +186,14 @@ def test_a_disk_that_fills_up_in_the_middle(
     done = subprocess.run(verify, capture_output=True, check=False, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["damaged"] == []
+
+
+def test_weights_on_a_full_disk(disk: Path) -> None:
+    """What the library of safetensors says of it is understood, and nothing is left behind."""
+    ballast = fill(disk)
+    with pytest.raises(NoSpaceError, match="no space left on the disk that holds"):
+        write_durably(disk / "part", partial(save_part, {"weight": torch.zeros(4096)}))
+    assert list(disk.iterdir()) == [ballast]
 
 
 def test_a_lock_on_a_full_disk(disk: Path) -> None:
