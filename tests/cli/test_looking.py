@@ -107,3 +107,9 @@ def test_doctor_names_what_is_missing(here: Path, cli: Cli, monkeypatch: pytest.
     assert result.exit_code == 1
     assert "pip install 'no-such-package-at-all>=1'" in result.stderr
     assert "pip install 'stackwise[arrow]'" in result.stdout
+
+
+def test_what_a_stage_trains_is_named_run_by_run(here: Path, cli: Cli) -> None:
+    shown = cli("stage", "list", "--preset", "demo", "-o", "training.lookahead=tail").stdout
+    assert "front, blocks 0–1, block 7, head" in shown
+    assert "blocks 6–7, head" in shown

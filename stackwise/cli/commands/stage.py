@@ -147,12 +147,16 @@ def _parts(trains: list[str]) -> str:
     """What trains, in few words: front, blocks 0–1, head."""
     adapters = [int(part.rpartition(".")[2]) for part in trains if part.startswith("adapter.")]
     trains = [part for part in trains if not part.startswith("adapter.")]
-    blocks = [int(part.partition(".")[2]) for part in trains if part.startswith("block.")]
-    names = (
-        {f"block.{blocks[0]}": f"block{'s' if len(blocks) > 1 else ''} {words.span(blocks[0], blocks[-1])}"}
-        if blocks
-        else {}
-    )
+    runs: dict[str, list[int]] = {}
+    begun = ""
+    for part in trains:
+        if not part.startswith("block."):
+            continue
+        index = int(part.partition(".")[2])
+        if not begun or runs[begun][-1] + 1 != index:
+            begun = part
+        runs.setdefault(begun, []).append(index)
+    names = {part: f"block{'s' if len(run) > 1 else ''} {words.span(run[0], run[-1])}" for part, run in runs.items()}
     shown = [names.get(part, part) for part in trains if part in names or not part.startswith("block.")]
     if adapters:
         shown.insert(-1, f"adapters {words.span(min(adapters), max(adapters))}")
