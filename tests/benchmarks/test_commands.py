@@ -88,6 +88,7 @@ def test_the_feed_gives_the_same_losses(capsys: Capture) -> None:
         assert is_spread(sources[source]["wait_share"], 0, 1)
 
 
+@pytest.mark.stress
 def test_depth_compares_equal_work(text: Path, capsys: Capture) -> None:
     given = ["--preset", "micro", "--device", "cpu", "--steps", "3", "--repeats", "1", "--json"]
     assert depth.main([*given, "-o", f"data.paths=[{text}]", "-o", "evaluation.samples=8"]) == 0

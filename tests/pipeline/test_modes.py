@@ -139,6 +139,7 @@ def test_prepended_stacks_train_below_those_that_stand_still(micro: Micro, tmp_p
     assert [len(stage.blocks) for stage in rack.exits()] == [1, 2, 3]
 
 
+@pytest.mark.stress
 def test_fresh_masks_give_every_stage_rows_of_its_own(ran: Any) -> None:
     stages = committed(ran(training__fresh_masks=True))
     assert len({stage.record["recipe"]["rowset"] for stage in stages}) == 3

@@ -24,7 +24,7 @@ BLOCKWISE: dict[str, Any] = {"training__mode": "blockwise"}
 FOUR: dict[str, Any] = {"training__block_size": 2, "model__architecture__n_stacks": 4}
 MODES = [
     {**END_TO_END, "model__dropout": 0.1},
-    {**FUSED, "model__tie_embeddings": False, "precision": "bf16"},
+    pytest.param({**FUSED, "model__tie_embeddings": False, "precision": "bf16"}, marks=pytest.mark.stress),
     pytest.param(
         {**BLOCKWISE, **FOUR, "training__tied_head": "frozen", "model__dropout": 0.1}, marks=pytest.mark.stress
     ),
