@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         (directory / f"{name}.txt").write_bytes((home / f"{name}.py").read_bytes())
     return directory
+
+
+@contextlib.contextmanager
+def mounted(path: Path, mib: int) -> Iterator[Path]:
+    """A real file system of so many MiB on a directory; the test is skipped where nothing can be mounted."""
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(path)], capture_output=True)
+    if made.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 Micro = Callable[..., StackWiseConfig]

@@ -25,7 +25,7 @@ from stackwise.pipeline.build import save_part
 from stackwise.pipeline.events import EventLog
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner import Runner
-from tests.conftest import Micro, run
+from tests.conftest import Micro, mounted, run
 from tests.pipeline.storm import Command, retrained
 from tests.pipeline.test_run import weights
 
@@ -40,13 +40,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of a few megabytes."""
     path = tmp_path / "disk"
     path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(path)], capture_output=True)
-    if done.returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with mounted(path, 24):
         yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 def test_of_two_runs_at_once_one_works(micro: Micro, tmp_path: Path) -> None:

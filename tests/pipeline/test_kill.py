@@ -40,7 +40,15 @@ def goes_on(config: Path, directory: Path, expected: list[str]) -> list[dict[str
     return again.seen
 
 
-@pytest.mark.parametrize(("event", "stage"), [("training", 0), ("writing", 0), ("checkpoint", 1)])
+@pytest.mark.parametrize(
+    ("event", "stage"),
+    [
+        ("training", 0),
+        pytest.param("checkpoint", 0, marks=pytest.mark.stress),
+        ("writing", 0),
+        ("checkpoint", 1),
+    ],
+)
 def test_the_runner_killed(reference: tuple[Path, list[str]], tmp_path: Path, event: str, stage: int) -> None:
     config, expected = reference
     first = Command(config, tmp_path / "run")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from stackwise.errors import NoSpaceError
 from stackwise.store import ActivationStore, BoundaryWriter, boundary_id_of
 from stackwise.store.files import free_bytes
+from tests.conftest import mounted
 
 from .test_stages import part
 from .tools import TRUNK, put_rowset
@@ -24,13 +24,8 @@ SEQ, DIM = 64, 4096  # rows of 1 MiB in float32
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 32 MiB."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(tmp_path)], capture_output=True)
-    if done.returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with mounted(tmp_path, 32):
         yield tmp_path
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def writer_of(store: ActivationStore, trunk: str, rows: int) -> BoundaryWriter:

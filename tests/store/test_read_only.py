@@ -14,6 +14,7 @@ import torch
 
 from stackwise.errors import UsageError
 from stackwise.store import ActivationStore
+from tests.conftest import mounted
 
 from .tools import DIM, SEQ, TRUNK, pairs, put_rowset, values, write
 
@@ -23,11 +24,7 @@ X = values(9)
 @pytest.fixture(params=["never opened", "opened before"])
 def frozen(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A store on a file system that is read-only from then on."""
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(tmp_path)], capture_output=True
-    ).returncode:
-        pytest.skip("mounting a file system needs root")
-    try:
+    with mounted(tmp_path, 32):
         with ActivationStore(tmp_path / "s") as store:
             write(store, X)
         if request.param == "never opened":
@@ -35,8 +32,6 @@ def frozen(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
                 path.unlink()
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
         yield tmp_path / "s"
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def test_it_is_read_looked_at_and_verified(frozen: Path) -> None:
