@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.checks import changed
 from stackwise.config.loading import dump
 from stackwise.data import sample_ids
 from stackwise.errors import UsageError
@@ -170,6 +171,7 @@ class UnifiedTrainer:
                 "training.eval_every: a data loader brings no held-out rows",
                 hint="leave it out here; `stackwise run` evaluates inside its stages",
             )
+        self._check_schedule(config)
         data = LoadedSamples.from_batches(dataloader)
         if "seq_len" not in config.training.model_fields_set:
             config.training.seq_len = data.length
@@ -184,6 +186,21 @@ class UnifiedTrainer:
         with ActivationStore(self.store_path) as store:
             run = _Run(config, data, store, objective, vocab_size, mask_token, device, self._observe)
             return [run.stage(stage, front, layers, self.heads) for stage in schedule(config)]
+
+    def _check_schedule(self, config: StackWiseConfig) -> None:
+        """Refuse schedules that need more than layers one above the other; say which settings are unused here."""
+        training, hint = config.training, "leave it out here; `stackwise run` has it"
+        stages = schedule(config)
+        if any(stage.beyond for stage in stages):
+            raise UsageError(f"training.lookahead: {training.lookahead} is not for layers of your own", hint=hint)
+        if config.fusions:
+            raise UsageError(f"training.fusion: {training.fusion.strategy} is not for layers of your own", hint=hint)
+        # A stage above tokens must hold all blocks from the lowest on, and train them.
+        if any(not (s.reads_boundary or (s.first == 0 and set(s.holds) == set(s.trains))) for s in stages):
+            raise UsageError("independent and prepended stages are not for layers of your own", hint=hint)
+        for key in ("fuse_passes", "every"):
+            if key in changed(config.store):
+                self._observe({"event": "note", "text": f"store.{key} is unused: boundaries are stored as stages end"})
 
     def _sized(self, n_layers: int) -> StackWiseConfig:
         if not n_layers:

@@ -113,3 +113,25 @@ def test_what_does_not_fit_is_said_in_a_line(batch: Any, line: str, tmp_path: Pa
         UnifiedTrainer(config(), store=tmp_path / "s").train_all_layers([batch], layers(1))
     with pytest.raises(UsageError, match="no layers"):
         UnifiedTrainer(config(), store=tmp_path / "s").train_all_layers([batch], [])
+
+
+@pytest.mark.parametrize(
+    ("training", "line"),
+    [
+        ({"lookahead": "tail"}, "training.lookahead: tail is not for layers of your own"),
+        ({"fusion": {"strategy": "trainable"}}, "training.fusion: trainable is not"),
+        ({"mode": "independent"}, "independent and prepended stages are not"),
+        ({"progressive": {"enabled": True, "building_mode": "prepend"}}, "independent and prepended stages are not"),
+    ],
+)
+def test_schedules_beyond_plain_stacking_are_refused(training: dict[str, Any], line: str, data: torch.Tensor) -> None:
+    with pytest.raises(UsageError, match=line):
+        UnifiedTrainer(config(**training)).train_all_layers(data.split(100), layers())
+
+
+def test_a_setting_of_the_store_that_is_not_used_is_said(data: torch.Tensor, tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    own = config(steps=2)
+    own.store.fuse_passes = True
+    UnifiedTrainer(own, store=tmp_path / "store", observe=told.append).train_all_layers(data[:64].split(32), layers(2))
+    assert any("store.fuse_passes is unused" in event.get("text", "") for event in told)
