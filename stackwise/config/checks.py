@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from stackwise.config.after import after_faults, after_notes
 from stackwise.config.fields import Section
 from stackwise.config.model import LINEAR_SETTINGS, MLA_SETTINGS
 from stackwise.config.schema import Settings
@@ -16,7 +17,7 @@ Fault = tuple[str, str]
 
 def faults(config: Settings) -> list[Fault]:
     """Every contradiction between settings that are valid on their own."""
-    return [*_model(config), *_training(config), *stack_faults(config), *_stages(config)]
+    return [*_model(config), *_training(config), *stack_faults(config), *after_faults(config), *_stages(config)]
 
 
 def _model(config: Settings) -> Iterator[Fault]:
@@ -98,12 +99,6 @@ def _training(config: Settings) -> Iterator[Fault]:
             yield "training.diffusion_block", f"{size} does not divide training.seq_len {training.seq_len}"
     if config.model.time_embedding != "none" and config.objective == "clm":
         yield "model.time_embedding", "clm masks nothing: there is no masked share to take as input"
-    if (fusion := training.fusion.strategy) != "none":
-        prepends = training.progressive.enabled and training.progressive.building_mode == "prepend"
-        if training.mode == "independent" and not training.progressive.enabled:
-            yield "training.fusion.strategy", f"{fusion}: independent stages do not stand on each other"
-        elif prepends and fusion == "hierarchical":
-            yield "training.fusion.strategy", "hierarchical needs stacks that stand on finished ones; use trainable"
     yield from _mask_windows(config)
 
 
@@ -189,10 +184,7 @@ def notes(config: Settings) -> list[str]:
         if training.progressive.enabled
         else (training.mode != "independent")
     )
-    if training.fusion.strategy != "none" and config.n_sections == 1:
-        lines.append("training.fusion.strategy is unused: there is one stage")
-    if training.fusion.strategy == "none" and training.fusion.steps is not None:
-        lines.append("training.fusion.steps is unused: training.fusion.strategy is none")
+    lines += after_notes(config, given)
     if "lookahead" in given and (not stacked or config.n_sections == 1):
         lines.append("training.lookahead is unused: no stage of this schedule has blocks above it")
     if training.lookahead == "none" and "lookahead_blocks" in given:

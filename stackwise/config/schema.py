@@ -234,13 +234,20 @@ class Settings(Section):
     @property
     def n_stages(self) -> int:
         """Stages in the schedule."""
-        return self.n_sections + len(self.fusions)
+        return self.n_sections + len(self.fusions) + self.adapts
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a last stage turns the rack causal."""
+        return self.training.adaptation != "none"
 
     def stage_training(self, depth: int) -> StageTraining:
         """How stage `depth` trains: the defaults of `training`, with its own overrides."""
         own = self.stages.get(depth)
         values = {name: getattr(self.training, name) for name in StageTraining.model_fields}
-        if depth >= self.n_sections and self.training.fusion.steps is not None:
+        if self.adapts and depth == self.n_stages - 1:
+            values["steps"] = self.training.adaptation_steps or values["steps"]
+        elif depth >= self.n_sections and self.training.fusion.steps is not None:
             values["steps"] = max(1, self.training.fusion.steps // len(self.fusions))
         if own is not None:
             values |= own.training.model_dump(exclude_unset=True)

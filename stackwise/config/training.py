@@ -225,6 +225,16 @@ class TrainingConfig(StageTraining):
     log_every: PositiveInt = Field(
         10, description="steps between plain log lines, at least; they come every few seconds"
     )
+    adaptation: Literal["none", "causal"] = Field(
+        "none",
+        description="a last stage that turns the trained rack from bidirectional to causal: it then continues text",
+    )
+    adaptation_steps: PositiveInt | None = Field(
+        None, description="optimizer steps of that stage; null: as many as any stage"
+    )
+    adaptation_anneal: Count = Field(
+        0, description="of them, steps on which what follows is hidden bit by bit; 0: all of it from the first"
+    )
     cache_mode: Literal["layerwise", "fusion"] | None = Field(None, description="implied by mode; accepted, unused")
     cache_dir: str | None = Field(None, description="another name of store.path")
     fusion_evaluation: bool = Field(False, description="implied: every run evaluates the fused rack; unused")

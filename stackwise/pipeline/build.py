@@ -18,7 +18,7 @@ from stackwise.model import Block, Front, Head, build_block, build_front, build_
 from stackwise.model.lora import adapter_parameters, adapter_state, add_adapters, base_state, load_adapters
 from stackwise.model.numerics import COMPUTE
 from stackwise.model.quantized import PACKED, quantize
-from stackwise.objectives import Objective, make_objective
+from stackwise.objectives import AdaptationObjective, Objective, make_objective
 from stackwise.pipeline.holding import ADAPTER, PLAIN, Holding, adapter_part
 from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage
@@ -127,7 +127,7 @@ def stage_model(job: StageJob, config: StackWiseConfig) -> StageModel:
             embedding = front.embedding.weight if front is not None else embedding_of(job)
         own = owns_projection(config, stage)
         head = make_head(config, job.vocab_size, job.initial[HEAD], embedding, own=own)
-    objective = objective_of(config, job.mask_token, job.vocab_size)
+    objective = objective_of(config, job.mask_token, job.vocab_size, stage)
     model = StageModel(front, blocks, head, objective, config.precision, beyond)
     for part, module in parts_of(model, job.stage).items():
         if not part.startswith(ADAPTER):
@@ -147,7 +147,8 @@ def frozen_stage(below: Frozen, job: StageJob, config: StackWiseConfig) -> Stage
     stage = below.stage
     front = None if stage.reads_boundary else make_front(config, job.vocab_size, below.initial[FRONT])
     blocks = [make_block(config, part, below.initial, stage.holding(part), packed=True) for part in stage.blocks]
-    model = StageModel(front, blocks, None, objective_of(config, job.mask_token, job.vocab_size), config.precision)
+    objective = objective_of(config, job.mask_token, job.vocab_size, stage)
+    model = StageModel(front, blocks, None, objective, config.precision)
     return model.requires_grad_(False).eval()
 
 
@@ -156,8 +157,10 @@ def owns_projection(config: StackWiseConfig, stage: Stage) -> bool:
     return {FRONT, HEAD} & set(stage.trains) == {HEAD} and config.training.tied_head == "copy"
 
 
-def objective_of(config: StackWiseConfig, mask_token: int, vocab_size: int) -> Objective:
-    """The objective in force."""
+def objective_of(config: StackWiseConfig, mask_token: int, vocab_size: int, stage: Stage) -> Objective:
+    """The objective that a stage trains."""
+    if stage.causal_from is not None:
+        return AdaptationObjective(mask_token, stage.causal_from, config.seed)
     training = config.training.model_copy(update={"objective": config.objective})
     return make_objective(training, mask_token, vocab_size, config.seed)
 

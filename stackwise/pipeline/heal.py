@@ -42,7 +42,7 @@ def recomputer(run: RunDirectory, store: ActivationStore, device: str = "auto") 
 
     def recompute(info: BoundaryInfo, chunks: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         rack = _below(whole, info)
-        samples_R = _samples(rack, store, info)
+        samples_R = _samples(whole, store, info)
         for first in range(0, len(chunks), GROUP):
             group = chunks[first : first + GROUP]
             yield from zip(group, _raised(rack, store, info, group, samples_R), strict=True)
@@ -59,7 +59,8 @@ def _below(rack: CommittedRack, info: BoundaryInfo) -> CommittedRack:
             continue
         digests = [str(versions[part].digest) for part in parts]
         if trunk_id(forward, digests, stage.precisions(parts)) == info.trunk:
-            return dataclasses.replace(rack, parts={part: versions[part] for part in (*parts, HEAD)})
+            below = rack.up_to(stage)
+            return dataclasses.replace(below, parts={part: versions[part] for part in (*parts, HEAD)})
     raise NotFound(f"no committed stage of this run made boundary {info.id}")
 
 

@@ -182,7 +182,7 @@ class UnifiedTrainer:
             config.precision = describe(device)["precision"]
         front = self.front or build_front(config.model, vocab_size, config.seed, config.training.seq_len)
         self.front = front
-        objective = objective_of(config, mask_token, vocab_size)
+        objective = objective_of(config, mask_token, vocab_size, schedule(config)[0])
         with ActivationStore(self.store_path) as store:
             run = _Run(config, data, store, objective, vocab_size, mask_token, device, self._observe)
             return [run.stage(stage, front, layers, self.heads) for stage in schedule(config)]
@@ -195,6 +195,8 @@ class UnifiedTrainer:
             raise UsageError(f"training.lookahead: {training.lookahead} is not for layers of your own", hint=hint)
         if config.fusions:
             raise UsageError(f"training.fusion: {training.fusion.strategy} is not for layers of your own", hint=hint)
+        if config.adapts:
+            raise UsageError("training.adaptation: layers of your own are told no direction of attention", hint=hint)
         # A stage above tokens must hold all blocks from the lowest on, and train them.
         if any(not (s.reads_boundary or (s.first == 0 and set(s.holds) == set(s.trains))) for s in stages):
             raise UsageError("independent and prepended stages are not for layers of your own", hint=hint)

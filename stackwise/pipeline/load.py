@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,18 @@ class CommittedRack:
 
     @property
     def objective(self) -> Objective:
-        """The objective that the stages were trained with."""
-        return objective_of(self.config, self.mask_token, self.vocab_size)
+        """The objective that the finished rack was trained with: that of the last stage."""
+        return self.objective_of(self.stages[-1])
+
+    def objective_of(self, stage: Stage) -> Objective:
+        """The objective that a stage was trained with."""
+        return objective_of(self.config, self.mask_token, self.vocab_size, stage)
+
+    def up_to(self, stage: Stage) -> CommittedRack:
+        """The rack as it was when a stage had been committed."""
+        count = self.stages.index(stage) + 1
+        versions = self.versions[:count]
+        return dataclasses.replace(self, stages=self.stages[:count], parts=versions[-1], versions=versions)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -89,14 +100,19 @@ class CommittedRack:
         """Where time is depth: of numbers of masked positions, the depth of the stage that trained on them."""
         return assigner(self.config, 0).stage_of(counts_N, self.config.n_sections)
 
-    def exits(self) -> Iterator[StageModules]:
+    def exits(self, stages: Sequence[Stage] | None = None) -> Iterator[StageModules]:
         """The rack as it left at each stage, with that stage's head, one stage loaded at a time.
 
         A stage that stands on what the one before it left goes on from there; any other brings its whole way, from
         its own front.
+
+        Args:
+            stages: Those to leave at, neighbours in the schedule; None: all.
         """
         left: list[Source] | None = None
         for stage, versions in zip(self.stages, self.versions, strict=True):
+            if stages is not None and stage not in stages:
+                continue
             below = [versions[part] for part in stage.trunk]
             goes_on = left is not None and stage.reads_boundary and below == left
             first = stage.first if goes_on or not stage.reads_boundary else 0
@@ -104,7 +120,7 @@ class CommittedRack:
                 stage.depth,
                 self._blocks(block_parts(first, stage.last), versions, stage),
                 self.head(versions),
-                self.objective.causal,
+                self.objective_of(stage).causal,
                 front=None if goes_on else self.front(versions),
                 beyond=self._blocks(stage.beyond, versions, stage),
             )

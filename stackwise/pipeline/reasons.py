@@ -48,7 +48,7 @@ ROWS = (
 
 PARTS = (
     *("training.mode", "training.block_size", "training.n_stages", "training.fusion_mode"),
-    *("training.lookahead", "training.fusion.", "training.progressive.", "model.architecture."),
+    *("training.lookahead", "training.fusion.", "training.adaptation", "training.progressive.", "model.architecture."),
 )
 """Settings that say which blocks a stage holds, and what of it trains."""
 

@@ -108,6 +108,8 @@ def stage_recipe(
     objective: dict[str, Any] = {"name": config.objective}
     if config.training.loss_weight != "none":
         objective["weight"] = config.training.loss_weight
+    if stage.causal_from is not None:
+        objective["causal_from"] = stage.causal_from
     window: dict[str, Any] = {"window": [stage.depth, config.n_sections], "schedule": config.mask_schedule_type}
     if config.training.mask_windows is not None:
         window |= {"windows": config.training.mask_windows}

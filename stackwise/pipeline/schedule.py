@@ -49,6 +49,8 @@ class Stage:
         window: The window of the corpus that it trains on.
         place: Its place in the schedule, from 0.
         held: How it holds its blocks, and how those below are held, where that is not plainly, by part.
+        causal_from: The step from which on it trains the rack causally, whatever the stages before it did; None: it
+            trains as they did.
     """
 
     depth: int
@@ -63,6 +65,7 @@ class Stage:
     window: int = 0
     place: int = -1
     held: Mapping[str, Holding] = field(default_factory=dict)
+    causal_from: int | None = None
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Stage:
@@ -137,6 +140,7 @@ def maker(stages: list[Stage], stage: Stage) -> Stage:
 def _stages(config: StackWiseConfig) -> Iterator[Stage]:
     yield from _sections(config)
     yield from _fusions(config)
+    yield from _adaptation(config)
 
 
 def _sections(config: StackWiseConfig) -> Iterator[Stage]:
@@ -192,6 +196,15 @@ def _fusions(config: StackWiseConfig) -> Iterator[Stage]:
         frozen = config.training.fusion.strategy == "frozen"
         trains = (HEAD,) if frozen else (*front, *block_parts(first, last), HEAD)
         yield Stage(depth, low, last, trains, low > 0, depth if config.fresh_masks else 0)
+
+
+def _adaptation(config: StackWiseConfig) -> Iterator[Stage]:
+    """The whole rack once more, from tokens, to be causal from some step on."""
+    if config.adapts:
+        depth, top = config.n_stages - 1, config.model.n_blocks - 1
+        trains = (FRONT, *block_parts(0, top), HEAD)
+        rowset = depth if config.fresh_masks else 0
+        yield Stage(depth, 0, top, trains, False, rowset, causal_from=config.training.adaptation_anneal)
 
 
 def _beyond(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...]:

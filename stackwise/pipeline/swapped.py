@@ -49,7 +49,7 @@ class JobParts:
         self.precision: str = "fp16" if in_half else config.precision
         self._own = owns_projection(config, stage)
         self.tied = config.model.tie_embeddings and not self._own and FRONT in held and HEAD in held
-        self._objective = objective_of(config, job.mask_token, job.vocab_size)
+        self._objective = objective_of(config, job.mask_token, job.vocab_size, stage)
         self._empty: dict[str, nn.Module] = {}
 
     def make(self, name: str, trained: Mapping[str, Tensor] | None, embedding_VD: Tensor | None = None) -> nn.Module:

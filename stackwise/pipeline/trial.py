@@ -143,7 +143,7 @@ def _engine(job: TrialJob, config: StackWiseConfig, device: torch.device) -> Res
         require_gradients(part, block, stage)
     tied = front.embedding.weight if front is not None and config.model.tie_embeddings else None
     head = make_head(config, job.vocab_size, fresh, tied, own=False)
-    objective = objective_of(config, job.mask_token, job.vocab_size)
+    objective = objective_of(config, job.mask_token, job.vocab_size, stage)
     model = StageModel(front, blocks, head, objective, config.precision, beyond).to(device)
     return ResidentEngine(model, config.stage_training(stage.depth), seed=(0,), device=device, first_block=stage.first)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from stackwise.inference import export
 from stackwise.pipeline.device import resolve_device
 from stackwise.pipeline.load import CommittedRack, load_rack
 from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.schedule import Stage
 
 
 def held_out_samples(rack: CommittedRack, split: Split) -> np.ndarray:
@@ -38,15 +39,33 @@ def evaluate_rack(
         split: What to evaluate on.
         progress: Called after each batch with (done, total); what it raises ends the evaluation.
     """
+    bidirectional, causal = ([s for s in rack.stages if (s.causal_from is None) is both] for both in (True, False))
+    each = [_evaluated(rack, stages, split, progress) for stages in (bidirectional, causal) if stages]
+    result = each[-1]
+    for before in each[:-1]:  # what the rack was before it was made causal
+        for group in (before, result):
+            for row in group["stages"]:
+                row["likelihood"] = group["likelihood"]
+        result["stages"] = [*before["stages"], *result["stages"]]
+    if len(result["stages"]) > 1:
+        first = {key: value for key, value in result["stages"][0].items() if key != "depth"}
+        result["baselines"]["first_stage"] = first
+    return result
+
+
+def _evaluated(
+    rack: CommittedRack, stages: Sequence[Stage], split: Split, progress: Callable[[int, int], None] | None
+) -> dict[str, Any]:
+    """Figures of some stages that were trained with one objective; those of the last are the rack's."""
     config = rack.config
     seq_len = config.training.seq_len
     indices = held_out_samples(rack, split)
-    result = evaluate(
+    return evaluate(
         rack.front(),
-        rack.exits(),
+        rack.exits(stages),
         split.samples(indices, seq_len),
         split.sample_bytes(indices, seq_len),
-        objective=rack.objective,
+        objective=rack.objective_of(stages[-1]),
         segments_NS=split.segments(indices, seq_len) if config.data.within_documents else None,
         targets_NS=split.targets(indices, seq_len) if config.objective == "custom" else None,
         fractions=config.evaluation.fractions,
@@ -57,13 +76,9 @@ def evaluate_rack(
         separator_id=rack.data.tokenizer.separator_id,
         unigram_counts=rack.data.train.counts,
         vocab_size=rack.vocab_size,
-        progress=None if progress is None else lambda done, stage: progress(done, stage * len(rack.stages)),
+        progress=None if progress is None else lambda done, stage: progress(done, stage * len(stages)),
         exit_of=rack.exit_of if 1 < len(rack.stages) == config.n_sections and config.time_as_depth else None,
     )
-    if len(result["stages"]) > 1:
-        first = {key: value for key, value in result["stages"][0].items() if key != "depth"}
-        result["baselines"]["first_stage"] = first
-    return result
 
 
 def evaluate_run(run: RunDirectory, *, data: list[str] | None = None, device: str = "auto") -> dict[str, Any]:

@@ -84,7 +84,7 @@ def _rendered(choice: Choice, stages: list[dict[str, Any]]) -> Group:
             str(row["depth"]),
             words.span(*row["blocks"]),
             row["reads"],
-            _parts(row["trains"]),
+            _parts(row["trains"]) + ("" if row["causal_from"] is None else ", to be causal"),
             f"{row['steps']:,}" if row["steps"] else "by data",
             words.rate(row["learning_rate"]),
             state(row.get("state", "–")),
@@ -110,6 +110,7 @@ def listing(config: StackWiseConfig) -> list[dict[str, Any]]:
                 "trains": list(stage.trains),
                 "precisions": stage.precisions(stage.holds),
                 "steps": settings.steps,
+                "causal_from": stage.causal_from,
                 "learning_rate": settings.learning_rate,
             }
         )

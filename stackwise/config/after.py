@@ -1,0 +1,69 @@
+"""What settings of the stages after the sections, fusion and adaptation, must hold together, and which are in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stackwise.config.schema import Settings
+
+
+def after_faults(config: Settings) -> Iterator[tuple[str, str]]:
+    """Each contradiction, as a dotted key and what is wrong with it."""
+    yield from _fusion(config)
+    yield from _adaptation(config)
+
+
+def _fusion(config: Settings) -> Iterator[tuple[str, str]]:
+    training, key = config.training, "training.fusion.strategy"
+    strategy = training.fusion.strategy
+    if strategy == "none":
+        return
+    if stands_apart(config):
+        yield key, f"{strategy}: independent stages do not stand on each other"
+    elif (
+        strategy == "hierarchical" and training.progressive.enabled and training.progressive.building_mode == "prepend"
+    ):
+        yield key, "hierarchical needs stacks that stand on finished ones; use trainable"
+
+
+def _adaptation(config: Settings) -> Iterator[tuple[str, str]]:
+    training, key = config.training, "training.adaptation"
+    if not config.adapts:
+        return
+    if config.objective == "clm":
+        yield key, "causal, but training.objective is clm: the rack is causal from the start"
+    elif config.objective == "custom":
+        yield key, "causal: a rack of custom targets does not say tokens; use mask_diffusion or mlm"
+    if training.diffusion_block is not None:
+        yield key, "causal: with diffusion_block the rack generates with a cache as it is; leave one of them out"
+    if stands_apart(config):
+        yield key, "causal: independent stages do not stand on each other"
+    if config.model.attention == "linear" and training.adaptation_anneal:
+        yield "training.adaptation_anneal", "linear attention has no way between both directions: set it to 0"
+    steps = config.stage_training(config.n_stages - 1).steps
+    if steps is not None and training.adaptation_anneal >= steps:
+        yield (
+            "training.adaptation_anneal",
+            f"{training.adaptation_anneal} of {steps} steps: at least one step is needed that is causal",
+        )
+
+
+def stands_apart(config: Settings) -> bool:
+    """Whether no section of the rack stands on another."""
+    return config.training.mode == "independent" and not config.training.progressive.enabled
+
+
+def after_notes(config: Settings, given: set[str]) -> Iterator[str]:
+    """One line for each setting that was given in vain.
+
+    Args:
+        config: The configuration.
+        given: The settings of `training` that differ from their defaults.
+    """
+    fusion = config.training.fusion
+    if fusion.strategy != "none" and config.n_sections == 1:
+        yield "training.fusion.strategy is unused: there is one stage"
+    if fusion.strategy == "none" and fusion.steps is not None:
+        yield "training.fusion.steps is unused: training.fusion.strategy is none"
+    if not config.adapts and (idle := sorted(given & {"adaptation_steps", "adaptation_anneal"})):
+        yield f"training.{', '.join(idle)}: unused, training.adaptation is none"
