@@ -132,7 +132,7 @@ def workbench(setting: Setting, directory: Path) -> Iterator[Bench]:
             chunk_rows=order_rows(config, rows),
             window_chunks=WINDOW_CHUNKS,
         )
-        objective = objective_of(config, setting.vocab_size - 1, setting.vocab_size)
+        objective = objective_of(config, setting.vocab_size - 1, setting.vocab_size, setting.stage)
         masks_RS = torch.from_numpy(store.masks(store.rowset(rowset).mask_ids, config.training.seq_len))
         scored_R = objective.positions(masks_RS).sum(1).numpy()
         yield Bench(setting, store, rowset, rows, boundary, split, order, scored_R)
@@ -175,7 +175,7 @@ def fresh_model(setting: Setting) -> StageModel:
     if not trains_projection(config):
         assert head.projection is not None
         head.projection.requires_grad_(False)
-    objective = objective_of(config, setting.vocab_size - 1, setting.vocab_size)
+    objective = objective_of(config, setting.vocab_size - 1, setting.vocab_size, setting.stage)
     model = StageModel(None, blocks, head, objective, config.precision)
     if config.training.compile:
         for block in model.blocks:
