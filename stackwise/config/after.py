@@ -24,6 +24,16 @@ def _fusion(config: Settings) -> Iterator[tuple[str, str]]:
         strategy == "hierarchical" and training.progressive.enabled and training.progressive.building_mode == "prepend"
     ):
         yield key, "hierarchical needs stacks that stand on finished ones; use trainable"
+    elif strategy == "adaptive" and config.fusions:
+        steps, sections = config.stage_training(config.n_sections).steps, config.n_sections
+        if training.fusion.steps is None:
+            yield key, "adaptive spends a budget: set training.fusion.steps"
+        elif min(left for _, left in training.fusion.allotment(steps or training.fusion.steps, sections)) < 1:
+            yield (
+                "training.fusion.steps",
+                f"{steps} leave none beside the probes of {sections} sections in {training.fusion.rounds} rounds: "
+                "raise it, or lower training.fusion.rounds or probe_steps",
+            )
 
 
 def _adaptation(config: Settings) -> Iterator[tuple[str, str]]:
@@ -65,5 +75,8 @@ def after_notes(config: Settings, given: set[str]) -> Iterator[str]:
         yield "training.fusion.strategy is unused: there is one stage"
     if fusion.strategy == "none" and fusion.steps is not None:
         yield "training.fusion.steps is unused: training.fusion.strategy is none"
+    idle = sorted({"rounds", "probe_steps"} & fusion.model_fields_set)
+    if fusion.strategy not in ("none", "adaptive") and idle:
+        yield f"training.fusion.{', '.join(idle)}: unused, training.fusion.strategy is {fusion.strategy}"
     if not config.adapts and (idle := sorted(given & {"adaptation_steps", "adaptation_anneal"})):
         yield f"training.{', '.join(idle)}: unused, training.adaptation is none"

@@ -223,7 +223,7 @@ class Settings(Section):
             return []
         if strategy == "frozen":
             return [level[-1]]
-        if strategy == "trainable":
+        if strategy in ("trainable", "adaptive"):
             return [(0, self.model.n_blocks - 1)]
         while len(level) > 1:
             pairs = [level[start : start + 2] for start in range(0, len(level), 2)]
@@ -240,6 +240,12 @@ class Settings(Section):
     def adapts(self) -> bool:
         """Whether a last stage turns the rack causal."""
         return self.training.adaptation != "none"
+
+    def heeds_held_out(self, depth: int) -> bool:
+        """Whether what stage `depth` commits depends on held-out loss."""
+        fused = self.n_sections <= depth < self.n_sections + len(self.fusions)
+        adaptive = fused and self.training.fusion.strategy == "adaptive"
+        return adaptive or self.stage_training(depth).heeds_held_out
 
     def stage_training(self, depth: int) -> StageTraining:
         """How stage `depth` trains: the defaults of `training`, with its own overrides."""

@@ -145,14 +145,32 @@ class ProgressiveConfig(Section):
 class FusionConfig(Section):
     """Stages that train sections of the rack together, after they were trained one by one."""
 
-    strategy: Literal["none", "frozen", "trainable", "hierarchical"] = Field(
+    strategy: Literal["none", "frozen", "trainable", "hierarchical", "adaptive"] = Field(
         "none",
         description="frozen (the head alone, over the finished rack), trainable (the whole rack), hierarchical "
-        "(neighbours first, then pairs of pairs, up to the whole)",
+        "(neighbours first, then pairs of pairs, up to the whole), adaptive (the section whose unfreezing gains most "
+        "on held-out loss, found by probes)",
     )
     steps: PositiveInt | None = Field(
         None, description="optimizer steps in all, shared by these stages; null: as many as a stage each"
     )
+    rounds: PositiveInt = Field(
+        1, description="adaptive: how often it is probed anew which section to train; each round has its share of steps"
+    )
+    probe_steps: PositiveInt | None = Field(
+        None, description="adaptive: steps of a section's probe; null: a quarter of a round's, shared by the sections"
+    )
+
+    def allotment(self, steps: int, sections: int) -> list[tuple[int, int]]:
+        """Steps of each probe, and those of the section that is chosen, for each round of adaptive fusion.
+
+        Args:
+            steps: The budget in all.
+            sections: How many are probed.
+        """
+        each = [steps * (k + 1) // self.rounds - steps * k // self.rounds for k in range(self.rounds)]
+        probes = [self.probe_steps or max(1, own // (4 * sections)) for own in each]
+        return [(probe, own - sections * probe) for own, probe in zip(each, probes, strict=True)]
 
 
 class TrainingConfig(StageTraining):

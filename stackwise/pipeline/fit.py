@@ -51,6 +51,15 @@ def trained_parameters(config: StackWiseConfig, vocab_size: int, stage: Stage) -
     return sum(part_parameters(config, vocab_size, part, stage) for part in stage.trains)
 
 
+def largest_phase(config: StackWiseConfig, vocab_size: int, stage: Stage) -> Stage:
+    """Of a stage that unfreezes one section at a time, what it is with the largest of them; else the stage itself."""
+
+    def takes(phase: Stage) -> int:
+        return state_bytes(config, vocab_size, phase, gradients=True) + still_bytes(config, vocab_size, phase)
+
+    return max((stage.unfreezing(*section) for section in stage.candidates), key=takes, default=stage)
+
+
 def still_bytes(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
     """Bytes of the weights that a stage holds and does not train; packed where they are in a narrow format."""
     found = 0.0
@@ -62,7 +71,7 @@ def still_bytes(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
 
 def state_bytes(config: StackWiseConfig, vocab_size: int, stage: Stage, *, gradients: bool) -> int:
     """Bytes of what a stage trains and its optimizer state (as a checkpoint holds them), with or without gradients."""
-    settings = config.stage_training(stage.depth)
+    stage, settings = largest_phase(config, vocab_size, stage), config.stage_training(stage.depth)
     whole = trained_parameters(config, vocab_size, stage)
     blocks = sum(part not in (FRONT, HEAD) and not part.startswith(ADAPTER) for part in stage.trains)
     blocks *= config.model.block_parameters
@@ -94,6 +103,7 @@ def memory_parts(
         stage: The stage.
         blocks: Blocks of the stage; None: its own.
     """
+    stage = largest_phase(config, vocab_size, stage)
     model, own = config.model, stage.last - stage.first + 1
     kv = model.kv_heads * model.head_dim
     inner = (4 if model.ffn == "swiglu" else 2) * model.ffn_width
@@ -138,6 +148,7 @@ def swap_of(config: StackWiseConfig, vocab_size: int, stage: Stage, memory: int)
         stage: The stage.
         memory: Bytes of the device, or on a CPU of the machine; `training.memory` comes before it.
     """
+    stage = largest_phase(config, vocab_size, stage)
     training, settings = config.training, config.stage_training(stage.depth)
     limit = min(memory, training.memory or memory)
     fits = stage_memory(config, vocab_size, stage) <= SHARE * limit

@@ -69,6 +69,7 @@ class StageJob:
         held_out: The rowset that the stage is evaluated on as it trains; None: none.
         held_out_reads: Its boundary that enters the stage; None: tokens.
         hands_held_out: Whether to write its boundary above the stage too.
+        round: Of a stage that trains in rounds, which one it is: rows and dropout follow from it.
     """
 
     config: str
@@ -96,12 +97,17 @@ class StageJob:
     held_out: str | None = None
     held_out_reads: str | None = None
     hands_held_out: bool = False
+    round: int = 0
     kind: str = field(default="stage", init=False)
 
     @property
     def settings(self) -> StackWiseConfig:
         """The configuration."""
         return build(StackWiseConfig, parse_yaml(self.config, "job"))
+
+    def seed(self, config: StackWiseConfig) -> tuple[int, ...]:
+        """What its order of rows and its dropout follow from."""
+        return (config.seed, self.stage.depth, *((self.round,) if self.round else ()))
 
     def plain(self) -> dict[str, Any]:
         """As JSON-ready data."""

@@ -32,7 +32,7 @@ from stackwise.pipeline.job import Source, StageJob
 from stackwise.pipeline.recipe import codec_name, forward_specification, recipe_id, stage_recipe, trunk_id
 from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.pipeline.schedule import HEAD, Stage, schedule
-from stackwise.pipeline.stage_worker import train_stage
+from stackwise.pipeline.stage_training import train_stage
 from stackwise.store import ActivationStore, CommittedStage
 from stackwise.training.feed import Feed
 from stackwise.training.stage import StageModel

@@ -151,7 +151,7 @@ class Plan:
             initial={part: source.digest for part, source in starts(stage, versions).items()},
             trunk=self.trunk(stage, versions),
             targets=self.data.id if self.config.objective == "custom" else None,
-            held_out=self.rowset(HELD_OUT)[0] if self.config.stage_training(stage.depth).heeds_held_out else None,
+            held_out=self.rowset(HELD_OUT)[0] if self.config.heeds_held_out(stage.depth) else None,
         )
 
     def boundary(self, stage: Stage, versions: Versions, rowset: int | None = None) -> BoundaryInfo | None:
@@ -224,7 +224,7 @@ class Plan:
 
     def evaluates(self, stage: Stage) -> bool:
         """Whether a stage is evaluated on held-out rows as it trains."""
-        return self.config.stage_training(stage.depth).eval_every is not None
+        return self.config.stage_training(stage.depth).eval_every is not None or bool(stage.candidates)
 
     def hands_held_out(self, stage: Stage) -> bool:
         """Whether a worker that has trained a stage writes the held-out rows' boundary above it."""

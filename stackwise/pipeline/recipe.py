@@ -120,7 +120,8 @@ def stage_recipe(
         "objective": objective,
         "stage": {"blocks": [stage.first, stage.last], "trains": list(stage.trains)}
         | ({"held": held} if held else {})
-        | ({"beyond": list(stage.beyond)} if stage.beyond else {}),
+        | ({"beyond": list(stage.beyond)} if stage.beyond else {})
+        | ({"unfreezes": _unfreezes(config, stage)} if stage.candidates else {}),
         "head": {"tied": config.model.tie_embeddings, "above": config.training.tied_head},
         "order": {"chunk_rows": order_rows(config, rows), "window_chunks": WINDOW_CHUNKS},
         # The seed of order and dropout: two stages of one run must not draw alike.
@@ -132,6 +133,13 @@ def stage_recipe(
         "fresh": {"seed": config.seed, "init_std": config.model.init_std} if fresh else None,
         "targets": targets,
     } | ({"held_out": held_out} if held_out is not None else {})
+
+
+def _unfreezes(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
+    fusion = config.training.fusion
+    return {"sections": [list(each) for each in stage.candidates]} | fusion.model_dump(
+        include={"rounds", "probe_steps"}
+    )
 
 
 _ADDED = (

@@ -161,7 +161,7 @@ def status(run: RunDirectory) -> dict[str, Any]:
     manifest, live = run.manifest(), held_by_live_process(run)
     stages = []
     for stage in manifest["stages"]:
-        shown = {key: stage.get(key) for key in STATUS_KEYS}
+        shown = {key: stage.get(key) for key in STATUS_KEYS} | {"unfrozen": stage.get("unfrozen") or []}
         if shown["state"] == "running" and not live:
             shown["state"] = "interrupted"
         stages.append(shown)

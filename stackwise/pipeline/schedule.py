@@ -51,6 +51,8 @@ class Stage:
         held: How it holds its blocks, and how those below are held, where that is not plainly, by part.
         causal_from: The step from which on it trains the rack causally, whatever the stages before it did; None: it
             trains as they did.
+        candidates: First and last block of the sections of which it unfreezes one at a time, the one that gains most;
+            none: all that trains does so at once.
     """
 
     depth: int
@@ -66,6 +68,7 @@ class Stage:
     place: int = -1
     held: Mapping[str, Holding] = field(default_factory=dict)
     causal_from: int | None = None
+    candidates: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Stage:
@@ -73,7 +76,9 @@ class Stage:
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
-        return cls(**(values | {"held": {part: Holding.from_plain(how) for part, how in data["held"].items()}}))
+        held = {part: Holding.from_plain(how) for part, how in data["held"].items()}
+        candidates = tuple((first, last) for first, last in data["candidates"])
+        return cls(**(values | {"held": held, "candidates": candidates}))
 
     @property
     def holds(self) -> tuple[str, ...]:
@@ -104,6 +109,11 @@ class Stage:
     def makes(self) -> tuple[str, ...]:
         """The parts that make the boundary above it from tokens."""
         return (*self.trunk, *self.hands_on)
+
+    def unfreezing(self, first: int, last: int) -> Stage:
+        """The same stage with blocks `first` to `last` training alone, and the head; the front with the lowest."""
+        own = {*self.with_adapters(block_parts(first, last)), HEAD, *((FRONT,) if first == 0 else ())}
+        return dataclasses.replace(self, trains=tuple(part for part in self.trains if part in own), candidates=())
 
     def precisions(self, parts: Iterable[str]) -> dict[str, str]:
         """The precision of each of these parts that is not held in the run's."""
@@ -195,7 +205,8 @@ def _fusions(config: StackWiseConfig) -> Iterator[Stage]:
         front = () if first > 0 else (FRONT,)
         frozen = config.training.fusion.strategy == "frozen"
         trains = (HEAD,) if frozen else (*front, *block_parts(first, last), HEAD)
-        yield Stage(depth, low, last, trains, low > 0, depth if config.fresh_masks else 0)
+        sections = tuple(sorted(config.partition)) if config.training.fusion.strategy == "adaptive" else ()
+        yield Stage(depth, low, last, trains, low > 0, depth if config.fresh_masks else 0, candidates=sections)
 
 
 def _adaptation(config: StackWiseConfig) -> Iterator[Stage]:

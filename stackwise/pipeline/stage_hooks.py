@@ -17,6 +17,7 @@ from stackwise.pipeline.job import StageJob
 from stackwise.training import checkpoint
 from stackwise.training.checkpoint import Checkpoints
 from stackwise.training.divergence import Rollback
+from stackwise.training.engine import Engine
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.forward import forward_rows
 from stackwise.training.trainer import Progress, Trainer
@@ -108,10 +109,7 @@ class StageHooks:
         """The mean loss on the held-out rows."""
         assert self._held_out is not None, "a stage that is evaluated has held-out rows"
         begun, trainer = time.perf_counter(), self._trainer
-        rows = self._held_out.rowset.rows
-        batch_size = forward_rows(self._held_out.seq_len)  # it shapes the sum, so it is not a setting
-        with ahead(self._held_out.sequential([(0, rows)], batch_size), trainer.engine.device) as batches:
-            loss = trainer.engine.evaluate(batches)
+        loss = held_out_loss(trainer.engine, self._held_out)
         best = trainer.record.best
         lowest = loss if best is None else min(loss, best[1])
         self._tell("held_out", step=trainer.step, nats=loss, best=lowest, seconds=time.perf_counter() - begun)
@@ -177,3 +175,10 @@ class StageHooks:
 
     def _tell(self, event: str, **values: Any) -> None:
         self._emit({"event": event, "stage": self._job.stage.place, **values})
+
+
+def held_out_loss(engine: Engine, held_out: Feed) -> float:
+    """The mean loss of an engine's weights on held-out rows, in nats."""
+    batch_size = forward_rows(held_out.seq_len)  # it shapes the sum, so it is not a setting
+    with ahead(held_out.sequential([(0, held_out.rowset.rows)], batch_size), engine.device) as batches:
+        return engine.evaluate(batches)

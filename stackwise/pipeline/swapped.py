@@ -132,7 +132,7 @@ def swapped_engine(
     return SwappedEngine(
         JobParts(job, config, job.initial),
         config.stage_training(job.stage.depth),
-        seed=(config.seed, job.stage.depth),
+        seed=job.seed(config),
         device=device,
         directory=Path(job.checkpoints) / "swap",
         groups=swap.groups,

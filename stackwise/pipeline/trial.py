@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.loading import build, dump, parse_yaml
 from stackwise.identity import content_id
-from stackwise.pipeline.fit import memory_parts
+from stackwise.pipeline.fit import largest_phase, memory_parts
 from stackwise.pipeline.memory import Memory, is_out_of_memory, memory
 from stackwise.pipeline.schedule import Stage, schedule
 
@@ -60,10 +60,11 @@ class TrialJob:
 
 def wanted(config: StackWiseConfig) -> dict[str, Stage]:
     """The keys that are `auto`, each with the stage to try: the largest of those that it holds for."""
-    stages = schedule(config)
+    size = config.model.vocab_size or 4096
+    stages = [largest_phase(config, size, stage) for stage in schedule(config)]
 
     def takes(stage: Stage) -> float:
-        return sum(memory_parts(config, config.model.vocab_size or 4096, stage))
+        return sum(memory_parts(config, size, stage))
 
     own = {k for k, each in config.stages.items() if "batch_size" in each.training.model_fields_set}
     rest = [stage for stage in stages if stage.depth not in own]

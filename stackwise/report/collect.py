@@ -38,6 +38,7 @@ class StageFacts:
     seconds: float | None = None
     tokens_per_second: float | None = None
     learning_rate: float | None = None
+    fusion: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def _add_training(stage: StageFacts, committed: CommittedStage | None, curve: Cu
         losses = enumerate(record.get("losses", []), 1)
         stage.curve = [(float(step), loss) for step, loss in losses if loss is not None]
         stage.held_out = [(float(step), loss) for step, loss in record.get("held_out", [])]
+        stage.fusion = record.get("fusion")
         stage.tokens, stage.seconds = record.get("tokens"), record.get("seconds")
         if stage.tokens and stage.seconds:
             stage.tokens_per_second = stage.tokens / stage.seconds

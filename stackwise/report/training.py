@@ -19,7 +19,7 @@ def section(facts: Facts) -> list[str]:
     """Loss by stage and step, and what each stage did."""
     if not facts.stages:
         return ["<h2>Training</h2>", '<p class="soft">No stage has begun yet.</p>']
-    return ["<h2>Training</h2>", *_curves(facts), _table(facts)]
+    return ["<h2>Training</h2>", *_curves(facts), _table(facts), *_fusions(facts)]
 
 
 def _curves(facts: Facts) -> list[str]:
@@ -101,3 +101,24 @@ def _row(stage: StageFacts) -> str:
 def _ids(stage: StageFacts) -> str:
     named = (("recipe", stage.recipe), ("reads trunk", stage.trunk or "tokens"), ("weights", stage.weights))
     return escape("\n".join(f"{name} {value}" for name, value in named if value))
+
+
+def _fusions(facts: Facts) -> list[str]:
+    """What adaptive fusion found out: the gain of each section in each round, and which was trained."""
+    shown = []
+    for stage in facts.stages:
+        for number, each in enumerate((stage.fusion or {}).get("rounds", []), 1):
+            gains = "".join(
+                f'<tr class="{"last" if probe["blocks"] == each["chosen"] else ""}"><th scope="row" class="text">'
+                f"{words.span(*probe['blocks'])}</th><td>{probe['nats']:.4f}</td><td>{probe['gain']:+.4f}</td></tr>"
+                for probe in each["probes"]
+            )
+            done = (
+                f"blocks {words.span(*each['chosen'])}, then {each['nats']:.4f}" if each["chosen"] else "none: no gain"
+            )
+            shown.append(
+                f"<h3>Stage {stage.depth}, round {number}: {done}</h3>"
+                '<table class="data"><thead><tr><th class="text">unfrozen</th><th>held-out loss</th><th>gain</th>'
+                f"</tr></thead><tbody>{gains}</tbody></table>"
+            )
+    return shown

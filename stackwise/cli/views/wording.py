@@ -51,6 +51,12 @@ def wording(event: Event) -> str | None:
             return f"boundary written: {', '.join([took, *waited])}"
         case "reused":
             return f"reused ({event['reason']})"
+        case "probe":
+            return f"blocks {words.span(*event['blocks'])} unfrozen: held-out loss {event['nats']:.4f}{_gained(event)}"
+        case "unfrozen" if event["blocks"] is None:
+            return "no section gains on held-out loss: nothing more is trained"
+        case "unfrozen":
+            return f"blocks {words.span(*event['blocks'])} gain most and are trained"
         case "recomputing" | "stopping" | "failed":
             return str(event["text"])
         case "dropped":
@@ -66,6 +72,10 @@ def wording(event: Event) -> str | None:
         case "done":
             return f"done in {words.duration(event['seconds'])}"
     return None
+
+
+def _gained(event: Event) -> str:
+    return f", {event['gain']:.4f} less than before" if event["gain"] > 0 else ", no gain"
 
 
 def _traffic(event: Event) -> str:
