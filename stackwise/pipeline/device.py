@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from typing import Any
 
 import psutil
 import torch
 
 from stackwise.errors import UsageError
+from stackwise.pipeline.memory import status
 
 
 def resolve_device(name: str) -> torch.device:
@@ -39,17 +42,22 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {"device": device.type, "name": name, "memory": psutil.virtual_memory().total, "precision": "fp32"}
 
 
-def warm_up() -> None:
+def prepare_imports() -> torch.optim.Optimizer:
     """Have torch import what it otherwise imports with the first parameters and the first optimizer.
 
     That is its compiler's front end, some 800 modules: 1.5 s of a worker that has been given its job, or none of one
-    that waits for it. On the CPU, whatever the device is: nothing is taken of a GPU that another worker uses.
+    that waits for it. Nothing is computed, and no GPU is asked for.
     """
     with torch.device("meta"):
         module = torch.nn.Linear(2, 2)
-    module.to_empty(device="cpu")
-    optimizer = torch.optim.AdamW(module.parameters())
-    module(torch.zeros(1, 2)).sum().backward()
+    return torch.optim.AdamW(module.to_empty(device="cpu").parameters())
+
+
+def warm_up() -> None:
+    """`prepare_imports`, and a first step: on the CPU, as nothing is taken of a GPU that another worker uses."""
+    optimizer = prepare_imports()
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.sum().backward()
     optimizer.step()
 
 
@@ -63,11 +71,14 @@ def make_deterministic() -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held on the device; on a CPU, its largest resident size."""
+    """Most bytes that this process has held on the device; on a CPU, its largest resident size.
+
+    Of a process that was forked, what it shares with the one it is a copy of counts too.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if sys.platform == "linux":  # where `ru_maxrss` would begin with the size of whoever started this process
+        return status("VmHWM")
+    else:  # noqa: RET505 - of which mypy knows that it is for other systems
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

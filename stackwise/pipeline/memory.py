@@ -60,13 +60,14 @@ def _host() -> list[Memory]:
         found.append(Memory(space, info.vms, "address space (ulimit -v)"))
     data = resource.getrlimit(resource.RLIMIT_DATA)[0]
     if data != resource.RLIM_INFINITY and sys.platform == "linux":
-        found.append(Memory(data, _status("VmData"), "data memory (ulimit -d)"))
+        found.append(Memory(data, status("VmData"), "data memory (ulimit -d)"))
     if (group := _group_room()) is not None:
         found.append(Memory(info.rss + group, info.rss, "memory of its control group"))
     return found
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """An entry in bytes of what Linux says of this process's memory, such as VmHWM."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 

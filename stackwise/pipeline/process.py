@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
+from stackwise.pipeline.launch import WorkerProcess
 from stackwise.pipeline.memory import killed_for_memory
 
 Event = dict[str, Any]
-
-WAITING = {"GOMP_SPINCOUNT": "1000"}
-"""How a worker's threads wait for each other: a short spin, then asleep. With libgomp's own long spin one of them keeps
-the core that the other needs as soon as anything else runs on the machine (docs/log.md)."""
 
 CLOSE_SECONDS = 120
 """How long a worker that was told to stop may take for the step in hand and its checkpoint."""
@@ -53,17 +47,7 @@ class Worker:
 
     def __init__(self, device: str, log: Path) -> None:
         self.log = log
-        with log.open("ab") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "stackwise.pipeline.worker", device],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                encoding="utf-8",
-                env={**WAITING, **os.environ},
-                start_new_session=True,  # a terminal's Ctrl-C is for the runner to pass on
-            )
+        self._process = WorkerProcess(device, log)
         # Its `put` may be called by a signal handler that interrupts its `get`.
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._listener = threading.Thread(target=self._listen, name="worker-events", daemon=True)
@@ -98,7 +82,6 @@ class Worker:
             StackWiseError: It failed; says how, with the last lines of its log.
         """
         self.ready()
-        assert self._process.stdin is not None
         self._given = True
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(job) + "\n")
@@ -107,7 +90,8 @@ class Worker:
             if event["event"] in ("error", "interrupted"):
                 self._process.wait()
                 raise self._failure(event)
-            yield event
+            if event["event"] != "ready":  # said again, where a template said it for a worker that it cannot fork
+                yield event
         if self._process.wait() != 0:
             raise self._failure(None)
 
@@ -119,33 +103,29 @@ class Worker:
         """
         self._stopped = True
         self._events.put(told)
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM if self._given else signal.SIGKILL)
+        self._process.send_signal(signal.SIGTERM if self._given else signal.SIGKILL)
 
     def kill(self) -> None:
         """End it at once."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._process.kill()
 
     def close(self) -> None:
         """Let go of it: one without a job ends at once; one with a job saves first."""
         if not self._given:
             self.kill()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         try:
             self._process.wait(timeout=CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             self.kill()
             self._process.wait()
-        self._listener.join()
-        self._process.stdout.close()
+        if self._process.begun:
+            self._listener.join()
+        self._process.close()
 
     def _listen(self) -> None:
-        assert self._process.stdout is not None
-        with contextlib.suppress(ValueError, OSError):
+        with contextlib.suppress(ValueError, OSError), self._process.stdout:
             for line in self._process.stdout:
                 with contextlib.suppress(json.JSONDecodeError):
                     self._events.put(json.loads(line))

@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from stackwise.durable import is_full_disk, no_space
 from stackwise.errors import InterruptedRun, StackWiseError
@@ -41,15 +41,20 @@ class _Channel:
                 pass
 
 
-def main() -> int:
-    """Serve one job; the exit code is that of `StackWiseError`, 0 when done."""
+def main(device: str, *, told: bool = False) -> int:
+    """Serve one job; the exit code is that of `StackWiseError`, 0 when done.
+
+    Args:
+        device: As in the configuration.
+        told: That it is ready is said already.
+    """
     stopping = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the runner, which tells its workers
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     channel = _Channel()
     before: list[Memory] = []
     try:
-        return _serve(channel, stopping, before)
+        return _serve(channel, stopping, before, device, told)
     except StackWiseError as error:
         return _tell(channel, error)
     except Exception as error:
@@ -68,27 +73,39 @@ def _tell(channel: _Channel, error: StackWiseError) -> int:
     return error.exit_code
 
 
-def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory]) -> int:
+def ready(device: str) -> dict[str, Any]:
+    """The event with which a worker says that it can be given its job.
+
+    Raises:
+        UsageError: The device is not there.
+    """
+    from stackwise.pipeline.device import describe, resolve_device
+
+    return {"event": "ready", **describe(resolve_device(device))}
+
+
+def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], device: str, told: bool) -> int:
     # Before torch: a job for `status` of a device that is not there should fail here, not at import.
-    from stackwise.pipeline.device import describe, resolve_device, warm_up
+    from stackwise.pipeline.device import resolve_device, warm_up
     from stackwise.pipeline.finish_worker import run_finish
     from stackwise.pipeline.job import FinishJob, StageJob
     from stackwise.pipeline.stage_worker import run_stage
     from stackwise.pipeline.trial import TrialJob, run_trial
 
-    device = resolve_device(sys.argv[1] if len(sys.argv) > 1 else "auto")
-    channel.emit({"event": "ready", **describe(device), "pid": os.getpid()})
+    if not told:
+        channel.emit(ready(device))
     warm_up()
     line = sys.stdin.readline()
     if not line:
         return 0
     threading.Thread(target=_watch_parent, args=(stopping,), daemon=True).start()
     job = json.loads(line)
-    before.append(memory(device))
+    on = resolve_device(device)
+    before.append(memory(on))
     if job["kind"] == "stage":
         run_stage(StageJob.from_plain(job), channel.emit, stopping.is_set)
     elif job["kind"] == "trial":
-        channel.emit({"event": "trial", **run_trial(TrialJob.from_plain(job), device)})
+        channel.emit({"event": "trial", **run_trial(TrialJob.from_plain(job), on)})
     else:
         run_finish(FinishJob.from_plain(job), channel.emit, stopping.is_set)
     return 0
@@ -119,9 +136,12 @@ def _peak(base: Memory) -> int | None:
     return now.used if now.what == base.what else None
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(code: int) -> NoReturn:
+    """End a worker: everything is closed and durable, and taking torch apart would only keep the next stage waiting."""
     with contextlib.suppress(OSError):
         sys.stderr.flush()
-    # Everything is closed and durable; taking torch apart module by module would only keep the next stage waiting.
     os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1] if len(sys.argv) > 1 else "auto"))

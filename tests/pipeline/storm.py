@@ -64,9 +64,9 @@ class Command:
         return self.process.returncode, err
 
     def children(self) -> list[int]:
-        """Its workers' process ids."""
+        """Ids of its workers, and of the process that they are forked from."""
         try:
-            return [child.pid for child in psutil.Process(self.process.pid).children()]
+            return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
 

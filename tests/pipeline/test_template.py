@@ -1,0 +1,245 @@
+"""Workers that are forked from a template: as those that were started by themselves, whatever is killed meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from stackwise.config.loading import dump
+from stackwise.pipeline import launch
+from stackwise.pipeline.launch import WorkerProcess
+from stackwise.pipeline.process import OutOfMemory, Worker
+from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.runner import Runner
+from stackwise.store import ActivationStore
+from tests.conftest import Micro, run
+from tests.pipeline.storm import Command
+from tests.pipeline.test_run import weights
+
+pytestmark = pytest.mark.skipif(not launch._forks("cpu"), reason="workers are forked on Linux alone")
+
+PROBE = """
+import json, os, resource, signal, sys, threading
+from stackwise.pipeline import template, worker
+
+def target(fd):
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:  # what it was listed with
+        return ""
+
+def probe(device, *, told):
+    said = {
+        "argv": sys.argv, "cwd": os.getcwd(), "path": sys.path[0], "environment": dict(os.environ), "told": told,
+        "session": os.getsid(0), "pid": os.getpid(), "threads": threading.active_count(), "device": device,
+        "open": [link.split(":")[0] for link in map(target, os.listdir("/proc/self/fd")) if link],
+        "job": sys.stdin.readline(),
+    }
+    os.write(1, (json.dumps(said) + "\\n").encode())
+    print("to the log", file=sys.stderr)
+    return 7
+
+worker.main = probe
+{before}
+template.main()
+"""
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Templates of the test's own, gone after it."""
+    monkeypatch.setattr(launch, "_templates", {})
+    yield
+    launch._end_templates()
+
+
+@pytest.fixture
+def probing(own: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have workers say what they find instead of working; the argument is what their template does first."""
+
+    def probe(before: str = "") -> None:
+        monkeypatch.setattr(launch, "TEMPLATE", ["-c", PROBE.replace("{before}", before)])
+
+    return probe
+
+
+def template() -> psutil.Process:
+    """The one template that there is."""
+    (only,) = launch._templates.values()
+    return psutil.Process(only._process.pid)
+
+
+def gone(pid: int, seconds: float = 10.0) -> bool:
+    """Whether a process ends, without leaving a zombie, within so many seconds."""
+    until = time.monotonic() + seconds
+    while psutil.pid_exists(pid) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not psutil.pid_exists(pid)
+
+
+def said_by(process: WorkerProcess, job: str = "work\n") -> dict[str, Any]:
+    process.stdin.write(job)
+    process.stdin.flush()
+    said: dict[str, Any] = json.loads(next(line for line in process.stdout if '"cwd"' in line))
+    assert process.wait(10) == 7
+    process.stdout.close()
+    process.close()
+    return said
+
+
+def test_a_worker_finds_what_one_started_by_itself_would(
+    probing: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probing()
+    log = tmp_path / "log"
+    first = said_by(WorkerProcess("cpu", log))
+    assert first["told"], "the first one's readiness is told while its imports go on"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("SOMETHING", "é\udcff")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    process = WorkerProcess("cpu", log)
+    said = said_by(process, "the job\n")
+    assert said["environment"] == {**launch.WAITING, **os.environ}
+    assert said["argv"][1:] == ["cpu"]
+    assert said["device"] == "cpu"
+    assert said["cwd"] == str(tmp_path / "elsewhere")
+    assert said["job"] == "the job\n"
+    assert said["pid"] == said["session"] == process.pid
+    assert said["threads"] == 1
+    assert not said["told"]
+    assert sorted(said["open"]) == sorted([str(log), "pipe", "pipe", "socket"])
+    assert log.read_text() == "to the log\n" * 2
+    assert len(launch._templates) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert said_by(WorkerProcess("cpu", log))["environment"]["OMP_NUM_THREADS"] == "2"
+    assert len(launch._templates) == 2, "what is read while modules are imported"
+
+
+def test_one_worker_holds_nothing_of_another(own: None, tmp_path: Path) -> None:
+    one, other = (Worker("cpu", tmp_path / f"{name}.log") for name in ("one", "other"))
+    for worker in (one, other):
+        assert worker.ready()["device"] == "cpu"
+    parent = template()
+    assert psutil.Process(one.pid).ppid() == psutil.Process(other.pid).ppid() == parent.pid
+    assert len(parent.open_files()) == 1, "its own log"
+    one._process.stdin.close()
+    assert one._process.wait(10) == 0, "nobody is there to give it a job"
+    assert one._events.get() is None, "its output has ended"
+    assert psutil.Process(other.pid).is_running()
+    os.kill(other.pid, signal.SIGKILL)
+    with pytest.raises(OutOfMemory, match=f"worker {other.pid} was killed by SIGKILL"):
+        list(other.run({"kind": "stage"}))
+    third = Worker("cpu", tmp_path / "third.log")
+    third.ready()
+    parent.kill()
+    assert gone(parent.pid) or parent.status() == psutil.STATUS_ZOMBIE
+    with pytest.raises(Exception, match="KeyError"):
+        list(third.run({"kind": "stage"}))
+    fourth = Worker("cpu", tmp_path / "fourth.log")
+    fourth.ready()
+    assert template().pid != parent.pid
+    assert gone(parent.pid)
+    os.kill(template().pid, signal.SIGKILL)
+    os.kill(fourth.pid, signal.SIGKILL)
+    with pytest.raises(OutOfMemory, match="SIGKILL"):
+        list(fourth.run({"kind": "stage"}))
+    for worker in (one, other, third, fourth):
+        worker.close()
+
+
+def test_one_that_is_not_wanted_any_more_is_not_waited_for(own: None, tmp_path: Path) -> None:
+    worker = Worker("cpu", tmp_path / "log")
+    begun = time.monotonic()
+    worker.close()
+    assert time.monotonic() - begun < 0.5
+    kept = Worker("cpu", tmp_path / "log")
+    kept.ready()
+    assert [child.pid for child in template().children()] == [kept.pid]
+    kept.close()
+    assert gone(kept.pid)
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["raise SystemExit('no')", "threading.Thread(target=threading.Event().wait, daemon=True).start()"],
+    ids=["that fails", "with threads"],
+)
+def test_a_template_that_does_not_serve(probing: Callable[..., None], tmp_path: Path, before: str) -> None:
+    probing(before)
+    worker = Worker("cpu", tmp_path / "log")
+    assert worker.ready()["device"] == "cpu"
+    assert psutil.Process(worker.pid).ppid() == os.getpid(), "it was started by itself"
+    worker.close()
+
+
+def test_weights_are_those_of_workers_started_by_themselves(
+    own: None, micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = micro(training__steps=10, model__dropout=0.1)
+    killed: list[int] = []
+
+    def observe(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and not killed:
+            killed.append(template().pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    Runner(config, RunDirectory(tmp_path / "forked"), observe).run(only=0)
+    run(config, tmp_path / "forked", only=1)
+    assert template().pid != killed[0]
+    monkeypatch.setattr(launch, "_forks", lambda device: False)
+    for depth in (0, 1):
+        run(config, tmp_path / "plain", only=depth)
+    forked, plain = weights(tmp_path / "forked"), weights(tmp_path / "plain")
+    assert forked[:2] == plain[:2]
+    assert all(forked[:2])
+
+
+def test_a_runner_that_is_killed_leaves_a_worker_that_saves(micro: Micro, tmp_path: Path) -> None:
+    config = micro(training__steps=100_000, training__rows=500, training__checkpoint_steps=None)
+    (tmp_path / "stackwise.yaml").write_text(dump(config))
+    command = Command(tmp_path / "stackwise.yaml", tmp_path / "run")
+    worker = command.until("step", 0)["pid"]
+    children = command.children()
+    assert worker in children
+    command.process.kill()
+    assert all(gone(child) for child in children), "template, worker and the next worker"
+    command.end()
+    assert list((tmp_path / "run" / "checkpoints").glob("*/step-*"))
+    with ActivationStore(tmp_path / "run" / "store", create=False) as store:
+        assert store.verify()["damaged"] == []
+
+
+def test_the_end_of_a_python_process_is_its_templates(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from stackwise.pipeline import launch\n"
+        "from stackwise.pipeline.process import Worker\n"
+        "worker = Worker('cpu', Path(sys.argv[1])); worker.ready(); worker.close()\n"
+        "print(*[each._process.pid for each in launch._templates.values()])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(tmp_path / "log")], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    assert not psutil.pid_exists(int(done.stdout))
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_where_a_worker_may_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not launch._forks("cuda")
+    assert not launch._forks("mps")
+    monkeypatch.setattr(launch, "_cpu_alone", lambda: False)
+    assert not launch._forks("auto")
+    assert launch._forks("cpu"), "no GPU is asked for"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not launch._forks("cpu")
