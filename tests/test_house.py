@@ -52,6 +52,7 @@ def test_a_room_imports_only_from_below(path: Path) -> None:
         "stackwise.store",
         "stackwise.data",
         "stackwise.pipeline.runner",
+        "stackwise.pipeline.trackers",
         "stackwise.report",
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import flat
 from stackwise.errors import UsageError
+from stackwise.pipeline.event_files import EventFile
 from stackwise.pipeline.figures import Point
 from stackwise.pipeline.tracking import About, Tracker
 
@@ -28,7 +29,7 @@ class TensorBoard:
 
     def __init__(self) -> None:
         self._directory = Path()
-        self._writers: dict[int | None, Any] = {}
+        self._writers: dict[int | None, EventFile] = {}
         self._numbers = itertools.count()
 
     def open(self, about: About, number: int, known: str | None) -> str:
@@ -40,13 +41,8 @@ class TensorBoard:
 
     def log(self, points: list[Point]) -> None:
         """Append to the event files."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
         for point in points:
-            summary = scalar(point.name, point.value)
-            event = Event(wall_time=point.time, step=point.step, summary=summary)
-            self._writer(point.stage).write_event(event)
+            self._writer(point.stage).scalar(point.name, point.value, point.step, point.time)
         for writer in self._writers.values():
             writer.flush()
 
@@ -56,17 +52,13 @@ class TensorBoard:
             writer.close()
         self._writers.clear()
 
-    def _writer(self, stage: int | None) -> Any:
+    def _writer(self, stage: int | None) -> EventFile:
         if stage not in self._writers:
-            from tensorboardX.event_file_writer import EventsWriter
-
             if len(self._writers) >= OPEN_WRITERS:
                 self._writers.pop(next(iter(self._writers))).close()
             directory = self._directory / ("depth" if stage is None else f"stage-{stage:03d}")
             directory.mkdir(parents=True, exist_ok=True)
-            # The package names files by the second: two that begin in one second must not be one file.
-            own = f".{os.getpid()}-{next(self._numbers)}"
-            self._writers[stage] = EventsWriter(str(directory / "events"), own)
+            self._writers[stage] = EventFile(directory, f".{os.getpid()}-{next(self._numbers)}")
         return self._writers[stage]
 
 

@@ -20,8 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
+from stackwise.config import StackWiseConfig
+from stackwise.pipeline.process import WorkerFailed
 from stackwise.pipeline.run import RunDirectory, status
+from stackwise.pipeline.runner import Runner
 from stackwise.store import ActivationStore
 
 MOMENTS = ("start", "preparing", "device", "training", "step", "checkpoint", "committed", "writing", "boundary")
@@ -69,6 +73,18 @@ class Command:
             return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+
+def kill_worker(config: StackWiseConfig, directory: Path, stage: int, step: int) -> None:
+    """Run a configuration until a worker tells of that step, and kill it as soon as it is heard."""
+
+    def observe(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["stage"] == stage and event["step"] >= step:
+            with contextlib.suppress(ProcessLookupError):  # killed at the step before
+                os.kill(event["pid"], signal.SIGKILL)
+
+    with pytest.raises(WorkerFailed, match="was killed by SIGKILL"):
+        Runner(config, RunDirectory(directory), observe).run()
 
 
 class Storm:

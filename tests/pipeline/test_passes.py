@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import pytest
 import torch
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
 from stackwise.pipeline.device import describe
 from stackwise.pipeline.events import Manifest
 from stackwise.pipeline.job import FinishJob, StageJob
@@ -23,8 +20,8 @@ from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner import Runner
 from stackwise.pipeline.stage_worker import run_stage
 from stackwise.store import ActivationStore
-from tests.conftest import Micro
-from tests.pipeline.test_kill import Command
+from tests.conftest import Micro, run
+from tests.pipeline.storm import kill_worker
 from tests.pipeline.test_run import named, weights
 
 SMALL: dict[str, Any] = {
@@ -125,13 +122,8 @@ def test_the_weights_are_those_of_separate_passes(
 def test_a_fused_pass_killed_halfway_goes_on(separate: Separate, tmp_path: Path) -> None:
     config = RunDirectory(separate("bf16")).config()
     config.store.fuse_passes = True
-    (tmp_path / "stackwise.yaml").write_text(dump(config))
-    first = Command(tmp_path / "stackwise.yaml", tmp_path / "run")
-    first.until("filling", 0)
-    os.kill(first.until("step", 1, 2)["pid"], signal.SIGKILL)
-    assert first.end()[0] == 1
-    again = Command(tmp_path / "stackwise.yaml", tmp_path / "run")
-    assert again.end()[0] == 0
+    kill_worker(config, tmp_path / "run", 1, 2)
+    run(config, tmp_path / "run")
     assert weights(tmp_path / "run") == weights(separate("bf16"))
     assert verified(tmp_path / "run") == verified(separate("bf16"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from stackwise.config.loading import dump
 from stackwise.pipeline.fit import swap_of
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import Micro, run
+from tests.pipeline.storm import kill_worker
 from tests.pipeline.test_kill import Command, goes_on
 from tests.pipeline.test_run import named, weights
 
@@ -71,9 +71,7 @@ def test_a_worker_killed_in_a_swapped_stage(micro: Micro, tmp_path: Path) -> Non
     run(micro(**values, training__swap="never"), tmp_path / "resident")
     config = tmp_path / "stackwise.yaml"
     config.write_text(dump(micro(**values, training__swap="always", training__swap_parts=2)))
-    first = Command(config, tmp_path / "run")
-    os.kill(first.until("step", 0, 3)["pid"], signal.SIGKILL)
-    first.end()
+    kill_worker(micro(**values, training__swap="always", training__swap_parts=2), tmp_path / "run", 0, 3)
     second = Command(config, tmp_path / "run")
     second.until("step", 0, 6)
     second.process.send_signal(signal.SIGTERM)

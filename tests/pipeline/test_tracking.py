@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from stackwise.config.checks import notes
 from stackwise.config.loading import dump
 from stackwise.errors import UsageError
 from stackwise.pipeline import trackers
+from stackwise.pipeline.event_files import EventFile
 from stackwise.pipeline.figures import Point
 from stackwise.pipeline.run import with_absolute_paths
 from stackwise.pipeline.tracking import About, Follower
@@ -202,6 +204,19 @@ def test_a_tracker_switched_on_late_gets_what_counts(log: Log) -> None:
         "held_out/bits_per_byte",
         "held_out/loss_at_0.5",
     }
+
+
+def test_event_files_hold_any_number(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard" / "stage-000").mkdir(parents=True)
+    file = EventFile(tmp_path / "tensorboard" / "stage-000", ".1")
+    for step, value in enumerate((1.5, -2.5, 0.0, 1e39, -math.inf)):
+        file.scalar("loss", value, step * 10**6, 1.8e9)
+    file.close()
+    (found,) = trackers_files.tensorboard(tmp_path).items()
+    assert found == (
+        "stage-000/loss",
+        [(0, 1.5), (10**6, -2.5), (2 * 10**6, 0.0), (3 * 10**6, math.inf), (4 * 10**6, -math.inf)],
+    )
 
 
 def test_tensorboard_by_default_and_not_where_it_is_off(micro: Micro, tmp_path: Path) -> None:

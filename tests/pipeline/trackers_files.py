@@ -13,14 +13,23 @@ Series = dict[str, list[tuple[int, float]]]
 
 def tensorboard(run: Path) -> Series:
     """Scalars of event files (TFRecord: length, its checksum, data, its checksum)."""
+    from tensorboardX.crc32c import _crc32c as crc32c
     from tensorboardX.proto.event_pb2 import Event
+
+    def checked(data: bytes, at: int) -> None:
+        crc = crc32c(data)
+        (stored,) = struct.unpack_from("<I", raw, at)
+        assert stored == ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF, f"{path}: checksum at {at}"
 
     found: Series = {}
     for path in sorted((run / "tensorboard").rglob("events*"), key=lambda p: p.stat().st_mtime_ns):
         raw, at = path.read_bytes(), 0
         while at < len(raw):
             (length,) = struct.unpack_from("<Q", raw, at)
+            checked(raw[at : at + 8], at + 8)
+            checked(raw[at + 12 : at + 12 + length], at + 12 + length)
             event = Event.FromString(raw[at + 12 : at + 12 + length])
+            assert event.wall_time > 1.7e9
             at += 12 + length + 4
             for value in event.summary.value:
                 where = path.parent.relative_to(run / "tensorboard")
