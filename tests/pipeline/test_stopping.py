@@ -129,7 +129,7 @@ def test_ctrl_c_twice_on_a_terminal_stops_at_once(text: Path, tmp_path: Path) ->
     terminal = Terminal(*slow(text, run))
     terminal.until(lambda drawn: "stage 0: step " in drawn)
     watchers = [watch("status", run), watch("stage", "list", run)]
-    time.sleep(1.5)
+    begun_with = [watcher.stdout.readline() for watcher in watchers if watcher.stdout is not None]
     terminal.ctrl_c()
     terminal.until(lambda drawn: "again to stop at once" in drawn)
     begun = time.monotonic()
@@ -142,8 +142,8 @@ def test_ctrl_c_twice_on_a_terminal_stops_at_once(text: Path, tmp_path: Path) ->
     shown = status(RunDirectory(run))
     assert shown["state"] == "interrupted"
     assert shown["stages"][0]["step"] - saved_step(run) <= 1, "nothing but the steps since the last checkpoint is lost"
-    for watcher in watchers:  # from other terminals; they end with the run
-        lines = [json.loads(line) for line in watcher.communicate(timeout=30)[0].splitlines()]
+    for watcher, line in zip(watchers, begun_with, strict=True):  # from other terminals; they end with the run
+        lines = [json.loads(each) for each in (line + watcher.communicate(timeout=30)[0]).splitlines()]
         assert watcher.returncode == 0
         assert len(lines) > 1
         assert lines[-1]["stages"][0]["state"] == "interrupted"
