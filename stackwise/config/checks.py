@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stackwise.config.after import after_faults, after_notes
-from stackwise.config.fields import Section
+from stackwise.config.fields import AUTO, Section
 from stackwise.config.model import LINEAR_SETTINGS, MLA_SETTINGS
 from stackwise.config.schema import Settings
 from stackwise.config.stacks import stack_faults, stack_notes
@@ -99,13 +99,30 @@ def _training(config: Settings) -> Iterator[Fault]:
             yield "training.diffusion_block", f"{size} does not divide training.seq_len {training.seq_len}"
     if config.model.time_embedding != "none" and config.objective == "clm":
         yield "model.time_embedding", "clm masks nothing: there is no masked share to take as input"
+    yield from _block_size(config)
     yield from _mask_windows(config)
+
+
+def _block_size(config: Settings) -> Iterator[Fault]:
+    training, key = config.training, "training.block_size"
+    if not config.finds_block_size:
+        return
+    if training.progressive.enabled:
+        yield key, "auto: stacks of progressive training have model.architecture.blocks_per_stack blocks; give a number"
+    elif training.mode == "independent":
+        yield key, "auto: independent stages do not stand on each other; give a number"
+    elif training.mode == "fused" and training.fusion_mode == "trainable":
+        yield key, "auto: fused trainable stages hold all blocks so far, whatever the size; give a number"
+    if training.batch_size == AUTO:
+        yield key, "auto: batch_size is auto as well, and each is found with the other given; give one a number"
+    if training.mask_windows is not None:
+        yield key, "auto: mask_windows are for a known number of stages; give a number, or leave them out"
 
 
 def _mask_windows(config: Settings) -> Iterator[Fault]:
     training, key = config.training, "training.mask_windows"
     windows, mapping = training.mask_windows, training.progressive.stack_time_mapping
-    if not config.time_as_depth:
+    if not config.time_as_depth or config.finds_block_size:
         return
     if windows is None:
         if training.progressive.enabled and mapping == "custom":
@@ -171,6 +188,8 @@ def notes(config: Settings) -> list[str]:
         lines.append(f"training.fusion_mode is unused: training.mode is {training.mode}")
     if "block_size" in given and (training.mode in ("layerwise", "end_to_end") and not training.progressive.enabled):
         lines.append(f"training.block_size is unused: training.mode is {training.mode}")
+    if "trial_steps" in given and not config.finds_block_size:
+        lines.append("training.trial_steps is unused: training.block_size is a number")
     if training.n_stages and "block_size" in given:
         lines.append("training.block_size is unused: training.n_stages is given")
     lines += _training_notes("training", training, given, config.precision)

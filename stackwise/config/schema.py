@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from stackwise.config.fields import (
+    AUTO,
     Count,
     Fraction,
     Positive,
@@ -207,8 +208,15 @@ class Settings(Section):
             edges = [n_blocks * k // n for k in range(n + 1)]
             return [(first, end - 1) for first, end in itertools.pairwise(edges)]
         else:
-            size = training.block_size
+            size = training.block_size or 1  # until `auto` is found
         return [(first, min(first + size, n_blocks) - 1) for first in range(0, n_blocks, size)]
+
+    @property
+    def finds_block_size(self) -> bool:
+        """Whether the stages' size is still to be found."""
+        training = self.training
+        uses = training.mode not in ("layerwise", "end_to_end") and training.n_stages is None
+        return training.block_size == AUTO and (uses or training.progressive.enabled)
 
     @property
     def n_sections(self) -> int:

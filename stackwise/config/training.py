@@ -177,7 +177,12 @@ class TrainingConfig(StageTraining):
     """Mode, objective and masks, and the defaults of every stage's training."""
 
     mode: Mode = Field("blockwise", description="the schedule: layerwise, blockwise, fused, independent, end_to_end")
-    block_size: PositiveInt = Field(4, description="blocks in a stage (blockwise, fused)")
+    block_size: AutoInt = Field(
+        4, description="blocks in a stage (blockwise, fused, independent); auto: from memory and gain, found by trial"
+    )
+    trial_steps: PositiveInt = Field(
+        100, description="block_size auto: steps of each stage of the racks that are tried"
+    )
     n_stages: PositiveInt | None = Field(None, description="number of stages instead of block_size")
     fusion_mode: Literal["frozen", "trainable"] = Field("frozen", description="what fused does with the blocks below")
     objective: Objective = Field("mask_diffusion", description="mask_diffusion, mlm, clm (causal), custom (targets)")

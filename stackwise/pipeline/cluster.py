@@ -56,6 +56,11 @@ def submit(config: StackWiseConfig, run: RunDirectory, engine: Engine) -> list[J
         raise UsageError(
             f"there is no Slurm here: {' and '.join(missing)} not found", hint="--engine local runs the jobs here"
         )
+    if config.finds_block_size:
+        raise UsageError(
+            "training.block_size: auto: how many jobs there are is not known yet",
+            hint="`stackwise run --dry-run` finds it; then give the number",
+        )
     config = with_absolute_paths(config)
     run = RunDirectory(run.path.absolute())
     run.create()

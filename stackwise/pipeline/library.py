@@ -195,6 +195,8 @@ class UnifiedTrainer:
             raise UsageError(f"training.lookahead: {training.lookahead} is not for layers of your own", hint=hint)
         if config.fusions:
             raise UsageError(f"training.fusion: {training.fusion.strategy} is not for layers of your own", hint=hint)
+        if config.finds_block_size:
+            raise UsageError("training.block_size: auto is not for layers of your own", hint="give a number")
         if config.adapts:
             raise UsageError("training.adaptation: layers of your own are told no direction of attention", hint=hint)
         # A stage above tokens must hold all blocks from the lowest on, and train them.

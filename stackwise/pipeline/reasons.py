@@ -35,7 +35,7 @@ FOLLOWS = ("initial", "reads.trunk", "order", "fresh.seed", "forward.causal", "r
 SHAPELESS = (
     *("name", "device", "tracking", "evaluation", "store", "data.cache_dir", "training.cache_dir"),
     *("training.checkpoint", "training.log_every", "training.cache_mode", "training.fusion_evaluation"),
-    *("training.save_fused_checkpoints", "training.compile"),
+    *("training.save_fused_checkpoints", "training.compile", "training.trial_steps"),
 )
 """Settings that shape no result."""
 

@@ -22,7 +22,7 @@ from stackwise.identity import content_id
 from stackwise.pipeline.boundaries import Boundaries
 from stackwise.pipeline.crew import Crew
 from stackwise.pipeline.events import EventLog, Manifest, Observer, Observers
-from stackwise.pipeline.fit import check_fit, in_bytes, state_bytes
+from stackwise.pipeline.fit import check_fit, state_bytes
 from stackwise.pipeline.foresight import REUSED, Foreseen, committed_stage, foresee
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.plan import Plan, Versions, add_versions, check_data
@@ -32,10 +32,10 @@ from stackwise.pipeline.remedy import remedy
 from stackwise.pipeline.rows import HELD_OUT
 from stackwise.pipeline.run import RunDirectory, held_by_live_process, with_absolute_paths
 from stackwise.pipeline.schedule import Stage
+from stackwise.pipeline.settling import settle_batches, settle_block_size
 from stackwise.pipeline.time_limit import TimeLimit
 from stackwise.pipeline.track import Trackers
 from stackwise.pipeline.trackers import check_installed
-from stackwise.pipeline.trial import conditions, make_job, settle, wanted
 from stackwise.store import ActivationStore, CommittedStage
 
 BEGINNINGS = ("training", "writing", "filling")
@@ -64,7 +64,7 @@ class Runner:
         max_time: float | None = None,
     ) -> None:
         self.config, self.run_directory = with_absolute_paths(config), run
-        self._observe = Observers([observe])
+        self._observe, self._resume_command = Observers([observe]), resume_command
         self._crew = Crew(self._observe, resume_command, None if max_time is None else TimeLimit(max_time))
 
     def run(self, only: int | None = None, *, dry: bool = False) -> dict[str, Any]:
@@ -85,8 +85,7 @@ class Runner:
             self._tell("start", run=str(self.run_directory.path), name=self.config.name, stages=self.config.n_stages)
             for line in notes(self.config):
                 self._tell("note", text=line)
-            if only is not None and not 0 <= only < self.config.n_stages:
-                raise NotFound(f"there is no stage {only}: the schedule has 0 to {self.config.n_stages - 1}")
+            self._check_stage(only)
             check_installed(self.config)
             self.run_directory.check()
             _check_store(self.run_directory.store_path(self.config))
@@ -95,6 +94,7 @@ class Runner:
                 self._foresee(*self._look(data, stack))
                 return {}
             plan, manifest, boundaries = self._open(data, stack)
+            self._check_stage(only)
             try:
                 for each in self._foresee(plan, manifest):
                     if each.recipe and (found := committed_stage(plan, each.recipe)) is not None:
@@ -107,6 +107,10 @@ class Runner:
                 raise
             manifest.save()
             return evaluation
+
+    def _check_stage(self, only: int | None) -> None:
+        if only is not None and not 0 <= only < self.config.n_stages:
+            raise NotFound(f"there is no stage {only}: the schedule has 0 to {self.config.n_stages - 1}")
 
     def _open(self, data: PreparedData, stack: contextlib.ExitStack) -> tuple[Plan, Manifest, Boundaries]:
         """Take the run directory and the store, and plan. Where that fails, a directory made here is gone again."""
@@ -155,29 +159,18 @@ class Runner:
         known = {key: list(value) for key, value in before.get("rowsets", {}).items()}
         about = {key: ready[key] for key in ("device", "name", "memory")}
         self._tell("device", **about, precision=self.config.precision)
-        tried = self._settle_batches(data, ready["device"], before.get("auto", {}))
-        memory = ready["memory"]
-        plan = Plan(self.config, data, opened, device=ready["device"], memory=memory, known_rowsets=known)
+        device, memory = ready["device"], ready["memory"]
+        settling: dict[str, Any] = {"device": device, "tell": self._tell}
+        tried = before.get("auto", {})
+        tried = settle_block_size(
+            self.config, data, tried, memory=memory, scratch=logs / "trial", small_run=self._small_run, **settling
+        )
+        tried = settle_batches(self.config, data, tried, work=self._crew.work, **settling)
+        plan = Plan(self.config, data, opened, device=device, memory=memory, known_rowsets=known)
         return plan, Manifest(run, plan, before, earlier, tried)
 
-    def _settle_batches(self, data: PreparedData, device: str, before: dict[str, Any]) -> dict[str, Any]:
-        """Find every `batch_size: auto`, or take what was found before under the same conditions; returns both."""
-        vocabulary = check_data(self.config, data)
-        samples = data.train.n_samples(self.config.training.seq_len)
-        for key, stage in wanted(self.config).items():
-            job = make_job(self.config, stage, vocabulary.size, vocabulary.mask, samples)
-            name = conditions(self.config, job, device)
-            known = before.get(key)
-            if known is not None and known["conditions"] == name:
-                self._tell("note", text=f"{key}: auto is {known['rows']}, as found before")
-            else:
-                (found,) = (event for event in self._crew.work(job) if event["event"] == "trial")
-                known = {"conditions": name, "rows": found["rows"]}
-                room = f"{in_bytes(found['peak'])} of {in_bytes(found['limit'])} of {found['what']}"
-                self._tell("note", text=f"{key}: auto is {found['rows']}, found by trial ({room})")
-            settle(self.config, key, known["rows"])
-            before = before | {key: known}
-        return before
+    def _small_run(self, config: StackWiseConfig, directory: Path, observe: Observer) -> dict[str, Any]:
+        return Runner(config, RunDirectory(directory), observe, resume_command=self._resume_command).run()
 
     def _foresee(self, plan: Plan, manifest: Manifest) -> list[Foreseen]:
         """Say what becomes of each stage, and whether there is room for it."""

@@ -11,6 +11,7 @@ from stackwise.cli.app import Subcommands
 from stackwise.cli.options import Choice, as_json, choose, configuration, find_run, is_run, max_time_option
 from stackwise.cli.output import plain, state, table
 from stackwise.cli.watching import show, watch_option
+from stackwise.errors import UsageError
 from stackwise.report import words
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def list_stages(
     from stackwise.pipeline.run import held_by_live_process
 
     choice = _choice(config, preset, run, overrides, must_exist=False)
+    _settled(choice)
     stages = listing(choice.config)
 
     def look() -> dict[str, Any]:
@@ -71,6 +73,19 @@ def list_stages(
 
     going_on = (lambda: held_by_live_process(choice.run)) if watch else None
     show(look, lambda value: _rendered(choice, value["stages"]), going_on, as_json=as_json)
+
+
+def _settled(choice: Choice) -> None:
+    """With `block_size: auto`, the size that the run has found."""
+    training = choice.config.training
+    if choice.config.finds_block_size:
+        earlier = choice.run.earlier_config() if is_run(choice.run.path) else None
+        if earlier is None or earlier.finds_block_size:
+            raise UsageError(
+                "training.block_size: auto is found by trial, and no run has found it yet",
+                hint="`stackwise run --dry-run` finds it and shows the schedule; or give a number",
+            )
+        training.block_size = earlier.training.block_size
 
 
 def _rendered(choice: Choice, stages: list[dict[str, Any]]) -> Group:

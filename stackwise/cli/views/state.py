@@ -63,6 +63,10 @@ class RunView:
     saved: bool = False
 
     def __post_init__(self) -> None:
+        self._plan()
+
+    def _plan(self) -> None:
+        self.stages = []
         for stage in schedule(self.config):
             steps = self.config.stage_training(stage.depth).steps
             self.stages.append(StageView(stage.depth, (stage.first, stage.last), steps=steps))
@@ -74,6 +78,10 @@ class RunView:
         if stage is not None:
             self._observe_stage(stage, event)
         match event["event"]:
+            case "settled":
+                self.config = self.config.model_copy(deep=True)
+                self.config.training.block_size = event["value"]
+                self._plan()
             case "plan":
                 for each in event["stages"]:
                     self.stages[each["stage"]].why = each["reason"]
