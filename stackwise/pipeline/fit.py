@@ -105,9 +105,7 @@ def memory_parts(
     """
     stage = largest_phase(config, vocab_size, stage)
     model, own = config.model, stage.last - stage.first + 1
-    kv = model.kv_heads * model.head_dim
-    inner = (4 if model.ffn == "swiglu" else 2) * model.ffn_width
-    numbers = 8 * model.d_model + 2 * kv + inner
+    numbers = block_numbers(config)
     half = config.precision in ("bf16", "fp16")
     blocks = own if blocks is None else blocks
     state = state_bytes(config, vocab_size, stage, gradients=True)
@@ -118,6 +116,25 @@ def memory_parts(
     copies = 2 * blocks * model.block_parameters if half else 0
     state += still_bytes(config, vocab_size, stage)
     return state + copies + LOSS_BYTES, config.row_positions * blocks * numbers * (2 if half else 4)
+
+
+def block_numbers(config: StackWiseConfig) -> int:
+    """Numbers a token that a block keeps for its backward pass (see `stage_memory`).
+
+    Latent attention keeps the rotary parts of queries, keys, values and output, the latents beside their norms, and a
+    copy of the output; linear attention three times the width of the features, of queries, keys and what they make.
+    """
+    model = config.model
+    inner = (4 if model.ffn == "swiglu" else 2) * model.ffn_width
+    numbers = 8 * model.d_model + 2 * model.kv_heads * model.head_dim + inner
+    if model.attention == "mla":
+        numbers += (
+            5 * model.n_heads * model.rotary_width + 2 * (model.latent_rank + (model.q_rank or 0)) + model.d_model
+        )
+    if model.attention == "linear":
+        features = (model.random_features or model.head_dim) * model.n_heads if model.feature_map == "performer" else 0
+        numbers += 3 * (model.d_model + features)
+    return numbers
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,10 @@ def status(run: RunDirectory) -> dict[str, Any]:
     manifest, live = run.manifest(), held_by_live_process(run)
     stages = []
     for stage in manifest["stages"]:
-        shown = {key: stage.get(key) for key in STATUS_KEYS} | {"unfrozen": stage.get("unfrozen") or []}
+        shown = {key: stage.get(key) for key in STATUS_KEYS}
+        if chosen := stage.get("unfrozen"):  # by adaptive fusion
+            blocks = (f"{first}" if first == last else f"{first}–{last}" for first, last in chosen)
+            shown["reason"] = f"{shown['reason']}; trained blocks {', then '.join(blocks)}"
         if shown["state"] == "running" and not live:
             shown["state"] = "interrupted"
         stages.append(shown)

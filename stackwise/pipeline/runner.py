@@ -65,6 +65,7 @@ class Runner:
     ) -> None:
         self.config, self.run_directory = with_absolute_paths(config), run
         self._observe, self._resume_command = Observers([observe]), resume_command
+        self._ends = None if max_time is None else time.monotonic() + max_time
         self._crew = Crew(self._observe, resume_command, None if max_time is None else TimeLimit(max_time))
 
     def run(self, only: int | None = None, *, dry: bool = False) -> dict[str, Any]:
@@ -170,7 +171,9 @@ class Runner:
         return plan, Manifest(run, plan, before, earlier, tried)
 
     def _small_run(self, config: StackWiseConfig, directory: Path, observe: Observer) -> dict[str, Any]:
-        return Runner(config, RunDirectory(directory), observe, resume_command=self._resume_command).run()
+        left = None if self._ends is None else max(0.0, self._ends - time.monotonic())
+        run = RunDirectory(directory)
+        return Runner(config, run, observe, resume_command=self._resume_command, max_time=left).run()
 
     def _foresee(self, plan: Plan, manifest: Manifest) -> list[Foreseen]:
         """Say what becomes of each stage, and whether there is room for it."""

@@ -57,6 +57,7 @@ def sizes(config: StackWiseConfig, vocab_size: int, data_id: str, device: str, m
     candidates = sorted({*(1 << n for n in range(most.bit_length())), most})
     trial = _small(config, most, most).model_dump(mode="json", exclude={"device", "name", "slurm", "tracking", "data"})
     values = {"trial": trial, "data": data_id, "device": device, "most": most, "numerics": NUMERICS}
+    values["within_documents"] = config.data.within_documents
     return Sizes(most, candidates, content_id("block size", values))
 
 

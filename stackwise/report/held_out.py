@@ -31,6 +31,8 @@ def section(facts: Facts) -> list[str]:
     text = f" ({words.size(result['bytes'])} of text)" if result.get("bytes") else ""
     exact = result.get("likelihood") == "exact"
     kind = "the likelihood itself" if exact else "an upper bound, from the masked-diffusion likelihood"
+    if bounded(result):
+        kind += " (before the rack was made causal, an upper bound)"
     spread = result.get("bits_per_byte_error")
     error = f", standard error {spread:.3f}" if spread else ""
     return [
@@ -43,6 +45,12 @@ def section(facts: Facts) -> list[str]:
         "</div>",
         _table(result, stages),
     ]
+
+
+def bounded(result: Mapping[str, Any]) -> bool:
+    """Whether the rack's bits per byte are its likelihood, and those of stages before it bounds."""
+    kinds = [stage.get("likelihood") for stage in result.get("stages") or []]
+    return result.get("likelihood") == "exact" and "bound" in kinds
 
 
 def _losses(stages: list[dict[str, Any]]) -> str:

@@ -78,8 +78,3 @@ def fraction(key: str) -> str:
 def _three(value: float) -> str:
     """Three significant digits."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
-def unfrozen(sections: list[list[int]]) -> str:
-    """What adaptive fusion chose, round by round, behind a reason; nothing where there was no choice."""
-    return f"; trained blocks {', then '.join(span(*each) for each in sections)}" if sections else ""

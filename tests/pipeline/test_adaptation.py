@@ -85,6 +85,7 @@ def test_the_rack_then_counts_as_causal(adapted: Path, tmp_path: Path) -> None:
         generate(rack, "import [MASK*3]")
     page = write(RunDirectory(adapted)).read_text()
     assert "then causal" in page
+    assert "before the rack was made causal, an upper bound" in page
 
 
 def test_a_boundary_below_it_is_repaired_as_it_was_written(adapted: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def rendered(value: dict[str, Any]) -> Group:
             f"{loss:.3f}" if loss is not None else "",
             words.percent(wait) if wait is not None else "",
             words.size(memory) if memory is not None else "",
-            plain((stage["reason"] or "") + words.unfrozen(stage["unfrozen"])),
+            plain(stage["reason"] or ""),
         )
     jobs = value.get("jobs", [])
     if not jobs:

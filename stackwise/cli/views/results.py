@@ -11,7 +11,7 @@ from rich.text import Text
 
 from stackwise.cli.output import plain, table
 from stackwise.report import words
-from stackwise.report.held_out import FIRST_STAGE, depth_name
+from stackwise.report.held_out import FIRST_STAGE, bounded, depth_name
 
 MADE = {"filled": "bold cyan", "right": "bold green", "wrong": "underline yellow"}
 """How text that the rack made is shown: as such, as it stood in the original, otherwise than there."""
@@ -47,6 +47,8 @@ def _footnote(result: Mapping[str, Any]) -> str:
     if result.get("bytes"):
         text += f", {words.size(result['bytes'])} of text"
     kind = "bits/byte is the likelihood" if result.get("likelihood") == "exact" else "bits/byte is an upper bound"
+    if bounded(result):
+        kind += " (before the rack was made causal, an upper bound)"
     error = result.get("bits_per_byte_error")
     return f"{text}; loss in nats a masked token; {kind}" + (f" (± {error:.3f})" if error else "")
 
