@@ -68,6 +68,7 @@ def _training(config: Settings) -> Iterator[Fault]:
                 what = "keep_best" if settings.keep_best else "on_divergence: rollback"
                 yield "training.swap", f"always, but a swapped stage has no earlier weights for {what} (stage {depth})"
                 break
+    yield from _windows(config)
     if training.cache_dir and config.store.path and training.cache_dir != config.store.path:
         yield "training.cache_dir", f"is another name of store.path, which says {config.store.path!r}"
     if config.objective == "clm" and training.masks_per_sample > 1:
@@ -117,6 +118,23 @@ def _block_size(config: Settings) -> Iterator[Fault]:
         yield key, "auto: batch_size is auto as well, and each is found with the other given; give one a number"
     if training.mask_windows is not None:
         yield key, "auto: mask_windows are for a known number of stages; give a number, or leave them out"
+
+
+def _windows(config: Settings) -> Iterator[Fault]:
+    """Windows of the corpus: how many cannot be."""
+    windows, key = config.training.windows, "training.windows"
+    if not config.has_windows:
+        return
+    if windows == AUTO:
+        if config.store.max_bytes is None:
+            yield key, "auto makes boundaries fit into store.max_bytes, which is not set"
+        return
+    budgets = {
+        depth: config.stage_training(depth).budget(config.training.seq_len) for depth in range(config.n_sections)
+    }
+    short = min(((steps, depth) for depth, steps in budgets.items() if steps is not None), default=None)
+    if short is not None and windows > short[0]:
+        yield key, f"{windows} windows are more than the {short[0]} steps of stage {short[1]}: each needs one"
 
 
 def _mask_windows(config: Settings) -> Iterator[Fault]:
@@ -198,6 +216,8 @@ def notes(config: Settings) -> list[str]:
         lines += _training_notes(f"stages.{depth}.training", settings, set(changed(own.training)), config.precision)
     if "mask_windows" in given and not config.time_as_depth:
         lines.append("training.mask_windows is unused: fractions go over time (training.mask_schedule_over)")
+    if "windows" in given and not config.has_windows:
+        lines.append("training.windows is unused: no stage of this schedule reads a boundary")
     stacked = (
         training.progressive.building_mode == "append"
         if training.progressive.enabled

@@ -71,7 +71,11 @@ class StoreConfig(Section):
         "all", description="boundaries kept beside those being read and written: a number, all, none"
     )
     codec: Codec | None = Field(None, description="how activations are stored; null: bf16")
-    max_bytes: PositiveInt | None = Field(None, description="most bytes that boundaries may take; null: the disk")
+    max_bytes: PositiveInt | None = Field(
+        None,
+        description="most bytes that boundaries may take, with training.windows boundaries and committed stages "
+        "together; null: the disk",
+    )
     chunk_bytes: PositiveInt = Field(8 << 20, description="about the size of a chunk")
     every: PositiveInt = Field(
         1, description="store every so-many-th boundary; stages between recompute theirs, in memory, from the one below"
@@ -171,6 +175,22 @@ class Settings(Section):
         if progressive.enabled:
             return self.training.mask_schedule_over == "depth" or progressive.time_interpretation == "depth"
         return self.training.mask_schedule_over == "depth" or self.training.mode == "independent"
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether rows can be trained in windows: where some stage reads a boundary, whose size they are to bound."""
+        training, progressive = self.training, self.training.progressive
+        if self.n_sections == 1:
+            return False
+        if progressive.enabled:
+            return progressive.building_mode == "append" and progressive.trunk_strategy == "frozen"
+        grows = training.mode == "fused" and training.fusion_mode == "trainable"
+        return training.mode != "independent" and not grows
+
+    @property
+    def windows(self) -> int:
+        """Windows that the rows are trained in; 1 until `auto` is settled."""
+        return max(1, self.training.windows) if self.has_windows else 1
 
     @property
     def fresh_masks(self) -> bool:

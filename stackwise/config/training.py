@@ -190,6 +190,11 @@ class TrainingConfig(StageTraining):
     rows: PositiveInt | None = Field(
         None, description="rows (sample under a mask) of every boundary; null: what steps need, at most the corpus"
     )
+    windows: AutoInt = Field(
+        1,
+        description="windows that the rows are trained in, one after the other through every stage, so that boundaries "
+        "take so much less disk; auto: as few as store.max_bytes allows",
+    )
     min_mask_fraction: Fraction = Field(0.15, description="smallest share of positions masked")
     max_mask_fraction: Fraction = Field(0.90, description="largest share of positions masked")
     mask_schedule_type: Literal["linear", "exponential", "cosine"] = Field(

@@ -27,6 +27,7 @@ from stackwise.model import part_digest
 from stackwise.pipeline.boundary_worker import Emit
 from stackwise.pipeline.build import load_part, save_part
 from stackwise.pipeline.job import Source, StageJob
+from stackwise.pipeline.recipe import Span
 from stackwise.training import checkpoint
 from stackwise.training.engine import Engine
 from stackwise.training.trainer import Record, Trainer
@@ -172,6 +173,7 @@ class _Fusion:
         job = replace(
             self._job,
             stage=self._job.stage.unfreezing(*section),
+            span=Span(0, steps, steps),
             initial=self._job.initial | self._done.parts,
             checkpoints=str(self._directory / name),
             round=number,

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from stackwise.errors import NoSpaceError, StackWiseError
 from stackwise.pipeline.crew import Crew
 from stackwise.pipeline.events import Manifest
-from stackwise.pipeline.plan import Entry, Plan, Versions
-from stackwise.pipeline.recipe import boundary_bytes, codec_name
+from stackwise.pipeline.plan import Entry, Plan
+from stackwise.pipeline.recipe import boundary_bytes, codec_name, whole_boundary
 from stackwise.pipeline.rows import HELD_OUT
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import Stage, maker
+from stackwise.pipeline.versions import Versions
+from stackwise.pipeline.windows import boundary_budget
 
 
 class Boundaries:
@@ -100,9 +102,10 @@ class Boundaries:
         self._manifest.note_boundaries(self._plan.store.boundaries())
         self.register()
         keep = self._plan.config.store.keep
-        if keep == "all":
-            return
         following = self._plan.stages[stage.place + 1] if stage.place + 1 < len(self._plan.stages) else None
+        turned = following is not None and following.window != stage.window
+        if keep == "all" and not turned:
+            return
         needed = set()
         if following is not None:
             found = [self._plan.nearest(following, versions)]
@@ -117,22 +120,27 @@ class Boundaries:
         mine = [
             info
             for info in self._plan.store.boundaries()
-            if info.id in self._manifest.boundaries() and info.depth <= stage.depth + 1 and info.id not in others
+            if info.id in self._manifest.boundaries()
+            and (turned or info.depth <= stage.depth + 1)
+            and info.id not in others
         ]
         idle = sorted((i for i in mine if i.id not in needed), key=lambda i: (i.depth, i.created))
-        for info in idle[: len(idle) - (0 if keep == "none" else int(keep)) or None]:
+        kept = 0 if turned or keep == "none" else int(keep)  # a finished window's go, whatever is kept within one
+        for info in idle[: len(idle) - kept or None]:
             with contextlib.suppress(StackWiseError):  # someone else reads it: it goes another time
                 self._plan.store.drop(info.id)
-                self._tell("dropped", stage=info.depth, boundary=info.id, bytes=info.disk_bytes)
+                why = "its window is finished" if turned else "store.keep"
+                self._tell("dropped", stage=info.depth, boundary=info.id, bytes=info.disk_bytes, why=why)
 
     def make_room(self, stage: Stage, reads: str | None) -> None:
         """Under a quota, evict what is cheapest to compute again until the boundary above a stage fits."""
-        limit = self._plan.config.store.max_bytes
+        limit = boundary_budget(self._plan, stage)
         if limit is None:
             return
         present = self._plan.store.boundaries()
         begun = [info for info in present if info.state != "complete"]
-        whole = boundary_bytes(self._plan.config, self._plan.rowset(stage.rowset)[1])
+        config, rows = self._plan.config, self._plan.rowset(stage.rowset)[1]
+        whole = boundary_bytes(config, rows) if config.windows == 1 else whole_boundary(config, rows)
         need = max(0, whole - sum(info.disk_bytes for info in begun))
         protect = [info.id for info in begun] + ([reads] if reads is not None else [])
         made = self._plan.store.enforce_quota(limit, need=need, protect=protect)
@@ -140,9 +148,11 @@ class Boundaries:
             if info.id in made["evicted"]:
                 self._tell("dropped", stage=info.depth, boundary=info.id, bytes=info.disk_bytes)
         if not made["fits"]:
+            most, several = config.store.max_bytes, config.windows > 1
+            beside = f"{most - limit} of them are for committed stages, " if several and most is not None else ""
             raise NoSpaceError(
-                f"store.max_bytes is {limit}: boundaries in use take {made['bytes']} and the next needs {need}",
-                hint="raise store.max_bytes, or lower training.rows or training.steps",
+                f"store.max_bytes is {most}: {beside}boundaries in use take {made['bytes']} and the next needs {need}",
+                hint="raise store.max_bytes, or set training.windows: auto",
             )
 
     def register(self) -> None:

@@ -60,7 +60,16 @@ def entering(
         store.reader(writer.info.id) as reader,
     ):
         begun, info = time.perf_counter(), writer.info
-        emit({"event": "filling", "stage": place, "boundary": info.id, "chunks": len(writer.missing)})
+        emit(
+            {
+                "event": "filling",
+                "stage": place,
+                "boundary": info.id,
+                "depth": depth,
+                "chunks": len(writer.missing),
+                "above": job.stage.label,
+            }
+        )
         source = FilledBoundary(
             below, frozen, codec=CODECS[codec], chunk_rows=info.chunk_rows, device=device, stored=(reader, writer)
         )
@@ -103,7 +112,15 @@ def write_above(
     stage, begun = job.stage, time.perf_counter()
     trunk = trunk_id(job.forward, [*job.trunk_digests, *digests], job.stage.precisions(job.stage.makes))
     with boundary_writer(store, config, below, trunk, stage.depth + 1, stage.last + 1) as writer:
-        emit({"event": "writing", "stage": stage.place, "boundary": writer.info.id, "chunks": writer.info.chunks})
+        emit(
+            {
+                "event": "writing",
+                "stage": stage.place,
+                "boundary": writer.info.id,
+                "depth": stage.depth + 1,
+                "chunks": writer.info.chunks,
+            }
+        )
         done = write_boundary(stages, below, writer, device, progress=_progress(emit, stage.place), stop=stop)
         if not done.finished:
             raise InterruptedRun(f"stage {stage.depth} stopped while writing boundary {stage.depth + 1}", hint=RESUME)
@@ -139,6 +156,7 @@ def _tell_written(emit: Emit, place: int, writer: BoundaryWriter, seconds: float
             "event": "written",
             "stage": place,
             "boundary": info.id,
+            "depth": info.depth,
             "bytes": info.disk_bytes,
             "rows": info.rows,
             "seconds": seconds,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from stackwise.config import StackWiseConfig
+from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.durable import FileLock, read_json, write_bytes, write_json
 from stackwise.errors import BusyError, StackWiseError, UsageError
@@ -61,6 +61,11 @@ def submit(config: StackWiseConfig, run: RunDirectory, engine: Engine) -> list[J
             "training.block_size: auto: how many jobs there are is not known yet",
             hint="`stackwise run --dry-run` finds it; then give the number",
         )
+    if config.has_windows and config.training.windows == AUTO:
+        raise UsageError(
+            f"--engine {engine} needs to know how many windows there are: training.windows is auto",
+            hint="`stackwise run --dry-run` says how many fit: give that number",
+        )
     config = with_absolute_paths(config)
     run = RunDirectory(run.path.absolute())
     run.create()
@@ -68,7 +73,11 @@ def submit(config: StackWiseConfig, run: RunDirectory, engine: Engine) -> list[J
         with run.lock():  # not beyond: a job takes it as soon as it begins
             _refuse_second(run)
             stages = schedule(config)
-            todo = [stage.depth for stage in stages[committed(config, run) :]]
+            several = config.windows > 1
+            todo = [
+                {"stage": stage.depth, "window": stage.window if several else None}
+                for stage in stages[committed(config, run) :]
+            ]
             write_bytes(run.config_file, dump(config).encode())
             if not run.manifest_file.exists():
                 run.write_manifest({"name": config.name, "stages": [_pending(config, stage) for stage in stages]})
@@ -76,7 +85,7 @@ def submit(config: StackWiseConfig, run: RunDirectory, engine: Engine) -> list[J
         request = {
             "engine": engine,
             "run": str(run.path),
-            "stages": [*todo, None],
+            "stages": [*todo, {"stage": None, "window": None}],
             "parameters": _wanted(config, engine),
         }
         if engine == "slurm":
@@ -96,18 +105,21 @@ def _submit_all(request: dict[str, Any]) -> list[Job]:
     jobs: list[Job] = []
     made: list[Any] = []
     try:
-        for stage in request["stages"]:
+        for each in request["stages"]:
+            stage, window = each["stage"], each["window"]
             before = jobs[-1]["job"] if jobs else None
             name = f"{run.path.name}-{'finish' if stage is None else f'stage-{stage}'}"
+            name += "" if window is None else f"-window-{window}"
             after = None
             if engine == "slurm":
                 needs = {} if before is None else {"slurm_dependency": f"afterok:{before}"}
                 executor.update_parameters(name=name, **needs)
             elif before is not None:
-                after = (int(before), str(job_file(run, jobs[-1]["stage"])))
-            made.append(executor.submit(StageJobCommand(_command(run, stage), str(job_file(run, stage)), after)))
+                after = (int(before), str(job_file(run, jobs[-1])))
+            made.append(executor.submit(StageJobCommand(_command(run, stage, window), str(job_file(run, each)), after)))
             log = made[-1].paths.stdout
-            jobs.append({"stage": stage, "job": str(made[-1].job_id), "engine": engine, "log": str(log)})
+            told = {"stage": stage} if window is None else each
+            jobs.append({**told, "job": str(made[-1].job_id), "engine": engine, "log": str(log)})
             write_json(run.jobs_file, jobs)
     except Exception as error:  # submitit's own, and what sbatch says
         for job in made:
@@ -137,9 +149,10 @@ def _submit_apart(request: dict[str, Any], run: RunDirectory) -> list[Job]:
     return jobs
 
 
-def _command(run: RunDirectory, stage: int | None) -> list[str]:
+def _command(run: RunDirectory, stage: int | None, window: int | None) -> list[str]:
     begin = [sys.executable, "-m", "stackwise"]
     what = ["run"] if stage is None else ["stage", "run", "--depth", str(stage)]
+    what += [] if window is None else ["--window", str(window)]
     return [*begin, *what, str(run.config_file), "--run", str(run.path)]
 
 
@@ -178,7 +191,7 @@ def _refuse_second(run: RunDirectory) -> None:
         jobs: Sequence[Job] = read_json(run.jobs_file)
     except (OSError, ValueError):
         return
-    left = [job for job in jobs if job_state(job_file(run, job["stage"])) in ("submitted", "running")]
+    left = [job for job in jobs if job_state(job_file(run, job)) in ("submitted", "running")]
     slurm = [job["job"] for job in left if job["engine"] == "slurm"]
     active = [job["job"] for job in left if job["engine"] == "local" and is_alive(int(job["job"]))]
     if slurm and shutil.which("squeue") is not None:
@@ -214,10 +227,10 @@ def committed(config: StackWiseConfig, run: RunDirectory) -> int:
 
 def _pending(config: StackWiseConfig, stage: Any) -> dict[str, Any]:
     """A stage in the manifest, before the first job has begun."""
-    steps = config.stage_training(stage.depth).steps or 0
+    steps = (config.stage_training(stage.depth).steps or 0) if config.windows == 1 else 0
     return {
         "depth": stage.depth,
-        "window": 0,
+        "window": stage.window,
         "blocks": [stage.first, stage.last],
         "state": "pending",
         "step": 0,

@@ -14,7 +14,7 @@ from stackwise.durable import explain_full_disk, write_json
 from stackwise.errors import DamageError
 from stackwise.identity import content_id
 from stackwise.pipeline.reasons import NEW, changed_settings, changes, words
-from stackwise.pipeline.recipe import Recipe, recipe_id, stage_steps
+from stackwise.pipeline.recipe import Recipe, recipe_id
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import Stage
 from stackwise.store import BoundaryInfo, CommittedStage
@@ -252,7 +252,6 @@ class Manifest:
         )
 
     def _pending(self, stage: Stage) -> dict[str, Any]:
-        rows = self._plan.rowset(stage.rowset)[1]
         before = self._before.get((stage.depth, stage.window), {})
         return {
             "depth": stage.depth,
@@ -260,7 +259,7 @@ class Manifest:
             "blocks": [stage.first, stage.last],
             "state": "pending",
             "step": 0,
-            "steps": stage_steps(self._plan.config, stage.depth, rows),
+            "steps": self._plan.steps(stage),
             "loss": None,
             "trunk": None,
             "weights": None,

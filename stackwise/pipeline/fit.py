@@ -1,22 +1,14 @@
-"""Does it fit? Disk for boundaries, weights and checkpoints; memory for the largest stage. Asked before a run."""
+"""What stages take: parameters, memory while they train, bytes once they are committed; and how one is swapped."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import psutil
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.precision import BITS, FORMATS
-from stackwise.errors import NoSpaceError, UsageError
 from stackwise.pipeline.holding import ADAPTER
-from stackwise.pipeline.plan import Plan
-from stackwise.pipeline.recipe import WINDOW_CHUNKS, boundary_bytes, order_rows
-from stackwise.pipeline.schedule import FRONT, HEAD, Stage
-from stackwise.pipeline.traffic import separate_traffic, traffic
+from stackwise.pipeline.recipe import stage_steps
+from stackwise.pipeline.schedule import FRONT, HEAD, Stage, schedule
 
 WEIGHT_BYTES = 4
 MOMENT_BYTES = {"adamw": 8, "muon": 4, "adamw8bit": 2}
@@ -25,6 +17,9 @@ MOMENT_BYTES = {"adamw": 8, "muon": 4, "adamw8bit": 2}
 
 LOSS_BYTES = 3 * (32 << 20)
 """Of the loss: a slice of logits, its gradient and what makes it."""
+
+RECORD_BYTES, FILE_BYTES, STEP_BYTES = 6 << 10, 4 << 10, 32
+"""Of a committed stage beside its weights, about: its record, the head of each file, and of each step in the record."""
 
 SHARE = 0.9
 """Of the memory: what a stage may take of it."""
@@ -78,6 +73,27 @@ def state_bytes(config: StackWiseConfig, vocab_size: int, stage: Stage, *, gradi
     moments = MOMENT_BYTES[settings.optimizer] * blocks
     moments += MOMENT_BYTES["adamw" if settings.optimizer == "muon" else settings.optimizer] * (whole - blocks)
     return (WEIGHT_BYTES * (1 + gradients + bool(settings.ema))) * whole + moments
+
+
+def committed_bytes(config: StackWiseConfig, vocab_size: int, drawn: int, *, windows: int | None = None) -> int:
+    """Bytes that committed stages take at most: each one's weights and optimizer state, and those of one more.
+
+    Args:
+        config: The configuration.
+        vocab_size: Ids that the model knows.
+        drawn: Rows of all windows together.
+        windows: How many there are; None: as configured.
+    """
+    windows = config.windows if windows is None else windows
+    stages = {stage.depth: stage for stage in schedule(config)}.values()
+    each = [
+        state_bytes(config, vocab_size, stage, gradients=False)
+        + (still_bytes(config, vocab_size, stage) if stage.keeps else 0)
+        + FILE_BYTES * (1 + 2 * len(stage.trains) + len(stage.keeps))
+        for stage in stages
+    ]
+    records = sum(windows * RECORD_BYTES + STEP_BYTES * stage_steps(config, stage.depth, drawn) for stage in stages)
+    return sum(each) + max(each) + records
 
 
 def stage_memory(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
@@ -191,97 +207,6 @@ def swap_of(config: StackWiseConfig, vocab_size: int, stage: Stage, memory: int)
     step = tokens * config.model.d_model * (4 if config.precision == "fp32" else 2) * (groups + 3)
     kept = min(limit // 4, step)
     return Swap(groups, limit // 4, taken(groups) + kept, state + round(each * max(ends, block)) + step - kept)
-
-
-def below_memory(plan: Plan, stage: Stage) -> int:
-    """About the bytes that committed stages take below one in training, where it computes its boundary on demand.
-
-    Their weights alone; what a forward pass has in hand; the rows of the window in hand and of the next.
-    """
-    below = plan.base(stage)[1]
-    if not below:
-        return 0
-    config, model = plan.config, plan.config.model
-    parts = [(part, one) for one in below for part in one.hands_on]
-    weights = WEIGHT_BYTES * sum(part_parameters(config, plan.vocabulary.size, part, one) for part, one in parts)
-    positions, size = config.row_positions, 4 if config.precision == "fp32" else 2
-    in_hand = max(1, 8192 // config.training.seq_len) * positions * (4 * model.d_model + 3 * model.ffn_width) * size
-    rows = plan.rowset(stage.rowset)[1]
-    window = min(rows, 2 * WINDOW_CHUNKS * order_rows(config, rows)) * positions * model.d_model * size
-    return weights + in_hand + window
-
-
-def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
-    """What the stages in `todo` need and what is there.
-
-    Args:
-        plan: The plan.
-        todo: The stages that are not committed.
-        disk: Where the store is, or will be.
-
-    Returns:
-        `disk_needed`, `disk_free`, `memory_needed`, `memory_total`, in bytes; `swapped`: the groups by stage;
-        `traffic`: bytes of boundaries that are `read` and `written`, and `flops` of forward passes beside training;
-        `separate`: the same with every boundary stored, each by a pass of its own.
-
-    Raises:
-        NoSpaceError: The disk is too small, or `store.max_bytes` is.
-        UsageError: The largest stage's weights, gradients and moments alone exceed the memory.
-    """
-    config, size = plan.config, plan.vocabulary.size
-    rows = max((plan.rowset(stage.rowset)[1] for stage in todo), default=0)
-    boundary = boundary_bytes(config, rows)
-    reading = sum(plan.keeps(stage) for stage in plan.stages)
-    live = (
-        min(reading, 2 if config.store.keep == "none" else 2 + int(config.store.keep))
-        if config.store.keep != "all"
-        else reading
-    )
-    present = sum(info.disk_bytes for info in plan.store.boundaries())
-    boundaries = max(0, boundary * live - present) if todo else 0
-    weights = sum(trained_parameters(config, size, stage) for stage in todo) * WEIGHT_BYTES
-    total = psutil.virtual_memory().total
-    swaps = {stage.depth: swap_of(config, size, stage, plan.memory or total) for stage in todo}
-    swapped = {depth: swap for depth, swap in swaps.items() if swap is not None}
-    resident = [stage for stage in todo if stage.depth not in swapped]
-    # One more than are kept is written before the oldest goes.
-    checkpoints = max(
-        3 * max((state_bytes(config, size, stage, gradients=False) for stage in resident), default=0),
-        max((swap.disk for swap in swapped.values()), default=0),
-    )
-    needed = boundaries + weights + checkpoints
-    free = shutil.disk_usage(next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())).free
-    taken = [stage_memory(config, size, stage) + below_memory(plan, stage) for stage in resident]
-    taken += [swapped[stage.depth].memory + below_memory(plan, stage) for stage in todo if stage.depth in swapped]
-    state = max((state_bytes(config, size, stage, gradients=True) for stage in resident), default=0)
-    if needed > free:
-        raise NoSpaceError(
-            f"the run needs {in_bytes(needed)} of disk ({in_bytes(boundaries)} of them boundaries) and "
-            f"{disk} has {in_bytes(free)} free",
-            hint="lower training.rows or training.steps, set store.keep: none, or name a larger disk with store.path",
-        )
-    if todo and config.store.max_bytes is not None and boundary * min(live, 2) > config.store.max_bytes:
-        raise NoSpaceError(
-            f"store.max_bytes is {in_bytes(config.store.max_bytes)}, and two boundaries of {in_bytes(boundary)} "
-            "live at once",
-            hint="raise store.max_bytes, or lower training.rows or training.steps",
-        )
-    if plan.device == "cpu" and state > total:
-        raise UsageError(
-            f"the largest stage takes {in_bytes(state)} for weights, gradients and moments alone; "
-            f"this machine has {in_bytes(total)} of memory",
-            hint="lower training.block_size, or set training.swap: auto",
-        )
-    return {
-        "disk_needed": needed,
-        "disk_free": free,
-        "memory_needed": max(taken, default=0),
-        "memory_total": total,
-        "swapped": {depth: swap.groups for depth, swap in swapped.items()},
-        "boundary": boundary,
-        "traffic": traffic(plan, todo).plain(),
-        "separate": separate_traffic(plan, todo).plain(),
-    }
 
 
 def in_bytes(count: float) -> str:

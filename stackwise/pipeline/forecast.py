@@ -13,9 +13,11 @@ from stackwise.data import PreparedData
 from stackwise.identity import content_id
 from stackwise.pipeline.foresight import committed_stage
 from stackwise.pipeline.job import Source
-from stackwise.pipeline.plan import Plan, Versions, add_versions
+from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.process import Worker
 from stackwise.pipeline.recipe import recipe_id
+from stackwise.pipeline.versions import Versions, add_versions, made
+from stackwise.pipeline.windows import settle_windows
 from stackwise.store import ActivationStore
 
 
@@ -24,13 +26,13 @@ class Outlook:
     """One stage of a run to come.
 
     Args:
-        depth: The stage.
+        label: The stage, and its window where there are several.
         key: Its recipe's id; above a stage that is still to be trained, an id that equals another run's where both
             would train the same.
         committed: Whether the store has it.
     """
 
-    depth: int
+    label: str
     key: str
     committed: bool
 
@@ -45,9 +47,9 @@ def forecast(plan: Plan) -> list[Outlook]:
         if committed is not None:
             add_versions(versions, committed)
         else:
-            for part in stage.commits:
+            for part in made(stage):
                 versions[part] = Source(None, content_id("to come", {"recipe": key, "part": part}), key)
-        found.append(Outlook(stage.depth, key, committed is not None))
+        found.append(Outlook(stage.label, key, committed is not None))
     return found
 
 
@@ -73,7 +75,7 @@ def planned(config: StackWiseConfig, data: PreparedData, store: Path) -> Iterato
     """A plan over a store, or over an empty one where there is none yet.
 
     Args:
-        config: With `precision` settled.
+        config: With `precision` and batches settled; windows are settled in it.
         data: The prepared data.
         store: The store's directory; it is not made.
 
@@ -86,4 +88,5 @@ def planned(config: StackWiseConfig, data: PreparedData, store: Path) -> Iterato
         else:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="stackwise-plan-"))
             opened = stack.enter_context(ActivationStore(Path(directory) / "store"))
+        settle_windows(config, data, {})
         yield Plan(config, data, opened, device="cpu")

@@ -6,15 +6,18 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from stackwise.errors import DamageError
-from stackwise.pipeline.plan import Plan, Versions, add_versions
+from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.reasons import NEW, own_changes, words
-from stackwise.pipeline.recipe import recipe_id, stage_steps
+from stackwise.pipeline.recipe import recipe_id
+from stackwise.pipeline.versions import Versions, add_versions, made, needed
+from stackwise.pipeline.windows import gone
 from stackwise.store import CommittedStage
 
 if TYPE_CHECKING:
     from stackwise.pipeline.events import Manifest
 
 REUSED = "committed: the recipe is the same"
+AGAIN = "its weights gave way to a later window's, and are needed once more"
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,24 @@ def foresee(plan: Plan, manifest: Manifest) -> list[Foreseen]:
         plan: The plan.
         manifest: The run's.
     """
+    again: set[str] = set()
+    while True:
+        found, lost = _foreseen(plan, manifest, again)
+        if lost <= again:
+            return found
+        again |= lost
+
+
+def _foreseen(plan: Plan, manifest: Manifest, again: set[str]) -> tuple[list[Foreseen], set[str]]:
+    """The stages, where the recipes in `again` train once more; and those whose weights are gone and asked for."""
     versions: Versions = {}
-    origin: dict[str, int] = {}  # parts that will be others, and the lowest stage that makes them so
+    origin: dict[str, int] = {}  # versions that will be others, and the lowest stage that makes them so
     found: list[Foreseen] = []
+    lost: set[str] = set()
     for stage in plan.stages:
         where = (stage.place, stage.depth, stage.window)
-        steps = stage_steps(plan.config, stage.depth, plan.rowset(stage.rowset)[1])
-        needs = {*stage.trunk, *stage.holds} - {*stage.fresh}
-        unsettled = [origin[part] for part in needs if part in origin]
+        steps = plan.steps(stage)
+        unsettled = [origin[name] for name in needed(stage) if name in origin]
         if unsettled:
             below = min(unsettled)
             own = words(own_changes(manifest.earlier, plan.config, stage.depth))
@@ -66,18 +79,26 @@ def foresee(plan: Plan, manifest: Manifest) -> list[Foreseen]:
             if not manifest.knows(stage):
                 reason = NEW
             found.append(Foreseen(*where, "train", reason, steps, None))
-            origin |= dict.fromkeys(stage.trains, below)
+            lost |= gone(plan, stage, versions, origin)
+            origin |= dict.fromkeys(made(stage), below)
             continue
         recipe = plan.recipe(stage, versions)
         key = recipe_id(recipe)
         committed = committed_stage(plan, key)
         if committed is None:
             found.append(Foreseen(*where, "train", manifest.reason(stage, recipe), steps, key))
-            origin |= dict.fromkeys(stage.trains, stage.depth)
+            lost |= gone(plan, stage, versions, origin)
+            origin |= dict.fromkeys(made(stage), stage.depth)
+            continue
+        if key in again:  # it comes to the same weights, so what stands on it is not another
+            found.append(Foreseen(*where, "train", AGAIN, steps, key))
+            lost |= gone(plan, stage, versions, origin)
         else:
             found.append(Foreseen(*where, "reuse", REUSED, steps, key))
-            add_versions(versions, committed)
-    return found
+        add_versions(versions, committed)
+        for name in made(stage):
+            origin.pop(name, None)
+    return found, lost
 
 
 def committed_stage(plan: Plan, recipe: str) -> CommittedStage | None:

@@ -61,7 +61,8 @@ def _below(rack: CommittedRack, info: BoundaryInfo) -> CommittedRack:
         if trunk_id(forward, digests, stage.precisions(parts)) == info.trunk:
             below = rack.up_to(stage)
             return dataclasses.replace(below, parts={part: versions[part] for part in (*parts, HEAD)})
-    raise NotFound(f"no committed stage of this run made boundary {info.id}")
+    why = ": that of an earlier window is gone with its weights" if rack.config.windows > 1 else ""
+    raise NotFound(f"no committed stage of this run makes boundary {info.id}{why}")
 
 
 def _samples(rack: CommittedRack, store: ActivationStore, info: BoundaryInfo) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build, parse_yaml
-from stackwise.pipeline.recipe import Recipe
+from stackwise.pipeline.recipe import Recipe, Span
 from stackwise.pipeline.schedule import Stage
 
 
@@ -58,7 +58,8 @@ class StageJob:
         rows: Rows in the rowset.
         rowset: Its id.
         rowset_number: Its number in the schedule.
-        initial: For each part held, where its weights come from.
+        span: The steps to take, of the stage's budget.
+        initial: For each part held, where its weights come from; for each state taken up, where it is.
         embedding: The front's weights, where a tied head above it needs them.
         trunk_digests: Digests of the parts below the stage, the front first.
         train: Whether to train; otherwise the committed parts are loaded.
@@ -86,6 +87,7 @@ class StageJob:
     rows: int
     rowset: str
     rowset_number: int
+    span: Span
     initial: dict[str, Source]
     embedding: Source | None
     trunk_digests: list[str]
@@ -106,8 +108,12 @@ class StageJob:
         return build(StackWiseConfig, parse_yaml(self.config, "job"))
 
     def seed(self, config: StackWiseConfig) -> tuple[int, ...]:
-        """What its order of rows and its dropout follow from."""
+        """What its dropout follows from, and with its window the order of its rows."""
         return (config.seed, self.stage.depth, *((self.round,) if self.round else ()))
+
+    def order(self, config: StackWiseConfig) -> tuple[int | str, ...]:
+        """What its order of rows is drawn by: in each window another."""
+        return (*self.seed(config), *((self.stage.window,) if self.stage.window else ()), "order")
 
     def plain(self) -> dict[str, Any]:
         """As JSON-ready data."""
@@ -118,7 +124,7 @@ class StageJob:
         """The inverse of `plain`."""
         data = dict(data)
         data.pop("kind", None)
-        data["stage"] = Stage.from_plain(data["stage"])
+        data["stage"], data["span"] = Stage.from_plain(data["stage"]), Span(**data["span"])
         data["initial"] = _sources(data["initial"])
         data["through"] = tuple(
             Frozen(Stage.from_plain(one["stage"]), _sources(one["initial"])) for one in data["through"]

@@ -29,7 +29,7 @@ from stackwise.pipeline.boundary_worker import write_above
 from stackwise.pipeline.build import objective_of, parts_of
 from stackwise.pipeline.device import describe, resolve_device
 from stackwise.pipeline.job import Source, StageJob
-from stackwise.pipeline.recipe import codec_name, forward_specification, recipe_id, stage_recipe, trunk_id
+from stackwise.pipeline.recipe import codec_name, forward_specification, recipe_id, stage_recipe, stage_span, trunk_id
 from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.pipeline.schedule import HEAD, Stage, schedule
 from stackwise.pipeline.stage_training import train_stage
@@ -193,6 +193,8 @@ class UnifiedTrainer:
         stages = schedule(config)
         if any(stage.beyond for stage in stages):
             raise UsageError(f"training.lookahead: {training.lookahead} is not for layers of your own", hint=hint)
+        if training.windows != 1 and config.has_windows:
+            raise UsageError(f"training.windows: {training.windows or 'auto'} is not for layers of your own", hint=hint)
         if config.fusions:
             raise UsageError(f"training.fusion: {training.fusion.strategy} is not for layers of your own", hint=hint)
         if config.finds_block_size:
@@ -261,12 +263,14 @@ class _Run:
         initial = {name: part_digest(module) for name, module in parts.items()}
         below, through = self._forward(layers[: stage.first], front), self._forward(layers[: stage.last + 1], front)
         trunk = trunk_id(below, [self.digests[p] for p in stage.trunk], {}) if stage.reads_boundary else None
+        span = stage_span(config, stage, rows)
         recipe = stage_recipe(
             config,
             stage,
             forward=through,
             rows=rows,
             rowset=rowset,
+            span=span,
             initial=initial,
             trunk=trunk,
             targets=self.data.targets_digest() if config.objective == "custom" else None,
@@ -286,6 +290,7 @@ class _Run:
             rows=rows,
             rowset=rowset,
             rowset_number=stage.rowset,
+            span=span,
             initial={name: Source() for name in parts},
             embedding=None,
             trunk_digests=[self.digests[part] for part in stage.trunk],

@@ -20,17 +20,17 @@ from stackwise.model import Front, Head
 from stackwise.objectives import Objective
 from stackwise.pipeline.build import load_part, make_block, make_front, make_head, objective_of
 from stackwise.pipeline.job import Source
-from stackwise.pipeline.plan import Versions, add_versions
 from stackwise.pipeline.rows import assigner
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_parts, schedule
+from stackwise.pipeline.versions import Versions, add_versions, pruned
 from stackwise.store import ActivationStore
 from stackwise.training.stage import NARROW
 
 
 @dataclass(frozen=True)
 class CommittedRack:
-    """The weights of the stages that a run has committed, from the bottom up without a gap.
+    """The weights of the stages that a run has committed, from the bottom up without a gap; of the last window.
 
     Args:
         config: The run's configuration.
@@ -156,22 +156,28 @@ def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) ->
     if not done or (whole and len(done) < len(stages)):
         raise UsageError(f"{run.path}: {len(done)} of {len(stages)} stages are committed", hint=again)
     parts: Versions = {}
-    versions: list[Versions] = []
+    newest: dict[int, tuple[Stage, Versions]] = {}
     with ActivationStore(run.store_path(config), create=False) as store:
-        for entry in done:
+        for stage, entry in zip(stages, done, strict=False):
             committed = store.stage(entry["recipe"])
             if committed is None:
-                raise UsageError(f"{run.path}: stage {entry['depth']} is no longer in the store", hint=again)
+                raise UsageError(f"{run.path}: stage {stage.label} is no longer in the store", hint=again)
             add_versions(parts, committed)
-            versions.append(dict(parts))
+            newest[stage.depth] = (stage, dict(parts))
+    # While a window is under way, what stood on weights of the one before it stands no more.
+    standing = [
+        (stage, versions)
+        for stage, versions in newest.values()
+        if config.windows == 1 or not pruned(versions[part] for part in stage.makes)
+    ]
     vocabulary = manifest["vocabulary"]
     return CommittedRack(
         config,
         PreparedData.open(Path(manifest["data"]["directory"])),
         vocabulary["size"],
         vocabulary["mask"],
-        stages[: len(done)],
+        [stage for stage, _ in standing],
         parts,
-        versions,
+        [versions for _, versions in standing],
         device,
     )

@@ -8,72 +8,25 @@ from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
-from stackwise.data import PreparedData, require_samples
-from stackwise.errors import NotFound, UsageError
-from stackwise.pipeline.job import Frozen, Source, StageJob
+from stackwise.data import PreparedData
+from stackwise.errors import NotFound
+from stackwise.pipeline.job import Frozen, StageJob
+from stackwise.pipeline.numbering import drawn_and_window
 from stackwise.pipeline.recipe import (
     Recipe,
+    Span,
     codec_name,
     forward_specification,
     recipe_id,
     stage_recipe,
-    stage_steps,
+    stage_span,
     trunk_id,
 )
-from stackwise.pipeline.rows import HELD_OUT, put_rows, rows_key
+from stackwise.pipeline.rows import HELD_OUT, drawn_rows, put_rows, rows_key
 from stackwise.pipeline.schedule import FRONT, Stage, maker, schedule
-from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
-
-Versions = dict[str, Source]
-"""The newest committed weights of each part, by the part's name."""
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The model's ids: how many, and which one stands for a masked token."""
-
-    size: int
-    mask: int
-
-
-def vocabulary(config: StackWiseConfig, data: PreparedData) -> Vocabulary:
-    """Settle the vocabulary of a configuration over prepared data.
-
-    Raises:
-        UsageError: The tokenizer's ids do not fit the model, or the mask token occurs in the data.
-    """
-    tokenizer = data.tokenizer
-    size = config.model.vocab_size or tokenizer.vocab_size
-    mask = tokenizer.mask_id if config.training.mask_token_id is None else config.training.mask_token_id
-    highest = max((int(split.counts.nonzero()[0][-1]) for split in (data.train, data.held_out)), default=0)
-    if config.objective == "clm":
-        needed, what = highest + 1, "the data's ids"
-    else:
-        needed, what = max(highest, mask) + 1, "the tokenizer's vocabulary with a mask token"
-    if needed > size:
-        raise UsageError(
-            f"model.vocab_size {size} does not fit {what}: {needed} ids are needed",
-            hint=f"set model.vocab_size to {needed} or more (or null), or prepare the data with a smaller tokenizer",
-        )
-    if config.objective != "clm":
-        for split, name in ((data.train, "training"), (data.held_out, "held-out")):
-            if mask < len(split.counts) and split.counts[mask]:
-                raise UsageError(
-                    f"training.mask_token_id {mask} occurs {int(split.counts[mask])} times in the {name} data",
-                    hint="leave training.mask_token_id null: the tokenizer's mask token occurs in no text",
-                )
-    return Vocabulary(size, mask)
-
-
-def check_data(config: StackWiseConfig, data: PreparedData) -> Vocabulary:
-    """Check that prepared data fits a configuration.
-
-    Raises:
-        UsageError: The vocabulary does not fit, the mask token occurs in the data, a side is shorter than one sample.
-    """
-    for split, name in ((data.train, "training"), (data.held_out, "held-out")):
-        require_samples(split, config.training.seq_len, name)
-    return vocabulary(config, data)
+from stackwise.pipeline.versions import Versions, starts
+from stackwise.pipeline.vocabulary import check_data
+from stackwise.store import ActivationStore, BoundaryInfo
 
 
 @dataclass(frozen=True)
@@ -125,13 +78,36 @@ class Plan:
 
     def rowset(self, number: int) -> tuple[str, int]:
         """Id and rows of a rowset; it is put into the store where it is not there yet."""
+        known = self._known(number)
+        return str(known[0]), int(known[1])
+
+    def span(self, stage: Stage) -> Span:
+        """The steps of a stage in its window.
+
+        Raises:
+            UsageError: There is none.
+        """
+        return stage_span(self.config, stage, self.drawn(stage))
+
+    def steps(self, stage: Stage) -> int:
+        """How many they are."""
+        return self.span(stage).length
+
+    def drawn(self, stage: Stage) -> int:
+        """Rows of all windows of a stage together."""
+        return int(self._known(stage.rowset)[-1])
+
+    def _known(self, number: int) -> list[Any]:
+        """A rowset's id, its rows, and the rows of all windows where there are several."""
         key = rows_key(self.config, self.data.id, number)
         known = self.known_rowsets.get(key)
         if known is None or not self._stored(known[0]):
             split = self.data.held_out if number == HELD_OUT else self.data.train
             known = list(put_rows(self.config, split, self.store, number))
+            if self.config.windows > 1 and number != HELD_OUT:
+                known.append(drawn_rows(self.config, split, drawn_and_window(self.config, number)[0]))
             self.known_rowsets[key] = known
-        return str(known[0]), int(known[1])
+        return known
 
     def trunk(self, stage: Stage, versions: Versions) -> str | None:
         """The id of what the stage reads; None where it reads tokens."""
@@ -148,6 +124,7 @@ class Plan:
             forward=self.forward,
             rows=rows,
             rowset=rowset,
+            span=self.span(stage),
             initial={part: source.digest for part, source in starts(stage, versions).items()},
             trunk=self.trunk(stage, versions),
             targets=self.data.id if self.config.objective == "custom" else None,
@@ -207,7 +184,7 @@ class Plan:
             return False
         config, rows = self.config, self.rowset(stage.rowset)[1]
         settings = config.stage_training(stage.depth)
-        seen = stage_steps(config, stage.depth, rows) * settings.batch_size * settings.accumulation
+        seen = self.steps(stage) * settings.batch_size * settings.accumulation
         above = any(later.rowset == stage.rowset for later in self.stages[stage.place + 1 :])
         return above or seen > rows or config.store.keep not in ("none", 0)
 
@@ -277,6 +254,7 @@ class Plan:
             rows=rows,
             rowset=rowset_id,
             rowset_number=number,
+            span=self.span(stage),
             initial=initial,
             embedding=embedding,
             trunk_digests=self._digests(stage.trunk, versions),
@@ -299,14 +277,3 @@ class Plan:
 
     def _digests(self, parts: tuple[str, ...], versions: Versions) -> list[str]:
         return [str(versions[part].digest) for part in parts]
-
-
-def starts(stage: Stage, versions: Versions) -> dict[str, Source]:
-    """For each part that a stage holds, the weights that it starts from."""
-    return {part: Source() if part in stage.fresh else versions.get(part, Source()) for part in stage.holds}
-
-
-def add_versions(versions: Versions, committed: CommittedStage) -> None:
-    """Let a committed stage's parts be the newest."""
-    for part, digest in committed.record["parts"].items():
-        versions[part] = Source(str(committed.path(part)), digest, committed.recipe)

@@ -29,7 +29,7 @@ KEYS = {
 }
 """Where an entry of a recipe stands in the configuration, beside those that are called alike in both."""
 
-FOLLOWS = ("initial", "reads.trunk", "order", "fresh.seed", "forward.causal", "reads")
+FOLLOWS = ("initial", "reads.trunk", "order", "fresh.seed", "forward.causal", "reads", "span", "window")
 """Entries that follow from others, or from the stages below: named where nothing else changed."""
 
 SHAPELESS = (
@@ -42,7 +42,7 @@ SHAPELESS = (
 ROWS = (
     *("data.", "seed", "training.seq_len", "training.rows", "training.steps", "training.tokens", "training.mask"),
     *("training.min_mask", "training.max_mask", "training.batch_size", "training.accumulation"),
-    *("training.objective", "training.progressive.", "training.epochs", "training.fresh_masks"),
+    *("training.objective", "training.progressive.", "training.epochs", "training.fresh_masks", "training.windows"),
 )
 """Settings that a rowset follows from."""
 

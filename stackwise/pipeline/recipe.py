@@ -7,10 +7,14 @@ nothing else: no directory, no device, no log interval. Equal recipes have equal
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from stackwise.config import StackWiseConfig, StageTraining, StoreConfig
+from stackwise.errors import UsageError
 from stackwise.identity import NUMERICS, Hex, content_id
+from stackwise.pipeline.numbering import drawn_and_window
+from stackwise.pipeline.rows import window_edges
 from stackwise.pipeline.schedule import Stage, block_part
 from stackwise.store import CODECS, default_chunk_rows
 
@@ -18,6 +22,8 @@ Recipe = dict[str, Any]
 
 WINDOW_CHUNKS = 8
 """Groups of rows that are shuffled together."""
+ROW_BYTES, GROUP_BYTES = 48, 16 << 10
+"""Of a boundary beside its activations, about: of each row, and of the whole."""
 
 
 def codec_name(store: StoreConfig) -> str:
@@ -36,6 +42,11 @@ def order_rows(config: StackWiseConfig, rows: int) -> int:
 def boundary_bytes(config: StackWiseConfig, rows: int) -> int:
     """Bytes of one boundary."""
     return rows * CODECS[codec_name(config.store)].row_bytes(config.row_positions, config.model.d_model)
+
+
+def whole_boundary(config: StackWiseConfig, rows: int) -> int:
+    """Bytes that a boundary takes on the disk at most: its columns and descriptions among them."""
+    return boundary_bytes(config, rows) + ROW_BYTES * rows + GROUP_BYTES
 
 
 def boundary_chunk_rows(config: StackWiseConfig, rows: int) -> int:
@@ -84,6 +95,7 @@ def stage_recipe(
     forward: Mapping[str, Any],
     rows: int,
     rowset: Hex,
+    span: Span,
     initial: Mapping[str, Hex | None],
     trunk: Hex | None,
     targets: Hex | None,
@@ -97,7 +109,9 @@ def stage_recipe(
         forward: `forward_specification` of the configuration.
         rows: Rows in the rowset.
         rowset: Its id.
-        initial: For each part that the stage holds, the digest it starts from; None where it is fresh.
+        span: Its steps.
+        initial: For each part that the stage holds, the digest it starts from; None where it is fresh. For each state
+            that it takes up, its digest.
         trunk: The id of what the stage reads; None where it reads tokens.
         targets: Digest of the data's own targets, where the objective uses them.
         held_out: The rowset that the stage is evaluated on, where the result heeds it.
@@ -115,8 +129,7 @@ def stage_recipe(
         window |= {"windows": config.training.mask_windows}
     return {
         "forward": dict(forward),
-        "training": training_recipe(config, stage)
-        | {"steps": stage_steps(config, stage.depth, rows), "dropout": config.model.dropout},
+        "training": training_recipe(config, stage) | {"steps": span.steps, "dropout": config.model.dropout},
         "objective": objective,
         "stage": {"blocks": [stage.first, stage.last], "trains": list(stage.trains)}
         | ({"held": held} if held else {})
@@ -132,7 +145,11 @@ def stage_recipe(
         "initial": dict(initial),
         "fresh": {"seed": config.seed, "init_std": config.model.init_std} if fresh else None,
         "targets": targets,
-    } | ({"held_out": held_out} if held_out is not None else {})
+    } | (
+        # Which steps of the budget these are; with the window the order of rows is another.
+        ({"held_out": held_out} if held_out is not None else {})
+        | ({"span": [span.first, span.until], "window": stage.window} if span.length < span.steps else {})
+    )
 
 
 def _unfreezes(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
@@ -177,8 +194,51 @@ def recipe_id(recipe: Recipe) -> Hex:
     return content_id("recipe", recipe)
 
 
+@dataclass(frozen=True)
+class Span:
+    """The steps of a stage in one window, among all that it takes.
+
+    Args:
+        first: Steps taken in the windows before.
+        until: Steps taken when the window ends.
+        steps: The whole budget, which learning rates run over.
+    """
+
+    first: int
+    until: int
+    steps: int
+
+    @property
+    def length(self) -> int:
+        """Steps in the window."""
+        return self.until - self.first
+
+
+def stage_span(config: StackWiseConfig, stage: Stage, drawn: int) -> Span:
+    """A stage's steps in its window: the budget goes by rows.
+
+    Args:
+        config: The configuration.
+        stage: The stage.
+        drawn: Rows of all windows together.
+
+    Raises:
+        UsageError: No step is left for the window.
+    """
+    steps, edges = stage_steps(config, stage.depth, drawn), window_edges(config, drawn)
+    if drawn_and_window(config, stage.rowset)[1] is None:
+        return Span(0, steps, steps)
+    first, until = (steps * edge // max(1, drawn) for edge in edges[stage.window : stage.window + 2])
+    if first == until:
+        raise UsageError(
+            f"training.windows: {config.windows} windows are more than the {steps} steps of stage {stage.depth}",
+            hint="lower training.windows, or give the stage more steps",
+        )
+    return Span(first, until, steps)
+
+
 def stage_steps(config: StackWiseConfig, depth: int, rows: int) -> int:
-    """Optimizer steps of a stage: by `steps`, `tokens`, or as many as `epochs_per_layer` passes over the rows need."""
+    """Optimizer steps of a stage in all windows: by `steps`, `tokens`, or passes over so many rows."""
     settings = config.stage_training(depth)
     budget = settings.budget(config.training.seq_len)
     if budget is not None:

@@ -1,4 +1,8 @@
-"""Which rows the stages train on: samples chosen once, each under its masks, the same at every depth."""
+"""Which rows the stages train on: samples chosen once, each under its masks, the same at every depth.
+
+Where rows are trained in windows, each has a slice of them, cut between samples: together they are the rows, and the
+masks, of training in one window.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from stackwise.errors import UsageError
 from stackwise.identity import NUMERICS, content_id, derive_seed, generator
 from stackwise.objectives.hashing import child, seed_key
 from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler, uniform_masks
+from stackwise.pipeline.numbering import drawn_and_window
 from stackwise.store import ActivationStore
 
 if TYPE_CHECKING:  # torch stays out of the orchestrator
@@ -25,14 +30,15 @@ SLICE = 1 << 15
 
 
 def assigner(config: StackWiseConfig, rowset: int) -> FixedMaskAssigner:
-    """The mask plan of a configuration; every rowset has masks of its own."""
+    """The mask plan of a configuration; rows that are drawn anew have masks of their own."""
     training = config.training
+    drawn, _ = drawn_and_window(config, rowset)
     return FixedMaskAssigner(
         MaskScheduler(training.min_mask_fraction, training.max_mask_fraction, config.mask_schedule_type),
         training.seq_len,
         masks_per_sample=training.masks_per_sample,
         pool=training.mask_pool,
-        seed=derive_seed(config.seed, "masks", rowset),
+        seed=derive_seed(config.seed, "masks", drawn),
         windows=[(low, high) for low, high in training.mask_windows] if training.mask_windows is not None else None,
     )
 
@@ -57,10 +63,26 @@ def choose_samples(config: StackWiseConfig, split: Samples, rowset: int) -> np.n
     """
     if rowset == HELD_OUT:
         return _held_out_samples(config, split)
+    drawn, window = drawn_and_window(config, rowset)
+    samples_R = _drawn_samples(config, split, drawn)
+    if window is None:
+        return samples_R
+    first, end = window_edges(config, len(samples_R))[window : window + 2]
+    return samples_R[first:end]
+
+
+def window_edges(config: StackWiseConfig, rows: int) -> list[int]:
+    """Where windows begin among so many rows, and where the last one ends: between samples, as even as that goes."""
+    per_sample, windows = config.training.masks_per_sample, config.windows
+    samples = math.ceil(rows / per_sample)
+    return [min(rows, samples * window // windows * per_sample) for window in range(windows + 1)]
+
+
+def _drawn_samples(config: StackWiseConfig, split: Samples, drawn: int) -> np.ndarray:
     per_sample = config.training.masks_per_sample
     rows = count_rows(config, split)
     ids = split.sample_ids(config.training.seq_len)
-    order = generator(config.seed, "samples", rowset).permutation(len(ids))
+    order = generator(config.seed, "samples", drawn).permutation(len(ids))
     wanted = math.ceil(rows / per_sample)
     # A repeated sample would be the same row twice: its mask follows from its id.
     _, first = np.unique(np.ascontiguousarray(ids[order]).view("V16").ravel(), return_index=True)
@@ -68,13 +90,26 @@ def choose_samples(config: StackWiseConfig, split: Samples, rowset: int) -> np.n
     return np.repeat(chosen, per_sample)[:rows]
 
 
+def drawn_rows(config: StackWiseConfig, split: Samples, drawn: int) -> int:
+    """Rows of all windows together."""
+    return len(_drawn_samples(config, split, drawn))
+
+
 def put_rows(config: StackWiseConfig, split: Samples, store: ActivationStore, rowset: int) -> tuple[str, int]:
     """Store the masks and the rows of a rowset; the same rows have the same id, however often they are put.
 
     Returns:
         The rowset's id, and how many rows it has.
+
+    Raises:
+        UsageError: There are fewer samples than windows.
     """
     samples_R = choose_samples(config, split, rowset)
+    if not len(samples_R) and config.windows > 1:
+        raise UsageError(
+            f"training.windows: {config.windows} windows are more than the samples of the corpus",
+            hint="lower training.windows, or raise training.rows where it is set",
+        )
     ids_R16 = np.ascontiguousarray(split.sample_ids(config.training.seq_len)[samples_R])
     if config.objective == "clm":
         masks_of = _no_masks(config)
@@ -99,7 +134,11 @@ def rows_key(config: StackWiseConfig, data_id: str, rowset: int) -> str:
         training |= config.evaluation.model_dump(include={"fractions", "samples"})
     elif config.training.steps is None and config.training.tokens is not None:
         training["tokens"] = config.training.tokens
-    values = {"training": training, "data": data_id, "objective": config.objective, "seed": config.seed}
+    if rowset != HELD_OUT and (drawn := drawn_and_window(config, rowset))[1] is None:
+        rowset, windows = drawn[0], {}
+    else:
+        windows = {"windows": config.windows} if config.windows > 1 and rowset != HELD_OUT else {}
+    values = windows | {"training": training, "data": data_id, "objective": config.objective, "seed": config.seed}
     return content_id("rows", values | {"rowset": rowset, "schedule": config.mask_schedule_type, "numerics": NUMERICS})
 
 

@@ -15,6 +15,7 @@ RUN/store/             the store, unless `store.path` says otherwise
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +179,12 @@ def status(run: RunDirectory) -> dict[str, Any]:
     return {"run": str(run.path), "state": state, "stages": stages, **_jobs(run)}
 
 
-def job_file(run: RunDirectory, stage: int | None) -> Path:
-    """Where the job of a stage (None: of the evaluation) keeps its state."""
-    return run.jobs / ("finish.json" if stage is None else f"stage-{stage:03d}.json")
+def job_file(run: RunDirectory, job: Mapping[str, Any]) -> Path:
+    """Where the job of a `stage` and `window` (stage None: of the evaluation) keeps its state."""
+    stage, window = job["stage"], job.get("window")
+    if stage is None:
+        return run.jobs / "finish.json"
+    return run.jobs / f"stage-{stage:03d}{'' if window is None else f'-window-{window:03d}'}.json"
 
 
 def job_state(path: Path) -> str:
@@ -197,9 +201,11 @@ def _jobs(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
         jobs = durable.read_json(run.jobs_file)
     except (OSError, ValueError):
         return {}
-    keys = ("stage", "job", "engine")
+    keys = ("stage", "window", "job", "engine")
     return {
-        "jobs": [{key: job[key] for key in keys} | {"state": job_state(job_file(run, job["stage"]))} for job in jobs]
+        "jobs": [
+            {key: job[key] for key in keys if key in job} | {"state": job_state(job_file(run, job))} for job in jobs
+        ]
     }
 
 

@@ -16,27 +16,26 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.checks import notes
 from stackwise.config.loading import dump
 from stackwise.data import PreparedData
-from stackwise.durable import FileLock, is_locked, unusable, write_bytes
-from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError, UsageError
+from stackwise.durable import write_bytes
+from stackwise.errors import NoSpaceError, NotFound, StackWiseError, UsageError
 from stackwise.identity import content_id
 from stackwise.pipeline.boundaries import Boundaries
 from stackwise.pipeline.crew import Crew
 from stackwise.pipeline.events import EventLog, Manifest, Observer, Observers
-from stackwise.pipeline.fit import check_fit, state_bytes
-from stackwise.pipeline.foresight import REUSED, Foreseen, committed_stage, foresee
+from stackwise.pipeline.foresight import Foreseen, foresee
 from stackwise.pipeline.job import FinishJob
-from stackwise.pipeline.plan import Plan, Versions, add_versions, check_data
+from stackwise.pipeline.opening import check_store, open_store
+from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.preparing import prepare_data
-from stackwise.pipeline.recipe import recipe_id, stage_steps
-from stackwise.pipeline.remedy import remedy
-from stackwise.pipeline.rows import HELD_OUT
-from stackwise.pipeline.run import RunDirectory, held_by_live_process, with_absolute_paths
-from stackwise.pipeline.schedule import Stage
+from stackwise.pipeline.room import check_fit
+from stackwise.pipeline.run import RunDirectory, with_absolute_paths
 from stackwise.pipeline.settling import settle_batches, settle_block_size
 from stackwise.pipeline.time_limit import TimeLimit
 from stackwise.pipeline.track import Trackers
 from stackwise.pipeline.trackers import check_installed
-from stackwise.store import ActivationStore, CommittedStage
+from stackwise.pipeline.vocabulary import check_data
+from stackwise.pipeline.walk import Walk
+from stackwise.pipeline.windows import settle_windows
 
 BEGINNINGS = ("training", "writing", "filling")
 """Events after which the store has something new that is this run's."""
@@ -68,11 +67,12 @@ class Runner:
         self._ends = None if max_time is None else time.monotonic() + max_time
         self._crew = Crew(self._observe, resume_command, None if max_time is None else TimeLimit(max_time))
 
-    def run(self, only: int | None = None, *, dry: bool = False) -> dict[str, Any]:
+    def run(self, only: int | None = None, *, window: int | None = None, dry: bool = False) -> dict[str, Any]:
         """Every stage, then the held-out evaluation; or one stage alone.
 
         Args:
             only: A depth: that stage alone, above committed ones.
+            window: Its window; None: the first that is not committed.
             dry: Say which stages will be reused and which trained, why, and what room that takes, and stop. What is
                 left behind is the prepared data, which a run reuses.
 
@@ -89,7 +89,7 @@ class Runner:
             self._check_stage(only)
             check_installed(self.config)
             self.run_directory.check()
-            _check_store(self.run_directory.store_path(self.config))
+            check_store(self.run_directory.store_path(self.config))
             data = prepare_data(self.config, self._tell, self._crew.check)
             if dry:
                 self._foresee(*self._look(data, stack))
@@ -97,17 +97,20 @@ class Runner:
             plan, manifest, boundaries = self._open(data, stack)
             self._check_stage(only)
             try:
-                for each in self._foresee(plan, manifest):
-                    if each.recipe and (found := committed_stage(plan, each.recipe)) is not None:
-                        manifest.committed(plan.stages[each.stage], found)
+                walk = Walk(self.run_directory, plan, manifest, boundaries, self._crew, self._tell)
+                chosen = walk.chosen(only, window)
+                walk.begin(self._foresee(plan, manifest), whole=chosen is None)
                 boundaries.register()
-                evaluation = self._stages(plan, manifest, boundaries, only)
+                begun = time.perf_counter()
+                walk.go(chosen)
+                evaluation = self._finish(plan, manifest) if chosen is None else None
+                self._tell("done", seconds=time.perf_counter() - begun, evaluation=evaluation)
             except BaseException:
                 with contextlib.suppress(NoSpaceError):  # what ended the run says it already
                     manifest.save()
                 raise
             manifest.save()
-            return evaluation
+            return evaluation or {}
 
     def _check_stage(self, only: int | None) -> None:
         if only is not None and not 0 <= only < self.config.n_stages:
@@ -156,7 +159,7 @@ class Runner:
         ready = self._crew.start(self.config.device, logs / "workers.log")
         if self.config.precision == "auto":
             self.config.precision = ready["precision"]
-        opened = stack.enter_context(_open_store(store))
+        opened = stack.enter_context(open_store(store))
         known = {key: list(value) for key, value in before.get("rowsets", {}).items()}
         about = {key: ready[key] for key in ("device", "name", "memory")}
         self._tell("device", **about, precision=self.config.precision)
@@ -167,6 +170,8 @@ class Runner:
             self.config, data, tried, memory=memory, scratch=logs / "trial", small_run=self._small_run, **settling
         )
         tried = settle_batches(self.config, data, tried, work=self._crew.work, **settling)
+        for line in settle_windows(self.config, data, tried):
+            self._tell("note", text=line)
         plan = Plan(self.config, data, opened, device=device, memory=memory, known_rowsets=known)
         return plan, Manifest(run, plan, before, earlier, tried)
 
@@ -186,108 +191,6 @@ class Runner:
             text = f"stage {depth} is swapped: its blocks take turns in {groups} groups (training.swap)"
             self._tell("note", text=text)
         return foreseen
-
-    def _stages(self, plan: Plan, manifest: Manifest, boundaries: Boundaries, only: int | None) -> dict[str, Any]:
-        versions: Versions = {}
-        begun = time.perf_counter()
-        for stage in plan.stages:
-            if only is not None and stage.depth > only:
-                break
-            committed = self._stage(plan, manifest, boundaries, stage, versions, only)
-            add_versions(versions, committed)
-            manifest.committed(stage, committed)
-            boundaries.retain(stage, versions)
-        if only is not None:
-            self._tell("done", seconds=time.perf_counter() - begun, evaluation=None)
-            return {}
-        evaluation = self._finish(plan, manifest)
-        self._tell("done", seconds=time.perf_counter() - begun, evaluation=evaluation)
-        return evaluation
-
-    def _stage(
-        self,
-        plan: Plan,
-        manifest: Manifest,
-        boundaries: Boundaries,
-        stage: Stage,
-        versions: Versions,
-        only: int | None,
-    ) -> CommittedStage:
-        """Reuse a stage, or train it."""
-        recipe = plan.recipe(stage, versions)
-        key = recipe_id(recipe)
-        try:
-            found = plan.store.stage(key)
-        except DamageError as error:
-            self._tell("warning", stage=stage.place, text=f"{error.message}: stage {stage.depth} is trained again")
-            plan.store.drop_stage(key)
-            found, reason = None, "its committed files were damaged"
-        else:
-            reason = manifest.reason(stage, recipe)
-        if found is not None:
-            shutil.rmtree(self.run_directory.checkpoints(key), ignore_errors=True)  # of a kill just after the commit
-            self._tell("reused", stage=stage.place, recipe=key, reason=REUSED)
-            following = plan.following(stage)
-            if only == stage.depth and following is not None:
-                add_versions(versions, found)
-                boundaries.made(following, versions)
-            return found
-        if only is not None and stage.depth != only:
-            raise UsageError(
-                f"stage {stage.depth}, which stage {only} stands on, is not committed",
-                hint=f"run the same command with --depth {stage.depth} first",
-            )
-        steps = stage_steps(plan.config, stage.depth, plan.rowset(stage.rowset)[1])
-        self._tell(
-            "training", stage=stage.place, recipe=key, reason=reason, steps=steps, trunk=plan.trunk(stage, versions)
-        )
-        hands_on = plan.hands_on(stage)
-        self._refuse_where_busy(plan, stage, key)
-        checkpoints = self.run_directory.checkpoints(key)
-        saves = state_bytes(plan.config, plan.vocabulary.size, stage, gradients=False)
-        for attempt in (1, 2):
-            entry = boundaries.entry(stage, versions)
-            if hands_on or entry.fills:
-                boundaries.make_room(stage, entry.reads)
-            held_out = None
-            if stage.reads_boundary and (plan.evaluates(stage) or plan.hands_held_out(stage)):
-                held_out = boundaries.made(stage, versions, HELD_OUT)
-            job = plan.job(
-                stage,
-                versions,
-                checkpoints=checkpoints,
-                train=committed_stage(plan, key) is None,
-                entry=entry,
-                writes=hands_on,
-                held_out_reads=held_out,
-            )
-            try:
-                self._crew.work(
-                    job,
-                    saves=saves if job.train else 0,
-                    remedy=lambda measured: remedy(plan.config, plan.vocabulary.size, stage, measured),
-                )
-                break
-            except StackWiseError as error:
-                committed = committed_stage(plan, key)
-                if error.exit_code != DamageError.exit_code or attempt == 2:
-                    raise
-                boundaries.heal(stage, versions, entry, held_out, error)
-                if committed is not None:  # what failed was the boundary above: it is written when it is needed
-                    return committed
-        committed = plan.store.stage(key)
-        assert committed is not None, "a worker that ended well has committed its stage"
-        return committed
-
-    def _refuse_where_busy(self, plan: Plan, stage: Stage, key: str) -> None:
-        """A stage that a living run's worker holds is refused at once; a dead run's worker saves and is waited for."""
-        lock = plan.store.path / "locks" / f"work-{key}.lock"
-        if not is_locked(lock):
-            return
-        mine = str(self.run_directory.path.resolve())
-        others = [Path(run) for run, refs in plan.store.runs().items() if run != mine and key in refs["recipes"]]
-        if any(held_by_live_process(RunDirectory(other)) for other in others):
-            FileLock(lock, f"stage {stage.depth}").acquire().release()
 
     def _finish(self, plan: Plan, manifest: Manifest) -> dict[str, Any]:
         """Held-out evaluation, a passage filled in, the export if asked; once for the same weights."""
@@ -317,15 +220,3 @@ class Runner:
 
     def _tell(self, event: str, **values: Any) -> None:
         self._observe({"event": event, **values})
-
-
-def _check_store(path: Path) -> None:
-    if fault := unusable(path):
-        raise UsageError(f"store.path {path} cannot be used: {fault}", hint="name another directory")
-
-
-def _open_store(path: Path) -> ActivationStore:
-    try:
-        return ActivationStore(path)
-    except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
-        raise UsageError(f"store.path {path} cannot be used: {error.strerror}", hint="name another directory") from None

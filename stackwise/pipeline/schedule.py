@@ -12,7 +12,8 @@ from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.precision import holds_trunk
-from stackwise.pipeline.holding import PLAIN, Holding, adapter_part, holding
+from stackwise.pipeline.holding import ADAPTER, PLAIN, Holding, adapter_part, holding
+from stackwise.pipeline.numbering import drawn_and_window, head_version, state_names, window_rowset
 
 FRONT, HEAD = "front", "head"
 
@@ -48,6 +49,9 @@ class Stage:
         keeps: Blocks that it makes and commits although they do not train.
         window: The window of the corpus that it trains on.
         place: Its place in the schedule, from 0.
+        takes: Parts that start from other weights than the newest of that name, and the name these go by.
+        continues: States that it takes up: how its optimizer stood at the end of its window before, by part.
+        leaves: States that it commits for its next window.
         held: How it holds its blocks, and how those below are held, where that is not plainly, by part.
         causal_from: The step from which on it trains the rack causally, whatever the stages before it did; None: it
             trains as they did.
@@ -66,6 +70,9 @@ class Stage:
     keeps: tuple[str, ...] = ()
     window: int = 0
     place: int = -1
+    takes: Mapping[str, str] = field(default_factory=dict)
+    continues: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
     held: Mapping[str, Holding] = field(default_factory=dict)
     causal_from: int | None = None
     candidates: tuple[tuple[int, int], ...] = ()
@@ -102,8 +109,9 @@ class Stage:
 
     @property
     def commits(self) -> tuple[str, ...]:
-        """What it leaves in the store: the parts that train, and the fresh blocks that stand still under adapters."""
-        return (*self.trains, *self.keeps)
+        """What it leaves in the store: the parts that train, the fresh blocks that stand still under adapters, and what
+        its next window takes up."""
+        return (*self.trains, *self.keeps, *self.leaves)
 
     @property
     def makes(self) -> tuple[str, ...]:
@@ -118,6 +126,11 @@ class Stage:
     def precisions(self, parts: Iterable[str]) -> dict[str, str]:
         """The precision of each of these parts that is not held in the run's."""
         return {part: self.held[part].precision for part in parts if self.holding(part).precision != PLAIN.precision}
+
+    @property
+    def label(self) -> str:
+        """Its number, and its window's where there are several."""
+        return f"{self.depth}, window {self.window}" if self.window or self.leaves else str(self.depth)
 
     def holding(self, part: str) -> Holding:
         """How a block is held."""
@@ -139,18 +152,43 @@ def schedule(config: StackWiseConfig) -> list[Stage]:
         for block in block_parts(first, last)
     }
     stages = (dataclasses.replace(stage, place=place) for place, stage in enumerate(_stages(config)))
-    return [_with_holdings(config, stage, homes) for stage in stages]
+    held = (_with_holdings(config, stage, homes) for stage in stages)
+    return [_going_on(config, stage) for stage in held]
 
 
 def maker(stages: list[Stage], stage: Stage) -> Stage:
     """The stage that makes the boundary which enters another: the newest before it that ends where it begins."""
-    return next(s for s in reversed(stages[: stage.place]) if s.last + 1 == stage.first and s.window == stage.window)
+    return next(s for s in reversed(stages[: stage.place]) if s.last + 1 == stage.first)
 
 
 def _stages(config: StackWiseConfig) -> Iterator[Stage]:
-    yield from _sections(config)
-    yield from _fusions(config)
-    yield from _adaptation(config)
+    """Each window goes through every section before the next one does; then through each stage that follows, in turn.
+
+    A stage after the sections that reads tokens needs no windows: it trains on all rows at once.
+    """
+    windows = range(config.windows)
+    turns: list[tuple[Stage, int | None]] = [(stage, window) for window in windows for stage in _sections(config)]
+    for stage in (*_fusions(config), *_adaptation(config)):
+        turns += [(stage, window) for window in windows] if stage.reads_boundary else [(stage, None)]
+    for stage, window in turns:
+        yield dataclasses.replace(stage, window=window or 0, rowset=window_rowset(config, stage.rowset, window))
+
+
+def _going_on(config: StackWiseConfig, stage: Stage) -> Stage:
+    """A stage with what it goes on from in a later window, and what it leaves for its next one.
+
+    Parts go by name, newest first, as they do from stage to stage; but a head belongs to the depth that it was
+    trained at, unless all stages share it with the tail that they have in common.
+    """
+    states = state_names(stage.depth, [part.removeprefix(ADAPTER) for part in stage.trains])
+    whole = drawn_and_window(config, stage.rowset)[1] is None
+    leaves = () if whole or stage.window + 1 == config.windows else states
+    if not stage.window:
+        return dataclasses.replace(stage, leaves=leaves)
+    shared = config.training.lookahead == "tail" and stage.depth < config.n_sections
+    takes = {HEAD: head_version(stage.depth)} if HEAD in stage.trains and not shared else {}
+    # What was fresh in the first window is not in the next; what stands still is committed already.
+    return dataclasses.replace(stage, takes=takes, continues=states, leaves=leaves, fresh=(), keeps=())
 
 
 def _sections(config: StackWiseConfig) -> Iterator[Stage]:

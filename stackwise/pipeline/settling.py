@@ -11,9 +11,9 @@ from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
 from stackwise.pipeline import size_trial
 from stackwise.pipeline.fit import in_bytes
-from stackwise.pipeline.plan import check_data
 from stackwise.pipeline.size_trial import SmallRun
 from stackwise.pipeline.trial import TrialJob, conditions, make_job, settle, wanted
+from stackwise.pipeline.vocabulary import check_data
 
 Tell = Callable[..., None]
 Auto = dict[str, Any]

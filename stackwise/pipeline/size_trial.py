@@ -127,7 +127,7 @@ def _small(config: StackWiseConfig, size: int, blocks: int) -> StackWiseConfig:
     training = small.training
     training.block_size, training.steps, training.cache_dir = size, training.trial_steps, None
     training.fusion, training.adaptation, training.save_fused_checkpoints = FusionConfig(), "none", False
-    training.eval_every, training.patience, training.keep_best = None, None, False
+    training.eval_every, training.patience, training.keep_best, training.windows = None, None, False, 1
     rates = training.block_learning_rates
     training.block_learning_rates = {block: rate for block, rate in rates.items() if block < blocks}
     return small

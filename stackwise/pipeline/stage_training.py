@@ -17,11 +17,12 @@ from stackwise.model import part_digest
 from stackwise.pipeline.adaptive import Means, Weights, fuse_adaptively
 from stackwise.pipeline.boundary_worker import RESUME, Emit, Stop
 from stackwise.pipeline.build import load_part, part_state, parts_of, save_part, stage_model
+from stackwise.pipeline.carrying import State, left, take_up
 from stackwise.pipeline.device import describe, peak_memory
 from stackwise.pipeline.fit import swap_of
 from stackwise.pipeline.holding import ADAPTER
 from stackwise.pipeline.job import Source, StageJob
-from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows, stage_steps
+from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows
 from stackwise.pipeline.rows import stage_rows
 from stackwise.pipeline.schedule import HEAD
 from stackwise.pipeline.stage_hooks import StageHooks, held_out_loss
@@ -98,7 +99,9 @@ def train_and_commit(
     """Take an engine from where its stage stands to the last step, and commit the stage."""
     trainer = _trained(job, config, engine, feed, emit, stop, held_out)
     engine.settle()
-    parts = {part: partial(weights, part) for part in job.stage.holds if part in job.stage.commits}
+    parts: dict[str, State] = {
+        part: partial(weights, part) for part in job.stage.holds if part in job.stage.commits
+    } | left(job.stage, trainer)
     _commit(job, parts, trainer.step, trainer.record, store, device, emit)
     checkpoint.remove(Path(job.checkpoints))
 
@@ -114,8 +117,16 @@ def _trained(
 ) -> Trainer:
     """Take an engine from where its stage stands to the last step."""
     stage, settings = job.stage, config.stage_training(job.stage.depth)
-    steps = stage_steps(config, stage.depth, job.rows)
-    trainer = Trainer(engine, settings, steps=steps, anchor=anchor(settings, steps, config.training.checkpoint_steps))
+    steps = job.span.length
+    trainer = Trainer(
+        engine,
+        settings,
+        steps=steps,
+        anchor=anchor(settings, steps, config.training.checkpoint_steps),
+        before=job.span.first,
+        budget=job.span.steps,
+    )
+    take_up(job, trainer)
     saving = replace(job, checkpoints=str(record_directory(job))) if isinstance(engine, SwappedEngine) else job
 
     warn = partial(_warn, job, emit)
@@ -128,7 +139,7 @@ def _trained(
         emit({"event": "resumed", "stage": stage.place, "step": trainer.step, "steps": steps, "losses": losses})
     order = RowOrder(
         job.rows,
-        seed=(*job.seed(config), "order"),
+        seed=job.order(config),
         chunk_rows=order_rows(config, job.rows),
         window_chunks=WINDOW_CHUNKS,
         select=stage_rows(config, feed.rowset.sample_ids, stage.depth, stage.rowset),
@@ -141,7 +152,7 @@ def _trained(
             except Rollback as back:
                 hooks.roll_back(back, warn)
         if not finished:
-            raise InterruptedRun(f"stage {stage.depth} stopped at step {trainer.step} of {steps}", hint=RESUME)
+            raise InterruptedRun(f"stage {stage.label} stopped at step {trainer.step} of {steps}", hint=RESUME)
         if settings.keep_best:
             hooks.take_best()
     return trainer
@@ -157,7 +168,7 @@ def _fit(trainer: Trainer, feed: Feed, order: RowOrder, hooks: StageHooks) -> bo
 
 def _commit(
     job: StageJob,
-    weights: Mapping[str, Callable[[], Mapping[str, torch.Tensor]]],
+    weights: Mapping[str, State],
     steps: int,
     record: Record,
     store: ActivationStore,
@@ -223,9 +234,8 @@ def fuse_stage(
     def fit(phase: StageJob, settings: StackWiseConfig, engine: Engine, tell: Emit) -> Trainer:
         return _trained(phase, settings, engine, feed, tell, stop, held_out)
 
-    steps = stage_steps(config, job.stage.depth, job.rows)
     means = Means(partial(engaged, device, emit), fit, partial(held_out_loss, held_out=held_out), emit)
-    fused = fuse_adaptively(job, config, steps, means)
+    fused = fuse_adaptively(job, config, job.span.steps, means)
     files = {HEAD: job.initial[HEAD]} | fused.parts
     weights = {part: partial(_loaded, files[part]) for part in job.stage.holds if part in files}
     _commit(job, weights, fused.steps, fused.record, store, device, emit, fusion=fused.told)

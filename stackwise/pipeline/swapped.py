@@ -138,6 +138,7 @@ def swapped_engine(
         groups=swap.groups,
         memory=swap.boundaries,
         warn=warn,
+        before=job.span.first,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.plan import Plan
-from stackwise.pipeline.recipe import boundary_bytes, stage_steps
+from stackwise.pipeline.recipe import boundary_bytes
 from stackwise.pipeline.schedule import Stage, maker
 
 
@@ -66,7 +66,7 @@ class _Walk:
         plan, number = self._plan, stage.rowset
         rows = plan.rowset(number)[1]
         settings = plan.config.stage_training(stage.depth)
-        seen = float(stage_steps(plan.config, stage.depth, rows) * settings.batch_size * settings.accumulation)
+        seen = float(plan.steps(stage) * settings.batch_size * settings.accumulation)
         base, through = plan.base(stage)
         self._make(base, number)
         if base is stage:

@@ -21,6 +21,7 @@ class StageFacts:
     """One stage."""
 
     depth: int
+    window: int
     blocks: tuple[int, int]
     state: str
     step: int
@@ -80,7 +81,7 @@ def collect(run: RunDirectory) -> Facts:
     state = status(run)
     stages = [
         StageFacts(
-            **{key: row[key] for key in ("depth", "state", "loss", "reason", "recipe", "trunk", "weights")},
+            **{key: row[key] for key in ("depth", "window", "state", "loss", "reason", "recipe", "trunk", "weights")},
             blocks=(row["blocks"][0], row["blocks"][1]),
             step=row["step"] or 0,
             steps=row["steps"] or 0,
@@ -103,8 +104,8 @@ def collect(run: RunDirectory) -> Facts:
                     found = store.stage(stage.recipe, check=False)
                     if found is not None:
                         committed[stage.recipe] = found
-    for stage in stages:
-        _add_training(stage, committed.get(stage.recipe or ""), history.curves.get(stage.depth))
+    for place, stage in enumerate(stages):
+        _add_training(stage, committed.get(stage.recipe or ""), history.curves.get(place))
     return Facts(
         name=config.name,
         path=str(run.path),

@@ -107,7 +107,8 @@ def _row(entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
     row["state"] = "failed" if entry.failure else state["state"]
     if row["failure"] is None and state["state"] == "failed":
         row["failure"] = history.failure
-    row["loss"] = [stage["loss"] if stage["state"] == "done" else None for stage in state["stages"]]
+    last = {stage["depth"]: stage for stage in state["stages"]}.values()  # of several windows
+    row["loss"] = [stage["loss"] if stage["state"] == "done" else None for stage in last]
     row["trained"] = sum(stage["recipe"] in own for stage in done)
     row["reused"] = len(done) - row["trained"]
     row["seconds"] = _seconds(history)

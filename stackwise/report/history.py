@@ -137,9 +137,9 @@ def _take(history: History, event: Event) -> None:
         case "diverged":
             history.warnings.append(str(event["text"]))
         case "writing" | "filling":
-            history.boundaries[event["boundary"]] = Written(event["stage"] + 1)
+            history.boundaries[event["boundary"]] = Written(_depth(event))
         case "written":
-            written = history.boundaries.setdefault(event["boundary"], Written(event["stage"] + 1))
+            written = history.boundaries.setdefault(event["boundary"], Written(_depth(event)))
             written.bytes, written.finished = event["bytes"], True
         case "dropped":
             dropped = history.boundaries.setdefault(event["boundary"], Written(event["stage"]))
@@ -150,6 +150,11 @@ def _take(history: History, event: Event) -> None:
             history.warnings.append(str(event["text"]))
         case "failed":
             history.failure = str(event["text"])
+
+
+def _depth(event: Event) -> int:
+    """The depth of a boundary that is written: its place in the schedule may be another."""
+    return int(event.get("depth", event["stage"] + 1))
 
 
 def _take_step(curve: Curve, event: Event) -> None:

@@ -60,7 +60,8 @@ def _header(facts: Facts) -> str:
     config, model = facts.config, facts.config.model
     device = facts.history.device or {}
     place = f"{device['name']}, {device.get('precision', config.precision)}" if device else config.device
-    stages = words.plural(len(facts.stages) or config.n_stages, "stage")
+    stages = words.plural(config.n_stages, "stage")
+    stages += f" and {words.plural(config.windows, 'window')}" if config.windows > 1 else ""
     blocks = f"{words.plural(model.n_blocks, 'block')} of width {model.d_model}"
     objective = config.objective.replace("_", " ")
     objective += ", then causal" if config.adapts else ""

@@ -23,25 +23,24 @@ def section(facts: Facts) -> list[str]:
 
 
 def _curves(facts: Facts) -> list[str]:
-    drawn = [stage for stage in facts.stages if len(stage.curve) > 1]
-    if not drawn:
+    curves, told, depths = _by_depth(facts.stages)
+    if not curves:
         return []
-    lines = []
-    for stage in drawn:
-        smoothed = smooth(stage.curve, max(5.0, len(stage.curve) / 10))
-        lines.append(
-            Line(
-                f"stage {stage.depth}",
-                thin(smoothed, SMOOTHED),
-                hue_of(stage.depth, len(facts.stages)),
-                faint=thin(stage.curve, RAW),
-            )
+    lines = [
+        Line(
+            f"stage {depth}",
+            thin(smooth(curve, max(5.0, len(curve) / 10)), SMOOTHED),
+            hue_of(depth, depths),
+            faint=thin(curve, RAW),
         )
-    for stage in drawn:
-        if stage.held_out:
-            hue = hue_of(stage.depth, len(facts.stages))
-            lines.append(Line(f"held out {stage.depth}", stage.held_out, hue, faint=[], dashed=True))
-    held_out = " Dashed: the mean loss on held-out rows." if any(stage.held_out for stage in drawn) else ""
+        for depth, curve in curves.items()
+    ]
+    lines += [
+        Line(f"held out {depth}", told[depth], hue_of(depth, depths), faint=[], dashed=True)
+        for depth in curves
+        if told[depth]
+    ]
+    held_out = " Dashed: the mean loss on held-out rows." if any(told[depth] for depth in curves) else ""
     return [
         '<p class="soft">Loss in nats on the rows of each stage, by its step; the line is a running mean. The first '
         f"steps may lie above the frame.{held_out}</p>",
@@ -55,6 +54,19 @@ def _curves(facts: Facts) -> list[str]:
         ),
         "</figure>",
     ]
+
+
+def _by_depth(stages: list[StageFacts]) -> tuple[dict[int, Points], dict[int, Points], int]:
+    """Losses and held-out losses of each depth that has some, window after window, and how many depths there are."""
+    curves: dict[int, Points] = {}
+    told: dict[int, Points] = {}
+    before: dict[int, int] = {}
+    for stage in stages:
+        first = before.get(stage.depth, 0)
+        curves.setdefault(stage.depth, []).extend((first + step, loss) for step, loss in stage.curve)
+        told.setdefault(stage.depth, []).extend((first + step, loss) for step, loss in stage.held_out)
+        before[stage.depth] = first + stage.steps
+    return {depth: curve for depth, curve in curves.items() if len(curve) > 1}, told, len(before)
 
 
 def _range(lines: list[Line]) -> tuple[float, float]:
@@ -71,7 +83,8 @@ def _range(lines: list[Line]) -> tuple[float, float]:
 
 def _table(facts: Facts) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("steps", "loss", "tokens/s", "waiting", "peak memory", "time"))
-    rows = "".join(_row(stage) for stage in facts.stages)
+    several = any(stage.window for stage in facts.stages)
+    rows = "".join(_row(stage, several) for stage in facts.stages)
     return scroll(
         '<table class="data"><thead><tr><th class="text">stage</th><th class="text">blocks</th>'
         f'<th class="text">state</th>{head}<th class="text">recipe</th><th class="text">why</th></tr></thead>'
@@ -80,7 +93,8 @@ def _table(facts: Facts) -> str:
     ) + ('<p class="soft">“Waiting” is the share of its training that a stage waited for data.</p>')
 
 
-def _row(stage: StageFacts) -> str:
+def _row(stage: StageFacts, several: bool) -> str:
+    label = f"{stage.depth}, window {stage.window}" if several else str(stage.depth)
     recipe = f'<span class="mono" data-tip="{_ids(stage)}">{escape(stage.recipe[:8])}</span>' if stage.recipe else "–"
     figures = [
         f"{stage.step:,}/{stage.steps:,}" if stage.step != stage.steps else f"{stage.steps:,}",
@@ -91,7 +105,7 @@ def _row(stage: StageFacts) -> str:
         words.duration(stage.seconds) if stage.seconds else "–",
     ]
     return (
-        f'<tr><th scope="row" class="text">{stage.depth}</th><td class="text">{words.span(*stage.blocks)}</td>'
+        f'<tr><th scope="row" class="text">{label}</th><td class="text">{words.span(*stage.blocks)}</td>'
         f'<td class="text"><span class="state {escape(stage.state)}">{escape(stage.state)}</span></td>'
         f"{''.join(f'<td>{cell}</td>' for cell in figures)}"
         f'<td class="text">{recipe}</td><td class="text why">{escape(stage.reason or "")}</td></tr>'

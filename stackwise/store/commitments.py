@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,22 @@ class Commitments:
     def stages(self) -> list[Hex]:
         """Recipe ids of all committed stages."""
         return self._stages.names()
+
+    def prune_stage(self, recipe_id: Hex, parts: Collection[str]) -> int:
+        """Remove the files of some parts of a committed stage; its record stays, and they count as no damage.
+
+        Args:
+            recipe_id: Id of the recipe.
+            parts: Names of the parts.
+
+        Returns:
+            The bytes freed.
+
+        Raises:
+            BusyError: Another process is committing the same recipe.
+            NoSpaceError: The disk is too full to say so; nothing was changed.
+        """
+        return self._stages.prune(recipe_id, parts)
 
     def drop_stage(self, recipe_id: Hex) -> int:
         """Remove a committed stage; returns the bytes freed (0 where there was none)."""

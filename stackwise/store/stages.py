@@ -12,7 +12,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,20 @@ _READ = 16 << 20
 
 @dataclass(frozen=True)
 class PartFile:
-    """The file of a part: its name in the stage's directory, its size in bytes, xxh3-128 of its bytes."""
+    """The file of a part: its name in the stage's directory, its size in bytes, xxh3-128 of its bytes.
+
+    A pruned one was removed on purpose: the record stays, and says what it was.
+    """
 
     file: str
     bytes: int
     digest: Hex
+    pruned: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        """As `stage.json` has it."""
+        known = {"file": self.file, "bytes": self.bytes, "digest": self.digest}
+        return known | ({"pruned": True} if self.pruned else {})
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class CommittedStage:
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """(file, what is wrong with it) of every file that is missing or was changed."""
-        for part in self.parts.values():
+        for part in (part for part in self.parts.values() if not part.pruned):
             path = self.directory / part.file
             try:
                 size = path.stat(follow_symlinks=False).st_size
@@ -120,9 +129,7 @@ class Stages:
                 value = {
                     "format": 1,
                     "recipe": recipe,
-                    "parts": {
-                        name: {"file": p.file, "bytes": p.bytes, "digest": p.digest} for name, p in parts.items()
-                    },
+                    "parts": {name: part.plain() for name, part in parts.items()},
                     "record": json.loads(text),
                 }
                 durable.write_json(temporary / "stage.json", value)
@@ -161,6 +168,27 @@ class Stages:
             return sorted(entry.name for entry in os.scandir(self._layout.stages) if is_hex_id(entry.name))
         except FileNotFoundError:
             return []
+
+    def prune(self, recipe: Hex, parts: Collection[str]) -> int:
+        """Remove parts' files, and keep their record; see `ActivationStore.prune_stage`."""
+        with Lease(self._layout.lock(f"stage-{recipe}"), f"stage {recipe}", alone=True):
+            stage = self.get(recipe, check=False)
+            if stage is None:
+                return 0
+            path = stage.directory / "stage.json"
+            value = durable.read_json(path)
+            for name in parts:
+                value["parts"][name]["pruned"] = True
+            # First the record: whatever happens between, what is missing is known to be.
+            with durable.explain_full_disk(path):
+                durable.write_json(path, value)
+            freed = 0
+            for name, part in stage.parts.items():
+                file = stage.directory / part.file
+                if (name in parts or part.pruned) and file.exists():
+                    freed += file.stat().st_size
+                    file.unlink()
+            return freed
 
     def drop(self, recipe: Hex) -> int:
         """Remove a committed stage; returns the bytes freed."""
@@ -203,7 +231,7 @@ def _parse(recipe: Hex, directory: Path, value: Any) -> CommittedStage:
             raise ValueError("a part's name is not one")
         if not isinstance(part["bytes"], int) or not is_hex_id(part["digest"]):
             raise ValueError(f"part {name}")
-        parts[name] = PartFile(part["file"], part["bytes"], part["digest"])
+        parts[name] = PartFile(part["file"], part["bytes"], part["digest"], part.get("pruned") is True)
     if not isinstance(value["record"], dict):
         raise ValueError("no record")
     return CommittedStage(recipe, directory, value["record"], parts)

@@ -20,7 +20,7 @@ from stackwise.training.optim import BLOCK, make_optimizer
 from stackwise.training.scaling import LossScale
 from stackwise.training.stage import Batch, StageModel
 
-MEAN, OPTIMIZER = "mean/", "optimizer/"
+WEIGHT, MEAN, OPTIMIZER = "weight/", "mean/", "optimizer/"
 """What names in an engine's state begin with."""
 
 
@@ -86,6 +86,16 @@ class Engine(Protocol):
     def settle(self) -> None:
         """Called once after the last step: from then on its `weights` are what is committed."""
 
+    def carried(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """By part, what going on with the stage at another time needs beside the weights committed; after `settle`.
+
+        The optimizer's state as `optimizer/KIND/NAME`; where a mean is committed, what trains as `weight/NAME`; names
+        within the part. Under an empty name the loss scale.
+        """
+
+    def take_up(self, carried: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take up what `carried` gave, before the first step; a weight that is not in it is the committed one."""
+
 
 class ResidentEngine:
     """The whole stage on the device: weights, gradients and the optimizer's state.
@@ -116,6 +126,8 @@ class ResidentEngine:
         )
         self.scale = LossScale(settings.loss_scale) if model.in_half else None
         self._mean = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
+        self._trained: dict[str, Tensor] = {}  # what lies under a mean that is committed
+        self._places = {name: (part_of(name, first_block, beyond), _within(name)) for name in self.parameters}
 
     def step(self, microbatches: Sequence[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
         """One optimizer step (see `Engine.step`)."""
@@ -156,7 +168,7 @@ class ResidentEngine:
 
     def state(self) -> dict[str, Tensor]:
         """Weights as `weight/NAME`, their mean as `mean/NAME`, the optimizer's state as `KIND/NAME`."""
-        tensors = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
+        tensors = {f"{WEIGHT}{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"{MEAN}{name}": mean for name, mean in self._mean.items()}
         if self.scale is not None:
             tensors |= self.scale.state()
@@ -167,7 +179,7 @@ class ResidentEngine:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave, one tensor at a time."""
         for name, p in self.parameters.items():
-            p.data.copy_(tensors[f"weight/{name}"])
+            p.data.copy_(tensors[f"{WEIGHT}{name}"])
         for name, mean in self._mean.items():
             mean.copy_(tensors[f"{MEAN}{name}"])
         if self.scale is not None:
@@ -186,7 +198,36 @@ class ResidentEngine:
     def settle(self) -> None:
         """The modules hold what is committed; where a mean is kept, that is the mean."""
         self._exchange()
-        self._mean = {}
+        self._trained, self._mean = self._mean, {}
+
+    def carried(self) -> dict[str, dict[str, Tensor]]:
+        """What going on needs (see `Engine.carried`)."""
+        found: dict[str, dict[str, Tensor]] = {"": self.scale.state() if self.scale is not None else {}}
+        for name, (part, own) in self._places.items():
+            state = self.optimizer.state.get(self.parameters[name], {})
+            kept = found.setdefault(part, {})
+            kept |= {f"{OPTIMIZER}{kind}/{own}": value for kind, value in state.items()}
+            if name in self._trained:
+                kept[f"{WEIGHT}{own}"] = self._trained[name]
+        return found
+
+    @torch.no_grad()
+    def take_up(self, carried: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from it (see `Engine.take_up`)."""
+        if self.scale is not None:
+            self.scale.restore(carried[""])
+        found, state = None, dict[str, Tensor]()
+        for name, (part, own) in self._places.items():
+            if part != found:  # a look-up may read from disk
+                found, state = part, dict(carried[part])
+            p = self.parameters[name]
+            if f"{WEIGHT}{own}" in state:
+                p.copy_(state[f"{WEIGHT}{own}"])
+            kinds = [key for key in state if key.startswith(OPTIMIZER) and key.endswith(f"/{own}")]
+            if kinds:
+                self.optimizer.state[p] = {
+                    key.removeprefix(OPTIMIZER).removesuffix(f"/{own}"): state[key].to(p.device) for key in kinds
+                }
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The state dict, as it is committed, of the front, a block or the head of the model; after `settle`."""
@@ -238,6 +279,12 @@ def part_of(name: str, first_block: int, beyond: Sequence[str] = ()) -> str:
         return part
     index = int(rest.partition(".")[0])
     return f"{BLOCK}{first_block + index}" if part == "blocks" else beyond[index]
+
+
+def _within(name: str) -> str:
+    """What a parameter of a `StageModel` is called within its part."""
+    part, _, rest = name.partition(".")
+    return rest.partition(".")[2] if part in ("blocks", "beyond") else rest
 
 
 def _taken_up(known: Mapping[str, Tensor], kind: str, saved: Tensor, p: nn.Parameter) -> Tensor:

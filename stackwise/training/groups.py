@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from stackwise.config import StageTraining
-from stackwise.training.engine import MEAN, OPTIMIZER
+from stackwise.training.engine import MEAN, OPTIMIZER, WEIGHT
 from stackwise.training.optim import make_optimizer
 from stackwise.training.parts import FRONT, HEAD, Group, Loaded, Parts
 from stackwise.training.redo import RedoLog
 from stackwise.training.stage import StageModel
-
-WEIGHT = "weight/"
-"""What names of weights in a part's state begin with."""
 
 
 class Turns:
@@ -54,6 +53,19 @@ class Turns:
     def committed(self, name: str) -> dict[str, Tensor] | None:
         """A part's trained weights as they are committed: their mean where one is kept."""
         return self.log.read(name, MEAN if self.settings.ema else WEIGHT)
+
+    def carried(self, name: str) -> dict[str, Tensor]:
+        """What going on needs of a part beside what is committed: its moments, and what trains under a mean."""
+        kept = OPTIMIZER, *((WEIGHT,) if self.settings.ema else ())
+        return {key: value for key, value in (self.log.read(name, "") or {}).items() if key.startswith(kept)}
+
+    def begun(self, name: str, carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state that a part begins with where it goes on: what was committed is then the mean."""
+        state = dict(carried)
+        if any(key.startswith(WEIGHT) for key in state):
+            committed = self.make(name, None).named_parameters()
+            state |= {f"{MEAN}{key}": p.detach().clone() for key, p in committed if p.requires_grad}
+        return state
 
     @torch.no_grad()
     def take_mean(self, loaded: Loaded) -> None:

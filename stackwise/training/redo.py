@@ -43,7 +43,7 @@ class Commit:
     Args:
         step: Steps done.
         updates: Those of them that moved the weights.
-        last: The number of the last of those, from 0.
+        last: The number of the last of those in the stage's budget, from 0.
         rate: Its learning rate.
         clip: What its gradients are multiplied by; None: they stand as they are.
         scaler: The state of the loss scale, where there is one.
@@ -63,12 +63,16 @@ class RedoLog:
     Args:
         directory: Theirs alone.
         parts: The parts that train.
+
+    Attributes:
+        begin: Gives the state that a part has before its first update; nothing of it where it is as it was made.
     """
 
     def __init__(self, directory: Path, parts: Sequence[str]) -> None:
         self.directory, self.parts = directory, tuple(parts)
         self.committed = Commit()
         self.at = dict.fromkeys(self.parts, 0)
+        self.begin: Callable[[str], Mapping[str, Tensor]] = lambda part: {}
         self._pool = ThreadPoolExecutor(1, "swap-writer")
         self._writing: tuple[Future[None], frozenset[str]] | None = None
 
@@ -94,7 +98,10 @@ class RedoLog:
         Raises:
             OSError: The file cannot be read.
         """
-        return self._read(STATE, part, self.at[part], prefix) if self.at.get(part) else None
+        if self.at.get(part):
+            return self._read(STATE, part, self.at[part], prefix)
+        begun = self.begin(part)
+        return {key.removeprefix(prefix): begun[key].clone() for key in begun if key.startswith(prefix)} or None
 
     def gradients(self, part: str) -> Tensors | None:
         """The gradients of the update that a part's state still lacks, by name; None where it lacks none."""
@@ -144,11 +151,19 @@ class RedoLog:
             self._writing = None  # not before: the loader waits for it too
 
     def commit(
-        self, rate: float, clip: float | None, loss: float, *, taken: bool = True, scaler: list[float] | None = None
+        self,
+        rate: float,
+        clip: float | None,
+        loss: float,
+        *,
+        number: int,
+        taken: bool = True,
+        scaler: list[float] | None = None,
     ) -> None:
         """Publish the step in hand, whose gradients are all handed in.
 
         Args:
+            number: Its number in the stage's budget, from 0.
             rate: Its learning rate.
             clip: What its gradients are to be multiplied by.
             loss: Its loss; no number where it was refused.
@@ -170,7 +185,7 @@ class RedoLog:
                 os.close(fd)
         record = replace(before, step=before.step + 1, scaler=scaler)
         if taken:
-            record = replace(record, updates=before.updates + 1, last=before.step, rate=rate, clip=clip)
+            record = replace(record, updates=before.updates + 1, last=number, rate=rate, clip=clip)
         durable.write_json(self.directory / _COMMIT, {"format": FORMAT, **asdict(record)})
         self.committed = record
 

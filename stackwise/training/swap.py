@@ -22,8 +22,10 @@ from torch import Tensor
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
+from stackwise.training.draws import generator_state, set_generator
 from stackwise.training.engine import Accept, Stepped
 from stackwise.training.groups import Turns
+from stackwise.training.lazily import Lazily
 from stackwise.training.parts import FRONT, Parts, in_turn, make_groups
 from stackwise.training.redo import RedoLog
 from stackwise.training.scaling import LossScale
@@ -47,6 +49,7 @@ class SwappedEngine:
         groups: Groups that the blocks make.
         memory: Bytes of boundaries kept in memory; the rest goes to files.
         warn: Told what of the directory is damaged.
+        before: Steps that the stage has taken already, in windows before this one.
     """
 
     def __init__(
@@ -60,7 +63,9 @@ class SwappedEngine:
         groups: int,
         memory: int,
         warn: Callable[[str], None],
+        before: int = 0,
     ) -> None:
+        self.before = before
         self.parts, self.settings, self.seed, self.device = parts, settings, seed, device
         self.groups = make_groups(parts, groups)
         self.log = RedoLog(directory, parts.trains)
@@ -87,7 +92,7 @@ class SwappedEngine:
             StackWiseError: The loss or the gradient is no finite number, and nobody was asked; the step is not taken.
             NoSpaceError: The disk is full; the step is not taken.
         """
-        assert step == self.steps_done, f"step {step} after {self.steps_done}"
+        assert step == self.before + self.steps_done, f"step {step} after {self.before} and {self.steps_done}"
         self.spill.clear()
         norms: dict[str, list[Tensor]] = {}
         total, scored = self._up(microbatches, step, norms)
@@ -110,7 +115,8 @@ class SwappedEngine:
         if taken and self.scale is not None:
             self.scale.taken()
         scaler = None if self.scale is None else self.scale.state()[SCALER].tolist()
-        self.log.commit(rate, clip, math.nan if refused else float(loss), taken=taken, scaler=scaler)
+        told = math.nan if refused else float(loss)
+        self.log.commit(rate, clip, told, number=step, taken=taken, scaler=scaler)
         self.spill.clear()
         return Stepped(loss, norm, taken)
 
@@ -172,6 +178,16 @@ class SwappedEngine:
     def losses(self) -> list[float | None]:
         """The loss of each step that is published; None where `accept` refused it."""
         return self.log.losses()
+
+    def carried(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """What going on needs (see `Engine.carried`)."""
+        return Lazily(self.log.parts, self.turns.carried, {} if self.scale is None else self.scale.state())
+
+    def take_up(self, carried: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from it (see `Engine.take_up`); with steps on the disk, these have gone on already."""
+        self.log.begin = lambda part: self.turns.begun(part, carried[part])
+        if self.scale is not None and not self.steps_done:
+            self.scale.restore(carried[""])
 
     def weights(self, part: str) -> dict[str, Tensor]:
         """The state dict, as it is committed, of a part; after `settle`."""
@@ -275,14 +291,14 @@ class SwappedEngine:
             Their state as it was seeded.
         """
         torch.manual_seed(derive_seed(*self.seed, step, number, "dropout"))
-        seeded = _generator(self.device)
+        seeded = generator_state(self.device)
         if ("draw", index, number) in self.spill:
-            _set_generator(self.device, self.spill.get(("draw", index, number)))
+            set_generator(self.device, self.spill.get(("draw", index, number)))
         return seeded
 
     def _keep_draw(self, seeded: Tensor, index: int, number: int) -> None:
         """Keep the generator's state for the group above, unless nothing was drawn yet."""
-        now = _generator(self.device)
+        now = generator_state(self.device)
         if not torch.equal(now, seeded):
             self.spill.put(("draw", index, number), now)
 
@@ -293,19 +309,3 @@ class SwappedEngine:
         norm = torch.linalg.vector_norm(torch.stack(norms))
         limit = self.settings.grad_clip
         return norm, float(torch.clamp(limit / (norm + 1e-6), max=1.0)) if limit > 0 else None
-
-
-def _generator(device: torch.device) -> Tensor:
-    """The state of the generator that draws on a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
-
-
-def _set_generator(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(state)
-    else:
-        torch.set_rng_state(state)

@@ -16,7 +16,7 @@ import torch
 
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
-from stackwise.training.divergence import Rollback, Watch
+from stackwise.training.divergence import MEMORY, Rollback, Watch
 from stackwise.training.engine import Engine, Stepped
 from stackwise.training.optim import learning_rate
 from stackwise.training.stage import Batch
@@ -84,6 +84,30 @@ class Record:
         return sum(one["action"] == "rollback" for one in self.divergences)
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What of a stage's windows before its trainer heeds, beside the engine's state.
+
+    Args:
+        rollbacks: How often training went back, at a lower learning rate each time.
+        losses: The last ones; None for a step that was refused.
+    """
+
+    rollbacks: int = 0
+    losses: Sequence[float | None] = ()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """As tensors, to be committed."""
+        losses = [math.nan if loss is None else loss for loss in self.losses]
+        return {"rollbacks": torch.tensor([self.rollbacks]), "losses": torch.tensor(losses, dtype=torch.float64)}
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, torch.Tensor]) -> Carried:
+        """The inverse of `state`."""
+        losses = [None if math.isnan(loss) else loss for loss in tensors["losses"].tolist()]
+        return cls(int(tensors["rollbacks"]), losses)
+
+
 class Hooks(Protocol):
     """What a trainer tells, and asks, as it goes."""
 
@@ -112,14 +136,27 @@ class Trainer:
     Args:
         engine: What holds the stage and takes its steps.
         settings: Learning rate, batch and the rest.
-        steps: How many optimizer steps the stage takes.
+        steps: How many optimizer steps it takes; all below counts these.
         anchor: Steps between the checkpoints that a rollback goes back to.
+        before: Steps that the stage has taken already, in windows before this one.
+        budget: Those that it takes in all, over which learning rates are spread; None: `steps`.
     """
 
-    def __init__(self, engine: Engine, settings: StageTraining, *, steps: int, anchor: int | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: StageTraining,
+        *,
+        steps: int,
+        anchor: int | None = None,
+        before: int = 0,
+        budget: int | None = None,
+    ) -> None:
         self.engine, self.settings, self.steps, self.anchor = engine, settings, steps, anchor
+        self.before, self.budget = before, before + steps if budget is None else budget
         self.step = 0
         self.record = Record()
+        self.carried = Carried()
 
     @property
     def finished(self) -> bool:
@@ -134,16 +171,22 @@ class Trainer:
         self.engine.restore(tensors)
         self.step, self.record = step, record
 
+    def carry(self) -> Carried:
+        """What a later window heeds."""
+        losses = [*self.carried.losses, *self.record.losses][-MEMORY:]
+        return Carried(self.carried.rollbacks + self.record.rollbacks, losses)
+
     def rate(self, step: int) -> float:
         """The learning rate of a step: that of the schedule, lowered at every rollback."""
-        lowered: float = self.settings.rollback_factor**self.record.rollbacks
-        return learning_rate(self.settings, step, self.steps) * lowered
+        lowered: float = self.settings.rollback_factor ** (self.carried.rollbacks + self.record.rollbacks)
+        return learning_rate(self.settings, self.before + step, self.budget) * lowered
 
     def train_step(self, microbatches: Sequence[Batch], watch: Watch | None = None) -> Stepped:
         """One optimizer step over `accumulation` microbatches, at the rate that the schedule gives."""
-        microbatches = [replace(batch, step=self.step) for batch in microbatches]
+        number = self.before + self.step
+        microbatches = [replace(batch, step=number) for batch in microbatches]
         accept = None if watch is None else watch.accept
-        stepped = self.engine.step(microbatches, self.step, self.rate(self.step), accept)
+        stepped = self.engine.step(microbatches, number, self.rate(self.step), accept)
         self.step += 1
         return stepped
 
@@ -163,7 +206,9 @@ class Trainer:
             Rollback: It is to go on from the checkpoint that this names.
         """
         settings = self.settings
-        watch = None if settings.on_divergence == "stop" else Watch(settings, self.record.losses)
+        watch = (
+            None if settings.on_divergence == "stop" else Watch(settings, [*self.carried.losses, *self.record.losses])
+        )
         pending: list[tuple[Stepped, bool]] = []
         begun = reported = time.perf_counter()
         waited_before, seconds_before, tokens = self.record.waited, self.record.seconds, 0

@@ -44,9 +44,12 @@ def verified(directory: Path) -> dict[int, int]:
 
 
 def run_stages(
-    config: StackWiseConfig, directory: Path, told: Callable[[dict[str, Any]], None] = lambda event: None
+    config: StackWiseConfig,
+    directory: Path,
+    told: Callable[[dict[str, Any]], None] = lambda event: None,
+    **only: Any,
 ) -> list[dict[str, Any]]:
-    """A run without its evaluation, its workers' jobs done in this process; its events.
+    """A run (or `only` a stage of it) without its evaluation, its workers' jobs done in this process; its events.
 
     Every job goes through its line of JSON, as to a process.
     """
@@ -68,7 +71,7 @@ def run_stages(
     runner._crew.work = work  # type: ignore[method-assign]
     ready = {"event": "ready", **describe(torch.device("cpu"))}
     runner._crew.start = lambda device, log: ready  # type: ignore[method-assign]
-    runner.run()
+    runner.run(**only)
     return events
 
 

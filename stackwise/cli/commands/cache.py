@@ -160,10 +160,10 @@ def _planned(run: RunDirectory, store: ActivationStore) -> dict[str, Any]:
         less what is written of it already (None: the rows are not chosen yet); `stored`: bytes of all boundaries;
         `allowed`: `store.max_bytes`; `free`: bytes on the disk.
     """
-    from stackwise.pipeline.plan import Versions, add_versions
     from stackwise.pipeline.recipe import boundary_bytes, codec_name, forward_specification, trunk_id
     from stackwise.pipeline.rows import rows_key
     from stackwise.pipeline.schedule import schedule
+    from stackwise.pipeline.versions import Versions, add_versions
 
     config, manifest = run.config(), run.manifest()
     stored = sum(info.disk_bytes for info in store.boundaries())
@@ -177,13 +177,14 @@ def _planned(run: RunDirectory, store: ActivationStore) -> dict[str, Any]:
             break
         add_versions(versions, committed)
         done += 1
-    for stage in schedule(config)[done:]:
+    stages = schedule(config)
+    for stage in stages[done:]:
         if not stage.reads_boundary:
             continue
         data = manifest.get("data", {}).get("id", "")
-        rowset, rows = manifest.get("rowsets", {}).get(rows_key(config, data, stage.rowset), (None, None))
+        rowset, rows, *_ = manifest.get("rowsets", {}).get(rows_key(config, data, stage.rowset), (None, None))
         written = None
-        if stage.depth == done and rowset is not None:  # what it stands on is committed: its boundary has an id
+        if stage.place == done and rowset is not None:  # what it stands on is committed: its boundary has an id
             forward = forward_specification(config, manifest["vocabulary"]["size"], manifest["vocabulary"]["mask"])
             trunk = trunk_id(
                 forward, [str(versions[part].digest) for part in stage.trunk], stage.precisions(stage.trunk)
@@ -235,6 +236,6 @@ def _committed(opened: ActivationStore) -> list[dict[str, Any]]:
             continue
         if stage is not None:
             record = {key: stage.record.get(key) for key in ("depth", "blocks", "steps", "seconds", "device")}
-            size = sum(part.bytes for part in stage.parts.values())
+            size = sum(part.bytes for part in stage.parts.values() if not part.pruned)
             found.append({"recipe": recipe, **record, "parts": sorted(stage.parts), "bytes": size})
     return sorted(found, key=lambda stage: (-1 if stage["depth"] is None else stage["depth"], stage["recipe"]))

@@ -82,12 +82,19 @@ def _submit(choice: Choice, engine: str, as_json: bool) -> None:
         return
     for job in jobs:
         what = "evaluation, report" if job["stage"] is None else f"stage {job['stage']}"
+        what += f", window {job['window']}" if job.get("window") is not None else ""
         click.echo(f"{engine} job {job['job']}: {what}")
     click.echo(f"how they stand: stackwise status --run {shlex.quote(str(choice.run.path))}")
 
 
 def carry_out(
-    choice: Choice, *, as_json: bool, command: str, only: int | None = None, max_time: float | None = None
+    choice: Choice,
+    *,
+    as_json: bool,
+    command: str,
+    only: int | None = None,
+    window: int | None = None,
+    max_time: float | None = None,
 ) -> None:
     """Run a configuration, or one stage of it, and show it.
 
@@ -96,6 +103,7 @@ def carry_out(
         as_json: One event a line instead of a view.
         command: What was typed, for the line that says how to go on.
         only: One stage alone.
+        window: Of its windows that one; None: the next to train.
         max_time: Seconds after which it has to be over; None: no limit.
     """
     from stackwise import report
@@ -109,7 +117,8 @@ def carry_out(
     view = RunView(choice.config, str(choice.run.path), known)
     try:
         with watcher(view, as_json) as observe:
-            Runner(choice.config, choice.run, observe, resume_command=again, max_time=max_time).run(only)
+            runner = Runner(choice.config, choice.run, observe, resume_command=again, max_time=max_time)
+            runner.run(only, window=window)
         page = report.write(choice.run)
     except KeyboardInterrupt:
         if not view.saved:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stackwise.cli.app import Subcommands
+from stackwise.cli.commands.status import label
 from stackwise.cli.options import Choice, as_json, choose, configuration, find_run, is_run, max_time_option
 from stackwise.cli.output import plain, state, table
 from stackwise.cli.watching import show, watch_option
+from stackwise.config import AUTO
 from stackwise.errors import UsageError
 from stackwise.report import words
 
@@ -27,11 +29,13 @@ def stage() -> None:
 
 @stage.command(name="run")
 @click.option("--depth", type=click.IntRange(min=0), required=True, metavar="K", help="The stage, from 0.")
+@click.option("--window", type=click.IntRange(min=0), metavar="W", help="Its window; by default the next to train.")
 @configuration
 @max_time_option
 @as_json
 def run_stage(
     depth: int,
+    window: int | None,
     config: str | None,
     preset: str | None,
     run: str | None,
@@ -41,13 +45,16 @@ def run_stage(
 ) -> None:
     """Train stage K alone; what is below it must be committed (exit code 2 otherwise).
 
+    Where the corpus is trained in windows: in its next one. What comes before it, each stage below and the windows
+    before at every stage, must be committed.
+
     Without CONFIG and --preset the run's own configuration counts.
     """
     from stackwise.cli.commands.run import carry_out
 
     choice = _choice(config, preset, run, overrides)
-    command = f"stackwise stage run --depth {depth}"
-    carry_out(choice, as_json=as_json, command=command, only=depth, max_time=max_time)
+    command = f"stackwise stage run --depth {depth}" + ("" if window is None else f" --window {window}")
+    carry_out(choice, as_json=as_json, command=command, only=depth, window=window, max_time=max_time)
 
 
 @stage.command(name="list")
@@ -69,7 +76,8 @@ def list_stages(
 
     def look() -> dict[str, Any]:
         states = _states(choice, stages)
-        return {"source": choice.source, "stages": [row | states.get(row["depth"], {}) for row in stages]}
+        rows = [row | states.get((row["depth"], row["window"]), {}) for row in stages]
+        return {"source": choice.source, "stages": rows}
 
     going_on = (lambda: held_by_live_process(choice.run)) if watch else None
     show(look, lambda value: _rendered(choice, value["stages"]), going_on, as_json=as_json)
@@ -96,7 +104,7 @@ def _rendered(choice: Choice, stages: list[dict[str, Any]]) -> Group:
     for row in stages:
         loss = row.get("loss")
         shown.add_row(
-            str(row["depth"]),
+            label(row, stages),
             words.span(*row["blocks"]),
             row["reads"],
             _parts(row["trains"]) + ("" if row["causal_from"] is None else ", to be causal"),
@@ -106,7 +114,8 @@ def _rendered(choice: Choice, stages: list[dict[str, Any]]) -> Group:
             f"{row['step']:,}" if row.get("step") else "",
             f"{loss:.3f}" if loss is not None else "",
         )
-    title = plain(f"{choice.config.name}: {words.plural(len(stages), 'stage')} ({choice.source})")
+    windows = ", in windows: auto" if choice.config.has_windows and choice.config.training.windows == AUTO else ""
+    title = plain(f"{choice.config.name}: {words.plural(len(stages), 'stage')}{windows} ({choice.source})")
     return Group(Text.from_markup(f"[bold]{title}[/]"), shown)
 
 
@@ -120,11 +129,12 @@ def listing(config: StackWiseConfig) -> list[dict[str, Any]]:
         rows.append(
             {
                 "depth": stage.depth,
+                "window": stage.window,
                 "blocks": [stage.first, stage.last],
                 "reads": f"boundary {stage.depth}" if stage.reads_boundary else "tokens",
                 "trains": list(stage.trains),
                 "precisions": stage.precisions(stage.holds),
-                "steps": settings.steps,
+                "steps": settings.steps if config.windows == 1 else None,
                 "causal_from": stage.causal_from,
                 "learning_rate": settings.learning_rate,
             }
@@ -144,18 +154,18 @@ def _choice(
     return choose(config, preset, run, overrides)
 
 
-def _states(choice: Choice, stages: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """How the stages of the run stand, by depth; those of a schedule that holds other blocks are left out."""
+def _states(choice: Choice, stages: list[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
+    """How the stages of the run stand, by depth and window; those of a schedule with other blocks are left out."""
     from stackwise.pipeline.run import status
 
     if not is_run(choice.run.path):
         return {}
-    known = {row["depth"]: row for row in status(choice.run)["stages"]}
+    known = {(row["depth"], row["window"]): row for row in status(choice.run)["stages"]}
     keys = ("state", "step", "loss", "reason")
     return {
-        row["depth"]: {"steps": row["steps"] or own["steps"], **{key: own[key] for key in keys}}
+        where: {"steps": row["steps"] or own["steps"], **{key: own[key] for key in keys}}
         for row in stages
-        if (own := known.get(row["depth"])) is not None and own["blocks"] == row["blocks"]
+        if (own := known.get(where := (row["depth"], row["window"]))) is not None and own["blocks"] == row["blocks"]
     }
 
 

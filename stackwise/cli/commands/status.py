@@ -41,7 +41,7 @@ def rendered(value: dict[str, Any]) -> Group:
     for stage in stages:
         loss, wait, memory = stage["loss"], stage["wait_fraction"], stage["peak_memory_bytes"]
         shown.add_row(
-            str(stage["depth"]),
+            label(stage, stages),
             words.span(*stage["blocks"]),
             state(stage["state"]),
             f"{stage['step'] or 0:,}/{stage['steps']:,}",
@@ -56,5 +56,12 @@ def rendered(value: dict[str, Any]) -> Group:
     named = table("job", "of", "state")
     for job in jobs:
         of = "evaluation" if job["stage"] is None else f"stage {job['stage']}"
+        of += f", window {job['window']}" if job.get("window") is not None else ""
         named.add_row(f"{job['engine']} {plain(job['job'])}", of, state(job["state"]))
     return Group(Text.from_markup(line), shown, Text(), named)
+
+
+def label(stage: dict[str, Any], stages: list[dict[str, Any]]) -> str:
+    """A stage's number, and its window's where there are several."""
+    several = any(each["window"] for each in stages if each["depth"] == stage["depth"])
+    return f"{stage['depth']}, window {stage['window']}" if several else str(stage["depth"])

@@ -175,9 +175,10 @@ def _show_outlook(order: list[Member], as_json: bool) -> None:
             }
         )
         return
-    depth = max((len(member.outlook) for member in order), default=0)
+    longest = max((member.outlook for member in order), key=len, default=[])
+    depth = len(longest)
     numbers = {member.combination.name: str(number) for number, member in enumerate(order, 1)}
-    shown = table("", "run", *(f"stage {k}" for k in range(depth)), "", right=(0,))
+    shown = table("", "run", *(f"stage {each.label}" for each in longest), "", right=(0,))
     for member in order:
         name = member.combination.name
         stages = [f"as in {numbers[text]}" if text in numbers else text for text in found[name]]

@@ -31,7 +31,7 @@ class Lines:
     def __call__(self, event: Event) -> None:
         """Take up an event."""
         self._view.observe(event)
-        depth = event.get("stage")
+        place = event.get("stage")
         kind = event["event"]
         if kind == "step":
             before, step = self._shown.get(event["stage"]), event["step"]
@@ -47,7 +47,7 @@ class Lines:
                 self._shown.pop(event["stage"], None)
             if (text := wording(event)) is not None:
                 for line in text.splitlines():
-                    self._say(line, depth if kind != "dropped" else None)
+                    self._say(line, place if kind != "dropped" else None)
 
     def _say_progress(self, kind: str, event: Event) -> None:
         now = time.monotonic()
@@ -55,13 +55,14 @@ class Lines:
             return
         share = words.percent(event["done"] / event["total"])
         if kind == "boundary":
-            self._say(f"boundary {event['stage'] + 1}: {share}", event["stage"])
+            depth = self._view.stages[event["stage"]].depth
+            self._say(f"boundary {depth + 1}: {share}", event["stage"])
         else:
             self._say(f"{event.get('phase', 'evaluating')}: {share}", None)
 
-    def _say(self, text: str, depth: int | None) -> None:
+    def _say(self, text: str, place: int | None) -> None:
         self._spoke = time.monotonic()
-        where = f"stage {depth}: " if isinstance(depth, int) else ""
+        where = f"stage {self._view.label(place)}: " if isinstance(place, int) else ""
         sys.stdout.write(f"{time.strftime('%H:%M:%S')} {where}{text}\n")
         sys.stdout.flush()
 

@@ -41,8 +41,10 @@ class Live:
         if event["event"] in SILENT:
             return
         if (text := wording(event)) is not None:
-            depth = event.get("stage")
-            where = f"stage {depth}: " if isinstance(depth, int) and event["event"] != "dropped" else ""
+            place = event.get("stage")
+            where = ""
+            if isinstance(place, int) and event["event"] != "dropped":
+                where = f"stage {self._view.label(place)}: "
             style = {"warning": "yellow", "failed": "red", "stopping": "yellow", "interrupted": "yellow"}
             self._console.print(plain(where + text), style=style.get(event["event"], "dim"))
 
@@ -75,7 +77,7 @@ class Live:
         for stage in view.stages[first : first + ROWS]:
             style = STATES.get(stage.state, "")
             shown.add_row(
-                str(stage.depth),
+                stage.label,
                 words.span(*stage.blocks),
                 f"[{style}]{stage.state}[/]",
                 f"{stage.step:,}/{stage.steps:,}" if stage.steps else "",
@@ -87,7 +89,7 @@ class Live:
         return shown
 
     def _training(self, stage: StageView) -> RenderableType:
-        figures = [f"stage {stage.depth}", f"{stage.step:,}/{stage.steps or 0:,}"]
+        figures = [f"stage {stage.label}", f"{stage.step:,}/{stage.steps or 0:,}"]
         if stage.loss is not None:
             figures.append(f"loss {stage.loss:.3f}")
         if stage.learning_rate is not None:

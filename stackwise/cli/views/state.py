@@ -20,6 +20,9 @@ class StageView:
 
     depth: int
     blocks: tuple[int, int]
+    window: int = 0
+    label: str = ""
+    """Its number, and its window's where there are several."""
     state: str = "pending"
     step: int = 0
     steps: int | None = None
@@ -68,14 +71,17 @@ class RunView:
     def _plan(self) -> None:
         self.stages = []
         for stage in schedule(self.config):
-            steps = self.config.stage_training(stage.depth).steps
-            self.stages.append(StageView(stage.depth, (stage.first, stage.last), steps=steps))
+            steps = self.config.stage_training(stage.depth).steps if self.config.windows == 1 else None
+            view = StageView(stage.depth, (stage.first, stage.last), stage.window, stage.label, steps=steps)
+            self.stages.append(view)
 
     def observe(self, event: Event) -> None:
         """Take up an event."""
-        depth = event.get("stage")
-        stage = self.stages[depth] if isinstance(depth, int) and depth < len(self.stages) else None
+        place = event.get("stage")
+        stage = self.stages[place] if isinstance(place, int) and place < len(self.stages) else None
         if stage is not None:
+            if event["event"] in ("training", "step"):
+                self.current = place
             self._observe_stage(stage, event)
         match event["event"]:
             case "settled":
@@ -83,8 +89,7 @@ class RunView:
                 self.config.training.block_size = event["value"]
                 self._plan()
             case "plan":
-                for each in event["stages"]:
-                    self.stages[each["stage"]].why = each["reason"]
+                self._planned(event["stages"])
             case "preparing":
                 self._progress(event["phase"], event["done"], event["total"])
             case "evaluating":
@@ -98,6 +103,28 @@ class RunView:
         elif event["event"] in ("training", "reused"):
             self.saved = True
 
+    def label(self, place: int) -> str:
+        """What the stage at a place of the schedule is called."""
+        return self.stages[place].label if place < len(self.stages) else str(place)
+
+    def _planned(self, stages: list[dict[str, Any]]) -> None:
+        """The stages as they are planned: how many windows they have may not have been known before."""
+        blocks = {view.depth: view.blocks for view in self.stages}
+        if len(stages) != len(self.stages):
+            several = {each["depth"] for each in stages if each["window"]}
+            self.stages = [
+                StageView(
+                    (depth := each["depth"]),
+                    blocks[depth],
+                    each["window"],
+                    f"{depth}, window {each['window']}" if depth in several else str(depth),
+                )
+                for each in stages
+            ]
+        for each in stages:
+            self.stages[each["stage"]].why = each["reason"]
+            self.stages[each["stage"]].steps = each["steps"]
+
     def end(self) -> None:
         """Nothing goes on any more: what ran was interrupted."""
         self.activity = None
@@ -109,7 +136,7 @@ class RunView:
         match event["event"]:
             case "training":
                 stage.state, stage.steps, stage.why, stage.step = "running", event["steps"], event["reason"], 0
-                self.current, self.activity = stage.depth, None
+                self.activity = None
             case "resumed":
                 stage.step, stage.why = event["step"], f"resumed at step {event['step']:,}"
             case "step":
@@ -139,12 +166,11 @@ class RunView:
             stage.loss = _smooth(stage.loss, event["loss"])
         stage.tokens_per_second = _smooth(stage.tokens_per_second, event["tokens_per_second"])
         stage.wait_fraction, stage.memory = event["wait_fraction"], event["memory"]
-        self.current = stage.depth
 
     def _recall(self, stage: StageView) -> None:
         """What a stage that is not trained again came to before."""
         for before in self.known:
-            if before["depth"] == stage.depth and before["state"] == "done":
+            if (before["depth"], before["window"]) == (stage.depth, stage.window) and before["state"] == "done":
                 stage.loss, stage.step, stage.steps = before["loss"], before["step"], before["steps"]
 
     def _progress(self, activity: str, done: int, total: int | None) -> None:

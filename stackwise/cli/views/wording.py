@@ -39,7 +39,9 @@ def wording(event: Event) -> str | None:
             return "writing its boundary" + (f", {words.plural(chunks, 'chunk')}" if chunks else "")
         case "filling":
             chunks = words.plural(event["chunks"], "chunk")
-            return f"its boundary is written while stage {event['stage'] + 1} trains on it, {chunks}"
+            return (
+                f"its boundary is written while stage {event.get('above', event['stage'] + 1)} trains on it, {chunks}"
+            )
         case "written":
             speed = event["bytes"] / event["seconds"] if event["seconds"] else 0.0
             took = f"{words.size(event['bytes'])} in {words.duration(event['seconds'])}, {words.size(speed)}/s"
@@ -60,7 +62,10 @@ def wording(event: Event) -> str | None:
         case "recomputing" | "stopping" | "failed":
             return str(event["text"])
         case "dropped":
-            return f"boundary {event['stage']} dropped, {words.size(event['bytes'])} freed (store.keep)"
+            why = event.get("why", "store.keep")
+            return f"boundary {event['stage']} dropped, {words.size(event['bytes'])} freed ({why})"
+        case "pruned":
+            return f"weights of an earlier window dropped, {words.size(event['bytes'])} freed"
         case "warning":
             return f"warning: {event['text']}"
         case "evaluation" if event.get("reused"):
@@ -118,10 +123,19 @@ def _data(event: Event) -> str:
 
 def _decisions(stages: list[dict[str, Any]]) -> list[str]:
     """Reuse or train, and why; neighbours that agree share a line."""
-    lines = []
-    for (action, reason, steps), group in itertools.groupby(stages, lambda s: (s["action"], s["reason"], s["steps"])):
+
+    def alike(stage: dict[str, Any]) -> tuple[Any, ...]:
+        return stage["window"], stage["action"], stage["reason"], stage["steps"]
+
+    spans = []
+    for (window, action, reason, steps), group in itertools.groupby(stages, alike):
         depths = [stage["depth"] for stage in group]
         which = f"stage{'s' if len(depths) > 1 else ''} {words.span(depths[0], depths[-1])}"
         doing = "reuse" if action == "reuse" else f"train, {words.plural(steps, 'step')}"
-        lines.append(f"{which}: {doing} ({reason})")
+        spans.append((which, f"{doing} ({reason})", window))
+    several, lines = any(stage["window"] for stage in stages), []
+    for (which, doing), same in itertools.groupby(spans, lambda span: span[:2]):
+        windows = [window for *_, window in same]
+        when = f", window{'s' if len(windows) > 1 else ''} {words.span(windows[0], windows[-1])}" if several else ""
+        lines.append(f"{which}{when}: {doing}")
     return lines
