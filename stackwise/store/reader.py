@@ -22,15 +22,13 @@ from stackwise.store.codecs import decode_scaled
 from stackwise.store.index import Index
 from stackwise.store.leases import Lease
 from stackwise.store.maps import ChunkMaps
-from stackwise.store.order import RowOrder
+from stackwise.store.order import RowOrder, Rows
 from stackwise.store.prefetch import Prefetcher
 from stackwise.store.records import BoundaryInfo
+from stackwise.store.transfer import Batch, to_device
 
 if TYPE_CHECKING:
     import torch
-
-Rows = npt.NDArray[np.int64]
-Batch = tuple[Rows, "torch.Tensor"]
 
 _OPEN_FILES = 192
 _DIRECT_ROW_BYTES = 1 << 14
@@ -137,8 +135,6 @@ class BoundaryReader:
         if device is None:
             return Prefetcher(self.stream(order, batch_size, start), depth=prefetch)
         import torch
-
-        from stackwise.store.transfer import to_device
 
         return Prefetcher(to_device(self, order, batch_size, start, torch.device(device)), depth=prefetch)
 

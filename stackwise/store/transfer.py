@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from stackwise.store.order import RowOrder, Rows
+from stackwise.store.records import BoundaryInfo
 
 if TYPE_CHECKING:
     import torch
 
-    from stackwise.store.order import RowOrder
-    from stackwise.store.reader import Batch, BoundaryReader
+Batch = tuple[Rows, "torch.Tensor"]
 
 _AHEAD = 2
 
 
-def to_device(
-    reader: BoundaryReader, order: RowOrder, batch_size: int, start: int, device: torch.device
-) -> Iterator[Batch]:
+class RowReader(Protocol):
+    """What batches are read by: a `BoundaryReader`."""
+
+    info: BoundaryInfo
+
+    def read(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Activations of `rows`, into `out` where it is given."""
+        ...
+
+    def stream(self, order: RowOrder, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """Endless batches in the given order."""
+        ...
+
+
+def to_device(reader: RowReader, order: RowOrder, batch_size: int, start: int, device: torch.device) -> Iterator[Batch]:
     """`BoundaryReader.stream`, with the activations on `device`.
 
     On a CUDA device rows are read straight into pinned buffers; a copy stream moves them, `_AHEAD` batches before

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackwise.errors import UsageError
 from stackwise.store import RowOrder
 
 
+@settings(deadline=None)
 @given(
     rows=st.integers(1, 400),
     chunk=st.integers(1, 60),
