@@ -19,7 +19,7 @@ from stackwise.version import __version__
 
 State = Literal["ok", "missing", "optional", "note"]
 
-MODULES = {"pyyaml": "yaml"}
+MODULES = {"pyyaml": "yaml", "tensorboardx": "tensorboardX"}
 """Import names that differ from their distribution's."""
 FALLBACK = ("click", "lmdb", "numcodecs", "numpy", "psutil", "pydantic", "PyYAML", "rich", "safetensors")
 """What is needed, where the installation does not say."""
