@@ -64,7 +64,8 @@ class Fused:
         parts: The newest weights of each part that trained.
         steps: Steps taken, the probes' among them.
         record: Of all phases, one after the other.
-        told: The loss before (`before`), and of each round its probes, the section `chosen` and the loss after it.
+        told: The loss before (`before`), and of each round its probes, the section `chosen`, the loss after it, and
+            whether what it trained was `kept`.
     """
 
     parts: dict[str, Source] = field(default_factory=dict)
@@ -76,7 +77,7 @@ class Fused:
 def fuse_adaptively(job: StageJob, config: StackWiseConfig, steps: int, means: Means) -> Fused:
     """Do the rounds of a job's stage.
 
-    Where no section gains, nothing is trained and the rounds end.
+    What a round trained stays where held-out loss fell by it; otherwise the weights are as before the round.
 
     Args:
         job: The job.
@@ -95,6 +96,7 @@ class _Fusion:
         self._job, self._config, self._steps, self._means = job, config, steps, means
         self._directory = Path(job.checkpoints)
         self._done = Fused()
+        self._trained: dict[str, Source] = {}
 
     def run(self) -> Fused:
         job, done = self._job, self._done
@@ -111,15 +113,14 @@ class _Fusion:
                 probes.append({"blocks": list(section), "nats": nats, "gain": gains[section]})
                 self._tell("probe", number, section, gain=gains[section], nats=nats)
             chosen = max(gains, key=lambda section: gains[section])
-            told: dict[str, Any] = {"probes": probes, "chosen": None}
-            done.told["rounds"].append(told)
-            if not gains[chosen] > 0:
-                self._tell("unfrozen", number, None, gain=gains[chosen], nats=before)
-                break
             self._tell("unfrozen", number, chosen, gain=gains[chosen], nats=before)
-            before = self._phase(f"{number}-train", number, chosen, training, keep=True)
-            done.record.held_out.append((done.steps, before))
-            told |= {"chosen": list(chosen), "nats": before}
+            nats = self._phase(f"{number}-train", number, chosen, training, keep=True)
+            done.record.held_out.append((done.steps, nats))
+            told = {"probes": probes, "chosen": list(chosen), "nats": nats, "kept": nats < before}
+            done.told["rounds"].append(told)
+            self._tell("fused", number, chosen, gain=before - nats, nats=nats)
+            if nats < before:
+                done.parts, before = done.parts | self._trained, nats
         return done
 
     def _measured(self, section: Section) -> float:
@@ -162,8 +163,8 @@ class _Fusion:
             gc.collect()
             self._finish(name, known)
             record = Record(**known["record"])
-        for part, digest in known["parts"].items():
-            done.parts[part] = Source(str(self._path(name, part)), digest, self._job.recipe_id)
+        made, recipe = known["parts"].items(), self._job.recipe_id
+        self._trained = {part: Source(str(self._path(name, part)), digest, recipe) for part, digest in made}
         self._add(record, steps)
         return float(known["nats"])
 

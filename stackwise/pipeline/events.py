@@ -203,7 +203,7 @@ class Manifest:
             "peak_memory_bytes": record["peak_memory_bytes"],
             "held_out": _last_held_out(record.get("held_out", [])),
             "divergences": len(record.get("divergences", [])),
-            "unfrozen": [each["chosen"] for each in (record.get("fusion") or {}).get("rounds", []) if each["chosen"]],
+            "unfrozen": [each["chosen"] for each in (record.get("fusion") or {}).get("rounds", []) if each["kept"]],
         }
         self.save()
 

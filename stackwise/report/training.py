@@ -127,9 +127,8 @@ def _fusions(facts: Facts) -> list[str]:
                 f"{words.span(*probe['blocks'])}</th><td>{probe['nats']:.4f}</td><td>{probe['gain']:+.4f}</td></tr>"
                 for probe in each["probes"]
             )
-            done = (
-                f"blocks {words.span(*each['chosen'])}, then {each['nats']:.4f}" if each["chosen"] else "none: no gain"
-            )
+            done = f"blocks {words.span(*each['chosen'])}, then {each['nats']:.4f}"
+            done += "" if each["kept"] else ", not kept"
             shown.append(
                 f"<h3>Stage {stage.depth}, round {number}: {done}</h3>"
                 '<table class="data"><thead><tr><th class="text">unfrozen</th><th>held-out loss</th><th>gain</th>'

@@ -59,7 +59,8 @@ def test_the_section_that_gains_most_trains_alone(fused: tuple[Path, list[dict[s
         best = max(each["probes"], key=lambda probe: probe["gain"])
         assert each["chosen"] == best["blocks"]
         chosen.append(best["blocks"])
-        before = each["nats"]
+        assert each["kept"] == (each["nats"] < before)
+        before = min(before, each["nats"])
     assert [e["blocks"] for e in named(events, "unfrozen")] == chosen
     start: dict[str, str] = {}
     for stage in below:
@@ -70,6 +71,19 @@ def test_the_section_that_gains_most_trains_alone(fused: tuple[Path, list[dict[s
     assert rounds[-1]["nats"] < last.record["fusion"]["before"]
     assert len(last.record["losses"]) == last.record["steps"] == 30
     assert [e["step"] for e in named(events, "step") if e["stage"] == 2][-1] == 30
+
+
+def test_what_does_not_lower_held_out_loss_is_not_kept(micro: Micro, tmp_path: Path) -> None:
+    hurts = {"training__fusion__steps": 8, "training__fusion__rounds": 1, "training__fusion__probe_steps": 1}
+    config = micro(**ADAPTIVE | hurts | {"stages__2__training__learning_rate": 3.0})
+    events = run(config, tmp_path / "run")
+    *below, last = committed(tmp_path / "run")
+    (only,) = last.record["fusion"]["rounds"]
+    assert only["nats"] > last.record["fusion"]["before"]
+    assert only["kept"] is False
+    assert last.record["parts"] == {"head": below[-1].record["parts"]["head"]}
+    assert named(events, "fused")[0]["gain"] < 0
+    assert "trained blocks" not in status(RunDirectory(tmp_path / "run"))["stages"][2]["reason"]
 
 
 def test_the_choice_is_shown(fused: tuple[Path, list[dict[str, Any]]]) -> None:

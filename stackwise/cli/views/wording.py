@@ -55,10 +55,12 @@ def wording(event: Event) -> str | None:
             return f"reused ({event['reason']})"
         case "probe":
             return f"blocks {words.span(*event['blocks'])} unfrozen: held-out loss {event['nats']:.4f}{_gained(event)}"
-        case "unfrozen" if event["blocks"] is None:
-            return "no section gains on held-out loss: nothing more is trained"
         case "unfrozen":
             return f"blocks {words.span(*event['blocks'])} gain most and are trained"
+        case "fused":
+            kept = "" if event["gain"] > 0 else ": the weights stay as they were"
+            trained = f"blocks {words.span(*event['blocks'])} trained"
+            return f"{trained}: held-out loss {event['nats']:.4f}{_gained(event)}{kept}"
         case "recomputing" | "stopping" | "failed":
             return str(event["text"])
         case "dropped":
