@@ -126,6 +126,7 @@ def _small(config: StackWiseConfig, size: int, blocks: int) -> StackWiseConfig:
     small.store = StoreConfig(codec=config.store.codec, chunk_bytes=config.store.chunk_bytes, keep="none")
     training = small.training
     training.block_size, training.steps, training.cache_dir = size, training.trial_steps, None
+    training.windows = type(training).model_fields["windows"].default
     training.fusion, training.adaptation, training.save_fused_checkpoints = FusionConfig(), "none", False
     training.eval_every, training.patience, training.keep_best, training.windows = None, None, False, 1
     rates = training.block_learning_rates
