@@ -450,7 +450,7 @@ def test_workers_and_runners_killed_inside_and_between_windows(
     from tests.conftest import run
     from tests.pipeline.storm import Command
 
-    config = micro(**{**SMALL, "training.steps": 60, "training.checkpoint_steps": 5, "store.max_bytes": 1_800_000})
+    config = micro(**{**SMALL, "training.steps": 60, "training.checkpoint_steps": 5, "store.max_bytes": 2_200_000})
     (tmp_path / "stackwise.yaml").write_text(dump(config))
     run(config, tmp_path / "whole")
     first = Command(tmp_path / "stackwise.yaml", tmp_path / "run")

@@ -114,8 +114,13 @@ def _rendered(choice: Choice, stages: list[dict[str, Any]]) -> Group:
             f"{row['step']:,}" if row.get("step") else "",
             f"{loss:.3f}" if loss is not None else "",
         )
-    windows = ", in windows: auto" if choice.config.has_windows and choice.config.training.windows == AUTO else ""
-    title = plain(f"{choice.config.name}: {words.plural(len(stages), 'stage')}{windows} ({choice.source})")
+    config = choice.config
+    title = f"{config.name}: {words.plural(config.n_stages, 'stage')}"
+    if config.windows > 1:
+        title += f" in {words.plural(config.windows, 'window')}"
+    elif config.has_windows and config.training.windows == AUTO:
+        title += ", windows: auto"
+    title = plain(f"{title} ({choice.source})")
     return Group(Text.from_markup(f"[bold]{title}[/]"), shown)
 
 

@@ -111,13 +111,13 @@ class RunView:
         """The stages as they are planned: how many windows they have may not have been known before."""
         blocks = {view.depth: view.blocks for view in self.stages}
         if len(stages) != len(self.stages):
-            several = {each["depth"] for each in stages if each["window"]}
+            several = {each["depth"] for each in stages if each.get("window", 0)}
             self.stages = [
                 StageView(
                     (depth := each["depth"]),
                     blocks[depth],
-                    each["window"],
-                    f"{depth}, window {each['window']}" if depth in several else str(depth),
+                    each.get("window", 0),
+                    f"{depth}, window {each.get('window', 0)}" if depth in several else str(depth),
                 )
                 for each in stages
             ]
@@ -170,7 +170,7 @@ class RunView:
     def _recall(self, stage: StageView) -> None:
         """What a stage that is not trained again came to before."""
         for before in self.known:
-            if (before["depth"], before["window"]) == (stage.depth, stage.window) and before["state"] == "done":
+            if (before["depth"], before.get("window", 0)) == (stage.depth, stage.window) and before["state"] == "done":
                 stage.loss, stage.step, stage.steps = before["loss"], before["step"], before["steps"]
 
     def _progress(self, activity: str, done: int, total: int | None) -> None:

@@ -127,7 +127,7 @@ def _decisions(stages: list[dict[str, Any]]) -> list[str]:
     """Reuse or train, and why; neighbours that agree share a line."""
 
     def alike(stage: dict[str, Any]) -> tuple[Any, ...]:
-        return stage["window"], stage["action"], stage["reason"], stage["steps"]
+        return stage.get("window", 0), stage["action"], stage["reason"], stage["steps"]
 
     spans = []
     for (window, action, reason, steps), group in itertools.groupby(stages, alike):
@@ -135,7 +135,7 @@ def _decisions(stages: list[dict[str, Any]]) -> list[str]:
         which = f"stage{'s' if len(depths) > 1 else ''} {words.span(depths[0], depths[-1])}"
         doing = "reuse" if action == "reuse" else f"train, {words.plural(steps, 'step')}"
         spans.append((which, f"{doing} ({reason})", window))
-    several, lines = any(stage["window"] for stage in stages), []
+    several, lines = any(stage.get("window", 0) for stage in stages), []
     for (which, doing), same in itertools.groupby(spans, lambda span: span[:2]):
         windows = [window for *_, window in same]
         when = f", window{'s' if len(windows) > 1 else ''} {words.span(windows[0], windows[-1])}" if several else ""
