@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import Result, Spread, table
 from benchmarks.quality.results import mean_loss
@@ -25,10 +27,12 @@ def body(found: list[Result]) -> str:
             continue
         shown = sorted([*rows, *(row for row in plain if row not in rows)], key=_middle)
         header = [
-            "mode", "at 15%", "at 50%", "at 90%", "mean", "bits per byte", "rate", "block updates", "rows", "FLOPs",
-            "peak memory", "written", "read",
+            "mode", "at 15%", "at 50%", "at 90%", "mean", "against plain", "bits per byte", "rate",
+            "block updates", "rows", "FLOPs", "peak memory", "written", "read",
         ]  # fmt: skip
-        parts.append(f"### {title[0].upper()}{title[1:]}\n\n{table(header, map(_cells, shown))}")
+        lines = (_cells(row, plain[0]["runs"] if plain else []) for row in shown)
+        pictures = "\n".join(f"![{what}]({plot_name(what, budget)})" for what in ("compute", "memory"))
+        parts.append(f"### {title[0].upper()}{title[1:]}\n\n{table(header, lines)}\n\n{pictures}")
     return "\n\n".join(parts)
 
 
@@ -36,9 +40,14 @@ def write_plots(docs: Path, found: list[Result]) -> None:
     """Loss against compute and against peak memory, as SVG files beside the page."""
     for budget in BUDGETS:
         rows = [row for row in found if row["budget"] == budget or row["name"] == PLAIN]
-        if rows:
-            _plot(docs / f"quality-compute-{budget}.svg", rows, "flops", "floating-point operations", words_flops)
-            _plot(docs / f"quality-memory-{budget}.svg", rows, "peak_memory_bytes", "peak memory", words.size)
+        if any(row["name"] != PLAIN for row in rows):
+            _plot(docs / plot_name("compute", budget), rows, _flops, "floating-point operations", words_flops)
+            _plot(docs / plot_name("memory", budget), rows, _memory, "peak memory", words.size)
+
+
+def plot_name(what: str, budget: str) -> str:
+    """The file of a plot."""
+    return f"quality-{what}-{budget}.svg"
 
 
 def words_flops(count: float) -> str:
@@ -50,32 +59,44 @@ def _middle(row: Result) -> float:
     return Spread.of(map(mean_loss, row["runs"])).median
 
 
-def _cells(row: Result) -> list[str]:
+def _cells(row: Result, plain: list[Result]) -> list[str]:
     runs = row["runs"]
+    # Seed by seed: each has its own held-out rows and its own start, which all rows share.
+    apart = [mean_loss(run) - mean_loss(other) for run, other in zip(runs, plain, strict=False)]
     first = runs[0]
     losses = [_spread([run["loss"][key] for run in runs]) for key in first["loss"]]
     return [
         row["name"],
         *losses,
         _spread([mean_loss(run) for run in runs]),
+        _spread(apart, "+.3f") if apart else "–",
         _spread([run["bits_per_byte"] for run in runs]),
         words.rate(row["rate"]),
         f"{first['updates']:,}",
         f"{first['rows']:,}",
         words_flops(first["flops"]),
-        words.size(Spread.of(run["peak_memory_bytes"] for run in runs).median),
+        words.size(_memory(row)),
         words.size(first["written"]),
         words.size(first["read"]),
     ]
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], form: str = ".3f") -> str:
     found = Spread.of(values)
-    return f"{found.median:.3f}" + (f" ({found.min:.3f} to {found.max:.3f})" if len(values) > 1 else "")
+    return f"{found.median:{form}}" + (f" ({found.min:{form}} to {found.max:{form}})" if len(values) > 1 else "")
 
 
-def _plot(path: Path, rows: list[Result], key: str, name: str, form: object) -> None:
-    points = [(Spread.of(run[key] for run in row["runs"]).median, _middle(row), row["name"]) for row in rows]
+def _flops(row: Result) -> float:
+    return float(row["runs"][0]["flops"])
+
+
+def _memory(row: Result) -> float:
+    """Of the runs of which it was measured."""
+    return Spread.of(run["peak_memory_bytes"] for run in row["runs"] if "peak_memory_bytes" in run).median
+
+
+def _plot(path: Path, rows: list[Result], of: Callable[[Result], float], name: str, form: Callable[[Any], str]) -> None:
+    points = [(of(row), _middle(row), row["name"]) for row in rows]
     xs, ys = [math.log(x) for x, _, _ in points], [y for _, y, _ in points]
     x0, x1 = min(xs), max(xs)
     y0, y1 = min(ys), max(ys)
@@ -88,7 +109,6 @@ def _plot(path: Path, rows: list[Result], key: str, name: str, form: object) -> 
     def up(y: float) -> float:
         return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - BOTTOM - 16)
 
-    assert callable(form)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         'font-size="11">',

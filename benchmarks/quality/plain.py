@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import multiprocessing
 import resource
 import time
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -16,15 +20,39 @@ from stackwise.identity import derive_seed, generator
 from stackwise.model import build_rack
 from stackwise.model.rack import stages_of
 from stackwise.objectives import MaskDiffusionObjective
+from stackwise.pipeline.device import warm_up
 from stackwise.pipeline.rows import assigner, choose_samples
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def apart(task: Callable[P, T], *given: P.args, **named: P.kwargs) -> T:
+    """Do a task in a process of its own, whose peak memory is the task's."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(task, *given, **named).result()
+
+
+@functools.cache
+def at_rest() -> int:
+    """Bytes that a worker holds before it has its job."""
+    return apart(resting)
+
+
+def resting() -> int:
+    """Bytes that a process holds once torch is there, before it has anything to do."""
+    warm_up()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def train_plainly(config: StackWiseConfig) -> dict[str, Any]:
     """Train the whole rack on the rows that a run of this configuration sees, in an order of its own.
 
     Returns:
-        `evaluation`, in the shape of `stackwise eval --json`; `seconds` of training; `peak_memory_bytes`; `rows`.
+        `evaluation`, in the shape of `stackwise eval --json`; `seconds` of training; `peak_memory_bytes` of it, less
+        what the process held before; `rows`.
     """
+    before = resting()
     data, _ = prepare(config.data, model_vocab=config.model.vocab_size)
     training, seq_len = config.training, config.training.seq_len
     vocab = config.model.vocab_size or data.tokenizer.vocab_size
@@ -64,6 +92,7 @@ def train_plainly(config: StackWiseConfig) -> dict[str, Any]:
             optimizer.step()
             seen += 1
     seconds = time.perf_counter() - begun
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     held_out = data.held_out
     count = generator(config.seed, "held-out").permutation(held_out.n_samples(seq_len))
     indices = sorted(count[: config.evaluation.samples].tolist())
@@ -79,7 +108,6 @@ def train_plainly(config: StackWiseConfig) -> dict[str, Any]:
         unigram_counts=data.train.counts,
         vocab_size=vocab,
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"evaluation": result, "seconds": seconds, "peak_memory_bytes": peak, "rows": len(samples_R)}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Result, say
-from benchmarks.quality.plain import train_plainly
+from benchmarks.quality.plain import apart, at_rest, train_plainly
 from benchmarks.quality.rows import PLAIN, Budget, Row, configuration, flops, updated
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.run import RunDirectory, status
@@ -77,7 +77,7 @@ def _run(trial: Trial, setting: Result) -> Result:
         "stages": len(stages),
     }
     if trial.row.name == PLAIN:
-        plain = train_plainly(config)
+        plain = apart(train_plainly, config)
         figures = plain["evaluation"]
         own = {key: plain[key] for key in ("seconds", "peak_memory_bytes", "rows")} | {"written": 0, "read": 0}
         return shared | own | _figures(figures) | {"flops": flops(config, setting["vocab_size"])}
@@ -89,7 +89,7 @@ def _run(trial: Trial, setting: Result) -> Result:
         written = sum(event["bytes"] for event in events if event["event"] == "written")
         own = {
             "seconds": events[-1]["seconds"],
-            "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in status(run)["stages"]),
+            "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in status(run)["stages"]) - at_rest(),
             "rows": sum(rows for _, rows, *_ in manifest["rowsets"].values()),
             "written": written,
             "read": _read(config, manifest["rowsets"]),

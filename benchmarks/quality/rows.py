@@ -39,6 +39,18 @@ def _blockwise(size: int, **more: Any) -> dict[str, Any]:
     }
 
 
+def _progressive(**more: Any) -> dict[str, Any]:
+    return {
+        "training.progressive.enabled": True,
+        "model.architecture.n_stacks": 4,
+        "model.architecture.blocks_per_stack": 2,
+    } | {f"training.progressive.{key}": value for key, value in more.items()}
+
+
+def _fusion(strategy: str) -> dict[str, Any]:
+    return _blockwise(2) | {"training.fusion.strategy": strategy}
+
+
 ROWS = (
     Row(PLAIN, {"training.mode": "end_to_end"}, ("rows",)),
     Row("end to end", {"training.mode": "end_to_end"}, ("rows",)),
@@ -58,15 +70,17 @@ ROWS = (
     Row("stages of 2, tied head frozen", _blockwise(2, tied_head="frozen")),
     Row("stages of 2, 1/t weights", _blockwise(2, loss_weight="inverse_time")),
     Row("stages of 2, time as depth", _blockwise(2, mask_schedule_over="depth")),
+    Row("stages of 2, fused after: head", _fusion("frozen")),
+    Row("stages of 2, fused after: all", _fusion("trainable")),
+    Row("stages of 2, fused after: neighbours first", _fusion("hierarchical")),
     Row("fused, trainable, by 2", _blockwise(2, mode="fused", fusion_mode="trainable")),
     Row("independent stages of 2", _blockwise(2, mode="independent")),
-    Row("prepended stacks of 2", {
-        "training.progressive.enabled": True,
-        "training.progressive.building_mode": "prepend",
-        "model.architecture.n_stacks": 4,
-        "model.architecture.blocks_per_stack": 2,
-    }),
-)  # fmt: skip
+    Row("prepended stacks of 2", _progressive(building_mode="prepend")),
+    Row("stacks of 2 over a QLoRA trunk", _progressive(trunk_strategy="qlora")),
+    Row("stages of 2, boundaries in fp32", _blockwise(2) | {"store.codec": "fp32"}, ("rows",)),
+    Row("stages of 2, boundaries in fp8", _blockwise(2) | {"store.codec": "fp8"}, ("rows",)),
+    Row("stages of 2, boundaries in int8", _blockwise(2) | {"store.codec": "int8"}, ("rows",)),
+)
 
 
 def configuration(
@@ -95,7 +109,7 @@ def configuration(
 
 
 def updated(stage: Stage) -> int:
-    """Blocks that a step of a stage updates."""
+    """Blocks that a step of a stage updates; a block's adapters count as one."""
     return sum(part not in (FRONT, HEAD) for part in stage.trains)
 
 
