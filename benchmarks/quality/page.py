@@ -31,7 +31,7 @@ def body(found: list[Result]) -> str:
             "block updates", "rows", "FLOPs", "peak memory", "written", "read",
         ]  # fmt: skip
         lines = (_cells(row, plain[0]["runs"] if plain else []) for row in shown)
-        pictures = "\n".join(f"![{what}]({plot_name(what, budget)})" for what in ("compute", "memory"))
+        pictures = "\n".join(f"![{what}]({plot_name(what, budget)})" for what, of in PLOTS if _known(shown, of) > 1)
         parts.append(f"### {title[0].upper()}{title[1:]}\n\n{table(header, lines)}\n\n{pictures}")
     return "\n\n".join(parts)
 
@@ -40,8 +40,9 @@ def write_plots(docs: Path, found: list[Result]) -> None:
     """Loss against compute and against peak memory, as SVG files beside the page."""
     for budget in BUDGETS:
         rows = [row for row in found if row["budget"] == budget or row["name"] == PLAIN]
-        if any(row["name"] != PLAIN for row in rows):
+        if _known(rows, _flops) > 1:
             _plot(docs / plot_name("compute", budget), rows, _flops, "floating-point operations", words_flops)
+        if _known(rows, _memory) > 1:
             _plot(docs / plot_name("memory", budget), rows, _memory, "peak memory", words.size)
 
 
@@ -75,7 +76,7 @@ def _cells(row: Result, plain: list[Result]) -> list[str]:
         f"{first['updates']:,}",
         f"{first['rows']:,}",
         words_flops(first["flops"]),
-        words.size(_memory(row)),
+        "–" if (memory := _memory(row)) is None else words.size(memory),
         words.size(first["written"]),
         words.size(first["read"]),
     ]
@@ -90,13 +91,23 @@ def _flops(row: Result) -> float:
     return float(row["runs"][0]["flops"])
 
 
-def _memory(row: Result) -> float:
+def _memory(row: Result) -> float | None:
     """Of the runs of which it was measured."""
-    return Spread.of(run["peak_memory_bytes"] for run in row["runs"] if "peak_memory_bytes" in run).median
+    found = [run["peak_memory_bytes"] for run in row["runs"] if "peak_memory_bytes" in run]
+    return Spread.of(found).median if found else None
 
 
-def _plot(path: Path, rows: list[Result], of: Callable[[Result], float], name: str, form: Callable[[Any], str]) -> None:
-    points = [(of(row), _middle(row), row["name"]) for row in rows]
+def _known(rows: list[Result], of: Callable[[Result], float | None]) -> int:
+    return sum(of(row) is not None for row in rows)
+
+
+PLOTS: tuple[tuple[str, Callable[[Result], float | None]], ...] = (("compute", _flops), ("memory", _memory))
+
+
+def _plot(
+    path: Path, rows: list[Result], of: Callable[[Result], float | None], name: str, form: Callable[[Any], str]
+) -> None:
+    points = [(x, _middle(row), row["name"]) for row in rows if (x := of(row)) is not None]
     xs, ys = [math.log(x) for x, _, _ in points], [y for _, y, _ in points]
     x0, x1 = min(xs), max(xs)
     y0, y1 = min(ys), max(ys)
