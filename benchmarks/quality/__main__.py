@@ -81,7 +81,8 @@ def _measure(options: argparse.Namespace) -> Section:
         "token on held-out files at 15, 50 and 90% masked; medians over the seeds, smallest to largest in brackets, "
         "without brackets one seed; against plain seed by seed. Rates from the same grid, the best by the first seed. "
         "Block updates, rows and bytes are of one run. Peak memory is what a process takes beyond what it held before "
-        "its job; the pages of a boundary that it has read, which the system may take back, count."
+        "its job, measured with workers started by themselves; the pages of a boundary that it has read, which the "
+        "system may take back, count."
     )
     return Section("quality", "Modes beside end to end", text, body(found), "CPU", {"rows": found})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import multiprocessing
 import resource
@@ -31,12 +30,6 @@ def apart(task: Callable[P, T], *given: P.args, **named: P.kwargs) -> T:
     """Do a task in a process of its own, whose peak memory is the task's."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(task, *given, **named).result()
-
-
-@functools.cache
-def at_rest() -> int:
-    """Bytes that a worker holds before it has its job."""
-    return apart(resting)
 
 
 def resting() -> int:
