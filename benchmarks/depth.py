@@ -106,7 +106,7 @@ def carry_out(config: StackWiseConfig, directory: Path) -> Result:
     """Run a configuration and gather what it came to."""
     from stackwise.data import prepare
     from stackwise.pipeline.recipe import boundary_bytes
-    from stackwise.pipeline.runner import Runner
+    from stackwise.pipeline.runner.runner import Runner
     from stackwise.pipeline.schedule import schedule
     from stackwise.report.history import PHASES, read_history
 

@@ -14,7 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.runner import Runner
+from stackwise.pipeline.runner.runner import Runner
 
 
 @pytest.fixture(scope="session", autouse=True)

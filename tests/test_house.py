@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ FLOORS = [
     {"report", "cli", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+PIPELINE = [{"."}, {"planning", "committed", "tracking"}, {"worker"}, {"runner"}, {"batch"}]
+"""The rooms of the pipeline, "." for the files that both sides share."""
+PIPELINE_FLOOR = {room: number for number, rooms in enumerate(PIPELINE) for room in rooms}
 # Within a floor these may look sideways, in one direction.
 BESIDE = {("cli", "report"), ("__main__", "cli")}
 
@@ -45,14 +49,25 @@ def test_a_room_imports_only_from_below(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "path", sorted((ROOT / "pipeline").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT / "pipeline"))
+)
+def test_a_room_of_the_pipeline_imports_only_from_below(path: Path) -> None:
+    room = str(path.parent.relative_to(ROOT / "pipeline"))
+    for module in re.findall(r"^ *from stackwise\.pipeline(\S*) import", path.read_text(), re.MULTILINE):
+        first = module.split(".")[1] if module else "."
+        other = first if first in PIPELINE_FLOOR else "."
+        assert other == room or PIPELINE_FLOOR[other] < PIPELINE_FLOOR[room], f"{room} imports {other}"
+
+
+@pytest.mark.parametrize(
     "module",
     [
         "stackwise",
         "stackwise.cli",
         "stackwise.store",
         "stackwise.data",
-        "stackwise.pipeline.runner",
-        "stackwise.pipeline.trackers",
+        "stackwise.pipeline.runner.runner",
+        "stackwise.pipeline.tracking.trackers",
         "stackwise.report",
     ],
 )

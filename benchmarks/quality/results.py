@@ -13,7 +13,7 @@ from benchmarks.quality.plain import apart, train_plainly
 from benchmarks.quality.rows import PLAIN, Budget, Row, configuration, flops, updated
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.runner import Runner
+from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.schedule import schedule
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from stackwise import durable
 from stackwise.config.loading import flat
 from stackwise.errors import NotFound, StackWiseError
+from stackwise.pipeline.batch.sweep import label, shown
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.pipeline.sweep import label, shown
 from stackwise.report import words
 from stackwise.report.history import History, read_history
 

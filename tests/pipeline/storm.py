@@ -23,9 +23,9 @@ import psutil
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.pipeline.process import WorkerFailed
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.pipeline.runner import Runner
+from stackwise.pipeline.runner.process import WorkerFailed
+from stackwise.pipeline.runner.runner import Runner
 from stackwise.store import ActivationStore
 
 MOMENTS = ("start", "preparing", "device", "training", "step", "checkpoint", "committed", "writing", "boundary")

@@ -20,13 +20,13 @@ from stackwise.errors import ConfigError, StackWiseError, UsageError
 from stackwise.evaluation import evaluate
 from stackwise.inference.export import load_rack as load_export
 from stackwise.objectives import CLMObjective
-from stackwise.pipeline.generate import Sampling, generate
-from stackwise.pipeline.heal import recomputer
-from stackwise.pipeline.load import load_rack
+from stackwise.pipeline.committed.generate import Sampling, generate
+from stackwise.pipeline.committed.heal import recomputer
+from stackwise.pipeline.committed.load import load_rack
+from stackwise.pipeline.committed.use import export_run, held_out_samples
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.runner import Runner
+from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.schedule import schedule
-from stackwise.pipeline.use import export_run, held_out_samples
 from stackwise.report import write
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run

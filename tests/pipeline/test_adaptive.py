@@ -17,7 +17,7 @@ from stackwise.config.training import FusionConfig
 from stackwise.errors import ConfigError, StackWiseError
 from stackwise.pipeline.fit import stage_memory, state_bytes, swap_of
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.pipeline.runner import Runner
+from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.schedule import schedule
 from stackwise.report import write
 from tests.conftest import Micro, run

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from stackwise.cli import main
 from stackwise.errors import BusyError, StackWiseError, UsageError
-from stackwise.pipeline import cluster
+from stackwise.pipeline.batch import cluster
 from stackwise.pipeline.run import RunDirectory, status, with_absolute_paths
 from tests.conftest import Micro
 from tests.pipeline.test_run import named

@@ -12,9 +12,9 @@ import torch
 
 from stackwise.config import StackWiseConfig
 from stackwise.model import build_block
+from stackwise.pipeline.committed.generate import Sampling, generate
+from stackwise.pipeline.committed.load import load_rack
 from stackwise.pipeline.fit import memory_parts
-from stackwise.pipeline.generate import Sampling, generate
-from stackwise.pipeline.load import load_rack
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import schedule
 from stackwise.store import ActivationStore

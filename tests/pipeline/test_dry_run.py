@@ -12,7 +12,7 @@ import pytest
 from stackwise.config import StackWiseConfig
 from stackwise.errors import NoSpaceError, UsageError
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.runner import Runner
+from stackwise.pipeline.runner.runner import Runner
 from tests.conftest import Micro, run
 
 

@@ -22,9 +22,9 @@ from stackwise.config.loading import dump
 from stackwise.durable import FileLock, is_locked, write_durably
 from stackwise.errors import BusyError, NoSpaceError, UsageError
 from stackwise.pipeline.build import save_part
-from stackwise.pipeline.events import EventLog
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.pipeline.runner import Runner
+from stackwise.pipeline.runner.events import EventLog
+from stackwise.pipeline.runner.runner import Runner
 from tests.conftest import Micro, mounted, run
 from tests.pipeline.storm import Command, retrained
 from tests.pipeline.test_run import weights

@@ -16,7 +16,7 @@ import pytest
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.fit import stage_memory
 from stackwise.pipeline.memory import is_out_of_memory, memory
-from stackwise.pipeline.remedy import SAFETY, remedy
+from stackwise.pipeline.runner.remedy import SAFETY, remedy
 from stackwise.pipeline.schedule import schedule
 
 WIDE = {

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from stackwise.config import StackWiseConfig
-from stackwise.pipeline.load import CommittedRack, load_rack
+from stackwise.pipeline.committed.load import CommittedRack, load_rack
+from stackwise.pipeline.committed.use import evaluate_rack
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.pipeline.use import evaluate_rack
 from stackwise.store import ActivationStore, CommittedStage
 from tests.conftest import Micro, run
 
@@ -71,7 +71,7 @@ def test_overlapping_stages_train_a_block_twice_and_hand_on_the_lower_one(ran: A
 
 
 def test_an_auxiliary_head_stays_with_its_stage(ran: Any, tmp_path: Path) -> None:
-    from stackwise.pipeline.use import export_run
+    from stackwise.pipeline.committed.use import export_run
 
     directory = ran(training__lookahead="auxiliary", training__lookahead_blocks=2)
     stages = committed(directory)

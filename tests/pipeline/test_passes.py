@@ -13,12 +13,12 @@ import torch
 
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.device import describe
-from stackwise.pipeline.events import Manifest
 from stackwise.pipeline.job import FinishJob, StageJob
-from stackwise.pipeline.plan import Plan
+from stackwise.pipeline.planning.plan import Plan
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.runner import Runner
-from stackwise.pipeline.stage_worker import run_stage
+from stackwise.pipeline.runner.events import Manifest
+from stackwise.pipeline.runner.runner import Runner
+from stackwise.pipeline.worker.stage import run_stage
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run
 from tests.pipeline.storm import kill_worker

@@ -14,12 +14,12 @@ import torch
 from stackwise.config import StackWiseConfig
 from stackwise.config.checks import notes
 from stackwise.errors import BusyError, NoSpaceError, UsageError
-from stackwise.pipeline.load import CommittedRack, load_rack
+from stackwise.pipeline.committed.load import CommittedRack, load_rack
+from stackwise.pipeline.committed.use import evaluate_rack
 from stackwise.pipeline.recipe import codec_name
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.pipeline.runner import Runner
-from stackwise.pipeline.use import evaluate_rack
+from stackwise.pipeline.runner.runner import Runner
 from stackwise.store import ActivationStore
 from stackwise.training.forward import forward_rows
 from tests.conftest import Micro, run

@@ -15,9 +15,9 @@ from stackwise.config.loading import build, dump, parse_yaml
 from stackwise.errors import ConfigError
 from stackwise.pipeline.fit import SHARE, stage_memory
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.pipeline.runner import Runner
+from stackwise.pipeline.runner.runner import Runner
+from stackwise.pipeline.runner.size_trial import largest_fitting, sizes, try_sizes
 from stackwise.pipeline.schedule import schedule
-from stackwise.pipeline.size_trial import largest_fitting, sizes, try_sizes
 from tests.conftest import Micro, run
 from tests.pipeline.test_run import named, weights
 

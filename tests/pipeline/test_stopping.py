@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from stackwise.errors import InterruptedRun
-from stackwise.pipeline import time_limit
 from stackwise.pipeline.run import RunDirectory, held_by_live_process, status
-from stackwise.pipeline.runner import Runner
-from stackwise.pipeline.time_limit import HEADROOM, MARGIN, SAVE_RATE, TimeLimit
+from stackwise.pipeline.runner import time_limit
+from stackwise.pipeline.runner.runner import Runner
+from stackwise.pipeline.runner.time_limit import HEADROOM, MARGIN, SAVE_RATE, TimeLimit
 from tests.conftest import Micro
 
 

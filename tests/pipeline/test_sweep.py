@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from stackwise.errors import ConfigError, NotFound, UsageError
+from stackwise.pipeline.batch.sweep import Sweep, combinations, label, parse_axes, sources
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.sweep import Sweep, combinations, label, parse_axes, sources
 from stackwise.report.compare import Entry, compare, markdown
 from tests.conftest import Micro
 

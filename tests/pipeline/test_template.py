@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from stackwise.config.loading import dump
-from stackwise.pipeline import launch
-from stackwise.pipeline.launch import WorkerProcess
-from stackwise.pipeline.process import OutOfMemory, Worker
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.runner import Runner
+from stackwise.pipeline.runner import launch
+from stackwise.pipeline.runner.launch import WorkerProcess
+from stackwise.pipeline.runner.process import OutOfMemory, Worker
+from stackwise.pipeline.runner.runner import Runner
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run
 from tests.pipeline.storm import Command
@@ -30,7 +30,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are for
 
 PROBE = """
 import json, os, resource, signal, sys, threading
-from stackwise.pipeline import template, worker
+from stackwise.pipeline.worker import __main__ as worker
+from stackwise.pipeline.worker import template
 
 def target(fd):
     try:
@@ -223,8 +224,8 @@ def test_a_runner_that_is_killed_leaves_a_worker_that_saves(micro: Micro, tmp_pa
 
 def test_the_end_of_a_python_process_is_its_templates(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from stackwise.pipeline import launch\n"
-        "from stackwise.pipeline.process import Worker\n"
+        "import sys; from pathlib import Path; from stackwise.pipeline.runner import launch\n"
+        "from stackwise.pipeline.runner.process import Worker\n"
         "worker = Worker('cpu', Path(sys.argv[1])); worker.ready(); worker.close()\n"
         "print(*[each._process.pid for each in launch._templates.values()])"
     )

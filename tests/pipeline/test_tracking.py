@@ -17,11 +17,11 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.checks import notes
 from stackwise.config.loading import dump
 from stackwise.errors import UsageError
-from stackwise.pipeline import trackers
-from stackwise.pipeline.event_files import EventFile
-from stackwise.pipeline.figures import Point
 from stackwise.pipeline.run import with_absolute_paths
-from stackwise.pipeline.tracking import About, Follower
+from stackwise.pipeline.tracking import trackers
+from stackwise.pipeline.tracking.event_files import EventFile
+from stackwise.pipeline.tracking.figures import Point
+from stackwise.pipeline.tracking.following import About, Follower
 from tests.conftest import Micro, run
 from tests.pipeline import trackers_files
 from tests.pipeline.test_kill import Command

@@ -64,7 +64,7 @@ def _foretell(choice: Choice, as_json: bool) -> None:
     """Show what a run would do."""
     from stackwise.cli.views.lines import Lines
     from stackwise.cli.views.state import RunView
-    from stackwise.pipeline.runner import Runner
+    from stackwise.pipeline.runner.runner import Runner
 
     view = RunView(choice.config, str(choice.run.path))
     observe = print_event if as_json else Lines(view, view.config.training.log_every)
@@ -74,7 +74,7 @@ def _foretell(choice: Choice, as_json: bool) -> None:
 
 
 def _submit(choice: Choice, engine: str, as_json: bool) -> None:
-    from stackwise.pipeline.cluster import submit
+    from stackwise.pipeline.batch.cluster import submit
 
     jobs = submit(choice.config, choice.run, "slurm" if engine == "slurm" else "local")
     if as_json:
@@ -109,7 +109,7 @@ def carry_out(
     from stackwise import report
     from stackwise.cli.views.state import RunView
     from stackwise.pipeline.run import status
-    from stackwise.pipeline.runner import Runner
+    from stackwise.pipeline.runner.runner import Runner
 
     limit = [] if max_time is None else ["--max-time", f"{max_time:g}s"]
     again = shlex.join([*command.split(), *choice.arguments, *limit])

@@ -17,7 +17,7 @@ from stackwise.errors import StackWiseError
 from stackwise.report import words
 
 if TYPE_CHECKING:
-    from stackwise.pipeline.sweep import Combination, Member, Sweep
+    from stackwise.pipeline.batch.sweep import Combination, Member, Sweep
 
 Event = dict[str, Any]
 
@@ -49,7 +49,7 @@ def sweep(
     Stages that runs have in common are trained once. A combination that fails is in the table, and the others go on
     (exit code 1 at the end). Interrupted, the same command goes on. The table is kept as sweep.json and sweep.md.
     """
-    from stackwise.pipeline.sweep import Sweep, combinations, parse_axes
+    from stackwise.pipeline.batch.sweep import Sweep, combinations, parse_axes
 
     found = combinations(parse_axes(axes), lambda overrides: load(config, preset, overrides))
     place = Path(directory) if directory is not None else RUNS / f"sweep-{found[0].config.name}"
@@ -157,7 +157,7 @@ def _show(value: dict[str, Any], as_json: bool) -> None:
 
 
 def _show_outlook(order: list[Member], as_json: bool) -> None:
-    from stackwise.pipeline.sweep import sources
+    from stackwise.pipeline.batch.sweep import sources
 
     found = sources(order)
     if as_json:

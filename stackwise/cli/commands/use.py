@@ -25,7 +25,7 @@ def evaluate(run: str | None, data: tuple[str, ...], device: str, as_json: bool)
     masked token, at each masked fraction.
     """
     found = find_run(run)
-    from stackwise.pipeline.use import evaluate_run
+    from stackwise.pipeline.committed.use import evaluate_run
 
     result = evaluate_run(found, data=list(data) or None, device=device)
     if as_json:
@@ -86,7 +86,7 @@ def generate(
     """
     found = find_run(run)
     given = _text(text, file)
-    from stackwise.pipeline.generate import Sampling, generate_text
+    from stackwise.pipeline.committed.generate import Sampling, generate_text
 
     sampling = Sampling(steps, length, order, block, temperature, seed, leave, causal)  # type: ignore[arg-type]
     with progress("filling in") as tell:
@@ -118,7 +118,7 @@ def generate(
 def export(run: str | None, out: str, force: bool, as_json: bool) -> None:
     """One fused safetensors with config.json and tokenizer.json; a LLaMA-shaped rack loads in transformers."""
     found = find_run(run)
-    from stackwise.pipeline.use import export_run
+    from stackwise.pipeline.committed.use import export_run
 
     directory = export_run(found, Path(out).expanduser(), overwrite=force)
     files = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}

@@ -1,0 +1,245 @@
+"""A run as jobs of a batch system: one a stage, each after the one below it, then one for the evaluation.
+
+Every job is `stackwise stage run --depth K` in the run's directory, on the node that has the store. The jobs' ids are
+in `RUN/jobs.json`, and what each says of itself in `RUN/jobs/`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from stackwise.config import AUTO, StackWiseConfig
+from stackwise.config.loading import dump
+from stackwise.durable import FileLock, read_json, write_bytes, write_json
+from stackwise.errors import BusyError, StackWiseError, UsageError
+from stackwise.pipeline.batch.job import StageJobCommand, is_alive
+from stackwise.pipeline.run import RunDirectory, job_file, job_state, with_absolute_paths
+from stackwise.pipeline.schedule import schedule
+from stackwise.pipeline.tracking.trackers import check_installed
+from stackwise.store import ActivationStore
+
+Engine = Literal["slurm", "local"]
+Job = dict[str, Any]
+REQUEUES = 1000
+"""How often a job may reach its time limit and go on."""
+
+
+def submit(config: StackWiseConfig, run: RunDirectory, engine: Engine) -> list[Job]:
+    """Submit the jobs of a run: the stages that are not committed, then the evaluation.
+
+    Args:
+        config: The configuration.
+        run: The run's directory, on a disk that the node of the jobs has.
+        engine: `slurm`, or `local`: the same jobs as processes of this machine.
+
+    Returns:
+        The jobs in order, each with `stage` (None: the evaluation), `job` (its id), `engine` and `log`.
+
+    Raises:
+        UsageError: `submitit` or Slurm is missing, or the directory cannot be used.
+        BusyError: Jobs of this run are still there.
+        StackWiseError: The batch system refused a job; those submitted before it are cancelled.
+    """
+    check_installed(config)
+    if importlib.util.find_spec("submitit") is None:
+        raise UsageError(f"--engine {engine} needs submitit, not installed here", hint="pip install 'stackwise[slurm]'")
+    if engine == "slurm" and (missing := [name for name in ("sbatch", "srun") if shutil.which(name) is None]):
+        raise UsageError(
+            f"there is no Slurm here: {' and '.join(missing)} not found", hint="--engine local runs the jobs here"
+        )
+    if config.finds_block_size:
+        raise UsageError(
+            "training.block_size: auto: how many jobs there are is not known yet",
+            hint="`stackwise run --dry-run` finds it; then give the number",
+        )
+    if config.has_windows and config.training.windows == AUTO:
+        raise UsageError(
+            f"--engine {engine} needs to know how many windows there are: training.windows is auto",
+            hint="`stackwise run --dry-run` says how many fit: give that number",
+        )
+    config = with_absolute_paths(config)
+    run = RunDirectory(run.path.absolute())
+    run.create()
+    with FileLock(run.path / "jobs.lock", f"the jobs of {run.path}"):
+        with run.lock():  # not beyond: a job takes it as soon as it begins
+            _refuse_second(run)
+            stages = schedule(config)
+            several = config.windows > 1
+            todo = [
+                {"stage": stage.depth, "window": stage.window if several else None}
+                for stage in stages[committed(config, run) :]
+            ]
+            write_bytes(run.config_file, dump(config).encode())
+            if not run.manifest_file.exists():
+                run.write_manifest({"name": config.name, "stages": [_pending(config, stage) for stage in stages]})
+            shutil.rmtree(run.jobs, ignore_errors=True)
+        request = {
+            "engine": engine,
+            "run": str(run.path),
+            "stages": [*todo, {"stage": None, "window": None}],
+            "parameters": _wanted(config, engine),
+        }
+        if engine == "slurm":
+            return _submit_all(request)
+        return _submit_apart(request, run)
+
+
+def _submit_all(request: dict[str, Any]) -> list[Job]:
+    """Hand each job to the batch system, and note its id."""
+    import submitit
+
+    run, engine = RunDirectory(Path(request["run"])), request["engine"]
+    executor = submitit.AutoExecutor(
+        folder=run.logs / "jobs" / "%j", cluster=engine, **{f"{engine}_max_num_timeout": REQUEUES}
+    )
+    executor.update_parameters(**request["parameters"])
+    jobs: list[Job] = []
+    made: list[Any] = []
+    try:
+        for each in request["stages"]:
+            stage, window = each["stage"], each["window"]
+            before = jobs[-1]["job"] if jobs else None
+            name = f"{run.path.name}-{'finish' if stage is None else f'stage-{stage}'}"
+            name += "" if window is None else f"-window-{window}"
+            after = None
+            if engine == "slurm":
+                needs = {} if before is None else {"slurm_dependency": f"afterok:{before}"}
+                executor.update_parameters(name=name, **needs)
+            elif before is not None:
+                after = (int(before), str(job_file(run, jobs[-1])))
+            made.append(executor.submit(StageJobCommand(_command(run, stage, window), str(job_file(run, each)), after)))
+            log = made[-1].paths.stdout
+            told = {"stage": stage} if window is None else each
+            jobs.append({**told, "job": str(made[-1].job_id), "engine": engine, "log": str(log)})
+            write_json(run.jobs_file, jobs)
+    except Exception as error:  # submitit's own, and what sbatch says
+        for job in made:
+            job.cancel(check=False)
+        said = getattr(error, "stderr", None) or str(error)
+        line = (str(said).strip().splitlines() or [type(error).__name__])[-1]
+        raise StackWiseError(
+            f"{engine} refused a job: {line}", hint="see slurm.* in the configuration; nothing was left queued"
+        ) from error
+    return jobs
+
+
+def _submit_apart(request: dict[str, Any], run: RunDirectory) -> list[Job]:
+    """Submit to the local executor from a process of its own: its jobs outlive this one, and its terminal."""
+    log = run.logs / "jobs.log"
+    with log.open("ab") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "stackwise.pipeline.batch.cluster"],
+            input=json.dumps(request).encode(),
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    if done.returncode != 0:
+        raise StackWiseError("the jobs could not be started", hint=f"its log: {log}")
+    jobs: list[Job] = read_json(run.jobs_file)
+    return jobs
+
+
+def _command(run: RunDirectory, stage: int | None, window: int | None) -> list[str]:
+    begin = [sys.executable, "-m", "stackwise"]
+    what = ["run"] if stage is None else ["stage", "run", "--depth", str(stage)]
+    what += [] if window is None else ["--window", str(window)]
+    return [*begin, *what, str(run.config_file), "--run", str(run.path)]
+
+
+def _wanted(config: StackWiseConfig, engine: Engine) -> dict[str, Any]:
+    """What a job asks for, as submitit names it."""
+    own = config.slurm
+    gpus = own.gpus if own.gpus is not None else int(config.device != "cpu")
+    if engine == "local":
+        return {"timeout_min": own.minutes, "gpus_per_node": gpus}
+    extra = {key.replace("_", "-"): value for key, value in own.parameters.items()}
+    wanted: dict[str, Any] = {
+        "timeout_min": own.minutes,
+        "nodes": 1,
+        "tasks_per_node": 1,
+        "gpus_per_node": gpus or None,
+        "cpus_per_task": own.cpus,
+        "mem_gb": own.memory_gb,
+        "slurm_partition": own.partition,
+        "slurm_nodelist": own.nodelist or socket.gethostname().split(".")[0],
+        "slurm_account": own.account,
+        "slurm_qos": own.qos,
+        "slurm_signal_delay_s": own.signal_seconds,
+        # What depends on a job that failed leaves the queue, and a preempted job comes back to it.
+        "slurm_additional_parameters": {"kill-on-invalid-dep": "yes", "requeue": True} | extra,
+    }
+    return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _refuse_second(run: RunDirectory) -> None:
+    """Jobs of this run that still wait or work are let be.
+
+    Raises:
+        BusyError: There are some.
+    """
+    try:
+        jobs: Sequence[Job] = read_json(run.jobs_file)
+    except (OSError, ValueError):
+        return
+    left = [job for job in jobs if job_state(job_file(run, job)) in ("submitted", "running")]
+    slurm = [job["job"] for job in left if job["engine"] == "slurm"]
+    active = [job["job"] for job in left if job["engine"] == "local" and is_alive(int(job["job"]))]
+    if slurm and shutil.which("squeue") is not None:
+        asked = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(slurm)}"]
+        active += subprocess.run(asked, capture_output=True, text=True).stdout.split()
+    if active:
+        stop = "scancel" if slurm else "kill"
+        raise BusyError(
+            f"jobs of {run.path} are still there: {', '.join(active)}",
+            hint=f"`stackwise status --run {run.path}` shows them; `{stop} {' '.join(active)}` ends them",
+        )
+
+
+def committed(config: StackWiseConfig, run: RunDirectory) -> int:
+    """How many stages, from the bottom up, are committed for the same configuration."""
+    path = run.store_path(config)
+    if not run.manifest_file.exists() or not path.is_dir():
+        return 0
+    own = config.model_copy(deep=True)
+    known = run.config()
+    own.precision = known.precision if own.precision == "auto" else own.precision
+    ignored = {"tracking", "slurm"}
+    if own.model_dump(exclude=ignored) != known.model_dump(exclude=ignored):
+        return 0
+    with ActivationStore(path, create=False) as store:
+        done = 0
+        for stage in run.manifest()["stages"]:
+            if stage.get("state") != "done" or store.stage(stage["recipe"], check=False) is None:
+                break
+            done += 1
+    return done
+
+
+def _pending(config: StackWiseConfig, stage: Any) -> dict[str, Any]:
+    """A stage in the manifest, before the first job has begun."""
+    steps = (config.stage_training(stage.depth).steps or 0) if config.windows == 1 else 0
+    return {
+        "depth": stage.depth,
+        "window": stage.window,
+        "blocks": [stage.first, stage.last],
+        "state": "pending",
+        "step": 0,
+        "steps": steps,
+        "recipe": None,
+        "reason": None,
+    }
+
+
+if __name__ == "__main__":
+    _submit_all(json.loads(sys.stdin.read()))
+    os._exit(0)  # the jobs go on; nothing here waits for them

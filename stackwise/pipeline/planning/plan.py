@@ -1,0 +1,279 @@
+"""What a run will do: which recipe each stage has, where its weights come from, what is committed already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.loading import dump
+from stackwise.data import PreparedData
+from stackwise.errors import NotFound
+from stackwise.pipeline.job import Frozen, StageJob
+from stackwise.pipeline.numbering import drawn_and_window
+from stackwise.pipeline.planning.vocabulary import check_data
+from stackwise.pipeline.recipe import (
+    Recipe,
+    Span,
+    codec_name,
+    forward_specification,
+    recipe_id,
+    stage_recipe,
+    stage_span,
+    trunk_id,
+)
+from stackwise.pipeline.rows import HELD_OUT, drawn_rows, put_rows, rows_key
+from stackwise.pipeline.schedule import FRONT, Stage, maker, schedule
+from stackwise.pipeline.versions import Versions, starts
+from stackwise.store import ActivationStore, BoundaryInfo
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How rows come to a stage.
+
+    Args:
+        reads: The boundary that is read; None: tokens.
+        through: The committed stages between that and the stage, lowest first: their output is made on demand.
+        fills: Whether the boundary that enters the stage is written as they make it.
+    """
+
+    reads: str | None = None
+    through: tuple[Stage, ...] = ()
+    fills: bool = False
+
+
+class Plan:
+    """A configuration over prepared data and a store.
+
+    Args:
+        config: With `precision` resolved.
+        data: The prepared data.
+        store: The store.
+        device: The device's name, for jobs.
+        memory: Bytes of its memory; None: the machine's.
+        known_rowsets: Ids by `rows_key`, from an earlier run.
+
+    Raises:
+        UsageError: The data does not fit the configuration.
+    """
+
+    def __init__(
+        self,
+        config: StackWiseConfig,
+        data: PreparedData,
+        store: ActivationStore,
+        *,
+        device: str,
+        memory: int | None = None,
+        known_rowsets: dict[str, list[Any]] | None = None,
+    ) -> None:
+        self.config, self.data, self.store, self.device = config, data, store, device
+        self.memory = memory
+        self.stages = schedule(config)
+        self.vocabulary = check_data(config, data)
+        self.forward = forward_specification(config, self.vocabulary.size, self.vocabulary.mask)
+        self.known_rowsets = known_rowsets if known_rowsets is not None else {}
+
+    def rowset(self, number: int) -> tuple[str, int]:
+        """Id and rows of a rowset; it is put into the store where it is not there yet."""
+        known = self._known(number)
+        return str(known[0]), int(known[1])
+
+    def span(self, stage: Stage) -> Span:
+        """The steps of a stage in its window.
+
+        Raises:
+            UsageError: There is none.
+        """
+        return stage_span(self.config, stage, self.drawn(stage))
+
+    def steps(self, stage: Stage) -> int:
+        """How many they are."""
+        return self.span(stage).length
+
+    def drawn(self, stage: Stage) -> int:
+        """Rows of all windows of a stage together."""
+        return int(self._known(stage.rowset)[-1])
+
+    def _known(self, number: int) -> list[Any]:
+        """A rowset's id, its rows, and the rows of all windows where there are several."""
+        key = rows_key(self.config, self.data.id, number)
+        known = self.known_rowsets.get(key)
+        if known is None or not self._stored(known[0]):
+            split = self.data.held_out if number == HELD_OUT else self.data.train
+            known = list(put_rows(self.config, split, self.store, number))
+            if self.config.windows > 1 and number != HELD_OUT:
+                known.append(drawn_rows(self.config, split, drawn_and_window(self.config, number)[0]))
+            self.known_rowsets[key] = known
+        return known
+
+    def trunk(self, stage: Stage, versions: Versions) -> str | None:
+        """The id of what the stage reads; None where it reads tokens."""
+        if not stage.reads_boundary:
+            return None
+        return trunk_id(self.forward, self._digests(stage.trunk, versions), stage.precisions(stage.trunk))
+
+    def recipe(self, stage: Stage, versions: Versions) -> Recipe:
+        """The recipe of a stage above committed ones."""
+        rowset, rows = self.rowset(stage.rowset)
+        return stage_recipe(
+            self.config,
+            stage,
+            forward=self.forward,
+            rows=rows,
+            rowset=rowset,
+            span=self.span(stage),
+            initial={part: source.digest for part, source in starts(stage, versions).items()},
+            trunk=self.trunk(stage, versions),
+            targets=self.data.id if self.config.objective == "custom" else None,
+            held_out=self.rowset(HELD_OUT)[0] if self.config.heeds_held_out(stage.depth) else None,
+        )
+
+    def boundary(self, stage: Stage, versions: Versions, rowset: int | None = None) -> BoundaryInfo | None:
+        """The boundary that enters a stage, where it is complete; of the stage's own rowset, or of another."""
+        trunk = self.trunk(stage, versions)
+        if trunk is None:
+            return None
+        number = stage.rowset if rowset is None else rowset
+        info = self.store.find(trunk=trunk, rowset=self.rowset(number)[0], codec=codec_name(self.config.store))
+        return info if info is not None and info.state == "complete" else None
+
+    def nearest(self, stage: Stage, versions: Versions) -> BoundaryInfo | None:
+        """The complete boundary that enters the stage, or that enters the nearest stage below it; None: tokens."""
+        number = stage.rowset
+        while stage.reads_boundary:
+            info = self.boundary(stage, versions, number)
+            if info is not None:
+                return info
+            stage = maker(self.stages, stage)
+        return None
+
+    def base(self, stage: Stage, *, train: bool = True) -> tuple[Stage | None, tuple[Stage, ...]]:
+        """What a stage reads from, where all boundaries that are to be stored are there.
+
+        Args:
+            stage: The stage.
+            train: To train it, passes may be fused; the pass that writes the boundary above reads what is stored.
+
+        Returns:
+            The stage whose boundary is read (itself, or one below it; None: tokens), and the stages whose output is
+            made on demand, lowest first.
+        """
+        at, through = stage, list[Stage]()
+        while at.reads_boundary and not self.reads_stored(at, fused=train and at is stage):
+            at = maker(self.stages, at)
+            through.insert(0, at)
+        return at if at.reads_boundary else None, tuple(through)
+
+    def reads_stored(self, stage: Stage, *, fused: bool) -> bool:
+        """Whether the boundary that enters a stage is stored before it is read; with `fused`, it may be filled."""
+        return self.keeps(stage) and not (fused and self.config.store.fuse_passes)
+
+    def keeps(self, stage: Stage) -> bool:
+        """Whether the boundary that enters a stage is one of those that are stored."""
+        return stage.reads_boundary and stage.depth % self.config.boundary_every == 0
+
+    def fuses(self, stage: Stage) -> bool:
+        """Whether a stage itself writes the boundary that enters it, while it trains.
+
+        One that nobody would read again is not written at all: no later stage, no later epoch, no later run.
+        """
+        if not self.config.store.fuse_passes or not self.keeps(stage):
+            return False
+        config, rows = self.config, self.rowset(stage.rowset)[1]
+        settings = config.stage_training(stage.depth)
+        seen = self.steps(stage) * settings.batch_size * settings.accumulation
+        above = any(later.rowset == stage.rowset for later in self.stages[stage.place + 1 :])
+        return above or seen > rows or config.store.keep not in ("none", 0)
+
+    def following(self, stage: Stage) -> Stage | None:
+        """The stage after one, where it reads its own boundary, made by a pass before it."""
+        for above in self.stages[stage.place + 1 : stage.place + 2]:
+            return above if self.base(above)[0] is above else None
+        return None
+
+    def hands_on(self, stage: Stage) -> bool:
+        """Whether a worker that has trained a stage writes the boundary above it."""
+        above = self.following(stage)
+        return above is not None and above.rowset == stage.rowset and above.first == stage.last + 1
+
+    def evaluates(self, stage: Stage) -> bool:
+        """Whether a stage is evaluated on held-out rows as it trains."""
+        return self.config.stage_training(stage.depth).eval_every is not None or bool(stage.candidates)
+
+    def hands_held_out(self, stage: Stage) -> bool:
+        """Whether a worker that has trained a stage writes the held-out rows' boundary above it."""
+        above = self.stages[stage.place + 1 : stage.place + 2]
+        return any(s.reads_boundary and s.first == stage.last + 1 and self.evaluates(s) for s in above)
+
+    def job(
+        self,
+        stage: Stage,
+        versions: Versions,
+        *,
+        checkpoints: Path,
+        train: bool,
+        entry: Entry,
+        writes: bool,
+        rowset: int | None = None,
+        held_out_reads: str | None = None,
+    ) -> StageJob:
+        """A worker's job at one stage.
+
+        Args:
+            stage: The stage.
+            versions: What is committed below it (to train it), or with it (to write the boundary above).
+            checkpoints: Where the recipe's checkpoints are.
+            train: Whether to train.
+            entry: How rows come to it.
+            writes: Whether to write the boundary above.
+            rowset: The number of the rowset, where it is not the stage's own.
+            held_out_reads: The held-out rows' boundary that enters a stage to train; None: tokens, or none is needed.
+        """
+        hands_held_out = rowset is None and self.hands_held_out(stage)
+        held_out = self.rowset(HELD_OUT)[0] if rowset is None and (self.evaluates(stage) or hands_held_out) else None
+        recipe = self.recipe(stage, versions) if train else {}
+        number = stage.rowset if rowset is None else rowset
+        rowset_id, rows = self.rowset(number)
+        embedding = versions.get(FRONT) if stage.reads_boundary and self.config.model.tie_embeddings else None
+        initial = starts(stage, versions) if train else {part: versions[part] for part in stage.hands_on}
+        return StageJob(
+            config=dump(self.config),
+            stage=stage,
+            store=str(self.store.path),
+            data=str(self.data.directory),
+            vocab_size=self.vocabulary.size,
+            mask_token=self.vocabulary.mask,
+            device=self.device,
+            checkpoints=str(checkpoints),
+            recipe=recipe,
+            recipe_id=recipe_id(recipe) if train else versions[stage.blocks[-1]].recipe,
+            forward=self.forward,
+            rows=rows,
+            rowset=rowset_id,
+            rowset_number=number,
+            span=self.span(stage),
+            initial=initial,
+            embedding=embedding,
+            trunk_digests=self._digests(stage.trunk, versions),
+            train=train,
+            reads=entry.reads,
+            writes=writes,
+            through=tuple(Frozen(below, {part: versions[part] for part in below.hands_on}) for below in entry.through),
+            fills=entry.fills,
+            held_out=held_out,
+            held_out_reads=held_out_reads,
+            hands_held_out=hands_held_out,
+        )
+
+    def _stored(self, rowset: str) -> bool:
+        try:
+            self.store.rowset(rowset)
+        except NotFound:
+            return False
+        return True
+
+    def _digests(self, parts: tuple[str, ...], versions: Versions) -> list[str]:
+        return [str(versions[part].digest) for part in parts]

@@ -1,0 +1,296 @@
+"""What happens in a run, as plain events, and who listens: the log, the manifest, the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from stackwise.durable import explain_full_disk, write_json
+from stackwise.errors import DamageError
+from stackwise.identity import content_id
+from stackwise.pipeline.planning.reasons import NEW, changed_settings, changes, words
+from stackwise.pipeline.recipe import Recipe, recipe_id
+from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.schedule import Stage
+from stackwise.store import BoundaryInfo, CommittedStage
+
+if TYPE_CHECKING:
+    from stackwise.config import StackWiseConfig
+    from stackwise.pipeline.planning.plan import Plan
+
+Event = dict[str, Any]
+Observer = Callable[[Event], None]
+
+
+class Observers:
+    """Passes every event to all who listen, in order; who comes later is told what was said before."""
+
+    def __init__(self, observers: list[Observer]) -> None:
+        self._observers = observers
+        self._said: list[Event] = []
+
+    def add(self, observer: Observer) -> None:
+        """Let one more listen."""
+        for event in self._said:
+            observer(event)
+        self._observers.append(observer)
+
+    def __call__(self, event: Event) -> None:
+        """Pass it on."""
+        event = {"time": round(time.time(), 3), **event}
+        if event["event"] in ("start", "note", "data"):
+            self._said.append(event)
+        for observer in self._observers:
+            observer(event)
+
+
+class EventLog:
+    """Appends events to a file, one JSON object a line.
+
+    Steps that follow each other within a second share a line, so that the log of a run of months stays small; no
+    step's loss is left out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # A line that a kill or a full disk cut off does not take the next one with it.
+        self._begin = "\n" if _cut(path) else ""
+        self._path, self._file = path, path.open("a", encoding="utf-8", buffering=1)
+        self._steps: Event | None = None
+        self._since = 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Append it; progress that only a screen needs is left out."""
+        if event["event"] in ("preparing", "boundary") or (event["event"] == "evaluating" and "done" in event):
+            return
+        if event["event"] != "step":
+            self.flush()
+            self._write(event)
+            return
+        if self._steps is None:
+            self._since = time.monotonic()  # the other clock may be set back
+            self._steps = event
+        else:
+            self._steps = {**event, "losses": [*self._steps["losses"], *event["losses"]]}
+        if time.monotonic() - self._since >= 1.0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        if self._steps is not None:
+            self._write(self._steps)
+            self._steps = None
+
+    def _write(self, event: Event) -> None:
+        with explain_full_disk(self._path):
+            self._file.write(f"{self._begin}{json.dumps(event)}\n")
+        self._begin = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            with explain_full_disk(self._path):
+                try:
+                    self.flush()
+                finally:
+                    self._file.close()
+        except OSError:
+            if exception[0] is None:  # else what ended the run says it already
+                raise
+
+
+class Manifest:
+    """Keeps `run.json` level with what happens.
+
+    Args:
+        run: Whose manifest it is.
+        plan: The plan that is carried out.
+        before: The manifest of an earlier run in the same directory.
+        earlier: The configuration of that run.
+        auto: What settings that were `auto` came to, by key, to be found here by a later run.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        plan: Plan,
+        before: dict[str, Any],
+        earlier: StackWiseConfig | None = None,
+        auto: dict[str, Any] | None = None,
+    ) -> None:
+        self._run, self._plan, self.earlier, self._auto = run, plan, earlier, auto or {}
+        self._before = {(stage["depth"], stage["window"]): stage for stage in before.get("stages", [])}
+        self._known_evaluation = before.get("evaluation")
+        self._boundaries: list[str] = list(before.get("boundaries", []))
+        self._written = 0.0
+        self._stages = [self._pending(stage) for stage in plan.stages]
+
+    def observe(self, event: Event) -> None:
+        """Take up an event."""
+        place = event.get("stage")
+        if not isinstance(place, int) or place >= len(self._stages):
+            return
+        stage = self._stages[place]
+        match event["event"]:
+            case "training":
+                stage |= {"state": "running", "step": 0, "steps": event["steps"], "reason": event["reason"]}
+                stage |= {"recipe": event["recipe"], "trunk": event["trunk"], "weights": None}
+                stage |= {"held_out": None, "divergences": 0}
+                self.save()
+            case "resumed":
+                stage |= {"step": event["step"], "reason": f"resumed at step {event['step']} of {event['steps']}"}
+            case "step":
+                stage |= {key: event[key] for key in ("step", "steps", "loss", "wait_fraction")}
+                stage["peak_memory_bytes"] = event["memory"]
+                if time.monotonic() - self._written > 1:
+                    self.save()
+            case "writing" | "filling":
+                if event["boundary"] not in self._boundaries:
+                    self._boundaries.append(event["boundary"])
+            case "reused":
+                stage["reason"] = event["reason"]
+            case "held_out":
+                stage["held_out"] = {key: event[key] for key in ("step", "nats", "best")}
+            case "diverged":
+                stage["divergences"] += 1
+            case "failed":
+                stage["state"] = "failed"
+                stage["reason"] = event["text"]
+
+    def knows(self, stage: Stage) -> bool:
+        """Whether the stage was trained in this run before."""
+        before = self._before.get((stage.depth, stage.window), {})
+        return (before.get("recipe") or before.get("last")) is not None
+
+    def reason(self, stage: Stage, recipe: Recipe) -> str:
+        """Why a stage trains: what changed since it was last trained here, or that it never was."""
+        before = self._before.get((stage.depth, stage.window), {})
+        last = before.get("recipe") or before.get("last")
+        if last is None:
+            return NEW
+        if last == recipe_id(recipe):
+            if before.get("state") == "done":
+                return "it was committed, and its files are gone"
+            return "not finished yet" if before.get("step") else NEW
+        old = None
+        with contextlib.suppress(DamageError):
+            old = self._plan.store.stage(last, check=False)
+        config, depth = self._plan.config, stage.depth
+        if old is None:
+            text = words(changed_settings(self.earlier, config, depth))
+            return "the configuration changed since it began" + (f": {text}" if text else "")
+        decided = changes(old.record["recipe"], recipe, depth=depth, config=config, earlier=self.earlier)
+        return f"changed: {words(decided)}"
+
+    def committed(self, stage: Stage, committed: CommittedStage) -> None:
+        """A stage is done."""
+        record = committed.record
+        self._stages[stage.place] |= {
+            "state": "done",
+            "step": record["steps"],
+            "steps": record["steps"],
+            "loss": _recent(record["losses"]),
+            "trunk": record["trunk"],
+            "weights": content_id("weights", record["parts"]),
+            "recipe": committed.recipe,
+            "wait_fraction": record["wait_fraction"],
+            "peak_memory_bytes": record["peak_memory_bytes"],
+            "held_out": _last_held_out(record.get("held_out", [])),
+            "divergences": len(record.get("divergences", [])),
+            "unfrozen": [each["chosen"] for each in (record.get("fusion") or {}).get("rounds", []) if each["kept"]],
+        }
+        self.save()
+
+    def note_boundaries(self, present: list[BoundaryInfo]) -> None:
+        """Forget boundaries that are gone."""
+        ids = {info.id for info in present}
+        self._boundaries = [boundary for boundary in self._boundaries if boundary in ids]
+
+    def recipes(self) -> list[str]:
+        """The recipes of the stages done, and of the one in training."""
+        return [stage["recipe"] for stage in self._stages if stage["recipe"] is not None]
+
+    def boundaries(self) -> list[str]:
+        """The boundaries that this run wrote and that are still there."""
+        return list(self._boundaries)
+
+    def evaluation(self, key: str) -> dict[str, Any] | None:
+        """The evaluation of the same weights (`result`) and the passage filled in (`fill`), where there is one."""
+        known = self._known_evaluation
+        if known is None or known["key"] != key or not self._run.evaluation_file.exists():
+            return None
+        return dict(known)
+
+    def save_evaluation(self, key: str, result: dict[str, Any], fill: dict[str, Any] | None) -> None:
+        """Keep an evaluation with the passage that was filled in, and what it is of."""
+        self._known_evaluation = {"key": key, "result": result, "fill": fill}
+        write_json(self._run.evaluation_file, result)
+        self.save()
+
+    def save(self) -> None:
+        """Publish the manifest."""
+        self._written = time.monotonic()
+        vocabulary = self._plan.vocabulary
+        self._run.write_manifest(
+            {
+                "name": self._plan.config.name,
+                "data": {"id": self._plan.data.id, "directory": str(self._plan.data.directory)},
+                "vocabulary": {"size": vocabulary.size, "mask": vocabulary.mask},
+                "store": str(self._plan.store.path),
+                "rowsets": self._plan.known_rowsets,
+                "auto": self._auto,
+                "stages": self._stages,
+                "boundaries": self._boundaries,
+                "evaluation": self._known_evaluation,
+            }
+        )
+
+    def _pending(self, stage: Stage) -> dict[str, Any]:
+        before = self._before.get((stage.depth, stage.window), {})
+        return {
+            "depth": stage.depth,
+            "window": stage.window,
+            "blocks": [stage.first, stage.last],
+            "state": "pending",
+            "step": 0,
+            "steps": self._plan.steps(stage),
+            "loss": None,
+            "trunk": None,
+            "weights": None,
+            "recipe": None,
+            "reason": None,
+            "wait_fraction": None,
+            "peak_memory_bytes": None,
+            "held_out": None,
+            "divergences": 0,
+            # What it was last trained by, so that a later run can say what changed.
+            "last": before.get("recipe") or before.get("last"),
+        }
+
+
+def _last_held_out(told: list[list[float]]) -> dict[str, float] | None:
+    """The last evaluation inside a stage, beside the best."""
+    if not told:
+        return None
+    return {"step": told[-1][0], "nats": told[-1][1], "best": min(nats for _, nats in told)}
+
+
+def _recent(losses: list[float | None]) -> float | None:
+    """The mean of the last steps' losses: one step's alone is mostly noise."""
+    recent = [loss for loss in losses[-20:] if loss is not None]
+    return sum(recent) / len(recent) if recent else None
+
+
+def _cut(path: Path) -> bool:
+    """Whether a file's last line has no end."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"

@@ -1,0 +1,147 @@
+"""A worker process: `python -m stackwise.pipeline.worker`. One job in, events out, one JSON object a line.
+
+It imports torch before it asks for its job, so that a worker started early takes over at once. It ends when its
+job is done, when it is told to (SIGTERM: the step in hand is finished and saved), or when whoever started it is
+gone (its standard input closes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from stackwise.durable import is_full_disk, no_space
+from stackwise.errors import InterruptedRun, StackWiseError
+from stackwise.pipeline.memory import Memory, is_out_of_memory, memory
+
+
+class _Channel:
+    """Events to standard output, which is kept for them alone; a reader that is gone is no error."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
+        # Whatever a library prints goes to the log instead.
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        self._lock = threading.Lock()
+
+    def emit(self, event: dict[str, Any]) -> None:
+        line = json.dumps(event) + "\n"
+        with self._lock:
+            try:
+                self._out.write(line)
+                self._out.flush()
+            except (BrokenPipeError, ValueError):
+                pass
+
+
+def main(device: str, *, told: bool = False) -> int:
+    """Serve one job; the exit code is that of `StackWiseError`, 0 when done.
+
+    Args:
+        device: As in the configuration.
+        told: That it is ready is said already.
+    """
+    stopping = threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the runner, which tells its workers
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    channel = _Channel()
+    before: list[Memory] = []
+    try:
+        return _serve(channel, stopping, before, device, told)
+    except StackWiseError as error:
+        return _tell(channel, error)
+    except Exception as error:
+        if is_full_disk(error):
+            name = getattr(error, "filename", None)
+            return _tell(channel, no_space(None if name is None else Path(os.fsdecode(name))))
+        with contextlib.suppress(OSError):  # whatever keeps the log from being written, the runner is told
+            traceback.print_exc()
+        channel.emit({"event": "error", "exit_code": 1, **_explained(error, before[0] if before else memory())})
+        return 1
+
+
+def _tell(channel: _Channel, error: StackWiseError) -> int:
+    kind = "interrupted" if isinstance(error, InterruptedRun) else "error"
+    channel.emit({"event": kind, "message": error.message, "hint": error.hint, "exit_code": error.exit_code})
+    return error.exit_code
+
+
+def ready(device: str) -> dict[str, Any]:
+    """The event with which a worker says that it can be given its job.
+
+    Raises:
+        UsageError: The device is not there.
+    """
+    from stackwise.pipeline.device import describe, resolve_device
+
+    return {"event": "ready", **describe(resolve_device(device))}
+
+
+def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], device: str, told: bool) -> int:
+    # Before torch: a job for `status` of a device that is not there should fail here, not at import.
+    from stackwise.pipeline.device import resolve_device, warm_up
+    from stackwise.pipeline.job import FinishJob, StageJob
+    from stackwise.pipeline.trial import TrialJob, run_trial
+    from stackwise.pipeline.worker.finish import run_finish
+    from stackwise.pipeline.worker.stage import run_stage
+
+    if not told:
+        channel.emit(ready(device))
+    warm_up()
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    threading.Thread(target=_watch_parent, args=(stopping,), daemon=True).start()
+    job = json.loads(line)
+    on = resolve_device(device)
+    before.append(memory(on))
+    if job["kind"] == "stage":
+        run_stage(StageJob.from_plain(job), channel.emit, stopping.is_set)
+    elif job["kind"] == "trial":
+        channel.emit({"event": "trial", **run_trial(TrialJob.from_plain(job), on)})
+    else:
+        run_finish(FinishJob.from_plain(job), channel.emit, stopping.is_set)
+    return 0
+
+
+def _watch_parent(stopping: threading.Event) -> None:
+    sys.stdin.read()
+    stopping.set()
+
+
+def _explained(error: Exception, base: Memory) -> dict[str, Any]:
+    """An unexpected error in a line; with what was measured, where memory ran out."""
+    text = str(error).strip().splitlines()
+    message = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
+    if is_out_of_memory(error):
+        measured = {"limit": base.limit, "base": base.used, "peak": _peak(base), "what": base.what}
+        return {"message": f"out of memory: {message}", "memory": measured}
+    return {"message": message, "unexpected": True}
+
+
+def _peak(base: Memory) -> int | None:
+    """Most bytes held, in the measure of `base`, as far as that is known."""
+    if base.what == "GPU memory":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    now = memory()
+    return now.used if now.what == base.what else None
+
+
+def leave(code: int) -> NoReturn:
+    """End a worker: everything is closed and durable, and taking torch apart would only keep the next stage waiting."""
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1] if len(sys.argv) > 1 else "auto"))
