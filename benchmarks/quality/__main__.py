@@ -81,8 +81,7 @@ def _measure(options: argparse.Namespace) -> Section:
         "token on held-out files at 15, 50 and 90% masked; medians over the seeds, smallest to largest in brackets, "
         "without brackets one seed; against plain seed by seed. Rates from the same grid, the best by the first seed. "
         "Block updates, rows and bytes are of one run. Peak memory is what a process takes beyond what it held before "
-        "its job, measured with workers started by themselves; the pages of a boundary that it has read, which the "
-        "system may take back, count."
+        "its job, in a run of a few updates."
     )
     return Section("quality", "Modes beside end to end", text, body(found), "CPU", {"rows": found})
 
@@ -115,7 +114,9 @@ def _row(results: Results, row: Row, budget: Budget, rates: list[float], options
         if not options.report or trial.key in results.runs:
             runs.append(results.of(trial))
     grid = {f"{trial.rate:g}": mean_loss(results.of(trial)) for trial in trials}
-    return {"name": row.name, "budget": budget, "rate": best.rate, "grid": grid, "runs": runs}
+    known = not options.report or row.name in results.memory
+    memory = results.memory_of(row) if known else None
+    return {"name": row.name, "budget": budget, "rate": best.rate, "grid": grid, "memory": memory, "runs": runs}
 
 
 if __name__ == "__main__":

@@ -92,9 +92,8 @@ def _flops(row: Result) -> float:
 
 
 def _memory(row: Result) -> float | None:
-    """Of the runs of which it was measured."""
-    found = [run["peak_memory_bytes"] for run in row["runs"] if "peak_memory_bytes" in run]
-    return Spread.of(found).median if found else None
+    memory: float | None = row["memory"]
+    return memory
 
 
 def _known(rows: list[Result], of: Callable[[Result], float | None]) -> int:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Result, say
-from benchmarks.quality.plain import apart, train_plainly
+from benchmarks.quality.plain import apart, resting, train_plainly
 from benchmarks.quality.rows import PLAIN, Budget, Row, configuration, flops, updated
 from stackwise.config import StackWiseConfig
-from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.schedule import schedule
+
+SHORT = 16
+"""Updates of each block in a run whose memory is measured."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +49,40 @@ class Results:
     def __init__(self, path: Path, setting: Result) -> None:
         self.path, self.setting = path, setting
         self.runs: dict[str, Result] = {}
+        self.memory: dict[str, int] = {}
         if path.exists():
             known = json.loads(path.read_text(encoding="utf-8"))
             if known["setting"] != setting:
                 raise SystemExit(f"{path} holds results of another setting: name another file with --results")
-            self.runs = known["runs"]
+            self.runs, self.memory = known["runs"], known.get("memory", {})
 
     def of(self, trial: Trial) -> Result:
         """A trial's result; it is run where it is not there yet."""
         if trial.key not in self.runs:
             say(trial.key)
             self.runs[trial.key] = _run(trial, self.setting)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".new")
-            temporary.write_text(json.dumps({"setting": self.setting, "runs": self.runs}, indent=1) + "\n")
-            temporary.replace(self.path)
+            self._save()
         return self.runs[trial.key]
+
+    def memory_of(self, row: Row) -> int:
+        """Most bytes that a process of this row holds beyond what it held before its job; a short run where not known.
+
+        Short, as what a process holds is there after some steps; what grows are the mapped pages of a boundary that it
+        has read, which the system takes back at will. Workers are started by themselves, as the plain loop's process
+        is: a forked one begins with what it shares.
+        """
+        if row.name not in self.memory:
+            say(f"{row.name} | memory")
+            self.memory[row.name] = _memory(row, self.setting)
+            self._save()
+        return self.memory[row.name]
+
+    def _save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".new")
+        text = json.dumps({"setting": self.setting, "memory": self.memory, "runs": self.runs}, indent=1)
+        temporary.write_text(text + "\n")
+        temporary.replace(self.path)
 
 
 def mean_loss(result: Result) -> float:
@@ -79,7 +103,7 @@ def _run(trial: Trial, setting: Result) -> Result:
     if trial.row.name == PLAIN:
         plain = apart(train_plainly, config)
         figures = plain["evaluation"]
-        own = {key: plain[key] for key in ("seconds", "peak_memory_bytes", "rows")} | {"written": 0, "read": 0}
+        own = {key: plain[key] for key in ("seconds", "rows")} | {"written": 0, "read": 0}
         return shared | own | _figures(figures) | {"flops": flops(config, setting["vocab_size"])}
     with tempfile.TemporaryDirectory(prefix="stackwise-quality-", dir=setting.get("dir")) as directory:
         run = RunDirectory(Path(directory) / "run")
@@ -87,7 +111,6 @@ def _run(trial: Trial, setting: Result) -> Result:
         figures = Runner(config, run, events.append).run()
         manifest = run.manifest()
         written = sum(event["bytes"] for event in events if event["event"] == "written")
-        # No peak memory: a forked worker's begins with what it shares, and is not to be held against plain PyTorch's.
         own = {
             "seconds": events[-1]["seconds"],
             "rows": sum(rows for _, rows, *_ in manifest["rowsets"].values()),
@@ -95,6 +118,31 @@ def _run(trial: Trial, setting: Result) -> Result:
             "read": _read(config, manifest["rowsets"]),
         }
     return shared | own | _figures(figures) | {"flops": flops(config, setting["vocab_size"])}
+
+
+def _memory(row: Row, setting: Result) -> int:
+    config = configuration(setting["base"], row, "rows", steps=SHORT, rate=setting["rates"][0], seed=0)
+    if row.name == PLAIN:
+        return int(apart(train_plainly, config)["peak_memory_bytes"])
+    with tempfile.TemporaryDirectory(prefix="stackwise-quality-", dir=setting.get("dir")) as directory:
+        run = RunDirectory(Path(directory) / "run")
+        with _started_by_themselves():
+            Runner(config, run, lambda event: None).run()
+        peaks: list[int] = [stage["peak_memory_bytes"] for stage in status(run)["stages"]]
+        return max(peaks) - apart(resting)
+
+
+@contextlib.contextmanager
+def _started_by_themselves() -> Iterator[None]:
+    before = os.environ.get("STACKWISE_FORK")
+    os.environ["STACKWISE_FORK"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["STACKWISE_FORK"]
+        else:
+            os.environ["STACKWISE_FORK"] = before
 
 
 def _read(config: StackWiseConfig, rowsets: dict[str, Any]) -> int:

@@ -43,12 +43,18 @@ def test_tables_and_plots_name_every_row(tmp_path: Path) -> None:
         "updates": 2400,
         "rows": 100,
         "flops": 1e12,
-        "peak_memory_bytes": 10**8,
         "written": 0,
         "read": 0,
     }
     found = [
-        {"name": row.name, "budget": budget, "rate": 1e-3, "grid": {}, "runs": [run, {**run, "flops": 2e12}]}
+        {
+            "name": row.name,
+            "budget": budget,
+            "rate": 1e-3,
+            "grid": {},
+            "memory": 10**8,
+            "runs": [run, {**run, "flops": 2e12}],
+        }
         for row, budget in TRIALS
     ]
     shown = body(found)

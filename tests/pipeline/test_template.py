@@ -199,9 +199,11 @@ def test_weights_are_those_of_workers_started_by_themselves(
     Runner(config, RunDirectory(tmp_path / "forked"), observe).run(only=0)
     run(config, tmp_path / "forked", only=1)
     assert template().pid != killed[0]
-    monkeypatch.setattr(launch, "_forks", lambda device: False)
+    monkeypatch.setenv("STACKWISE_FORK", "0")
+    launch._end_templates()
     for depth in (0, 1):
         run(config, tmp_path / "plain", only=depth)
+    assert not launch._templates
     forked, plain = weights(tmp_path / "forked"), weights(tmp_path / "plain")
     assert forked[:2] == plain[:2]
     assert all(forked[:2])

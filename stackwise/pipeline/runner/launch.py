@@ -252,7 +252,9 @@ def _cpu_alone() -> bool:
 
 
 def _forks(device: str) -> bool:
-    """Whether a worker for a device may be forked."""
+    """Whether a worker for a device may be forked; `STACKWISE_FORK=0` in the environment forbids it."""
+    if os.environ.get("STACKWISE_FORK") == "0":
+        return False
     if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
         return False
     return device == "cpu" or (device == "auto" and _cpu_alone())
