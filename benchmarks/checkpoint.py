@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.common import Result, Section, Spread, parser, positive, refuse, run_command, say, shown, table
+from benchmarks.common import Result, Spread, parser, positive, refuse, run_command, say, shown, table
+from benchmarks.document import Section
 from stackwise.report import words
 
 if TYPE_CHECKING:

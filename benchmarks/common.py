@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from benchmarks.document import Section, machine, write
 from stackwise.errors import StackWiseError, UsageError
 
 Result = dict[str, Any]
@@ -61,28 +58,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([line(lines[0]), rule, *map(line, lines[1:])])
 
 
-def machine(device: str = "CPU") -> str:
-    """The machine in a line: `2 cores, AMD EPYC, 24 GiB, Linux, torch 2.13.0, CPU`.
-
-    Args:
-        device: What computes, in words.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = psutil.virtual_memory().total / (1 << 30)
-    torch = version("torch").removesuffix("+cpu")
-    return f"{cores} cores, {_processor()}, {memory:.0f} GiB, {platform.system()}, torch {torch}, {device}"
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def parser(module: str, about: str | None) -> argparse.ArgumentParser:
     """A command line with what all benchmarks have: `-o`, `--json`, `--write`."""
     summary = (about or "").strip().splitlines()[0]
@@ -124,27 +99,6 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-@dataclass(frozen=True)
-class Section:
-    """What a benchmark has to say.
-
-    Args:
-        key: Its section in docs/benchmarks.md.
-        title: The section's heading.
-        text: What was measured and how, above the table.
-        body: The tables.
-        device: What computed, in words.
-        result: Everything, for `--json`.
-    """
-
-    key: str
-    title: str
-    text: str
-    body: str
-    device: str
-    result: Result
-
-
 def run_command(
     module: str,
     arguments: Sequence[str] | None,
@@ -162,13 +116,11 @@ def run_command(
     Returns:
         The exit code: 0, that of the error that a user caused, 1 for a lack of memory.
     """
-    from benchmarks import document
-
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         section = measure(given)
         if "--write" in given:
-            document.write(section, _command(module, given), page)
+            write(section, _command(module, given), page)
     except (StackWiseError, MemoryError) as error:
         return _failed(module, error)
     except RuntimeError as error:

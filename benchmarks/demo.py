@@ -22,7 +22,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import Result, Section, parser, refuse, run_command, table
+from benchmarks.common import Result, parser, refuse, run_command, table
+from benchmarks.document import Section
 from stackwise.report import words
 from stackwise.report.history import PHASES, read_history
 

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Result, Section, Spread, overrides, parser, positive, refuse, run_command, say, table
+from benchmarks.common import Result, Spread, overrides, parser, positive, refuse, run_command, say, table
+from benchmarks.document import Section
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.report import words

@@ -8,16 +8,41 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 import re
 import textwrap
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from benchmarks.common import Section, machine
+import psutil
 
 PATH = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 """Where the tables go; the environment's STACKWISE_BENCHMARKS_DOC names another file."""
 
 VARIABLE = "STACKWISE_BENCHMARKS_DOC"
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a benchmark has to say.
+
+    Args:
+        key: Its section in docs/benchmarks.md.
+        title: The section's heading.
+        text: What was measured and how, above the table.
+        body: The tables.
+        device: What computed, in words.
+        result: Everything, for `--json`.
+    """
+
+    key: str
+    title: str
+    text: str
+    body: str
+    device: str
+    result: dict[str, Any]
 
 
 def marks(key: str) -> tuple[str, str]:
@@ -59,3 +84,25 @@ def _placed(document: str, key: str, text: str) -> str:
     if pattern.search(document):
         return pattern.sub(lambda _: block, document, count=1)
     return f"{document.rstrip()}\n\n{block}\n"
+
+
+def machine(device: str = "CPU") -> str:
+    """The machine in a line: `2 cores, AMD EPYC, 24 GiB, Linux, torch 2.13.0, CPU`.
+
+    Args:
+        device: What computes, in words.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = psutil.virtual_memory().total / (1 << 30)
+    torch = version("torch").removesuffix("+cpu")
+    return f"{cores} cores, {_processor()}, {memory:.0f} GiB, {platform.system()}, torch {torch}, {device}"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

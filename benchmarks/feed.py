@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.common import Result, Section, Spread, overrides, parser, positive, run_command, shown, table
+from benchmarks.common import Result, Spread, overrides, parser, positive, run_command, shown, table
+from benchmarks.document import Section
 from stackwise.config import StackWiseConfig
 from stackwise.errors import StackWiseError
 from stackwise.report import words

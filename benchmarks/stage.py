@@ -20,19 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.common import (
-    Result,
-    Section,
-    numbers,
-    overrides,
-    parser,
-    positive,
-    refuse,
-    run_command,
-    say,
-    shown,
-    table,
-)
+from benchmarks.common import Result, numbers, overrides, parser, positive, refuse, run_command, say, shown, table
+from benchmarks.document import Section
 from stackwise.config import StackWiseConfig
 from stackwise.report import words
 

@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.common import Result, Section, Spread, numbers, parser, positive, run_command, say, shown, table
+from benchmarks.common import Result, Spread, numbers, parser, positive, run_command, say, shown, table
+from benchmarks.document import Section
 from stackwise.config import ModelConfig, StageTraining
 from stackwise.config.model import ArchitectureConfig
 from stackwise.report import words

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from benchmarks.common import (
     Result,
-    Section,
     Spread,
     numbers,
     overrides,
@@ -29,6 +28,7 @@ from benchmarks.common import (
     shown,
     table,
 )
+from benchmarks.document import Section
 from benchmarks.pipeline import slow_disk
 from benchmarks.pipeline.runs import Run, first_batch_at, first_step_at, handoffs, named
 from stackwise.config import StackWiseConfig

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import Result, Section, overrides, parser, positive, refuse, run_command
+from benchmarks.common import Result, overrides, parser, positive, refuse, run_command
+from benchmarks.document import Section
 from benchmarks.quality.page import body, write_plots
 from benchmarks.quality.results import Results, Trial, mean_loss
 from benchmarks.quality.rows import BUDGETS, ROWS, Budget, Row

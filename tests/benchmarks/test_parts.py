@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import document
 from benchmarks.arithmetic import matrix_parameters, work_of
-from benchmarks.common import Section, Spread, shown, table
+from benchmarks.common import Spread, shown, table
+from benchmarks.document import Section
 from benchmarks.setting import Setting
 from benchmarks.workbench import fresh_model, trains_projection, workbench
 from stackwise.config import StackWiseConfig
