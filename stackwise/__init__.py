@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from stackwise.config import StackWiseConfig
     from stackwise.model import ProgressiveRackBuilder, Rack
     from stackwise.objectives import FixedMaskAssigner, MaskDiffusionObjective, MaskScheduler
-    from stackwise.pipeline.runner.library import StageResult, UnifiedTrainer
+    from stackwise.pipeline.library import StageResult, UnifiedTrainer
     from stackwise.store import ActivationStore
 
 _HOMES = {
@@ -22,8 +22,8 @@ _HOMES = {
     "ProgressiveRackBuilder": "stackwise.model",
     "Rack": "stackwise.model",
     "StackWiseConfig": "stackwise.config",
-    "StageResult": "stackwise.pipeline.runner.library",
-    "UnifiedTrainer": "stackwise.pipeline.runner.library",
+    "StageResult": "stackwise.pipeline.library",
+    "UnifiedTrainer": "stackwise.pipeline.library",
 }
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +11,12 @@ import yaml
 from pydantic import ValidationError
 
 from stackwise.config.checks import faults as cross_faults
-from stackwise.config.fields import Section
-from stackwise.config.schema import PATTERNS, Settings, StageOverrides
+from stackwise.config.faults import Key, Tree, dotted, field_faults, kind_of, sections
+from stackwise.config.schema import Settings
 from stackwise.config.training import STACK_PRECISION
 from stackwise.errors import ConfigError, NotFound, UsageError
 
 C = TypeVar("C", bound=Settings)
-Tree = dict[str, Any]
-Key = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
@@ -92,7 +89,7 @@ def load(cls: type[C], path: str, overrides: Mapping[str, Any], *, source: str |
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise ConfigError([f"a mapping of settings was expected, not {_kind(tree)}"], source=source)
+        raise ConfigError([f"a mapping of settings was expected, not {kind_of(tree)}"], source=source)
     return build(cls, tree, overrides, source=source)
 
 
@@ -109,7 +106,7 @@ def build(cls: type[C], tree: Tree, overrides: Mapping[str, Any] | None = None, 
         ConfigError: With every fault: unknown keys (and the key meant), wrong types, contradictions.
     """
     tree, found = _overridden(tree, overrides or {})
-    for name in _sections(cls):  # a section whose keys are all commented out
+    for name in sections(cls):  # a section whose keys are all commented out
         parent: Any = tree
         *above, last = name.split(".")
         for part in above:
@@ -119,12 +116,12 @@ def build(cls: type[C], tree: Tree, overrides: Mapping[str, Any] | None = None, 
     try:
         config = cls.model_validate(tree)
     except ValidationError as error:
-        found |= _field_faults(error, tree)
+        found |= field_faults(error, tree)
         # What is left may hold contradictions of its own: report them now, not after the next try.
         config = cls.model_validate(_without(tree, set(found)))
     resolve(config)
-    wrong = {_dotted(key) for key in found}
-    lines = [f"{_dotted(key)}: {text}" for key, text in found.items()]
+    wrong = {dotted(key) for key in found}
+    lines = [f"{dotted(key)}: {text}" for key, text in found.items()]
     lines += [f"{key}: {text}" for key, text in cross_faults(config) if key not in wrong]
     if lines:
         raise ConfigError(lines, source=source)
@@ -175,27 +172,23 @@ def flat(config: Settings) -> dict[str, Any]:
 def _overridden(tree: Tree, overrides: Mapping[str, Any]) -> tuple[Tree, dict[Key, str]]:
     """The tree with dotted keys set, and the overrides that run into something that is no section."""
     tree, found = _copied(tree), {}
-    for dotted, value in overrides.items():
-        *parents, last = key = _key(dotted)
+    for written, value in overrides.items():
+        *parents, last = key = _key(written)
         section: Any = tree
         for name in parents:
             if section.get(name) is None:
                 section[name] = {}
             section = section[name]
             if not isinstance(section, dict):
-                found[key] = f"{_dotted(tuple(parents))} is a value, not a section"
+                found[key] = f"{dotted(tuple(parents))} is a value, not a section"
                 break
         else:
             section[last] = value
     return tree, found
 
 
-def _key(dotted: str) -> Key:
-    return tuple(int(part) if part.isdecimal() else part for part in dotted.split("."))
-
-
-def _dotted(key: Key) -> str:
-    return ".".join(map(str, key))
+def _key(written: str) -> Key:
+    return tuple(int(part) if part.isdecimal() else part for part in written.split("."))
 
 
 def _copied(value: Any) -> Any:
@@ -209,104 +202,3 @@ def _without(tree: Tree, keys: set[Key], prefix: Key = ()) -> Tree:
         for name, value in tree.items()
         if (*prefix, name) not in keys
     }
-
-
-def _field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
-    """One line a key. A union's branches report one by one; they become one line that names all that is allowed."""
-    said: dict[Key, list[str]] = {}
-    for item in error.errors(include_url=False):
-        key = _present(item["loc"], tree)
-        text = _unknown(key) if item["type"] == "extra_forbidden" else _allowed(dict(item))
-        said.setdefault(key, []).append(text)
-    found = {}
-    for key, texts in said.items():
-        value = _at(tree, key)
-        allowed = " or ".join(dict.fromkeys(texts))
-        if isinstance(value, list) and allowed.startswith("must be") and "a list" not in allowed:
-            allowed = f"each item {allowed}"
-        found[key] = allowed if allowed.startswith("unknown") else f"{allowed}, not {_kind(value)}"
-    return found
-
-
-def _present(loc: tuple[str | int, ...], tree: Any) -> Key:
-    """The part of an error's location that stands in the tree: pydantic appends the names of union branches."""
-    key: list[str | int] = []
-    for name in loc:
-        if not isinstance(tree, dict) or name not in tree:
-            break
-        tree = tree[name]
-        key.append(name)
-    return tuple(key)
-
-
-def _at(tree: Any, key: Key) -> Any:
-    for name in key:
-        tree = tree[name]
-    return tree
-
-
-def _kind(value: Any) -> str:
-    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-_TYPES = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a section of settings",
-    "model_attributes_type": "a section of settings",
-    "none_required": "null",
-}
-_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-
-
-def _allowed(item: dict[str, Any]) -> str:
-    kind, context = item["type"], item.get("ctx", {})
-    if kind in _TYPES:
-        return f"must be {_TYPES[kind]}"
-    if kind == "literal_error":
-        allowed = context["expected"].replace(" or ", ", ").replace("'", "").replace("False", "false")
-        return f"must be one of {allowed}" if "," in allowed else f"must be {allowed}"
-    for bound, words in _BOUNDS.items():
-        if bound in context:
-            return f"must be {words} {context[bound]}"
-    if kind == "string_pattern_mismatch":
-        return f"must be {PATTERNS.get(context['pattern'], context['pattern'])}"
-    return str(item["msg"])
-
-
-def _sections(model: type[Section], prefix: str = "") -> dict[str, type[Section]]:
-    """Every section by its dotted name."""
-    found = {prefix: model}
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found |= _sections(field.annotation, f"{prefix}.{name}" if prefix else name)
-    return found
-
-
-def _unknown(key: Key) -> str:
-    """What was meant by a key that does not exist: a near miss in its section, else one of that name elsewhere."""
-    sections = _sections(Settings)
-    if key[0] == "stages" and len(key) > 2:
-        sections |= _sections(StageOverrides, _dotted(key[:2]))
-    here = sections.get(_dotted(key[:-1]))
-    names = {name: name for name in (here.model_fields if here else ())}
-    if near := difflib.get_close_matches(str(key[-1]), names, n=1, cutoff=0.7):
-        meant = _dotted((*key[:-1], near[0]))
-        return f"unknown key; did you mean {meant}?"
-    everywhere = {
-        f"{where}.{name}" if where else name: name for where, s in sections.items() for name in s.model_fields
-    }
-    same = [full for full, name in everywhere.items() if name == key[-1]]
-    if not same:
-        near = difflib.get_close_matches(str(key[-1]), list(set(everywhere.values())), n=1, cutoff=0.75)
-        same = [full for full, name in everywhere.items() if near and name == near[0]]
-    if same:
-        return f"unknown key; did you mean {' or '.join(same[:2])}?"
-    return f"unknown key; {_dotted(key[:-1]) or 'the top level'} has {', '.join(sorted(names))}"

@@ -18,7 +18,7 @@ from stackwise.evaluation.scores import Scores, figures, unigram
 from stackwise.model.mode import evaluating
 from stackwise.model.rack import StageModules, enter
 from stackwise.objectives.cross_entropy import slice_rows
-from stackwise.objectives.objectives import Objective
+from stackwise.objectives.objective import Objective
 
 
 @torch.no_grad()

@@ -18,12 +18,12 @@ from stackwise.evaluation.scores import Floats, Scores
 from stackwise.identity import generator
 from stackwise.objectives.hashing import child, seed_key
 from stackwise.objectives.masks import Bools, uniform_masks
+from stackwise.objectives.objective import Objective
 from stackwise.objectives.objectives import (
     BlockDiffusionObjective,
     CLMObjective,
     CustomObjective,
     MaskDiffusionObjective,
-    Objective,
 )
 
 Tokens = NDArray[np.int64]

@@ -11,13 +11,13 @@ from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler, no_mask
 if TYPE_CHECKING:
     from stackwise.objectives.adaptation import AdaptationObjective
     from stackwise.objectives.cross_entropy import head_cross_entropy
+    from stackwise.objectives.objective import Objective
     from stackwise.objectives.objectives import (
         BlockDiffusionObjective,
         CLMObjective,
         CustomObjective,
         MaskDiffusionObjective,
         MLMObjective,
-        Objective,
         make_objective,
     )
 
@@ -39,9 +39,12 @@ __all__ = [
 ]
 
 
+_MODULES = {"head_cross_entropy": "cross_entropy", "AdaptationObjective": "adaptation", "Objective": "objective"}
+
+
 def __getattr__(name: str) -> Any:
     """Load what needs torch when it is first asked for (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = {"head_cross_entropy": "cross_entropy", "AdaptationObjective": "adaptation"}.get(name, "objectives")
+    module = _MODULES.get(name, "objectives")
     return getattr(import_module(f"{__name__}.{module}"), name)

@@ -13,7 +13,8 @@ from torch import Tensor
 from stackwise.config.direction import Annealed
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
-from stackwise.objectives.objectives import CLMObjective, MaskDiffusionObjective, Objective, SampleIds
+from stackwise.objectives.objective import Objective, SampleIds
+from stackwise.objectives.objectives import CLMObjective, MaskDiffusionObjective
 
 
 class AdaptationObjective(CLMObjective):

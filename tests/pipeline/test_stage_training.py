@@ -12,9 +12,9 @@ import pytest
 from stackwise.config.checks import notes
 from stackwise.config.loading import dump
 from stackwise.errors import ConfigError, UsageError
+from stackwise.pipeline.library import UnifiedTrainer
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.events import EventLog
-from stackwise.pipeline.runner.library import UnifiedTrainer
 from stackwise.store import ActivationStore
 from stackwise.training import checkpoint
 from tests.conftest import Micro, run

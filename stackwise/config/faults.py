@@ -1,0 +1,119 @@
+"""What is wrong with a configuration's keys and values, in words: one line a key, with what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import ValidationError
+
+from stackwise.config.fields import Section
+from stackwise.config.schema import PATTERNS, Settings, StageOverrides
+
+Tree = dict[str, Any]
+Key = tuple[str | int, ...]
+
+
+def dotted(key: Key) -> str:
+    """A key as it is written: its names with dots between."""
+    return ".".join(map(str, key))
+
+
+def field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
+    """One line a key. A union's branches report one by one; they become one line that names all that is allowed."""
+    said: dict[Key, list[str]] = {}
+    for item in error.errors(include_url=False):
+        key = _present(item["loc"], tree)
+        text = _unknown(key) if item["type"] == "extra_forbidden" else _allowed(dict(item))
+        said.setdefault(key, []).append(text)
+    found = {}
+    for key, texts in said.items():
+        value = _at(tree, key)
+        allowed = " or ".join(dict.fromkeys(texts))
+        if isinstance(value, list) and allowed.startswith("must be") and "a list" not in allowed:
+            allowed = f"each item {allowed}"
+        found[key] = allowed if allowed.startswith("unknown") else f"{allowed}, not {kind_of(value)}"
+    return found
+
+
+def _present(loc: tuple[str | int, ...], tree: Any) -> Key:
+    """The part of an error's location that stands in the tree: pydantic appends the names of union branches."""
+    key: list[str | int] = []
+    for name in loc:
+        if not isinstance(tree, dict) or name not in tree:
+            break
+        tree = tree[name]
+        key.append(name)
+    return tuple(key)
+
+
+def _at(tree: Any, key: Key) -> Any:
+    for name in key:
+        tree = tree[name]
+    return tree
+
+
+def kind_of(value: Any) -> str:
+    """A value as a message shows it."""
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a section of settings",
+    "model_attributes_type": "a section of settings",
+    "none_required": "null",
+}
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def _allowed(item: dict[str, Any]) -> str:
+    kind, context = item["type"], item.get("ctx", {})
+    if kind in _TYPES:
+        return f"must be {_TYPES[kind]}"
+    if kind == "literal_error":
+        allowed = context["expected"].replace(" or ", ", ").replace("'", "").replace("False", "false")
+        return f"must be one of {allowed}" if "," in allowed else f"must be {allowed}"
+    for bound, words in _BOUNDS.items():
+        if bound in context:
+            return f"must be {words} {context[bound]}"
+    if kind == "string_pattern_mismatch":
+        return f"must be {PATTERNS.get(context['pattern'], context['pattern'])}"
+    return str(item["msg"])
+
+
+def sections(model: type[Section], prefix: str = "") -> dict[str, type[Section]]:
+    """Every section by its dotted name."""
+    found = {prefix: model}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found |= sections(field.annotation, f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def _unknown(key: Key) -> str:
+    """What was meant by a key that does not exist: a near miss in its section, else one of that name elsewhere."""
+    known = sections(Settings)
+    if key[0] == "stages" and len(key) > 2:
+        known |= sections(StageOverrides, dotted(key[:2]))
+    here = known.get(dotted(key[:-1]))
+    names = {name: name for name in (here.model_fields if here else ())}
+    if near := difflib.get_close_matches(str(key[-1]), names, n=1, cutoff=0.7):
+        meant = dotted((*key[:-1], near[0]))
+        return f"unknown key; did you mean {meant}?"
+    everywhere = {f"{where}.{name}" if where else name: name for where, s in known.items() for name in s.model_fields}
+    same = [full for full, name in everywhere.items() if name == key[-1]]
+    if not same:
+        near = difflib.get_close_matches(str(key[-1]), list(set(everywhere.values())), n=1, cutoff=0.75)
+        same = [full for full, name in everywhere.items() if near and name == near[0]]
+    if same:
+        return f"unknown key; did you mean {' or '.join(same[:2])}?"
+    return f"unknown key; {dotted(key[:-1]) or 'the top level'} has {', '.join(sorted(names))}"
