@@ -25,6 +25,8 @@ from stackwise.durable import FileLock
 from stackwise.errors import NotFound, UsageError
 
 FORMAT = 1
+PREPARING = "preparing"
+"""In the manifest of a run that has no plan yet: `phase`, `done` of `total`, and what it `failed` by."""
 
 
 class RunDirectory:
@@ -158,25 +160,33 @@ def held_by_live_process(run: RunDirectory) -> bool:
 
 
 def status(run: RunDirectory) -> dict[str, Any]:
-    """The run's state, in the shape of `stackwise status --json`. Reads files alone."""
+    """The run's state, in the shape of `stackwise status --json`. Reads files alone.
+
+    While data is prepared or an `auto` setting is tried, and where that was as far as a run came, `preparing` says what
+    of it; stages are then those of the run before, or none.
+    """
     manifest, live = run.manifest(), held_by_live_process(run)
+    preparing = manifest.get(PREPARING)
     stages = []
     for stage in manifest["stages"]:
         shown = {key: stage.get(key) for key in STATUS_KEYS}
         if chosen := stage.get("unfrozen"):  # by adaptive fusion
             blocks = (f"{first}" if first == last else f"{first}–{last}" for first, last in chosen)
             shown["reason"] = f"{shown['reason']}; trained blocks {', then '.join(blocks)}"
-        if shown["state"] == "running" and not live:
+        if shown["state"] == "running" and (preparing or not live):
             shown["state"] = "interrupted"
         stages.append(shown)
     states = {stage["state"] for stage in stages}
     if live:
         state = "running"
+    elif preparing:
+        state = "failed" if "failed" in preparing else "interrupted"
     elif stages and states == {"done"}:
         state = "done"
     else:
         state = next((s for s in ("failed", "interrupted") if s in states), "pending")
-    return {"run": str(run.path), "state": state, "stages": stages, **_jobs(run)}
+    value = {"run": str(run.path), "state": state, "stages": stages}
+    return value | ({PREPARING: preparing} if preparing else {}) | _jobs(run)
 
 
 def job_file(run: RunDirectory, job: Mapping[str, Any]) -> Path:

@@ -48,8 +48,8 @@ def test_the_size_that_measures_best_is_taken_and_kept(found: tuple[Path, list[d
     )
     assert "at most 2 of 2 blocks fit" in text
     assert {event["phase"] for event in named(events, "preparing")} >= {
-        "trying stages of 1 block",
-        "trying stages of 2 blocks",
+        "trying stages of 1 block, 1 of 2 sizes",
+        "trying stages of 2 blocks, 2 of 2 sizes",
     }
     assert len(status(RunDirectory(directory))["stages"]) == 2 // best
     assert not (directory / "logs" / "trial").exists()

@@ -8,6 +8,7 @@ import click
 
 from stackwise.cli.options import as_json, find_run, run_option
 from stackwise.cli.output import plain, state, table
+from stackwise.cli.views.wording import PHASES
 from stackwise.cli.watching import show, watch_option
 from stackwise.report import words
 
@@ -36,7 +37,12 @@ def rendered(value: dict[str, Any]) -> Group:
 
     stages = value["stages"]
     done = sum(stage["state"] == "done" for stage in stages)
-    line = f"{plain(value['run'])}  {state(value['state'])}  {done} of {words.plural(len(stages), 'stage')} done"
+    line = f"{plain(value['run'])}  {state(value['state'])}"
+    if "preparing" in value:
+        line += f"  {plain(getting_ready(value['state'], **value['preparing']))}"
+        if not stages:
+            return Group(Text.from_markup(line))
+    line += f"  {done} of {words.plural(len(stages), 'stage')} done"
     shown = table("stage", "blocks", "state", "step", "loss", "wait", "memory", "why", right=(0, 3, 4, 5, 6))
     for stage in stages:
         loss, wait, memory = stage["loss"], stage["wait_fraction"], stage["peak_memory_bytes"]
@@ -59,6 +65,12 @@ def rendered(value: dict[str, Any]) -> Group:
         of += f", window {job['window']}" if job.get("window") is not None else ""
         named.add_row(f"{job['engine']} {plain(job['job'])}", of, state(job["state"]))
     return Group(Text.from_markup(line), shown, Text(), named)
+
+
+def getting_ready(state: str, phase: str, done: int, total: int | None, failed: str = "") -> str:
+    """What a run without a plan does, or did last."""
+    what = PHASES.get(phase, phase) + (f", {words.percent(done / total)}" if total else "")
+    return what if state == "running" else f"while {what}" + (f": {failed}" if failed else "")
 
 
 def label(stage: dict[str, Any], stages: list[dict[str, Any]]) -> str:

@@ -12,13 +12,12 @@ from rich.text import Text
 
 from stackwise.cli.output import STATES, plain, table
 from stackwise.cli.views.state import RunView, StageView
-from stackwise.cli.views.wording import wording
+from stackwise.cli.views.wording import PHASES, wording
 from stackwise.report import words
 
 Event = dict[str, Any]
 ROWS = 16
 """Stages shown at once; of more, those around the running one."""
-PHASES = {"reading": "reading text", "tokenizer": "training the tokenizer", "waiting": "waiting for another process"}
 SILENT = ("plan", "training", "committed", "writing", "reused", "resumed", "done")
 """What the table shows anyway."""
 

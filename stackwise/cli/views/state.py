@@ -89,6 +89,7 @@ class RunView:
                 self.config.training.block_size = event["value"]
                 self._plan()
             case "plan":
+                self.activity = None
                 self._planned(event["stages"])
             case "preparing":
                 self._progress(event["phase"], event["done"], event["total"])

@@ -8,6 +8,8 @@ from typing import Any
 from stackwise.report import words
 
 Event = dict[str, Any]
+PHASES = {"reading": "reading text", "tokenizer": "training the tokenizer", "waiting": "waiting for another process"}
+"""What is prepared before there is a plan, where its name does not say it."""
 
 
 def wording(event: Event) -> str | None:

@@ -17,7 +17,7 @@ from stackwise.config.checks import notes
 from stackwise.config.loading import dump
 from stackwise.data import PreparedData
 from stackwise.durable import write_bytes
-from stackwise.errors import NoSpaceError, NotFound, StackWiseError, UsageError
+from stackwise.errors import NoSpaceError, NotFound
 from stackwise.identity import content_id
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.planning.plan import Plan
@@ -25,6 +25,7 @@ from stackwise.pipeline.planning.room import check_fit
 from stackwise.pipeline.planning.vocabulary import check_data
 from stackwise.pipeline.planning.windows import settle_windows
 from stackwise.pipeline.run import RunDirectory, with_absolute_paths
+from stackwise.pipeline.runner.beginning import Beginning
 from stackwise.pipeline.runner.boundaries import Boundaries
 from stackwise.pipeline.runner.crew import Crew
 from stackwise.pipeline.runner.events import EventLog, Manifest, Observer, Observers
@@ -39,6 +40,8 @@ from stackwise.pipeline.tracking.trackers import check_installed
 
 BEGINNINGS = ("training", "writing", "filling")
 """Events after which the store has something new that is this run's."""
+TRIAL = "trial"
+"""Among the logs, while sizes are tried: the small runs."""
 
 
 class Runner:
@@ -90,16 +93,17 @@ class Runner:
             check_installed(self.config)
             self.run_directory.check()
             check_store(self.run_directory.store_path(self.config))
-            data = prepare_data(self.config, self._tell, self._crew.check)
             if dry:
-                self._foresee(*self._look(data, stack))
+                self._foresee(*self._look(stack))
                 return {}
-            plan, manifest, boundaries = self._open(data, stack)
-            self._check_stage(only)
+            plan, manifest, boundaries = self._open(stack, only)
             try:
                 walk = Walk(self.run_directory, plan, manifest, boundaries, self._crew, self._tell)
                 chosen = walk.chosen(only, window)
                 walk.begin(self._foresee(plan, manifest), whole=chosen is None)
+                manifest.save()
+                # What was tried stands in the manifest by now.
+                shutil.rmtree(self.run_directory.logs / TRIAL, ignore_errors=True)
                 boundaries.register()
                 begun = time.perf_counter()
                 walk.go(chosen)
@@ -116,20 +120,15 @@ class Runner:
         if only is not None and not 0 <= only < self.config.n_stages:
             raise NotFound(f"there is no stage {only}: the schedule has 0 to {self.config.n_stages - 1}")
 
-    def _open(self, data: PreparedData, stack: contextlib.ExitStack) -> tuple[Plan, Manifest, Boundaries]:
-        """Take the run directory and the store, and plan. Where that fails, a directory made here is gone again."""
+    def _open(self, stack: contextlib.ExitStack, only: int | None) -> tuple[Plan, Manifest, Boundaries]:
+        """Take the run directory and the store, and plan."""
         run = self.run_directory
-        check_data(self.config, data)
-        fresh = not run.path.exists()
-        run.create()
-        try:
-            stack.enter_context(run.lock())
+        with Beginning(run, self.config, stack) as beginning:
+            self._observe.add(beginning.observe)
             stack.callback(self._crew.close)
+            data = self._data()
             plan, manifest = self._plan(data, stack, run.logs, run.store_path(self.config))
-        except StackWiseError as error:
-            if fresh and error.exit_code == UsageError.exit_code:
-                shutil.rmtree(run.path, ignore_errors=True)
-            raise
+            self._check_stage(only)
         boundaries = Boundaries(run, plan, manifest, self._crew, self._tell)
         for observer in (
             stack.enter_context(EventLog(run.events_file)),
@@ -142,10 +141,14 @@ class Runner:
         write_bytes(run.config_file, dump(self.config).encode())
         return plan, manifest, boundaries
 
-    def _look(self, data: PreparedData, stack: contextlib.ExitStack) -> tuple[Plan, Manifest]:
-        """Plan without taking or making anything: where there is no store yet, one that is gone afterwards serves."""
-        run = self.run_directory
+    def _data(self) -> PreparedData:
+        data = prepare_data(self.config, self._tell, self._crew.check)
         check_data(self.config, data)
+        return data
+
+    def _look(self, stack: contextlib.ExitStack) -> tuple[Plan, Manifest]:
+        """Plan without taking or making anything: where there is no store yet, one that is gone afterwards serves."""
+        run, data = self.run_directory, self._data()
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stackwise-dry-run-")))
         stack.callback(self._crew.close)
         store = run.store_path(self.config)
@@ -167,7 +170,7 @@ class Runner:
         settling: dict[str, Any] = {"device": device, "tell": self._tell}
         tried = before.get("auto", {})
         tried = settle_block_size(
-            self.config, data, tried, memory=memory, scratch=logs / "trial", small_run=self._small_run, **settling
+            self.config, data, tried, memory=memory, scratch=logs / TRIAL, small_run=self._small_run, **settling
         )
         tried = settle_batches(self.config, data, tried, work=self._crew.work, **settling)
         for line in settle_windows(self.config, data, tried):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def settle_block_size(
         before: What was found before.
         device: The kind of device.
         memory: Bytes of its memory.
-        scratch: Where small runs may live; it is gone afterwards.
+        scratch: Where small runs may live; those that are finished there are not done again.
         small_run: Runs one.
         tell: Told what happens, as an event's name and its values.
 
@@ -54,7 +53,6 @@ def settle_block_size(
         result = size_trial.try_sizes(config, found, scratch, small_run, tell)
         known = {"conditions": found.conditions, **result}
         text = size_trial.said(config, found, known)
-        shutil.rmtree(scratch, ignore_errors=True)
     else:
         text = f"{size_trial.KEY}: auto is {known['blocks']}, as found before"
     tell("note", text=text)
@@ -92,6 +90,7 @@ def settle_batches(
         if known is not None and known["conditions"] == name:
             tell("note", text=f"{key}: auto is {known['rows']}, as found before")
         else:
+            tell("preparing", phase=f"trying {key}", done=0, total=None)
             (found,) = (event for event in work(job) if event["event"] == "trial")
             known = {"conditions": name, "rows": found["rows"]}
             room = f"{in_bytes(found['peak'])} of {in_bytes(found['limit'])} of {found['what']}"

@@ -90,9 +90,11 @@ def try_sizes(
         `blocks`, the size; `losses`, the mean held-out loss in nats of each size that was tried.
     """
     losses: dict[str, float] = {}
-    for size in found.candidates if len(found.candidates) > 1 else ():
+    tried = found.candidates if len(found.candidates) > 1 else []
+    for number, size in enumerate(tried, 1):
         trial = _small(config, size, found.most).validate()
-        phase = f"trying stages of {size} block{'s' if size > 1 else ''}"
+        phase = f"trying stages of {size} block{'s' if size > 1 else ''}, {number} of {len(tried)} sizes"
+        tell("preparing", phase=phase, done=0, total=None)
 
         def progress(event: dict[str, Any], phase: str = phase, stages: int = trial.n_stages) -> None:
             if event["event"] == "step":
