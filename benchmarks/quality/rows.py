@@ -55,6 +55,7 @@ ROWS = (
     Row(PLAIN, {"training.mode": "end_to_end"}, ("rows",)),
     Row("end to end", {"training.mode": "end_to_end"}, ("rows",)),
     Row("end to end, swapped", {"training.mode": "end_to_end", "training.swap": "always"}, ("rows",)),
+    Row("end to end, 1/t weights", {"training.mode": "end_to_end", "training.loss_weight": "inverse_time"}, ("rows",)),
     Row("stages of 1", _blockwise(1)),
     Row("stages of 2", _blockwise(2)),
     Row("stages of 4", _blockwise(4)),
