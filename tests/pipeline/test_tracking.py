@@ -206,6 +206,51 @@ def test_a_tracker_switched_on_late_gets_what_counts(log: Log) -> None:
     }
 
 
+def test_a_stage_of_several_windows_is_one_series_whose_steps_go_on(log: Log) -> None:
+    def plan() -> None:
+        steps = [(0, 0, 10), (1, 0, 12), (0, 1, 11), (1, 1, 9)]
+        keys = ("stage", "depth", "window", "steps")
+        log.add("plan", stages=[dict(zip(keys, (n, *each), strict=True)) for n, each in enumerate(steps)])
+
+    plan()
+    log.train(0, 1, 10, "a")
+    log.train(1, 1, 12, "b")
+    log.train(2, 1, 4, "c")
+    log.follow()
+    log.train(2, 5, 7)
+    log.follow()  # a start later, before the next plan
+    # What was kept before windows were joined does not name them: the log does, and nothing is told again.
+    file = log.path.parent / "tracking" / "memory.json"
+    kept = json.loads(file.read_text())
+    del kept["places"]
+    file.write_text(json.dumps(kept))
+    log.train(2, 8, 9)
+    log.follow()
+    plan()
+    log.add("resumed", stage=2, step=8, steps=100, losses=[float(n) for n in range(1, 9)])
+    log.train(2, 9, 11)
+    log.add("held_out", stage=2, step=11, nats=1.5)
+    log.train(3, 1, 9, "d")
+    log.add("written", stage=3, bytes=5, seconds=0.1)
+    log.follow()
+    assert [log.tracker.steps("run-1", stage) for stage in range(4)] == [[*range(1, 22)], [*range(1, 22)], [], []]
+    assert log.tracker.steps("run-1", 0, "held_out/nats") == [21]
+    assert log.tracker.steps("run-1", 1, "boundary_bytes") == [21]
+    # Another stage in a later window: the next tracker run has the same series up to there.
+    log.train(2, 1, 3, "changed")
+    log.follow()
+    assert [log.tracker.steps("run-2", stage) for stage in range(3)] == [[*range(1, 14)], [*range(1, 13)], []]
+    assert not log.warnings
+
+
+def test_windows_on_tensorboard(micro: Micro, tmp_path: Path) -> None:
+    run(micro(training__windows=2, evaluation__samples=4), tmp_path / "run")
+    found = trackers_files.tensorboard(tmp_path / "run")
+    assert {name.partition("/")[0] for name in found} == {"stage-000", "stage-001", "depth"}
+    for stage in ("stage-000", "stage-001"):
+        assert [step for step, _ in found[f"{stage}/loss"]] == list(range(1, 21))
+
+
 def test_event_files_hold_any_number(tmp_path: Path) -> None:
     (tmp_path / "tensorboard" / "stage-000").mkdir(parents=True)
     file = EventFile(tmp_path / "tensorboard" / "stage-000", ".1")

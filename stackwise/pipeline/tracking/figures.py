@@ -21,7 +21,7 @@ class Point:
     Args:
         stage: The stage's depth; None: a figure of the run by depth.
         name: What it is, such as `loss`.
-        step: The stage's optimizer step; of a figure of the run, the depth.
+        step: The stage's optimizer step, counted through all its windows; of a figure of the run, the depth.
         value: Losses in nats, sizes in bytes, times in seconds, rates as they are.
         time: When it was told, in seconds since 1970.
     """
@@ -41,8 +41,10 @@ class Taken:
         number: Which tracker run of this directory it is.
         id: Its id.
         offset: Bytes of the log that were read.
-        recipes: The recipe of each stage (by depth, as text) whose figures it holds.
-        told: The last step of each series by recipe and kind; for figures of the run, what they were.
+        recipes: The recipe of each stage (by its place in the schedule, as text) whose figures it holds.
+        places: Of each place in the schedule its stage's depth, and that stage's steps in the windows before.
+        told: The last step of each series by recipe and kind, as the log counts it, from the start of its window; for
+            figures of the run, what they were.
         whole: Whether it has what the log held when it began.
     """
 
@@ -50,6 +52,7 @@ class Taken:
     id: str | None = None
     offset: int = 0
     recipes: dict[str, str] = field(default_factory=dict)
+    places: dict[str, list[int]] = field(default_factory=dict)
     told: dict[str, Any] = field(default_factory=dict)
     whole: bool = False
 
@@ -66,13 +69,35 @@ class Taken:
 
     def renewed(self, event: Event) -> Taken:
         """The next tracker run: the stages below the changed one are the same."""
-        depth = event["stage"]
-        kept = {key: recipe for key, recipe in self.recipes.items() if int(key) < depth}
-        return Taken(self.number + 1, None, self.offset, kept | {str(depth): event["recipe"]})
+        place = event["stage"]
+        kept = {key: recipe for key, recipe in self.recipes.items() if int(key) < place}
+        return Taken(self.number + 1, None, self.offset, kept | {str(place): event["recipe"]}, dict(self.places))
+
+    def planned(self, event: Event) -> None:
+        """Take up a plan: which stage and window each place of the schedule is."""
+        self.places, steps = {}, dict[int, int]()
+        for each in event["stages"]:
+            depth = each.get("depth", each["stage"])
+            self.places[str(each["stage"])] = [depth, steps.get(depth, 0)]
+            steps[depth] = steps.get(depth, 0) + each.get("steps", 0)
 
     def take(self, event: Event) -> list[Point]:
-        """The event's figures that are new here; they count as taken."""
+        """The event's figures that are new here; they count as taken.
+
+        A stage of several windows is one series, whose steps go on from window to window as its schedules do.
+        """
+        place = event.get("stage")
+        depth, before = self.places.get(str(place), [place, 0])
+        return [
+            point if point.stage is None else replace(point, stage=depth, step=before + point.step)
+            for point in self._new(event)
+        ]
+
+    def _new(self, event: Event) -> list[Point]:
+        """The figures that are new, by the stage's place and its step in the window."""
         kind, stage, at = event["event"], event.get("stage"), float(event.get("time", 0.0))
+        if kind == "plan":
+            self.planned(event)
         if kind == "evaluation":
             return self._evaluation(event, at)
         if not isinstance(stage, int):

@@ -154,6 +154,10 @@ class Follower:
         if known is not None and known.id is not None:
             found = self._tracker.open(self._about, known.number, known.id)
             if found == known.id:
+                if not known.places:  # kept before there was such a thing
+                    for event in self._before(known.offset):
+                        if event["event"] == "plan":
+                            known.planned(event)
                 self._taken = known
                 return known
             known = Taken(known.number, found)
@@ -182,6 +186,8 @@ class Follower:
             self._note(event)
             if event["event"] in ("training", "reused"):
                 current[str(event["stage"])] = event["recipe"]
+            elif event["event"] == "plan":
+                taken.planned(event)
             elif event["event"] == "evaluation":
                 points += taken.take(event) if current == taken.recipes else []
             elif current.get(key := str(event.get("stage"))) == taken.recipes.get(key):
