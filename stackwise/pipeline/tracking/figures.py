@@ -87,7 +87,8 @@ class Taken:
         A stage of several windows is one series, whose steps go on from window to window as its schedules do.
         """
         place = event.get("stage")
-        depth, before = self.places.get(str(place), [place, 0])
+        at: list[Any] = self.places.get(str(place), [place, 0])
+        depth, before = at
         return [
             point if point.stage is None else replace(point, stage=depth, step=before + point.step)
             for point in self._new(event)
