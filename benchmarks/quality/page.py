@@ -6,31 +6,34 @@ import html
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common import Result, Spread, table
 from benchmarks.quality.results import mean_loss
 from benchmarks.quality.rows import BUDGETS, PLAIN
 from stackwise.report import words
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 760, 460, 64, 56
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 500, 64, 300, 20, 56
+"""Of a plot in pixels, and its margins; names stand in the right one."""
+
+NAMES_APART = 15
 
 
 def body(found: list[Result]) -> str:
-    """The tables, one a budget, best first, the plain row in both."""
+    """The tables, one a budget, best against plain training first, the plain row in both."""
     plain = [row for row in found if row["name"] == PLAIN]
     parts = []
     for budget, title in BUDGETS.items():
         rows = [row for row in found if row["budget"] == budget]
         if not rows:
             continue
-        shown = sorted([*rows, *(row for row in plain if row not in rows)], key=_middle)
+        shown = _ordered(rows, plain)
         header = [
             "mode", "at 15%", "at 50%", "at 90%", "mean", "against plain", "bits per byte", "rate",
             "block updates", "rows", "FLOPs", "peak memory", "written", "read",
         ]  # fmt: skip
-        lines = (_cells(row, plain[0]["runs"] if plain else []) for row in shown)
+        lines = (_cells(row, plain) for row in shown)
         pictures = "\n".join(f"![{what}]({plot_name(what, budget)})" for what, of in PLOTS if _known(shown, of) > 1)
         parts.append(f"### {title[0].upper()}{title[1:]}\n\n{table(header, lines)}\n\n{pictures}")
     return "\n\n".join(parts)
@@ -38,12 +41,12 @@ def body(found: list[Result]) -> str:
 
 def write_plots(docs: Path, found: list[Result]) -> None:
     """Loss against compute and against peak memory, as SVG files beside the page."""
+    plain = [row for row in found if row["name"] == PLAIN]
     for budget in BUDGETS:
-        rows = [row for row in found if row["budget"] == budget or row["name"] == PLAIN]
-        if _known(rows, _flops) > 1:
-            _plot(docs / plot_name("compute", budget), rows, _flops, "floating-point operations", words_flops)
-        if _known(rows, _memory) > 1:
-            _plot(docs / plot_name("memory", budget), rows, _memory, "peak memory", words.size)
+        rows = _ordered([row for row in found if row["budget"] == budget], plain)
+        for (what, of), (name, form) in zip(PLOTS, AXES, strict=True):
+            if _known(rows, of) > 1:
+                _plot(docs / plot_name(what, budget), rows, plain, of, name, form)
 
 
 def plot_name(what: str, budget: str) -> str:
@@ -56,21 +59,29 @@ def words_flops(count: float) -> str:
     return f"{count / 1e12:.3g} T"
 
 
-def _middle(row: Result) -> float:
-    return Spread.of(map(mean_loss, row["runs"])).median
+def _ordered(rows: list[Result], plain: list[Result]) -> list[Result]:
+    """These rows and the plain one, best against it first."""
+    return sorted([*rows, *(row for row in plain if row not in rows)], key=lambda row: _apart(row, plain).median)
+
+
+def _apart(row: Result, plain: list[Result]) -> Spread:
+    """Mean loss less that of plain training, seed by seed: each has its own held-out rows and its own start.
+
+    Without plain training, the loss itself.
+    """
+    others = map(mean_loss, plain[0]["runs"]) if plain else itertools.repeat(0.0)
+    return Spread.of(mean_loss(run) - other for run, other in zip(row["runs"], others, strict=False))
 
 
 def _cells(row: Result, plain: list[Result]) -> list[str]:
     runs = row["runs"]
-    # Seed by seed: each has its own held-out rows and its own start, which all rows share.
-    apart = [mean_loss(run) - mean_loss(other) for run, other in zip(runs, plain, strict=False)]
     first = runs[0]
     losses = [_spread([run["loss"][key] for run in runs]) for key in first["loss"]]
     return [
         row["name"],
         *losses,
         _spread([mean_loss(run) for run in runs]),
-        _spread(apart, "+.3f") if apart else "–",
+        _said(_apart(row, plain), len(runs), "+.3f") if plain else "–",
         _spread([run["bits_per_byte"] for run in runs]),
         words.rate(row["rate"]),
         f"{first['updates']:,}",
@@ -83,8 +94,11 @@ def _cells(row: Result, plain: list[Result]) -> list[str]:
 
 
 def _spread(values: list[float], form: str = ".3f") -> str:
-    found = Spread.of(values)
-    return f"{found.median:{form}}" + (f" ({found.min:{form}} to {found.max:{form}})" if len(values) > 1 else "")
+    return _said(Spread.of(values), len(values), form)
+
+
+def _said(found: Spread, count: int, form: str) -> str:
+    return f"{found.median:{form}}" + (f" ({found.min:{form}} to {found.max:{form}})" if count > 1 else "")
 
 
 def _flops(row: Result) -> float:
@@ -101,53 +115,85 @@ def _known(rows: list[Result], of: Callable[[Result], float | None]) -> int:
 
 
 PLOTS: tuple[tuple[str, Callable[[Result], float | None]], ...] = (("compute", _flops), ("memory", _memory))
+AXES: tuple[tuple[str, Callable[[float], str]], ...] = (
+    ("floating-point operations", words_flops),
+    ("peak memory", words.size),
+)
 
 
 def _plot(
-    path: Path, rows: list[Result], of: Callable[[Result], float | None], name: str, form: Callable[[Any], str]
+    path: Path,
+    rows: list[Result],
+    plain: list[Result],
+    of: Callable[[Result], float | None],
+    name: str,
+    form: Callable[[float], str],
 ) -> None:
-    points = [(x, _middle(row), row["name"]) for row in rows if (x := of(row)) is not None]
-    xs, ys = [math.log(x) for x, _, _ in points], [y for _, y, _ in points]
-    x0, x1 = min(xs), max(xs)
-    y0, y1 = min(ys), max(ys)
-    x0, x1 = x0 - 0.1 * (x1 - x0 or 1), x1 + 0.35 * (x1 - x0 or 1)
-    y0, y1 = y0 - 0.06 * (y1 - y0 or 1), y1 + 0.06 * (y1 - y0 or 1)
-
-    def across(x: float) -> float:
-        return LEFT + (math.log(x) - x0) / (x1 - x0) * (WIDTH - LEFT - 16)
-
-    def up(y: float) -> float:
-        return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - BOTTOM - 16)
-
+    points = [(x, _apart(row, plain), row["name"]) for row in rows if (x := of(row)) is not None]
+    across = _scale([math.log(x) for x, _, _ in points], LEFT, WIDTH - RIGHT)
+    up = _scale([y for _, spread, _ in points for y in (spread.min, spread.max)], HEIGHT - BOTTOM, TOP)
+    names = WIDTH - RIGHT + 24
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         'font-size="11">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-        f'<path d="M{LEFT} 16V{HEIGHT - BOTTOM}H{WIDTH - 16}" fill="none" stroke="#888"/>',
+        f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" stroke="#888"/>',
     ]
-    for step in range(6):
-        y = y0 + (y1 - y0) * step / 5
-        parts.append(f'<text x="{LEFT - 6}" y="{up(y) + 4:.1f}" text-anchor="end" fill="#555">{y:.2f}</text>')
-        x = math.exp(x0 + (x1 - x0) * step / 5)
-        parts.append(
-            f'<text x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle" fill="#555">{form(x)}</text>'
-        )
-    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" text-anchor="middle" fill="#333">{name}</text>')
-    parts.append(
+    for share in range(6):
+        y, x = up.at(share / 5), math.exp(across.at(share / 5))
+        parts += [
+            f'<text x="{LEFT - 6}" y="{up(y) + 4:.1f}" text-anchor="end" fill="#555">{y:+.2f}</text>',
+            f'<text x="{across(math.log(x)):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle" fill="#555">'
+            f"{form(x)}</text>",
+        ]
+    parts += [
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle" fill="#333">{name}</text>',
         f'<text x="14" y="{HEIGHT / 2}" text-anchor="middle" fill="#333" transform="rotate(-90 14 {HEIGHT / 2})">'
-        "held-out loss, nats a masked token</text>"
-    )
-    for (x, y, label), place in zip(points, _labels([up(y) for _, y, _ in points]), strict=True):
-        colour = "#c33" if label == PLAIN else "#357"
-        parts.append(f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{across(x) + 8:.1f}" y="{place + 4:.1f}" fill="{colour}">{html.escape(label)}</text>')
+        "held-out loss against plain training, nats a masked token</text>",
+    ]
+    heights = [up(spread.median) for _, spread, _ in points]
+    for (x, spread, label), height, place in zip(points, heights, _labels(heights), strict=True):
+        colour, at = "#c33" if label == PLAIN else "#357", across(math.log(x))
+        parts += [
+            f'<path d="M{at + 5:.1f} {height:.1f}L{names - 4} {place:.1f}" stroke="{colour}" stroke-opacity="0.25"/>',
+            f'<path d="M{at:.1f} {up(spread.min):.1f}V{up(spread.max):.1f}" stroke="{colour}" stroke-opacity="0.5"/>',
+            f'<circle cx="{at:.1f}" cy="{height:.1f}" r="3.5" fill="{colour}"/>',
+            f'<text x="{names}" y="{place + 4:.1f}" fill="{colour}">{html.escape(label)}</text>',
+        ]
     path.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
 
 
-def _labels(heights: list[float], apart: float = 12.0) -> list[float]:
-    """Heights of labels, near their points and clear of each other."""
+@dataclass(frozen=True)
+class _Scale:
+    """Values along an axis, with some room at both ends."""
+
+    low: float
+    high: float
+    first: float
+    last: float
+
+    def __call__(self, value: float) -> float:
+        """Where a value is, in pixels."""
+        return self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first)
+
+    def at(self, share: float) -> float:
+        """The value at a share of the axis."""
+        return self.low + share * (self.high - self.low)
+
+
+def _scale(values: list[float], first: float, last: float) -> _Scale:
+    low, high = min(values), max(values)
+    room = 0.06 * (high - low or 1)
+    return _Scale(low - room, high + room, first, last)
+
+
+def _labels(heights: list[float]) -> list[float]:
+    """Heights of names in the order of their points, clear of each other, none below the plot."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
-    placed = list(heights)
+    placed, lowest = list(heights), float(HEIGHT - BOTTOM)
     for before, after in itertools.pairwise(order):
-        placed[after] = max(placed[after], placed[before] + apart)
+        placed[after] = max(placed[after], placed[before] + NAMES_APART)
+    for index in reversed(order):
+        placed[index] = min(placed[index], lowest)
+        lowest = placed[index] - NAMES_APART
     return placed
