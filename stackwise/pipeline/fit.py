@@ -86,14 +86,16 @@ def committed_bytes(config: StackWiseConfig, vocab_size: int, drawn: int, *, win
     """
     windows = config.windows if windows is None else windows
     stages = {stage.depth: stage for stage in schedule(config)}.values()
-    each = [
-        state_bytes(config, vocab_size, stage, gradients=False)
-        + (still_bytes(config, vocab_size, stage) if stage.keeps else 0)
-        + FILE_BYTES * (1 + 2 * len(stage.trains) + len(stage.keeps))
-        for stage in stages
-    ]
+    each = [files_bytes(config, vocab_size, stage) for stage in stages]
     records = sum(windows * RECORD_BYTES + STEP_BYTES * stage_steps(config, stage.depth, drawn) for stage in stages)
     return sum(each) + max(each) + records
+
+
+def files_bytes(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
+    """Bytes that a committed stage's weights and optimizer state take at most."""
+    still = still_bytes(config, vocab_size, stage) if stage.keeps else 0
+    files = FILE_BYTES * (1 + 2 * len(stage.trains) + len(stage.keeps))
+    return state_bytes(config, vocab_size, stage, gradients=False) + still + files
 
 
 def stage_memory(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from stackwise import durable
 from stackwise.config.loading import flat
 from stackwise.errors import NotFound, StackWiseError
-from stackwise.pipeline.batch.sweep import label, shown
+from stackwise.pipeline.batch.grid import label, shown
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.report import words
 from stackwise.report.history import History, read_history

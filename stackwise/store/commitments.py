@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,21 @@ class Commitments:
 
     # Runs
 
-    def register_run(self, run_key: str, *, recipes: list[Hex], boundaries: list[Hex]) -> None:
+    def register_run(
+        self,
+        run_key: str,
+        *,
+        recipes: list[Hex],
+        boundaries: list[Hex],
+        idle: Mapping[Hex, Sequence[str]] | None = None,
+    ) -> None:
         """Say what a run refers to, instead of what was said of it before: `gc` keeps that.
 
         Args:
             run_key: The run's name, such as its directory; 1 to 400 bytes.
             recipes: Ids of the recipes whose committed stages it needs.
             boundaries: Ids of the boundaries that it needs.
+            idle: Parts, by recipe, whose weights it will not ask for: others may prune them. `gc` takes no part.
 
         Raises:
             UsageError: An id or the key is not one.
@@ -40,7 +48,9 @@ class Commitments:
             raise UsageError("a run's key has 1 to 400 bytes")
         for name in (*recipes, *boundaries):
             checked_id(name, "recipe or boundary")
-        value = json.dumps({"recipes": recipes, "boundaries": boundaries, "at": time.time()}).encode()
+        refers: dict[str, Any] = {"recipes": recipes, "boundaries": boundaries, "at": time.time()}
+        refers |= {"idle": {recipe: list(parts) for recipe, parts in idle.items()}} if idle else {}
+        value = json.dumps(refers).encode()
         self._index.update(lambda view: view.put("runs", key, value))
 
     def forget_run(self, run_key: str) -> bool:
@@ -48,7 +58,10 @@ class Commitments:
         return self._index.update(lambda view: view.delete("runs", run_key.encode()))
 
     def runs(self) -> dict[str, dict[str, Any]]:
-        """Registered runs by key: `{"recipes": [...], "boundaries": [...], "at": seconds since 1970}`."""
+        """Registered runs by key: `{"recipes": [...], "boundaries": [...], "at": seconds since 1970}`.
+
+        `idle` beside them, where a run has let go of parts.
+        """
         with self._index.read() as view:
             records = list(view.scan("runs"))
         found: dict[str, dict[str, Any]] = {}

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from stackwise.errors import ConfigError, NotFound, UsageError
-from stackwise.pipeline.batch.sweep import Sweep, combinations, label, parse_axes, sources
+from stackwise.pipeline.batch.grid import combinations, label, parse_axes
+from stackwise.pipeline.batch.keeping import sources
+from stackwise.pipeline.batch.sweep import Sweep
 from stackwise.pipeline.run import RunDirectory
 from stackwise.report.compare import Entry, compare, markdown
 from tests.conftest import Micro

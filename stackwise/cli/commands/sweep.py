@@ -17,7 +17,8 @@ from stackwise.errors import StackWiseError
 from stackwise.report import words
 
 if TYPE_CHECKING:
-    from stackwise.pipeline.batch.sweep import Combination, Member, Sweep
+    from stackwise.pipeline.batch.grid import Combination
+    from stackwise.pipeline.batch.sweep import Member, Sweep
 
 Event = dict[str, Any]
 
@@ -49,7 +50,8 @@ def sweep(
     Stages that runs have in common are trained once. A combination that fails is in the table, and the others go on
     (exit code 1 at the end). Interrupted, the same command goes on. The table is kept as sweep.json and sweep.md.
     """
-    from stackwise.pipeline.batch.sweep import Sweep, combinations, parse_axes
+    from stackwise.pipeline.batch.grid import combinations, parse_axes
+    from stackwise.pipeline.batch.sweep import Sweep
 
     found = combinations(parse_axes(axes), lambda overrides: load(config, preset, overrides))
     place = Path(directory) if directory is not None else RUNS / f"sweep-{found[0].config.name}"
@@ -61,7 +63,7 @@ def sweep(
     if dry_run:
         with phases() as progress:
             order = chosen.foresee(progress)
-        _show_outlook(order, as_json)
+        _show_outlook(chosen, order, as_json)
         return
     try:
         _carry_out(chosen, as_json, max_time)
@@ -95,6 +97,8 @@ def _carry_out(chosen: Sweep, as_json: bool, max_time: float | None) -> None:
         elif event["event"] == "combination":
             done = " (reused: it stands complete)" if event["reused"] else ""
             click.echo(f"── {event['number']} of {event['of']}: {event['name']}{done}")
+        elif event["event"] == "note":
+            click.echo(f"note: {event['text']}")
         elif event["event"] == "combination_ended" and event["failure"] is not None:
             click.echo(f"   {event['name']} failed: {event['failure']}")
 
@@ -156,10 +160,8 @@ def _show(value: dict[str, Any], as_json: bool) -> None:
     out.print(plain(summary(value)), style="dim")
 
 
-def _show_outlook(order: list[Member], as_json: bool) -> None:
-    from stackwise.pipeline.batch.sweep import sources
-
-    found = sources(order)
+def _show_outlook(chosen: Sweep, order: list[Member], as_json: bool) -> None:
+    found = chosen.sources(order)
     if as_json:
         print_json(
             {
@@ -171,7 +173,8 @@ def _show_outlook(order: list[Member], as_json: bool) -> None:
                         "stages": found[member.combination.name],
                     }
                     for member in order
-                ]
+                ],
+                "notes": [chosen.no_room] if chosen.no_room else [],
             }
         )
         return
@@ -188,5 +191,10 @@ def _show_outlook(order: list[Member], as_json: bool) -> None:
     out.print(shown)
     every = [text for texts in found.values() for text in texts]
     train, store = every.count("train"), every.count("store")
-    counts = f"{train} to train, {store} in the store, {len(every) - train - store} shared"
+    again = every.count("again")
+    counts = f"{train} to train, {store} in the store, {len(every) - train - store - again} shared"
+    if again:
+        counts += f"; {again} to train again: weights of theirs, needed once more, gave way to a later window's"
     out.print(plain(f"{words.plural(len(order), 'run')} of {words.plural(len(every), 'stage')} in all: {counts}"))
+    if chosen.no_room:
+        out.print(plain(f"note: {chosen.no_room}"))

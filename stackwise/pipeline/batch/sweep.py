@@ -7,8 +7,6 @@ DIR/COMBINATION/      a run's directory each, named by what is its own
 from __future__ import annotations
 
 import contextlib
-import itertools
-import re
 import signal
 import threading
 import time
@@ -18,35 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump, parse_yaml
+from stackwise.config.loading import dump
 from stackwise.data import PreparedData, prepare
-from stackwise.errors import BusyError, ConfigError, InterruptedRun, NoSpaceError, StackWiseError, UsageError
+from stackwise.errors import BusyError, InterruptedRun, NoSpaceError, StackWiseError, UsageError
 from stackwise.identity import content_id
 from stackwise.pipeline.batch.forecast import Outlook, forecast, planned, resolved
+from stackwise.pipeline.batch.grid import Combination
+from stackwise.pipeline.batch.keeping import Keeping, no_room, sources
+from stackwise.pipeline.planning.windows import boundaries_bytes
 from stackwise.pipeline.run import RunDirectory, status, with_absolute_paths
 from stackwise.pipeline.runner.events import Event, Observer
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.tracking.trackers import check_installed
 
-NAME_LENGTH = 100
-"""Longest name of a combination's directory."""
-EXAMPLE = "for example -o training.learning_rate=1e-3,3e-3"
 Watch = Callable[["Combination"], contextlib.AbstractContextManager[Observer]]
-
-
-@dataclass(frozen=True)
-class Combination:
-    """One run of a sweep.
-
-    Args:
-        name: Its directory's name.
-        values: What is its own, by dotted key.
-        config: The whole configuration.
-    """
-
-    name: str
-    values: dict[str, Any]
-    config: StackWiseConfig
 
 
 @dataclass
@@ -57,85 +40,18 @@ class Member:
         combination: Which it is.
         outlook: Its stages, as foreseen before anything was trained.
         failure: Why it cannot run, or what ended it.
+        boundaries: Bytes that its boundaries take at most, where it trains in windows.
     """
 
     combination: Combination
     outlook: list[Outlook] = field(default_factory=list)
     failure: str | None = None
+    boundaries: int = 0
 
     @property
     def keys(self) -> list[str]:
         """Its stages' ids."""
         return [stage.key for stage in self.outlook]
-
-
-def parse_axes(items: Sequence[str]) -> dict[str, list[Any]]:
-    """`KEY=V1,V2,…` strings as dotted keys with the values to try; a list as one value stands in brackets.
-
-    Raises:
-        UsageError: An item has no `=`, or its values are not YAML.
-    """
-    axes: dict[str, list[Any]] = {}
-    for item in items:
-        key, equals, text = item.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"-o {item}: needs KEY=VALUE,VALUE,…", hint=EXAMPLE)
-        try:
-            values = parse_yaml(f"[{text}]", f"-o {item}")
-        except ConfigError:  # text that is no list inside brackets may be a value on its own
-            values = [parse_yaml(text, f"-o {item}")]
-        axes[key.strip()] = values or [parse_yaml(text, f"-o {item}")]
-    return axes
-
-
-def combinations(axes: dict[str, list[Any]], make: Callable[[dict[str, Any]], StackWiseConfig]) -> list[Combination]:
-    """The product of the axes, in their order, each once.
-
-    Args:
-        axes: Values by dotted key; a key with one value is the same for all.
-        make: A configuration from overrides.
-
-    Raises:
-        UsageError: No key has several values.
-        ConfigError: A combination is no valid configuration; every fault of the first such is named.
-    """
-    varied = [key for key, values in axes.items() if len(values) > 1]
-    if not varied:
-        raise UsageError("a sweep needs a key with several values", hint=EXAMPLE)
-    found: dict[str, Combination] = {}
-    for values in itertools.product(*axes.values()):
-        overrides = dict(zip(axes, values, strict=True))
-        own = {key: overrides[key] for key in varied}
-        name = _name(own)
-        if name not in found:
-            found[name] = Combination(name, own, make(overrides))
-    return list(found.values())
-
-
-def label(key: str) -> str:
-    """A key, short: `learning_rate`, `stage3.weight_decay`, `model.d_model`."""
-    if staged := re.fullmatch(r"stages\.(\d+)\.training\.(.+)", key):
-        return f"stage{staged.group(1)}.{staged.group(2)}"
-    return key.removeprefix("training.")
-
-
-def shown(value: Any) -> str:
-    """A value, short."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if _plain(value) else str(value)
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _name(values: dict[str, Any]) -> str:
-    text = "_".join(f"{label(key)}-{shown(value)}" for key, value in values.items())
-    clean = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-")
-    if clean != text or len(clean) > NAME_LENGTH:
-        clean = f"{clean[: NAME_LENGTH - 9]}-{content_id('combination', text)[:8]}"
-    return clean
 
 
 class Sweep:
@@ -150,6 +66,8 @@ class Sweep:
     def __init__(self, combinations: Sequence[Combination], directory: Path, resume_command: str) -> None:
         self.directory, self._resume_command = directory, resume_command
         self.members = [Member(self._placed(combination)) for combination in combinations]
+        self.no_room: str | None = None
+        """Why runs in windows cannot keep weights for each other, where they cannot: known once foreseen."""
 
     def run_directory(self, member: Member) -> RunDirectory:
         """Where a combination's run is."""
@@ -167,6 +85,7 @@ class Sweep:
             check_installed(member.combination.config)
         settled: dict[str, StackWiseConfig] = {}
         prepared: dict[str, PreparedData] = {}
+        data: dict[str, PreparedData] = {}  # by the run's name
         first: UsageError | None = None
         for member in self.members:
             config = member.combination.config
@@ -179,14 +98,28 @@ class Sweep:
                 if key not in prepared:
                     told = progress or (lambda phase, done, total: None)
                     prepared[key], _ = prepare(config.data, model_vocab=config.model.vocab_size, progress=told)
-                store = self.run_directory(member).store_path(config)
-                with planned(config, prepared[key], store) as plan:
+                data[member.combination.name] = prepared[key]
+                with planned(config, prepared[key], self.run_directory(member).store_path(config)) as plan:
                     member.outlook = forecast(plan)
+                    member.boundaries = boundaries_bytes(plan) if config.windows > 1 else 0
             except UsageError as error:
                 member.failure, first = error.message, first or error
         if first is not None and all(member.failure is not None for member in self.members):
             raise first
-        return self._ordered()
+        order = self._ordered()
+        self.no_room = no_room(order)
+        earlier: set[str] = set()
+        for member in order if self.no_room else ():
+            config, name = member.combination.config, member.combination.name
+            if member.outlook:
+                with planned(config, data[name], self.run_directory(member).store_path(config)) as plan:
+                    member.outlook = forecast(plan, earlier)
+                earlier |= {*member.keys}
+        return order
+
+    def sources(self, order: Sequence[Member]) -> dict[str, list[str]]:
+        """Where each stage of each run comes from; see `keeping.sources`."""
+        return sources(order, kept=self.no_room is None)
 
     def run(self, watch: Watch, tell: Callable[[Event], None], max_time: float | None = None) -> list[Member]:
         """Every combination, one after another; one that fails leaves the others to go on.
@@ -206,22 +139,36 @@ class Sweep:
         """
         begun = time.monotonic()
         order = self.foresee(lambda phase, done, total: tell(_event("preparing", phase=phase, done=done, total=total)))
+        if self.no_room:
+            tell(_event("note", text=self.no_room))
         with self._signals():
+            finished = {member.combination.name: self._finished(member) for member in order if member.failure is None}
+            todo = [member for member in order if not finished.get(member.combination.name, True)]
+            key = str(self.directory.resolve())
+            keeping = Keeping(key, todo, self.sources(order), self.no_room is None)
+            stores = [self.run_directory(member).store_path(member.combination.config) for member in order]
             for number, member in enumerate(order, 1):
                 name = member.combination.name
-                reused = member.failure is None and self._finished(member)
+                reused = finished.get(name, False)
                 tell(_event("combination", name=name, number=number, of=len(order), reused=reused))
                 if member.failure is None and not reused:
                     left = None if max_time is None else max(0.0, max_time - (time.monotonic() - begun))
-                    self._run_one(member, watch, left)
+                    keeping.begin(member, stores)
+                    self._run_one(member, keeping, watch, left)
                 tell(_event("combination_ended", name=name, failure=member.failure))
+            keeping.begin(None, stores)
         return self.members
 
-    def _run_one(self, member: Member, watch: Watch, left: float | None) -> None:
+    def _run_one(self, member: Member, keeping: Keeping, watch: Watch, left: float | None) -> None:
         run, config = self.run_directory(member), member.combination.config
         with watch(member.combination) as observe:
+
+            def both(event: Event) -> None:
+                keeping.observe(event, member, run.store_path(config))
+                observe(event)
+
             try:
-                Runner(config, run, observe, resume_command=self._resume_command, max_time=left).run()
+                Runner(config, run, both, resume_command=self._resume_command, max_time=left).run()
             except (InterruptedRun, NoSpaceError, BusyError):
                 raise
             except StackWiseError as error:
@@ -279,23 +226,6 @@ class Sweep:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def sources(members: Sequence[Member]) -> dict[str, list[str]]:
-    """Where each stage of each run comes from, by the run's name: `store`, `train`, or the run that trains it.
-
-    Args:
-        members: In the order of running.
-    """
-    made: dict[str, str] = {}
-    found = {}
-    for member in members:
-        name = member.combination.name
-        found[name] = [
-            "store" if stage.committed else "train" if made.setdefault(stage.key, name) == name else made[stage.key]
-            for stage in member.outlook
-        ]
-    return found
 
 
 def _event(kind: str, **values: Any) -> Event:

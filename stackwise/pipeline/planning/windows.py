@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from stackwise.config import AUTO, StackWiseConfig
@@ -41,18 +42,16 @@ def settle_windows(config: StackWiseConfig, data: PreparedData, known: dict[str,
         return []
     vocab_size = check_data(config, data).size
     drawn = drawn_rows(config, data.train, 0)
-    per_sample, limit = config.training.masks_per_sample, config.store.max_bytes
+    limit = config.store.max_bytes
     assert limit is not None, "checked with the configuration"
-    samples = math.ceil(drawn / per_sample)
+    samples = math.ceil(drawn / config.training.masks_per_sample)
     windowed = {stage.depth for stage in schedule(config) if stage.reads_boundary or stage.depth < config.n_sections}
     most = min(samples, *(stage_steps(config, depth, drawn) for depth in windowed))
-    alive, beside = _alive(config), 0
-    if any(config.stage_training(depth).eval_every for depth in range(config.n_stages)):
-        beside = alive * whole_boundary(config, len(choose_samples(config, data.held_out, HELD_OUT)))
+    beside = _held_out_bytes(config, data)
 
     def takes(windows: int) -> int:
-        boundaries = alive * whole_boundary(config, math.ceil(samples / windows) * per_sample)
-        return boundaries + beside + committed_bytes(config, vocab_size, drawn, windows=windows)
+        committed = committed_bytes(config, vocab_size, drawn, windows=windows)
+        return _window_bytes(config, drawn, windows) + beside + committed
 
     conditions = content_id("windows", {"rows": drawn, "boundary": boundary_bytes(config, drawn), "most": most})
     before = known.get(KEY, {})
@@ -70,6 +69,24 @@ def settle_windows(config: StackWiseConfig, data: PreparedData, known: dict[str,
     config.training.windows = found
     known[KEY] = {"conditions": conditions, "windows": found}
     return [f"{KEY}: auto is {found}{how}; at most {in_bytes(takes(found))} in the store"]
+
+
+def boundaries_bytes(plan: Plan) -> int:
+    """Bytes that the boundaries of a plan in windows take at most."""
+    config, drawn = plan.config, plan.drawn(plan.stages[0])
+    return _window_bytes(config, drawn, config.windows) + _held_out_bytes(config, plan.data)
+
+
+def _window_bytes(config: StackWiseConfig, drawn: int, windows: int) -> int:
+    per_sample = config.training.masks_per_sample
+    rows = math.ceil(math.ceil(drawn / per_sample) / windows) * per_sample
+    return _alive(config) * whole_boundary(config, rows)
+
+
+def _held_out_bytes(config: StackWiseConfig, data: PreparedData) -> int:
+    if not any(config.stage_training(depth).eval_every for depth in range(config.n_stages)):
+        return 0
+    return _alive(config) * whole_boundary(config, len(choose_samples(config, data.held_out, HELD_OUT)))
 
 
 def _alive(config: StackWiseConfig) -> int:
@@ -128,37 +145,46 @@ class Superseded:
 
     def __init__(self, plan: Plan, run: str) -> None:
         self._plan, self._run = plan, run
-        self._there: dict[str, dict[str, str]] = {}
+        self._files: dict[str, dict[str, Path]] = {}
+        self.idle: dict[str, list[str]] = {}
+        """Parts by recipe that no later stage of this run starts from."""
 
-    def committed(self, stage: Stage, committed: CommittedStage, versions: Versions) -> dict[str, int]:
-        """A stage is committed, or was: drop what no later one starts from.
+    def committed(self, stage: Stage, committed: CommittedStage, versions: Versions) -> None:
+        """A stage is committed, or was: what no later one starts from has given way.
 
         Args:
             stage: The stage.
             committed: What it came to.
             versions: What is the newest by now.
+        """
+        if has_next_window(self._plan.stages, stage):
+            self._files[committed.recipe] = {part: committed.path(part) for part in committed.parts}
+        needed = {source.path for source in versions.values()}
+        self.idle = {
+            recipe: parts
+            for recipe, files in self._files.items()
+            if (parts := [part for part, path in files.items() if str(path) not in needed])
+        }
+
+    def prune(self) -> dict[str, int]:
+        """Remove the files of what has given way, where no other run may still ask for them.
 
         Returns:
             By recipe, the bytes that were freed.
         """
-        if any(later.depth == stage.depth for later in self._plan.stages[stage.place + 1 :]):
-            paths = {part: committed.path(part) for part in committed.parts}
+        others = [refs for key, refs in self._plan.store.runs().items() if key != self._run] if self.idle else []
+
+        def free(recipe: str, part: str) -> bool:
             # One that a kill left, though its record says that it is gone, goes now.
-            self._there[committed.recipe] = {part: str(path) for part, path in paths.items() if path.exists()}
-        needed = {source.path for source in versions.values()}
-        idle = {
-            recipe: parts
-            for recipe, files in self._there.items()
-            if (parts := [part for part, path in files.items() if path not in needed])
-        }
-        if not idle:
-            return {}
-        others = {
-            recipe for key, refs in self._plan.store.runs().items() if key != self._run for recipe in refs["recipes"]
-        }
-        freed = {}
-        for recipe in set(idle) - others:
-            freed[recipe] = self._plan.store.prune_stage(recipe, idle[recipe])
-            for part in idle[recipe]:
-                del self._there[recipe][part]
-        return freed
+            asked_for = (
+                part not in refs.get("idle", {}).get(recipe, ()) for refs in others if recipe in refs["recipes"]
+            )
+            return self._files[recipe][part].exists() and not any(asked_for)
+
+        gives = {recipe: [part for part in parts if free(recipe, part)] for recipe, parts in self.idle.items()}
+        return {recipe: self._plan.store.prune_stage(recipe, parts) for recipe, parts in gives.items() if parts}
+
+
+def has_next_window(stages: Sequence[Stage], stage: Stage) -> bool:
+    """Whether a stage of a schedule trains again, in a later window."""
+    return any(later.depth == stage.depth for later in stages[stage.place + 1 :])

@@ -32,6 +32,8 @@ class Boundaries:
         self, run: RunDirectory, plan: Plan, manifest: Manifest, crew: Crew, tell: Callable[..., None]
     ) -> None:
         self._run, self._plan, self._manifest, self._crew, self._tell = run, plan, manifest, crew, tell
+        self.idle: dict[str, list[str]] = {}
+        """Parts of committed stages, by recipe, that the run has let go of."""
 
     def entry(self, stage: Stage, versions: Versions, rowset: int | None = None, *, train: bool = True) -> Entry:
         """How rows come to a stage; the boundary to read is made first where it is gone.
@@ -156,7 +158,8 @@ class Boundaries:
             )
 
     def register(self) -> None:
-        """Tell the store what this run refers to."""
+        """Tell the store what this run refers to, and what of it has given way."""
+        recipes, boundaries = self._manifest.recipes(), self._manifest.boundaries()
         self._plan.store.register_run(
-            str(self._run.path.resolve()), recipes=self._manifest.recipes(), boundaries=self._manifest.boundaries()
+            str(self._run.path.resolve()), recipes=recipes, boundaries=boundaries, idle=self.idle
         )

@@ -84,6 +84,7 @@ class Walk:
     def _went(self, chosen: list[int] | None) -> bool:
         versions: Versions = {}
         superseded = Superseded(self._plan, str(self._run.path.resolve()))
+        self._boundaries.idle = {}  # until it is known again
         for stage in self._plan.stages if chosen is None else self._plan.stages[: chosen[-1] + 1]:
             found = self._reused(stage, versions, chosen)
             if found is None and self._dropped(stage, versions, chosen):
@@ -92,7 +93,11 @@ class Walk:
             add_versions(versions, committed)
             self._manifest.committed(stage, committed)
             self._boundaries.retain(stage, versions)
-            for recipe, freed in superseded.committed(stage, committed, versions).items():
+            superseded.committed(stage, committed, versions)
+            if superseded.idle:
+                self._boundaries.idle = superseded.idle
+                self._boundaries.register()
+            for recipe, freed in superseded.prune().items():
                 self._tell("pruned", stage=stage.place, recipe=recipe, bytes=freed)
             if chosen is not None and found is None:
                 break
