@@ -207,7 +207,7 @@ class FixedMaskAssigner:
         Raises:
             UsageError: There is no such stage.
         """
-        low, high = self._windows(n_stages)[stage] if 0 <= stage < n_stages else self.scheduler.window(stage, n_stages)
+        low, high = self.window(stage, n_stages)
         fraction = np.asarray(counts, dtype=np.float64) / self.seq_len
         # Rounding to whole positions may leave the schedule's range by half a position: the outer windows take it in.
         below = fraction >= low if low > self.scheduler.min_fraction else np.ones_like(fraction, dtype=np.bool_)
@@ -227,12 +227,17 @@ class FixedMaskAssigner:
         inside = np.stack([self.in_window(counts, stage, n_stages) for stage in range(n_stages)])
         return np.asarray(inside.argmax(axis=0), dtype=np.int64)
 
-    def _windows(self, n_stages: int) -> Sequence[tuple[float, float]]:
-        if self.windows is None:
-            return [self.scheduler.window(k, n_stages) for k in range(n_stages)]
+    def window(self, stage: int, n_stages: int) -> tuple[float, float]:
+        """Where time is depth: the masked fractions that a stage trains on, from … to.
+
+        Raises:
+            UsageError: There is no such stage, or there are windows for another number of them.
+        """
+        if self.windows is None or not 0 <= stage < n_stages:
+            return self.scheduler.window(stage, n_stages)
         if len(self.windows) != n_stages:
             raise UsageError(f"{len(self.windows)} fraction windows for {n_stages} stages")
-        return self.windows
+        return self.windows[stage]
 
     def specification(self) -> dict[str, Any]:
         """Everything that determines its masks."""

@@ -14,7 +14,7 @@ from stackwise.config import StackWiseConfig, StageTraining, StoreConfig
 from stackwise.errors import UsageError
 from stackwise.identity import NUMERICS, Hex, content_id
 from stackwise.pipeline.numbering import drawn_and_window
-from stackwise.pipeline.rows import window_edges
+from stackwise.pipeline.rows import stage_fractions, window_edges
 from stackwise.pipeline.schedule import Stage, block_part
 from stackwise.store import CODECS, default_chunk_rows
 
@@ -118,7 +118,7 @@ def stage_recipe(
     """
     fresh = any(digest is None for digest in initial.values())
     held = {part: stage.held[part].plain() for part in (*stage.blocks, *stage.beyond) if part in stage.held}
-    windowed = config.time_as_depth and config.n_sections > 1 and stage.depth < config.n_sections
+    windowed = stage_fractions(config, stage.depth) is not None
     objective: dict[str, Any] = {"name": config.objective}
     if config.training.loss_weight != "none":
         objective["weight"] = config.training.loss_weight

@@ -142,13 +142,20 @@ def rows_key(config: StackWiseConfig, data_id: str, rowset: int) -> str:
     return content_id("rows", values | {"rowset": rowset, "schedule": config.mask_schedule_type, "numerics": NUMERICS})
 
 
+def stage_fractions(config: StackWiseConfig, depth: int) -> tuple[float, float] | None:
+    """With time as depth, the masked fractions that stage `depth` trains on, from … to; None: all of them."""
+    if not config.time_as_depth or config.n_sections == 1 or depth >= config.n_sections:
+        return None
+    return assigner(config, 0).window(depth, config.n_sections)
+
+
 def stage_rows(config: StackWiseConfig, sample_ids_R16: np.ndarray, depth: int, rowset: int) -> np.ndarray | None:
     """With time as depth, the rows that stage `depth` trains on: those whose fraction is its own; else None.
 
     Raises:
         UsageError: No row is left for the stage.
     """
-    if not config.time_as_depth or config.n_sections == 1 or depth >= config.n_sections:
+    if stage_fractions(config, depth) is None:
         return None
     plan = assigner(config, rowset)
     counts_R = plan.counts(sample_ids_R16, np.arange(len(sample_ids_R16)) % config.training.masks_per_sample)

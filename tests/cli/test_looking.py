@@ -25,6 +25,32 @@ def test_the_schedule_before_any_run(here: Path, cli: Cli) -> None:
     assert not Path("runs").exists()
 
 
+FOUR = ("--preset", "micro", "-o", "model.architecture.n_stacks=4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["training.windows=2"], "of 20"),
+        (["training.windows=auto", "store.max_bytes=2000000"], "once the data is prepared"),
+        (["training.mode=fused"], "boundary 3, rows of its own"),
+        (["training.mode=independent"], "0.71–0.90"),
+        (["stages.1.precision=fp8"], "1 fp8"),
+        (["training.progressive.enabled=true", "training.progressive.trunk_strategy=qlora"], "0–2 qlora, rank 16; 3 rank 16"),
+        (["training.fusion.strategy=frozen"], "4  3       boundary 3  head"),
+        (["training.fusion_mode=trainable"], "training.fusion_mode is unused"),
+    ],
+)  # fmt: skip
+def test_the_schedule_shows_what_a_stage_has_of_its_own(
+    settings: list[str], said: str, here: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    options = [word for setting in settings for word in ("-o", setting)]
+    result = cli("stage", "list", *FOUR, *options)
+    assert result.exit_code == 0
+    assert said in result.stdout
+
+
 def test_the_schedule_of_a_run_has_its_states(finished: Path, cli: Cli) -> None:
     result = cli("stage", "list", "--run", str(finished), "--json")
     assert [stage["state"] for stage in json.loads(result.stdout)["stages"]] == ["done", "done"]

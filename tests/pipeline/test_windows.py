@@ -412,8 +412,8 @@ def test_windows_that_do_not_suit_the_data_are_refused_in_a_line(
 def test_the_schedule_and_the_state_name_windows(finished: Finished) -> None:
     from rich.console import Console
 
-    from stackwise.cli.commands.stage import listing
     from stackwise.cli.commands.status import rendered
+    from stackwise.cli.views.schedule import listing
     from stackwise.cli.views.state import RunView
     from stackwise.cli.views.wording import wording
     from stackwise.report.collect import collect

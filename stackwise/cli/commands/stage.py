@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from stackwise.cli.app import Subcommands
-from stackwise.cli.commands.status import label
 from stackwise.cli.options import Choice, as_json, choose, configuration, find_run, is_run, max_time_option
-from stackwise.cli.output import plain, state, table
+from stackwise.cli.views.schedule import listing, rendered
 from stackwise.cli.watching import show, watch_option
-from stackwise.config import AUTO
+from stackwise.config.checks import notes
 from stackwise.errors import UsageError
-from stackwise.report import words
-
-if TYPE_CHECKING:
-    from rich.console import Group
-
-    from stackwise.config import StackWiseConfig
 
 
 @click.group(cls=Subcommands, short_help="One stage alone; the schedule.")
@@ -72,15 +65,15 @@ def list_stages(
 
     choice = _choice(config, preset, run, overrides, must_exist=False)
     _settled(choice)
-    stages = listing(choice.config)
+    stages, said = listing(choice.config), notes(choice.config)
 
     def look() -> dict[str, Any]:
         states = _states(choice, stages)
         rows = [row | states.get((row["depth"], row["window"]), {}) for row in stages]
-        return {"source": choice.source, "stages": rows}
+        return {"source": choice.source, "stages": rows, "notes": said}
 
     going_on = (lambda: held_by_live_process(choice.run)) if watch else None
-    show(look, lambda value: _rendered(choice, value["stages"]), going_on, as_json=as_json)
+    show(look, lambda value: rendered(choice.config, choice.source, value["stages"], said), going_on, as_json=as_json)
 
 
 def _settled(choice: Choice) -> None:
@@ -94,57 +87,6 @@ def _settled(choice: Choice) -> None:
                 hint="`stackwise run --dry-run` finds it and shows the schedule; or give a number",
             )
         training.block_size = earlier.training.block_size
-
-
-def _rendered(choice: Choice, stages: list[dict[str, Any]]) -> Group:
-    from rich.console import Group
-    from rich.text import Text
-
-    shown = table("stage", "blocks", "reads", "trains", "steps", "rate", "state", "step", "loss", right=(0, 4, 5, 7, 8))
-    for row in stages:
-        loss = row.get("loss")
-        shown.add_row(
-            label(row, stages),
-            words.span(*row["blocks"]),
-            row["reads"],
-            _parts(row["trains"]) + ("" if row["causal_from"] is None else ", to be causal"),
-            f"{row['steps']:,}" if row["steps"] else "by data",
-            words.rate(row["learning_rate"]),
-            state(row.get("state", "–")),
-            f"{row['step']:,}" if row.get("step") else "",
-            f"{loss:.3f}" if loss is not None else "",
-        )
-    config = choice.config
-    title = f"{config.name}: {words.plural(config.n_stages, 'stage')}"
-    if config.windows > 1:
-        title += f" in {words.plural(config.windows, 'window')}"
-    elif config.has_windows and config.training.windows == AUTO:
-        title += ", windows: auto"
-    title = plain(f"{title} ({choice.source})")
-    return Group(Text.from_markup(f"[bold]{title}[/]"), shown)
-
-
-def listing(config: StackWiseConfig) -> list[dict[str, Any]]:
-    """The schedule as plain data. `steps` is null where it follows from the amount of data."""
-    from stackwise.pipeline.schedule import schedule
-
-    rows = []
-    for stage in schedule(config):
-        settings = config.stage_training(stage.depth)
-        rows.append(
-            {
-                "depth": stage.depth,
-                "window": stage.window,
-                "blocks": [stage.first, stage.last],
-                "reads": f"boundary {stage.depth}" if stage.reads_boundary else "tokens",
-                "trains": list(stage.trains),
-                "precisions": stage.precisions(stage.holds),
-                "steps": settings.steps if config.windows == 1 else None,
-                "causal_from": stage.causal_from,
-                "learning_rate": settings.learning_rate,
-            }
-        )
-    return rows
 
 
 def _choice(
@@ -172,23 +114,3 @@ def _states(choice: Choice, stages: list[dict[str, Any]]) -> dict[tuple[int, int
         for row in stages
         if (own := known.get(where := (row["depth"], row["window"]))) is not None and own["blocks"] == row["blocks"]
     }
-
-
-def _parts(trains: list[str]) -> str:
-    """What trains, in few words: front, blocks 0–1, head."""
-    adapters = [int(part.rpartition(".")[2]) for part in trains if part.startswith("adapter.")]
-    trains = [part for part in trains if not part.startswith("adapter.")]
-    runs: dict[str, list[int]] = {}
-    begun = ""
-    for part in trains:
-        if not part.startswith("block."):
-            continue
-        index = int(part.partition(".")[2])
-        if not begun or runs[begun][-1] + 1 != index:
-            begun = part
-        runs.setdefault(begun, []).append(index)
-    names = {part: f"block{'s' if len(run) > 1 else ''} {words.span(run[0], run[-1])}" for part, run in runs.items()}
-    shown = [names.get(part, part) for part in trains if part in names or not part.startswith("block.")]
-    if adapters:
-        shown.insert(-1, f"adapters {words.span(min(adapters), max(adapters))}")
-    return ", ".join(shown)

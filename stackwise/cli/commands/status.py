@@ -8,6 +8,7 @@ import click
 
 from stackwise.cli.options import as_json, find_run, run_option
 from stackwise.cli.output import plain, state, table
+from stackwise.cli.views.schedule import label
 from stackwise.cli.views.wording import PHASES
 from stackwise.cli.watching import show, watch_option
 from stackwise.report import words
@@ -71,9 +72,3 @@ def getting_ready(state: str, phase: str, done: int, total: int | None, failed: 
     """What a run without a plan does, or did last."""
     what = PHASES.get(phase, phase) + (f", {words.percent(done / total)}" if total else "")
     return what if state == "running" else f"while {what}" + (f": {failed}" if failed else "")
-
-
-def label(stage: dict[str, Any], stages: list[dict[str, Any]]) -> str:
-    """A stage's number, and its window's where there are several."""
-    several = any(each["window"] for each in stages if each["depth"] == stage["depth"])
-    return f"{stage['depth']}, window {stage['window']}" if several else str(stage["depth"])

@@ -1,0 +1,154 @@
+"""The schedule, before anything runs and while it does: as plain data, and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from stackwise.cli.output import plain, state, table
+from stackwise.config import AUTO, StackWiseConfig
+from stackwise.report import words
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from stackwise.pipeline.schedule import Stage
+
+Row = dict[str, Any]
+
+
+def listing(config: StackWiseConfig) -> list[Row]:
+    """The schedule as plain data. `steps` is null where it follows from the amount of data.
+
+    `fractions` are the masked fractions that a stage trains on, null where these are all; `own_rows` says that it
+    trains on other rows than the stage below; `precisions` and `adapters` say how blocks are held where that is not
+    as the run has it, adapters by their rank.
+    """
+    from stackwise.pipeline.numbering import drawn_and_window
+    from stackwise.pipeline.rows import stage_fractions
+    from stackwise.pipeline.schedule import maker, schedule
+
+    stages, rows = schedule(config), []
+    drawn = [drawn_and_window(config, stage.rowset)[0] for stage in stages]
+    for stage in stages:
+        settings = config.stage_training(stage.depth)
+        rows.append(
+            {
+                "depth": stage.depth,
+                "window": stage.window,
+                "blocks": [stage.first, stage.last],
+                "reads": f"boundary {maker(stages, stage).depth + 1}" if stage.reads_boundary else "tokens",
+                "own_rows": stage.place > 0 and drawn[stage.place] != drawn[stage.place - 1],
+                "fractions": stage_fractions(config, stage.depth),
+                "trains": list(stage.trains),
+                "precisions": stage.precisions(stage.holds),
+                "adapters": _adapters(stage),
+                "steps": settings.steps if config.windows == 1 else None,
+                "steps_of_all_windows": settings.steps,
+                "causal_from": stage.causal_from,
+                "learning_rate": settings.learning_rate,
+            }
+        )
+    return rows
+
+
+def rendered(config: StackWiseConfig, source: str, stages: list[Row], notes: Iterable[str] = ()) -> Group:
+    """The schedule as a table, with a column for what some stage has of its own, and notes below it."""
+    from rich.console import Group
+    from rich.text import Text
+
+    columns = ["blocks", "reads", "trains"]
+    columns += [name for name, of in _EXTRA.items() if any(of(row) for row in stages)]
+    header = ["stage", *columns, "steps", "rate", "state", "step", "loss"]
+    shown = table(*header, right=tuple(header.index(name) for name in ("stage", "steps", "rate", "step", "loss")))
+    for row in stages:
+        loss = row.get("loss")
+        cells = {
+            "blocks": words.span(*row["blocks"]),
+            "reads": row["reads"] + (", rows of its own" if row["own_rows"] else ""),
+            "trains": _parts(row["trains"]) + ("" if row["causal_from"] is None else ", to be causal"),
+        } | {name: of(row) for name, of in _EXTRA.items()}
+        shown.add_row(
+            label(row, stages),
+            *(cells[name] for name in columns),
+            _steps(row),
+            words.rate(row["learning_rate"]),
+            state(row.get("state", "–")),
+            f"{row['step']:,}" if row.get("step") else "",
+            f"{loss:.3f}" if loss is not None else "",
+        )
+    title = f"{config.name}: {words.plural(config.n_stages, 'stage')}"
+    if config.windows > 1:
+        title += f" in {words.plural(config.windows, 'window')}"
+    elif config.has_windows and config.training.windows == AUTO:
+        title += ", each in as many windows as store.max_bytes asks for, once the data is prepared"
+    title = plain(f"{title} ({source})")
+    below = [Text(f"note: {line}") for line in notes]
+    return Group(Text.from_markup(f"[bold]{title}[/]"), shown, *below)
+
+
+def label(stage: Row, stages: list[Row]) -> str:
+    """A stage's number, and its window's where there are several."""
+    several = any(each["window"] for each in stages if each["depth"] == stage["depth"])
+    return f"{stage['depth']}, window {stage['window']}" if several else str(stage["depth"])
+
+
+def _adapters(stage: Stage) -> dict[str, list[int]]:
+    """Ranks of the adapters on each block that it holds."""
+    held = ((block, stage.holding(block).adapters) for block in (*stage.blocks, *stage.beyond))
+    return {block: [size.rank for size in sizes] for block, sizes in held if sizes}
+
+
+def _steps(row: Row) -> str:
+    if row["steps"]:
+        return f"{row['steps']:,}"
+    # A window's share goes by its rows, and these are known once the data is prepared.
+    return f"of {row['steps_of_all_windows']:,}" if row["steps_of_all_windows"] else "by data"
+
+
+def _fractions(row: Row) -> str:
+    return "{:.2f}–{:.2f}".format(*row["fractions"]) if row["fractions"] else ""
+
+
+def _held(row: Row) -> str:
+    """Precisions and ranks of adapters by runs of blocks: 0–1 nf4, rank 8; 2 fp8."""
+    kinds: dict[str, list[str]] = {}
+    for block in dict.fromkeys([*row["precisions"], *row["adapters"]]):
+        ranks = " and ".join(map(str, row["adapters"].get(block, ())))
+        said = [row["precisions"].get(block, ""), ranks and f"rank {ranks}"]
+        kinds.setdefault(", ".join(filter(None, said)), []).append(block)
+    return "; ".join(f"{_blocks(blocks)} {kind}" for kind, blocks in kinds.items())
+
+
+def _blocks(parts: list[str]) -> str:
+    """Blocks by their numbers, in runs: 0–3, 6."""
+    runs: list[list[int]] = []
+    for index in sorted(int(part.rpartition(".")[2]) for part in parts):
+        if runs and runs[-1][-1] + 1 == index:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(words.span(run[0], run[-1]) for run in runs)
+
+
+_EXTRA = {"fractions": _fractions, "blocks held in": _held}
+
+
+def _parts(trains: list[str]) -> str:
+    """What trains, in few words: front, blocks 0–1, head."""
+    adapters = [int(part.rpartition(".")[2]) for part in trains if part.startswith("adapter.")]
+    trains = [part for part in trains if not part.startswith("adapter.")]
+    runs: dict[str, list[int]] = {}
+    begun = ""
+    for part in trains:
+        if not part.startswith("block."):
+            continue
+        index = int(part.partition(".")[2])
+        if not begun or runs[begun][-1] + 1 != index:
+            begun = part
+        runs.setdefault(begun, []).append(index)
+    names = {part: f"block{'s' if len(run) > 1 else ''} {words.span(run[0], run[-1])}" for part, run in runs.items()}
+    shown = [names.get(part, part) for part in trains if part in names or not part.startswith("block.")]
+    if adapters:
+        shown.insert(-1, f"adapters {words.span(min(adapters), max(adapters))}")
+    return ", ".join(shown)
