@@ -47,7 +47,10 @@ def _adaptation(config: Settings) -> Iterator[tuple[str, str]]:
     if training.diffusion_block is not None:
         yield key, "causal: with diffusion_block the rack generates with a cache as it is; leave one of them out"
     if stands_apart(config):
-        yield key, "causal: independent stages do not stand on each other"
+        yield (
+            key,
+            "causal: independent stages do not stand on each other; choose another training.mode",
+        )
     if config.model.attention == "linear" and training.adaptation_anneal:
         yield "training.adaptation_anneal", "linear attention has no way between both directions: set it to 0"
     steps = config.stage_training(config.n_stages - 1).steps

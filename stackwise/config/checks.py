@@ -23,11 +23,14 @@ def faults(config: Settings) -> list[Fault]:
 def _model(config: Settings) -> Iterator[Fault]:
     model = config.model
     if model.d_model % model.n_heads:
-        yield "model.n_heads", f"{model.n_heads} heads do not divide d_model {model.d_model}"
+        yield "model.n_heads", f"{model.n_heads} heads do not divide d_model {model.d_model}: take a divisor of it"
     elif model.positions == "rope" and model.head_dim % 2:
         yield "model.n_heads", f"rotary positions need an even head width, not {model.head_dim}"
     if model.n_heads % model.kv_heads:
-        yield "model.n_kv_heads", f"{model.kv_heads} key and value heads do not divide {model.n_heads} heads"
+        yield (
+            "model.n_kv_heads",
+            f"{model.kv_heads} key and value heads do not divide {model.n_heads} heads: take a divisor of it",
+        )
     if model.attention == "mha" and model.kv_heads != model.n_heads:
         yield "model.attention", f"mha has as many key and value heads as heads; n_kv_heads {model.kv_heads} means gqa"
     if model.attention == "gqa" and model.n_kv_heads is None:
@@ -66,7 +69,8 @@ def _training(config: Settings) -> Iterator[Fault]:
             settings = config.stage_training(depth)
             if settings.keep_best or settings.on_divergence == "rollback":
                 what = "keep_best" if settings.keep_best else "on_divergence: rollback"
-                yield "training.swap", f"always, but a swapped stage has no earlier weights for {what} (stage {depth})"
+                text = f"always, but a swapped stage has no earlier weights for {what} (stage {depth}): leave that out"
+                yield "training.swap", f"{text}, or set swap: auto where the stage fits"
                 break
     yield from _windows(config)
     if training.cache_dir and config.store.path and training.cache_dir != config.store.path:
@@ -97,7 +101,10 @@ def _training(config: Settings) -> Iterator[Fault]:
         if config.objective != "mask_diffusion":
             yield "training.diffusion_block", f"blocks are of mask_diffusion; the objective is {config.objective}"
         if training.seq_len % size:
-            yield "training.diffusion_block", f"{size} does not divide training.seq_len {training.seq_len}"
+            yield (
+                "training.diffusion_block",
+                f"{size} does not divide training.seq_len {training.seq_len}: take a divisor of it",
+            )
     if config.model.time_embedding != "none" and config.objective == "clm":
         yield "model.time_embedding", "clm masks nothing: there is no masked share to take as input"
     yield from _block_size(config)
@@ -134,7 +141,8 @@ def _windows(config: Settings) -> Iterator[Fault]:
     }
     short = min(((steps, depth) for depth, steps in budgets.items() if steps is not None), default=None)
     if short is not None and windows > short[0]:
-        yield key, f"{windows} windows are more than the {short[0]} steps of stage {short[1]}: each needs one"
+        text = f"{windows} windows are more than the {short[0]} steps of stage {short[1]}, and each needs one"
+        yield key, f"{text}: give at most {short[0]}, or more steps"
 
 
 def _mask_windows(config: Settings) -> Iterator[Fault]:
@@ -147,7 +155,9 @@ def _mask_windows(config: Settings) -> Iterator[Fault]:
             yield "training.progressive.stack_time_mapping", f"custom needs {key}: a [from, to] for each stage"
         return
     if len(windows) != config.n_sections:
-        yield key, f"{len(windows)} windows for {config.n_sections} stages"
+        given = f"{len(windows)} window" + ("s" if len(windows) > 1 else "")
+        yield key, f"{given} for {config.n_sections} stages: give a [from, to] for each"
+        return
     reached = training.min_mask_fraction
     for low, high in sorted(map(tuple, windows)):
         if not 0.0 <= low < high <= 1.0:

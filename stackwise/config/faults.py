@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import typing
 from typing import Any
 
 from pydantic import ValidationError
 
 from stackwise.config.fields import Section
-from stackwise.config.schema import PATTERNS, Settings, StageOverrides
+from stackwise.config.schema import PATTERNS, Settings
 
 Tree = dict[str, Any]
 Key = tuple[str | int, ...]
@@ -30,7 +31,7 @@ def field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
     for key, texts in said.items():
         value = _at(tree, key)
         allowed = " or ".join(dict.fromkeys(texts))
-        if isinstance(value, list) and allowed.startswith("must be") and "a list" not in allowed:
+        if isinstance(value, list) and allowed.startswith("must ") and "a list" not in allowed:
             allowed = f"each item {allowed}"
         found[key] = allowed if allowed.startswith("unknown") else f"{allowed}, not {kind_of(value)}"
     return found
@@ -82,6 +83,9 @@ def _allowed(item: dict[str, Any]) -> str:
     if kind == "literal_error":
         allowed = context["expected"].replace(" or ", ", ").replace("'", "").replace("False", "false")
         return f"must be one of {allowed}" if "," in allowed else f"must be {allowed}"
+    if kind in ("too_long", "too_short"):
+        exactly = context.get("max_length", context.get("min_length"))
+        return f"must have {'at most' if kind == 'too_long' else 'at least'} {exactly} items"
     for bound, words in _BOUNDS.items():
         if bound in context:
             return f"must be {words} {context[bound]}"
@@ -99,12 +103,24 @@ def sections(model: type[Section], prefix: str = "") -> dict[str, type[Section]]
     return found
 
 
+def _section_at(key: Key) -> type[Section] | None:
+    """The section that a key leads to, through mappings of sections too (`stages.3`, `qlora_configs.0`)."""
+    section: Any = Settings
+    for name in key:
+        if typing.get_origin(section) is dict:
+            section = typing.get_args(section)[1]
+        elif isinstance(section, type) and issubclass(section, Section) and name in section.model_fields:
+            section = section.model_fields[str(name)].annotation
+        else:
+            return None
+    return section if isinstance(section, type) and issubclass(section, Section) else None
+
+
 def _unknown(key: Key) -> str:
     """What was meant by a key that does not exist: a near miss in its section, else one of that name elsewhere."""
-    known = sections(Settings)
-    if key[0] == "stages" and len(key) > 2:
-        known |= sections(StageOverrides, dotted(key[:2]))
-    here = known.get(dotted(key[:-1]))
+    known, here = sections(Settings), _section_at(key[:-1])
+    if here is not None and dotted(key[:-1]) not in known:
+        known |= sections(here, dotted(key[:-1]))
     names = {name: name for name in (here.model_fields if here else ())}
     if near := difflib.get_close_matches(str(key[-1]), names, n=1, cutoff=0.7):
         meant = dotted((*key[:-1], near[0]))

@@ -30,6 +30,16 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _number(loader: _Loader, node: yaml.ScalarNode) -> float | int:
+    """1e9 is a whole number; 1e-3 and 2.0 are not."""
+    value = loader.construct_yaml_float(node)
+    whole = "." not in node.value and "e" in node.value.lower() and value.is_integer()
+    return int(value) if whole else float(value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
+
+
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:

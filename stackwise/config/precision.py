@@ -86,8 +86,7 @@ def adapter_sizes(progressive: ProgressiveConfig, stack: int, max_stacks: int) -
         own = progressive.qlora_configs.get(stack)
         if own is None:
             raise UsageError(
-                f"training.progressive.qlora_configs has no entry for stack {stack}",
-                hint=f"give it entries 0 to {max_stacks - 1}, or set qlora_strategy to simplified",
+                f"no entry for stack {stack}: give entries 0 to {max_stacks - 1}, or set qlora_strategy: simplified"
             )
         return own.rank, own.alpha
     rank, alpha = progressive.qlora_rank, progressive.qlora_alpha

@@ -31,9 +31,17 @@ def stack_faults(config: Settings) -> Iterator[tuple[str, str]]:
             if rank > limit:
                 where = f"qlora_configs.{depth}.rank" if progressive.qlora_strategy == "variable" else "qlora_rank"
                 key = where if name == "stack" else "progressive_qlora_rank"
-                text = f"adapters of rank {rank} (stack {depth}) are above the rank of the matrices: {limit}"
-                found.setdefault(f"{KEY}.{key}", text)
+                grown = f", by the pattern {pattern}" if name == "stack" and (pattern := _pattern(config)) else ""
+                text = f"adapters of rank {rank} (stack {depth}{grown}) are above the rank of the matrices"
+                found.setdefault(f"{KEY}.{key}", f"{text}: at most {limit}")
     yield from found.items()
+
+
+def _pattern(config: Settings) -> str | None:
+    """How ranks change from stack to stack, where they do."""
+    progressive = config.training.progressive
+    changing = progressive.qlora_strategy == "progressive" and progressive.qlora_rank_pattern != "constant"
+    return progressive.qlora_rank_pattern if changing else None
 
 
 def stack_notes(config: Settings, given: set[str]) -> Iterator[str]:

@@ -48,7 +48,7 @@ def _check(trained: Direction, wanted: Direction) -> None:
     if wanted is True and trained is not True:
         raise UsageError(
             "this rack was trained with bidirectional attention: it cannot continue a prompt token by token",
-            hint="fill masked positions behind the prompt instead, or train it with training.objective: clm",
+            hint="fill masked positions behind the prompt instead, or adapt it with training.adaptation: causal",
         )
     blocks = (trained.size if isinstance(trained, BlockCausal) else None) if trained is not True else None
     if blocks != (wanted.size if isinstance(wanted, BlockCausal) else None):

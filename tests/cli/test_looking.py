@@ -36,11 +36,11 @@ FOUR = ("--preset", "micro", "-o", "model.architecture.n_stacks=4")
         (["training.mode=fused"], "boundary 3, rows of its own"),
         (["training.mode=independent"], "0.71–0.90"),
         (["stages.1.precision=fp8"], "1 fp8"),
-        (["training.progressive.enabled=true", "training.progressive.trunk_strategy=qlora"], "0–2 qlora, rank 16; 3 rank 16"),
+        (["training.progressive.enabled=true", "training.progressive.trunk_strategy=qlora"], "0–2 qlora, rank 16; 3"),
         (["training.fusion.strategy=frozen"], "4  3       boundary 3  head"),
         (["training.fusion_mode=trainable"], "training.fusion_mode is unused"),
     ],
-)  # fmt: skip
+)
 def test_the_schedule_shows_what_a_stage_has_of_its_own(
     settings: list[str], said: str, here: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,6 +49,14 @@ def test_the_schedule_shows_what_a_stage_has_of_its_own(
     result = cli("stage", "list", *FOUR, *options)
     assert result.exit_code == 0
     assert said in result.stdout
+
+
+@pytest.mark.parametrize("command", [["run"], ["stage", "list"]])
+def test_targets_of_ones_own_are_for_the_library(command: list[str], here: Path, cli: Cli) -> None:
+    refused = cli(*command, "--preset", "micro", "-o", "training.objective=custom")
+    assert refused.exit_code == 2
+    assert "UnifiedTrainer" in refused.stderr
+    assert not Path("runs").exists()
 
 
 def test_the_schedule_of_a_run_has_its_states(finished: Path, cli: Cli) -> None:

@@ -186,6 +186,8 @@ def test_generate(finished: Path, here: Path, cli: Cli) -> None:
         (["x", "--length", "90"], "takes 32"),
         ([""], "is empty"),
         (["x", "--causal"], "token by token"),
+        (["x [MASK*n] y"], "[MASK*n] is no hole"),
+        (["x [MASK*0] y"], "[MASK*0] is no hole"),
     ):
         refused = cli("generate", *wrong)
         assert refused.exit_code == 2

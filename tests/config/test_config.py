@@ -106,6 +106,25 @@ def test_every_setting_is_documented() -> None:
         assert key in text
 
 
+def test_an_unknown_key_in_a_mapping_of_sections() -> None:
+    found = faults(
+        {"training": {"progressive": {"qlora_configs": {0: {"rnk": 2}}}}, "stages": {3: {"precison": "fp8"}}}
+    )
+    assert (
+        "training.progressive.qlora_configs.0.rnk: unknown key; did you mean training.progressive.qlora_configs.0.rank?"
+        in found
+    )
+    assert "stages.3.precison: unknown key; did you mean stages.3.precision?" in found
+
+
+def test_a_whole_number_may_have_an_exponent() -> None:
+    assert parse_yaml("[1e3, 1e-3, 2.0]", "x") == [1000, 0.001, 2.0]
+    assert isinstance(parse_yaml("1e3", "x"), int)
+    assert [fault.partition(":")[2] for fault in faults({"training": {"mask_windows": [[0.1, 0.2, 0.3]]}})] == [
+        " each item must have at most 2 items, not [[0.1, 0.2, 0.3]]"
+    ]
+
+
 def test_all_faults_of_a_file_are_reported_at_once() -> None:
     found = faults(
         {

@@ -64,7 +64,7 @@ def test_adapters_by_stack_and_over_the_trunk() -> None:
         ({"trunk_strategy": "qlora", "qlora_rank": 33}, r"progressive.qlora_rank: adapters of rank 33 \(stack 0\)"),
         (
             {"trunk_strategy": "qlora", "qlora_strategy": "progressive", "qlora_rank_pattern": "increasing"},
-            r"qlora_rank: adapters of rank 64 \(stack 2\) are above the rank of the matrices: 32",
+            r"qlora_rank: adapters of rank 64 \(stack 2, by the pattern increasing\) .*: at most 32",
         ),
         (
             {"trunk_strategy": "qlora", "progressive_qlora": True, "progressive_qlora_rank": 64},
@@ -72,7 +72,7 @@ def test_adapters_by_stack_and_over_the_trunk() -> None:
         ),
         (
             {"trunk_strategy": "qlora", "qlora_strategy": "variable", "qlora_configs": {0: {"rank": 4}}},
-            "qlora_configs has no entry for stack 1",
+            "qlora_configs: no entry for stack 1: give entries",
         ),
         (
             {"new_stack_precision": "qlora", "qlora_strategy": "variable",

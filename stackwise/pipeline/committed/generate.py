@@ -104,9 +104,11 @@ def generate(
     if rack.objective.causal is True:
         return _continue(rack, text, sampling, forbidden - {tokenizer.separator_id}, on_step)
     if sampling.causal:
+        in_blocks = isinstance(rack.objective.causal, BlockCausal)
+        way = "goes on block by block" if in_blocks else "fills masked positions behind the text"
         raise UsageError(
-            "this rack was trained with bidirectional attention: it cannot go on token by token",
-            hint="without --causal it fills masked positions behind the text; training.objective: clm trains the other",
+            f"this rack was trained {'in blocks' if in_blocks else 'bidirectionally'}: it cannot go on token by token",
+            hint=f"without --causal it {way}; a run with training.adaptation: causal makes one that can",
         )
     if text is None:
         truth, holes = _passage(rack)
@@ -197,7 +199,14 @@ def _canvas(rack: CommittedRack, text: str, length: int | None) -> tuple[np.ndar
 
 
 def parse_holes(text: str, tokenizer: Tokenizer, mask_token: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int64 [S] and holes bool [S] of a text with `[MASK]` and `[MASK*n]`."""
+    """Token ids int64 [S] and holes bool [S] of a text with `[MASK]` and `[MASK*n]`.
+
+    Raises:
+        UsageError: Something that looks like a hole and is none.
+    """
+    for written in re.findall(r"\[MASK\*[^\]]{0,20}\]?", text):
+        if not (found := HOLE.fullmatch(written)) or int(found[1]) == 0:
+            raise UsageError(f"{written} is no hole", hint="write [MASK], or [MASK*12] for twelve tokens, up to 99999")
     ids: list[int] = []
     holes: list[bool] = []
     position = 0
