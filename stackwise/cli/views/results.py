@@ -50,7 +50,9 @@ def _footnote(result: Mapping[str, Any]) -> str:
     if bounded(result):
         kind += " (before the rack was made causal, an upper bound)"
     error = result.get("bits_per_byte_error")
-    return f"{text}; loss in nats a masked token; {kind}" + (f" (± {error:.3f})" if error else "")
+    causal = result.get("likelihood") == "exact" and not bounded(result)
+    token = "token, at the positions that would be masked" if causal else "masked token"
+    return f"{text}; loss in nats a {token}; {kind}" + (f" (± {error:.3f})" if error else "")
 
 
 def passage(console: Console, fill: Mapping[str, Any]) -> None:

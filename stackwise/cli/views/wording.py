@@ -56,12 +56,12 @@ def wording(event: Event) -> str | None:
         case "reused":
             return f"reused ({event['reason']})"
         case "probe":
-            return f"blocks {words.span(*event['blocks'])} unfrozen: held-out loss {event['nats']:.4f}{_gained(event)}"
+            return f"{_blocks(event)} unfrozen: held-out loss {event['nats']:.4f}{_gained(event)}"
         case "unfrozen":
-            return f"blocks {words.span(*event['blocks'])} gain most and are trained"
+            return f"{_blocks(event)}, which gained most, now trained"
         case "fused":
             kept = "" if event["gain"] > 0 else ": the weights stay as they were"
-            trained = f"blocks {words.span(*event['blocks'])} trained"
+            trained = f"{_blocks(event)} trained"
             return f"{trained}: held-out loss {event['nats']:.4f}{_gained(event)}{kept}"
         case "recomputing" | "stopping" | "failed":
             return str(event["text"])
@@ -81,6 +81,11 @@ def wording(event: Event) -> str | None:
         case "done":
             return f"done in {words.duration(event['seconds'])}"
     return None
+
+
+def _blocks(event: Event) -> str:
+    first, last = event["blocks"]
+    return f"block{'s' if last > first else ''} {words.span(first, last)}"
 
 
 def _gained(event: Event) -> str:

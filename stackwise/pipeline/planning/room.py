@@ -53,6 +53,7 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
 
     Returns:
         `disk_needed`, `disk_free`, `memory_needed`, `memory_total`, in bytes; `swapped`: the groups by stage;
+        `tight`: bytes that a stage takes where even swapped it takes more than it may;
         `traffic`: bytes of boundaries that are `read` and `written`, and `flops` of forward passes beside training;
         `separate`: the same with every boundary stored, each by a pass of its own.
 
@@ -79,6 +80,7 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
         allowed = None if allowed is None else max(0, allowed - weights)
         boundary = whole_boundary(config, rows)
     total = psutil.virtual_memory().total
+    limit = min(plan.memory or total, config.training.memory or total)
     swaps = {stage.depth: swap_of(config, size, stage, plan.memory or total) for stage in todo}
     swapped = {depth: swap for depth, swap in swaps.items() if swap is not None}
     resident = [stage for stage in todo if stage.depth not in swapped]
@@ -118,6 +120,7 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
         "memory_needed": max(taken, default=0),
         "memory_total": total,
         "swapped": {depth: swap.groups for depth, swap in swapped.items()},
+        "tight": {depth: swap.memory for depth, swap in swapped.items() if swap.memory > limit},
         "boundary": boundary,
         "traffic": traffic(plan, todo).plain(),
         "separate": separate_traffic(plan, todo).plain(),

@@ -19,6 +19,7 @@ from stackwise.data import PreparedData
 from stackwise.durable import write_bytes
 from stackwise.errors import NoSpaceError, NotFound
 from stackwise.identity import content_id
+from stackwise.pipeline.fit import in_bytes
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.planning.plan import Plan
 from stackwise.pipeline.planning.room import check_fit
@@ -191,8 +192,10 @@ class Runner:
         fit = check_fit(plan, todo, self.run_directory.store_path(plan.config))
         self._tell("fit", **fit)
         for depth, groups in fit["swapped"].items():
-            text = f"stage {depth} is swapped: its blocks take turns in {groups} groups (training.swap)"
-            self._tell("note", text=text)
+            turns = f"its blocks take turns in {groups} groups" if groups > 1 else "its blocks are one group"
+            tight = fit["tight"].get(depth)
+            more = "" if tight is None else f"; it takes about {in_bytes(tight)} all the same, more than it may"
+            self._tell("note", text=f"stage {depth} is swapped: {turns} (training.swap){more}")
         return foreseen
 
     def _finish(self, plan: Plan, manifest: Manifest) -> dict[str, Any]:
