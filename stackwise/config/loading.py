@@ -31,9 +31,9 @@ _Loader.add_implicit_resolver(
 
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> float | int:
-    """1e9 is a whole number; 1e-3 and 2.0 are not."""
+    """1e9 is a whole number; 1e-3 and 2.0 are not, nor is what a float cannot tell from its neighbours."""
     value = loader.construct_yaml_float(node)
-    whole = "." not in node.value and "e" in node.value.lower() and value.is_integer()
+    whole = "." not in node.value and "e" in node.value.lower() and value.is_integer() and abs(value) < 2**53
     return int(value) if whole else float(value)
 
 
