@@ -4,7 +4,7 @@
 
 Each row's learning rate is the best of the grid on the first seed, by mean held-out loss; the other seeds train at
 that one. Results are kept in a file run by run, and what is there is not run again. `--write` writes the tables and
-plots of docs/quality.md.
+plots of docs/quality.md: a section for each file of results, which is named after it.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ def _measure(options: argparse.Namespace) -> Section:
     found = [one for row, budget in wanted if (one := _row(results, row, budget, rates, options)) is not None]
     if not found:
         raise refuse("there are no results yet", "leave --report out")
+    name = options.results.stem
     if options.write:
-        write_plots(DOCS, found)
+        write_plots(DOCS, name, found)
     text = (
         f"{config.model.n_blocks} blocks of width {config.model.d_model}, samples of {config.training.seq_len} tokens, "
         f"{options.steps} updates of each block, batches of {config.training.batch_size}. Losses in nats a masked "
@@ -84,7 +85,8 @@ def _measure(options: argparse.Namespace) -> Section:
         "Block updates, rows and bytes are of one run. Peak memory is what a process takes beyond what it held before "
         "its job, in a run of a few updates."
     )
-    return Section("quality", "Modes beside end to end", text, body(found), "CPU", {"rows": found})
+    title = f"Modes beside end to end, {options.steps:,} updates of each block"
+    return Section(name, title, text, body(name, found), "CPU", {"rows": found})
 
 
 def _chosen(names: str | None) -> list[Row]:

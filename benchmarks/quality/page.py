@@ -20,8 +20,13 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 500, 64, 300, 20, 56
 NAMES_APART = 15
 
 
-def body(found: list[Result]) -> str:
-    """The tables, one a budget, best against plain training first, the plain row in both."""
+def body(name: str, found: list[Result]) -> str:
+    """The tables of results, one a budget, best against plain training first, the plain row in each.
+
+    Args:
+        name: Of the results.
+        found: The rows.
+    """
     plain = [row for row in found if row["name"] == PLAIN]
     parts = []
     for budget, title in BUDGETS.items():
@@ -34,24 +39,26 @@ def body(found: list[Result]) -> str:
             "block updates", "rows", "FLOPs", "peak memory", "written", "read",
         ]  # fmt: skip
         lines = (_cells(row, plain) for row in shown)
-        pictures = "\n".join(f"![{what}]({plot_name(what, budget)})" for what, of in PLOTS if _known(shown, of) > 1)
+        pictures = "\n".join(
+            f"![{what}]({plot_name(name, what, budget)})" for what, of in PLOTS if _known(shown, of) > 1
+        )
         parts.append(f"### {title[0].upper()}{title[1:]}\n\n{table(header, lines)}\n\n{pictures}")
     return "\n\n".join(parts)
 
 
-def write_plots(docs: Path, found: list[Result]) -> None:
+def write_plots(docs: Path, name: str, found: list[Result]) -> None:
     """Loss against compute and against peak memory, as SVG files beside the page."""
     plain = [row for row in found if row["name"] == PLAIN]
     for budget in BUDGETS:
         rows = _ordered([row for row in found if row["budget"] == budget], plain)
-        for (what, of), (name, form) in zip(PLOTS, AXES, strict=True):
+        for (what, of), (axis, form) in zip(PLOTS, AXES, strict=True):
             if _known(rows, of) > 1:
-                _plot(docs / plot_name(what, budget), rows, plain, of, name, form)
+                _plot(docs / plot_name(name, what, budget), rows, plain, of, axis, form)
 
 
-def plot_name(what: str, budget: str) -> str:
+def plot_name(name: str, what: str, budget: str) -> str:
     """The file of a plot."""
-    return f"quality-{what}-{budget}.svg"
+    return f"{name}-{what}-{budget}.svg"
 
 
 def words_flops(count: float) -> str:

@@ -57,8 +57,8 @@ def test_tables_and_plots_name_every_row(tmp_path: Path) -> None:
         }
         for row, budget in TRIALS
     ]
-    shown = body(found)
+    shown = body("quality", found)
     assert all(row.name in shown for row in ROWS)
     assert shown.count(PLAIN) == 2
-    write_plots(tmp_path, found)
+    write_plots(tmp_path, "quality", found)
     assert len(list(tmp_path.glob("*.svg"))) == 2 * len(BUDGETS)
