@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from stackwise.config.rules import Rule, when
 from stackwise.config.schema import Settings
+from stackwise.config.uses import stands_apart
+
+FUSION_RULES = (
+    Rule("strategy steps rounds probe_steps", lambda c, f: when(c.n_sections == 1, "there is one stage")),
+    Rule("steps", lambda c, f: when(f.strategy == "none", "training.fusion.strategy is none")),
+    Rule(
+        "rounds probe_steps",
+        lambda c, f: when(f.strategy != "adaptive", f"training.fusion.strategy is {f.strategy}"),
+    ),
+)
+ADAPTATION_RULES = (
+    Rule("adaptation_steps adaptation_anneal", lambda c, t: when(not c.adapts, "training.adaptation is none")),
+)
 
 
 def after_faults(config: Settings) -> Iterator[tuple[str, str]]:
@@ -59,27 +73,3 @@ def _adaptation(config: Settings) -> Iterator[tuple[str, str]]:
             "training.adaptation_anneal",
             f"{training.adaptation_anneal} of {steps} steps: at least one step is needed that is causal",
         )
-
-
-def stands_apart(config: Settings) -> bool:
-    """Whether no section of the rack stands on another."""
-    return config.training.mode == "independent" and not config.training.progressive.enabled
-
-
-def after_notes(config: Settings, given: set[str]) -> Iterator[str]:
-    """One line for each setting that was given in vain.
-
-    Args:
-        config: The configuration.
-        given: The settings of `training` that differ from their defaults.
-    """
-    fusion = config.training.fusion
-    if fusion.strategy != "none" and config.n_sections == 1:
-        yield "training.fusion.strategy is unused: there is one stage"
-    if fusion.strategy == "none" and fusion.steps is not None:
-        yield "training.fusion.steps is unused: training.fusion.strategy is none"
-    idle = sorted({"rounds", "probe_steps"} & fusion.model_fields_set)
-    if fusion.strategy not in ("none", "adaptive") and idle:
-        yield f"training.fusion.{', '.join(idle)}: unused, training.fusion.strategy is {fusion.strategy}"
-    if not config.adapts and (idle := sorted(given & {"adaptation_steps", "adaptation_anneal"})):
-        yield f"training.{', '.join(idle)}: unused, training.adaptation is none"

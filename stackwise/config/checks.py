@@ -1,15 +1,13 @@
-"""What settings must hold together, and which of them a configuration sets in vain."""
+"""What settings must hold together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stackwise.config.after import after_faults, after_notes
-from stackwise.config.fields import AUTO, Section
-from stackwise.config.model import LINEAR_SETTINGS, MLA_SETTINGS
+from stackwise.config.after import after_faults
+from stackwise.config.fields import AUTO
 from stackwise.config.schema import Settings
-from stackwise.config.stacks import stack_faults, stack_notes
-from stackwise.config.training import StageTraining
+from stackwise.config.stacks import stack_faults
 
 Fault = tuple[str, str]
 """A dotted key, and what is wrong with it."""
@@ -175,126 +173,3 @@ def _stages(config: Settings) -> Iterator[Fault]:
     for depth in config.stages:
         if depth >= count:
             yield f"stages.{depth}", f"there is no such stage: the schedule has {count} (0 to {count - 1})"
-
-
-def _training_notes(key: str, settings: StageTraining, given: set[str], precision: str) -> Iterator[str]:
-    """One line for each setting of a stage's training that was given in vain; `key` is where it was."""
-    if "tokens" in given and settings.steps:
-        yield f"{key}.tokens is unused: steps is given"
-    if "epochs_per_layer" in given and (settings.steps or settings.tokens):
-        yield f"{key}.epochs_per_layer is unused: training.{'steps' if settings.steps else 'tokens'} is given"
-    if "muon_momentum" in given and settings.optimizer != "muon":
-        yield f"{key}.muon_momentum is unused: optimizer is {settings.optimizer}"
-    if settings.on_divergence == "stop" and (unused := sorted(given & {"divergence_factor", "divergence_limit"})):
-        yield f"{key}.{', '.join(unused)}: unused, on_divergence is stop"
-    if "rollback_factor" in given and settings.on_divergence != "rollback":
-        yield f"{key}.rollback_factor is unused: on_divergence is {settings.on_divergence}"
-    if "loss_scale" in given and precision != "fp16":
-        yield f"{key}.loss_scale is unused: precision is {precision}"
-
-
-def changed(section: Section) -> list[str]:
-    """The settings of a section that were given, and differ from their defaults."""
-    fields = type(section).model_fields
-    return [
-        name
-        for name in fields
-        if name in section.model_fields_set
-        and getattr(section, name) != fields[name].get_default(call_default_factory=True)
-    ]
-
-
-def notes(config: Settings) -> list[str]:
-    """One line for each setting that was given and that this configuration cannot use."""
-    training, given = config.training, set(changed(config.training))
-    lines = []
-    if "cache_mode" in given and training.cache_mode is not None:
-        lines.append("training.cache_mode is unused: the mode decides what is stored")
-    if training.fusion_evaluation:
-        lines.append("training.fusion_evaluation is unused: every run evaluates the fused rack")
-    if training.mode != "fused" and "fusion_mode" in given:
-        lines.append(f"training.fusion_mode is unused: training.mode is {training.mode}")
-    if "block_size" in given and (training.mode in ("layerwise", "end_to_end") and not training.progressive.enabled):
-        lines.append(f"training.block_size is unused: training.mode is {training.mode}")
-    if "trial_steps" in given and not config.finds_block_size:
-        lines.append("training.trial_steps is unused: training.block_size is a number")
-    if training.n_stages and "block_size" in given:
-        lines.append("training.block_size is unused: training.n_stages is given")
-    lines += _training_notes("training", training, given, config.precision)
-    for depth, own in config.stages.items():
-        settings = config.stage_training(depth)
-        lines += _training_notes(f"stages.{depth}.training", settings, set(changed(own.training)), config.precision)
-    if "mask_windows" in given and not config.time_as_depth:
-        lines.append("training.mask_windows is unused: fractions go over time (training.mask_schedule_over)")
-    if "windows" in given and not config.has_windows:
-        lines.append("training.windows is unused: no stage of this schedule reads a boundary")
-    stacked = (
-        training.progressive.building_mode == "append"
-        if training.progressive.enabled
-        else (training.mode != "independent")
-    )
-    lines += after_notes(config, given)
-    if "lookahead" in given and (not stacked or config.n_sections == 1):
-        lines.append("training.lookahead is unused: no stage of this schedule has blocks above it")
-    if training.lookahead == "none" and "lookahead_blocks" in given:
-        lines.append("training.lookahead_blocks is unused: training.lookahead is none")
-    if training.swap == "never" and given & {"swap_parts", "memory"}:
-        lines.append("training.swap_parts and memory are unused: training.swap is never")
-    if config.model.tie_embeddings is False and "tied_head" in given:
-        lines.append("training.tied_head is unused: model.tie_embeddings is false")
-    if config.objective != "mlm" and given & {"mlm_mask", "mlm_random"}:
-        lines.append(f"training.mlm_mask and mlm_random are unused: the objective is {config.objective}")
-    if config.objective == "clm" and given & {"min_mask_fraction", "max_mask_fraction", "mask_schedule_type"}:
-        lines.append("training.min_mask_fraction, max_mask_fraction, mask_schedule_type are unused: clm masks nothing")
-    lines += _model_notes(config)
-    lines += _store_notes(config)
-    lines += stack_notes(config, set(changed(training.progressive)))
-    lines += _progressive_notes(config)
-    named = sorted(set(changed(config.tracking)) & {"project", "group", "name"})
-    if named and not config.tracking.wandb and not config.tracking.mlflow:
-        lines.append(f"tracking.{', '.join(named)}: unused, neither tracking.wandb nor tracking.mlflow is on")
-    return lines
-
-
-def _model_notes(config: Settings) -> list[str]:
-    model = config.model
-    kind, given = model.attention or "mha", set(changed(model))
-    users = dict.fromkeys(MLA_SETTINGS, "mla") | dict.fromkeys(LINEAR_SETTINGS, "linear")
-    idle = sorted(name for name, user in users.items() if name in given and user != kind)
-    lines = [f"model.{name} is unused: model.attention is {kind}" for name in idle]
-    if kind == "mla" and "n_kv_heads" in given:
-        lines.append("model.n_kv_heads is unused: mla makes the keys of all heads from one latent")
-    if kind == "mla" and model.positions != "rope" and "rope_head_dim" in given:
-        lines.append("model.rope_head_dim is unused: model.positions is learned")
-    if kind == "linear" and model.feature_map != "performer" and "random_features" in given:
-        lines.append(f"model.random_features is unused: model.feature_map is {model.feature_map}")
-    if model.time_embedding == "none" and "time_embedding_dim" in given:
-        lines.append("model.time_embedding_dim is unused: model.time_embedding is none")
-    return lines
-
-
-def _store_notes(config: Settings) -> list[str]:
-    given = [f"store.{name}" for name in ("every", "fuse_passes") if name in changed(config.store)]
-    whole = config.training.mode == "fused" and config.training.fusion_mode == "trainable"
-    if given and (config.n_stages == 1 or (whole and not config.training.progressive.enabled)):
-        return [f"{' and '.join(given)}: unused, every stage reads tokens"]
-    return []
-
-
-def _progressive_notes(config: Settings) -> list[str]:
-    progressive = config.training.progressive
-    given = set(changed(progressive)) - {"enabled"}
-    if not progressive.enabled:
-        given.discard("max_stacks")
-        if not given:
-            return []
-        return [f"training.progressive.{', '.join(sorted(given))}: unused, training.progressive.enabled is false"]
-    lines = []
-    if "mode" in changed(config.training):
-        lines.append("training.mode is unused: training.progressive.enabled is true")
-    time = given & {"time_embedding_dim", "time_encoding_type", "time_per_stack"}
-    if progressive.time_interpretation == "input":
-        time -= {"time_embedding_dim", "time_encoding_type"}
-    if time:
-        lines.append(f"training.progressive.{', '.join(sorted(time))}: unused, time is not an input")
-    return lines

@@ -37,3 +37,14 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys and wrong types are refused, also on assignment."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, protected_namespaces=())
+
+
+def changed(section: Section) -> list[str]:
+    """The settings of a section that were given, and differ from their defaults."""
+    fields = type(section).model_fields
+    return [
+        name
+        for name in fields
+        if name in section.model_fields_set
+        and getattr(section, name) != fields[name].get_default(call_default_factory=True)
+    ]

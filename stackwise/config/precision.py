@@ -53,13 +53,20 @@ def stack_adapters(config: Settings, depth: int, top: int) -> dict[str, tuple[in
     """
     progressive, found = config.training.progressive, {}
     qlora = holds_trunk(config) and progressive.trunk_strategy == "qlora"
-    wanted = progressive.qlora_enabled or not progressive.progressive_qlora
-    if (qlora and wanted) or stack_precision(config, depth) == "qlora":
+    if own_adapters(config, depth):
         found["stack"] = adapter_sizes(progressive, depth, config.n_sections)
     if qlora and progressive.progressive_qlora:
         sizes = progressive.progressive_qlora_rank, progressive.progressive_qlora_alpha
         found |= {trunk_adapters(above): sizes for above in range(depth + 1, top + 1)}
     return found
+
+
+def own_adapters(config: Settings, depth: int) -> bool:
+    """Whether the blocks of stage `depth` come with adapters."""
+    progressive = config.training.progressive
+    qlora = holds_trunk(config) and progressive.trunk_strategy == "qlora"
+    wanted = progressive.qlora_enabled or not progressive.progressive_qlora
+    return (qlora and wanted) or stack_precision(config, depth) == "qlora"
 
 
 def trunk_adapters(stack: int) -> str:

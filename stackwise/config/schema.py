@@ -203,7 +203,7 @@ class Settings(Section):
     def mask_schedule_type(self) -> Literal["linear", "exponential", "cosine"]:
         """The shape of the mask schedule in force."""
         progressive = self.training.progressive
-        if progressive.enabled and "stack_time_mapping" in progressive.model_fields_set:
+        if progressive.enabled and progressive.stack_time_mapping is not None:
             return "exponential" if progressive.stack_time_mapping == "exponential" else "linear"
         return self.training.mask_schedule_type
 
@@ -211,7 +211,7 @@ class Settings(Section):
     def boundary_every(self) -> int:
         """Every how-many-th boundary is stored; with as many as there are stages, none is."""
         progressive = self.training.progressive
-        if progressive.enabled and not progressive.cache_activations:
+        if progressive.enabled and progressive.cache_activations is False:
             return max(self.n_stages, self.store.every)
         return self.store.every
 

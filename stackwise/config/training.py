@@ -111,34 +111,42 @@ class ProgressiveConfig(Section):
         "null: qlora under trunk_strategy qlora, else as they were trained",
     )
     new_stack_precision: StackPrecision = Field("full", description="precision of the stack in training")
-    cache_activations: bool = Field(True, description="read boundaries from the store instead of recomputing them")
-    qlora_enabled: bool = Field(False, description="adapters on each stack as it is made")
+    cache_activations: bool | None = Field(
+        None, description="read boundaries from the store instead of recomputing them (frozen trunk); null: true"
+    )
+    qlora_enabled: bool | None = Field(
+        None, description="adapters on each stack as it is made; null: with a QLoRA trunk without progressive_qlora"
+    )
     qlora_rank: PositiveInt = Field(16, description="their rank")
     qlora_alpha: Positive = Field(32.0, description="their alpha")
     qlora_strategy: Literal["simplified", "progressive", "variable"] = Field(
         "simplified", description="the same adapters everywhere, a pattern over stacks, or qlora_configs"
     )
     qlora_rank_pattern: Literal["increasing", "decreasing", "linear", "constant"] = Field(
-        "constant", description="ranks over stacks"
+        "constant", description="qlora_strategy progressive: ranks over stacks"
     )
     qlora_alpha_pattern: Literal["increasing", "decreasing", "linear", "constant"] = Field(
-        "constant", description="alphas over stacks"
+        "constant", description="qlora_strategy progressive: alphas over stacks"
     )
-    qlora_configs: dict[int, QLoRAConfig] = Field(default_factory=dict, description="adapters by stack")
+    qlora_configs: dict[int, QLoRAConfig] = Field(
+        default_factory=dict, description="qlora_strategy variable: adapters by stack"
+    )
     progressive_qlora: bool = Field(False, description="adapters on the whole trunk when a stack is added")
     progressive_qlora_rank: PositiveInt = Field(8, description="their rank")
     progressive_qlora_alpha: Positive = Field(16.0, description="their alpha")
-    max_stacks: PositiveInt | None = Field(None, description="stacks to grow to, where n_stacks is null")
+    max_stacks: PositiveInt | None = Field(None, description="most stacks to grow to; where n_stacks is null, as many")
     building_mode: Literal["append", "prepend"] = Field("append", description="new stacks above, or below")
     time_interpretation: Literal["input", "depth"] | None = Field(
         None, description="depth: stage k trains on the rows whose masked fraction is its own"
     )
     time_embedding_dim: PositiveInt = Field(512, description="width of the time embedding (time as input)")
     time_encoding_type: Literal["sinusoidal", "learned"] = Field("sinusoidal", description="its kind")
-    stack_time_mapping: Literal["linear", "exponential", "custom"] = Field(
-        "linear", description="fraction by depth (time as depth)"
+    stack_time_mapping: Literal["linear", "exponential", "custom"] | None = Field(
+        None,
+        description="how fractions run from smallest to largest, by depth where time is depth: linear, exponential, "
+        "custom (mask_windows); null: by mask_schedule_type",
     )
-    time_per_stack: PositiveInt = Field(100, description="time steps a stack (time as depth)")
+    time_per_stack: PositiveInt = Field(100, description="a stack sees masked shares instead; accepted, unused")
     training_objective: Objective | None = Field(None, description="overrides training.objective")
 
 
@@ -200,8 +208,10 @@ class TrainingConfig(StageTraining):
     mask_schedule_type: Literal["linear", "exponential", "cosine"] = Field(
         "linear", description="how fractions run from smallest to largest"
     )
-    mask_schedule_over: Literal["time", "depth"] = Field(
-        "time", description="time: every stage sees all fractions; depth: stage k trains on its own window of them"
+    mask_schedule_over: Literal["time", "depth"] | None = Field(
+        None,
+        description="time: every stage sees all fractions; depth: stage k trains on its own window of them; null: "
+        "time, but depth for independent stages and time_interpretation depth",
     )
     mask_windows: list[Annotated[list[float], Field(min_length=2, max_length=2)]] | None = Field(
         None,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.checks import notes
 from stackwise.config.loading import build, dump, parse_overrides, parse_yaml
+from stackwise.config.notes import notes
 from stackwise.config.presets import PRESETS, commented
 from stackwise.errors import ConfigError, NotFound, UsageError
 

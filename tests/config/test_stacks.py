@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.checks import notes
+from stackwise.config.notes import notes
 from stackwise.config.precision import holds_trunk, stack_adapters, stack_precision, trunk_precision
 from stackwise.errors import ConfigError
 
@@ -92,7 +92,7 @@ def test_faults(settings: dict[str, Any], fault: str) -> None:
     [
         ({"trunk_strategy": "qlora", "cache_activations": True}, "cache_activations is unused: a QLoRA trunk changes"),
         ({"qlora_enabled": True, "progressive_qlora": True}, "progressive_qlora, qlora_enabled: unused, the trunk is"),
-        ({"new_stack_precision": "qlora", "qlora_rank": 4, "progressive_qlora": True}, "progressive_qlora: unused"),
+        ({"new_stack_precision": "qlora", "qlora_rank": 4, "progressive_qlora": True}, "progressive_qlora is unused"),
         ({"trunk_precision": "fp8"}, "trunk_precision is unused: a stage reads activations, and holds no trunk"),
     ],
 )

@@ -15,7 +15,7 @@ import torch
 
 from stackwise.cli.views.schedule import listing
 from stackwise.config import StackWiseConfig
-from stackwise.config.checks import notes
+from stackwise.config.notes import notes
 from stackwise.errors import ConfigError, StackWiseError, UsageError
 from stackwise.evaluation import evaluate
 from stackwise.inference.export import load_rack as load_export
@@ -128,7 +128,7 @@ def test_its_settings_can_be_overridden_and_are_shown(micro: Micro) -> None:
     fused = micro(**CAUSAL, training__fusion__strategy="trainable", training__fusion__steps=9)
     assert [fused.stage_training(stage.depth).steps for stage in schedule(fused)] == [12, 12, 9, 10]
     unused = notes(micro(training__adaptation_anneal=2))
-    assert "training.adaptation_anneal: unused, training.adaptation is none" in unused
+    assert "training.adaptation_anneal is unused: training.adaptation is none" in unused
 
 
 @pytest.mark.parametrize(

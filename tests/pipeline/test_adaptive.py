@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.checks import notes
+from stackwise.config.notes import notes
 from stackwise.config.training import FusionConfig
 from stackwise.errors import ConfigError, StackWiseError
 from stackwise.pipeline.fit import stage_memory, state_bytes, swap_of
@@ -164,4 +164,4 @@ def test_budgets_that_cannot_be_and_settings_in_vain(micro: Micro) -> None:
     with pytest.raises(ConfigError, match="leave none beside the probes of 3 sections"):
         configured(steps=12, probe_steps=4)
     said = notes(micro(training__fusion__strategy="trainable", training__fusion__rounds=2))
-    assert "training.fusion.rounds: unused, training.fusion.strategy is trainable" in said
+    assert "training.fusion.rounds is unused: training.fusion.strategy is trainable" in said

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.checks import notes
+from stackwise.config.notes import notes
 from stackwise.errors import BusyError, NoSpaceError, UsageError
 from stackwise.pipeline.committed.load import CommittedRack, load_rack
 from stackwise.pipeline.committed.use import evaluate_rack

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from stackwise.cli.commands.stage import list_stages
 from stackwise.config import StackWiseConfig
-from stackwise.config.checks import notes
 from stackwise.config.loading import build, dump, parse_yaml
+from stackwise.config.notes import notes
 from stackwise.errors import ConfigError
 from stackwise.pipeline.fit import SHARE, stage_memory
 from stackwise.pipeline.run import RunDirectory, status

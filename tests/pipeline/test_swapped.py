@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from stackwise.config.checks import notes
 from stackwise.config.loading import dump
+from stackwise.config.notes import notes
 from stackwise.pipeline.fit import swap_of
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import Micro, run

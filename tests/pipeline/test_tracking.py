@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.checks import notes
 from stackwise.config.loading import dump
+from stackwise.config.notes import notes
 from stackwise.errors import UsageError
 from stackwise.pipeline.run import with_absolute_paths
 from stackwise.pipeline.tracking import trackers

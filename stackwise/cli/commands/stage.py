@@ -11,7 +11,7 @@ from stackwise.cli.app import Subcommands
 from stackwise.cli.options import Choice, as_json, choose, configuration, find_run, is_run, max_time_option
 from stackwise.cli.views.schedule import listing, rendered
 from stackwise.cli.watching import show, watch_option
-from stackwise.config.checks import notes
+from stackwise.config.notes import notes
 from stackwise.errors import UsageError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.checks import changed
+from stackwise.config.fields import changed
 from stackwise.errors import UsageError
 from stackwise.model import Head, build_front
 from stackwise.pipeline.build import objective_of

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stackwise.config import DataConfig, StackWiseConfig
-from stackwise.config.checks import changed
+from stackwise.config.fields import changed
 from stackwise.data import PreparedData, is_prepared, prepare
 
 PROGRESS_SECONDS = 0.2

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.checks import notes
 from stackwise.config.loading import dump
+from stackwise.config.notes import notes
 from stackwise.data import PreparedData
 from stackwise.durable import write_bytes
 from stackwise.errors import NoSpaceError, NotFound
