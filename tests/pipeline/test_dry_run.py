@@ -119,3 +119,22 @@ def test_a_place_that_cannot_be_used_is_refused_before_data_is_prepared(
                 dry=dry
             )
     assert sorted(os.listdir(tmp_path)) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"training__rows": 10**6}, "training.rows: 1000000 is more than the corpus gives: "),
+        ({"training__rows": 10**6, "training__windows": 2}, "training.rows: 1000000 is more than the corpus gives: "),
+        ({"training__swap_parts": 2}, "training.swap_parts is unused: no stage is swapped (training.swap is auto)"),
+        ({"training__rows": 64, "training__swap": "always", "training__swap_parts": 2}, None),
+        ({}, None),
+    ],
+)
+def test_what_the_plan_cannot_use_is_said(
+    micro: Micro, tmp_path: Path, settings: dict[str, Any], said: str | None
+) -> None:
+    events: list[dict[str, Any]] = []
+    Runner(micro(**settings), RunDirectory(tmp_path / "run"), events.append).run(dry=True)
+    notes = [e["text"] for e in events if e["event"] == "note" and not e["text"].startswith("stage ")]
+    assert [note[: len(said or "")] for note in notes] == ([said] if said else [])

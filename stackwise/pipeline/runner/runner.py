@@ -21,6 +21,7 @@ from stackwise.errors import NoSpaceError, NotFound
 from stackwise.identity import content_id
 from stackwise.pipeline.fit import in_bytes
 from stackwise.pipeline.job import FinishJob
+from stackwise.pipeline.planning.in_vain import planned_notes
 from stackwise.pipeline.planning.plan import Plan
 from stackwise.pipeline.planning.room import check_fit
 from stackwise.pipeline.planning.vocabulary import check_data
@@ -196,6 +197,8 @@ class Runner:
             tight = fit["tight"].get(depth)
             more = "" if tight is None else f"; it takes about {in_bytes(tight)} all the same, more than it may"
             self._tell("note", text=f"stage {depth} is swapped: {turns} (training.swap){more}")
+        for line in planned_notes(plan, fit["swapped"] if todo else None):
+            self._tell("note", text=line)
         return foreseen
 
     def _finish(self, plan: Plan, manifest: Manifest) -> dict[str, Any]:
