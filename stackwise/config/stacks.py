@@ -90,7 +90,7 @@ PROGRESSIVE_RULES = (
     ),
     Rule(
         "max_stacks",
-        lambda c, p: when(p.max_stacks > (stacks := c.model.architecture.n_stacks), f"there are {stacks} stacks"),
+        lambda c, p: when(p.max_stacks > (n := c.model.architecture.n_stacks or p.max_stacks), f"there are {n} stacks"),
     ),
     Rule("cache_activations", _cache),
     Rule("trunk_precision", lambda c, p: when(not holds_trunk(c), "a stage reads activations, and holds no trunk")),

@@ -99,6 +99,14 @@ def test_the_resolved_configuration_reads_back_as_itself(name: str) -> None:
     assert again.stage_training(0).learning_rate == 1e-3
 
 
+def test_a_saved_configuration_decides_as_the_one_that_was_given() -> None:
+    """What is null may be decided by something else; a saved configuration writes it out, and must not decide it."""
+    given = {"training.progressive.enabled": True, "training.mask_schedule_type": "cosine"}
+    config = StackWiseConfig.from_preset("micro", given)
+    again = build(StackWiseConfig, parse_yaml(dump(config), "dump"))
+    assert config.mask_schedule_type == again.mask_schedule_type == "cosine"
+
+
 def test_every_setting_is_documented() -> None:
     text = commented("demo")
     assert text.count("#") > 100
