@@ -1,4 +1,4 @@
-"""Every Python example of the README and the docs runs; every command they name exists."""
+"""Every Python example and configuration of the README and the docs runs; every command they name exists."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from stackwise.cli import main
+from stackwise.config import StackWiseConfig
+from stackwise.config.notes import notes
+from stackwise.pipeline.schedule import schedule
+from tests.conftest import run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,6 +41,27 @@ def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
             (tmp_path / "config.yaml").write_text(text)
         elif kind == "python":
             exec(compile(text, page.name, "exec"), names)
+
+
+CONFIGURATIONS = [pytest.param(text, id=name) for name, text in blocks("yaml")]
+
+
+@pytest.mark.parametrize("text", CONFIGURATIONS)
+def test_configurations_load_without_a_fault_or_a_note(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    config = StackWiseConfig.from_yaml(tmp_path / "config.yaml")
+    assert schedule(config)
+    assert not notes(config)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("text", [param for param in CONFIGURATIONS if param.id and not param.id.startswith("README")])
+def test_configurations_of_the_pages_run(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    run(
+        StackWiseConfig.from_yaml(tmp_path / "config.yaml", {"training.steps": 2, "evaluation.samples": 8}),
+        tmp_path / "run",
+    )
 
 
 COMMANDS = sorted(

@@ -3,8 +3,9 @@
 from stackwise.config.configuration import StackWiseConfig
 from stackwise.config.fields import AUTO
 from stackwise.config.model import ModelConfig
+from stackwise.config.progressive import ProgressiveConfig
 from stackwise.config.schema import DataConfig, EvaluationConfig, StoreConfig
-from stackwise.config.training import ProgressiveConfig, StageTraining, TrainingConfig
+from stackwise.config.training import StageTraining, TrainingConfig
 
 __all__ = [
     "AUTO",

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from stackwise.config.checks import faults as cross_faults
 from stackwise.config.faults import Key, Tree, dotted, field_faults, kind_of, sections
+from stackwise.config.progressive import STACK_PRECISION
 from stackwise.config.schema import Settings
-from stackwise.config.training import STACK_PRECISION
 from stackwise.errors import ConfigError, NotFound, UsageError
 
 C = TypeVar("C", bound=Settings)

@@ -40,30 +40,41 @@ class ModelConfig(Section):
         "softmax); null: mha, or gqa where n_kv_heads is less than n_heads",
     )
     kv_rank: PositiveInt | None = Field(
-        None, description="mla: width of the latent of keys and values; null: 4 heads' width, at most d_model"
+        None,
+        description="attention mla: width of the vector that all keys and values are made from; null: 4 heads' "
+        "width, at most d_model",
     )
-    q_rank: PositiveInt | None = Field(None, description="mla: width of the queries' latent; null: no compression")
+    q_rank: PositiveInt | None = Field(
+        None, description="attention mla: width of the vector that queries are made from; null: the input itself"
+    )
     rope_head_dim: PositiveInt | None = Field(
-        None, description="mla: rotary part of a head, even; null: half a head's width"
+        None, description="attention mla: width of a head's rotary part, an even number; null: half a head's"
     )
     feature_map: Literal["elu", "relu", "performer"] = Field(
-        "elu", description="linear: elu + 1, relu, or performer (random features of the softmax)"
+        "elu", description="attention linear: what stands for the softmax: elu (+ 1), relu, performer (random features)"
     )
     random_features: PositiveInt | None = Field(
-        None, description="linear with performer: number of features; null: a head's width"
+        None, description="attention linear, feature_map performer: number of features; null: a head's width"
     )
     time_embedding: Literal["none", "sinusoidal", "learned"] = Field(
-        "none", description="embedding of the masked share of a row, added by the front"
+        "none",
+        description="the masked share of a row as an input, embedded and added by the front: sinusoidal or learned",
     )
-    time_embedding_dim: PositiveInt = Field(256, description="width of the time embedding before it meets d_model")
-    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation")
+    time_embedding_dim: PositiveInt = Field(
+        256, description="width of the time embedding's features, which two layers take to d_model"
+    )
+    norm: Literal["rmsnorm", "layernorm"] = Field(
+        "rmsnorm", description="the norms of blocks and head: rmsnorm, or layernorm"
+    )
     norm_eps: Positive = Field(1e-5, description="added to the variance inside a norm")
     positions: Literal["rope", "learned"] = Field("rope", description="rotary, or a learned table added by the front")
     rope_theta: Positive = Field(10_000.0, description="base of the rotary wavelengths")
-    ffn: Literal["swiglu", "gelu"] = Field("swiglu", description="feed-forward")
+    ffn: Literal["swiglu", "gelu"] = Field("swiglu", description="the feed-forward of a block: swiglu (gated), or gelu")
     bias: bool = Field(False, description="biases in linear layers")
     dropout: Probability = Field(0.0, description="dropout after attention and feed-forward, in training")
-    tie_embeddings: bool = Field(True, description="the token embedding, transposed, as output projection")
+    tie_embeddings: bool = Field(
+        True, description="the head projects with the token embedding; false: each stage has a projection of its own"
+    )
     max_seq_len: PositiveInt | None = Field(None, description="longest sample the model takes; null: training.seq_len")
     init_std: Positive = Field(0.02, description="standard deviation of fresh weights")
 

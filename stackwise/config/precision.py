@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from stackwise.config.progressive import ProgressiveConfig
 from stackwise.config.schema import Settings
-from stackwise.config.training import ProgressiveConfig
 from stackwise.errors import UsageError
 
 SYNONYMS = {"half": "fp16", "bfloat16": "bf16", "fp4": "nvfp4"}

@@ -19,13 +19,8 @@ from stackwise.config.fields import (
     Section,
 )
 from stackwise.config.model import ModelConfig
-from stackwise.config.training import (
-    Objective,
-    Precision,
-    StackPrecision,
-    StageTraining,
-    TrainingConfig,
-)
+from stackwise.config.progressive import Objective, Precision, StackPrecision
+from stackwise.config.training import StageTraining, TrainingConfig
 
 Codec = Literal[
     "bf16", "bf16-blosc", "bf16-zstd", "fp16", "fp16-blosc", "fp16-zstd", "fp32", "fp32-blosc", "fp32-zstd",
@@ -57,7 +52,9 @@ class DataConfig(Section):
         0.05, description="share of the documents held out from training, chosen by their content"
     )
     max_bytes: PositiveInt | None = Field(None, description="read at most so many bytes of text; null: all of it")
-    within_documents: bool = Field(False, description="attention stays within a document")
+    within_documents: bool = Field(
+        False, description="attention stays within a document; false: a sample is one text, whatever documents it holds"
+    )
     cache_dir: str | None = Field(
         None, description="where prepared data and tokenizers are kept; null: the user's cache directory"
     )
@@ -70,13 +67,19 @@ class StoreConfig(Section):
     keep: Literal["all", "none"] | Count = Field(
         "all", description="boundaries kept beside those being read and written: a number, all, none"
     )
-    codec: Codec | None = Field(None, description="how activations are stored; null: bf16")
+    codec: Codec | None = Field(
+        None,
+        description="how activations are stored: bf16, fp16, fp32, fp8, int8, each also with -blosc or -zstd; null: "
+        "bf16",
+    )
     max_bytes: PositiveInt | None = Field(
         None,
         description="most bytes that boundaries may take, with training.windows boundaries and committed stages "
         "together; null: the disk",
     )
-    chunk_bytes: PositiveInt = Field(8 << 20, description="about the size of a chunk")
+    chunk_bytes: PositiveInt = Field(
+        8 << 20, description="bytes of a chunk of activations, about: what is written and published at a time"
+    )
     every: PositiveInt = Field(
         1, description="store every so-many-th boundary; stages between recompute theirs, in memory, from the one below"
     )
@@ -94,7 +97,7 @@ class EvaluationConfig(Section):
         default_factory=lambda: [0.15, 0.5, 0.9], description="masked shares at which loss and accuracy are measured"
     )
     samples: PositiveInt = Field(128, description="held-out samples used, at most")
-    batch_size: PositiveInt = Field(16, description="samples in a batch")
+    batch_size: PositiveInt = Field(16, description="held-out samples in a batch")
 
 
 class TrackingConfig(Section):
@@ -115,14 +118,14 @@ class TrackingConfig(Section):
 class SlurmConfig(Section):
     """What a job asks for (`stackwise run --engine slurm`); it changes no result."""
 
-    partition: str | None = Field(None, description="partition; null: the cluster's default")
+    partition: str | None = Field(None, description="partition that jobs go to; null: the cluster's default")
     nodelist: str | None = Field(None, description="the node that has the store; null: the machine that submits")
     minutes: PositiveInt = Field(1440, description="time limit of a job; one that reaches it saves and is queued again")
     signal_seconds: PositiveInt = Field(120, description="seconds before the limit that a job is told to save")
     gpus: Count | None = Field(None, description="GPUs of a job; null: 1, or none where device is cpu")
     cpus: PositiveInt | None = Field(None, description="CPUs of a job; null: the cluster's default")
     memory_gb: Positive | None = Field(None, description="memory of a job, in GB; null: the cluster's default")
-    account: str | None = Field(None, description="account; null: the user's default")
+    account: str | None = Field(None, description="account that jobs are charged to; null: the user's default")
     qos: str | None = Field(None, description="quality of service; null: the user's default")
     parameters: dict[str, str | int | bool] = Field(
         default_factory=dict, description="further options of sbatch by name, as {constraint: nvme}"
@@ -133,7 +136,9 @@ class StageOverrides(Section):
     """What one stage does differently: only the keys that were set count."""
 
     precision: StackPrecision | None = Field(
-        None, description="precision of the blocks that are new with the stage; null: new_stack_precision"
+        None,
+        description="precision that the blocks which are new with the stage train in; null: in progressive training "
+        "new_stack_precision, else the run's",
     )
     training: StageTraining = Field(default_factory=StageTraining)
 
@@ -155,7 +160,10 @@ class Settings(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     slurm: SlurmConfig = Field(default_factory=SlurmConfig)
-    stages: dict[Count, StageOverrides] = Field(default_factory=dict, description="what single stages do differently")
+    stages: dict[Count, StageOverrides] = Field(
+        default_factory=dict,
+        description="what single stages do differently, as {2: {precision: fp8, training: {learning_rate: 1e-3}}}",
+    )
 
     @property
     def objective(self) -> Objective:

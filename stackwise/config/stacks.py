@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stackwise.config.precision import FORMATS, canonical, holds_trunk, own_adapters, stack_adapters
+from stackwise.config.progressive import ProgressiveConfig
 from stackwise.config.rules import Rule, when
 from stackwise.config.schema import Settings
-from stackwise.config.training import ProgressiveConfig
 from stackwise.errors import UsageError
 
 KEY = "training.progressive"

@@ -1,4 +1,4 @@
-"""How stages train: the settings of one stage, those of progressive training and fusion, and the defaults of all."""
+"""How stages train: the settings of one stage, those of fusion, and the defaults of all."""
 
 from __future__ import annotations
 
@@ -16,15 +16,9 @@ from stackwise.config.fields import (
     Probability,
     Section,
 )
+from stackwise.config.progressive import Objective, ProgressiveConfig
 
 Mode = Literal["layerwise", "blockwise", "fused", "independent", "end_to_end"]
-Objective = Literal["mask_diffusion", "mlm", "clm", "custom"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-StackPrecision = Literal["full", "fp32", "half", "fp16", "bfloat16", "bf16", "fp8", "nvfp4", "fp4", "qlora"]
-STACK_PRECISION: dict[str, Precision] = {
-    "fp32": "fp32", "half": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16",
-}  # fmt: skip
-"""What a stack's precision is in words of `precision`; full is whatever `precision` says."""
 
 
 class StageTraining(Section):
@@ -51,7 +45,7 @@ class StageTraining(Section):
     )
     min_learning_rate: NonNegative = Field(0.1, description="where the schedule ends, as a share of the peak")
     warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.05, description="share of the steps that warm up")
-    weight_decay: NonNegative = Field(0.1, description="AdamW's, on matrices alone")
+    weight_decay: NonNegative = Field(0.1, description="weight decay, on matrices alone")
     beta1: Probability = Field(0.9, description="AdamW's first decay rate")
     beta2: Probability = Field(0.95, description="AdamW's second decay rate")
     adam_eps: Positive = Field(1e-8, description="AdamW's epsilon")
@@ -91,63 +85,6 @@ class StageTraining(Section):
         if self.steps is not None or self.tokens is None or not self.batch_size:
             return self.steps
         return max(1, round(self.tokens / (self.batch_size * self.accumulation * seq_len)))
-
-
-class QLoRAConfig(Section):
-    """Adapters of one stack (`training.progressive.qlora_configs`)."""
-
-    rank: PositiveInt = Field(16, description="rank of the adapter")
-    alpha: Positive = Field(32.0, description="its scale is alpha / rank")
-
-
-class ProgressiveConfig(Section):
-    """Progressive training: the rack grows stack by stack. Where enabled, it wins over `training.mode`."""
-
-    enabled: bool = Field(False, description="grow the rack stack by stack")
-    trunk_strategy: Literal["frozen", "qlora"] = Field("frozen", description="what happens to the stacks below")
-    trunk_precision: StackPrecision | None = Field(
-        None,
-        description="what the stacks made before are held in where a stage holds them: fp8, nvfp4, qlora (nf4), full; "
-        "null: qlora under trunk_strategy qlora, else as they were trained",
-    )
-    new_stack_precision: StackPrecision = Field("full", description="precision of the stack in training")
-    cache_activations: bool | None = Field(
-        None, description="read boundaries from the store instead of recomputing them (frozen trunk); null: true"
-    )
-    qlora_enabled: bool | None = Field(
-        None, description="adapters on each stack as it is made; null: with a QLoRA trunk without progressive_qlora"
-    )
-    qlora_rank: PositiveInt = Field(16, description="their rank")
-    qlora_alpha: Positive = Field(32.0, description="their alpha")
-    qlora_strategy: Literal["simplified", "progressive", "variable"] = Field(
-        "simplified", description="the same adapters everywhere, a pattern over stacks, or qlora_configs"
-    )
-    qlora_rank_pattern: Literal["increasing", "decreasing", "linear", "constant"] = Field(
-        "constant", description="qlora_strategy progressive: ranks over stacks"
-    )
-    qlora_alpha_pattern: Literal["increasing", "decreasing", "linear", "constant"] = Field(
-        "constant", description="qlora_strategy progressive: alphas over stacks"
-    )
-    qlora_configs: dict[int, QLoRAConfig] = Field(
-        default_factory=dict, description="qlora_strategy variable: adapters by stack"
-    )
-    progressive_qlora: bool = Field(False, description="adapters on the whole trunk when a stack is added")
-    progressive_qlora_rank: PositiveInt = Field(8, description="their rank")
-    progressive_qlora_alpha: Positive = Field(16.0, description="their alpha")
-    max_stacks: PositiveInt | None = Field(None, description="most stacks to grow to; where n_stacks is null, as many")
-    building_mode: Literal["append", "prepend"] = Field("append", description="new stacks above, or below")
-    time_interpretation: Literal["input", "depth"] | None = Field(
-        None, description="depth: stage k trains on the rows whose masked fraction is its own"
-    )
-    time_embedding_dim: PositiveInt = Field(512, description="width of the time embedding (time as input)")
-    time_encoding_type: Literal["sinusoidal", "learned"] = Field("sinusoidal", description="its kind")
-    stack_time_mapping: Literal["linear", "exponential", "custom"] | None = Field(
-        None,
-        description="how fractions run from smallest to largest, by depth where time is depth: linear, exponential, "
-        "custom (mask_windows); null: by mask_schedule_type",
-    )
-    time_per_stack: PositiveInt = Field(100, description="a stack sees masked shares instead; accepted, unused")
-    training_objective: Objective | None = Field(None, description="overrides training.objective")
 
 
 class FusionConfig(Section):
@@ -192,7 +129,9 @@ class TrainingConfig(StageTraining):
         100, description="block_size auto: steps of each stage of the racks that are tried"
     )
     n_stages: PositiveInt | None = Field(None, description="number of stages instead of block_size")
-    fusion_mode: Literal["frozen", "trainable"] = Field("frozen", description="what fused does with the blocks below")
+    fusion_mode: Literal["frozen", "trainable"] = Field(
+        "frozen", description="fused: the blocks below are frozen, or trainable"
+    )
     objective: Objective = Field("mask_diffusion", description="mask_diffusion, mlm, clm (causal), custom (targets)")
     seq_len: PositiveInt = Field(512, description="tokens in a sample")
     rows: PositiveInt | None = Field(
@@ -237,7 +176,9 @@ class TrainingConfig(StageTraining):
         description="blocks between a stage's own and its head, training along: auxiliary (thrown away), overlap "
         "(those of the next stage, which trains them again), tail (the rack's last ones, shared by every stage)",
     )
-    lookahead_blocks: PositiveInt = Field(1, description="how many blocks that is")
+    lookahead_blocks: PositiveInt = Field(
+        1, description="blocks that lookahead puts between a stage's own and its head"
+    )
     tied_head: Literal["copy", "frozen"] = Field(
         "copy", description="a tied projection above stage 0: a trainable copy of the embedding, or frozen"
     )
@@ -245,7 +186,7 @@ class TrainingConfig(StageTraining):
         0.8, description="mlm: share of selected positions that show the mask token"
     )
     mlm_random: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.1, description="mlm: share that shows a random token; the rest shows itself"
+        0.1, description="mlm: share of selected positions that show a random token; the rest shows itself"
     )
     compile: bool = Field(False, description="torch.compile the blocks")
     swap: Literal["auto", "always", "never"] = Field(
@@ -268,10 +209,12 @@ class TrainingConfig(StageTraining):
         description="a last stage that turns the trained rack from bidirectional to causal: it then continues text",
     )
     adaptation_steps: PositiveInt | None = Field(
-        None, description="optimizer steps of that stage; null: as many as any stage"
+        None, description="optimizer steps of the adaptation stage; null: as many as any stage"
     )
     adaptation_anneal: Count = Field(
-        0, description="of them, steps on which what follows is hidden bit by bit; 0: all of it from the first"
+        0,
+        description="first steps of the adaptation stage, on which what follows is hidden bit by bit; 0: all of it "
+        "from the first step",
     )
     cache_mode: Literal["layerwise", "fusion"] | None = Field(None, description="implied by mode; accepted, unused")
     cache_dir: str | None = Field(None, description="another name of store.path")

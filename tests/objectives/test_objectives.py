@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stackwise.config.model import ArchitectureConfig, ModelConfig
-from stackwise.config.training import ProgressiveConfig, TrainingConfig
+from stackwise.config.progressive import ProgressiveConfig
+from stackwise.config.training import TrainingConfig
 from stackwise.errors import UsageError
 from stackwise.model import Rack, build_rack
 from stackwise.objectives import (
