@@ -77,6 +77,9 @@ def _training(config: Settings) -> Iterator[Fault]:
         yield "training.masks_per_sample", "clm masks nothing: every further mask would repeat the sample"
     if training.mask_schedule_over == "depth" and config.objective == "clm":
         yield "training.mask_schedule_over", "clm masks nothing: there are no fractions to spread over depth"
+    elif training.progressive.enabled and config.time_as_depth and config.objective == "clm":
+        key = "training.progressive.time_interpretation"
+        yield key, "depth, and clm masks nothing: there are no fractions to spread over depth; leave it out"
     for depth in range(config.n_stages):
         settings = config.stage_training(depth)
         if settings.heeds_held_out and settings.eval_every is None:

@@ -83,11 +83,16 @@ def _cache(config: Settings, progressive: ProgressiveConfig) -> str | None:
     return when(progressive.building_mode == "prepend", "with stacks added below, every stage reads tokens")
 
 
+OWN_ADAPTERS = "qlora_rank qlora_alpha qlora_strategy qlora_rank_pattern qlora_alpha_pattern qlora_configs"
+"""What says of which size a stack's own adapters are."""
+
 PROGRESSIVE_RULES = (
     Rule(
-        " ".join(name for name in ProgressiveConfig.model_fields if name != "enabled"),
+        " ".join(name for name in ProgressiveConfig.model_fields if name not in ("enabled", *OWN_ADAPTERS.split())),
         lambda c, p: when(not p.enabled, f"{KEY}.enabled is false"),
     ),
+    # A stage whose precision is qlora has adapters whatever the mode.
+    Rule(OWN_ADAPTERS, lambda c, p: when(not p.enabled and not _own_adapters(c), f"{KEY}.enabled is false")),
     Rule(
         "max_stacks",
         lambda c, p: when(p.max_stacks > (n := c.model.architecture.n_stacks or p.max_stacks), f"there are {n} stacks"),
@@ -95,7 +100,7 @@ PROGRESSIVE_RULES = (
     Rule("cache_activations", _cache),
     Rule("trunk_precision", lambda c, p: when(not holds_trunk(c), "a stage reads activations, and holds no trunk")),
     Rule("qlora_enabled", _enabled),
-    Rule("qlora_rank qlora_alpha qlora_strategy qlora_rank_pattern qlora_alpha_pattern qlora_configs", _no_adapters),
+    Rule(OWN_ADAPTERS, _no_adapters),
     Rule("progressive_qlora progressive_qlora_rank progressive_qlora_alpha", _frozen),
     Rule(
         "progressive_qlora_rank progressive_qlora_alpha",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stackwise.config.precision import stack_precision
 from stackwise.config.rules import Limit, Rule, when
 from stackwise.config.schema import Settings
 from stackwise.config.training import TrainingConfig
@@ -57,6 +58,10 @@ def _blocks_above(config: Settings, training: TrainingConfig) -> int | None:
     return config.model.n_blocks - 1 - config.partition[0][1]
 
 
+def _in_half(config: Settings) -> bool:
+    return "fp16" in (config.precision, *(stack_precision(config, depth) for depth in range(config.n_sections)))
+
+
 TRAINING_RULES: tuple[Rule | Limit, ...] = (
     Rule("mode", lambda c, t: when(t.progressive.enabled, ENABLED)),
     Rule("cache_mode", lambda c, t: "the mode decides what is stored"),
@@ -104,5 +109,5 @@ STAGE_RULES: tuple[Rule | Limit, ...] = (
     Rule("min_learning_rate", lambda c, s: when(s.lr_schedule == "constant", "lr_schedule is constant")),
     Rule("divergence_factor divergence_limit", lambda c, s: when(s.on_divergence == "stop", "on_divergence is stop")),
     Rule("rollback_factor", lambda c, s: when(s.on_divergence != "rollback", f"on_divergence is {s.on_divergence}")),
-    Rule("loss_scale", lambda c, s: when(c.precision != "fp16", f"precision is {c.precision}")),
+    Rule("loss_scale", lambda c, s: when(not _in_half(c), f"precision is {c.precision}")),
 )

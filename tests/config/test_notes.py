@@ -149,6 +149,8 @@ def test_what_is_cut_and_what_is_said_together(overrides: dict[str, Any], line: 
 @pytest.mark.parametrize(
     "overrides",
     [
+        {"stages.1.precision": "half", "training.loss_scale": 1024.0},
+        {"stages.1.precision": "qlora", "training.progressive.qlora_rank": 4, "training.progressive.qlora_alpha": 8.0},
         {}, P, Q, PREPEND, DEPTH, INDEPENDENT, CLM,
         {**P, "training.progressive.max_stacks": 2},
         {**Q, "training.progressive.progressive_qlora": True, "training.progressive.qlora_enabled": False,

@@ -178,6 +178,10 @@ def test_fraction_windows_may_overlap(micro: Micro, tmp_path: Path) -> None:
     ("training", "said"),
     [
         ({"mode": "independent", "objective": "clm"}, "clm masks nothing"),
+        (
+            {"progressive": {"enabled": True, "time_interpretation": "depth"}, "objective": "clm"},
+            "time_interpretation: depth, and clm masks nothing",
+        ),
         ({"mask_schedule_over": "depth", "mask_windows": [[0.15, 0.3], [0.5, 0.9]]}, "just above 0.3"),
         ({"mask_schedule_over": "depth", "mask_windows": [[0.15, 0.9]]}, "1 window for 2 stages: give"),
         ({"mask_schedule_over": "depth", "mask_windows": [[0.9, 0.15], [0.15, 0.9]]}, "does not run upwards"),

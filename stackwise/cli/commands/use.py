@@ -54,7 +54,13 @@ def evaluate(run: str | None, data: tuple[str, ...], device: str, as_json: bool)
     "--block", type=click.IntRange(min=1), metavar="N", help="Finish N tokens before the next, from the left."
 )
 @click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, metavar="T", help="0: the likeliest.")
-@click.option("--seed", type=int, default=0, metavar="N", help="Of the draws, where the temperature is above 0.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    metavar="N",
+    help="Of what is drawn: tokens where the temperature is above 0, places where the order is random.",
+)
 @click.option(
     "--exit",
     "leave",
