@@ -373,7 +373,10 @@ def test_one_stage_at_a_time_takes_its_next_window(micro: Micro, finished: Finis
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"training.windows": 8}, "training.windows: 8 windows are more than the 7 steps of stage 0: each needs one"),
+        (
+            {"training.windows": 8},
+            "training.windows: 8 windows are more than the 7 steps of stage 0, and each needs one: give at most 7",
+        ),
         (
             {"training.windows": "auto"},
             "training.windows: auto makes boundaries fit into store.max_bytes, which is not",
