@@ -68,7 +68,7 @@ def _measure(options: argparse.Namespace) -> Section:
         "rates": rates,
         "vocab_size": config.model.vocab_size or prepare(config.data)[0].tokenizer.vocab_size,
     }
-    results = Results(options.results, setting)
+    results = Results(options.results, setting, options.dir)
     budgets: list[Budget] = [options.budget] if options.budget else list(BUDGETS)
     wanted = [(row, budget) for budget in budgets for row in rows if budget in row.budgets]
     found = [one for row, budget in wanted if (one := _row(results, row, budget, rates, options)) is not None]

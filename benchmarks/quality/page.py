@@ -40,7 +40,7 @@ def body(name: str, found: list[Result]) -> str:
         ]  # fmt: skip
         lines = (_cells(row, plain) for row in shown)
         pictures = "\n".join(
-            f"![{what}]({plot_name(name, what, budget)})" for what, of in PLOTS if _known(shown, of) > 1
+            f"![{what}]({plot_name(name, what, budget)})" for what, of, _, _ in PLOTS if _known(shown, of) > 1
         )
         parts.append(f"### {title[0].upper()}{title[1:]}\n\n{table(header, lines)}\n\n{pictures}")
     return "\n\n".join(parts)
@@ -51,7 +51,7 @@ def write_plots(docs: Path, name: str, found: list[Result]) -> None:
     plain = [row for row in found if row["name"] == PLAIN]
     for budget in BUDGETS:
         rows = _ordered([row for row in found if row["budget"] == budget], plain)
-        for (what, of), (axis, form) in zip(PLOTS, AXES, strict=True):
+        for what, of, axis, form in PLOTS:
             if _known(rows, of) > 1:
                 _plot(docs / plot_name(name, what, budget), rows, plain, of, axis, form)
 
@@ -121,10 +121,9 @@ def _known(rows: list[Result], of: Callable[[Result], float | None]) -> int:
     return sum(of(row) is not None for row in rows)
 
 
-PLOTS: tuple[tuple[str, Callable[[Result], float | None]], ...] = (("compute", _flops), ("memory", _memory))
-AXES: tuple[tuple[str, Callable[[float], str]], ...] = (
-    ("floating-point operations", words_flops),
-    ("peak memory", words.size),
+PLOTS: tuple[tuple[str, Callable[[Result], float | None], str, Callable[[float], str]], ...] = (
+    ("compute", _flops, "floating-point operations", words_flops),
+    ("memory", _memory, "peak memory", words.size),
 )
 
 

@@ -44,10 +44,11 @@ class Results:
     Args:
         path: Where it is.
         setting: What all runs share; results of another setting are refused.
+        directory: Where the temporary runs go; None: the system's temporary directory.
     """
 
-    def __init__(self, path: Path, setting: Result) -> None:
-        self.path, self.setting = path, setting
+    def __init__(self, path: Path, setting: Result, directory: str | None = None) -> None:
+        self.path, self.setting, self.directory = path, setting, directory
         self.runs: dict[str, Result] = {}
         self.memory: dict[str, int] = {}
         if path.exists():
@@ -60,7 +61,7 @@ class Results:
         """A trial's result; it is run where it is not there yet."""
         if trial.key not in self.runs:
             say(trial.key)
-            self.runs[trial.key] = _run(trial, self.setting)
+            self.runs[trial.key] = _run(trial, self.setting, self.directory)
             self._save()
         return self.runs[trial.key]
 
@@ -73,7 +74,7 @@ class Results:
         """
         if row.name not in self.memory:
             say(f"{row.name} | memory")
-            self.memory[row.name] = _memory(row, self.setting)
+            self.memory[row.name] = _memory(row, self.setting, self.directory)
             self._save()
         return self.memory[row.name]
 
@@ -91,7 +92,7 @@ def mean_loss(result: Result) -> float:
     return sum(losses) / len(losses)
 
 
-def _run(trial: Trial, setting: Result) -> Result:
+def _run(trial: Trial, setting: Result, directory: str | None) -> Result:
     config = configuration(
         setting["base"], trial.row, trial.budget, steps=setting["steps"], rate=trial.rate, seed=trial.seed
     )
@@ -105,8 +106,8 @@ def _run(trial: Trial, setting: Result) -> Result:
         figures = plain["evaluation"]
         own = {key: plain[key] for key in ("seconds", "rows")} | {"written": 0, "read": 0}
         return shared | own | _figures(figures) | {"flops": flops(config, setting["vocab_size"])}
-    with tempfile.TemporaryDirectory(prefix="stackwise-quality-", dir=setting.get("dir")) as directory:
-        run = RunDirectory(Path(directory) / "run")
+    with tempfile.TemporaryDirectory(prefix="stackwise-quality-", dir=directory) as temporary:
+        run = RunDirectory(Path(temporary) / "run")
         events: list[dict[str, Any]] = []
         figures = Runner(config, run, events.append).run()
         manifest = run.manifest()
@@ -120,12 +121,12 @@ def _run(trial: Trial, setting: Result) -> Result:
     return shared | own | _figures(figures) | {"flops": flops(config, setting["vocab_size"])}
 
 
-def _memory(row: Row, setting: Result) -> int:
+def _memory(row: Row, setting: Result, directory: str | None) -> int:
     config = configuration(setting["base"], row, "rows", steps=SHORT, rate=setting["rates"][0], seed=0)
     if row.name == PLAIN:
         return int(apart(train_plainly, config)["peak_memory_bytes"])
-    with tempfile.TemporaryDirectory(prefix="stackwise-quality-", dir=setting.get("dir")) as directory:
-        run = RunDirectory(Path(directory) / "run")
+    with tempfile.TemporaryDirectory(prefix="stackwise-quality-", dir=directory) as temporary:
+        run = RunDirectory(Path(temporary) / "run")
         with _started_by_themselves():
             Runner(config, run, lambda event: None).run()
         peaks: list[int] = [stage["peak_memory_bytes"] for stage in status(run)["stages"]]

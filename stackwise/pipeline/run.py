@@ -17,12 +17,15 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stackwise import durable
 from stackwise.config import StackWiseConfig
 from stackwise.durable import FileLock
 from stackwise.errors import NotFound, UsageError
+
+if TYPE_CHECKING:
+    from stackwise.pipeline.schedule import Stage
 
 FORMAT = 1
 PREPARING = "preparing"
@@ -234,3 +237,17 @@ STATUS_KEYS = (
     "wait_fraction",
     "peak_memory_bytes",
 )
+
+
+def pending(stage: Stage, steps: int) -> dict[str, Any]:
+    """A stage in the manifest before anything is known of it but the schedule."""
+    blocks = [stage.first, stage.last]
+    known = {
+        "depth": stage.depth,
+        "window": stage.window,
+        "blocks": blocks,
+        "state": "pending",
+        "step": 0,
+        "steps": steps,
+    }
+    return dict.fromkeys(STATUS_KEYS) | known

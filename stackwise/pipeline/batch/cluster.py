@@ -22,8 +22,8 @@ from stackwise.config.loading import dump
 from stackwise.durable import FileLock, read_json, write_bytes, write_json
 from stackwise.errors import BusyError, StackWiseError, UsageError
 from stackwise.pipeline.batch.job import StageJobCommand, is_alive
-from stackwise.pipeline.run import RunDirectory, job_file, job_state, with_absolute_paths
-from stackwise.pipeline.schedule import schedule
+from stackwise.pipeline.run import RunDirectory, job_file, job_state, pending, with_absolute_paths
+from stackwise.pipeline.schedule import Stage, schedule
 from stackwise.pipeline.tracking.trackers import check_installed
 from stackwise.store import ActivationStore
 
@@ -225,19 +225,9 @@ def committed(config: StackWiseConfig, run: RunDirectory) -> int:
     return done
 
 
-def _pending(config: StackWiseConfig, stage: Any) -> dict[str, Any]:
+def _pending(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
     """A stage in the manifest, before the first job has begun."""
-    steps = (config.stage_training(stage.depth).steps or 0) if config.windows == 1 else 0
-    return {
-        "depth": stage.depth,
-        "window": stage.window,
-        "blocks": [stage.first, stage.last],
-        "state": "pending",
-        "step": 0,
-        "steps": steps,
-        "recipe": None,
-        "reason": None,
-    }
+    return pending(stage, (config.stage_training(stage.depth).steps or 0) if config.windows == 1 else 0)
 
 
 if __name__ == "__main__":

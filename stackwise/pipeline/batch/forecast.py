@@ -16,7 +16,7 @@ from stackwise.pipeline.job import Source
 from stackwise.pipeline.planning.plan import Plan
 from stackwise.pipeline.planning.windows import gone, settle_windows
 from stackwise.pipeline.recipe import recipe_id
-from stackwise.pipeline.runner.foresight import committed_stage
+from stackwise.pipeline.runner.foresight import committed_stage, with_what_is_gone
 from stackwise.pipeline.runner.process import Worker
 from stackwise.pipeline.versions import Versions, add_versions, made
 from stackwise.store import ActivationStore
@@ -53,12 +53,7 @@ def forecast(plan: Plan, earlier: Collection[str] = ()) -> list[Outlook]:
         plan: The plan.
         earlier: The stages' keys of runs before it, which keep nothing that gives way to a later window's weights.
     """
-    again: set[str] = set()
-    while True:
-        found, lost = _forecast(plan, earlier, again)
-        if lost <= again:
-            return found
-        again |= lost
+    return with_what_is_gone(lambda again: _forecast(plan, earlier, again))
 
 
 def _forecast(plan: Plan, earlier: Collection[str], again: set[str]) -> tuple[list[Outlook], set[str]]:

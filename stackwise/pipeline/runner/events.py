@@ -15,7 +15,7 @@ from stackwise.errors import DamageError
 from stackwise.identity import content_id
 from stackwise.pipeline.planning.reasons import NEW, changed_settings, changes, words
 from stackwise.pipeline.recipe import Recipe, recipe_id
-from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.run import RunDirectory, pending
 from stackwise.pipeline.schedule import Stage
 from stackwise.store import BoundaryInfo, CommittedStage
 
@@ -253,20 +253,7 @@ class Manifest:
 
     def _pending(self, stage: Stage) -> dict[str, Any]:
         before = self._before.get((stage.depth, stage.window), {})
-        return {
-            "depth": stage.depth,
-            "window": stage.window,
-            "blocks": [stage.first, stage.last],
-            "state": "pending",
-            "step": 0,
-            "steps": self._plan.steps(stage),
-            "loss": None,
-            "trunk": None,
-            "weights": None,
-            "recipe": None,
-            "reason": None,
-            "wait_fraction": None,
-            "peak_memory_bytes": None,
+        return pending(stage, self._plan.steps(stage)) | {
             "held_out": None,
             "divergences": 0,
             # What it was last trained by, so that a later run can say what changed.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from stackwise.errors import DamageError
 from stackwise.pipeline.planning.plan import Plan
@@ -16,6 +17,7 @@ from stackwise.store import CommittedStage
 if TYPE_CHECKING:
     from stackwise.pipeline.runner.events import Manifest
 
+T = TypeVar("T")
 REUSED = "committed: the recipe is the same"
 AGAIN = "its weights gave way to a later window's, and are needed once more"
 
@@ -54,9 +56,18 @@ def foresee(plan: Plan, manifest: Manifest) -> list[Foreseen]:
         plan: The plan.
         manifest: The run's.
     """
+    return with_what_is_gone(lambda again: _foreseen(plan, manifest, again))
+
+
+def with_what_is_gone(look: Callable[[set[str]], tuple[list[T], set[str]]]) -> list[T]:
+    """The stages as they will be once what makes weights that are gone and asked for trains again.
+
+    Args:
+        look: From the recipes that train again to the stages, and the recipes whose weights are gone and asked for.
+    """
     again: set[str] = set()
     while True:
-        found, lost = _foreseen(plan, manifest, again)
+        found, lost = look(again)
         if lost <= again:
             return found
         again |= lost
