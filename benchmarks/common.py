@@ -114,14 +114,14 @@ def run_command(
         page: The page that `--write` writes; None: docs/benchmarks.md.
 
     Returns:
-        The exit code: 0, that of the error that a user caused, 1 for a lack of memory.
+        The exit code: 0, that of the error that a user caused, 1 for a lack of memory or what the system refuses.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         section = measure(given)
         if "--write" in given:
             write(section, _command(module, given), page)
-    except (StackWiseError, MemoryError) as error:
+    except (StackWiseError, MemoryError, OSError) as error:
         return _failed(module, error)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
@@ -143,6 +143,9 @@ def _failed(module: str, error: BaseException) -> int:
     if isinstance(error, StackWiseError):
         say(f"benchmarks.{module}: {error.message}" + (f"\n  {error.hint}" if error.hint else ""))
         return error.exit_code
+    if isinstance(error, OSError):
+        say(f"benchmarks.{module}: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return 1
     say(f"benchmarks.{module}: out of memory: {text[0] if text else type(error).__name__}")
     return 1
 

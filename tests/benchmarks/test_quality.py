@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality.__main__ import BASE
+from benchmarks.quality.__main__ import BASE, main
 from benchmarks.quality.page import body, write_plots
 from benchmarks.quality.rows import BUDGETS, PLAIN, ROWS, Budget, Row, configuration, flops, updated
 from stackwise.pipeline.schedule import schedule
@@ -62,3 +62,9 @@ def test_tables_and_plots_name_every_row(tmp_path: Path) -> None:
     assert shown.count(PLAIN) == 2
     write_plots(tmp_path, "quality", found)
     assert len(list(tmp_path.glob("*.svg"))) == 2 * len(BUDGETS)
+
+
+def test_a_directory_that_is_not_there_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--rows", "end to end", "--rates", "1e-3", "--seeds", "1", "--steps", "4"]
+    assert main([*arguments, "--results", str(tmp_path / "r.json"), "--dir", str(tmp_path / "nowhere")]) == 1
+    assert f"No such file or directory: {tmp_path / 'nowhere'}" in capsys.readouterr().err
