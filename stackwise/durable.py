@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from stackwise import files
 from stackwise.errors import BusyError, NoSpaceError
 
 TEMPORARY = ".tmp-"
@@ -77,6 +78,16 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         raise no_space(path) from error
 
 
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+READABLE = 0o666 & ~_umask()
+"""Permissions of a published file, read once: asking means setting it for a moment, which other threads would see."""
+
+
 def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     """Publish one file: `write` fills a temporary path beside `path`, which then takes its place.
 
@@ -89,6 +100,7 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
             write(temporary)
             fd = os.open(temporary, os.O_RDONLY)
             try:
+                os.fchmod(fd, READABLE)  # libraries make files for their user alone
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -114,10 +126,10 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        OSError: The file cannot be read.
+        OSError: The file cannot be read, or is no regular file.
         ValueError: It is not JSON.
     """
-    return json.loads(path.read_bytes())
+    return files.read_json(path)
 
 
 class FileLock:
@@ -145,8 +157,9 @@ class FileLock:
 
         Raises:
             BusyError: A live process holds it.
+            IrregularFile: The lock file is a link or no regular file.
         """
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = files.open_regular(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -190,7 +203,7 @@ def is_locked(path: Path, *, shared: bool = False) -> bool:
         shared: Count those who hold it beside others, too.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = files.open_regular(path)
     except OSError:
         return False
     try:

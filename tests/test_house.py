@@ -14,7 +14,9 @@ ROOT = Path(__file__).parent.parent / "stackwise"
 
 FLOORS = [
     {"errors", "identity", "version"},
-    {"durable", "config"},
+    {"files", "text"},
+    {"durable", "registry"},
+    {"config"},
     {"store", "data", "model", "objectives"},
     {"training", "evaluation", "inference"},
     {"pipeline"},
