@@ -25,7 +25,7 @@ import psutil
 from benchmarks.common import Result, parser, refuse, run_command, table
 from benchmarks.document import Section
 from stackwise.report import words
-from stackwise.report.history import PHASES, read_history
+from stackwise.report.facts import PHASES, read_history
 
 LOOK_SECONDS = 0.2
 """How often sizes are looked at."""

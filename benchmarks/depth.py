@@ -109,7 +109,7 @@ def carry_out(config: StackWiseConfig, directory: Path) -> Result:
     from stackwise.pipeline.recipe import boundary_bytes
     from stackwise.pipeline.runner.runner import Runner
     from stackwise.pipeline.schedule import schedule
-    from stackwise.report.history import PHASES, read_history
+    from stackwise.report.facts import PHASES, read_history
 
     prepare(config.data, model_vocab=config.model.vocab_size)  # not part of either's time
     run = RunDirectory(directory)

@@ -23,7 +23,7 @@ def write(run: RunDirectory) -> Path:
         NoSpaceError: The disk is full.
     """
     from stackwise import durable
-    from stackwise.report.collect import collect
+    from stackwise.report.facts import collect
     from stackwise.report.page import page
 
     durable.write_bytes(run.report_file, page(collect(run)).encode())

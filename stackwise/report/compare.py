@@ -15,7 +15,7 @@ from stackwise.errors import NotFound, StackWiseError
 from stackwise.pipeline.batch.grid import label, shown
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.report import words
-from stackwise.report.history import History, read_history
+from stackwise.report.facts import History, read_history
 
 PLACES = ("store.path", "data.cache_dir", "training.cache_dir")
 """Keys that say only where things are."""

@@ -1,13 +1,17 @@
-"""The page: its head, the key figures, the sections in order."""
+"""The page: its head, the key figures, and its sections: held-out text, training, disk and time, configuration."""
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from stackwise.report import held_out, storage, training, words
-from stackwise.report.collect import Facts
+from stackwise.report import words
+from stackwise.report.charts import Bar, Line, Points, bars, hue_of, line_chart, scroll, smooth, thin
+from stackwise.report.facts import BoundaryFacts, Facts, StageFacts
 from stackwise.version import __version__
 
 _HERE = Path(__file__).parent
@@ -18,11 +22,11 @@ def page(facts: Facts) -> str:
     body = "\n".join(
         [
             _header(facts),
-            *held_out.section(facts),
-            *training.section(facts),
-            *held_out.passage(facts),
-            *storage.section(facts),
-            *storage.configuration(facts),
+            *_held_out(facts),
+            *_training(facts),
+            *_passage(facts),
+            *_storage(facts),
+            *_configuration(facts),
         ]
     )
     style = (_HERE / "style.css").read_text(encoding="utf-8")
@@ -135,3 +139,366 @@ def _parameters(facts: Facts) -> int:
     ends = vocabulary * model.d_model * (1 if model.tie_embeddings else 2) + model.d_model
     positions = (model.max_seq_len or config.training.seq_len) * model.d_model if model.positions == "learned" else 0
     return model.n_blocks * model.block_parameters + ends + positions
+
+
+MANY = 16
+"""Of more stages than this, bits per byte is drawn as a line."""
+HOLES = re.compile(r"(?:\[MASK\])+")
+BASELINES = {"unigram": "unigram frequencies"}
+MADE = ("filled", "right", "wrong")
+"""Kinds of text that the rack made."""
+FIRST_STAGE = "first_stage"
+"""A baseline that is the first of the stages, and is called so there."""
+
+
+def _held_out(facts: Facts) -> list[str]:
+    """Held-out figures; nothing where there is no evaluation."""
+    result = facts.evaluation
+    if result is None or not result.get("loss"):
+        return []
+    stages = result.get("stages") or [result]
+    size = f"{words.count(result['tokens'])} tokens" if result.get("tokens") else "held-out text"
+    text = f" ({words.size(result['bytes'])} of text)" if result.get("bytes") else ""
+    exact = result.get("likelihood") == "exact"
+    kind = "the likelihood itself" if exact else "an upper bound, from the masked-diffusion likelihood"
+    if bounded(result):
+        kind += " (before the rack was made causal, an upper bound)"
+    spread = result.get("bits_per_byte_error")
+    error = f", standard error {spread:.3f}" if spread else ""
+    return [
+        "<h2>On held-out text</h2>",
+        f'<p class="soft">{size}{text} that no stage was trained on. Loss is in nats a masked token; bits per byte is '
+        f"{kind}{error}.</p>",
+        '<div class="pair">',
+        f"<section><h3>Loss by depth, at each masked share</h3>{_losses(stages)}</section>",
+        f"<section><h3>Bits per byte by depth</h3>{_bits(result, stages)}</section>",
+        "</div>",
+        _held_out_table(result, stages),
+    ]
+
+
+def bounded(result: Mapping[str, Any]) -> bool:
+    """Whether the rack's bits per byte are its likelihood, and those of stages before it bounds."""
+    kinds = [stage.get("likelihood") for stage in result.get("stages") or []]
+    return result.get("likelihood") == "exact" and "bound" in kinds
+
+
+def _losses(stages: list[dict[str, Any]]) -> str:
+    fractions = [key for key in stages[-1]["loss"] if stages[-1]["loss"][key] is not None]
+    lines = [
+        Line(
+            words.fraction(key),
+            [(float(i), s["loss"][key]) for i, s in enumerate(stages) if s.get("loss", {}).get(key) is not None],
+            hue_of(number, len(fractions)),
+            marked=True,
+        )
+        for number, key in enumerate(fractions)
+    ]
+    values = [y for line in lines for _, y in line.points]
+    return line_chart(
+        lines,
+        title="Held-out loss by depth",
+        x_label="stage",
+        y_label="nats",
+        y_range=_padded(min(values), max(values)),
+        x_ticks=[float(i) for i in range(len(stages))],
+        widths=(420,),
+        height=270,
+    )
+
+
+def _bits(result: dict[str, Any], stages: list[dict[str, Any]]) -> str:
+    known = [(i, s["bits_per_byte"]) for i, s in enumerate(stages) if s.get("bits_per_byte") is not None]
+    baselines = {
+        BASELINES.get(name, name.replace("_", " ")): figures["bits_per_byte"]
+        for name, figures in (result.get("baselines") or {}).items()
+        if name != FIRST_STAGE and figures.get("bits_per_byte") is not None
+    }
+    if not known:
+        return '<p class="soft">not measured: the data says nothing of its bytes</p>'
+    if len(known) > MANY:
+        values = [y for _, y in known] + list(baselines.values())
+        ends = (float(known[0][0]), float(known[-1][0]))
+        lines = [Line("", [(float(i), y) for i, y in known], 0.0, marked=True)]
+        lines += [Line(name.split()[0], [(x, y) for x in ends], None, dashed=True) for name, y in baselines.items()]
+        return line_chart(
+            lines,
+            title="Bits per byte by depth",
+            x_label="stage",
+            y_label="bits per byte",
+            y_range=_padded(min(values), max(values)),
+            x_ticks=[float(i) for i, _ in known],
+            widths=(420,),
+            height=270,
+        )
+    items = [Bar(name, y, f"{y:.3f}") for name, y in baselines.items()]
+    items += [
+        Bar(depth_name(i, len(stages)), y, f"{y:.3f}", hue=hue_of(i, len(stages)), hint=_gain(y, baselines))
+        for i, y in known
+    ]
+    return bars(items, name="depth", figure="bits per byte")
+
+
+def _gain(bits: float, baselines: Mapping[str, float]) -> str:
+    return "\n".join(f"{100 * (1 - bits / y):+.1f}% below {name}" for name, y in baselines.items() if y)
+
+
+def depth_name(depth: int, stages: int) -> str:
+    """What the rack up to a stage is called."""
+    if stages == 1:
+        return "the rack"
+    return f"stages 0–{depth}" if depth else "first stage only"
+
+
+def _held_out_table(result: dict[str, Any], stages: list[dict[str, Any]]) -> str:
+    fractions = list(stages[-1]["loss"])
+    head = "<th>bits/byte</th>" + "".join(f"<th>loss {words.fraction(f)}</th>" for f in fractions)
+    head += "".join(f"<th>accuracy {words.fraction(f)}</th>" for f in fractions)
+    rows = [
+        _held_out_row(depth_name(i, len(stages)), stage, fractions, "last" if i == len(stages) - 1 else "")
+        for i, stage in enumerate(stages)
+    ]
+    for name, figures in (result.get("baselines") or {}).items():
+        if name != FIRST_STAGE:
+            rows.append(_held_out_row(BASELINES.get(name, name.replace("_", " ")), figures, fractions, "aside"))
+    return scroll(
+        f'<table class="data"><thead><tr><th class="text">depth</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>",
+        len(rows),
+    )
+
+
+def _held_out_row(name: str, figures: Mapping[str, Any], fractions: list[str], kind: str) -> str:
+    bits, loss, accuracy = figures.get("bits_per_byte"), figures.get("loss") or {}, figures.get("accuracy") or {}
+    cells = [f"{bits:.3f}" if bits is not None else "–"]
+    cells += [f"{loss[f]:.3f}" if loss.get(f) is not None else "–" for f in fractions]
+    cells += [f"{100 * accuracy[f]:.1f}%" if accuracy.get(f) is not None else "–" for f in fractions]
+    shown = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<tr class="{kind}"><th scope="row" class="text">{escape(name)}</th>{shown}</tr>'
+
+
+def _passage(facts: Facts) -> list[str]:
+    """A held-out passage with holes, and as the rack filled them."""
+    fill = facts.history.fill
+    if not fill or not fill.get("before"):
+        return []
+    before = holes_marked(str(fill["before"]))
+    spans = fill.get("spans") or [[fill.get("after", ""), "given"]]
+    after = "".join(
+        f'<mark class="{kind}">{escape(str(text))}</mark>' if kind in MADE else escape(str(text))
+        for text, kind in spans
+    )
+    compared = any(kind in ("right", "wrong") for _, kind in spans)
+    legend = (
+        '<p class="soft">What the rack filled in: <mark class="right">as in the original</mark>, '
+        '<mark class="wrong">otherwise</mark>.</p>'
+    )
+    return [
+        "<h2>A held-out passage, filled in</h2>",
+        legend if compared else "",
+        '<div class="pair">',
+        f'<section><h3>Before</h3><pre class="passage">{before}</pre></section>',
+        f'<section><h3>After</h3><pre class="passage">{after}</pre></section>',
+        "</div>",
+    ]
+
+
+def holes_marked(before: str) -> str:
+    """A text with holes as HTML: runs of holes are marked as one, with their count."""
+    shown, at = "", 0
+    for match in HOLES.finditer(before):
+        count = match.group().count("[MASK]")
+        name = f"{words.plural(count, 'token')} masked"
+        shown += f'{escape(before[at : match.start()])}<mark class="hole" data-tip="{name}">{"▒" * count}</mark>'
+        at = match.end()
+    return shown + escape(before[at:])
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+    return max(0.0, low - room), high + room
+
+
+RAW, SMOOTHED = 300, 160
+"""Points kept of a stage's raw and smoothed losses."""
+SETTLED = 0.15
+"""Share of a stage's steps after which its loss has come into the picture."""
+
+
+def _training(facts: Facts) -> list[str]:
+    """Loss by stage and step, and what each stage did."""
+    if not facts.stages:
+        return ["<h2>Training</h2>", '<p class="soft">No stage has begun yet.</p>']
+    return ["<h2>Training</h2>", *_curves(facts), _stages(facts), *_fusions(facts)]
+
+
+def _curves(facts: Facts) -> list[str]:
+    curves, told, depths = _by_depth(facts.stages)
+    if not curves:
+        return []
+    lines = [
+        Line(
+            f"stage {depth}",
+            thin(smooth(curve, max(5.0, len(curve) / 10)), SMOOTHED),
+            hue_of(depth, depths),
+            faint=thin(curve, RAW),
+        )
+        for depth, curve in curves.items()
+    ]
+    lines += [
+        Line(f"held out {depth}", told[depth], hue_of(depth, depths), faint=[], dashed=True)
+        for depth in curves
+        if told[depth]
+    ]
+    held_out = " Dashed: the mean loss on held-out rows." if any(told[depth] for depth in curves) else ""
+    return [
+        '<p class="soft">Loss in nats on the rows of each stage, by its step; the line is a running mean. The first '
+        f"steps may lie above the frame.{held_out}</p>",
+        "<figure style='margin:8px 0'>",
+        line_chart(
+            lines,
+            title="Loss by stage and step",
+            x_label="step",
+            y_label="nats",
+            y_range=_range(lines),
+        ),
+        "</figure>",
+    ]
+
+
+def _by_depth(stages: list[StageFacts]) -> tuple[dict[int, Points], dict[int, Points], int]:
+    """Losses and held-out losses of each depth that has some, window after window, and how many depths there are."""
+    curves: dict[int, Points] = {}
+    told: dict[int, Points] = {}
+    before: dict[int, int] = {}
+    for stage in stages:
+        first = before.get(stage.depth, 0)
+        curves.setdefault(stage.depth, []).extend((first + step, loss) for step, loss in stage.curve)
+        told.setdefault(stage.depth, []).extend((first + step, loss) for step, loss in stage.held_out)
+        before[stage.depth] = first + stage.steps
+    return {depth: curve for depth, curve in curves.items() if len(curve) > 1}, told, len(before)
+
+
+def _range(lines: list[Line]) -> tuple[float, float]:
+    """Where the settled parts of the curves lie, with room for most of their noise."""
+    settled: Points = []
+    for line in lines:
+        settled += line.points[int(SETTLED * len(line.points)) :]
+    noise = sorted(y for line in lines for _, y in (line.faint or [])[int(0.2 * len(line.faint or [])) :])
+    low, high = min(y for _, y in settled), max(y for _, y in settled)
+    low = min(low, noise[len(noise) // 20]) if noise else low
+    room = 0.06 * (high - low) or 0.1
+    return max(0.0, low - room), high + room
+
+
+def _stages(facts: Facts) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("steps", "loss", "tokens/s", "waiting", "peak memory", "time"))
+    several = any(stage.window for stage in facts.stages)
+    rows = "".join(_stage_row(stage, several) for stage in facts.stages)
+    return scroll(
+        '<table class="data"><thead><tr><th class="text">stage</th><th class="text">blocks</th>'
+        f'<th class="text">state</th>{head}<th class="text">recipe</th><th class="text">why</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table>",
+        len(facts.stages),
+    ) + ('<p class="soft">“Waiting” is the share of its training that a stage waited for data.</p>')
+
+
+def _stage_row(stage: StageFacts, several: bool) -> str:
+    label = f"{stage.depth}, window {stage.window}" if several else str(stage.depth)
+    recipe = f'<span class="mono" data-tip="{_ids(stage)}">{escape(stage.recipe[:8])}</span>' if stage.recipe else "–"
+    figures = [
+        f"{stage.step:,}/{stage.steps:,}" if stage.step != stage.steps else f"{stage.steps:,}",
+        f"{stage.loss:.3f}" if stage.loss is not None else "–",
+        words.count(stage.tokens_per_second) if stage.tokens_per_second else "–",
+        words.percent(stage.wait_fraction) if stage.wait_fraction is not None else "–",
+        words.size(stage.peak_memory_bytes) if stage.peak_memory_bytes else "–",
+        words.duration(stage.seconds) if stage.seconds else "–",
+    ]
+    return (
+        f'<tr><th scope="row" class="text">{label}</th><td class="text">{words.span(*stage.blocks)}</td>'
+        f'<td class="text"><span class="state {escape(stage.state)}">{escape(stage.state)}</span></td>'
+        f"{''.join(f'<td>{cell}</td>' for cell in figures)}"
+        f'<td class="text">{recipe}</td><td class="text why">{escape(stage.reason or "")}</td></tr>'
+    )
+
+
+def _ids(stage: StageFacts) -> str:
+    named = (("recipe", stage.recipe), ("reads trunk", stage.trunk or "tokens"), ("weights", stage.weights))
+    return escape("\n".join(f"{name} {value}" for name, value in named if value))
+
+
+def _fusions(facts: Facts) -> list[str]:
+    """What adaptive fusion found out: the gain of each section in each round, and which was trained."""
+    shown = []
+    for stage in facts.stages:
+        for number, each in enumerate((stage.fusion or {}).get("rounds", []), 1):
+            gains = "".join(
+                f'<tr class="{"last" if probe["blocks"] == each["chosen"] else ""}"><th scope="row" class="text">'
+                f"{words.span(*probe['blocks'])}</th><td>{probe['nats']:.4f}</td><td>{probe['gain']:+.4f}</td></tr>"
+                for probe in each["probes"]
+            )
+            done = f"blocks {words.span(*each['chosen'])}, then {each['nats']:.4f}"
+            done += "" if each["kept"] else ", not kept"
+            shown.append(
+                f"<h3>Stage {stage.depth}, round {number}: {done}</h3>"
+                '<table class="data"><thead><tr><th class="text">unfrozen</th><th>held-out loss</th><th>gain</th>'
+                f"</tr></thead><tbody>{gains}</tbody></table>"
+            )
+    return shown
+
+
+def _storage(facts: Facts) -> list[str]:
+    """Bytes by boundary, and time by phase."""
+    parts = []
+    if facts.boundaries:
+        parts.append(f"<section><h3>Bytes by boundary</h3>{_boundaries(facts)}{_store(facts)}</section>")
+    if any(facts.history.phases.values()):
+        parts.append(f"<section><h3>Time by phase</h3>{_phases(facts)}</section>")
+    return ["<h2>Disk and time</h2>", '<div class="pair">', *parts, "</div>"] if parts else []
+
+
+def _boundaries(facts: Facts) -> str:
+    def bar(item: BoundaryFacts) -> Bar:
+        there = item.state != "dropped"
+        hint = f"{item.id}\n{item.codec}, {item.state}" + (
+            f"\n{' × '.join(map(str, item.shape))}" if item.shape else ""
+        )
+        more = item.codec if item.state == "complete" else f"{item.codec}, {item.state}"
+        hue = hue_of(item.depth, len(facts.stages)) if there else None
+        return Bar(f"boundary {item.depth}", item.bytes, words.size(item.bytes), more, hue, hint)
+
+    shown = bars([bar(item) for item in facts.boundaries], name="boundary", figure="bytes")
+    return scroll(shown, len(facts.boundaries))
+
+
+def _store(facts: Facts) -> str:
+    if facts.store_bytes is None:
+        return '<p class="soft">The store could not be opened; these figures are from the log.</p>'
+    written = sum(item.bytes for item in facts.boundaries)
+    used = facts.store_bytes
+    text = (
+        f"The run wrote {words.size(written)} of activations. Its store holds {words.size(used['boundaries'])} of them"
+    )
+    return f'<p class="soft">{text}, and {words.size(used["stages"])} of committed weights.</p>'
+
+
+def _phases(facts: Facts) -> str:
+    phases = facts.history.phases
+    total = sum(phases.values())
+    items = [
+        Bar(name, seconds, words.duration(seconds), words.percent(seconds / total), hue=None if n == 4 else 0.0)
+        for n, (name, seconds) in enumerate(phases.items())
+        if seconds > 0
+    ]
+    data = facts.history.data
+    note = '<p class="soft">The data was prepared before; it was reused.</p>' if data and data.get("reused") else ""
+    return bars(items, name="phase", figure="time") + note
+
+
+def _configuration(facts: Facts) -> list[str]:
+    """The resolved configuration."""
+    return [
+        "<h2>Configuration</h2>",
+        '<p class="soft">As it was run, every value resolved.</p>',
+        f'<details><summary>Show it</summary><pre class="yaml">{escape(facts.yaml)}</pre></details>',
+    ]

@@ -21,9 +21,8 @@ from stackwise.evaluation import evaluate
 from stackwise.inference.export import load_rack as load_export
 from stackwise.objectives import CLMObjective
 from stackwise.pipeline.committed.generate import Sampling, generate
-from stackwise.pipeline.committed.heal import recomputer
 from stackwise.pipeline.committed.load import load_rack
-from stackwise.pipeline.committed.use import export_run, held_out_samples
+from stackwise.pipeline.committed.use import export_run, held_out_samples, recomputer
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.schedule import schedule

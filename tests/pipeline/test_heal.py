@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from stackwise.cli import main
 from stackwise.config import StackWiseConfig
 from stackwise.errors import NoSpaceError
-from stackwise.pipeline.committed.heal import recomputer
+from stackwise.pipeline.committed.use import recomputer
 from stackwise.pipeline.run import RunDirectory
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run

@@ -15,9 +15,8 @@ from stackwise.inference import load_rack as load_export
 from stackwise.inference import read_export
 from stackwise.model import StageModules
 from stackwise.pipeline.committed.generate import Sampling, generate
-from stackwise.pipeline.committed.heal import recomputer
 from stackwise.pipeline.committed.load import load_rack
-from stackwise.pipeline.committed.use import evaluate_rack, export_rack
+from stackwise.pipeline.committed.use import evaluate_rack, export_rack, recomputer
 from stackwise.pipeline.run import RunDirectory
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run

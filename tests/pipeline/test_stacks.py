@@ -19,9 +19,8 @@ from stackwise.evaluation import StageModules
 from stackwise.inference.export import load_rack as load_export
 from stackwise.model.lora import Adapter
 from stackwise.model.quantized import QuantizedLinear
-from stackwise.pipeline.committed.heal import recomputer
 from stackwise.pipeline.committed.load import CommittedRack, load_rack
-from stackwise.pipeline.committed.use import evaluate_rack, export_run
+from stackwise.pipeline.committed.use import evaluate_rack, export_run, recomputer
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.store import ActivationStore, CommittedStage

@@ -419,8 +419,8 @@ def test_the_schedule_and_the_state_name_windows(finished: Finished) -> None:
     from stackwise.cli.views.schedule import listing
     from stackwise.cli.views.state import RunView
     from stackwise.cli.views.wording import wording
-    from stackwise.report.collect import collect
-    from stackwise.report.training import section
+    from stackwise.report.facts import collect
+    from stackwise.report.page import page
 
     config, directory, events = finished
     assert [(row["depth"], row["window"]) for row in listing(config)] == [(d, w) for w in range(3) for d in range(3)]
@@ -440,7 +440,7 @@ def test_the_schedule_and_the_state_name_windows(finished: Finished) -> None:
     assert "stages 0–2, windows 0–1: train, 2 steps" in said
     facts = collect(RunDirectory(directory))
     assert [len(stage.curve) for stage in facts.stages] == [row["steps"] for row in plan["stages"]]
-    assert "1, window 2" in "".join(section(facts))
+    assert "1, window 2" in page(facts)
     assert {facts.depth for facts in facts.boundaries} == {1, 2}
 
 

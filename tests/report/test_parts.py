@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stackwise.report import words
-from stackwise.report.curves import label, smooth, spread, thin, ticks
-from stackwise.report.held_out import holes_marked
+from stackwise.report.charts import label, smooth, spread, thin, ticks
+from stackwise.report.page import holes_marked
 
 
 @pytest.mark.parametrize(

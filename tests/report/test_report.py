@@ -111,7 +111,7 @@ def test_a_finished_run(made: HandMade) -> None:
 def test_time_by_phase(made: HandMade) -> None:
     complete(made)
     made.save()
-    from stackwise.report.history import read_history
+    from stackwise.report.facts import read_history
 
     phases = read_history(made.run.events_file).phases
     assert phases["preparation"] == 4.0
@@ -129,7 +129,7 @@ def test_the_time_between_two_sittings_is_nobodys(made: HandMade) -> None:
     made.time += 50_000.0  # killed here
     made.device()
     made.event("done", seconds=0.0, evaluation=None)
-    from stackwise.report.history import read_history
+    from stackwise.report.facts import read_history
 
     history = read_history(made.run.events_file)
     assert sum(history.phases.values()) < 10
@@ -143,7 +143,7 @@ def test_steps_told_twice_count_once_and_another_recipe_starts_anew(made: HandMa
     made.stage(0, "running", 40)
     made.stages.clear()
     made.stage(0, "running", 20)
-    from stackwise.report.history import read_history
+    from stackwise.report.facts import read_history
 
     assert [x for x, _ in read_history(made.run.events_file).curves[0].points] == list(range(1, 41))
     made.event("training", stage=0, recipe="f" * 32, reason="changed", steps=60, trunk=None)

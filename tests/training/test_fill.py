@@ -13,7 +13,7 @@ from stackwise.config import ModelConfig
 from stackwise.config.model import ArchitectureConfig
 from stackwise.model import build_block, build_front
 from stackwise.objectives import MaskDiffusionObjective
-from stackwise.pipeline.library.samples import LoadedSamples
+from stackwise.pipeline.library import LoadedSamples
 from stackwise.store import CODECS, ActivationStore, RowOrder
 from stackwise.training import fill, forward
 from stackwise.training.feed import Feed

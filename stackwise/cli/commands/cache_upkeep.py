@@ -56,7 +56,7 @@ def _recompute(run: str | None) -> Recompute:
     """Recomputes from a run's weights; torch and the weights are loaded when a chunk is asked for, not before."""
 
     def recompute(info: BoundaryInfo, chunks: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        from stackwise.pipeline.committed.heal import recomputer
+        from stackwise.pipeline.committed.use import recomputer
         from stackwise.store import ActivationStore
 
         directory = find_run(run)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from stackwise.cli.output import plain, table
 from stackwise.report import words
-from stackwise.report.held_out import FIRST_STAGE, bounded, depth_name
+from stackwise.report.page import FIRST_STAGE, bounded, depth_name
 
 MADE = {"filled": "bold cyan", "right": "bold green", "wrong": "underline yellow"}
 """How text that the rack made is shown: as such, as it stood in the original, otherwise than there."""

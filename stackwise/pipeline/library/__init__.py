@@ -1,10 +1,401 @@
-"""Stage-by-stage training of anyone's layers, in this process: the same trainer, store and recipes as `stackwise run`.
+"""Training of layers of one's own, stage by stage and in this process: trainer, store and recipes of `stackwise run`.
 
 trainer = UnifiedTrainer(config)
 trainer.train_all_layers(dataloader, layers)
 """
 
-from stackwise.pipeline.library.stages import StageResult
-from stackwise.pipeline.library.trainer import UnifiedTrainer
+from __future__ import annotations
 
-__all__ = ["StageResult", "UnifiedTrainer"]
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.fields import changed
+from stackwise.config.loading import dump
+from stackwise.data import sample_ids
+from stackwise.errors import UsageError
+from stackwise.identity import digest
+from stackwise.model import Front, Head, build_front, build_head, part_digest
+from stackwise.objectives import Objective
+from stackwise.pipeline.build import objective_of, parts_of
+from stackwise.pipeline.device import describe, resolve_device
+from stackwise.pipeline.job import Source, StageJob
+from stackwise.pipeline.recipe import codec_name, forward_specification, recipe_id, stage_recipe, stage_span, trunk_id
+from stackwise.pipeline.rows import choose_samples, put_rows
+from stackwise.pipeline.schedule import HEAD, Stage, schedule
+from stackwise.pipeline.worker.boundary import write_above
+from stackwise.pipeline.worker.training import train_stage
+from stackwise.store import ActivationStore, CommittedStage
+from stackwise.training.feed import Feed
+from stackwise.training.stage import StageModel
+
+Batch = torch.Tensor | Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
+Batches = Iterable[Batch]
+
+
+class LoadedSamples:
+    """Samples of equal length in memory or memory-mapped, in the shape that training reads a split in.
+
+    Args:
+        tokens_NS: Token ids.
+        targets_NS: The data's own targets, -100 where none; for the custom objective.
+    """
+
+    def __init__(self, tokens_NS: np.ndarray, targets_NS: np.ndarray | None = None) -> None:
+        self._tokens_NS, self._targets_NS = tokens_NS, targets_NS
+        self._ids: np.ndarray | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in a sample."""
+        return int(self._tokens_NS.shape[1])
+
+    def n_samples(self, seq_len: int) -> int:
+        """How many samples there are."""
+        self._check(seq_len)
+        return len(self._tokens_NS)
+
+    def samples(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
+        """Token ids int64 [n, seq_len]."""
+        self._check(seq_len)
+        return np.asarray(self._tokens_NS[indices], dtype=np.int64)
+
+    def sample_ids(self, seq_len: int) -> np.ndarray:
+        """Ids uint8 [N, 16]."""
+        self._check(seq_len)
+        if self._ids is None:
+            self._ids = sample_ids(self._tokens_NS)
+        return self._ids
+
+    def segments(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
+        """Each sample is one document: zeros int32 [n, seq_len]."""
+        return np.zeros((len(indices), seq_len), dtype=np.int32)
+
+    def targets(self, indices: np.ndarray, seq_len: int) -> np.ndarray | None:
+        """The data's own targets int64 [n, seq_len], where it brings them."""
+        return None if self._targets_NS is None else self._targets_NS[indices].astype(np.int64)
+
+    def targets_digest(self) -> str | None:
+        """Digest of the targets."""
+        return None if self._targets_NS is None else digest(np.ascontiguousarray(self._targets_NS))
+
+    @classmethod
+    def from_batches(cls, batches: Batches) -> LoadedSamples:
+        """Gather a data loader's batches: tensors of ids [B, S], or mappings with `input_ids` (and `targets`).
+
+        Raises:
+            UsageError: A batch is of another shape, or there is none.
+        """
+        tokens: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        for batch in batches:
+            ids, own = _ids_of(batch)
+            if ids.ndim != 2 or ids.is_floating_point() or (tokens and ids.shape[1] != tokens[0].shape[1]):
+                raise UsageError(f"a batch must be token ids [batch, seq] of one length, not {tuple(ids.shape)}")
+            tokens.append(ids.cpu().numpy().astype(np.uint32))
+            if own is not None:
+                targets.append(own.cpu().numpy().astype(np.int64))
+        if not tokens:
+            raise UsageError("the data loader gave no batch")
+        return cls(np.concatenate(tokens), np.concatenate(targets) if targets else None)
+
+    def _check(self, seq_len: int) -> None:
+        if self._tokens_NS.shape[1] != seq_len:
+            raise UsageError(f"samples of {self._tokens_NS.shape[1]} tokens, but training.seq_len is {seq_len}")
+
+
+def _ids_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if isinstance(batch, torch.Tensor):
+        return batch, None
+    if isinstance(batch, Mapping):
+        if "input_ids" not in batch:
+            raise UsageError(f"a batch needs `input_ids`; it has {', '.join(map(str, batch))}")
+        return batch["input_ids"], batch.get("targets")
+    if not isinstance(batch, list | tuple) or not batch:
+        raise UsageError(f"a batch must be token ids or a mapping with `input_ids`, not {type(batch).__name__}")
+    return batch[0], batch[1] if len(batch) > 1 else None
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How a stage ended: its loss over the last steps in nats, and whether it was trained or found committed."""
+
+    depth: int
+    blocks: tuple[int, int]
+    loss: float
+    steps: int
+    reused: bool
+    recipe: str
+
+
+class StagesInProcess:
+    """One pass over the schedule.
+
+    Args:
+        config: With every `auto` settled.
+        data: The samples.
+        store: Where boundaries and committed stages go.
+        objective: Of every stage.
+        vocab_size: Token ids there are.
+        mask_token: The id that stands for a masked token.
+        device: What computes.
+        observe: Told every event.
+    """
+
+    def __init__(
+        self,
+        config: StackWiseConfig,
+        data: LoadedSamples,
+        store: ActivationStore,
+        objective: Objective,
+        vocab_size: int,
+        mask_token: int,
+        device: torch.device,
+        observe: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.config, self.data, self.store, self.objective = config, data, store, objective
+        self.vocab_size, self.mask_token, self.device, self.observe = vocab_size, mask_token, device, observe
+        self.digests: dict[str, str] = {}
+
+    def stage(self, stage: Stage, front: nn.Module, layers: Sequence[nn.Module], heads: list[Head]) -> StageResult:
+        """Train one stage, or take its committed weights; then write the boundary above it."""
+        config = self.config
+        if stage.held:
+            raise UsageError(
+                f"stage {stage.depth}: layers of your own train in their own precision, without adapters",
+                hint="set trunk_strategy: frozen, cache_activations: true and new_stack_precision: full",
+            )
+        model = self._model(stage, front, layers, heads)
+        parts = parts_of(model, stage)
+        rowset, rows = put_rows(config, self.data, self.store, stage.rowset)
+        initial = {name: part_digest(module) for name, module in parts.items()}
+        below, through = self._forward(layers[: stage.first], front), self._forward(layers[: stage.last + 1], front)
+        trunk = trunk_id(below, [self.digests[p] for p in stage.trunk], {}) if stage.reads_boundary else None
+        span = stage_span(config, stage, rows)
+        recipe = stage_recipe(
+            config,
+            stage,
+            forward=through,
+            rows=rows,
+            rowset=rowset,
+            span=span,
+            initial=initial,
+            trunk=trunk,
+            targets=self.data.targets_digest() if config.objective == "custom" else None,
+        )
+        job = StageJob(
+            config=dump(config),
+            stage=stage,
+            store=str(self.store.path),
+            data="",
+            vocab_size=self.vocab_size,
+            mask_token=self.mask_token,
+            device=str(self.device),
+            checkpoints=str(self.store.path.parent / "checkpoints" / recipe_id(recipe)),
+            recipe=recipe,
+            recipe_id=recipe_id(recipe),
+            forward=through,
+            rows=rows,
+            rowset=rowset,
+            rowset_number=stage.rowset,
+            span=span,
+            initial={name: Source() for name in parts},
+            embedding=None,
+            trunk_digests=[self.digests[part] for part in stage.trunk],
+            train=True,
+            reads=None,
+            writes=False,
+        )
+        committed = self.store.stage(job.recipe_id)
+        reused = committed is not None
+        model.to(self.device)
+        with self._feed(stage, rowset, trunk) as feed:
+            if committed is None:
+                train_stage(job, config, model, feed, self.store, self.device, self.observe, lambda: False)
+                committed = self.store.stage(job.recipe_id)
+                assert committed is not None
+            else:
+                self.observe({"event": "reused", "stage": stage.depth, "recipe": job.recipe_id})
+                for name in stage.trains:
+                    parts[name].load_state_dict(load_file(committed.path(name)))
+            self.digests |= committed.record["parts"]
+            self._hand_on(job, model, feed)
+        return _result(stage, committed, reused)
+
+    def _forward(self, layers: Sequence[nn.Module], front: nn.Module) -> dict[str, Any]:
+        """The forward specification of a trunk: anyone's layers are told apart by class and printed form."""
+        code = [f"{type(m).__module__}.{type(m).__qualname__}: {m}" for m in (front, *layers)]
+        return {**forward_specification(self.config, self.vocab_size, self.mask_token), "layers": code}
+
+    def _model(self, stage: Stage, front: nn.Module, layers: Sequence[nn.Module], heads: list[Head]) -> StageModel:
+        config = self.config
+        tied = config.model.tie_embeddings and isinstance(front, Front)
+        embedding = front.embedding.weight if tied and isinstance(front, Front) else None
+        reads = stage.reads_boundary
+        head = build_head(
+            config.model,
+            self.vocab_size,
+            config.seed,
+            embedding.detach().clone() if embedding is not None and reads else embedding,
+        )
+        if reads and config.training.tied_head == "copy":
+            head.untie()
+        if heads:
+            below = heads[-1].state_dict()
+            head.load_state_dict({**head.state_dict(), **below})
+        heads.append(head)
+        blocks = [layers[index] for index in range(stage.first, stage.last + 1)]
+        model = StageModel(None if reads else front, blocks, head, self.objective, config.precision)
+        for name, module in parts_of(model, stage).items():
+            module.requires_grad_(name in stage.trains)
+        return model
+
+    @contextlib.contextmanager
+    def _feed(self, stage: Stage, rowset: str, trunk: str | None) -> Iterator[Feed]:
+        with contextlib.ExitStack() as stack:
+            reader = None
+            if trunk is not None:
+                info = self.store.find(trunk=trunk, rowset=rowset, codec=codec_name(self.config.store))
+                assert info is not None, "the stage below has written its boundary"
+                reader = stack.enter_context(self.store.reader(info.id))
+            yield Feed(
+                self.data,
+                self.config.training.seq_len,
+                choose_samples(self.config, self.data, stage.rowset),
+                self.store,
+                self.store.rowset(rowset),
+                reader,
+                targets=self.config.objective == "custom",
+            )
+
+    def _hand_on(self, job: StageJob, model: StageModel, feed: Feed) -> None:
+        """The boundary above, where a stage follows that reads it."""
+        stages = schedule(self.config)
+        above = job.stage.depth + 1
+        if above < len(stages) and stages[above].reads_boundary:
+            digests = [self.digests[name] for name in parts_of(model, job.stage) if name != HEAD]
+            write_above(job, self.config, [model], feed, self.store, digests, self.device, self.observe, lambda: False)
+        model.to("cpu")
+
+
+def _result(stage: Stage, committed: CommittedStage, reused: bool) -> StageResult:
+    losses = [loss for loss in committed.record["losses"][-20:] if loss is not None]
+    loss = sum(losses) / max(len(losses), 1)
+    return StageResult(
+        stage.depth, (stage.first, stage.last), loss, committed.record["steps"], reused, committed.recipe
+    )
+
+
+class UnifiedTrainer:
+    """Trains layers stage by stage through a store, by `config.training.mode` and `block_size`.
+
+    Args:
+        config: `model.vocab_size` and `model.d_model` describe the front and the head; the layers are yours.
+        store: The store's directory; None: `store.path` (or `training.cache_dir`), else runs/<name>/store.
+        front: Token ids [B, S] to [B, S, d_model]; None: one by the configuration.
+        observe: Told every event, as `stackwise run --json` prints them.
+
+    Raises:
+        ConfigError: The configuration contradicts itself.
+    """
+
+    def __init__(
+        self,
+        config: StackWiseConfig,
+        *,
+        store: str | Path | None = None,
+        front: nn.Module | None = None,
+        observe: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.config = config.model_copy(deep=True).validate()
+        self.front = front
+        self.heads: list[Head] = []
+        home = Path("runs") / self.config.name
+        self.store_path = Path(store or self.config.store.path or home / "store")
+        self._observe = observe or (lambda event: None)
+
+    def train_all_layers(self, dataloader: Batches, layers: Sequence[nn.Module]) -> list[StageResult]:
+        """Train the layers, lowest stage first; afterwards they hold the trained weights.
+
+        Args:
+            dataloader: Batches of token ids [B, S], or mappings with `input_ids` (and, for custom, `targets`).
+            layers: Any modules from [batch, seq, d_model] to the same.
+
+        Returns:
+            A result for each stage. A stage whose recipe is committed is not trained again.
+
+        Raises:
+            UsageError: Data, layers and configuration do not fit each other.
+        """
+        config, self.heads = self._sized(len(layers)), []
+        if any(config.stage_training(depth).eval_every for depth in range(config.n_stages)):
+            raise UsageError(
+                "training.eval_every: a data loader brings no held-out rows",
+                hint="leave it out here; `stackwise run` evaluates inside its stages",
+            )
+        self._check_schedule(config)
+        data = LoadedSamples.from_batches(dataloader)
+        if "seq_len" not in config.training.model_fields_set:
+            config.training.seq_len = data.length
+            config.validate()
+        vocab_size, mask_token = self._vocabulary(config, data)
+        device = resolve_device(config.device)
+        if config.precision == "auto":
+            config.precision = describe(device)["precision"]
+        front = self.front or build_front(config.model, vocab_size, config.seed, config.training.seq_len)
+        self.front = front
+        objective = objective_of(config, mask_token, vocab_size, schedule(config)[0])
+        with ActivationStore(self.store_path) as store:
+            run = StagesInProcess(config, data, store, objective, vocab_size, mask_token, device, self._observe)
+            return [run.stage(stage, front, layers, self.heads) for stage in schedule(config)]
+
+    def _check_schedule(self, config: StackWiseConfig) -> None:
+        """Refuse schedules that need more than layers one above the other; say which settings are unused here."""
+        training, hint = config.training, "leave it out here; `stackwise run` has it"
+        stages = schedule(config)
+        if any(stage.beyond for stage in stages):
+            raise UsageError(f"training.lookahead: {training.lookahead} is not for layers of your own", hint=hint)
+        if training.windows != 1 and config.has_windows:
+            raise UsageError(f"training.windows: {training.windows or 'auto'} is not for layers of your own", hint=hint)
+        if config.fusions:
+            raise UsageError(f"training.fusion: {training.fusion.strategy} is not for layers of your own", hint=hint)
+        if config.finds_block_size:
+            raise UsageError("training.block_size: auto is not for layers of your own", hint="give a number")
+        if config.adapts:
+            raise UsageError("training.adaptation: layers of your own are told no direction of attention", hint=hint)
+        # A stage above tokens must hold all blocks from the lowest on, and train them.
+        if any(not (s.reads_boundary or (s.first == 0 and set(s.holds) == set(s.trains))) for s in stages):
+            raise UsageError("independent and prepended stages are not for layers of your own", hint=hint)
+        for key in ("fuse_passes", "every"):
+            if key in changed(config.store):
+                self._observe({"event": "note", "text": f"store.{key} is unused: boundaries are stored as stages end"})
+
+    def _sized(self, n_layers: int) -> StackWiseConfig:
+        if not n_layers:
+            raise UsageError("there are no layers to train")
+        config = self.config.model_copy(deep=True)
+        config.model.architecture.n_stacks, config.model.architecture.blocks_per_stack = n_layers, 1
+        return config.validate()
+
+    def _vocabulary(self, config: StackWiseConfig, data: LoadedSamples) -> tuple[int, int]:
+        tokens = data.samples(np.arange(data.n_samples(config.training.seq_len)), config.training.seq_len)
+        size = config.model.vocab_size
+        if size is None:
+            raise UsageError("model.vocab_size: a data loader says no vocabulary, so the configuration must")
+        if tokens.max() >= size:
+            raise UsageError(f"model.vocab_size {size} does not fit the data, which has token {tokens.max()}")
+        mask = size - 1 if config.training.mask_token_id is None else config.training.mask_token_id
+        if config.objective != "clm" and (tokens == mask).any():
+            raise UsageError(
+                f"the mask token {mask} occurs in the data",
+                hint="set training.mask_token_id to an id that the data cannot contain (raise model.vocab_size by one)",
+            )
+        return size, mask
