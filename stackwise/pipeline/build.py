@@ -19,9 +19,8 @@ from stackwise.model.lora import adapter_parameters, adapter_state, add_adapters
 from stackwise.model.numerics import COMPUTE
 from stackwise.model.quantized import PACKED, quantize
 from stackwise.objectives import AdaptationObjective, Objective, make_objective
-from stackwise.pipeline.holding import ADAPTER, PLAIN, Holding, adapter_part
 from stackwise.pipeline.job import Frozen, Source, StageJob
-from stackwise.pipeline.schedule import FRONT, HEAD, Stage
+from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat, Stage, adapter_part
 from stackwise.training.stage import StageModel
 
 M = TypeVar("M", bound=nn.Module)
@@ -53,7 +52,7 @@ def make_front(config: StackWiseConfig, vocab_size: int, source: Source) -> Fron
 
 
 def make_block(
-    config: StackWiseConfig, part: str, sources: Mapping[str, Source], how: Holding = PLAIN, *, packed: bool = False
+    config: StackWiseConfig, part: str, sources: Mapping[str, Source], how: BlockFormat = PLAIN, *, packed: bool = False
 ) -> nn.Module:
     """A block of the rack, or of an auxiliary head, with its part's weights or fresh ones.
 
@@ -114,11 +113,11 @@ def stage_model(job: StageJob, config: StackWiseConfig) -> StageModel:
     front = None if stage.reads_boundary else make_front(config, job.vocab_size, job.initial[FRONT])
     blocks, beyond = (
         [
-            make_block(config, part, job.initial, stage.holding(part), packed=part not in stage.trains)
+            make_block(config, part, job.initial, stage.format(part), packed=part not in stage.trains)
             for part in parts
             if part in job.initial  # what only hands on has nothing beyond
         ]
-        for parts in (stage.blocks, stage.beyond)
+        for parts in (stage.blocks, stage.lookahead)
     )
     head = None
     if HEAD in job.initial:
@@ -146,7 +145,7 @@ def frozen_stage(below: Frozen, job: StageJob, config: StackWiseConfig) -> Stage
     """A committed stage below a job's, on the CPU, without its head: in evaluation mode, nothing requires gradients."""
     stage = below.stage
     front = None if stage.reads_boundary else make_front(config, job.vocab_size, below.initial[FRONT])
-    blocks = [make_block(config, part, below.initial, stage.holding(part), packed=True) for part in stage.blocks]
+    blocks = [make_block(config, part, below.initial, stage.format(part), packed=True) for part in stage.blocks]
     objective = objective_of(config, job.mask_token, job.vocab_size, stage)
     model = StageModel(front, blocks, None, objective, config.precision)
     return model.requires_grad_(False).eval()
@@ -171,7 +170,10 @@ def parts_of(model: StageModel, stage: Stage) -> dict[str, nn.Module]:
     if model.front is not None:
         found[FRONT] = model.front
     # None is beyond where the stage only hands on.
-    for part, block in (*zip(stage.blocks, model.blocks, strict=True), *zip(stage.beyond, model.beyond, strict=False)):
+    for part, block in (
+        *zip(stage.blocks, model.blocks, strict=True),
+        *zip(stage.lookahead, model.beyond, strict=False),
+    ):
         found |= dict.fromkeys(stage.with_adapters((part,)), block)
     if model.head is not None:
         found[HEAD] = model.head

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.precision import BITS, FORMATS
-from stackwise.pipeline.holding import ADAPTER
 from stackwise.pipeline.recipe import stage_steps
-from stackwise.pipeline.schedule import FRONT, HEAD, Stage, schedule
+from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, schedule
 
 WEIGHT_BYTES = 4
 MOMENT_BYTES = {"adamw": 8, "muon": 4, "adamw8bit": 2}
@@ -31,7 +30,7 @@ def part_parameters(config: StackWiseConfig, vocab_size: int, part: str, stage: 
     if part.startswith(ADAPTER):
         sides = 6 * model.d_model + 2 * model.kv_heads * model.head_dim
         sides += (3 if model.ffn == "swiglu" else 2) * (model.d_model + model.ffn_width)
-        return sides * sum(size.rank for size in stage.holding(part.removeprefix(ADAPTER)).adapters)
+        return sides * sum(size.rank for size in stage.format(part.removeprefix(ADAPTER)).adapters)
     if part == FRONT:
         positions = (model.max_seq_len or config.training.seq_len) if model.positions == "learned" else 0
         return (vocab_size + positions) * model.d_model + model.time_parameters
@@ -59,7 +58,7 @@ def still_bytes(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
     """Bytes of the weights that a stage holds and does not train; packed where they are in a narrow format."""
     found = 0.0
     for part in set(stage.holds) - set(stage.trains):
-        form = FORMATS.get(stage.holding(part).precision)
+        form = FORMATS.get(stage.format(part).precision)
         found += part_parameters(config, vocab_size, part, stage) * (BITS[form] / 8 if form else WEIGHT_BYTES)
     return round(found)
 
@@ -93,8 +92,8 @@ def committed_bytes(config: StackWiseConfig, vocab_size: int, drawn: int, *, win
 
 def files_bytes(config: StackWiseConfig, vocab_size: int, stage: Stage) -> int:
     """Bytes that a committed stage's weights and optimizer state take at most."""
-    still = still_bytes(config, vocab_size, stage) if stage.keeps else 0
-    files = FILE_BYTES * (1 + 2 * len(stage.trains) + len(stage.keeps))
+    still = still_bytes(config, vocab_size, stage) if stage.commits_frozen else 0
+    files = FILE_BYTES * (1 + 2 * len(stage.trains) + len(stage.commits_frozen))
     return state_bytes(config, vocab_size, stage, gradients=False) + still + files
 
 
@@ -130,7 +129,7 @@ def memory_parts(
     state -= round(
         (own - blocks) * state / max(1, trained_parameters(config, vocab_size, stage)) * model.block_parameters
     )
-    blocks += len(stage.beyond)
+    blocks += len(stage.lookahead)
     copies = 2 * blocks * model.block_parameters if half else 0
     state += still_bytes(config, vocab_size, stage)
     return state + copies + LOSS_BYTES, config.row_positions * blocks * numbers * (2 if half else 4)
@@ -194,7 +193,7 @@ def swap_of(config: StackWiseConfig, vocab_size: int, stage: Stage, memory: int)
     state = state_bytes(config, vocab_size, stage, gradients=True)
     each = state / trained_parameters(config, vocab_size, stage)
     ends = max(part_parameters(config, vocab_size, part, stage) for part in stage.holds if part in (FRONT, HEAD))
-    most = len((*stage.blocks, *stage.beyond))
+    most = len((*stage.blocks, *stage.lookahead))
     copies = 0 if config.precision == "fp32" else 2 * block
     activations = settings.batch_size * memory_parts(config, vocab_size, stage)[1] / most + copies
 

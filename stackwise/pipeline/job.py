@@ -1,14 +1,20 @@
-"""What a worker is told: everything it may open, by path and id, as plain data."""
+"""What a worker is given: everything it may open, by path and id, as plain data; and where weights come from.
+
+The newest weights of each part go by name as the schedule goes on: a stage starts from them, its commit replaces them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build, parse_yaml
 from stackwise.pipeline.recipe import Recipe, Span
-from stackwise.pipeline.schedule import Stage
+from stackwise.pipeline.schedule import HEAD, Stage, head_version, is_state
+from stackwise.store import CommittedStage
 
 
 @dataclass(frozen=True)
@@ -18,12 +24,71 @@ class Source:
     Args:
         path: A safetensors file; None: fresh, from the seed.
         digest: What the file's tensors must hash to.
-        recipe: The recipe of the stage that committed it.
+        recipe: The recipe of the stage that committed it; empty where it comes from elsewhere.
+        names: What the file calls each of the part's tensors, where not as the part does: a part of a pretrained
+            model. Only these are read.
     """
 
     path: str | None = None
     digest: str | None = None
     recipe: str = ""
+    names: dict[str, str] | None = None
+
+    @property
+    def identity(self) -> Any:
+        """What a recipe names it by: its digest, and what the file's tensors are taken for."""
+        return self.digest if self.names is None else {"digest": self.digest, "names": self.names}
+
+
+Versions = dict[str, Source]
+"""By the part's name; each depth's newest head beside them (`head_version`), and the states for its next window."""
+
+
+def starts(stage: Stage, versions: Versions) -> dict[str, Source]:
+    """For each part that a stage holds, the weights that it starts from; for each state that it takes up, its file."""
+    parts = {
+        part: Source() if part in stage.fresh else versions.get(start(stage, part), Source()) for part in stage.holds
+    }
+    return parts | {state: versions[state] for state in stage.states_in}
+
+
+def start(stage: Stage, part: str) -> str:
+    """What the weights that a part starts from go by among the versions."""
+    return stage.starts_from.get(part, part)
+
+
+def needed(stage: Stage) -> set[str]:
+    """The versions that a stage's recipe follows from."""
+    starting = {start(stage, part) for part in stage.holds if part not in stage.fresh}
+    return starting | {*stage.trunk, *stage.states_in}
+
+
+def produced(stage: Stage) -> list[str]:
+    """The versions that a stage's commit is the newest of."""
+    return [*stage.commits, *([head_version(stage.depth)] if HEAD in stage.trains else [])]
+
+
+def add_versions(versions: Versions, committed: CommittedStage) -> None:
+    """Let a committed stage's parts be the newest; what its window took up is done with."""
+    depth = committed.record["depth"]
+    for state in [name for name in versions if is_state(name, depth)]:
+        del versions[state]
+    for part, digest in committed.record["parts"].items():
+        versions[part] = Source(str(committed.path(part)), digest, committed.recipe)
+    if HEAD in committed.record["parts"]:
+        versions[head_version(depth)] = versions[HEAD]
+
+
+def with_parts(versions: Versions, committed: CommittedStage) -> Versions:
+    """The versions once a committed stage's parts are the newest."""
+    newer = dict(versions)
+    add_versions(newer, committed)
+    return newer
+
+
+def pruned(sources: Iterable[Source]) -> set[str]:
+    """The recipes whose stages have lost weights that are asked for: a later window's took their place."""
+    return {source.recipe for source in sources if source.path is not None and not Path(source.path).exists()}
 
 
 @dataclass(frozen=True)
@@ -65,11 +130,11 @@ class StageJob:
         train: Whether to train; otherwise the committed parts are loaded.
         reads: The boundary that is read; None: tokens.
         writes: Whether to write the boundary above the stage.
-        through: The committed stages between what is read and the stage, lowest first.
+        recomputed: The committed stages between what is read and the stage, lowest first.
         fills: Whether the boundary that enters the stage is written as they make it.
         held_out: The rowset that the stage is evaluated on as it trains; None: none.
         held_out_reads: Its boundary that enters the stage; None: tokens.
-        hands_held_out: Whether to write its boundary above the stage too.
+        writes_held_out: Whether to write its boundary above the stage too.
         round: Of a stage that trains in rounds, which one it is: rows and dropout follow from it.
     """
 
@@ -94,11 +159,11 @@ class StageJob:
     train: bool
     reads: str | None
     writes: bool
-    through: tuple[Frozen, ...] = ()
+    recomputed: tuple[Frozen, ...] = ()
     fills: bool = False
     held_out: str | None = None
     held_out_reads: str | None = None
-    hands_held_out: bool = False
+    writes_held_out: bool = False
     round: int = 0
     kind: str = field(default="stage", init=False)
 
@@ -126,8 +191,8 @@ class StageJob:
         data.pop("kind", None)
         data["stage"], data["span"] = Stage.from_plain(data["stage"]), Span(**data["span"])
         data["initial"] = _sources(data["initial"])
-        data["through"] = tuple(
-            Frozen(Stage.from_plain(one["stage"]), _sources(one["initial"])) for one in data["through"]
+        data["recomputed"] = tuple(
+            Frozen(Stage.from_plain(one["stage"]), _sources(one["initial"])) for one in data["recomputed"]
         )
         data["embedding"] = None if data["embedding"] is None else Source(**data["embedding"])
         return cls(**data)

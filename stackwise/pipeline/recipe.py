@@ -13,9 +13,8 @@ from typing import Any
 from stackwise.config import StackWiseConfig, StageTraining, StoreConfig
 from stackwise.errors import UsageError
 from stackwise.identity import NUMERICS, Hex, content_id
-from stackwise.pipeline.numbering import drawn_and_window
 from stackwise.pipeline.rows import stage_fractions, window_edges
-from stackwise.pipeline.schedule import Stage, block_part
+from stackwise.pipeline.schedule import Stage, block_part, drawn_and_window
 from stackwise.store import CODECS, default_chunk_rows
 
 Recipe = dict[str, Any]
@@ -117,7 +116,7 @@ def stage_recipe(
         held_out: The rowset that the stage is evaluated on, where the result heeds it.
     """
     fresh = any(digest is None for digest in initial.values())
-    held = {part: stage.held[part].plain() for part in (*stage.blocks, *stage.beyond) if part in stage.held}
+    held = {part: stage.formats[part].plain() for part in (*stage.blocks, *stage.lookahead) if part in stage.formats}
     windowed = stage_fractions(config, stage.depth) is not None
     objective: dict[str, Any] = {"name": config.objective}
     if config.training.loss_weight != "none":
@@ -133,7 +132,7 @@ def stage_recipe(
         "objective": objective,
         "stage": {"blocks": [stage.first, stage.last], "trains": list(stage.trains)}
         | ({"held": held} if held else {})
-        | ({"beyond": list(stage.beyond)} if stage.beyond else {})
+        | ({"beyond": list(stage.lookahead)} if stage.lookahead else {})
         | ({"unfreezes": _unfreezes(config, stage)} if stage.candidates else {}),
         "head": {"tied": config.model.tie_embeddings, "above": config.training.tied_head},
         "order": {"chunk_rows": order_rows(config, rows), "window_chunks": WINDOW_CHUNKS},

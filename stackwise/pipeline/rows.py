@@ -17,7 +17,7 @@ from stackwise.errors import UsageError
 from stackwise.identity import NUMERICS, content_id, derive_seed, generator
 from stackwise.objectives.hashing import child, seed_key
 from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler, uniform_masks
-from stackwise.pipeline.numbering import drawn_and_window
+from stackwise.pipeline.schedule import drawn_and_window
 from stackwise.store import ActivationStore
 
 if TYPE_CHECKING:  # torch stays out of the orchestrator

@@ -1,6 +1,6 @@
 """A mode is a schedule of stages: the one place where a mode's name decides anything.
 
-Everything below works on `Stage` alone: which blocks it holds, which parts it trains, what it reads.
+Everything below works on `Stage` alone: which blocks it holds, in which format, which parts it trains, what it reads.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.precision import holds_trunk
-from stackwise.pipeline.holding import ADAPTER, PLAIN, Holding, adapter_part, holding
-from stackwise.pipeline.numbering import drawn_and_window, head_version, state_names, window_rowset
+from stackwise.config.precision import holds_trunk, stack_adapters, stack_precision, trunk_precision
 
 FRONT, HEAD = "front", "head"
+ADAPTER = "adapter."
+"""What the name of a block's adapters begins with; the block's follows."""
+STATE = "state."
+"""What the name of an optimizer state for a later window begins with: the stage's depth, and the part, follow."""
 
 
 def block_part(index: int) -> str:
@@ -33,26 +35,107 @@ def auxiliary_part(depth: int, index: int) -> str:
     return f"auxiliary.{depth}.{index}"
 
 
+def adapter_part(block: str) -> str:
+    """The name of a block's adapters as a part of their own."""
+    return f"{ADAPTER}{block}"
+
+
+def head_version(depth: int) -> str:
+    """What the newest head of stage `depth` goes by, beside those of other stages."""
+    return f"{HEAD}.{depth}"
+
+
+def state_names(depth: int, parts: Iterable[str]) -> tuple[str, ...]:
+    """The states of a stage that trains these parts: one a part, and the trainer's own."""
+    return (*dict.fromkeys(f"{STATE}{depth}.{part}" for part in parts), f"{STATE}{depth}")
+
+
+def is_state(name: str, depth: int) -> bool:
+    """Whether a name is that of a state of stage `depth`."""
+    return name == f"{STATE}{depth}" or name.startswith(f"{STATE}{depth}.")
+
+
+def window_rowset(config: StackWiseConfig, drawn: int, window: int | None) -> int:
+    """The number of the rowset of a window (None: of all windows together) of rows that are drawn as number `drawn`."""
+    return drawn * config.windows + window if window is not None else -2 - drawn if config.windows > 1 else drawn
+
+
+def drawn_and_window(config: StackWiseConfig, rowset: int) -> tuple[int, int | None]:
+    """The inverse of `window_rowset`."""
+    return divmod(rowset, config.windows) if rowset >= 0 else (-2 - rowset, None)
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """Some adapters on the layers of a block: their name, rank and alpha."""
+
+    name: str
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """How a stage holds a block.
+
+    Args:
+        precision: By its canonical name; full: as the run computes. Weights in a narrow format are packed where they
+            do not train.
+        adapters: Those on it.
+    """
+
+    precision: str = "full"
+    adapters: tuple[AdapterSize, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return {"precision": self.precision, "adapters": [dataclasses.asdict(size) for size in self.adapters]}
+
+    @classmethod
+    def from_plain(cls, data: dict[str, Any]) -> BlockFormat:
+        """The inverse of `plain`."""
+        return cls(data["precision"], tuple(AdapterSize(**size) for size in data["adapters"]))
+
+
+PLAIN = BlockFormat()
+
+
+def block_format(config: StackWiseConfig, home: int, top: int, trains: bool) -> BlockFormat:
+    """How stage `top` holds the blocks that were new with stage `home`.
+
+    Args:
+        config: The configuration.
+        home: The one stage.
+        top: The other.
+        trains: Whether the blocks, or else their adapters, train. Under a frozen trunk they then train as they did.
+    """
+    qlora = config.training.progressive.trunk_strategy == "qlora"
+    standing = home < top and holds_trunk(config) and (qlora or not trains)
+    precision = trunk_precision(config, home) if standing else stack_precision(config, home)
+    adapters = stack_adapters(config, home, min(max(home, top), config.n_sections - 1))
+    return BlockFormat(precision, tuple(AdapterSize(name, *sizes) for name, sizes in adapters.items()))
+
+
 @dataclass(frozen=True)
 class Stage:
     """One entry of the schedule.
 
     Args:
         depth: Its number, from 0: `stages.K` of the configuration means it.
-        first: The lowest block that it hands on.
-        last: The highest block that it hands on: the boundary above the stage lies over it.
+        first: The lowest block that it passes rows through: below it lies the boundary that the stage may read.
+        last: The highest one: the boundary above the stage lies over it.
         trains: Parts that train: "front", "block.N", "adapter.block.N", "auxiliary.K.N", "head".
         reads_boundary: Whether the boundary below block `first` enters it; otherwise it reads tokens with the front.
         rowset: Which rowset it trains on; stages with one number share their rows and masks.
-        beyond: Blocks between those it hands on and its head, on its loss's way only.
+        lookahead: Blocks between block `last` and its head, on its loss's way only.
         fresh: Parts that start fresh although the run has committed weights for them.
-        keeps: Blocks that it makes and commits although they do not train.
+        commits_frozen: Blocks that it draws and commits although they do not train.
         window: The window of the corpus that it trains on.
         place: Its place in the schedule, from 0.
-        takes: Parts that start from other weights than the newest of that name, and the name these go by.
-        continues: States that it takes up: how its optimizer stood at the end of its window before, by part.
-        leaves: States that it commits for its next window.
-        held: How it holds its blocks, and how those below are held, where that is not plainly, by part.
+        starts_from: Parts that start from other weights than the newest of that name, and the name these go by.
+        states_in: Optimizer states that it takes up from its window before, by part.
+        states_out: Optimizer states that it commits for its next window.
+        formats: How it holds its blocks, and how those below are held, where that is not plainly, by part.
         causal_from: The step from which on it trains the rack causally, whatever the stages before it did; None: it
             trains as they did.
         candidates: First and last block of the sections of which it unfreezes one at a time, the one that gains most;
@@ -65,15 +148,15 @@ class Stage:
     trains: tuple[str, ...]
     reads_boundary: bool
     rowset: int
-    beyond: tuple[str, ...] = ()
+    lookahead: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
-    keeps: tuple[str, ...] = ()
+    commits_frozen: tuple[str, ...] = ()
     window: int = 0
     place: int = -1
-    takes: Mapping[str, str] = field(default_factory=dict)
-    continues: tuple[str, ...] = ()
-    leaves: tuple[str, ...] = ()
-    held: Mapping[str, Holding] = field(default_factory=dict)
+    starts_from: Mapping[str, str] = field(default_factory=dict)
+    states_in: tuple[str, ...] = ()
+    states_out: tuple[str, ...] = ()
+    formats: Mapping[str, BlockFormat] = field(default_factory=dict)
     causal_from: int | None = None
     candidates: tuple[tuple[int, int], ...] = ()
 
@@ -83,23 +166,23 @@ class Stage:
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
-        held = {part: Holding.from_plain(how) for part, how in data["held"].items()}
+        formats = {part: BlockFormat.from_plain(form) for part, form in data["formats"].items()}
         candidates = tuple((first, last) for first, last in data["candidates"])
-        return cls(**(values | {"held": held, "candidates": candidates}))
+        return cls(**(values | {"formats": formats, "candidates": candidates}))
 
     @property
     def holds(self) -> tuple[str, ...]:
         """Every part in memory while the stage trains, in forward order."""
-        return (*self.hands_on, *self.with_adapters(self.beyond), HEAD)
+        return (*self.forward_parts, *self.with_adapters(self.lookahead), HEAD)
 
     @property
-    def hands_on(self) -> tuple[str, ...]:
+    def forward_parts(self) -> tuple[str, ...]:
         """The parts that make the boundary above from what the stage reads, in forward order."""
         return (*(() if self.reads_boundary else (FRONT,)), *self.with_adapters(self.blocks))
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The blocks that it hands on, in forward order."""
+        """The blocks between its two boundaries, in forward order."""
         return block_parts(self.first, self.last)
 
     @property
@@ -111,34 +194,34 @@ class Stage:
     def commits(self) -> tuple[str, ...]:
         """What it leaves in the store: the parts that train, the fresh blocks that stand still under adapters, and what
         its next window takes up."""
-        return (*self.trains, *self.keeps, *self.leaves)
+        return (*self.trains, *self.commits_frozen, *self.states_out)
 
     @property
-    def makes(self) -> tuple[str, ...]:
-        """The parts that make the boundary above it from tokens."""
-        return (*self.trunk, *self.hands_on)
+    def trunk_above(self) -> tuple[str, ...]:
+        """The parts that make the boundary above it from tokens: the trunk of the stage above."""
+        return (*self.trunk, *self.forward_parts)
 
     def unfreezing(self, first: int, last: int) -> Stage:
         """The same stage with blocks `first` to `last` training alone, and the head; the front with the lowest."""
-        own = {*self.with_adapters(block_parts(first, last)), HEAD, *((FRONT,) if first == 0 else ())}
-        return dataclasses.replace(self, trains=tuple(part for part in self.trains if part in own), candidates=())
+        unfrozen = {*self.with_adapters(block_parts(first, last)), HEAD, *((FRONT,) if first == 0 else ())}
+        return dataclasses.replace(self, trains=tuple(part for part in self.trains if part in unfrozen), candidates=())
 
     def precisions(self, parts: Iterable[str]) -> dict[str, str]:
         """The precision of each of these parts that is not held in the run's."""
-        return {part: self.held[part].precision for part in parts if self.holding(part).precision != PLAIN.precision}
+        return {part: self.formats[part].precision for part in parts if self.format(part).precision != PLAIN.precision}
 
     @property
     def label(self) -> str:
         """Its number, and its window's where there are several."""
-        return f"{self.depth}, window {self.window}" if self.window or self.leaves else str(self.depth)
+        return f"{self.depth}, window {self.window}" if self.window or self.states_out else str(self.depth)
 
-    def holding(self, part: str) -> Holding:
+    def format(self, part: str) -> BlockFormat:
         """How a block is held."""
-        return self.held.get(part, PLAIN)
+        return self.formats.get(part, PLAIN)
 
     def with_adapters(self, blocks: Iterable[str]) -> tuple[str, ...]:
         """Blocks, each followed by its adapters where it has some."""
-        pairs = ((block, adapter_part(block)) if self.holding(block).adapters else (block,) for block in blocks)
+        pairs = ((block, adapter_part(block)) if self.format(block).adapters else (block,) for block in blocks)
         return tuple(part for pair in pairs for part in pair)
 
 
@@ -152,43 +235,45 @@ def schedule(config: StackWiseConfig) -> list[Stage]:
         for block in block_parts(first, last)
     }
     stages = (dataclasses.replace(stage, place=place) for place, stage in enumerate(_stages(config)))
-    held = (_with_holdings(config, stage, homes) for stage in stages)
-    return [_going_on(config, stage) for stage in held]
+    formatted = (_with_formats(config, stage, homes) for stage in stages)
+    return [_in_its_window(config, stage) for stage in formatted]
 
 
-def maker(stages: list[Stage], stage: Stage) -> Stage:
-    """The stage that makes the boundary which enters another: the newest before it that ends where it begins."""
+def stage_below(stages: list[Stage], stage: Stage) -> Stage:
+    """The stage that makes the boundary which enters `stage`: the newest before it that ends where it begins."""
     return next(s for s in reversed(stages[: stage.place]) if s.last + 1 == stage.first)
 
 
 def _stages(config: StackWiseConfig) -> Iterator[Stage]:
-    """Each window goes through every section before the next one does; then through each stage that follows, in turn.
+    """Each window goes through every section before the next one does; then each stage that follows.
 
     A stage after the sections that reads tokens needs no windows: it trains on all rows at once.
     """
     windows = range(config.windows)
-    turns: list[tuple[Stage, int | None]] = [(stage, window) for window in windows for stage in _sections(config)]
+    order: list[tuple[Stage, int | None]] = [(stage, window) for window in windows for stage in _sections(config)]
     for stage in (*_fusions(config), *_adaptation(config)):
-        turns += [(stage, window) for window in windows] if stage.reads_boundary else [(stage, None)]
-    for stage, window in turns:
+        order += [(stage, window) for window in windows] if stage.reads_boundary else [(stage, None)]
+    for stage, window in order:
         yield dataclasses.replace(stage, window=window or 0, rowset=window_rowset(config, stage.rowset, window))
 
 
-def _going_on(config: StackWiseConfig, stage: Stage) -> Stage:
-    """A stage with what it goes on from in a later window, and what it leaves for its next one.
+def _in_its_window(config: StackWiseConfig, stage: Stage) -> Stage:
+    """A stage with what it takes up from its window before, and what it commits for its next one.
 
     Parts go by name, newest first, as they do from stage to stage; but a head belongs to the depth that it was
     trained at, unless all stages share it with the tail that they have in common.
     """
     states = state_names(stage.depth, [part.removeprefix(ADAPTER) for part in stage.trains])
     whole = drawn_and_window(config, stage.rowset)[1] is None
-    leaves = () if whole or stage.window + 1 == config.windows else states
+    states_out = () if whole or stage.window + 1 == config.windows else states
     if not stage.window:
-        return dataclasses.replace(stage, leaves=leaves)
+        return dataclasses.replace(stage, states_out=states_out)
     shared = config.training.lookahead == "tail" and stage.depth < config.n_sections
-    takes = {HEAD: head_version(stage.depth)} if HEAD in stage.trains and not shared else {}
+    starts_from = {HEAD: head_version(stage.depth)} if HEAD in stage.trains and not shared else {}
     # What was fresh in the first window is not in the next; what stands still is committed already.
-    return dataclasses.replace(stage, takes=takes, continues=states, leaves=leaves, fresh=(), keeps=())
+    return dataclasses.replace(
+        stage, starts_from=starts_from, states_in=states, states_out=states_out, fresh=(), commits_frozen=()
+    )
 
 
 def _sections(config: StackWiseConfig) -> Iterator[Stage]:
@@ -212,10 +297,10 @@ def _stacked(config: StackWiseConfig, *, grows: bool = False, holds: bool = Fals
     for depth, (first, last) in enumerate(config.partition):
         low = 0 if grows or holds else first
         reads_boundary = low > 0
-        beyond = _beyond(config, depth, last)
+        lookahead = _lookahead(config, depth, last)
         front = (FRONT,) if grows or depth == 0 else ()
-        trains = (*front, *block_parts(low if grows else first, last), *beyond, HEAD)
-        yield Stage(depth, low, last, trains, reads_boundary, depth if config.fresh_masks else 0, beyond)
+        trains = (*front, *block_parts(low if grows else first, last), *lookahead, HEAD)
+        yield Stage(depth, low, last, trains, reads_boundary, depth if config.fresh_masks else 0, lookahead)
 
 
 def _prepended(config: StackWiseConfig) -> Iterator[Stage]:
@@ -256,7 +341,7 @@ def _adaptation(config: StackWiseConfig) -> Iterator[Stage]:
         yield Stage(depth, 0, top, trains, False, rowset, causal_from=config.training.adaptation_anneal)
 
 
-def _beyond(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...]:
+def _lookahead(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...]:
     """The blocks between a stage that ends with block `last` and its head."""
     top, count = config.model.n_blocks - 1, config.training.lookahead_blocks
     if last == top:
@@ -271,26 +356,32 @@ def _beyond(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...]:
     return ()
 
 
-def _with_holdings(config: StackWiseConfig, stage: Stage, homes: Mapping[str, int]) -> Stage:
-    """A stage with how it holds its blocks; where weights stand still under adapters, these train in their place."""
+def _with_formats(config: StackWiseConfig, stage: Stage, homes: Mapping[str, int]) -> Stage:
+    """A stage with the formats of its blocks; where weights stand still under adapters, these train in their place.
+
+    Args:
+        config: The configuration.
+        stage: The stage.
+        homes: The stage that each block was new with.
+    """
     below = block_parts(0, stage.first - 1) if stage.reads_boundary else ()
-    held = {
-        part: found
-        for part in (*below, *stage.blocks, *stage.beyond)
-        if part in homes and (found := holding(config, homes[part], stage.depth, part in stage.trains)) != PLAIN
+    formats = {
+        part: form
+        for part in (*below, *stage.blocks, *stage.lookahead)
+        if part in homes and (form := block_format(config, homes[part], stage.depth, part in stage.trains)) != PLAIN
     }
     progressive = config.training.progressive
     whole_trunk = progressive.enabled and progressive.trunk_strategy == "qlora" and stage.trains != (HEAD,)
     trains: list[str] = [FRONT] if FRONT in stage.trains else []
-    keeps = []
-    for part in (*stage.blocks, *stage.beyond):
-        how, still = held.get(part, PLAIN), part not in stage.trains
-        packed = how.precision == "qlora"
-        if not still and not packed:
+    commits_frozen = []
+    for part in (*stage.blocks, *stage.lookahead):
+        form, frozen = formats.get(part, PLAIN), part not in stage.trains
+        packed = form.precision == "qlora"
+        if not frozen and not packed:
             trains.append(part)
-        if not still and packed and homes[part] == stage.depth:
-            keeps.append(part)
-        if how.adapters and (whole_trunk or not still):
+        if not frozen and packed and homes[part] == stage.depth:
+            commits_frozen.append(part)
+        if form.adapters and (whole_trunk or not frozen):
             trains.append(adapter_part(part))
     trains += [HEAD] if HEAD in stage.trains else []
-    return dataclasses.replace(stage, held=held, trains=tuple(trains), keeps=tuple(keeps))
+    return dataclasses.replace(stage, formats=formats, trains=tuple(trains), commits_frozen=tuple(commits_frozen))

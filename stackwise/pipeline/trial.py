@@ -137,10 +137,10 @@ def _engine(job: TrialJob, config: StackWiseConfig, device: torch.device) -> Res
     front = None if stage.reads_boundary else make_front(config, job.vocab_size, fresh)
     sources = dict.fromkeys(stage.holds, fresh)
     blocks, beyond = (
-        [make_block(config, part, sources, stage.holding(part), packed=part not in stage.trains) for part in parts]
-        for parts in (stage.blocks, stage.beyond)
+        [make_block(config, part, sources, stage.format(part), packed=part not in stage.trains) for part in parts]
+        for parts in (stage.blocks, stage.lookahead)
     )
-    for part, block in zip((*stage.blocks, *stage.beyond), (*blocks, *beyond), strict=True):
+    for part, block in zip((*stage.blocks, *stage.lookahead), (*blocks, *beyond), strict=True):
         require_gradients(part, block, stage)
     tied = front.embedding.weight if front is not None and config.model.tie_embeddings else None
     head = make_head(config, job.vocab_size, fresh, tied, own=False)

@@ -200,4 +200,4 @@ def test_what_settings_are_for_is_what_the_schedule_does(base: dict[str, Any], f
     assert reading_depths(made) == [stage.depth for stage in stages if stage.reads_boundary]
     assert trains_heads_apart(made) == any({FRONT, HEAD} & set(stage.trains) == {HEAD} for stage in stages)
     looking = schedule(config({**base, "training.fusion.strategy": fusion, "training.lookahead": "overlap"}))
-    assert has_blocks_above(made) == any(stage.beyond for stage in looking)
+    assert has_blocks_above(made) == any(stage.lookahead for stage in looking)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.pipeline.schedule import maker, schedule
+from stackwise.pipeline.schedule import schedule, stage_below
 
 
 def config(blocks: int = 7, **training: Any) -> StackWiseConfig:
@@ -78,5 +78,5 @@ def test_the_steps_of_a_fusion_are_shared() -> None:
 
 def test_a_boundary_is_made_by_the_newest_stage_that_ends_below_it() -> None:
     stages = schedule(config(4, mode="layerwise", fusion={"strategy": "hierarchical"}))
-    assert maker(stages, stages[3]) == stages[2]
-    assert maker(stages, stages[5]) == stages[4], "the pair below, once fused"
+    assert stage_below(stages, stages[3]) == stages[2]
+    assert stage_below(stages, stages[5]) == stages[4], "the pair below, once fused"

@@ -160,10 +160,10 @@ def _planned(run: RunDirectory, store: ActivationStore) -> dict[str, Any]:
         less what is written of it already (None: the rows are not chosen yet); `stored`: bytes of all boundaries;
         `allowed`: `store.max_bytes`; `free`: bytes on the disk.
     """
+    from stackwise.pipeline.job import Versions, add_versions
     from stackwise.pipeline.recipe import boundary_bytes, codec_name, forward_specification, trunk_id
     from stackwise.pipeline.rows import rows_key
     from stackwise.pipeline.schedule import schedule
-    from stackwise.pipeline.versions import Versions, add_versions
 
     config, manifest = run.config(), run.manifest()
     stored = sum(info.disk_bytes for info in store.boundaries())

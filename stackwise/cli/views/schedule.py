@@ -24,9 +24,8 @@ def listing(config: StackWiseConfig) -> list[Row]:
     trains on other rows than the stage below; `precisions` and `adapters` say how blocks are held where that is not
     as the run has it, adapters by their rank.
     """
-    from stackwise.pipeline.numbering import drawn_and_window
     from stackwise.pipeline.rows import stage_fractions
-    from stackwise.pipeline.schedule import maker, schedule
+    from stackwise.pipeline.schedule import drawn_and_window, schedule, stage_below
 
     stages, rows = schedule(config), []
     drawn = [drawn_and_window(config, stage.rowset)[0] for stage in stages]
@@ -37,7 +36,7 @@ def listing(config: StackWiseConfig) -> list[Row]:
                 "depth": stage.depth,
                 "window": stage.window,
                 "blocks": [stage.first, stage.last],
-                "reads": f"boundary {maker(stages, stage).depth + 1}" if stage.reads_boundary else "tokens",
+                "reads": f"boundary {stage_below(stages, stage).depth + 1}" if stage.reads_boundary else "tokens",
                 "own_rows": stage.place > 0 and drawn[stage.place] != drawn[stage.place - 1],
                 "fractions": stage_fractions(config, stage.depth),
                 "trains": list(stage.trains),
@@ -95,7 +94,7 @@ def label(stage: Row, stages: list[Row]) -> str:
 
 def _adapters(stage: Stage) -> dict[str, list[int]]:
     """Ranks of the adapters on each block that it holds."""
-    held = ((block, stage.holding(block).adapters) for block in (*stage.blocks, *stage.beyond))
+    held = ((block, stage.format(block).adapters) for block in (*stage.blocks, *stage.lookahead))
     return {block: [size.rank for size in sizes] for block, sizes in held if sizes}
 
 

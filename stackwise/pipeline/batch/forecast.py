@@ -12,13 +12,12 @@ from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
 from stackwise.identity import content_id
 from stackwise.pipeline.fit import files_bytes
-from stackwise.pipeline.job import Source
+from stackwise.pipeline.job import Source, Versions, add_versions, produced
 from stackwise.pipeline.planning.plan import Plan
 from stackwise.pipeline.planning.windows import gone, settle_windows
 from stackwise.pipeline.recipe import recipe_id
 from stackwise.pipeline.runner.foresight import committed_stage, with_what_is_gone
 from stackwise.pipeline.runner.process import Worker
-from stackwise.pipeline.versions import Versions, add_versions, made
 from stackwise.store import ActivationStore
 
 
@@ -72,14 +71,14 @@ def _forecast(plan: Plan, earlier: Collection[str], again: set[str]) -> tuple[li
             add_versions(versions, committed)
             new = {part: source for part, source in versions.items() if source.recipe == key}
         else:
-            for part in made(stage):
+            for part in produced(stage):
                 new[part] = Source(None, content_id("to come", {"recipe": key, "part": part}), key)
         if key in earlier and following is not None and key not in again:
             nowhere = str(plan.store.path / "stages" / "given way" / key)
             new = {part: replace(source, path=nowhere) for part, source in new.items()}
         versions |= new
         size = files_bytes(plan.config, plan.vocabulary.size, stage)
-        seen = Outlook(stage.label, key, committed is not None, key in again, following, stage.leaves, size)
+        seen = Outlook(stage.label, key, committed is not None, key in again, following, stage.states_out, size)
         found.append(seen)
     return found, lost
 

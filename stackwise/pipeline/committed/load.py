@@ -19,11 +19,10 @@ from stackwise.evaluation import StageModules
 from stackwise.model import Front, Head
 from stackwise.objectives import Objective
 from stackwise.pipeline.build import load_part, make_block, make_front, make_head, objective_of
-from stackwise.pipeline.job import Source
+from stackwise.pipeline.job import Source, Versions, add_versions, pruned
 from stackwise.pipeline.rows import assigner
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_parts, schedule
-from stackwise.pipeline.versions import Versions, add_versions, pruned
 from stackwise.store import ActivationStore
 from stackwise.training.stage import NARROW
 
@@ -89,7 +88,7 @@ class CommittedRack:
     def modules(self) -> Iterator[StageModules]:
         """The finished rack, section by section, each loaded when it is asked for; every one has the last head."""
         head = self.head()
-        holders = {part: stage for stage in self.stages for part in (*stage.makes, *stage.beyond)}
+        holders = {part: stage for stage in self.stages for part in (*stage.trunk_above, *stage.lookahead)}
         for depth, (first, last) in enumerate(self.config.partition):
             parts = block_parts(first, last)
             if all(part in self.parts for part in parts):
@@ -122,12 +121,12 @@ class CommittedRack:
                 self.head(versions),
                 self.objective_of(stage).causal,
                 front=None if goes_on else self.front(versions),
-                beyond=self._blocks(stage.beyond, versions, stage),
+                beyond=self._blocks(stage.lookahead, versions, stage),
             )
-            left = [*below, *(versions[part] for part in stage.hands_on)]
+            left = [*below, *(versions[part] for part in stage.forward_parts)]
 
     def _blocks(self, parts: Iterable[str], versions: Versions, holder: Stage) -> list[nn.Module]:
-        made = (make_block(self.config, part, versions, holder.holding(part), packed=True) for part in parts)
+        made = (make_block(self.config, part, versions, holder.format(part), packed=True) for part in parts)
         return [block.to(self.device).eval() for block in made]
 
 
@@ -168,7 +167,7 @@ def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) ->
     standing = [
         (stage, versions)
         for stage, versions in newest.values()
-        if config.windows == 1 or not pruned(versions[part] for part in stage.makes)
+        if config.windows == 1 or not pruned(versions[part] for part in stage.trunk_above)
     ]
     vocabulary = manifest["vocabulary"]
     return CommittedRack(

@@ -180,7 +180,7 @@ def _below(rack: CommittedRack, info: BoundaryInfo) -> CommittedRack:
     """The part of a rack that made a boundary, with the weights of that time."""
     forward = forward_specification(rack.config, rack.vocab_size, rack.mask_token)
     for stage, versions in zip(rack.stages, rack.versions, strict=True):
-        parts = stage.makes
+        parts = stage.trunk_above
         if not all(part in versions for part in parts):
             continue
         digests = [str(versions[part].digest) for part in parts]

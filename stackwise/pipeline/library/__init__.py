@@ -168,7 +168,7 @@ class StagesInProcess:
     def stage(self, stage: Stage, front: nn.Module, layers: Sequence[nn.Module], heads: list[Head]) -> StageResult:
         """Train one stage, or take its committed weights; then write the boundary above it."""
         config = self.config
-        if stage.held:
+        if stage.formats:
             raise UsageError(
                 f"stage {stage.depth}: layers of your own train in their own precision, without adapters",
                 hint="set trunk_strategy: frozen, cache_activations: true and new_stack_precision: full",
@@ -361,7 +361,7 @@ class UnifiedTrainer:
         """Refuse schedules that need more than layers one above the other; say which settings are unused here."""
         training, hint = config.training, "leave it out here; `stackwise run` has it"
         stages = schedule(config)
-        if any(stage.beyond for stage in stages):
+        if any(stage.lookahead for stage in stages):
             raise UsageError(f"training.lookahead: {training.lookahead} is not for layers of your own", hint=hint)
         if training.windows != 1 and config.has_windows:
             raise UsageError(f"training.windows: {training.windows or 'auto'} is not for layers of your own", hint=hint)

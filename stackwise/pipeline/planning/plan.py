@@ -10,8 +10,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.data import PreparedData
 from stackwise.errors import NotFound
-from stackwise.pipeline.job import Frozen, StageJob
-from stackwise.pipeline.numbering import drawn_and_window
+from stackwise.pipeline.job import Frozen, StageJob, Versions, starts
 from stackwise.pipeline.planning.vocabulary import check_data
 from stackwise.pipeline.recipe import (
     Recipe,
@@ -24,8 +23,7 @@ from stackwise.pipeline.recipe import (
     trunk_id,
 )
 from stackwise.pipeline.rows import HELD_OUT, drawn_rows, put_rows, rows_key
-from stackwise.pipeline.schedule import FRONT, Stage, maker, schedule
-from stackwise.pipeline.versions import Versions, starts
+from stackwise.pipeline.schedule import FRONT, Stage, drawn_and_window, schedule, stage_below
 from stackwise.store import ActivationStore, BoundaryInfo
 
 
@@ -35,12 +33,12 @@ class Entry:
 
     Args:
         reads: The boundary that is read; None: tokens.
-        through: The committed stages between that and the stage, lowest first: their output is made on demand.
+        recomputed: The committed stages between that and the stage, lowest first: their output is made on demand.
         fills: Whether the boundary that enters the stage is written as they make it.
     """
 
     reads: str | None = None
-    through: tuple[Stage, ...] = ()
+    recomputed: tuple[Stage, ...] = ()
     fills: bool = False
 
 
@@ -125,7 +123,7 @@ class Plan:
             rows=rows,
             rowset=rowset,
             span=self.span(stage),
-            initial={part: source.digest for part, source in starts(stage, versions).items()},
+            initial={part: source.identity for part, source in starts(stage, versions).items()},
             trunk=self.trunk(stage, versions),
             targets=self.data.id if self.config.objective == "custom" else None,
             held_out=self.rowset(HELD_OUT)[0] if self.config.heeds_held_out(stage.depth) else None,
@@ -147,7 +145,7 @@ class Plan:
             info = self.boundary(stage, versions, number)
             if info is not None:
                 return info
-            stage = maker(self.stages, stage)
+            stage = stage_below(self.stages, stage)
         return None
 
     def base(self, stage: Stage, *, train: bool = True) -> tuple[Stage | None, tuple[Stage, ...]]:
@@ -161,11 +159,11 @@ class Plan:
             The stage whose boundary is read (itself, or one below it; None: tokens), and the stages whose output is
             made on demand, lowest first.
         """
-        at, through = stage, list[Stage]()
+        at, recomputed = stage, list[Stage]()
         while at.reads_boundary and not self.reads_stored(at, fused=train and at is stage):
-            at = maker(self.stages, at)
-            through.insert(0, at)
-        return at if at.reads_boundary else None, tuple(through)
+            at = stage_below(self.stages, at)
+            recomputed.insert(0, at)
+        return at if at.reads_boundary else None, tuple(recomputed)
 
     def reads_stored(self, stage: Stage, *, fused: bool) -> bool:
         """Whether the boundary that enters a stage is stored before it is read; with `fused`, it may be filled."""
@@ -194,7 +192,7 @@ class Plan:
             return above if self.base(above)[0] is above else None
         return None
 
-    def hands_on(self, stage: Stage) -> bool:
+    def writes_above(self, stage: Stage) -> bool:
         """Whether a worker that has trained a stage writes the boundary above it."""
         above = self.following(stage)
         return above is not None and above.rowset == stage.rowset and above.first == stage.last + 1
@@ -203,7 +201,7 @@ class Plan:
         """Whether a stage is evaluated on held-out rows as it trains."""
         return self.config.stage_training(stage.depth).eval_every is not None or bool(stage.candidates)
 
-    def hands_held_out(self, stage: Stage) -> bool:
+    def writes_held_out(self, stage: Stage) -> bool:
         """Whether a worker that has trained a stage writes the held-out rows' boundary above it."""
         above = self.stages[stage.place + 1 : stage.place + 2]
         return any(s.reads_boundary and s.first == stage.last + 1 and self.evaluates(s) for s in above)
@@ -232,13 +230,13 @@ class Plan:
             rowset: The number of the rowset, where it is not the stage's own.
             held_out_reads: The held-out rows' boundary that enters a stage to train; None: tokens, or none is needed.
         """
-        hands_held_out = rowset is None and self.hands_held_out(stage)
-        held_out = self.rowset(HELD_OUT)[0] if rowset is None and (self.evaluates(stage) or hands_held_out) else None
+        writes_held_out = rowset is None and self.writes_held_out(stage)
+        held_out = self.rowset(HELD_OUT)[0] if rowset is None and (self.evaluates(stage) or writes_held_out) else None
         recipe = self.recipe(stage, versions) if train else {}
         number = stage.rowset if rowset is None else rowset
         rowset_id, rows = self.rowset(number)
         embedding = versions.get(FRONT) if stage.reads_boundary and self.config.model.tie_embeddings else None
-        initial = starts(stage, versions) if train else {part: versions[part] for part in stage.hands_on}
+        initial = starts(stage, versions) if train else {part: versions[part] for part in stage.forward_parts}
         return StageJob(
             config=dump(self.config),
             stage=stage,
@@ -261,11 +259,13 @@ class Plan:
             train=train,
             reads=entry.reads,
             writes=writes,
-            through=tuple(Frozen(below, {part: versions[part] for part in below.hands_on}) for below in entry.through),
+            recomputed=tuple(
+                Frozen(below, {part: versions[part] for part in below.forward_parts}) for below in entry.recomputed
+            ),
             fills=entry.fills,
             held_out=held_out,
             held_out_reads=held_out_reads,
-            hands_held_out=hands_held_out,
+            writes_held_out=writes_held_out,
         )
 
     def _stored(self, rowset: str) -> bool:

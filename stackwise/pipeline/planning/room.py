@@ -34,7 +34,7 @@ def below_memory(plan: Plan, stage: Stage) -> int:
     if not below:
         return 0
     config, model = plan.config, plan.config.model
-    parts = [(part, one) for one in below for part in one.hands_on]
+    parts = [(part, one) for one in below for part in one.forward_parts]
     weights = WEIGHT_BYTES * sum(part_parameters(config, plan.vocabulary.size, part, one) for part, one in parts)
     positions, size = config.row_positions, 4 if config.precision == "fp32" else 2
     in_hand = max(1, 8192 // config.training.seq_len) * positions * (4 * model.d_model + 3 * model.ffn_width) * size
@@ -62,7 +62,7 @@ def check_fit(plan: Plan, todo: list[Stage], disk: Path) -> dict[str, Any]:
         UsageError: The largest stage's weights, gradients and moments alone exceed the memory.
     """
     config, size = plan.config, plan.vocabulary.size
-    kept = [stage for stage in todo if stage.reads_boundary or plan.hands_on(stage)] if config.windows > 1 else todo
+    kept = [stage for stage in todo if stage.reads_boundary or plan.writes_above(stage)] if config.windows > 1 else todo
     rows = max((plan.rowset(stage.rowset)[1] for stage in kept), default=0)
     boundary = boundary_bytes(config, rows)
     reading = sum(plan.keeps(stage) for stage in {stage.depth: stage for stage in plan.stages}.values())

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.planning.plan import Plan
 from stackwise.pipeline.recipe import boundary_bytes
-from stackwise.pipeline.schedule import Stage, maker
+from stackwise.pipeline.schedule import Stage, stage_below
 
 
 @dataclass
@@ -58,7 +58,7 @@ class _Walk:
             if stage.reads_boundary:
                 self._train(stage)
             above = self._plan.following(stage)
-            if above is not None and self._plan.hands_on(stage):
+            if above is not None and self._plan.writes_above(stage):
                 self._make(above, stage.rowset)
         return self._total
 
@@ -82,7 +82,7 @@ class _Walk:
         """Let the boundary that enters a stage be there."""
         if stage is None or (stage.first, number) in self._present:
             return
-        below = maker(self._plan.stages, stage)
+        below = stage_below(self._plan.stages, stage)
         base, through = self._plan.base(below, train=False)
         self._make(base, number)
         self._pass(base, (*through, below), self._plan.rowset(number)[1])

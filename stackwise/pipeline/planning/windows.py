@@ -12,12 +12,12 @@ from stackwise.data import PreparedData
 from stackwise.errors import NoSpaceError
 from stackwise.identity import content_id
 from stackwise.pipeline.fit import RECORD_BYTES, committed_bytes, in_bytes, state_bytes
+from stackwise.pipeline.job import Versions, pruned, start
 from stackwise.pipeline.planning.plan import Plan
 from stackwise.pipeline.planning.vocabulary import check_data
 from stackwise.pipeline.recipe import boundary_bytes, stage_steps, whole_boundary
 from stackwise.pipeline.rows import HELD_OUT, choose_samples, drawn_rows
-from stackwise.pipeline.schedule import FRONT, Stage, maker, schedule
-from stackwise.pipeline.versions import Versions, pruned, start
+from stackwise.pipeline.schedule import FRONT, Stage, schedule, stage_below
 from stackwise.store import CommittedStage
 
 KEY = "training.windows"
@@ -121,17 +121,17 @@ def gone(plan: Plan, stage: Stage, versions: Versions, unsettled: Collection[str
     """
     if plan.config.windows == 1:
         return set()
-    names = {start(stage, part) for part in stage.holds if part not in stage.fresh} | {*stage.continues}
+    names = {start(stage, part) for part in stage.holds if part not in stage.fresh} | {*stage.states_in}
     if stage.reads_boundary and plan.config.model.tie_embeddings:
         names.add(FRONT)
     rowsets = [stage.rowset]
-    if plan.evaluates(stage) or plan.hands_held_out(stage):
+    if plan.evaluates(stage) or plan.writes_held_out(stage):
         rowsets.append(HELD_OUT)
     for number in rowsets:
         at = stage
         while at.reads_boundary and ({*at.trunk} & {*unsettled} or plan.boundary(at, versions, number) is None):
-            at = maker(plan.stages, at)
-            names.update(at.hands_on)
+            at = stage_below(plan.stages, at)
+            names.update(at.forward_parts)
     return pruned(versions[name] for name in names if name in versions and name not in unsettled)
 
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 from stackwise.errors import NoSpaceError, StackWiseError
+from stackwise.pipeline.job import Versions
 from stackwise.pipeline.planning.plan import Entry, Plan
 from stackwise.pipeline.planning.windows import boundary_budget
 from stackwise.pipeline.recipe import boundary_bytes, codec_name, whole_boundary
@@ -13,8 +14,7 @@ from stackwise.pipeline.rows import HELD_OUT
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.crew import Crew
 from stackwise.pipeline.runner.events import Manifest
-from stackwise.pipeline.schedule import Stage, maker
-from stackwise.pipeline.versions import Versions
+from stackwise.pipeline.schedule import Stage, stage_below
 
 
 class Boundaries:
@@ -42,7 +42,7 @@ class Boundaries:
         fused, the stage below is not waited for: its output is made, and written, while this one trains.
         """
         number = stage.rowset if rowset is None else rowset
-        at, through, reads = stage, list[Stage](), None
+        at, recomputed, reads = stage, list[Stage](), None
         while at.reads_boundary and reads is None:
             info = self._plan.boundary(at, versions, number)
             if info is not None:
@@ -50,9 +50,9 @@ class Boundaries:
             elif self._plan.reads_stored(at, fused=train and at is stage):
                 reads = self.made(at, versions, number)
             else:
-                at = maker(self._plan.stages, at)
-                through.insert(0, at)
-        return Entry(reads, tuple(through), fills=bool(through) and train and self._plan.fuses(stage))
+                at = stage_below(self._plan.stages, at)
+                recomputed.insert(0, at)
+        return Entry(reads, tuple(recomputed), fills=bool(recomputed) and train and self._plan.fuses(stage))
 
     def made(self, stage: Stage, versions: Versions, rowset: int | None = None) -> str:
         """The boundary that enters a stage; made by forward passes from the nearest one below where it is gone."""
@@ -60,7 +60,7 @@ class Boundaries:
         info = self._plan.boundary(stage, versions, number)
         if info is not None:
             return info.id
-        below = maker(self._plan.stages, stage)
+        below = stage_below(self._plan.stages, stage)
         entry = self.entry(below, versions, number, train=False)
         self.make_room(below, entry.reads)
         self._tell(

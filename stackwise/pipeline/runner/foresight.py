@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from stackwise.errors import DamageError
+from stackwise.pipeline.job import Versions, add_versions, needed, produced
 from stackwise.pipeline.planning.plan import Plan
 from stackwise.pipeline.planning.reasons import NEW, own_changes, words
 from stackwise.pipeline.planning.windows import gone
 from stackwise.pipeline.recipe import recipe_id
-from stackwise.pipeline.versions import Versions, add_versions, made, needed
 from stackwise.store import CommittedStage
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _foreseen(plan: Plan, manifest: Manifest, again: set[str]) -> tuple[list[For
                 reason = NEW
             found.append(Foreseen(*where, "train", reason, steps, None))
             lost |= gone(plan, stage, versions, origin)
-            origin |= dict.fromkeys(made(stage), below)
+            origin |= dict.fromkeys(produced(stage), below)
             continue
         recipe = plan.recipe(stage, versions)
         key = recipe_id(recipe)
@@ -99,7 +99,7 @@ def _foreseen(plan: Plan, manifest: Manifest, again: set[str]) -> tuple[list[For
         if committed is None:
             found.append(Foreseen(*where, "train", manifest.reason(stage, recipe), steps, key))
             lost |= gone(plan, stage, versions, origin)
-            origin |= dict.fromkeys(made(stage), stage.depth)
+            origin |= dict.fromkeys(produced(stage), stage.depth)
             continue
         if key in again:  # it comes to the same weights, so what stands on it is not another
             found.append(Foreseen(*where, "train", AGAIN, steps, key))
@@ -107,7 +107,7 @@ def _foreseen(plan: Plan, manifest: Manifest, again: set[str]) -> tuple[list[For
         else:
             found.append(Foreseen(*where, "reuse", REUSED, steps, key))
         add_versions(versions, committed)
-        for name in made(stage):
+        for name in produced(stage):
             origin.pop(name, None)
     return found, lost
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from stackwise.durable import FileLock, is_locked
 from stackwise.errors import DamageError, NotFound, StackWiseError, UsageError
 from stackwise.pipeline.fit import state_bytes
+from stackwise.pipeline.job import Versions, add_versions, with_parts
 from stackwise.pipeline.planning.plan import Plan
 from stackwise.pipeline.planning.windows import Superseded, gone
 from stackwise.pipeline.recipe import recipe_id
@@ -20,7 +21,6 @@ from stackwise.pipeline.runner.events import Manifest
 from stackwise.pipeline.runner.foresight import REUSED, Foreseen, committed_stage
 from stackwise.pipeline.runner.remedy import remedy
 from stackwise.pipeline.schedule import Stage
-from stackwise.pipeline.versions import Versions, add_versions, with_parts
 from stackwise.store import CommittedStage
 
 
@@ -156,7 +156,7 @@ class Walk:
             steps=self._plan.steps(stage),
             trunk=self._plan.trunk(stage, versions),
         )
-        hands_on = self._plan.hands_on(stage)
+        hands_on = self._plan.writes_above(stage)
         self._refuse_where_busy(stage, key)
         checkpoints = self._run.checkpoints(key)
         saves = state_bytes(self._plan.config, self._plan.vocabulary.size, stage, gradients=False)
@@ -165,7 +165,7 @@ class Walk:
             if hands_on or entry.fills:
                 self._boundaries.make_room(stage, entry.reads)
             held_out = None
-            if stage.reads_boundary and (self._plan.evaluates(stage) or self._plan.hands_held_out(stage)):
+            if stage.reads_boundary and (self._plan.evaluates(stage) or self._plan.writes_held_out(stage)):
                 held_out = self._boundaries.made(stage, versions, HELD_OUT)
             job = self._plan.job(
                 stage,

@@ -48,7 +48,7 @@ def entering(
         yield below
         return
     codec = codec_name(config.store)
-    rows, depth, place = below.rowset.rows, job.stage.depth, job.through[-1].stage.place
+    rows, depth, place = below.rowset.rows, job.stage.depth, job.recomputed[-1].stage.place
     if not job.fills:
         chunk_rows = boundary_chunk_rows(config, rows)
         source = FilledBoundary(below, frozen, codec=CODECS[codec], chunk_rows=chunk_rows, device=device)
@@ -110,7 +110,7 @@ def write_above(
         InterruptedRun: `stop` said so.
     """
     stage, begun = job.stage, time.perf_counter()
-    trunk = trunk_id(job.forward, [*job.trunk_digests, *digests], job.stage.precisions(job.stage.makes))
+    trunk = trunk_id(job.forward, [*job.trunk_digests, *digests], job.stage.precisions(job.stage.trunk_above))
     with boundary_writer(store, config, below, trunk, stage.depth + 1, stage.last + 1) as writer:
         emit(
             {

@@ -8,10 +8,8 @@ from functools import partial
 from torch import Tensor
 
 from stackwise.pipeline.build import load_part
-from stackwise.pipeline.holding import ADAPTER
 from stackwise.pipeline.job import StageJob
-from stackwise.pipeline.numbering import STATE
-from stackwise.pipeline.schedule import Stage
+from stackwise.pipeline.schedule import ADAPTER, STATE, Stage
 from stackwise.training.engine import WEIGHT
 from stackwise.training.lazily import Lazily
 from stackwise.training.trainer import Carried, Trainer
@@ -26,9 +24,9 @@ def take_up(job: StageJob, trainer: Trainer) -> None:
     Raises:
         DamageError: A state's file is missing, broken or not what was committed.
     """
-    if not job.stage.continues:
+    if not job.stage.states_in:
         return
-    names = {_part(job.stage, name): name for name in job.stage.continues}
+    names = {_part(job.stage, name): name for name in job.stage.states_in}
 
     def state(part: str) -> dict[str, Tensor]:
         source = job.initial[names[part]]
@@ -46,7 +44,7 @@ def take_up(job: StageJob, trainer: Trainer) -> None:
 
 def left(stage: Stage, trainer: Trainer) -> dict[str, State]:
     """The states that a stage commits for its next window, by name, once its engine has settled."""
-    if not stage.leaves:
+    if not stage.states_out:
         return {}
     carried = trainer.engine.carried()
     own = {**carried[""], **trainer.carry().state()}
@@ -54,7 +52,7 @@ def left(stage: Stage, trainer: Trainer) -> dict[str, State]:
     def state(part: str) -> Mapping[str, Tensor]:
         return carried[part] if part else own
 
-    return {name: partial(state, _part(stage, name)) for name in stage.leaves}
+    return {name: partial(state, _part(stage, name)) for name in stage.states_out}
 
 
 def _part(stage: Stage, state: str) -> str:

@@ -55,7 +55,7 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
         if job.held_out is not None:
             entering_it = stack.enter_context(store.reader(job.held_out_reads)) if job.held_out_reads else None
             held_out = _feed(job, config, store, entering_it, job.held_out, HELD_OUT)
-        frozen = [frozen_stage(one, job, config).to(device) for one in job.through]
+        frozen = [frozen_stage(one, job, config).to(device) for one in job.recomputed]
         if job.train and job.stage.candidates:
             assert held_out is not None, "what it unfreezes is chosen by held-out loss"
             fuse_stage(job, config, below, held_out, store, device, emit, stop)
@@ -68,15 +68,17 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
         if job.train:
             with entering(job, config, below, frozen, store, device, emit, stop) as feed:
                 train_stage(job, config, model, feed, store, device, emit, stop, held_out)
-        if job.writes or job.hands_held_out:
+        if job.writes or job.writes_held_out:
             # The head and the optimizer are done with; what remains is forward passes.
-            made = {part: module for part, module in parts_of(model, job.stage).items() if part in job.stage.hands_on}
+            made = {
+                part: module for part, module in parts_of(model, job.stage).items() if part in job.stage.forward_parts
+            }
             digests = [part_digest(part_state(part, module.state_dict())) for part, module in made.items()]
             model.head, model.beyond = None, nn.ModuleList()
             gc.collect()
             if job.writes:
                 write_above(job, config, [*frozen, model], below, store, digests, device, emit, stop)
-            if job.hands_held_out and held_out is not None:
+            if job.writes_held_out and held_out is not None:
                 write_above(job, config, [model], held_out, store, digests, device, emit, stop)
 
 
@@ -99,14 +101,14 @@ def _run_swapped(
             engaged(device, emit, job, config) as (engine, weights),
         ):
             train_and_commit(job, config, engine, weights, feed, store, device, emit, stop, held_out)
-    if job.writes or job.hands_held_out:
+    if job.writes or job.writes_held_out:
         parts = JobParts(job, config, committed_sources(job, store.stage(job.recipe_id) if job.train else None))
         row_bytes = 4 * config.row_positions * config.model.d_model
         up = partial(lifted, parts, swap.groups, row_bytes=row_bytes, memory=swap.boundaries)
-        digests = [parts.digest(part) for part in job.stage.hands_on]
+        digests = [parts.digest(part) for part in job.stage.forward_parts]
         if job.writes:
             write_above(job, config, up(below=frozen), below, store, digests, device, emit, stop)
-        if job.hands_held_out and held_out is not None:
+        if job.writes_held_out and held_out is not None:
             write_above(job, config, up(), held_out, store, digests, device, emit, stop)
 
 

@@ -21,9 +21,8 @@ from stackwise.pipeline.build import (
     require_gradients,
 )
 from stackwise.pipeline.fit import Swap
-from stackwise.pipeline.holding import ADAPTER, adapter_part
 from stackwise.pipeline.job import Source, StageJob
-from stackwise.pipeline.schedule import FRONT, HEAD
+from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, adapter_part
 from stackwise.store import CommittedStage
 from stackwise.training.stage import StageModel
 from stackwise.training.swap import SwappedEngine
@@ -43,9 +42,9 @@ class JobParts:
         stage = job.stage
         held = [part for part in stage.holds if part in sources and not part.startswith(ADAPTER)]
         self.names: Sequence[str] = held
-        self.order: Sequence[str] = sorted(held, key=lambda part: part in stage.beyond)
+        self.order: Sequence[str] = sorted(held, key=lambda part: part in stage.lookahead)
         self.trains: Sequence[str] = [part for part in held if {part, adapter_part(part)} & {*stage.trains}]
-        in_half = any(stage.holding(part).precision == "fp16" for part in held)
+        in_half = any(stage.format(part).precision == "fp16" for part in held)
         self.precision: str = "fp16" if in_half else config.precision
         self._own = owns_projection(config, stage)
         self.tied = config.model.tie_embeddings and not self._own and FRONT in held and HEAD in held
@@ -93,7 +92,7 @@ class JobParts:
         if name != HEAD:
             stage = job.stage
             packed = name not in stage.trains
-            return make_block(config, name, self._sources, stage.holding(name), packed=packed)
+            return make_block(config, name, self._sources, stage.format(name), packed=packed)
         if not self.tied and config.model.tie_embeddings:
             front = self._sources.get(FRONT)
             embedding_VD = (
@@ -149,7 +148,7 @@ def record_directory(job: StageJob) -> Path:
 
 def committed_sources(job: StageJob, committed: CommittedStage | None) -> dict[str, Source]:
     """Where the parts that a stage hands on are once it is committed."""
-    sources = {part: source for part, source in job.initial.items() if part in job.stage.hands_on}
+    sources = {part: source for part, source in job.initial.items() if part in job.stage.forward_parts}
     if committed is not None:
         for part, digest in committed.record["parts"].items():
             if part in sources:

@@ -17,11 +17,10 @@ from stackwise.model import part_digest
 from stackwise.pipeline.build import load_part, part_state, parts_of, save_part, stage_model
 from stackwise.pipeline.device import describe, peak_memory
 from stackwise.pipeline.fit import swap_of
-from stackwise.pipeline.holding import ADAPTER
 from stackwise.pipeline.job import Source, StageJob
 from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows
 from stackwise.pipeline.rows import stage_rows
-from stackwise.pipeline.schedule import HEAD
+from stackwise.pipeline.schedule import ADAPTER, HEAD
 from stackwise.pipeline.worker.adaptive import Means, Weights, fuse_adaptively
 from stackwise.pipeline.worker.boundary import RESUME, Emit, Stop
 from stackwise.pipeline.worker.carrying import State, left, take_up
@@ -74,7 +73,7 @@ def _resident(
         seed=job.seed(config),
         device=device,
         first_block=stage.first,
-        beyond=stage.beyond,
+        beyond=stage.lookahead,
     )
     parts = parts_of(model, stage)
 
