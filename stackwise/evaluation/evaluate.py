@@ -13,9 +13,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from stackwise.evaluation.passes import Pass, likelihood_kind, make_passes, tensor
-from stackwise.evaluation.scores import Scores, figures, unigram
-from stackwise.model.mode import evaluating
+from stackwise.evaluation.passes import Pass, Scores, figures, likelihood_kind, make_passes, tensor, unigram
+from stackwise.model.block import evaluating
 from stackwise.model.rack import StageModules, enter
 from stackwise.objectives.cross_entropy import slice_rows
 from stackwise.objectives.objective import Objective

@@ -1,9 +1,9 @@
 """Inference: filling holes, continuing prompts, exporting racks and loading them back."""
 
-from stackwise.inference.causal import sample_causal
-from stackwise.inference.export import Exported, export, load_rack, read_export
-from stackwise.inference.fill import FillStep, fill
+from stackwise.inference.export import export
+from stackwise.inference.exported import Exported, load_rack, read_export
 from stackwise.inference.forward import Stages, logits_at
+from stackwise.inference.generate import FillStep, fill, sample_causal
 from stackwise.model.rack import StageModules
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""A rack as one directory that others can load: config.json, safetensors, tokenizer.json; and back."""
+"""A rack as one directory that others can load: config.json, safetensors (in shards where large), tokenizer.json."""
 
 from __future__ import annotations
 
@@ -8,50 +8,85 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stackwise.config.model import ModelConfig
-from stackwise.durable import TEMPORARY, fsync_directory
+from stackwise.durable import TEMPORARY, explain_full_disk, fsync_directory
 from stackwise.errors import DamageError, NotFound, UsageError
-from stackwise.inference.layout import (
-    FORMAT,
+from stackwise.inference.exported import (
+    INDEX,
+    SINGLE,
+    Exported,
     block_name,
     config_json,
     front_name,
     head_name,
     is_llama,
+    read_export,
 )
-from stackwise.inference.shards import SHARD_BYTES, ShardWriter, read_tensors
-from stackwise.model.block import Block, Stack
-from stackwise.model.ends import Front, Head
-from stackwise.model.layers import Rotary
-from stackwise.model.quantized import QuantizedLinear, plain_layers
-from stackwise.model.rack import Rack, StageModules
+from stackwise.model.projections import QuantizedLinear, plain_layers
+from stackwise.model.rack import Front, StageModules
+
+SHARD_BYTES = 5_000_000_000
+"""Weights in one file, about: what is held before it is written. As Hugging Face has it."""
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What an exported directory says of itself."""
+class ShardWriter:
+    """Collects tensors up to a shard's size, writes them, and forgets them.
 
-    directory: Path
-    llama: bool
-    """Whether transformers loads it as LLaMA."""
-    model: ModelConfig
-    vocab_size: int
-    seq_len: int
-    causal: bool
-    """Whether the rack attends causally; otherwise bidirectionally."""
-    tied: bool
-    mask_token_id: int | None
-    separator_id: int | None
-    files: tuple[str, ...] = ()
-    bytes: int = 0
-    parameters: int = 0
+    Args:
+        directory: Where the files go; nobody reads it before `close`.
+        shard_bytes: Weights in one file, at most (a single tensor may be more).
+    """
+
+    def __init__(self, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self.directory, self.shard_bytes = directory, shard_bytes
+        self.total_bytes = 0
+        self.parameters = 0
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes = 0
+        self._files: list[tuple[Path, list[str]]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor; it may be written now or later, so the caller must not change it."""
+        tensor = tensor.detach().to("cpu").contiguous()
+        if self._held and self._held_bytes + tensor.nbytes > self.shard_bytes:
+            self._flush()
+        self._held[name] = tensor
+        self._held_bytes += tensor.nbytes
+        self.total_bytes += tensor.nbytes
+        self.parameters += tensor.numel()
+
+    def _flush(self) -> None:
+        path = self.directory / f"part-{len(self._files):05d}"
+        with explain_full_disk(path):
+            save_file(self._held, path, metadata={"format": "pt"})
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        self._files.append((path, list(self._held)))
+        self._held, self._held_bytes = {}, 0
+
+    def close(self) -> list[str]:
+        """Write what is held, give the files their names, and an index if they are several. Returns the names."""
+        if self._held or not self._files:
+            self._flush()
+        count = len(self._files)
+        names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        for (path, _), name in zip(self._files, names, strict=True):
+            path.rename(path.with_name(name))
+        if count > 1:
+            where = {t: name for (_, held), name in zip(self._files, names, strict=True) for t in held}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(where.items()))}
+            (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        fsync_directory(self.directory)
+        return names
 
 
 def export(
@@ -198,86 +233,3 @@ def _tokenizer(source: Path | str | None) -> str | None:
     except (OSError, ValueError) as error:
         raise UsageError(f"the tokenizer cannot be read: {error}") from None
     return text
-
-
-def read_export(directory: Path | str) -> Exported:
-    """What an exported directory says of itself.
-
-    Raises:
-        NotFound: There is no export.
-        UsageError: It is of a newer format.
-        DamageError: Its config.json is damaged.
-    """
-    directory = Path(directory)
-    path = directory / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        own = config["stackwise"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise NotFound(f"{directory} holds no export: there is no config.json") from None
-    except (KeyError, TypeError):
-        raise NotFound(f"{directory} was not exported by stackwise: its config.json has no stackwise entry") from None
-    except (OSError, ValueError) as error:
-        raise DamageError(f"{path} cannot be read: {error}") from None
-    try:
-        if own["format"] > FORMAT:
-            raise UsageError(f"{directory} is of format {own['format']}; this version reads up to {FORMAT}")
-        model = ModelConfig.model_validate(own["model"])
-        return Exported(
-            directory=directory,
-            llama=is_llama(model),
-            model=model,
-            vocab_size=int(own["vocab_size"]),
-            seq_len=int(own["seq_len"]),
-            causal=bool(own["causal"]),
-            tied=model.tie_embeddings,
-            mask_token_id=own["mask_token_id"],
-            separator_id=own["separator_id"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise DamageError(f"{path} is damaged: {error}") from None
-
-
-def load_rack(directory: Path | str, device: torch.device | str = "cpu") -> Rack:
-    """The rack of an exported directory, with equal logits (`read_export` says which way it attends).
-
-    Raises:
-        NotFound: There is no export.
-        DamageError: A file or a tensor is missing, damaged, or of another shape.
-    """
-    about = read_export(directory)
-    config, llama = about.model, about.llama
-    with torch.device("meta"):
-        front = Front(config, about.vocab_size, about.seq_len)
-        blocks = [Block(config) for _ in range(config.n_blocks)]
-        head = Head(config, about.vocab_size)
-    parts: list[tuple[nn.Module, dict[str, str]]] = [
-        (front, {name: front_name(name, llama) for name in front.state_dict()}),
-        *((block, {name: block_name(i, name, llama) for name in block.state_dict()}) for i, block in enumerate(blocks)),
-        (head, {name: head_name(name, llama) for name in head.state_dict()}),
-    ]
-    homes = {exported: (part, name) for part, names in parts for name, exported in names.items()}
-    if about.tied:
-        del homes[head_name("projection", llama)]
-    for exported, tensor in read_tensors(about.directory, device):
-        if exported not in homes:
-            raise DamageError(f"{directory}: tensor {exported} belongs to no part of the rack")
-        part, name = homes.pop(exported)
-        if part.get_parameter(name).shape != tensor.shape:
-            raise DamageError(f"{directory}: tensor {exported} has shape {list(tensor.shape)}")
-        part.load_state_dict({name: tensor}, strict=False, assign=True)
-    if homes:
-        raise DamageError(f"{directory}: tensor {sorted(homes)[0]} is missing")
-    for block in blocks:
-        for child in block.modules():
-            if isinstance(child, Rotary):
-                child.rebuild(device)
-    if about.tied:
-        norm = head.norm
-        head = Head(config, about.vocab_size, front.embedding.weight)
-        head.norm = norm
-    per_stack = config.architecture.blocks_per_stack
-    stacks = [Stack(blocks[i : i + per_stack], i // per_stack) for i in range(0, len(blocks), per_stack)]
-    return Rack(front, stacks, head)

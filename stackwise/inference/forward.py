@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from stackwise.config.direction import BlockCausal, Direction
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
-from stackwise.model.cache import Caches
-from stackwise.model.mode import evaluating
+from stackwise.model.attention import Caches
+from stackwise.model.block import evaluating
 from stackwise.model.rack import Rack, StageModules, enter, stages_of
 
 Stages = Rack | Sequence[StageModules] | Callable[[], Iterable[StageModules]]

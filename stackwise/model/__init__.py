@@ -1,15 +1,11 @@
 """The model: blocks, stacks, racks, their front and head. Plain `nn.Module`s, each usable by itself."""
 
-from stackwise.model.attention import Attention
-from stackwise.model.block import Block, Stack
-from stackwise.model.build import build_block, build_front, build_head, build_rack
+from stackwise.model.attention import Attention, Cache, Caches
+from stackwise.model.block import Block, Stack, evaluating
+from stackwise.model.build import build_block, build_front, build_head, build_rack, part_digest
 from stackwise.model.builder import PRECISIONS, ProgressiveRackBuilder, create_stack_from_config, stack_dtype
-from stackwise.model.cache import Cache, Caches
-from stackwise.model.digest import part_digest
-from stackwise.model.ends import Front, Head
-from stackwise.model.lora import AdaptedLinear, Adapter, add_adapters, merge_adapters
-from stackwise.model.mode import evaluating
-from stackwise.model.rack import Rack, StageModules, enter, stages_of
+from stackwise.model.projections import AdaptedLinear, Adapter, add_adapters, merge_adapters
+from stackwise.model.rack import Front, Head, Rack, StageModules, enter, stages_of
 
 __all__ = [
     "PRECISIONS",

@@ -1,21 +1,162 @@
-"""Softmax attention, multi-head or grouped-query.
+"""Attention: which position sees which, what is kept of earlier positions, multi-head and multi-head latent.
 
-Shapes in names: B batch, S positions that ask, T positions that are asked, D d_model, H heads, K key/value heads,
-E width of a head.
+Shapes in names: B batch, S positions that ask, T positions that are asked (those kept in a cache, then the S),
+D d_model, H heads, K key/value heads, E width of a head; of latent attention: C the latent, Q the queries' latent,
+R the rotary part of a head; `…` any leading dimensions.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stackwise.config.direction import BlockCausal, Direction
+from stackwise.config.direction import Annealed, BlockCausal, Direction
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
-from stackwise.model.cache import Cache
-from stackwise.model.layers import Rotary
-from stackwise.model.sight import Sight, sees
+from stackwise.model.layers import RMSNorm, Rotary
+from stackwise.model.projections import weight_of
+
+_LOW = 0xFFFFFFFF
+
+
+def sees(direction: Direction, q: Tensor, k: Tensor, length: int) -> Tensor:
+    """Whether position q sees position k, bool in the shape that the two broadcast to.
+
+    Args:
+        direction: The rule.
+        q: int64 positions that ask.
+        k: int64 positions that are asked.
+        length: Positions of the row; of a paired row, both copies together.
+    """
+    if isinstance(direction, BlockCausal):
+        if not direction.paired:
+            return k // direction.size <= q // direction.size
+        half = length // 2
+        asks, asked = q % half // direction.size, k % half // direction.size
+        # Clean positions (the second half) are seen by blocks above, and by their own block's clean copy.
+        own = (asks == asked) & ((q >= half) == (k >= half))
+        return own | ((k >= half) & (asked < asks))
+    if isinstance(direction, Annealed):
+        return (k <= q) | (_hash(q, k, direction.key) < int(direction.visible * (_LOW + 1)))
+    return k <= q if direction else torch.ones_like(q == k)
+
+
+def _hash(q: Tensor, k: Tensor, key: int) -> Tensor:
+    """32 bits of each pair of positions: Wellons' lowbias32, in int64 whose low half wraps as it must."""
+    x = (q * 0x9E3779B1 + k * 0x85EBCA77 + (key & _LOW)) & _LOW
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _LOW
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _LOW
+    return x ^ (x >> 16)
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """What the S newest of T positions see.
+
+    Attributes:
+        direction: The rule between positions.
+        segments_BS: Integers; a position sees only those with its own value. None: no such limit.
+        start: Positions in front of the S that ask, whose keys are kept.
+    """
+
+    direction: Direction
+    segments_BS: Tensor | None = None
+    start: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether a fused kernel needs no mask: all, or causal from the first position on."""
+        return self.segments_BS is None and isinstance(self.direction, bool) and (self.start == 0 or not self.direction)
+
+    def mask(self, length: int, device: torch.device) -> Tensor | None:
+        """Bool [B or 1, 1, S, T]; None where every position sees all T.
+
+        Args:
+            length: S.
+            device: Where the mask is made.
+        """
+        mask_BSS = None
+        if self.segments_BS is not None:
+            mask_BSS = self.segments_BS[:, :, None] == self.segments_BS[:, None, :]
+        if self.direction is True and self.start == 0:
+            if mask_BSS is None:
+                mask_BSS = torch.ones((1, length, length), dtype=torch.bool, device=device)
+            return mask_BSS.tril()[:, None]
+        if self.direction is not False and not (self.direction is True and length == 1):
+            places = torch.arange(self.start + length, device=device)
+            rule = sees(self.direction, places[self.start :, None], places[None], self.start + length)[None]
+            mask_BSS = rule if mask_BSS is None else mask_BSS & rule
+        return None if mask_BSS is None else mask_BSS[:, None]
+
+
+def attention_mask(segments_BS: Tensor, causal: Direction) -> Tensor:
+    """Which position sees which, bool [B, 1, S, S]: those of its own segment, as far as the direction lets it."""
+    mask_B1SS = AttentionPattern(causal, segments_BS).mask(segments_BS.shape[1], segments_BS.device)
+    assert mask_B1SS is not None
+    return mask_B1SS
+
+
+class Cache:
+    """The memory of one block: keys and values, or a latent (`join`), or a state of fixed size (`replace`).
+
+    For generation alone: nothing in it has a gradient.
+
+    Attributes:
+        length: Positions kept.
+        frozen: Read without keeping what is new: for the passes over a block that is still being written.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.frozen = False
+        self.kept: tuple[Tensor, ...] = ()
+
+    def join(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """What is kept, followed by what is new: […, length + S, width] each, from […, S, width]."""
+        count = new[0].shape[-2]
+        end = self.length + count
+        if not self.kept or self.kept[0].shape[-2] < end:
+            # Room doubles, so that a token costs its own copy and not one of all that came before it.
+            room = max(64, 1 << (end - 1).bit_length())
+            grown = tuple(t.new_empty((*t.shape[:-2], room, t.shape[-1])) for t in new)
+            for old, wide in zip(self.kept, grown, strict=False):
+                wide[..., : self.length, :] = old[..., : self.length, :]
+            self.kept = grown
+        for wide, tensor in zip(self.kept, new, strict=True):
+            wide[..., self.length : end, :] = tensor
+        if not self.frozen:
+            self.length = end
+        return tuple(wide[..., :end, :] for wide in self.kept)
+
+    def replace(self, count: int, *state: Tensor) -> None:
+        """A new state, after `count` more positions."""
+        if not self.frozen:
+            self.kept, self.length = state, self.length + count
+
+
+class Caches:
+    """The caches of a rack's blocks, lowest first; one is made when its block is first met."""
+
+    def __init__(self) -> None:
+        self._each: list[Cache] = []
+        self.frozen = False
+
+    @property
+    def length(self) -> int:
+        """Positions kept."""
+        return self._each[0].length if self._each else 0
+
+    def of(self, first: int, count: int) -> list[Cache]:
+        """Those of `count` blocks from block `first` on."""
+        while len(self._each) < first + count:
+            self._each.append(Cache())
+        some = self._each[first : first + count]
+        for cache in some:
+            cache.frozen = self.frozen
+        return some
 
 
 class Attention(nn.Module):
@@ -64,15 +205,17 @@ class Attention(nn.Module):
             tables = self.rotary.copies(S, start, is_paired(causal))
             q_BSHE, k_BSKE = self.rotary.rotate(q_BSHE, tables), self.rotary.rotate(k_BSKE, tables)
         q_BHSE, k_BKSE, v_BKSE = q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
-        y_BHSE = self.mix(q_BHSE, k_BKSE, v_BKSE, Sight(causal, segments_BS, start), cache)
+        y_BHSE = self.mix(q_BHSE, k_BKSE, v_BKSE, AttentionPattern(causal, segments_BS, start), cache)
         y_BSD: Tensor = self.o(y_BHSE.transpose(1, 2).reshape(B, S, D))
         return y_BSD
 
-    def mix(self, q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, sight: Sight, cache: Cache | None) -> Tensor:
+    def mix(
+        self, q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, pattern: AttentionPattern, cache: Cache | None
+    ) -> Tensor:
         """What each head brings together, [B, H, S, E]."""
         if cache is not None:
             k_BKSE, v_BKSE = cache.join(k_BKSE, v_BKSE)
-        return attend(q_BHSE, k_BKSE, v_BKSE, sight)
+        return attend(q_BHSE, k_BKSE, v_BKSE, pattern)
 
 
 def is_paired(direction: Direction) -> bool:
@@ -80,24 +223,26 @@ def is_paired(direction: Direction) -> bool:
     return isinstance(direction, BlockCausal) and direction.paired
 
 
-def attend(q_BHSE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, sight: Sight, scale: float | None = None) -> Tensor:
+def attend(
+    q_BHSE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, pattern: AttentionPattern, scale: float | None = None
+) -> Tensor:
     """Softmax attention of queries over keys and values, [B, H, S, E].
 
     Args:
         q_BHSE: Queries.
         k_BKTE: Keys; K divides H.
         v_BKTE: Values.
-        sight: Which position sees which.
+        pattern: Which position sees which.
         scale: On the scores; None: 1/sqrt(E).
     """
     grouped = q_BHSE.shape[1] != k_BKTE.shape[1]
-    if sight.plain:
+    if pattern.plain:
         return F.scaled_dot_product_attention(
-            q_BHSE, k_BKTE, v_BKTE, is_causal=bool(sight.direction), scale=scale, enable_gqa=grouped
+            q_BHSE, k_BKTE, v_BKTE, is_causal=bool(pattern.direction), scale=scale, enable_gqa=grouped
         )
-    if q_BHSE.is_cuda and torch.compiler.is_compiling() and sight.start == 0 and q_BHSE.shape[-1] >= 16:
-        return flex(q_BHSE, k_BKTE, v_BKTE, sight, scale)
-    mask = sight.mask(q_BHSE.shape[2], q_BHSE.device)
+    if q_BHSE.is_cuda and torch.compiler.is_compiling() and pattern.start == 0 and q_BHSE.shape[-1] >= 16:
+        return flex(q_BHSE, k_BKTE, v_BKTE, pattern, scale)
+    mask = pattern.mask(q_BHSE.shape[2], q_BHSE.device)
     if grouped and mask is not None and q_BHSE.is_cuda:
         # CUDA's kernels that take a mask know no groups: without this the whole score matrix would be made.
         repeats = q_BHSE.shape[1] // k_BKTE.shape[1]
@@ -106,20 +251,107 @@ def attend(q_BHSE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, sight: Sight, scale: 
     return F.scaled_dot_product_attention(q_BHSE, k_BKTE, v_BKTE, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
-def flex(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, sight: Sight, scale: float | None = None) -> Tensor:
+def flex(
+    q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, pattern: AttentionPattern, scale: float | None = None
+) -> Tensor:
     """The same by FlexAttention (arXiv 2412.05496), which skips the tiles in which nothing is seen.
 
     It pays inside a compiled block on a GPU, where it becomes one kernel; by itself it makes the whole score matrix.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    segments_BS, length = sight.segments_BS, q_BHSE.shape[2]
+    segments_BS, length = pattern.segments_BS, q_BHSE.shape[2]
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = sees(sight.direction, q, k, length)
+        seen = sees(pattern.direction, q, k, length)
         return seen if segments_BS is None else seen & (segments_BS[b, q] == segments_BS[b, k])
 
     batch = None if segments_BS is None else len(q_BHSE)
     blocks = create_block_mask(rule, batch, None, length, length, device=str(q_BHSE.device))
     grouped = q_BHSE.shape[1] != k_BKSE.shape[1]
     return flex_attention(q_BHSE, k_BKSE, v_BKSE, block_mask=blocks, scale=scale, enable_gqa=grouped)
+
+
+class LatentAttention(nn.Module):
+    """Low-rank joint compression of keys and values, with the rotary positions in dimensions of their own.
+
+    The layers are the paper's matrices (equations 9 to 19): `kv_down` W^DKV, `k_up` W^UK, `v_up` W^UV, `k_rotary`
+    W^KR, `q_down` W^DQ, `q_up` W^UQ, `q_rotary` W^QR, `o` W^O, with its norms behind the compressions (section 3.1.2).
+    Only `o` has a bias where the configuration asks for biases. A cache holds the latent and the one rotary key.
+
+    Raises:
+        UsageError: Heads that do not divide the width; a rotary part of odd width.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, self.heads = config.d_model, config.n_heads
+        if d % self.heads:
+            raise UsageError(f"model.n_heads {self.heads} does not divide model.d_model {d}")
+        self.width, self.rank, self.turned = d // self.heads, config.latent_rank, config.rotary_width
+        inner = config.q_rank or d
+        self.q_down = nn.Linear(d, inner, bias=False) if config.q_rank else None
+        self.q_norm = RMSNorm(inner, eps=config.norm_eps) if config.q_rank else None
+        self.q_up = nn.Linear(inner, self.heads * self.width, bias=False)
+        self.kv_down = nn.Linear(d, self.rank, bias=False)
+        self.kv_norm = RMSNorm(self.rank, eps=config.norm_eps)
+        self.k_up = nn.Linear(self.rank, self.heads * self.width, bias=False)
+        self.v_up = nn.Linear(self.rank, self.heads * self.width, bias=False)
+        self.o = nn.Linear(d, d, bias=config.bias)
+        self.rotary = Rotary(self.turned, config.rope_theta, config.max_seq_len) if self.turned else None
+        self.q_rotary = nn.Linear(inner, self.heads * self.turned, bias=False) if self.turned else None
+        self.k_rotary = nn.Linear(d, self.turned, bias=False) if self.turned else None
+        self.scale = (self.width + self.turned) ** -0.5
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        *,
+        causal: Direction = False,
+        segments_BS: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Attend. [B, S, D] to [B, S, D]; the arguments are those of `Attention`."""
+        B, S, D = x_BSD.shape
+        start = 0 if cache is None else cache.length
+        pattern = AttentionPattern(causal, segments_BS, start)
+        c_BSQ = x_BSD
+        if self.q_down is not None and self.q_norm is not None:
+            c_BSQ = self.q_norm(self.q_down(x_BSD))
+        q_BHSE = self._heads(self.q_up(c_BSQ))
+        c_B1SC = self.kv_norm(self.kv_down(x_BSD))[:, None]
+        if self.rotary is not None and self.q_rotary is not None and self.k_rotary is not None:
+            tables = self.rotary.copies(S, start, is_paired(causal))
+            q_BSHR = self.q_rotary(c_BSQ).view(B, S, self.heads, self.turned)
+            q_BHSR = self.rotary.rotate(q_BSHR, tables).transpose(1, 2)
+            k_B1SR = self.rotary.rotate(self.k_rotary(x_BSD).view(B, S, 1, self.turned), tables).transpose(1, 2)
+        else:
+            q_BHSR, k_B1SR = q_BHSE[..., :0], c_B1SC[..., :0]
+        if cache is not None:
+            # Under autocast the norm is float32 and the matrices are not: what is kept is what they would be given.
+            dtype = q_BHSE.dtype
+            c_B1SC, k_B1SR = cache.join(c_B1SC.to(dtype), k_B1SR.to(dtype))
+        if start and type(self.k_up) is type(self.v_up) is nn.Linear:
+            y_BHSE = self._absorbed(q_BHSE, q_BHSR, c_B1SC, k_B1SR, pattern)
+        else:
+            k_BHTE, v_BHTE = self._heads(self.k_up(c_B1SC[:, 0])), self._heads(self.v_up(c_B1SC[:, 0]))
+            k_BHTR = k_B1SR.expand(-1, self.heads, -1, -1)
+            q, k = torch.cat((q_BHSE, q_BHSR), -1), torch.cat((k_BHTE, k_BHTR.to(k_BHTE.dtype)), -1)
+            # Fused kernels want values as wide as keys.
+            y_BHSE = attend(q, k, F.pad(v_BHTE, (0, self.turned)), pattern, self.scale)[..., : self.width]
+        y_BSD: Tensor = self.o(y_BHSE.transpose(1, 2).reshape(B, S, D))
+        return y_BSD
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.heads, self.width).transpose(1, 2)
+
+    def _absorbed(
+        self, q_BHSE: Tensor, q_BHSR: Tensor, c_B1TC: Tensor, k_B1TR: Tensor, pattern: AttentionPattern
+    ) -> Tensor:
+        """The same without making keys and values: `k_up` goes into the queries, `v_up` behind the sum."""
+        up_HEC = weight_of(self.k_up, q_BHSE.dtype).view(self.heads, self.width, self.rank)
+        down_HEC = weight_of(self.v_up, q_BHSE.dtype).view(self.heads, self.width, self.rank)
+        q = torch.cat((torch.einsum("bhse,hec->bhsc", q_BHSE, up_HEC), q_BHSR), -1)
+        kept = torch.cat((c_B1TC, k_B1TR), -1)
+        y_BHSC = attend(q, kept, kept, pattern, self.scale)[..., : self.rank]
+        return torch.einsum("bhsc,hec->bhse", y_BHSC, down_HEC)

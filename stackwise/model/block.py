@@ -5,7 +5,10 @@ Shapes in names: B batch, S sequence, D d_model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +17,39 @@ from torch import Tensor, nn
 from stackwise.config.direction import Direction
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
-from stackwise.model.attention import Attention, is_paired
-from stackwise.model.cache import Cache
-from stackwise.model.latent import LatentAttention
+from stackwise.model.attention import Attention, Cache, LatentAttention, is_paired
 from stackwise.model.layers import GELU, SwiGLU, make_norm
-from stackwise.model.linear import LinearAttention
-from stackwise.model.numerics import in_own_precision
+from stackwise.model.linear_attention import LinearAttention
+
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions that say what a block computes in; the others leave it to its surroundings."""
+
+P = ParamSpec("P")
+
+
+class _Computes(Protocol):
+    compute: torch.dtype | None
+
+
+B = TypeVar("B", bound=_Computes)
+Forward = Callable[Concatenate[B, Tensor, P], Tensor]
+
+
+def in_own_precision(forward: Forward[B, P]) -> Forward[B, P]:
+    """Let a forward pass run under autocast to the module's `compute`; None: as its surroundings do.
+
+    float32 switches the surroundings' autocast off. The residual stream keeps the dtype it came in either way.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(self: B, x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if self.compute is None:
+            return forward(self, x, *args, **kwargs)
+        narrow: Any = None if self.compute is torch.float32 else self.compute
+        with torch.autocast(x.device.type, dtype=narrow, enabled=narrow is not None):
+            return forward(self, x, *args, **kwargs)
+
+    return wrapped
 
 
 class Block(nn.Module):
@@ -111,3 +141,17 @@ class Stack(nn.Module):
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; afterwards each module is in the mode it was in."""
+    before = [(child, child.training) for module in modules for child in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, mode in before:
+            child.training = mode

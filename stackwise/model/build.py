@@ -6,6 +6,8 @@ plays a part, and a large block's tensors are drawn side by side.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -13,11 +15,9 @@ from torch import Tensor, nn
 
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
-from stackwise.identity import derive_seed
+from stackwise.identity import Hex, content_id, derive_seed, digest
 from stackwise.model.block import Block, Stack
-from stackwise.model.ends import Front, Head
-from stackwise.model.layers import residual_scale
-from stackwise.model.rack import Rack
+from stackwise.model.rack import Front, Head, Rack
 
 RESIDUAL = ("attention.o.weight", "ffn.down.weight")
 """The matrices that write into the residual stream: their fresh weights shrink with depth."""
@@ -30,6 +30,15 @@ def draw(shape: torch.Size | tuple[int, ...], std: float, *key: int | str) -> Te
     """A float32 tensor of normal values on the CPU, a pure function of its arguments."""
     generator = torch.Generator("cpu").manual_seed(derive_seed(*key))
     return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+
+
+def residual_scale(index: int) -> float:
+    """Factor on the fresh weights of block `index` that write into the residual stream: 1/sqrt(2 (index + 1)).
+
+    GPT-2 scales all of them by the rack's depth. By the block's own place, as torchtitan has it, a block's fresh
+    weights do not change when blocks are stacked above it, and so neither do the stages that are trained already.
+    """
+    return 1.0 / math.sqrt(2 * (index + 1))
 
 
 @torch.no_grad()
@@ -161,3 +170,21 @@ def _materialise(module: nn.Module, device: torch.device | str | None, dtype: to
     if dtype is not None:
         module.to(dtype)
     module.to_empty(device=torch.get_default_device() if device is None else device)
+
+
+def part_digest(part: nn.Module | Mapping[str, Tensor]) -> Hex:
+    """The id of a part's weights: xxh3-128 over (name, dtype, shape, bytes) of each tensor, in the order of names.
+
+    A tied projection counts in the front, which owns it: it is not in a head's state dict. Tables that follow from
+    the configuration (rotary positions) do not count.
+
+    Args:
+        part: A module, or a state dict.
+    """
+    state = part.state_dict() if isinstance(part, nn.Module) else part
+    entries = []
+    for name in sorted(state):
+        tensor = state[name].detach()
+        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        entries.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), digest(raw)])
+    return content_id("part", entries)

@@ -14,8 +14,7 @@ from stackwise.config.precision import FORMATS, adapter_sizes, canonical, trunk_
 from stackwise.errors import NotFound, UsageError
 from stackwise.model.block import Stack
 from stackwise.model.build import build_block, build_front, build_head
-from stackwise.model.lora import adapter_parameters, add_adapters, merge_adapters
-from stackwise.model.quantized import quantize
+from stackwise.model.projections import adapter_parameters, add_adapters, merge_adapters, quantize
 from stackwise.model.rack import Rack
 
 PRECISIONS = {

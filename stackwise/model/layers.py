@@ -5,9 +5,8 @@ Shapes in names: B batch, S sequence, D d_model, H heads, E width of a head, F f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -163,17 +162,3 @@ class GELU(nn.Module):
         """[..., D] to [..., D]."""
         y_BSD: Tensor = self.down(F.gelu(self.up(x_BSD)))
         return y_BSD
-
-
-def residual_scale(index: int) -> float:
-    """Factor on the fresh weights of block `index` that write into the residual stream: 1/sqrt(2 (index + 1)).
-
-    GPT-2 scales all of them by the rack's depth. By the block's own place, as torchtitan has it, a block's fresh
-    weights do not change when blocks are stacked above it, and so neither do the stages that are trained already.
-    """
-    return 1.0 / math.sqrt(2 * (index + 1))
-
-
-def projections(module: nn.Module) -> dict[str, Any]:
-    """The linear layers inside a module, by dotted name."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}

@@ -15,9 +15,16 @@ from stackwise.config.precision import FORMATS
 from stackwise.errors import DamageError
 from stackwise.identity import derive_seed
 from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
-from stackwise.model.lora import adapter_parameters, adapter_state, add_adapters, base_state, load_adapters
-from stackwise.model.numerics import COMPUTE
-from stackwise.model.quantized import PACKED, quantize
+from stackwise.model.block import COMPUTE
+from stackwise.model.projections import (
+    PACKED,
+    adapter_parameters,
+    adapter_state,
+    add_adapters,
+    base_state,
+    load_adapters,
+    quantize,
+)
 from stackwise.objectives import AdaptationObjective, Objective, make_objective
 from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat, Stage, adapter_part

@@ -13,10 +13,9 @@ from stackwise.config.direction import Annealed, BlockCausal, Direction
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model import Block, Cache, build_block, build_rack, part_digest
-from stackwise.model.attention import flex
+from stackwise.model.attention import AttentionPattern, flex
 from stackwise.model.layers import RMSNorm, Rotary
-from stackwise.model.linear import LinearAttention, projection
-from stackwise.model.sight import Sight
+from stackwise.model.linear_attention import LinearAttention, projection
 
 D, H, E = 32, 4, 8
 KINDS: dict[str, dict[str, object]] = {
@@ -207,12 +206,12 @@ def test_annealing_runs_from_both_ways_to_one() -> None:
     made, x = block("mha"), stream(40)
     torch.testing.assert_close(made(x, causal=Annealed(1.0, 3)), made(x))
     torch.testing.assert_close(made(x, causal=Annealed(0.0, 3)), made(x, causal=True))
-    mask = Sight(Annealed(0.3, 11)).mask(200, torch.device("cpu"))
+    mask = AttentionPattern(Annealed(0.3, 11)).mask(200, torch.device("cpu"))
     assert mask is not None
     ahead = mask[0, 0].float().triu(1).sum() / (200 * 199 / 2)
     assert ahead.item() == pytest.approx(0.3, abs=0.02)
     assert mask[0, 0].tril().sum() == 200 * 201 / 2
-    other = Sight(Annealed(0.3, 12)).mask(200, torch.device("cpu"))
+    other = AttentionPattern(Annealed(0.3, 12)).mask(200, torch.device("cpu"))
     assert other is not None
     assert not torch.equal(mask, other)
     with pytest.raises(UsageError, match="cannot anneal"):
@@ -224,7 +223,7 @@ def test_annealing_runs_from_both_ways_to_one() -> None:
 def test_flex_attention_follows_the_same_rule(way: str) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 32, 16, generator=generator) for heads in (4, 2, 2))
-    sight = Sight(DIRECTIONS[way], documents(32))
+    sight = AttentionPattern(DIRECTIONS[way], documents(32))
     want = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=sight.mask(32, q.device), enable_gqa=True
     )

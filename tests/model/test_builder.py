@@ -10,8 +10,7 @@ from stackwise.config.model import ArchitectureConfig
 from stackwise.config.precision import adapter_sizes
 from stackwise.errors import NotFound, UsageError
 from stackwise.model import ProgressiveRackBuilder, build_block, create_stack_from_config, merge_adapters, part_digest
-from stackwise.model.lora import adapter_parameters, add_adapters
-from stackwise.model.quantized import QuantizedLinear
+from stackwise.model.projections import QuantizedLinear, adapter_parameters, add_adapters
 
 
 def config(**progressive: object) -> StackWiseConfig:

@@ -16,8 +16,16 @@ from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model import Block, add_adapters, build_block, part_digest
 from stackwise.model.formats import FORMATS, NF4, NVFP4, bits_per_weight, nf4_kernel
-from stackwise.model.lora import AdaptedLinear, adapter_parameters, adapter_state, base_state, load_adapters
-from stackwise.model.quantized import QuantizedLinear, plain_layers, quantize
+from stackwise.model.projections import (
+    AdaptedLinear,
+    QuantizedLinear,
+    adapter_parameters,
+    adapter_state,
+    base_state,
+    load_adapters,
+    plain_layers,
+    quantize,
+)
 
 NAMES = sorted(FORMATS)
 

@@ -18,7 +18,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.notes import notes
 from stackwise.errors import ConfigError, StackWiseError, UsageError
 from stackwise.evaluation import evaluate
-from stackwise.inference.export import load_rack as load_export
+from stackwise.inference.exported import load_rack as load_export
 from stackwise.objectives import CLMObjective
 from stackwise.pipeline.committed.generate import Sampling, generate
 from stackwise.pipeline.committed.load import load_rack

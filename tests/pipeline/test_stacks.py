@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 
 from stackwise.errors import StackWiseError
 from stackwise.evaluation import StageModules
-from stackwise.inference.export import load_rack as load_export
-from stackwise.model.lora import Adapter
-from stackwise.model.quantized import QuantizedLinear
+from stackwise.inference.exported import load_rack as load_export
+from stackwise.model.projections import Adapter, QuantizedLinear
 from stackwise.pipeline.committed.load import CommittedRack, load_rack
 from stackwise.pipeline.committed.use import evaluate_rack, export_run, recomputer
 from stackwise.pipeline.run import RunDirectory, status

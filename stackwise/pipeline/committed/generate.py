@@ -18,7 +18,7 @@ from stackwise.data import Tokenizer, require_samples
 from stackwise.errors import UsageError
 from stackwise.identity import generator
 from stackwise.inference import FillStep, StageModules, Stages, fill, sample_causal
-from stackwise.inference.fill import Order
+from stackwise.inference.generate import Order
 from stackwise.pipeline.committed.load import CommittedRack, load_rack
 from stackwise.pipeline.device import resolve_device
 from stackwise.pipeline.run import RunDirectory

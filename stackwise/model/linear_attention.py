@@ -17,9 +17,7 @@ from stackwise.config.direction import BlockCausal
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
-from stackwise.model.attention import Attention
-from stackwise.model.cache import Cache
-from stackwise.model.sight import Sight, sees
+from stackwise.model.attention import Attention, AttentionPattern, Cache, sees
 
 CHUNK = 64
 """Positions of a chunk: inside it scores are made, between chunks a state is handed on."""
@@ -58,7 +56,9 @@ class LinearAttention(Attention):
         shift = exponent.amax(-1, keepdim=True) if query else self.width / 4
         return (exponent - shift).exp() + 1e-6
 
-    def mix(self, q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, sight: Sight, cache: Cache | None) -> Tensor:
+    def mix(
+        self, q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, pattern: AttentionPattern, cache: Cache | None
+    ) -> Tensor:
         """What each head brings together, [B, H, S, E]."""
         dtype = q_BHSE.dtype
         wide = torch.promote_types(dtype, torch.float32)
@@ -67,7 +67,7 @@ class LinearAttention(Attention):
             k_BHSE = k_BKSE.to(wide).repeat_interleave(repeats, 1)
             v_BHSV = F.pad(v_BKSE.to(wide), (0, 1), value=1.0).repeat_interleave(repeats, 1)
             q_BHSF, k_BHSF = self.phi(q_BHSE.to(wide), True), self.phi(k_BHSE, False)
-            y_BHSV = summed(q_BHSF, k_BHSF, v_BHSV, sight, cache)
+            y_BHSV = summed(q_BHSF, k_BHSF, v_BHSV, pattern, cache)
         return torch.div(y_BHSV[..., :-1], y_BHSV[..., -1:]).to(dtype)
 
 
@@ -89,13 +89,15 @@ def projection(width: int, features: int) -> Tensor:
     return omega_EF.float()
 
 
-def summed(q_BHSF: Tensor, k_BHSF: Tensor, v_BHSV: Tensor, sight: Sight, cache: Cache | None = None) -> Tensor:
+def summed(
+    q_BHSF: Tensor, k_BHSF: Tensor, v_BHSV: Tensor, pattern: AttentionPattern, cache: Cache | None = None
+) -> Tensor:
     """For each position the sum of (q · k) v over what it sees, [B, H, S, V].
 
     Raises:
         UsageError: A direction whose mask has no such sums.
     """
-    direction, segments_BS = sight.direction, sight.segments_BS
+    direction, segments_BS = pattern.direction, pattern.segments_BS
     if not isinstance(direction, bool | BlockCausal):
         raise UsageError("linear attention cannot anneal its direction", hint="switch it at once: adaptation_anneal 0")
     if direction is False and segments_BS is None:
