@@ -1,36 +1,49 @@
-"""The command `stackwise`: which commands there are, found without importing any of them."""
+"""The command `stackwise`: which commands there are, found without importing any of them; and how the program ends."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import sys
+import tempfile
+import threading
+import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from stackwise.cli import failure
+from stackwise.cli.output import Standard, note, open_streams
+from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
+from stackwise.text import printable
 from stackwise.version import __version__
+
+DEBUG = "STACKWISE_DEBUG"
+INTERRUPTED = 130
+"""Ctrl-C where nothing was begun; work that was saved ends with 75 instead."""
+NO_READER = 141
+"""What a shell gives a program that wrote into a closed pipe."""
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Train": {
         "init": ("init:init", "Write a commented stackwise.yaml."),
         "run": ("run:run", "Train every stage, evaluate, report; resumes by itself."),
-        "stage": ("stage:stage", "One stage alone; the schedule."),
-        "status": ("status:status", "How a run stands."),
-        "sweep": ("sweep:sweep", "A run for each combination of values; common stages once."),
-        "compare": ("sweep:compare", "Runs beside each other: what differs, what they came to."),
+        "stage": ("run:stage", "Train one stage alone; show the schedule."),
+        "status": ("look:status", "Show run status."),
+        "sweep": ("sweep:sweep", "Run every combination of values; common stages train once."),
+        "compare": ("sweep:compare", "Compare runs: settings that differ, and results."),
     },
     "Use what was trained": {
         "eval": ("use:evaluate", "Held-out bits per byte, loss and accuracy by depth."),
-        "generate": ("use:generate", "Go on from a text, or fill in its holes."),
+        "generate": ("use:generate", "Continue a text, or fill in its holes."),
         "export": ("use:export", "One fused safetensors with its configuration and tokenizer."),
-        "report": ("report:report", "Write a run's report.html again."),
+        "report": ("look:report", "Write a run's report.html again."),
     },
     "Data, store, machine": {
         "data": ("data:data", "Prepare text for training."),
-        "cache": ("cache:cache", "The activation store: look, check, mend, clean."),
-        "doctor": ("doctor:doctor", "What this machine has, and what is missing."),
+        "cache": ("cache:cache", "Inspect, verify, repair and clean the activation store."),
+        "doctor": ("look:doctor", "Check this machine: packages, devices, memory, disk."),
     },
 }
 """Every command under its heading: where it is, and what `stackwise --help` says of it."""
@@ -51,15 +64,14 @@ class Lazy(click.Group):
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(f"stackwise.cli.commands.{module}"), attribute)
+        command.short_help = COMMANDS[cmd_name][1]
         return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find a command, or say which one was meant."""
-        name = args[0]
-        if name not in COMMANDS and not name.startswith("-"):
-            raise no_such_command(ctx, name, list(COMMANDS))
+        _check_command(ctx, args[0], list(COMMANDS))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -82,7 +94,7 @@ class Lazy(click.Group):
             return super().main(args, name, complete_var, standalone_mode=False, **extra)
         extra.pop("windows_expand_args", None)
         self._main_shell_completion(extra, name, complete_var)
-        return failure.run_program(self, args, name, extra)
+        return _run_program(self, args, name, extra)
 
 
 class Subcommands(click.Group):
@@ -92,22 +104,21 @@ class Subcommands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find a command, or say which one was meant."""
-        name = args[0]
-        if name not in self.commands and not name.startswith("-"):
-            raise no_such_command(ctx, name, list(self.commands))
+        _check_command(ctx, args[0], list(self.commands))
         return super().resolve_command(ctx, args)
 
 
-def no_such_command(ctx: click.Context, name: str, names: list[str]) -> click.UsageError:
-    """The answer to a command that does not exist."""
+def _check_command(ctx: click.Context, name: str, names: list[str]) -> None:
+    if name in names or name.startswith("-"):
+        return
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     meant = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
-    return click.UsageError(f"there is no command {name!r}{meant}", ctx=ctx)
+    raise click.UsageError(f"there is no command {name!r}{meant}", ctx=ctx)
 
 
 @click.command(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="stackwise %(version)s")
-@click.option("--debug", is_flag=True, envvar=failure.DEBUG, help="Show tracebacks.")
+@click.option("--debug", is_flag=True, envvar=DEBUG, help="Show tracebacks.")
 def main(debug: bool) -> None:
     """Train a transformer far larger than your GPU, one stage at a time, from a disk-backed activation store.
 
@@ -118,3 +129,112 @@ def main(debug: bool) -> None:
     Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 damage found in the store, 4 busy,
     5 no space left, 75 interrupted after saving: run again to go on.
     """
+
+
+def _run_program(group: click.Group, args: Sequence[str] | None, name: str, extra: dict[str, Any]) -> NoReturn:
+    """Run a command line to its end."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    output = open_streams()
+    try:
+        with group.make_context(name, arguments, **extra) as ctx:
+            group.invoke(ctx)
+        output.flush()
+        code = 0
+    except BaseException as error:
+        code = explain(error, debug="--debug" in arguments[:1] or os.environ.get(DEBUG, "") not in ("", "0"))
+    _leave(output, code)
+
+
+def explain(error: BaseException, *, debug: bool = False) -> int:
+    """Say on standard error what happened; returns the exit code.
+
+    Args:
+        error: What was raised.
+        debug: Print the traceback of any error but a wrong usage.
+    """
+    match error:
+        case click.exceptions.Exit():
+            return error.exit_code
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+        case click.UsageError():
+            message = error.format_message()
+            path = error.ctx.command_path if error.ctx is not None else "stackwise"
+            _refuse(message[:1].lower() + message[1:].rstrip("."), f"`{path} --help` says what there is")
+            return 2
+        case click.ClickException():
+            _refuse(error.format_message())
+            return 2 if isinstance(error, click.FileError) else error.exit_code
+        case BrokenPipeError():
+            return NO_READER
+        case KeyboardInterrupt() | click.Abort():
+            _refuse("interrupted")
+            return INTERRUPTED
+    if debug:
+        note("".join(traceback.format_exception(error)).rstrip())
+    from stackwise.durable import is_full_disk
+
+    if is_full_disk(error):
+        # Writers in the background fail as well, now and at exit: one line about a full disk is enough.
+        threading.excepthook = lambda _: None
+        sys.unraisablehook = lambda _: None
+    match error:
+        case StackWiseError():
+            _refuse(error.message, error.hint)
+            return error.exit_code
+        case ModuleNotFoundError() if (error.name or "stackwise").partition(".")[0] != "stackwise":
+            _refuse(f"{error.name} is not installed", "`stackwise doctor` says what is missing, and how to install it")
+            return 1
+        case OSError() if error.filename is not None:
+            _refuse(f"{os.fsdecode(error.filename)}: {error.strerror or error}")
+            return NoSpaceError.exit_code if is_full_disk(error) else 1
+        case _ if is_full_disk(error):
+            _refuse("no space left on the disk", "`stackwise cache du` shows what the store holds")
+            return NoSpaceError.exit_code
+        case MemoryError():
+            _refuse("there is not enough memory", "a smaller training.batch_size, or fewer blocks a stage, need less")
+            return 1
+        case UnicodeEncodeError() if any("\ud800" <= character <= "\udfff" for character in str(error.object)):
+            _refuse(f"{str(error.object)[:200]!r} is not UTF-8", "give names and values in UTF-8")
+            return 2
+    lines = str(error).strip().splitlines()
+    hint = f"unset {DEBUG} to keep the traceback in a file" if debug else _kept(error)
+    _refuse(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, hint)
+    return 1
+
+
+def _refuse(message: str, hint: str | None = None) -> None:
+    """One line on standard error, and another with what to do next; only our own message may have several."""
+    note(f"stackwise: {message}" + (f"\n  {hint}" if hint else ""))
+
+
+def _kept(error: BaseException) -> str:
+    """Keep the traceback of an error that nobody foresaw; says where."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        fd, path = tempfile.mkstemp(prefix="stackwise-traceback-", suffix=".txt")
+        with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(printable(text, lines=True))
+    except OSError:
+        return f"set {DEBUG}=1 to see the traceback"
+    return f"the traceback is in {path}; it is worth a bug report"
+
+
+def _leave(output: Standard, code: int) -> NoReturn:
+    """End with a code; output that nobody reads any more is no error of its own."""
+    try:
+        output.flush()
+    except BrokenPipeError:
+        output.discard()
+        code = code or NO_READER
+    except StackWiseError as error:
+        _refuse(error.message)
+        code = code or error.exit_code
+    except ValueError:  # it was closed within the program
+        pass
+    sys.exit(code)
+
+
+def stopped_after_saving(resume_command: str) -> InterruptedRun:
+    """What a run that was told to stop ends with."""
+    return InterruptedRun("interrupted; what was done is saved", hint=f"go on with: {resume_command}")

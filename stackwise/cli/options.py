@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from stackwise.cli.output import note
 from stackwise.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
@@ -159,5 +160,5 @@ def find_run(run: str | None) -> RunDirectory:
         raise NotFound("there is no run under runs/", hint="`stackwise run` makes one; --run DIR names one elsewhere")
     latest = max(runs, key=lambda path: (path / "run.json").stat().st_mtime)
     if len(runs) > 1:
-        click.echo(f"{latest}: the latest of {len(runs)} runs (--run names another)", err=True)
+        note(f"{latest}: the latest of {len(runs)} runs (--run names another)")
     return RunDirectory(latest)

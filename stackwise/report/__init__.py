@@ -25,8 +25,10 @@ def write(run: RunDirectory) -> Path:
     from stackwise import durable
     from stackwise.report.facts import collect
     from stackwise.report.page import page
+    from stackwise.text import printable
 
-    durable.write_bytes(run.report_file, page(collect(run)).encode())
+    # Escaping covers what HTML obeys; this what an editor or a terminal that shows the file would.
+    durable.write_bytes(run.report_file, printable(page(collect(run)), lines=True).encode())
     return run.report_file
 
 

@@ -16,6 +16,7 @@ from stackwise.pipeline.batch.grid import label, shown
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.report import words
 from stackwise.report.facts import History, read_history
+from stackwise.text import printable
 
 PLACES = ("store.path", "data.cache_dir", "training.cache_dir")
 """Keys that say only where things are."""
@@ -166,12 +167,14 @@ def markdown(comparison: Mapping[str, Any], title: str) -> str:
     star = best(comparison)
     lines = [f"# {title}", "", summary(comparison), "", _line(columns), _line(["---"] * len(columns))]
     lines += [_line([f"**{cell}**" if row == star else cell for cell in own]) for row, own in enumerate(rows)]
-    failures = [f"- {run['name']}: {run['failure']}" for run in comparison["runs"] if run["failure"]]
+    failures = [
+        f"- {printable(run['name'])}: {printable(run['failure'])}" for run in comparison["runs"] if run["failure"]
+    ]
     return "\n".join([*lines, *(["", "Failed:", "", *failures] if failures else []), ""])
 
 
 def _line(texts: Sequence[str]) -> str:
-    return f"| {' | '.join(text.replace('|', '¦') for text in texts)} |"
+    return f"| {' | '.join(printable(text).replace('|', '¦').replace('<', '&lt;') for text in texts)} |"
 
 
 def write(directory: Path, comparison: Mapping[str, Any]) -> Path:

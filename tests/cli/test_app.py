@@ -12,8 +12,7 @@ import click
 import pytest
 
 from stackwise.cli import main
-from stackwise.cli.app import COMMANDS
-from stackwise.cli.failure import explain
+from stackwise.cli.app import COMMANDS, explain
 from stackwise.errors import BusyError, ConfigError, DamageError, InterruptedRun, NoSpaceError, UsageError
 from stackwise.version import __version__
 from tests.cli.conftest import COMMAND, Cli, stackwise

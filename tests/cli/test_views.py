@@ -15,11 +15,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from stackwise.cli.views.lines import Lines
-from stackwise.cli.views.live import Live
-from stackwise.cli.views.results import held_out
-from stackwise.cli.views.state import RunView
-from stackwise.cli.views.wording import wording
+from stackwise.cli.events import RunView, wording
+from stackwise.cli.tables import held_out_table
+from stackwise.cli.views import Lines, Live
 from stackwise.config import StackWiseConfig
 from tests.cli.conftest import COMMAND
 
@@ -178,7 +176,7 @@ def test_the_held_out_table_bears_what_is_missing() -> None:
         "baselines": {"unigram": {"loss": {"0.15": 3.0}}},
     }
     out = io.StringIO()
-    Console(file=out, width=200).print(held_out(result))
+    Console(file=out, width=200).print(held_out_table(result))
     assert "loss 15%" in out.getvalue()
     assert "baseline: unigram" in out.getvalue()
 

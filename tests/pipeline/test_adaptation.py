@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from stackwise.cli.views.schedule import listing
+from stackwise.cli.tables import listing
 from stackwise.config import StackWiseConfig
 from stackwise.config.notes import notes
 from stackwise.errors import ConfigError, StackWiseError, UsageError

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from stackwise.cli.commands.status import status as status_command
+from stackwise.cli.commands.look import status as status_command
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.errors import BusyError, InterruptedRun, StackWiseError, UsageError

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from stackwise.cli.commands.stage import list_stages
+from stackwise.cli.commands.run import list_stages
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build, dump, parse_yaml
 from stackwise.config.notes import notes

@@ -415,17 +415,15 @@ def test_windows_that_do_not_suit_the_data_are_refused_in_a_line(
 def test_the_schedule_and_the_state_name_windows(finished: Finished) -> None:
     from rich.console import Console
 
-    from stackwise.cli.commands.status import rendered
-    from stackwise.cli.views.schedule import listing
-    from stackwise.cli.views.state import RunView
-    from stackwise.cli.views.wording import wording
+    from stackwise.cli.events import RunView, wording
+    from stackwise.cli.tables import listing, status_table
     from stackwise.report.facts import collect
     from stackwise.report.page import page
 
     config, directory, events = finished
     assert [(row["depth"], row["window"]) for row in listing(config)] == [(d, w) for w in range(3) for d in range(3)]
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(rendered(status(RunDirectory(directory))))
+    console.print(status_table(status(RunDirectory(directory))))
     text = console.export_text()
     assert "2, window 1" in text
     assert "9 of 9 stages done" in text

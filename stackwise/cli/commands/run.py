@@ -1,28 +1,36 @@
-"""`stackwise run`."""
+"""`stackwise run`, and `stackwise stage run` and `stage list`."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
-import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from stackwise.cli.failure import stopped_after_saving
-from stackwise.cli.options import Choice, as_json, choose, configuration, is_run, max_time_option
-from stackwise.cli.output import console, is_live, plain, print_json
+from stackwise.cli.app import Subcommands, stopped_after_saving
+from stackwise.cli.events import RunView
+from stackwise.cli.options import Choice, as_json, choose, configuration, find_run, is_run, max_time_option
+from stackwise.cli.output import (
+    console,
+    keep_going_without_output,
+    plain,
+    print_event,
+    print_json,
+    say,
+    show,
+    watch_option,
+)
+from stackwise.cli.tables import held_out_table, listing, schedule_table, show_passage
+from stackwise.cli.views import Lines, watcher
 from stackwise.errors import StackWiseError, UsageError
 
 if TYPE_CHECKING:
-    from stackwise.cli.views.state import RunView
-
-Event = dict[str, Any]
+    pass
 
 
-@click.command(short_help="Train every stage, evaluate, report; resumes by itself.")
+@click.command()
 @configuration
 @click.option(
     "--engine",
@@ -51,7 +59,7 @@ def run(
     """
     choice = choose(config, preset, run, overrides)
     if dry:
-        _foretell(choice, as_json)
+        _preview(choice, as_json)
     elif engine == "here":
         carry_out(choice, as_json=as_json, command="stackwise run", max_time=max_time)
     elif max_time is not None:
@@ -60,17 +68,15 @@ def run(
         _submit(choice, engine, as_json)
 
 
-def _foretell(choice: Choice, as_json: bool) -> None:
+def _preview(choice: Choice, as_json: bool) -> None:
     """Show what a run would do."""
-    from stackwise.cli.views.lines import Lines
-    from stackwise.cli.views.state import RunView
     from stackwise.pipeline.runner.runner import Runner
 
     view = RunView(choice.config, str(choice.run.path))
     observe = print_event if as_json else Lines(view, view.config.training.log_every)
     Runner(choice.config, choice.run, observe).run(dry=True)
     if not as_json:
-        click.echo("dry run: nothing was trained")
+        say("dry run: nothing was trained")
 
 
 def _submit(choice: Choice, engine: str, as_json: bool) -> None:
@@ -83,8 +89,8 @@ def _submit(choice: Choice, engine: str, as_json: bool) -> None:
     for job in jobs:
         what = "evaluation, report" if job["stage"] is None else f"stage {job['stage']}"
         what += f", window {job['window']}" if job.get("window") is not None else ""
-        click.echo(f"{engine} job {job['job']}: {what}")
-    click.echo(f"how they stand: stackwise status --run {shlex.quote(str(choice.run.path))}")
+        say(f"{engine} job {job['job']}: {what}")
+    say(f"how they stand: stackwise status --run {shlex.quote(str(choice.run.path))}")
 
 
 def carry_out(
@@ -107,10 +113,10 @@ def carry_out(
         max_time: Seconds after which it has to be over; None: no limit.
     """
     from stackwise import report
-    from stackwise.cli.views.state import RunView
     from stackwise.pipeline.run import status
     from stackwise.pipeline.runner.runner import Runner
 
+    keep_going_without_output()
     limit = [] if max_time is None else ["--max-time", f"{max_time:g}s"]
     again = shlex.join([*command.split(), *choice.arguments, *limit])
     known = status(choice.run)["stages"] if is_run(choice.run.path) else []
@@ -133,38 +139,122 @@ def carry_out(
         raise
     if not as_json:
         _conclude(view)
-        click.echo(f"report: {page}")
-
-
-def watcher(view: RunView, as_json: bool) -> contextlib.AbstractContextManager[Callable[[Event], None]]:
-    """Who shows the events: JSON lines, a live view where the terminal can be drawn on, plain lines otherwise."""
-    if as_json:
-        return contextlib.nullcontext(print_event)
-    if is_live(sys.stdout):
-        from stackwise.cli.views.live import Live
-
-        return Live(view, console())
-    from stackwise.cli.views.lines import Lines
-
-    return Lines(view, view.config.training.log_every)
-
-
-def print_event(event: Event) -> None:
-    """An event as a line of JSON."""
-    sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+        say(f"report: {page}")
 
 
 def _conclude(view: RunView) -> None:
-    from stackwise.cli.views.results import held_out, passage
-
     out = console()
     if view.evaluation:
         out.print()
-        out.print(held_out(view.evaluation))
+        out.print(held_out_table(view.evaluation))
     if view.fill is not None:
         out.print()
         causal = view.evaluation is not None and view.evaluation.get("likelihood") == "exact"
         title = "a prompt, and how the rack goes on" if causal else "with holes, and as the rack filled them"
         out.print(plain(f"a held-out passage: {title}"), style="bold")
-        passage(out, view.fill)
+        show_passage(out, view.fill)
+
+
+@click.group(cls=Subcommands)
+def stage() -> None:
+    """One stage alone; the schedule."""
+
+
+@stage.command(name="run")
+@click.option("--depth", type=click.IntRange(min=0), required=True, metavar="K", help="The stage, from 0.")
+@click.option("--window", type=click.IntRange(min=0), metavar="W", help="Its window; by default the next to train.")
+@configuration
+@max_time_option
+@as_json
+def run_stage(
+    depth: int,
+    window: int | None,
+    config: str | None,
+    preset: str | None,
+    run: str | None,
+    overrides: tuple[str, ...],
+    max_time: float | None,
+    as_json: bool,
+) -> None:
+    """Train stage K alone; what is below it must be committed (exit code 2 otherwise).
+
+    Where the corpus is trained in windows: in its next one. What comes before it, each stage below and the windows
+    before at every stage, must be committed.
+
+    Without CONFIG and --preset the run's own configuration counts.
+    """
+    choice = _choice(config, preset, run, overrides)
+    command = f"stackwise stage run --depth {depth}" + ("" if window is None else f" --window {window}")
+    carry_out(choice, as_json=as_json, command=command, only=depth, window=window, max_time=max_time)
+
+
+@stage.command(name="list")
+@configuration
+@watch_option
+@as_json
+def list_stages(
+    config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...], watch: bool, as_json: bool
+) -> None:
+    """The schedule: what each stage holds, reads and trains; with a run, how each stands.
+
+    Without CONFIG, --preset and --run: the latest run under runs/, else the preset demo.
+    """
+    from stackwise.config.notes import notes
+    from stackwise.pipeline.run import held_by_live_process
+
+    choice = _choice(config, preset, run, overrides, must_exist=False)
+    _settle_block_size(choice)
+    stages, said = listing(choice.config), notes(choice.config)
+
+    def look() -> dict[str, Any]:
+        states = _states(choice, stages)
+        rows = [row | states.get((row["depth"], row["window"]), {}) for row in stages]
+        return {"source": choice.source, "stages": rows, "notes": said}
+
+    still_changing = (lambda: held_by_live_process(choice.run)) if watch else None
+    show(
+        look,
+        lambda value: schedule_table(choice.config, choice.source, value["stages"], said),
+        still_changing,
+        as_json=as_json,
+    )
+
+
+def _settle_block_size(choice: Choice) -> None:
+    """With `block_size: auto`, the size that the run has found."""
+    training = choice.config.training
+    if choice.config.finds_block_size:
+        earlier = choice.run.earlier_config() if is_run(choice.run.path) else None
+        if earlier is None or earlier.finds_block_size:
+            raise UsageError(
+                "training.block_size: auto is found by trial, and no run has found it yet",
+                hint="`stackwise run --dry-run` finds it and shows the schedule; or give a number",
+            )
+        training.block_size = earlier.training.block_size
+
+
+def _choice(
+    config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...], *, must_exist: bool = True
+) -> Choice:
+    """As `choose`, but with no configuration named the run's own is meant: the latest run's where none is named."""
+    if config is None and preset is None:
+        if run is None and (must_exist or any(is_run(path) for path in Path("runs").glob("*"))):
+            run = str(find_run(None).path)
+        elif run is not None and must_exist:
+            find_run(run)
+    return choose(config, preset, run, overrides)
+
+
+def _states(choice: Choice, stages: list[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
+    """How the stages of the run stand, by depth and window; those of a schedule with other blocks are left out."""
+    from stackwise.pipeline.run import status
+
+    if not is_run(choice.run.path):
+        return {}
+    known = {(row["depth"], row["window"]): row for row in status(choice.run)["stages"]}
+    keys = ("state", "step", "loss", "reason")
+    return {
+        where: {"steps": row["steps"] or own["steps"], **{key: own[key] for key in keys}}
+        for row in stages
+        if (own := known.get(where := (row["depth"], row["window"]))) is not None and own["blocks"] == row["blocks"]
+    }

@@ -10,9 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stackwise.cli.commands.run import print_event, watcher
+from stackwise.cli.events import RunView
 from stackwise.cli.options import RUNS, as_json, find_run, load, max_time_option
-from stackwise.cli.output import console, phases, plain, print_json, state, table
+from stackwise.cli.output import (
+    console,
+    keep_going_without_output,
+    phases,
+    plain,
+    print_event,
+    print_json,
+    say,
+    state,
+    table,
+)
+from stackwise.cli.views import watcher
 from stackwise.errors import StackWiseError
 from stackwise.report import words
 
@@ -23,7 +34,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 
-@click.command(short_help="A run for each combination of values; common stages once.")
+@click.command()
 @click.argument("config", required=False, metavar="[CONFIG]")
 @click.option("--preset", metavar="NAME", help="micro, smoke, demo, gpt2-small, bert-base, llama-1b, llama-70b.")
 @click.option(
@@ -65,6 +76,7 @@ def sweep(
             order = chosen.foresee(progress)
         _show_outlook(chosen, order, as_json)
         return
+    keep_going_without_output()
     try:
         _carry_out(chosen, as_json, max_time)
     finally:
@@ -79,7 +91,7 @@ def sweep(
         )
 
 
-@click.command(short_help="Runs beside each other: what differs, what they came to.")
+@click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN RUN…")
 @as_json
 def compare(runs: tuple[str, ...], as_json: bool) -> None:
@@ -96,16 +108,15 @@ def _carry_out(chosen: Sweep, as_json: bool, max_time: float | None) -> None:
             print_event(event)
         elif event["event"] == "combination":
             done = " (reused: it stands complete)" if event["reused"] else ""
-            click.echo(f"── {event['number']} of {event['of']}: {event['name']}{done}")
+            say(f"── {event['number']} of {event['of']}: {event['name']}{done}")
         elif event["event"] == "note":
-            click.echo(f"note: {event['text']}")
+            say(f"note: {event['text']}")
         elif event["event"] == "combination_ended" and event["failure"] is not None:
-            click.echo(f"   {event['name']} failed: {event['failure']}")
+            say(f"   {event['name']} failed: {event['failure']}")
 
     @contextlib.contextmanager
     def watch(combination: Combination) -> Iterator[Callable[[Event], None]]:
         from stackwise import report
-        from stackwise.cli.views.state import RunView
         from stackwise.pipeline.run import RunDirectory
 
         run = RunDirectory(chosen.directory / combination.name)
@@ -135,9 +146,9 @@ def _show_results(chosen: Sweep, as_json: bool) -> None:
     if as_json:
         print_event({"event": "sweep", **value})
         return
-    click.echo()
+    say()
     _show(value, as_json=False)
-    click.echo(f"table: {page}")
+    say(f"table: {page}")
 
 
 def _show(value: dict[str, Any], as_json: bool) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 import click
 
 from stackwise.cli.options import as_json, device_option, find_run, run_option
-from stackwise.cli.output import console, is_live, print_json, progress
+from stackwise.cli.output import console, is_live, note, print_json, progress, say
+from stackwise.cli.tables import held_out_table, show_passage
 from stackwise.errors import UsageError
 from stackwise.report import words
 
 
-@click.command(name="eval", short_help="Held-out bits per byte, loss and accuracy by depth.")
+@click.command(name="eval")
 @run_option
 @click.option("--data", multiple=True, metavar="PATH", help="Other text than the held-out; repeat it for more.")
 @device_option
@@ -31,12 +32,10 @@ def evaluate(run: str | None, data: tuple[str, ...], device: str, as_json: bool)
     if as_json:
         print_json(result)
         return
-    from stackwise.cli.views.results import held_out
-
-    console().print(held_out(result))
+    console().print(held_out_table(result))
 
 
-@click.command(short_help="Go on from a text, or fill in its holes.")
+@click.command()
 @run_option
 @click.argument("text", required=False)
 @click.option(
@@ -104,19 +103,17 @@ def generate(
             tell(made, steps)
 
         result = generate_text(found, given, sampling, device=device, on_step=on_step)
-    for note in result["notes"]:
-        click.echo(f"note: {note}", err=True)
+    for line in result["notes"]:
+        note(f"note: {line}")
     if as_json:
         print_json(result)
     elif given is not None and not is_live(sys.stdout):
-        click.echo(result["after"])
+        say(result["after"])
     else:
-        from stackwise.cli.views.results import passage
-
-        passage(console(), result)
+        show_passage(console(), result)
 
 
-@click.command(short_help="One fused safetensors with its configuration and tokenizer.")
+@click.command()
 @run_option
 @click.option("--out", required=True, metavar="DIR", help="Where it goes; a new folder.")
 @click.option("--force", is_flag=True, help="Replace an export that is there.")
@@ -131,9 +128,9 @@ def export(run: str | None, out: str, force: bool, as_json: bool) -> None:
     if as_json:
         print_json({"directory": str(directory), "files": files})
         return
-    click.echo(f"exported to {directory}")
+    say(f"exported to {directory}")
     for name, size in files.items():
-        click.echo(f"  {name}  {words.size(size)}")
+        say(f"  {name}  {words.size(size)}")
 
 
 def _text(text: str | None, file: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""What `stackwise doctor` looks at."""
+"""Commands that look: `stackwise status`, `report`, `doctor`. The last one works whatever is not installed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,77 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import click
+
+from stackwise.cli.options import as_json, find_run, run_option
+from stackwise.cli.output import is_live, print_json, say, show, watch_option
+from stackwise.cli.tables import status_table
+from stackwise.errors import StackWiseError
 from stackwise.report import words
 from stackwise.version import __version__
 
+
+@click.command()
+@run_option
+@watch_option
+@as_json
+def status(run: str | None, watch: bool, as_json: bool) -> None:
+    """Show run status: each stage's state, step and loss, and why it trains or is reused."""
+    from stackwise.pipeline.run import held_by_live_process
+    from stackwise.pipeline.run import status as state_of
+
+    directory = find_run(run)
+    still_changing = (lambda: held_by_live_process(directory)) if watch else None
+    show(lambda: state_of(directory), status_table, still_changing, as_json=as_json)
+
+
+@click.command()
+@run_option
+def report(run: str | None) -> None:
+    """Write report.html into the run's directory: one file that opens offline. Any state of a run will do."""
+    from stackwise import report as reports
+
+    say(reports.write(find_run(run)))
+
+
+@click.command()
+@as_json
+def doctor(as_json: bool) -> None:
+    """What this machine has, and what is missing: packages, devices, memory, disk. Exit code 1 where it will not do."""
+    checks = examine()
+    missing = [check for check in checks if check.state == "missing"]
+    if as_json:
+        print_json({"ok": not missing, "checks": [check.plain() for check in checks]})
+    else:
+        _show(checks)
+    if missing:
+        names = ", ".join(check.name for check in missing)
+        raise StackWiseError(
+            f"{words.plural(len(missing), 'thing')} that StackWise needs: {names}", hint=missing[0].hint
+        )
+
+
+def _show(checks: list[Check]) -> None:
+    """Plain lines: this must work without rich."""
+    coloured = is_live(sys.stdout) and not os.environ.get("NO_COLOR")
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        mark = f"{check.state:8}"
+        if coloured:  # the gate of `say` would write the escape sequence out
+            mark = click.style(mark, **MARKS[check.state])
+        hint = f"  ({check.hint})" if check.hint else ""
+        sys.stdout.write(f"{mark}  ")
+        say(f"{check.name:{width}}  {check.found}{hint}")
+
+
 State = Literal["ok", "missing", "optional", "note"]
 
+MARKS: dict[str, dict[str, Any]] = {
+    "ok": {"fg": "green"},
+    "missing": {"fg": "red"},
+    "optional": {"dim": True},
+    "note": {"fg": "yellow"},
+}
 MODULES = {"pyyaml": "yaml", "tensorboardx": "tensorboardX"}
 """Import names that differ from their distribution's."""
 FALLBACK = ("click", "lmdb", "numcodecs", "numpy", "psutil", "pydantic", "PyYAML", "rich", "safetensors")
