@@ -22,7 +22,7 @@ from benchmarks.document import Section
 from stackwise.report import words
 
 if TYPE_CHECKING:
-    from stackwise.training.stage import Batch
+    from stackwise.batch import Batch
     from stackwise.training.trainer import Trainer
 
 EVERY = 600.0
@@ -109,12 +109,13 @@ def _stage(options: argparse.Namespace) -> tuple[Trainer, Batch, int]:
     import numpy as np
     import torch
 
+    from stackwise.batch import Batch
     from stackwise.config import ModelConfig, StageTraining
     from stackwise.model import build_block, build_head
     from stackwise.objectives import MaskDiffusionObjective
     from stackwise.pipeline.device import resolve_device
     from stackwise.training.engine import ResidentEngine
-    from stackwise.training.stage import Batch, StageModel
+    from stackwise.training.stage import StageModel
     from stackwise.training.trainer import Trainer
 
     device = resolve_device(options.device)
@@ -129,9 +130,11 @@ def _stage(options: argparse.Namespace) -> tuple[Trainer, Batch, int]:
     batch = Batch(
         np.arange(1),
         np.zeros((1, 16), np.uint8),
-        torch.from_numpy(draw.integers(0, VOCABULARY - 1, (1, SEQUENCE))),
-        torch.from_numpy(draw.random((1, SEQUENCE)) < 0.5),
-        torch.randn(1, SEQUENCE, WIDTH),
+        {
+            "tokens": torch.from_numpy(draw.integers(0, VOCABULARY - 1, (1, SEQUENCE))),
+            "masks": torch.from_numpy(draw.random((1, SEQUENCE)) < 0.5),
+            "activations": torch.randn(1, SEQUENCE, WIDTH),
+        },
     )
     batch.masks_BS[:, 0] = True
     size = sum(p.numel() for p in engine.parameters.values())

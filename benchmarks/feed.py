@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
     from benchmarks.setting import Setting
     from benchmarks.workbench import Bench, Timed
+    from stackwise.batch import Batch
     from stackwise.store import Prefetcher
     from stackwise.training.feed import Feed
-    from stackwise.training.stage import Batch, StageModel
+    from stackwise.training.stage import StageModel
 
 MEMORY, LATER, FIRST = "memory", "store", "store, first epoch"
 """Where the batches come from."""

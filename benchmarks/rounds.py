@@ -10,11 +10,12 @@ from pathlib import Path
 from benchmarks.arithmetic import Reference, synchronise, work_of
 from benchmarks.common import Result, Spread
 from benchmarks.workbench import Bench, settle_steps, train, trainer_of, trains_projection
+from stackwise.batch import Batch
 from stackwise.identity import content_id
 from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name
 from stackwise.training.feed import ahead
 from stackwise.training.forward import write_boundary
-from stackwise.training.stage import Batch, StageModel
+from stackwise.training.stage import StageModel
 from stackwise.training.trainer import Trainer
 
 

@@ -27,8 +27,9 @@ from stackwise.report import words
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from stackwise.batch import Batch
     from stackwise.training.engine import ResidentEngine
-    from stackwise.training.stage import Batch, StageModel
+    from stackwise.training.stage import StageModel
     from stackwise.training.swap import SwappedEngine
 
 VOCAB, SEED, RATE = 512, (0, 0), 1e-3
@@ -124,15 +125,17 @@ def batches(options: argparse.Namespace, step: int, count: int) -> list[Batch]:
     import numpy as np
     import torch
 
-    from stackwise.training.stage import Batch
+    from stackwise.batch import Batch
 
     draw, shape = np.random.default_rng(step), (options.rows, options.seq_len)
     return [
         Batch(
             np.arange(options.rows),
             np.zeros((options.rows, 16), np.uint8),
-            torch.from_numpy(draw.integers(0, VOCAB - 1, shape)),
-            torch.from_numpy(draw.random(shape) < 0.5),
+            {
+                "tokens": torch.from_numpy(draw.integers(0, VOCAB - 1, shape)),
+                "masks": torch.from_numpy(draw.random(shape) < 0.5),
+            },
         )
         for _ in range(count)
     ]

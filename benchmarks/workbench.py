@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.setting import Setting
+from stackwise.batch import MASKS, SEGMENTS, TOKENS, Batch
 from stackwise.config import StackWiseConfig
 from stackwise.identity import content_id, generator
 from stackwise.model import Block, Head
@@ -28,7 +29,7 @@ from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.store import ActivationStore, Prefetcher, RowOrder
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.feed import Feed
-from stackwise.training.stage import Batch, StageModel
+from stackwise.training.stage import MeanLoss, StageModel
 from stackwise.training.trainer import Progress, Trainer
 
 QUEUE = 4
@@ -95,15 +96,15 @@ class Bench:
         """What enters the stage, with a reader that was just opened."""
         config = self.setting.config
         with self.store.reader(self.boundary) as reader:
-            yield Feed(
-                self.split,
-                config.training.seq_len,
-                choose_samples(config, self.split, 0),
+            objective = objective_of(config, self.setting.vocab_size - 1, self.setting.vocab_size, self.setting.stage)
+            yield Feed.stored(
                 self.store,
                 self.store.rowset(self.rowset),
-                reader,
-                within_documents=config.data.within_documents,
-                targets=config.objective == "custom",
+                self.split,
+                choose_samples(config, self.split, 0),
+                config.training.seq_len,
+                columns=(*([SEGMENTS] if config.data.within_documents else []), *objective.inputs),
+                reader=reader,
             )
 
     def scored(self, first: int, count: int) -> int:
@@ -134,7 +135,9 @@ def workbench(setting: Setting, directory: Path) -> Iterator[Bench]:
         )
         objective = objective_of(config, setting.vocab_size - 1, setting.vocab_size, setting.stage)
         masks_RS = torch.from_numpy(store.masks(store.rowset(rowset).mask_ids, config.training.seq_len))
-        scored_R = objective.positions(masks_RS).sum(1).numpy()
+        tokens_RS = torch.from_numpy(split.samples(choose_samples(config, split, 0), config.training.seq_len))
+        tensors = {TOKENS: tokens_RS, MASKS: masks_RS} | dict.fromkeys(objective.inputs, tokens_RS)
+        scored_R = objective.positions(Batch(np.arange(rows), None, tensors)).sum(1).numpy()
         yield Bench(setting, store, rowset, rows, boundary, split, order, scored_R)
 
 
@@ -210,8 +213,8 @@ class _Until:
     def save(self, *, wait: bool) -> None:
         return
 
-    def evaluate(self) -> float:
-        return math.nan
+    def evaluate(self) -> MeanLoss:
+        return MeanLoss(math.nan)
 
     def diverged(self, told: Mapping[str, Any]) -> None:
         return

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent / "stackwise"
 FLOORS = [
     {"errors", "identity", "version"},
     {"files", "text"},
-    {"durable", "registry"},
+    {"durable", "registry", "batch"},
     {"config"},
     {"store", "data", "model", "objectives"},
     {"training", "evaluation", "inference"},

@@ -6,14 +6,16 @@ Shapes in names: B rows, S positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from stackwise.batch import MASKS, Batch
 from stackwise.config.direction import Annealed
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
-from stackwise.objectives.objective import Objective, SampleIds
+from stackwise.objectives.objective import Objective
 from stackwise.objectives.objectives import CLMObjective, MaskDiffusionObjective
 
 
@@ -46,9 +48,9 @@ class AdaptationObjective(CLMObjective):
         key = derive_seed(self.seed, "adaptation", step) & 0xFFFFFFFF
         return _Shifted(self.mask_token_id, Annealed(1.0 - (step + 1) / (self.anneal_steps + 1), key))
 
-    def times(self, masks_BS: Tensor) -> Tensor:
+    def times(self, batch: Batch) -> Tensor:
         """0: nothing is masked, whatever the rows' masks."""
-        return super().times(masks_BS) * 0.0
+        return super().times(batch) * 0.0
 
     def specification(self) -> dict[str, Any]:
         """Everything that determines its result, as plain data."""
@@ -63,18 +65,18 @@ class _Shifted(MaskDiffusionObjective):
         super().__init__(mask_token_id)
         self.causal = direction
 
-    def inputs(self, tokens_BS: Tensor, masks_BS: Tensor, sample_ids: SampleIds | None = None) -> Tensor:
+    def shown(self, batch: Batch) -> Tensor:
         """The tokens, with the mask token at masked positions. The first is shown: no position is to say it."""
-        masks_BS = masks_BS.clone()
+        masks_BS = batch.masks_BS.clone()
         masks_BS[:, 0] = False
-        return super().inputs(tokens_BS, masks_BS)
+        return super().shown(replace(batch, tensors={**batch.tensors, MASKS: masks_BS}))
 
-    def positions(self, masks_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def positions(self, batch: Batch) -> Tensor:
         """Those in front of a masked one."""
-        positions_BS = masks_BS.roll(-1, 1)
+        positions_BS = batch.masks_BS.roll(-1, 1)
         positions_BS[:, -1] = False
         return positions_BS
 
-    def targets(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def targets(self, batch: Batch) -> Tensor:
         """The next token."""
-        return tokens_BS.roll(-1, 1)
+        return batch.tokens_BS.roll(-1, 1)

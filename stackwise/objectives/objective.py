@@ -8,31 +8,44 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from stackwise.batch import Batch, Term
 from stackwise.config.direction import Direction
 from stackwise.objectives.cross_entropy import SLICE_BYTES, head_cross_entropy
 
 HeadFunction = Callable[[Tensor], Tensor]
-SampleIds = NDArray[np.uint8]
+
+CROSS_ENTROPY = "cross_entropy"
+"""The name of the term that most objectives have."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a stage gives its objective.
+
+    Args:
+        x_BSD: The vectors that leave the stage.
+        head: From […, D] to logits […, V].
+    """
+
+    x_BSD: Tensor
+    head: HeadFunction
 
 
 class Objective(abc.ABC):
-    """The interface.
-
-    Masks may lie on the CPU beside tokens on a GPU: which positions are scored is then known without waiting for
-    the GPU.
-    """
+    """The interface. Masks may lie on the CPU beside tokens on a GPU."""
 
     name: str
     """As the configuration calls it."""
     causal: Direction = False
     """The direction of attention."""
+    inputs: tuple[str, ...] = ()
+    """The named columns that it needs of each batch, beside tokens and masks."""
 
     def at(self, step: int | None) -> Objective:
         """The objective of an optimizer step, counted from 0: the same at all of them, but for one that changes.
@@ -43,78 +56,60 @@ class Objective(abc.ABC):
         return self
 
     @abc.abstractmethod
-    def inputs(self, tokens_BS: Tensor, masks_BS: Tensor, sample_ids: SampleIds | None = None) -> Tensor:
-        """The ids shown to the front.
+    def shown(self, batch: Batch) -> Tensor:
+        """The ids shown to the front, int64 [B, S] on the tokens' device."""
 
-        Args:
-            tokens_BS: The sample's tokens.
-            masks_BS: Its mask, bool.
-            sample_ids: uint8 [B, 16], for what is random; None: made of the tokens.
-
-        Returns:
-            int64 [B, S] on the tokens' device.
-        """
-
-    def times(self, masks_BS: Tensor) -> Tensor:
+    def times(self, batch: Batch) -> Tensor:
         """The share of positions masked, float32 on the masks' device: of each row [B], or for each position shown."""
-        return masks_BS.float().mean(1)
+        return batch.masks_BS.float().mean(1)
 
-    @abc.abstractmethod
-    def positions(self, masks_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def positions(self, batch: Batch) -> Tensor:
         """Which positions are scored, bool [B, S] on the masks' device."""
+        return batch.masks_BS
 
-    def targets(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def targets(self, batch: Batch) -> Tensor:
         """What each position is to say, [B, S]; of no meaning where it is not scored.
 
         Raises:
             UsageError: Targets are needed and not given.
         """
-        return tokens_BS
+        return batch.tokens_BS
 
-    def select(self, tokens_BS: Tensor, masks_BS: Tensor, targets_BS: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def select(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The scored positions and their targets.
-
-        Args:
-            tokens_BS: The sample's tokens.
-            masks_BS: Its mask, bool.
-            targets_BS: Custom targets.
 
         Returns:
             bool [B, S] on the masks' device, and int64 [n] on the tokens', in the order of positions.
         """
-        positions_BS = self.positions(masks_BS, targets_BS)
-        index_n = flat_index(positions_BS, tokens_BS.device)
-        return positions_BS, self.targets(tokens_BS, targets_BS).flatten().index_select(0, index_n).long()
+        positions_BS = self.positions(batch)
+        index_n = flat_index(positions_BS, batch.tokens_BS.device)
+        return positions_BS, self.targets(batch).flatten().index_select(0, index_n).long()
 
-    def loss(
-        self,
-        x_BSD: Tensor,
-        head: HeadFunction,
-        tokens_BS: Tensor,
-        masks_BS: Tensor,
-        targets_BS: Tensor | None = None,
-    ) -> tuple[Tensor, int]:
-        """Sum of the float32 cross entropies at the scored positions, in nats, and what it is divided by for a mean.
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """The count of each term of `loss`, before anything is computed."""
+        weighted = self.factors(batch) is not None
+        return {CROSS_ENTROPY: batch.masks_BS.numel() if weighted else int(self.positions(batch).sum())}
+
+    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Term]:
+        """The terms of the loss, by name."""
+        return {CROSS_ENTROPY: self.cross_entropy(outputs, batch)}
+
+    def cross_entropy(self, outputs: Outputs, batch: Batch) -> Term:
+        """The float32 cross entropies at the scored positions, in nats.
 
         The head sees only those positions, a slice of them at a time (`head_cross_entropy`).
-
-        Args:
-            x_BSD: The vectors that leave the stage.
-            head: From […, D] to logits […, V].
-            tokens_BS: The sample's tokens.
-            masks_BS: Its mask, bool.
-            targets_BS: Custom targets.
         """
-        index_n = flat_index(self.positions(masks_BS, targets_BS), x_BSD.device)
-        targets_n = self.targets(tokens_BS, targets_BS).to(x_BSD.device).flatten().index_select(0, index_n).long()
+        x_BSD = outputs.x_BSD
+        index_n = flat_index(self.positions(batch), x_BSD.device)
+        targets_n = self.targets(batch).to(x_BSD.device).flatten().index_select(0, index_n).long()
         x_nD = x_BSD.flatten(0, 1).index_select(0, index_n)
-        factors_BS = self.factors(masks_BS)
+        factors_BS = self.factors(batch)
         if factors_BS is None:
-            return head_cross_entropy(head, x_nD, targets_n), len(index_n)
+            return Term(head_cross_entropy(outputs.head, x_nD, targets_n), len(index_n))
         factors_n = factors_BS.to(x_BSD.device).flatten().index_select(0, index_n)
-        return head_cross_entropy(head, x_nD, targets_n, factors_n), masks_BS.numel()
+        return Term(head_cross_entropy(outputs.head, x_nD, targets_n, factors_n), batch.masks_BS.numel())
 
-    def factors(self, masks_BS: Tensor) -> Tensor | None:
+    def factors(self, batch: Batch) -> Tensor | None:
         """What each position's cross entropy is multiplied by, float32 [B, S], its mean then over all positions.
 
         None: by 1, its mean over the scored ones.

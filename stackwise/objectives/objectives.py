@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stackwise.batch import Batch
 from stackwise.config.direction import BlockCausal
 from stackwise.config.training import TrainingConfig
 from stackwise.errors import UsageError
 from stackwise.objectives.corruption import check_shares, corrupt
-from stackwise.objectives.objective import Objective, SampleIds
+from stackwise.objectives.objective import Objective
 
 
 class MaskDiffusionObjective(Objective):
@@ -38,18 +39,15 @@ class MaskDiffusionObjective(Objective):
             raise UsageError(f"mask token id {mask_token_id} is negative")
         self.mask_token_id, self.inverse_time = mask_token_id, inverse_time
 
-    def inputs(self, tokens_BS: Tensor, masks_BS: Tensor, sample_ids: SampleIds | None = None) -> Tensor:
+    def shown(self, batch: Batch) -> Tensor:
         """The tokens, with the mask token at masked positions."""
-        return tokens_BS.long().masked_fill(masks_BS.to(tokens_BS.device), self.mask_token_id)
+        return batch.tokens_BS.long().masked_fill(batch.masks_BS.to(batch.tokens_BS.device), self.mask_token_id)
 
-    def positions(self, masks_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
-        """The masked positions."""
-        return masks_BS
-
-    def factors(self, masks_BS: Tensor) -> Tensor | None:
+    def factors(self, batch: Batch) -> Tensor | None:
         """1/t of each sample, where it is asked for."""
         if not self.inverse_time:
             return None
+        masks_BS = batch.masks_BS
         counts_B1 = masks_BS.sum(1, keepdim=True, dtype=torch.float32).clamp(min=1.0)
         return (masks_BS.shape[1] / counts_B1).expand(masks_BS.shape)
 
@@ -76,30 +74,32 @@ class BlockDiffusionObjective(MaskDiffusionObjective):
         self.block = block
         self.causal = BlockCausal(block, paired=True)
 
-    def inputs(self, tokens_BS: Tensor, masks_BS: Tensor, sample_ids: SampleIds | None = None) -> Tensor:
+    def shown(self, batch: Batch) -> Tensor:
         """The noised tokens, then the clean ones, [B, 2 S]."""
-        return torch.cat((super().inputs(tokens_BS, masks_BS), tokens_BS.long()), 1)
+        return torch.cat((super().shown(batch), batch.tokens_BS.long()), 1)
 
-    def times(self, masks_BS: Tensor) -> Tensor:
+    def times(self, batch: Batch) -> Tensor:
         """The share masked of each position's block; of the clean copy 0. float32 [B, 2 S]."""
-        shares = masks_BS.float().view(len(masks_BS), -1, self.block).mean(2).repeat_interleave(self.block, 1)
+        shares = (
+            batch.masks_BS.float().view(len(batch.masks_BS), -1, self.block).mean(2).repeat_interleave(self.block, 1)
+        )
         return torch.cat((shares, torch.zeros_like(shares)), 1)
 
-    def positions(self, masks_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def positions(self, batch: Batch) -> Tensor:
         """The masked positions of the noised copy, bool [B, 2 S]."""
-        return torch.cat((masks_BS, torch.zeros_like(masks_BS)), 1)
+        return torch.cat((batch.masks_BS, torch.zeros_like(batch.masks_BS)), 1)
 
-    def targets(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def targets(self, batch: Batch) -> Tensor:
         """The tokens, for both copies."""
-        return tokens_BS.repeat(1, 2)
+        return batch.tokens_BS.repeat(1, 2)
 
     def specification(self) -> dict[str, Any]:
         """Everything that determines its result, as plain data."""
         return super().specification() | {"causal": False, "block": self.block}
 
-    def factors(self, masks_BS: Tensor) -> Tensor | None:
+    def factors(self, batch: Batch) -> Tensor | None:
         """1/t of each position's block, where it is asked for, [B, 2 S]."""
-        return 1.0 / self.times(masks_BS).clamp(min=1.0 / self.block) if self.inverse_time else None
+        return 1.0 / self.times(batch).clamp(min=1.0 / self.block) if self.inverse_time else None
 
 
 class MLMObjective(MaskDiffusionObjective):
@@ -133,19 +133,19 @@ class MLMObjective(MaskDiffusionObjective):
         self.vocab_size, self.seed = vocab_size, seed
         self.mask_share, self.random_share = mask_share, random_share
 
-    def inputs(self, tokens_BS: Tensor, masks_BS: Tensor, sample_ids: SampleIds | None = None) -> Tensor:
+    def shown(self, batch: Batch) -> Tensor:
         """The corrupted tokens: a pure function of (seed, sample, mask)."""
         shown = corrupt(
-            tokens_BS.cpu().long().numpy(),
-            masks_BS.cpu().numpy(),
-            sample_ids,
+            batch.tokens_BS.cpu().long().numpy(),
+            batch.masks_BS.cpu().numpy(),
+            batch.sample_ids_B16,
             mask_token_id=self.mask_token_id,
             vocab_size=self.vocab_size,
             mask_share=self.mask_share,
             random_share=self.random_share,
             seed=self.seed,
         )
-        return torch.from_numpy(shown).to(tokens_BS.device)
+        return torch.from_numpy(shown).to(batch.tokens_BS.device)
 
     def specification(self) -> dict[str, Any]:
         """Everything that determines its result, as plain data."""
@@ -159,19 +159,19 @@ class CLMObjective(Objective):
     name = "clm"
     causal = True
 
-    def inputs(self, tokens_BS: Tensor, masks_BS: Tensor, sample_ids: SampleIds | None = None) -> Tensor:
+    def shown(self, batch: Batch) -> Tensor:
         """The tokens; masks play no part."""
-        return tokens_BS.long()
+        return batch.tokens_BS.long()
 
-    def positions(self, masks_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def positions(self, batch: Batch) -> Tensor:
         """All but the last."""
-        positions_BS = torch.ones_like(masks_BS)
+        positions_BS = torch.ones_like(batch.masks_BS)
         positions_BS[:, -1] = False
         return positions_BS
 
-    def targets(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def targets(self, batch: Batch) -> Tensor:
         """The next token; at the last position, which is not scored, the first."""
-        return tokens_BS.roll(-1, 1)
+        return batch.tokens_BS.roll(-1, 1)
 
 
 class CustomObjective(Objective):
@@ -181,22 +181,24 @@ class CustomObjective(Objective):
     """
 
     name = "custom"
+    inputs = ("targets",)
 
-    def inputs(self, tokens_BS: Tensor, masks_BS: Tensor, sample_ids: SampleIds | None = None) -> Tensor:
+    def shown(self, batch: Batch) -> Tensor:
         """The tokens; masks choose what is scored, not what is shown."""
-        return tokens_BS.long()
+        return batch.tokens_BS.long()
 
-    def positions(self, masks_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def positions(self, batch: Batch) -> Tensor:
         """The masked positions; of a row whose mask is empty, all. None with a negative target."""
+        masks_BS = batch.masks_BS
         positions_BS = masks_BS | ~masks_BS.any(1, keepdim=True)
-        return positions_BS if targets_BS is None else positions_BS & (targets_BS >= 0).to(masks_BS.device)
+        return positions_BS & (self.targets(batch) >= 0).to(masks_BS.device)
 
-    def targets(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def targets(self, batch: Batch) -> Tensor:
         """The given targets."""
-        if targets_BS is None:
-            raise UsageError("the custom objective needs targets", hint="give each batch a `targets` tensor [B, S]")
-        if targets_BS.shape != tokens_BS.shape:
-            raise UsageError(f"targets {list(targets_BS.shape)} do not match the tokens {list(tokens_BS.shape)}")
+        targets_BS = batch["targets"]
+        if targets_BS.shape != batch.tokens_BS.shape:
+            shapes = f"{list(targets_BS.shape)} do not match the tokens {list(batch.tokens_BS.shape)}"
+            raise UsageError(f"targets {shapes}", hint="give one target a token, negative where none is scored")
         return targets_BS
 
 

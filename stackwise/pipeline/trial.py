@@ -183,19 +183,19 @@ def _batch(engine: ResidentEngine, job: TrialJob, config: StackWiseConfig, rows:
     import numpy as np
     import torch
 
-    from stackwise.training.stage import Batch
+    from stackwise.batch import ACTIVATIONS, MASKS, SEGMENTS, TOKENS, Batch
 
     length = config.training.seq_len
     masks_BS = torch.zeros(rows, length, dtype=torch.bool)
     masks_BS[:, : max(1, round(config.training.max_mask_fraction * length))] = config.objective != "clm"
-    reads = engine.model.front is None
-    dtype = engine.model.stream_dtype
-    x_BSD = torch.zeros(rows, config.row_positions, config.model.d_model, dtype=dtype) if reads else None
     tokens_BS = torch.randint(0, min(4, job.vocab_size), (rows, length))
-    segments_BS = torch.zeros(rows, length, dtype=torch.int32) if config.data.within_documents else None
-    targets_BS = tokens_BS if config.objective == "custom" else None
-    ids_B16 = np.zeros((rows, 16), dtype=np.uint8)
-    return Batch(np.arange(rows), ids_B16, tokens_BS, masks_BS, x_BSD, segments_BS, targets_BS)
+    tensors = {TOKENS: tokens_BS, MASKS: masks_BS} | dict.fromkeys(engine.model.objective.inputs, tokens_BS)
+    if engine.model.front is None:
+        shape = rows, config.row_positions, config.model.d_model
+        tensors[ACTIVATIONS] = torch.zeros(shape, dtype=engine.model.stream_dtype)
+    if config.data.within_documents:
+        tensors[SEGMENTS] = torch.zeros(rows, length, dtype=torch.int32)
+    return Batch(np.arange(rows), np.zeros((rows, 16), dtype=np.uint8), tensors)
 
 
 def _peak(device: torch.device, before: Memory) -> int:

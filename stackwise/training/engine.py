@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from stackwise.batch import Batch
 from stackwise.config import StageTraining
 from stackwise.identity import derive_seed
+from stackwise.training.group import Group, SingleProcess
 from stackwise.training.optim import BLOCK, make_optimizer
 from stackwise.training.scaling import LossScale
-from stackwise.training.stage import Batch, StageModel
+from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
 
 WEIGHT, MEAN, OPTIMIZER = "weight/", "mean/", "optimizer/"
 """What names in an engine's state begin with."""
@@ -32,11 +34,13 @@ class Stepped:
         loss: Mean loss over the scored positions of all microbatches, in nats.
         gradient_norm: Norm of the gradient of that mean over all that trains, before clipping.
         taken: Whether the weights moved: not where `accept` refused, nor where gradients overflowed half precision.
+        terms: The mean of each term by name, where the loss has several; `loss` is their weighted sum.
     """
 
     loss: Tensor
     gradient_norm: Tensor
     taken: bool = True
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Accept = Callable[[float, float], bool]
@@ -67,7 +71,7 @@ class Engine(Protocol):
             StackWiseError: Half precision overflows however the loss is scaled.
         """
 
-    def evaluate(self, batches: Iterable[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Batch]) -> MeanLoss:
         """Mean loss in nats over the scored positions of some batches, under the weights that would be committed now.
 
         Nothing of the training changes by it.
@@ -107,6 +111,7 @@ class ResidentEngine:
         device: Where `model` is.
         first_block: The number in the rack of the stage's first block.
         beyond: The parts that are beyond its blocks, in forward order.
+        group: The ranks that train the stage together.
     """
 
     def __init__(
@@ -118,7 +123,9 @@ class ResidentEngine:
         device: torch.device,
         first_block: int = 0,
         beyond: Sequence[str] = (),
+        group: Group | None = None,
     ) -> None:
+        self.group = group or SingleProcess()
         self.model, self.settings, self.seed, self.device = model.train(), settings, seed, device
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(
@@ -133,7 +140,8 @@ class ResidentEngine:
         """One optimizer step (see `Engine.step`)."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        loss, norm = self._gradients(microbatches, step)
+        losses, norm = self._gradients(microbatches, step)
+        loss = losses.total()
         taken = True
         over = self.scale is not None and math.isfinite(float(loss)) and not math.isfinite(float(norm))
         if accept is not None:  # that gradients overflow is the scale's affair
@@ -147,24 +155,23 @@ class ResidentEngine:
                 self.scale.taken()
             self._average(step)
         self.optimizer.zero_grad(set_to_none=True)
-        return Stepped(loss, norm, taken)
+        means = losses.means()
+        return Stepped(loss, norm, taken, means if len(means) > 1 else {})
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Batch]) -> MeanLoss:
         """The mean loss over some batches (see `Engine.evaluate`)."""
-        total, scored = torch.zeros((), dtype=torch.float64), 0
+        tally = Tally()
         self.model.eval()
         self._exchange()
         try:
             for cpu_batch in batches:
                 with self.model.numerics(self.device):
-                    loss, count = self.model(cpu_batch.to(self.device))
-                total += loss.double().cpu()
-                scored += int(count)
+                    tally.add(self.model(cpu_batch.to(self.device)))
         finally:
             self._exchange()
             self.model.train()
-        return float(total) / max(scored, 1)
+        return tally.mean(self.group)
 
     def state(self) -> dict[str, Tensor]:
         """Weights as `weight/NAME`, their mean as `mean/NAME`, the optimizer's state as `KIND/NAME`."""
@@ -246,30 +253,28 @@ class ResidentEngine:
             p = self.parameters[name]
             p.data, self._mean[name] = mean, p.data
 
-    def _gradients(self, microbatches: Sequence[Batch], step: int) -> tuple[Tensor, Tensor]:
-        """Leave the step's clipped gradient on the parameters; its mean loss and its norm before clipping."""
-        total = torch.zeros((), device=self.device)
-        scored = 0
+    def _gradients(self, microbatches: Sequence[Batch], step: int) -> tuple[StepLoss, Tensor]:
+        """Leave the step's clipped gradient on the parameters; its loss, and its norm before clipping."""
+        scale = 1.0 if self.scale is None else self.scale.scale
+        losses = StepLoss(self.model.objective, microbatches, self.device, self.group, scale)
         for number, cpu_batch in enumerate(microbatches):
             batch = cpu_batch.to(self.device)
             torch.manual_seed(derive_seed(*self.seed, step, number, "dropout"))
             with self.model.numerics(self.device):
-                loss, count = self.model(batch)
-            # Scaled by a constant now and by the true count below, which is known only at the last microbatch.
-            scaled = loss if self.scale is None else loss * self.scale.scale
-            (scaled / batch.tokens_BS.numel()).backward()
-            total += loss.detach()
-            scored += int(count)
-            nominal = batch.tokens_BS.numel()
+                terms = self.model(batch)
+            losses.root(terms, batch).backward()  # type: ignore[no-untyped-call]
+            losses.add(terms)
+        losses.finish()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if not gradients or not scored:
-            return total / max(scored, 1), torch.zeros((), device=self.device)
-        scale = 1.0 if self.scale is None else self.scale.scale
-        torch._foreach_mul_(gradients, nominal / scored / scale)
+        if not gradients or not losses.scored:
+            return losses, torch.zeros((), device=self.device)
+        self.group.sum_tensors(gradients)
+        if (share := losses.share) is not None:
+            torch._foreach_mul_(gradients, share)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.settings.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.grad_clip, norm)
-        return total / scored, norm
+        return losses, norm
 
 
 def part_of(name: str, first_block: int, beyond: Sequence[str] = ()) -> str:

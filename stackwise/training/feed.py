@@ -1,16 +1,22 @@
-"""From rows to batches: tokens from the data, masks from the rowset, activations from a boundary."""
+"""From rows to batches: each named input of a stage is a source of rows.
+
+Tokens and named columns come from the data, masks from the rowset, activations from a boundary, which is stored or
+filled on demand. What reads a feed cannot tell.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from stackwise.store import ActivationStore, Prefetcher, RowOrder, Rowset
-from stackwise.training.stage import Batch
+from stackwise.batch import ACTIVATIONS, MASKS, SEGMENTS, TOKENS, Batch
+from stackwise.errors import UsageError
+from stackwise.store import ActivationStore, BoundaryReader, Prefetcher, RowOrder, Rowset
 
 
 class Samples(Protocol):
@@ -32,14 +38,20 @@ class Samples(Protocol):
         """The data's own targets int64 [n, seq_len], where it brings them."""
 
 
-class Activations(Protocol):
-    """Where activations come from: a boundary that is stored, or one that is filled on demand."""
+@dataclass(frozen=True)
+class RowSource:
+    """One input, by rows.
 
-    def read(self, rows: np.ndarray) -> torch.Tensor:
-        """Activations [n, seq_len, d_model] of `rows`, on the CPU."""
+    Args:
+        digest: The content that it reads; a stage's recipe names it.
+        read: From row numbers [n] to a tensor on the CPU whose first dimension is n.
+        stream: Endless batches in an order, each with its rows, of so many rows, from a batch number on; None: they
+            are read one by one.
+    """
 
-    def stream(self, order: RowOrder, batch_size: int, start: int = 0) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Endless batches in `order`, from batch number `start` on: rows [B] and their activations."""
+    digest: str
+    read: Callable[[np.ndarray], Tensor]
+    stream: Callable[[RowOrder, int, int], Iterator[tuple[np.ndarray, Tensor]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,81 +59,99 @@ class Feed:
     """The rows of a rowset, as batches.
 
     Args:
-        split: Where the samples' tokens are.
-        seq_len: Tokens in a sample.
-        samples_R: For each row, its sample's index in `split`.
-        store: Where the rowset's masks are.
         rowset: The rows.
-        reader: The boundary that enters the stage; None where it reads tokens.
-        within_documents: Tell the attention which document each position belongs to.
-        targets: Bring the data's own targets (custom objective).
+        seq_len: Tokens in a sample.
+        sources: By the name that the input has in a batch.
     """
 
-    split: Samples
-    seq_len: int
-    samples_R: np.ndarray
-    store: ActivationStore
     rowset: Rowset
-    reader: Activations | None = None
-    within_documents: bool = False
-    targets: bool = False
+    seq_len: int
+    sources: Mapping[str, RowSource]
 
-    def batch(self, rows_B: np.ndarray, x_BSD: torch.Tensor | None = None) -> Batch:
-        """The batch of these rows, on the CPU."""
-        samples_B = self.samples_R[rows_B]
-        targets = self.split.targets(samples_B, self.seq_len) if self.targets else None
-        segments = self.split.segments(samples_B, self.seq_len) if self.within_documents else None
-        return Batch(
-            rows_B,
-            self.rowset.sample_ids[rows_B],
-            torch.from_numpy(self.split.samples(samples_B, self.seq_len)),
-            torch.from_numpy(self.store.masks(self.rowset.mask_ids[rows_B], self.seq_len)),
-            x_BSD,
-            None if segments is None else torch.from_numpy(segments),
-            None if targets is None else torch.from_numpy(targets),
-        )
+    @classmethod
+    def stored(
+        cls,
+        store: ActivationStore,
+        rowset: Rowset,
+        split: Samples,
+        samples_R: np.ndarray,
+        seq_len: int,
+        *,
+        columns: Sequence[str] = (),
+        reader: BoundaryReader | None = None,
+    ) -> Self:
+        """What a stage reads of data and store.
+
+        Args:
+            store: Where the rowset's masks are.
+            rowset: The rows.
+            split: Where the samples are.
+            samples_R: For each row, its sample's index in `split`.
+            seq_len: Tokens in a sample.
+            columns: Names of inputs beside tokens and masks: "segments" and columns of the data.
+            reader: The boundary that enters the stage; None where it reads tokens.
+
+        Raises:
+            UsageError: The data has no column of that name.
+        """
+
+        def masks(rows_B: np.ndarray) -> Tensor:
+            return torch.from_numpy(store.masks(rowset.mask_ids[rows_B], seq_len))
+
+        def by_sample(read: Callable[[np.ndarray, int], np.ndarray]) -> RowSource:
+            return RowSource(rowset.id, lambda rows_B: torch.from_numpy(read(samples_R[rows_B], seq_len)))
+
+        sources = {TOKENS: by_sample(split.samples), MASKS: RowSource(rowset.id, masks)}
+        for name in columns:
+            sources[name] = by_sample(split.segments if name == SEGMENTS else _column(split, name))
+        feed = cls(rowset, seq_len, sources)
+        if reader is None:
+            return feed
+        return feed.above(RowSource(reader.info.id, reader.read, reader.stream))
+
+    @property
+    def activations(self) -> RowSource | None:
+        """What enters the stage; None where it reads tokens."""
+        return self.sources.get(ACTIVATIONS)
+
+    def above(self, activations: RowSource) -> Self:
+        """The same rows one stage higher: `activations` enter there."""
+        return replace(self, sources={**self.sources, ACTIVATIONS: activations})
+
+    def batch(self, rows_B: np.ndarray, x_BSD: Tensor | None = None) -> Batch:
+        """The batch of these rows, on the CPU; `x_BSD`: their activations, where they are read already."""
+        known = {} if x_BSD is None else {ACTIVATIONS: x_BSD}
+        read = {name: source.read(rows_B) for name, source in self.sources.items() if name not in known}
+        return Batch(rows_B, self.rowset.sample_ids[rows_B], read | known)
 
     def shuffled(self, order: RowOrder, batch_size: int, start: int) -> Iterator[Batch]:
         """Endless batches in `order`, from batch number `start` on."""
-        if self.reader is not None:
-            for rows_B, x_BSD in self.reader.stream(order, batch_size, start):
+        activations, number = self.activations, start
+        if activations is not None and activations.stream is not None:
+            for rows_B, x_BSD in activations.stream(order, batch_size, start):
                 yield self.batch(rows_B, x_BSD)
-        else:
-            number = start
-            while True:
-                yield self.batch(order.batch(number, batch_size))
-                number += 1
+        while True:
+            yield self.batch(order.batch(number, batch_size))
+            number += 1
 
-    def sequential(self, ranges: list[tuple[int, int]], batch_size: int) -> Iterator[Batch]:
+    def sequential(self, ranges: Sequence[tuple[int, int]], batch_size: int) -> Iterator[Batch]:
         """The rows of each range in turn, in batches that never cross a range's end."""
         for start, stop in ranges:
             for first in range(start, stop, batch_size):
-                rows_B = np.arange(first, min(first + batch_size, stop))
-                yield self.batch(rows_B, None if self.reader is None else self.reader.read(rows_B))
+                yield self.batch(np.arange(first, min(first + batch_size, stop)))
+
+
+def _column(split: Samples, name: str) -> Callable[[np.ndarray, int], np.ndarray]:
+    def read(indices: np.ndarray, seq_len: int) -> np.ndarray:
+        values = split.targets(indices, seq_len) if name == "targets" else None
+        if values is None:
+            raise UsageError(f"the data has no {name}, which the objective needs", hint=f"bring a column `{name}`")
+        return values
+
+    return read
 
 
 def ahead(batches: Iterator[Batch], device: torch.device, depth: int = 3) -> Prefetcher[Batch]:
     """The same batches, prepared by a background thread (and pinned, for a GPU) while the device computes."""
-
-    def each() -> Iterator[Batch]:
-        for batch in batches:
-            yield pinned(batch)
-
-    return Prefetcher(each() if device.type == "cuda" else batches, depth=depth)
-
-
-def pinned(batch: Batch) -> Batch:
-    """The same batch in pinned memory, from which a GPU copies by itself."""
-
-    def pin(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.pin_memory()
-
-    return Batch(
-        batch.rows_B,
-        batch.sample_ids_B16,
-        batch.tokens_BS.pin_memory(),
-        batch.masks_BS,
-        pin(batch.x_BSD),
-        pin(batch.segments_BS),
-        pin(batch.targets_BS),
-    )
+    ready = (batch.pinned() for batch in batches) if device.type == "cuda" else batches
+    return Prefetcher(ready, depth=depth)

@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from stackwise.batch import Batch
 from stackwise.errors import UsageError
 from stackwise.store import BoundaryReader, BoundaryWriter, Codec, RowOrder
-from stackwise.training.feed import Feed, pinned
+from stackwise.training.feed import Feed
 from stackwise.training.forward import forward_rows, outputs, pieces
-from stackwise.training.stage import Batch, StageModel
+from stackwise.training.stage import StageModel
 
 Rows = npt.NDArray[np.int64]
 
@@ -196,9 +197,8 @@ class FilledBoundary:
     def _batches(self, spans: list[tuple[int, int]]) -> Iterator[Batch]:
         below = self._below
         for first, last in spans:
-            rows_B = np.arange(first, last)
-            batch = below.batch(rows_B, None if below.reader is None else below.reader.read(rows_B))
-            yield pinned(batch) if self._device.type == "cuda" else batch
+            batch = below.batch(np.arange(first, last))
+            yield batch.pinned() if self._device.type == "cuda" else batch
 
     def _publish(self, chunk: int, x_RSD: torch.Tensor, wanted: set[int]) -> None:
         """Hand a computed chunk to the writer, and keep what of it is wanted soon."""

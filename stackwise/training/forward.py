@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from stackwise.batch import Batch
 from stackwise.store import BoundaryWriter, Codec
 from stackwise.training.feed import Feed, ahead
-from stackwise.training.stage import Batch, StageModel
+from stackwise.training.stage import StageModel
 
 ON_THE_WAY = 2
 """Batches whose results may still be on their way from a GPU while the next is computed."""

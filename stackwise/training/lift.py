@@ -7,10 +7,11 @@ from collections.abc import Generator, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from stackwise.batch import Batch
 from stackwise.store import Codec
 from stackwise.training.forward import Outputs, through
 from stackwise.training.parts import Group, Parts, in_turn, make_groups
-from stackwise.training.stage import Batch, StageModel
+from stackwise.training.stage import StageModel
 
 
 def lifted(parts: Parts, groups: int, *, row_bytes: int, memory: int, below: Sequence[StageModel] = ()) -> Outputs:

@@ -6,54 +6,21 @@ Shapes: B rows, S positions, D model width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from stackwise.batch import ACTIVATIONS, SEGMENTS, Batch, Term
+from stackwise.errors import StackWiseError, UsageError
 from stackwise.model import Block, Stack, enter
 from stackwise.objectives import Objective
+from stackwise.objectives.objective import Outputs
+from stackwise.training.group import Group
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The precisions that are computed in by autocast."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some rows: their tokens, their masks and, above the front, the activations that enter the stage."""
-
-    rows_B: np.ndarray
-    sample_ids_B16: np.ndarray
-    tokens_BS: torch.Tensor
-    masks_BS: torch.Tensor
-    x_BSD: torch.Tensor | None = None
-    segments_BS: torch.Tensor | None = None
-    targets_BS: torch.Tensor | None = None
-    step: int | None = None
-    """The optimizer step that it is taken for: an objective may change as training goes. None: for no training."""
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; pinned tensors travel while the device computes."""
-
-        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        return Batch(
-            self.rows_B,
-            self.sample_ids_B16,
-            self.tokens_BS.to(device, non_blocking=True),
-            self.masks_BS,  # which positions are scored is then known without waiting for the device
-            move(self.x_BSD),
-            move(self.segments_BS),
-            move(self.targets_BS),
-            self.step,
-        )
-
-    def above(self, x_BSD: torch.Tensor) -> Batch:
-        """The same rows one stage higher: `x_BSD` is what enters there."""
-        return replace(self, x_BSD=x_BSD)
 
 
 class StageModel(nn.Module):
@@ -90,36 +57,215 @@ class StageModel(nn.Module):
         blocks = (*self.blocks, *self.beyond)
         return self.precision == "fp16" or any(getattr(block, "compute", None) is torch.float16 for block in blocks)
 
-    def activations(self, batch: Batch) -> torch.Tensor:
-        """The activations that leave the last block handed on, [B, S, D]."""
+    def run(self, batch: Batch, terms: Mapping[str, Term] | None = None) -> tuple[Tensor, dict[str, Term]]:
+        """The activations that leave the last block handed on, [B, S, D], and the terms of the blocks so far.
+
+        Args:
+            batch: What enters.
+            terms: Those of the blocks below, which they are added to; None: none.
+        """
         if self.front is not None:
             objective = self.objective.at(batch.step)
-            ids_BS = objective.inputs(batch.tokens_BS, batch.masks_BS, batch.sample_ids_B16)
-            x_BSD = enter(self.front, ids_BS, objective.times(batch.masks_BS), causal=objective.causal)
+            x_BSD = enter(self.front, objective.shown(batch), objective.times(batch), causal=objective.causal)
         else:
-            assert batch.x_BSD is not None, "a stage without a front reads a boundary"
-            x_BSD = batch.x_BSD
-        return self._through(self.blocks, x_BSD.to(self.stream_dtype), batch)
+            x_BSD = batch[ACTIVATIONS]
+        return self._run_blocks(self.blocks, x_BSD.to(self.stream_dtype), batch, terms or {})
 
-    def _through(self, blocks: nn.ModuleList, x_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
-        causal = self.objective.at(batch.step).causal
-        for block in blocks:
-            if isinstance(block, Block | Stack):
-                x_BSD = block(x_BSD, causal=causal, segments_BS=batch.segments_BS)
-            else:
-                x_BSD = block(x_BSD)
-            assert isinstance(x_BSD, torch.Tensor)
-        return x_BSD
+    def activations(self, batch: Batch) -> Tensor:
+        """The activations that leave the last block handed on, [B, S, D]."""
+        return self.run(batch)[0]
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """The sum of the losses over the scored positions of a batch, and how many those are."""
+    def forward(self, batch: Batch, terms: Mapping[str, Term] | None = None) -> dict[str, Term]:
+        """The terms of the loss of a batch: those of its objective, then those of its blocks (`terms`: see `run`)."""
         assert self.head is not None, "a stage without a head has no loss"
-        x_BSD = self._through(self.beyond, self.activations(batch), batch)
-        objective = self.objective.at(batch.step)
-        return objective.loss(x_BSD, self.head, batch.tokens_BS, batch.masks_BS, batch.targets_BS)
+        x_BSD, of_blocks = self.run(batch, terms)
+        x_BSD, of_blocks = self._run_blocks(self.beyond, x_BSD, batch, of_blocks)
+        scored = self.objective.at(batch.step).loss(Outputs(x_BSD, self.head), batch)
+        return added(scored, of_blocks)
+
+    def _run_blocks(
+        self, blocks: nn.ModuleList, x_BSD: Tensor, batch: Batch, below: Mapping[str, Term]
+    ) -> tuple[Tensor, dict[str, Term]]:
+        causal, segments_BS = self.objective.at(batch.step).causal, batch.tensors.get(SEGMENTS)
+        terms = dict(below)
+        for block in blocks:
+            own = isinstance(block, Block | Stack)
+            x_BSD = block(x_BSD, causal=causal, segments_BS=segments_BS) if own else block(x_BSD)
+            for module in block.modules():
+                if handed_up := getattr(module, "terms", None):
+                    module.terms = {}  # type: ignore[assignment]  # its graph must not outlive the step
+                    terms = added(terms, _checked(handed_up, x_BSD))
+        return x_BSD, terms
 
     @contextlib.contextmanager
     def numerics(self, device: torch.device) -> Iterator[None]:
         """The precision that the stage computes in."""
         with torch.autocast(device.type, dtype=NARROW.get(self.precision), enabled=self.precision in NARROW):
             yield
+
+
+def added(some: Mapping[str, Term], more: Mapping[str, Term]) -> dict[str, Term]:
+    """Terms of blocks brought together: of one name, sums are added up and the positions are the same.
+
+    Raises:
+        UsageError: Two of one name count or weigh differently.
+    """
+    terms = dict(some)
+    for name, term in more.items():
+        if (before := terms.get(name)) is not None:
+            if (before.count, before.weight) != (term.count, term.weight):
+                raise UsageError(f"two losses are called {name}, with other counts or weights: give one another name")
+            term = replace(term, sum=before.sum + term.sum)
+        terms[name] = term
+    return terms
+
+
+def _checked(terms: Mapping[str, Term], x_BSD: Tensor) -> Mapping[str, Term]:
+    positions = x_BSD.shape[0] * x_BSD.shape[1]
+    for name, term in terms.items():
+        if term.count != positions:  # or the step's count could not be known before the pass
+            raise UsageError(f"the loss {name} of a block counts {term.count}, not the {positions} positions it saw")
+    return terms
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """A loss over many batches.
+
+    Args:
+        total: The sum of the terms' means, each times its weight, in nats.
+        terms: The means by name, where there are several.
+    """
+
+    total: float
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+
+class StepLoss:
+    """The loss of one step: what the terms of its microbatches are multiplied by, and what they come to.
+
+    A single term is divided by its microbatch's tokens; the step's gradient is multiplied by `share` at the end, when
+    the true count is known. Of several terms each is divided by its count in the whole step, which follows from masks
+    and shapes ahead of the passes: so the gradient is that of the sum of their means, however rows are divided.
+
+    Args:
+        objective: The stage's.
+        microbatches: Of the step, on the CPU.
+        device: Where losses are added up.
+        group: The ranks that take the step together.
+        scale: Factor on the loss while gradients are taken (half precision).
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        microbatches: Sequence[Batch],
+        device: torch.device,
+        group: Group,
+        scale: float = 1.0,
+    ) -> None:
+        self._objective, self._microbatches, self._device = objective, microbatches, device
+        self._group, self._scale = group, scale
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._weights: dict[str, float] = {}
+        self._ahead: dict[str, int] | None = None
+        """Counts in the whole step of several terms; empty: there is one term."""
+
+    def root(self, terms: Mapping[str, Term], batch: Batch) -> Tensor:
+        """What the gradient of a microbatch is taken of. The first call has every term that there is."""
+        if self._ahead is None:
+            self._ahead = self._counted_ahead(terms, batch)
+        if self._ahead:
+            divided = [term.sum * (term.weight / max(1, self._ahead[name])) for name, term in terms.items()]
+            return torch.stack([part.to(divided[0].dtype) for part in divided]).sum() * self._scale
+        (term,) = terms.values()
+        return (term.sum if self._scale == 1.0 else term.sum * self._scale) / batch.tokens_BS.numel()
+
+    def add(self, terms: Mapping[str, Term]) -> None:
+        """Add up a microbatch's terms, all of them."""
+        for name, term in terms.items():
+            total = self._sums.setdefault(name, torch.zeros((), device=self._device))
+            total += term.sum.detach()
+            self._counts[name] = self._counts.get(name, 0) + term.count
+            self._weights[name] = term.weight
+
+    def finish(self) -> None:
+        """After the last microbatch.
+
+        Raises:
+            StackWiseError: An objective's terms counted otherwise than it said ahead.
+        """
+        for name, count in (self._ahead or {}).items():
+            if self._group.size == 1 and self._counts[name] != count:
+                raise StackWiseError(
+                    f"objective {self._objective.name}: its term {name} counted {self._counts[name]}, not {count}",
+                    hint="its `counts` and `loss` must agree",
+                )
+        self._counts = self._group.sum_counts(self._counts)
+        self._group.sum_tensors(list(self._sums.values()))
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several terms."""
+        return bool(self._ahead)
+
+    @property
+    def scored(self) -> bool:
+        """Whether anything was."""
+        return any(self._counts.values())
+
+    @property
+    def share(self) -> float | None:
+        """What the gradients of all microbatches, added up, are multiplied by; None: they stand as they are."""
+        if self._ahead:
+            return None if self._scale == 1.0 else 1.0 / self._scale
+        (scored,) = self._counts.values()
+        return self._microbatches[-1].tokens_BS.numel() / scored / self._scale if scored else None
+
+    def means(self) -> dict[str, Tensor]:
+        """The mean of each term, in nats, on the device."""
+        return {name: total / max(self._counts[name], 1) for name, total in self._sums.items()}
+
+    def total(self) -> Tensor:
+        """The step's loss: the sum of the means, each times its weight."""
+        means = self.means()
+        if not self._ahead:
+            return next(iter(means.values()))
+        return torch.stack([mean * self._weights[name] for name, mean in means.items()]).sum()
+
+    def _counted_ahead(self, terms: Mapping[str, Term], batch: Batch) -> dict[str, int]:
+        if len(terms) == 1 and next(iter(terms.values())).weight == 1.0:
+            return {}
+        counts = dict.fromkeys(terms, 0)
+        for one in self._microbatches:
+            known = self._objective.at(one.step).counts(one)
+            for name, term in terms.items():
+                # A block's term counts positions, in every microbatch as many for a token.
+                positions = term.count * one.tokens_BS.numel() // batch.tokens_BS.numel()
+                counts[name] += known.get(name, positions)
+        return self._group.sum_counts(counts)
+
+
+class Tally:
+    """The means of terms over many batches, added up in float64."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, terms: Mapping[str, Term]) -> None:
+        """Add a batch's terms."""
+        for name, term in terms.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), dtype=torch.float64)) + term.sum.double().cpu()
+            self._counts[name] = self._counts.get(name, 0) + term.count
+            self._weights[name] = term.weight
+
+    def mean(self, group: Group) -> MeanLoss:
+        """What they come to, over the rows of all ranks."""
+        counts = group.sum_counts(self._counts)
+        group.sum_tensors(list(self._sums.values()))
+        means = {name: float(total) / max(counts[name], 1) for name, total in self._sums.items()}
+        total = sum(mean * self._weights[name] for name, mean in means.items())
+        return MeanLoss(total, means if len(means) > 1 else {})

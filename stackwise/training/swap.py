@@ -19,18 +19,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stackwise.batch import ACTIVATIONS, Batch, Term
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.training.draws import generator_state, set_generator
 from stackwise.training.engine import Accept, Stepped
+from stackwise.training.group import Group, SingleProcess
 from stackwise.training.groups import Turns
 from stackwise.training.lazily import Lazily
 from stackwise.training.parts import FRONT, Parts, in_turn, make_groups
 from stackwise.training.redo import RedoLog
 from stackwise.training.scaling import LossScale
 from stackwise.training.spill import Spill
-from stackwise.training.stage import Batch, StageModel
+from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
 from stackwise.training.trainer import Trainer
 
 SCALER = "scaler/state"
@@ -50,6 +52,7 @@ class SwappedEngine:
         memory: Bytes of boundaries kept in memory; the rest goes to files.
         warn: Told what of the directory is damaged.
         before: Steps that the stage has taken already, in windows before this one.
+        group: The ranks that train the stage together.
     """
 
     def __init__(
@@ -64,8 +67,9 @@ class SwappedEngine:
         memory: int,
         warn: Callable[[str], None],
         before: int = 0,
+        group: Group | None = None,
     ) -> None:
-        self.before = before
+        self.before, self.group = before, group or SingleProcess()
         self.parts, self.settings, self.seed, self.device = parts, settings, seed, device
         self.groups = make_groups(parts, groups)
         self.log = RedoLog(directory, parts.trains)
@@ -95,10 +99,11 @@ class SwappedEngine:
         assert step == self.before + self.steps_done, f"step {step} after {self.before} and {self.steps_done}"
         self.spill.clear()
         norms: dict[str, list[Tensor]] = {}
-        total, scored = self._up(microbatches, step, norms)
-        self._down(microbatches, step, self._share(microbatches, scored), norms)
-        loss = total / max(scored, 1)
-        norm, clip = self._clip([norm for name in self.parts.order for norm in norms.get(name, [])] if scored else [])
+        losses = self._up(microbatches, step, norms)
+        self._down(microbatches, step, losses, norms)
+        loss, means = losses.total(), losses.means()
+        in_order = [norm for name in self.parts.order for norm in norms.get(name, [])]
+        norm, clip = self._clip(in_order if losses.scored else [])
         finite, taken, refused = math.isfinite(float(norm)), True, False
         if self.scale is not None and math.isfinite(float(loss)) and not finite:
             self.scale.overflowed()
@@ -118,12 +123,13 @@ class SwappedEngine:
         told = math.nan if refused else float(loss)
         self.log.commit(rate, clip, told, number=step, taken=taken, scaler=scaler)
         self.spill.clear()
-        return Stepped(loss, norm, taken)
+        return Stepped(loss, norm, taken, means if len(means) > 1 else {})
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Batch]) -> MeanLoss:
         """The mean loss over some batches (see `Engine.evaluate`)."""
-        held, total, scored = list(batches), torch.zeros((), dtype=torch.float64), 0
+        held, tally = list(batches), Tally()
+        terms: list[dict[str, Term]] = [{} for _ in held]
         self.spill.clear()
         for loaded in in_turn(self.turns.load_to_update, self.groups):
             index = loaded.group.index
@@ -135,15 +141,14 @@ class SwappedEngine:
                 batch = self._entering(index, number, cpu_batch, track=False)
                 self.spill.drop(("x", index, number))
                 if index + 1 == len(self.groups):
-                    loss, count = self._loss(model, batch)
-                    total += loss.double().cpu()
-                    scored += int(count)
+                    tally.add(self._terms(model, batch, terms[number]))
                 else:
                     with model.numerics(self.device):
-                        self.spill.put(("x", index + 1, number), model.activations(batch))
-        loss_of_all = float(total) / max(scored, 1)
-        self.log.note_evaluation(loss_of_all)
-        return loss_of_all
+                        leaving, terms[number] = model.run(batch, terms[number])
+                    self.spill.put(("x", index + 1, number), leaving)
+        mean = tally.mean(self.group)
+        self.log.note_evaluation(mean.total)
+        return mean
 
     def state(self) -> dict[str, Tensor]:
         """Nothing: what it holds is on the disk already, step by step."""
@@ -198,9 +203,10 @@ class SwappedEngine:
         self.log.close()
         self.spill.clear()
 
-    def _up(self, microbatches: Sequence[Batch], step: int, norms: dict[str, list[Tensor]]) -> tuple[Tensor, int]:
-        """Everything forward, the loss at the top and its gradient; the sum of the losses and how many were scored."""
-        total, scored = torch.zeros((), device=self.device), 0
+    def _up(self, microbatches: Sequence[Batch], step: int, norms: dict[str, list[Tensor]]) -> StepLoss:
+        """Everything forward, the loss at the top and its gradient."""
+        terms: list[dict[str, Term]] = [{} for _ in microbatches]
+        losses: StepLoss | None = None
         for loaded in in_turn(self.turns.load_to_update, self.groups):
             index = loaded.group.index
             loaded.to(self.device)
@@ -210,27 +216,30 @@ class SwappedEngine:
                 batch = self._entering(index, number, cpu_batch)
                 seeded = self._draw(step, index, number)
                 if top:
-                    loss, count = self._loss(model, batch)
-                    scaled = loss if self.scale is None else loss * self.scale.scale
-                    (scaled / batch.tokens_BS.numel()).backward()  # type: ignore[no-untyped-call]
-                    total += loss.detach()
-                    scored += int(count)
+                    if losses is None:
+                        scale = 1.0 if self.scale is None else self.scale.scale
+                        losses = StepLoss(model.objective, microbatches, self.device, self.group, scale)
+                    terms[number] = self._terms(model, batch, terms[number])
+                    losses.root(terms[number], batch).backward()  # type: ignore[no-untyped-call]
+                    losses.add(terms[number])
                     self._hand_down(index, number, batch)
                 else:
                     # With the graph that the way down needs, so that these are the same operations.
                     with model.numerics(self.device):
-                        leaving = model.activations(batch).detach()
+                        leaving, handed_up = model.run(batch, terms[number])
+                    terms[number] = {name: replace(term, sum=term.sum.detach()) for name, term in handed_up.items()}
                     self._keep_draw(seeded, index + 1, number)
-                    self.spill.put(("x", index + 1, number), leaving)
+                    self.spill.put(("x", index + 1, number), leaving.detach())
                 if index < self.lowest:
                     self.spill.drop(("x", index, number))
             if top:
-                self.turns.write_gradients(loaded, self._share(microbatches, scored), norms)
-        return total, scored
+                assert losses is not None, "a step has microbatches"
+                losses.finish()
+                self.turns.write_gradients(loaded, losses.share, norms)
+        assert losses is not None, "a stage has a head"
+        return losses
 
-    def _down(
-        self, microbatches: Sequence[Batch], step: int, share: float | None, norms: dict[str, list[Tensor]]
-    ) -> None:
+    def _down(self, microbatches: Sequence[Batch], step: int, losses: StepLoss, norms: dict[str, list[Tensor]]) -> None:
         """Group by group from the top, each forward again and backward, to the lowest that trains."""
         for loaded in in_turn(self.turns.load, self.groups[self.lowest : -1][::-1]):
             index = loaded.group.index
@@ -238,48 +247,47 @@ class SwappedEngine:
             model = self.parts.model(loaded.parts)
             head = self.turns.tied_head(loaded) if self.tied and index == 0 else None
             for number, cpu_batch in enumerate(microbatches):
-                if ("g", index, number) not in self.spill:
+                if ("g", index, number) not in self.spill and not losses.several:
                     continue
                 batch = self._entering(index, number, cpu_batch)
                 self._draw(step, index, number)
                 with model.numerics(self.device):
-                    leaving = model.activations(batch)
-                roots, slopes = [leaving], [self.spill.take(("g", index, number)).to(self.device)]
+                    leaving, terms = model.run(batch)
+                roots, slopes = [], []
+                if ("g", index, number) in self.spill:
+                    roots, slopes = [leaving], [self.spill.take(("g", index, number)).to(self.device)]
                 if head is not None:
                     above = self._entering(len(self.groups) - 1, number, cpu_batch, track=False)
                     self._draw(step, len(self.groups) - 1, number)
-                    loss, _ = self._loss(head, above)
-                    if loss.requires_grad:
-                        scaled = loss if self.scale is None else loss * self.scale.scale
-                        loss = scaled / above.tokens_BS.numel()
-                        roots, slopes = [leaving, loss], [slopes[0], torch.ones_like(loss)]
-                torch.autograd.backward(roots, slopes)
-                self._hand_down(index, number, batch)
-            self.turns.write_gradients(loaded, share, norms)
+                    terms = self._terms(head, above, terms)
+                terms = {name: term for name, term in terms.items() if term.sum.requires_grad}
+                if terms:
+                    root = losses.root(terms, batch)
+                    roots, slopes = [*roots, root], [*slopes, torch.ones_like(root)]
+                if roots:
+                    torch.autograd.backward(roots, slopes)
+                    self._hand_down(index, number, batch)
+            self.turns.write_gradients(loaded, losses.share, norms)
 
-    def _share(self, microbatches: Sequence[Batch], scored: int) -> float | None:
-        """What makes a gradient of the microbatches' nominal means that of the step's mean; None: nothing is scored."""
-        scale = 1.0 if self.scale is None else self.scale.scale
-        return microbatches[-1].tokens_BS.numel() / scored / scale if scored else None
-
-    def _loss(self, model: StageModel, batch: Batch) -> tuple[Tensor, int]:
+    def _terms(self, model: StageModel, batch: Batch, of_blocks: Mapping[str, Term]) -> dict[str, Term]:
+        """The terms of the loss at the top, with those that the blocks below handed up."""
         with model.numerics(self.device):
-            found: tuple[Tensor, int] = model(batch)
-        return found
+            terms: dict[str, Term] = model(batch, of_blocks)
+        return terms
 
     def _entering(self, index: int, number: int, batch: Batch, *, track: bool = True) -> Batch:
         """A microbatch as it enters a group, on the device; `track`: its gradient is taken if a part below trains."""
         if index:
-            batch = replace(batch, x_BSD=self.spill.get(("x", index, number)))
+            batch = batch.above(self.spill.get(("x", index, number)))
         batch = batch.to(self.device)
-        if track and index > self.lowest and batch.x_BSD is not None:
-            batch = replace(batch, x_BSD=batch.x_BSD.detach().requires_grad_())
+        if track and index > self.lowest:
+            batch = batch.above(batch[ACTIVATIONS].detach().requires_grad_())
         return batch
 
     def _hand_down(self, index: int, number: int, batch: Batch) -> None:
         """Keep the gradient of what entered a group for the one below; what entered has done its duty."""
-        if index > self.lowest and batch.x_BSD is not None and batch.x_BSD.grad is not None:
-            self.spill.put(("g", index - 1, number), batch.x_BSD.grad)
+        if index > self.lowest and (gradient := batch[ACTIVATIONS].grad) is not None:
+            self.spill.put(("g", index - 1, number), gradient)
         if not (self.tied and index + 1 == len(self.groups)):
             self.spill.drop(("x", index, number))
             self.spill.drop(("draw", index, number))

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 
 import torch
 
+from stackwise.batch import Batch
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.training.divergence import MEMORY, Rollback, Watch
 from stackwise.training.engine import Engine, Stepped
 from stackwise.training.optim import learning_rate
-from stackwise.training.stage import Batch
+from stackwise.training.stage import MeanLoss
 
 REPORT_SECONDS = 0.25
 """Losses are read off the device at most this often, so that reporting never stalls it."""
@@ -37,6 +38,7 @@ class Progress:
         gradient_norm: Of the last step, before clipping.
         tokens_per_second: Since the last report.
         wait_fraction: Share of the time that training waited for data.
+        terms: Where the loss has several, the mean of each since the last report.
     """
 
     step: int
@@ -46,6 +48,7 @@ class Progress:
     gradient_norm: float
     tokens_per_second: float
     wait_fraction: float
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Record:
         tokens: Tokens that were trained on.
         held_out: (step, mean held-out loss in nats), at each evaluation.
         divergences: What diverged, and what was done: step, why, action; of a rollback the step gone back to.
+        terms: Where the loss has several terms, each one's mean in every step; None where it is not known.
     """
 
     losses: list[float | None] = field(default_factory=list)
@@ -67,6 +71,7 @@ class Record:
     tokens: int = 0
     held_out: list[tuple[int, float]] = field(default_factory=list)
     divergences: list[dict[str, Any]] = field(default_factory=list)
+    terms: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
     def wait_fraction(self) -> float:
@@ -82,6 +87,13 @@ class Record:
     def rollbacks(self) -> int:
         """How often training went back."""
         return sum(one["action"] == "rollback" for one in self.divergences)
+
+    def add(self, losses: Sequence[float | None], terms: Mapping[str, Sequence[float | None]]) -> None:
+        """Add some steps; terms of steps before that are not known are filled up."""
+        for name, means in terms.items():
+            known = self.terms.setdefault(name, [])
+            known += [*[None] * (len(self.losses) - len(known)), *means]
+        self.losses += losses
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ class Hooks(Protocol):
     def stop(self) -> bool:
         """Whether to end after this step; asked at each."""
 
-    def evaluate(self) -> float:
+    def evaluate(self) -> MeanLoss:
         """The mean loss on held-out rows; asked where `training.eval_every` says."""
 
     def diverged(self, told: Mapping[str, Any]) -> None:
@@ -229,16 +241,18 @@ class Trainer:
             stopping = hooks.stop() or self.step == self.steps
             saving = hooks.checkpoint_due(self.step) or stopping or evaluating or self._at_anchor()
             if saving or now - reported >= REPORT_SECONDS:
-                losses = self._losses(pending)
+                losses, terms = self._read(pending)
                 now = time.perf_counter()
-                self.record.losses += losses
+                self.record.add(losses, terms)
                 self.record.seconds = seconds_before + now - begun
                 self.record.waited = waited_before + waited()
                 self.record.tokens += tokens
                 self._check_finite(losses)
                 rate, norm = self.rate(self.step - 1), float(pending[-1][0].gradient_norm)
                 speed = tokens / (now - reported)
-                hooks.report(Progress(self.step, self.steps, losses, rate, norm, speed, self.record.wait_fraction))
+                waiting, means = self.record.wait_fraction, {name: _mean(some) for name, some in terms.items()}
+                known = {name: mean for name, mean in means.items() if mean is not None}
+                hooks.report(Progress(self.step, self.steps, losses, rate, norm, speed, waiting, known))
                 pending, reported, tokens = [], now, 0
                 if saving and (self.step < self.steps or evaluating):
                     # An evaluation never comes before the checkpoint of its step is safe.
@@ -259,7 +273,7 @@ class Trainer:
 
     def _evaluate(self, hooks: Hooks) -> None:
         if self._evaluation_due():
-            self.record.held_out.append((self.step, hooks.evaluate()))
+            self.record.held_out.append((self.step, hooks.evaluate().total))
 
     def _refused(self, watch: Watch, hooks: Hooks) -> None:
         """A step was refused: go on without it, or back.
@@ -279,10 +293,17 @@ class Trainer:
             raise Rollback(told)
         self.record.divergences.append(told)
 
-    def _losses(self, pending: list[tuple[Stepped, bool]]) -> list[float | None]:
-        """The losses of some steps, read off the device at once."""
-        values = torch.stack([stepped.loss for stepped, _ in pending]).tolist()
-        return [None if refused else value for value, (_, refused) in zip(values, pending, strict=True)]
+    def _read(self, pending: list[tuple[Stepped, bool]]) -> tuple[list[float | None], dict[str, list[float | None]]]:
+        """The losses of some steps and the means of their terms, read off the device at once."""
+
+        def read(tensors: list[torch.Tensor]) -> list[float | None]:
+            values = torch.stack(tensors).tolist()
+            return [None if refused else value for value, (_, refused) in zip(values, pending, strict=True)]
+
+        names = pending[0][0].terms
+        return read([stepped.loss for stepped, _ in pending]), {
+            name: read([stepped.terms[name] for stepped, _ in pending]) for name in names
+        }
 
     def _check_finite(self, losses: list[float | None]) -> None:
         for number, loss in enumerate(losses, self.step - len(losses) + 1):
@@ -292,3 +313,8 @@ class Trainer:
                     hint="lower training.learning_rate (for this stage: stages.K.training.learning_rate) or "
                     "training.grad_clip, and run again",
                 )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    taken = [value for value in values if value is not None]
+    return sum(taken) / len(taken) if taken else None

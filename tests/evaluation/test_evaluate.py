@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stackwise.batch import Batch
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.evaluation import StageModules, bits_per_byte, bound_masks, evaluate, fraction_masks
 from stackwise.model import Rack, build_block, build_head, build_rack
 from stackwise.objectives import CLMObjective, CustomObjective, MaskDiffusionObjective, MLMObjective, Objective
+from stackwise.objectives.objective import Outputs
 
 V, N, L, MASK, SEPARATOR = 41, 12, 20, 40, 39
 CONFIG = ModelConfig(d_model=32, n_heads=4, architecture=ArchitectureConfig(n_stacks=3, blocks_per_stack=1))
@@ -250,11 +252,12 @@ def test_narrow_compute_is_close_and_is_what_training_computes() -> None:
     assert narrow["bits_per_byte"] == pytest.approx(run(None)["bits_per_byte"], rel=0.02)
     ids, masks = torch.from_numpy(tokens()), torch.from_numpy(fraction_masks(N, L, 0.5, 0))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        x = model.front(objective.inputs(ids, masks)).to(torch.bfloat16)
+        given = Batch(np.arange(N), None, {"tokens": ids, "masks": masks})
+        x = model.front(objective.shown(given)).to(torch.bfloat16)
         for block in model.blocks:
             x = block(x)
-        loss, count = objective.loss(x, model.head, ids, masks)
-    assert narrow["loss"] == {"0.5": pytest.approx(loss.item() / count, rel=1e-4)}
+        (term,) = objective.loss(Outputs(x, model.head), given).values()
+    assert narrow["loss"] == {"0.5": pytest.approx(term.sum.item() / term.count, rel=1e-4)}
 
 
 def test_error_of_a_ratio() -> None:

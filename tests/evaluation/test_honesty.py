@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from stackwise.batch import Batch
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.config.training import TrainingConfig
 from stackwise.evaluation import StageModules, evaluate
 from stackwise.model import Rack, build_rack
 from stackwise.objectives import FixedMaskAssigner, MaskScheduler, Objective, make_objective
+from stackwise.objectives.objective import Outputs
 
 V, L, MASK, SEPARATOR = 18, 16, 17, 16
 CONFIG = ModelConfig(
@@ -43,7 +45,8 @@ def train(data: np.ndarray, objective: Objective, steps: int) -> tuple[Rack, lis
     masks = torch.from_numpy(plan.masks(ids))
     tokens = torch.from_numpy(data)
     heads: list[torch.nn.Module] = []
-    shown = objective.inputs(tokens, masks, ids)
+    whole = Batch(np.arange(len(data)), ids, {"tokens": tokens, "masks": masks})
+    shown = objective.shown(whole)
     x: Tensor | None = None
     for depth, block in enumerate(model.blocks):
         head = build_rack(CONFIG, V, depth, L).head
@@ -54,9 +57,10 @@ def train(data: np.ndarray, objective: Objective, steps: int) -> tuple[Rack, lis
             rows = torch.from_numpy(order.choice(len(data), 64, replace=False))
             entering = model.front(shown[rows]) if x is None else x[rows]
             leaving = block(entering, causal=objective.causal)
-            loss, count = objective.loss(leaving, head, tokens[rows], masks[rows])
+            given = Batch(rows.numpy(), ids[rows.numpy()], {"tokens": tokens[rows], "masks": masks[rows]})
+            (term,) = objective.loss(Outputs(leaving, head), given).values()
             optimizer.zero_grad()
-            (loss / count).backward()
+            (term.sum / term.count).backward()
             optimizer.step()
         with torch.no_grad():
             x = block(model.front(shown) if x is None else x, causal=objective.causal)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from stackwise.batch import Batch
 from stackwise.config import StageTraining
 from stackwise.config.direction import Annealed
 from stackwise.config.model import ArchitectureConfig, ModelConfig
@@ -16,7 +17,7 @@ from stackwise.inference import StageModules, sample_causal
 from stackwise.model import Rack, build_rack
 from stackwise.objectives import AdaptationObjective, CLMObjective, MaskDiffusionObjective, Objective
 from stackwise.training.engine import ResidentEngine
-from stackwise.training.stage import Batch, StageModel
+from stackwise.training.stage import StageModel
 from stackwise.training.trainer import Trainer
 
 V, L, MASK = 18, 16, 17
@@ -28,7 +29,7 @@ def batch(rows: int, seed: int) -> Batch:
     tokens = (rng.integers(0, 16, (rows, 1)) + rng.choice([1, 3, 5], (rows, 1)) * np.arange(L)) % 16
     masks = rng.random((rows, L)) < rng.uniform(0.15, 0.9, (rows, 1))
     ids = np.zeros((rows, 16), dtype=np.uint8)
-    return Batch(np.arange(rows), ids, torch.from_numpy(tokens), torch.from_numpy(masks))
+    return Batch(np.arange(rows), ids, {"tokens": torch.from_numpy(tokens), "masks": torch.from_numpy(masks)})
 
 
 def train(rack: Rack, objective: Objective, steps: int, first_seed: int) -> Rack:
@@ -46,8 +47,8 @@ def causal_loss(rack: Rack) -> float:
     held_out = batch(256, 10**6)
     model = StageModel(rack.front, rack.blocks, rack.head, CLMObjective(), "fp32").eval()
     with torch.no_grad():
-        loss, count = model(held_out)
-    return float(loss) / count
+        (term,) = model(held_out).values()
+    return float(term.sum) / term.count
 
 
 def test_steps_lead_from_both_ways_to_one() -> None:
@@ -66,15 +67,15 @@ def test_steps_lead_from_both_ways_to_one() -> None:
 def test_nothing_that_is_to_be_said_is_shown() -> None:
     rows = batch(8, 0)
     on_the_way = AdaptationObjective(MASK, 10).at(0)
-    shown = on_the_way.inputs(rows.tokens_BS, rows.masks_BS)
-    scored, targets = on_the_way.select(rows.tokens_BS, rows.masks_BS)
+    shown = on_the_way.shown(rows)
+    scored, targets = on_the_way.select(rows)
     assert not scored[:, -1].any()
     after = scored.roll(1, 1)
     assert (shown[after] == MASK).all()
     assert torch.equal(rows.tokens_BS[after], targets)
     done = AdaptationObjective(MASK, 10)
-    assert torch.equal(done.inputs(rows.tokens_BS, rows.masks_BS), rows.tokens_BS)
-    assert (done.times(rows.masks_BS) == 0).all()
+    assert torch.equal(done.shown(rows), rows.tokens_BS)
+    assert (done.times(rows) == 0).all()
 
 
 def test_a_short_stage_makes_a_bidirectional_rack_causal() -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stackwise.batch import Batch
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.config.progressive import ProgressiveConfig
 from stackwise.config.training import TrainingConfig
@@ -24,6 +25,7 @@ from stackwise.objectives import (
     make_objective,
     uniform_masks,
 )
+from stackwise.objectives.objective import HeadFunction, Outputs
 
 V, L, B, MASK = 97, 24, 6, 96
 
@@ -42,9 +44,22 @@ def batch(n: int = B) -> tuple[Tensor, Tensor, np.ndarray]:
     return tokens, masks, np.random.default_rng(0).integers(0, 256, (n, 16), dtype=np.uint8)
 
 
+def batch_of(tokens: Tensor, masks: Tensor, targets: Tensor | None = None, ids: np.ndarray | None = None) -> Batch:
+    """A batch of them."""
+    more = {} if targets is None else {"targets": targets}
+    return Batch(np.arange(len(tokens)), ids, {"tokens": tokens, "masks": masks, **more})
+
+
+def loss_of(objective: Objective, x: Tensor, head: HeadFunction, given: Batch) -> tuple[Tensor, int]:
+    """The sum and count of an objective's only term."""
+    (term,) = objective.loss(Outputs(x, head), given).values()
+    assert objective.counts(given) == {"cross_entropy": term.count}
+    return term.sum, term.count
+
+
 def by_hand(objective: Objective, model: Rack, tokens: Tensor, masks: Tensor, targets: Tensor | None) -> Tensor:
     """The definition, one position after another."""
-    logits = model(objective.inputs(tokens, masks), causal=objective.causal)
+    logits = model(objective.shown(batch_of(tokens, masks)), causal=objective.causal)
     total = torch.zeros((), dtype=torch.float64)
     for b in range(len(tokens)):
         for i in range(L):
@@ -75,8 +90,8 @@ def test_gradients_are_those_written_out_by_hand(
     targets = torch.randint(-1, V, (B, L), generator=torch.Generator().manual_seed(5))
     given = targets if objective.name == "custom" else None
     model, reference = rack(tied), rack(tied)
-    x = model.hidden(objective.inputs(tokens, masks), objective.causal)
-    loss, count = objective.loss(x, model.head, tokens, masks, given)
+    x = model.hidden(objective.shown(batch_of(tokens, masks)), objective.causal)
+    loss, count = loss_of(objective, x, model.head, batch_of(tokens, masks, given))
     (loss / count).backward()
     expected = by_hand(objective, reference, tokens, masks, given)
     (expected / count).backward()
@@ -88,7 +103,7 @@ def test_gradients_are_those_written_out_by_hand(
 @pytest.mark.parametrize("objective", OBJECTIVES[:3], ids=lambda o: o.name)
 def test_selection(objective: Objective) -> None:
     tokens, masks, _ = batch()
-    positions, targets = objective.select(tokens, masks)
+    positions, targets = objective.select(batch_of(tokens, masks))
     if objective.name == "clm":
         assert positions[:, :-1].all()
         assert not positions[:, -1].any()
@@ -97,7 +112,7 @@ def test_selection(objective: Objective) -> None:
         assert torch.equal(positions, masks)
         assert torch.equal(targets, tokens[masks])
     x = torch.randn(B, L, 32, dtype=torch.float64)
-    assert objective.loss(x, rack().head, tokens, masks)[1] == len(targets)
+    assert loss_of(objective, x, rack().head, batch_of(tokens, masks))[1] == len(targets)
 
 
 def test_head_sees_the_scored_positions_alone() -> None:
@@ -109,22 +124,22 @@ def test_head_sees_the_scored_positions_alone() -> None:
         seen += x.shape[:-1].numel()
         return x @ torch.ones(32, V)
 
-    MaskDiffusionObjective(MASK).loss(torch.randn(B, L, 32), head, tokens, masks)
+    loss_of(MaskDiffusionObjective(MASK), torch.randn(B, L, 32), head, batch_of(tokens, masks))
     assert seen == masks.sum() + 1  # and one row, for the width
 
 
 def test_a_masked_loss_never_sees_unmasked_targets_nor_masked_tokens() -> None:
     tokens, masks, _ = batch()
     objective, model = MaskDiffusionObjective(MASK), rack()
-    shown = objective.inputs(tokens, masks)
+    shown = objective.shown(batch_of(tokens, masks))
     assert (shown[masks] == MASK).all()
     assert torch.equal(shown[~masks], tokens[~masks])
     x = model.hidden(shown)
-    loss, _ = objective.loss(x, model.head, tokens, masks)
+    loss, _ = loss_of(objective, x, model.head, batch_of(tokens, masks))
     other = torch.where(masks, tokens, (tokens + 1) % (V - 1))
-    assert torch.equal(objective.loss(x, model.head, other, masks)[0], loss)
+    assert torch.equal(loss_of(objective, x, model.head, batch_of(other, masks))[0], loss)
     hidden = torch.where(masks, (tokens + 1) % (V - 1), tokens)
-    assert torch.equal(objective.inputs(hidden, masks), shown)
+    assert torch.equal(objective.shown(batch_of(hidden, masks)), shown)
 
 
 def test_clm_does_not_see_the_future() -> None:
@@ -132,7 +147,7 @@ def test_clm_does_not_see_the_future() -> None:
     model, objective = rack(), CLMObjective()
     later = tokens.clone()
     later[:, 12:] = 0
-    a, b = (model(objective.inputs(t, masks), causal=objective.causal) for t in (tokens, later))
+    a, b = (model(objective.shown(batch_of(t, masks)), causal=objective.causal) for t in (tokens, later))
     torch.testing.assert_close(a[:, :12], b[:, :12])
 
 
@@ -160,16 +175,16 @@ def test_mlm_shows_mask_random_and_same_in_its_shares() -> None:
 def test_corruption_is_a_function_of_seed_sample_and_mask() -> None:
     tokens, masks, ids = batch(40)
     objective = MLMObjective(MASK, V, seed=1)
-    shown = objective.inputs(tokens, masks, ids)
+    shown = objective.shown(batch_of(tokens, masks, ids=ids))
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(objective.inputs(tokens[order], masks[order], ids[order.numpy()]), shown[order])
-    assert not torch.equal(MLMObjective(MASK, V, seed=2).inputs(tokens, masks, ids), shown)
-    assert not torch.equal(objective.inputs(tokens, masks, ids[::-1].copy()), shown)
-    assert torch.equal(objective.inputs(tokens, masks), objective.inputs(tokens, masks))
+    assert torch.equal(objective.shown(batch_of(tokens[order], masks[order], ids=ids[order.numpy()])), shown[order])
+    assert not torch.equal(MLMObjective(MASK, V, seed=2).shown(batch_of(tokens, masks, ids=ids)), shown)
+    assert not torch.equal(objective.shown(batch_of(tokens, masks, ids=ids[::-1].copy())), shown)
+    assert torch.equal(objective.shown(batch_of(tokens, masks)), objective.shown(batch_of(tokens, masks)))
     # The same sample under another mask is corrupted anew: among positions in both masks, some differ.
     other = torch.from_numpy(uniform_masks(np.arange(100, 140, dtype=np.uint64), 20, L))
     both = masks & other
-    assert (objective.inputs(tokens, other, ids)[both] != shown[both]).float().mean() > 0.2
+    assert (objective.shown(batch_of(tokens, other, ids=ids))[both] != shown[both]).float().mean() > 0.2
 
 
 def test_slicing_is_rounding_alone_in_float32_and_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +196,12 @@ def test_slicing_is_rounding_alone_in_float32_and_under_autocast(monkeypatch: py
         for cast in (False, True):
             model = rack(dtype=torch.float32)
             with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-                loss, _ = objective.loss(model.hidden(objective.inputs(tokens, masks)), model.head, tokens, masks)
+                loss, _ = loss_of(
+                    objective,
+                    model.hidden(objective.shown(batch_of(tokens, masks))),
+                    model.head,
+                    batch_of(tokens, masks),
+                )
             loss.backward()
             assert loss.dtype == torch.float32
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
@@ -195,14 +215,14 @@ def test_frozen_head_and_no_grad() -> None:
     tokens, masks, _ = batch()
     model, objective = rack(tied=False), MaskDiffusionObjective(MASK)
     model.head.requires_grad_(False)
-    x = model.hidden(objective.inputs(tokens, masks)).detach().requires_grad_()
-    loss, _ = objective.loss(x, model.head, tokens, masks)
+    x = model.hidden(objective.shown(batch_of(tokens, masks))).detach().requires_grad_()
+    loss, _ = loss_of(objective, x, model.head, batch_of(tokens, masks))
     loss.backward()
     assert x.grad is not None
     assert model.head.weight.grad is None
     assert (x.grad[~masks] == 0).all()
     with torch.no_grad():
-        again, _ = objective.loss(x, model.head, tokens, masks)
+        again, _ = loss_of(objective, x, model.head, batch_of(tokens, masks))
     assert not again.requires_grad
     assert again == loss.detach()
 
@@ -210,7 +230,7 @@ def test_frozen_head_and_no_grad() -> None:
 def test_no_scored_position() -> None:
     tokens, masks, _ = batch()
     x = torch.randn(B, L, 32, requires_grad=True)
-    loss, count = MaskDiffusionObjective(MASK).loss(x, rack().head, tokens, torch.zeros_like(masks))
+    loss, count = loss_of(MaskDiffusionObjective(MASK), x, rack().head, batch_of(tokens, torch.zeros_like(masks)))
     assert (loss.item(), count) == (0.0, 0)
     loss.backward()
 
@@ -218,7 +238,7 @@ def test_no_scored_position() -> None:
 def test_a_gradient_is_taken_once() -> None:
     tokens, masks, _ = batch()
     model, objective = rack(), MaskDiffusionObjective(MASK)
-    loss, _ = objective.loss(model.hidden(tokens), model.head, tokens, masks)
+    loss, _ = loss_of(objective, model.hidden(tokens), model.head, batch_of(tokens, masks))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="already taken"):
         loss.backward()
@@ -257,10 +277,10 @@ def test_refusals() -> None:
     with pytest.raises(UsageError, match="shares"):
         MLMObjective(MASK, V, 0.9, 0.2)
     tokens, masks, _ = batch()
-    with pytest.raises(UsageError, match="needs targets"):
-        CustomObjective().select(tokens, masks)
+    with pytest.raises(UsageError, match="no targets"):
+        CustomObjective().select(batch_of(tokens, masks))
     with pytest.raises(UsageError, match="do not match"):
-        CustomObjective().select(tokens, masks, tokens[:1])
+        CustomObjective().select(batch_of(tokens, masks, tokens[:1]))
 
 
 def test_specifications_tell_objectives_apart() -> None:
@@ -276,7 +296,8 @@ def test_inverse_time_makes_every_sample_count_the_same() -> None:
     tokens = torch.randint(0, 10, (3, 8), generator=generator)
     masks = torch.zeros(3, 8, dtype=torch.bool)
     masks[0, :1] = masks[1, :5] = masks[2, :8] = True
-    total, count = MaskDiffusionObjective(10, inverse_time=True).loss(x, lambda h: h @ weight.T, tokens, masks)
+    objective, given = MaskDiffusionObjective(10, inverse_time=True), batch_of(tokens, masks)
+    total, count = loss_of(objective, x, lambda h: h @ weight.T, given)
     nats = torch.nn.functional.cross_entropy((x @ weight.T).transpose(1, 2), tokens, reduction="none")
     by_hand = torch.stack([nats[i][masks[i]].mean() for i in range(3)]).mean()
     assert torch.allclose(total / count, by_hand)
@@ -296,6 +317,6 @@ def test_inverse_time_makes_every_sample_count_the_same() -> None:
         def __call__(self, h: torch.Tensor) -> torch.Tensor:
             return h @ weight.T
 
-    total, count = MaskDiffusionObjective(10, inverse_time=True).loss(x, Sliced(), tokens, masks)
+    total, count = loss_of(objective, x, Sliced(), given)
     got = torch.autograd.grad(total / count, (x, weight))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))

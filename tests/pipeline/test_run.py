@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from stackwise.batch import Batch
 from stackwise.config import StackWiseConfig
 from stackwise.config.notes import notes
 from stackwise.errors import BusyError, NoSpaceError, UsageError
@@ -236,7 +237,8 @@ def test_a_stored_activation_is_the_trunks_own_bit_for_bit(finished: tuple[Stack
         with torch.no_grad(), store.reader(info.id) as reader:
             for first in range(0, info.rows, rows):
                 part = slice(first, first + rows)
-                ids = rack.objective.inputs(torch.from_numpy(tokens[part]), torch.from_numpy(masks[part]))
+                tensors = {"tokens": torch.from_numpy(tokens[part]), "masks": torch.from_numpy(masks[part])}
+                ids = rack.objective.shown(Batch(np.arange(len(tokens[part])), None, tensors))
                 expected = stage.forward(rack.front()(ids), None)
                 stored = reader.read(np.arange(first, min(first + rows, info.rows)))
                 assert torch.equal(stored, expected)

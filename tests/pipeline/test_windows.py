@@ -176,7 +176,7 @@ def test_a_stage_goes_on_as_if_it_had_never_stopped(micro: Micro, tmp_path: Path
             assert committed is not None
             rowset = store.rowset(committed.record["recipe"]["rowset"])
             samples = choose_samples(config, data.train, stage.rowset)
-            feed = Feed(data.train, config.training.seq_len, samples, store, rowset)
+            feed = Feed.stored(store, rowset, data.train, samples, config.training.seq_len)
             order = RowOrder(
                 rowset.rows,
                 seed=(config.seed, 0, *((stage.window,) if stage.window else ()), "order"),

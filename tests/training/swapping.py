@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stackwise.batch import Batch
 from stackwise.config import ModelConfig, StageTraining
 from stackwise.config.model import ArchitectureConfig
 from stackwise.identity import derive_seed
@@ -16,7 +17,7 @@ from stackwise.model import Front, build_block, build_front, build_head
 from stackwise.objectives import MaskDiffusionObjective
 from stackwise.training.engine import part_of
 from stackwise.training.optim import learning_rate, make_optimizer
-from stackwise.training.stage import Batch, StageModel
+from stackwise.training.stage import StageModel
 from stackwise.training.swap import SwappedEngine
 
 VOCAB, S, MASK = 24, 12, 23
@@ -108,13 +109,9 @@ def batch(number: int, rows: int = 4, *, width: int | None = None, seq_len: int 
     x = None if width is None else torch.from_numpy(draw.normal(size=(rows, seq_len, width)).astype(np.float32))
     masks = draw.random((rows, seq_len)) < draw.uniform(0.2, 0.8)
     masks[:, 0] = True
-    return Batch(
-        np.arange(rows),
-        np.zeros((rows, 16), np.uint8),
-        torch.from_numpy(draw.integers(0, vocab - 1, (rows, seq_len))),
-        torch.from_numpy(masks),
-        x,
-    )
+    tokens = torch.from_numpy(draw.integers(0, vocab - 1, (rows, seq_len)))
+    tensors = {"tokens": tokens, "masks": torch.from_numpy(masks)} | ({} if x is None else {"activations": x})
+    return Batch(np.arange(rows), np.zeros((rows, 16), np.uint8), tensors)
 
 
 def microbatches(step: int, accumulation: int, width: int | None = None) -> list[Batch]:
@@ -153,9 +150,9 @@ class Plain:
         for number, one in enumerate(batches):
             torch.manual_seed(derive_seed(*SEED, step, number, "dropout"))
             with self.model.numerics(CPU):
-                loss, count = self.model(one)
-            (loss / one.tokens_BS.numel()).backward()
-            total, scored = total + loss.detach(), scored + int(count)
+                (term,) = self.model(one).values()
+            (term.sum / one.tokens_BS.numel()).backward()
+            total, scored = total + term.sum.detach(), scored + term.count
         for p in self.parameters:
             if p.grad is not None:
                 p.grad.mul_(batches[-1].tokens_BS.numel() / scored)

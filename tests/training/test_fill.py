@@ -44,7 +44,7 @@ class Bench:
         data = LoadedSamples(draw.integers(0, VOCAB - 1, (ROWS, S)))
         masks = store.put_masks(draw.random((ROWS, S)) < 0.4)
         self.rowset = store.put_rowset(data.sample_ids(S), masks)
-        self.feed = Feed(data, S, np.arange(ROWS), store, store.rowset(self.rowset))
+        self.feed = Feed.stored(store, store.rowset(self.rowset), data, np.arange(ROWS), S)
         objective = MaskDiffusionObjective(VOCAB - 1)
         front = build_front(CONFIG, VOCAB, 0, S)
         self.stages = [

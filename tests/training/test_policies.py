@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from stackwise.batch import Batch
 from stackwise.errors import StackWiseError
 from stackwise.training import checkpoint
 from stackwise.training.divergence import LEAST, Rollback, Watch, anchor
-from stackwise.training.stage import Batch
 from stackwise.training.trainer import Trainer
 from tests.training.test_trainer import Hooks, batch, fit, resident, trainer
 
@@ -94,8 +94,8 @@ def spoilt(at: int, start: int = 0) -> Iterator[Batch]:
     """Batches above a front, one of which makes no finite loss."""
     for number in itertools.count(start):
         one = batch(number, tokens=False)
-        if number == at and one.x_BSD is not None:
-            one.x_BSD[0, 0, 0] = math.nan
+        if number == at and "activations" in one:
+            one["activations"][0, 0, 0] = math.nan
         yield one
 
 

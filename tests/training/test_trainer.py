@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stackwise.batch import Batch
 from stackwise.config import ModelConfig, StageTraining
 from stackwise.config.model import ArchitectureConfig
 from stackwise.errors import StackWiseError
@@ -20,7 +21,7 @@ from stackwise.objectives import MaskDiffusionObjective
 from stackwise.training import checkpoint
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.optim import learning_rate
-from stackwise.training.stage import Batch, StageModel
+from stackwise.training.stage import MeanLoss, StageModel
 from stackwise.training.trainer import Progress, Trainer
 
 VOCAB, S, D, MASK = 24, 12, 16, 23
@@ -42,13 +43,9 @@ def batch(number: int, rows: int = 4, tokens: bool = True) -> Batch:
     x = None if tokens else torch.from_numpy(draw.normal(size=(rows, S, D)).astype(np.float32))
     masks = draw.random((rows, S)) < draw.uniform(0.2, 0.8)
     masks[:, 0] = True
-    return Batch(
-        np.arange(rows),
-        np.zeros((rows, 16), np.uint8),
-        torch.from_numpy(draw.integers(0, VOCAB - 1, (rows, S))),
-        torch.from_numpy(masks),
-        x,
-    )
+    ids = torch.from_numpy(draw.integers(0, VOCAB - 1, (rows, S)))
+    tensors = {"tokens": ids, "masks": torch.from_numpy(masks)} | ({} if x is None else {"activations": x})
+    return Batch(np.arange(rows), np.zeros((rows, 16), np.uint8), tensors)
 
 
 def batches(start: int = 0) -> Iterator[Batch]:
@@ -76,7 +73,7 @@ class Hooks:
         if self.directory is not None:
             checkpoint.save(self.directory, self.trainer)
 
-    def evaluate(self) -> float:
+    def evaluate(self) -> MeanLoss:
         assert self.trainer is not None
         return self.trainer.engine.evaluate([batch(1000)])
 
@@ -126,8 +123,7 @@ def test_a_stages_gradient_is_that_of_the_objective_written_out_by_hand(tokens: 
         if other.front is not None:
             x = other.front(part.tokens_BS.masked_fill(part.masks_BS, MASK))
         else:
-            assert part.x_BSD is not None
-            x = part.x_BSD
+            x = part["activations"]
         logits = other.head(other.blocks[0](x))  # type: ignore[misc]
         total = total + F.cross_entropy(logits[part.masks_BS], part.tokens_BS[part.masks_BS], reduction="sum")
         count += int(part.masks_BS.sum())

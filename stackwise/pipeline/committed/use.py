@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stackwise.batch import MASKS, TOKENS, Batch
 from stackwise.config import DataConfig
 from stackwise.data import Split, prepare, require_samples
 from stackwise.errors import NotFound
@@ -228,8 +229,9 @@ def _raised(
                     tokens = torch.from_numpy(rack.data.train.samples(samples_R[index], seq_len)).to(rack.device)
                     shown = torch.from_numpy(store.masks(masks[index], seq_len))
                     ids = store.rowset(info.rowset).sample_ids[index]
-                    entering = objective.inputs(tokens, shown, ids)
-                    x_BSD = enter(front, entering, objective.times(shown), causal=objective.causal).to(stream)
+                    batch = Batch(index, ids, {TOKENS: tokens, MASKS: shown})
+                    entering, times = objective.shown(batch), objective.times(batch)
+                    x_BSD = enter(front, entering, times, causal=objective.causal).to(stream)
                     carried.append(torch.empty(0))
                 else:
                     x_BSD = codec.round_trip(carried[place]).to(rack.device, stream)

@@ -266,14 +266,14 @@ class StagesInProcess:
                 info = self.store.find(trunk=trunk, rowset=rowset, codec=codec_name(self.config.store))
                 assert info is not None, "the stage below has written its boundary"
                 reader = stack.enter_context(self.store.reader(info.id))
-            yield Feed(
-                self.data,
-                self.config.training.seq_len,
-                choose_samples(self.config, self.data, stage.rowset),
+            yield Feed.stored(
                 self.store,
                 self.store.rowset(rowset),
-                reader,
-                targets=self.config.objective == "custom",
+                self.data,
+                choose_samples(self.config, self.data, stage.rowset),
+                self.config.training.seq_len,
+                columns=self.objective.inputs,
+                reader=reader,
             )
 
     def _hand_on(self, job: StageJob, model: StageModel, feed: Feed) -> None:

@@ -30,6 +30,7 @@ from stackwise.pipeline.recipe import Span
 from stackwise.pipeline.worker.boundary import Emit
 from stackwise.training import checkpoint
 from stackwise.training.engine import Engine
+from stackwise.training.stage import MeanLoss
 from stackwise.training.trainer import Record, Trainer
 
 Weights = Callable[[str], Mapping[str, torch.Tensor]]
@@ -52,7 +53,7 @@ class Means:
 
     engaged: Callable[[StageJob, StackWiseConfig], AbstractContextManager[tuple[Engine, Weights]]]
     fit: Callable[[StageJob, StackWiseConfig, Engine, Emit], Trainer]
-    loss: Callable[[Engine], float]
+    loss: Callable[[Engine], MeanLoss]
     emit: Emit
 
 
@@ -129,7 +130,7 @@ class _Fusion:
         if known is None:
             job, config = self._sub_job("before", 0, section, 1, probe=True)
             with self._means.engaged(job, config) as (engine, _):
-                known = {"nats": self._means.loss(engine)}
+                known = {"nats": self._means.loss(engine).total}
             self._finish("before", known)
         return float(known["nats"])
 
@@ -155,7 +156,7 @@ class _Fusion:
             with self._means.engaged(job, config) as (engine, weights):
                 trainer = self._means.fit(job, config, engine, partial(self._emit_shifted, done.steps))
                 engine.settle()
-                known = {"nats": self._means.loss(engine), "record": asdict(trainer.record), "parts": {}}
+                known = {"nats": self._means.loss(engine).total, "record": asdict(trainer.record), "parts": {}}
                 for part in job.stage.trains if keep else ():
                     durable.write_durably(self._path(name, part), partial(save_part, weights(part)))
                     known["parts"][part] = part_digest(weights(part))
@@ -212,7 +213,7 @@ class _Fusion:
     def _add(self, record: Record, steps: int) -> None:
         """Append a phase's record; its steps follow those before."""
         done, whole = self._done, self._done.record
-        whole.losses += [*record.losses, *[None] * (steps - len(record.losses))]  # of one that ended early
+        whole.add([*record.losses, *[None] * (steps - len(record.losses))], record.terms)  # of one that ended early
         whole.seconds += record.seconds
         whole.waited += record.waited
         whole.tokens += record.tokens

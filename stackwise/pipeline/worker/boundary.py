@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from stackwise.errors import InterruptedRun
 from stackwise.pipeline.job import StageJob
 from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
 from stackwise.store import CODECS, ActivationStore, BoundaryWriter
-from stackwise.training.feed import Feed
+from stackwise.training.feed import Feed, RowSource
 from stackwise.training.fill import FilledBoundary
 from stackwise.training.forward import Outputs, Pass, write_boundary
 from stackwise.training.stage import StageModel
@@ -49,12 +48,12 @@ def entering(
         return
     codec = codec_name(config.store)
     rows, depth, place = below.rowset.rows, job.stage.depth, job.recomputed[-1].stage.place
+    trunk = trunk_id(job.forward, job.trunk_digests, job.stage.precisions(job.stage.trunk))
     if not job.fills:
         chunk_rows = boundary_chunk_rows(config, rows)
         source = FilledBoundary(below, frozen, codec=CODECS[codec], chunk_rows=chunk_rows, device=device)
-        yield replace(below, reader=source)
+        yield below.above(RowSource(trunk, source.read, source.stream))
         return
-    trunk = trunk_id(job.forward, job.trunk_digests, job.stage.precisions(job.stage.trunk))
     with (
         boundary_writer(store, config, below, trunk, depth, job.stage.first) as writer,
         store.reader(writer.info.id) as reader,
@@ -73,7 +72,7 @@ def entering(
         source = FilledBoundary(
             below, frozen, codec=CODECS[codec], chunk_rows=info.chunk_rows, device=device, stored=(reader, writer)
         )
-        yield replace(below, reader=source)
+        yield below.above(RowSource(info.id, source.read, source.stream))
         writer.flush()
         progress = _progress(emit, place)
         done = write_boundary(frozen, below, writer, device, progress=progress, stop=stop, spent=source.seconds)

@@ -20,6 +20,7 @@ from stackwise.training.divergence import Rollback
 from stackwise.training.engine import Engine
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.forward import forward_rows
+from stackwise.training.stage import MeanLoss
 from stackwise.training.trainer import Progress, Trainer
 
 Emit = Callable[[dict[str, Any]], None]
@@ -80,6 +81,7 @@ class StageHooks:
             gradient_norm=progress.gradient_norm if math.isfinite(progress.gradient_norm) else None,
             tokens_per_second=progress.tokens_per_second,
             wait_fraction=progress.wait_fraction,
+            **({"terms": dict(progress.terms)} if progress.terms else {}),
             memory=peak_memory(self._trainer.engine.device),
             pid=os.getpid(),
         )
@@ -105,15 +107,16 @@ class StageHooks:
             self._checkpoints.finish()
         self._tell_saved()
 
-    def evaluate(self) -> float:
+    def evaluate(self) -> MeanLoss:
         """The mean loss on the held-out rows."""
         assert self._held_out is not None, "a stage that is evaluated has held-out rows"
         begun, trainer = time.perf_counter(), self._trainer
-        loss = held_out_loss(trainer.engine, self._held_out)
+        mean = held_out_loss(trainer.engine, self._held_out)
+        loss, terms = mean.total, {"terms": dict(mean.terms)} if mean.terms else {}
         best = trainer.record.best
         lowest = loss if best is None else min(loss, best[1])
-        self._tell("held_out", step=trainer.step, nats=loss, best=lowest, seconds=time.perf_counter() - begun)
-        return loss
+        self._tell("held_out", step=trainer.step, nats=loss, best=lowest, seconds=time.perf_counter() - begun, **terms)
+        return mean
 
     def diverged(self, told: Mapping[str, Any]) -> None:
         """A divergence event, with a line for people."""
@@ -177,7 +180,7 @@ class StageHooks:
         self._emit({"event": event, "stage": self._job.stage.place, **values})
 
 
-def held_out_loss(engine: Engine, held_out: Feed) -> float:
+def held_out_loss(engine: Engine, held_out: Feed) -> MeanLoss:
     """The mean loss of an engine's weights on held-out rows, in nats."""
     batch_size = forward_rows(held_out.seq_len)  # it shapes the sum, so it is not a setting
     with ahead(held_out.sequential([(0, held_out.rowset.rows)], batch_size), engine.device) as batches:

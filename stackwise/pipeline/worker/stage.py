@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from stackwise.batch import SEGMENTS
 from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
 from stackwise.durable import FileLock
 from stackwise.model import part_digest
-from stackwise.pipeline.build import frozen_stage, part_state, parts_of, stage_model
+from stackwise.pipeline.build import frozen_stage, objective_of, part_state, parts_of, stage_model
 from stackwise.pipeline.device import describe, make_deterministic
 from stackwise.pipeline.fit import Swap, swap_of
 from stackwise.pipeline.job import StageJob
@@ -123,13 +124,14 @@ def _feed(
     """A rowset of the job as it is stored: tokens, masks, and the boundary that is read."""
     data = PreparedData.open(Path(job.data))
     split = data.held_out if number == HELD_OUT else data.train
-    return Feed(
-        split,
-        config.training.seq_len,
-        choose_samples(config, split, number),
+    objective = objective_of(config, job.mask_token, job.vocab_size, job.stage)
+    segments = (SEGMENTS,) if config.data.within_documents else ()
+    return Feed.stored(
         store,
         store.rowset(rowset),
-        reader,
-        within_documents=config.data.within_documents,
-        targets=config.objective == "custom",
+        split,
+        choose_samples(config, split, number),
+        config.training.seq_len,
+        columns=(*segments, *objective.inputs),
+        reader=reader,
     )

@@ -205,6 +205,7 @@ def _commit(
             "peak_memory_bytes": peak_memory(device),
             "device": device.type,
         }
+        | ({"terms": record.terms} if record.terms else {})
         | told,
     )
     emit({"event": "committed", "stage": stage.place, "recipe": job.recipe_id, "parts": digests})
