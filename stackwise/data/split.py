@@ -20,6 +20,9 @@ _BLOCK_BYTES = 1 << 20
 
 _TYPES = {"tokens": ("<u2", "<u4"), "documents": ("<i8",), "counts": ("<i8",), "bytes": ("<u4",), "targets": ("<i4",)}
 
+OWN_COLUMNS = frozenset({"tokens", "documents", "counts", "bytes"})
+"""What every set has of its own making, beside the columns that rows bring."""
+
 Array = np.ndarray[Any, Any]
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -71,9 +74,34 @@ class Split:
         """
         return self._rows("tokens", indices, seq_len).astype(np.int64)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The named columns that rows brought beside their tokens, one value a token: `targets` and others."""
+        return tuple(name for name in self._columns if name not in OWN_COLUMNS)
+
+    def column(self, name: str, indices: Any, seq_len: int) -> Array:
+        """A named column of samples: int64 or float32 [n, seq_len].
+
+        Raises:
+            UsageError: The rows brought none of that name.
+            IndexError: An index is out of range.
+        """
+        if name not in self.columns:
+            raise UsageError(
+                f"the data has no column {name!r}",
+                hint="prepare rows of input_ids that bring it, one value a token; data.columns names what is kept",
+            )
+        values = self._rows(name, indices, seq_len)
+        return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+
+    def column_digest(self, name: str) -> str:
+        """Digest of a column's whole content, of `tokens` too."""
+        digest: str = self._meta["columns"][name]["digest"]
+        return digest
+
     def targets(self, indices: Any, seq_len: int) -> Int64s | None:
         """Targets of samples: int64 [n, seq_len], -100 where ignored. None where the rows brought none."""
-        return self._rows("targets", indices, seq_len).astype(np.int64) if "targets" in self._columns else None
+        return self.column("targets", indices, seq_len) if "targets" in self.columns else None
 
     def sample_bytes(self, indices: Any, seq_len: int) -> Int64s:
         """Bytes of source text that samples stand for: int64 [n].

@@ -195,6 +195,10 @@ def test_rows_of_tokens(tmp_path: Path, settings: Settings) -> None:
     found = {
         (*tokens, *row) for tokens, row in zip(data.train.samples(range(n), 5).tolist(), targets.tolist(), strict=True)
     }
+    assert data.train.columns == ("targets",)
+    assert np.array_equal(data.train.column("targets", range(n), 5), targets)
+    with pytest.raises(UsageError, match="no column 'weights'"):
+        data.train.column("weights", [0], 5)
     assert found <= {(*row["input_ids"], 10, *row["targets"], -100) for row in rows}
     assert data.tokenizer.decode([3, 9, 11]) == "3 9 <|mask|>"
     assert data.summary()["bytes"] == 0
