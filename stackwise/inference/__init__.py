@@ -2,19 +2,21 @@
 
 from stackwise.inference.export import export
 from stackwise.inference.exported import Exported, load_rack, read_export
-from stackwise.inference.forward import Stages, logits_at
-from stackwise.inference.generate import FillStep, fill, sample_causal
+from stackwise.inference.forward import LoadedModel, Stages
+from stackwise.inference.generate import Continuing, Filling, FillStep, fill, sample_causal
 from stackwise.model.rack import StageModules
 
 __all__ = [
+    "Continuing",
     "Exported",
     "FillStep",
+    "Filling",
+    "LoadedModel",
     "StageModules",
     "Stages",
     "export",
     "fill",
     "load_rack",
-    "logits_at",
     "read_export",
     "sample_causal",
 ]

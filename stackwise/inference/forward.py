@@ -6,6 +6,7 @@ Shapes in names: B rows, S positions, D d_model, n positions asked for, V vocabu
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from stackwise.model.block import evaluating
 from stackwise.model.rack import Rack, StageModules, enter, stages_of
 
 Stages = Rack | Sequence[StageModules] | Callable[[], Iterable[StageModules]]
-"""A whole rack, loaded stages, or a function that gives a fresh generator of stages loaded one by one."""
+"""A whole rack, loaded stages, or a function that returns a fresh generator, which loads the stages one by one."""
 
 
 def each_stage(stages: Stages, direction: Direction) -> Iterator[StageModules]:
@@ -59,66 +60,81 @@ def _said(direction: Direction) -> str:
     return f"blocks of {direction.size} tokens" if isinstance(direction, BlockCausal) else "whole samples"
 
 
-def logits_at(
-    front: nn.Module,
-    stages: Stages,
-    ids_BS: Tensor,
-    index_n: Tensor,
-    *,
-    causal: Direction,
-    segments_BS: Tensor | None = None,
-    autocast: torch.dtype | None = None,
-    time: Tensor | None = None,
-    caches: Caches | None = None,
-    exit_depth: int | None = None,
-) -> Tensor:
-    """Logits of the last stage's head, or of an earlier one's, at some positions.
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, as generation uses it: whole in memory, or its stages one by one.
 
     Args:
         front: Tokens to vectors.
-        stages: The rack, or its stages.
-        ids_BS: Token ids, on the device of the modules; with caches those of the new positions alone.
-        index_n: Indices into the flattened positions; none: only the caches are wanted, no logits are made.
-        causal: The direction of attention.
-        segments_BS: Attention stays within equal values.
+        stages: The rack, its stages, or a function that loads them one by one for each pass.
+        direction: How a whole rack attends, and how stages must have been trained.
         autocast: Narrow dtype to compute in, the residual stream too, as in training; None: none.
-        time: The masked share of each row [B], or at each position [B, S], for a front that takes it.
-        caches: What the blocks keep of the positions in front; the new ones join.
-        exit_depth: The stage whose head answers, and beyond which nothing runs; None: the last.
-
-    Returns:
-        float32 [n, V].
-
-    Raises:
-        UsageError: Stages that were trained another way, or none; a sample too long.
     """
-    head: nn.Module | None = None
-    first, start = 0, 0 if caches is None else caches.length
-    if exit_depth is not None and isinstance(stages, Sequence):
-        stages = _way_to(stages, exit_depth)
-    with torch.autocast(ids_BS.device.type, autocast, enabled=autocast is not None):
-        with evaluating(front):
-            x_BSD = enter(front, ids_BS, time, causal=causal, start=start)
-        x_BSD = x_BSD if autocast is None else x_BSD.to(autocast)
-        for stage in each_stage(stages, causal):
-            head = stage.head
-            with evaluating(*stage.blocks, *stage.beyond):
-                if stage.front is not None:
-                    with evaluating(stage.front):
-                        x_BSD = enter(stage.front, ids_BS, time, causal=causal).to(x_BSD.dtype)
-                own = None if caches is None else caches.of(first, len(stage.blocks))
-                x_BSD = stage.forward(x_BSD, segments_BS, direction=causal, caches=own)
-                h_BSD = stage.features(x_BSD, segments_BS, direction=causal)
-            first += len(stage.blocks)
-            if exit_depth is not None and stage.depth >= exit_depth:
-                break
-            del stage
-        assert head is not None
-        if not len(index_n):
-            return torch.empty(0, 0, device=ids_BS.device)
-        with evaluating(head):
-            logits_nV: Tensor = head(h_BSD.flatten(0, 1).index_select(0, index_n))
-    return logits_nV.float()
+
+    front: nn.Module
+    stages: Stages
+    direction: Direction = False
+    autocast: torch.dtype | None = None
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """Positions that its front takes; None: any number."""
+        return getattr(self.front, "max_seq_len", None)
+
+    def logits_at(
+        self,
+        ids_BS: Tensor,
+        index_n: Tensor,
+        *,
+        segments_BS: Tensor | None = None,
+        time: Tensor | None = None,
+        caches: Caches | None = None,
+        exit_depth: int | None = None,
+    ) -> Tensor:
+        """Logits of the last stage's head, or of an earlier one's, at some positions. Terms of the loss are dropped.
+
+        Args:
+            ids_BS: Token ids, on the device of the modules; with caches those of the new positions alone.
+            index_n: Indices into the flattened positions; none: only the caches are wanted, no logits are made.
+            segments_BS: Attention stays within equal values.
+            time: The masked share of each row [B], or at each position [B, S], for a front that takes it.
+            caches: What the blocks keep of the positions in front; the new ones join.
+            exit_depth: The stage whose head answers, and beyond which nothing runs; None: the last.
+
+        Returns:
+            float32 [n, V].
+
+        Raises:
+            UsageError: Stages that were trained another way, or none; a sample too long.
+        """
+        head: nn.Module | None = None
+        causal, autocast, stages = self.direction, self.autocast, self.stages
+        first, start = 0, 0 if caches is None else caches.length
+        if exit_depth is not None and isinstance(stages, Sequence):
+            stages = _way_to(stages, exit_depth)
+        with torch.autocast(ids_BS.device.type, autocast, enabled=autocast is not None):
+            with evaluating(self.front):
+                x_BSD = enter(self.front, ids_BS, time, causal=causal, start=start)
+            x_BSD = x_BSD if autocast is None else x_BSD.to(autocast)
+            for stage in each_stage(stages, causal):
+                head = stage.head
+                with evaluating(*stage.blocks, *stage.beyond):
+                    if stage.front is not None:
+                        with evaluating(stage.front):
+                            x_BSD = enter(stage.front, ids_BS, time, causal=causal).to(x_BSD.dtype)
+                    own = None if caches is None else caches.of(first, len(stage.blocks))
+                    x_BSD = stage.forward(x_BSD, segments_BS, direction=causal, caches=own)
+                    h_BSD = stage.features(x_BSD, segments_BS, direction=causal)
+                first += len(stage.blocks)
+                if exit_depth is not None and stage.depth >= exit_depth:
+                    break
+                del stage
+            assert head is not None
+            if not len(index_n):
+                return torch.empty(0, 0, device=ids_BS.device)
+            with evaluating(head):
+                logits_nV: Tensor = head(h_BSD.flatten(0, 1).index_select(0, index_n))
+        return logits_nV.float()
 
 
 def _way_to(stages: Sequence[StageModules], depth: int) -> list[StageModules]:

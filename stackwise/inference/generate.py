@@ -8,16 +8,16 @@ Shapes in names: B rows, S positions, n holes that are being worked on, V vocabu
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stackwise.config.direction import BlockCausal, Direction
+from stackwise.config.direction import BlockCausal
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
-from stackwise.inference.forward import Stages, choose, forbid, logits_at
+from stackwise.inference.forward import LoadedModel, choose, forbid
 from stackwise.model.attention import Caches
 from stackwise.model.rack import Front
 
@@ -37,23 +37,39 @@ class FillStep:
     """Which are still open, bool."""
 
 
+@dataclass(frozen=True)
+class Filling:
+    """How holes are filled.
+
+    Args:
+        mask_token_id: Shown where a hole is open.
+        steps: Forward passes in all; at most one for each hole, at least one for each block.
+        order: Which predictions are kept: the most confident, or random ones.
+        block: Finish so many holes before the next ones are begun, from the left (semi-autoregressive); None: all at
+            once. A rack trained in blocks has its own.
+        temperature: 0 takes the likeliest token, 1 draws from the model.
+        seed: Of what is drawn.
+        forbidden: Ids never produced beside the mask token: the separator, say.
+        exit_at: From the share of positions that are open to the depth of the stage that answers; None: the last.
+    """
+
+    mask_token_id: int
+    steps: int = 16
+    order: Order = "confidence"
+    block: int | None = None
+    temperature: float = 0.0
+    seed: int = 0
+    forbidden: Collection[int] = ()
+    exit_at: Callable[[float], int] | None = None
+
+
 def fill(
-    front: nn.Module,
-    stages: Stages,
+    model: LoadedModel,
     ids: Tensor,
     holes: Tensor,
+    how: Filling,
     *,
-    mask_token_id: int,
-    steps: int = 16,
-    order: Order = "confidence",
-    block: int | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    forbidden: Collection[int] = (),
     segments: Tensor | None = None,
-    autocast: torch.dtype | None = None,
-    direction: Direction = False,
-    exit_at: Callable[[float], int] | None = None,
     callback: Callable[[FillStep], object] | None = None,
 ) -> Tensor:
     """Fill holes: each step predicts all that are open, keeps some, and masks the others again.
@@ -65,22 +81,11 @@ def fill(
     positions behind a block play no part in it, and a last block that is cut short is worked on whole.
 
     Args:
-        front: Tokens to vectors.
-        stages: The rack, its stages, or a function that loads them one by one for each step.
+        model: What predicts; its direction is bidirectional, or in blocks.
         ids: [S] or [B, S]; what stands at the holes plays no part.
         holes: bool, the same shape.
-        mask_token_id: Shown where a hole is open.
-        steps: Forward passes in all; at most one for each hole, at least one for each block.
-        order: Which predictions are kept.
-        block: Finish so many holes before the next ones are begun, from the left (semi-autoregressive); None: all at
-            once. A rack trained in blocks has its own.
-        temperature: 0 takes the likeliest token, 1 draws from the model.
-        seed: Of what is drawn.
-        forbidden: Other ids never produced: the separator, say.
+        how: How they are filled.
         segments: Attention stays within equal values.
-        autocast: Narrow dtype to compute in, the residual stream too, as in training; None: none.
-        direction: How the rack was trained: False, or in blocks.
-        exit_at: From the share of positions that are open to the depth of the stage that answers; None: the last.
         callback: Called after each step.
 
     Returns:
@@ -92,36 +97,36 @@ def fill(
     """
     if ids.shape != holes.shape or ids.ndim not in (1, 2):
         raise UsageError(f"ids {list(ids.shape)} and holes {list(holes.shape)} need the same shape, [S] or [B, S]")
-    if steps < 1:
-        raise UsageError(f"{steps} steps: filling takes at least one")
-    if block is not None and block < 1:
-        raise UsageError(f"a block of {block} holes: it takes at least one")
+    if how.steps < 1:
+        raise UsageError(f"{how.steps} steps: filling takes at least one")
+    if how.block is not None and how.block < 1:
+        raise UsageError(f"a block of {how.block} holes: it takes at least one")
     shape, length = ids.shape, ids.shape[-1]
     open_BS = holes.to(ids.device, torch.bool).reshape(-1, length).clone()
-    ids_BS = ids.long().reshape(open_BS.shape).masked_fill(open_BS, mask_token_id)
+    ids_BS = ids.long().reshape(open_BS.shape).masked_fill(open_BS, how.mask_token_id)
     if not open_BS.any():
         return ids_BS.view(shape)
-    canvas: _Whole
-    if isinstance(direction, BlockCausal):
+    canvas: _WholeCanvas
+    if isinstance(model.direction, BlockCausal):
         if segments is not None:
             raise UsageError("a rack trained in blocks fills one document at a time")
-        block = direction.size
+        block = model.direction.size
         pad = -length % block
         open_BS = torch.nn.functional.pad(open_BS, (0, pad), value=True)
-        ids_BS = torch.nn.functional.pad(ids_BS, (0, pad), value=mask_token_id)
+        ids_BS = torch.nn.functional.pad(ids_BS, (0, pad), value=how.mask_token_id)
         groups_BS = (torch.arange(length + pad, device=ids.device) // block).expand_as(ids_BS)
-        canvas = _Blocks(front, stages, autocast, BlockCausal(block), exit_at)
+        canvas = _BlockCanvas(replace(model, direction=BlockCausal(block)), how.exit_at)
     else:
-        groups_BS = (open_BS.cumsum(1) - 1) // (block or length)
+        groups_BS = (open_BS.cumsum(1) - 1) // (how.block or length)
         segments_BS = None if segments is None else segments.to(ids.device).reshape(open_BS.shape)
-        canvas = _Whole(front, stages, autocast, direction, exit_at, segments_BS)
-    noise_BS = _random(open_BS, seed) if order == "random" else None
-    plan = list(_plan(open_BS, groups_BS, min(steps, int(open_BS.sum(1).max()))))
+        canvas = _WholeCanvas(model, how.exit_at, segments_BS)
+    noise_BS = _random(open_BS, how.seed) if how.order == "random" else None
+    plan = list(_plan(open_BS, groups_BS, min(how.steps, int(open_BS.sum(1).max()))))
     for step, (group, left) in enumerate(plan, 1):
         ours_BS = open_BS & (groups_BS == group)
         index_n = ours_BS.flatten().nonzero().squeeze(1)
-        logits_nV = forbid(canvas.logits(ids_BS, open_BS, index_n, group), {mask_token_id, *forbidden})
-        chosen_n = choose(logits_nV, temperature, seed, "fill", step)
+        logits_nV = forbid(canvas.logits(ids_BS, open_BS, index_n, group), {how.mask_token_id, *how.forbidden})
+        chosen_n = choose(logits_nV, how.temperature, how.seed, "fill", step)
         if noise_BS is None:
             sure_n = logits_nV.gather(1, chosen_n[:, None]).squeeze(1) - logits_nV.logsumexp(-1)
         else:
@@ -159,20 +164,13 @@ def _plan(open_BS: Tensor, groups_BS: Tensor, steps: int) -> Iterator[tuple[int,
             yield number, left
 
 
-class _Whole:
+class _WholeCanvas:
     """A canvas that every step goes over whole."""
 
     def __init__(
-        self,
-        front: nn.Module,
-        stages: Stages,
-        autocast: torch.dtype | None,
-        direction: Direction,
-        exit_at: Callable[[float], int] | None,
-        segments_BS: Tensor | None = None,
+        self, model: LoadedModel, exit_at: Callable[[float], int] | None, segments_BS: Tensor | None = None
     ) -> None:
-        self.front, self.stages, self.autocast, self.segments_BS = front, stages, autocast, segments_BS
-        self.direction, self.exit_at = direction, exit_at
+        self.model, self.exit_at, self.segments_BS = model, exit_at, segments_BS
 
     def logits(self, ids_BS: Tensor, open_BS: Tensor, index_n: Tensor, group: int) -> Tensor:
         """Logits at some positions, float32 [n, V].
@@ -186,29 +184,22 @@ class _Whole:
         return self._run(ids_BS, index_n, open_BS.float().mean(1), float(open_BS.float().mean()), None)
 
     def _run(self, ids_BS: Tensor, index_n: Tensor, time: Tensor, share: float, caches: Caches | None) -> Tensor:
-        return logits_at(
-            self.front,
-            self.stages,
-            ids_BS,
-            index_n,
-            causal=self.direction,
-            segments_BS=self.segments_BS,
-            autocast=self.autocast,
-            time=time,
-            caches=caches,
-            exit_depth=None if self.exit_at is None or not len(index_n) else self.exit_at(share),
+        depth = None if self.exit_at is None or not len(index_n) else self.exit_at(share)
+        return self.model.logits_at(
+            ids_BS, index_n, segments_BS=self.segments_BS, time=time, caches=caches, exit_depth=depth
         )
 
 
-class _Blocks(_Whole):
+class _BlockCanvas(_WholeCanvas):
     """A canvas of blocks: a step goes over one of them; what is finished goes into the caches, once."""
 
     caches: Caches | None = None
 
     def logits(self, ids_BS: Tensor, open_BS: Tensor, index_n: Tensor, group: int) -> Tensor:
         """Logits at some positions of block `group`."""
-        assert isinstance(self.direction, BlockCausal)
-        size, length = self.direction.size, ids_BS.shape[1]
+        direction = self.model.direction
+        assert isinstance(direction, BlockCausal)
+        size, length = direction.size, ids_BS.shape[1]
         if self.caches is None:
             self.caches = Caches()
         caches, start = self.caches, group * size
@@ -225,20 +216,34 @@ class _Blocks(_Whole):
         return self._run(ids_BS[:, part], own_n, share_BS, float(share_BS.mean()), caches)
 
 
+@dataclass(frozen=True)
+class Continuing:
+    """How a prompt is continued.
+
+    Args:
+        temperature: 0 takes the likeliest token, 1 draws from the model.
+        top_k: Draw among so many of the likeliest; None: all.
+        seed: Of what is drawn.
+        forbidden: Ids never produced: the mask token, say.
+        stop_token_id: Ends a row, and stays; the row repeats it until all rows have ended.
+        cache: Keep what attention needs of the tokens behind; False goes over all of them for each token.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    seed: int = 0
+    forbidden: Collection[int] = ()
+    stop_token_id: int | None = None
+    cache: bool = True
+
+
 def sample_causal(
-    front: nn.Module,
-    stages: Stages,
+    model: LoadedModel,
     prompt: Tensor,
     max_new_tokens: int,
+    how: Continuing | None = None,
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    seed: int = 0,
-    forbidden: Collection[int] = (),
-    stop_token_id: int | None = None,
-    autocast: torch.dtype | None = None,
     callback: Callable[[Tensor], object] | None = None,
-    cache: bool = True,
 ) -> Tensor:
     """Continue a prompt token by token, going over the new token alone.
 
@@ -246,18 +251,11 @@ def sample_causal(
     then, and every token goes over all of it.
 
     Args:
-        front: Tokens to vectors.
-        stages: The rack, its stages, or a function that loads them one by one for each token.
+        model: What predicts; its direction is causal.
         prompt: [S] or [B, S], at least one token.
         max_new_tokens: Most tokens to add.
-        temperature: 0 takes the likeliest token, 1 draws from the model.
-        top_k: Draw among so many of the likeliest; None: all.
-        seed: Of what is drawn.
-        forbidden: Ids never produced: the mask token, say.
-        stop_token_id: Ends a row, and stays; the row repeats it until all rows have ended.
-        autocast: Narrow dtype to compute in, the residual stream too, as in training; None: none.
+        how: How they are chosen; None: the likeliest.
         callback: Called with the ids after each token.
-        cache: Keep what attention needs of the tokens behind; False goes over all of them for each token.
 
     Returns:
         int64 [S + new] or [B, S + new], the prompt included.
@@ -265,13 +263,14 @@ def sample_causal(
     Raises:
         UsageError: An empty prompt, stages that were not trained causally, numbers out of range.
     """
+    how = how or Continuing()
     if prompt.ndim not in (1, 2) or not prompt.numel():
         raise UsageError("a prompt needs at least one token")
-    if max_new_tokens < 0 or (top_k is not None and top_k < 1):
-        raise UsageError(f"max_new_tokens {max_new_tokens}, top_k {top_k}: out of range")
+    if max_new_tokens < 0 or (how.top_k is not None and how.top_k < 1):
+        raise UsageError(f"max_new_tokens {max_new_tokens}, top_k {how.top_k}: out of range")
     ids_BS = prompt.long().reshape(-1, prompt.shape[-1])
-    limit = getattr(front, "max_seq_len", None)
-    caches = Caches() if cache and isinstance(front, Front) else None
+    limit = model.max_seq_len
+    caches = Caches() if how.cache and isinstance(model.front, Front) else None
     ended_B = torch.zeros(len(ids_BS), dtype=torch.bool, device=ids_BS.device)
     for step in range(max_new_tokens):
         if caches is not None and limit is not None and ids_BS.shape[1] > limit:
@@ -281,17 +280,15 @@ def sample_causal(
             context_BS = context_BS[:, caches.length :]
         last_B = torch.arange(1, len(ids_BS) + 1, device=ids_BS.device) * context_BS.shape[1] - 1
         none_B = torch.zeros(len(ids_BS), device=ids_BS.device)  # nothing is masked
-        logits_BV = logits_at(
-            front, stages, context_BS, last_B, causal=True, autocast=autocast, time=none_B, caches=caches
-        )
-        logits_BV = forbid(logits_BV, forbidden)
-        if top_k is not None and top_k < logits_BV.shape[1]:
-            least_B1 = logits_BV.topk(top_k).values[:, -1:]
+        logits_BV = model.logits_at(context_BS, last_B, time=none_B, caches=caches)
+        logits_BV = forbid(logits_BV, how.forbidden)
+        if how.top_k is not None and how.top_k < logits_BV.shape[1]:
+            least_B1 = logits_BV.topk(how.top_k).values[:, -1:]
             logits_BV.masked_fill_(logits_BV < least_B1, -torch.inf)
-        next_B = choose(logits_BV, temperature, seed, "causal", step)
-        if stop_token_id is not None:
-            next_B = next_B.masked_fill(ended_B, stop_token_id)
-            ended_B |= next_B == stop_token_id
+        next_B = choose(logits_BV, how.temperature, how.seed, "causal", step)
+        if how.stop_token_id is not None:
+            next_B = next_B.masked_fill(ended_B, how.stop_token_id)
+            ended_B |= next_B == how.stop_token_id
         ids_BS = torch.cat((ids_BS, next_B[:, None]), 1)
         if callback is not None:
             callback(ids_BS.view(-1) if prompt.ndim == 1 else ids_BS)

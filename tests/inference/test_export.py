@@ -96,13 +96,13 @@ def test_a_bidirectional_rack_can_be_recorded_as_causal(tmp_path: Path) -> None:
 def test_transformers_generates_what_the_rack_continues(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from stackwise.inference import sample_causal
+    from stackwise.inference import LoadedModel, sample_causal
 
     model = rack(config())
     export(tmp_path / "out", model.front, stages(model, True), config())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     prompt = ids()[:1, :5]
-    ours = sample_causal(model.front, model, prompt, 10)
+    ours = sample_causal(LoadedModel(model.front, model, True), prompt, 10)
     theirs = loaded.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10, do_sample=False, pad_token_id=0
     )

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
-from stackwise.inference import FillStep, StageModules, fill, logits_at, sample_causal
+from stackwise.inference import FillStep, StageModules
 from stackwise.model import Rack, build_rack
+from tests.inference.by_keyword import fill, logits_at, sample_causal
 
 V, L, MASK = 31, 16, 30
 CONFIG = ModelConfig(d_model=32, n_heads=4, architecture=ArchitectureConfig(n_stacks=2, blocks_per_stack=1))

@@ -11,8 +11,9 @@ from torch import Tensor
 from stackwise.config.direction import BlockCausal
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
-from stackwise.inference import FillStep, StageModules, fill, logits_at, sample_causal
+from stackwise.inference import FillStep, StageModules
 from stackwise.model import Caches, Rack, build_rack
+from tests.inference.by_keyword import fill, logits_at, sample_causal
 
 V, L, MASK = 31, 24, 30
 KINDS: dict[str, dict[str, object]] = {

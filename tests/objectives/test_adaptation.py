@@ -13,7 +13,7 @@ from stackwise.config import StageTraining
 from stackwise.config.direction import Annealed
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
-from stackwise.inference import StageModules, sample_causal
+from stackwise.inference import LoadedModel, StageModules, sample_causal
 from stackwise.model import Rack, build_rack
 from stackwise.objectives import AdaptationObjective, CLMObjective, MaskDiffusionObjective, Objective
 from stackwise.training.engine import ResidentEngine
@@ -87,5 +87,5 @@ def test_a_short_stage_makes_a_bidirectional_rack_causal() -> None:
     assert causal_loss(adapted) < 0.8 * causal_loss(scratch)
     assert causal_loss(adapted) < 0.5 * before
     stages = [StageModules(0, adapted.blocks, adapted.head, True)]
-    counted = sample_causal(adapted.front, stages, torch.tensor([[2, 3, 4, 5], [1, 4, 7, 10]]), 4)
+    counted = sample_causal(LoadedModel(adapted.front, stages, True), torch.tensor([[2, 3, 4, 5], [1, 4, 7, 10]]), 4)
     assert counted[:, 4:].tolist() == [[6, 7, 8, 9], [13, 0, 3, 6]]

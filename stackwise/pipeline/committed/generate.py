@@ -17,7 +17,16 @@ from stackwise.config.direction import BlockCausal
 from stackwise.data import Tokenizer, require_samples
 from stackwise.errors import UsageError
 from stackwise.identity import generator
-from stackwise.inference import FillStep, StageModules, Stages, fill, sample_causal
+from stackwise.inference import (
+    Continuing,
+    Filling,
+    FillStep,
+    LoadedModel,
+    StageModules,
+    Stages,
+    fill,
+    sample_causal,
+)
 from stackwise.inference.generate import Order
 from stackwise.pipeline.committed.load import CommittedRack, load_rack
 from stackwise.pipeline.device import resolve_device
@@ -131,11 +140,7 @@ def generate(
         exit_at = None if sampling.exit == "last" else _exits(rack)
     if sampling.exit is not None and exit_at is None and _exits(rack) is None:
         notes.append(f"--exit {sampling.exit} is unused: the last stage answers at every masked fraction")
-    filled = fill(
-        rack.front(),
-        _stages(rack, rack.modules if exit_at is None else rack.exits),
-        torch.from_numpy(ids).to(rack.device),
-        torch.from_numpy(holes).to(rack.device),
+    how = Filling(
         mask_token_id=rack.mask_token,
         steps=min(sampling.steps or int(holes.sum()), int(holes.sum())),
         order=sampling.order,
@@ -143,11 +148,12 @@ def generate(
         temperature=sampling.temperature,
         seed=sampling.seed,
         forbidden=forbidden,
-        autocast=rack.autocast,
-        direction=direction,
         exit_at=exit_at,
-        callback=show,
     )
+    stages = _stages(rack, rack.modules if exit_at is None else rack.exits)
+    model = LoadedModel(rack.front(), stages, direction, rack.autocast)
+    canvas, is_hole = (torch.from_numpy(array).to(rack.device) for array in (ids, holes))
+    filled = fill(model, canvas, is_hole, how, callback=show)
     result = filled.cpu().numpy()
     closed = np.zeros_like(holes)
     states = np.where(holes, "filled" if truth is None else np.where(result == truth, "right", "wrong"), "given")
@@ -247,18 +253,15 @@ def _continue(
         if on_step is not None:
             on_step(tokenizer.decode(ids.cpu().numpy()))
 
-    ids = sample_causal(
-        rack.front(),
-        _stages(rack, rack.modules),
-        torch.from_numpy(np.asarray(prompt, dtype=np.int64)).to(rack.device),
-        sampling.length or sampling.steps or DEFAULT_LENGTH,
+    how = Continuing(
         temperature=sampling.temperature,
         seed=sampling.seed,
         forbidden=forbidden,
         stop_token_id=tokenizer.separator_id,
-        autocast=rack.autocast,
-        callback=show,
     )
+    model = LoadedModel(rack.front(), _stages(rack, rack.modules), True, rack.autocast)
+    given = torch.from_numpy(np.asarray(prompt, dtype=np.int64)).to(rack.device)
+    ids = sample_causal(model, given, sampling.length or sampling.steps or DEFAULT_LENGTH, how, callback=show)
     before, after = tokenizer.decode(prompt), tokenizer.decode(ids.cpu().numpy())
     new = tokenizer.decode(ids.cpu().numpy()[len(prompt) :])
     return {
