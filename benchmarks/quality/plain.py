@@ -14,7 +14,7 @@ import torch
 
 from stackwise.config import StackWiseConfig
 from stackwise.data import prepare
-from stackwise.evaluation import evaluate
+from stackwise.evaluation import HeldOut, Measure, evaluate
 from stackwise.identity import derive_seed, generator
 from stackwise.model import build_rack
 from stackwise.model.rack import stages_of
@@ -89,18 +89,16 @@ def train_plainly(config: StackWiseConfig) -> dict[str, Any]:
     held_out = data.held_out
     count = generator(config.seed, "held-out").permutation(held_out.n_samples(seq_len))
     indices = sorted(count[: config.evaluation.samples].tolist())
-    result = evaluate(
-        rack.front,
-        stages_of(rack),
-        held_out.samples(torch.tensor(indices).numpy(), seq_len),
-        held_out.sample_bytes(torch.tensor(indices).numpy(), seq_len),
-        objective=MaskDiffusionObjective(mask),
+    rows = torch.tensor(indices).numpy()
+    how = Measure(
         fractions=config.evaluation.fractions,
         batch_size=config.evaluation.batch_size,
         seed=derive_seed(config.seed, "evaluation"),
         unigram_counts=data.train.counts,
         vocab_size=vocab,
     )
+    samples = HeldOut(held_out.samples(rows, seq_len), held_out.sample_bytes(rows, seq_len))
+    result = evaluate(rack.front, stages_of(rack), samples, MaskDiffusionObjective(mask), how)
     return {"evaluation": result, "seconds": seconds, "peak_memory_bytes": peak, "rows": len(samples_R)}
 
 

@@ -13,7 +13,17 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from stackwise.evaluation.passes import Pass, Scores, figures, likelihood_kind, make_passes, tensor, unigram
+from stackwise.evaluation.passes import (
+    HeldOut,
+    Measure,
+    Pass,
+    Scores,
+    figures,
+    likelihood_kind,
+    make_passes,
+    tensor,
+    unigram,
+)
 from stackwise.model.block import evaluating
 from stackwise.model.rack import StageModules, enter
 from stackwise.objectives.cross_entropy import slice_rows
@@ -49,8 +59,13 @@ def score(head: nn.Module, x_nD: Tensor, targets_n: Tensor) -> tuple[Tensor, Ten
 class _Carried:
     """One pass on its way up: the activations of all samples at the depth reached."""
 
-    def __init__(self, way: Pass, front: nn.Module, batch_size: int, device: torch.device, narrow: torch.dtype | None):
-        self.way, self.batch_size, self.device, self.narrow = way, batch_size, device, narrow
+    def __init__(self, way: Pass, front: nn.Module, how: Measure) -> None:
+        self.way, self.batch_size, self.device, self.narrow = (
+            way,
+            how.batch_size,
+            torch.device(how.device),
+            how.autocast,
+        )
         self.x_NSD = torch.empty(0)
         self.start(front)
 
@@ -93,21 +108,10 @@ class _Carried:
 def evaluate(
     front: nn.Module,
     stages: Iterable[StageModules],
-    tokens_NS: ArrayLike,
-    sample_bytes_N: ArrayLike,
-    *,
+    samples: HeldOut,
     objective: Objective,
-    segments_NS: ArrayLike | None = None,
-    targets_NS: ArrayLike | None = None,
-    fractions: Sequence[float] = (0.15, 0.5, 0.9),
-    batch_size: int = 16,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    autocast: torch.dtype | None = None,
-    draws: int = 1,
-    separator_id: int | None = None,
-    unigram_counts: ArrayLike | None = None,
-    vocab_size: int | None = None,
+    how: Measure | None = None,
+    *,
     progress: Callable[[int, int], None] | None = None,
     exit_of: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None,
 ) -> dict[str, Any]:
@@ -118,27 +122,16 @@ def evaluate(
     masked, their cross entropy weighted S/k (LLaDA, arXiv 2502.09992, eq. 6; predictions are factorised given the
     input); for a causal rack the likelihood itself, every token predicted from a separator and what precedes it;
     for custom targets None. `likelihood` says which, `bits_per_byte_error` is its standard error over samples.
+    Terms of the loss that blocks have of their own play no part.
 
     One stage is resident at a time: a stage is dropped before the next is asked for.
 
     Args:
-        front: Tokens to vectors, on `device`.
-        stages: Lowest first, on `device`; a generator that loads each when it is asked for it.
-        tokens_NS: Held-out samples.
-        sample_bytes_N: Bytes of text in each; all 0 where they are not known, then bits per byte are None.
+        front: Tokens to vectors, on the device of `how`.
+        stages: Lowest first, on that device; a generator that loads each when it is asked for it.
+        samples: What it is measured on.
         objective: What the rack learnt.
-        segments_NS: Attention stays within equal values; None: it does not.
-        targets_NS: For a custom objective: what each position is to say; negative: nothing.
-        fractions: Masked shares at which loss and accuracy are measured.
-        batch_size: Samples in a batch.
-        seed: Of the masks: the same for every stage, rack and baseline.
-        device: Where to compute.
-        autocast: Narrow dtype to compute in, the residual stream too, as in training; None: as the front gives it.
-        draws: Masks of each sample that the bound is averaged over.
-        separator_id: The separator, which a causal rack's first token follows.
-        unigram_counts: How often each token occurs in training: adds the unigram baseline (add-one smoothing), on
-            the same positions; its bits per byte are exact.
-        vocab_size: Token ids that the baseline spreads over; None: the width of the last head's logits.
+        how: How it is measured.
         progress: Called after each batch with the batches done and those of one stage; what it raises ends this.
         exit_of: Of numbers of masked positions [N], the stages that answer, counted from 0 as they come: an exit
             that depends on the number masked alone. None: the last one.
@@ -150,15 +143,16 @@ def evaluate(
     Raises:
         UsageError: No samples, a causal objective without separator, a custom one without targets.
     """
-    device, tokens = torch.device(device), np.asarray(tokens_NS, dtype=np.int64)
-    ways = make_passes(objective, tokens, _ints(segments_NS), _ints(targets_NS), fractions, seed, draws, separator_id)
-    narrow = torch.autocast(device.type, autocast, enabled=autocast is not None)
+    how = how or Measure()
+    tokens, bytes_N = samples.tokens_NS, samples.bytes_N
+    passes = make_passes(objective, samples, how)
+    narrow = torch.autocast(torch.device(how.device).type, how.autocast, enabled=how.autocast is not None)
     by_depth: list[dict[str, Any]] = []
-    answers = [Scores.empty(*way.ids_NS.shape) for way in ways]
-    who = [None if exit_of is None else exit_of(way.scored_NS.sum(1)) for way in ways]
-    width = vocab_size or 0
+    answers = [Scores.empty(*way.ids_NS.shape) for way in passes]
+    who = [None if exit_of is None else exit_of(way.scored_NS.sum(1)) for way in passes]
+    width = how.vocab_size or 0
     with evaluating(front), narrow:
-        carried = [_Carried(way, front, batch_size, device, autocast) for way in ways]
+        carried = [_Carried(way, front, how) for way in passes]
     done, of_stage = 0, sum(one.batches for one in carried)
 
     def tick() -> None:
@@ -174,34 +168,32 @@ def evaluate(
                     for one in carried:
                         one.start(stage.front)
             scores = [one.through(stage, tick) for one in carried]
-            width = vocab_size or stage.head.weight.shape[0]
+            width = how.vocab_size or stage.head.weight.shape[0]
         for answer, stages_N, score_ in zip(answers, who, scores, strict=True):
             answer.take(score_, slice(None) if stages_N is None else stages_N == len(by_depth))
-        by_depth.append({"depth": stage.depth} | _figures(ways, scores, sample_bytes_N, tokens.size))
+        by_depth.append({"depth": stage.depth} | _figures(passes, scores, bytes_N, tokens.size))
         # Out of the loop variable before the next one is loaded.
         del stage
-    result = _figures(ways, answers, sample_bytes_N, tokens.size) if by_depth else {}
+    result = _figures(passes, answers, bytes_N, tokens.size) if by_depth else {}
     result |= {"samples": len(tokens), "likelihood": likelihood_kind(objective), "stages": by_depth, "baselines": {}}
-    if unigram_counts is not None:
-        scores = [unigram(unigram_counts, way.targets_NS, width) for way in ways]
-        base = _figures(ways, scores, sample_bytes_N, tokens.size)
-        exact = None if likelihood_kind(objective) is None else unigram(unigram_counts, tokens, width).nats_NS.sum(1)
-        bits = figures({}, exact, sample_bytes_N, tokens.size)
+    if how.unigram_counts is not None:
+        scores = [unigram(how.unigram_counts, way.targets_NS, width) for way in passes]
+        base = _figures(passes, scores, bytes_N, tokens.size)
+        exact = (
+            None if likelihood_kind(objective) is None else unigram(how.unigram_counts, tokens, width).nats_NS.sum(1)
+        )
+        bits = figures({}, exact, bytes_N, tokens.size)
         base |= {key: bits[key] for key in ("bits_per_byte", "bits_per_byte_error")}
         result["baselines"]["unigram"] = base
     return result
 
 
-def _figures(ways: Sequence[Pass], scores: Sequence[Scores], bytes_N: ArrayLike, tokens: int) -> dict[str, Any]:
+def _figures(passes: Sequence[Pass], scores: Sequence[Scores], bytes_N: ArrayLike, tokens: int) -> dict[str, Any]:
     by_fraction: dict[str, tuple[float, float]] = {}
     nats_N: NDArray[np.float64] | None = None
-    for way, score_ in zip(ways, scores, strict=True):
+    for way, score_ in zip(passes, scores, strict=True):
         by_fraction |= {key: score_.over(mask) for key, mask in way.fractions.items()}
         own = way.sample_nats(score_)
         if own is not None:
             nats_N = own if nats_N is None else nats_N + own
     return figures(by_fraction, nats_N, bytes_N, tokens)
-
-
-def _ints(array: ArrayLike | None) -> NDArray[np.int64] | None:
-    return None if array is None else np.asarray(array, dtype=np.int64)

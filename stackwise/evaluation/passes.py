@@ -122,6 +122,56 @@ def unigram(counts_V: ArrayLike, targets_NS: NDArray[np.int64], vocab_size: int)
 Tokens = NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out samples.
+
+    Attributes:
+        tokens_NS: Their tokens.
+        bytes_N: Bytes of text in each; all 0 where they are not known, then bits per byte are None.
+        segments_NS: Attention stays within equal values; None: it does not.
+        targets_NS: For a custom objective: what each position is to say; negative: nothing.
+        separator_id: The separator, which a causal rack's first token follows.
+    """
+
+    tokens_NS: NDArray[Any]
+    bytes_N: ArrayLike
+    segments_NS: NDArray[Any] | None = None
+    targets_NS: NDArray[Any] | None = None
+    separator_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_NS", "segments_NS", "targets_NS"):
+            if (array := getattr(self, name)) is not None:
+                object.__setattr__(self, name, np.asarray(array, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How held-out samples are measured.
+
+    Attributes:
+        fractions: Masked shares at which loss and accuracy are measured.
+        batch_size: Samples in a batch.
+        seed: Of the masks: the same for every stage, rack and baseline.
+        draws: Masks of each sample that the bound is averaged over.
+        device: Where to compute.
+        autocast: Narrow dtype to compute in, the residual stream too, as in training; None: as the front gives it.
+        unigram_counts: How often each token occurs in training: adds the unigram baseline (add-one smoothing), on
+            the same positions; its bits per byte are exact.
+        vocab_size: Token ids that the baseline spreads over; None: the width of the last head's logits.
+    """
+
+    fractions: Sequence[float] = (0.15, 0.5, 0.9)
+    batch_size: int = 16
+    seed: int = 0
+    draws: int = 1
+    device: torch.device | str = "cpu"
+    autocast: torch.dtype | None = None
+    unigram_counts: ArrayLike | None = None
+    vocab_size: int | None = None
+
+
 @dataclass
 class Pass:
     """One forward over all samples.
@@ -184,16 +234,7 @@ def bound_masks(samples: int, length: int, seed: int, draw: int = 0) -> Bools:
     return uniform_masks(child(keys, np.arange(samples, dtype=np.uint64)), counts_N, length)
 
 
-def make_passes(
-    objective: Objective,
-    tokens_NS: Tokens,
-    segments_NS: NDArray[np.int64] | None,
-    targets_NS: Tokens | None,
-    fractions: Sequence[float],
-    seed: int,
-    draws: int,
-    separator_id: int | None,
-) -> list[Pass]:
+def make_passes(objective: Objective, held_out: HeldOut, how: Measure) -> list[Pass]:
     """The passes that an objective needs.
 
     Masked objectives: one for each fraction, and `draws` for the bound; masked positions show the mask token, also
@@ -204,14 +245,15 @@ def make_passes(
     Raises:
         UsageError: A causal objective without a separator, a custom one without targets, no samples.
     """
+    tokens_NS, segments_NS, targets_NS = held_out.tokens_NS, held_out.segments_NS, held_out.targets_NS
     samples, length = tokens_NS.shape
     if not samples:
         raise UsageError("there are no held-out samples to evaluate on")
-    masks = {f"{fraction:g}": fraction_masks(samples, length, fraction, seed) for fraction in fractions}
+    masks = {f"{fraction:g}": fraction_masks(samples, length, fraction, how.seed) for fraction in how.fractions}
     if isinstance(objective, CLMObjective):
-        if separator_id is None:
+        if held_out.separator_id is None:
             raise UsageError("a causal rack's likelihood needs the separator, which its first token follows")
-        shifted = np.concatenate([np.full((samples, 1), separator_id), tokens_NS[:, :-1]], axis=1)
+        shifted = np.concatenate([np.full((samples, 1), held_out.separator_id), tokens_NS[:, :-1]], axis=1)
         # The separator before the first token is taken for a part of that token's document.
         same = None if segments_NS is None else np.concatenate([segments_NS[:, :1], segments_NS[:, :-1]], axis=1)
         everywhere = np.ones_like(tokens_NS, dtype=np.bool_)
@@ -224,33 +266,29 @@ def make_passes(
         return [Pass(tokens_NS, known, np.maximum(targets_NS, 0), segments_NS, subsets)]
     assert isinstance(objective, MaskDiffusionObjective)
     if isinstance(objective, BlockDiffusionObjective):
-        return _block_passes(objective, tokens_NS, segments_NS, masks, seed, draws)
+        return _block_passes(objective, held_out, how, masks)
     passes = []
     for key, mask in masks.items():
         shown = np.where(mask, objective.mask_token_id, tokens_NS)
         passes.append(Pass(shown, mask, tokens_NS, segments_NS, {key: mask}, times=mask.mean(1)))
-    for draw in range(draws):
-        mask = bound_masks(samples, length, seed, draw)
+    for draw in range(how.draws):
+        mask = bound_masks(samples, length, how.seed, draw)
         shown = np.where(mask, objective.mask_token_id, tokens_NS)
-        weights_N = length / mask.sum(1) / draws
+        weights_N = length / mask.sum(1) / how.draws
         passes.append(Pass(shown, mask, tokens_NS, segments_NS, weights=weights_N, times=mask.mean(1)))
     return passes
 
 
 def _block_passes(
-    objective: BlockDiffusionObjective,
-    tokens_NS: Tokens,
-    segments_NS: NDArray[np.int64] | None,
-    masks: dict[str, Bools],
-    seed: int,
-    draws: int,
+    objective: BlockDiffusionObjective, held_out: HeldOut, how: Measure, masks: dict[str, Bools]
 ) -> list[Pass]:
     """As for masked diffusion, but that every block of a sample draws its own k of its positions, weighted size/k.
 
     The bound is then that of each block given the clean ones before it, summed (arXiv 2503.09573, section 3.1). What
     is shown is a pair of copies; the clean one is never scored.
     """
-    (samples, length), size = tokens_NS.shape, objective.block
+    tokens_NS, size = held_out.tokens_NS, objective.block
+    samples, length = tokens_NS.shape
 
     def paired(mask_NS: Bools, key: str | None, weights_NS: Floats | None = None) -> Pass:
         clean_NS = np.zeros_like(mask_NS)
@@ -261,7 +299,7 @@ def _block_passes(
             shown,
             scored,
             np.concatenate([tokens_NS, tokens_NS], axis=1),
-            segments_NS,
+            held_out.segments_NS,
             {} if key is None else {key: scored},
             None if weights_NS is None else np.concatenate([weights_NS, clean_NS], axis=1),
             np.concatenate([shares_NS, clean_NS], axis=1),
@@ -269,10 +307,10 @@ def _block_passes(
         )
 
     passes = [paired(mask_NS, key) for key, mask_NS in masks.items()]
-    for draw in range(draws):
-        mask_NS = bound_masks(samples * (length // size), size, seed, draw).reshape(samples, length)
+    for draw in range(how.draws):
+        mask_NS = bound_masks(samples * (length // size), size, how.seed, draw).reshape(samples, length)
         counts_NS = np.repeat(mask_NS.reshape(samples, -1, size).sum(2), size, axis=1)
-        passes.append(paired(mask_NS, None, size / counts_NS / draws))
+        passes.append(paired(mask_NS, None, size / counts_NS / how.draws))
     return passes
 
 

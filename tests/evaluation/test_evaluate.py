@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from stackwise.batch import Batch
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
-from stackwise.evaluation import StageModules, bits_per_byte, bound_masks, evaluate, fraction_masks
+from stackwise.evaluation import StageModules, bits_per_byte, bound_masks, fraction_masks
 from stackwise.model import Rack, build_block, build_head, build_rack
 from stackwise.objectives import CLMObjective, CustomObjective, MaskDiffusionObjective, MLMObjective, Objective
 from stackwise.objectives.objective import Outputs
+from tests.evaluation.by_keyword import evaluate
 
 V, N, L, MASK, SEPARATOR = 41, 12, 20, 40, 39
 CONFIG = ModelConfig(d_model=32, n_heads=4, architecture=ArchitectureConfig(n_stacks=3, blocks_per_stack=1))

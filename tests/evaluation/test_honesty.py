@@ -13,10 +13,11 @@ from torch import Tensor
 from stackwise.batch import Batch
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.config.training import TrainingConfig
-from stackwise.evaluation import StageModules, evaluate
+from stackwise.evaluation import StageModules
 from stackwise.model import Rack, build_rack
 from stackwise.objectives import FixedMaskAssigner, MaskScheduler, Objective, make_objective
 from stackwise.objectives.objective import Outputs
+from tests.evaluation.by_keyword import evaluate
 
 V, L, MASK, SEPARATOR = 18, 16, 17, 16
 CONFIG = ModelConfig(

@@ -17,7 +17,7 @@ from stackwise.cli.tables import listing
 from stackwise.config import StackWiseConfig
 from stackwise.config.notes import notes
 from stackwise.errors import ConfigError, StackWiseError, UsageError
-from stackwise.evaluation import evaluate
+from stackwise.evaluation import HeldOut, evaluate
 from stackwise.inference.exported import load_rack as load_export
 from stackwise.objectives import CLMObjective
 from stackwise.pipeline.committed.generate import Sampling, generate
@@ -68,14 +68,9 @@ def test_the_rack_then_counts_as_causal(adapted: Path, tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["stackwise"]["causal"] is True
     whole = load_export(out)
     indices, split = held_out_samples(rack, rack.data.held_out), rack.data.held_out
-    exact = evaluate(
-        whole.front,
-        list(rack.modules()),
-        split.samples(indices, 32),
-        split.sample_bytes(indices, 32),
-        objective=CLMObjective(),
-        separator_id=rack.data.tokenizer.separator_id,
-    )
+    tokens, sizes = split.samples(indices, 32), split.sample_bytes(indices, 32)
+    samples = HeldOut(tokens, sizes, separator_id=rack.data.tokenizer.separator_id)
+    exact = evaluate(whole.front, list(rack.modules()), samples, CLMObjective())
     assert result["bits_per_byte"] == pytest.approx(exact["bits_per_byte"])
     assert result["stages"][2]["bits_per_byte"] == result["bits_per_byte"]
     said = generate(rack, "import", Sampling(length=4, causal=True))

@@ -16,7 +16,7 @@ from stackwise.batch import MASKS, TOKENS, Batch
 from stackwise.config import DataConfig
 from stackwise.data import Split, prepare, require_samples
 from stackwise.errors import NotFound
-from stackwise.evaluation import evaluate
+from stackwise.evaluation import HeldOut, Measure, evaluate
 from stackwise.identity import derive_seed, generator
 from stackwise.inference import export
 from stackwise.model import enter
@@ -69,22 +69,28 @@ def _evaluated(
     config = rack.config
     seq_len = config.training.seq_len
     indices = held_out_samples(rack, split)
-    return evaluate(
-        rack.front(),
-        rack.exits(stages),
+    samples = HeldOut(
         split.samples(indices, seq_len),
         split.sample_bytes(indices, seq_len),
-        objective=rack.objective_of(stages[-1]),
         segments_NS=split.segments(indices, seq_len) if config.data.within_documents else None,
         targets_NS=split.targets(indices, seq_len) if config.objective == "custom" else None,
+        separator_id=rack.data.tokenizer.separator_id,
+    )
+    how = Measure(
         fractions=config.evaluation.fractions,
         batch_size=config.evaluation.batch_size,
         seed=derive_seed(config.seed, "evaluation"),
         device=rack.device,
         autocast=rack.autocast,
-        separator_id=rack.data.tokenizer.separator_id,
         unigram_counts=rack.data.train.counts,
         vocab_size=rack.vocab_size,
+    )
+    return evaluate(
+        rack.front(),
+        rack.exits(stages),
+        samples,
+        rack.objective_of(stages[-1]),
+        how,
         progress=None if progress is None else lambda done, stage: progress(done, stage * len(stages)),
         exit_of=rack.exit_of if 1 < len(rack.stages) == config.n_sections and config.time_as_depth else None,
     )
