@@ -14,7 +14,7 @@ import torch
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.device import describe
 from stackwise.pipeline.job import FinishJob, StageJob
-from stackwise.pipeline.planning.plan import Plan
+from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.events import Manifest
 from stackwise.pipeline.runner.runner import Runner

@@ -9,8 +9,7 @@ import pytest
 
 from stackwise.errors import ConfigError, NotFound, UsageError
 from stackwise.pipeline.batch.grid import combinations, label, parse_axes
-from stackwise.pipeline.batch.keeping import sources
-from stackwise.pipeline.batch.sweep import Sweep
+from stackwise.pipeline.batch.sweep import Sweep, sources
 from stackwise.pipeline.run import RunDirectory
 from stackwise.report.compare import Entry, compare, markdown
 from tests.conftest import Micro
@@ -60,7 +59,7 @@ def test_the_grid(micro: Micro) -> None:
 def test_what_a_sweep_would_share_is_known_before_and_nothing_is_written(micro: Micro, tmp_path: Path) -> None:
     axes = {"model.architecture.n_stacks": [3], "stages.2.training.weight_decay": [0.0, 0.1], "seed": [0, 1]}
     sweep = Sweep(combinations(axes, lambda o: micro(**o)), tmp_path / "sweep", "again")
-    order = sweep.foresee()
+    order = sweep.preview()
     names = [member.combination.name for member in order]
     assert names == [
         "stage2.weight_decay-0_seed-0",
@@ -80,7 +79,7 @@ def test_what_a_sweep_would_share_is_known_before_and_nothing_is_written(micro: 
 def test_no_combination_that_can_run(micro: Micro, tmp_path: Path) -> None:
     found = combinations({"training.learning_rate": [1e-3, 2e-3]}, lambda o: micro(model__vocab_size=100, **o))
     with pytest.raises(UsageError, match="vocab_size: 100 is too small"):
-        Sweep(found, tmp_path / "sweep", "again").foresee()
+        Sweep(found, tmp_path / "sweep", "again").preview()
 
 
 def test_a_run_that_is_not_there_is_pending_in_a_sweep_and_missing_elsewhere(tmp_path: Path) -> None:

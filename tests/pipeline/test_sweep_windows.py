@@ -9,8 +9,7 @@ import pytest
 
 from stackwise.pipeline.batch import sweep as room
 from stackwise.pipeline.batch.grid import combinations
-from stackwise.pipeline.batch.keeping import no_room
-from stackwise.pipeline.batch.sweep import Member, Sweep
+from stackwise.pipeline.batch.sweep import Member, Sweep, no_room
 from stackwise.pipeline.run import RunDirectory
 from stackwise.store import ActivationStore
 from tests.conftest import Micro
@@ -69,7 +68,7 @@ def lower(member: Member) -> list[str]:
 def test_nothing_is_trained_twice(micro: Micro, tmp_path: Path) -> None:
     directory = tmp_path / "sweep"
     sweep = made(micro, directory, [1e-3, 2e-3, 3e-3])
-    order = sweep.foresee()
+    order = sweep.preview()
     first, second, third = (member.combination.name for member in order)
     shared = [first, first, "train", first, first, "train"]
     assert list(sweep.sources(order).values()) == [["train"] * 6, shared, shared]
@@ -106,7 +105,7 @@ def test_nothing_is_trained_twice(micro: Micro, tmp_path: Path) -> None:
     # A value more: what gave way is trained again, once, and that is said before.
     Quick.events = {}
     sweep = made(micro, directory, [1e-3, 2e-3, 3e-3, 4e-3, 5e-3])
-    found = sweep.sources(order := sweep.foresee())
+    found = sweep.sources(order := sweep.preview())
     fourth, fifth = (member.combination.name for member in order[3:])
     assert found[first] == ["store"] * 6
     assert found[fourth] == ["again", "again", "train", "store", "store", "train"]
@@ -117,13 +116,13 @@ def test_nothing_is_trained_twice(micro: Micro, tmp_path: Path) -> None:
 
 def test_where_there_is_no_room_it_is_said_before_what_is_trained_again(micro: Micro, tmp_path: Path) -> None:
     roomy = made(micro, tmp_path / "roomy", [1e-3, 2e-3], **{"store.max_bytes": 1 << 40})
-    order = roomy.foresee()
+    order = roomy.preview()
     assert roomy.no_room is None
     assert no_room(order) is None
-    last = [stage.size for stage in order[0].outlook if stage.following is None]
+    last = [decision.bytes for decision in order[0].decisions if not decision.stage.states_out]
     budget = sum(last) + 2 * max(last) + order[0].boundaries  # enough for the runs, not for what they would keep
     sweep = made(micro, tmp_path / "sweep", [1e-3, 2e-3], **{"store.max_bytes": budget})
-    order = sweep.foresee()
+    order = sweep.preview()
     first, second = (member.combination.name for member in order)
     assert sweep.no_room is not None
     assert "has no room" in sweep.no_room

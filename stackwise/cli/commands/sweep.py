@@ -73,7 +73,7 @@ def sweep(
     chosen = Sweep(found, place, again)
     if dry_run:
         with phases() as progress:
-            order = chosen.foresee(progress)
+            order = chosen.preview(progress)
         _show_outlook(chosen, order, as_json)
         return
     keep_going_without_output()
@@ -189,10 +189,10 @@ def _show_outlook(chosen: Sweep, order: list[Member], as_json: bool) -> None:
             }
         )
         return
-    longest = max((member.outlook for member in order), key=len, default=[])
+    longest = max((member.decisions for member in order), key=len, default=[])
     depth = len(longest)
     numbers = {member.combination.name: str(number) for number, member in enumerate(order, 1)}
-    shown = table("", "run", *(f"stage {each.label}" for each in longest), "", right=(0,))
+    shown = table("", "run", *(f"stage {decision.stage.label}" for decision in longest), "", right=(0,))
     for member in order:
         name = member.combination.name
         stages = [f"as in {numbers[text]}" if text in numbers else text for text in found[name]]
@@ -205,7 +205,9 @@ def _show_outlook(chosen: Sweep, order: list[Member], as_json: bool) -> None:
     again = every.count("again")
     counts = f"{train} to train, {store} in the store, {len(every) - train - store - again} shared"
     if again:
-        counts += f"; {again} to train again: weights of theirs, needed once more, gave way to a later window's"
+        counts += (
+            f"; {again} to train again: weights of theirs are needed once more, and a later window's replaced them"
+        )
     out.print(plain(f"{words.plural(len(order), 'run')} of {words.plural(len(every), 'stage')} in all: {counts}"))
     if chosen.no_room:
         out.print(plain(f"note: {chosen.no_room}"))

@@ -2,12 +2,17 @@
 
 DIR/store/            the store of all of them, unless `store.path` says otherwise
 DIR/COMBINATION/      a run's directory each, named by what is its own
+
+In windows, a run removes a stage's weights once those of a later window have taken their place. A run of the same sweep
+that has this stage in common, and another one above it, still needs them. So the sweep refers to them in its own name
+until the last such run has taken them, and what it refers to is not pruned.
 """
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +25,18 @@ from stackwise.config.loading import dump
 from stackwise.data import PreparedData, prepare
 from stackwise.errors import BusyError, InterruptedRun, NoSpaceError, StackWiseError, UsageError
 from stackwise.identity import content_id
-from stackwise.pipeline.batch.forecast import Outlook, forecast, planned, resolved
 from stackwise.pipeline.batch.grid import Combination
-from stackwise.pipeline.batch.keeping import Keeping, no_room, sources
-from stackwise.pipeline.planning.windows import boundaries_bytes
+from stackwise.pipeline.costs import boundaries_bytes, settle_windows
+from stackwise.pipeline.decisions import Decision, preview
+from stackwise.pipeline.fit import RECORD_BYTES, in_bytes
+from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.run import RunDirectory, status, with_absolute_paths
 from stackwise.pipeline.runner.events import Event, Observer
+from stackwise.pipeline.runner.process import Worker
 from stackwise.pipeline.runner.runner import Runner
+from stackwise.pipeline.schedule import Stage
 from stackwise.pipeline.tracking.trackers import check_installed
+from stackwise.store import ActivationStore
 
 Watch = Callable[["Combination"], contextlib.AbstractContextManager[Observer]]
 
@@ -38,20 +47,148 @@ class Member:
 
     Args:
         combination: Which it is.
-        outlook: Its stages, as foreseen before anything was trained.
+        decisions: What becomes of its stages, as decided before anything was trained.
         failure: Why it cannot run, or what ended it.
         boundaries: Bytes that its boundaries take at most, where it trains in windows.
     """
 
     combination: Combination
-    outlook: list[Outlook] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
     failure: str | None = None
     boundaries: int = 0
 
     @property
     def keys(self) -> list[str]:
         """Its stages' ids."""
-        return [stage.key for stage in self.outlook]
+        return [decision.id for decision in self.decisions]
+
+
+STORE = "store"
+TRAIN = "train"
+AGAIN = "again"
+
+
+def sources(members: Sequence[Member], *, kept: bool = True) -> dict[str, list[str]]:
+    """Where each stage of each run comes from, by the run's name: `store`, `train`, or the run that trains it.
+
+    `again`: weights of it that the run needs are gone, for a later window's took their place: it is trained once more.
+
+    Args:
+        members: In the order of running.
+        kept: Whether they keep such weights for each other.
+    """
+    made: dict[str, str] = {}
+
+    def source(name: str, stage: Decision) -> str:
+        if stage.committed is not None and not stage.again:
+            return STORE
+        first = made.setdefault(stage.id, name) == name
+        if first or (stage.again and not kept):
+            return AGAIN if stage.again else TRAIN
+        return made[stage.id]
+
+    return {m.combination.name: [source(m.combination.name, stage) for stage in m.decisions] for m in members}
+
+
+def shared(members: Sequence[Member]) -> dict[str, Decision]:
+    """The stages with a window to come that several runs have in common, by key."""
+    seen: set[str] = set()
+    common: dict[str, Decision] = {}
+    for member in members:
+        for decision in member.decisions:
+            if decision.stage.states_out and decision.id in seen:
+                common[decision.id] = decision
+            seen.add(decision.id)
+    return common
+
+
+def no_room(members: Sequence[Member]) -> str | None:
+    """Why `store.max_bytes` does not let the runs keep weights for each other; None where it does.
+
+    It counts, at most: the last window's stages of every run, each once; one more in training; what is kept; and the
+    boundaries of a window.
+    """
+    kept = shared(members)
+    limits = [m.combination.config.store.max_bytes for m in members if m.combination.config.windows > 1]
+    limit = min((most for most in limits if most is not None), default=None)
+    if not kept or limit is None:
+        return None
+    stages = {decision.id: decision for member in members for decision in member.decisions}
+    takes = sum(d.bytes for d in stages.values() if not d.stage.states_out or d.id in kept)
+    takes += max(d.bytes for d in stages.values())
+    takes += RECORD_BYTES * len(stages) + max(member.boundaries for member in members)
+    if takes <= limit:
+        return None
+    return (
+        f"store.max_bytes {in_bytes(limit)} has no room for weights that a later window's replace and other runs of "
+        f"the sweep need (with them, up to {in_bytes(takes)}): such stages are trained again"
+    )
+
+
+@dataclass
+class Keeping:
+    """Refers, in a sweep's name, to what its later runs still need.
+
+    Args:
+        name: The sweep's, as the store knows it.
+        members: Those that will run, in order.
+        origins: Where their stages come from, as `sources` says.
+        kept: Whether anything is kept at all.
+    """
+
+    name: str
+    members: list[Member]
+    origins: dict[str, list[str]]
+    kept: bool
+    _recipes: dict[str, str] = field(init=False, default_factory=dict)
+    _registered: dict[Path, tuple[list[str], dict[str, list[str]]]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for member in self.members:
+            self._recipes |= {d.id: d.id for d in member.decisions if d.committed is not None}
+
+    def begin(self, member: Member | None, stores: Sequence[Path]) -> None:
+        """A run begins (None: none does any more): what only it and those before it needed is let go of."""
+        at = len(self.members) if member is None else self.members.index(member) + 1
+        for store in dict.fromkeys(stores):
+            self._register(store, self.members[at:])
+
+    def observe(self, event: Event, member: Member, store: Path) -> None:
+        """A stage of the run has a recipe now: where a later run needs what it comes to, that is kept."""
+        if event["event"] not in ("training", "reused") or event["stage"] >= len(member.decisions):
+            return
+        self._recipes[member.decisions[event["stage"]].id] = event["recipe"]
+        self._register(store, self.members[self.members.index(member) + 1 :])
+
+    def _register(self, store: Path, later: Sequence[Member]) -> None:
+        """Let a store know, where it is anything new."""
+        needed = self._needed(later) if self.kept else {}
+        idle = {recipe: list(stage.states_out) for recipe, (stage, takes_up) in needed.items() if not takes_up}
+        refers = (sorted(needed), idle)
+        if self._registered.get(store) == refers or not (store / "format.json").exists():
+            return
+        with ActivationStore(store, create=False) as opened:
+            if needed:
+                opened.register_run(self.name, recipes=refers[0], boundaries=[], idle=idle)
+            else:
+                opened.forget_run(self.name)
+        self._registered[store] = refers
+
+    def _needed(self, later: Sequence[Member]) -> dict[str, tuple[Stage, bool]]:
+        """By recipe the stages whose weights later runs need, and whether one of them takes up its states too."""
+        needed: dict[str, tuple[Stage, bool]] = {}
+        for member in later:
+            origins = self.origins[member.combination.name]
+            for decision, origin in zip(member.decisions, origins, strict=True):
+                stage, recipe = decision.stage, self._recipes.get(decision.id)
+                if not stage.states_out or recipe is None or origin in (TRAIN, AGAIN):
+                    continue
+                following = next(
+                    later.stage for later in member.decisions[stage.place + 1 :] if later.stage.depth == stage.depth
+                )
+                takes_up = origins[following.place] in (TRAIN, AGAIN) or needed.get(recipe, (stage, False))[1]
+                needed[recipe] = (stage, takes_up)
+        return needed
 
 
 class Sweep:
@@ -67,13 +204,13 @@ class Sweep:
         self.directory, self._resume_command = directory, resume_command
         self.members = [Member(self._placed(combination)) for combination in combinations]
         self.no_room: str | None = None
-        """Why runs in windows cannot keep weights for each other, where they cannot: known once foreseen."""
+        """Why runs in windows cannot keep weights for each other, where they cannot; known after `preview`."""
 
     def run_directory(self, member: Member) -> RunDirectory:
         """Where a combination's run is."""
         return RunDirectory(self.directory / member.combination.name)
 
-    def foresee(self, progress: Callable[[str, int, int | None], None] | None = None) -> list[Member]:
+    def preview(self, progress: Callable[[str, int, int | None], None] | None = None) -> list[Member]:
         """What each run reuses and trains, in the order of running: runs with the same stages beside each other.
 
         Nothing is trained, and nothing is written but prepared data in the cache.
@@ -96,11 +233,11 @@ class Sweep:
                     config.precision = settled[config.device].precision
                 key = content_id("data", [config.data.model_dump(), config.model.vocab_size])
                 if key not in prepared:
-                    told = progress or (lambda phase, done, total: None)
-                    prepared[key], _ = prepare(config.data, model_vocab=config.model.vocab_size, progress=told)
+                    said = progress or (lambda phase, done, total: None)
+                    prepared[key], _ = prepare(config.data, model_vocab=config.model.vocab_size, progress=said)
                 data[member.combination.name] = prepared[key]
                 with planned(config, prepared[key], self.run_directory(member).store_path(config)) as plan:
-                    member.outlook = forecast(plan)
+                    member.decisions = preview(plan).decisions
                     member.boundaries = boundaries_bytes(plan) if config.windows > 1 else 0
             except UsageError as error:
                 member.failure, first = error.message, first or error
@@ -111,22 +248,22 @@ class Sweep:
         earlier: set[str] = set()
         for member in order if self.no_room else ():
             config, name = member.combination.config, member.combination.name
-            if member.outlook:
+            if member.decisions:
                 with planned(config, data[name], self.run_directory(member).store_path(config)) as plan:
-                    member.outlook = forecast(plan, earlier)
+                    member.decisions = preview(plan, replaced=earlier).decisions
                 earlier |= {*member.keys}
         return order
 
     def sources(self, order: Sequence[Member]) -> dict[str, list[str]]:
-        """Where each stage of each run comes from; see `keeping.sources`."""
+        """Where each stage of each run comes from; see `sources`."""
         return sources(order, kept=self.no_room is None)
 
-    def run(self, watch: Watch, tell: Callable[[Event], None], max_time: float | None = None) -> list[Member]:
+    def run(self, watch: Watch, emit: Callable[[Event], None], max_time: float | None = None) -> list[Member]:
         """Every combination, one after another; one that fails leaves the others to go on.
 
         Args:
             watch: Gives the observer of a combination's events.
-            tell: Told when a combination begins and ends.
+            emit: Takes what happens: when a combination begins and ends.
             max_time: Seconds after which the sweep has to be over; None: no limit.
 
         Returns:
@@ -138,9 +275,9 @@ class Sweep:
             BusyError: Another process works on one of the runs.
         """
         begun = time.monotonic()
-        order = self.foresee(lambda phase, done, total: tell(_event("preparing", phase=phase, done=done, total=total)))
+        order = self.preview(lambda phase, done, total: emit(_event("preparing", phase=phase, done=done, total=total)))
         if self.no_room:
-            tell(_event("note", text=self.no_room))
+            emit(_event("note", text=self.no_room))
         with self._signals():
             finished = {member.combination.name: self._finished(member) for member in order if member.failure is None}
             todo = [member for member in order if not finished.get(member.combination.name, True)]
@@ -150,12 +287,12 @@ class Sweep:
             for number, member in enumerate(order, 1):
                 name = member.combination.name
                 reused = finished.get(name, False)
-                tell(_event("combination", name=name, number=number, of=len(order), reused=reused))
+                emit(_event("combination", name=name, number=number, of=len(order), reused=reused))
                 if member.failure is None and not reused:
                     left = None if max_time is None else max(0.0, max_time - (time.monotonic() - begun))
                     keeping.begin(member, stores)
                     self._run_one(member, keeping, watch, left)
-                tell(_event("combination_ended", name=name, failure=member.failure))
+                emit(_event("combination_ended", name=name, failure=member.failure))
             keeping.begin(None, stores)
         return self.members
 
@@ -187,7 +324,7 @@ class Sweep:
             same
             and status(run)["state"] == "done"
             and recipes == member.keys
-            and all(stage.committed for stage in member.outlook)
+            and all(decision.committed is not None for decision in member.decisions)
             and manifest.get("evaluation") is not None
         )
 
@@ -230,3 +367,42 @@ class Sweep:
 
 def _event(kind: str, **values: Any) -> Event:
     return {"event": kind, **values}
+
+
+def resolved(config: StackWiseConfig) -> StackWiseConfig:
+    """A copy whose precision is settled, as a worker on the configuration's device settles it.
+
+    Raises:
+        StackWiseError: The device is not there.
+    """
+    config = config.model_copy(deep=True)
+    if config.precision == "auto":
+        with tempfile.NamedTemporaryFile(prefix="stackwise-", suffix=".log") as log:
+            worker = Worker(config.device, Path(log.name))
+            try:
+                config.precision = worker.ready()["precision"]
+            finally:
+                worker.close()
+    return config
+
+
+@contextlib.contextmanager
+def planned(config: StackWiseConfig, data: PreparedData, store: Path) -> Iterator[Plan]:
+    """A plan over a store, or over an empty one where there is none yet.
+
+    Args:
+        config: With `precision` and batches settled; windows are settled in it.
+        data: The prepared data.
+        store: The store's directory; it is not made.
+
+    Raises:
+        UsageError: The configuration does not fit the data.
+    """
+    with contextlib.ExitStack() as stack:
+        if (store / "format.json").exists():
+            opened = stack.enter_context(ActivationStore(store, create=False))
+        else:
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="stackwise-plan-"))
+            opened = stack.enter_context(ActivationStore(Path(directory) / "store"))
+        settle_windows(config, data, {})
+        yield Plan(config, data, opened, device="cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -11,17 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from stackwise.durable import explain_full_disk, write_json
-from stackwise.errors import DamageError
 from stackwise.identity import content_id
-from stackwise.pipeline.planning.reasons import NEW, changed_settings, changes, words
-from stackwise.pipeline.recipe import Recipe, recipe_id
 from stackwise.pipeline.run import RunDirectory, pending
 from stackwise.pipeline.schedule import Stage
 from stackwise.store import BoundaryInfo, CommittedStage
 
 if TYPE_CHECKING:
-    from stackwise.config import StackWiseConfig
-    from stackwise.pipeline.planning.plan import Plan
+    from stackwise.pipeline.plan import Plan
 
 Event = dict[str, Any]
 Observer = Callable[[Event], None]
@@ -112,7 +107,6 @@ class Manifest:
         run: Whose manifest it is.
         plan: The plan that is carried out.
         before: The manifest of an earlier run in the same directory.
-        earlier: The configuration of that run.
         auto: What settings that were `auto` came to, by key, to be found here by a later run.
     """
 
@@ -121,10 +115,9 @@ class Manifest:
         run: RunDirectory,
         plan: Plan,
         before: dict[str, Any],
-        earlier: StackWiseConfig | None = None,
         auto: dict[str, Any] | None = None,
     ) -> None:
-        self._run, self._plan, self.earlier, self._auto = run, plan, earlier, auto or {}
+        self._run, self._plan, self._auto = run, plan, auto or {}
         self._before = {(stage["depth"], stage["window"]): stage for stage in before.get("stages", [])}
         self._known_evaluation = before.get("evaluation")
         self._boundaries: list[str] = list(before.get("boundaries", []))
@@ -162,31 +155,6 @@ class Manifest:
             case "failed":
                 stage["state"] = "failed"
                 stage["reason"] = event["text"]
-
-    def knows(self, stage: Stage) -> bool:
-        """Whether the stage was trained in this run before."""
-        before = self._before.get((stage.depth, stage.window), {})
-        return (before.get("recipe") or before.get("last")) is not None
-
-    def reason(self, stage: Stage, recipe: Recipe) -> str:
-        """Why a stage trains: what changed since it was last trained here, or that it never was."""
-        before = self._before.get((stage.depth, stage.window), {})
-        last = before.get("recipe") or before.get("last")
-        if last is None:
-            return NEW
-        if last == recipe_id(recipe):
-            if before.get("state") == "done":
-                return "it was committed, and its files are gone"
-            return "not finished yet" if before.get("step") else NEW
-        old = None
-        with contextlib.suppress(DamageError):
-            old = self._plan.store.stage(last, check=False)
-        config, depth = self._plan.config, stage.depth
-        if old is None:
-            text = words(changed_settings(self.earlier, config, depth))
-            return "the configuration changed since it began" + (f": {text}" if text else "")
-        decided = changes(old.record["recipe"], recipe, depth=depth, config=config, earlier=self.earlier)
-        return f"changed: {words(decided)}"
 
     def committed(self, stage: Stage, committed: CommittedStage) -> None:
         """A stage is done."""

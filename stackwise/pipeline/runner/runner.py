@@ -19,24 +19,21 @@ from stackwise.data import PreparedData
 from stackwise.durable import write_bytes
 from stackwise.errors import NoSpaceError, NotFound
 from stackwise.identity import content_id
+from stackwise.pipeline.costs import check_fit, planned_notes, settle_windows
+from stackwise.pipeline.decisions import RunPreview, moved_store, preview
 from stackwise.pipeline.fit import in_bytes
 from stackwise.pipeline.job import FinishJob
-from stackwise.pipeline.planning.in_vain import planned_notes
-from stackwise.pipeline.planning.plan import Plan
-from stackwise.pipeline.planning.room import check_fit
-from stackwise.pipeline.planning.vocabulary import check_data
-from stackwise.pipeline.planning.windows import settle_windows
+from stackwise.pipeline.plan import Plan, check_data
+from stackwise.pipeline.reasons import History
 from stackwise.pipeline.run import RunDirectory, with_absolute_paths
 from stackwise.pipeline.runner.beginning import Beginning
-from stackwise.pipeline.runner.boundaries import Boundaries
 from stackwise.pipeline.runner.crew import Crew
 from stackwise.pipeline.runner.events import EventLog, Manifest, Observer, Observers
-from stackwise.pipeline.runner.foresight import Foreseen, foresee
+from stackwise.pipeline.runner.execution import Boundaries, Execution
 from stackwise.pipeline.runner.opening import check_store, open_store
 from stackwise.pipeline.runner.preparing import prepare_data
 from stackwise.pipeline.runner.settling import settle_batches, settle_block_size
 from stackwise.pipeline.runner.time_limit import TimeLimit
-from stackwise.pipeline.runner.walk import Walk
 from stackwise.pipeline.tracking.track import Trackers
 from stackwise.pipeline.tracking.trackers import check_installed
 
@@ -96,19 +93,21 @@ class Runner:
             self.run_directory.check()
             check_store(self.run_directory.store_path(self.config))
             if dry:
-                self._foresee(*self._look(stack))
+                plan, _, history = self._look(stack)
+                self._preview(plan, history)
                 return {}
-            plan, manifest, boundaries = self._open(stack, only)
+            plan, manifest, boundaries, history = self._open(stack, only)
             try:
-                walk = Walk(self.run_directory, plan, manifest, boundaries, self._crew, self._tell)
-                chosen = walk.chosen(only, window)
-                walk.begin(self._foresee(plan, manifest), whole=chosen is None)
+                execution = Execution(self.run_directory, plan, history, manifest, boundaries, self._crew, self._tell)
+                chosen = execution.chosen(only, window)
+                decided = self._preview(plan, history)
+                execution.begin(decided)
                 manifest.save()
                 # What was tried stands in the manifest by now.
                 shutil.rmtree(self.run_directory.logs / TRIAL, ignore_errors=True)
                 boundaries.register()
                 begun = time.perf_counter()
-                walk.go(chosen)
+                execution.go(decided, chosen)
                 evaluation = self._finish(plan, manifest) if chosen is None else None
                 self._tell("done", seconds=time.perf_counter() - begun, evaluation=evaluation)
             except BaseException:
@@ -122,14 +121,14 @@ class Runner:
         if only is not None and not 0 <= only < self.config.n_stages:
             raise NotFound(f"there is no stage {only}: the schedule has 0 to {self.config.n_stages - 1}")
 
-    def _open(self, stack: contextlib.ExitStack, only: int | None) -> tuple[Plan, Manifest, Boundaries]:
+    def _open(self, stack: contextlib.ExitStack, only: int | None) -> tuple[Plan, Manifest, Boundaries, History]:
         """Take the run directory and the store, and plan."""
         run = self.run_directory
         with Beginning(run, self.config, stack) as beginning:
             self._observe.add(beginning.observe)
             stack.callback(self._crew.close)
             data = self._data()
-            plan, manifest = self._plan(data, stack, run.logs, run.store_path(self.config))
+            plan, manifest, history = self._plan(data, stack, run.logs, run.store_path(self.config))
             self._check_stage(only)
         boundaries = Boundaries(run, plan, manifest, self._crew, self._tell)
         for observer in (
@@ -141,14 +140,14 @@ class Runner:
         ):
             self._observe.add(observer)
         write_bytes(run.config_file, dump(self.config).encode())
-        return plan, manifest, boundaries
+        return plan, manifest, boundaries, history
 
     def _data(self) -> PreparedData:
         data = prepare_data(self.config, self._tell, self._crew.check)
         check_data(self.config, data)
         return data
 
-    def _look(self, stack: contextlib.ExitStack) -> tuple[Plan, Manifest]:
+    def _look(self, stack: contextlib.ExitStack) -> tuple[Plan, Manifest, History]:
         """Plan without taking or making anything: where there is no store yet, one that is gone afterwards serves."""
         run, data = self.run_directory, self._data()
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stackwise-dry-run-")))
@@ -156,11 +155,13 @@ class Runner:
         store = run.store_path(self.config)
         return self._plan(data, stack, scratch, store if store.exists() else scratch / "store")
 
-    def _plan(self, data: PreparedData, stack: contextlib.ExitStack, logs: Path, store: Path) -> tuple[Plan, Manifest]:
+    def _plan(
+        self, data: PreparedData, stack: contextlib.ExitStack, logs: Path, store: Path
+    ) -> tuple[Plan, Manifest, History]:
         """The plan on this machine, and what is known of the run from before."""
         run = self.run_directory
         before = run.manifest() if run.manifest_file.exists() else {"stages": []}
-        earlier = run.earlier_config()
+        history = History(before["stages"], run.earlier_config(), before.get("store"))
         ready = self._crew.start(self.config.device, logs / "workers.log")
         if self.config.precision == "auto":
             self.config.precision = ready["precision"]
@@ -178,19 +179,22 @@ class Runner:
         for line in settle_windows(self.config, data, tried):
             self._tell("note", text=line)
         plan = Plan(self.config, data, opened, device=device, memory=memory, known_rowsets=known)
-        return plan, Manifest(run, plan, before, earlier, tried)
+        return plan, Manifest(run, plan, before, tried), history
 
     def _small_run(self, config: StackWiseConfig, directory: Path, observe: Observer) -> dict[str, Any]:
         left = None if self._ends is None else max(0.0, self._ends - time.monotonic())
         run = RunDirectory(directory)
         return Runner(config, run, observe, resume_command=self._resume_command, max_time=left).run()
 
-    def _foresee(self, plan: Plan, manifest: Manifest) -> list[Foreseen]:
+    def _preview(self, plan: Plan, history: History) -> RunPreview:
         """Say what becomes of each stage, and whether there is room for it."""
-        foreseen = foresee(plan, manifest)
-        self._tell("plan", stages=[each.plain() for each in foreseen])
-        todo = [plan.stages[each.stage] for each in foreseen if each.action == "train"]
-        fit = check_fit(plan, todo, self.run_directory.store_path(plan.config))
+        decided = preview(plan, history)
+        store = self.run_directory.store_path(plan.config)
+        if warning := moved_store(history, store, decided.decisions):
+            self._tell("warning", stage=None, text=warning)
+        self._tell("plan", stages=[decision.plain() for decision in decided.decisions])
+        todo = decided.training
+        fit = check_fit(plan, todo, store)
         self._tell("fit", **fit)
         for depth, groups in fit["swapped"].items():
             turns = f"its blocks take turns in {groups} groups" if groups > 1 else "its blocks are one group"
@@ -199,7 +203,7 @@ class Runner:
             self._tell("note", text=f"stage {depth} is swapped: {turns} (training.swap){more}")
         for line in planned_notes(plan, fit["swapped"] if todo else None):
             self._tell("note", text=line)
-        return foreseen
+        return decided
 
     def _finish(self, plan: Plan, manifest: Manifest) -> dict[str, Any]:
         """Held-out evaluation, a passage filled in, the export if asked; once for the same weights."""

@@ -9,7 +9,7 @@ from typing import Any
 from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
 from stackwise.pipeline.fit import in_bytes
-from stackwise.pipeline.planning.vocabulary import check_data
+from stackwise.pipeline.plan import check_data
 from stackwise.pipeline.runner import size_trial
 from stackwise.pipeline.runner.size_trial import SmallRun
 from stackwise.pipeline.trial import TrialJob, conditions, make_job, settle, wanted

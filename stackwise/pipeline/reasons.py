@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.pipeline.recipe import Recipe
+from stackwise.errors import DamageError
+from stackwise.pipeline.recipe import Recipe, recipe_id
+from stackwise.pipeline.schedule import Stage
+
+if TYPE_CHECKING:
+    from stackwise.pipeline.plan import Plan
 
 Change = tuple[str, Any, Any]
 """A dotted key, its value before, its value now; None where there was or is none."""
@@ -53,6 +61,74 @@ PARTS = (
 """Settings that say which blocks a stage holds, and what of it trains."""
 
 
+class History:
+    """What a run's directory says of its stages from before.
+
+    Args:
+        stages: As the manifest has them.
+        config: The configuration that they were trained by; None: it is not known.
+        store: Where the store was; None: it is not known.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Mapping[str, Any]] = (),
+        config: StackWiseConfig | None = None,
+        store: str | None = None,
+    ) -> None:
+        self.config, self.store = config, store
+        self._stages = {(stage["depth"], stage["window"]): stage for stage in stages}
+        self.damaged: set[str] = set()
+        """Recipes that were dropped, for their files were damaged."""
+
+    def last_recipe(self, stage: Stage) -> str | None:
+        """The recipe that a stage was last trained by."""
+        before = self._stages.get((stage.depth, stage.window), {})
+        return before.get("recipe") or before.get("last")
+
+    def was_committed(self, stage: Stage) -> bool:
+        """Whether the run had committed a stage."""
+        return self._stages.get((stage.depth, stage.window), {}).get("state") == "done"
+
+    def reason_above(self, plan: Plan, stage: Stage, below: int) -> str:
+        """Why a stage trains whose trunk will be another: `below` is the lowest stage that is trained."""
+        if self.last_recipe(stage) is None:
+            return NEW
+        own = words(own_changes(self.config, plan.config, stage.depth))
+        return f"stage {below} below it is trained" + (f"; {own}" if own else "")
+
+    def reason(self, plan: Plan, stage: Stage, recipe: Recipe) -> str:
+        """Why a stage trains: what changed since it was last trained here, or that it never was."""
+        last, key = self.last_recipe(stage), recipe_id(recipe)
+        if last is None:
+            return NEW
+        before = self._stages[stage.depth, stage.window]
+        if key in self.damaged:
+            return "its committed files were damaged"
+        if last == key:
+            if not self.was_committed(stage):
+                return "not finished yet" if before.get("step") else NEW
+            return self.moved(plan.store.path) or "it was committed, and its files are gone from the store"
+        old = None
+        with contextlib.suppress(DamageError):
+            old = plan.store.stage(last, check=False)
+        if old is None:
+            text = words(changed_settings(self.config, plan.config, stage.depth))
+            return f"changed: {text}" if text else "the configuration changed since it began"
+        decided = changes(old.record["recipe"], recipe, depth=stage.depth, config=plan.config, earlier=self.config)
+        return f"changed: {words(decided)}"
+
+    def moved(self, store: Path) -> str | None:
+        """That the store which stages were committed to is not the one in use; None: it is."""
+        if self.store is None:
+            return None
+        if not (Path(self.store) / "format.json").exists():
+            return f"store.path: the store {self.store} is not where it was"
+        if Path(self.store).resolve() != store.resolve():
+            return f"store.path: it was committed to another store, {self.store}"
+        return None
+
+
 def changed_settings(earlier: StackWiseConfig | None, config: StackWiseConfig, depth: int) -> list[Change]:
     """The settings that differ between two configurations and can shape a stage's result, by their own keys.
 
@@ -86,7 +162,7 @@ def changes(
         earlier: The one before, where it is known: it alone tells what changed a stage's rows or its blocks.
     """
     settings = changed_settings(earlier, config, depth)
-    found: dict[str, Change] = {}
+    decided: dict[str, Change] = {}
     followed: dict[str, Change] = {}
     for path, before, now in _differences(old, new):
         if path.startswith(FOLLOWS):
@@ -95,15 +171,15 @@ def changes(
         elif path == "rowset":
             named = [change for change in settings if change[0].startswith(ROWS)]
             for change in named or [("the text or its masks are others", None, None)]:
-                (found if named else followed)[change[0]] = change
+                (decided if named else followed)[change[0]] = change
         elif path.startswith("stage."):
             named = [change for change in settings if change[0].startswith(PARTS)]
             for change in named or [(f"the stage's {path.removeprefix('stage.')}", before, now)]:
-                found[change[0]] = change
+                decided[change[0]] = change
         else:
             key, before, now = _key(path, before, now, depth, config, earlier)
-            found[key] = (key, before, now)
-    return list((found or followed).values())
+            decided[key] = (key, before, now)
+    return list((decided or followed).values())
 
 
 def words(changed: list[Change]) -> str:

@@ -1,17 +1,17 @@
-"""What a run will do: which recipe each stage has, where its weights come from, what is committed already."""
+"""A configuration over prepared data and a store: recipes and jobs of its stages, and what they read from."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
-from stackwise.data import PreparedData
-from stackwise.errors import NotFound
-from stackwise.pipeline.job import Frozen, StageJob, Versions, starts
-from stackwise.pipeline.planning.vocabulary import check_data
+from stackwise.data import PreparedData, require_samples
+from stackwise.errors import DamageError, NotFound, UsageError
+from stackwise.pipeline.job import Frozen, Source, StageJob, Versions, starts
 from stackwise.pipeline.recipe import (
     Recipe,
     Span,
@@ -24,7 +24,7 @@ from stackwise.pipeline.recipe import (
 )
 from stackwise.pipeline.rows import HELD_OUT, drawn_rows, put_rows, rows_key
 from stackwise.pipeline.schedule import FRONT, Stage, drawn_and_window, schedule, stage_below
-from stackwise.store import ActivationStore, BoundaryInfo
+from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,62 @@ class Entry:
 
     Args:
         reads: The boundary that is read; None: tokens.
-        recomputed: The committed stages between that and the stage, lowest first: their output is made on demand.
+        recomputed: The committed stages between that and the stage, lowest first: their output is made as the stage
+            asks for it.
         fills: Whether the boundary that enters the stage is written as they make it.
     """
 
     reads: str | None = None
     recomputed: tuple[Stage, ...] = ()
     fills: bool = False
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The model's ids: how many, and which one stands for a masked token."""
+
+    size: int
+    mask: int
+
+
+def vocabulary(config: StackWiseConfig, data: PreparedData) -> Vocabulary:
+    """Settle the vocabulary of a configuration over prepared data.
+
+    Raises:
+        UsageError: The tokenizer's ids do not fit the model, or the mask token occurs in the data.
+    """
+    tokenizer = data.tokenizer
+    size = config.model.vocab_size or tokenizer.vocab_size
+    mask = tokenizer.mask_id if config.training.mask_token_id is None else config.training.mask_token_id
+    highest = max((int(split.counts.nonzero()[0][-1]) for split in (data.train, data.held_out)), default=0)
+    if config.objective == "clm":
+        needed, what = highest + 1, "the data's ids"
+    else:
+        needed, what = max(highest, mask) + 1, "the tokenizer's vocabulary with a mask token"
+    if needed > size:
+        raise UsageError(
+            f"model.vocab_size {size} does not fit {what}: {needed} ids are needed",
+            hint=f"set model.vocab_size to {needed} or more (or null), or prepare the data with a smaller tokenizer",
+        )
+    if config.objective != "clm":
+        for split, name in ((data.train, "training"), (data.held_out, "held-out")):
+            if mask < len(split.counts) and split.counts[mask]:
+                raise UsageError(
+                    f"training.mask_token_id {mask} occurs {int(split.counts[mask])} times in the {name} data",
+                    hint="leave training.mask_token_id null: the tokenizer's mask token occurs in no text",
+                )
+    return Vocabulary(size, mask)
+
+
+def check_data(config: StackWiseConfig, data: PreparedData) -> Vocabulary:
+    """Check that prepared data fits a configuration.
+
+    Raises:
+        UsageError: The vocabulary does not fit, the mask token occurs in the data, a side is shorter than one sample.
+    """
+    for split, name in ((data.train, "training"), (data.held_out, "held-out")):
+        require_samples(split, config.training.seq_len, name)
+    return vocabulary(config, data)
 
 
 class Plan:
@@ -52,6 +101,8 @@ class Plan:
         device: The device's name, for jobs.
         memory: Bytes of its memory; None: the machine's.
         known_rowsets: Ids by `rows_key`, from an earlier run.
+        sources: Weights that parts start from before any stage is committed: of a pretrained model, or grown. A part
+            that is not named starts fresh.
 
     Raises:
         UsageError: The data does not fit the configuration.
@@ -66,6 +117,7 @@ class Plan:
         device: str,
         memory: int | None = None,
         known_rowsets: dict[str, list[Any]] | None = None,
+        sources: Mapping[str, Source] | None = None,
     ) -> None:
         self.config, self.data, self.store, self.device = config, data, store, device
         self.memory = memory
@@ -73,11 +125,12 @@ class Plan:
         self.vocabulary = check_data(config, data)
         self.forward = forward_specification(config, self.vocabulary.size, self.vocabulary.mask)
         self.known_rowsets = known_rowsets if known_rowsets is not None else {}
+        self.sources = dict(sources or {})
 
     def rowset(self, number: int) -> tuple[str, int]:
         """Id and rows of a rowset; it is put into the store where it is not there yet."""
-        known = self._known(number)
-        return str(known[0]), int(known[1])
+        entry = self._rowset(number)
+        return str(entry[0]), int(entry[1])
 
     def span(self, stage: Stage) -> Span:
         """The steps of a stage in its window.
@@ -88,24 +141,29 @@ class Plan:
         return stage_span(self.config, stage, self.drawn(stage))
 
     def steps(self, stage: Stage) -> int:
-        """How many they are."""
+        """How many steps a stage takes in its window."""
         return self.span(stage).length
+
+    def rows_seen(self, stage: Stage) -> int:
+        """Rows that a stage reads as it trains in its window, those of later epochs again."""
+        settings = self.config.stage_training(stage.depth)
+        return self.steps(stage) * settings.batch_size * settings.accumulation
 
     def drawn(self, stage: Stage) -> int:
         """Rows of all windows of a stage together."""
-        return int(self._known(stage.rowset)[-1])
+        return int(self._rowset(stage.rowset)[-1])
 
-    def _known(self, number: int) -> list[Any]:
+    def _rowset(self, number: int) -> list[Any]:
         """A rowset's id, its rows, and the rows of all windows where there are several."""
         key = rows_key(self.config, self.data.id, number)
-        known = self.known_rowsets.get(key)
-        if known is None or not self._stored(known[0]):
+        entry = self.known_rowsets.get(key)
+        if entry is None or not self._stored(entry[0]):
             split = self.data.held_out if number == HELD_OUT else self.data.train
-            known = list(put_rows(self.config, split, self.store, number))
+            entry = list(put_rows(self.config, split, self.store, number))
             if self.config.windows > 1 and number != HELD_OUT:
-                known.append(drawn_rows(self.config, split, drawn_and_window(self.config, number)[0]))
-            self.known_rowsets[key] = known
-        return known
+                entry.append(drawn_rows(self.config, split, drawn_and_window(self.config, number)[0]))
+            self.known_rowsets[key] = entry
+        return entry
 
     def trunk(self, stage: Stage, versions: Versions) -> str | None:
         """The id of what the stage reads; None where it reads tokens."""
@@ -128,6 +186,13 @@ class Plan:
             targets=self.data.id if self.config.objective == "custom" else None,
             held_out=self.rowset(HELD_OUT)[0] if self.config.heeds_held_out(stage.depth) else None,
         )
+
+    def committed(self, recipe: str) -> CommittedStage | None:
+        """A committed stage, its files unchecked; None where there is none, or its record is damaged."""
+        try:
+            return self.store.stage(recipe, check=False)
+        except DamageError:
+            return None
 
     def boundary(self, stage: Stage, versions: Versions, rowset: int | None = None) -> BoundaryInfo | None:
         """The boundary that enters a stage, where it is complete; of the stage's own rowset, or of another."""
@@ -167,9 +232,9 @@ class Plan:
 
     def reads_stored(self, stage: Stage, *, fused: bool) -> bool:
         """Whether the boundary that enters a stage is stored before it is read; with `fused`, it may be filled."""
-        return self.keeps(stage) and not (fused and self.config.store.fuse_passes)
+        return self.stores(stage) and not (fused and self.config.store.fuse_passes)
 
-    def keeps(self, stage: Stage) -> bool:
+    def stores(self, stage: Stage) -> bool:
         """Whether the boundary that enters a stage is one of those that are stored."""
         return stage.reads_boundary and stage.depth % self.config.boundary_every == 0
 
@@ -178,19 +243,21 @@ class Plan:
 
         One that nobody would read again is not written at all: no later stage, no later epoch, no later run.
         """
-        if not self.config.store.fuse_passes or not self.keeps(stage):
+        if not self.config.store.fuse_passes or not self.stores(stage):
             return False
-        config, rows = self.config, self.rowset(stage.rowset)[1]
-        settings = config.stage_training(stage.depth)
-        seen = self.steps(stage) * settings.batch_size * settings.accumulation
+        rows = self.rowset(stage.rowset)[1]
         above = any(later.rowset == stage.rowset for later in self.stages[stage.place + 1 :])
-        return above or seen > rows or config.store.keep not in ("none", 0)
+        return above or self.rows_seen(stage) > rows or self.config.store.keep not in ("none", 0)
 
     def following(self, stage: Stage) -> Stage | None:
         """The stage after one, where it reads its own boundary, made by a pass before it."""
         for above in self.stages[stage.place + 1 : stage.place + 2]:
             return above if self.base(above)[0] is above else None
         return None
+
+    def next_window(self, stage: Stage) -> Stage | None:
+        """The same stage in its next window, where it has one."""
+        return next((later for later in self.stages[stage.place + 1 :] if later.depth == stage.depth), None)
 
     def writes_above(self, stage: Stage) -> bool:
         """Whether a worker that has trained a stage writes the boundary above it."""

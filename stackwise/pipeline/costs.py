@@ -1,0 +1,241 @@
+"""What a run takes, asked before it: disk for boundaries, weights and checkpoints; memory; how many windows fit."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from stackwise.config import AUTO, StackWiseConfig
+from stackwise.config.fields import changed
+from stackwise.data import PreparedData
+from stackwise.errors import NoSpaceError, UsageError
+from stackwise.identity import content_id
+from stackwise.pipeline.decisions import Decision, separate_traffic, traffic_of
+from stackwise.pipeline.fit import (
+    RECORD_BYTES,
+    WEIGHT_BYTES,
+    committed_bytes,
+    in_bytes,
+    part_parameters,
+    stage_memory,
+    state_bytes,
+    swap_of,
+    trained_parameters,
+)
+from stackwise.pipeline.plan import Plan, check_data
+from stackwise.pipeline.recipe import WINDOW_CHUNKS, boundary_bytes, order_rows, stage_steps, whole_boundary
+from stackwise.pipeline.rows import HELD_OUT, choose_samples, drawn_rows
+from stackwise.pipeline.schedule import Stage, schedule
+
+KEY = "training.windows"
+
+
+def below_memory(plan: Plan, stage: Stage) -> int:
+    """About the bytes that committed stages take below one in training, where it computes its boundary on demand.
+
+    Their weights alone; what a forward pass has in hand; the rows of the window in hand and of the next.
+    """
+    below = plan.base(stage)[1]
+    if not below:
+        return 0
+    config, model = plan.config, plan.config.model
+    parts = [(part, other) for other in below for part in other.forward_parts]
+    weights = WEIGHT_BYTES * sum(part_parameters(config, plan.vocabulary.size, part, other) for part, other in parts)
+    positions, size = config.row_positions, 4 if config.precision == "fp32" else 2
+    in_hand = max(1, 8192 // config.training.seq_len) * positions * (4 * model.d_model + 3 * model.ffn_width) * size
+    rows = plan.rowset(stage.rowset)[1]
+    window = min(rows, 2 * WINDOW_CHUNKS * order_rows(config, rows)) * positions * model.d_model * size
+    return weights + in_hand + window
+
+
+def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str, Any]:
+    """What the stages that train need and what is there.
+
+    Args:
+        plan: The plan.
+        decisions: Those of the stages that train.
+        disk: Where the store is, or will be.
+
+    Returns:
+        `disk_needed`, `disk_free`, `memory_needed`, `memory_total`, in bytes; `swapped`: the groups by stage;
+        `tight`: bytes that a stage takes where even swapped it takes more than it may;
+        `traffic`: bytes of boundaries that are `read` and `written`, and `flops` of forward passes beside training;
+        `separate`: the same with every boundary stored, each by a pass of its own.
+
+    Raises:
+        NoSpaceError: The disk is too small, or `store.max_bytes` is.
+        UsageError: The largest stage's weights, gradients and moments alone exceed the memory.
+    """
+    config, size = plan.config, plan.vocabulary.size
+    todo = [decision.stage for decision in decisions]
+    kept = [stage for stage in todo if stage.reads_boundary or plan.writes_above(stage)] if config.windows > 1 else todo
+    rows = max((plan.rowset(stage.rowset)[1] for stage in kept), default=0)
+    boundary = boundary_bytes(config, rows)
+    reading = sum(plan.stores(stage) for stage in {stage.depth: stage for stage in plan.stages}.values())
+    live = (
+        min(reading, 2 if config.store.keep == "none" else 2 + int(config.store.keep))
+        if config.store.keep != "all"
+        else reading
+    )
+    present = sum(info.disk_bytes for info in plan.store.boundaries())
+    boundaries = max(0, boundary * live - present) if todo else 0
+    weights = sum(trained_parameters(config, size, stage) for stage in todo) * WEIGHT_BYTES
+    allowed = config.store.max_bytes
+    if todo and config.windows > 1:
+        weights = committed_bytes(config, size, plan.drawn(todo[0]))
+        allowed = None if allowed is None else max(0, allowed - weights)
+        boundary = whole_boundary(config, rows)
+    total = psutil.virtual_memory().total
+    limit = min(plan.memory or total, config.training.memory or total)
+    swaps = {stage.depth: swap_of(config, size, stage, plan.memory or total) for stage in todo}
+    swapped = {depth: swap for depth, swap in swaps.items() if swap is not None}
+    resident = [stage for stage in todo if stage.depth not in swapped]
+    # One more than are kept is written before the oldest goes.
+    checkpoints = max(
+        3 * max((state_bytes(config, size, stage, gradients=False) for stage in resident), default=0),
+        max((swap.disk for swap in swapped.values()), default=0),
+    )
+    needed = boundaries + weights + checkpoints
+    free = shutil.disk_usage(next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())).free
+    taken = [stage_memory(config, size, stage) + below_memory(plan, stage) for stage in resident]
+    taken += [swapped[stage.depth].memory + below_memory(plan, stage) for stage in todo if stage.depth in swapped]
+    state = max((state_bytes(config, size, stage, gradients=True) for stage in resident), default=0)
+    if needed > free:
+        raise NoSpaceError(
+            f"the run needs {in_bytes(needed)} of disk ({in_bytes(boundaries)} of them boundaries) and "
+            f"{disk} has {in_bytes(free)} free",
+            hint="lower training.rows or training.steps, set store.keep: none or training.windows, or name a larger "
+            "disk with store.path",
+        )
+    if todo and config.store.max_bytes is not None and allowed is not None and boundary * min(live, 2) > allowed:
+        beside = f" beside {in_bytes(weights)} of committed stages" if config.windows > 1 else ""
+        raise NoSpaceError(
+            f"store.max_bytes is {in_bytes(config.store.max_bytes)}, and two boundaries of {in_bytes(boundary)} "
+            f"live at once{beside}",
+            hint="raise store.max_bytes, set training.windows: auto, or lower training.rows or training.steps",
+        )
+    if plan.device == "cpu" and state > total:
+        raise UsageError(
+            f"the largest stage takes {in_bytes(state)} for weights, gradients and moments alone; "
+            f"this machine has {in_bytes(total)} of memory",
+            hint="lower training.block_size, or set training.swap: auto",
+        )
+    return {
+        "disk_needed": needed,
+        "disk_free": free,
+        "memory_needed": max(taken, default=0),
+        "memory_total": total,
+        "swapped": {depth: swap.groups for depth, swap in swapped.items()},
+        "tight": {depth: swap.memory for depth, swap in swapped.items() if swap.memory > limit},
+        "boundary": boundary,
+        "traffic": traffic_of(decisions).plain(),
+        "separate": separate_traffic(plan, decisions).plain(),
+    }
+
+
+def planned_notes(plan: Plan, swapped: Collection[int] | None) -> list[str]:
+    """One line for each setting that was given and that the plan cannot use whole.
+
+    Args:
+        plan: The plan.
+        swapped: The stages that are swapped; None: none is to be trained.
+    """
+    training, lines = plan.config.training, []
+    rows = plan.drawn(plan.stages[0])
+    if training.rows is not None and training.rows > rows:
+        lines.append(f"training.rows: {training.rows} is more than the corpus gives: {rows} is used")
+    if swapped is not None and not swapped and training.swap == "auto" and "swap_parts" in changed(training):
+        lines.append("training.swap_parts is unused: no stage is swapped (training.swap is auto)")
+    return lines
+
+
+def settle_windows(config: StackWiseConfig, data: PreparedData, record: dict[str, Any]) -> list[str]:
+    """Find `training.windows: auto`: the fewest whose boundaries fit into `store.max_bytes` beside committed stages.
+
+    Args:
+        config: The configuration, batches settled.
+        data: The prepared data.
+        record: What `auto` came to before, by key; the number is added. It is kept as long as it fits: a budget that
+            grows is no reason to train anew.
+
+    Returns:
+        Lines for people.
+
+    Raises:
+        NoSpaceError: Not even the smallest windows fit.
+    """
+    if config.training.windows != AUTO or not config.has_windows:
+        return []
+    vocab_size = check_data(config, data).size
+    drawn = drawn_rows(config, data.train, 0)
+    limit = config.store.max_bytes
+    assert limit is not None, "checked with the configuration"
+    samples = math.ceil(drawn / config.training.masks_per_sample)
+    windowed = {stage.depth for stage in schedule(config) if stage.reads_boundary or stage.depth < config.n_sections}
+    most = min(samples, *(stage_steps(config, depth, drawn) for depth in windowed))
+    beside = _held_out_bytes(config, data)
+
+    def takes(windows: int) -> int:
+        committed = committed_bytes(config, vocab_size, drawn, windows=windows)
+        return _window_bytes(config, drawn, windows) + beside + committed
+
+    conditions = content_id("windows", {"rows": drawn, "boundary": boundary_bytes(config, drawn), "most": most})
+    before = record.get(KEY, {})
+    windows = int(before["windows"]) if before.get("conditions") == conditions else 0
+    how = ", as found before"
+    if not windows or takes(windows) > limit:
+        windows, how = next((number for number in range(1, most + 1) if takes(number) <= limit), 0), ""
+    if not windows:
+        least = min(range(1, most + 1), key=takes)
+        raise NoSpaceError(
+            f"{KEY}: auto: no windows fit into store.max_bytes {in_bytes(limit)}: with {least} of them, boundaries and "
+            f"committed stages take {in_bytes(takes(least))}",
+            hint=f"raise store.max_bytes to {takes(least)} or more",
+        )
+    config.training.windows = windows
+    record[KEY] = {"conditions": conditions, "windows": windows}
+    return [f"{KEY}: auto is {windows}{how}; at most {in_bytes(takes(windows))} in the store"]
+
+
+def boundaries_bytes(plan: Plan) -> int:
+    """Bytes that the boundaries of a plan in windows take at most."""
+    config, drawn = plan.config, plan.drawn(plan.stages[0])
+    return _window_bytes(config, drawn, config.windows) + _held_out_bytes(config, plan.data)
+
+
+def _window_bytes(config: StackWiseConfig, drawn: int, windows: int) -> int:
+    per_sample = config.training.masks_per_sample
+    rows = math.ceil(math.ceil(drawn / per_sample) / windows) * per_sample
+    return _alive(config) * whole_boundary(config, rows)
+
+
+def _held_out_bytes(config: StackWiseConfig, data: PreparedData) -> int:
+    if not any(config.stage_training(depth).eval_every for depth in range(config.n_stages)):
+        return 0
+    return _alive(config) * whole_boundary(config, len(choose_samples(config, data.held_out, HELD_OUT)))
+
+
+def _alive(config: StackWiseConfig) -> int:
+    """Boundaries of one rowset that live at once: at a handoff two, and those that `store.keep` asks for by number."""
+    stages = {stage.depth: stage for stage in schedule(config)}.values()
+    read = sum(stage.reads_boundary and stage.depth % config.boundary_every == 0 for stage in stages)
+    keep = config.store.keep
+    return min(read, 2 + (keep if isinstance(keep, int) else 0))
+
+
+def boundary_budget(plan: Plan, stage: Stage) -> int | None:
+    """Bytes that boundaries may take while a stage trains; None: any number.
+
+    With windows, `store.max_bytes` counts committed stages too: those that are there, and those to come.
+    """
+    config, limit = plan.config, plan.config.store.max_bytes
+    if limit is None or config.windows == 1:
+        return limit
+    size = plan.vocabulary.size
+    present = int(plan.store.usage()["stages"]) + state_bytes(config, size, stage, gradients=False) + RECORD_BYTES
+    return max(0, limit - max(present, committed_bytes(config, size, plan.drawn(stage))))
