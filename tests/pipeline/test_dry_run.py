@@ -100,6 +100,29 @@ def test_what_a_stage_was_trained_by_outlives_a_run_that_did_not_reach_it(
     assert foretold(config, tmp_path / "run")[1] == ("train", "changed: stages.1.training.warmup: 0.05 → 0.3")
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_store_that_is_elsewhere_is_said_before_anything_trains_again(
+    micro: Micro, finished: Path, tmp_path: Path, dry: bool
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    moved = RunDirectory(tmp_path / "run")
+    manifest = moved.manifest()
+    (tmp_path / "run" / "store").rename(tmp_path / "elsewhere")
+    moved.write_manifest({**manifest, "store": str(tmp_path / "run" / "store")})
+    events: list[dict[str, Any]] = []
+    Runner(micro(training__steps=5), moved, events.append).run(dry=dry)
+    kinds = [event["event"] for event in events]
+    warning = events[kinds.index("warning")]["text"]
+    assert "store.path" in warning
+    assert str(tmp_path / "run" / "store") in warning
+    (plan,) = (event for event in events if event["event"] == "plan")
+    assert [("store.path" in stage["reason"], stage["action"]) for stage in plan["stages"][:1]] == [(True, "train")]
+    assert dry or kinds.index("warning") < kinds.index("training")
+    # Where it is named, all of it is there again.
+    config = micro(training__steps=5, store__path=str(tmp_path / "elsewhere"))
+    assert [action for action, _ in foretold(config, tmp_path / "run")] == ["reuse", "reuse"]
+
+
 def test_what_does_not_fit_is_said(micro: Micro, tmp_path: Path) -> None:
     with pytest.raises(NoSpaceError, match=r"store\.max_bytes"):
         foretold(micro(store__max_bytes=1000), tmp_path / "run")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData, prepare
 from stackwise.errors import ConfigError, NoSpaceError, UsageError
+from stackwise.pipeline.decisions import AGAIN
 from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory, status
@@ -295,7 +296,7 @@ def test_a_change_above_trains_again_what_gave_way(copy: tuple[StackWiseConfig, 
     events = run_stages(config, directory)
     (plan,) = named(events, "plan")
     said = {(each["depth"], each["window"]): (each["action"], each["reason"]) for each in plan["stages"]}
-    assert said[0, 0] == ("train", "its weights gave way to a later window's, and are needed once more")
+    assert said[0, 0] == ("train", AGAIN)
     assert said[2, 0][0] == "train"
     assert "stages.2.training.learning_rate" in said[2, 0][1]
     trained = [event["stage"] for event in named(events, "training")]
@@ -313,7 +314,9 @@ def test_a_last_weight_that_is_damaged_is_trained_anew_from_the_first_window(
     path = directory / "store" / "stages" / row["recipe"] / "block.1.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     events = run_stages(config, directory)
-    assert any("gave way" in event["text"] for event in named(events, "warning"))
+    damaged, *again = named(events, "warning")
+    assert row["recipe"] in damaged["text"]
+    assert any("later window" in event["text"] for event in again)
     assert weights(directory) == before
 
 
