@@ -47,7 +47,7 @@ class Work:
 def matrix_parameters(model: ModelConfig) -> int:
     """Parameters of a block's matrices."""
     d, kv = model.d_model, model.kv_heads * model.head_dim
-    return 2 * d * d + 2 * d * kv + (3 if model.ffn == "swiglu" else 2) * d * model.ffn_width
+    return 2 * d * d + 2 * d * kv + model.ffn.matrices * d * model.ffn_width
 
 
 def work_of(

@@ -3,10 +3,10 @@
 A kind is one class that owns its facts. The built-in ones are imported when they are asked for, so that a registry
 costs nothing; those of others register themselves in a file of their own:
 
-    from stackwise.training.optim import OPTIMIZERS
+    from stackwise.config.kinds import OPTIMIZERS, Optimizer
 
     @OPTIMIZERS.register("lion")
-    class Lion: ...
+    class Lion(Optimizer): ...
 
 Such files are named by the environment (`STACKWISE_PLUGINS=/path/lion.py`, several with a colon between) or by an
 installed package's entry point in the group `stackwise.plugins`; never by a configuration, which may come from
@@ -85,12 +85,23 @@ class Registry(Generic[K]):
         return self._kinds[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        return name in self._builtin or name in self._kinds or name in self.names()
 
     def names(self) -> list[str]:
         """The names of all kinds, built-in ones first."""
         load_plugins()
         return [*self._builtin, *(name for name in self._kinds if name not in self._builtin)]
+
+    def name_of(self, kind: K) -> str:
+        """The name that a kind is found by.
+
+        Raises:
+            NotFound: It is in no registry of this sort.
+        """
+        for name, known in self._kinds.items():
+            if known is kind:
+                return name
+        raise NotFound(f"{kind!r} is no registered {self.sort}", hint="register it: @REGISTRY.register(NAME)")
 
     def code(self, name: str) -> Hex | None:
         """The digest of the file that a kind from outside is in, for its recipe; None: it is built in."""

@@ -21,6 +21,7 @@ from stackwise.model.rack import stages_of
 from stackwise.objectives import MaskDiffusionObjective
 from stackwise.pipeline.device import warm_up
 from stackwise.pipeline.rows import assigner, choose_samples
+from stackwise.training.optimizers import AdamW
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,11 +54,13 @@ def train_plainly(config: StackWiseConfig) -> dict[str, Any]:
     rack = build_rack(config.model, vocab, config.seed, seq_len)
     matrices = [p for p in rack.parameters() if p.ndim >= 2]
     others = [p for p in rack.parameters() if p.ndim < 2]
+    adamw = training.optimizer
+    assert isinstance(adamw, AdamW)
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=training.learning_rate,
-        betas=(training.beta1, training.beta2),
-        eps=training.adam_eps,
+        betas=(adamw.beta1, adamw.beta2),
+        eps=adamw.eps,
         fused=True,
     )
     samples_R = choose_samples(config, data.train, 0)

@@ -54,19 +54,16 @@ def _adaptation(config: Settings) -> Iterator[tuple[str, str]]:
     training, key = config.training, "training.adaptation"
     if not config.adapts:
         return
-    if config.objective == "clm":
-        yield key, "causal, but training.objective is clm: the rack is causal from the start"
-    elif config.objective == "custom":
-        yield key, "causal: a rack of custom targets does not say tokens; use mask_diffusion or mlm"
-    if training.diffusion_block is not None:
-        yield key, "causal: with diffusion_block the rack generates with a cache as it is; leave one of them out"
+    if (why := config.objective.unadaptable()) is not None:
+        yield key, f"causal: {why}"
     if stands_apart(config):
         yield (
             key,
             "causal: independent stages do not stand on each other; choose another training.mode",
         )
-    if config.model.attention == "linear" and training.adaptation_anneal:
-        yield "training.adaptation_anneal", "linear attention has no way between both directions: set it to 0"
+    if not config.model.attention.anneals and training.adaptation_anneal:
+        text = f"{config.model.attention.name} attention has no way between both directions: set it to 0"
+        yield "training.adaptation_anneal", text
     steps = config.stage_training(config.n_stages - 1).steps
     if steps is not None and training.adaptation_anneal >= steps:
         yield (

@@ -24,17 +24,8 @@ def _model(config: Settings) -> Iterator[Fault]:
         yield "model.n_heads", f"{model.n_heads} heads do not divide d_model {model.d_model}: take a divisor of it"
     elif model.positions == "rope" and model.head_dim % 2:
         yield "model.n_heads", f"rotary positions need an even head width, not {model.head_dim}"
-    if model.n_heads % model.kv_heads:
-        yield (
-            "model.n_kv_heads",
-            f"{model.kv_heads} key and value heads do not divide {model.n_heads} heads: take a divisor of it",
-        )
-    if model.attention == "mha" and model.kv_heads != model.n_heads:
-        yield "model.attention", f"mha has as many key and value heads as heads; n_kv_heads {model.kv_heads} means gqa"
-    if model.attention == "gqa" and model.n_kv_heads is None:
-        yield "model.attention", "gqa needs model.n_kv_heads, fewer than n_heads"
-    if model.attention == "mla" and model.rotary_width % 2:
-        yield "model.rope_head_dim", f"rotary positions need an even width, not {model.rotary_width}"
+    else:
+        yield from ((f"model.attention.{key}", text) for key, text in model.attention.faults(model))
     if model.max_seq_len is not None and model.max_seq_len < config.training.seq_len:
         yield "model.max_seq_len", f"{model.max_seq_len} is less than training.seq_len {config.training.seq_len}"
     if model.vocab_size is not None and model.vocab_size < 4:
@@ -50,7 +41,7 @@ def _model(config: Settings) -> Iterator[Fault]:
 
 
 def _training(config: Settings) -> Iterator[Fault]:
-    training, n_blocks = config.training, config.model.n_blocks
+    training, objective, n_blocks = config.training, config.objective, config.model.n_blocks
     if training.min_mask_fraction > training.max_mask_fraction:
         yield (
             "training.min_mask_fraction",
@@ -58,8 +49,8 @@ def _training(config: Settings) -> Iterator[Fault]:
         )
     if training.n_stages is not None and training.n_stages > n_blocks:
         yield "training.n_stages", f"{training.n_stages} stages are more than the {n_blocks} blocks of the model"
-    if training.mlm_mask + training.mlm_random > 1:
-        yield "training.mlm_random", f"with mlm_mask it makes {training.mlm_mask + training.mlm_random:g}, more than 1"
+    for key, text in objective.faults(training.seq_len):
+        yield f"training.objective.{key}", text
     if training.mask_token_id is not None and (size := config.model.vocab_size) and training.mask_token_id >= size:
         yield "training.mask_token_id", f"{training.mask_token_id} is not below model.vocab_size {size}"
     if training.swap == "always":
@@ -73,13 +64,22 @@ def _training(config: Settings) -> Iterator[Fault]:
     yield from _windows(config)
     if training.cache_dir and config.store.path and training.cache_dir != config.store.path:
         yield "training.cache_dir", f"is another name of store.path, which says {config.store.path!r}"
-    if config.objective == "clm" and training.masks_per_sample > 1:
-        yield "training.masks_per_sample", "clm masks nothing: every further mask would repeat the sample"
-    if training.mask_schedule_over == "depth" and config.objective == "clm":
-        yield "training.mask_schedule_over", "clm masks nothing: there are no fractions to spread over depth"
-    elif training.progressive.enabled and config.time_as_depth and config.objective == "clm":
+    if not objective.masks and training.masks_per_sample > 1:
+        yield (
+            "training.masks_per_sample",
+            f"{objective.name} masks nothing: every further mask would repeat the sample",
+        )
+    if training.mask_schedule_over == "depth" and not objective.masks:
+        yield (
+            "training.mask_schedule_over",
+            f"{objective.name} masks nothing: there are no fractions to spread over depth",
+        )
+    elif training.progressive.enabled and config.time_as_depth and not objective.masks:
         key = "training.progressive.time_interpretation"
-        yield key, "depth, and clm masks nothing: there are no fractions to spread over depth; leave it out"
+        yield (
+            key,
+            f"depth, and {objective.name} masks nothing: there are no fractions to spread over depth; leave it out",
+        )
     for depth in range(config.n_stages):
         settings = config.stage_training(depth)
         if settings.heeds_held_out and settings.eval_every is None:
@@ -94,20 +94,16 @@ def _training(config: Settings) -> Iterator[Fault]:
         for block in rates:
             if block >= n_blocks:
                 yield f"{key}.block_learning_rates", f"there is no block {block}: the rack has 0 to {n_blocks - 1}"
-    if training.mode == "independent" and not training.progressive.enabled and config.objective == "clm":
-        yield "training.mode", "independent gives each stage its own masked fractions, and clm masks nothing"
-    if training.loss_weight != "none" and config.objective in ("clm", "custom"):
-        yield "training.loss_weight", f"{training.loss_weight} weighs by masked fraction; {config.objective} has none"
-    if (size := training.diffusion_block) is not None:
-        if config.objective != "mask_diffusion":
-            yield "training.diffusion_block", f"blocks are of mask_diffusion; the objective is {config.objective}"
-        if training.seq_len % size:
-            yield (
-                "training.diffusion_block",
-                f"{size} does not divide training.seq_len {training.seq_len}: take a divisor of it",
-            )
-    if config.model.time_embedding != "none" and config.objective == "clm":
-        yield "model.time_embedding", "clm masks nothing: there is no masked share to take as input"
+    if training.mode == "independent" and not training.progressive.enabled and not objective.masks:
+        yield (
+            "training.mode",
+            f"independent gives each stage its own masked fractions, and {objective.name} masks nothing",
+        )
+    if config.model.time_embedding != "none" and not objective.masks:
+        yield (
+            "model.time_embedding",
+            f"{objective.name} masks nothing: there is no masked share to take as input",
+        )
     yield from _block_size(config)
     yield from _mask_windows(config)
 

@@ -83,6 +83,8 @@ def _allowed(item: dict[str, Any]) -> str:
     if kind == "literal_error":
         allowed = context["expected"].replace(" or ", ", ").replace("'", "").replace("False", "false")
         return f"must be one of {allowed}" if "," in allowed else f"must be {allowed}"
+    if kind == "missing":
+        return f"needs {item['loc'][-1]}"
     if kind in ("too_long", "too_short"):
         exactly = context.get("max_length", context.get("min_length"))
         return f"must have {'at most' if kind == 'too_long' else 'at least'} {exactly} items"

@@ -14,6 +14,7 @@ from stackwise.config.checks import faults as cross_faults
 from stackwise.config.faults import Key, Tree, dotted, field_faults, kind_of, sections
 from stackwise.config.progressive import STACK_PRECISION
 from stackwise.config.schema import Settings
+from stackwise.config.translations import translate
 from stackwise.errors import ConfigError, NotFound, UsageError
 
 C = TypeVar("C", bound=Settings)
@@ -115,7 +116,8 @@ def build(cls: type[C], tree: Tree, overrides: Mapping[str, Any] | None = None, 
     Raises:
         ConfigError: With every fault: unknown keys (and the key meant), wrong types, contradictions.
     """
-    tree, found = _overridden(tree, overrides or {})
+    reading = translate(cls, tree, overrides or {})
+    tree, found = reading.tree, {_key(key): text for key, text in reading.faults}
     for name in sections(cls):  # a section whose keys are all commented out
         parent: Any = tree
         *above, last = name.split(".")
@@ -130,6 +132,7 @@ def build(cls: type[C], tree: Tree, overrides: Mapping[str, Any] | None = None, 
         # What is left may hold contradictions of its own: report them now, not after the next try.
         config = cls.model_validate(_without(tree, set(found)))
     resolve(config)
+    config.unused = reading.unused
     wrong = {dotted(key) for key in found}
     lines = [f"{dotted(key)}: {text}" for key, text in found.items()]
     lines += [f"{key}: {text}" for key, text in cross_faults(config) if key not in wrong]
@@ -179,30 +182,8 @@ def flat(config: Settings) -> dict[str, Any]:
     return found
 
 
-def _overridden(tree: Tree, overrides: Mapping[str, Any]) -> tuple[Tree, dict[Key, str]]:
-    """The tree with dotted keys set, and the overrides that run into something that is no section."""
-    tree, found = _copied(tree), {}
-    for written, value in overrides.items():
-        *parents, last = key = _key(written)
-        section: Any = tree
-        for name in parents:
-            if section.get(name) is None:
-                section[name] = {}
-            section = section[name]
-            if not isinstance(section, dict):
-                found[key] = f"{dotted(tuple(parents))} is a value, not a section"
-                break
-        else:
-            section[last] = value
-    return tree, found
-
-
 def _key(written: str) -> Key:
     return tuple(int(part) if part.isdecimal() else part for part in written.split("."))
-
-
-def _copied(value: Any) -> Any:
-    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _without(tree: Tree, keys: set[Key], prefix: Key = ()) -> Tree:

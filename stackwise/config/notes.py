@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from stackwise.config.after import ADAPTATION_RULES, FUSION_RULES
-from stackwise.config.model import LINEAR_SETTINGS, MLA_SETTINGS
 from stackwise.config.rules import Rule, told, when
 from stackwise.config.schema import Settings
 from stackwise.config.stacks import PROGRESSIVE_RULES, precision_notes
@@ -11,14 +10,6 @@ from stackwise.config.training_rules import STAGE_RULES, TRAINING_RULES
 from stackwise.config.uses import reading_depths
 
 MODEL_RULES = (
-    Rule(" ".join(MLA_SETTINGS), lambda c, m: when(_kind(c) != "mla", f"model.attention is {_kind(c)}")),
-    Rule(" ".join(LINEAR_SETTINGS), lambda c, m: when(_kind(c) != "linear", f"model.attention is {_kind(c)}")),
-    Rule("n_kv_heads", lambda c, m: when(_kind(c) == "mla", "mla makes the keys of all heads from one latent")),
-    Rule("rope_head_dim", lambda c, m: when(m.positions != "rope", "model.positions is learned")),
-    Rule(
-        "random_features",
-        lambda c, m: when(m.feature_map != "performer", f"model.feature_map is {m.feature_map}"),
-    ),
     Rule("time_embedding_dim", lambda c, m: when(m.time_embedding == "none", "model.time_embedding is none")),
 )
 STORE_RULES = (
@@ -49,7 +40,7 @@ NO_BOUNDARY = "no stage of this schedule reads a boundary"
 def notes(config: Settings) -> list[str]:
     """One line for each setting that was given and that this configuration cannot use."""
     training = config.training
-    lines = [*told(config, "training", training, (*TRAINING_RULES, *ADAPTATION_RULES, *STAGE_RULES))]
+    lines = [*config.unused, *told(config, "training", training, (*TRAINING_RULES, *ADAPTATION_RULES, *STAGE_RULES))]
     for depth, own in config.stages.items():
         key, effective = f"stages.{depth}.training", config.stage_training(depth)
         lines += told(config, key, own.training, STAGE_RULES, effective)
@@ -60,7 +51,3 @@ def notes(config: Settings) -> list[str]:
     lines += told(config, "store", config.store, STORE_RULES)
     lines += told(config, "tracking", config.tracking, TRACKING_RULES)
     return lines
-
-
-def _kind(config: Settings) -> str:
-    return config.model.attention or "mha"

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from stackwise.config.fields import Section
+from stackwise.config.kinds import Kind
 from stackwise.config.loading import parse_yaml
 from stackwise.config.schema import Settings
 from stackwise.errors import NotFound
@@ -60,7 +61,7 @@ def _section(model: type[Section], own: dict[str, object], depth: int) -> list[s
     pad, lines = "  " * depth, []
     for name, field in model.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if isinstance(kind, type) and issubclass(kind, Section) and not issubclass(kind, Kind):
             below = own.get(name)
             inner = _section(kind, below if isinstance(below, dict) else {}, depth + 1)
             used = isinstance(below, dict) and bool(below)
@@ -69,6 +70,7 @@ def _section(model: type[Section], own: dict[str, object], depth: int) -> list[s
             continue
         lines += [f"{pad}# {line}" for line in textwrap.wrap(field.description or "", 100 - len(pad))]
         value = own[name] if name in own else field.get_default(call_default_factory=True)
+        value = value.name if isinstance(value, Kind) else value
         # One key in flow style is "{key: value}": the value stays on its line, the braces go.
         shown = yaml.safe_dump({name: value}, default_flow_style=True, width=10**6).strip()[1:-1]
         lines.append(f"{pad}{shown}" if name in own else f"{pad}# {shown}")

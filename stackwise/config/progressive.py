@@ -8,7 +8,6 @@ from pydantic import Field
 
 from stackwise.config.fields import Positive, PositiveInt, Section
 
-Objective = Literal["mask_diffusion", "mlm", "clm", "custom"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 StackPrecision = Literal["full", "fp32", "half", "fp16", "bfloat16", "bf16", "fp8", "nvfp4", "fp4", "qlora"]
 STACK_PRECISION: dict[str, Precision] = {
@@ -108,6 +107,3 @@ class ProgressiveConfig(Section):
         "exponential, custom (training.mask_windows); null: by mask_schedule_type",
     )
     time_per_stack: PositiveInt = Field(100, description="accepted, unused: a row's time is its masked share")
-    training_objective: Objective | None = Field(
-        None, description="the objective of progressive training; null: training.objective"
-    )

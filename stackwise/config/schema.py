@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from stackwise.config.fields import (
     AUTO,
@@ -18,8 +18,9 @@ from stackwise.config.fields import (
     PositiveInt,
     Section,
 )
+from stackwise.config.kinds import Objective
 from stackwise.config.model import ModelConfig
-from stackwise.config.progressive import Objective, Precision, StackPrecision
+from stackwise.config.progressive import Precision, StackPrecision
 from stackwise.config.training import StageTraining, TrainingConfig
 
 Codec = Literal[
@@ -165,16 +166,32 @@ class Settings(Section):
         description="what single stages do differently, as {2: {precision: fp8, training: {learning_rate: 1e-3}}}",
     )
 
+    _unused: list[str] = PrivateAttr(default_factory=list)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all settings are alike, however they were written."""
+        return isinstance(other, Settings) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def unused(self) -> list[str]:
+        """One line for each setting of the file or command line that has no place in this configuration."""
+        return self._unused
+
+    @unused.setter
+    def unused(self, lines: list[str]) -> None:
+        self._unused = lines
+
     @property
     def objective(self) -> Objective:
-        """The training objective in force."""
-        progressive = self.training.progressive
-        return (progressive.training_objective if progressive.enabled else None) or self.training.objective
+        """The training objective."""
+        return self.training.objective
 
     @property
     def row_positions(self) -> int:
         """Positions of a row of activations: with diffusion in blocks it is a noised and a clean copy of the sample."""
-        return self.training.seq_len * (1 if self.training.diffusion_block is None else 2)
+        return self.objective.positions(self.training.seq_len)
 
     @property
     def time_as_depth(self) -> bool:
@@ -292,5 +309,5 @@ class Settings(Section):
         elif depth >= self.n_sections and self.training.fusion.steps is not None:
             values["steps"] = max(1, self.training.fusion.steps // len(self.fusions))
         if own is not None:
-            values |= own.training.model_dump(exclude_unset=True)
+            values |= {name: getattr(own.training, name) for name in own.training.model_fields_set}
         return StageTraining(**values)

@@ -19,9 +19,7 @@ def stack_faults(config: Settings) -> Iterator[tuple[str, str]]:
     trunk = progressive.trunk_precision
     if progressive.enabled and trunk is not None and canonical(trunk) not in ("full", *FORMATS):
         yield f"{KEY}.trunk_precision", f"{trunk} is no way to hold a trunk: full, fp8, nvfp4 and qlora are"
-    limit = min(model.d_model, model.kv_heads * model.head_dim, model.ffn_width)
-    if model.attention == "mla":
-        limit = min(limit, model.latent_rank, model.q_rank or limit, model.rotary_width or limit)
+    limit = min(model.attention.narrowest(model), model.ffn_width)
     found: dict[str, str] = {}
     for depth in range(config.n_sections):
         try:
@@ -135,7 +133,7 @@ PROGRESSIVE_RULES = (
         "time_encoding_type",
         lambda c, p: when(p.time_encoding_type != c.model.time_embedding, "model.time_embedding is given"),
     ),
-    Rule("stack_time_mapping", lambda c, p: when(c.objective == "clm", "clm masks nothing")),
+    Rule("stack_time_mapping", lambda c, p: when(not c.objective.masks, "clm masks nothing")),
     Rule(
         "stack_time_mapping",
         lambda c, p: when(

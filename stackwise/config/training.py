@@ -16,7 +16,8 @@ from stackwise.config.fields import (
     Probability,
     Section,
 )
-from stackwise.config.progressive import Objective, ProgressiveConfig
+from stackwise.config.kinds import Objective, Optimizer
+from stackwise.config.progressive import ProgressiveConfig
 
 Mode = Literal["layerwise", "blockwise", "fused", "independent", "end_to_end"]
 
@@ -33,8 +34,10 @@ class StageTraining(Section):
     epochs_per_layer: Positive = Field(1.0, description="passes of a stage over its rows, where steps is null")
     batch_size: AutoInt = Field(8, description="rows in a microbatch; auto: as many as fit in memory, found by trial")
     accumulation: PositiveInt = Field(1, description="microbatches in a step")
-    optimizer: Literal["adamw", "muon", "adamw8bit"] = Field(
-        "adamw", description="adamw, muon (blocks' matrices; adamw for the rest), adamw8bit (moments in 8 bits)"
+    optimizer: Optimizer = Field(
+        default_factory=lambda: Optimizer.of(Optimizer.default),
+        description="adamw, muon (blocks' matrices; adamw for the rest), adamw8bit (moments in 8 bits); with settings "
+        "of its own: {name: muon, momentum: 0.9}",
     )
     learning_rate: Positive = Field(1e-3, description="peak learning rate")
     block_learning_rates: dict[Count, Positive] = Field(
@@ -46,10 +49,6 @@ class StageTraining(Section):
     min_learning_rate: NonNegative = Field(0.1, description="where the schedule ends, as a share of the peak")
     warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.05, description="share of the steps that warm up")
     weight_decay: NonNegative = Field(0.1, description="weight decay, on matrices alone")
-    beta1: Probability = Field(0.9, description="AdamW's first decay rate")
-    beta2: Probability = Field(0.95, description="AdamW's second decay rate")
-    adam_eps: Positive = Field(1e-8, description="AdamW's epsilon")
-    muon_momentum: Probability = Field(0.95, description="Muon's momentum")
     grad_clip: NonNegative = Field(1.0, description="largest global gradient norm; 0: no clipping")
     loss_scale: Literal["dynamic"] | Positive = Field(
         "dynamic", description="precision fp16: factor on the loss before gradients are taken; dynamic finds it"
@@ -132,7 +131,11 @@ class TrainingConfig(StageTraining):
     fusion_mode: Literal["frozen", "trainable"] = Field(
         "frozen", description="fused: the blocks below are frozen, or trainable"
     )
-    objective: Objective = Field("mask_diffusion", description="mask_diffusion, mlm, clm (causal), custom (targets)")
+    objective: Objective = Field(
+        default_factory=lambda: Objective.of(Objective.default),
+        description="mask_diffusion, mlm, clm (causal), custom (targets of the data's own); with settings of its own: "
+        "{name: mlm, mask_share: 0.8}",
+    )
     seq_len: PositiveInt = Field(512, description="tokens in a sample")
     rows: PositiveInt | None = Field(
         None, description="rows (sample under a mask) of every boundary; null: what steps need, at most the corpus"
@@ -160,14 +163,6 @@ class TrainingConfig(StageTraining):
     fresh_masks: bool = Field(
         False, description="new samples and masks for each stage, made by forward passes; else the same at every depth"
     )
-    loss_weight: Literal["none", "inverse_time"] = Field(
-        "none", description="none: each scored position counts the same; inverse_time: each sample does (1/t)"
-    )
-    diffusion_block: PositiveInt | None = Field(
-        None,
-        description="mask_diffusion in blocks of so many tokens, each given the clean ones before it; generation then "
-        "keeps a cache. Rows are twice as long. null: attention over the whole sample",
-    )
     masks_per_sample: PositiveInt = Field(1, description="masks that each sample is seen under, at every depth")
     mask_pool: Count = Field(0, description="distinct masks to draw from; 0: a fresh one for each row")
     mask_token_id: Count | None = Field(None, description="id shown at masked positions; null: the tokenizer's")
@@ -181,12 +176,6 @@ class TrainingConfig(StageTraining):
     )
     tied_head: Literal["copy", "frozen"] = Field(
         "copy", description="a tied projection above stage 0: a trainable copy of the embedding, or frozen"
-    )
-    mlm_mask: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.8, description="mlm: share of selected positions that show the mask token"
-    )
-    mlm_random: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.1, description="mlm: share of selected positions that show a random token; the rest shows itself"
     )
     compile: bool = Field(False, description="torch.compile the blocks")
     swap: Literal["auto", "always", "never"] = Field(

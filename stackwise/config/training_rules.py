@@ -73,12 +73,8 @@ TRAINING_RULES: tuple[Rule | Limit, ...] = (
     Rule("n_stages", lambda c, t: None if t.n_stages == c.n_sections else _decides(c)),
     Rule("trial_steps", lambda c, t: when(not c.finds_block_size, "training.block_size is a number")),
     Rule(
-        "objective",
-        lambda c, t: when(c.objective != t.objective, f"training.progressive.training_objective is {c.objective}"),
-    ),
-    Rule(
         "min_mask_fraction max_mask_fraction mask_schedule_type mask_pool mask_token_id",
-        lambda c, t: when(c.objective == "clm", "clm masks nothing"),
+        lambda c, t: when(not c.objective.masks, "clm masks nothing"),
     ),
     Rule(
         "mask_schedule_type",
@@ -90,7 +86,6 @@ TRAINING_RULES: tuple[Rule | Limit, ...] = (
     Rule("mask_schedule_over", _mask_schedule_over),
     Rule("mask_windows", _mask_windows),
     Rule("fresh_masks", lambda c, t: when(c.n_stages == 1, ONE_STAGE)),
-    Rule("mlm_mask mlm_random", lambda c, t: when(c.objective != "mlm", f"the objective is {c.objective}")),
     Rule("windows", lambda c, t: when(not c.has_windows, "no stage of this schedule reads a boundary")),
     Rule("lookahead", _lookahead),
     Rule("lookahead_blocks", lambda c, t: when(t.lookahead == "none", "training.lookahead is none")),
@@ -105,7 +100,6 @@ STAGE_RULES: tuple[Rule | Limit, ...] = (
     Rule("tokens", lambda c, s: when(s.steps is not None, "steps is given")),
     Rule("epochs_per_layer", lambda c, s: when(s.steps is not None, "steps is given")),
     Rule("epochs_per_layer", lambda c, s: when(s.tokens is not None, "tokens is given")),
-    Rule("muon_momentum", lambda c, s: when(s.optimizer != "muon", f"optimizer is {s.optimizer}")),
     Rule("min_learning_rate", lambda c, s: when(s.lr_schedule == "constant", "lr_schedule is constant")),
     Rule("divergence_factor divergence_limit", lambda c, s: when(s.on_divergence == "stop", "on_divergence is stop")),
     Rule("rollback_factor", lambda c, s: when(s.on_divergence != "rollback", f"on_divergence is {s.on_divergence}")),

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stackwise.config.model import ModelConfig
+from stackwise.config.translations import read_model
 from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.model.block import Block, Stack
 from stackwise.model.layers import Rotary
@@ -44,8 +45,8 @@ LLAMA = {
 
 def is_llama(config: ModelConfig) -> bool:
     """Whether Hugging Face's LLaMA computes the same function."""
-    alike = config.norm == "rmsnorm" and config.positions == "rope" and config.ffn == "swiglu"
-    return alike and config.attention in (None, "mha", "gqa") and config.time_embedding == "none"
+    alike = config.norm == "rmsnorm" and config.positions == "rope" and config.ffn.llama
+    return alike and config.attention.llama and config.time_embedding == "none"
 
 
 def front_name(name: str, llama: bool) -> str:
@@ -169,7 +170,7 @@ def read_export(directory: Path | str) -> Exported:
     try:
         if own["format"] > FORMAT:
             raise UsageError(f"{directory} is of format {own['format']}; this version reads up to {FORMAT}")
-        model = ModelConfig.model_validate(own["model"])
+        model = read_model(own["model"])
         return Exported(
             directory=directory,
             llama=is_llama(model),

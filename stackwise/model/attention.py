@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stackwise.config.direction import Annealed, BlockCausal, Direction
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
+from stackwise.model.kinds import Latent
 from stackwise.model.layers import RMSNorm, Rotary
 from stackwise.model.projections import weight_of
 
@@ -172,7 +173,7 @@ class Attention(nn.Module):
         if d % self.heads:
             raise UsageError(f"model.n_heads {self.heads} does not divide model.d_model {d}")
         if self.heads % self.kv_heads:
-            raise UsageError(f"model.n_kv_heads {self.kv_heads} does not divide model.n_heads {self.heads}")
+            raise UsageError(f"model.attention.kv_heads {self.kv_heads} does not divide model.n_heads {self.heads}")
         self.width = d // self.heads
         self.q = nn.Linear(d, d, bias=config.bias)
         self.k = nn.Linear(d, self.kv_heads * self.width, bias=config.bias)
@@ -283,15 +284,15 @@ class LatentAttention(nn.Module):
         UsageError: Heads that do not divide the width; a rotary part of odd width.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kind: Latent) -> None:
         super().__init__()
         d, self.heads = config.d_model, config.n_heads
         if d % self.heads:
             raise UsageError(f"model.n_heads {self.heads} does not divide model.d_model {d}")
-        self.width, self.rank, self.turned = d // self.heads, config.latent_rank, config.rotary_width
-        inner = config.q_rank or d
-        self.q_down = nn.Linear(d, inner, bias=False) if config.q_rank else None
-        self.q_norm = RMSNorm(inner, eps=config.norm_eps) if config.q_rank else None
+        self.width, self.rank, self.turned = d // self.heads, kind.latent_rank(config), kind.rotary_width(config)
+        inner = kind.q_rank or d
+        self.q_down = nn.Linear(d, inner, bias=False) if kind.q_rank else None
+        self.q_norm = RMSNorm(inner, eps=config.norm_eps) if kind.q_rank else None
         self.q_up = nn.Linear(inner, self.heads * self.width, bias=False)
         self.kv_down = nn.Linear(d, self.rank, bias=False)
         self.kv_norm = RMSNorm(self.rank, eps=config.norm_eps)

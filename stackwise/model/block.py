@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from stackwise.config.direction import Direction
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
-from stackwise.model.attention import Attention, Cache, LatentAttention, is_paired
-from stackwise.model.layers import GELU, SwiGLU, make_norm
-from stackwise.model.linear_attention import LinearAttention
+from stackwise.model.attention import Cache, is_paired
+from stackwise.model.layers import make_norm
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions that say what a block computes in; the others leave it to its surroundings."""
@@ -68,9 +67,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
-        self.attention = make_attention(config)
+        self.attention = config.attention.build(config)
         self.ffn_norm = make_norm(config)
-        self.ffn = SwiGLU(config) if config.ffn == "swiglu" else GELU(config)
+        self.ffn = config.ffn.build(config)
         self.dropout = config.dropout
         self.compute: torch.dtype | None = None
         """What it computes in; None: what its surroundings do."""
@@ -108,16 +107,6 @@ class Block(nn.Module):
 
     def _drop(self, y_BSD: Tensor) -> Tensor:
         return F.dropout(y_BSD, self.dropout) if self.training and self.dropout else y_BSD
-
-
-def make_attention(config: ModelConfig) -> Attention | LatentAttention:
-    """The attention that the configuration names."""
-    match config.attention:
-        case "mla":
-            return LatentAttention(config)
-        case "linear":
-            return LinearAttention(config)
-    return Attention(config)
 
 
 class Stack(nn.Module):

@@ -18,6 +18,7 @@ from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
 from stackwise.model.attention import Attention, AttentionPattern, Cache, sees
+from stackwise.model.kinds import Linear
 
 CHUNK = 64
 """Positions of a chunk: inside it scores are made, between chunks a state is handed on."""
@@ -33,12 +34,12 @@ class LinearAttention(Attention):
         UsageError: As `Attention`.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kind: Linear) -> None:
         super().__init__(config)
-        self.feature_map = config.feature_map
+        self.feature_map = kind.feature_map
         self._omega_EF: Tensor | None = None
-        if config.feature_map == "performer":
-            self._omega_EF = projection(self.width, config.random_features or self.width)
+        if features := kind.features(config):
+            self._omega_EF = projection(self.width, features)
 
     def phi(self, x_BHSE: Tensor, query: bool) -> Tensor:
         """The features of queries or keys, none negative, [B, H, S, F]."""

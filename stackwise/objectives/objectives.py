@@ -14,6 +14,7 @@ from stackwise.batch import Batch
 from stackwise.config.direction import BlockCausal
 from stackwise.config.training import TrainingConfig
 from stackwise.errors import UsageError
+from stackwise.objectives import kinds
 from stackwise.objectives.corruption import check_shares, corrupt
 from stackwise.objectives.objective import Objective
 
@@ -205,9 +206,6 @@ class CustomObjective(Objective):
 def make_objective(training: TrainingConfig, mask_token_id: int | None, vocab_size: int, seed: int) -> Objective:
     """The objective that the configuration names.
 
-    `training.progressive.training_objective`, where progressive training is enabled, comes before
-    `training.objective`.
-
     Args:
         training: The training section.
         mask_token_id: The mask token; None where the tokenizer has none.
@@ -217,19 +215,22 @@ def make_objective(training: TrainingConfig, mask_token_id: int | None, vocab_si
     Raises:
         UsageError: An objective that masks, without a mask token or with one that the model does not know.
     """
-    progressive = training.progressive
-    name = (progressive.training_objective if progressive.enabled else None) or training.objective
-    if name == "clm":
-        return CLMObjective()
-    if name == "custom":
-        return CustomObjective()
+    kind = training.objective
+    match kind:
+        case kinds.CLM():
+            return CLMObjective()
+        case kinds.Custom():
+            return CustomObjective()
     if mask_token_id is None:
-        raise UsageError(f"objective {name} needs a mask token", hint="set training.mask_token_id")
+        raise UsageError(f"objective {kind.name} needs a mask token", hint="set training.mask_token_id")
     if not 0 <= mask_token_id < vocab_size:
         raise UsageError(f"mask token {mask_token_id} is not among the {vocab_size} ids that the model knows")
-    weighted = training.loss_weight == "inverse_time"
-    if name == "mlm":
-        return MLMObjective(mask_token_id, vocab_size, training.mlm_mask, training.mlm_random, seed, weighted)
-    if training.diffusion_block is not None:
-        return BlockDiffusionObjective(mask_token_id, training.diffusion_block, weighted)
-    return MaskDiffusionObjective(mask_token_id, weighted)
+    match kind:
+        case kinds.MLM():
+            weighted = kind.weight == "inverse_time"
+            return MLMObjective(mask_token_id, vocab_size, kind.mask_share, kind.random_share, seed, weighted)
+        case kinds.MaskDiffusion(weight=weight, block=None):
+            return MaskDiffusionObjective(mask_token_id, weight == "inverse_time")
+        case kinds.MaskDiffusion(weight=weight, block=int(size)):
+            return BlockDiffusionObjective(mask_token_id, size, weight == "inverse_time")
+    raise NotImplementedError(kind.name)

@@ -167,8 +167,7 @@ def objective_of(config: StackWiseConfig, mask_token: int, vocab_size: int, stag
     """The objective that a stage trains."""
     if stage.causal_from is not None:
         return AdaptationObjective(mask_token, stage.causal_from, config.seed)
-    training = config.training.model_copy(update={"objective": config.objective})
-    return make_objective(training, mask_token, vocab_size, config.seed)
+    return make_objective(config.training, mask_token, vocab_size, config.seed)
 
 
 def parts_of(model: StageModel, stage: Stage) -> dict[str, nn.Module]:

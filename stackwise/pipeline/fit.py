@@ -10,9 +10,6 @@ from stackwise.pipeline.recipe import stage_steps
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, schedule
 
 WEIGHT_BYTES = 4
-MOMENT_BYTES = {"adamw": 8, "muon": 4, "adamw8bit": 2}
-"""Of a parameter's optimizer state; muon's is that of a block's matrices."""
-
 
 LOSS_BYTES = 3 * (32 << 20)
 """Of the loss: a slice of logits, its gradient and what makes it."""
@@ -29,7 +26,7 @@ def part_parameters(config: StackWiseConfig, vocab_size: int, part: str, stage: 
     model = config.model
     if part.startswith(ADAPTER):
         sides = 6 * model.d_model + 2 * model.kv_heads * model.head_dim
-        sides += (3 if model.ffn == "swiglu" else 2) * (model.d_model + model.ffn_width)
+        sides += model.ffn.matrices * (model.d_model + model.ffn_width)
         return sides * sum(size.rank for size in stage.format(part.removeprefix(ADAPTER)).adapters)
     if part == FRONT:
         positions = (model.max_seq_len or config.training.seq_len) if model.positions == "learned" else 0
@@ -69,8 +66,7 @@ def state_bytes(config: StackWiseConfig, vocab_size: int, stage: Stage, *, gradi
     whole = trained_parameters(config, vocab_size, stage)
     blocks = sum(part not in (FRONT, HEAD) and not part.startswith(ADAPTER) for part in stage.trains)
     blocks *= config.model.block_parameters
-    moments = MOMENT_BYTES[settings.optimizer] * blocks
-    moments += MOMENT_BYTES["adamw" if settings.optimizer == "muon" else settings.optimizer] * (whole - blocks)
+    moments = settings.optimizer.state_bytes(blocks, whole - blocks)
     return (WEIGHT_BYTES * (1 + gradients + bool(settings.ema))) * whole + moments
 
 
@@ -136,22 +132,8 @@ def memory_parts(
 
 
 def block_numbers(config: StackWiseConfig) -> int:
-    """Numbers a token that a block keeps for its backward pass (see `stage_memory`).
-
-    Latent attention keeps the rotary parts of queries, keys, values and output, the latents beside their norms, and a
-    copy of the output; linear attention three times the width of the features, of queries, keys and what they make.
-    """
-    model = config.model
-    inner = (4 if model.ffn == "swiglu" else 2) * model.ffn_width
-    numbers = 8 * model.d_model + 2 * model.kv_heads * model.head_dim + inner
-    if model.attention == "mla":
-        numbers += (
-            5 * model.n_heads * model.rotary_width + 2 * (model.latent_rank + (model.q_rank or 0)) + model.d_model
-        )
-    if model.attention == "linear":
-        features = (model.random_features or model.head_dim) * model.n_heads if model.feature_map == "performer" else 0
-        numbers += 3 * (model.d_model + features)
-    return numbers
+    """Numbers a token that a block keeps for its backward pass (see `stage_memory`)."""
+    return config.model.attention.kept(config.model) + config.model.ffn.kept(config.model)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def vocabulary(config: StackWiseConfig, data: PreparedData) -> Vocabulary:
     size = config.model.vocab_size or tokenizer.vocab_size
     mask = tokenizer.mask_id if config.training.mask_token_id is None else config.training.mask_token_id
     highest = max((int(split.counts.nonzero()[0][-1]) for split in (data.train, data.held_out)), default=0)
-    if config.objective == "clm":
+    if not config.objective.masks:
         needed, what = highest + 1, "the data's ids"
     else:
         needed, what = max(highest, mask) + 1, "the tokenizer's vocabulary with a mask token"
@@ -70,7 +70,7 @@ def vocabulary(config: StackWiseConfig, data: PreparedData) -> Vocabulary:
             f"model.vocab_size {size} does not fit {what}: {needed} ids are needed",
             hint=f"set model.vocab_size to {needed} or more (or null), or prepare the data with a smaller tokenizer",
         )
-    if config.objective != "clm":
+    if config.objective.masks:
         for split, name in ((data.train, "training"), (data.held_out, "held-out")):
             if mask < len(split.counts) and split.counts[mask]:
                 raise UsageError(
@@ -183,7 +183,7 @@ class Plan:
             span=self.span(stage),
             initial={part: source.identity for part, source in starts(stage, versions).items()},
             trunk=self.trunk(stage, versions),
-            targets=self.data.id if self.config.objective == "custom" else None,
+            targets=self.data.id if "targets" in self.config.objective.inputs else None,
             held_out=self.rowset(HELD_OUT)[0] if self.config.heeds_held_out(stage.depth) else None,
         )
 

@@ -57,22 +57,17 @@ def boundary_chunk_rows(config: StackWiseConfig, rows: int) -> int:
 
 def forward_specification(config: StackWiseConfig, vocab_size: int, mask_token: int) -> dict[str, Any]:
     """What a forward pass computes beside its weights."""
-    training = config.training
     objective = config.objective
     specification = {
         "numerics": NUMERICS,
         "model": config.model.specification(),
         "vocab_size": vocab_size,
-        "causal": objective == "clm",
-        "mask_token": None if objective == "clm" else mask_token,
+        "causal": objective.causal,
+        "mask_token": mask_token if objective.masks else None,
         "precision": config.precision,
         "within_documents": config.data.within_documents,
     }
-    if training.diffusion_block is not None:
-        specification["diffusion_block"] = training.diffusion_block
-    if objective == "mlm":
-        specification["corruption"] = [training.mlm_mask, training.mlm_random, config.seed]
-    return specification
+    return specification | objective.specification(config.seed)
 
 
 def trunk_id(forward: Mapping[str, Any], digests: list[Hex], precisions: Mapping[str, str]) -> Hex:
@@ -118,9 +113,7 @@ def stage_recipe(
     fresh = any(digest is None for digest in initial.values())
     held = {part: stage.formats[part].plain() for part in (*stage.blocks, *stage.lookahead) if part in stage.formats}
     windowed = stage_fractions(config, stage.depth) is not None
-    objective: dict[str, Any] = {"name": config.objective}
-    if config.training.loss_weight != "none":
-        objective["weight"] = config.training.loss_weight
+    objective = config.objective.scoring()
     if stage.causal_from is not None:
         objective["causal_from"] = stage.causal_from
     window: dict[str, Any] = {"window": [stage.depth, config.n_sections], "schedule": config.mask_schedule_type}
@@ -159,7 +152,7 @@ def _unfreezes(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
 
 
 _ADDED = (
-    "optimizer", "block_learning_rates", "muon_momentum", "loss_scale", "ema", "eval_every", "patience", "keep_best",
+    "block_learning_rates", "loss_scale", "ema", "eval_every", "patience", "keep_best",
     "on_divergence", "divergence_factor", "divergence_limit", "rollback_factor",
 )  # fmt: skip
 """Settings that are named where they differ from their default: what was trained before they were there stays."""
@@ -173,8 +166,6 @@ def training_recipe(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
     values["block_learning_rates"] = {b: own[b] for b in own if block_part(int(b)) in stage.holds}
     if config.precision != "fp16":
         del values["loss_scale"]
-    if settings.optimizer != "muon":
-        del values["muon_momentum"]
     if not settings.heeds_held_out:
         del values["eval_every"]
     if settings.on_divergence == "stop":

@@ -111,7 +111,7 @@ def put_rows(config: StackWiseConfig, split: Samples, store: ActivationStore, ro
             hint="lower training.windows, or raise training.rows where it is set",
         )
     ids_R16 = np.ascontiguousarray(split.sample_ids(config.training.seq_len)[samples_R])
-    if config.objective == "clm":
+    if not config.objective.masks:
         masks_of = _no_masks(config)
     elif rowset == HELD_OUT:
         masks_of = _held_out_masks(config)
@@ -138,7 +138,7 @@ def rows_key(config: StackWiseConfig, data_id: str, rowset: int) -> str:
         rowset, windows = drawn[0], {}
     else:
         windows = {"windows": config.windows} if config.windows > 1 and rowset != HELD_OUT else {}
-    values = windows | {"training": training, "data": data_id, "objective": config.objective, "seed": config.seed}
+    values = windows | {"training": training, "data": data_id, "objective": config.objective.name, "seed": config.seed}
     return content_id("rows", values | {"rowset": rowset, "schedule": config.mask_schedule_type, "numerics": NUMERICS})
 
 
@@ -183,7 +183,7 @@ def _held_out_samples(config: StackWiseConfig, split: Samples) -> np.ndarray:
 
 
 def _held_out_each(config: StackWiseConfig) -> int:
-    return 1 if config.objective == "clm" else len(set(config.evaluation.fractions))
+    return 1 if not config.objective.masks else len(set(config.evaluation.fractions))
 
 
 def _held_out_masks(config: StackWiseConfig) -> Callable[[np.ndarray, int], np.ndarray]:

@@ -87,8 +87,9 @@ def conditions(config: StackWiseConfig, job: TrialJob, device: str) -> str:
     stage = asdict(job.stage) | {"place": 0}
     settings = config.stage_training(job.stage.depth)
     values = {"model": config.model.model_dump(), "positions": config.row_positions, "stage": stage, "device": device}
-    values |= {"precision": config.precision, "optimizer": settings.optimizer, "ema": settings.ema, "most": job.most}
-    return content_id("batch size", values | {"objective": config.objective, "vocabulary": job.vocab_size})
+    values |= {"optimizer": settings.optimizer.plain(), "precision": config.precision}
+    values |= {"ema": settings.ema, "most": job.most}
+    return content_id("batch size", values | {"objective": config.objective.plain(), "vocabulary": job.vocab_size})
 
 
 def make_job(config: StackWiseConfig, stage: Stage, vocab_size: int, mask_token: int, samples: int) -> TrialJob:
@@ -187,7 +188,7 @@ def _batch(engine: ResidentEngine, job: TrialJob, config: StackWiseConfig, rows:
 
     length = config.training.seq_len
     masks_BS = torch.zeros(rows, length, dtype=torch.bool)
-    masks_BS[:, : max(1, round(config.training.max_mask_fraction * length))] = config.objective != "clm"
+    masks_BS[:, : max(1, round(config.training.max_mask_fraction * length))] = config.objective.masks
     tokens_BS = torch.randint(0, min(4, job.vocab_size), (rows, length))
     tensors = {TOKENS: tokens_BS, MASKS: masks_BS} | dict.fromkeys(engine.model.objective.inputs, tokens_BS)
     if engine.model.front is None:

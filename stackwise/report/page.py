@@ -67,7 +67,7 @@ def _header(facts: Facts) -> str:
     stages = words.plural(config.n_stages, "stage")
     stages += f" and {words.plural(config.windows, 'window')}" if config.windows > 1 else ""
     blocks = f"{words.plural(model.n_blocks, 'block')} of width {model.d_model}"
-    objective = config.objective.replace("_", " ")
+    objective = config.objective.name.replace("_", " ")
     objective += ", then causal" if config.adapts else ""
     rack = f"{blocks}, {words.count(_parameters(facts))} parameters, in {stages} ({_mode(facts)}, {objective})"
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.history.begun)) if facts.history.begun else "not begun"

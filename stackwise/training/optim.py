@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from stackwise.config import StageTraining
+from stackwise.training import optimizers as kinds
 from stackwise.training.adam8bit import AdamW8bit
 
 BLOCK = "block."
@@ -66,11 +67,13 @@ def make_optimizer(trained: Iterable[tuple[str, nn.Parameter]], settings: StageT
         trained: Parameters, each with its part: front, block.N, head, or the name of a block beyond.
         settings: Of the stage.
     """
+    kind = settings.optimizer
+    assert isinstance(kind, kinds.AdamW)
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for part, p in trained:
         if p.requires_grad:
             matrix = p.dim() >= 2
-            orthogonal = settings.optimizer == "muon" and p.dim() == 2 and part not in ENDS
+            orthogonal = isinstance(kind, kinds.Muon) and p.dim() == 2 and part not in ENDS
             groups.setdefault((orthogonal, not matrix, rate_scale(settings, part)), []).append(p)
 
     def chosen(orthogonal: bool) -> list[dict[str, Any]]:
@@ -80,21 +83,17 @@ def make_optimizer(trained: Iterable[tuple[str, nn.Parameter]], settings: StageT
             if own is orthogonal
         ]
 
-    betas = (settings.beta1, settings.beta2)
+    betas = (kind.beta1, kind.beta2)
     rest = chosen(False)
-    if settings.optimizer == "adamw8bit":
-        return AdamW8bit(rest, lr=settings.learning_rate, betas=betas, eps=settings.adam_eps)
+    if isinstance(kind, kinds.AdamW8bit):
+        return AdamW8bit(rest, lr=settings.learning_rate, betas=betas, eps=kind.eps)
     fused = bool(rest) and all(p.device.type in ("cuda", "cpu") for group in rest for p in group["params"])
-    if settings.optimizer == "adamw" or not (matrices := chosen(True)):
-        return torch.optim.AdamW(rest, lr=settings.learning_rate, betas=betas, eps=settings.adam_eps, fused=fused)
-    muon = torch.optim.Muon(
-        matrices, lr=settings.learning_rate, momentum=settings.muon_momentum, adjust_lr_fn="match_rms_adamw"
-    )
+    if not isinstance(kind, kinds.Muon) or not (matrices := chosen(True)):
+        return torch.optim.AdamW(rest, lr=settings.learning_rate, betas=betas, eps=kind.eps, fused=fused)
+    muon = torch.optim.Muon(matrices, lr=settings.learning_rate, momentum=kind.momentum, adjust_lr_fn="match_rms_adamw")
     if not rest:
         return muon
-    return Both(
-        muon, torch.optim.AdamW(rest, lr=settings.learning_rate, betas=betas, eps=settings.adam_eps, fused=fused)
-    )
+    return Both(muon, torch.optim.AdamW(rest, lr=settings.learning_rate, betas=betas, eps=kind.eps, fused=fused))
 
 
 def rate_scale(settings: StageTraining, part: str) -> float:

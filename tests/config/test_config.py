@@ -75,7 +75,7 @@ def faults(tree: dict[str, Any], **overrides: Any) -> list[str]:
 def test_the_keys_of_the_original_documents_are_accepted_as_they_stand() -> None:
     config = build(StackWiseConfig, parse_yaml(SEED_YAML, "seed"))
     assert config.model.n_blocks == 12, "max_stacks bounds the stacks that are grown"
-    assert config.objective == "mlm"
+    assert config.objective.name == "mlm"
     assert config.time_as_depth
     assert config.store.path == "./cache"
     said = "\n".join(notes(config))

@@ -50,14 +50,14 @@ def tokenizer() -> str:
 
 LLAMA = [
     {},
-    {"n_kv_heads": 2, "tie_embeddings": False},
+    {"attention": {"kind": "gqa", "kv_heads": 2}, "tie_embeddings": False},
     {"bias": True},
-    {"n_kv_heads": 1, "d_ff": 80, "max_seq_len": 64},
+    {"attention": {"kind": "gqa", "kv_heads": 1}, "d_ff": 80, "max_seq_len": 64},
 ]
 OTHER = [
     {"norm": "layernorm", "ffn": "gelu", "positions": "learned", "bias": True},
     {"ffn": "gelu"},
-    {"norm": "layernorm", "tie_embeddings": False, "n_kv_heads": 2},
+    {"norm": "layernorm", "tie_embeddings": False, "attention": {"kind": "gqa", "kv_heads": 2}},
 ]
 
 

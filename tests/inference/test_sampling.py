@@ -17,11 +17,11 @@ from tests.inference.by_keyword import fill, logits_at, sample_causal
 
 V, L, MASK = 31, 24, 30
 KINDS: dict[str, dict[str, object]] = {
-    "gqa": {"n_kv_heads": 2},
+    "gqa": {"attention": {"kind": "gqa", "kv_heads": 2}},
     "learned": {"positions": "learned"},
     "mla": {"attention": "mla"},
     "elu": {"attention": "linear"},
-    "performer": {"attention": "linear", "feature_map": "performer"},
+    "performer": {"attention": {"kind": "linear", "feature_map": "performer"}},
     "time": {"time_embedding": "sinusoidal"},
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stackwise.config.direction import Annealed, BlockCausal, Direction
+from stackwise.config.kinds import Attention
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model import Block, Cache, build_block, build_rack, part_digest
@@ -20,14 +21,14 @@ from stackwise.model.linear_attention import LinearAttention, projection
 D, H, E = 32, 4, 8
 KINDS: dict[str, dict[str, object]] = {
     "mha": {},
-    "gqa": {"attention": "gqa", "n_kv_heads": 2, "bias": True},
+    "gqa": {"attention": {"kind": "gqa", "kv_heads": 2}, "bias": True},
     "learned": {"positions": "learned"},
     "mla": {"attention": "mla"},
-    "mla-q": {"attention": "mla", "kv_rank": 12, "q_rank": 20, "rope_head_dim": 6, "bias": True},
+    "mla-q": {"attention": {"kind": "mla", "kv_rank": 12, "q_rank": 20, "rope_head_dim": 6}, "bias": True},
     "mla-learned": {"attention": "mla", "positions": "learned"},
     "elu": {"attention": "linear"},
-    "relu": {"attention": "linear", "feature_map": "relu", "n_kv_heads": 2},
-    "performer": {"attention": "linear", "feature_map": "performer", "random_features": 12},
+    "relu": {"attention": {"kind": "linear", "feature_map": "relu", "kv_heads": 2}},
+    "performer": {"attention": {"kind": "linear", "feature_map": "performer", "random_features": 12}},
 }
 DIRECTIONS: dict[str, Direction] = {
     "both": False,
@@ -231,7 +232,8 @@ def test_flex_attention_follows_the_same_rule(way: str) -> None:
 
 
 def test_random_features_come_near_the_softmax() -> None:
-    wide = ModelConfig(d_model=D, n_heads=H, attention="linear", feature_map="performer", random_features=4096)
+    features = Attention.of({"kind": "linear", "feature_map": "performer", "random_features": 4096})
+    wide = ModelConfig(d_model=D, n_heads=H, attention=features)
     near, exact = build_block(wide, 0, 1).attention, build_block(config("mha"), 0, 1).attention
     near.load_state_dict(exact.state_dict())
     x = stream(16).float() * 4
@@ -294,11 +296,11 @@ def test_time_is_an_input(kind: str) -> None:
         rack(ids)
 
 
-def test_settings_without_effect_are_no_identity() -> None:
+def test_what_is_left_open_has_the_identity_of_what_it_is_resolved_to() -> None:
+    def of(attention: object) -> dict[str, object]:
+        return ModelConfig(d_model=D, n_heads=H, attention=Attention.of(attention)).specification()
+
     plain = ModelConfig(d_model=D, n_heads=H).specification()
-    assert ModelConfig(d_model=D, n_heads=H, kv_rank=4, feature_map="relu", attention="mha").specification() == plain
-    assert "attention" not in plain
-    linear = ModelConfig(d_model=D, n_heads=H, attention="linear", random_features=9).specification()
-    assert set(linear) - set(plain) == {"attention", "feature_map"}
-    latent = ModelConfig(d_model=D, n_heads=H, attention="mla").specification()
-    assert latent == ModelConfig(d_model=D, n_heads=H, attention="mla", kv_rank=32, rope_head_dim=4).specification()
+    assert of("mha") == of({"kind": "gqa", "kv_heads": H}) == plain != of({"kind": "gqa", "kv_heads": 1})
+    assert of({"kind": "linear", "random_features": 9}) == of("linear") != plain
+    assert of("mla") == of({"kind": "mla", "kv_rank": 32, "rope_head_dim": 4}) != plain

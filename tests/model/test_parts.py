@@ -23,8 +23,8 @@ def config(**settings: object) -> ModelConfig:
 SHAPES = [
     {},
     {"norm": "layernorm", "ffn": "gelu", "positions": "learned", "bias": True},
-    {"n_kv_heads": 2},
-    {"n_kv_heads": 1, "bias": True, "tie_embeddings": False},
+    {"attention": {"kind": "gqa", "kv_heads": 2}},
+    {"attention": {"kind": "gqa", "kv_heads": 1}, "bias": True, "tie_embeddings": False},
 ]
 
 
@@ -93,7 +93,7 @@ def test_direction_and_segments() -> None:
 
 
 def test_grouped_query_is_attention_with_repeated_heads() -> None:
-    grouped, full = build_block(config(n_kv_heads=2), 0, 0), build_block(config(), 0, 0)
+    grouped, full = build_block(config(attention={"kind": "gqa", "kv_heads": 2}), 0, 0), build_block(config(), 0, 0)
     full.load_state_dict(
         {
             name: w.view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32) if name in KEYS else w
@@ -199,8 +199,8 @@ def test_digest_sees_names_values_dtypes_shapes() -> None:
 def test_refusals() -> None:
     with pytest.raises(UsageError, match="does not divide"):
         build_block(config(n_heads=5), 0, 0)
-    with pytest.raises(UsageError, match="n_kv_heads 3 does not divide"):
-        build_block(config(n_kv_heads=3), 0, 0)
+    with pytest.raises(UsageError, match="kv_heads 3 does not divide"):
+        build_block(config(attention={"kind": "gqa", "kv_heads": 3}), 0, 0)
     with pytest.raises(UsageError, match="even width"):
         build_block(config(d_model=36, n_heads=12), 0, 0)
     with pytest.raises(UsageError, match="longer than the model takes"):
@@ -221,7 +221,7 @@ def test_rack_takes_any_integer_ids() -> None:
 
 def test_blocks_compile_without_breaks() -> None:
     torch._dynamo.reset()  # what other tests compiled counts against the limit of recompilations
-    block = build_block(config(n_kv_heads=2, dropout=0.1), 0, 0)
+    block = build_block(config(attention={"kind": "gqa", "kv_heads": 2}, dropout=0.1), 0, 0)
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     x = torch.randn(2, 8, 32)
     block.eval()

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from stackwise.batch import Batch
 from stackwise.config.model import ArchitectureConfig, ModelConfig
-from stackwise.config.progressive import ProgressiveConfig
 from stackwise.config.training import TrainingConfig
 from stackwise.errors import UsageError
 from stackwise.model import Rack, build_rack
@@ -22,6 +21,7 @@ from stackwise.objectives import (
     Objective,
     corrupt,
     head_cross_entropy,
+    kinds,
     make_objective,
     uniform_masks,
 )
@@ -257,21 +257,18 @@ def test_make_objective() -> None:
         return make_objective(TrainingConfig(**settings), MASK, V, 3)  # type: ignore[arg-type]
 
     assert type(made()) is MaskDiffusionObjective
-    mlm = made(objective="mlm", mlm_mask=0.7)
+    mlm = made(objective={"name": "mlm", "mask_share": 0.7})
     assert isinstance(mlm, MLMObjective)
     assert (mlm.mask_share, mlm.seed) == (0.7, 3)
     assert isinstance(made(objective="clm"), CLMObjective)
     assert isinstance(made(objective="custom"), CustomObjective)
-    own = ProgressiveConfig(enabled=True, training_objective="clm")
-    assert isinstance(made(progressive=own), CLMObjective)
-    assert type(made(progressive=ProgressiveConfig(training_objective="clm"))) is MaskDiffusionObjective
 
 
 def test_refusals() -> None:
     with pytest.raises(UsageError, match="needs a mask token"):
         make_objective(TrainingConfig(), None, V, 0)
     with pytest.raises(UsageError, match="not among"):
-        make_objective(TrainingConfig(objective="mlm"), V, V, 0)
+        make_objective(TrainingConfig(objective=kinds.MLM()), V, V, 0)
     with pytest.raises(UsageError, match="negative"):
         MaskDiffusionObjective(-1)
     with pytest.raises(UsageError, match="shares"):

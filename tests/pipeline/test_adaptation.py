@@ -130,7 +130,7 @@ def test_its_settings_can_be_overridden_and_are_shown(micro: Micro) -> None:
     [
         ({"training": {"objective": "clm"}}, "causal from the start"),
         ({"training": {"objective": "custom"}}, "does not say tokens"),
-        ({"training": {"diffusion_block": 8}}, "leave one of them out"),
+        ({"training": {"objective": {"name": "mask_diffusion", "block": 8}}}, "with a cache as it is"),
         ({"training": {"mode": "independent"}}, "do not stand on each other"),
         ({"model": {"attention": "linear"}, "training": {"adaptation_anneal": 1}}, "set it to 0"),
         ({"training": {"adaptation_steps": 3, "adaptation_anneal": 3}}, "at least one step"),

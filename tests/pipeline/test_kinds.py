@@ -126,17 +126,19 @@ def test_contradictions_are_refused_and_idle_settings_told() -> None:
         return StackWiseConfig.from_preset("micro", {k.replace("__", "."): v for k, v in settings.items()})
 
     for wrong, said in (
-        ({"model__attention": "mha", "model__n_kv_heads": 1}, "means gqa"),
-        ({"model__attention": "gqa"}, "needs model.n_kv_heads"),
+        ({"model__attention": "mha", "model__n_kv_heads": 1}, "both are one setting"),
+        ({"model__attention": "gqa"}, "needs kv_heads"),
         ({"model__attention": "mla", "model__rope_head_dim": 3}, "even width"),
         ({"training__diffusion_block": 5}, "does not divide training.seq_len 32"),
-        ({"training__diffusion_block": 8, "training__objective": "clm"}, "blocks are of mask_diffusion"),
         ({"model__time_embedding": "learned", "training__objective": "clm"}, "clm masks nothing"),
     ):
         with pytest.raises(ConfigError, match=said):
             made(**wrong)
+    lines = notes(made(training__diffusion_block=8, training__objective="clm"))
+    assert lines == ["training.diffusion_block is unused: training.objective is clm"]
     lines = notes(made(model__kv_rank=4, model__random_features=3, model__time_embedding_dim=9))
     assert lines == [
-        "model.kv_rank, random_features: unused, model.attention is mha",
+        "model.kv_rank is unused: model.attention is mha",
+        "model.random_features is unused: model.attention is mha",
         "model.time_embedding_dim is unused: model.time_embedding is none",
     ]

@@ -185,7 +185,6 @@ def test_fraction_windows_may_overlap(micro: Micro, tmp_path: Path) -> None:
         ({"mask_schedule_over": "depth", "mask_windows": [[0.15, 0.3], [0.5, 0.9]]}, "just above 0.3"),
         ({"mask_schedule_over": "depth", "mask_windows": [[0.15, 0.9]]}, "1 window for 2 stages: give"),
         ({"mask_schedule_over": "depth", "mask_windows": [[0.9, 0.15], [0.15, 0.9]]}, "does not run upwards"),
-        ({"objective": "clm", "loss_weight": "inverse_time"}, "clm has none"),
         ({"mode": "independent", "fusion": {"strategy": "trainable"}}, "do not stand on each other"),
         (
             {"progressive": {"enabled": True, "time_interpretation": "depth", "stack_time_mapping": "custom"}},

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from stackwise.errors import StackWiseError
 from stackwise.model import part_digest
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.optim import learning_rate
+from stackwise.training.optimizers import AdamW
 from stackwise.training.spill import Spill
 from stackwise.training.swap import SwappedEngine
 from tests.training.swapping import (
@@ -106,9 +107,10 @@ def test_in_float64_it_stays_with_a_loop_of_pytorchs_own_parts(disk: Path, depth
     weights = list(model.parameters())
     decayed, others = [p for p in weights if p.dim() > 1], [p for p in weights if p.dim() < 2]
     chosen = swapped.settings
+    adamw = cast(AdamW, chosen.optimizer)
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": chosen.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        betas=(chosen.beta1, chosen.beta2), eps=chosen.adam_eps, foreach=False, fused=False,
+        betas=(adamw.beta1, adamw.beta2), eps=adamw.eps, foreach=False, fused=False,
     )  # fmt: skip
     for step in range(20):
         batches = microbatches(step, 3)

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from stackwise.config.kinds import Attention
 from stackwise.objectives import AdaptationObjective, BlockDiffusionObjective, Objective
 from stackwise.training.optim import learning_rate
 from stackwise.training.stage import StageModel
 from tests.training.swapping import MASK, Plain, RackParts, engine, microbatches
+
+PERFORMER = Attention.of({"kind": "linear", "feature_map": "performer"})
 
 
 class Kind(RackParts):
@@ -31,9 +34,9 @@ class Kind(RackParts):
 
 
 KINDS = {
-    "blocks": lambda: Kind(BlockDiffusionObjective(MASK, 4), attention="mla", time_embedding="learned"),
+    "blocks": lambda: Kind(BlockDiffusionObjective(MASK, 4), attention=Attention.of("mla"), time_embedding="learned"),
     "adaptation": lambda: Kind(AdaptationObjective(MASK, 2), time_embedding="sinusoidal"),
-    "linear": lambda: Kind(BlockDiffusionObjective(MASK, 3, True), attention="linear", feature_map="performer"),
+    "linear": lambda: Kind(BlockDiffusionObjective(MASK, 3, True), attention=PERFORMER),
 }
 
 

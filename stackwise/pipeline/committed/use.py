@@ -73,7 +73,7 @@ def _evaluated(
         split.samples(indices, seq_len),
         split.sample_bytes(indices, seq_len),
         segments_NS=split.segments(indices, seq_len) if config.data.within_documents else None,
-        targets_NS=split.targets(indices, seq_len) if config.objective == "custom" else None,
+        targets_NS=split.targets(indices, seq_len) if "targets" in config.objective.inputs else None,
         separator_id=rack.data.tokenizer.separator_id,
     )
     how = Measure(

@@ -189,7 +189,7 @@ class StagesInProcess:
             span=span,
             initial=initial,
             trunk=trunk,
-            targets=self.data.targets_digest() if config.objective == "custom" else None,
+            targets=self.data.targets_digest() if "targets" in config.objective.inputs else None,
         )
         job = StageJob(
             config=dump(config),
@@ -393,7 +393,7 @@ class UnifiedTrainer:
         if tokens.max() >= size:
             raise UsageError(f"model.vocab_size {size} does not fit the data, which has token {tokens.max()}")
         mask = size - 1 if config.training.mask_token_id is None else config.training.mask_token_id
-        if config.objective != "clm" and (tokens == mask).any():
+        if config.objective.masks and (tokens == mask).any():
             raise UsageError(
                 f"the mask token {mask} occurs in the data",
                 hint="set training.mask_token_id to an id that the data cannot contain (raise model.vocab_size by one)",

@@ -1,0 +1,238 @@
+"""Choices that carry their own settings: `optimizer: {name: muon, momentum: 0.95}`; what each kind says of itself.
+
+A kind is one class: its fields are its settings, its methods are its facts (parameters, bytes, what goes into
+recipes). The configuration holds an instance of it, so that the estimate of memory, the recipe, the checks and the
+export ask it, and nobody compares its name. A plain string is short for a mapping with the name alone. Kinds from
+outside register themselves:
+
+    from stackwise.config.kinds import OPTIMIZERS, Optimizer
+
+    @OPTIMIZERS.register("lion")
+    class Lion(Optimizer):
+        beta: float = Field(0.9, description="...")
+
+The built-in kinds are in the rooms of their subjects, in modules that import no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import GetCoreSchemaHandler, SerializationInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from stackwise.config.fields import Section
+from stackwise.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from stackwise.config.model import ModelConfig
+
+ATTENTIONS: Registry[type[Attention]] = Registry(
+    "attention",
+    {
+        "mha": "stackwise.model.kinds:MultiHead",
+        "gqa": "stackwise.model.kinds:GroupedQuery",
+        "mla": "stackwise.model.kinds:Latent",
+        "linear": "stackwise.model.kinds:Linear",
+    },
+)
+FEED_FORWARDS: Registry[type[FeedForward]] = Registry(
+    "feed-forward", {"swiglu": "stackwise.model.kinds:SwiGLU", "gelu": "stackwise.model.kinds:GELU"}
+)
+OPTIMIZERS: Registry[type[Optimizer]] = Registry(
+    "optimizer",
+    {
+        "adamw": "stackwise.training.optimizers:AdamW",
+        "muon": "stackwise.training.optimizers:Muon",
+        "adamw8bit": "stackwise.training.optimizers:AdamW8bit",
+    },
+)
+OBJECTIVES: Registry[type[Objective]] = Registry(
+    "objective",
+    {
+        "mask_diffusion": "stackwise.objectives.kinds:MaskDiffusion",
+        "mlm": "stackwise.objectives.kinds:MLM",
+        "clm": "stackwise.objectives.kinds:CLM",
+        "custom": "stackwise.objectives.kinds:Custom",
+    },
+)
+
+
+class Kind(Section):
+    """One kind of a sort: its fields are settings, its methods facts. A sort is a direct subclass with a registry."""
+
+    registry: ClassVar[Registry[Any]]
+    """Where the kinds of this sort are found by name."""
+    tag: ClassVar[str] = "name"
+    """The key that says the kind's name."""
+    default: ClassVar[str]
+    """The name of the kind that is taken where none is given."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the registry."""
+        return self.registry.name_of(type(self))
+
+    def plain(self) -> dict[str, Any]:
+        """Name and settings, as a configuration says them."""
+        return {self.tag: self.name} | self.model_dump()
+
+    @classmethod
+    def of(cls, value: Any) -> Self:
+        """The kind that a name, or a mapping with the name and settings, stands for.
+
+        Raises:
+            ValidationError: There is none of this name, or its settings are faulty.
+        """
+        if isinstance(value, cls):
+            return value
+        given = {cls.tag: value} if isinstance(value, str) else value
+        if not isinstance(given, Mapping):
+            raise PydanticCustomError("kind_type", "must be a name, or a mapping with {tag}", {"tag": cls.tag})
+        name = given.get(cls.tag)
+        if not isinstance(name, str) or name not in cls.registry:
+            raise PydanticCustomError(
+                "kind", "{tag} must be one of {names}", {"tag": cls.tag, "names": ", ".join(cls.registry.names())}
+            )
+        kind: type[Self] = cls.registry[name]
+        return kind(**{key: setting for key, setting in given.items() if key != cls.tag})
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """A field annotated with a sort takes any of its kinds; a kind itself is a section like any other."""
+        if "registry" not in cls.__dict__:
+            return handler(source)
+        dump = core_schema.plain_serializer_function_ser_schema(_dump, info_arg=True)
+        return core_schema.no_info_plain_validator_function(cls.of, serialization=dump)
+
+
+def _dump(kind: Kind, info: SerializationInfo) -> dict[str, Any]:
+    return {kind.tag: kind.name} | kind.model_dump(mode=info.mode)
+
+
+Fault = tuple[str, str]
+"""A key, relative to the section that is asked, and what is wrong with it."""
+
+
+class Attention(Kind):
+    """What queries, keys and values are made of, and how they meet."""
+
+    registry: ClassVar[Registry[Any]] = ATTENTIONS
+    default: ClassVar[str] = "mha"
+    tag: ClassVar[str] = "kind"
+    llama: ClassVar[bool] = False
+    """Whether Hugging Face's LLaMA computes the same."""
+    anneals: ClassVar[bool] = True
+    """Whether it can be between bidirectional and causal."""
+
+    def key_heads(self, model: ModelConfig) -> int:
+        """Heads of keys and values."""
+        return model.n_heads
+
+    def parameters(self, model: ModelConfig) -> int:
+        """Parameters in one block's attention."""
+        raise NotImplementedError
+
+    def kept(self, model: ModelConfig) -> int:
+        """Numbers a token that it keeps for its backward pass, its norm's input and output included."""
+        raise NotImplementedError
+
+    def narrowest(self, model: ModelConfig) -> int:
+        """The rank of the narrowest matrix that carries adapters."""
+        return min(model.d_model, self.key_heads(model) * model.head_dim)
+
+    def specification(self, model: ModelConfig) -> dict[str, Any]:
+        """What of it shapes a forward pass beside the weights, defaults resolved."""
+        return self.plain()
+
+    def build(self, model: ModelConfig) -> nn.Module:
+        """The module: `forward(x_BSD, *, causal, segments_BS, cache)` gives [B, S, D]."""
+        raise NotImplementedError
+
+    def faults(self, model: ModelConfig) -> Iterator[Fault]:
+        """What of its settings the model cannot have."""
+        yield from ()
+
+
+class FeedForward(Kind):
+    """The feed-forward of a block."""
+
+    registry: ClassVar[Registry[Any]] = FEED_FORWARDS
+    default: ClassVar[str] = "swiglu"
+    tag: ClassVar[str] = "kind"
+    llama: ClassVar[bool] = False
+    """Whether Hugging Face's LLaMA computes the same."""
+    matrices: ClassVar[int] = 2
+    """Matrices between d_model and its own width."""
+
+    def width(self, d_model: int) -> int:
+        """Its inner width where `model.d_ff` is null."""
+        return 4 * d_model
+
+    def parameters(self, model: ModelConfig) -> int:
+        """Parameters in one block's feed-forward."""
+        raise NotImplementedError
+
+    def kept(self, model: ModelConfig) -> int:
+        """Numbers a token that it keeps for its backward pass inside itself."""
+        raise NotImplementedError
+
+    def specification(self, model: ModelConfig) -> dict[str, Any]:
+        """What of it shapes a forward pass beside the weights, defaults resolved."""
+        return self.plain()
+
+    def build(self, model: ModelConfig) -> nn.Module:
+        """The module: [..., D] to [..., D]."""
+        raise NotImplementedError
+
+
+class Optimizer(Kind):
+    """How parameters follow from gradients."""
+
+    registry: ClassVar[Registry[Any]] = OPTIMIZERS
+    default: ClassVar[str] = "adamw"
+
+    def state_bytes(self, blocks: int, rest: int) -> int:
+        """Bytes of its state.
+
+        Args:
+            blocks: Parameters of whole blocks.
+            rest: All others: front, head, adapters.
+        """
+        raise NotImplementedError
+
+
+class Objective(Kind):
+    """What is predicted, and how it is scored."""
+
+    registry: ClassVar[Registry[Any]] = OBJECTIVES
+    default: ClassVar[str] = "mask_diffusion"
+    masks: ClassVar[bool] = True
+    """Whether positions are masked, each row at its share."""
+    causal: ClassVar[bool] = False
+    """Whether positions see none that follow."""
+    inputs: ClassVar[tuple[str, ...]] = ()
+    """What a batch must bring beside tokens and masks."""
+
+    def positions(self, seq_len: int) -> int:
+        """Positions of a row of activations."""
+        return seq_len
+
+    def unadaptable(self) -> str | None:
+        """Why a rack trained with it cannot be turned causal; None: it can."""
+        return None
+
+    def specification(self, seed: int) -> dict[str, Any]:
+        """What of it shapes a forward pass beside the weights."""
+        return {}
+
+    def scoring(self) -> dict[str, Any]:
+        """What of it shapes the loss alone, for the recipe; the name among it."""
+        return {"name": self.name}
+
+    def faults(self, seq_len: int) -> Iterator[Fault]:
+        """What of its settings samples of this length cannot have."""
+        yield from ()

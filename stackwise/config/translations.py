@@ -1,0 +1,350 @@
+"""Keys as they were written before, and where they stand now: the seeds' documents, flat keys, configurations of
+earlier runs, overrides on the command line. Nothing else knows the old keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stackwise.config.fields import Section
+from stackwise.config.kinds import Kind
+from stackwise.config.model import ModelConfig
+from stackwise.config.training import StageTraining
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A key that stands elsewhere now.
+
+    Args:
+        old: The dotted key, as it was written.
+        new: The dotted key now; None: nothing uses it.
+        default: The value that says nothing: what it had where it was left out.
+    """
+
+    old: str
+    new: str | None
+    default: Any = None
+
+
+TABLE = (
+    Moved("model.n_kv_heads", "model.attention.kv_heads"),
+    Moved("model.kv_rank", "model.attention.kv_rank"),
+    Moved("model.q_rank", "model.attention.q_rank"),
+    Moved("model.rope_head_dim", "model.attention.rope_head_dim"),
+    Moved("model.feature_map", "model.attention.feature_map", "elu"),
+    Moved("model.random_features", "model.attention.random_features"),
+    Moved("training.beta1", "training.optimizer.beta1", 0.9),
+    Moved("training.beta2", "training.optimizer.beta2", 0.95),
+    Moved("training.adam_eps", "training.optimizer.eps", 1e-8),
+    Moved("training.muon_momentum", "training.optimizer.momentum", 0.95),
+    Moved("training.loss_weight", "training.objective.weight", "none"),
+    Moved("training.diffusion_block", "training.objective.block"),
+    Moved("training.mlm_mask", "training.objective.mask_share", 0.8),
+    Moved("training.mlm_random", "training.objective.random_share", 0.1),
+)
+"""Every old key. Those of `training` are read in `stages.K.training` too, where the new one is a stage's."""
+
+
+_OF_A_STAGE = frozenset(StageTraining.model_fields) | {
+    row.old.split(".")[1]
+    for row in TABLE
+    if row.new is not None and row.new.startswith("training.") and row.new.split(".")[1] in StageTraining.model_fields
+}
+"""Keys of `training` that `stages.K.training` has too."""
+
+
+@dataclass
+class Reading:
+    """A tree of settings in today's form, and what is to be said of the one it was made from.
+
+    Args:
+        tree: Nested mappings.
+        unused: One line for each setting that nothing uses.
+        faults: Keys and what is wrong with them: a setting given in an old and a new form that differ.
+    """
+
+    tree: Tree
+    unused: list[str]
+    faults: list[tuple[str, str]]
+
+
+def translate(root: type[Section], tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> Reading:
+    """Settings in today's form, overrides applied.
+
+    Args:
+        root: The class of the whole configuration.
+        tree: As YAML gives it; not changed.
+        overrides: Dotted keys and values.
+    """
+    reading = Reading({}, [], [])
+    work = _Translation(root, reading)
+    reading.tree = work.translated(_copied(tree), {})
+    # Those that choose a kind come first: which settings there are depends on it.
+    for written in sorted(overrides, key=work.place):
+        work.override(written, overrides[written])
+    work.complete()
+    return reading
+
+
+def read_model(tree: Mapping[str, Any]) -> ModelConfig:
+    """The model that an export or another saved file describes.
+
+    Raises:
+        ValidationError: It describes none.
+    """
+    reading = translate(_Model, {"model": tree}, {})
+    return ModelConfig.model_validate(reading.tree["model"])
+
+
+class _Model(Section):
+    model: ModelConfig
+
+
+class _Translation:
+    """One reading of a tree and its overrides."""
+
+    def __init__(self, root: type[Section], reading: Reading) -> None:
+        self.choices = dict(_choices(root, ""))
+        self.reading = reading
+        self.written: dict[str, tuple[str, Any]] = {}
+
+    def place(self, key: str) -> int:
+        """When an override is applied: those that others depend on come first."""
+        if key in ("training", "model", "training.progressive", "training.progressive.enabled"):
+            return 0
+        path = _base(key)
+        chooses = any(path in (choice, f"{choice}.{sort.tag}") for choice, sort in self.choices.items())
+        return 1 if chooses or path == "training.progressive.training_objective" else 2
+
+    def translated(self, tree: Tree, base: Tree) -> Tree:
+        """A tree in today's form; `base`: what it will be put upon, which says the kinds that it leaves open."""
+        for path in self.choices:
+            for key in _spread(path, tree):
+                value = _get(tree, key)
+                if isinstance(value, str):
+                    _set(tree, key, {self.choices[path].tag: value})
+                elif value is None and _has(tree, key):
+                    _drop(tree, key)
+        self._objective(tree, base)
+        self._key_heads(tree, base)
+        for row in TABLE:
+            for key in _spread(row.old, tree):
+                if _has(tree, key):
+                    self._move(tree, base, row, key)
+        return tree
+
+    def _move(self, tree: Tree, base: Tree, row: Moved, key: str) -> None:
+        value = _drop(tree, key)
+        new = None if row.new is None else key.removesuffix(row.old) + row.new
+        if new is None:
+            if value != row.default:
+                self.reading.unused.append(f"{key} is unused: nothing heeds it any more")
+            return
+        path = row.new.rpartition(".")[0] if row.new else ""
+        if (sort := self.choices.get(path)) is not None:
+            name = self._kind(sort, new.rpartition(".")[0], tree, base)
+            kind = _class(sort, name)
+            if kind is None or new.rpartition(".")[2] not in kind.model_fields:
+                if value != row.default and kind is not None:
+                    self.reading.unused.append(f"{key} is unused: {new.rpartition('.')[0]} is {name}")
+                return
+            if value == row.default and key == row.old and not base and not _has(tree, new):
+                return  # an earlier run wrote out what it left at its default
+        if _has(tree, new) and _get(tree, new) != value:
+            text = f"{value!r}, but {new} says {_get(tree, new)!r}, and both are one setting: leave one of them out"
+            self.reading.faults.append((key, text))
+            return
+        _set(tree, new, value)
+
+    def _kind(self, sort: type[Kind], key: str, tree: Tree, base: Tree) -> str:
+        """The name of the kind that a choice has: its own, that of what it will be put upon, the run's, the default."""
+        for place in (key, _base(key)):
+            for source in (tree, base):
+                value = _get(source, place)
+                name = value.get(sort.tag) if isinstance(value, dict) else value
+                if isinstance(name, str):
+                    return name
+        return sort.default
+
+    def _objective(self, tree: Tree, base: Tree) -> None:
+        """The objective of progressive training comes before `training.objective`."""
+        key = "training.progressive.training_objective"
+        if not _has(tree, key) or (value := _drop(tree, key)) is None:
+            return
+        enabled = _get(tree, "training.progressive.enabled")
+        if not (_get(base, "training.progressive.enabled") if enabled is None else enabled):
+            self.reading.unused.append(f"{key} is unused: training.progressive.enabled is false")
+            return
+        own = _get(tree, "training.objective")
+        name = own.get("name") if isinstance(own, dict) else own
+        if name not in (None, value):
+            self.reading.unused.append(f"training.objective is unused: {key} is {value}")
+            own = {}
+        _set(tree, "training.objective", (own or {}) | {"name": value})
+
+    def _key_heads(self, tree: Tree, base: Tree) -> None:
+        """`n_kv_heads` alone meant grouped-query attention."""
+        heads = _get(tree, "model.n_kv_heads")
+        if not _has(tree, "model.n_kv_heads"):
+            return
+        said, before = _get(tree, "model.attention"), _get(base, "model.attention")
+        name = (said or before or {"kind": None}).get("kind")
+        if heads is None and name == "gqa" and not said:
+            _set(tree, "model.attention", {"kind": "mha"})
+        if heads is None or (name == "mha" and heads == (_get(tree, "model.n_heads") or 4)):
+            _drop(tree, "model.n_kv_heads")
+        elif name is None or (name == "mha" and not said):
+            _set(tree, "model.attention", {"kind": "gqa"})
+        elif name == "mha":
+            text = f"mha has as many key and value heads as heads; n_kv_heads {heads} means gqa"
+            self.reading.faults.append(("model.attention", text))
+
+    def override(self, written: str, value: Any) -> None:
+        """Apply one override."""
+        key = ".".join(written.split("."))
+        if value is None and _base(key) in self.choices:  # back to its default
+            if _has(self.reading.tree, key):
+                _drop(self.reading.tree, key)
+            return
+        tree = self.translated(_nested(key, _copied(value)), self.reading.tree)
+        moved = tree != _nested(key, value)
+        if not moved:
+            if _base(key) in self.choices and isinstance(value, dict):
+                self.written |= {f"{key}.{name}": (written, setting) for name, setting in value.items()}
+            self._assign(key, value)
+            return
+        for path, leaf in _leaves(tree, self.choices):
+            if path in self.written and self.written[path][1] != leaf:
+                other, earlier = self.written[path]
+                text = f"{value!r}, but {other} says {earlier!r}, and both are one setting: leave one of them out"
+                self.reading.faults.append((key, text))
+                continue
+            self.written[path] = (written, leaf)
+            self._assign(path, leaf, keeps=isinstance(value, str))
+
+    def _assign(self, key: str, value: Any, *, keeps: bool = False) -> None:
+        """Set one key; a kind given by its name alone keeps the settings that both kinds have."""
+        parents = key.split(".")[:-1]
+        section: Any = self.reading.tree
+        for depth, name in enumerate(parents):
+            place = _at(section, name)
+            if section.get(place) is None:
+                section[place] = {}
+            section = section[place]
+            if not isinstance(section, dict):
+                self.reading.faults.append((key, f"{'.'.join(parents[: depth + 1])} is a value, not a section"))
+                return
+        sort = self.choices.get(_base(key))
+        if sort is not None and isinstance(value, dict) and (keeps or sort.tag not in value):
+            place = _at(section, key.rpartition(".")[2])
+            value = _onto(sort, section.get(place), value)
+        section[_at(section, key.rpartition(".")[2])] = value
+
+    def complete(self) -> None:
+        """Choices that a stage gives in part, or by name alone, have the rest from the run's own."""
+        tree = self.reading.tree
+        for path, sort in self.choices.items():
+            for key in _spread(path, tree):
+                value, run = _get(tree, key), _get(tree, path)
+                if key != path and isinstance(value, dict) and (sort.tag not in value or set(value) == {sort.tag}):
+                    _set(tree, key, _onto(sort, run if isinstance(run, dict) else None, value))
+                elif key == path and isinstance(value, dict) and sort.tag not in value:
+                    _set(tree, key, {sort.tag: self._kind(sort, key, tree, {})} | value)
+
+
+def _onto(sort: type[Kind], before: Any, value: Tree) -> Tree:
+    """Settings of a choice upon those it had, of which the ones that the kind lacks are left out."""
+    before = before if isinstance(before, dict) else {}
+    name = value.get(sort.tag, before.get(sort.tag, sort.default))
+    kind = _class(sort, name)
+    fields = kind.model_fields if kind is not None else {}
+    return {sort.tag: name} | {key: setting for key, setting in before.items() if key in fields} | value
+
+
+def _class(sort: type[Kind], name: Any) -> type[Kind] | None:
+    """The kind of this name; None where there is none, which is said when the tree is read."""
+    return sort.registry[name] if isinstance(name, str) and name in sort.registry else None
+
+
+def _choices(section: type[Section], prefix: str) -> Iterator[tuple[str, type[Kind]]]:
+    """Each choice by its dotted key."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Kind):
+            yield f"{prefix}{name}", kind
+        elif isinstance(kind, type) and issubclass(kind, Section):
+            yield from _choices(kind, f"{prefix}{name}.")
+
+
+def _base(key: str) -> str:
+    """The run's key that a stage's own stands for."""
+    parts = key.split(".")
+    return ".".join(parts[2:]) if parts[0] == "stages" and len(parts) > 2 else key
+
+
+def _spread(key: str, tree: Tree) -> Iterator[str]:
+    """A key, and the same one of each stage that has settings of its own."""
+    yield key
+    stages = tree.get("stages")
+    if isinstance(stages, dict) and key.startswith("training.") and key.split(".")[1] in _OF_A_STAGE:
+        yield from (f"stages.{stage}.{key}" for stage in stages)
+
+
+def _at(section: Mapping[Any, Any], name: str) -> Any:
+    """A name as the mapping has it: numbers of stages are whole numbers."""
+    return int(name) if name.isdecimal() and name not in section else name
+
+
+def _get(tree: Any, key: str) -> Any:
+    for name in key.split("."):
+        if not isinstance(tree, dict):
+            return None
+        tree = tree.get(_at(tree, name))
+    return tree
+
+
+def _has(tree: Tree, key: str) -> bool:
+    above, _, name = key.rpartition(".")
+    section = _get(tree, above)
+    return isinstance(section, dict) and _at(section, name) in section
+
+
+def _set(tree: Tree, key: str, value: Any) -> None:
+    *above, last = key.split(".")
+    for name in above:
+        place = _at(tree, name)
+        if not isinstance(tree.get(place), dict):
+            tree[place] = {}
+        tree = tree[place]
+    tree[_at(tree, last)] = value
+
+
+def _drop(tree: Tree, key: str) -> Any:
+    above, _, name = key.rpartition(".")
+    section = _get(tree, above)
+    return section.pop(_at(section, name))
+
+
+def _nested(key: str, value: Any) -> Tree:
+    tree: Tree = {}
+    _set(tree, key, value)
+    return tree
+
+
+def _leaves(tree: Tree, choices: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        sort = choices.get(_base(key))
+        if isinstance(value, dict) and not (sort is not None and sort.tag in value):
+            yield from _leaves(value, choices, f"{key}.")
+        else:
+            yield key, value
+
+
+def _copied(value: Any) -> Any:
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, Mapping) else value

@@ -1,0 +1,90 @@
+"""The kinds of objective: their settings and facts. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from stackwise.config.fields import PositiveInt
+from stackwise.config.kinds import Fault, Objective
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Masking(Objective):
+    """What the objectives that mask positions have in common."""
+
+    weight: Literal["none", "inverse_time"] = Field(
+        "none", description="none: each scored position counts the same; inverse_time: each sample does (1/t)"
+    )
+
+    def scoring(self) -> dict[str, Any]:
+        """See `Objective.scoring`."""
+        return super().scoring() | ({"weight": self.weight} if self.weight != "none" else {})
+
+
+class MaskDiffusion(Masking):
+    """Masked positions are predicted, at shares that vary from row to row (MDLM, arXiv 2406.07524)."""
+
+    block: PositiveInt | None = Field(
+        None,
+        description="diffusion in blocks of so many tokens, each given the clean ones before it; generation then keeps "
+        "a cache. Rows are twice as long. null: attention over the whole sample",
+    )
+
+    def positions(self, seq_len: int) -> int:
+        """In blocks a row is a noised and a clean copy of the sample."""
+        return seq_len if self.block is None else 2 * seq_len
+
+    def unadaptable(self) -> str | None:
+        """See `Objective.unadaptable`."""
+        return None if self.block is None else "in blocks the rack generates with a cache as it is"
+
+    def specification(self, seed: int) -> dict[str, Any]:
+        """See `Objective.specification`."""
+        return {} if self.block is None else {"diffusion_block": self.block}
+
+    def faults(self, seq_len: int) -> Iterator[Fault]:
+        """See `Objective.faults`."""
+        if self.block is not None and seq_len % self.block:
+            yield "block", f"{self.block} does not divide training.seq_len {seq_len}: take a divisor of it"
+
+
+class MLM(Masking):
+    """Selected positions are predicted, of which some show a random token or their own (BERT, arXiv 1810.04805)."""
+
+    mask_share: Share = Field(0.8, description="share of selected positions that show the mask token")
+    random_share: Share = Field(0.1, description="share of them that show a random token; the rest shows itself")
+
+    def specification(self, seed: int) -> dict[str, Any]:
+        """See `Objective.specification`."""
+        return {"corruption": [self.mask_share, self.random_share, seed]}
+
+    def faults(self, seq_len: int) -> Iterator[Fault]:
+        """See `Objective.faults`."""
+        if self.mask_share + self.random_share > 1:
+            total = self.mask_share + self.random_share
+            yield "random_share", f"with mask_share it makes {total:g}, more than 1"
+
+
+class CLM(Objective):
+    """Each position predicts the next one."""
+
+    masks: ClassVar[bool] = False
+    causal: ClassVar[bool] = True
+
+    def unadaptable(self) -> str | None:
+        """See `Objective.unadaptable`."""
+        return "with training.objective clm the rack is causal from the start"
+
+
+class Custom(Objective):
+    """Each masked position predicts a target that the data brings."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("targets",)
+
+    def unadaptable(self) -> str | None:
+        """See `Objective.unadaptable`."""
+        return "a rack of custom targets does not say tokens; use mask_diffusion or mlm"
