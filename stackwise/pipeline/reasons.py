@@ -67,7 +67,8 @@ class History:
     Args:
         stages: As the manifest has them.
         config: The configuration that they were trained by; None: it is not known.
-        store: Where the store was; None: it is not known.
+        store: Where the store was; None: it is not known. Whether it still is there is looked at once, now: the run
+            may make a new one in its place.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class History:
         store: str | None = None,
     ) -> None:
         self.config, self.store = config, store
+        self._store_there = store is None or (Path(store) / "format.json").exists()
         self._stages = {(stage["depth"], stage["window"]): stage for stage in stages}
         self.damaged: set[str] = set()
         """Recipes that were dropped, for their files were damaged."""
@@ -122,7 +124,7 @@ class History:
         """That the store which stages were committed to is not the one in use; None: it is."""
         if self.store is None:
             return None
-        if not (Path(self.store) / "format.json").exists():
+        if not self._store_there:
             return f"store.path: the store {self.store} is not where it was"
         if Path(self.store).resolve() != store.resolve():
             return f"store.path: it was committed to another store, {self.store}"
