@@ -23,6 +23,7 @@ from stackwise import durable
 from stackwise.config import StackWiseConfig
 from stackwise.durable import FileLock
 from stackwise.errors import NotFound, UsageError
+from stackwise.store import ActivationStore
 
 if TYPE_CHECKING:
     from stackwise.pipeline.schedule import Stage
@@ -93,6 +94,20 @@ class RunDirectory:
     def store_path(self, config: StackWiseConfig) -> Path:
         """Where the run's store is."""
         return Path(config.store.path).expanduser() if config.store.path else self.path / "store"
+
+    def open_store(self, config: StackWiseConfig) -> ActivationStore:
+        """The run's store, which is there already.
+
+        Raises:
+            NotFound: It is not where it was.
+        """
+        path = self.store_path(config)
+        if not (path / "format.json").exists():
+            raise NotFound(
+                f"store.path: the store of {self.path} is not at {path}",
+                hint=f"where it was moved, `stackwise run --run {self.path} -o store.path=DIR` takes it up from there",
+            )
+        return ActivationStore(path, create=False)
 
     def config(self) -> StackWiseConfig:
         """The run's resolved configuration.

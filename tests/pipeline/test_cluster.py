@@ -141,6 +141,27 @@ def test_what_slurm_is_asked_for(micro: Micro, tmp_path: Path, slurm: Callable[[
     assert "#SBATCH --nodelist=node7\n" in (place / "script-3").read_text()
 
 
+@pytest.mark.parametrize(
+    ("run", "settings"),
+    [
+        ("a\ntouch PWN\n#", {}),
+        ("a", {"slurm.partition": "gpu\ntouch PWN\n#"}),
+        ("a", {"slurm.account": "gpu\x1b[2J"}),
+        ("a", {"slurm.parameters": {"constraint": "x\u2028touch PWN"}}),
+        ("a", {"slurm.parameters": {"constraint\ntouch PWN": "x"}}),
+        ("a", {"slurm.parameters": {"wrap x; touch PWN": True}}),
+    ],
+)
+def test_no_string_becomes_a_line_of_a_script(
+    micro: Micro, tmp_path: Path, slurm: Callable[[int], Path], run: str, settings: dict[str, Any]
+) -> None:
+    place = slurm(-1)
+    with pytest.raises(UsageError):
+        cluster.submit(micro(**settings), RunDirectory(tmp_path / run), "slurm")
+    assert not list(place.iterdir())
+    assert not (tmp_path / run).exists()
+
+
 def test_a_refused_job_leaves_none_queued(micro: Micro, tmp_path: Path, slurm: Callable[[int], Path]) -> None:
     place = slurm(1)
     with pytest.raises(StackWiseError, match="invalid partition specified") as error:

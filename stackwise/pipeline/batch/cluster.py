@@ -6,13 +6,17 @@ in `RUN/jobs.json`, and what each says of itself in `RUN/jobs/`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,17 +24,107 @@ from typing import Any, Literal
 from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.durable import FileLock, read_json, write_bytes, write_json
-from stackwise.errors import BusyError, StackWiseError, UsageError
-from stackwise.pipeline.batch.job import StageJobCommand, is_alive
+from stackwise.errors import BusyError, InterruptedRun, StackWiseError, UsageError
 from stackwise.pipeline.run import RunDirectory, job_file, job_state, pending, with_absolute_paths
 from stackwise.pipeline.schedule import Stage, schedule
 from stackwise.pipeline.tracking.trackers import check_installed
 from stackwise.store import ActivationStore
+from stackwise.text import check_plain
 
 Engine = Literal["slurm", "local"]
 Job = dict[str, Any]
 REQUEUES = 1000
 """How often a job may reach its time limit and go on."""
+SECONDS = 0.2
+"""Between two looks at the job before."""
+OPTION = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+"""The name of an option of sbatch."""
+
+
+class JobFailed(StackWiseError):
+    """A job's command did not succeed; the batch system runs nothing that depends on it."""
+
+
+class StageJobCommand:
+    """A command as a job, with its state in a file that `status` reads.
+
+    Args:
+        argv: The command.
+        state: Where to keep the state: running, done, failed, interrupted or not run.
+        after: For the local executor, which knows no dependencies: the process id and the state file of the job that
+            must succeed first.
+    """
+
+    def __init__(self, argv: list[str], state: str, after: tuple[int, str] | None = None) -> None:
+        self.argv, self.state, self.after = argv, state, after
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> str:
+        """Run it.
+
+        Raises:
+            JobFailed: The command failed, was interrupted, or the job before did not succeed.
+        """
+        if self.after is not None and (before := self._wait()) != "done":
+            self._write_state("not run", reason=f"the job before it: {before}")
+            raise JobFailed(f"not run: the job before it is {before}")
+        self._write_state("running")
+        # Slurm's warning goes to every process of a job: it is for this one, which passes it on as SIGTERM.
+        self._process = subprocess.Popen(
+            self.argv, stdin=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        )
+        _await_end(self._process.pid)
+        code = self._process.wait()
+        if code == 0:
+            self._write_state("done")
+            return "done"
+        saved = code == InterruptedRun.exit_code
+        self._write_state("interrupted" if saved else "failed", code=code)
+        raise JobFailed("interrupted after saving" if saved else f"the command ended with code {code}")
+
+    def checkpoint(self) -> Any:
+        """The time limit is near, or the job is preempted: have the command save, and be queued again."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGTERM)
+            _await_end(self._process.pid)
+        self._write_state("submitted", reason="saved, and queued again")
+        return DelayedSubmission(StageJobCommand(self.argv, self.state))
+
+    def _wait(self) -> str:
+        assert self.after is not None
+        pid, state = self.after
+        while True:
+            alive = is_alive(pid)
+            known = job_state(Path(state))
+            if known not in ("submitted", "running"):
+                return known
+            if not alive:
+                return "failed"
+            time.sleep(SECONDS)
+
+    def _write_state(self, state: str, **values: Any) -> None:
+        path = Path(self.state)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"state": state, "host": socket.gethostname(), "pid": os.getpid(), **values})
+
+
+def _await_end(pid: int) -> None:
+    """Wait for a child without taking its exit status, so that a signal's handler may wait for it too."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def submit(config: StackWiseConfig, run: RunDirectory, engine: Engine) -> list[Job]:
@@ -45,11 +139,14 @@ def submit(config: StackWiseConfig, run: RunDirectory, engine: Engine) -> list[J
         The jobs in order, each with `stage` (None: the evaluation), `job` (its id), `engine` and `log`.
 
     Raises:
-        UsageError: `submitit` or Slurm is missing, or the directory cannot be used.
+        UsageError: `submitit` or Slurm is missing, the directory cannot be used, or a string would not stay one in a
+            job's script.
         BusyError: Jobs of this run are still there.
         StackWiseError: The batch system refused a job; those submitted before it are cancelled.
     """
     check_installed(config)
+    check_plain(str(run.path), "run directory")  # it is part of the script, as is the job's name, its last part
+    parameters = _parameters(config, engine)
     if importlib.util.find_spec("submitit") is None:
         raise UsageError(f"--engine {engine} needs submitit, not installed here", hint="pip install 'stackwise[slurm]'")
     if engine == "slurm" and (missing := [name for name in ("sbatch", "srun") if shutil.which(name) is None]):
@@ -86,7 +183,7 @@ def submit(config: StackWiseConfig, run: RunDirectory, engine: Engine) -> list[J
             "engine": engine,
             "run": str(run.path),
             "stages": [*todo, {"stage": None, "window": None}],
-            "parameters": _wanted(config, engine),
+            "parameters": parameters,
         }
         if engine == "slurm":
             return _submit_all(request)
@@ -103,10 +200,10 @@ def _submit_all(request: dict[str, Any]) -> list[Job]:
     )
     executor.update_parameters(**request["parameters"])
     jobs: list[Job] = []
-    made: list[Any] = []
+    submitted: list[Any] = []
     try:
-        for each in request["stages"]:
-            stage, window = each["stage"], each["window"]
+        for entry in request["stages"]:
+            stage, window = entry["stage"], entry["window"]
             before = jobs[-1]["job"] if jobs else None
             name = f"{run.path.name}-{'finish' if stage is None else f'stage-{stage}'}"
             name += "" if window is None else f"-window-{window}"
@@ -116,13 +213,14 @@ def _submit_all(request: dict[str, Any]) -> list[Job]:
                 executor.update_parameters(name=name, **needs)
             elif before is not None:
                 after = (int(before), str(job_file(run, jobs[-1])))
-            made.append(executor.submit(StageJobCommand(_command(run, stage, window), str(job_file(run, each)), after)))
-            log = made[-1].paths.stdout
-            told = {"stage": stage} if window is None else each
-            jobs.append({**told, "job": str(made[-1].job_id), "engine": engine, "log": str(log)})
+            command = StageJobCommand(_command(run, stage, window), str(job_file(run, entry)), after)
+            job = executor.submit(command)
+            submitted.append(job)
+            about = {"stage": stage} if window is None else entry
+            jobs.append({**about, "job": str(job.job_id), "engine": engine, "log": str(job.paths.stdout)})
             write_json(run.jobs_file, jobs)
     except Exception as error:  # submitit's own, and what sbatch says
-        for job in made:
+        for job in submitted:
             job.cancel(check=False)
         said = getattr(error, "stderr", None) or str(error)
         line = (str(said).strip().splitlines() or [type(error).__name__])[-1]
@@ -156,29 +254,40 @@ def _command(run: RunDirectory, stage: int | None, window: int | None) -> list[s
     return [*begin, *what, str(run.config_file), "--run", str(run.path)]
 
 
-def _wanted(config: StackWiseConfig, engine: Engine) -> dict[str, Any]:
-    """What a job asks for, as submitit names it."""
-    own = config.slurm
-    gpus = own.gpus if own.gpus is not None else int(config.device != "cpu")
+def _parameters(config: StackWiseConfig, engine: Engine) -> dict[str, Any]:
+    """What a job asks for, as submitit names it.
+
+    Raises:
+        UsageError: A name or a value has characters that a script would obey.
+    """
+    slurm = config.slurm
+    gpus = slurm.gpus if slurm.gpus is not None else int(config.device != "cpu")
     if engine == "local":
-        return {"timeout_min": own.minutes, "gpus_per_node": gpus}
-    extra = {key.replace("_", "-"): value for key, value in own.parameters.items()}
-    wanted: dict[str, Any] = {
-        "timeout_min": own.minutes,
+        return {"timeout_min": slurm.minutes, "gpus_per_node": gpus}
+    for key in slurm.parameters:
+        if not OPTION.fullmatch(check_plain(key, "slurm.parameters")):
+            raise UsageError(f"slurm.parameters: {key!r} is no option of sbatch", hint="as in {constraint: nvme}")
+    extra = {key.replace("_", "-"): value for key, value in slurm.parameters.items()}
+    parameters: dict[str, Any] = {
+        "timeout_min": slurm.minutes,
         "nodes": 1,
         "tasks_per_node": 1,
         "gpus_per_node": gpus or None,
-        "cpus_per_task": own.cpus,
-        "mem_gb": own.memory_gb,
-        "slurm_partition": own.partition,
-        "slurm_nodelist": own.nodelist or socket.gethostname().split(".")[0],
-        "slurm_account": own.account,
-        "slurm_qos": own.qos,
-        "slurm_signal_delay_s": own.signal_seconds,
+        "cpus_per_task": slurm.cpus,
+        "mem_gb": slurm.memory_gb,
+        "slurm_partition": slurm.partition,
+        "slurm_nodelist": slurm.nodelist or socket.gethostname().split(".")[0],
+        "slurm_account": slurm.account,
+        "slurm_qos": slurm.qos,
+        "slurm_signal_delay_s": slurm.signal_seconds,
         # What depends on a job that failed leaves the queue, and a preempted job comes back to it.
         "slurm_additional_parameters": {"kill-on-invalid-dep": "yes", "requeue": True} | extra,
     }
-    return {key: value for key, value in wanted.items() if value is not None}
+    values = {key: value for key, value in parameters.items() if value is not None}
+    for key, value in (values | extra).items():
+        if isinstance(value, str):  # a line of the script each
+            check_plain(value, f"slurm.{key.removeprefix('slurm_')}")
+    return values
 
 
 def _refuse_second(run: RunDirectory) -> None:
@@ -210,11 +319,12 @@ def committed(config: StackWiseConfig, run: RunDirectory) -> int:
     path = run.store_path(config)
     if not run.manifest_file.exists() or not path.is_dir():
         return 0
-    own = config.model_copy(deep=True)
+    settled = config.model_copy(deep=True)
     known = run.config()
-    own.precision = known.precision if own.precision == "auto" else own.precision
-    ignored = {"tracking", "slurm"}
-    if own.model_dump(exclude=ignored) != known.model_dump(exclude=ignored):
+    if settled.precision == "auto":
+        settled.precision = known.precision
+    unrelated = {"tracking", "slurm"}
+    if settled.model_dump(exclude=unrelated) != known.model_dump(exclude=unrelated):
         return 0
     with ActivationStore(path, create=False) as store:
         done = 0

@@ -23,7 +23,6 @@ from stackwise.pipeline.job import Source, Versions, add_versions, pruned
 from stackwise.pipeline.rows import assigner
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_parts, schedule
-from stackwise.store import ActivationStore
 from stackwise.training.stage import NARROW
 
 
@@ -156,7 +155,7 @@ def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) ->
         raise UsageError(f"{run.path}: {len(done)} of {len(stages)} stages are committed", hint=again)
     parts: Versions = {}
     newest: dict[int, tuple[Stage, Versions]] = {}
-    with ActivationStore(run.store_path(config), create=False) as store:
+    with run.open_store(config) as store:
         for stage, entry in zip(stages, done, strict=False):
             committed = store.stage(entry["recipe"])
             if committed is None:
