@@ -8,7 +8,9 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from stackwise.config.model import ModelConfig
 from stackwise.durable import TEMPORARY, explain_full_disk, fsync_directory
 from stackwise.errors import DamageError, NotFound, UsageError
+from stackwise.files import open_to_write, parse_json, read_text
 from stackwise.inference.exported import (
     INDEX,
     SINGLE,
@@ -63,13 +66,9 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self.directory / f"part-{len(self._files):05d}"
-        with explain_full_disk(path):
-            save_file(self._held, path, metadata={"format": "pt"})
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        save_file(self._held, path, metadata={"format": "pt"})
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
         self._files.append((path, list(self._held)))
         self._held, self._held_bytes = {}, 0
 
@@ -84,24 +83,40 @@ class ShardWriter:
         if count > 1:
             where = {t: name for (_, held), name in zip(self._files, names, strict=True) for t in held}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(where.items()))}
-            (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            _write_json(self.directory / INDEX, index)
         fsync_directory(self.directory)
         return names
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is written beside the weights, and how.
+
+    Args:
+        tokenizer_json: Path of a tokenizer.json, or its text (beginning with a brace).
+        mask_token_id: Recorded for generation.
+        separator_id: Recorded as begin and end of text.
+        causal: Recorded direction of attention; None: that of the last stage.
+        dtype: Of the exported weights; None: as they are.
+        shard_bytes: Weights in one file, about.
+        overwrite: Replace an earlier export.
+    """
+
+    tokenizer_json: Path | str | None = None
+    mask_token_id: int | None = None
+    separator_id: int | None = None
+    causal: bool | None = None
+    dtype: torch.dtype | None = None
+    shard_bytes: int = SHARD_BYTES
+    overwrite: bool = False
 
 
 def export(
     directory: Path | str,
     front: Front,
     stages: Iterable[StageModules],
-    model_config: ModelConfig,
-    *,
-    tokenizer_json: Path | str | None = None,
-    mask_token_id: int | None = None,
-    separator_id: int | None = None,
-    causal: bool | None = None,
-    dtype: torch.dtype | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    overwrite: bool = False,
+    model: ModelConfig,
+    options: ExportOptions | None = None,
 ) -> Exported:
     """Write a rack as a directory, its parts streaming through memory one after another.
 
@@ -114,14 +129,8 @@ def export(
         directory: Where to; must not hold anything, but for an earlier export with `overwrite`.
         front: Tokens to vectors.
         stages: Lowest first; a generator that loads each when it is asked for it.
-        model_config: The rack's configuration.
-        tokenizer_json: Path of a tokenizer.json, or its text (beginning with a brace).
-        mask_token_id: Recorded for generation.
-        separator_id: Recorded as begin and end of text.
-        causal: Recorded direction of attention; None: that of the last stage.
-        dtype: Of the exported weights; None: as they are.
-        shard_bytes: Weights in one file, about.
-        overwrite: Replace an earlier export.
+        model: The rack's configuration.
+        options: What else is written, and how.
 
     Returns:
         What was written.
@@ -130,61 +139,78 @@ def export(
         UsageError: The directory is in use, the tokenizer is no JSON, stages that do not make up the rack.
         NoSpaceError: The disk is full; nothing is left behind.
     """
-    directory = Path(directory)
-    _check_target(directory, overwrite)
-    tokenizer = _tokenizer(tokenizer_json)
-    llama = is_llama(model_config)
+    directory, options = Path(directory), options or ExportOptions()
+    _check_target(directory, options.overwrite)
+    tokenizer = _tokenizer(options.tokenizer_json)
     temporary = directory.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{directory.name}"
-    temporary.mkdir(parents=True)
-    try:
-        writer = ShardWriter(temporary, shard_bytes)
+    with explain_full_disk(directory):
+        temporary.mkdir(parents=True)
+        try:
+            written = _write(temporary, front, stages, model, options)
+            if tokenizer is not None:
+                _write_json(temporary / "tokenizer.json", tokenizer)
+                about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": front.max_seq_len}
+                _write_json(temporary / "tokenizer_config.json", about)
+            _publish(temporary, directory)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return replace(written, directory=directory)
 
-        def add(name: str, tensor: Tensor) -> None:
-            writer.add(name, tensor if dtype is None else tensor.to(dtype))
 
-        for name, tensor in front.state_dict().items():
-            add(front_name(name, llama), tensor)
-        head, trained_causally, index = None, False, 0
-        for stage in stages:
-            head, trained_causally = stage.head, stage.causal is True
-            for block in stage.blocks:
-                for name, tensor in _merged(block).state_dict().items():
-                    add(block_name(index, name, llama), tensor)
-                index += 1
-                del block
-            del stage
-        if head is None or index != model_config.n_blocks:
-            raise UsageError(f"the stages hold {index} blocks, the rack has {model_config.n_blocks}")
-        tied = model_config.tie_embeddings and (head.tied or _same(head.weight, front.embedding.weight))
-        for name, tensor in head.norm.state_dict(prefix="norm.").items():
-            add(head_name(name, llama), tensor)
-        if not tied:
-            add(head_name("projection", llama), head.weight)
-        files = writer.close()
-        direction = trained_causally if causal is None else causal
-        config = config_json(
-            model_config,
-            vocab_size=front.embedding.num_embeddings,
-            seq_len=front.max_seq_len,
-            tied=tied,
-            causal=direction,
-            dtype=str(dtype or front.embedding.weight.dtype).removeprefix("torch."),
-            mask_token_id=mask_token_id,
-            separator_id=separator_id,
-        )
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if tokenizer is not None:
-            (temporary / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-            about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": front.max_seq_len}
-            (temporary / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
-        _publish(temporary, directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    told = read_export(directory)
-    return Exported(
-        **{**vars(told), "files": tuple(files), "bytes": writer.total_bytes, "parameters": writer.parameters}
+def _write(
+    directory: Path, front: Front, stages: Iterable[StageModules], model: ModelConfig, options: ExportOptions
+) -> Exported:
+    """Weights and config.json."""
+    writer, llama = ShardWriter(directory, options.shard_bytes), is_llama(model)
+
+    def add(name: str, tensor: Tensor) -> None:
+        writer.add(name, tensor if options.dtype is None else tensor.to(options.dtype))
+
+    for name, tensor in front.state_dict().items():
+        add(front_name(name, llama), tensor)
+    head, trained_causally, index = None, False, 0
+    for stage in stages:
+        head, trained_causally = stage.head, stage.causal is True
+        for block in stage.blocks:
+            for name, tensor in _merged(block).state_dict().items():
+                add(block_name(index, name, llama), tensor)
+            index += 1
+            del block
+        del stage  # or two stages would be in memory while the next one is loaded
+    if head is None or index != model.n_blocks:
+        raise UsageError(f"the stages hold {index} blocks, the rack has {model.n_blocks}")
+    tied = model.tie_embeddings and (head.tied or _same(head.weight, front.embedding.weight))
+    for name, tensor in head.norm.state_dict(prefix="norm.").items():
+        add(head_name(name, llama), tensor)
+    if not tied:
+        add(head_name("projection", llama), head.weight)
+    files = writer.close()
+    exported = Exported(
+        directory,
+        llama,
+        model,
+        vocab_size=front.embedding.num_embeddings,
+        seq_len=front.max_seq_len,
+        causal=trained_causally if options.causal is None else options.causal,
+        tied=tied,
+        mask_token_id=options.mask_token_id,
+        separator_id=options.separator_id,
+        files=tuple(files),
+        bytes=writer.total_bytes,
+        parameters=writer.parameters,
     )
+    dtype = str(options.dtype or front.embedding.weight.dtype).removeprefix("torch.")
+    _write_json(directory / "config.json", config_json(exported, dtype))
+    return exported
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+    with open_to_write(path) as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _merged(block: nn.Module) -> nn.Module:
@@ -197,6 +223,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _check_target(directory: Path, overwrite: bool) -> None:
+    if directory.is_symlink():  # replacing it would leave what it leads to behind
+        raise UsageError(f"{directory} is a symbolic link", hint="name the directory that it leads to")
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -228,8 +256,8 @@ def _tokenizer(source: Path | str | None) -> str | None:
         return None
     try:
         inline = isinstance(source, str) and source.lstrip().startswith("{")
-        text = str(source) if inline else Path(source).read_text(encoding="utf-8")
-        json.loads(text)
+        text = str(source) if inline else read_text(Path(source))
+        parse_json(text)
     except (OSError, ValueError) as error:
         raise UsageError(f"the tokenizer cannot be read: {error}") from None
     return text

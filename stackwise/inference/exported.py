@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from stackwise.config.model import ModelConfig
 from stackwise.config.translations import read_model
 from stackwise.errors import DamageError, NotFound, UsageError
+from stackwise.files import open_regular, read_json
 from stackwise.model.block import Block, Stack
 from stackwise.model.layers import Rotary
 from stackwise.model.rack import Front, Head, Rack
+from stackwise.text import printable
 from stackwise.version import __version__
 
 FORMAT = 1
@@ -28,6 +32,12 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """The only names of weight files that are read."""
+
+HEADER_BYTES = 32 << 20
+"""Most bytes of a weight file's header: some 300,000 tensors."""
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes that weights may have, as safetensors calls them."""
 
 LLAMA = {
     "attention_norm": "input_layernorm",
@@ -69,65 +79,6 @@ def head_name(name: str, llama: bool) -> str:
     return "lm_head.weight" if name == "projection" else f"model.{name}"
 
 
-def config_json(
-    config: ModelConfig,
-    *,
-    vocab_size: int,
-    seq_len: int,
-    tied: bool,
-    causal: bool,
-    dtype: str,
-    mask_token_id: int | None,
-    separator_id: int | None,
-) -> dict[str, Any]:
-    """The contents of config.json.
-
-    For a LLaMA-shaped rack it is a LLaMA configuration; `is_causal: false` makes transformers 5 attend
-    bidirectionally, as the rack does (transformers 4 attends causally whatever it says).
-    """
-    own = {
-        "format": FORMAT,
-        "version": __version__,
-        "model": config.model_dump(mode="json") | {"tie_embeddings": tied},
-        "vocab_size": vocab_size,
-        "seq_len": seq_len,
-        "causal": causal,
-        "bidirectional": not causal,
-        "mask_token_id": mask_token_id,
-        "separator_id": separator_id,
-    }
-    if not is_llama(config):
-        return {"model_type": "stackwise", "vocab_size": vocab_size, "dtype": dtype, "stackwise": own}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.ffn_width,
-        "num_hidden_layers": config.n_blocks,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_seq_len or seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "initializer_range": config.init_std,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,
-        "attention_bias": config.bias,
-        "attention_dropout": 0.0,
-        "mlp_bias": config.bias,
-        "tie_word_embeddings": tied,
-        "is_causal": causal,
-        "use_cache": causal,
-        "bos_token_id": separator_id,
-        "eos_token_id": separator_id,
-        "pad_token_id": None,
-        "dtype": dtype,
-        "stackwise": own,
-    }
-
-
 @dataclass(frozen=True)
 class Exported:
     """What an exported directory says of itself."""
@@ -148,6 +99,56 @@ class Exported:
     parameters: int = 0
 
 
+def config_json(exported: Exported, dtype: str) -> dict[str, Any]:
+    """The contents of config.json.
+
+    For a LLaMA-shaped rack it is a LLaMA configuration; `is_causal: false` makes transformers 5 attend
+    bidirectionally, as the rack does (transformers 4 attends causally whatever it says).
+    """
+    model, causal = exported.model, exported.causal
+    entry = {
+        "format": FORMAT,
+        "version": __version__,
+        "model": model.model_dump(mode="json") | {"tie_embeddings": exported.tied},
+        "vocab_size": exported.vocab_size,
+        "seq_len": exported.seq_len,
+        "causal": causal,
+        "bidirectional": not causal,
+        "mask_token_id": exported.mask_token_id,
+        "separator_id": exported.separator_id,
+    }
+    if not exported.llama:
+        return {"model_type": "stackwise", "vocab_size": exported.vocab_size, "dtype": dtype, "stackwise": entry}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": exported.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.ffn_width,
+        "num_hidden_layers": model.n_blocks,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_seq_len or exported.seq_len,
+        "rms_norm_eps": model.norm_eps,
+        "initializer_range": model.init_std,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rope_theta": model.rope_theta,
+        "attention_bias": model.bias,
+        "attention_dropout": 0.0,
+        "mlp_bias": model.bias,
+        "tie_word_embeddings": exported.tied,
+        "is_causal": causal,
+        "use_cache": causal,
+        "bos_token_id": exported.separator_id,
+        "eos_token_id": exported.separator_id,
+        "pad_token_id": None,
+        "dtype": dtype,
+        "stackwise": entry,
+    }
+
+
 def read_export(directory: Path | str) -> Exported:
     """What an exported directory says of itself.
 
@@ -159,33 +160,113 @@ def read_export(directory: Path | str) -> Exported:
     directory = Path(directory)
     path = directory / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        own = config["stackwise"]
+        config = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f"{directory} holds no export: there is no config.json") from None
-    except (KeyError, TypeError):
-        raise NotFound(f"{directory} was not exported by stackwise: its config.json has no stackwise entry") from None
     except (OSError, ValueError) as error:
-        raise DamageError(f"{path} cannot be read: {error}") from None
+        raise _damaged(path, error) from None
+    entry = config.get("stackwise") if isinstance(config, dict) else None
+    if not isinstance(entry, dict):
+        raise NotFound(f"{directory} was not exported by stackwise: its config.json has no stackwise entry")
     try:
-        if own["format"] > FORMAT:
-            raise UsageError(f"{directory} is of format {own['format']}; this version reads up to {FORMAT}")
-        model = read_model(own["model"])
+        if (written := _typed(entry, "format", int)) > FORMAT:
+            raise UsageError(
+                f"{directory} is of format {written}; this version reads up to {FORMAT}",
+                hint="install a newer version of stackwise",
+            )
+        model = read_model(entry["model"])
         return Exported(
             directory=directory,
             llama=is_llama(model),
             model=model,
-            vocab_size=int(own["vocab_size"]),
-            seq_len=int(own["seq_len"]),
-            causal=bool(own["causal"]),
+            vocab_size=_typed(entry, "vocab_size", int),
+            seq_len=_typed(entry, "seq_len", int),
+            causal=_typed(entry, "causal", bool),
             tied=model.tie_embeddings,
-            mask_token_id=own["mask_token_id"],
-            separator_id=own["separator_id"],
+            mask_token_id=_typed(entry, "mask_token_id", int, type(None)),
+            separator_id=_typed(entry, "separator_id", int, type(None)),
         )
+    except UsageError:  # which is a ValueError
+        raise
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise DamageError(f"{path} is damaged: {error}") from None
+        raise _damaged(path, error) from None
+
+
+def _typed(entry: dict[str, Any], key: str, *kinds: type) -> Any:
+    value = entry[key]
+    if type(value) not in kinds:  # not isinstance: true is an int
+        raise TypeError(f"{key} is {value!r:.40}")
+    return value
+
+
+def _damaged(path: Path, error: Exception) -> DamageError:
+    """The error for a file that cannot be understood, in one line."""
+    if isinstance(error, DamageError):
+        return error
+    if isinstance(error, ValidationError):  # whose own text has many lines
+        fault = error.errors()[0]
+        reason = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+    else:
+        reason = f"{'it has no ' if isinstance(error, KeyError) else ''}{error}".splitlines()[0]
+    return DamageError(f"{path} cannot be read: {printable(reason)}", hint="export it again")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, as the file's header says."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def list_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of an exported directory, by name; the values are not read.
+
+    Raises:
+        UsageError: An index that names other files than weights.
+        DamageError: A file is missing, damaged or no regular file, or two have a tensor of one name.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for name in _files(directory):
+        with _opened(directory / name) as file:
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                if key in tensors:
+                    raise DamageError(f"{directory}: tensor {printable(key)} is in two files", hint="export it again")
+                part = file.get_slice(key)
+                tensors[key] = StoredTensor(directory / name, tuple(part.get_shape()), part.get_dtype())
+    return tensors
+
+
+@contextlib.contextmanager
+def _opened(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
+    try:
+        # Links, FIFOs and headers without bound are refused before the library sees the file.
+        with os.fdopen(open_regular(path), "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > HEADER_BYTES:
+            raise DamageError(f"{path} cannot be read: its header is said to have {length} bytes")
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except FileNotFoundError:
+        raise DamageError(f"{path} is missing", hint="export it again") from None
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _files(directory: Path) -> list[str]:
+    index = directory / INDEX
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except FileNotFoundError:
+        return [SINGLE]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(index, error) from None
+    for name in names:
+        # A name is never joined to the directory unless it is one of ours: it could lead out of it.
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
+            raise UsageError(f"{index} names {name!r:.80}, which is no file of weights", hint="export it again")
+    return names
 
 
 def load_rack(directory: Path | str, device: torch.device | str = "cpu") -> Rack:
@@ -197,10 +278,22 @@ def load_rack(directory: Path | str, device: torch.device | str = "cpu") -> Rack
     """
     about = read_export(directory)
     config, llama = about.model, about.llama
-    with torch.device("meta"):
-        front = Front(config, about.vocab_size, about.seq_len)
-        blocks = [Block(config) for _ in range(config.n_blocks)]
-        head = Head(config, about.vocab_size)
+    stored = list_tensors(about.directory)
+    embedding = stored.get(front_name("embedding.weight", llama))
+    shape = (about.vocab_size, config.d_model)
+    # Nothing is built before the sizes in config.json are known to be those of the files.
+    if embedding is None or embedding.shape != shape or config.n_blocks > len(stored):
+        found = "is missing" if embedding is None else f"has shape {list(embedding.shape)}, not {list(shape)}"
+        many = f"{len(stored)} tensors for {config.n_blocks} blocks"
+        reason = many if embedding is not None and embedding.shape == shape else f"the embedding {found}"
+        raise DamageError(f"{directory}: {reason}", hint="export it again")
+    try:
+        with torch.device("meta"):
+            front = Front(config, about.vocab_size, about.seq_len)
+            blocks = [Block(config) for _ in range(config.n_blocks)]
+            head = Head(config, about.vocab_size)
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond what a tensor can have
+        raise _damaged(about.directory / "config.json", error) from None
     parts: list[tuple[nn.Module, dict[str, str]]] = [
         (front, {name: front_name(name, llama) for name in front.state_dict()}),
         *((block, {name: block_name(i, name, llama) for name in block.state_dict()}) for i, block in enumerate(blocks)),
@@ -209,15 +302,12 @@ def load_rack(directory: Path | str, device: torch.device | str = "cpu") -> Rack
     homes = {exported: (part, name) for part, names in parts for name, exported in names.items()}
     if about.tied:
         del homes[head_name("projection", llama)]
-    for exported, tensor in read_tensors(about.directory, device):
-        if exported not in homes:
-            raise DamageError(f"{directory}: tensor {exported} belongs to no part of the rack")
-        part, name = homes.pop(exported)
-        if part.get_parameter(name).shape != tensor.shape:
-            raise DamageError(f"{directory}: tensor {exported} has shape {list(tensor.shape)}")
-        part.load_state_dict({name: tensor}, strict=False, assign=True)
-    if homes:
-        raise DamageError(f"{directory}: tensor {sorted(homes)[0]} is missing")
+    _check_tensors(about.directory, homes, stored)
+    for path in sorted({tensor.path for tensor in stored.values()}):
+        with _opened(path, device) as file:
+            for exported in file.keys():  # noqa: SIM118 - not a mapping
+                part, name = homes[exported]
+                part.load_state_dict({name: file.get_tensor(exported)}, strict=False, assign=True)
     for block in blocks:
         for child in block.modules():
             if isinstance(child, Rotary):
@@ -231,34 +321,19 @@ def load_rack(directory: Path | str, device: torch.device | str = "cpu") -> Rack
     return Rack(front, stacks, head)
 
 
-def read_tensors(directory: Path, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of an exported directory, one at a time.
-
-    Raises:
-        UsageError: An index that names other files than weights.
-        DamageError: A file is missing or damaged.
-    """
-    for name in _files(directory):
-        path = directory / name
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for key in file.keys():  # noqa: SIM118 - not a mapping
-                    yield key, file.get_tensor(key)
-        except FileNotFoundError:
-            raise DamageError(f"{path} is missing") from None
-        except (SafetensorError, OSError) as error:
-            raise DamageError(f"{path} cannot be read: {error}") from None
-
-
-def _files(directory: Path) -> list[str]:
-    index = directory / INDEX
-    if not index.exists():
-        return [SINGLE]
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamageError(f"{index} cannot be read: {error}") from None
-    for name in names:
-        if not isinstance(name, str) or not SHARD.fullmatch(name):
-            raise UsageError(f"{index} names {name!r}, which is no file of weights")
-    return names
+def _check_tensors(
+    directory: Path, homes: Mapping[str, tuple[nn.Module, str]], stored: Mapping[str, StoredTensor]
+) -> None:
+    """Refuse tensors that the rack has no place for, before any of them is read."""
+    for exported, tensor in stored.items():
+        shown = f"{directory}: tensor {printable(exported)}"
+        if exported not in homes:
+            raise DamageError(f"{shown} belongs to no part of the rack", hint="export it again")
+        part, name = homes[exported]
+        shape = part.state_dict()[name].shape
+        if tensor.shape != shape:
+            raise DamageError(f"{shown} has shape {list(tensor.shape)}, not {list(shape)}", hint="export it again")
+        if tensor.dtype not in FLOATS:
+            raise DamageError(f"{shown} is {tensor.dtype}, no weight", hint="export it again")
+    if missing := sorted(set(homes) - set(stored)):
+        raise DamageError(f"{directory}: tensor {missing[0]} is missing", hint="export it again")

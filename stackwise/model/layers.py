@@ -45,6 +45,10 @@ def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     return kind(config.d_model, eps=config.norm_eps)
 
 
+MOST_POSITIONS = 1 << 16
+"""Positions that rotary tables have from the start, at most."""
+
+
 class Rotary(nn.Module):
     """Rotary positions (RoFormer, arXiv 2104.09864), the half-rotation convention of Hugging Face's LLaMA.
 
@@ -68,7 +72,10 @@ class Rotary(nn.Module):
             raise UsageError(f"rotary positions need heads of even width, not {width}")
         self.width, self.theta, self.max_positions = width, theta, max_positions
         device = torch.get_default_device()
-        cos_SE, sin_SE = self._tables(max_positions or 512)
+        positions = min(max_positions or 512, MOST_POSITIONS)  # beyond that they grow as they are needed
+        # On the meta device there is nothing to compute: `_apply` or `rebuild` makes the tables.
+        shape = (positions, width)
+        cos_SE, sin_SE = self._tables(positions) if device.type != "meta" else (torch.empty(shape), torch.empty(shape))
         self.register_buffer("cos", cos_SE.to(device), persistent=False)
         self.register_buffer("sin", sin_SE.to(device), persistent=False)
 
@@ -103,7 +110,7 @@ class Rotary(nn.Module):
         """
         end = start + length
         if end > self.cos.shape[0]:
-            if self.max_positions is not None:
+            if self.max_positions is not None and end > self.max_positions:
                 raise too_long(end, self.max_positions)
             self._fill(1 << (end - 1).bit_length(), self.cos.device)
         return self.cos[start:end, None], self.sin[start:end, None]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import DamageError, NotFound, UsageError
-from stackwise.inference import export, load_rack, read_export
+from stackwise.inference import load_rack, read_export
 from stackwise.model import Rack, StageModules, add_adapters, build_rack, part_digest
+from tests.inference.by_keyword import export
 
 V, L = 67, 24
 
@@ -256,3 +259,102 @@ def test_bad_directories(tmp_path: Path) -> None:
     path.write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(NotFound, match="not exported by stackwise"):
         load_rack(tmp_path / "out")
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def _set(name: str, value: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.__setitem__(name, value)
+
+
+Q, NORM = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
+
+WEIGHTS: dict[str, Callable[[Path], object]] = {
+    "another shape": lambda path: rewrite(path, _set(Q, torch.zeros(32, 31))),
+    "another rank": lambda path: rewrite(path, _set(NORM, torch.zeros(32, 1))),
+    "whole numbers": lambda path: rewrite(path, _set(NORM, torch.zeros(32, dtype=torch.int64))),
+    "a tensor too few": lambda path: rewrite(path, lambda tensors: tensors.pop(Q)),
+    "a tensor too many": lambda path: rewrite(path, _set("model.layers.9.x", torch.zeros(1))),
+    "a name with an escape sequence": lambda path: rewrite(path, _set("\x1b]0;owned\x07", torch.zeros(1))),
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a header without end": lambda path: path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}"),
+    "a header of spaces": lambda path: path.write_bytes((50 << 20).to_bytes(8, "little") + b" " * (50 << 20)),
+    "a header that is no JSON": lambda path: path.write_bytes((8).to_bytes(8, "little") + b"[[[[[[[["),
+    "a FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a link": lambda path: (path.rename(path.with_suffix(".moved")), path.symlink_to(path.with_suffix(".moved"))),
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("fault", WEIGHTS)
+def test_weights_that_are_not_those_of_the_rack_are_damage_in_one_line(fault: str, tmp_path: Path) -> None:
+    model = rack(config())
+    export(tmp_path / "out", model.front, stages(model, True), config())
+    WEIGHTS[fault](tmp_path / "out" / "model.safetensors")
+    with pytest.raises(DamageError) as caught:
+        load_rack(tmp_path / "out")
+    line = caught.value.message
+    assert str(tmp_path / "out") in line
+    assert "\n" not in line
+    assert "\x1b" not in line
+    assert caught.value.exit_code == 3
+
+
+ABOUT: list[dict[str, object]] = [
+    {"vocab_size": 10**30},
+    {"vocab_size": "67"},
+    {"vocab_size": True},
+    {"seq_len": -1.5},
+    {"mask_token_id": [1]},
+    {"causal": "no"},
+    {"format": "new"},
+    {"model": []},
+    {"model": {"architecture": {"n_stacks": 10**12}}},
+    {"model": {"d_model": 10**12, "n_heads": 1}},
+    {"model": {"n_heads": 10**12}},
+    {"model": {"d_ff": 10**18}},
+    {"model": {"norm": "\x1b[2J"}},
+]
+
+
+@pytest.mark.parametrize("change", ABOUT, ids=str)
+def test_a_description_that_cannot_be_is_refused_in_one_line(change: dict[str, object], tmp_path: Path) -> None:
+    model = rack(config())
+    export(tmp_path / "out", model.front, stages(model, True), config())
+    path = tmp_path / "out" / "config.json"
+    about = json.loads(path.read_text())
+    entry = about["stackwise"]
+    model_change = change.get("model")
+    if isinstance(model_change, dict):
+        change = {"model": entry["model"] | model_change}
+    path.write_text(json.dumps(about | {"stackwise": entry | change}))
+    with pytest.raises((DamageError, UsageError)) as caught:
+        load_rack(tmp_path / "out")
+    assert "\n" not in caught.value.message
+    assert "\x1b" not in caught.value.message
+    assert caught.value.exit_code in (2, 3)
+
+
+def test_a_long_context_costs_nothing_until_it_is_used(tmp_path: Path) -> None:
+    c = config(max_seq_len=10**9)
+    model = rack(c)
+    export(tmp_path / "out", model.front, stages(model, True), c)
+    assert torch.equal(load_rack(tmp_path / "out")(ids()), model(ids()))
+
+
+def test_a_description_may_not_be_a_link(tmp_path: Path) -> None:
+    model = rack(config())
+    export(tmp_path / "out", model.front, stages(model, True), config())
+    path = tmp_path / "out" / "config.json"
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    with pytest.raises(DamageError, match="symbolic link"):
+        load_rack(tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with pytest.raises(UsageError, match="symbolic link"):
+        export(tmp_path / "link", model.front, stages(model, True), config(), overwrite=True)

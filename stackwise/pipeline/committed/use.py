@@ -18,7 +18,7 @@ from stackwise.data import Split, prepare, require_samples
 from stackwise.errors import NotFound
 from stackwise.evaluation import HeldOut, Measure, evaluate
 from stackwise.identity import derive_seed, generator
-from stackwise.inference import export
+from stackwise.inference import ExportOptions, export
 from stackwise.model import enter
 from stackwise.pipeline.committed.load import CommittedRack, load_rack
 from stackwise.pipeline.device import resolve_device
@@ -140,16 +140,13 @@ def export_run(run: RunDirectory, out: Path, *, overwrite: bool = False) -> Path
 
 def export_rack(rack: CommittedRack, out: Path, *, overwrite: bool = False) -> Path:
     """What `export_run` does, with a rack that is loaded already."""
-    export(
-        out,
-        rack.front(),
-        rack.modules(),
-        rack.config.model,
+    options = ExportOptions(
         tokenizer_json=rack.data.tokenizer.json,
         mask_token_id=rack.mask_token,
         separator_id=rack.data.tokenizer.separator_id,
         overwrite=overwrite,
     )
+    export(out, rack.front(), rack.modules(), rack.config.model, options)
     return out
 
 
