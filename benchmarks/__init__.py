@@ -6,7 +6,7 @@ on shared machines. `python -m benchmarks` runs all of them and writes their tab
 
 import os
 
-from stackwise.pipeline.runner.launch import WAITING
+from stackwise.pipeline.runner.workers import WAITING
 
 # What is measured in this process waits as a worker does; it must be said before torch is imported.
 for name, value in WAITING.items():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.common import Result, Spread, parser, positive, refuse, run_command, say, shown, table
 from benchmarks.document import Section
-from stackwise.report import words
+from stackwise import words
 
 if TYPE_CHECKING:
     from stackwise.batch import Batch

@@ -24,7 +24,7 @@ import psutil
 
 from benchmarks.common import Result, parser, refuse, run_command, table
 from benchmarks.document import Section
-from stackwise.report import words
+from stackwise import words
 from stackwise.report.facts import PHASES, read_history
 
 LOOK_SECONDS = 0.2

@@ -18,9 +18,9 @@ from typing import Any
 
 from benchmarks.common import Result, Spread, overrides, parser, positive, refuse, run_command, say, table
 from benchmarks.document import Section
+from stackwise import words
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.report import words
 
 WHOLE = "end to end"
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 from benchmarks.common import Result, Spread, overrides, parser, positive, run_command, shown, table
 from benchmarks.document import Section
+from stackwise import words
 from stackwise.config import StackWiseConfig
 from stackwise.errors import StackWiseError
-from stackwise.report import words
 
 if TYPE_CHECKING:
     import torch

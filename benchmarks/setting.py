@@ -10,13 +10,13 @@ import psutil
 import torch
 
 from benchmarks.common import refuse
+from stackwise import words
 from stackwise.config import StackWiseConfig
 from stackwise.errors import NoSpaceError
 from stackwise.pipeline.device import describe
 from stackwise.pipeline.fit import stage_memory
 from stackwise.pipeline.recipe import codec_name
 from stackwise.pipeline.schedule import HEAD, Stage, block_part
-from stackwise.report import words
 from stackwise.store import CODECS
 
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks.common import Result, numbers, overrides, parser, positive, refuse, run_command, say, shown, table
 from benchmarks.document import Section
+from stackwise import words
 from stackwise.config import StackWiseConfig
-from stackwise.report import words
 
 if TYPE_CHECKING:
     from benchmarks.setting import Setting

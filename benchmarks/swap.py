@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 from benchmarks.common import Result, Spread, numbers, parser, positive, run_command, say, shown, table
 from benchmarks.document import Section
+from stackwise import words
 from stackwise.config import ModelConfig, StageTraining
 from stackwise.config.model import ArchitectureConfig
-from stackwise.report import words
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from stackwise.version import __version__
 
+TYPE_CHECKING = False  # as typing has it: nothing is imported before `python -m stackwise` drops the current directory
 if TYPE_CHECKING:
+    from typing import Any
+
     from stackwise.config import StackWiseConfig
     from stackwise.model import ProgressiveRackBuilder, Rack
     from stackwise.objectives import FixedMaskAssigner, MaskDiffusionObjective, MaskScheduler

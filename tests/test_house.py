@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "stackwise"
 
 FLOORS = [
     {"errors", "identity", "version"},
-    {"files", "text"},
+    {"files", "text", "words"},
     {"durable", "registry", "batch"},
     {"config"},
     {"store", "data", "model", "objectives"},

@@ -31,8 +31,8 @@ from benchmarks.common import (
 from benchmarks.document import Section
 from benchmarks.pipeline import slow_disk
 from benchmarks.pipeline.runs import Run, first_batch_at, first_step_at, handoffs, named
+from stackwise import words
 from stackwise.config import StackWiseConfig
-from stackwise.report import words
 
 PARTS = ("handoff", "restart", "disk", "stages", "fused")
 SPEEDS = (1.5, 0.8)

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.common import Result, Spread, table
 from benchmarks.quality.results import mean_loss
 from benchmarks.quality.rows import BUDGETS, PLAIN
-from stackwise.report import words
+from stackwise import words
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 500, 64, 300, 20, 56
 """Of a plot in pixels, and its margins; names stand in the right one."""

@@ -17,8 +17,8 @@ import numpy as np
 
 from benchmarks.store.measure import table
 from stackwise.config import StackWiseConfig
+from stackwise.pipeline.events import Event
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.runner.events import Event
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.store import CODECS, ActivationStore, RowOrder
 

@@ -1,223 +1,17 @@
-"""Events of a run, for people: one table that says of each kind how it is shown, and what the run has come to so far.
-
-The views (plain lines, the live table) take their words from here. An event without a row is not shown.
-"""
+"""What a run has come to so far, from its events."""
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from stackwise.report import words
+from stackwise import words
 
 if TYPE_CHECKING:
     from stackwise.config import StackWiseConfig
 
 Event = dict[str, Any]
-PHASES = {"reading": "reading text", "tokenizer": "training the tokenizer", "waiting": "waiting for another process"}
-"""What is prepared before there is a plan, where its name does not say it."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How events of one kind are shown.
-
-    Args:
-        words: What one says, without its stage; None: nothing.
-        style: Of the line above the live table.
-        shown_by: "line": a line in every view; "table": the live table shows it, plain lines say it; "progress": a
-            bar, or a line now and then; "nothing": it is for the log and for programs.
-    """
-
-    words: Callable[[Event], str | None] | None = None
-    style: str = "dim"
-    shown_by: Literal["line", "table", "progress", "nothing"] = "line"
-
-
-def wording(event: Event) -> str | None:
-    """What an event says, without its stage; None for those that are shown as progress alone, or not."""
-    kind = EVENTS.get(event["event"])
-    return kind.words(event) if kind is not None and kind.words is not None else None
-
-
-def _text(event: Event) -> str:
-    return str(event["text"])
-
-
-def _device(event: Event) -> str:
-    memory = f", {words.size(event['memory'])} of memory" if event.get("memory") else ""
-    return f"device: {event['device']} ({event['name']}{memory}), {event.get('precision', 'fp32')}"
-
-
-def _fit(event: Event) -> str:
-    disk = f"{words.size(event['disk_needed'])} of disk, {words.size(event['disk_free'])} are free"
-    memory = f"about {words.size(event['memory_needed'])} of memory, there are {words.size(event['memory_total'])}"
-    return f"it fits: needs {disk}; {memory}{_traffic(event)}"
-
-
-def _traffic(event: Event) -> str:
-    """What the boundaries cost where they are not each written by a pass of their own, beside what those would."""
-    here, separate = event.get("traffic"), event.get("separate")
-    if not here or not separate or here == separate:
-        return ""
-
-    def figures(of: dict[str, int]) -> str:
-        return (
-            f"{words.size(of['read'])} read, {words.size(of['written'])} written, "
-            f"{of['flops'] / 1e12:.3g} TFLOP of forward passes"
-        )
-
-    return f"; boundaries: {figures(here)} (with each stored by a pass of its own: {figures(separate)})"
-
-
-def _data(event: Event) -> str:
-    splits = f"{words.plural(event['documents'], 'document')}, {words.count(event['tokens'])} tokens"
-    if event.get("bytes"):
-        splits += f", {words.size(event['bytes'])}"
-    how = "reused, unchanged" if event["reused"] else f"prepared in {words.duration(event['seconds'])}"
-    return f"data: {how}: {splits} ({event['directory']})"
-
-
-def _plan(event: Event) -> str:
-    """Reuse or train, and why; neighbours that agree share a line."""
-    stages = event["stages"]
-
-    def alike(stage: dict[str, Any]) -> tuple[Any, ...]:
-        return stage.get("window", 0), stage["action"], stage["reason"], stage["steps"]
-
-    spans = []
-    for (window, action, reason, steps), group in itertools.groupby(stages, alike):
-        depths = [stage["depth"] for stage in group]
-        which = f"stage{'s' if len(depths) > 1 else ''} {words.span(depths[0], depths[-1])}"
-        doing = "reuse" if action == "reuse" else f"train, {words.plural(steps, 'step')}"
-        spans.append((which, f"{doing} ({reason})", window))
-    several, lines = any(stage.get("window", 0) for stage in stages), []
-    for (which, doing), same in itertools.groupby(spans, lambda span: span[:2]):
-        windows = [window for *_, window in same]
-        when = f", window{'s' if len(windows) > 1 else ''} {words.span(windows[0], windows[-1])}" if several else ""
-        lines.append(f"{which}{when}: {doing}")
-    return "\n".join(lines)
-
-
-def _writing(event: Event) -> str:
-    chunks = event.get("chunks")
-    return "writing its boundary" + (f", {words.plural(chunks, 'chunk')}" if chunks else "")
-
-
-def _filling(event: Event) -> str:
-    chunks = words.plural(event["chunks"], "chunk")
-    return f"its boundary is written while stage {event.get('above', event['stage'] + 1)} trains on it, {chunks}"
-
-
-def _written(event: Event) -> str:
-    speed = event["bytes"] / event["seconds"] if event["seconds"] else 0.0
-    took = f"{words.size(event['bytes'])} in {words.duration(event['seconds'])}, {words.size(speed)}/s"
-    waits = [
-        f"{words.percent(event[key])} waiting for {what}"
-        for key, what in (("wait_fraction", "data"), ("blocked_fraction", "the disk"))
-        if event.get(key, 0.0) >= 0.005
-    ]
-    return f"boundary written: {', '.join([took, *waits])}"
-
-
-def _held_out(event: Event) -> str:
-    best = "" if event["best"] >= event["nats"] else f", best {event['best']:.4f}"
-    return f"held-out loss {event['nats']:.4f} at step {event['step']:,}{best}"
-
-
-def _diverged(event: Event) -> str:
-    back = f"rolled back to step {event['to']:,}, at a lower learning rate" if "to" in event else ""
-    return f"step {event['step']:,} diverged: {event['why']}; {back or 'the step is skipped'}"
-
-
-def _fused(event: Event) -> str:
-    kept = "" if event["gain"] > 0 else ": the weights stay as they were"
-    return f"{_blocks(event)} trained: held-out loss {event['nats']:.4f}{_gain(event)}{kept}"
-
-
-def _blocks(event: Event) -> str:
-    first, last = event["blocks"]
-    return f"block{'s' if last > first else ''} {words.span(first, last)}"
-
-
-def _gain(event: Event) -> str:
-    return f", {event['gain']:.4f} less than before" if event["gain"] > 0 else ", no gain"
-
-
-def _dropped(event: Event) -> str:
-    return f"boundary {event['stage']} dropped, {words.size(event['bytes'])} freed ({event.get('why', 'store.keep')})"
-
-
-def step_line(event: Event, stage: StageView) -> str:
-    """A step's figures in a line."""
-    loss = event["loss"]
-    parts = [
-        f"step {event['step']:,}/{event['steps']:,}",
-        f"loss {loss:.3f}" if loss is not None else "loss –",  # every step since the last one shown was skipped
-        f"lr {words.rate(event['learning_rate'])}",
-        f"{words.count(event['tokens_per_second'])} tokens/s",
-        f"wait {words.percent(event['wait_fraction'])}",
-        f"memory {words.size(event['memory'])}",
-    ]
-    if stage.skipped:
-        parts.append(f"{words.plural(stage.skipped, 'step')} skipped")
-    if stage.seconds_left is not None and event["step"] < event["steps"]:
-        parts.append(f"{words.clock(stage.seconds_left)} left")
-    return "  ".join(parts)
-
-
-EVENTS: dict[str, Kind] = {
-    # before there is a plan
-    "start": Kind(shown_by="nothing"),
-    "note": Kind(lambda event: f"note: {event['text']}"),
-    "preparing": Kind(shown_by="progress"),
-    "data": Kind(_data),
-    "device": Kind(_device),
-    "settled": Kind(shown_by="nothing"),
-    "plan": Kind(_plan, shown_by="table"),
-    "fit": Kind(_fit),
-    # a stage in training
-    "training": Kind(
-        lambda event: f"training, {words.plural(event['steps'], 'step')} ({event['reason']})", shown_by="table"
-    ),
-    "resumed": Kind(
-        lambda event: f"resumed at step {event['step']:,} of {event['steps']:,}",
-        shown_by="table",
-    ),
-    "step": Kind(shown_by="progress"),
-    "checkpoint": Kind(shown_by="nothing"),
-    "held_out": Kind(_held_out),
-    "best": Kind(lambda event: f"takes the weights of step {event['step']:,}, held-out loss {event['nats']:.4f}"),
-    "diverged": Kind(_diverged, "yellow"),
-    "probe": Kind(lambda event: f"{_blocks(event)} unfrozen: held-out loss {event['nats']:.4f}{_gain(event)}"),
-    "unfrozen": Kind(lambda event: f"{_blocks(event)}, which gained most, now trained"),
-    "fused": Kind(_fused),
-    "committed": Kind(lambda event: "committed", shown_by="table"),
-    "reused": Kind(lambda event: f"reused ({event['reason']})", shown_by="table"),
-    # its boundary
-    "writing": Kind(_writing, shown_by="table"),
-    "filling": Kind(_filling),
-    "recomputing": Kind(_text),
-    "boundary": Kind(shown_by="progress"),
-    "written": Kind(_written),
-    "dropped": Kind(_dropped),
-    "pruned": Kind(lambda event: f"weights of an earlier window dropped, {words.size(event['bytes'])} freed"),
-    # the end, good or bad
-    "warning": Kind(lambda event: f"warning: {event['text']}", "yellow"),
-    "stopping": Kind(_text, "yellow"),
-    "interrupted": Kind(lambda event: f"interrupted: {event['text']}", "yellow"),
-    "failed": Kind(_text, "red"),
-    "evaluating": Kind(shown_by="progress"),
-    "evaluation": Kind(lambda event: "evaluation: reused (the weights are the same)" if event.get("reused") else None),
-    "fill": Kind(shown_by="nothing"),
-    "exported": Kind(lambda event: f"exported to {event.get('path') or event.get('directory')}"),
-    "done": Kind(lambda event: f"done in {words.duration(event['seconds'])}", shown_by="table"),
-}
-"""Every event that a run emits."""
-
 SMOOTH = 0.3
 """Weight of the newest figure in speeds and losses that are shown."""
 
@@ -412,3 +206,21 @@ class RunView:
 
 def _smooth(before: float | None, now: float, share: float = SMOOTH) -> float:
     return now if before is None else (1 - share) * before + share * now
+
+
+def step_line(event: Event, stage: StageView) -> str:
+    """A step's figures in a line."""
+    loss = event["loss"]
+    parts = [
+        f"step {event['step']:,}/{event['steps']:,}",
+        f"loss {loss:.3f}" if loss is not None else "loss –",  # every step since the last one shown was skipped
+        f"lr {words.rate(event['learning_rate'])}",
+        f"{words.count(event['tokens_per_second'])} tokens/s",
+        f"wait {words.percent(event['wait_fraction'])}",
+        f"memory {words.size(event['memory'])}",
+    ]
+    if stage.skipped:
+        parts.append(f"{words.plural(stage.skipped, 'step')} skipped")
+    if stage.seconds_left is not None and event["step"] < event["steps"]:
+        parts.append(f"{words.clock(stage.seconds_left)} left")
+    return "  ".join(parts)

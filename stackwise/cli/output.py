@@ -20,8 +20,8 @@ from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
+from stackwise import words
 from stackwise.errors import NoSpaceError, StackWiseError
-from stackwise.report import words
 from stackwise.text import has_control, printable
 
 if TYPE_CHECKING:

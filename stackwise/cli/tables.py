@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from stackwise.cli.events import PHASES
+from stackwise import words
 from stackwise.cli.output import plain, state, table
-from stackwise.report import words
+from stackwise.pipeline.events import PHASES
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType

@@ -7,9 +7,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Self
 
-from stackwise.cli.events import EVENTS, PHASES, RunView, StageView, step_line, wording
+from stackwise import words
+from stackwise.cli.events import RunView, StageView, step_line
 from stackwise.cli.output import STATES, console, is_live, plain, print_event, say, table
-from stackwise.report import words
+from stackwise.pipeline.events import EVENTS, PHASES, wording
 
 if TYPE_CHECKING:
     from collections.abc import Callable

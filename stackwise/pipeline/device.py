@@ -1,17 +1,46 @@
-"""Where to compute, resolved on the machine that computes."""
+"""This machine: where to compute, how much memory there is and which limit is met first, how Python processes start.
+
+Imports no torch: what needs it imports it.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+import re
 import resource
 import sys
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 
+import stackwise
 from stackwise.errors import UsageError
-from stackwise.pipeline.memory import status
+
+if TYPE_CHECKING:
+    import torch
+
+CGROUP = Path("/sys/fs/cgroup")
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "can't start new thread")
+"""What a RuntimeError of PyTorch, or of the interpreter, says then."""
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of this package in a Python process of its own.
+
+    Neither the current directory nor the module's is searched for imports (-P): files that lie there are not ours.
+    """
+    root = str(Path(stackwise.__file__).parent.parent)
+    if root in map(os.path.abspath, filter(None, sys.path[1:])):
+        return [sys.executable, "-P", "-m", module, *arguments]
+    # A checkout that is used from within: what -P leaves out is where the package is.
+    start = (
+        "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module(sys.argv.pop(1), None, '__main__', True)"
+    )
+    return [sys.executable, "-P", "-c", start, root, module, *arguments]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -20,6 +49,8 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         UsageError: The device that was asked for is not there.
     """
+    import torch
+
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -32,14 +63,33 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """The device's name, memory in bytes, and the precision that `auto` means on it."""
-    if device.type == "cuda":
+def describe(device: torch.device | None) -> dict[str, Any]:
+    """The kind of a device (None: the CPU), its name, memory in bytes, and the precision that `auto` means on it."""
+    if device is not None and device.type == "cuda":
+        import torch
+
         properties = torch.cuda.get_device_properties(device)
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
         return {"device": "cuda", "name": properties.name, "memory": properties.total_memory, "precision": precision}
-    name = f"{os.cpu_count()} CPU cores" if device.type == "cpu" else "Apple GPU"
-    return {"device": device.type, "name": name, "memory": psutil.virtual_memory().total, "precision": "fp32"}
+    kind = "cpu" if device is None else device.type
+    name = f"{os.cpu_count()} CPU cores" if kind == "cpu" else "Apple GPU"
+    return {"device": kind, "name": name, "memory": psutil.virtual_memory().total, "precision": "fp32"}
+
+
+def cpu_alone(device: str) -> bool:
+    """Whether a device, as in the configuration, can be none but the CPU, on Linux; torch is not imported to tell."""
+    return sys.platform == "linux" and (device == "cpu" or (device == "auto" and _built_for_cpu()))
+
+
+@functools.cache
+def _built_for_cpu() -> bool:
+    """Whether PyTorch was built for no device but the CPU, by what its package says."""
+    spec = importlib.util.find_spec("torch")
+    version = Path(spec.origin).parent / "version.py" if spec is not None and spec.origin is not None else None
+    if version is None or not version.is_file():
+        return False
+    built = dict(re.findall(r"^(cuda|hip|rocm|xpu)\b[^=\n]*= *(.+)$", version.read_text(), re.MULTILINE))
+    return "cuda" in built and set(built.values()) == {"None"}
 
 
 def prepare_imports() -> torch.optim.Optimizer:
@@ -48,6 +98,8 @@ def prepare_imports() -> torch.optim.Optimizer:
     That is its compiler's front end, some 800 modules: 1.5 s of a worker that has been given its job, or none of one
     that waits for it. Nothing is computed, and no GPU is asked for.
     """
+    import torch
+
     with torch.device("meta"):
         module = torch.nn.Linear(2, 2)
     return torch.optim.AdamW(module.to_empty(device="cpu").parameters())
@@ -63,11 +115,98 @@ def warm_up() -> None:
 
 def make_deterministic() -> None:
     """Only kernels that repeat bit for bit, where PyTorch has them; a warning names the others."""
+    import torch
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Every `torch.empty` would be filled with NaN otherwise: it costs bandwidth and changes no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A limit, and how much of it is used.
+
+    Args:
+        limit: Most bytes that this process can hold.
+        used: Bytes that it holds, in the same measure.
+        what: What is limited, in words.
+    """
+
+    limit: int
+    used: int
+    what: str
+
+    @property
+    def room(self) -> int:
+        """Bytes left."""
+        return self.limit - self.used
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return asdict(self)
+
+
+def memory(device: torch.device | None = None) -> Memory:
+    """The memory that a computation on `device` runs out of first; None: the host's."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        return Memory(free + reserved, used, "GPU memory")
+    return min(_host(), key=lambda limit: limit.room)
+
+
+def _host() -> list[Memory]:
+    info = psutil.Process().memory_info()
+    limits = [Memory(info.rss + psutil.virtual_memory().available, info.rss, "memory")]
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if space != resource.RLIM_INFINITY:
+        limits.append(Memory(space, info.vms, "address space (ulimit -v)"))
+    data = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if data != resource.RLIM_INFINITY and sys.platform == "linux":
+        limits.append(Memory(data, _process_bytes("VmData"), "data memory (ulimit -d)"))
+    if (group := _group_room()) is not None:
+        limits.append(Memory(info.rss + group, info.rss, "memory of its control group"))
+    return limits
+
+
+def _process_bytes(key: str) -> int:
+    """An entry in bytes of what Linux says of this process's memory, such as VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def _group_room() -> int | None:
+    """Bytes that the control group has left, what the kernel could drop of it included; None: it has no limit."""
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        used = int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return int(limit) - used + int(stat.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return None
+
+
+def killed_for_memory() -> int:
+    """How many processes of this control group the kernel has killed for want of memory."""
+    try:
+        events = dict(line.split() for line in (CGROUP / "memory.events").read_text().splitlines())
+        return int(events.get("oom_kill", 0))
+    except (OSError, ValueError):
+        return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(said in text for said in OUT_OF_MEMORY)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -76,9 +215,11 @@ def peak_memory(device: torch.device) -> int:
     Of a process that was forked, what it shares with the one it is a copy of counts too.
     """
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":  # where `ru_maxrss` would begin with the size of whoever started this process
-        return status("VmHWM")
+        return _process_bytes("VmHWM")
     else:  # noqa: RET505 - of which mypy knows that it is for other systems
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.loading import build, dump, parse_yaml
 from stackwise.identity import content_id
+from stackwise.pipeline.device import Memory, is_out_of_memory, memory
 from stackwise.pipeline.fit import largest_phase, memory_parts
-from stackwise.pipeline.memory import Memory, is_out_of_memory, memory
 from stackwise.pipeline.schedule import Stage, schedule
 
 if TYPE_CHECKING:

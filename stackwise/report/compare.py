@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stackwise import durable
+from stackwise import durable, words
 from stackwise.config.loading import flat
 from stackwise.errors import NotFound, StackWiseError
 from stackwise.pipeline.batch.grid import label, shown
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.report import words
 from stackwise.report.facts import History, read_history
 from stackwise.text import printable
 

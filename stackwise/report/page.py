@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from stackwise.report import words
+from stackwise import words
 from stackwise.report.charts import Bar, Line, Points, bars, hue_of, line_chart, scroll, smooth, thin
 from stackwise.report.facts import BoundaryFacts, Facts, StageFacts
 from stackwise.version import __version__

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from stackwise.cli import app, output
-from stackwise.cli.events import EVENTS
 from stackwise.errors import UsageError
+from stackwise.pipeline.events import EVENTS
 from tests.cli.conftest import COMMAND, Cli
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202e\x9b31m"

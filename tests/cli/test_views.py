@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from stackwise.cli.events import RunView, wording
+from stackwise.cli.events import RunView
 from stackwise.cli.tables import held_out_table
 from stackwise.cli.views import Lines, Live
 from stackwise.config import StackWiseConfig
+from stackwise.pipeline.events import wording
 from tests.cli.conftest import COMMAND
 
 FIGURES = {"learning_rate": 2.1e-3, "tokens_per_second": 8420.0, "wait_fraction": 0.012, "memory": 612_000_000}

@@ -24,8 +24,8 @@ import pytest
 
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.pipeline.runner.process import WorkerFailed
 from stackwise.pipeline.runner.runner import Runner
+from stackwise.pipeline.runner.workers import WorkerFailed
 from stackwise.store import ActivationStore
 
 MOMENTS = ("start", "preparing", "device", "training", "step", "checkpoint", "committed", "writing", "boundary")

@@ -23,7 +23,7 @@ from stackwise.durable import FileLock, is_locked, write_durably
 from stackwise.errors import BusyError, NoSpaceError, UsageError
 from stackwise.pipeline.build import save_part
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.pipeline.runner.events import EventLog
+from stackwise.pipeline.runner.manifest import EventLog
 from stackwise.pipeline.runner.runner import Runner
 from tests.conftest import Micro, mounted, run
 from tests.pipeline.storm import Command, retrained
@@ -116,7 +116,7 @@ def fill(disk: Path) -> Path:
 
 
 def logged(path: Path, *events: dict[str, Any], error: Exception | None = None) -> None:
-    with EventLog(path) as log:
+    with EventLog(RunDirectory(path.parent)) as log:
         for event in events:
             log({"time": 1.0, **event})
         if error is not None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from stackwise.config import StackWiseConfig
+from stackwise.pipeline.device import is_out_of_memory, memory
 from stackwise.pipeline.fit import stage_memory
-from stackwise.pipeline.memory import is_out_of_memory, memory
-from stackwise.pipeline.runner.remedy import SAFETY, remedy
+from stackwise.pipeline.runner.sizes import SAFETY, oom_advice
 from stackwise.pipeline.schedule import schedule
 
 WIDE = {
@@ -74,7 +74,7 @@ def test_each_change_fits_alone(batch: int, length: int, gigabytes: float, expec
     config = StackWiseConfig.from_preset("gpt2-small", {**changes, "precision": "fp32"})
     stage, limit = schedule(config)[1], int(gigabytes * 10**9)
     assert stage_memory(config, 50_000, stage) > SAFETY * limit
-    said = remedy(config, 50_000, stage, {"limit": limit, "base": 0, "peak": limit // 2, "what": "GPU memory"})
+    said = oom_advice(config, 50_000, stage, {"limit": limit, "base": 0, "peak": limit // 2, "what": "GPU memory"})
     assert expected in said, said
     for key, value in re.findall(r"(training\.\w+): \d+ → (\d+)", said):
         config = StackWiseConfig.from_preset("gpt2-small", {**changes, "precision": "fp32", key: int(value)})

@@ -16,7 +16,7 @@ from stackwise.pipeline.device import describe
 from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.runner.events import Manifest
+from stackwise.pipeline.runner.manifest import Manifest
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.worker.stage import run_stage
 from stackwise.store import ActivationStore

@@ -16,7 +16,7 @@ from stackwise.errors import ConfigError
 from stackwise.pipeline.fit import SHARE, stage_memory
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
-from stackwise.pipeline.runner.size_trial import largest_fitting, sizes, try_sizes
+from stackwise.pipeline.runner.sizes import largest_fitting, sizes, try_sizes
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import Micro, run
 from tests.pipeline.test_run import named, weights
@@ -73,17 +73,17 @@ def test_a_small_run_that_is_finished_is_not_done_again(micro: Micro, tmp_path: 
     config = micro(**AUTO, precision="fp32")
     tried, told = sizes(config, 258, "data", "cpu", 1 << 40), list[str]()
 
-    def small_run(small: StackWiseConfig, directory: Path, observe: Any) -> dict[str, Any]:
+    def small_run(small: StackWiseConfig, name: str, observe: Any) -> dict[str, Any]:
         def note(event: dict[str, Any]) -> None:
             told.append(event["event"])
             observe(event)
 
-        return Runner(small, RunDirectory(directory), note).run()
+        return Runner(small, RunDirectory(tmp_path / name), note).run()
 
-    first = try_sizes(config, tried, tmp_path, small_run, lambda event, **values: None)
+    first = try_sizes(config, tried, small_run, lambda event, **values: None)
     assert "training" in told
     told.clear()
-    assert try_sizes(config, tried, tmp_path, small_run, lambda event, **values: None) == first
+    assert try_sizes(config, tried, small_run, lambda event, **values: None) == first
     assert "training" not in told
 
 

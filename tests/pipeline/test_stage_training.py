@@ -14,7 +14,7 @@ from stackwise.config.notes import notes
 from stackwise.errors import ConfigError, UsageError
 from stackwise.pipeline.library import UnifiedTrainer
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.pipeline.runner.events import EventLog
+from stackwise.pipeline.runner.manifest import EventLog
 from stackwise.store import ActivationStore
 from stackwise.training import checkpoint
 from tests.conftest import Micro, run
@@ -139,7 +139,7 @@ def test_settings_given_in_vain_are_said_and_contradictions_refused(micro: Micro
 def test_a_clock_that_is_set_back_does_not_stop_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    with EventLog(tmp_path / "events.jsonl") as log:
+    with EventLog(RunDirectory(tmp_path)) as log:
         for number in range(8):
             log({"event": "step", "stage": 0, "step": number + 1, "losses": [1.0], "time": 1e9 - 3600 * number})
             now += 0.4

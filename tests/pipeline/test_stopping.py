@@ -18,30 +18,31 @@ import pytest
 
 from stackwise.errors import InterruptedRun
 from stackwise.pipeline.run import RunDirectory, held_by_live_process, status
-from stackwise.pipeline.runner import time_limit
+from stackwise.pipeline.runner import workers
 from stackwise.pipeline.runner.runner import Runner
-from stackwise.pipeline.runner.time_limit import HEADROOM, MARGIN, SAVE_RATE, TimeLimit
+from stackwise.pipeline.runner.workers import TimeLimit
 from tests.conftest import Micro
 
 
 def test_what_is_reserved_follows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
+    margin, headroom, save_rate = TimeLimit.MARGIN, TimeLimit.HEADROOM, TimeLimit.SAVE_RATE
     monkeypatch.setattr("time.monotonic", lambda: now)
     limit = TimeLimit(1000.0)
-    limit.begin(saves=int(10 * SAVE_RATE))
-    assert limit.left == pytest.approx(1000 - MARGIN - 10 * HEADROOM)
+    limit.begin(saves=int(10 * save_rate))
+    assert limit.left == pytest.approx(1000 - margin - 10 * headroom)
     now = 40.0
-    assert limit.left == pytest.approx(1000 - 40 - MARGIN - 40 - 10 * HEADROOM), "the first step has taken 40 s so far"
+    assert limit.left == pytest.approx(1000 - 40 - margin - 40 - 10 * headroom), "the first step has taken 40 s so far"
     limit.observe({"event": "resumed"})
     for at in (50.0, 53.0, 54.0):  # the first step follows what is no step
         now = at
         limit.observe({"event": "step"})
     limit.observe({"event": "checkpoint", "seconds": 20.0})
-    assert limit.left == pytest.approx(1000 - 54 - MARGIN - 3 - 20 * HEADROOM)
+    assert limit.left == pytest.approx(1000 - 54 - margin - 3 - 20 * headroom)
     limit.observe({"event": "committed"})
-    assert limit.left == pytest.approx(1000 - 54 - MARGIN - 3), "the boundary above is written chunk by chunk"
-    limit.begin(saves=int(SAVE_RATE))
-    assert limit.left == pytest.approx(1000 - 54 - MARGIN - 2 * HEADROOM)
+    assert limit.left == pytest.approx(1000 - 54 - margin - 3), "the boundary above is written chunk by chunk"
+    limit.begin(saves=int(save_rate))
+    assert limit.left == pytest.approx(1000 - 54 - margin - 2 * headroom)
 
 
 def test_a_run_saves_before_its_time_is_over(micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +56,7 @@ def test_a_run_saves_before_its_time_is_over(micro: Micro, tmp_path: Path, monke
         events.append(event)
         gone = gone or (3 * 3600 - 60.0 if event["event"] == "step" else 0.0)
 
-    monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + gone))
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + gone))
     with pytest.raises(InterruptedRun, match=r"stage 0 stopped at step \d+ of 1000000") as stopped:
         Runner(config, RunDirectory(tmp_path / "run"), observe, resume_command="again", max_time=3 * 3600).run()
     assert stopped.value.hint == "go on with: again"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackwise.report import words
+from stackwise import words
 from stackwise.report.charts import label, smooth, spread, thin, ticks
 from stackwise.report.page import holes_marked
 

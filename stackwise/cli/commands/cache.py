@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stackwise import words
 from stackwise.cli.app import Subcommands
 from stackwise.cli.commands.cache_upkeep import gc, repair, unlock
 from stackwise.cli.options import find_run
 from stackwise.cli.output import console, note, plain, print_json, progress, state, table
 from stackwise.cli.stores import opened, where
 from stackwise.errors import DamageError
-from stackwise.report import words
 
 if TYPE_CHECKING:
     from stackwise.pipeline.run import RunDirectory

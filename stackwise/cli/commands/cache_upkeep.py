@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stackwise import words
 from stackwise.cli.options import find_run
 from stackwise.cli.output import console, note, plain, print_json, progress, table
 from stackwise.cli.stores import opened, store_path, where
 from stackwise.errors import DamageError, UsageError
-from stackwise.report import words
 
 if TYPE_CHECKING:
     from stackwise.store import BoundaryInfo, Recompute

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stackwise import words
 from stackwise.cli.app import Subcommands
 from stackwise.cli.options import as_json
 from stackwise.cli.output import note, phases, print_json
-from stackwise.report import words
 
 if TYPE_CHECKING:
     from stackwise.config import DataConfig

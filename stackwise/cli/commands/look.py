@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import click
 
+from stackwise import words
 from stackwise.cli.options import as_json, find_run, run_option
 from stackwise.cli.output import is_live, print_json, say, show, watch_option
 from stackwise.cli.tables import status_table
 from stackwise.errors import StackWiseError
-from stackwise.report import words
 from stackwise.version import __version__
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stackwise import words
 from stackwise.cli.events import RunView
 from stackwise.cli.options import RUNS, as_json, find_run, load, max_time_option
 from stackwise.cli.output import (
@@ -25,7 +26,6 @@ from stackwise.cli.output import (
 )
 from stackwise.cli.views import watcher
 from stackwise.errors import StackWiseError
-from stackwise.report import words
 
 if TYPE_CHECKING:
     from stackwise.pipeline.batch.grid import Combination

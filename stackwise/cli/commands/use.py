@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
+from stackwise import words
 from stackwise.cli.options import as_json, device_option, find_run, run_option
 from stackwise.cli.output import console, is_live, note, print_json, progress, say
 from stackwise.cli.tables import held_out_table, show_passage
 from stackwise.errors import UsageError
-from stackwise.report import words
 
 
 @click.command(name="eval")

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.durable import FileLock, read_json, write_bytes, write_json
 from stackwise.errors import BusyError, InterruptedRun, StackWiseError, UsageError
+from stackwise.pipeline.device import python_command
 from stackwise.pipeline.run import RunDirectory, job_file, job_state, pending, with_absolute_paths
 from stackwise.pipeline.schedule import Stage, schedule
 from stackwise.pipeline.tracking.trackers import check_installed
@@ -195,9 +197,9 @@ def _submit_all(request: dict[str, Any]) -> list[Job]:
     import submitit
 
     run, engine = RunDirectory(Path(request["run"])), request["engine"]
-    executor = submitit.AutoExecutor(
-        folder=run.logs / "jobs" / "%j", cluster=engine, **{f"{engine}_max_num_timeout": REQUEUES}
-    )
+    # -P: files that lie in the current directory are not ours to import.
+    own = {f"{engine}_max_num_timeout": REQUEUES, f"{engine}_python": f"{shlex.quote(sys.executable)} -P"}
+    executor = submitit.AutoExecutor(folder=run.logs / "jobs" / "%j", cluster=engine, **own)
     executor.update_parameters(**request["parameters"])
     jobs: list[Job] = []
     submitted: list[Any] = []
@@ -235,7 +237,8 @@ def _submit_apart(request: dict[str, Any], run: RunDirectory) -> list[Job]:
     log = run.logs / "jobs.log"
     with log.open("ab") as out:
         done = subprocess.run(
-            [sys.executable, "-m", "stackwise.pipeline.batch.cluster"],
+            python_command("stackwise.pipeline.batch.cluster"),
+            env={**os.environ, "PYTHONSAFEPATH": "1"},  # for submitit's own processes
             input=json.dumps(request).encode(),
             stdout=out,
             stderr=out,
@@ -248,10 +251,9 @@ def _submit_apart(request: dict[str, Any], run: RunDirectory) -> list[Job]:
 
 
 def _command(run: RunDirectory, stage: int | None, window: int | None) -> list[str]:
-    begin = [sys.executable, "-m", "stackwise"]
     what = ["run"] if stage is None else ["stage", "run", "--depth", str(stage)]
     what += [] if window is None else ["--window", str(window)]
-    return [*begin, *what, str(run.config_file), "--run", str(run.path)]
+    return [*python_command("stackwise"), *what, str(run.config_file), "--run", str(run.path)]
 
 
 def _parameters(config: StackWiseConfig, engine: Engine) -> dict[str, Any]:

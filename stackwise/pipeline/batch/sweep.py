@@ -28,12 +28,12 @@ from stackwise.identity import content_id
 from stackwise.pipeline.batch.grid import Combination
 from stackwise.pipeline.costs import boundaries_bytes, settle_windows
 from stackwise.pipeline.decisions import Decision, preview
+from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.fit import RECORD_BYTES, in_bytes
 from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.run import RunDirectory, status, with_absolute_paths
-from stackwise.pipeline.runner.events import Event, Observer
-from stackwise.pipeline.runner.process import Worker
 from stackwise.pipeline.runner.runner import Runner
+from stackwise.pipeline.runner.workers import Worker
 from stackwise.pipeline.schedule import Stage
 from stackwise.pipeline.tracking.trackers import check_installed
 from stackwise.store import ActivationStore

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from stackwise.durable import FileLock, is_locked
 from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError, UsageError
 from stackwise.pipeline.costs import boundary_budget
 from stackwise.pipeline.decisions import Decision, RunPreview, decide
-from stackwise.pipeline.fit import state_bytes
 from stackwise.pipeline.job import Versions, with_parts
 from stackwise.pipeline.plan import Entry, Plan
-from stackwise.pipeline.reasons import History
 from stackwise.pipeline.recipe import boundary_bytes, codec_name, whole_boundary
 from stackwise.pipeline.rows import HELD_OUT
 from stackwise.pipeline.run import RunDirectory, held_by_live_process
-from stackwise.pipeline.runner.crew import Crew
-from stackwise.pipeline.runner.events import Manifest
-from stackwise.pipeline.runner.remedy import remedy
+from stackwise.pipeline.runner.manifest import RunContext
 from stackwise.pipeline.schedule import Stage, stage_below
 from stackwise.store import CommittedStage
 
@@ -29,27 +24,18 @@ class Execution:
     """Carries a plan out.
 
     Args:
-        run: The run's directory.
-        plan: The plan.
-        history: What the run did before.
-        manifest: Kept level with it.
+        context: What that needs.
         boundaries: What enters each stage.
-        crew: The workers.
-        emit: Takes an event's name and its values.
     """
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        plan: Plan,
-        history: History,
-        manifest: Manifest,
-        boundaries: Boundaries,
-        crew: Crew,
-        emit: Callable[..., None],
-    ) -> None:
-        self._run, self._plan, self._history, self._manifest = run, plan, history, manifest
-        self._boundaries, self._crew, self._emit = boundaries, crew, emit
+    def __init__(self, context: RunContext, boundaries: Boundaries) -> None:
+        self._run, self._plan, self._history, self._manifest = (
+            context.run,
+            context.plan,
+            context.history,
+            context.manifest,
+        )
+        self._pool, self._emit, self._boundaries = context.pool, context.emit, boundaries
         self._again: set[str] = set()
 
     def begin(self, preview: RunPreview) -> None:
@@ -165,7 +151,6 @@ class Execution:
         writes = self._plan.writes_above(stage)
         self._refuse_where_busy(stage, key)
         checkpoints = self._run.checkpoints(key)
-        saves = state_bytes(self._plan.config, self._plan.vocabulary.size, stage, gradients=False)
         for attempt in (1, 2):
             entry = self._boundaries.entry(stage, versions)
             if writes or entry.fills:
@@ -183,11 +168,7 @@ class Execution:
                 held_out_reads=held_out,
             )
             try:
-                self._crew.work(
-                    job,
-                    saves=saves if job.train else 0,
-                    remedy=lambda measured: remedy(self._plan.config, self._plan.vocabulary.size, stage, measured),
-                )
+                self._pool.work(job)
                 break
             except StackWiseError as error:
                 committed = self._plan.committed(key)
@@ -217,17 +198,12 @@ class Boundaries:
     """Sees to it that what enters a stage is there.
 
     Args:
-        run: Whose they are.
-        plan: The plan that is carried out.
-        manifest: Knows which of them this run wrote.
-        crew: Makes those that are missing.
-        emit: Takes an event's name and its values.
+        context: What the run needs.
     """
 
-    def __init__(
-        self, run: RunDirectory, plan: Plan, manifest: Manifest, crew: Crew, emit: Callable[..., None]
-    ) -> None:
-        self._run, self._plan, self._manifest, self._crew, self._emit = run, plan, manifest, crew, emit
+    def __init__(self, context: RunContext) -> None:
+        self._run, self._plan, self._manifest = context.run, context.plan, context.manifest
+        self._pool, self._emit = context.pool, context.emit
         self.idle: dict[str, list[str]] = {}
         """Parts of committed stages, by recipe, that the run needs no more."""
 
@@ -263,7 +239,7 @@ class Boundaries:
             "recomputing", stage=below.place, text=f"boundary {stage.depth} is not in the store: made by forward passes"
         )
         checkpoints = self._run.path / "checkpoints"
-        self._crew.work(
+        self._pool.work(
             self._plan.job(
                 below, versions, checkpoints=checkpoints, train=False, entry=entry, writes=True, rowset=number
             )

@@ -17,27 +17,31 @@ from stackwise.config.loading import dump
 from stackwise.config.notes import notes
 from stackwise.data import PreparedData
 from stackwise.durable import write_bytes
-from stackwise.errors import NoSpaceError, NotFound
+from stackwise.errors import NotFound
 from stackwise.identity import content_id
 from stackwise.pipeline.costs import check_fit, planned_notes, settle_windows
 from stackwise.pipeline.decisions import RunPreview, moved_store, preview
-from stackwise.pipeline.fit import in_bytes
+from stackwise.pipeline.events import Observer, event
 from stackwise.pipeline.job import FinishJob
-from stackwise.pipeline.plan import Plan, check_data
+from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.reasons import History
 from stackwise.pipeline.run import RunDirectory, with_absolute_paths
-from stackwise.pipeline.runner.beginning import Beginning
-from stackwise.pipeline.runner.crew import Crew
-from stackwise.pipeline.runner.events import EventLog, Manifest, Observer, Observers
 from stackwise.pipeline.runner.execution import Boundaries, Execution
-from stackwise.pipeline.runner.opening import check_store, open_store
-from stackwise.pipeline.runner.preparing import prepare_data
-from stackwise.pipeline.runner.settling import settle_batches, settle_block_size
-from stackwise.pipeline.runner.time_limit import TimeLimit
+from stackwise.pipeline.runner.manifest import EventLog, Manifest, Observers, RunContext
+from stackwise.pipeline.runner.preparation import (
+    Preparation,
+    check_store,
+    open_store,
+    prepare_data,
+    settle_batches,
+    settle_block_size,
+)
+from stackwise.pipeline.runner.workers import TimeLimit, WorkerPool
 from stackwise.pipeline.tracking.track import Trackers
 from stackwise.pipeline.tracking.trackers import check_installed
+from stackwise.words import size as in_bytes
 
-BEGINNINGS = ("training", "writing", "filling")
+TAKEN_UP = ("training", "writing", "filling")
 """Events after which the store has something new that is this run's."""
 TRIAL = "trial"
 """Among the logs, while sizes are tried: the small runs."""
@@ -49,7 +53,7 @@ class Runner:
     Args:
         config: The configuration.
         run: Where the run lives.
-        observe: Told every event.
+        observe: Gets every event.
         resume_command: What an interruption tells the user to type.
         max_time: Seconds after which the run has to be over: before that, the step in hand is finished and saved,
             and `InterruptedRun` is raised; None: no limit.
@@ -66,8 +70,8 @@ class Runner:
     ) -> None:
         self.config, self.run_directory = with_absolute_paths(config), run
         self._observe, self._resume_command = Observers([observe]), resume_command
-        self._ends = None if max_time is None else time.monotonic() + max_time
-        self._crew = Crew(self._observe, resume_command, None if max_time is None else TimeLimit(max_time))
+        self._limit = None if max_time is None else TimeLimit(max_time)
+        self._pool = WorkerPool(self.config, self._observe, resume_command, self._limit)
 
     def run(self, only: int | None = None, *, window: int | None = None, dry: bool = False) -> dict[str, Any]:
         """Every stage, then the held-out evaluation; or one stage alone.
@@ -84,23 +88,26 @@ class Runner:
         Raises:
             StackWiseError: With the exit code that the command line ends with.
         """
-        with self._crew.signals(), contextlib.ExitStack() as stack:
-            self._tell("start", run=str(self.run_directory.path), name=self.config.name, stages=self.config.n_stages)
+        with self._pool.signals(), contextlib.ExitStack() as stack:
+            self._emit("start", run=str(self.run_directory.path), name=self.config.name, stages=self.config.n_stages)
             for line in notes(self.config):
-                self._tell("note", text=line)
+                self._emit("note", text=line)
             self._check_stage(only)
             check_installed(self.config)
             self.run_directory.check()
             check_store(self.run_directory.store_path(self.config))
             if dry:
-                plan, _, history = self._look(stack)
+                plan, _, history = self._plan_apart(stack)
                 self._preview(plan, history)
                 return {}
-            plan, manifest, boundaries, history = self._open(stack, only)
+            context = self._begin(stack, only)
+            manifest, boundaries = context.manifest, Boundaries(context)
+            # A stage is this run's from its first step on, a boundary from its first chunk: no `cache gc` takes them.
+            self._observe.add(lambda new: boundaries.register() if new["event"] in TAKEN_UP else None)
             try:
-                execution = Execution(self.run_directory, plan, history, manifest, boundaries, self._crew, self._tell)
+                execution = Execution(context, boundaries)
                 chosen = execution.chosen(only, window)
-                decided = self._preview(plan, history)
+                decided = self._preview(context.plan, context.history)
                 execution.begin(decided)
                 manifest.save()
                 # What was tried stands in the manifest by now.
@@ -108,10 +115,10 @@ class Runner:
                 boundaries.register()
                 begun = time.perf_counter()
                 execution.go(decided, chosen)
-                evaluation = self._finish(plan, manifest) if chosen is None else None
-                self._tell("done", seconds=time.perf_counter() - begun, evaluation=evaluation)
+                evaluation = self._finish(context) if chosen is None else None
+                self._emit("done", seconds=time.perf_counter() - begun, evaluation=evaluation)
             except BaseException:
-                with contextlib.suppress(NoSpaceError):  # what ended the run says it already
+                with contextlib.suppress(OSError):  # a full disk, say: what ended the run says it already
                     manifest.save()
                 raise
             manifest.save()
@@ -121,37 +128,29 @@ class Runner:
         if only is not None and not 0 <= only < self.config.n_stages:
             raise NotFound(f"there is no stage {only}: the schedule has 0 to {self.config.n_stages - 1}")
 
-    def _open(self, stack: contextlib.ExitStack, only: int | None) -> tuple[Plan, Manifest, Boundaries, History]:
+    def _begin(self, stack: contextlib.ExitStack, only: int | None) -> RunContext:
         """Take the run directory and the store, and plan."""
         run = self.run_directory
-        with Beginning(run, self.config, stack) as beginning:
-            self._observe.add(beginning.observe)
-            stack.callback(self._crew.close)
-            data = self._data()
+        with Preparation(run, self.config, stack) as preparation:
+            self._observe.add(preparation.observe)
+            stack.callback(self._pool.close)
+            data = prepare_data(self.config, self._emit, self._pool.check)
             plan, manifest, history = self._plan(data, stack, run.logs, run.store_path(self.config))
             self._check_stage(only)
-        boundaries = Boundaries(run, plan, manifest, self._crew, self._tell)
         for observer in (
-            stack.enter_context(EventLog(run.events_file)),
+            stack.enter_context(EventLog(run)),
             stack.enter_context(Trackers(run, self.config, self._observe)),
             manifest.observe,
-            # A stage is this run's from its first step on, a boundary from its first chunk: no `cache gc` takes them.
-            lambda event: boundaries.register() if event["event"] in BEGINNINGS else None,
         ):
             self._observe.add(observer)
         write_bytes(run.config_file, dump(self.config).encode())
-        return plan, manifest, boundaries, history
+        return RunContext(run, plan, history, manifest, self._pool, self._emit)
 
-    def _data(self) -> PreparedData:
-        data = prepare_data(self.config, self._tell, self._crew.check)
-        check_data(self.config, data)
-        return data
-
-    def _look(self, stack: contextlib.ExitStack) -> tuple[Plan, Manifest, History]:
+    def _plan_apart(self, stack: contextlib.ExitStack) -> tuple[Plan, Manifest, History]:
         """Plan without taking or making anything: where there is no store yet, one that is gone afterwards serves."""
-        run, data = self.run_directory, self._data()
+        run, data = self.run_directory, prepare_data(self.config, self._emit, self._pool.check)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stackwise-dry-run-")))
-        stack.callback(self._crew.close)
+        stack.callback(self._pool.close)
         store = run.store_path(self.config)
         return self._plan(data, stack, scratch, store if store.exists() else scratch / "store")
 
@@ -159,77 +158,74 @@ class Runner:
         self, data: PreparedData, stack: contextlib.ExitStack, logs: Path, store: Path
     ) -> tuple[Plan, Manifest, History]:
         """The plan on this machine, and what is known of the run from before."""
-        run = self.run_directory
+        run, config = self.run_directory, self.config
         before = run.manifest() if run.manifest_file.exists() else {"stages": []}
         history = History(before["stages"], run.earlier_config(), before.get("store"))
-        ready = self._crew.start(self.config.device, logs / "workers.log")
-        if self.config.precision == "auto":
-            self.config.precision = ready["precision"]
+        machine = self._pool.start(logs / "workers.log")
+        if config.precision == "auto":
+            config.precision = machine["precision"]
         opened = stack.enter_context(open_store(store))
-        known = {key: list(value) for key, value in before.get("rowsets", {}).items()}
-        about = {key: ready[key] for key in ("device", "name", "memory")}
-        self._tell("device", **about, precision=self.config.precision)
-        device, memory = ready["device"], ready["memory"]
-        settling: dict[str, Any] = {"device": device, "tell": self._tell}
-        tried = before.get("auto", {})
-        tried = settle_block_size(
-            self.config, data, tried, memory=memory, scratch=logs / TRIAL, small_run=self._small_run, **settling
-        )
-        tried = settle_batches(self.config, data, tried, work=self._crew.work, **settling)
-        for line in settle_windows(self.config, data, tried):
-            self._tell("note", text=line)
-        plan = Plan(self.config, data, opened, device=device, memory=memory, known_rowsets=known)
-        return plan, Manifest(run, plan, before, tried), history
+        rowsets = {key: list(value) for key, value in before.get("rowsets", {}).items()}
+        device, memory = machine["device"], machine["memory"]
+        self._emit("device", device=device, name=machine["name"], memory=memory, precision=config.precision)
 
-    def _small_run(self, config: StackWiseConfig, directory: Path, observe: Observer) -> dict[str, Any]:
-        left = None if self._ends is None else max(0.0, self._ends - time.monotonic())
-        run = RunDirectory(directory)
-        return Runner(config, run, observe, resume_command=self._resume_command, max_time=left).run()
+        def small_run(trial: StackWiseConfig, name: str, observe: Observer) -> dict[str, Any]:
+            left = None if self._limit is None else self._limit.seconds
+            directory = RunDirectory(logs / TRIAL / name)
+            return Runner(trial, directory, observe, resume_command=self._resume_command, max_time=left).run()
+
+        auto = settle_block_size(config, data, before.get("auto", {}), machine, small_run, self._emit)
+        auto = settle_batches(config, data, auto, device, self._pool.work, self._emit)
+        for line in settle_windows(config, data, auto):
+            self._emit("note", text=line)
+        plan = Plan(config, data, opened, device=device, memory=memory, known_rowsets=rowsets)
+        return plan, Manifest(run, plan, before, auto), history
 
     def _preview(self, plan: Plan, history: History) -> RunPreview:
         """Say what becomes of each stage, and whether there is room for it."""
         decided = preview(plan, history)
         store = self.run_directory.store_path(plan.config)
         if warning := moved_store(history, store, decided.decisions):
-            self._tell("warning", stage=None, text=warning)
-        self._tell("plan", stages=[decision.plain() for decision in decided.decisions])
+            self._emit("warning", stage=None, text=warning)
+        self._emit("plan", stages=[decision.plain() for decision in decided.decisions])
         todo = decided.training
         fit = check_fit(plan, todo, store)
-        self._tell("fit", **fit)
+        self._emit("fit", **fit)
         for depth, groups in fit["swapped"].items():
             turns = f"its blocks take turns in {groups} groups" if groups > 1 else "its blocks are one group"
             tight = fit["tight"].get(depth)
             more = "" if tight is None else f"; it takes about {in_bytes(tight)} all the same, more than it may"
-            self._tell("note", text=f"stage {depth} is swapped: {turns} (training.swap){more}")
+            self._emit("note", text=f"stage {depth} is swapped: {turns} (training.swap){more}")
         for line in planned_notes(plan, fit["swapped"] if todo else None):
-            self._tell("note", text=line)
+            self._emit("note", text=line)
         return decided
 
-    def _finish(self, plan: Plan, manifest: Manifest) -> dict[str, Any]:
+    def _finish(self, context: RunContext) -> dict[str, Any]:
         """Held-out evaluation, a passage filled in, the export if asked; once for the same weights."""
-        run, config = self.run_directory, plan.config
+        run, plan, manifest = context.run, context.plan, context.manifest
+        exports = plan.config.training.save_fused_checkpoints
         key = content_id(
             "evaluation",
             {
                 "recipes": manifest.recipes(),
                 "data": plan.data.id,
-                "evaluation": config.evaluation.model_dump(),
-                "export": config.training.save_fused_checkpoints,
+                "evaluation": plan.config.evaluation.model_dump(),
+                "export": exports,
             },
         )
-        known = manifest.evaluation(key)
-        if known is not None:
-            self._tell("evaluation", reused=True, result=known["result"])
-            if known.get("fill") is not None:
-                self._tell("fill", **known["fill"])
-            return dict(known["result"])
+        before = manifest.evaluation(key)
+        if before is not None:
+            self._emit("evaluation", reused=True, result=before["result"])
+            if before.get("fill") is not None:
+                self._emit("fill", **before["fill"])
+            return dict(before["result"])
         manifest.save()
-        export = str(run.export) if config.training.save_fused_checkpoints else None
-        events = {e["event"]: e for e in self._crew.work(FinishJob(str(run.path), plan.device, export))}
+        job = FinishJob(str(run.path), plan.device, str(run.export) if exports else None)
+        events = {ended["event"]: ended for ended in self._pool.work(job)}
         result = dict(events["evaluation"]["result"])
         fill = {key: events["fill"][key] for key in ("before", "after", "spans")} if "fill" in events else None
         manifest.save_evaluation(key, result, fill)
         return result
 
-    def _tell(self, event: str, **values: Any) -> None:
-        self._observe({"event": event, **values})
+    def _emit(self, kind: str, /, **values: Any) -> None:
+        self._observe(event(kind, **values))

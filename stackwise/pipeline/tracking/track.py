@@ -23,6 +23,7 @@ from typing import Any, Self
 from stackwise.config import StackWiseConfig
 from stackwise.durable import FileLock
 from stackwise.errors import BusyError
+from stackwise.pipeline.device import python_command
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.tracking.figures import Event
 from stackwise.pipeline.tracking.following import About, Follower
@@ -77,7 +78,7 @@ class Trackers:
     def _start(self, trackers: dict[str, Any]) -> None:
         with (self._run.logs / "trackers.log").open("ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "stackwise.pipeline.tracking.track"],
+                python_command("stackwise.pipeline.tracking.track"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

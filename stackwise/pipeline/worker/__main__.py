@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from stackwise.durable import is_full_disk, no_space
 from stackwise.errors import InterruptedRun, StackWiseError
-from stackwise.pipeline.memory import Memory, is_out_of_memory, memory
+from stackwise.pipeline.device import Memory, is_out_of_memory, memory
 
 
 class _Channel:
@@ -41,66 +41,48 @@ class _Channel:
                 pass
 
 
-def main(device: str, *, told: bool = False) -> int:
-    """Serve one job; the exit code is that of `StackWiseError`, 0 when done.
-
-    Args:
-        device: As in the configuration.
-        told: That it is ready is said already.
-    """
+def main(device: str) -> int:
+    """Serve one job on a device, as in the configuration; the exit code is that of `StackWiseError`, 0 when done."""
     stopping = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the runner, which tells its workers
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     channel = _Channel()
     before: list[Memory] = []
     try:
-        return _serve(channel, stopping, before, device, told)
+        return _serve(channel, stopping, before, device)
     except StackWiseError as error:
-        return _tell(channel, error)
+        return _report(channel, error)
     except Exception as error:
         if is_full_disk(error):
             name = getattr(error, "filename", None)
-            return _tell(channel, no_space(None if name is None else Path(os.fsdecode(name))))
+            return _report(channel, no_space(None if name is None else Path(os.fsdecode(name))))
         with contextlib.suppress(OSError):  # whatever keeps the log from being written, the runner is told
             traceback.print_exc()
         channel.emit({"event": "error", "exit_code": 1, **_explained(error, before[0] if before else memory())})
         return 1
 
 
-def _tell(channel: _Channel, error: StackWiseError) -> int:
+def _report(channel: _Channel, error: StackWiseError) -> int:
     kind = "interrupted" if isinstance(error, InterruptedRun) else "error"
     channel.emit({"event": kind, "message": error.message, "hint": error.hint, "exit_code": error.exit_code})
     return error.exit_code
 
 
-def ready(device: str) -> dict[str, Any]:
-    """The event with which a worker says that it can be given its job.
-
-    Raises:
-        UsageError: The device is not there.
-    """
-    from stackwise.pipeline.device import describe, resolve_device
-
-    return {"event": "ready", **describe(resolve_device(device))}
-
-
-def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], device: str, told: bool) -> int:
-    # Before torch: a job for `status` of a device that is not there should fail here, not at import.
-    from stackwise.pipeline.device import resolve_device, warm_up
+def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], device: str) -> int:
+    from stackwise.pipeline.device import describe, resolve_device, warm_up
     from stackwise.pipeline.job import FinishJob, StageJob
     from stackwise.pipeline.trial import TrialJob, run_trial
     from stackwise.pipeline.worker.finish import run_finish
     from stackwise.pipeline.worker.stage import run_stage
 
-    if not told:
-        channel.emit(ready(device))
-    warm_up()
+    on = resolve_device(device)
+    channel.emit({"event": "ready", **describe(on)})
+    warm_up()  # while the runner plans, or the worker before this one trains
     line = sys.stdin.readline()
     if not line:
         return 0
     threading.Thread(target=_watch_parent, args=(stopping,), daemon=True).start()
     job = json.loads(line)
-    on = resolve_device(device)
     before.append(memory(on))
     if job["kind"] == "stage":
         run_stage(StageJob.from_plain(job), channel.emit, stopping.is_set)

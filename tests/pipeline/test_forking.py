@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from stackwise.config.loading import dump
+from stackwise.pipeline import device
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.runner import launch
-from stackwise.pipeline.runner.launch import WorkerProcess
-from stackwise.pipeline.runner.process import OutOfMemory, Worker
 from stackwise.pipeline.runner.runner import Runner
+from stackwise.pipeline.runner.workers import WAITING, OutOfMemory, Worker
+from stackwise.pipeline.worker import forking
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run
 from tests.pipeline.storm import Command
@@ -29,9 +29,10 @@ from tests.pipeline.test_run import weights
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 
 PROBE = """
-import json, os, resource, signal, sys, threading
+import json, os, sys, threading
 from stackwise.pipeline.worker import __main__ as worker
-from stackwise.pipeline.worker import template
+from stackwise.pipeline.worker import forking
+import signal, socket
 
 def target(fd):
     try:
@@ -39,9 +40,9 @@ def target(fd):
     except OSError:  # what it was listed with
         return ""
 
-def probe(device, *, told):
+def probe(device):
     said = {
-        "argv": sys.argv, "cwd": os.getcwd(), "path": sys.path[0], "environment": dict(os.environ), "told": told,
+        "argv": sys.argv, "cwd": os.getcwd(), "environment": dict(os.environ),
         "session": os.getsid(0), "pid": os.getpid(), "threads": threading.active_count(), "device": device,
         "open": [link.split(":")[0] for link in map(target, os.listdir("/proc/self/fd")) if link],
         "job": sys.stdin.readline(),
@@ -52,16 +53,16 @@ def probe(device, *, told):
 
 worker.main = probe
 {before}
-template.main()
+forking.serve(socket.socket(fileno=int(sys.argv[1])))
 """
 
 
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Templates of the test's own, gone after it."""
-    monkeypatch.setattr(launch, "_templates", {})
+    """A template of the test's own, gone after it."""
+    monkeypatch.setattr(forking, "_template", [])
     yield
-    launch._end_templates()
+    forking.end_template()
 
 
 @pytest.fixture
@@ -69,15 +70,15 @@ def probing(own: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]
     """Have workers say what they find instead of working; the argument is what their template does first."""
 
     def probe(before: str = "") -> None:
-        monkeypatch.setattr(launch, "TEMPLATE", ["-c", PROBE.replace("{before}", before)])
+        code = PROBE.replace("{before}", before)
+        monkeypatch.setattr(forking, "python_command", lambda module, fd: [sys.executable, "-P", "-c", code, fd])
 
     return probe
 
 
 def template() -> psutil.Process:
     """The one template that there is."""
-    (only,) = launch._templates.values()
-    return psutil.Process(only._process.pid)
+    return psutil.Process(forking._template[0][2].pid)
 
 
 def gone(pid: int, seconds: float = 10.0) -> bool:
@@ -88,11 +89,16 @@ def gone(pid: int, seconds: float = 10.0) -> bool:
     return not psutil.pid_exists(pid)
 
 
-def said_by(process: WorkerProcess, job: str = "work\n") -> dict[str, Any]:
+def said_by(log: Path, job: str = "work\n") -> dict[str, Any]:
+    errors = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    process = forking.fork("cpu", {**WAITING, **os.environ}, errors)
+    os.close(errors)
+    assert process is not None
     process.stdin.write(job)
-    process.stdin.flush()
+    process.stdin.close()
     said: dict[str, Any] = json.loads(next(line for line in process.stdout if '"cwd"' in line))
     assert process.wait(10) == 7
+    assert said["pid"] == said["session"] == process.pid
     process.stdout.close()
     process.close()
     return said
@@ -103,59 +109,62 @@ def test_a_worker_finds_what_one_started_by_itself_would(
 ) -> None:
     probing()
     log = tmp_path / "log"
-    first = said_by(WorkerProcess("cpu", log))
-    assert first["told"], "the first one's readiness is told while its imports go on"
+    said_by(log)
+    first = template().pid
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setenv("SOMETHING", "é\udcff")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    process = WorkerProcess("cpu", log)
-    said = said_by(process, "the job\n")
-    assert said["environment"] == {**launch.WAITING, **os.environ}
+    said = said_by(log, "the job\n")
+    assert said["environment"] == {**WAITING, **os.environ}
     assert said["argv"][1:] == ["cpu"]
     assert said["device"] == "cpu"
     assert said["cwd"] == str(tmp_path / "elsewhere")
     assert said["job"] == "the job\n"
-    assert said["pid"] == said["session"] == process.pid
     assert said["threads"] == 1
-    assert not said["told"]
     assert sorted(said["open"]) == sorted([str(log), "pipe", "pipe", "socket"])
     assert log.read_text() == "to the log\n" * 2
-    assert len(launch._templates) == 1
+    assert template().pid == first
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert said_by(WorkerProcess("cpu", log))["environment"]["OMP_NUM_THREADS"] == "2"
-    assert len(launch._templates) == 2, "what is read while modules are imported"
+    assert said_by(log)["environment"]["OMP_NUM_THREADS"] == "2"
+    assert template().pid != first, "what is read while modules are imported"
+
+
+def pid_of(worker: Worker) -> int:
+    """Its process id, as soon as it is there."""
+    until = time.monotonic() + 60
+    while not worker.pid and time.monotonic() < until:
+        time.sleep(0.01)
+    return worker.pid
 
 
 def test_one_worker_holds_nothing_of_another(own: None, tmp_path: Path) -> None:
     one, other = (Worker("cpu", tmp_path / f"{name}.log") for name in ("one", "other"))
-    for worker in (one, other):
-        assert worker.ready()["device"] == "cpu"
+    assert psutil.Process(pid_of(one)).ppid() == psutil.Process(pid_of(other)).ppid() == template().pid
     parent = template()
-    assert psutil.Process(one.pid).ppid() == psutil.Process(other.pid).ppid() == parent.pid
     assert len(parent.open_files()) == 1, "its own log"
-    one._process.stdin.close()
+    one._stdin.close()
     assert one._process.wait(10) == 0, "nobody is there to give it a job"
-    assert one._events.get() is None, "its output has ended"
+    one.close()
     assert psutil.Process(other.pid).is_running()
     os.kill(other.pid, signal.SIGKILL)
     with pytest.raises(OutOfMemory, match=f"worker {other.pid} was killed by SIGKILL"):
         list(other.run({"kind": "stage"}))
     third = Worker("cpu", tmp_path / "third.log")
-    third.ready()
+    pid_of(third)
     parent.kill()
     assert gone(parent.pid) or parent.status() == psutil.STATUS_ZOMBIE
     with pytest.raises(Exception, match="KeyError"):
         list(third.run({"kind": "stage"}))
     fourth = Worker("cpu", tmp_path / "fourth.log")
-    fourth.ready()
+    pid_of(fourth)
     assert template().pid != parent.pid
     assert gone(parent.pid)
     os.kill(template().pid, signal.SIGKILL)
     os.kill(fourth.pid, signal.SIGKILL)
     with pytest.raises(OutOfMemory, match="SIGKILL"):
         list(fourth.run({"kind": "stage"}))
-    for worker in (one, other, third, fourth):
+    for worker in (other, third, fourth):
         worker.close()
 
 
@@ -165,7 +174,7 @@ def test_one_that_is_not_wanted_any_more_is_not_waited_for(own: None, tmp_path: 
     worker.close()
     assert time.monotonic() - begun < 0.5
     kept = Worker("cpu", tmp_path / "log")
-    kept.ready()
+    pid_of(kept)
     assert all(gone(child.pid) for child in template().children() if child.pid != kept.pid)
     assert psutil.pid_exists(kept.pid)
     kept.close()
@@ -180,8 +189,9 @@ def test_one_that_is_not_wanted_any_more_is_not_waited_for(own: None, tmp_path: 
 def test_a_template_that_does_not_serve(probing: Callable[..., None], tmp_path: Path, before: str) -> None:
     probing(before)
     worker = Worker("cpu", tmp_path / "log")
-    assert worker.ready()["device"] == "cpu"
-    assert psutil.Process(worker.pid).ppid() == os.getpid(), "it was started by itself"
+    with pytest.raises(Exception, match="KeyError"):
+        list(worker.run({"kind": "stage"}))
+    assert isinstance(worker._process, subprocess.Popen), "it was started by itself"
     worker.close()
 
 
@@ -200,10 +210,10 @@ def test_weights_are_those_of_workers_started_by_themselves(
     run(config, tmp_path / "forked", only=1)
     assert template().pid != killed[0]
     monkeypatch.setenv("STACKWISE_FORK", "0")
-    launch._end_templates()
+    forking.end_template()
     for depth in (0, 1):
         run(config, tmp_path / "plain", only=depth)
-    assert not launch._templates
+    assert not forking._template
     forked, plain = weights(tmp_path / "forked"), weights(tmp_path / "plain")
     assert forked[:2] == plain[:2]
     assert all(forked[:2])
@@ -226,10 +236,11 @@ def test_a_runner_that_is_killed_leaves_a_worker_that_saves(micro: Micro, tmp_pa
 
 def test_the_end_of_a_python_process_is_its_templates(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from stackwise.pipeline.runner import launch\n"
-        "from stackwise.pipeline.runner.process import Worker\n"
-        "worker = Worker('cpu', Path(sys.argv[1])); worker.ready(); worker.close()\n"
-        "print(*[each._process.pid for each in launch._templates.values()])"
+        "import sys, time; from pathlib import Path; from stackwise.pipeline.worker import forking\n"
+        "from stackwise.pipeline.runner.workers import Worker\n"
+        "worker = Worker('cpu', Path(sys.argv[1]))\n"
+        "while not worker.pid: time.sleep(0.01)\n"
+        "worker.close(); print(forking._template[0][2].pid)"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, str(tmp_path / "log")], capture_output=True, text=True, check=True
@@ -240,10 +251,10 @@ def test_the_end_of_a_python_process_is_its_templates(tmp_path: Path) -> None:
 
 
 def test_where_a_worker_may_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not launch._forks("cuda")
-    assert not launch._forks("mps")
-    monkeypatch.setattr(launch, "_cpu_alone", lambda: False)
-    assert not launch._forks("auto")
-    assert launch._forks("cpu"), "no GPU is asked for"
+    assert not device.cpu_alone("cuda")
+    assert not device.cpu_alone("mps")
+    monkeypatch.setattr(device, "_built_for_cpu", lambda: False)
+    assert not device.cpu_alone("auto")
+    assert device.cpu_alone("cpu"), "no GPU is asked for"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert not launch._forks("cpu")
+    assert not device.cpu_alone("cpu")

@@ -1,4 +1,4 @@
-"""Figures as people read them, the same in the terminal and in the report."""
+"""Figures as people read them, the same in messages, in the terminal and in the report."""
 
 from __future__ import annotations
 

@@ -1,45 +1,45 @@
-"""What happens in a run, as plain events, and who listens: the log, the manifest, the screen."""
+"""What a run leaves of itself: the log of its events, and its manifest (`run.json`)."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from stackwise.durable import explain_full_disk, write_json
+from stackwise.files import open_regular
 from stackwise.identity import content_id
+from stackwise.pipeline.events import EVENTS, Emit, Event, Observer
 from stackwise.pipeline.run import RunDirectory, pending
 from stackwise.pipeline.schedule import Stage
 from stackwise.store import BoundaryInfo, CommittedStage
 
 if TYPE_CHECKING:
     from stackwise.pipeline.plan import Plan
-
-Event = dict[str, Any]
-Observer = Callable[[Event], None]
+    from stackwise.pipeline.reasons import History
+    from stackwise.pipeline.runner.workers import WorkerPool
 
 
 class Observers:
-    """Passes every event to all who listen, in order; who comes later is told what was said before."""
+    """Passes every event to all who observe, in order."""
 
     def __init__(self, observers: list[Observer]) -> None:
         self._observers = observers
-        self._said: list[Event] = []
+        self._repeated: list[Event] = []
 
     def add(self, observer: Observer) -> None:
-        """Let one more listen."""
-        for event in self._said:
+        """Let one more observe; it gets what it missed of the run's beginning."""
+        for event in self._repeated:
             observer(event)
         self._observers.append(observer)
 
     def __call__(self, event: Event) -> None:
         """Pass it on."""
         event = {"time": round(time.time(), 3), **event}
-        if event["event"] in ("start", "note", "data"):
-            self._said.append(event)
+        if EVENTS[event["event"]].repeated:
+            self._repeated.append(event)
         for observer in self._observers:
             observer(event)
 
@@ -51,16 +51,20 @@ class EventLog:
     step's loss is left out.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, run: RunDirectory) -> None:
+        self._path = run.events_file
+        with explain_full_disk(self._path):
+            fd = open_regular(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, root=run.path)
+        size = os.fstat(fd).st_size
         # A line that a kill or a full disk cut off does not take the next one with it.
-        self._begin = "\n" if _cut(path) else ""
-        self._path, self._file = path, path.open("a", encoding="utf-8", buffering=1)
+        self._begin = "\n" if size and os.pread(fd, 1, size - 1) != b"\n" else ""
+        self._file: IO[str] = os.fdopen(fd, "a", encoding="utf-8", buffering=1)
         self._steps: Event | None = None
         self._since = 0.0
 
     def __call__(self, event: Event) -> None:
         """Append it; progress that only a screen needs is left out."""
-        if event["event"] in ("preparing", "boundary") or (event["event"] == "evaluating" and "done" in event):
+        if EVENTS[event["event"]].shown_by == "progress" and "done" in event:
             return
         if event["event"] != "step":
             self.flush()
@@ -171,7 +175,7 @@ class Manifest:
             "peak_memory_bytes": record["peak_memory_bytes"],
             "held_out": _last_held_out(record.get("held_out", [])),
             "divergences": len(record.get("divergences", [])),
-            "unfrozen": [each["chosen"] for each in (record.get("fusion") or {}).get("rounds", []) if each["kept"]],
+            "unfrozen": [turn["chosen"] for turn in (record.get("fusion") or {}).get("rounds", []) if turn["kept"]],
         }
         self.save()
 
@@ -229,11 +233,11 @@ class Manifest:
         }
 
 
-def _last_held_out(told: list[list[float]]) -> dict[str, float] | None:
+def _last_held_out(evaluations: list[list[float]]) -> dict[str, float] | None:
     """The last evaluation inside a stage, beside the best."""
-    if not told:
+    if not evaluations:
         return None
-    return {"step": told[-1][0], "nats": told[-1][1], "best": min(nats for _, nats in told)}
+    return {"step": evaluations[-1][0], "nats": evaluations[-1][1], "best": min(nats for _, nats in evaluations)}
 
 
 def _recent(losses: list[float | None]) -> float | None:
@@ -242,10 +246,22 @@ def _recent(losses: list[float | None]) -> float | None:
     return sum(recent) / len(recent) if recent else None
 
 
-def _cut(path: Path) -> bool:
-    """Whether a file's last line has no end."""
-    if not path.exists() or not path.stat().st_size:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
+@dataclass(frozen=True)
+class RunContext:
+    """What carrying out a plan needs.
+
+    Args:
+        run: The run's directory.
+        plan: The plan, with its configuration and store.
+        history: What the run did before.
+        manifest: Kept level with what happens.
+        pool: Does the jobs.
+        emit: Emits what happens, as an event's name and its values.
+    """
+
+    run: RunDirectory
+    plan: Plan
+    history: History
+    manifest: Manifest
+    pool: WorkerPool
+    emit: Emit

@@ -1,0 +1,230 @@
+"""The events of a run: one table that says of each kind how it is shown, kept and forwarded, in which words.
+
+What happens is emitted as plain data: `{"event": name, …}`. The views, the log and the trackers ask the table; an event
+that has no row is refused where it is emitted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stackwise import words
+from stackwise.errors import StackWiseError
+
+Event = dict[str, Any]
+Observer = Callable[[Event], None]
+Emit = Callable[..., None]
+"""Emits an event: its name, and its values by name."""
+PHASES = {"reading": "reading text", "tokenizer": "training the tokenizer", "waiting": "waiting for another process"}
+"""What is prepared before there is a plan, where its name does not say it."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What events of one kind are like.
+
+    Args:
+        words: What one says, without its stage; None: nothing.
+        style: Of the line above the live table.
+        shown_by: "line": a line in every view; "table": the live table shows it, plain lines say it; "progress": a
+            bar, or a line now and then; "nothing": it is for the log and for programs.
+        figures: Its numbers that are figures at a step of its stage, for trackers.
+        repeated: Whoever begins to observe later gets it, too.
+    """
+
+    words: Callable[[Event], str | None] | None = None
+    style: str = "dim"
+    shown_by: Literal["line", "table", "progress", "nothing"] = "line"
+    figures: tuple[str, ...] = ()
+    repeated: bool = False
+
+
+def event(name: str, /, **values: Any) -> Event:
+    """An event of a kind that the table has.
+
+    Raises:
+        StackWiseError: It has not.
+    """
+    if name not in EVENTS:
+        raise StackWiseError(f"there is no event {name}", hint="add it to EVENTS in stackwise/pipeline/events.py")
+    return {"event": name, **values}
+
+
+def wording(event: Event) -> str | None:
+    """What an event says, without its stage; None for those that are shown as progress alone, or not."""
+    kind = EVENTS.get(event["event"])
+    return kind.words(event) if kind is not None and kind.words is not None else None
+
+
+def _text(event: Event) -> str:
+    return str(event["text"])
+
+
+def _device(event: Event) -> str:
+    memory = f", {words.size(event['memory'])} of memory" if event.get("memory") else ""
+    return f"device: {event['device']} ({event['name']}{memory}), {event.get('precision', 'fp32')}"
+
+
+def _fit(event: Event) -> str:
+    disk = f"{words.size(event['disk_needed'])} of disk, {words.size(event['disk_free'])} are free"
+    memory = f"about {words.size(event['memory_needed'])} of memory, there are {words.size(event['memory_total'])}"
+    return f"it fits: needs {disk}; {memory}{_traffic(event)}"
+
+
+def _traffic(event: Event) -> str:
+    """What the boundaries cost where they are not each written by a pass of their own, beside what those would."""
+    here, separate = event.get("traffic"), event.get("separate")
+    if not here or not separate or here == separate:
+        return ""
+
+    def figures(of: dict[str, int]) -> str:
+        return (
+            f"{words.size(of['read'])} read, {words.size(of['written'])} written, "
+            f"{of['flops'] / 1e12:.3g} TFLOP of forward passes"
+        )
+
+    return f"; boundaries: {figures(here)} (with each stored by a pass of its own: {figures(separate)})"
+
+
+def _data(event: Event) -> str:
+    splits = f"{words.plural(event['documents'], 'document')}, {words.count(event['tokens'])} tokens"
+    if event.get("bytes"):
+        splits += f", {words.size(event['bytes'])}"
+    how = "reused, unchanged" if event["reused"] else f"prepared in {words.duration(event['seconds'])}"
+    return f"data: {how}: {splits} ({event['directory']})"
+
+
+def _plan(event: Event) -> str:
+    """Reuse or train, and why; neighbours that agree share a line."""
+    stages = event["stages"]
+
+    def alike(stage: dict[str, Any]) -> tuple[Any, ...]:
+        return stage.get("window", 0), stage["action"], stage["reason"], stage["steps"]
+
+    spans = []
+    for (window, action, reason, steps), group in itertools.groupby(stages, alike):
+        depths = [stage["depth"] for stage in group]
+        which = f"stage{'s' if len(depths) > 1 else ''} {words.span(depths[0], depths[-1])}"
+        doing = "reuse" if action == "reuse" else f"train, {words.plural(steps, 'step')}"
+        spans.append((which, f"{doing} ({reason})", window))
+    several, lines = any(stage.get("window", 0) for stage in stages), []
+    for (which, doing), same in itertools.groupby(spans, lambda span: span[:2]):
+        windows = [window for *_, window in same]
+        when = f", window{'s' if len(windows) > 1 else ''} {words.span(windows[0], windows[-1])}" if several else ""
+        lines.append(f"{which}{when}: {doing}")
+    return "\n".join(lines)
+
+
+def _writing(event: Event) -> str:
+    chunks = event.get("chunks")
+    return "writing its boundary" + (f", {words.plural(chunks, 'chunk')}" if chunks else "")
+
+
+def _filling(event: Event) -> str:
+    chunks = words.plural(event["chunks"], "chunk")
+    return f"its boundary is written while stage {event.get('above', event['stage'] + 1)} trains on it, {chunks}"
+
+
+def _written(event: Event) -> str:
+    speed = event["bytes"] / event["seconds"] if event["seconds"] else 0.0
+    took = f"{words.size(event['bytes'])} in {words.duration(event['seconds'])}, {words.size(speed)}/s"
+    waits = [
+        f"{words.percent(event[key])} waiting for {what}"
+        for key, what in (("wait_fraction", "data"), ("blocked_fraction", "the disk"))
+        if event.get(key, 0.0) >= 0.005
+    ]
+    return f"boundary written: {', '.join([took, *waits])}"
+
+
+def _held_out(event: Event) -> str:
+    best = "" if event["best"] >= event["nats"] else f", best {event['best']:.4f}"
+    return f"held-out loss {event['nats']:.4f} at step {event['step']:,}{best}"
+
+
+def _best(event: Event) -> str:
+    return f"takes the weights of step {event['step']:,}, held-out loss {event['nats']:.4f}"
+
+
+def _diverged(event: Event) -> str:
+    back = f"rolled back to step {event['to']:,}, at a lower learning rate" if "to" in event else ""
+    return f"step {event['step']:,} diverged: {event['why']}; {back or 'the step is skipped'}"
+
+
+def _fused(event: Event) -> str:
+    kept = "" if event["gain"] > 0 else ": the weights stay as they were"
+    return f"{_blocks(event)} trained: held-out loss {event['nats']:.4f}{_gain(event)}{kept}"
+
+
+def _blocks(event: Event) -> str:
+    first, last = event["blocks"]
+    return f"block{'s' if last > first else ''} {words.span(first, last)}"
+
+
+def _gain(event: Event) -> str:
+    return f", {event['gain']:.4f} less than before" if event["gain"] > 0 else ", no gain"
+
+
+def _dropped(event: Event) -> str:
+    return f"boundary {event['stage']} dropped, {words.size(event['bytes'])} freed ({event.get('why', 'store.keep')})"
+
+
+STEP_FIGURES = ("learning_rate", "gradient_norm", "tokens_per_second", "wait_fraction", "memory")
+
+EVENTS: dict[str, Kind] = {
+    # before there is a plan
+    "start": Kind(shown_by="nothing", repeated=True),
+    "note": Kind(lambda event: f"note: {event['text']}", repeated=True),
+    "preparing": Kind(shown_by="progress"),
+    "data": Kind(_data, repeated=True),
+    "device": Kind(_device),
+    "trial": Kind(shown_by="nothing"),
+    "settled": Kind(shown_by="nothing"),
+    "plan": Kind(_plan, shown_by="table"),
+    "fit": Kind(_fit),
+    # a stage in training
+    "training": Kind(
+        lambda event: f"training, {words.plural(event['steps'], 'step')} ({event['reason']})", shown_by="table"
+    ),
+    "resumed": Kind(
+        lambda event: f"resumed at step {event['step']:,} of {event['steps']:,}",
+        shown_by="table",
+    ),
+    "step": Kind(shown_by="progress", figures=STEP_FIGURES),
+    "checkpoint": Kind(shown_by="nothing", figures=("seconds", "written_seconds")),
+    "held_out": Kind(_held_out, figures=("nats", "best", "seconds")),
+    "best": Kind(
+        lambda event: f"takes the weights of step {event['step']:,}, held-out loss {event['nats']:.4f}",
+        figures=("nats",),
+    ),
+    "diverged": Kind(_diverged, "yellow", figures=("to",)),
+    "probe": Kind(lambda event: f"{_blocks(event)} unfrozen: held-out loss {event['nats']:.4f}{_gain(event)}"),
+    "unfrozen": Kind(lambda event: f"{_blocks(event)}, which gained most, now trained"),
+    "fused": Kind(_fused),
+    "committed": Kind(lambda event: "committed", shown_by="table"),
+    "reused": Kind(lambda event: f"reused ({event['reason']})", shown_by="table"),
+    # its boundary
+    "writing": Kind(_writing, shown_by="table"),
+    "filling": Kind(_filling),
+    "recomputing": Kind(_text),
+    "boundary": Kind(shown_by="progress"),
+    "written": Kind(_written, figures=("bytes", "seconds")),
+    "dropped": Kind(_dropped),
+    "pruned": Kind(lambda event: f"weights of an earlier window dropped, {words.size(event['bytes'])} freed"),
+    # the end, good or bad
+    "warning": Kind(lambda event: f"warning: {event['text']}", "yellow"),
+    "stopping": Kind(_text, "yellow"),
+    "interrupted": Kind(lambda event: f"interrupted: {event['text']}", "yellow"),
+    "failed": Kind(_text, "red"),
+    "evaluating": Kind(shown_by="progress"),
+    "evaluation": Kind(lambda event: "evaluation: reused (the weights are the same)" if event.get("reused") else None),
+    "fill": Kind(shown_by="nothing"),
+    "exported": Kind(lambda event: f"exported to {event.get('path') or event.get('directory')}"),
+    "done": Kind(lambda event: f"done in {words.duration(event['seconds'])}", shown_by="table"),
+    # a sweep
+    "combination": Kind(shown_by="nothing"),
+    "combination_ended": Kind(shown_by="nothing"),
+}
+"""Every event that a run emits."""

@@ -1,0 +1,244 @@
+"""A run before it has a plan: its directory is taken, its data prepared, every `auto` becomes a number."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from stackwise.config import DataConfig, StackWiseConfig
+from stackwise.config.fields import changed
+from stackwise.config.loading import dump
+from stackwise.data import PreparedData, is_prepared, prepare
+from stackwise.durable import unusable, write_bytes
+from stackwise.errors import InterruptedRun, StackWiseError, UsageError
+from stackwise.pipeline.events import Emit, Event
+from stackwise.pipeline.plan import check_data
+from stackwise.pipeline.run import PREPARING, RunDirectory
+from stackwise.pipeline.runner import sizes
+from stackwise.pipeline.runner.sizes import SmallRun
+from stackwise.pipeline.trial import TrialJob, conditions, make_job, settle, wanted
+from stackwise.store import ActivationStore
+from stackwise.words import size as in_bytes
+
+RECORD_SECONDS = 1.0
+"""Between two records in the manifest of how far one thing is."""
+PROGRESS_SECONDS = 0.2
+"""Between two events on how far the preparation of the data is."""
+STARTING = {"phase": "starting", "done": 0, "total": None}
+
+Auto = dict[str, Any]
+"""What `auto` settings came to, by their keys, each with the conditions of its trial."""
+
+
+class Preparation:
+    """Takes a run's directory, and keeps its manifest level with what is prepared or tried until there is a plan.
+
+    A run without stages yet is then found, by `status` and by the same command again, and goes on after a kill. What
+    an earlier run left in the manifest stays there, as does its configuration, until the plan takes their place. Where
+    what is asked for cannot be, the directory is left as it was; so is one with stages after any failure.
+
+    Args:
+        run: The run's directory.
+        config: The configuration, before any `auto` is settled.
+        stack: Holds the directory's lock beyond this.
+
+    Raises:
+        UsageError: The directory cannot be used.
+        BusyError: A live runner works on it.
+    """
+
+    def __init__(self, run: RunDirectory, config: StackWiseConfig, stack: contextlib.ExitStack) -> None:
+        self._run, self._config, self._stack = run, config, stack
+        self._missing = [path for path in (run.path, *run.path.parents) if not path.exists()]
+        self._contents: dict[Path, bytes | None] = {}
+        self._before: dict[str, Any] = {}
+        self._preparing: dict[str, Any] = STARTING
+        self._written = 0.0
+        self._over = False
+
+    def __enter__(self) -> Self:
+        run = self._run
+        run.create()
+        self._stack.enter_context(run.lock())
+        for file in (run.config_file, run.manifest_file):
+            self._contents[file] = file.read_bytes() if file.exists() else None
+        try:
+            self._before = run.manifest() if run.manifest_file.exists() else {"stages": []}
+            if not self._before["stages"]:
+                write_bytes(run.config_file, dump(self._config).encode())
+            self._write(STARTING)
+        except BaseException as error:
+            self._end(error)
+            raise
+        return self
+
+    def observe(self, event: Event) -> None:
+        """Take up an event."""
+        kind = event["event"]
+        if self._over or kind not in ("preparing", "data", "settled"):
+            return
+        now = {key: event[key] for key in STARTING} if kind == "preparing" else STARTING
+        if now["phase"] != self._preparing["phase"] or time.monotonic() - self._written > RECORD_SECONDS:
+            self._write(now)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over = True
+        if error is not None:
+            self._end(error)
+
+    def _end(self, error: BaseException) -> None:
+        """What is left behind where no plan was made."""
+        if not isinstance(error, StackWiseError) or isinstance(error, InterruptedRun):
+            return  # as after a kill: the same command goes on
+        with contextlib.suppress(OSError):  # a full disk: what ended the run is what is to be said
+            if isinstance(error, UsageError) or self._before.get("stages"):
+                self._restore()
+            else:
+                self._write(self._preparing | {"failed": error.message})
+
+    def _restore(self) -> None:
+        if self._missing:
+            shutil.rmtree(self._run.path, ignore_errors=True)
+            for parent in self._missing[1:]:
+                parent.rmdir()
+            return
+        for file, content in self._contents.items():
+            if content is None:
+                file.unlink(missing_ok=True)
+            else:
+                write_bytes(file, content)
+
+    def _write(self, preparing: dict[str, Any]) -> None:
+        self._preparing, self._written = preparing, time.monotonic()
+        self._run.write_manifest(self._before | {PREPARING: preparing})
+
+
+def check_store(path: Path) -> None:
+    """Look whether a store can be there.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    if fault := unusable(path):
+        raise UsageError(f"store.path {path} cannot be used: {fault}", hint="name another directory")
+
+
+def open_store(path: Path) -> ActivationStore:
+    """Open a store, or make one.
+
+    Raises:
+        UsageError: It cannot be there.
+    """
+    try:
+        return ActivationStore(path)
+    except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+        raise UsageError(f"store.path {path} cannot be used: {error.strerror}", hint="name another directory") from None
+
+
+def prepare_data(config: StackWiseConfig, emit: Emit, check: Callable[[], None]) -> PreparedData:
+    """Prepare the data that a configuration names, or find it prepared; `check` may end that now and then."""
+    begun = emitted = time.perf_counter()
+    before = ""
+
+    def progress(phase: str, done: int, total: int | None) -> None:
+        nonlocal emitted, before
+        check()
+        if phase != before or time.perf_counter() - emitted > PROGRESS_SECONDS:
+            emitted, before = time.perf_counter(), phase
+            emit("preparing", phase=phase, done=done, total=total)
+
+    data, reused = prepare(config.data, model_vocab=config.model.vocab_size, progress=progress)
+    summary = data.summary()
+    emit("data", reused=reused, seconds=time.perf_counter() - begun, **summary)
+    for reason, number in summary["skipped"].get("reasons", {}).items():
+        if reason.startswith("compressed"):
+            emit("note", text=f"data.paths: {number} files are left out, {reason}")
+    for note in unused_beside_prepared(config.data):
+        emit("note", text=note)
+    check_data(config, data)
+    return data
+
+
+def unused_beside_prepared(data: DataConfig) -> list[str]:
+    """The settings that a prepared data set has settled already."""
+    if not any(is_prepared(Path(path)) for path in data.paths):
+        return []
+    given = sorted(set(changed(data)) & {"tokenizer", "vocab_size", "held_out", "max_bytes", "text_column"})
+    return [f"data.{', '.join(given)}: unused, {data.paths[0]} is prepared already"] if given else []
+
+
+def settle_block_size(
+    config: StackWiseConfig, data: PreparedData, before: Auto, machine: Event, small_run: SmallRun, emit: Emit
+) -> Auto:
+    """Find `training.block_size: auto`; returns what is known by now.
+
+    Args:
+        config: The configuration; the number is put into it.
+        data: The prepared data.
+        before: What was found before.
+        machine: The kind of `device` and its `memory` in bytes.
+        small_run: Runs a trial in a directory of this name.
+        emit: Emits what happens.
+
+    Raises:
+        ConfigError: With the size that was found, the settings do not fit each other.
+    """
+    if not config.finds_block_size:
+        return before
+    vocab_size = check_data(config, data).size
+    candidates = sizes.sizes(config, vocab_size, data.id, machine["device"], machine["memory"])
+    result = before.get(sizes.KEY)
+    if result is None or result["conditions"] != candidates.conditions:
+        tried = sizes.try_sizes(config, candidates, small_run, emit)
+        result = {"conditions": candidates.conditions, **tried}
+        emit("note", text=sizes.outcome(config, candidates.most, result))
+    else:
+        emit("note", text=f"{sizes.KEY}: auto is {result['blocks']}, as found before")
+    config.training.block_size = result["blocks"]
+    config.validate()
+    emit("settled", key=sizes.KEY, value=result["blocks"])
+    return before | {sizes.KEY: result}
+
+
+def settle_batches(
+    config: StackWiseConfig,
+    data: PreparedData,
+    before: Auto,
+    device: str,
+    work: Callable[[TrialJob], list[Event]],
+    emit: Emit,
+) -> Auto:
+    """Find every `batch_size: auto`; returns what is known by now.
+
+    Args:
+        config: The configuration; the numbers are put into it.
+        data: The prepared data.
+        before: What was found before.
+        device: The kind of device.
+        work: Has a trial done by a worker; returns its events.
+        emit: Emits what happens.
+    """
+    vocabulary = check_data(config, data)
+    samples = data.train.n_samples(config.training.seq_len)
+    for key, stage in wanted(config).items():
+        job = make_job(config, stage, vocabulary.size, vocabulary.mask, samples)
+        name = conditions(config, job, device)
+        result = before.get(key)
+        if result is not None and result["conditions"] == name:
+            emit("note", text=f"{key}: auto is {result['rows']}, as found before")
+        else:
+            emit("preparing", phase=f"trying {key}", done=0, total=None)
+            (trial,) = (event for event in work(job) if event["event"] == "trial")
+            result = {"conditions": name, "rows": trial["rows"]}
+            room = f"{in_bytes(trial['peak'])} of {in_bytes(trial['limit'])} of {trial['what']}"
+            emit("note", text=f"{key}: auto is {trial['rows']}, found by trial ({room})")
+        settle(config, key, result["rows"])
+        before = before | {key: result}
+    return before

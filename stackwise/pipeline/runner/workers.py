@@ -1,0 +1,440 @@
+"""The workers of a run: processes, each with one job; how they are started early, listened to, and told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from stackwise.config import StackWiseConfig
+from stackwise.durable import is_locked
+from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
+from stackwise.files import open_regular
+from stackwise.pipeline.device import describe, killed_for_memory, python_command
+from stackwise.pipeline.events import Event, Observer
+from stackwise.pipeline.fit import state_bytes
+from stackwise.pipeline.job import FinishJob, StageJob
+from stackwise.pipeline.runner.sizes import oom_advice
+from stackwise.pipeline.worker import forking
+
+if TYPE_CHECKING:
+    from stackwise.pipeline.trial import TrialJob
+
+WAITING = {"GOMP_SPINCOUNT": "1000"}
+"""How a worker's threads wait for each other: a short spin, then asleep. With libgomp's own long spin one of them keeps
+the core that the other needs as soon as anything else runs on the machine (docs/log.md)."""
+CLOSE_SECONDS = 120.0
+"""How long a worker that was told to stop may take for the step in hand and its checkpoint."""
+LOCK_PATIENCE = 20.0
+"""Seconds to wait for the worker of a runner that was killed: it saves and leaves by itself."""
+PROGRESS = ("step", "boundary", "evaluating")
+"""Events that only say how far a job is."""
+
+
+class WorkerFailed(StackWiseError):
+    """A worker ended without finishing its job."""
+
+
+class OutOfMemory(WorkerFailed):
+    """A worker ran out of memory, or was killed as the system kills for want of it.
+
+    Attributes:
+        measured: `limit`, `base`, `peak` in bytes and `what` they are of, as the worker saw them; None: it was killed.
+    """
+
+    measured: dict[str, Any] | None = None
+
+
+_ERRORS = {kind.exit_code: kind for kind in (InterruptedRun, NoSpaceError)}
+
+
+class Worker:
+    """One worker process: started early, given one job.
+
+    Args:
+        device: As in the configuration; the worker resolves it.
+        log: Where its standard error goes.
+    """
+
+    def __init__(self, device: str, log: Path) -> None:
+        self.log, self._device = log, device
+        # Its `put` may be called by a signal handler that interrupts its `get`.
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._ready: Event | None = None
+        self._given = self._stopped = False
+        self._killed_before = killed_for_memory()
+        self._start(fork=True)
+
+    def _start(self, *, fork: bool) -> None:
+        errors = open_regular(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        environment = {**WAITING, **os.environ}
+        try:
+            forked = forking.fork(self._device, environment, errors) if fork else None
+            self._process: forking.ForkedWorker | subprocess.Popen[str] = forked or subprocess.Popen(
+                python_command("stackwise.pipeline.worker", self._device),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                encoding="utf-8",
+                env=environment,
+                start_new_session=True,  # a terminal's Ctrl-C is for the runner to pass on
+            )
+        finally:
+            os.close(errors)
+        assert self._process.stdin is not None
+        self._stdin = self._process.stdin
+        self._listener = threading.Thread(target=self._listen, name="worker-events", daemon=True)
+        self._listener.start()
+
+    @property
+    def pid(self) -> int:
+        """Its process id; 0: it has not begun yet."""
+        self._process.poll()
+        return self._process.pid
+
+    def ready(self) -> Event:
+        """The device, its name, memory and default precision; waits where only the worker can tell.
+
+        Raises:
+            StackWiseError: It could not start, or the device is not there.
+        """
+        if self._ready is None and isinstance(self._process, forking.ForkedWorker):
+            self._ready = describe(None)  # it is forked where there is the CPU alone
+        if self._ready is None:
+            event = self._events.get()
+            if event is None or event["event"] != "ready":
+                raise self._failure(event)
+            self._ready = event
+        return self._ready
+
+    def run(self, job: dict[str, Any]) -> Iterator[Event]:
+        """Give it its job and yield its events until it ends.
+
+        Raises:
+            InterruptedRun: It was told to stop, and saved its state.
+            StackWiseError: It failed; says how, with the last lines of its log.
+        """
+        self.ready()
+        self._give(job)
+        while True:
+            event = self._events.get()
+            if event is None and isinstance(self._process, forking.ForkedWorker) and self._process.refused:
+                self._let_go()
+                self._start(fork=False)
+                self._give(job)
+            elif event is None:
+                break
+            elif event["event"] in ("error", "interrupted"):
+                self._process.wait()
+                raise self._failure(event)
+            elif event["event"] != "ready":
+                yield event
+        if self._process.wait() != 0:
+            raise self._failure(None)
+
+    def _give(self, job: dict[str, Any]) -> None:
+        self._given = True
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.write(json.dumps(job) + "\n")
+            self._stdin.flush()
+
+    def stop(self, event: Event) -> None:
+        """Ask it to save and end; one without a job has nothing to save. May be called by a signal handler.
+
+        Args:
+            event: Says so; it appears among the worker's own.
+        """
+        self._stopped = True
+        self._events.put(event)
+        self._process.send_signal(signal.SIGTERM if self._given else signal.SIGKILL)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.send_signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """Let go of it: one without a job ends at once; one with a job saves first."""
+        if not self._given:
+            self.kill()
+        with contextlib.suppress(OSError):
+            self._stdin.close()
+        try:
+            self._process.wait(timeout=CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self._process.wait()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stdin.close()
+        if isinstance(self._process, forking.ForkedWorker):
+            self._process.close()
+            if not self._process.pid:
+                return  # a template that is about to fork it holds its output open: nobody waits for that
+        self._listener.join()
+
+    def _listen(self) -> None:
+        stdout = self._process.stdout
+        assert stdout is not None
+        with contextlib.suppress(ValueError, OSError), stdout:
+            for line in stdout:
+                with contextlib.suppress(json.JSONDecodeError):
+                    self._events.put(json.loads(line))
+        self._events.put(None)
+
+    def _failure(self, event: Event | None) -> StackWiseError:
+        if event is not None and event["event"] in ("error", "interrupted"):
+            code = int(event.get("exit_code", 1))
+            if (measured := event.get("memory")) is not None:
+                short = OutOfMemory(str(event["message"]), hint=f"its log: {self.log}")
+                short.measured = measured
+                return short
+            hint = event.get("hint") or (f"its log: {self.log}" if event.get("unexpected") else None)
+            tail = self._tail() if event.get("unexpected") else ""
+            error: StackWiseError = _ERRORS.get(code, WorkerFailed)(f"{event['message']}{tail}", hint=hint)
+            error.exit_code = code
+            return error
+        if not self._given:
+            self.kill()
+        code = self._process.wait()
+        if self._stopped and code in (0, -signal.SIGTERM, -signal.SIGKILL):
+            return InterruptedRun("stopped before there was anything to save")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        kind: type[WorkerFailed] = WorkerFailed
+        if code == -signal.SIGKILL:
+            kind = OutOfMemory
+            sure = killed_for_memory() > self._killed_before
+            how += ": out of memory" if sure else " (often the system's way of saying: out of memory)"
+        return kind(f"worker {self.pid} {how}{self._tail()}", hint=f"its log: {self.log}")
+
+    def _tail(self) -> str:
+        try:
+            lines = self.log.read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return "".join(f"\n    {line}" for line in lines[-5:])
+
+
+class TimeLimit:
+    """The end of a run's time, and how much of it the way to a saved state takes, as measured.
+
+    That is the longest wait between two events of the worker at work (a step, a chunk, a batch; what it is at now
+    takes at least as long again as it has taken), and a save: the slowest rate in bytes a second so far, applied to
+    the state of the stage at work.
+
+    Args:
+        seconds: From now.
+    """
+
+    MARGIN = 2.0
+    """Seconds for what comes after the save: the worker's end, the manifest, the report."""
+    SAVE_RATE = 200e6
+    """Bytes a second that a checkpoint is thought to be written at, until one is measured."""
+    HEADROOM = 1.5
+    """How much longer a save may take than the slowest before it."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self._rate: float | None = None
+        self._bytes, self._unit = 0, 0.0
+        self._heard, self._measures = time.monotonic(), False
+
+    def begin(self, saves: int) -> None:
+        """A job begins, whose checkpoints have so many bytes; 0: it saves as it goes."""
+        self._bytes, self._unit = saves, 0.0
+        self._heard, self._measures = time.monotonic(), False
+
+    def observe(self, event: Event) -> None:
+        """Learn from an event of the worker how long a step and a save take."""
+        now = time.monotonic()
+        match event["event"]:
+            case "step" | "boundary" | "evaluating":
+                if self._measures:
+                    self._unit = max(self._unit, now - self._heard)
+                self._heard, self._measures = now, True
+                return
+            case "checkpoint" if self._bytes:
+                seconds = max(value for key, value in event.items() if key.endswith("seconds"))
+                rate = self._bytes / max(seconds, 1e-3)
+                self._rate = rate if self._rate is None else min(rate, self._rate)
+            case "committed":
+                self._bytes = 0  # what follows is the boundary, chunk by chunk
+        self._heard, self._measures = now, False  # what lies between was no step
+
+    @property
+    def save_seconds(self) -> float:
+        """How long a save may take."""
+        return self.HEADROOM * self._bytes / (self._rate or self.SAVE_RATE)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds until the run has to be over."""
+        return max(0.0, self._end - time.monotonic())
+
+    @property
+    def left(self) -> float:
+        """Seconds until it is time to stop."""
+        now = time.monotonic()
+        return self._end - now - self.MARGIN - max(self._unit, now - self._heard) - self.save_seconds
+
+
+class WorkerPool:
+    """Gives jobs to workers, one after the other, and passes on their events.
+
+    Args:
+        config: The run's configuration.
+        observe: Gets every event.
+        resume_command: What an interruption tells the user to type.
+        limit: When the run has to be over; None: no limit.
+    """
+
+    def __init__(
+        self, config: StackWiseConfig, observe: Observer, resume_command: str, limit: TimeLimit | None = None
+    ) -> None:
+        self._config, self._observe, self._resume_command, self.limit = config, observe, resume_command, limit
+        self._log = Path()
+        self._busy: Worker | None = None
+        self._spare: Worker | None = None
+        self._stopping = False
+        self._signals = 0
+
+    def start(self, log: Path) -> Event:
+        """Start the first worker, its standard error to `log`; returns what `Worker.ready` does.
+
+        Raises:
+            StackWiseError: A worker cannot start here.
+        """
+        self._log = log
+        self._spare = Worker(self._config.device, log)
+        return self._spare.ready()
+
+    def work(self, job: StageJob | FinishJob | TrialJob) -> list[Event]:
+        """Have a job done; returns its events, progress aside.
+
+        Raises:
+            InterruptedRun: It was stopped after saving.
+            StackWiseError: It failed.
+        """
+        stage = job if isinstance(job, StageJob) else None
+        if stage is not None:
+            self._wait_for_orphan(Path(stage.store) / "locks" / f"work-{stage.recipe_id}.lock")
+        self.check()
+        worker = self._busy = self._spare or Worker(self._config.device, self._log)
+        self._spare = None
+        if self.limit is not None:
+            saves = stage is not None and stage.train
+            size = state_bytes(self._config, stage.vocab_size, stage.stage, gradients=False) if stage and saves else 0
+            self.limit.begin(size)
+        events = []
+        try:
+            for event in worker.run(job.plain()):
+                if event["event"] in ("step", "boundary", "resumed"):
+                    self._start_spare()
+                if self.limit is not None:
+                    self.limit.observe(event)
+                self._observe(event)
+                if event["event"] not in PROGRESS:
+                    events.append(event)
+        except InterruptedRun as error:
+            raise self._interrupted(error.message) from None
+        except StackWiseError as error:
+            place = stage.stage.place if stage is not None else None
+            with contextlib.suppress(OSError):  # the log cannot be written: what ended the job is what is to be said
+                self._observe({"event": "failed", "stage": place, "text": error.message})
+            if isinstance(error, OutOfMemory) and stage is not None:
+                advice = oom_advice(self._config, stage.vocab_size, stage.stage, error.measured)
+                error.hint = f"{advice}\n  {error.hint}"
+            error.hint = f"{error.hint}; {self._go_on}" if error.hint else self._go_on
+            raise
+        finally:
+            worker.close()
+            self._busy = None
+        return events
+
+    def check(self) -> None:
+        """Whatever takes long outside of workers asks this as it goes.
+
+        Raises:
+            InterruptedRun: The run was told to stop.
+        """
+        if self._stopping:
+            raise self._interrupted("stopped before the next step began")
+
+    def close(self) -> None:
+        """Let go of every worker; one that is at work saves first."""
+        for worker in (self._busy, self._spare):
+            if worker is not None:
+                worker.close()
+        self._busy = self._spare = None
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Ctrl-C, SIGTERM and the end of the time: the worker saves and ends. A second signal stops at once."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self._signals += 1
+            if self._signals > 1:
+                for worker in (self._busy, self._spare):
+                    if worker is not None:
+                        worker.kill()
+                raise InterruptedRun("stopped at once, at the last checkpoint", hint=self._go_on)
+            if not self._stop("finishing the step in hand and saving (again to stop at once)"):
+                raise InterruptedRun("stopped", hint=self._go_on)
+
+        over = threading.Event()
+        watcher = threading.Thread(target=self._watch_the_time, args=(over,), name="time-limit", daemon=True)
+        watcher.start()
+        mine = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if mine else ()
+        previous = {number: signal.signal(number, handle) for number in numbers}
+        try:
+            yield
+        finally:
+            for before, handler in previous.items():
+                signal.signal(before, handler)
+            over.set()
+            watcher.join()
+
+    @property
+    def _go_on(self) -> str:
+        return f"go on with: {self._resume_command}"
+
+    def _watch_the_time(self, over: threading.Event) -> None:
+        limit = self.limit
+        while limit is not None and not over.wait(min(1.0, max(0.02, limit.left))):
+            if limit.left <= 0 and not self._stopping:
+                before = f"finishing the step in hand and saving, {limit.seconds:.0f} s before it"
+                self._stop(f"the time limit is near: {before}")
+
+    def _stop(self, text: str) -> bool:
+        """Have the worker save and end; returns whether there is one. Called by signals and from another thread."""
+        self._stopping, busy = True, self._busy
+        if busy is not None:
+            busy.stop({"event": "stopping", "text": text})
+        return busy is not None
+
+    def _start_spare(self) -> None:
+        """Start the next worker, whose imports are done while this one works."""
+        if self._spare is None and not self._stopping:
+            self._spare = Worker(self._config.device, self._log)
+
+    def _wait_for_orphan(self, lock: Path) -> None:
+        """A runner that was killed leaves a worker that saves and ends; give it the time."""
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while is_locked(lock) and time.monotonic() < deadline and not self._stopping:
+            time.sleep(0.05)
+
+    def _interrupted(self, message: str) -> InterruptedRun:
+        self._observe({"event": "interrupted", "text": message})
+        return InterruptedRun(message, hint=self._go_on)
