@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from stackwise.cli.output import note
-from stackwise.errors import NotFound, UsageError
+from stackwise.errors import NotFound, StackWiseError, UsageError
 
 if TYPE_CHECKING:
     from stackwise.config import StackWiseConfig
@@ -141,6 +142,23 @@ def load(config: str | None, preset: str | None, values: dict[str, Any]) -> Stac
 def is_run(path: Path) -> bool:
     """Whether a directory is a run's: it has a manifest."""
     return (path / "run.json").is_file()
+
+
+@contextlib.contextmanager
+def naming_options(section: str) -> Iterator[None]:
+    """Let errors that name keys of a section name the options of the running command, which has no configuration."""
+    try:
+        yield
+    except StackWiseError as error:
+        options = {param.name: param.opts[-1] for param in click.get_current_context().command.params}
+
+        def option(match: re.Match[str]) -> str:
+            return options.get(match[1], match[0])
+
+        error.message = re.sub(rf"\b{section}\.(\w+)", option, error.message)
+        if error.hint is not None:
+            error.hint = re.sub(rf"\b{section}\.(\w+)", option, error.hint)
+        raise
 
 
 def find_run(run: str | None) -> RunDirectory:

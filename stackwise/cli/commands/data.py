@@ -11,8 +11,8 @@ import click
 
 from stackwise import words
 from stackwise.cli.app import Subcommands
-from stackwise.cli.options import as_json
-from stackwise.cli.output import note, phases, print_json
+from stackwise.cli.options import as_json, naming_options
+from stackwise.cli.output import note, phases, print_json, say
 
 if TYPE_CHECKING:
     from stackwise.config import DataConfig
@@ -43,9 +43,12 @@ def prepare(as_json: bool, out: str, **options: Any) -> None:
     """
     from stackwise.data import prepare as prepare_data
 
-    config = _config(options)
     begun = time.perf_counter()
-    with phases(unit=lambda phase, value: "" if phase == "waiting" else words.size(value)) as tell:
+    with (
+        naming_options("data"),
+        phases(unit=lambda phase, value: "" if phase == "waiting" else words.size(value)) as tell,
+    ):
+        config = _config(options)
         prepared, reused = prepare_data(
             config,
             out=Path(out).expanduser(),
@@ -56,17 +59,17 @@ def prepare(as_json: bool, out: str, **options: Any) -> None:
         print_json({**summary, "reused": reused})
         return
     seconds = time.perf_counter() - begun
-    click.echo(f"{prepared.directory}: " + ("was there already, unchanged" if reused else words.duration(seconds)))
+    say(f"{prepared.directory}: " + ("was there already, unchanged" if reused else words.duration(seconds)))
     for name, split in (("training", summary["train"]), ("held out", summary["held_out"])):
         size = f", {words.size(split['bytes'])}" if split["bytes"] else ""
         documents = words.plural(split["documents"], "document")
-        click.echo(f"  {name}: {documents}, {words.count(split['tokens'])} tokens{size}")
+        say(f"  {name}: {documents}, {words.count(split['tokens'])} tokens{size}")
     tokenizer = summary["tokenizer"]
-    click.echo(f"  tokenizer: {tokenizer['name']}, {tokenizer['vocab_size']:,} ids")
+    say(f"  tokenizer: {tokenizer['name']}, {tokenizer['vocab_size']:,} ids")
     for line in (*skipped(summary["skipped"]), *summary["notes"]):
         note(f"  {line}")
-    click.echo("use it with:")
-    click.echo("  stackwise run -o " + shlex.quote(f"data.paths={_flow([str(prepared.directory)])}"))
+    say("use it with:")
+    say("  stackwise run -o " + shlex.quote(f"data.paths={_flow([str(prepared.directory)])}"))
 
 
 def skipped(found: dict[str, Any]) -> list[str]:

@@ -121,9 +121,14 @@ def generate(
 def export(run: str | None, out: str, force: bool, as_json: bool) -> None:
     """One fused safetensors with config.json and tokenizer.json; a LLaMA-shaped rack loads in transformers."""
     found = find_run(run)
+    target = Path(out).expanduser()
+    if not force and target.is_dir() and any(target.iterdir()):
+        raise UsageError(
+            f"{target} is not empty", hint="--force replaces an export that is there; or name another --out"
+        )
     from stackwise.pipeline.committed.use import export_run
 
-    directory = export_run(found, Path(out).expanduser(), overwrite=force)
+    directory = export_run(found, target, overwrite=force)
     files = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
     if as_json:
         print_json({"directory": str(directory), "files": files})
