@@ -7,8 +7,10 @@ trainer.train_all_layers(dataloader, layers)
 from __future__ import annotations
 
 import contextlib
+import secrets
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from stackwise.objectives import Objective
 from stackwise.pipeline.build import objective_of, parts_of
 from stackwise.pipeline.device import describe, resolve_device
 from stackwise.pipeline.job import Source, StageJob
+from stackwise.pipeline.library.layers import Undescribed, check_layers, identity, named, probe
 from stackwise.pipeline.recipe import codec_name, forward_specification, recipe_id, stage_recipe, stage_span, trunk_id
 from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.pipeline.schedule import HEAD, Stage, schedule
@@ -35,7 +38,7 @@ from stackwise.pipeline.worker.boundary import write_above
 from stackwise.pipeline.worker.training import train_stage
 from stackwise.store import ActivationStore, CommittedStage
 from stackwise.training.feed import Feed
-from stackwise.training.stage import StageModel
+from stackwise.training.stage import NARROW, StageModel
 
 Batch = torch.Tensor | Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
 Batches = Iterable[Batch]
@@ -136,7 +139,8 @@ class StageResult:
     recipe: str
 
 
-class StagesInProcess:
+@dataclass
+class _Stages:
     """One pass over the schedule.
 
     Args:
@@ -144,28 +148,29 @@ class StagesInProcess:
         data: The samples.
         store: Where boundaries and committed stages go.
         objective: Of every stage.
-        vocab_size: Token ids there are.
-        mask_token: The id that stands for a masked token.
+        vocabulary: Token ids there are, and the id that stands for a masked token.
         device: What computes.
         observe: Told every event.
+        front: Token ids to activations.
+        layers: The layers.
+        code: What identifies the front and each layer, the front first.
+        heads: Of the stages so far.
     """
 
-    def __init__(
-        self,
-        config: StackWiseConfig,
-        data: LoadedSamples,
-        store: ActivationStore,
-        objective: Objective,
-        vocab_size: int,
-        mask_token: int,
-        device: torch.device,
-        observe: Callable[[dict[str, Any]], None],
-    ) -> None:
-        self.config, self.data, self.store, self.objective = config, data, store, objective
-        self.vocab_size, self.mask_token, self.device, self.observe = vocab_size, mask_token, device, observe
-        self.digests: dict[str, str] = {}
+    config: StackWiseConfig
+    data: LoadedSamples
+    store: ActivationStore
+    objective: Objective
+    vocabulary: tuple[int, int]
+    device: torch.device
+    observe: Callable[[dict[str, Any]], None]
+    front: nn.Module
+    layers: Sequence[nn.Module]
+    code: list[str]
+    heads: list[Head]
+    digests: dict[str, str] = field(default_factory=dict)
 
-    def stage(self, stage: Stage, front: nn.Module, layers: Sequence[nn.Module], heads: list[Head]) -> StageResult:
+    def train(self, stage: Stage) -> StageResult:
         """Train one stage, or take its committed weights; then write the boundary above it."""
         config = self.config
         if stage.formats:
@@ -173,11 +178,11 @@ class StagesInProcess:
                 f"stage {stage.depth}: layers of your own train in their own precision, without adapters",
                 hint="set trunk_strategy: frozen, cache_activations: true and new_stack_precision: full",
             )
-        model = self._model(stage, front, layers, heads)
+        model = self._model(stage)
         parts = parts_of(model, stage)
         rowset, rows = put_rows(config, self.data, self.store, stage.rowset)
         initial = {name: part_digest(module) for name, module in parts.items()}
-        below, through = self._forward(layers[: stage.first], front), self._forward(layers[: stage.last + 1], front)
+        below, through = self._forward(stage.first), self._forward(stage.last + 1)
         trunk = trunk_id(below, [self.digests[p] for p in stage.trunk], {}) if stage.reads_boundary else None
         span = stage_span(config, stage, rows)
         recipe = stage_recipe(
@@ -196,8 +201,8 @@ class StagesInProcess:
             stage=stage,
             store=str(self.store.path),
             data="",
-            vocab_size=self.vocab_size,
-            mask_token=self.mask_token,
+            vocab_size=self.vocabulary[0],
+            mask_token=self.vocabulary[1],
             device=str(self.device),
             checkpoints=str(self.store.path.parent / "checkpoints" / recipe_id(recipe)),
             recipe=recipe,
@@ -230,29 +235,26 @@ class StagesInProcess:
             self._hand_on(job, model, feed)
         return _result(stage, committed, reused)
 
-    def _forward(self, layers: Sequence[nn.Module], front: nn.Module) -> dict[str, Any]:
-        """The forward specification of a trunk: anyone's layers are told apart by class and printed form."""
-        code = [f"{type(m).__module__}.{type(m).__qualname__}: {m}" for m in (front, *layers)]
-        return {**forward_specification(self.config, self.vocab_size, self.mask_token), "layers": code}
+    def _forward(self, layers: int) -> dict[str, Any]:
+        """The forward specification of the front and so many layers, each by what identifies it."""
+        return {**forward_specification(self.config, *self.vocabulary), "layers": self.code[: layers + 1]}
 
-    def _model(self, stage: Stage, front: nn.Module, layers: Sequence[nn.Module], heads: list[Head]) -> StageModel:
-        config = self.config
-        tied = config.model.tie_embeddings and isinstance(front, Front)
-        embedding = front.embedding.weight if tied and isinstance(front, Front) else None
+    def _model(self, stage: Stage) -> StageModel:
+        config, front = self.config, self.front
+        embedding = front.embedding.weight if config.model.tie_embeddings and isinstance(front, Front) else None
         reads = stage.reads_boundary
         head = build_head(
             config.model,
-            self.vocab_size,
+            self.vocabulary[0],
             config.seed,
             embedding.detach().clone() if embedding is not None and reads else embedding,
         )
         if reads and config.training.tied_head == "copy":
             head.untie()
-        if heads:
-            below = heads[-1].state_dict()
-            head.load_state_dict({**head.state_dict(), **below})
-        heads.append(head)
-        blocks = [layers[index] for index in range(stage.first, stage.last + 1)]
+        if self.heads:  # a stage goes on with the head of the one below
+            head.load_state_dict({**head.state_dict(), **self.heads[-1].state_dict()})
+        self.heads.append(head)
+        blocks = [self.layers[index] for index in range(stage.first, stage.last + 1)]
         model = StageModel(None if reads else front, blocks, head, self.objective, config.precision)
         for name, module in parts_of(model, stage).items():
             module.requires_grad_(name in stage.trains)
@@ -327,7 +329,8 @@ class UnifiedTrainer:
 
         Args:
             dataloader: Batches of token ids [B, S], or mappings with `input_ids` (and, for custom, `targets`).
-            layers: Any modules from [batch, seq, d_model] to the same.
+            layers: Any modules from [batch, seq, d_model] to the same. They are identified by their code and all that
+                it reaches (`layers.identity`): a stage is taken from the store only where its layers are the same.
 
         Returns:
             A result for each stage. A stage whose recipe is committed is not trained again.
@@ -353,9 +356,38 @@ class UnifiedTrainer:
         front = self.front or build_front(config.model, vocab_size, config.seed, config.training.seq_len)
         self.front = front
         objective = objective_of(config, mask_token, vocab_size, schedule(config)[0])
+        code = self._identities(config, layers, data, device)
         with ActivationStore(self.store_path) as store:
-            run = StagesInProcess(config, data, store, objective, vocab_size, mask_token, device, self._observe)
-            return [run.stage(stage, front, layers, self.heads) for stage in schedule(config)]
+            run = _Stages(
+                config, data, store, objective, (vocab_size, mask_token), device, self._observe, front, layers, code,
+                self.heads,
+            )  # fmt: skip
+            return [run.train(stage) for stage in schedule(config)]
+
+    def _identities(
+        self, config: StackWiseConfig, layers: Sequence[nn.Module], data: LoadedSamples, device: torch.device
+    ) -> list[str]:
+        """What identifies the front and each layer; for one without an identity something that never comes again."""
+        front = self.front
+        assert front is not None
+        check_layers(front, layers)
+        rows = torch.from_numpy(data.samples(np.arange(min(2, data.n_samples(data.length))), data.length))
+        changing = probe(front, layers, rows, (device, NARROW.get(config.precision)))
+        code, unknown = [], []
+        for index, module in enumerate((front, *layers), -1):
+            try:
+                if index in changing:
+                    raise Undescribed("changes of its own that no state dict holds")
+                code.append(identity(module))
+            except Undescribed as reason:
+                unknown.append(f"{'the front' if index < 0 else named(layers, index)}: {reason}")
+                code.append(secrets.token_hex(16))
+        if unknown:
+            more = f", and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            text = f"what this computes does not follow from its code, so nothing is reused later: {unknown[0]}{more}"
+            self._observe({"event": "warning", "text": text})
+            warnings.warn(text, stacklevel=3)
+        return code
 
     def _check_schedule(self, config: StackWiseConfig) -> None:
         """Refuse schedules that need more than layers one above the other; say which settings are unused here."""
