@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import types
@@ -104,7 +105,7 @@ def test_the_same_program_has_the_same_identity_here_and_in_another_process() ->
     program = f"from tests.pipeline.test_layers import {names}\nprint(identity(made(PLAIN)), identity(nn.GRU(2, 2)))"
     there = subprocess.run(
         [sys.executable, "-c", program],
-        env={"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         check=True,

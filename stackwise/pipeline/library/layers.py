@@ -16,6 +16,7 @@ import functools
 import importlib.metadata
 import sys
 import types
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,7 @@ UNFORESEEABLE = {"ctypes", "datetime", "importlib", "os", "random", "secrets", "
 _OUTSIDE = {"__import__", "eval", "exec", "globals", "input", "open", "vars"}
 """Builtins that reach further than the names in the code."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(Ellipsis))
-_NOT_CODE = frozenset(
-    ("__annotations__", "__dict__", "__doc__", "__firstlineno__", "__module__", "__qualname__", "__weakref__")
-    + ("__static_attributes__", "__abstractmethods__", "_abc_impl", "__parameters__", "__orig_bases__")
-    + ("__dataclass_fields__", "__dataclass_params__")
-)
-"""Of a class what says nothing of what it does, or says it elsewhere too."""
+_CALLED = (types.FunctionType, staticmethod, classmethod, property)
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 """Of a module's attributes those that are described apart, or are digested as its initial weights."""
 
@@ -76,6 +72,10 @@ class _Describer:
             return (type(value).__name__, repr(value))
         if isinstance(value, type):
             return self._class(value)
+        if isinstance(value, weakref.ReferenceType):
+            return ("reference", self.of(value()))
+        if id(value) in self._parameters:
+            return ("parameter", self._parameters[id(value)])
         # Equal constants may be one object or two, as it happens; only what can change has an identity of its own.
         if not isinstance(value, tuple | frozenset | types.CodeType):
             if id(value) in self._seen:  # the second time, or a cycle
@@ -163,7 +163,9 @@ class _Describer:
         if kind.__flags__ & (1 << 9) == 0:  # not made by a class statement: of a C extension
             raise Undescribed(f"the class {name} of a C extension")
         slots = (types.MemberDescriptorType, types.GetSetDescriptorType)
-        own = {key: value for key, value in vars(kind).items() if key not in _NOT_CODE and not isinstance(value, slots)}
+        own = {key: value for key, value in vars(kind).items() if key != "_abc_impl" and not isinstance(value, slots)}
+        # Of the special names only functions do something: the others are annotations, documentation, lines.
+        own = {k: v for k, v in own.items() if not k.startswith("__") or isinstance(v, _CALLED)}
         return (
             "class",
             name,
@@ -262,7 +264,7 @@ class _Describer:
         kind = type(value)
         if isinstance(wrapped := getattr(value, "__wrapped__", None), types.FunctionType):  # such as by a cache
             return ("wrapped", self._class(kind), self.of(wrapped))
-        if kind.__module__ == "builtins" or kind.__module__.partition(".")[0] == "weakref":
+        if kind.__module__ == "builtins":
             raise Undescribed(f"{kind.__name__} {str(value)[:60]}")
         try:
             reduced = value.__reduce_ex__(4)
