@@ -46,8 +46,8 @@ class Work:
 
 def matrix_parameters(model: ModelConfig) -> int:
     """Parameters of a block's matrices."""
-    d, kv = model.d_model, model.kv_heads * model.head_dim
-    return 2 * d * d + 2 * d * kv + model.ffn.matrices * d * model.ffn_width
+    matrices = (*model.attention.matrices(model).values(), *model.ffn.matrices(model).values())
+    return sum(matrix.outputs * matrix.inputs for matrix in matrices)
 
 
 def work_of(

@@ -17,6 +17,7 @@ The built-in kinds are in the rooms of their subjects, in modules that import no
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import GetCoreSchemaHandler, SerializationInfo
@@ -76,6 +77,12 @@ class Kind(Section):
         """Its name in the registry."""
         return self.registry.name_of(type(self))
 
+    @property
+    def code(self) -> dict[str, str]:
+        """The digest of the file that a kind from outside is in, for identities; empty: it is built in."""
+        digest = self.registry.code(self.name)
+        return {} if digest is None else {"code": digest}
+
     def plain(self) -> dict[str, Any]:
         """Name and settings, as a configuration says them."""
         return {self.tag: self.name} | self.model_dump()
@@ -117,72 +124,107 @@ Fault = tuple[str, str]
 """A key, relative to the section that is asked, and what is wrong with it."""
 
 
-class Attention(Kind):
-    """What queries, keys and values are made of, and how they meet."""
+@dataclass(frozen=True)
+class Matrix:
+    """A linear layer of a block: an `nn.Linear` in its module.
 
-    registry: ClassVar[Registry[Any]] = ATTENTIONS
-    default: ClassVar[str] = "mha"
+    Args:
+        outputs: Its width on the way out.
+        inputs: Its width on the way in.
+        bias: Whether it has a bias.
+        narrow: Whether it may carry adapters and be held in a narrow format.
+    """
+
+    outputs: int
+    inputs: int
+    bias: bool = False
+    narrow: bool = True
+
+
+class BlockPart(Kind):
+    """What attentions and feed-forwards say of themselves.
+
+    A module from outside keeps to this: its buffers are made by a method `rebuild(device)` of the module that has them
+    (blocks are built without values first); its weights of two and more dimensions are drawn, vectors start at zero,
+    and at one where their name ends with "norm.weight". A loss of its own is left in an attribute `terms` (see
+    `stackwise.batch.Term`); generation and evaluation pass it over.
+    """
+
     tag: ClassVar[str] = "kind"
-    llama: ClassVar[bool] = False
-    """Whether Hugging Face's LLaMA computes the same."""
-    anneals: ClassVar[bool] = True
-    """Whether it can be between bidirectional and causal."""
+    llama: ClassVar[Mapping[str, str] | None] = None
+    """What Hugging Face's LLaMA calls its layers, where LLaMA computes the same; None: it does not."""
+    residual: ClassVar[tuple[str, ...]] = ()
+    """Its matrices that write into the residual stream: their fresh weights shrink with depth."""
 
-    def key_heads(self, model: ModelConfig) -> int:
-        """Heads of keys and values."""
-        return model.n_heads
+    def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
+        """Its linear layers, by their names in the module."""
+        raise NotImplementedError
+
+    def other_parameters(self, model: ModelConfig) -> int:
+        """Parameters that are in no linear layer: norms, experts in one tensor."""
+        return 0
 
     def parameters(self, model: ModelConfig) -> int:
-        """Parameters in one block's attention."""
-        raise NotImplementedError
+        """Parameters in one block."""
+        layers = self.matrices(model).values()
+        return self.other_parameters(model) + sum(m.outputs * m.inputs + m.bias * m.outputs for m in layers)
 
-    def kept(self, model: ModelConfig) -> int:
-        """Numbers a token that it keeps for its backward pass, its norm's input and output included."""
-        raise NotImplementedError
+    def adapter_parameters(self, model: ModelConfig) -> int:
+        """Parameters of adapters of rank 1 on all its matrices that carry them."""
+        return sum(matrix.outputs + matrix.inputs for matrix in self.matrices(model).values() if matrix.narrow)
 
     def narrowest(self, model: ModelConfig) -> int:
-        """The rank of the narrowest matrix that carries adapters."""
-        return min(model.d_model, self.key_heads(model) * model.head_dim)
+        """The highest rank of adapters that all its matrices can carry."""
+        sides = (min(m.outputs, m.inputs) for m in self.matrices(model).values() if m.narrow)
+        return min(sides, default=model.d_model)
+
+    def kept(self, model: ModelConfig) -> int:
+        """Numbers a token that it keeps for its backward pass: what enters and leaves its layers."""
+        raise NotImplementedError
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """What of it shapes a forward pass beside the weights, defaults resolved."""
         return self.plain()
-
-    def build(self, model: ModelConfig) -> nn.Module:
-        """The module: `forward(x_BSD, *, causal, segments_BS, cache)` gives [B, S, D]."""
-        raise NotImplementedError
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
         """What of its settings the model cannot have."""
         yield from ()
 
 
-class FeedForward(Kind):
+class Attention(BlockPart):
+    """What queries, keys and values are made of, and how they meet."""
+
+    registry: ClassVar[Registry[Any]] = ATTENTIONS
+    default: ClassVar[str] = "mha"
+    residual: ClassVar[tuple[str, ...]] = ("o.weight",)
+    anneals: ClassVar[bool] = True
+    """Whether it can be between bidirectional and causal."""
+    caches: ClassVar[bool] = True
+    """Whether it can keep what it needs of earlier positions; generation else goes over all of them for each token."""
+
+    def key_heads(self, model: ModelConfig) -> int:
+        """Heads of keys and values."""
+        return model.n_heads
+
+    def kept(self, model: ModelConfig) -> int:
+        """See `BlockPart.kept`; the inputs and outputs of both norms of the block are counted here."""
+        raise NotImplementedError
+
+    def build(self, model: ModelConfig) -> nn.Module:
+        """The module: `forward(x_BSD, *, causal, segments_BS, cache)` gives [B, S, D]."""
+        raise NotImplementedError
+
+
+class FeedForward(BlockPart):
     """The feed-forward of a block."""
 
     registry: ClassVar[Registry[Any]] = FEED_FORWARDS
     default: ClassVar[str] = "swiglu"
-    tag: ClassVar[str] = "kind"
-    llama: ClassVar[bool] = False
-    """Whether Hugging Face's LLaMA computes the same."""
-    matrices: ClassVar[int] = 2
-    """Matrices between d_model and its own width."""
+    residual: ClassVar[tuple[str, ...]] = ("down.weight",)
 
     def width(self, d_model: int) -> int:
         """Its inner width where `model.d_ff` is null."""
         return 4 * d_model
-
-    def parameters(self, model: ModelConfig) -> int:
-        """Parameters in one block's feed-forward."""
-        raise NotImplementedError
-
-    def kept(self, model: ModelConfig) -> int:
-        """Numbers a token that it keeps for its backward pass inside itself."""
-        raise NotImplementedError
-
-    def specification(self, model: ModelConfig) -> dict[str, Any]:
-        """What of it shapes a forward pass beside the weights, defaults resolved."""
-        return self.plain()
 
     def build(self, model: ModelConfig) -> nn.Module:
         """The module: [..., D] to [..., D]."""

@@ -100,7 +100,10 @@ class ModelConfig(Section):
             include={"d_model", "n_heads", "norm", "norm_eps", "positions", "rope_theta", "bias", "max_seq_len"}
         )
         own |= {"vocab_size": self.vocab_size, "d_ff": self.ffn_width}
-        own |= {"attention": self.attention.specification(self), "ffn": self.ffn.specification(self)}
+        own |= {
+            "attention": self.attention.specification(self) | self.attention.code,
+            "ffn": self.ffn.specification(self) | self.ffn.code,
+        }
         if self.time_embedding != "none":
             own |= {"time_embedding": self.time_embedding, "time_embedding_dim": self.time_embedding_dim}
         return own

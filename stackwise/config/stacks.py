@@ -19,7 +19,7 @@ def stack_faults(config: Settings) -> Iterator[tuple[str, str]]:
     trunk = progressive.trunk_precision
     if progressive.enabled and trunk is not None and canonical(trunk) not in ("full", *FORMATS):
         yield f"{KEY}.trunk_precision", f"{trunk} is no way to hold a trunk: full, fp8, nvfp4 and qlora are"
-    limit = min(model.attention.narrowest(model), model.ffn_width)
+    limit = min(model.attention.narrowest(model), model.ffn.narrowest(model))
     found: dict[str, str] = {}
     for depth in range(config.n_sections):
         try:

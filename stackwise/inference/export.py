@@ -174,7 +174,7 @@ def _write(
         head, trained_causally = stage.head, stage.causal is True
         for block in stage.blocks:
             for name, tensor in _merged(block).state_dict().items():
-                add(block_name(index, name, llama), tensor)
+                add(block_name(index, name, model), tensor)
             index += 1
             del block
         del stage  # or two stages would be in memory while the next one is loaded

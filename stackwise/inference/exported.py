@@ -20,7 +20,7 @@ from stackwise.config.translations import read_model
 from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.files import open_regular, read_json
 from stackwise.model.block import Block, Stack
-from stackwise.model.layers import Rotary
+from stackwise.model.build import rebuild_tables
 from stackwise.model.rack import Front, Head, Rack
 from stackwise.text import printable
 from stackwise.version import __version__
@@ -39,24 +39,14 @@ HEADER_BYTES = 32 << 20
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes that weights may have, as safetensors calls them."""
 
-LLAMA = {
-    "attention_norm": "input_layernorm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.o": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn.gate": "mlp.gate_proj",
-    "ffn.up": "mlp.up_proj",
-    "ffn.down": "mlp.down_proj",
-}
-"""A block's layers, and what Hugging Face's LLaMA calls them. The rotary convention is the same: no permutation."""
+NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+"""What Hugging Face's LLaMA calls a block's norms; attention and feed-forward know the names of theirs."""
 
 
 def is_llama(config: ModelConfig) -> bool:
     """Whether Hugging Face's LLaMA computes the same function."""
-    alike = config.norm == "rmsnorm" and config.positions == "rope" and config.ffn.llama
-    return alike and config.attention.llama and config.time_embedding == "none"
+    alike = config.norm == "rmsnorm" and config.positions == "rope" and config.time_embedding == "none"
+    return alike and config.attention.llama is not None and config.ffn.llama is not None
 
 
 def front_name(name: str, llama: bool) -> str:
@@ -64,12 +54,17 @@ def front_name(name: str, llama: bool) -> str:
     return "model.embed_tokens.weight" if llama else f"front.{name}"
 
 
-def block_name(index: int, name: str, llama: bool) -> str:
+def block_name(index: int, name: str, config: ModelConfig) -> str:
     """The exported name of a block's tensor, such as `attention.q.weight`."""
-    if not llama:
+    if not is_llama(config):
         return f"blocks.{index}.{name}"
-    layer, kind = name.rsplit(".", 1)
-    return f"model.layers.{index}.{LLAMA[layer]}.{kind}"
+    part, rest = name.split(".", 1)
+    if part in NORMS:
+        return f"model.layers.{index}.{NORMS[part]}.{rest}"
+    layer, kind = rest.rsplit(".", 1)
+    names = (config.attention if part == "attention" else config.ffn).llama
+    assert names is not None
+    return f"model.layers.{index}.{names[layer]}.{kind}"
 
 
 def head_name(name: str, llama: bool) -> str:
@@ -296,7 +291,10 @@ def load_rack(directory: Path | str, device: torch.device | str = "cpu") -> Rack
         raise _damaged(about.directory / "config.json", error) from None
     parts: list[tuple[nn.Module, dict[str, str]]] = [
         (front, {name: front_name(name, llama) for name in front.state_dict()}),
-        *((block, {name: block_name(i, name, llama) for name in block.state_dict()}) for i, block in enumerate(blocks)),
+        *(
+            (block, {name: block_name(i, name, config) for name in block.state_dict()})
+            for i, block in enumerate(blocks)
+        ),
         (head, {name: head_name(name, llama) for name in head.state_dict()}),
     ]
     homes = {exported: (part, name) for part, names in parts for name, exported in names.items()}
@@ -309,9 +307,7 @@ def load_rack(directory: Path | str, device: torch.device | str = "cpu") -> Rack
                 part, name = homes[exported]
                 part.load_state_dict({name: file.get_tensor(exported)}, strict=False, assign=True)
     for block in blocks:
-        for child in block.modules():
-            if isinstance(child, Rotary):
-                child.rebuild(device)
+        rebuild_tables(block, device)
     if about.tied:
         norm = head.norm
         head = Head(config, about.vocab_size, front.embedding.weight)

@@ -69,12 +69,14 @@ class LoadedModel:
         stages: The rack, its stages, or a function that loads them one by one for each pass.
         direction: How a whole rack attends, and how stages must have been trained.
         autocast: Narrow dtype to compute in, the residual stream too, as in training; None: none.
+        keeps_cache: Whether its attention can keep a cache; otherwise every pass goes over all positions.
     """
 
     front: nn.Module
     stages: Stages
     direction: Direction = False
     autocast: torch.dtype | None = None
+    keeps_cache: bool = True
 
     @property
     def max_seq_len(self) -> int | None:

@@ -200,6 +200,11 @@ class _BlockCanvas(_WholeCanvas):
         direction = self.model.direction
         assert isinstance(direction, BlockCausal)
         size, length = direction.size, ids_BS.shape[1]
+        if not self.model.keeps_cache:  # the same by going over everything up to the end of the block
+            end = (group + 1) * size
+            share_BS = open_BS[:, :end].float().view(len(ids_BS), -1, size).mean(2).repeat_interleave(size, 1)
+            share = float(share_BS[:, -size:].mean())
+            return self._run(ids_BS[:, :end], index_n // length * end + index_n % length, share_BS, share, None)
         if self.caches is None:
             self.caches = Caches()
         caches, start = self.caches, group * size
@@ -270,7 +275,7 @@ def sample_causal(
         raise UsageError(f"max_new_tokens {max_new_tokens}, top_k {how.top_k}: out of range")
     ids_BS = prompt.long().reshape(-1, prompt.shape[-1])
     limit = model.max_seq_len
-    caches = Caches() if how.cache and isinstance(model.front, Front) else None
+    caches = Caches() if how.cache and model.keeps_cache and isinstance(model.front, Front) else None
     ended_B = torch.zeros(len(ids_BS), dtype=torch.bool, device=ids_BS.device)
     for step in range(max_new_tokens):
         if caches is not None and limit is not None and ids_BS.shape[1] > limit:

@@ -19,6 +19,7 @@ from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model.attention import Cache, is_paired
 from stackwise.model.layers import make_norm
+from stackwise.model.projections import WIDE
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions that say what a block computes in; the others leave it to its surroundings."""
@@ -70,6 +71,12 @@ class Block(nn.Module):
         self.attention = config.attention.build(config)
         self.ffn_norm = make_norm(config)
         self.ffn = config.ffn.build(config)
+        for kind, module in ((config.attention, self.attention), (config.ffn, self.ffn)):
+            for name, matrix in kind.matrices(config).items():
+                if not matrix.narrow:
+                    setattr(module.get_submodule(name), WIDE, True)
+        self.keeps_cache = config.attention.caches
+        """Whether `forward` takes a cache."""
         self.dropout = config.dropout
         self.compute: torch.dtype | None = None
         """What it computes in; None: what its surroundings do."""
@@ -96,6 +103,8 @@ class Block(nn.Module):
         Raises:
             UsageError: A sample longer than the model takes (rotary positions); a cache that cannot be used so.
         """
+        if cache is not None and not self.keeps_cache:
+            raise UsageError("this attention keeps no cache", hint="go over all positions: cache=False")
         if cache is not None and (segments_BS is not None or causal is False):
             raise UsageError("a cache serves attention that looks back, over one document")
         if segments_BS is not None and is_paired(causal):

@@ -7,7 +7,7 @@ plays a part, and a large block's tensors are drawn side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -18,9 +18,6 @@ from stackwise.errors import UsageError
 from stackwise.identity import Hex, content_id, derive_seed, digest
 from stackwise.model.block import Block, Stack
 from stackwise.model.rack import Front, Head, Rack
-
-RESIDUAL = ("attention.o.weight", "ffn.down.weight")
-"""The matrices that write into the residual stream: their fresh weights shrink with depth."""
 
 LARGE = 1 << 22
 """Elements of a part from which on its tensors are drawn by several threads."""
@@ -42,21 +39,24 @@ def residual_scale(index: int) -> float:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int, part: str, std: float, scale: float = 1.0) -> None:
-    """Fill a part: matrices normal(0, std), those of the residual stream times `scale`; norms one, biases zero.
+def initialise(
+    module: nn.Module, seed: int, part: str, std: float, scale: float = 1.0, scaled: Collection[str] = ()
+) -> None:
+    """Fill a part: matrices normal(0, std), some of them times `scale`; norms one, biases zero.
 
     Args:
         module: The part, on any device, in any dtype.
         seed: The run's seed.
         part: Its name, such as "block.3".
         std: Standard deviation.
-        scale: Factor on `RESIDUAL` matrices.
+        scale: Factor on some matrices.
+        scaled: Their names.
     """
 
     def fill(item: tuple[str, nn.Parameter]) -> None:
         name, parameter = item
         if parameter.ndim >= 2:
-            own = std * (scale if name in RESIDUAL else 1.0)
+            own = std * (scale if name in scaled else 1.0)
             values = draw(parameter.shape, own, seed, "init", part, name)
             with torch.no_grad():  # a setting of the thread
                 parameter.copy_(values)
@@ -113,7 +113,9 @@ def build_block(
     with torch.device("meta"):
         block = Block(config)
     _materialise(block, device, dtype)
-    initialise(block, seed, f"block.{index}", config.init_std, residual_scale(index))
+    kinds = {"attention": config.attention, "ffn": config.ffn}
+    scaled = {f"{part}.{name}" for part, kind in kinds.items() for name in kind.residual}
+    initialise(block, seed, f"block.{index}", config.init_std, residual_scale(index), scaled)
     return block
 
 
@@ -167,9 +169,17 @@ def build_rack(
 
 def _materialise(module: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
     # Built on the meta device first: PyTorch's own initialisation would cost time and draw from the global generator.
+    for name, child in module.named_modules():
+        if next(child.buffers(recurse=False), None) is not None and not hasattr(child, "rebuild"):
+            raise UsageError(
+                f"{name} ({type(child).__name__}) has buffers and no way to make them",
+                hint="give it a method `rebuild(device)` that computes them",
+            )
     if dtype is not None:
         module.to(dtype)
-    module.to_empty(device=torch.get_default_device() if device is None else device)
+    device = torch.get_default_device() if device is None else device
+    module.to_empty(device=device)
+    rebuild_tables(module, device)
 
 
 def part_digest(part: nn.Module | Mapping[str, Tensor]) -> Hex:
@@ -188,3 +198,11 @@ def part_digest(part: nn.Module | Mapping[str, Tensor]) -> Hex:
         raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         entries.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), digest(raw)])
     return content_id("part", entries)
+
+
+def rebuild_tables(module: nn.Module, device: torch.device | str) -> None:
+    """Let every module inside make the tables that follow from its settings, which no file holds, on a device."""
+    for child in module.modules():
+        rebuild = getattr(child, "rebuild", None)
+        if callable(rebuild):
+            rebuild(device)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stackwise.config.fields import PositiveInt
-from stackwise.config.kinds import Attention, Fault, FeedForward
+from stackwise.config.kinds import Attention, Fault, FeedForward, Matrix
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,15 +19,26 @@ if TYPE_CHECKING:
 class MultiHead(Attention):
     """Softmax attention with keys and values for each head (arXiv 1706.03762)."""
 
-    llama: ClassVar[bool] = True
+    # The rotary convention is the same: no permutation.
+    llama: ClassVar[Mapping[str, str] | None] = {
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+    }
 
-    def parameters(self, model: ModelConfig) -> int:
-        """See `Attention.parameters`."""
-        d, kv, bias = model.d_model, self.key_heads(model) * model.head_dim, int(model.bias)
-        return 2 * d * d + 2 * d * kv + bias * (2 * d + 2 * kv)
+    def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
+        """See `BlockPart.matrices`."""
+        d, kv, bias = model.d_model, self.key_heads(model) * model.head_dim, model.bias
+        return {
+            "q": Matrix(d, d, bias),
+            "k": Matrix(kv, d, bias),
+            "v": Matrix(kv, d, bias),
+            "o": Matrix(d, d, bias),
+        }
 
     def kept(self, model: ModelConfig) -> int:
-        """Both norms' inputs and outputs, queries and output; keys and values (see `block_numbers`)."""
+        """Both norms' inputs and outputs, queries and output; keys and values (arXiv 2205.05198, section 4.1)."""
         return 8 * model.d_model + 2 * self.key_heads(model) * model.head_dim
 
     def build(self, model: ModelConfig) -> nn.Module:
@@ -78,23 +89,25 @@ class Latent(Attention):
             return 0
         return self.rope_head_dim or max(2, model.head_dim // 4 * 2)
 
-    def parameters(self, model: ModelConfig) -> int:
-        """See `Attention.parameters`."""
+    def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
+        """See `BlockPart.matrices`; without rotary positions, or a latent of the queries, theirs are left out."""
         d, rank, turned, inner = model.d_model, self.latent_rank(model), self.rotary_width(model), self.q_rank
-        queries = (inner or d) * (d + model.n_heads * turned) + (d * inner + inner if inner else 0)
-        keys = d * (rank + turned) + rank + 2 * rank * d
-        return queries + keys + d * d + int(model.bias) * d
+        matrices = {"q_down": Matrix(inner, d)} if inner else {}
+        matrices |= {"q_up": Matrix(d, inner or d), "kv_down": Matrix(rank, d)}
+        matrices |= {"k_up": Matrix(d, rank), "v_up": Matrix(d, rank), "o": Matrix(d, d, model.bias)}
+        if turned:
+            matrices |= {"q_rotary": Matrix(model.n_heads * turned, inner or d), "k_rotary": Matrix(turned, d)}
+        return matrices
+
+    def other_parameters(self, model: ModelConfig) -> int:
+        """The norms behind the compressions."""
+        return self.latent_rank(model) + (self.q_rank or 0)
 
     def kept(self, model: ModelConfig) -> int:
         """As of multi-head, and the rotary parts, the latents beside their norms, and a copy of the output."""
         numbers = 8 * model.d_model + 2 * model.n_heads * model.head_dim
         numbers += 5 * model.n_heads * self.rotary_width(model)
         return numbers + 2 * (self.latent_rank(model) + (self.q_rank or 0)) + model.d_model
-
-    def narrowest(self, model: ModelConfig) -> int:
-        """See `Attention.narrowest`."""
-        limit = super().narrowest(model)
-        return min(limit, self.latent_rank(model), self.q_rank or limit, self.rotary_width(model) or limit)
 
     def build(self, model: ModelConfig) -> nn.Module:
         """See `Attention.build`."""
@@ -115,7 +128,7 @@ class Latent(Attention):
 class Linear(MultiHead):
     """Linear attention (arXiv 2006.16236): a feature map in place of the softmax."""
 
-    llama: ClassVar[bool] = False
+    llama: ClassVar[Mapping[str, str] | None] = None
     anneals: ClassVar[bool] = False
 
     kv_heads: PositiveInt | None = Field(None, description="heads of keys and values; null: n_heads")
@@ -162,17 +175,15 @@ def _divides(kv_heads: int, model: ModelConfig) -> Iterator[Fault]:
 class SwiGLU(FeedForward):
     """A gated feed-forward (arXiv 2002.05202)."""
 
-    llama: ClassVar[bool] = True
-    matrices: ClassVar[int] = 3
+    llama: ClassVar[Mapping[str, str] | None] = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 
     def width(self, d_model: int) -> int:
         """8/3 of d_model, rounded up to a multiple of 32."""
         return -(-8 * d_model // 3 // 32) * 32
 
-    def parameters(self, model: ModelConfig) -> int:
-        """See `FeedForward.parameters`."""
-        d, f = model.d_model, model.ffn_width
-        return 3 * d * f + int(model.bias) * (d + 2 * f)
+    def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
+        """See `BlockPart.matrices`."""
+        return {"gate": Matrix(model.ffn_width, model.d_model, model.bias)} | _up_and_down(model)
 
     def build(self, model: ModelConfig) -> nn.Module:
         """See `FeedForward.build`."""
@@ -181,17 +192,16 @@ class SwiGLU(FeedForward):
         return layers.SwiGLU(model)
 
     def kept(self, model: ModelConfig) -> int:
-        """See `FeedForward.kept`."""
+        """What leaves the gate, its SiLU, what leaves `up`, and their product."""
         return 4 * model.ffn_width
 
 
 class GELU(FeedForward):
-    """Two matrices with a GELU between them."""
+    """Two matrices with a GELU (arXiv 1606.08415) between them."""
 
-    def parameters(self, model: ModelConfig) -> int:
-        """See `FeedForward.parameters`."""
-        d, f = model.d_model, model.ffn_width
-        return 2 * d * f + int(model.bias) * (d + f)
+    def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
+        """See `BlockPart.matrices`."""
+        return _up_and_down(model)
 
     def build(self, model: ModelConfig) -> nn.Module:
         """See `FeedForward.build`."""
@@ -200,5 +210,10 @@ class GELU(FeedForward):
         return layers.GELU(model)
 
     def kept(self, model: ModelConfig) -> int:
-        """See `FeedForward.kept`."""
+        """What leaves `up`, and its GELU."""
         return 2 * model.ffn_width
+
+
+def _up_and_down(model: ModelConfig) -> dict[str, Matrix]:
+    d, f = model.d_model, model.ffn_width
+    return {"up": Matrix(f, d, model.bias), "down": Matrix(d, f, model.bias)}

@@ -93,7 +93,7 @@ class Rotary(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # `fn` may have cast the tables, or left them without values (to_empty): make them anew where they are now.
+        # `fn` may have cast the tables: make them anew where they are now.
         if self.cos.device.type != "meta":
             self.rebuild(self.cos.device)
         return self

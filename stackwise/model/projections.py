@@ -29,9 +29,14 @@ PACKED = ".codes"
 """How the names of packed weights end in a state dict."""
 
 
+WIDE = "stays_wide"
+"""The mark on a linear layer that carries no adapters and no narrow format (see `Matrix.narrow`)."""
+
+
 def projections(module: nn.Module) -> dict[str, Any]:
-    """The linear layers inside a module, by dotted name."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    """The linear layers inside a module that carry adapters and narrow formats, by dotted name."""
+    layers = ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear))
+    return {name: child for name, child in layers if not getattr(child, WIDE, False)}
 
 
 class QuantizedLinear(nn.Linear):

@@ -25,8 +25,7 @@ def part_parameters(config: StackWiseConfig, vocab_size: int, part: str, stage: 
     """Parameters of a part of a stage."""
     model = config.model
     if part.startswith(ADAPTER):
-        sides = 6 * model.d_model + 2 * model.kv_heads * model.head_dim
-        sides += model.ffn.matrices * (model.d_model + model.ffn_width)
+        sides = model.attention.adapter_parameters(model) + model.ffn.adapter_parameters(model)
         return sides * sum(size.rank for size in stage.format(part.removeprefix(ADAPTER)).adapters)
     if part == FRONT:
         positions = (model.max_seq_len or config.training.seq_len) if model.positions == "learned" else 0
