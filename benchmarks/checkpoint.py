@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> Result:
             while checkpoints.busy:
                 during.append(_step(trainer, batch))
             checkpoints.finish()
-            (saved,) = checkpoints.told()
+            (saved,) = checkpoints.written()
             say(f"stopped {saved.stopped:.3f} s, on the disk after {saved.seconds:.2f} s")
             if not number:
                 first = saved.stopped

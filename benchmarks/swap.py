@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class FreshParts:
-    """The parts of a rack with fresh weights and a tied head (see `training.parts.Parts`)."""
+    """The parts of a rack with fresh weights and a tied head (see `training.swap_parts.Parts`)."""
 
     def __init__(self, width: int, blocks: int, seq_len: int) -> None:
         architecture = ArchitectureConfig(n_stacks=blocks, blocks_per_stack=1)

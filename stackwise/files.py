@@ -7,9 +7,11 @@ without a bound.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import IO, Any
@@ -158,3 +160,12 @@ def make_directory(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
         raise irregular(path, "a symbolic link")
+
+
+def remove_tree(path: Path) -> None:
+    """Remove what lies at a directory's place, as far as that can be; of a link the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

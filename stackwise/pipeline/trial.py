@@ -129,7 +129,7 @@ def run_trial(job: TrialJob, device: torch.device) -> dict[str, Any]:
 
 
 def _engine(job: TrialJob, config: StackWiseConfig, device: torch.device) -> ResidentEngine:
-    from stackwise.pipeline.build import make_block, make_front, make_head, objective_of, require_gradients
+    from stackwise.pipeline.build import make_block, make_front, make_head, objective_of, parts_of, require_gradients
     from stackwise.pipeline.job import Source
     from stackwise.training.engine import ResidentEngine
     from stackwise.training.stage import StageModel
@@ -147,7 +147,8 @@ def _engine(job: TrialJob, config: StackWiseConfig, device: torch.device) -> Res
     head = make_head(config, job.vocab_size, fresh, tied, own=False)
     objective = objective_of(config, job.mask_token, job.vocab_size, stage)
     model = StageModel(front, blocks, head, objective, config.precision, beyond).to(device)
-    return ResidentEngine(model, config.stage_training(stage.depth), seed=(0,), device=device, first_block=stage.first)
+    settings = config.stage_training(stage.depth)
+    return ResidentEngine(model, settings, seed=(0,), device=device, parts=parts_of(model, stage))
 
 
 def _tried(

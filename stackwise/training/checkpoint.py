@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import secrets
-import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import psutil
 import torch
 from torch import Tensor
 
-from stackwise import durable
-from stackwise.identity import digest
+from stackwise import durable, files
 from stackwise.training.engine import OPTIMIZER
-from stackwise.training.tensors import Tensors, write_tensors
+from stackwise.training.state_files import TensorFile, file_digest, reason, sealed, unsealed, write_tensors
 from stackwise.training.trainer import Record, Trainer
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+"""What a checkpoint raises that is not there, or damaged."""
 
 KEPT = 2
 FORMAT = 2
@@ -137,7 +137,7 @@ class Checkpoints:
         self._thread = threading.Thread(target=take, name="checkpoint-memory", daemon=True)
         self._thread.start()
 
-    def told(self) -> list[Saved]:
+    def written(self) -> list[Saved]:
         """Those that have reached the disk since the last call.
 
         Raises:
@@ -198,13 +198,18 @@ def restore_latest(directory: Path, trainer: Trainer, warn: Callable[[str], None
     Returns:
         Whether there was one.
     """
+    if directory.is_symlink():
+        warn(f"{directory} is a symbolic link: no checkpoint in it is used")
+        files.remove_tree(directory)
     for stale in directory.glob(f"{durable.TEMPORARY}*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    for path in reversed(_complete(directory)):
+        files.remove_tree(stale)
+    paths = _complete(directory)
+    for place, path in reversed(list(enumerate(paths))):
         try:
             _restore(path, trainer)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            warn(f"checkpoint {path} is damaged ({error}); the one before it is used")
+        except UNREADABLE as error:
+            following = f"{paths[place - 1].name} is used" if place else "the stage begins again"
+            warn(f"checkpoint {path} is damaged ({reason(error)}); {following}")
             continue
         return True
     return False
@@ -222,19 +227,11 @@ def restore_step(directory: Path, trainer: Trainer, step: int) -> None:
 def remove(directory: Path, after: int | None = None) -> None:
     """Remove every checkpoint of a stage, or those of later steps than `after`."""
     if after is None:
-        shutil.rmtree(directory, ignore_errors=True)
+        files.remove_tree(directory)
         return
     for path in _complete(directory):
         if path > _path(directory, after):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def file_digest(path: Path) -> str:
-    """xxh3-128 of a file, read through the page cache."""
-    if path.stat().st_size == 0:
-        return digest(b"")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        return digest(memoryview(view))
+            files.remove_tree(path)
 
 
 def _write(directory: Path, state: Mapping[str, Tensor], step: int, record: str) -> None:
@@ -246,12 +243,12 @@ def _write(directory: Path, state: Mapping[str, Tensor], step: int, record: str)
             temporary.mkdir()
             meta = {"format": FORMAT, "step": step, "digest": write_tensors(temporary / _STATE, state)}
             meta["record"] = json.loads(record)
-            durable.write_bytes(temporary / _META, json.dumps(meta).encode())
-            shutil.rmtree(final, ignore_errors=True)
+            durable.write_bytes(temporary / _META, json.dumps(sealed(meta)).encode())
+            files.remove_tree(final)
             os.rename(temporary, final)
             durable.fsync_directory(directory)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            files.remove_tree(temporary)
             raise
 
 
@@ -259,26 +256,28 @@ def _remove_old(directory: Path, keep: int, protect: Collection[int]) -> None:
     stay = {_path(directory, step) for step in protect}
     for old in _complete(directory)[:-keep]:
         if old not in stay:
-            shutil.rmtree(old, ignore_errors=True)
+            files.remove_tree(old)
 
 
 def _restore(path: Path, trainer: Trainer) -> None:
-    meta: dict[str, Any] = durable.read_json(path / _META)
-    if meta.get("format") != FORMAT:
-        raise ValueError("it is of another version of StackWise")
-    if file_digest(path / _STATE) != meta["digest"]:
+    meta = unsealed(files.read_json(path / _META, root=path.parent), FORMAT)
+    if file_digest(path / _STATE, path.parent) != meta["digest"]:
         raise ValueError("its digest differs")
     record, step = Record(**meta["record"]), int(meta["step"])
-    tensors = Tensors(path / _STATE)
+    if path.name != _path(path.parent, step).name:
+        raise ValueError("it is of another step than its name says")
+    tensors = TensorFile(path / _STATE, path.parent)
     # Asked before any of it is taken up. The optimizer's state is not there before the first step.
     for name, tensor in trainer.engine.state().items():
-        if not name.startswith(OPTIMIZER) and (name not in tensors or tensors.shape(name) != list(tensor.shape)):
-            raise ValueError("it is of another shape")
+        if not name.startswith(OPTIMIZER) and (
+            name not in tensors or tensors.shape(name) != list(tensor.shape) or tensors.dtype(name) != tensor.dtype
+        ):
+            raise ValueError(f"its {name} is of another shape")
     trainer.restore(tensors, step, record)
 
 
 def _complete(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.glob("step-*") if (path / _META).exists())
+    return sorted(path for path in directory.glob("step-*") if os.path.lexists(path / _META))
 
 
 def _path(directory: Path, step: int) -> Path:

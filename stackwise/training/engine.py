@@ -1,7 +1,7 @@
 """Engines: how a stage's weights are held while they train.
 
 The loop (`trainer.py`) says when a step is taken, when to save and when to end; an engine takes the step. It alone
-knows where weights, gradients and the optimizer's state are.
+knows where weights, gradients and the optimizer's state are, and nobody asks which engine it is.
 """
 
 from __future__ import annotations
@@ -9,21 +9,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stackwise.batch import Batch
 from stackwise.config import StageTraining
+from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.training.group import Group, SingleProcess
 from stackwise.training.optim import BLOCK, make_optimizer
-from stackwise.training.scaling import LossScale
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
+
+if TYPE_CHECKING:
+    from stackwise.training.trainer import Trainer
 
 WEIGHT, MEAN, OPTIMIZER = "weight/", "mean/", "optimizer/"
 """What names in an engine's state begin with."""
+
+State = Callable[[], Mapping[str, Tensor]]
+"""Makes some tensors when they are wanted: of a stage that does not fit, not all are in memory."""
+
+FIRST_SCALE, HIGHEST_SCALE = 2.0**16, 2.0**24
+GROWTH_STEPS = 2000
+"""Steps without an overflow after which a dynamic scale doubles; at an overflow it halves."""
+MOST_OVERFLOWS = 40
+"""Steps in a row that overflow before training is given up."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,8 @@ class Engine(Protocol):
 
     device: torch.device
     """Where it computes."""
+    checkpoints: str
+    """The directory of its checkpoints below the stage's own: one kind of engine cannot take up another's."""
 
     def step(self, microbatches: Sequence[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
         """One optimizer step: the gradient of the mean loss over all scored positions of all microbatches.
@@ -87,18 +102,31 @@ class Engine(Protocol):
             tensors: Looked up one by one: a look-up may read from disk, so nothing is asked for twice.
         """
 
+    def resume(self, trainer: Trainer) -> bool:
+        """Called when a trainer has taken up its newest checkpoint, if there is one: go on from what else there is.
+
+        Returns:
+            Whether any step was taken before.
+        """
+
     def settle(self) -> None:
         """Called once after the last step: from then on its `weights` are what is committed."""
 
-    def carried(self) -> Mapping[str, Mapping[str, Tensor]]:
+    def weights(self, part: str) -> dict[str, Tensor]:
+        """The state dict of the front, a block with its adapters, or the head, as committed; after `settle`."""
+
+    def carried(self) -> dict[str, State]:
         """By part, what going on with the stage at another time needs beside the weights committed; after `settle`.
 
         The optimizer's state as `optimizer/KIND/NAME`; where a mean is committed, what trains as `weight/NAME`; names
         within the part. Under an empty name the loss scale.
         """
 
-    def take_up(self, carried: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def take_up(self, carried: Mapping[str, State]) -> None:
         """Take up what `carried` gave, before the first step; a weight that is not in it is the committed one."""
+
+    def close(self) -> None:
+        """Let go of threads and files."""
 
 
 class ResidentEngine:
@@ -109,10 +137,11 @@ class ResidentEngine:
         settings: Clipping, accumulation and the optimizer's.
         seed: The parts that its randomness follows from, such as (seed, stage).
         device: Where `model` is.
-        first_block: The number in the rack of the stage's first block.
-        beyond: The parts that are beyond its blocks, in forward order.
+        parts: The model's modules by the names of their parts; None: its blocks count from 0.
         group: The ranks that train the stage together.
     """
+
+    checkpoints = ""
 
     def __init__(
         self,
@@ -121,23 +150,24 @@ class ResidentEngine:
         *,
         seed: tuple[int | str, ...],
         device: torch.device,
-        first_block: int = 0,
-        beyond: Sequence[str] = (),
+        parts: Mapping[str, nn.Module] | None = None,
         group: Group | None = None,
     ) -> None:
         self.group = group or SingleProcess()
         self.model, self.settings, self.seed, self.device = model.train(), settings, seed, device
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(
-            [(part_of(name, first_block, beyond), p) for name, p in self.parameters.items()], settings
-        )
+        self.parts = dict(parts or _parts(model))
+        self._places: dict[str, tuple[str, str]] = {}
+        """For each of `parameters` its part, and its name within it."""
+        by_id = {id(p): (part, name) for part, m in reversed(self.parts.items()) for name, p in m.named_parameters()}
+        self._places = {name: by_id[id(p)] for name, p in self.parameters.items()}
+        self.optimizer = make_optimizer([(self._places[name][0], p) for name, p in self.parameters.items()], settings)
         self.scale = LossScale(settings.loss_scale) if model.in_half else None
         self._mean = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
         self._trained: dict[str, Tensor] = {}  # what lies under a mean that is committed
-        self._places = {name: (part_of(name, first_block, beyond), _within(name)) for name in self.parameters}
 
     def step(self, microbatches: Sequence[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
-        """One optimizer step (see `Engine.step`)."""
+        """See `Engine.step`."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         losses, norm = self._gradients(microbatches, step)
@@ -160,7 +190,7 @@ class ResidentEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> MeanLoss:
-        """The mean loss over some batches (see `Engine.evaluate`)."""
+        """See `Engine.evaluate`."""
         tally = Tally()
         self.model.eval()
         self._exchange()
@@ -197,48 +227,56 @@ class ResidentEngine:
                 kind, _, name = key.removeprefix(OPTIMIZER).partition("/")
                 kinds.setdefault(name, []).append(kind)
         for name, p in self.parameters.items():
-            known = self.optimizer.state.pop(p, {})
+            before = self.optimizer.state.pop(p, {})
             if name in kinds:
-                known = {kind: _taken_up(known, kind, tensors[f"{OPTIMIZER}{kind}/{name}"], p) for kind in kinds[name]}
-                self.optimizer.state[p] = known
+                saved = {kind: tensors[f"{OPTIMIZER}{kind}/{name}"] for kind in kinds[name]}
+                # Into the memory that is there, else into new memory, where the optimizer would have it.
+                self.optimizer.state[p] = {
+                    kind: before[kind].copy_(value) if kind in before else value.to(p.device)
+                    for kind, value in saved.items()
+                }
 
     def settle(self) -> None:
         """The modules hold what is committed; where a mean is kept, that is the mean."""
         self._exchange()
         self._trained, self._mean = self._mean, {}
 
-    def carried(self) -> dict[str, dict[str, Tensor]]:
-        """What going on needs (see `Engine.carried`)."""
-        found: dict[str, dict[str, Tensor]] = {"": self.scale.state() if self.scale is not None else {}}
-        for name, (part, own) in self._places.items():
+    def resume(self, trainer: Trainer) -> bool:
+        """See `Engine.resume`: a checkpoint holds all that there is."""
+        return trainer.step > 0
+
+    def weights(self, part: str) -> dict[str, Tensor]:
+        """See `Engine.weights`."""
+        return self.parts[part].state_dict()
+
+    def carried(self) -> dict[str, State]:
+        """See `Engine.carried`."""
+        by_part: dict[str, dict[str, Tensor]] = {"": self.scale.state() if self.scale is not None else {}}
+        for name, (part, within) in self._places.items():
             state = self.optimizer.state.get(self.parameters[name], {})
-            kept = found.setdefault(part, {})
-            kept |= {f"{OPTIMIZER}{kind}/{own}": value for kind, value in state.items()}
+            kept = by_part.setdefault(part, {})
+            kept |= {f"{OPTIMIZER}{kind}/{within}": value for kind, value in state.items()}
             if name in self._trained:
-                kept[f"{WEIGHT}{own}"] = self._trained[name]
-        return found
+                kept[f"{WEIGHT}{within}"] = self._trained[name]
+        return {part: partial(dict[str, Tensor], tensors) for part, tensors in by_part.items()}
 
     @torch.no_grad()
-    def take_up(self, carried: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Go on from it (see `Engine.take_up`)."""
+    def take_up(self, carried: Mapping[str, State]) -> None:
+        """See `Engine.take_up`."""
         if self.scale is not None:
-            self.scale.restore(carried[""])
-        found, state = None, dict[str, Tensor]()
-        for name, (part, own) in self._places.items():
-            if part != found:  # a look-up may read from disk
-                found, state = part, dict(carried[part])
-            p = self.parameters[name]
-            if f"{WEIGHT}{own}" in state:
-                p.copy_(state[f"{WEIGHT}{own}"])
-            kinds = [key for key in state if key.startswith(OPTIMIZER) and key.endswith(f"/{own}")]
-            if kinds:
-                self.optimizer.state[p] = {
-                    key.removeprefix(OPTIMIZER).removesuffix(f"/{own}"): state[key].to(p.device) for key in kinds
-                }
+            self.scale.restore(carried[""]())
+        for part in dict.fromkeys(part for part, _ in self._places.values()):
+            state = carried[part]()
+            for name in (name for name, (of, _) in self._places.items() if of == part):
+                p, within = self.parameters[name], self._places[name][1]
+                if f"{WEIGHT}{within}" in state:
+                    p.copy_(state[f"{WEIGHT}{within}"])
+                kept = {kind: value.to(p.device) for kind, value in optimizer_state(state, within).items()}
+                if kept:
+                    self.optimizer.state[p] = kept
 
-    def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """The state dict, as it is committed, of the front, a block or the head of the model; after `settle`."""
-        return module.state_dict()
+    def close(self) -> None:
+        """See `Engine.close`: there are none."""
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
@@ -277,23 +315,61 @@ class ResidentEngine:
         return losses, norm
 
 
-def part_of(name: str, first_block: int, beyond: Sequence[str] = ()) -> str:
-    """The part that a parameter of a `StageModel` is in: front, block.N (its number in the rack), head, one beyond."""
-    part, _, rest = name.partition(".")
-    if part not in ("blocks", "beyond"):
-        return part
-    index = int(rest.partition(".")[0])
-    return f"{BLOCK}{first_block + index}" if part == "blocks" else beyond[index]
+def optimizer_state(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Of a part's state the optimizer's for one parameter, by kind."""
+    return {
+        key.removeprefix(OPTIMIZER).removesuffix(f"/{name}"): state[key]
+        for key in state
+        if key.startswith(OPTIMIZER) and key.endswith(f"/{name}")
+    }
 
 
-def _within(name: str) -> str:
-    """What a parameter of a `StageModel` is called within its part."""
-    part, _, rest = name.partition(".")
-    return rest.partition(".")[2] if part in ("blocks", "beyond") else rest
+def _parts(model: StageModel) -> dict[str, nn.Module]:
+    named = {"front": model.front, **{f"{BLOCK}{i}": block for i, block in enumerate((*model.blocks, *model.beyond))}}
+    return {name: module for name, module in (*named.items(), ("head", model.head)) if module is not None}
 
 
-def _taken_up(known: Mapping[str, Tensor], kind: str, saved: Tensor, p: nn.Parameter) -> Tensor:
-    """Optimizer state as saved: into the memory that is there, else new; where the optimizer would have it."""
-    if kind in known:
-        return known[kind].copy_(saved)
-    return saved.to(p.device)
+class LossScale:
+    """The factor that the loss has while gradients are taken, so that those of half precision stay in its range.
+
+    Source: mixed precision training (arXiv 1710.03740), section 3.2. A step whose gradients overflow is not taken.
+
+    Args:
+        setting: `training.loss_scale`: a constant, or dynamic.
+    """
+
+    def __init__(self, setting: Literal["dynamic"] | float) -> None:
+        self.dynamic = setting == "dynamic"
+        self.scale = FIRST_SCALE if setting == "dynamic" else float(setting)
+        self._good = self._bad = 0
+
+    def taken(self) -> None:
+        """A step's gradients were finite."""
+        self._bad, self._good = 0, self._good + 1
+        if self.dynamic and self._good == GROWTH_STEPS:
+            self.scale, self._good = min(2.0 * self.scale, HIGHEST_SCALE), 0
+
+    def overflowed(self) -> None:
+        """A step's gradients were not.
+
+        Raises:
+            StackWiseError: So were those of many steps before it.
+        """
+        self._bad, self._good = self._bad + 1, 0
+        if self.dynamic:
+            self.scale /= 2.0
+        if self._bad == MOST_OVERFLOWS:
+            raise StackWiseError(
+                f"the gradients of {MOST_OVERFLOWS} steps in a row overflow float16, the last at loss scale "
+                f"{2 * self.scale if self.dynamic else self.scale:g}",
+                hint="set precision: bf16" + ("" if self.dynamic else ", or training.loss_scale: dynamic"),
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {"scaler/state": torch.tensor([self.scale, self._good, self._bad], dtype=torch.float64)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave."""
+        scale, good, bad = tensors["scaler/state"].tolist()
+        self.scale, self._good, self._bad = scale, int(good), int(bad)

@@ -1,4 +1,4 @@
-"""The forward-only pass: rows through frozen stages, and the boundary that they leave behind.
+"""The forward-only pass: rows through frozen stages, and the boundary that they leave behind, whole or on demand.
 
 On a GPU rows come up, are computed on, go down and are written all at once: batches lie ready pinned, results leave by
 a copy stream of their own into pinned memory, and threads write what has arrived. Every queue between is bounded.
@@ -6,6 +6,8 @@ a copy stream of their own into pinned memory, and threads write what has arrive
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,12 +15,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from stackwise.batch import Batch
-from stackwise.store import BoundaryWriter, Codec
+from stackwise.errors import UsageError
+from stackwise.store import BoundaryReader, BoundaryWriter, Codec, RowOrder
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.stage import StageModel
+
+Rows = npt.NDArray[np.int64]
 
 ON_THE_WAY = 2
 """Batches whose results may still be on their way from a GPU while the next is computed."""
@@ -62,7 +69,7 @@ class Pass:
         return self.blocked / self.seconds if self.seconds else 0.0
 
 
-def through(stages: Sequence[StageModel], batch: Batch, codec: Codec) -> torch.Tensor:
+def pass_through(stages: Sequence[StageModel], batch: Batch, codec: Codec) -> torch.Tensor:
     """The activations [B, S, D] that leave the last of some frozen stages, on their device.
 
     At each edge between two of them the rows go through `codec`, as if they had been stored and read again.
@@ -90,12 +97,12 @@ def outputs(
     """
     if device.type != "cuda":
         for batch in batches:
-            yield through(stages, batch.to(device), codec).cpu()
+            yield pass_through(stages, batch.to(device), codec).cpu()
         return
     leaving: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     on_the_way: deque[tuple[torch.Tensor, Any]] = deque()
     for batch in batches:
-        x_BSD = through(stages, batch.to(device), codec)
+        x_BSD = pass_through(stages, batch.to(device), codec)
         if codec.base == "bf16":
             x_BSD = x_BSD.to(torch.bfloat16)
         leaving.wait_stream(torch.cuda.current_stream(device))
@@ -116,12 +123,12 @@ def outputs(
         yield landed
 
 
-Outputs = Callable[[Iterator[Batch], Codec, torch.device], Generator[torch.Tensor]]
+MakeOutputs = Callable[[Iterator[Batch], Codec, torch.device], Generator[torch.Tensor]]
 """For each batch what leaves some stages, on the CPU, as `outputs` gives it."""
 
 
 def write_boundary(
-    stages: Sequence[StageModel] | Outputs,
+    stages: Sequence[StageModel] | MakeOutputs,
     feed: Feed,
     writer: BoundaryWriter,
     device: torch.device,
@@ -145,7 +152,7 @@ def write_boundary(
     Returns:
         Whether the boundary is complete, and how long the pass waited for what.
     """
-    make: Outputs = stages if callable(stages) else partial(outputs, [stage.eval() for stage in stages])
+    make: MakeOutputs = stages if callable(stages) else partial(outputs, [stage.eval() for stage in stages])
     missing, total = list(writer.missing), writer.info.chunks
     ranges = [writer.chunk_rows_of(chunk) for chunk in missing]
     begun, blocked, finished = time.perf_counter(), 0.0, True
@@ -169,3 +176,202 @@ def write_boundary(
         writer.flush()
     now = time.perf_counter()
     return Pass(finished, now - begun, waited, blocked + now - handed)
+
+
+class FilledBoundary:
+    """The rows of one boundary, read where they are stored and computed where they are not.
+
+    Whoever asks cannot tell the two apart: a chunk is computed in the same batches as the pass that would have written
+    it, and goes through the codec at each stage's edge. Where the boundary is kept, a chunk is published as it is
+    computed; so a stage can train on a boundary while it is being written.
+
+    Rows are computed in *pieces*, the ranges that go forward together; where the boundary is kept, in whole chunks.
+    Along an order the pieces of the window in hand and of the next are in memory, the latter computed bit by bit while
+    the former is trained on.
+
+    Args:
+        below: What enters the lowest of `stages`: tokens, or a boundary that is stored.
+        stages: The committed stages between `below` and this boundary, lowest first, on `device`: frozen, in evaluation
+            mode, and not the modules that are being trained.
+        codec: What the boundary is stored with, or would be.
+        chunk_rows: Rows in a chunk of it.
+        device: Where `stages` are. On a GPU they compute in a stream of their own.
+        stored: A reader and a writer of it where it is kept; the caller closes both.
+
+    Attributes:
+        rows_computed: Rows that were computed so far, repeats counted.
+        seconds: Seconds that took.
+    """
+
+    def __init__(
+        self,
+        below: Feed,
+        stages: Sequence[StageModel],
+        *,
+        codec: Codec,
+        chunk_rows: int,
+        device: torch.device,
+        stored: tuple[BoundaryReader, BoundaryWriter] | None = None,
+    ) -> None:
+        self._below, self._stages, self._codec, self._device = below, list(stages), codec, device
+        self._rows, self._chunk_rows = below.rowset.rows, chunk_rows
+        self._reader: BoundaryReader | None
+        self._writer: BoundaryWriter | None
+        self._reader, self._writer = stored or (None, None)
+        self._lacking = np.ones(-(-self._rows // chunk_rows), dtype=bool)
+        if self._writer is not None:
+            self._lacking[:] = False
+            self._lacking[self._writer.missing] = True
+        self._pieces: dict[int, torch.Tensor] = {}
+        self._kept: set[int] | None = None
+        self._unflushed: set[int] = set()
+        self._lock = threading.RLock()
+        self._stream = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # the stages' weights are still coming
+        self.rows_computed, self.seconds = 0, 0.0
+
+    def read(self, rows: npt.ArrayLike) -> torch.Tensor:
+        """Activations [n, seq_len, d_model] of `rows`, of the codec's decoded dtype, on the CPU.
+
+        Raises:
+            UsageError: A row is out of range.
+            ChunkDamage: A stored chunk, here or below, is not what was written.
+            NoSpaceError: The disk is full; what was published stays.
+        """
+        rows_B = np.asarray(rows, np.int64)
+        if len(rows_B) and (rows_B.min() < 0 or rows_B.max() >= self._rows):
+            raise UsageError(f"the boundary has rows 0 to {self._rows - 1}")
+        with self._lock:
+            x_BSD = self._gathered(rows_B)
+            if self._kept is None:
+                self._pieces.clear()
+            return x_BSD
+
+    def stream(self, order: RowOrder, batch_size: int, start: int = 0) -> Iterator[tuple[Rows, torch.Tensor]]:
+        """Endless batches in the given order, as `BoundaryReader.stream`; from a complete boundary by that itself."""
+        if order.rows != self._rows:
+            raise UsageError(f"the order is over {order.rows} rows, the boundary has {self._rows}")
+        number, window_end, todo = start, -1, list[int]()
+        if self._reader is not None:
+            self._reader.expect(order)
+        try:
+            while True:
+                if self._reader is not None and not self._lacking.any():
+                    self._flush()
+                    self._pieces.clear()
+                    yield from self._reader.stream(order, batch_size, number)
+                with self._lock:
+                    window, end = order.window_rows(number * batch_size)
+                    if end != window_end:
+                        following, _ = order.window_rows(end)
+                        todo, window_end = self._turn(window, following), end
+                    rows_B = order.batch(number, batch_size)
+                    x_BSD = self._gathered(rows_B)
+                yield rows_B, x_BSD
+                del x_BSD
+                number += 1
+                left = max(1, -(-(window_end - number * batch_size) // batch_size) + 1)
+                share = -(-len(todo) // left)
+                with self._lock:
+                    self._compute(todo[:share])
+                todo = todo[share:]
+        finally:
+            self._kept = None
+            self._pieces.clear()
+
+    def _turn(self, window: Rows, following: Rows) -> list[int]:
+        """Let a new window begin: drop what neither it nor the one after it needs; the pieces that one still lacks."""
+        next_firsts = dict.fromkeys(self._firsts(following).tolist())
+        self._kept = {*self._firsts(window).tolist(), *next_firsts}
+        self._pieces = {first: piece for first, piece in self._pieces.items() if first in self._kept}
+        return [first for first in next_firsts if self._is_lacking(first)]
+
+    def _firsts(self, rows: Rows) -> Rows:
+        """For each row the first row of its piece."""
+        chunk_firsts = rows // self._chunk_rows * self._chunk_rows
+        size = forward_rows(self._below.seq_len)
+        return chunk_firsts + (rows - chunk_firsts) // size * size
+
+    def _is_lacking(self, first: int) -> bool:
+        return first not in self._pieces and bool(self._lacking[first // self._chunk_rows])
+
+    def _gathered(self, rows_B: Rows) -> torch.Tensor:
+        firsts_B = self._firsts(rows_B)
+        self._compute(list(dict.fromkeys(firsts_B.tolist())))
+        stored_B = np.array([first not in self._pieces for first in firsts_B.tolist()], dtype=bool)
+        if stored_B.any():
+            assert self._reader is not None, "what is neither computed nor stored"
+            if self._unflushed & set((rows_B[stored_B] // self._chunk_rows).tolist()):
+                self._flush()
+            if stored_B.all():
+                return self._reader.read(rows_B)
+        piece = self._pieces[int(firsts_B[~stored_B][0])]
+        out = torch.empty((len(rows_B), *piece.shape[1:]), dtype=piece.dtype)
+        if stored_B.any() and self._reader is not None:
+            out[torch.from_numpy(np.flatnonzero(stored_B))] = self._reader.read(rows_B[stored_B])
+        for first in dict.fromkeys(firsts_B[~stored_B].tolist()):
+            places = np.flatnonzero(firsts_B == first)
+            out[torch.from_numpy(places)] = self._pieces[first][torch.from_numpy(rows_B[places] - first)]
+        return out
+
+    def _compute(self, firsts: Sequence[int]) -> None:
+        """Compute the pieces of these that are neither here nor stored; publish their chunks where they are kept."""
+        needed = [first for first in firsts if self._is_lacking(first)]
+        if not needed:
+            return
+        began = time.perf_counter()
+        if self._writer is None:
+            spans = [piece for first in needed for piece in self._pieces_of(first // self._chunk_rows, {first})]
+        else:
+            spans = [
+                p for chunk in dict.fromkeys(n // self._chunk_rows for n in needed) for p in self._pieces_of(chunk)
+            ]
+        wanted = {*needed, *(self._kept or ())}
+        stream = torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
+        parts: list[torch.Tensor] = []
+        with stream:
+            computed = outputs(self._stages, self._batches(spans), self._codec, self._device)
+            for (first, last), x_RSD in zip(spans, computed, strict=True):
+                if self._writer is None:
+                    self._pieces[first] = self._codec.round_trip(x_RSD)
+                    continue
+                parts.append(x_RSD)
+                if last == self._rows or last % self._chunk_rows == 0:
+                    self._publish(first // self._chunk_rows, torch.cat(parts), wanted)
+                    parts = []
+        self.rows_computed += sum(last - first for first, last in spans)
+        self.seconds += time.perf_counter() - began
+
+    def _pieces_of(self, chunk: int, only: set[int] | None = None) -> list[tuple[int, int]]:
+        """The pieces of a chunk, each (first row, row after the last); of those that begin at `only` alone."""
+        first = chunk * self._chunk_rows
+        of_chunk = pieces(first, min(first + self._chunk_rows, self._rows), self._below.seq_len)
+        return [piece for piece in of_chunk if only is None or piece[0] in only]
+
+    def _batches(self, spans: list[tuple[int, int]]) -> Iterator[Batch]:
+        below = self._below
+        for first, last in spans:
+            batch = below.batch(np.arange(first, last))
+            yield batch.pinned() if self._device.type == "cuda" else batch
+
+    def _publish(self, chunk: int, x_RSD: torch.Tensor, wanted: set[int]) -> None:
+        """Hand a computed chunk to the writer, and keep what of it is wanted soon."""
+        assert self._writer is not None
+        self._writer.submit(chunk, x_RSD, copy=False)
+        self._lacking[chunk] = False
+        self._unflushed.add(chunk)
+        stored, start = self._codec.round_trip(x_RSD), chunk * self._chunk_rows
+        spans = self._pieces_of(chunk)
+        whole = all(first in wanted for first, _ in spans)
+        for first, last in spans:
+            if first in wanted:
+                piece = stored[first - start : last - start]
+                # A view would keep all of the chunk in memory.
+                self._pieces[first] = piece if whole else piece.clone()
+
+    def _flush(self) -> None:
+        if self._writer is not None and self._unflushed:
+            self._writer.flush()
+            self._unflushed.clear()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,16 +24,11 @@ from stackwise.batch import ACTIVATIONS, Batch, Term
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
-from stackwise.training.draws import generator_state, set_generator
-from stackwise.training.engine import Accept, Stepped
+from stackwise.training.engine import Accept, LossScale, State, Stepped
 from stackwise.training.group import Group, SingleProcess
-from stackwise.training.groups import Turns
-from stackwise.training.lazily import Lazily
-from stackwise.training.parts import FRONT, Parts, in_turn, make_groups
-from stackwise.training.redo import RedoLog
-from stackwise.training.scaling import LossScale
-from stackwise.training.spill import Spill
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
+from stackwise.training.swap_parts import FRONT, PartLoader, Parts, in_turn, make_groups
+from stackwise.training.swap_state import RedoLog, Spill
 from stackwise.training.trainer import Trainer
 
 SCALER = "scaler/state"
@@ -52,8 +48,11 @@ class SwappedEngine:
         memory: Bytes of boundaries kept in memory; the rest goes to files.
         warn: Told what of the directory is damaged.
         before: Steps that the stage has taken already, in windows before this one.
-        group: The ranks that train the stage together.
+        ranks: Those that train the stage together.
     """
+
+    checkpoints = "swap/record"
+    """Its steps are on the disk as they are taken: a checkpoint holds the trainer's record alone."""
 
     def __init__(
         self,
@@ -67,15 +66,15 @@ class SwappedEngine:
         memory: int,
         warn: Callable[[str], None],
         before: int = 0,
-        group: Group | None = None,
+        ranks: Group | None = None,
     ) -> None:
-        self.before, self.group = before, group or SingleProcess()
+        self.before, self.ranks = before, ranks or SingleProcess()
         self.parts, self.settings, self.seed, self.device = parts, settings, seed, device
         self.groups = make_groups(parts, groups)
         self.log = RedoLog(directory, parts.trains)
         self.log.open(warn)
         self.spill = Spill(directory / "step", memory)
-        self.turns = Turns(parts, self.log, settings, device)
+        self.loader = PartLoader(parts, self.log, settings, device, self.ranks)
         self.scale = LossScale(settings.loss_scale) if parts.precision == "fp16" else None
         if self.scale is not None and self.log.committed.scaler is not None:
             self.scale.restore({SCALER: torch.tensor(self.log.committed.scaler, dtype=torch.float64)})
@@ -90,7 +89,7 @@ class SwappedEngine:
         return self.log.committed.step
 
     def step(self, microbatches: Sequence[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
-        """One optimizer step (see `Engine.step`), durable when it returns.
+        """See `Engine.step`; it is durable when this returns.
 
         Raises:
             StackWiseError: The loss or the gradient is no finite number, and nobody was asked; the step is not taken.
@@ -120,22 +119,22 @@ class SwappedEngine:
         if taken and self.scale is not None:
             self.scale.taken()
         scaler = None if self.scale is None else self.scale.state()[SCALER].tolist()
-        told = math.nan if refused else float(loss)
-        self.log.commit(rate, clip, told, number=step, taken=taken, scaler=scaler)
+        recorded = math.nan if refused else float(loss)
+        self.log.commit(rate, clip, recorded, number=step, taken=taken, scaler=scaler)
         self.spill.clear()
         return Stepped(loss, norm, taken, means if len(means) > 1 else {})
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> MeanLoss:
-        """The mean loss over some batches (see `Engine.evaluate`)."""
+        """See `Engine.evaluate`."""
         held, tally = list(batches), Tally()
         terms: list[dict[str, Term]] = [{} for _ in held]
         self.spill.clear()
-        for loaded in in_turn(self.turns.load_to_update, self.groups):
+        for loaded in in_turn(self.loader.load_to_update, self.groups):
             index = loaded.group.index
             loaded.to(self.device)
-            self.turns.update(loaded)
-            self.turns.take_mean(loaded)
+            self.loader.update(loaded)
+            self.loader.take_mean(loaded)
             model = self.parts.model(loaded.parts).eval()
             for number, cpu_batch in enumerate(held):
                 batch = self._entering(index, number, cpu_batch, track=False)
@@ -146,60 +145,60 @@ class SwappedEngine:
                     with model.numerics(self.device):
                         leaving, terms[number] = model.run(batch, terms[number])
                     self.spill.put(("x", index + 1, number), leaving)
-        mean = tally.mean(self.group)
+        mean = tally.mean(self.ranks)
         self.log.note_evaluation(mean.total)
         return mean
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing: what it holds is on the disk already, step by step."""
+        """See `Engine.state`: nothing, as all that it holds is on the disk already, step by step."""
         return {}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing: it took up its own directory."""
+        """See `Engine.restore`: nothing, as it took up its own directory."""
 
     def resume(self, trainer: Trainer) -> bool:
-        """Put a trainer where the steps on the disk end, which may be beyond the record that it has.
-
-        Returns:
-            Whether there is a step on the disk.
-        """
+        """See `Engine.resume`: the steps on the disk may end after the record's, or before, where they were damaged."""
         record, done = trainer.record, self.steps_done
         trainer.step, record.losses = done, self.losses()
-        told = {step: loss for step, loss in (*record.held_out, *self.log.evaluations()) if step <= done}
-        record.held_out = sorted(told.items())
-        known = {one["step"] for one in record.divergences}
-        refused = [number for number, loss in enumerate(record.losses, 1) if loss is None and number not in known]
-        record.divergences += [{"step": number, "why": "told before a kill", "action": "skip"} for number in refused]
+        record.terms = {name: means[:done] for name, means in record.terms.items()}
+        held_out = {step: loss for step, loss in (*record.held_out, *self.log.evaluations()) if step <= done}
+        record.held_out = sorted(held_out.items())
+        record.divergences = [entry for entry in record.divergences if entry["step"] <= done]
+        recorded = {entry["step"] for entry in record.divergences}
+        refused = [number for number, loss in enumerate(record.losses, 1) if loss is None and number not in recorded]
+        record.divergences += [{"step": step, "why": "reported before a kill", "action": "skip"} for step in refused]
         return done > 0
 
     def settle(self) -> None:
         """Bring every part up to the last step published."""
         trained = [group for group in self.groups if set(group.names) & set(self.parts.trains)]
-        for loaded in in_turn(self.turns.load_to_update, trained):
+        for loaded in in_turn(self.loader.load_to_update, trained):
             loaded.to(self.device)
-            self.turns.update(loaded)
+            self.loader.update(loaded)
         self.log.flush()
 
     def losses(self) -> list[float | None]:
         """The loss of each step that is published; None where `accept` refused it."""
         return self.log.losses()
 
-    def carried(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """What going on needs (see `Engine.carried`)."""
-        return Lazily(self.log.parts, self.turns.carried, {} if self.scale is None else self.scale.state())
-
-    def take_up(self, carried: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Go on from it (see `Engine.take_up`); with steps on the disk, these have gone on already."""
-        self.log.begin = lambda part: self.turns.begun(part, carried[part])
-        if self.scale is not None and not self.steps_done:
-            self.scale.restore(carried[""])
-
     def weights(self, part: str) -> dict[str, Tensor]:
-        """The state dict, as it is committed, of a part; after `settle`."""
-        return self.turns.make(part, self.turns.committed(part)).state_dict()
+        """See `Engine.weights`."""
+        return self.loader.weights(part)
+
+    def carried(self) -> dict[str, State]:
+        """See `Engine.carried`."""
+        scale = {} if self.scale is None else self.scale.state()
+        carried: dict[str, State] = {part: partial(self.loader.carried, part) for part in self.log.parts}
+        return carried | {"": lambda: scale}
+
+    def take_up(self, carried: Mapping[str, State]) -> None:
+        """See `Engine.take_up`; with steps on the disk, these have gone on already."""
+        self.log.begin = lambda part: self.loader.begun(part, carried[part]())
+        if self.scale is not None and not self.steps_done:
+            self.scale.restore(carried[""]())
 
     def close(self) -> None:
-        """End its thread; what lives for one step is dropped."""
+        """See `Engine.close`; what lives for one step is dropped."""
         self.log.close()
         self.spill.clear()
 
@@ -207,10 +206,10 @@ class SwappedEngine:
         """Everything forward, the loss at the top and its gradient."""
         terms: list[dict[str, Term]] = [{} for _ in microbatches]
         losses: StepLoss | None = None
-        for loaded in in_turn(self.turns.load_to_update, self.groups):
+        for loaded in in_turn(self.loader.load_to_update, self.groups):
             index = loaded.group.index
             loaded.to(self.device)
-            self.turns.update(loaded)
+            self.loader.update(loaded)
             model, top = self.parts.model(loaded.parts), index + 1 == len(self.groups)
             for number, cpu_batch in enumerate(microbatches):
                 batch = self._entering(index, number, cpu_batch)
@@ -218,7 +217,7 @@ class SwappedEngine:
                 if top:
                     if losses is None:
                         scale = 1.0 if self.scale is None else self.scale.scale
-                        losses = StepLoss(model.objective, microbatches, self.device, self.group, scale)
+                        losses = StepLoss(model.objective, microbatches, self.device, self.ranks, scale)
                     terms[number] = self._terms(model, batch, terms[number])
                     losses.root(terms[number], batch).backward()  # type: ignore[no-untyped-call]
                     losses.add(terms[number])
@@ -235,17 +234,17 @@ class SwappedEngine:
             if top:
                 assert losses is not None, "a step has microbatches"
                 losses.finish()
-                self.turns.write_gradients(loaded, losses.share, norms)
+                self.loader.write_gradients(loaded, losses.share, norms)
         assert losses is not None, "a stage has a head"
         return losses
 
     def _down(self, microbatches: Sequence[Batch], step: int, losses: StepLoss, norms: dict[str, list[Tensor]]) -> None:
         """Group by group from the top, each forward again and backward, to the lowest that trains."""
-        for loaded in in_turn(self.turns.load, self.groups[self.lowest : -1][::-1]):
+        for loaded in in_turn(self.loader.load, self.groups[self.lowest : -1][::-1]):
             index = loaded.group.index
             loaded.to(self.device)
             model = self.parts.model(loaded.parts)
-            head = self.turns.tied_head(loaded) if self.tied and index == 0 else None
+            head = self.loader.tied_head(loaded) if self.tied and index == 0 else None
             for number, cpu_batch in enumerate(microbatches):
                 if ("g", index, number) not in self.spill and not losses.several:
                     continue
@@ -267,7 +266,7 @@ class SwappedEngine:
                 if roots:
                     torch.autograd.backward(roots, slopes)
                     self._hand_down(index, number, batch)
-            self.turns.write_gradients(loaded, losses.share, norms)
+            self.loader.write_gradients(loaded, losses.share, norms)
 
     def _terms(self, model: StageModel, batch: Batch, of_blocks: Mapping[str, Term]) -> dict[str, Term]:
         """The terms of the loss at the top, with those that the blocks below handed up."""
@@ -317,3 +316,20 @@ class SwappedEngine:
         norm = torch.linalg.vector_norm(torch.stack(norms))
         limit = self.settings.grad_clip
         return norm, float(torch.clamp(limit / (norm + 1e-6), max=1.0)) if limit > 0 else None
+
+
+def generator_state(device: torch.device) -> Tensor:
+    """The state of the generator that draws on a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
+
+
+def set_generator(device: torch.device, state: Tensor) -> None:
+    """Let the generator that draws on a device go on from a state."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state)
+    else:
+        torch.set_rng_state(state)

@@ -7,7 +7,9 @@ was never stopped: its state is the engine's, the step and the record. Whatever 
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -17,13 +19,16 @@ import torch
 from stackwise.batch import Batch
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
-from stackwise.training.divergence import MEMORY, Rollback, Watch
 from stackwise.training.engine import Engine, Stepped
 from stackwise.training.optim import learning_rate
 from stackwise.training.stage import MeanLoss
 
 REPORT_SECONDS = 0.25
 """Losses are read off the device at most this often, so that reporting never stalls it."""
+MEMORY = 32
+"""Losses that the running median is taken over."""
+LEAST = 8
+"""Losses before which there is no median to go by."""
 
 
 @dataclass
@@ -81,7 +86,7 @@ class Record:
     @property
     def best(self) -> tuple[int, float] | None:
         """The evaluation with the lowest loss, the first of equal ones."""
-        return min(self.held_out, key=lambda found: found[1], default=None)
+        return min(self.held_out, key=lambda entry: entry[1], default=None)
 
     @property
     def rollbacks(self) -> int:
@@ -138,7 +143,7 @@ class Hooks(Protocol):
     def evaluate(self) -> MeanLoss:
         """The mean loss on held-out rows; asked where `training.eval_every` says."""
 
-    def diverged(self, told: Mapping[str, Any]) -> None:
+    def diverged(self, divergence: Mapping[str, Any]) -> None:
         """A step was refused."""
 
 
@@ -266,8 +271,8 @@ class Trainer:
         return self.anchor is not None and self.step % self.anchor == 0
 
     def _evaluation_due(self) -> bool:
-        every, told = self.settings.eval_every, self.record.held_out
-        if every is None or not self.step or (told and told[-1][0] >= self.step):
+        every, held_out = self.settings.eval_every, self.record.held_out
+        if every is None or not self.step or (held_out and held_out[-1][0] >= self.step):
             return False
         return self.step % every == 0 or self.step == self.steps
 
@@ -285,13 +290,13 @@ class Trainer:
         settings, times = self.settings, len(self.record.divergences)
         if times >= settings.divergence_limit:
             raise watch.too_often(times, self.step)
-        told: dict[str, Any] = {"step": self.step, "why": watch.verdict, "action": settings.on_divergence}
+        divergence: dict[str, Any] = {"step": self.step, "why": watch.verdict, "action": settings.on_divergence}
         if self.anchor is not None:
-            told["to"] = (self.step - 1) // self.anchor * self.anchor
-        hooks.diverged(told)
+            divergence["to"] = (self.step - 1) // self.anchor * self.anchor
+        hooks.diverged(divergence)
         if self.anchor is not None:
-            raise Rollback(told)
-        self.record.divergences.append(told)
+            raise Rollback(divergence)
+        self.record.divergences.append(divergence)
 
     def _read(self, pending: list[tuple[Stepped, bool]]) -> tuple[list[float | None], dict[str, list[float | None]]]:
         """The losses of some steps and the means of their terms, read off the device at once."""
@@ -318,3 +323,64 @@ class Trainer:
 def _mean(values: Sequence[float | None]) -> float | None:
     taken = [value for value in values if value is not None]
     return sum(taken) / len(taken) if taken else None
+
+
+class Rollback(Exception):
+    """The stage goes back to its last good checkpoint, as `training.on_divergence` wishes.
+
+    Args:
+        divergence: What happened; what is kept of it in the record.
+    """
+
+    def __init__(self, divergence: dict[str, Any]) -> None:
+        super().__init__(divergence["why"])
+        self.divergence = divergence
+
+
+class Watch:
+    """Judges steps by `training.on_divergence` (skip or rollback): a step is not taken where its loss or gradient is no
+    finite number, or where the loss explodes.
+
+    The verdict follows from the losses of the steps before alone, so that it repeats, also after a kill.
+
+    Args:
+        settings: The bound on the loss, and how often it may happen.
+        losses: Those of the steps before; None for a step that was not taken.
+    """
+
+    def __init__(self, settings: StageTraining, losses: Sequence[float | None]) -> None:
+        self._settings = settings
+        self._recent = deque((x for x in losses if x is not None), maxlen=MEMORY)
+        self.verdict: str | None = None
+
+    def accept(self, loss: float, norm: float) -> bool:
+        """Whether a step is taken; `verdict` then says why not."""
+        factor, self.verdict = self._settings.divergence_factor, None
+        if not math.isfinite(loss):
+            self.verdict = "its loss is no finite number"
+        elif not math.isfinite(norm):
+            self.verdict = "its gradient is no finite number"
+        elif len(self._recent) >= LEAST and loss > factor * (median := statistics.median(self._recent)):
+            self.verdict = f"its loss {loss:.4g} is more than {factor:g} times the median before it, {median:.4g}"
+        else:
+            self._recent.append(loss)
+        return self.verdict is None
+
+    def too_often(self, times: int, step: int) -> StackWiseError:
+        """The error that ends a stage which diverges again and again."""
+        policy = self._settings.on_divergence
+        return StackWiseError(
+            f"step {step} diverged ({self.verdict}), after {times} {'skips' if policy == 'skip' else 'rollbacks'}",
+            hint="lower training.learning_rate (for this stage: stages.K.training.learning_rate) or "
+            "training.grad_clip, or raise training.divergence_limit, and run again",
+        )
+
+
+def anchor(settings: StageTraining, steps: int, checkpoint_steps: int | None) -> int | None:
+    """Steps between the checkpoints that a rollback may go back to; None: no rollback.
+
+    A function of the settings alone: checkpoints by the clock are no targets, or a run would not repeat.
+    """
+    if settings.on_divergence != "rollback":
+        return None
+    return checkpoint_steps or max(1, -(-steps // 20))

@@ -191,7 +191,7 @@ def test_a_stage_goes_on_as_if_it_had_never_stopped(micro: Micro, tmp_path: Path
     assert committed is not None
     for part, module in (("front", front), ("block.0", block), ("head", head)):
         saved = load_file(committed.path(part))
-        assert all(torch.equal(saved[name], tensor) for name, tensor in engine.weights(module).items()), part
+        assert all(torch.equal(saved[name], tensor) for name, tensor in module.state_dict().items()), part
 
 
 def test_what_a_later_window_takes_the_place_of_is_gone_and_no_damage(copy: tuple[StackWiseConfig, Path]) -> None:

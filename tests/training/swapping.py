@@ -15,7 +15,6 @@ from stackwise.config.model import ArchitectureConfig
 from stackwise.identity import derive_seed
 from stackwise.model import Front, build_block, build_front, build_head
 from stackwise.objectives import MaskDiffusionObjective
-from stackwise.training.engine import part_of
 from stackwise.training.optim import learning_rate, make_optimizer
 from stackwise.training.stage import StageModel
 from stackwise.training.swap import SwappedEngine
@@ -135,6 +134,12 @@ def engine(parts: RackParts, directory: Path, *, groups: int = 99, memory: int =
     )
 
 
+def part_of(name: str) -> str:
+    """The part that a parameter of a whole model is in."""
+    part, _, rest = name.partition(".")
+    return f"block.{rest.partition('.')[0]}" if part == "blocks" else part
+
+
 class Plain:
     """Plain PyTorch training of a whole rack, by hand: accumulate over microbatches, clip by the global norm, AdamW."""
 
@@ -142,7 +147,7 @@ class Plain:
         self.model, self.settings = parts.whole(), settings(**values)
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = list(named.values())
-        self.optimizer = make_optimizer([(part_of(name, 0), p) for name, p in named.items()], self.settings)
+        self.optimizer = make_optimizer([(part_of(name), p) for name, p in named.items()], self.settings)
 
     def gradients(self, batches: Sequence[Batch], step: int) -> float:
         """Leave the gradient of the mean loss over a step's microbatches on the parameters; the loss."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from stackwise.errors import NoSpaceError
-from stackwise.training import checkpoint, tensors
+from stackwise.training import checkpoint, state_files
 from stackwise.training.checkpoint import Checkpoints
-from stackwise.training.tensors import Tensors, write_tensors
+from stackwise.training.state_files import TensorFile, file_digest, sealed, write_tensors
 from tests.training.test_trainer import batch, resident, trainer
 
 
@@ -27,7 +29,7 @@ def steps(directory: Path) -> list[int]:
 def slow(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Writing waits until the event is set."""
     go = threading.Event()
-    write = tensors.write_tensors
+    write = state_files.write_tensors
 
     def later(*arguments: object) -> str:
         assert go.wait(20)
@@ -48,10 +50,10 @@ def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on(
         one.train_step([batch(1)])
         assert checkpoints.busy
         assert steps(tmp_path) == []
-        assert checkpoints.told() == []
+        assert checkpoints.written() == []
         slow.set()
         checkpoints.finish()
-        (saved,) = checkpoints.told()
+        (saved,) = checkpoints.written()
     assert saved.step == 1
     assert 0 < saved.stopped < saved.seconds
     other = trainer()
@@ -123,7 +125,7 @@ def test_where_memory_is_short_training_waits_instead(tmp_path: Path, monkeypatc
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(one)
         assert steps(tmp_path) == [0]
-        (saved,) = checkpoints.told()
+        (saved,) = checkpoints.written()
         assert saved.stopped == saved.seconds
 
 
@@ -141,28 +143,53 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path: Path, monkeypatch: p
     assert again.step == 4
 
 
-@pytest.mark.parametrize("harm", ["cut", "alter", "no meta", "another version"])
+def halved(path: Path) -> None:
+    """A state as sound as any, of another shape."""
+    tensors = {
+        name: tensor[: len(tensor) // 2].clone() if tensor.ndim else tensor for name, tensor in load_file(path).items()
+    }
+    path.unlink()
+    digest = write_tensors(path, tensors)
+    meta = path.with_name("checkpoint.json")
+    record = json.loads(meta.read_text()) | {"digest": digest}
+    record.pop("seal")
+    meta.write_text(json.dumps(sealed(record)))
+
+
+HARM: dict[str, Callable[[Path, Path], object]] = {
+    "cut": lambda state, meta: os.truncate(state, 1000),
+    "empty": lambda state, meta: os.truncate(state, 0),
+    "altered": lambda state, meta: state.write_bytes(state.read_bytes()[:-3] + b"abc"),
+    "link": lambda state, meta: (state.rename(state.with_name("other")), state.symlink_to("other")),
+    "FIFO": lambda state, meta: (state.unlink(), os.mkfifo(state)),
+    "record is a FIFO": lambda state, meta: (meta.unlink(), os.mkfifo(meta)),
+    "directory is a link": lambda state, meta: (
+        state.parent.rename(state.parent.parent / "elsewhere"), state.parent.symlink_to("elsewhere")
+    ),
+    "record is no JSON": lambda state, meta: meta.write_text("[" * 10**5),
+    "record is a list": lambda state, meta: meta.write_text("[]"),
+    "record was changed": lambda state, meta: meta.write_text(meta.read_text().replace('"tokens": ', '"tokens": 1')),
+    "another version": lambda state, meta: meta.write_text(meta.read_text().replace('"format": 2', '"format": 1')),
+    "of another shape": lambda state, meta: halved(state),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", HARM)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, harm: str) -> None:
     one = trainer()
     for number in range(2):
         one.train_step([batch(number)])
         checkpoint.save(tmp_path, one)
     state, meta = (tmp_path / "step-00000002" / name for name in ("state.safetensors", "checkpoint.json"))
-    if harm == "cut":
-        os.truncate(state, 1000)
-    elif harm == "alter":
-        raw = bytearray(state.read_bytes())
-        raw[-3] ^= 4
-        state.write_bytes(raw)
-    elif harm == "no meta":
-        meta.write_text("{}")
-    else:
-        meta.write_text(meta.read_text().replace('"format": 2', '"format": 1'))
+    HARM[harm](state, meta)
     said: list[str] = []
     again = trainer()
     assert checkpoint.restore_latest(tmp_path, again, said.append)
     assert again.step == 1
-    assert "step-00000002 is damaged" in said[0]
+    (line,) = said
+    assert "step-00000002" in line
+    assert "step-00000001" in line
+    assert "\n" not in line
 
 
 def test_restoring_reads_one_tensor_at_a_time_into_the_memory_that_is_there(tmp_path: Path) -> None:
@@ -186,8 +213,8 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
         "sliced": torch.randn(8, 8)[:, ::2],
     }
     digest = write_tensors(tmp_path / "x", state)
-    assert digest == checkpoint.file_digest(tmp_path / "x")
-    for back in (load_file(tmp_path / "x"), Tensors(tmp_path / "x")):
+    assert digest == file_digest(tmp_path / "x")
+    for back in (load_file(tmp_path / "x"), TensorFile(tmp_path / "x")):
         assert set(back) == set(state)
         for name, tensor in state.items():
             assert back[name].dtype == tensor.dtype
@@ -197,6 +224,6 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
 def test_what_a_checkpoint_holds_is_named(tmp_path: Path) -> None:
     one = trainer(ema=0.5, precision="fp16")
     one.train_step([batch(0)])
-    kinds = {name.split("/")[0] for name in Tensors(checkpoint.save(tmp_path, one) / "state.safetensors")}
+    kinds = {name.split("/")[0] for name in TensorFile(checkpoint.save(tmp_path, one) / "state.safetensors")}
     assert kinds == {"weight", "mean", "optimizer", "scaler"}
     assert resident(one).optimizer.state

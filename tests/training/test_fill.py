@@ -15,10 +15,9 @@ from stackwise.model import build_block, build_front
 from stackwise.objectives import MaskDiffusionObjective
 from stackwise.pipeline.library import LoadedSamples
 from stackwise.store import CODECS, ActivationStore, RowOrder
-from stackwise.training import fill, forward
+from stackwise.training import forward
 from stackwise.training.feed import Feed
-from stackwise.training.fill import FilledBoundary
-from stackwise.training.forward import write_boundary
+from stackwise.training.forward import FilledBoundary, write_boundary
 from stackwise.training.stage import StageModel
 
 VOCAB, S, D, ROWS, CHUNK = 24, 12, 16, 90, 16
@@ -31,8 +30,7 @@ CONFIG = ModelConfig(
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five rows go forward together: three pieces a chunk and a short one."""
-    for module in (fill, forward):
-        monkeypatch.setattr(module, "forward_rows", lambda seq_len: 5)
+    monkeypatch.setattr(forward, "forward_rows", lambda seq_len: 5)
 
 
 class Bench:

@@ -14,8 +14,7 @@ import torch
 from stackwise.batch import Batch
 from stackwise.errors import StackWiseError
 from stackwise.training import checkpoint
-from stackwise.training.divergence import LEAST, Rollback, Watch, anchor
-from stackwise.training.trainer import Trainer
+from stackwise.training.trainer import LEAST, Rollback, Trainer, Watch, anchor
 from tests.training.test_trainer import Hooks, batch, fit, resident, trainer
 
 
@@ -140,7 +139,7 @@ def wild(directory: Path, stop_at: int | None = None) -> Trainer:
             fit(one, Saving(directory, stop_at), few(one.step))
             return one
         except Rollback as back:
-            told = back.told
+            told = back.divergence
             known = one.record.divergences
             checkpoint.restore_step(directory, one, int(str(told["to"])))
             one.record.divergences = [*known, told]

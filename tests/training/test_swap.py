@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +22,8 @@ from stackwise.model import part_digest
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.optim import learning_rate
 from stackwise.training.optimizers import AdamW
-from stackwise.training.spill import Spill
 from stackwise.training.swap import SwappedEngine
+from stackwise.training.swap_state import Spill
 from tests.training.swapping import (
     CPU,
     MASK,
@@ -187,23 +188,46 @@ def test_a_step_whose_gradient_is_no_number_is_not_taken(disk: Path) -> None:
     assert engine(parts, disk).steps_done == 1
 
 
-@pytest.mark.parametrize("kind", ["state", "gradients", "losses"])
-def test_what_is_damaged_is_named_and_training_starts_anew(disk: Path, kind: str) -> None:
+def flipped(path: Path) -> None:
+    """The file with another bit, as long as before."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+HARM: dict[str, Callable[[Path], object]] = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 4),
+    "flipped": flipped,
+    "FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
+    "link": lambda path: (path.rename(path.with_name("other")), path.symlink_to("other")),
+    "gone": lambda path: path.unlink(),
+}
+
+
+# A loss is a figure alone; without a record there is nothing to take up.
+DAMAGED = [
+    (kind, harm)
+    for kind in ("state", "gradients", "losses", "commit.json")
+    for harm in HARM
+    if (kind, harm) not in {("losses", "flipped"), ("commit.json", "gone")}
+]
+
+
+@pytest.mark.parametrize(("kind", "harm"), DAMAGED)
+def test_what_is_damaged_is_named_and_training_begins_again(disk: Path, kind: str, harm: str) -> None:
     parts = RackParts(2)
     swapped = engine(parts, disk)
     for step in range(2):
         swapped.step(microbatches(step, 3), step, 1e-3)
     swapped.log.close()
-    path = disk / "losses" if kind == "losses" else next((disk / kind).glob("block.1-*"))
-    with path.open("r+b") as file:
-        file.truncate(path.stat().st_size - 4)
+    HARM[harm](next((disk / kind).glob("block.1-*")) if (disk / kind).is_dir() else disk / kind)
     said: list[str] = []
     again = SwappedEngine(
         parts, settings(), seed=SEED, device=CPU, directory=disk, groups=2, memory=0, warn=said.append
     )
     assert again.steps_done == 0
     assert len(said) == 1
-    assert "starts anew" in said[0]
+    assert "begins again" in said[0]
     again.step(microbatches(0, 3), 0, 1e-3)
     again.close()
 

@@ -35,6 +35,7 @@ from stackwise.pipeline.recipe import codec_name, forward_specification, recipe_
 from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.pipeline.schedule import HEAD, Stage, schedule
 from stackwise.pipeline.worker.boundary import write_above
+from stackwise.pipeline.worker.context import StageContext
 from stackwise.pipeline.worker.training import train_stage
 from stackwise.store import ActivationStore, CommittedStage
 from stackwise.training.feed import Feed
@@ -224,7 +225,7 @@ class _Stages:
         model.to(self.device)
         with self._feed(stage, rowset, trunk) as feed:
             if committed is None:
-                train_stage(job, config, model, feed, self.store, self.device, self.observe, lambda: False)
+                train_stage(self._context(job, feed), model)
                 committed = self.store.stage(job.recipe_id)
                 assert committed is not None
             else:
@@ -278,13 +279,16 @@ class _Stages:
                 reader=reader,
             )
 
+    def _context(self, job: StageJob, feed: Feed) -> StageContext:
+        return StageContext(job, self.config, self.store, self.device, self.observe, lambda: False, feed)
+
     def _hand_on(self, job: StageJob, model: StageModel, feed: Feed) -> None:
         """The boundary above, where a stage follows that reads it."""
         stages = schedule(self.config)
         above = job.stage.depth + 1
         if above < len(stages) and stages[above].reads_boundary:
             digests = [self.digests[name] for name in parts_of(model, job.stage) if name != HEAD]
-            write_above(job, self.config, [model], feed, self.store, digests, self.device, self.observe, lambda: False)
+            write_above(self._context(job, feed), [model], digests)
         model.to("cpu")
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from stackwise import durable
 from stackwise.config import StackWiseConfig
@@ -27,34 +26,16 @@ from stackwise.model import part_digest
 from stackwise.pipeline.build import load_part, save_part
 from stackwise.pipeline.job import Source, StageJob
 from stackwise.pipeline.recipe import Span
-from stackwise.pipeline.worker.boundary import Emit
+from stackwise.pipeline.schedule import HEAD
+from stackwise.pipeline.worker.context import StageContext
+from stackwise.pipeline.worker.training import commit_stage, engine_of, held_out_loss, part_weights, trained
 from stackwise.training import checkpoint
-from stackwise.training.engine import Engine
-from stackwise.training.stage import MeanLoss
-from stackwise.training.trainer import Record, Trainer
-
-Weights = Callable[[str], Mapping[str, torch.Tensor]]
-"""The state dict of a part, as it is committed."""
+from stackwise.training.engine import State
+from stackwise.training.state_files import reason
+from stackwise.training.trainer import Record
 
 Section = tuple[int, int]
 """First and last block."""
-
-
-@dataclass(frozen=True)
-class Means:
-    """What a phase needs of the worker.
-
-    Args:
-        engaged: A job's engine, and the weights it holds by part.
-        fit: Takes an engine to its job's last step.
-        loss: The mean loss of an engine's weights on the held-out rows, in nats.
-        emit: Told the events.
-    """
-
-    engaged: Callable[[StageJob, StackWiseConfig], AbstractContextManager[tuple[Engine, Weights]]]
-    fit: Callable[[StageJob, StackWiseConfig, Engine, Emit], Trainer]
-    loss: Callable[[Engine], MeanLoss]
-    emit: Emit
 
 
 @dataclass
@@ -65,37 +46,38 @@ class Fused:
         parts: The newest weights of each part that trained.
         steps: Steps taken, the probes' among them.
         record: Of all phases, one after the other.
-        told: The loss before (`before`), and of each round its probes, the section `chosen`, the loss after it, and
+        rounds: The loss before (`before`), and of each round its probes, the section `chosen`, the loss after it, and
             whether what it trained was `kept`.
     """
 
     parts: dict[str, Source] = field(default_factory=dict)
     steps: int = 0
     record: Record = field(default_factory=Record)
-    told: dict[str, Any] = field(default_factory=dict)
+    rounds: dict[str, Any] = field(default_factory=dict)
 
 
-def fuse_adaptively(job: StageJob, config: StackWiseConfig, steps: int, means: Means) -> Fused:
-    """Do the rounds of a job's stage.
+def fuse_stage(context: StageContext) -> None:
+    """Train a stage that unfreezes one section at a time, and commit what of it trained.
 
     What a round trained stays where held-out loss fell by it; otherwise the weights are as before the round.
-
-    Args:
-        job: The job.
-        config: Its configuration.
-        steps: The budget.
-        means: What it is done with.
 
     Raises:
         InterruptedRun: Told to stop; the phase in hand is saved, those before are done.
     """
-    return _Fusion(job, config, steps, means).run()
+    job = context.job
+    fused = _Fusion(context).run()
+    files = {HEAD: job.initial[HEAD]} | fused.parts
+    parts: dict[str, State] = {part: partial(_loaded, files[part]) for part in job.stage.holds if part in files}
+    commit_stage(context, parts, fused.steps, fused.record, fusion=fused.rounds)
+    checkpoint.remove(Path(job.checkpoints))
 
 
 class _Fusion:
-    def __init__(self, job: StageJob, config: StackWiseConfig, steps: int, means: Means) -> None:
-        self._job, self._config, self._steps, self._means = job, config, steps, means
-        self._directory = Path(job.checkpoints)
+    def __init__(self, context: StageContext) -> None:
+        assert context.held_out is not None, "what it unfreezes is chosen by held-out loss"
+        self._context, self._held_out = context, context.held_out
+        self._job, self._config, self._steps = context.job, context.config, context.job.span.steps
+        self._directory = Path(context.job.checkpoints)
         self._done = Fused()
         self._trained: dict[str, Source] = {}
 
@@ -103,7 +85,7 @@ class _Fusion:
         job, done = self._job, self._done
         sections = job.stage.candidates
         before = self._measured(sections[0])
-        done.told = {"before": before, "rounds": []}
+        done.rounds = {"before": before, "rounds": []}
         rounds = self._config.training.fusion.allotment(self._steps, len(sections))
         for number, (probing, training) in enumerate(rounds):
             gains: dict[Section, float] = {}
@@ -112,14 +94,14 @@ class _Fusion:
                 nats = self._phase(f"{number}-probe-{section[0]}", number, section, probing, keep=False)
                 gains[section] = before - nats
                 probes.append({"blocks": list(section), "nats": nats, "gain": gains[section]})
-                self._tell("probe", number, section, gain=gains[section], nats=nats)
+                self._emit_round("probe", number, section, gain=gains[section], nats=nats)
             chosen = max(gains, key=lambda section: gains[section])
-            self._tell("unfrozen", number, chosen, gain=gains[chosen], nats=before)
+            self._emit_round("unfrozen", number, chosen, gain=gains[chosen], nats=before)
             nats = self._phase(f"{number}-train", number, chosen, training, keep=True)
             done.record.held_out.append((done.steps, nats))
-            told = {"probes": probes, "chosen": list(chosen), "nats": nats, "kept": nats < before}
-            done.told["rounds"].append(told)
-            self._tell("fused", number, chosen, gain=before - nats, nats=nats)
+            outcome = {"probes": probes, "chosen": list(chosen), "nats": nats, "kept": nats < before}
+            done.rounds["rounds"].append(outcome)
+            self._emit_round("fused", number, chosen, gain=before - nats, nats=nats)
             if nats < before:
                 done.parts, before = done.parts | self._trained, nats
         return done
@@ -129,8 +111,8 @@ class _Fusion:
         known = self._known("before")
         if known is None:
             job, config = self._sub_job("before", 0, section, 1, probe=True)
-            with self._means.engaged(job, config) as (engine, _):
-                known = {"nats": self._means.loss(engine).total}
+            with engine_of(replace(self._context, job=job, config=config)) as engine:
+                known = {"nats": held_out_loss(engine, self._held_out).total}
             self._finish("before", known)
         return float(known["nats"])
 
@@ -148,19 +130,22 @@ class _Fusion:
         if known is not None:
             record = Record(**known["record"])
             at = {"step": done.steps + len(record.losses), "steps": self._steps}
-            self._means.emit(
+            self._context.emit(
                 {"event": "resumed", "stage": self._job.stage.place, **at, "losses": record.losses[-1000:]}
             )
         else:
             job, config = self._sub_job(name, number, section, steps, probe=not keep)
-            with self._means.engaged(job, config) as (engine, weights):
-                trainer = self._means.fit(job, config, engine, partial(self._emit_shifted, done.steps))
+            phase = replace(self._context, job=job, config=config, emit=partial(self._emit_shifted, done.steps))
+            with engine_of(replace(phase, emit=self._context.emit)) as engine:
+                trainer = trained(phase, engine)
                 engine.settle()
-                known = {"nats": self._means.loss(engine).total, "record": asdict(trainer.record), "parts": {}}
+                nats = held_out_loss(engine, self._held_out).total
+                known = {"nats": nats, "record": asdict(trainer.record), "parts": {}}
                 for part in job.stage.trains if keep else ():
-                    durable.write_durably(self._path(name, part), partial(save_part, weights(part)))
-                    known["parts"][part] = part_digest(weights(part))
-            del engine, weights, trainer
+                    weights = part_weights(engine, part)
+                    durable.write_durably(self._path(name, part), partial(save_part, weights))
+                    known["parts"][part] = part_digest(weights)
+            del engine, trainer
             gc.collect()
             self._finish(name, known)
             record = Record(**known["record"])
@@ -181,10 +166,10 @@ class _Fusion:
             round=number,
         )
         config = self._config.model_copy(deep=True)
-        own = config.stages.setdefault(job.stage.depth, StageOverrides()).training
-        own.steps = steps
+        overrides = config.stages.setdefault(job.stage.depth, StageOverrides()).training
+        overrides.steps = steps
         if probe:  # the same for every section, whatever happens on the way
-            own.eval_every, own.patience, own.keep_best = None, None, False
+            overrides.eval_every, overrides.patience, overrides.keep_best = None, None, False
         return job, config
 
     def _known(self, name: str) -> dict[str, Any] | None:
@@ -196,8 +181,8 @@ class _Fusion:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, DamageError) as error:
-            text = f"{self._directory / name} is damaged ({error}); it is done again"
-            self._means.emit({"event": "warning", "stage": self._job.stage.place, "text": text})
+            text = f"{self._directory / name} is damaged ({reason(error)}); it is done again"
+            self._context.emit({"event": "warning", "stage": self._job.stage.place, "text": text})
             return None
         return known
 
@@ -224,10 +209,16 @@ class _Fusion:
     def _emit_shifted(self, offset: int, event: dict[str, Any]) -> None:
         """An event of a phase as one of the stage: its steps follow those of the phases before."""
         moved = {key: event[key] + offset for key in ("step", "to") if isinstance(event.get(key), int)}
-        self._means.emit(event | moved | ({"steps": self._steps} if "steps" in event else {}))
+        self._context.emit(event | moved | ({"steps": self._steps} if "steps" in event else {}))
 
-    def _tell(self, event: str, number: int, section: Section | None, *, gain: float, nats: float) -> None:
+    def _emit_round(self, event: str, number: int, section: Section | None, *, gain: float, nats: float) -> None:
         place, step = self._job.stage.place, self._done.steps
         blocks = None if section is None else list(section)
-        told = {"stage": place, "step": step, "round": number, "blocks": blocks, "gain": gain, "nats": nats}
-        self._means.emit({"event": event, **told})
+        where = {"stage": place, "step": step, "round": number, "blocks": blocks}
+        self._context.emit({"event": event, **where, "gain": gain, "nats": nats})
+
+
+def _loaded(source: Source) -> Mapping[str, Tensor]:
+    tensors = load_part(source)
+    assert tensors is not None, "what is fused was trained before"
+    return tensors

@@ -1,266 +1,364 @@
-"""A stage's training, from where it stands to its commit: in memory, swapped, or in the phases of adaptive fusion."""
+"""A stage's training, from where it stands to its commit, whatever engine holds it; and its state between windows."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import torch
+from torch import Tensor
 
-from stackwise.config import StackWiseConfig
-from stackwise.errors import InterruptedRun
+from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.model import part_digest
-from stackwise.pipeline.build import load_part, part_state, parts_of, save_part, stage_model
+from stackwise.pipeline.build import JobParts, load_part, part_state, parts_of, save_part, stage_model
 from stackwise.pipeline.device import describe, peak_memory
 from stackwise.pipeline.fit import swap_of
-from stackwise.pipeline.job import Source, StageJob
+from stackwise.pipeline.job import StageJob
 from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows
 from stackwise.pipeline.rows import stage_rows
-from stackwise.pipeline.schedule import ADAPTER, HEAD
-from stackwise.pipeline.worker.adaptive import Means, Weights, fuse_adaptively
-from stackwise.pipeline.worker.boundary import RESUME, Emit, Stop
-from stackwise.pipeline.worker.carrying import State, left, take_up
-from stackwise.pipeline.worker.hooks import StageHooks, held_out_loss
-from stackwise.pipeline.worker.swapped import record_directory, swapped_engine
-from stackwise.store import ActivationStore, RowOrder
+from stackwise.pipeline.schedule import ADAPTER, STATE, Stage
+from stackwise.pipeline.worker.context import RESUME, StageContext
+from stackwise.store import RowOrder
 from stackwise.training import checkpoint
-from stackwise.training.divergence import Rollback, anchor
-from stackwise.training.engine import Engine, ResidentEngine
+from stackwise.training.checkpoint import Checkpoints
+from stackwise.training.engine import WEIGHT, Engine, ResidentEngine, State
 from stackwise.training.feed import Feed, ahead
-from stackwise.training.stage import StageModel
+from stackwise.training.forward import forward_rows
+from stackwise.training.stage import MeanLoss, StageModel
+from stackwise.training.state_files import reason
 from stackwise.training.swap import SwappedEngine
-from stackwise.training.trainer import Record, Trainer
+from stackwise.training.trainer import Carried, Progress, Record, Rollback, Trainer, anchor
 
-RETOLD = 1000
-"""Losses told again on resuming: the last ones before a kill may have reached no one."""
-
-
-def train_stage(
-    job: StageJob,
-    config: StackWiseConfig,
-    model: StageModel,
-    feed: Feed,
-    store: ActivationStore,
-    device: torch.device,
-    emit: Emit,
-    stop: Stop,
-    held_out: Feed | None = None,
-) -> None:
-    """Train a stage that is in memory from its newest checkpoint, or from the start, and commit it.
-
-    Args:
-        held_out: What it is evaluated on while it trains.
-    """
-    engine, weights = _resident(job, config, model, device)
-    train_and_commit(job, config, engine, weights, feed, store, device, emit, stop, held_out)
+REPORTED_AGAIN = 1000
+"""Losses reported again on resuming: the last ones before a kill may have reached no one."""
 
 
-def _resident(
-    job: StageJob, config: StackWiseConfig, model: StageModel, device: torch.device
-) -> tuple[Engine, Weights]:
-    """The engine of a stage that is in memory, and the weights it holds."""
-    stage = job.stage
-    if config.training.compile:
+def train_stage(context: StageContext, model: StageModel) -> None:
+    """Train a stage that is in memory from its newest checkpoint, or from the start, and commit it."""
+    train_and_commit(context, _resident(context, model))
+
+
+@contextlib.contextmanager
+def engine_of(context: StageContext) -> Iterator[Engine]:
+    """The engine of the job's stage: in memory, or swapped where it does not fit."""
+    job, config = context.job, context.config
+    swap = swap_of(config, job.vocab_size, job.stage, int(describe(context.device)["memory"]))
+    if swap is None:
+        yield _resident(context, stage_model(job, config).to(context.device))
+        return
+    engine = SwappedEngine(
+        JobParts(job, config, job.initial),
+        context.settings,
+        seed=job.seed(config),
+        device=context.device,
+        directory=Path(job.checkpoints) / "swap",
+        groups=swap.groups,
+        memory=swap.boundaries,
+        warn=context.warn,
+        before=job.span.first,
+    )
+    with contextlib.closing(engine):
+        yield engine
+
+
+def _resident(context: StageContext, model: StageModel) -> ResidentEngine:
+    if context.config.training.compile:
         for block in (*model.blocks, *model.beyond):
             block.compile()
-    engine = ResidentEngine(
-        model,
-        config.stage_training(stage.depth),
-        seed=job.seed(config),
-        device=device,
-        first_block=stage.first,
-        beyond=stage.lookahead,
-    )
-    parts = parts_of(model, stage)
-
-    def weights(part: str) -> dict[str, torch.Tensor]:
-        return part_state(part, engine.weights(parts[part]))
-
-    return engine, weights
+    seed, parts = context.job.seed(context.config), parts_of(model, context.stage)
+    return ResidentEngine(model, context.settings, seed=seed, device=context.device, parts=parts)
 
 
-def train_and_commit(
-    job: StageJob,
-    config: StackWiseConfig,
-    engine: Engine,
-    weights: Weights,
-    feed: Feed,
-    store: ActivationStore,
-    device: torch.device,
-    emit: Emit,
-    stop: Stop,
-    held_out: Feed | None,
-) -> None:
+def part_weights(engine: Engine, part: str) -> dict[str, Tensor]:
+    """The weights of a part as they are committed: a block's adapters are a part of their own."""
+    return part_state(part, engine.weights(part.removeprefix(ADAPTER)))
+
+
+def train_and_commit(context: StageContext, engine: Engine) -> None:
     """Take an engine from where its stage stands to the last step, and commit the stage."""
-    trainer = _trained(job, config, engine, feed, emit, stop, held_out)
+    trainer = trained(context, engine)
     engine.settle()
+    stage = context.stage
     parts: dict[str, State] = {
-        part: partial(weights, part) for part in job.stage.holds if part in job.stage.commits
-    } | left(job.stage, trainer)
-    _commit(job, parts, trainer.step, trainer.record, store, device, emit)
-    checkpoint.remove(Path(job.checkpoints))
+        part: partial(part_weights, engine, part) for part in stage.holds if part in stage.commits
+    }
+    commit_stage(context, parts | states_out(stage, trainer), trainer.step, trainer.record)
+    checkpoint.remove(Path(context.job.checkpoints))
 
 
-def _trained(
-    job: StageJob,
-    config: StackWiseConfig,
-    engine: Engine,
-    feed: Feed,
-    emit: Emit,
-    stop: Stop,
-    held_out: Feed | None,
-) -> Trainer:
-    """Take an engine from where its stage stands to the last step."""
-    stage, settings = job.stage, config.stage_training(job.stage.depth)
-    steps = job.span.length
+def trained(context: StageContext, engine: Engine) -> Trainer:
+    """Take an engine from where its stage stands to the last step.
+
+    Raises:
+        InterruptedRun: Told to stop; the state is saved.
+    """
+    job, config, stage, settings = context.job, context.config, context.stage, context.settings
+    span = job.span
     trainer = Trainer(
         engine,
         settings,
-        steps=steps,
-        anchor=anchor(settings, steps, config.training.checkpoint_steps),
-        before=job.span.first,
-        budget=job.span.steps,
+        steps=span.length,
+        anchor=anchor(settings, span.length, config.training.checkpoint_steps),
+        before=span.first,
+        budget=span.steps,
     )
     take_up(job, trainer)
-    saving = replace(job, checkpoints=str(record_directory(job))) if isinstance(engine, SwappedEngine) else job
-
-    warn = partial(_warn, job, emit)
-    resumed = checkpoint.restore_latest(Path(saving.checkpoints), trainer, warn)
-    if isinstance(engine, SwappedEngine):
-        # Its steps are on the disk as they are taken; a checkpoint holds the record alone.
-        resumed = engine.resume(trainer)
-    if resumed:
-        losses = trainer.record.losses[-RETOLD:]
-        emit({"event": "resumed", "stage": stage.place, "step": trainer.step, "steps": steps, "losses": losses})
+    checkpoint.restore_latest(Path(job.checkpoints) / engine.checkpoints, trainer, context.warn)
+    if engine.resume(trainer):
+        losses = trainer.record.losses[-REPORTED_AGAIN:]
+        context.event("resumed", step=trainer.step, steps=span.length, losses=losses)
     order = RowOrder(
         job.rows,
         seed=job.order(config),
         chunk_rows=order_rows(config, job.rows),
         window_chunks=WINDOW_CHUNKS,
-        select=stage_rows(config, feed.rowset.sample_ids, stage.depth, stage.rowset),
+        select=stage_rows(config, context.feed.rowset.sample_ids, stage.depth, stage.rowset),
     )
-    with StageHooks(saving, config, trainer, held_out, emit, stop) as hooks:
+    with StageHooks(context, trainer) as hooks:
         while True:
+            start = trainer.step * settings.accumulation
             try:
-                finished = _fit(trainer, feed, order, hooks)
+                with ahead(context.feed.shuffled(order, settings.batch_size, start), engine.device) as batches:
+                    finished = trainer.fit(iter(batches), waited=lambda: batches.waited, hooks=hooks)
                 break
             except Rollback as back:
-                hooks.roll_back(back, warn)
+                hooks.roll_back(back)
         if not finished:
-            raise InterruptedRun(f"stage {stage.label} stopped at step {trainer.step} of {steps}", hint=RESUME)
+            raise InterruptedRun(f"stage {stage.label} stopped at step {trainer.step} of {span.length}", hint=RESUME)
         if settings.keep_best:
             hooks.take_best()
     return trainer
 
 
-def _fit(trainer: Trainer, feed: Feed, order: RowOrder, hooks: StageHooks) -> bool:
-    """Train on from the trainer's step; whether the stage is finished."""
-    settings = trainer.settings
-    start = trainer.step * settings.accumulation
-    with ahead(feed.shuffled(order, settings.batch_size, start), trainer.engine.device) as batches:
-        return trainer.fit(iter(batches), waited=lambda: batches.waited, hooks=hooks)
-
-
-def _commit(
-    job: StageJob,
-    weights: Mapping[str, State],
-    steps: int,
-    record: Record,
-    store: ActivationStore,
-    device: torch.device,
-    emit: Emit,
-    **told: Any,
-) -> None:
+def commit_stage(context: StageContext, parts: Mapping[str, State], steps: int, record: Record, **more: Any) -> None:
     """Commit what a stage trained.
 
     Args:
-        weights: Of each part what makes its state dict.
+        context: The stage's.
+        parts: Of each part what makes its tensors.
         steps: Steps taken.
         record: Of the training.
-        told: What else is kept with the stage.
+        more: What else is kept with the stage.
     """
-    stage = job.stage
-    digests = {name: part_digest(state()) for name, state in weights.items()}
-    store.commit_stage(
-        job.recipe_id,
-        {name: partial(_save, state) for name, state in weights.items()},
-        {
-            "recipe": job.recipe,
-            "depth": stage.depth,
-            "window": stage.window,
-            "blocks": [stage.first, stage.last],
-            "parts": digests,
-            "trunk": job.recipe["reads"] and job.recipe["reads"]["trunk"],
-            "steps": steps,
-            "losses": record.losses,
-            "held_out": record.held_out,
-            "divergences": record.divergences,
-            "seconds": record.seconds,
-            "tokens": record.tokens,
-            "wait_fraction": record.wait_fraction,
-            "peak_memory_bytes": peak_memory(device),
-            "device": device.type,
-        }
-        | ({"terms": record.terms} if record.terms else {})
-        | told,
-    )
-    emit({"event": "committed", "stage": stage.place, "recipe": job.recipe_id, "parts": digests})
+    job, stage = context.job, context.stage
+    digests = {name: part_digest(state()) for name, state in parts.items()}
+    description = {
+        "recipe": job.recipe,
+        "depth": stage.depth,
+        "window": stage.window,
+        "blocks": [stage.first, stage.last],
+        "parts": digests,
+        "trunk": job.recipe["reads"] and job.recipe["reads"]["trunk"],
+        "steps": steps,
+        "losses": record.losses,
+        **({"terms": record.terms} if record.terms else {}),
+        "held_out": record.held_out,
+        "divergences": record.divergences,
+        "seconds": record.seconds,
+        "tokens": record.tokens,
+        "wait_fraction": record.wait_fraction,
+        "peak_memory_bytes": peak_memory(context.device),
+        "device": context.device.type,
+    }
+    files = {name: partial(_save, state) for name, state in parts.items()}
+    context.store.commit_stage(job.recipe_id, files, description | more)
+    context.event("committed", recipe=job.recipe_id, parts=digests)
 
 
-def _swapped_weights(engine: SwappedEngine, part: str) -> dict[str, torch.Tensor]:
-    return part_state(part, engine.weights(part.removeprefix(ADAPTER)))
-
-
-def _save(state: Callable[[], Mapping[str, torch.Tensor]], path: Path) -> None:
+def _save(state: State, path: Path) -> None:
     save_part(state(), path)
 
 
-def fuse_stage(
-    job: StageJob,
-    config: StackWiseConfig,
-    feed: Feed,
-    held_out: Feed,
-    store: ActivationStore,
-    device: torch.device,
-    emit: Emit,
-    stop: Stop,
-) -> None:
-    """Train a stage that unfreezes one section at a time, and commit what of it trained."""
-
-    def fit(phase: StageJob, settings: StackWiseConfig, engine: Engine, tell: Emit) -> Trainer:
-        return _trained(phase, settings, engine, feed, tell, stop, held_out)
-
-    means = Means(partial(engaged, device, emit), fit, partial(held_out_loss, held_out=held_out), emit)
-    fused = fuse_adaptively(job, config, job.span.steps, means)
-    files = {HEAD: job.initial[HEAD]} | fused.parts
-    weights = {part: partial(_loaded, files[part]) for part in job.stage.holds if part in files}
-    _commit(job, weights, fused.steps, fused.record, store, device, emit, fusion=fused.told)
-    checkpoint.remove(Path(job.checkpoints))
+def held_out_loss(engine: Engine, held_out: Feed) -> MeanLoss:
+    """The mean loss of an engine's weights on held-out rows, in nats."""
+    batch_size = forward_rows(held_out.seq_len)  # it shapes the sum, so it is not a setting
+    with ahead(held_out.sequential([(0, held_out.rowset.rows)], batch_size), engine.device) as batches:
+        return engine.evaluate(batches)
 
 
-@contextlib.contextmanager
-def engaged(
-    device: torch.device, emit: Emit, job: StageJob, config: StackWiseConfig
-) -> Iterator[tuple[Engine, Weights]]:
-    """The engine of a job's stage, swapped where it does not fit."""
-    swap = swap_of(config, job.vocab_size, job.stage, int(describe(device)["memory"]))
-    if swap is None:
-        yield _resident(job, config, stage_model(job, config).to(device), device)
+class StageHooks:
+    """What a stage in training reports and asks: events, checkpoints by step or by the clock, held-out loss, ways back.
+
+    Args:
+        context: The stage's.
+        trainer: Its trainer.
+    """
+
+    def __init__(self, context: StageContext, trainer: Trainer) -> None:
+        self._context, self._trainer, self.stop = context, trainer, context.stop
+        self._directory = Path(context.job.checkpoints) / trainer.engine.checkpoints
+        self._checkpoints = Checkpoints(self._directory, context.config.training.keep_checkpoints)
+        self._prepared = False
+        # A clock that is set back or forward must not matter.
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._checkpoints.__exit__(kind, error, trace)
+        if kind is None:
+            self._emit_saved()
+
+    def report(self, progress: Progress) -> None:
+        """See `Hooks.report`: a step event."""
+        self._emit_saved()
+        if not self._prepared:
+            self._prepared = True
+            self._checkpoints.prepare(self._trainer)
+        taken = [loss for loss in progress.losses if loss is not None]
+        self._context.event(
+            "step",
+            step=progress.step,
+            steps=progress.steps,
+            losses=progress.losses,
+            loss=statistics.fmean(taken) if taken else None,
+            learning_rate=progress.learning_rate,
+            gradient_norm=progress.gradient_norm if math.isfinite(progress.gradient_norm) else None,
+            tokens_per_second=progress.tokens_per_second,
+            wait_fraction=progress.wait_fraction,
+            memory=peak_memory(self._trainer.engine.device),
+            pid=os.getpid(),
+            **({"terms": dict(progress.terms)} if progress.terms else {}),
+        )
+
+    def checkpoint_due(self, step: int) -> bool:
+        """See `Hooks.checkpoint_due`: by `checkpoint_steps`, else by the clock, unless one is on its way."""
+        training = self._context.config.training
+        if training.checkpoint_steps is not None:
+            return step % training.checkpoint_steps == 0
+        waited = time.monotonic() - self._saved
+        return waited >= 60 * training.checkpoint_minutes and not self._checkpoints.busy
+
+    def save(self, *, wait: bool) -> None:
+        """See `Hooks.save`: beside training; the checkpoints that a decision may go back to stay."""
+        trainer, protect = self._trainer, set()
+        if trainer.anchor is not None:
+            protect.add(trainer.step // trainer.anchor * trainer.anchor)
+        if trainer.settings.keep_best and trainer.record.best is not None:
+            protect.add(trainer.record.best[0])
+        self._checkpoints.save(trainer, protect)
+        self._saved = time.monotonic()
+        if wait:
+            self._checkpoints.finish()
+        self._emit_saved()
+
+    def evaluate(self) -> MeanLoss:
+        """See `Hooks.evaluate`."""
+        assert self._context.held_out is not None, "a stage that is evaluated has held-out rows"
+        begun, trainer = time.perf_counter(), self._trainer
+        mean = held_out_loss(trainer.engine, self._context.held_out)
+        best = trainer.record.best
+        lowest = mean.total if best is None else min(mean.total, best[1])
+        terms = {"terms": dict(mean.terms)} if mean.terms else {}
+        seconds = time.perf_counter() - begun
+        self._context.event("held_out", step=trainer.step, nats=mean.total, best=lowest, seconds=seconds, **terms)
+        return mean
+
+    def diverged(self, divergence: Mapping[str, Any]) -> None:
+        """See `Hooks.diverged`: an event, with a line for people."""
+        done = "the step is skipped"
+        if "to" in divergence:
+            done = f"back to step {divergence['to']}, at a lower learning rate"
+        where = f"stage {self._context.stage.depth}, step {divergence['step']}"
+        self._context.event("diverged", **divergence, text=f"{where} diverged: {divergence['why']}; {done}")
+
+    def roll_back(self, back: Rollback) -> None:
+        """Take up the checkpoint that a rollback goes to.
+
+        Where it is damaged, an earlier one, or the start: the steps from there repeat, and so does this rollback.
+
+        Raises:
+            StackWiseError: There is none; the stage begins anew when it is run again.
+        """
+        trainer, before = self._trainer, self._trainer.record
+        target = int(str(back.divergence["to"]))
+        self._checkpoints.finish()
+        try:
+            checkpoint.restore_step(self._directory, trainer, target)
+        except checkpoint.UNREADABLE as error:
+            self._context.warn(f"the checkpoint of step {target} is damaged ({reason(error)}); an earlier one is used")
+            checkpoint.remove(self._directory, after=target - 1)
+            if checkpoint.restore_latest(self._directory, trainer, self._context.warn):
+                return
+            raise StackWiseError(
+                f"stage {self._context.stage.depth}: no checkpoint to go back to is sound",
+                hint="run again: the stage begins anew, and comes to the same weights",
+            ) from error
+        record = trainer.record
+        record.divergences = [*before.divergences, back.divergence]
+        record.seconds, record.waited, record.tokens = before.seconds, before.waited, before.tokens
+        checkpoint.remove(self._directory, after=target)
+
+    def take_best(self) -> None:
+        """Let the engine hold the weights of the best evaluation.
+
+        Raises:
+            StackWiseError: Their checkpoint is damaged; run again, the stage goes on from the one before.
+        """
+        self._checkpoints.finish()
+        trainer, ended, last = self._trainer, self._trainer.record, self._trainer.step
+        if ended.best is None or ended.best[0] == trainer.step:
+            return
+        step = ended.best[0]
+        try:
+            checkpoint.restore_step(self._directory, trainer, step)
+        except checkpoint.UNREADABLE as error:
+            checkpoint.remove(self._directory, after=step - 1)
+            which = f"the best checkpoint of stage {self._context.stage.depth}, of step {step},"
+            raise StackWiseError(
+                f"{which} is damaged ({reason(error)})",
+                hint="run again: the stage goes on from an earlier one, and comes to the same weights",
+            ) from error
+        trainer.record, trainer.step = ended, last
+        self._context.event("best", step=step, nats=ended.best[1])
+
+    def _emit_saved(self) -> None:
+        for saved in self._checkpoints.written():
+            self._context.event("checkpoint", step=saved.step, seconds=saved.stopped, written_seconds=saved.seconds)
+
+
+def take_up(job: StageJob, trainer: Trainer) -> None:
+    """Let a trainer that has taken no step go on where its stage's window before ended: optimizer, scale, divergences.
+
+    Raises:
+        DamageError: A state's file is missing, broken or not what was committed.
+    """
+    if not job.stage.states_in:
         return
-    warn = partial(_warn, job, emit)
-    with contextlib.closing(swapped_engine(job, config, swap, device, warn)) as engine:
-        yield engine, partial(_swapped_weights, engine)
+
+    def state(name: str, part: str) -> Mapping[str, Tensor]:
+        source = job.initial[name]
+        tensors = load_part(source) or {}
+        in_training = [other for other in job.stage.trains if other.removeprefix(ADAPTER) == part]
+        if any(job.initial[other].recipe != source.recipe for other in in_training):
+            # Another stage has trained it since: what lay under the mean that was committed is of the past.
+            tensors = {key: value for key, value in tensors.items() if not key.startswith(WEIGHT)}
+        return tensors
+
+    carried: dict[str, State] = {}
+    for name in job.stage.states_in:
+        part = _part_of_state(job.stage, name)
+        carried[part] = partial(state, name, part)
+    trainer.carried = Carried.from_state(carried[""]())
+    trainer.engine.take_up(carried)
 
 
-def _warn(job: StageJob, emit: Emit, text: str) -> None:
-    emit({"event": "warning", "stage": job.stage.place, "text": text})
+def states_out(stage: Stage, trainer: Trainer) -> dict[str, State]:
+    """The states that a stage commits for its next window, by name, once its engine has settled."""
+    if not stage.states_out:
+        return {}
+    carried = trainer.engine.carried()
+    carried[""] = partial(dict[str, Tensor], {**carried[""](), **trainer.carry().state()})
+    return {name: carried[_part_of_state(stage, name)] for name in stage.states_out}
 
 
-def _loaded(source: Source) -> Mapping[str, torch.Tensor]:
-    tensors = load_part(source)
-    assert tensors is not None, "what is fused was trained before"
-    return tensors
+def _part_of_state(stage: Stage, state: str) -> str:
+    """The part that a state is of; an empty name: of the trainer."""
+    return state.removeprefix(f"{STATE}{stage.depth}").removeprefix(".")

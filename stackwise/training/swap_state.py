@@ -1,4 +1,4 @@
-"""The swapped engine's state on disk: weights and moments a part, the last step's gradients as its redo log.
+"""What the swapped engine keeps outside memory: its state on disk, and tensors that live for one step.
 
     swap/commit.json                     steps and updates done; the last update's learning rate and clip scale
     swap/losses                          the loss of each step, float64
@@ -15,19 +15,17 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from stackwise import durable
+from stackwise import durable, files
+from stackwise.training.state_files import TensorFile, file_digest, reason, sealed, unsealed, write_tensors
 
 STATE, GRADIENTS = "state", "gradients"
 FORMAT = 1
@@ -75,17 +73,19 @@ class RedoLog:
         self.begin: Callable[[str], Mapping[str, Tensor]] = lambda part: {}
         self._pool = ThreadPoolExecutor(1, "swap-writer")
         self._writing: tuple[Future[None], frozenset[str]] | None = None
+        self._digests: dict[str, str] = {}
+        """Of the files that are there, by their paths below `directory`."""
 
     def open(self, warn: Callable[[str], None]) -> None:
         """Take up what is there; what is not whole is named, and training starts anew."""
         try:
             self._take_up()
         except FileNotFoundError as error:
-            if (self.directory / _COMMIT).exists():
-                warn(f"{error.filename or error} is missing: the stage starts anew")
+            if os.path.lexists(self.directory / _COMMIT):  # else there was no step yet
+                warn(f"{error.filename or error} is missing: the stage begins again")
             self._reset()
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            warn(f"{self.directory} is damaged ({error}): the stage starts anew")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warn(f"{self.directory} is damaged ({reason(error)}): the stage begins again")
             self._reset()
 
     def close(self) -> None:
@@ -121,8 +121,8 @@ class RedoLog:
         def write() -> None:
             for part, tensors in states.items():
                 self._write(STATE, part, step, tensors)
-                self._path(STATE, part, before[part]).unlink(missing_ok=True)
-                self._path(GRADIENTS, part, step).unlink(missing_ok=True)
+                self._remove(STATE, part, before[part])
+                self._remove(GRADIENTS, part, step)
 
         self._behind(write, states)
 
@@ -177,7 +177,7 @@ class RedoLog:
         before = self.committed
         path = self.directory / _LOSSES
         with durable.explain_full_disk(path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = files.open_regular(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 os.pwrite(fd, np.float64(loss).tobytes(), 8 * before.step)
                 os.fsync(fd)
@@ -186,14 +186,18 @@ class RedoLog:
         record = replace(before, step=before.step + 1, scaler=scaler)
         if taken:
             record = replace(record, updates=before.updates + 1, last=number, rate=rate, clip=clip)
-        durable.write_json(self.directory / _COMMIT, {"format": FORMAT, **asdict(record)})
+        published = {"format": FORMAT, **asdict(record), "files": self._digests}
+        durable.write_json(self.directory / _COMMIT, sealed(published))
         self.committed = record
 
     def losses(self) -> list[float | None]:
         """The loss of every step done, in nats; None where it was refused."""
         step = self.committed.step
-        found = np.fromfile(self.directory / _LOSSES, dtype=np.float64, count=step).tolist() if step else []
-        return [None if math.isnan(loss) else loss for loss in found]
+        if not step:
+            return []
+        # A step that was not published may have left its loss behind the others.
+        data = files.read_bytes(self.directory / _LOSSES)[: 8 * step]
+        return [None if math.isnan(loss) else loss for loss in np.frombuffer(data, dtype=np.float64).tolist()]
 
     def note_evaluation(self, loss: float) -> None:
         """Keep the held-out loss after the steps done."""
@@ -203,14 +207,15 @@ class RedoLog:
     def evaluations(self) -> list[tuple[int, float]]:
         """Held-out losses, each with the steps done before it."""
         path = self.directory / _EVALUATIONS
-        found = durable.read_json(path) if path.exists() else []
-        return [(int(step), float(loss)) for step, loss in found if step <= self.committed.step]
+        if not os.path.lexists(path):
+            return []
+        entries = [(int(step), float(loss)) for step, loss in durable.read_json(path)]
+        return [entry for entry in entries if entry[0] <= self.committed.step]
 
     def _take_up(self) -> None:
-        value: dict[str, Any] = durable.read_json(self.directory / _COMMIT)
-        if value.pop("format") != FORMAT:
-            raise ValueError("another format")
-        commit = Commit(**value)
+        record = unsealed(durable.read_json(self.directory / _COMMIT), FORMAT)
+        digests: dict[str, str] = record.pop("files", {})
+        commit = Commit(**record)
         at = {}
         for part in self.parts:
             if self._path(STATE, part, commit.updates).exists():
@@ -220,9 +225,10 @@ class RedoLog:
                 self._check(self._path(GRADIENTS, part, commit.updates))
             if at[part]:
                 self._check(self._path(STATE, part, at[part]))
-        self.committed, self.at = commit, at
+        self.committed, self.at, self._digests = commit, at, digests
         if len(self.losses()) != commit.step:
             raise ValueError("losses are missing")
+        self.evaluations()
         wanted = {self._path(STATE, part, update) for part, update in at.items()}
         wanted |= {
             self._path(GRADIENTS, part, commit.updates) for part, update in at.items() if update < commit.updates
@@ -231,24 +237,32 @@ class RedoLog:
             for path in (self.directory / kind).iterdir():
                 if path not in wanted:
                     path.unlink()
+                # What was written after the last step was published has no digest in its record.
+                elif digests.get(f"{kind}/{path.name}", "") not in ("", file_digest(path, self.directory)):
+                    raise ValueError(f"{path} is not what was written")
 
     def _reset(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        files.remove_tree(self.directory)
         for kind in (STATE, GRADIENTS):
             (self.directory / kind).mkdir(parents=True)
-        self.committed, self.at = Commit(), dict.fromkeys(self.parts, 0)
+        self.committed, self.at, self._digests = Commit(), dict.fromkeys(self.parts, 0), {}
 
     def _path(self, kind: str, part: str, step: int) -> Path:
         return self.directory / kind / f"{part}-{step:08d}.safetensors"
 
-    @staticmethod
-    def _check(path: Path) -> None:
+    def _check(self, path: Path) -> None:
         """Open a file: its header says how long it must be."""
-        with safe_open(path, "pt"):
-            pass
+        TensorFile(path, self.directory)
 
     def _write(self, kind: str, part: str, step: int, tensors: Tensors) -> None:
-        durable.write_durably(self._path(kind, part, step), lambda path: save_file(tensors, path))
+        path, digests = self._path(kind, part, step), list[str]()
+        durable.write_durably(path, lambda temporary: digests.append(write_tensors(temporary, tensors)))
+        self._digests[f"{kind}/{path.name}"] = digests[0]
+
+    def _remove(self, kind: str, part: str, step: int) -> None:
+        path = self._path(kind, part, step)
+        path.unlink(missing_ok=True)
+        self._digests.pop(f"{kind}/{path.name}", None)
 
     def _behind(self, write: Callable[[], None], parts: Iterable[str]) -> None:
         self.flush()
@@ -257,10 +271,88 @@ class RedoLog:
     def _read(self, kind: str, part: str, step: int, prefix: str = "") -> Tensors:
         if (writing := self._writing) is not None and part in writing[1]:
             writing[0].result()
-        with safe_open(self._path(kind, part, step), "pt") as file:
-            # Cloned: what safetensors gives is a view of the file, which would be read when it is used.
-            return {
-                name.removeprefix(prefix): file.get_tensor(name).clone()
-                for name in file.keys()  # noqa: SIM118
-                if name.startswith(prefix)
-            }
+        file = TensorFile(self._path(kind, part, step), self.directory)
+        return {name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)}
+
+
+class Spill:
+    """Holds tensors that live for one step: in memory up to a budget, beyond it in files that nothing indexes or syncs.
+
+    A crash loses them, and the next one empties the directory.
+
+    Args:
+        directory: Where files go; emptied.
+        budget: Bytes kept in memory.
+    """
+
+    def __init__(self, directory: Path, budget: int) -> None:
+        self.directory, self.budget = directory, budget
+        self.bytes_in_memory = 0
+        self.bytes_on_disk = 0
+        self._memory: dict[Hashable, Tensor] = {}
+        self._files: dict[Hashable, tuple[Path, torch.dtype, torch.Size]] = {}
+        self._made = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._memory.clear()
+        self._files.clear()
+        self.bytes_in_memory = self.bytes_on_disk = 0
+        files.remove_tree(self.directory)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._memory or key in self._files
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Hold a tensor; what was under the key is dropped.
+
+        Raises:
+            NoSpaceError: The disk is full.
+        """
+        self.drop(key)
+        tensor = tensor.detach().cpu()
+        if self.bytes_in_memory + tensor.nbytes <= self.budget:
+            # A view would keep all of what it is a view of.
+            self._memory[key] = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+            self.bytes_in_memory += tensor.nbytes
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / str(self._made)
+        self._made += 1
+        with durable.explain_full_disk(path), path.open("wb", buffering=0) as file:
+            left = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            while left:
+                left = left[file.write(left) :]
+        self._files[key] = path, tensor.dtype, tensor.shape
+        self.bytes_on_disk += tensor.nbytes
+
+    def get(self, key: Hashable) -> Tensor:
+        """The tensor under a key, on the CPU. It must not be written to.
+
+        Raises:
+            KeyError: There is none.
+        """
+        if key in self._memory:
+            return self._memory[key]
+        path, dtype, shape = self._files[key]
+        return torch.from_numpy(np.fromfile(path, dtype=np.uint8)).view(dtype).reshape(shape)
+
+    def take(self, key: Hashable) -> Tensor:
+        """The tensor under a key, which is then dropped.
+
+        Raises:
+            KeyError: There is none.
+        """
+        tensor = self.get(key)
+        self.drop(key)
+        return tensor
+
+    def drop(self, key: Hashable) -> None:
+        """Forget what is under a key, if anything is."""
+        if (tensor := self._memory.pop(key, None)) is not None:
+            self.bytes_in_memory -= tensor.nbytes
+        if (entry := self._files.pop(key, None)) is not None:
+            path, dtype, shape = entry
+            self.bytes_on_disk -= shape.numel() * dtype.itemsize
+            path.unlink(missing_ok=True)
