@@ -130,7 +130,10 @@ def build(cls: type[C], tree: Tree, overrides: Mapping[str, Any] | None = None, 
     except ValidationError as error:
         found |= field_faults(error, tree)
         # What is left may hold contradictions of its own: report them now, not after the next try.
-        config = cls.model_validate(_without(tree, set(found)))
+        try:
+            config = cls.model_validate(_without(tree, set(found)))
+        except ValidationError:  # what is wrong is required, such as a setting of a kind
+            raise ConfigError([f"{dotted(key)}: {text}" for key, text in found.items()], source=source) from None
     resolve(config)
     config.unused = reading.unused
     wrong = {dotted(key) for key in found}

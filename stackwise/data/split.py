@@ -89,7 +89,7 @@ class Split:
         if name not in self.columns:
             raise UsageError(
                 f"the data has no column {name!r}",
-                hint="prepare rows of input_ids that bring it, one value a token; data.columns names what is kept",
+                hint="prepare rows of input_ids that bring it, one value a token",
             )
         values = self._rows(name, indices, seq_len)
         return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)

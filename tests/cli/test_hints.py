@@ -13,6 +13,7 @@ import pytest
 
 from stackwise.cli import app, main
 from stackwise.config import StackWiseConfig
+from stackwise.config.kinds import ATTENTIONS, FEED_FORWARDS, OPTIMIZERS
 from stackwise.errors import ConfigError
 from tests.cli.conftest import Cli
 
@@ -86,12 +87,18 @@ def test_keys_that_messages_name_exist() -> None:
 
 
 def known(key: str) -> bool:
-    """Whether a configuration may have a key, whatever its values are."""
+    """Whether a configuration may have a key, whatever its values are, with one of the kinds of a choice."""
+    choices = [("model.attention", ATTENTIONS), ("model.ffn", FEED_FORWARDS), ("training.optimizer", OPTIMIZERS)]
+    bases = [{}] + [{section: name} for section, kinds in choices for name in kinds.names() if key.startswith(section)]
+    return any(not unknown(base | {key: object}) for base in bases)
+
+
+def unknown(values: dict[str, object]) -> bool:
     try:
-        StackWiseConfig.from_preset("micro", {key: object})
+        StackWiseConfig.from_preset("micro", values)
     except ConfigError as error:
-        return not any("unknown key" in fault for fault in error.faults)
-    return True
+        return any("unknown key" in fault for fault in error.faults)
+    return False
 
 
 def test_preparing_names_its_own_options(here: Path, cli: Cli) -> None:
@@ -110,3 +117,10 @@ def test_a_second_export_names_the_way_to_replace_the_first(force: bool, finishe
     again = cli("export", "--out", "e", *(["--force"] if force else []))
     assert again.exit_code == (0 if force else 2)
     assert ("--force" in again.stderr) != force
+
+
+def test_a_wrong_value_of_a_setting_that_a_kind_requires_is_a_line(here: Path, cli: Cli) -> None:
+    wrong = ("-o", "model.attention=gqa", "-o", "model.attention.kv_heads=x")
+    refused = cli("stage", "list", "--preset", "micro", *wrong)
+    assert refused.exit_code == 2
+    assert "model.attention.kv_heads: " in refused.stderr
