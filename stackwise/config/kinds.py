@@ -268,12 +268,15 @@ class Objective(Kind):
         return None
 
     def specification(self, seed: int) -> dict[str, Any]:
-        """What of it shapes a forward pass beside the weights."""
-        return {}
+        """What of it shapes a forward pass beside the weights: what it shows of a sample, and how.
+
+        One that shows the mask token at masked positions, and nothing else, has nothing to add.
+        """
+        return self.plain() | {"seed": seed}
 
     def scoring(self) -> dict[str, Any]:
-        """What of it shapes the loss alone, for the recipe; the name among it."""
-        return {"name": self.name}
+        """What of it shapes the loss, for the recipe; the name among it."""
+        return self.plain()
 
     def faults(self, seq_len: int) -> Iterator[Fault]:
         """What of its settings samples of this length cannot have."""

@@ -97,9 +97,10 @@ class ModelConfig(Section):
     def specification(self) -> dict[str, Any]:
         """What of it shapes a forward pass beside the weights; settings without effect are left out."""
         own = self.model_dump(
-            include={"d_model", "n_heads", "norm", "norm_eps", "positions", "rope_theta", "bias", "max_seq_len"}
+            include={"d_model", "n_heads", "norm", "norm_eps", "positions", "bias"}
+            | ({"max_seq_len"} if self.positions == "learned" else {"rope_theta"})
         )
-        own |= {"vocab_size": self.vocab_size, "d_ff": self.ffn_width}
+        own |= {"d_ff": self.ffn_width}
         own |= {
             "attention": self.attention.specification(self) | self.attention.code,
             "ffn": self.ffn.specification(self) | self.ffn.code,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -73,6 +73,20 @@ class StageTraining(Section):
     )
     divergence_limit: PositiveInt = Field(5, description="skips or rollbacks of a stage before it is given up")
     rollback_factor: Fraction = Field(0.5, description="factor on the learning rate at each rollback")
+
+    def specification(self, precision: str) -> dict[str, Any]:
+        """What of it shapes a stage's result: all but the budget, which counts in steps, and what has no effect.
+
+        Args:
+            precision: The run's.
+        """
+        unused = {"steps", "tokens", "epochs_per_layer", "block_learning_rates"}
+        unused |= {"loss_scale"} if precision != "fp16" else set()
+        unused |= {"min_learning_rate"} if self.lr_schedule == "constant" else set()
+        unused |= set() if self.heeds_held_out else {"eval_every"}
+        unused |= {"divergence_factor", "divergence_limit"} if self.on_divergence == "stop" else set()
+        unused |= {"rollback_factor"} if self.on_divergence != "rollback" else set()
+        return self.model_dump(exclude=unused)
 
     @property
     def heeds_held_out(self) -> bool:

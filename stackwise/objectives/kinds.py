@@ -20,10 +20,6 @@ class Masking(Objective):
         "none", description="none: each scored position counts the same; inverse_time: each sample does (1/t)"
     )
 
-    def scoring(self) -> dict[str, Any]:
-        """See `Objective.scoring`."""
-        return super().scoring() | ({"weight": self.weight} if self.weight != "none" else {})
-
 
 class MaskDiffusion(Masking):
     """Masked positions are predicted, at shares that vary from row to row (MDLM, arXiv 2406.07524)."""
@@ -44,7 +40,7 @@ class MaskDiffusion(Masking):
 
     def specification(self, seed: int) -> dict[str, Any]:
         """See `Objective.specification`."""
-        return {} if self.block is None else {"diffusion_block": self.block}
+        return {} if self.block is None else {"block": self.block}
 
     def faults(self, seq_len: int) -> Iterator[Fault]:
         """See `Objective.faults`."""
@@ -60,7 +56,7 @@ class MLM(Masking):
 
     def specification(self, seed: int) -> dict[str, Any]:
         """See `Objective.specification`."""
-        return {"corruption": [self.mask_share, self.random_share, seed]}
+        return {"mask_share": self.mask_share, "random_share": self.random_share, "seed": seed}
 
     def faults(self, seq_len: int) -> Iterator[Fault]:
         """See `Objective.faults`."""
@@ -75,6 +71,10 @@ class CLM(Objective):
     masks: ClassVar[bool] = False
     causal: ClassVar[bool] = True
 
+    def specification(self, seed: int) -> dict[str, Any]:
+        """It shows the tokens themselves."""
+        return {}
+
     def unadaptable(self) -> str | None:
         """See `Objective.unadaptable`."""
         return "with training.objective clm the rack is causal from the start"
@@ -84,6 +84,10 @@ class Custom(Objective):
     """Each masked position predicts a target that the data brings."""
 
     inputs: ClassVar[tuple[str, ...]] = ("targets",)
+
+    def specification(self, seed: int) -> dict[str, Any]:
+        """It shows the mask token at masked positions."""
+        return {}
 
     def unadaptable(self) -> str | None:
         """See `Objective.unadaptable`."""

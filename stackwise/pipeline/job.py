@@ -23,7 +23,8 @@ class Source:
 
     Args:
         path: A safetensors file; None: fresh, from the seed.
-        digest: What the file's tensors must hash to.
+        digest: What the part's tensors, as they are loaded, must hash to (`model.part_digest`): a recipe names it,
+            wherever the file is and whatever it calls them.
         recipe: The recipe of the stage that committed it; empty where it comes from elsewhere.
         names: What the file calls each of the part's tensors, where not as the part does: a part of a pretrained
             model. Only these are read.
@@ -33,11 +34,6 @@ class Source:
     digest: str | None = None
     recipe: str = ""
     names: dict[str, str] | None = None
-
-    @property
-    def identity(self) -> Any:
-        """What a recipe names it by: its digest, and what the file's tensors are taken for."""
-        return self.digest if self.names is None else {"digest": self.digest, "names": self.names}
 
 
 Versions = dict[str, Source]

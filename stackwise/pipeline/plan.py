@@ -13,6 +13,7 @@ from stackwise.data import PreparedData, require_samples
 from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.pipeline.job import Frozen, Source, StageJob, Versions, starts
 from stackwise.pipeline.recipe import (
+    Reads,
     Recipe,
     Span,
     codec_name,
@@ -84,10 +85,17 @@ def check_data(config: StackWiseConfig, data: PreparedData) -> Vocabulary:
     """Check that prepared data fits a configuration.
 
     Raises:
-        UsageError: The vocabulary does not fit, the mask token occurs in the data, a side is shorter than one sample.
+        UsageError: The vocabulary does not fit, the mask token occurs in the data, a side is shorter than one sample
+            or lacks a column that the objective needs.
     """
     for split, name in ((data.train, "training"), (data.held_out, "held-out")):
         require_samples(split, config.training.seq_len, name)
+        for column in config.objective.inputs:
+            if column not in split.columns:
+                raise UsageError(
+                    f"the {name} data has no column {column}, which training.objective needs",
+                    hint="prepare rows of input_ids that bring it, one value a token; data.columns names what is kept",
+                )
     return vocabulary(config, data)
 
 
@@ -123,7 +131,7 @@ class Plan:
         self.memory = memory
         self.stages = schedule(config)
         self.vocabulary = check_data(config, data)
-        self.forward = forward_specification(config, self.vocabulary.size, self.vocabulary.mask)
+        self.forward = forward_specification(config, self.vocabulary.size, self.vocabulary.mask, data.id)
         self.known_rowsets = known_rowsets if known_rowsets is not None else {}
         self.sources = dict(sources or {})
 
@@ -174,18 +182,24 @@ class Plan:
     def recipe(self, stage: Stage, versions: Versions) -> Recipe:
         """The recipe of a stage above committed ones."""
         rowset, rows = self.rowset(stage.rowset)
-        return stage_recipe(
-            self.config,
-            stage,
-            forward=self.forward,
-            rows=rows,
-            rowset=rowset,
-            span=self.span(stage),
-            initial={part: source.identity for part, source in starts(stage, versions).items()},
-            trunk=self.trunk(stage, versions),
-            targets=self.data.id if "targets" in self.config.objective.inputs else None,
-            held_out=self.rowset(HELD_OUT)[0] if self.config.heeds_held_out(stage.depth) else None,
+        heeds = self.config.heeds_held_out(stage.depth)
+        reads = Reads(
+            rowset,
+            rows,
+            {part: source.digest for part, source in starts(stage, versions).items()},
+            self.trunk(stage, versions),
+            self._inputs(held_out=heeds),
+            self.rowset(HELD_OUT)[0] if heeds else None,
         )
+        return stage_recipe(self.config, stage, self.forward, self.span(stage), reads)
+
+    def _inputs(self, *, held_out: bool) -> dict[str, str]:
+        """Digests of the columns that the objective needs, and of those of the held-out side where it is heeded."""
+        names = self.config.objective.inputs
+        inputs = {name: self.data.train.column_digest(name) for name in names}
+        if held_out:
+            inputs |= {f"held-out {name}": self.data.held_out.column_digest(name) for name in names}
+        return inputs
 
     def committed(self, recipe: str) -> CommittedStage | None:
         """A committed stage, its files unchecked; None where there is none, or its record is damaged."""

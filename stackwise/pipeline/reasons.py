@@ -1,64 +1,53 @@
-"""Why a stage trains, in the words of the configuration: which key decided, from what to what."""
+"""Why a stage trains, in the words of the configuration: which key decided, from what to what.
+
+A recipe names its settings by the keys of the configuration, so what differs between two of them is a key. Where an
+entry follows from several settings (the rows, the blocks that a stage holds), each changed one is tried alone: it is a
+cause where it alone changes the entry. So no list says which setting shapes what.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.errors import DamageError
-from stackwise.pipeline.recipe import Recipe, recipe_id
-from stackwise.pipeline.schedule import Stage
+from stackwise.config.fields import Section
+from stackwise.config.kinds import Kind
+from stackwise.errors import DamageError, StackWiseError
+from stackwise.pipeline.recipe import Recipe, recipe_id, stage_settings
+from stackwise.pipeline.rows import row_settings
+from stackwise.pipeline.schedule import Stage, schedule
 
 if TYPE_CHECKING:
     from stackwise.pipeline.plan import Plan
 
-Change = tuple[str, Any, Any]
-"""A dotted key, its value before, its value now; None where there was or is none."""
-
 NEW = "not trained yet"
-
 SHOWN = 3
 """Changes named in a reason; of more, how many more there are."""
+OTHER = {"forward.numerics": "the version of the arithmetic", "held_out": "the held-out rows"}
+"""Entries of a recipe that no setting stands for, in words."""
 
-KEYS = {
-    "forward.vocab_size": "model.vocab_size",
-    "forward.mask_token": "training.mask_token_id",
-    "forward.precision": "precision",
-    "forward.within_documents": "data.within_documents",
-    "objective.name": "training.objective",
-    "training.dropout": "model.dropout",
-    "head.tied": "model.tie_embeddings",
-    "head.above": "training.tied_head",
-    "fresh.init_std": "model.init_std",
-    "reads.codec": "store.codec",
-}
-"""Where an entry of a recipe stands in the configuration, beside those that are called alike in both."""
+Look = Callable[[StackWiseConfig, Stage], Any]
 
-FOLLOWS = ("initial", "reads.trunk", "order", "fresh.seed", "forward.causal", "reads", "span", "window")
-"""Entries that follow from others, or from the stages below: named where nothing else changed."""
 
-SHAPELESS = (
-    *("name", "device", "tracking", "evaluation", "store", "data.cache_dir", "training.cache_dir"),
-    *("training.checkpoint", "training.log_every", "training.cache_mode", "training.fusion_evaluation"),
-    *("training.save_fused_checkpoints", "training.compile", "training.trial_steps"),
-)
-"""Settings that shape no result."""
+@dataclass(frozen=True)
+class Change:
+    """A setting, or something in words, that is another than before.
 
-ROWS = (
-    *("data.", "seed", "training.seq_len", "training.rows", "training.steps", "training.tokens", "training.mask"),
-    *("training.min_mask", "training.max_mask", "training.batch_size", "training.accumulation"),
-    *("training.objective", "training.progressive.", "training.epochs", "training.fresh_masks", "training.windows"),
-)
-"""Settings that a rowset follows from."""
+    Args:
+        key: Its dotted key, or the words.
+        before: Its value before; None where there was none.
+        now: Its value now.
+        path: Where it is in the configuration.
+    """
 
-PARTS = (
-    *("training.mode", "training.block_size", "training.n_stages", "training.fusion_mode"),
-    *("training.lookahead", "training.fusion.", "training.adaptation", "training.progressive.", "model.architecture."),
-)
-"""Settings that say which blocks a stage holds, and what of it trains."""
+    key: str
+    before: Any = field(default=None, compare=False)
+    now: Any = field(default=None, compare=False)
+    path: tuple[str, ...] = ()
 
 
 class History:
@@ -79,6 +68,7 @@ class History:
     ) -> None:
         self.config, self.store = config, store
         self._store_there = store is None or (Path(store) / "format.json").exists()
+        self._alone: dict[Change, tuple[StackWiseConfig, list[Stage]]] = {}
         self._stages = {(stage["depth"], stage["window"]): stage for stage in stages}
         self.damaged: set[str] = set()
         """Recipes that were dropped, for their files were damaged."""
@@ -96,8 +86,8 @@ class History:
         """Why a stage trains whose trunk will be another: `below` is the lowest stage that is trained."""
         if self.last_recipe(stage) is None:
             return NEW
-        own = words(own_changes(self.config, plan.config, stage.depth))
-        return f"stage {below} below it is trained" + (f"; {own}" if own else "")
+        own = [c for c in changed_settings(self.config, plan.config, stage.depth) if c.key.startswith("stages.")]
+        return f"stage {below} below it is trained" + (f"; {words(own)}" if own else "")
 
     def reason(self, plan: Plan, stage: Stage, recipe: Recipe) -> str:
         """Why a stage trains: what changed since it was last trained here, or that it never was."""
@@ -115,10 +105,61 @@ class History:
         with contextlib.suppress(DamageError):
             old = plan.store.stage(last, check=False)
         if old is None:
-            text = words(changed_settings(self.config, plan.config, stage.depth))
-            return f"changed: {text}" if text else "the configuration changed since it began"
-        decided = changes(old.record["recipe"], recipe, depth=stage.depth, config=plan.config, earlier=self.config)
+            causes = self._causes(plan.config, stage, _shape)
+            return f"changed: {words(causes)}" if causes else "the configuration changed since it began"
+        decided = self._changes(old.record["recipe"], recipe, plan, stage)
         return f"changed: {words(decided)}"
+
+    def _changes(self, old: Recipe, new: Recipe, plan: Plan, stage: Stage) -> list[Change]:
+        """What decided that a recipe is another than before: keys of the configuration where one is the cause."""
+        if old.get("version") != new["version"]:
+            return [Change("the form of recipes (by an earlier version of StackWise)")]
+        config = plan.config
+        decided, followed = list[Change](), list[Change]()  # what follows is named where nothing else changed
+        for path, before, now in _differences(old, new):
+            top, _, rest = path.partition(".")
+            if top in ("forward", "settings") and _is_setting(config, rest, stage):
+                decided.append(Change(_own_key(rest, config, self.config, stage), before, now))
+            elif rest == "training.steps":  # by tokens, epochs, or a part of another stage's
+                causes = self._causes(config, stage, lambda c, s: [_budget(c, s), row_settings(c, s.rowset)])
+                decided += causes or [Change("its steps", before, now)]
+            elif top == "stage":
+                decided += self._causes(config, stage, lambda c, s: s) or [Change(f"its {rest}", before, now)]
+            elif top == "rowset":
+                causes = self._causes(config, stage, lambda c, s: [row_settings(c, s.rowset), _data(c)])
+                decided += causes
+                followed += [] if causes else [Change("the text or its masks are others")]
+            elif top in ("reads", "initial"):
+                followed.append(self._below(plan, stage, path, before, now))
+            elif top in ("order", "span", "window"):
+                followed.append(Change("its rows are others"))
+            else:
+                name = f"the {path.removeprefix('forward.')}".replace(".", " of ")
+                decided.append(Change(OTHER.get(path, name), before, now))
+        return list(dict.fromkeys(decided or followed or [Change("the recipe")]))
+
+    def _below(self, plan: Plan, stage: Stage, path: str, before: Any, now: Any) -> Change:
+        part = path.partition(".")[2]
+        if part in plan.sources and path.startswith("initial") and plan.sources[part].digest == now:
+            return Change(f"the weights that {part} starts from", before, now)
+        if not stage.depth:
+            return Change("what it starts from is another")
+        return Change(f"stage {stage.depth - 1} below it is another")
+
+    def _causes(self, config: StackWiseConfig, stage: Stage, look: Look) -> list[Change]:
+        """The changed settings each of which alone changes what `look` sees of a stage."""
+        if self.config is None:
+            return []
+        before = _looked(look, self.config, schedule(self.config), stage)
+        causes = []
+        for change in changed_settings(self.config, config, stage.depth):
+            if change not in self._alone:
+                value = config.stages if change.path == ("stages",) else change.now
+                alone = _with(self.config, change.path, value)
+                self._alone[change] = alone, _schedule(alone)
+            if _looked(look, *self._alone[change], stage) != before:
+                causes.append(change)
+        return causes
 
     def moved(self, store: Path) -> str | None:
         """That the store which stages were committed to is not the one in use; None: it is."""
@@ -132,130 +173,122 @@ class History:
 
 
 def changed_settings(earlier: StackWiseConfig | None, config: StackWiseConfig, depth: int) -> list[Change]:
-    """The settings that differ between two configurations and can shape a stage's result, by their own keys.
-
-    Args:
-        earlier: The configuration before; None where it is not known.
-        config: The configuration now.
-        depth: The stage.
-    """
+    """The settings that differ between two configurations, of single stages those of stage `depth` alone."""
     if earlier is None:
         return []
-    old, new = _flat(earlier, depth), _flat(config, depth)
-    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    return [(key, old.get(key), new.get(key)) for key in keys if not key.startswith(SHAPELESS)]
+    changes = _section_changes(earlier, config, ())
+    for name in sorted(_own_settings(earlier, depth) | _own_settings(config, depth)):
+        before, now = (getattr(c.stage_training(depth), name) for c in (earlier, config))
+        if before != now:
+            changes.append(Change(f"stages.{depth}.training.{name}", before, now, ("stages",)))
+    if (before := _own_precision(earlier, depth)) != (now := _own_precision(config, depth)):
+        changes.append(Change(f"stages.{depth}.precision", before, now, ("stages",)))
+    return changes
 
 
-def own_changes(earlier: StackWiseConfig | None, config: StackWiseConfig, depth: int) -> list[Change]:
-    """Those among `changed_settings` that are of this stage alone."""
-    return [change for change in changed_settings(earlier, config, depth) if change[0].startswith("stages.")]
-
-
-def changes(
-    old: Recipe, new: Recipe, *, depth: int, config: StackWiseConfig, earlier: StackWiseConfig | None
-) -> list[Change]:
-    """What decided that a recipe is another than the one before, as keys of the configuration where one is the cause.
-
-    Args:
-        old: The recipe that the stage had.
-        new: The one that it has now.
-        depth: The stage.
-        config: The configuration now.
-        earlier: The one before, where it is known: it alone tells what changed a stage's rows or its blocks.
-    """
-    settings = changed_settings(earlier, config, depth)
-    decided: dict[str, Change] = {}
-    followed: dict[str, Change] = {}
-    for path, before, now in _differences(old, new):
-        if path.startswith(FOLLOWS):
-            if path == "reads" or path.startswith(("initial", "reads.trunk")):
-                followed["below"] = (f"stage {depth - 1} below it is another", None, None)
-        elif path == "rowset":
-            named = [change for change in settings if change[0].startswith(ROWS)]
-            for change in named or [("the text or its masks are others", None, None)]:
-                (decided if named else followed)[change[0]] = change
-        elif path.startswith("stage."):
-            named = [change for change in settings if change[0].startswith(PARTS)]
-            for change in named or [(f"the stage's {path.removeprefix('stage.')}", before, now)]:
-                decided[change[0]] = change
-        else:
-            key, before, now = _key(path, before, now, depth, config, earlier)
-            decided[key] = (key, before, now)
-    return list((decided or followed).values())
-
-
-def words(changed: list[Change]) -> str:
+def words(changed: Sequence[Change]) -> str:
     """Changes in a line: `key: old → new`, those beyond a few counted."""
-    said = [
-        key if old is None and new is None else f"{key}: {_short(old)} → {_short(new)}" for key, old, new in changed
+    lines = [
+        change.key
+        if change.before is None and change.now is None
+        else f"{change.key}: {_short(change.before)} → {_short(change.now)}"
+        for change in changed
     ]
-    more = [f"{len(said) - SHOWN} more"] if len(said) > SHOWN else []
-    return "; ".join([*said[:SHOWN], *more])
+    more = [f"{len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "; ".join([*lines[:SHOWN], *more])
 
 
-def _key(
-    path: str, before: Any, now: Any, depth: int, config: StackWiseConfig, earlier: StackWiseConfig | None
-) -> Change:
-    if path in KEYS:
-        key = KEYS[path]
-    elif path.startswith("forward.model."):
-        key = path.removeprefix("forward.")
-    elif path.startswith("forward.corruption"):
-        key = "training.mlm_mask, mlm_random"
-    elif path == "forward.numerics":
-        key = "the version of the arithmetic"
-    elif path == "rows":
-        key = "training.mask_schedule_over"
-        before, now = "depth" if before else "time", "depth" if now else "time"
-    elif path == "seed":
-        key, before, now = "seed", _first(before), _first(now)
-    else:
-        key = path
-    name = key.removeprefix("training.")
-    if key.startswith("training.") and any(
-        each is not None and depth in each.stages and name in each.stages[depth].training.model_fields_set
-        for each in (config, earlier)
-    ):
-        key = f"stages.{depth}.{key}"
-    return key, before, now
+def _section_changes(old: Section, new: Section, path: tuple[str, ...]) -> list[Change]:
+    changes: list[Change] = []
+    for name in type(new).model_fields:
+        if not path and name in ("stages", "name"):
+            continue
+        before, now, here = getattr(old, name), getattr(new, name), (*path, name)
+        if isinstance(before, Section) and type(before) is type(now):
+            changes += _section_changes(before, now, here)
+        elif before != now:
+            changes.append(Change(".".join(here), before, now, here))
+    return changes
 
 
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and value else value
+def _own_settings(config: StackWiseConfig, depth: int) -> set[str]:
+    """The settings of training that a stage has of its own."""
+    return set(config.stages[depth].training.model_fields_set) if depth in config.stages else set()
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[Change]:
+def _own_precision(config: StackWiseConfig, depth: int) -> Any:
+    return config.stages[depth].precision if depth in config.stages else None
+
+
+def _with(config: Section, path: tuple[str, ...], value: Any) -> Any:
+    """A copy with one setting another, unchecked."""
+    name, *rest = path
+    inner = _with(getattr(config, name), tuple(rest), value) if rest else value
+    return config.model_copy(update={name: inner})
+
+
+def _schedule(config: StackWiseConfig) -> list[Stage]:
+    """The stages; none where the settings do not go together."""
+    try:
+        return schedule(config)
+    except (StackWiseError, ValueError, ZeroDivisionError, StopIteration):
+        return []
+
+
+def _looked(look: Look, config: StackWiseConfig, stages: Sequence[Stage], stage: Stage) -> Any:
+    """What `look` sees of a stage of a configuration; None where it has none such."""
+    same = next((s for s in stages if (s.depth, s.window) == (stage.depth, stage.window)), None)
+    return None if same is None else look(config, same)
+
+
+def _shape(config: StackWiseConfig, stage: Stage) -> Any:
+    """All that settings say of a stage's result."""
+    forward = [config.model.specification(), config.precision, config.objective.plain(), config.data.within_documents]
+    rows = [row_settings(config, stage.rowset), _data(config), _budget(config, stage)]
+    return [stage, stage_settings(config, stage), forward, rows, config.store.codec, config.model.init_std]
+
+
+def _data(config: StackWiseConfig) -> Any:
+    return config.data.model_dump(exclude={"cache_dir", "within_documents"})
+
+
+def _budget(config: StackWiseConfig, stage: Stage) -> Any:
+    return config.stage_training(stage.depth).model_dump(include={"steps", "tokens", "epochs_per_layer"})
+
+
+def _is_setting(config: StackWiseConfig, path: str, stage: Stage) -> bool:
+    """Whether a path is that of a setting which says the entry itself."""
+    if path == "training.steps":
+        return config.stage_training(stage.depth).steps is not None and config.training.steps is not None
+    at: Any = config
+    for name in path.split("."):
+        if isinstance(at, Kind) and name == at.tag:
+            return True
+        if not isinstance(at, Section) or name not in type(at).model_fields:
+            return isinstance(at, (dict, Kind))
+        at = getattr(at, name)
+    return True
+
+
+def _own_key(path: str, config: StackWiseConfig, earlier: StackWiseConfig | None, stage: Stage) -> str:
+    """The key of a setting: that of the single stage where this is where it was set."""
+    top, _, rest = path.partition(".")
+    own = _own_settings(config, stage.depth) | (_own_settings(earlier, stage.depth) if earlier is not None else set())
+    return f"stages.{stage.depth}.{path}" if top == "training" and rest.partition(".")[0] in own else path
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """What differs between two trees of plain data, leaf by leaf."""
-    found: list[Change] = []
+    different: list[tuple[str, Any, Any]] = []
     for key in dict.fromkeys([*old, *new]):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append((f"{prefix}{key}", a, b))
-    return found
-
-
-def _flat(config: StackWiseConfig, depth: int) -> dict[str, Any]:
-    """Every setting by its dotted key; of single stages those of this one."""
-    plain = config.model_dump(exclude={"stages"})
-    found = _leaves(plain)
-    own = config.stages.get(depth)
-    for name, value in (own.training.model_dump(exclude_unset=True) if own is not None else {}).items():
-        found[f"stages.{depth}.training.{name}"] = value
-    return found
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            found |= _leaves(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            different += _differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            different.append((f"{prefix}{key}", before, now))
+    return different
 
 
 def _short(value: Any) -> str:
-    text = "unset" if value is None else str(value)
+    text = "unset" if value is None else value.name if isinstance(value, Kind) else str(value)
     return f"{text[:21]}…" if len(text) > 24 else text

@@ -10,14 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stackwise.config import StackWiseConfig, StageTraining, StoreConfig
+from stackwise.config import StackWiseConfig, StoreConfig
 from stackwise.errors import UsageError
 from stackwise.identity import NUMERICS, Hex, content_id
+from stackwise.pipeline.device import cpu_alone
 from stackwise.pipeline.rows import stage_fractions, window_edges
-from stackwise.pipeline.schedule import Stage, block_part, drawn_and_window
+from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_part, drawn_and_window
 from stackwise.store import CODECS, default_chunk_rows
 
 Recipe = dict[str, Any]
+
+VERSION = 2
+"""Of the recipe's form: raise it when entries are named otherwise."""
 
 WINDOW_CHUNKS = 8
 """Groups of rows that are shuffled together."""
@@ -55,19 +59,24 @@ def boundary_chunk_rows(config: StackWiseConfig, rows: int) -> int:
     return min(rows, 1 << (fitting.bit_length() - 1))
 
 
-def forward_specification(config: StackWiseConfig, vocab_size: int, mask_token: int) -> dict[str, Any]:
-    """What a forward pass computes beside its weights."""
+def forward_specification(config: StackWiseConfig, vocab_size: int, mask_token: int, data: Hex) -> dict[str, Any]:
+    """What a forward pass computes beside its weights, by the keys of the configuration.
+
+    Args:
+        config: The configuration, `auto` values resolved.
+        vocab_size: Ids that the model knows.
+        mask_token: The id shown at masked positions.
+        data: Id of the prepared data, which says where documents begin.
+    """
     objective = config.objective
-    specification = {
+    shown = {"causal": objective.causal} | objective.specification(config.seed) | objective.code
+    return {
         "numerics": NUMERICS,
-        "model": config.model.specification(),
-        "vocab_size": vocab_size,
-        "causal": objective.causal,
-        "mask_token": mask_token if objective.masks else None,
         "precision": config.precision,
-        "within_documents": config.data.within_documents,
+        "model": config.model.specification() | {"vocab_size": vocab_size},
+        "data": {"within_documents": data if config.data.within_documents else False},
+        "training": {"objective": shown} | ({"mask_token_id": mask_token} if objective.masks else {}),
     }
-    return specification | objective.specification(config.seed)
 
 
 def trunk_id(forward: Mapping[str, Any], digests: list[Hex], precisions: Mapping[str, str]) -> Hex:
@@ -78,105 +87,111 @@ def trunk_id(forward: Mapping[str, Any], digests: list[Hex], precisions: Mapping
         digests: Of the parts; a block's adapters follow it.
         precisions: Of the blocks that are not held in the run's, by part.
     """
-    own = {"precisions": dict(precisions)} if precisions else {}
-    return content_id("trunk", {"forward": dict(forward), "parts": digests} | own)
+    narrow = {"precisions": dict(precisions)} if precisions else {}
+    return content_id("trunk", {"forward": dict(forward), "parts": digests} | narrow)
 
 
-def stage_recipe(
-    config: StackWiseConfig,
-    stage: Stage,
-    *,
-    forward: Mapping[str, Any],
-    rows: int,
-    rowset: Hex,
-    span: Span,
-    initial: Mapping[str, Hex | None],
-    trunk: Hex | None,
-    targets: Hex | None,
-    held_out: Hex | None = None,
-) -> Recipe:
+@dataclass(frozen=True)
+class Reads:
+    """What a stage's worker opens, by content.
+
+    Args:
+        rowset: Id of its rows.
+        rows: How many they are.
+        initial: For each part that the stage holds, the digest it starts from; None where it is fresh. For each
+            optimizer state that it takes up, its digest.
+        trunk: The id of what made the boundary that it reads; None where it reads tokens.
+        inputs: Digests of the columns that the objective needs beside tokens and masks, by name.
+        held_out: The rowset that the stage is evaluated on, where the result heeds it.
+    """
+
+    rowset: Hex
+    rows: int
+    initial: Mapping[str, Hex | None]
+    trunk: Hex | None
+    inputs: Mapping[str, Hex]
+    held_out: Hex | None = None
+
+
+def stage_recipe(config: StackWiseConfig, stage: Stage, forward: Mapping[str, Any], span: Span, reads: Reads) -> Recipe:
     """The recipe of one stage.
 
     Args:
         config: The configuration, `auto` values resolved.
         stage: The stage.
         forward: `forward_specification` of the configuration.
-        rows: Rows in the rowset.
-        rowset: Its id.
         span: Its steps.
-        initial: For each part that the stage holds, the digest it starts from; None where it is fresh. For each state
-            that it takes up, its digest.
-        trunk: The id of what the stage reads; None where it reads tokens.
-        targets: Digest of the data's own targets, where the objective uses them.
-        held_out: The rowset that the stage is evaluated on, where the result heeds it.
+        reads: What its worker opens.
     """
-    fresh = any(digest is None for digest in initial.values())
-    held = {part: stage.formats[part].plain() for part in (*stage.blocks, *stage.lookahead) if part in stage.formats}
-    windowed = stage_fractions(config, stage.depth) is not None
-    objective = config.objective.scoring()
-    if stage.causal_from is not None:
-        objective["causal_from"] = stage.causal_from
-    window: dict[str, Any] = {"window": [stage.depth, config.n_sections], "schedule": config.mask_schedule_type}
-    if config.training.mask_windows is not None:
-        window |= {"windows": config.training.mask_windows}
+    settings = stage_settings(config, stage)
+    settings["training"]["steps"] = span.steps
+    if any(digest is None for digest in reads.initial.values()):  # drawn from the seed
+        settings["model"]["init_std"] = config.model.init_std
+    if reads.trunk is not None:
+        settings["store"] = {"codec": CODECS[codec_name(config.store)].base}
     return {
+        "version": VERSION,
+        "settings": settings,
         "forward": dict(forward),
-        "training": training_recipe(config, stage) | {"steps": span.steps, "dropout": config.model.dropout},
-        "objective": objective,
-        "stage": {"blocks": [stage.first, stage.last], "trains": list(stage.trains)}
-        | ({"held": held} if held else {})
-        | ({"beyond": list(stage.lookahead)} if stage.lookahead else {})
-        | ({"unfreezes": _unfreezes(config, stage)} if stage.candidates else {}),
-        "head": {"tied": config.model.tie_embeddings, "above": config.training.tied_head},
-        "order": {"chunk_rows": order_rows(config, rows), "window_chunks": WINDOW_CHUNKS},
-        # The seed of order and dropout: two stages of one run must not draw alike.
-        "seed": [config.seed, stage.depth],
-        "rowset": rowset,
-        "rows": window if windowed else None,
-        "reads": {"trunk": trunk, "codec": CODECS[codec_name(config.store)].base} if trunk is not None else None,
-        "initial": dict(initial),
-        "fresh": {"seed": config.seed, "init_std": config.model.init_std} if fresh else None,
-        "targets": targets,
+        "stage": _plain_stage(config, stage),
+        "order": {"chunk_rows": order_rows(config, reads.rows), "window_chunks": WINDOW_CHUNKS},
+        "rowset": reads.rowset,
+        "reads": None if reads.trunk is None else {"trunk": reads.trunk},
+        "initial": dict(reads.initial),
     } | (
+        ({"inputs": dict(reads.inputs)} if reads.inputs else {})
+        | ({"held_out": reads.held_out} if reads.held_out is not None else {})
         # Which steps of the budget these are; with the window the order of rows is another.
-        ({"held_out": held_out} if held_out is not None else {})
         | ({"span": [span.first, span.until], "window": stage.window} if span.length < span.steps else {})
     )
 
 
-def _unfreezes(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
-    fusion = config.training.fusion
-    return {"sections": [list(each) for each in stage.candidates]} | fusion.model_dump(
-        include={"rounds", "probe_steps"}
-    )
+def stage_settings(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
+    """The settings that shape what a stage makes of its weights and rows, by the keys of the configuration.
 
-
-_ADDED = (
-    "block_learning_rates", "loss_scale", "ema", "eval_every", "patience", "keep_best",
-    "on_divergence", "divergence_factor", "divergence_limit", "rollback_factor",
-)  # fmt: skip
-"""Settings that are named where they differ from their default: what was trained before they were there stays."""
-
-
-def training_recipe(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
-    """The settings of a stage's training that shape its result, the budget aside."""
-    settings = config.stage_training(stage.depth)
-    values = settings.model_dump(exclude={"steps", "tokens", "epochs_per_layer"})
-    own = {str(block): rate for block, rate in sorted(settings.block_learning_rates.items())}
-    values["block_learning_rates"] = {b: own[b] for b in own if block_part(int(b)) in stage.holds}
-    if config.precision != "fp16":
-        del values["loss_scale"]
-    if not settings.heeds_held_out:
-        del values["eval_every"]
-    if settings.on_divergence == "stop":
-        del values["divergence_factor"], values["divergence_limit"]
-    if settings.on_divergence != "rollback":
-        del values["rollback_factor"]
-    defaults = StageTraining().model_dump()
-    named = {key: value for key, value in values.items() if key not in _ADDED or value != defaults[key]}
+    What has no effect on the stage is left out, so that changing it trains nothing again. The device, the number of
+    threads and the versions of libraries are not in it: they say where it is computed, and equal recipes have equal
+    results on equal machines.
+    """
+    settings, training = config.stage_training(stage.depth), config.training
+    held = {block_part(block): block for block in settings.block_learning_rates}
+    rates = {str(block): settings.block_learning_rates[block] for part, block in held.items() if part in stage.holds}
+    values = settings.specification(config.precision)
+    values["optimizer"] |= settings.optimizer.code
+    values["objective"] = config.objective.scoring() | config.objective.code
+    if rates:
+        values["block_learning_rates"] = rates
     if settings.on_divergence == "rollback":  # what a rollback goes back to
-        named["checkpoint_steps"] = config.training.checkpoint_steps
-    return named
+        values["checkpoint_steps"] = training.checkpoint_steps
+    if training.compile:  # fused kernels round otherwise
+        values["compile"] = True
+    model: dict[str, Any] = {"dropout": config.model.dropout, "tie_embeddings": config.model.tie_embeddings}
+    if config.model.tie_embeddings and HEAD in stage.trains and FRONT not in stage.trains:
+        values["tied_head"] = training.tied_head
+    if stage_fractions(config, stage.depth) is not None:  # the rows that it chooses among those of the rowset
+        values |= {"mask_schedule_over": "depth", "mask_schedule_type": config.mask_schedule_type}
+        values |= {"mask_windows": training.mask_windows}
+    if stage.candidates:
+        values["fusion"] = training.fusion.model_dump(include={"rounds", "probe_steps"})
+    result = {"seed": config.seed, "model": model, "training": values}
+    # Kernels that need not repeat bit for bit: a CPU has none.
+    repeats = config.deterministic or cpu_alone(config.device)
+    return result | ({} if repeats else {"deterministic": False})
+
+
+def _plain_stage(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
+    """What a stage holds and trains."""
+    parts = (*stage.blocks, *stage.lookahead)
+    return {
+        "depth": stage.depth,  # two stages of one run must not draw the same order and dropout
+        "blocks": [stage.first, stage.last],
+        "trains": list(stage.trains),
+        "lookahead": list(stage.lookahead),
+        "formats": {part: stage.formats[part].plain() for part in parts if part in stage.formats},
+        "candidates": [list(section) for section in stage.candidates],
+        "causal_from": stage.causal_from,
+        "sections": config.n_sections if stage_fractions(config, stage.depth) is not None else None,
+    }
 
 
 def recipe_id(recipe: Recipe) -> Hex:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,11 @@ if TYPE_CHECKING:  # torch stays out of the orchestrator
 
 HELD_OUT = -1
 """The number of the rowset that stages are evaluated on as they train: held-out samples, each at every fraction."""
+ROW_KEYS = (
+    *("rows", "steps", "batch_size", "accumulation", "min_mask_fraction", "max_mask_fraction"),
+    *("masks_per_sample", "mask_pool"),
+)
+"""Settings of training that rows and masks are drawn by."""
 SLICE = 1 << 15
 """Rows whose masks are in memory at once."""
 
@@ -123,23 +128,29 @@ def put_rows(config: StackWiseConfig, split: Samples, store: ActivationStore, ro
     return store.put_rowset(ids_R16, np.concatenate(mask_ids)), len(ids_R16)
 
 
+def row_settings(config: StackWiseConfig, rowset: int) -> dict[str, Any]:
+    """The settings that a rowset follows from, the data's aside, by the keys of the configuration."""
+    keys = {"seq_len"} if rowset == HELD_OUT else {"seq_len", *ROW_KEYS}
+    training = config.training.model_dump(include=keys)
+    settings: dict[str, Any] = {"seed": config.seed, "training": training}
+    training["objective"] = "masks" if config.objective.masks else "no masks"
+    if rowset == HELD_OUT:
+        return settings | {"evaluation": config.evaluation.model_dump(include={"fractions", "samples"})}
+    training["mask_schedule_type"] = config.mask_schedule_type
+    if config.training.steps is None and config.training.tokens is not None:
+        training["tokens"] = config.training.tokens
+    if drawn_and_window(config, rowset)[1] is not None and config.windows > 1:
+        training["windows"] = config.windows
+    return settings
+
+
 def rows_key(config: StackWiseConfig, data_id: str, rowset: int) -> str:
     """Names what a rowset follows from, so that a later run need not make it again to know its id."""
-    training = config.training.model_dump(
-        include={"seq_len", "rows", "steps", "batch_size", "accumulation", "min_mask_fraction", "max_mask_fraction"}
-        | {"masks_per_sample", "mask_pool"}
-    )
-    if rowset == HELD_OUT:
-        training = {"seq_len": config.training.seq_len}
-        training |= config.evaluation.model_dump(include={"fractions", "samples"})
-    elif config.training.steps is None and config.training.tokens is not None:
-        training["tokens"] = config.training.tokens
-    if rowset != HELD_OUT and (drawn := drawn_and_window(config, rowset))[1] is None:
-        rowset, windows = drawn[0], {}
-    else:
-        windows = {"windows": config.windows} if config.windows > 1 and rowset != HELD_OUT else {}
-    values = windows | {"training": training, "data": data_id, "objective": config.objective.name, "seed": config.seed}
-    return content_id("rows", values | {"rowset": rowset, "schedule": config.mask_schedule_type, "numerics": NUMERICS})
+    number = rowset
+    if rowset != HELD_OUT and drawn_and_window(config, rowset)[1] is None:
+        number = drawn_and_window(config, rowset)[0]  # of all windows together
+    values = {"settings": row_settings(config, rowset), "data": data_id, "rowset": number, "numerics": NUMERICS}
+    return content_id("rows", values)
 
 
 def stage_fractions(config: StackWiseConfig, depth: int) -> tuple[float, float] | None:

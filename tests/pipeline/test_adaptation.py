@@ -54,9 +54,9 @@ def test_it_starts_from_what_the_stages_came_to_and_trains_all_of_it(adapted: Pa
     assert last.record["recipe"]["initial"] == parts
     assert set(last.record["parts"]) == set(parts)
     assert not set(last.record["parts"].values()) & set(parts.values())
-    assert last.record["recipe"]["objective"] == {"name": "mask_diffusion", "causal_from": 3}
+    assert last.record["recipe"]["stage"]["causal_from"] == 3
     assert last.record["steps"] == 10
-    assert "causal_from" not in below[1].record["recipe"]["objective"]
+    assert below[1].record["recipe"]["stage"]["causal_from"] is None
 
 
 def test_the_rack_then_counts_as_causal(adapted: Path, tmp_path: Path) -> None:

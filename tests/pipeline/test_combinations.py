@@ -44,7 +44,7 @@ def over_qlora(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_fusion_over_a_qlora_trunk_trains_adapters(over_qlora: Path) -> None:
     stages = committed(over_qlora)
     assert set(stages[2].record["parts"]) == {"front", *ADAPTERS, "head"}
-    held = stages[2].record["recipe"]["stage"]["held"]
+    held = stages[2].record["recipe"]["stage"]["formats"]
     assert {held[block]["precision"] for block in ("block.0", "block.1")} == {"qlora"}
     below = stages[0].record["parts"] | stages[1].record["parts"]
     assert stages[2].record["recipe"]["initial"] == below

@@ -9,11 +9,29 @@ from typing import Any
 
 import pytest
 
+from stackwise import registry
 from stackwise.config import StackWiseConfig
+from stackwise.config.kinds import FEED_FORWARDS, OBJECTIVES, OPTIMIZERS
 from stackwise.errors import NoSpaceError, UsageError
+from stackwise.pipeline.device import cpu_alone
+from stackwise.pipeline.recipe import Reads, Span, forward_specification, stage_recipe
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
+from stackwise.pipeline.schedule import schedule
 from tests.conftest import Micro, run
+
+PLUGIN = """
+from stackwise.config.kinds import OBJECTIVES, OPTIMIZERS, Objective
+from stackwise.training.optimizers import AdamW
+
+@OPTIMIZERS.register("mine")
+class Mine(AdamW):
+    pass
+
+@OBJECTIVES.register("mine")
+class MyObjective(Objective):
+    share: float = 0.1
+"""
 
 
 def files(directory: Path) -> set[str]:
@@ -60,7 +78,7 @@ def test_of_a_new_run_nothing_is_left(micro: Micro, tmp_path: Path) -> None:
             {"training.weight_decay": 0.2, "stages": {1: {"training": {"warmup": 0.2}}}},
             [
                 ("train", "changed: training.weight_decay: 0.1 → 0.2"),
-                ("train", "stage 0 below it is trained; stages.1.training.warmup: unset → 0.2"),
+                ("train", "stage 0 below it is trained; stages.1.training.warmup: 0.05 → 0.2"),
             ],
         ),
         (
@@ -89,6 +107,75 @@ def test_the_key_that_decides_is_named(
     config = micro(training__steps=5, **{key.replace(".", "__"): value for key, value in changes.items()})
     assert foretold(config, finished) == expected
     assert files(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "trains"),
+    [
+        ("store.codec", "fp32", [1]),
+        ("training.compile", True, [0, 1]),
+        ("training.optimizer", "muon", [0, 1]),
+        ("training.optimizer", {"name": "adamw", "beta2": 0.9}, [0, 1]),
+        ("training.objective", "clm", [0, 1]),
+        ("training.objective", {"name": "mask_diffusion", "weight": "inverse_time"}, [0, 1]),
+        ("training.tied_head", "frozen", [1]),
+        ("training.lookahead", "overlap", [0, 1]),
+        ("training.seq_len", 16, [0, 1]),
+        ("model.attention", "linear", [0, 1]),
+        ("model.init_std", 0.03, [0, 1]),
+        ("data.within_documents", True, [0, 1]),
+        ("data.held_out", 0.3, [0, 1]),
+        ("precision", "bf16", [0, 1]),
+        ("seed", 1, [0, 1]),
+        # What has no effect trains nothing again.
+        ("store.codec", "bf16-zstd", []),
+        ("training.memory", 1 << 40, []),
+        ("training.patience", None, []),
+        ("training.log_every", 1, []),
+        ("model.max_seq_len", 32, []),
+        ("deterministic", False, [0, 1] if not cpu_alone("auto") else []),
+    ],
+)
+def test_each_setting_that_shapes_a_result_is_named_and_no_other_trains_again(
+    micro: Micro, finished: Path, key: str, value: Any, trains: list[int]
+) -> None:
+    config = micro(training__steps=5, **{key.replace(".", "__"): value})
+    said = foretold(config, finished)
+    assert [place for place, (action, _) in enumerate(said) if action == "train"] == trains
+    for place in trains:
+        reason = said[place][1]
+        assert key in reason or (place and reason.startswith(f"stage {place - 1} below it is trained")), reason
+
+
+def test_the_code_of_a_kind_from_outside_is_in_the_recipe(
+    micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_loaded", False)
+    for sort in (OPTIMIZERS, OBJECTIVES, FEED_FORWARDS):
+        monkeypatch.setattr(sort, "_kinds", dict(sort._kinds))
+        monkeypatch.setattr(sort, "_outside", dict(sort._outside))
+    said = []
+    for text in ("a", "b"):
+        plugin = tmp_path / f"{text}.py"
+        plugin.write_text(PLUGIN + f"# {text}\n")
+        for sort in (OPTIMIZERS, OBJECTIVES):
+            sort._kinds.pop("mine", None)
+        monkeypatch.setenv(registry.PLUGINS, str(plugin))
+        monkeypatch.setattr(registry, "_loaded", False)
+        for kind in ({"training__optimizer": "mine"}, {"training__objective": {"name": "mine", "share": 0.5}}):
+            config = micro(**kind)
+            stage = schedule(config)[0]
+            forward = forward_specification(config, 257, 256, "data")
+            reads = Reads("rows", 8, {"front": None}, None, {})
+            said.append(stage_recipe(config, stage, forward, Span(0, 5, 5), reads))
+    optimizer, objective, edited_optimizer, edited_objective = said
+    code = optimizer["settings"]["training"]["optimizer"]["code"]
+    assert code != edited_optimizer["settings"]["training"]["optimizer"]["code"]
+    mine = objective["settings"]["training"]["objective"]
+    assert mine == {"name": "mine", "share": 0.5, "code": code}, "one file has both"
+    assert mine != edited_objective["settings"]["training"]["objective"]
+    shown = objective["forward"]["training"]["objective"]
+    assert (shown["share"], shown["code"]) == (0.5, code), "it decides what is shown"
 
 
 def test_what_a_stage_was_trained_by_outlives_a_run_that_did_not_reach_it(

@@ -171,7 +171,7 @@ def test_fraction_windows_may_overlap(micro: Micro, tmp_path: Path) -> None:
     config = micro(training__mask_schedule_over="depth", training__mask_windows=windows)
     run(config, tmp_path / "run")
     recipes = [stage.record["recipe"] for stage in committed(tmp_path / "run")]
-    assert [recipe["rows"]["windows"] for recipe in recipes] == [windows, windows]
+    assert [recipe["settings"]["training"]["mask_windows"] for recipe in recipes] == [windows, windows]
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_qlora_trunk_stands_still_and_its_adapters_train_with_each_stack(qlora
     assert all(recipe["reads"] is None for recipe in recipes)
     for below, above in zip(stages, recipes[1:], strict=False):
         assert {part: above["initial"][part] for part in below.record["parts"]} == below.record["parts"]
-    assert recipes[2]["stage"]["held"]["block.0"]["precision"] == "qlora"
+    assert recipes[2]["stage"]["formats"]["block.0"]["precision"] == "qlora"
     with ActivationStore(qlora / "store", create=False) as store:
         assert not list(store.boundaries()), "the trunk changes: nothing of it is worth storing"
     tensors = load_file(str(stages[2].path("adapter.block.0")))
@@ -168,5 +168,5 @@ def test_a_trunk_in_another_format_and_above_the_new_stack(micro: Micro, tmp_pat
     run(micro(**settings), tmp_path / "run")
     stages = committed(tmp_path / "run")
     assert [set(stage.record["parts"]) for stage in stages] == [{"front", "block.1", "head"}, {"block.0"}]
-    assert stages[1].record["recipe"]["stage"]["held"] == {"block.1": {"precision": "fp8", "adapters": []}}
+    assert stages[1].record["recipe"]["stage"]["formats"] == {"block.1": {"precision": "fp8", "adapters": []}}
     assert [formats(stage) for stage in rack_of(tmp_path / "run").modules()] == [{None}, {"fp8"}]

@@ -185,7 +185,8 @@ def _planned(run: RunDirectory, store: ActivationStore) -> dict[str, Any]:
         rowset, rows, *_ = manifest.get("rowsets", {}).get(rows_key(config, data, stage.rowset), (None, None))
         written = None
         if stage.place == done and rowset is not None:  # what it stands on is committed: its boundary has an id
-            forward = forward_specification(config, manifest["vocabulary"]["size"], manifest["vocabulary"]["mask"])
+            vocabulary = manifest["vocabulary"]
+            forward = forward_specification(config, vocabulary["size"], vocabulary["mask"], data)
             trunk = trunk_id(
                 forward, [str(versions[part].digest) for part in stage.trunk], stage.precisions(stage.trunk)
             )

@@ -182,7 +182,7 @@ def recomputer(run: RunDirectory, store: ActivationStore, device: str = "auto") 
 
 def _below(rack: CommittedRack, info: BoundaryInfo) -> CommittedRack:
     """The part of a rack that made a boundary, with the weights of that time."""
-    forward = forward_specification(rack.config, rack.vocab_size, rack.mask_token)
+    forward = forward_specification(rack.config, rack.vocab_size, rack.mask_token, rack.data.id)
     for stage, versions in zip(rack.stages, rack.versions, strict=True):
         parts = stage.trunk_above
         if not all(part in versions for part in parts):

@@ -31,7 +31,15 @@ from stackwise.pipeline.build import objective_of, parts_of
 from stackwise.pipeline.device import describe, resolve_device
 from stackwise.pipeline.job import Source, StageJob
 from stackwise.pipeline.library.layers import Undescribed, check_layers, identity, named, probe
-from stackwise.pipeline.recipe import codec_name, forward_specification, recipe_id, stage_recipe, stage_span, trunk_id
+from stackwise.pipeline.recipe import (
+    Reads,
+    codec_name,
+    forward_specification,
+    recipe_id,
+    stage_recipe,
+    stage_span,
+    trunk_id,
+)
 from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.pipeline.schedule import HEAD, Stage, schedule
 from stackwise.pipeline.worker.boundary import write_above
@@ -186,17 +194,9 @@ class _Stages:
         below, through = self._forward(stage.first), self._forward(stage.last + 1)
         trunk = trunk_id(below, [self.digests[p] for p in stage.trunk], {}) if stage.reads_boundary else None
         span = stage_span(config, stage, rows)
-        recipe = stage_recipe(
-            config,
-            stage,
-            forward=through,
-            rows=rows,
-            rowset=rowset,
-            span=span,
-            initial=initial,
-            trunk=trunk,
-            targets=self.data.targets_digest() if "targets" in config.objective.inputs else None,
-        )
+        targets = self.data.targets_digest() if "targets" in config.objective.inputs else None
+        reads = Reads(rowset, rows, initial, trunk, {} if targets is None else {"targets": targets})
+        recipe = stage_recipe(config, stage, through, span, reads)
         job = StageJob(
             config=dump(config),
             stage=stage,
@@ -238,7 +238,7 @@ class _Stages:
 
     def _forward(self, layers: int) -> dict[str, Any]:
         """The forward specification of the front and so many layers, each by what identifies it."""
-        return {**forward_specification(self.config, *self.vocabulary), "layers": self.code[: layers + 1]}
+        return {**forward_specification(self.config, *self.vocabulary, ""), "layers": self.code[: layers + 1]}
 
     def _model(self, stage: Stage) -> StageModel:
         config, front = self.config, self.front
