@@ -14,7 +14,7 @@ from stackwise import words
 from stackwise.config import StackWiseConfig
 from stackwise.errors import NoSpaceError
 from stackwise.pipeline.device import describe
-from stackwise.pipeline.fit import stage_memory
+from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.recipe import codec_name
 from stackwise.pipeline.schedule import HEAD, Stage, block_part
 from stackwise.store import CODECS
@@ -74,7 +74,7 @@ class Setting:
             NoSpaceError: The boundaries do not fit on the disk.
         """
         training = self.config.training
-        need, there = stage_memory(self.config, self.vocab_size, self.stage), free_memory(self.device)
+        need, there = Estimate(self.config, self.vocab_size, self.stage).memory, free_memory(self.device)
         if need > there:
             raise refuse(
                 f"a stage of {words.plural(self.blocks, 'block')}, {training.batch_size} x {training.seq_len} tokens, "

@@ -16,21 +16,12 @@ from stackwise.data import PreparedData
 from stackwise.errors import NoSpaceError, UsageError
 from stackwise.identity import content_id
 from stackwise.pipeline.decisions import Decision, separate_traffic, traffic_of
-from stackwise.pipeline.fit import (
-    RECORD_BYTES,
-    WEIGHT_BYTES,
-    committed_bytes,
-    in_bytes,
-    part_parameters,
-    stage_memory,
-    state_bytes,
-    swap_of,
-    trained_parameters,
-)
+from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, Estimate, committed_bytes
 from stackwise.pipeline.plan import Plan, check_data
 from stackwise.pipeline.recipe import WINDOW_CHUNKS, boundary_bytes, order_rows, stage_steps, whole_boundary
 from stackwise.pipeline.rows import HELD_OUT, choose_samples, drawn_rows
 from stackwise.pipeline.schedule import Stage, schedule
+from stackwise.words import size as in_bytes
 
 KEY = "training.windows"
 
@@ -45,7 +36,9 @@ def below_memory(plan: Plan, stage: Stage) -> int:
         return 0
     config, model = plan.config, plan.config.model
     parts = [(part, other) for other in below for part in other.forward_parts]
-    weights = WEIGHT_BYTES * sum(part_parameters(config, plan.vocabulary.size, part, other) for part, other in parts)
+    weights = WEIGHT_BYTES * sum(
+        Estimate(config, plan.vocabulary.size, other).parameters(part) for part, other in parts
+    )
     positions, size = config.row_positions, 4 if config.precision == "fp32" else 2
     in_hand = max(1, 8192 // config.training.seq_len) * positions * (4 * model.d_model + 3 * model.ffn_width) * size
     rows = plan.rowset(stage.rowset)[1]
@@ -73,6 +66,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
     """
     config, size = plan.config, plan.vocabulary.size
     todo = [decision.stage for decision in decisions]
+    estimates = [Estimate(config, size, stage) for stage in todo]
     kept = [stage for stage in todo if stage.reads_boundary or plan.writes_above(stage)] if config.windows > 1 else todo
     rows = max((plan.rowset(stage.rowset)[1] for stage in kept), default=0)
     boundary = boundary_bytes(config, rows)
@@ -84,7 +78,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
     )
     present = sum(info.disk_bytes for info in plan.store.boundaries())
     boundaries = max(0, boundary * live - present) if todo else 0
-    weights = sum(trained_parameters(config, size, stage) for stage in todo) * WEIGHT_BYTES
+    weights = sum(estimate.trained_parameters for estimate in estimates) * WEIGHT_BYTES
     allowed = config.store.max_bytes
     if todo and config.windows > 1:
         weights = committed_bytes(config, size, plan.drawn(todo[0]))
@@ -92,19 +86,19 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
         boundary = whole_boundary(config, rows)
     total = psutil.virtual_memory().total
     limit = min(plan.memory or total, config.training.memory or total)
-    swaps = {stage.depth: swap_of(config, size, stage, plan.memory or total) for stage in todo}
+    swaps = {estimate.stage.depth: estimate.swap(plan.memory or total) for estimate in estimates}
     swapped = {depth: swap for depth, swap in swaps.items() if swap is not None}
-    resident = [stage for stage in todo if stage.depth not in swapped]
+    resident = [estimate for estimate in estimates if estimate.stage.depth not in swapped]
     # One more than are kept is written before the oldest goes.
     checkpoints = max(
-        3 * max((state_bytes(config, size, stage, gradients=False) for stage in resident), default=0),
+        3 * max((estimate.state_bytes(gradients=False) for estimate in resident), default=0),
         max((swap.disk for swap in swapped.values()), default=0),
     )
     needed = boundaries + weights + checkpoints
     free = shutil.disk_usage(next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())).free
-    taken = [stage_memory(config, size, stage) + below_memory(plan, stage) for stage in resident]
+    taken = [estimate.memory + below_memory(plan, estimate.stage) for estimate in resident]
     taken += [swapped[stage.depth].memory + below_memory(plan, stage) for stage in todo if stage.depth in swapped]
-    state = max((state_bytes(config, size, stage, gradients=True) for stage in resident), default=0)
+    state = max((estimate.state_bytes(gradients=True) for estimate in resident), default=0)
     if needed > free:
         raise NoSpaceError(
             f"the run needs {in_bytes(needed)} of disk ({in_bytes(boundaries)} of them boundaries) and "
@@ -237,5 +231,6 @@ def boundary_budget(plan: Plan, stage: Stage) -> int | None:
     if limit is None or config.windows == 1:
         return limit
     size = plan.vocabulary.size
-    present = int(plan.store.usage()["stages"]) + state_bytes(config, size, stage, gradients=False) + RECORD_BYTES
+    state = Estimate(config, size, stage).state_bytes(gradients=False)
+    present = int(plan.store.usage()["stages"]) + state + RECORD_BYTES
     return max(0, limit - max(present, committed_bytes(config, size, plan.drawn(stage))))

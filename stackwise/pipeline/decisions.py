@@ -16,7 +16,7 @@ from typing import Any, Literal
 from stackwise.config import StackWiseConfig
 from stackwise.errors import DamageError
 from stackwise.identity import content_id
-from stackwise.pipeline.fit import files_bytes
+from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.job import Source, Versions, add_versions, needed, produced, pruned, start
 from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.reasons import History
@@ -195,7 +195,7 @@ def decide(
             dict(versions),
             frozenset(lost_weights(plan, stage, versions)) if trains else frozenset(),
             plan.steps(stage),
-            files_bytes(plan.config, plan.vocabulary.size, stage),
+            Estimate(plan.config, plan.vocabulary.size, stage).files_bytes,
             meter.train(stage) if trains else Traffic(),
         )
         if trains or committed is None:

@@ -13,7 +13,7 @@ from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.loading import build, dump, parse_yaml
 from stackwise.identity import content_id
 from stackwise.pipeline.device import Memory, is_out_of_memory, memory
-from stackwise.pipeline.fit import largest_phase, memory_parts
+from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.schedule import Stage, schedule
 
 if TYPE_CHECKING:
@@ -61,10 +61,10 @@ class TrialJob:
 def wanted(config: StackWiseConfig) -> dict[str, Stage]:
     """The keys that are `auto`, each with the stage to try: the largest of those that it holds for."""
     size = config.model.vocab_size or 4096
-    stages = [largest_phase(config, size, stage) for stage in schedule(config)]
+    stages = [Estimate(config, size, stage).largest_phase.stage for stage in schedule(config)]
 
     def takes(stage: Stage) -> float:
-        return sum(memory_parts(config, size, stage))
+        return sum(Estimate(config, size, stage).memory_parts())
 
     own = {k for k, each in config.stages.items() if "batch_size" in each.training.model_fields_set}
     rest = [stage for stage in stages if stage.depth not in own]

@@ -15,7 +15,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.notes import notes
 from stackwise.config.training import FusionConfig
 from stackwise.errors import ConfigError, StackWiseError
-from stackwise.pipeline.fit import stage_memory, state_bytes, swap_of
+from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.schedule import schedule
@@ -140,10 +140,11 @@ def test_a_section_at_a_time_is_in_memory_as_one_that_trains(micro: Micro) -> No
         ("front", "block.0", "head"),
         ("block.1", "head"),
     ]
-    most = max(stage_memory(adaptive, 258, section) for section in sections)
-    assert stage_memory(adaptive, 258, stage) == most < stage_memory(whole, 258, all_of_it)
-    assert state_bytes(adaptive, 258, stage, gradients=True) < state_bytes(whole, 258, all_of_it, gradients=True)
-    swap, swapped = (swap_of(c, 258, s, 1 << 27) for c, s in ((adaptive, stage), (whole, all_of_it)))
+    most = max(Estimate(adaptive, 258, section).memory for section in sections)
+    of_stage, of_all = Estimate(adaptive, 258, stage), Estimate(whole, 258, all_of_it)
+    assert of_stage.memory == most < of_all.memory
+    assert of_stage.state_bytes(gradients=True) < of_all.state_bytes(gradients=True)
+    swap, swapped = of_stage.swap(1 << 27), of_all.swap(1 << 27)
     assert swap is None or (swapped is not None and swap.memory <= swapped.memory)
 
 

@@ -14,7 +14,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.model import build_block
 from stackwise.pipeline.committed.generate import Sampling, generate
 from stackwise.pipeline.committed.load import load_rack
-from stackwise.pipeline.fit import memory_parts
+from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import schedule
 from stackwise.store import ActivationStore
@@ -117,7 +117,7 @@ def test_with_time_as_depth_every_stage_is_evaluated_at_all_fractions(micro: Mic
     ids=str,
 )
 def test_what_a_block_keeps_for_its_backward_pass_is_known(model: dict[str, Any]) -> None:
-    """The bytes of a row in `stage_memory` are those that autograd saves, within 10%."""
+    """The bytes of a row in the estimate are those that autograd saves, within 10%."""
     shape = {"precision": "fp32", "model.d_model": 256, "model.n_heads": 8, "training.seq_len": 128}
     config = StackWiseConfig.from_preset("micro", shape | {f"model.{key}": value for key, value in model.items()})
     block, rows = build_block(config.model, 0, 0), 4
@@ -132,4 +132,4 @@ def test_what_a_block_keeps_for_its_backward_pass_is_known(model: dict[str, Any]
         x = block(torch.randn(rows, 128, 256, requires_grad=True), causal=False, segments_BS=None)
     taken = sum(tensor.untyped_storage().nbytes() for at, tensor in saved.items() if at not in own)
     assert x.shape == (rows, 128, 256)
-    assert memory_parts(config, 258, schedule(config)[1])[1] == pytest.approx(taken / rows, rel=0.1)
+    assert Estimate(config, 258, schedule(config)[1]).memory_parts()[1] == pytest.approx(taken / rows, rel=0.1)

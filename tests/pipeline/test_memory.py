@@ -15,7 +15,7 @@ import pytest
 
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.device import is_out_of_memory, memory
-from stackwise.pipeline.fit import stage_memory
+from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.runner.sizes import SAFETY, oom_advice
 from stackwise.pipeline.schedule import schedule
 
@@ -73,12 +73,12 @@ def test_each_change_fits_alone(batch: int, length: int, gigabytes: float, expec
     changes |= {"training.seq_len": length, "model.max_seq_len": 8192}
     config = StackWiseConfig.from_preset("gpt2-small", {**changes, "precision": "fp32"})
     stage, limit = schedule(config)[1], int(gigabytes * 10**9)
-    assert stage_memory(config, 50_000, stage) > SAFETY * limit
+    assert Estimate(config, 50_000, stage).memory > SAFETY * limit
     said = oom_advice(config, 50_000, stage, {"limit": limit, "base": 0, "peak": limit // 2, "what": "GPU memory"})
     assert expected in said, said
     for key, value in re.findall(r"(training\.\w+): \d+ → (\d+)", said):
         config = StackWiseConfig.from_preset("gpt2-small", {**changes, "precision": "fp32", key: int(value)})
-        assert stage_memory(config, 50_000, schedule(config)[1]) <= SAFETY * limit, key
+        assert Estimate(config, 50_000, schedule(config)[1]).memory <= SAFETY * limit, key
         assert changes.get(key, 0) % int(value) == 0 or key == "training.block_size"
 
 

@@ -13,7 +13,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build, dump, parse_yaml
 from stackwise.config.notes import notes
 from stackwise.errors import ConfigError
-from stackwise.pipeline.fit import SHARE, stage_memory
+from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.runner.sizes import largest_fitting, sizes, try_sizes
@@ -90,7 +90,7 @@ def test_a_small_run_that_is_finished_is_not_done_again(micro: Micro, tmp_path: 
 def test_memory_bounds_the_sizes(micro: Micro) -> None:
     config = micro(**AUTO, model__architecture__n_stacks=12, model__d_model=512)
     given = micro(**SMALL, training__block_size=5, model__architecture__n_stacks=12, model__d_model=512)
-    taken = max(stage_memory(given, 258, stage) for stage in schedule(given))
+    taken = max(Estimate(given, 258, stage).memory for stage in schedule(given))
     memory = round(taken / SHARE) + 1
     assert largest_fitting(config, 258, memory) == 5
     assert sizes(config, 258, "data", "cpu", memory).candidates == [1, 2, 4, 5]

@@ -10,7 +10,7 @@ import pytest
 
 from stackwise.config.loading import dump
 from stackwise.config.notes import notes
-from stackwise.pipeline.fit import swap_of
+from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import Micro, run
 from tests.pipeline.storm import kill_worker
@@ -51,17 +51,17 @@ def test_swapped_and_resident_are_the_same(micro: Micro, tmp_path: Path, mode: d
 def test_auto_swaps_what_does_not_fit(micro: Micro) -> None:
     config = micro(training__mode="end_to_end", model__architecture__n_stacks=16, model__d_model=512)
     (stage,) = schedule(config)
-    assert swap_of(config, 258, stage, 1 << 40) is None
-    swaps = [swap_of(config, 258, stage, memory) for memory in (1 << 30, 1 << 29, 1 << 20)]
+    assert Estimate(config, 258, stage).swap(1 << 40) is None
+    swaps = [Estimate(config, 258, stage).swap(memory) for memory in (1 << 30, 1 << 29, 1 << 20)]
     groups = [swap.groups for swap in swaps if swap is not None]
     assert groups == sorted(groups)
     assert 1 < groups[0] < groups[-1] == 16
     assert swaps[0] is not None
     assert swaps[0].memory <= 1 << 30
     config.training.memory = 1 << 29
-    assert swap_of(config, 258, stage, 1 << 40) == swaps[1]
+    assert Estimate(config, 258, stage).swap(1 << 40) == swaps[1]
     config.training.swap = "never"
-    assert swap_of(config, 258, stage, 1 << 20) is None
+    assert Estimate(config, 258, stage).swap(1 << 20) is None
     config.training.swap_parts = 3
     assert any("swap_parts" in line for line in notes(config))
 

@@ -28,8 +28,8 @@ from stackwise.identity import content_id
 from stackwise.pipeline.batch.grid import Combination
 from stackwise.pipeline.costs import boundaries_bytes, settle_windows
 from stackwise.pipeline.decisions import Decision, preview
+from stackwise.pipeline.estimate import RECORD_BYTES
 from stackwise.pipeline.events import Event, Observer
-from stackwise.pipeline.fit import RECORD_BYTES, in_bytes
 from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.run import RunDirectory, status, with_absolute_paths
 from stackwise.pipeline.runner.runner import Runner
@@ -37,6 +37,7 @@ from stackwise.pipeline.runner.workers import Worker
 from stackwise.pipeline.schedule import Stage
 from stackwise.pipeline.tracking.trackers import check_installed
 from stackwise.store import ActivationStore
+from stackwise.words import size as in_bytes
 
 Watch = Callable[["Combination"], contextlib.AbstractContextManager[Observer]]
 

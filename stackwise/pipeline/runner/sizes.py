@@ -19,8 +19,8 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.schema import StoreConfig, TrackingConfig
 from stackwise.config.training import FusionConfig
 from stackwise.identity import NUMERICS, content_id
+from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.events import Emit, Event, Observer
-from stackwise.pipeline.fit import SHARE, memory_parts, stage_memory
 from stackwise.pipeline.schedule import Stage, schedule
 from stackwise.words import size as in_bytes
 
@@ -74,7 +74,7 @@ def largest_fitting(config: StackWiseConfig, vocab_size: int, memory: int) -> in
     for size in range(1, config.model.n_blocks + 1):
         config.training.block_size = size
         stages = schedule(config)[: config.n_sections]
-        if max(stage_memory(config, vocab_size, stage) for stage in stages) > SHARE * memory:
+        if max(Estimate(config, vocab_size, stage).memory for stage in stages) > SHARE * memory:
             break
         largest = size
     return largest
@@ -146,7 +146,7 @@ def oom_advice(config: StackWiseConfig, vocab_size: int, stage: Stage, measured:
             much that grows is aimed at.
     """
     settings = config.stage_training(stage.depth)
-    fixed, row = memory_parts(config, vocab_size, stage)
+    fixed, row = Estimate(config, vocab_size, stage).memory_parts()
     row *= GROWTH
     if measured is not None:
         limit, base = measured["limit"], measured["base"]
@@ -179,8 +179,8 @@ def oom_advice(config: StackWiseConfig, vocab_size: int, stage: Stage, measured:
 def _fewer_blocks(config: StackWiseConfig, vocab_size: int, stage: Stage, growing: float, room: float) -> list[str]:
     """The stage with fewer blocks, where that is enough."""
     blocks = stage.last - stage.first + 1
-    ends, _ = memory_parts(config, vocab_size, stage, blocks=0)
-    whole, _ = memory_parts(config, vocab_size, stage)
+    estimate = Estimate(config, vocab_size, stage)
+    (ends, _), (whole, _) = estimate.memory_parts(0), estimate.memory_parts()
     one = (whole - ends + growing) / blocks
     fewer = min(blocks - 1, math.floor((room - ends) / one))
     if fewer < 1:

@@ -20,8 +20,8 @@ from stackwise.durable import is_locked
 from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
 from stackwise.files import open_regular
 from stackwise.pipeline.device import describe, killed_for_memory, python_command
+from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.events import Event, Observer
-from stackwise.pipeline.fit import state_bytes
 from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.runner.sizes import oom_advice
 from stackwise.pipeline.worker import forking
@@ -334,7 +334,8 @@ class WorkerPool:
         self._spare = None
         if self.limit is not None:
             saves = stage is not None and stage.train
-            size = state_bytes(self._config, stage.vocab_size, stage.stage, gradients=False) if stage and saves else 0
+            estimate = Estimate(self._config, stage.vocab_size, stage.stage) if stage and saves else None
+            size = estimate.state_bytes(gradients=False) if estimate else 0
             self.limit.begin(size)
         events = []
         try:

@@ -31,7 +31,7 @@ from stackwise.pipeline.committed.generate import generate
 from stackwise.pipeline.committed.load import load_rack
 from stackwise.pipeline.committed.use import evaluate_rack, export_rack
 from stackwise.pipeline.device import describe, make_deterministic
-from stackwise.pipeline.fit import swap_of
+from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.rows import HELD_OUT, choose_samples
 from stackwise.pipeline.run import RunDirectory
@@ -72,7 +72,7 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
             context = replace(context, held_out=_feed(job, config, store, entering_it, HELD_OUT))
         if job.train and job.stage.candidates:
             fuse_stage(context)
-        elif swap_of(config, job.vocab_size, job.stage, int(describe(device)["memory"])) is None:
+        elif Estimate(config, job.vocab_size, job.stage).swap(int(describe(device)["memory"])) is None:
             _run_resident(context)
         else:
             _run_swapped(context)
@@ -110,7 +110,7 @@ def _run_swapped(context: StageContext) -> None:
     if job.writes or job.writes_held_out:
         committed = context.store.stage(job.recipe_id) if job.train else None
         parts = JobParts(job, config, committed_sources(job, committed))
-        swap = swap_of(config, job.vocab_size, job.stage, int(describe(device)["memory"]))
+        swap = Estimate(config, job.vocab_size, job.stage).swap(int(describe(device)["memory"]))
         assert swap is not None, "a stage that is swapped"
         row_bytes = 4 * config.row_positions * config.model.d_model
         outputs = partial(grouped_outputs, parts, swap.groups, row_bytes=row_bytes, memory=swap.boundaries)

@@ -18,7 +18,7 @@ from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.model import part_digest
 from stackwise.pipeline.build import JobParts, load_part, part_state, parts_of, save_part, stage_model
 from stackwise.pipeline.device import describe, peak_memory
-from stackwise.pipeline.fit import swap_of
+from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.job import StageJob
 from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows
 from stackwise.pipeline.rows import stage_rows
@@ -48,7 +48,7 @@ def train_stage(context: StageContext, model: StageModel) -> None:
 def engine_of(context: StageContext) -> Iterator[Engine]:
     """The engine of the job's stage: in memory, or swapped where it does not fit."""
     job, config = context.job, context.config
-    swap = swap_of(config, job.vocab_size, job.stage, int(describe(context.device)["memory"]))
+    swap = Estimate(config, job.vocab_size, job.stage).swap(int(describe(context.device)["memory"]))
     if swap is None:
         yield _resident(context, stage_model(job, config).to(context.device))
         return

@@ -1,0 +1,190 @@
+"""What a stage takes: parameters, memory while it trains, bytes once it is committed; and how it is swapped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.precision import BITS, FORMATS
+from stackwise.pipeline.recipe import stage_steps
+from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, schedule
+
+WEIGHT_BYTES = 4
+"""Of a weight in training."""
+
+LOSS_BYTES = 3 * (32 << 20)
+"""Of the loss: a slice of logits, its gradient and what makes it."""
+
+RECORD_BYTES, FILE_BYTES, STEP_BYTES = 6 << 10, 4 << 10, 32
+"""Of a committed stage beside its weights, about: its record, the head of each file, and of each step in the record."""
+
+SHARE = 0.9
+"""Of the memory: what a stage may take of it."""
+
+
+@dataclass(frozen=True)
+class Swap:
+    """How a stage that does not fit is swapped.
+
+    Args:
+        groups: Groups that its blocks take turns in.
+        boundaries: Bytes of a step's boundaries that stay in memory.
+        memory: About the bytes that it takes, boundaries included.
+        disk: About the bytes of disk: weights, moments and gradients, and what is left of a step's boundaries.
+    """
+
+    groups: int
+    boundaries: int
+    memory: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage takes. The kinds of its model and its optimizer say what they take themselves.
+
+    Args:
+        config: The configuration.
+        vocab_size: Ids that the model knows.
+        stage: The stage.
+    """
+
+    config: StackWiseConfig
+    vocab_size: int
+    stage: Stage
+
+    def parameters(self, part: str) -> int:
+        """Parameters of a part."""
+        config, model, stage = self.config, self.config.model, self.stage
+        if part.startswith(ADAPTER):
+            sides = model.attention.adapter_parameters(model) + model.ffn.adapter_parameters(model)
+            return sides * sum(size.rank for size in stage.format(part.removeprefix(ADAPTER)).adapters)
+        if part == FRONT:
+            positions = (model.max_seq_len or config.training.seq_len) if model.positions == "learned" else 0
+            return (self.vocab_size + positions) * model.d_model + model.time_parameters
+        if part == HEAD:
+            shared = model.tie_embeddings and (FRONT in stage.trains or config.training.tied_head == "frozen")
+            return model.d_model + (0 if shared else self.vocab_size * model.d_model)
+        return model.block_parameters
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters that the stage trains."""
+        return sum(self.parameters(part) for part in self.stage.trains)
+
+    @property
+    def largest_phase(self) -> Estimate:
+        """Of a stage that unfreezes one section at a time, what it is with the largest of them; else the same."""
+        phases = [replace(self, stage=self.stage.unfreezing(*section)) for section in self.stage.candidates]
+        return max(phases, key=lambda phase: phase._state_bytes(True) + phase.frozen_bytes, default=self)
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of the weights that it holds and does not train; packed where they are in a narrow format."""
+        total = 0.0
+        for part in set(self.stage.holds) - set(self.stage.trains):
+            form = FORMATS.get(self.stage.format(part).precision)
+            total += self.parameters(part) * (BITS[form] / 8 if form else WEIGHT_BYTES)
+        return round(total)
+
+    def state_bytes(self, *, gradients: bool) -> int:
+        """Bytes of what it trains and its optimizer state (as a checkpoint holds them), with or without gradients."""
+        return self.largest_phase._state_bytes(gradients)
+
+    def _state_bytes(self, gradients: bool) -> int:
+        settings, trained = self.config.stage_training(self.stage.depth), self.trained_parameters
+        blocks = sum(part not in (FRONT, HEAD) and not part.startswith(ADAPTER) for part in self.stage.trains)
+        blocks *= self.config.model.block_parameters
+        moments = settings.optimizer.state_bytes(blocks, trained - blocks)
+        return (WEIGHT_BYTES * (1 + gradients + bool(settings.ema))) * trained + moments
+
+    @property
+    def files_bytes(self) -> int:
+        """Bytes that its weights and optimizer state take at most once it is committed."""
+        frozen = self.frozen_bytes if self.stage.commits_frozen else 0
+        files = FILE_BYTES * (1 + 2 * len(self.stage.trains) + len(self.stage.commits_frozen))
+        return self.state_bytes(gradients=False) + frozen + files
+
+    @property
+    def memory(self) -> int:
+        """About the bytes that training it takes: its state, and the activations of one microbatch.
+
+        What a block keeps for its backward pass, in numbers a token, is what its attention and feed-forward say
+        (`kept`), after Korthikanti et al. (arXiv 2205.05198, section 4.1), without the attention matrix, which fused
+        attention does not keep. Autocast adds a 16-bit copy of every matrix in use. The loss keeps no logits beyond a
+        slice.
+        """
+        fixed, row = self.memory_parts()
+        return int(fixed + self.config.stage_training(self.stage.depth).batch_size * row)
+
+    def memory_parts(self, blocks: int | None = None) -> tuple[float, float]:
+        """The terms of `memory`: bytes whatever the batch is, and bytes of each of its rows.
+
+        Args:
+            blocks: Blocks of the stage; None: its own.
+        """
+        phase = self.largest_phase
+        config, model, stage = self.config, self.config.model, phase.stage
+        half = config.precision in ("bf16", "fp16")
+        present = stage.last - stage.first + 1
+        blocks = present if blocks is None else blocks
+        state = phase._state_bytes(True)
+        state -= round((present - blocks) * state / max(1, phase.trained_parameters) * model.block_parameters)
+        blocks += len(stage.lookahead)
+        copies = 2 * blocks * model.block_parameters if half else 0
+        kept = model.attention.kept(model) + model.ffn.kept(model)
+        fixed = state + phase.frozen_bytes + copies + LOSS_BYTES
+        return fixed, config.row_positions * blocks * kept * (2 if half else 4)
+
+    def swap(self, memory: int) -> Swap | None:
+        """How it is swapped; None where it is resident. It decides nothing about the result.
+
+        The largest of its groups is in memory three times over: one being written, one computing, one being read.
+
+        Args:
+            memory: Bytes of the device, or on a CPU of the machine; `training.memory` comes before it.
+        """
+        phase = self.largest_phase
+        config, stage = self.config, phase.stage
+        training, settings = config.training, config.stage_training(stage.depth)
+        limit = min(memory, training.memory or memory)
+        fits = phase.memory <= SHARE * limit
+        goes_back = settings.on_divergence == "rollback" or settings.keep_best  # which takes weights of earlier steps
+        if training.swap == "never" or (training.swap == "auto" and (fits or goes_back)):
+            return None
+        block = config.model.block_parameters
+        state = phase._state_bytes(True)
+        per_parameter = state / phase.trained_parameters
+        ends = max(phase.parameters(part) for part in stage.holds if part in (FRONT, HEAD))
+        most = len((*stage.blocks, *stage.lookahead))
+        copies = 0 if config.precision == "fp32" else 2 * block
+        activations = settings.batch_size * phase.memory_parts()[1] / most + copies
+
+        def taken(groups: int) -> int:
+            blocks = -(-most // groups)
+            return round(3 * per_parameter * max(ends, blocks * block) + blocks * activations) + LOSS_BYTES
+
+        room = SHARE * limit - limit // 4
+        groups = training.swap_parts or next((n for n in range(1, most) if taken(n) <= room), most)
+        groups = min(groups, most)
+        tokens = settings.batch_size * settings.accumulation * config.row_positions
+        step = tokens * config.model.d_model * (4 if config.precision == "fp32" else 2) * (groups + 3)
+        kept = min(limit // 4, step)
+        disk = state + round(per_parameter * max(ends, block)) + step - kept
+        return Swap(groups, limit // 4, taken(groups) + kept, disk)
+
+
+def committed_bytes(config: StackWiseConfig, vocab_size: int, drawn: int, *, windows: int | None = None) -> int:
+    """Bytes that committed stages take at most: each one's weights and optimizer state, and those of one more.
+
+    Args:
+        config: The configuration.
+        vocab_size: Ids that the model knows.
+        drawn: Rows of all windows together.
+        windows: How many there are; None: as configured.
+    """
+    windows = config.windows if windows is None else windows
+    stages = {stage.depth: stage for stage in schedule(config)}.values()
+    sizes = [Estimate(config, vocab_size, stage).files_bytes for stage in stages]
+    records = sum(windows * RECORD_BYTES + STEP_BYTES * stage_steps(config, stage.depth, drawn) for stage in stages)
+    return sum(sizes) + max(sizes) + records
