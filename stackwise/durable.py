@@ -11,8 +11,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -94,7 +92,7 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         NoSpaceError: The disk is full; `path` is as it was.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}-{path.name}")
     with explain_full_disk(path):
         try:
             write(temporary)
@@ -173,7 +171,7 @@ class FileLock:
         if not self.shared:
             os.ftruncate(fd, 0)
             try:
-                os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                os.pwrite(fd, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
             except OSError as error:
                 if not is_full_disk(error):  # without the name it is a lock all the same: freeing space takes it, too
                     self.release()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent / "stackwise"
 FLOORS = [
     {"errors", "identity", "version"},
     {"files", "text", "words"},
-    {"durable", "registry", "batch"},
+    {"durable", "registry", "batch", "shapes"},
     {"config"},
     {"store", "data", "model", "objectives"},
     {"training", "evaluation", "inference"},

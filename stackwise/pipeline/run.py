@@ -10,27 +10,120 @@ RUN/logs/              what workers print
 RUN/jobs.json, jobs/   the jobs of a batch system, and what each said of itself
 RUN/evaluation.json    held-out results
 RUN/store/             the store, unless `store.path` says otherwise
+
+The directory may be a copy from elsewhere: what is read from it is checked here (`shapes.py`), and it is written into
+only where its entries are files and directories of its own. `status` costs what reading the manifest costs: whatever
+needs more than that imports it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from stackwise import durable
-from stackwise.config import StackWiseConfig
+from stackwise import durable, shapes
 from stackwise.durable import FileLock
 from stackwise.errors import NotFound, UsageError
-from stackwise.store import ActivationStore
+from stackwise.files import irregular, open_to_write, read_json
+from stackwise.shapes import (
+    array,
+    array_of,
+    check_shape,
+    count,
+    hex_id,
+    integer,
+    mapping,
+    number,
+    optional,
+    record,
+    text,
+)
 
 if TYPE_CHECKING:
+    from stackwise.config import StackWiseConfig
     from stackwise.pipeline.schedule import Stage
+    from stackwise.store import ActivationStore
 
 FORMAT = 1
 PREPARING = "preparing"
 """In the manifest of a run that has no plan yet: `phase`, `done` of `total`, and what it `failed` by."""
+FILES = ("stackwise.yaml", "run.json", "events.jsonl", "evaluation.json", "report.html", "jobs.json", "run.lock")
+DIRECTORIES = ("logs", "tracking", "tensorboard", "checkpoints", "jobs", "export", "wandb")
+LINKED = ("jobs", "wandb")
+"""Directories in which packages make links of their own: submitit under `logs`, and W&B."""
+STATES = ("pending", "running", "done", "failed", "interrupted")
+JOB_STATES = ("submitted", "running", "done", "failed", "interrupted", "not run")
+
+_STAGE = {
+    "depth": count,
+    "window": count,
+    "blocks": array(count, count),
+    "state": shapes.one_of(*STATES),
+    "step": optional(count),
+    "steps": count,
+    "loss": optional(number),
+    "trunk": optional(hex_id),
+    "weights": optional(hex_id),
+    "recipe": optional(hex_id),
+    "reason": optional(text),
+    "wait_fraction": optional(number),
+    "peak_memory_bytes": optional(count),
+}
+STATUS_KEYS = tuple(_STAGE)
+_FIGURES = {"loss": mapping(optional(number)), "accuracy": mapping(optional(number))}
+_SCORES = {"bits_per_byte": optional(number), "bits_per_byte_error": optional(number), "bytes": count, "depth": count}
+_SCORES |= {"tokens": count, "samples": count, "likelihood": text}
+_EVALUATION = record(
+    {"loss": _FIGURES["loss"], "tokens": count},
+    {
+        **_FIGURES,
+        **_SCORES,
+        "stages": array_of(record({}, {**_FIGURES, **_SCORES})),
+        "baselines": mapping(record({}, {**_FIGURES, **_SCORES})),
+    },
+)
+_FILL = record({"before": text, "after": text, "spans": array_of(array(text, text))})
+_MANIFEST = record(
+    {"stages": array_of(record(_STAGE, {
+        "held_out": optional(record({"step": count, "nats": optional(number), "best": optional(number)})),
+        "divergences": count,
+        "unfrozen": array_of(array(count, count)),
+        "last": optional(hex_id),
+    }))},
+    {
+        "name": text,
+        "data": record({"id": hex_id, "directory": text}),
+        "vocabulary": record({"size": count, "mask": optional(count)}),
+        "store": text,
+        "rowsets": mapping(array(hex_id, count)),
+        "auto": mapping(record({"conditions": text}, {"rows": count, "blocks": count, "losses": mapping(number)})),
+        "boundaries": array_of(hex_id),
+        "evaluation": optional(record({"key": text, "result": _EVALUATION}, {"fill": optional(_FILL)})),
+        PREPARING: record({"phase": text, "done": integer, "total": optional(integer)}, {"failed": text}),
+    },
+)  # fmt: skip
+_JOBS = array_of(
+    record(
+        {"stage": optional(count), "job": text, "engine": shapes.one_of("slurm", "local")},
+        {"window": optional(count), "log": text},
+    )
+)
+
+
+def _check_entries(directory: Path) -> None:
+    """Refuse links and whatever else is neither a file nor a directory: it would be written through."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if entry.name not in LINKED:
+                    _check_entries(Path(entry.path))
+            elif not entry.is_file(follow_symlinks=False):
+                raise irregular(Path(entry.path), "a symbolic link" if entry.is_symlink() else "no file")
 
 
 class RunDirectory:
@@ -45,7 +138,7 @@ class RunDirectory:
         self.report_file = path / "report.html"
         self.tracking = path / "tracking"
         self.jobs_file = path / "jobs.json"
-        self.jobs = path / "jobs"
+        self.job_states = path / "jobs"
         self.logs = path / "logs"
         self.export = path / "export"
 
@@ -57,11 +150,16 @@ class RunDirectory:
         """Held while a runner works on this directory."""
         return FileLock(self.path / "run.lock", f"run {self.path}")
 
+    def open_log(self, name: str) -> IO[bytes]:
+        """A log file, to be appended to."""
+        return open_to_write(self.logs / name, append=True, root=self.path)
+
     def create(self) -> None:
         """Make the directory.
 
         Raises:
             UsageError: It cannot be made or written.
+            IrregularFile: An entry of it is a link, or not what it should be: it would be written through.
             NoSpaceError: The disk is full.
         """
         self.check()
@@ -80,9 +178,18 @@ class RunDirectory:
 
         Raises:
             UsageError: It cannot.
+            IrregularFile: See `create`.
         """
         if fault := durable.unusable(self.path):
             raise UsageError(f"run directory {self.path} cannot be used: {fault}", hint="name another with --run")
+        for name in (*FILES, *DIRECTORIES):
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.lstat(self.path / name).st_mode
+                if not (stat.S_ISREG(mode) if name in FILES else stat.S_ISDIR(mode)):
+                    kind = "no file" if name in FILES else "no directory"
+                    raise irregular(self.path / name, "a symbolic link" if stat.S_ISLNK(mode) else kind)
+                if name in DIRECTORIES and name != "wandb":
+                    _check_entries(self.path / name)
 
     def earlier_config(self) -> StackWiseConfig | None:
         """The configuration of the run that was here before; None where there was none that can be read."""
@@ -101,6 +208,8 @@ class RunDirectory:
         Raises:
             NotFound: It is not where it was.
         """
+        from stackwise.store import ActivationStore
+
         path = self.store_path(config)
         if not (path / "format.json").exists():
             raise NotFound(
@@ -115,6 +224,8 @@ class RunDirectory:
         Raises:
             NotFound: There is no run here.
         """
+        from stackwise.config import StackWiseConfig
+
         if not self.config_file.exists():
             raise NotFound(f"{self.path}: there is no run here", hint=f"`stackwise run --run {self.path}` makes one")
         return StackWiseConfig.from_yaml(str(self.config_file))
@@ -126,25 +237,65 @@ class RunDirectory:
             NotFound: There is no run here.
             UsageError: The manifest is broken, or of a newer format.
         """
+        hint = "remove it and run again: committed stages are recognised by their content"
         try:
-            manifest = durable.read_json(self.manifest_file)
-            if manifest["format"] > FORMAT:
-                raise UsageError(f"{self.manifest_file} is of a newer format ({manifest['format']})")
+            manifest: dict[str, Any] = read_json(self.manifest_file)
         except FileNotFoundError:
             self.config()
             return {"format": FORMAT, "stages": []}
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(
-                f"{self.manifest_file} is broken: {error}",
-                hint="remove it and run again: committed stages are recognised by their content",
-            ) from None
-        return dict(manifest)
+        except ValueError as error:
+            raise UsageError(f"{self.manifest_file} is broken: {error}", hint=hint) from None
+        check_shape(manifest, record({"format": count}), self.manifest_file, hint)
+        if manifest["format"] > FORMAT:
+            raise UsageError(f"{self.manifest_file} is of a newer format ({manifest['format']})")
+        check_shape(manifest, _MANIFEST, self.manifest_file, hint)
+        done = [stage for stage in manifest["stages"] if stage["state"] == "done"]
+        committed = record({"recipe": hex_id, "weights": hex_id})
+        check_shape(done, array_of(committed), f"{self.manifest_file}, of stages that are done,", hint)
+        if done:  # what was committed is of some data
+            check_shape(
+                manifest, record({"data": shapes.anything, "vocabulary": shapes.anything}), self.manifest_file, hint
+            )
+        return manifest
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Publish the manifest."""
-        durable.write_json(self.manifest_file, {"format": FORMAT, **manifest})
+        durable.write_json(self.manifest_file, {"format": FORMAT, **shapes.finite(manifest)})
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """The held-out results, as the last evaluation wrote them; None: there are none.
+
+        Raises:
+            UsageError: They are broken.
+        """
+        hint = "remove it: `stackwise run` writes it again"
+        try:
+            result: dict[str, Any] = read_json(self.evaluation_file)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UsageError(f"{self.evaluation_file} is broken: {error}", hint=hint) from None
+        check_shape(result, _EVALUATION, self.evaluation_file, hint)
+        return result
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The jobs that the run was submitted as; none where it was not.
+
+        Raises:
+            UsageError: Their file is broken.
+        """
+        hint = "remove it; jobs that are still queued are the batch system's to show"
+        try:
+            jobs: list[dict[str, Any]] = read_json(self.jobs_file)
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise UsageError(f"{self.jobs_file} is broken: {error}", hint=hint) from None
+        check_shape(jobs, _JOBS, self.jobs_file, hint)
+        for job in jobs:
+            if not job["job"].replace("_", "").isalnum() or (job["engine"] == "local" and not job["job"].isdecimal()):
+                raise UsageError(f"{self.jobs_file} is broken: a job's id is none", hint=hint)
+        return jobs
 
 
 def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
@@ -187,7 +338,7 @@ def status(run: RunDirectory) -> dict[str, Any]:
     preparing = manifest.get(PREPARING)
     stages = []
     for stage in manifest["stages"]:
-        shown = {key: stage.get(key) for key in STATUS_KEYS}
+        shown = {key: stage[key] for key in STATUS_KEYS}
         if chosen := stage.get("unfrozen"):  # by adaptive fusion
             blocks = (f"{first}" if first == last else f"{first}–{last}" for first, last in chosen)
             shown["reason"] = f"{shown['reason']}; trained blocks {', then '.join(blocks)}"
@@ -203,7 +354,8 @@ def status(run: RunDirectory) -> dict[str, Any]:
         state = "done"
     else:
         state = next((s for s in ("failed", "interrupted") if s in states), "pending")
-    value = {"run": str(run.path), "state": state, "stages": stages}
+    # A stage is trained by one rank until something trains it by a group.
+    value = {"run": str(run.path), "state": state, "ranks": 1, "stages": stages}
     return value | ({PREPARING: preparing} if preparing else {}) | _jobs(run)
 
 
@@ -211,58 +363,29 @@ def job_file(run: RunDirectory, job: Mapping[str, Any]) -> Path:
     """Where the job of a `stage` and `window` (stage None: of the evaluation) keeps its state."""
     stage, window = job["stage"], job.get("window")
     if stage is None:
-        return run.jobs / "finish.json"
-    return run.jobs / f"stage-{stage:03d}{'' if window is None else f'-window-{window:03d}'}.json"
+        return run.job_states / "finish.json"
+    return run.job_states / f"stage-{stage:03d}{'' if window is None else f'-window-{window:03d}'}.json"
 
 
 def job_state(path: Path) -> str:
     """What a job last said of itself; `submitted` before it said anything."""
-    try:
-        return str(durable.read_json(path)["state"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "submitted"
+    with contextlib.suppress(OSError, ValueError):
+        value = read_json(path)
+        if record({"state": shapes.one_of(*JOB_STATES)})(value) is None:
+            return str(value["state"])
+    return "submitted"
 
 
 def _jobs(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
     """The jobs of a run that was submitted to a batch system, each with what it last said of itself."""
-    try:
-        jobs = durable.read_json(run.jobs_file)
-    except (OSError, ValueError):
-        return {}
     keys = ("stage", "window", "job", "engine")
-    return {
-        "jobs": [
-            {key: job[key] for key in keys if key in job} | {"state": job_state(job_file(run, job))} for job in jobs
-        ]
-    }
-
-
-STATUS_KEYS = (
-    "depth",
-    "window",
-    "blocks",
-    "state",
-    "step",
-    "steps",
-    "loss",
-    "trunk",
-    "weights",
-    "recipe",
-    "reason",
-    "wait_fraction",
-    "peak_memory_bytes",
-)
+    jobs = [
+        {key: job[key] for key in keys if key in job} | {"state": job_state(job_file(run, job))} for job in run.jobs()
+    ]
+    return {"jobs": jobs} if jobs else {}
 
 
 def pending(stage: Stage, steps: int) -> dict[str, Any]:
     """A stage in the manifest before anything is known of it but the schedule."""
-    blocks = [stage.first, stage.last]
-    known = {
-        "depth": stage.depth,
-        "window": stage.window,
-        "blocks": blocks,
-        "state": "pending",
-        "step": 0,
-        "steps": steps,
-    }
-    return dict.fromkeys(STATUS_KEYS) | known
+    known = {"depth": stage.depth, "window": stage.window, "blocks": [stage.first, stage.last]}
+    return dict.fromkeys(STATUS_KEYS) | known | {"state": "pending", "step": 0, "steps": steps}

@@ -113,8 +113,8 @@ def _row(entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
     row["reused"] = len(done) - row["trained"]
     row["seconds"] = _seconds(history)
     if len(done) == len(state["stages"]):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            row["bits_per_byte"] = durable.read_json(entry.run.evaluation_file).get("bits_per_byte")
+        with contextlib.suppress(OSError, ValueError):
+            row["bits_per_byte"] = (entry.run.evaluation() or {}).get("bits_per_byte")
     return row
 
 

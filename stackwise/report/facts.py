@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stackwise import durable
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.errors import StackWiseError
@@ -326,7 +325,6 @@ def _evaluation(run: RunDirectory, manifest: dict[str, Any]) -> dict[str, Any] |
     if isinstance(known, dict) and isinstance(known.get("result"), dict):
         return dict(known["result"])
     try:
-        value = durable.read_json(run.evaluation_file)
+        return run.evaluation()
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) and "loss" in value else None

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.loading import dump
-from stackwise.durable import FileLock, read_json, write_bytes, write_json
+from stackwise.durable import FileLock, write_bytes, write_json
 from stackwise.errors import BusyError, InterruptedRun, StackWiseError, UsageError
 from stackwise.pipeline.device import python_command
 from stackwise.pipeline.run import RunDirectory, job_file, job_state, pending, with_absolute_paths
@@ -180,7 +180,7 @@ def submit(config: StackWiseConfig, run: RunDirectory, engine: Engine) -> list[J
             write_bytes(run.config_file, dump(config).encode())
             if not run.manifest_file.exists():
                 run.write_manifest({"name": config.name, "stages": [_pending(config, stage) for stage in stages]})
-            shutil.rmtree(run.jobs, ignore_errors=True)
+            shutil.rmtree(run.job_states, ignore_errors=True)
         request = {
             "engine": engine,
             "run": str(run.path),
@@ -246,7 +246,7 @@ def _submit_apart(request: dict[str, Any], run: RunDirectory) -> list[Job]:
         )
     if done.returncode != 0:
         raise StackWiseError("the jobs could not be started", hint=f"its log: {log}")
-    jobs: list[Job] = read_json(run.jobs_file)
+    jobs: list[Job] = run.jobs()
     return jobs
 
 
@@ -298,10 +298,7 @@ def _refuse_second(run: RunDirectory) -> None:
     Raises:
         BusyError: There are some.
     """
-    try:
-        jobs: Sequence[Job] = read_json(run.jobs_file)
-    except (OSError, ValueError):
-        return
+    jobs: Sequence[Job] = run.jobs()
     left = [job for job in jobs if job_state(job_file(run, job)) in ("submitted", "running")]
     slurm = [job["job"] for job in left if job["engine"] == "slurm"]
     active = [job["job"] for job in left if job["engine"] == "local" and is_alive(int(job["job"]))]

@@ -14,6 +14,7 @@ from stackwise.identity import content_id
 from stackwise.pipeline.events import EVENTS, Emit, Event, Observer
 from stackwise.pipeline.run import RunDirectory, pending
 from stackwise.pipeline.schedule import Stage
+from stackwise.shapes import finite
 from stackwise.store import BoundaryInfo, CommittedStage
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ class Manifest:
     def save_evaluation(self, key: str, result: dict[str, Any], fill: dict[str, Any] | None) -> None:
         """Keep an evaluation with the passage that was filled in, and what it is of."""
         self._known_evaluation = {"key": key, "result": result, "fill": fill}
-        write_json(self._run.evaluation_file, result)
+        write_json(self._run.evaluation_file, finite(result))
         self.save()
 
     def save(self) -> None:

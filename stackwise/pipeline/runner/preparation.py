@@ -16,6 +16,7 @@ from stackwise.config.loading import dump
 from stackwise.data import PreparedData, is_prepared, prepare
 from stackwise.durable import unusable, write_bytes
 from stackwise.errors import InterruptedRun, StackWiseError, UsageError
+from stackwise.files import read_bytes
 from stackwise.pipeline.events import Emit, Event
 from stackwise.pipeline.plan import check_data
 from stackwise.pipeline.run import PREPARING, RunDirectory
@@ -66,7 +67,7 @@ class Preparation:
         run.create()
         self._stack.enter_context(run.lock())
         for file in (run.config_file, run.manifest_file):
-            self._contents[file] = file.read_bytes() if file.exists() else None
+            self._contents[file] = read_bytes(file) if file.exists() else None
         try:
             self._before = run.manifest() if run.manifest_file.exists() else {"stages": []}
             if not self._before["stages"]:
