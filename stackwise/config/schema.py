@@ -39,10 +39,17 @@ class DataConfig(Section):
 
     paths: list[str] = Field(
         default_factory=list,
-        description="files and folders of text, jsonl, parquet, Hugging Face data sets, or one prepared data set; "
-        "empty: the Python standard library on this machine",
+        description="files, folders and patterns (*.txt) of text, jsonl, json, parquet (also .gz, .bz2, .zst), Hugging "
+        "Face data sets, or one prepared data set; empty: the Python standard library on this machine",
     )
-    text_column: str = Field("text", description="column of jsonl, parquet and data set rows that holds the text")
+    follow_links: bool = Field(False, description="follow links that lead out of a folder of data.paths")
+    text_column: str = Field(
+        "text", description="column of jsonl, json, parquet and data set rows that holds the text; doc.text: within doc"
+    )
+    columns: list[str] = Field(
+        default_factory=list,
+        description="named columns, one value a token, that are kept of rows of input_ids beside their targets",
+    )
     tokenizer: str = Field(
         "bpe", description="bpe (byte-level, trained on the text once), bytes, or the path of a tokenizer.json"
     )

@@ -1,36 +1,43 @@
-"""Documents: what a source is read into, text or ready tokens, each with a digest of its content."""
+"""Documents: texts or rows of ready tokens, what they add up to, and which of them are held out.
+
+Long text is never held whole: it is cut into pieces that can be tokenized one by one.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 import numpy as np
 import xxhash
 
-from stackwise.data.text import BLOCK_BYTES, cut, file_blocks, is_utf8, line_end, repair
 from stackwise.errors import UsageError
 
 IGNORED = -100
 """A target that no loss counts."""
 
-TOKENS, TARGETS = "input_ids", "targets"
+TARGETS = "targets"
+"""The column that says what each position is to say, for the objective `custom`."""
+
+TOKENS, MASK, LABELS = "input_ids", "attention_mask", "labels"
 """Columns of rows that bring tokens instead of text."""
+
+ABSENT: Any = object()
+UNREAD: Any = object()
+"""Stands for a column of lists that a table has, where it was not read."""
 
 _INT32 = np.iinfo(np.int32)
 
+PIECE_BYTES = 128 << 10
+"""About the most text that is tokenized at once; longer documents go piece by piece."""
 
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".tgz")
-PACKED = "compressed: unpack it first"
-"""Why a file of such a name is left out."""
+_BLANKS = b" \t\r\n\v\f"
 
-
-class SkippedFile(Exception):
-    """A file that holds no text; its message is the reason."""
+Array = np.ndarray[Any, Any]
+Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +47,37 @@ class TextDocument:
     digest: int
     n_bytes: int
     pieces: Callable[[], Iterator[str]]
+    remarks: Mapping[str, int] = field(default_factory=dict)
+    """What its row brought that is not used: a reason, and how often."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenDocument:
-    """A row of ready tokens (int64 [n]) and, for a custom objective, their targets (int64 [n]; -100: ignored)."""
+    """A row of ready tokens (int64 [n]), and named columns of one value a token (int64 or float32 [n])."""
 
     digest: int
-    tokens: np.ndarray[Any, np.dtype[np.int64]]
-    targets: np.ndarray[Any, np.dtype[np.int64]] | None
+    tokens: Int64s
+    columns: Mapping[str, Array]
+    remarks: Mapping[str, int] = field(default_factory=dict)
 
 
 Document = TextDocument | TokenDocument
+
+
+def text_document(data: bytes, remarks: Mapping[str, int] = MappingProxyType({})) -> TextDocument:
+    """The document whose UTF-8 text is `data`."""
+    return TextDocument(xxhash.xxh3_128_intdigest(data), len(data), partial(cut, (data,)), remarks)
+
+
+def token_document(tokens: Int64s, columns: Mapping[str, Array], remarks: Mapping[str, int]) -> TokenDocument:
+    """The document of a row of tokens and its columns."""
+    state = xxhash.xxh3_128(b"tokens\0")
+    state.update(tokens.astype("<u4").tobytes())
+    for name in sorted(columns):
+        state.update(b"\0" + name.encode() + b"\0")
+        kept = "<i4" if name == TARGETS else "<f4" if columns[name].dtype.kind == "f" else "<i8"
+        state.update(columns[name].astype(kept).tobytes())
+    return TokenDocument(state.intdigest(), tokens, columns, remarks)
 
 
 def size_of(document: Document) -> int:
@@ -59,142 +85,248 @@ def size_of(document: Document) -> int:
     return document.n_bytes if isinstance(document, TextDocument) else 4 * len(document.tokens)
 
 
-def text_document(data: bytes) -> TextDocument:
-    """The document whose UTF-8 text is `data`."""
-    return TextDocument(xxhash.xxh3_128_intdigest(data), len(data), partial(cut, (data,)))
+# Cutting text.
 
 
-def text_file(
-    path: Path, limit: int | None = None, tell: Callable[[int], None] | None = None
-) -> Iterator[TextDocument]:
-    """A text file: one document, or none where it is empty (or cut to nothing by `limit` bytes).
+def cut(blocks: Iterable[bytes], size: int = PIECE_BYTES) -> Iterator[str]:
+    """Cut UTF-8 text into pieces of at most `size` bytes; joined they are the text again.
+
+    The cut depends on the text alone, not on how it came in blocks. It falls on a line end between two lines that
+    touch it with something else than blanks, where there is one: there the usual pre-tokenizers begin a new word
+    anyway, so the tokens are those of the uncut text.
 
     Raises:
-        SkippedFile: It is binary, or not UTF-8.
-        OSError: It cannot be read.
+        UnicodeDecodeError: The text is not UTF-8.
     """
-    if path.suffix.lower() in COMPRESSED:
-        raise SkippedFile(PACKED)
-    blocks = file_blocks(path, limit)
-    head = next(blocks, b"")
-    if b"\0" in head[:8192]:
-        raise SkippedFile("binary")
-    following = next(blocks, None)
+    held = bytearray()
+    for block in blocks:
+        held += block
+        while len(held) > size:
+            at = _place(held, size)
+            yield held[:at].decode()
+            del held[:at]
+    if held:
+        yield held.decode()
+
+
+def _place(data: bytearray, size: int) -> int:
+    """Where to cut `data`, which is longer than `size`: in (0, size]."""
+    low, at = size // 2, size
+    while (at := data.rfind(b"\n", low, at)) > 0:
+        if data[at - 1] not in _BLANKS and data[at + 1] not in _BLANKS:
+            return at + 1
+    for mark, keep in ((b"\n", 1), (b" ", 0)):
+        if (at := data.rfind(mark, low, size)) > 0:
+            return at + keep
+    return boundary(data, size)
+
+
+def boundary(data: bytes | bytearray, at: int) -> int:
+    """The last start of a character at or before `at`."""
+    while 0 < at < len(data) and data[at] & 0xC0 == 0x80:
+        at -= 1
+    return at
+
+
+def line_end(data: bytes, at: int) -> int:
+    """A place to divide `data` near `at`: after the last line end before it, else between two characters."""
+    before = data.rfind(b"\n", 0, at)
+    return before + 1 if before >= 0 else boundary(data, at)
+
+
+def repair(text: str) -> str:
+    """Text that UTF-8 can hold: halves of surrogate pairs, which JSON's escapes can carry, joined or replaced."""
     try:
-        if following is None:
-            head.decode()
-            if head:
-                yield text_document(head)
-            return
-        state, n_bytes = xxhash.xxh3_128(), 0
-        for block in is_utf8(_chain(head, following, blocks)):
-            state.update(block)
-            n_bytes += len(block)
-            if tell is not None:
-                tell(len(block))
-    except UnicodeDecodeError:
-        raise SkippedFile("not UTF-8 text") from None
-    yield TextDocument(state.intdigest(), n_bytes, lambda: cut(file_blocks(path, limit)))
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
-def _chain(*parts: bytes | Iterable[bytes]) -> Iterator[bytes]:
-    for part in parts:
-        if isinstance(part, bytes):
-            yield part
-        else:
-            yield from part
+# Rows into documents.
+
+Rows = Iterator[tuple[str, Mapping[str, Any]]]
+"""Rows as mappings, each with where it stands."""
 
 
-def jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The objects of a JSON-lines file, each with where it stands (file and line). Blank lines are passed over.
+class SkippedFile(Exception):
+    """A file that holds no text; its message is the reason."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows become documents.
+
+    Args:
+        column: Holds the text; dots lead into objects (`doc.text`).
+        columns: Named columns of one value a token that are kept beside `targets`.
+    """
+
+    column: str = "text"
+    columns: tuple[str, ...] = ()
+
+
+def as_row(where: str, value: Any) -> Mapping[str, Any]:
+    """A value of JSON as a row.
 
     Raises:
-        UsageError: A line is not JSON, not UTF-8, or not an object.
-        OSError: The file cannot be read.
+        UsageError: It is no object.
     """
-    with path.open("rb", buffering=BLOCK_BYTES) as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode())
-            except UnicodeDecodeError:
-                raise UsageError(f"{where}: not UTF-8 text") from None
-            except ValueError as error:
-                raise UsageError(f"{where}: not JSON ({error})") from None
-            except RecursionError:
-                raise UsageError(f"{where}: JSON nested too deeply") from None
-            if not isinstance(row, dict):
-                raise UsageError(
-                    f"{where}: {_kind(row)}, not an object", hint='a line is an object such as {"text": "…"}'
-                )
-            yield where, row
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: {_kind(value)}, not an object", hint='a row is an object such as {"text": "…"}')
+    return value
 
 
-def row_documents(rows: Iterable[tuple[str, Mapping[str, Any]]], column: str) -> Iterator[Document]:
-    """Rows into documents: the text of `column`, or tokens where a row brings `input_ids` instead.
+def lookup(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column, by its name or by a way through objects (`doc.text`)."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for name in column.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return ABSENT
+        value = value[name]
+    return value
+
+
+def row_documents(rows: Rows, reading: Reading, *, only_rows: bool = False) -> Iterator[Document]:
+    """Rows into documents: the text of a column, or tokens where a row brings `input_ids` instead.
 
     Rows whose text is null or empty are passed over.
 
+    Args:
+        rows: The rows.
+        reading: Which columns they are made of.
+        only_rows: The file may hold something else than rows, which its first row tells.
+
     Raises:
+        SkippedFile: With `only_rows`, it does.
         UsageError: A row has neither column, or they hold something else.
     """
-    for where, row in rows:
-        if column in row:
-            value = row[column]
+    first = True
+    while True:
+        try:
+            where, row = next(rows)
+        except StopIteration:
+            return
+        except UsageError:
+            if only_rows and first:
+                raise SkippedFile("JSON that holds no rows") from None
+            raise
+        value = lookup(row, reading.column)
+        if value is not ABSENT:
             if value is not None and not isinstance(value, str):
-                raise UsageError(f"{where}: column {column!r} holds {_kind(value)}, not text")
+                raise UsageError(f"{where}: column {reading.column!r} holds {_kind(value)}, not text")
             if value:
-                yield text_document(repair(value).encode())
+                remarks = {f"rows bring {TOKENS} beside {reading.column}: the text is used": 1} if TOKENS in row else {}
+                yield text_document(repair(value).encode(), remarks)
         elif TOKENS in row:
-            if (document := _token_document(where, row)) is not None:
+            if (document := _token_document(where, row, reading)) is not None:
                 yield document
+        elif only_rows and first:
+            raise SkippedFile("JSON that holds no rows")
         else:
-            raise missing_column(where, column, row)
+            raise missing_column(where, reading.column, row)
+        first = False
 
 
 def missing_column(where: str, column: str, columns: Iterable[str]) -> UsageError:
     """The fault of a row or table that has no such column."""
-    names = ", ".join(sorted(columns)) or "none"
+    names = ", ".join(sorted(map(str, columns))) or "none"
     return UsageError(
-        f"{where}: no column {column!r}; its columns are: {names}",
+        f"{where}: no column {column!r}; its columns are: {names[:500]}",
         hint="name the column that holds the text with data.text_column",
     )
 
 
-def _token_document(where: str, row: Mapping[str, Any]) -> TokenDocument | None:
-    tokens = _integers(where, TOKENS, row[TOKENS])
-    if tokens.size and tokens.min() < 0:
-        raise UsageError(f"{where}: column {TOKENS!r} holds a negative id ({tokens.min()})")
-    targets = None
-    state = xxhash.xxh3_128(b"tokens\0")
-    state.update(tokens.astype("<u4").tobytes())
-    if row.get(TARGETS) is not None:
-        targets = _integers(where, TARGETS, row[TARGETS])
-        if len(targets) != len(tokens):
-            raise UsageError(f"{where}: {len(tokens)} {TOKENS} but {len(targets)} {TARGETS}; they go in pairs")
-        if bool(((targets < 0) & (targets != IGNORED)).any()):
-            raise UsageError(f"{where}: column {TARGETS!r} holds a negative id; only {IGNORED} (ignored) may be")
-        state.update(b"\0targets\0")
-        state.update(targets.astype("<i4").tobytes())
-    return TokenDocument(state.intdigest(), tokens, targets) if tokens.size else None
+def _token_document(where: str, row: Mapping[str, Any], reading: Reading) -> Document | None:
+    tokens = _numbers(where, TOKENS, row[TOKENS])
+    if tokens.size and (tokens.min() < 0 or tokens.max() > _INT32.max):
+        fault = "a negative id" if tokens.min() < 0 else "a number beyond 32 bits"
+        raise UsageError(f"{where}: column {TOKENS!r} holds {fault} ({tokens.min()} … {tokens.max()})")
+    columns = {name: _column(where, name, row[name], len(tokens)) for name in _kept(row, reading)}
+    remarks: dict[str, int] = {}
+    keep = np.ones(len(tokens), bool)
+    if row.get(MASK) is not None:
+        mask = _column(where, MASK, row[MASK], len(tokens))
+        if not np.isin(mask, (0, 1)).all():
+            raise UsageError(f"{where}: column {MASK!r} holds something else than 0 and 1")
+        keep = mask != 0
+    if row.get(LABELS) is not None and LABELS not in columns:
+        keep &= _labelled(where, row, tokens, keep, remarks)
+    if not keep.all():
+        remarks[f"positions of padding are left out ({MASK} 0, or {LABELS} -100 at the end of a row)"] = int(
+            (~keep).sum()
+        )
+        tokens, columns = tokens[keep], {name: values[keep] for name, values in columns.items()}
+    for name, value in row.items():
+        used = name in columns or name in (TOKENS, MASK, LABELS)
+        if not used and (value is UNREAD or (isinstance(value, list) and len(value) == len(keep))):
+            remarks[f"rows bring {name}, which is not used (data.columns: [{name}] keeps it)"] = 1
+    return token_document(tokens, columns, remarks) if tokens.size else None
 
 
-def _integers(where: str, column: str, value: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    try:
-        array = np.asarray(value if value is not None else [])
-    except ValueError:  # ragged
-        array = np.empty((0, 0))
-    if array.size == 0 and array.ndim == 1:
+def _kept(row: Mapping[str, Any], reading: Reading) -> list[str]:
+    return [name for name in {TARGETS: None} | dict.fromkeys(reading.columns) if row.get(name) is not None]
+
+
+def _labelled(
+    where: str, row: Mapping[str, Any], tokens: Int64s, keep: Array, remarks: dict[str, int]
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which positions remain by the row's `labels`, which repeat its tokens or else say what is not done here.
+
+    Trainers elsewhere score labels alone, and skip -100; here every token is scored. So labels that say something else
+    are refused, but for padding at a row's end: one repeated id that no label scores.
+    """
+    value, everything = row[LABELS], np.ones(len(tokens), bool)
+    if not isinstance(value, list) or len(value) != len(tokens) or TARGETS in row:
+        remarks[f"rows bring {LABELS}, which is not used"] = 1
+        return everything
+    labels = _column(where, LABELS, value, len(tokens))
+    scored = np.flatnonzero(labels != IGNORED)
+    end = int(scored[-1]) + 1 if scored.size else 0
+    if row.get(MASK) is None and scored.size and end < len(tokens) and (tokens[end:] == tokens[-1]).all():
+        everything[end:] = False
+    if (labels != tokens)[keep & everything].any():
+        raise UsageError(
+            f"{where}: {LABELS} say something else than {TOKENS} (or {IGNORED}, not scored), but every token trains",
+            hint=f"leave {LABELS} out to train on all tokens, or name them {TARGETS} for objective custom; "
+            f"data.columns: [{LABELS}] keeps them for an objective of your own",
+        )
+    return everything
+
+
+def _column(where: str, name: str, value: Any, length: int) -> Array:
+    """A column of one value a token: int64, or float32 where any is a fraction; `targets` are ids or -100."""
+    values = _numbers(where, name, value, fractions=name not in (TARGETS, MASK, LABELS))
+    if len(values) != length:
+        raise UsageError(f"{where}: {length} {TOKENS} but {len(values)} {name}; they go in pairs")
+    if name == TARGETS and values.size:
+        if values.min() < _INT32.min or values.max() > _INT32.max:
+            raise UsageError(f"{where}: column {name!r} holds a number beyond 32 bits")
+        if ((values < 0) & (values != IGNORED)).any():
+            raise UsageError(f"{where}: column {name!r} holds a negative id; only {IGNORED} (ignored) may be")
+    return values
+
+
+def _numbers(where: str, name: str, value: Any, *, fractions: bool = False) -> Array:
+    if value is None:
         return np.empty(0, np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise UsageError(f"{where}: column {column!r} holds {_kind(value)}, not a list of integers")
-    if array.min() < _INT32.min or array.max() > _INT32.max:
-        raise UsageError(f"{where}: column {column!r} holds a number beyond 32 bits")
-    return array.astype(np.int64)
+    kinds = set(map(type, value)) if isinstance(value, list | tuple) else {type(value)}
+    plain = {int} if name in (TOKENS, TARGETS, LABELS) else {int, bool}  # true is no token
+    if not isinstance(value, list | tuple) or not kinds <= (plain | {float} if fractions else plain):
+        wanted = "a list of numbers" if fractions else "a list of integers"
+        raise UsageError(f"{where}: column {name!r} holds {_kind(value)}, not {wanted}")
+    try:
+        if float not in kinds:
+            return np.array(value, np.int64)
+        with np.errstate(over="ignore"):
+            values = np.array(value, np.float64).astype(np.float32)
+    except OverflowError:
+        raise UsageError(f"{where}: column {name!r} holds a number beyond {'64' if fractions else '32'} bits") from None
+    if not np.isfinite(values).all():
+        raise UsageError(f"{where}: column {name!r} holds a number that is not finite, or beyond 32-bit floats")
+    return values
 
 
 def _kind(value: Any) -> str:
@@ -207,6 +339,9 @@ def _kind(value: Any) -> str:
         type(None): "null",
     }
     return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+
+
+# Running through documents.
 
 
 class Limit:
@@ -229,7 +364,124 @@ class Limit:
                 if isinstance(document, TextDocument):
                     data = "".join(document.pieces()).encode()
                     if data := data[: line_end(data, left)]:
-                        yield text_document(data)
+                        yield text_document(data, document.remarks)
                 return
             left -= size
             yield document
+
+
+# Which documents are held out.
+
+DIGESTS = 1 << 128
+"""Documents' digests are below it."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Which documents are held out: those whose digest is below `below`; of a single document, its end.
+
+    So a document's side depends on its own content alone, and equal documents are on one side. Where that would leave
+    a side empty, which only few documents can, the one with the lowest (or highest) digest makes the side.
+    """
+
+    share: float
+    below: int
+    single: bool
+
+    @classmethod
+    def choose(cls, n: int, lowest: int, highest: int, share: float) -> Self:
+        """Choose for a corpus.
+
+        Args:
+            n: Documents.
+            lowest: The lowest of their digests.
+            highest: The highest.
+            share: Of them, to be held out.
+
+        Raises:
+            UsageError: All documents are the same text, so that no side can be held out from the other.
+        """
+        chosen = cls(share, int(share * DIGESTS), n == 1)
+        if chosen.single:
+            return chosen
+        if lowest == highest:
+            raise UsageError(f"data.paths: all {n} documents are the same; none can be held out from training")
+        if lowest >= chosen.below:
+            return replace(chosen, below=lowest + 1)
+        if highest < chosen.below:
+            return replace(chosen, below=highest)
+        return chosen
+
+    @classmethod
+    def everything(cls) -> Self:
+        """Every document is held out."""
+        return cls(1.0, DIGESTS, single=False)
+
+    def divide(self, document: Document) -> list[tuple[int, Document]]:
+        """A document's parts with their sides: 0 trains, 1 is held out.
+
+        Raises:
+            UsageError: The only document is too short to be divided.
+        """
+        if not self.single:
+            return [(int(document.digest < self.below), document)]
+        divide: Any = _divide_tokens if isinstance(document, TokenDocument) else _divide_text
+        head, tail = divide(document, self.share)
+        return [(0, head), (1, tail)]
+
+
+def _divide_tokens(document: TokenDocument, share: float) -> tuple[Document, Document]:
+    n = len(document.tokens)
+    if n < 2:
+        raise _too_short()
+    at = min(max(1, round(n * (1 - share))), n - 1)
+
+    def part(where: slice) -> TokenDocument:
+        columns = {name: values[where] for name, values in document.columns.items()}
+        return TokenDocument(document.digest, document.tokens[where], columns)
+
+    return part(slice(None, at)), part(slice(at, None))
+
+
+def _divide_text(document: TextDocument, share: float) -> tuple[Document, Document]:
+    """Divide at a line end near the share, reading at most up to there."""
+    at, before = min(max(1, round(document.n_bytes * (1 - share))), document.n_bytes - 1), 0
+    for piece in document.pieces():
+        size = len(piece.encode())
+        if before + size >= at:
+            break
+        before += size
+    end = before + _line_near(piece.encode(), at - before)
+    if not 0 < end < document.n_bytes:
+        raise _too_short()
+    return (
+        TextDocument(document.digest, end, lambda: _slice(document, 0, end)),
+        TextDocument(document.digest, document.n_bytes - end, lambda: _slice(document, end, document.n_bytes)),
+    )
+
+
+def _line_near(data: bytes, at: int) -> int:
+    """The line end nearest below `at`, else the next one, else a place between two characters."""
+    for place in (data.rfind(b"\n", 0, at), data.find(b"\n", at, len(data) - 1)):
+        if place > 0:
+            return place + 1
+    if (before := boundary(data, at)) > 0:
+        return before
+    return next((after for after in range(at + 1, len(data)) if data[after] & 0xC0 != 0x80), len(data))
+
+
+def _slice(document: TextDocument, start: int, stop: int) -> Iterator[str]:
+    """The pieces of bytes start … stop of a document's text (both between characters)."""
+    at = 0
+    for piece in document.pieces():
+        data = piece.encode()
+        low, high = max(start - at, 0), min(stop - at, len(data))
+        if low < high:
+            yield data[low:high].decode()
+        at += len(data)
+        if at >= stop:
+            return
+
+
+def _too_short() -> UsageError:
+    return UsageError("data.paths: the only document is too short to hold a part of it out", hint="add more text")

@@ -1,27 +1,54 @@
-"""From settings to a prepared data set: made once, found again by content."""
+"""From settings to a prepared data set: made once, kept in the user's cache, found again by content."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stackwise.data.cache import Cache
-from stackwise.data.choice import Choice, check_fit
-from stackwise.data.held_out import HeldOut
-from stackwise.data.memo import open_memo
-from stackwise.data.prepared import META, TOKENIZER, VERSION, PreparedData, describe, is_prepared
-from stackwise.data.scan import Corpus, Progress, scan
+from stackwise import files
+from stackwise.data.corpus import Contents, Corpus, Progress, open_memory, scan
+from stackwise.data.documents import MASK, TARGETS, TOKENS, HeldOut, Reading
+from stackwise.data.prepared import (
+    META,
+    OWN_COLUMNS,
+    TOKENIZER,
+    VERSION,
+    PreparedData,
+    describe,
+    is_column_name,
+    is_prepared,
+)
 from stackwise.data.sources import find_sources
 from stackwise.data.tokenizer import Tokenizer
-from stackwise.data.tokenizing import SIDES, NotExactError, write_splits
-from stackwise.durable import TEMPORARY, explain_full_disk, fsync_directory, write_json
-from stackwise.errors import UsageError
-from stackwise.identity import Hex, content_id
+from stackwise.data.vocabulary import Choice, check_fit
+from stackwise.data.writing import SIDES, NotExactError, write_splits
+from stackwise.durable import (
+    TEMPORARY,
+    FileLock,
+    explain_full_disk,
+    fsync_directory,
+    is_full_disk,
+    is_locked,
+    unusable,
+    write_json,
+)
+from stackwise.errors import BusyError, UsageError
+from stackwise.identity import Hex, content_id, digest
+from stackwise.text import printable
 
 if TYPE_CHECKING:
     from stackwise.config import DataConfig
+
+WAITING = "waiting for"
+"""How the phase begins in which another process prepares the same data; its name follows."""
+
+_POLL_SECONDS = 0.2
 
 
 def prepare(
@@ -31,6 +58,7 @@ def prepare(
     out: Path | None = None,
     progress: Progress | None = None,
     all_held_out: bool = False,
+    columns: tuple[str, ...] = (),
 ) -> tuple[PreparedData, bool]:
     """Prepare the data that `config` names, or find it prepared.
 
@@ -38,10 +66,12 @@ def prepare(
         config: The `data` section.
         model_vocab: `model.vocab_size`: bpe is trained to it, another tokenizer must fit into it.
         out: Where the set goes; None: a directory named by content under the cache.
-        progress: Called with (phase, done, total or None): "reading", "tokenizer", "tokenizing" in bytes, and
-            "waiting" while another process prepares the same set.
+        progress: Called with (phase, done, total or None): "reading", "tokenizer", "tokenizing" in bytes; and while
+            another process prepares the same set, with "waiting for" and that process.
         all_held_out: Hold out every document, for evaluation alone; with a tokenizer that is there already. A
             prepared set is taken as it is, if it was made with that tokenizer.
+        columns: Named columns that rows must bring, beside `data.columns`: what an objective needs. (`targets` are
+            kept wherever all rows bring them.)
 
     Returns:
         The set, and whether it was there already.
@@ -51,32 +81,58 @@ def prepare(
         UsageError: The settings or the data cannot be used. Nothing is left behind.
         NoSpaceError: The disk is full. Nothing is left behind.
     """
-    tell: Progress = progress or (lambda phase, done, total: None)
+    report: Progress = progress or (lambda phase, done, total: None)
+    wanted = _columns((*config.columns, *columns))
     given = _given(config, None if all_held_out else out)
     if given is not None:
         check_fit(given.vocab_size, f"the tokenizer of {given.directory}", model_vocab)
         if all_held_out:
             _check_tokenizer(given, Choice.of(config, model_vocab))
+        for name in wanted:
+            _check_column(given, name)
         return given, True
     if out is not None:
         _check_out(out)
     choice = Choice.of(config, model_vocab)
     if all_held_out and choice.tokenizer is None:
         raise UsageError("data.tokenizer: bpe has nothing to be trained on where all text is held out")
-    sources, skipped = find_sources(config.paths)
+    reading = Reading(config.text_column, wanted)
+    sources, skipped = find_sources(config.paths, reading, follow_links=config.follow_links)
     cache = Cache(config.cache_dir, optional=out is not None)
-    with open_memo(cache.memo) as memo:
-        corpus = scan(sources, skipped, config.text_column, config.max_bytes, memo, tell)
+    with open_memory(cache.memory) as memory:
+        corpus = scan(sources, skipped, reading, max_bytes=config.max_bytes, memory=memory, progress=report)
     choice = choice.resolve(corpus)
     share = 1.0 if all_held_out else config.held_out
-    held_out = HeldOut.everything() if all_held_out else HeldOut.choose(corpus.contents, share)
+    held_out = HeldOut.everything() if all_held_out else _choose(corpus.contents, share)
     key = _key(corpus, choice, share)
     directory = out.absolute() if out is not None else cache.prepared(key)
-    with explain_full_disk(directory), cache.building(directory, tell):
-        if (found := _reusable(directory, key, mine=out is None)) is not None:
-            return found, True
-        tokenizer = choice.make(corpus, held_out, cache, tell)
-        return _build(directory, key, corpus, held_out, tokenizer, tell)
+    with explain_full_disk(directory), cache.building(directory, report):
+        reusable = _reusable(directory, key, mine=out is None)
+        if reusable is None:
+            tokenizer = choice.make(corpus, held_out, cache.tokenizer, report)
+            return _build(directory, key, corpus, held_out, tokenizer, report)
+    # the same documents may have been found elsewhere, with other files beside them
+    reusable.skipped, reusable.notes = corpus.skipped.to_dict(), _notes(corpus, held_out)
+    return reusable, True
+
+
+def _choose(contents: Contents, share: float) -> HeldOut:
+    return HeldOut.choose(contents.documents, contents.lowest, contents.highest, share)
+
+
+def _columns(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if not is_column_name(name) or name in OWN_COLUMNS | {TOKENS, MASK}:
+            raise UsageError(f"data.columns: {name!r} cannot be a column's name", hint="such as `weights`")
+    return tuple(sorted(set(names) - {TARGETS})) + ((TARGETS,) if TARGETS in names else ())
+
+
+def _check_column(given: PreparedData, name: str) -> None:
+    if name not in given.train.columns:
+        raise UsageError(
+            f"{given.directory}: prepared without the column {name!r}",
+            hint="prepare its rows again with data.columns naming it, or name the rows themselves in data.paths",
+        )
 
 
 def _given(config: DataConfig, out: Path | None) -> PreparedData | None:
@@ -105,59 +161,68 @@ def _check_out(out: Path) -> None:
             raise UsageError(
                 f"--out {out}: exists and is not a prepared data set", hint="name a folder that does not exist"
             )
-    elif out.exists():
+    elif os.path.lexists(out):
         raise UsageError(f"--out {out}: exists and is not a folder", hint="name a folder that does not exist")
 
 
 def _key(corpus: Corpus, choice: Choice, share: float) -> Hex:
     """What determines a set. The text column and max_bytes do so through the documents that they select."""
-    found = corpus.contents
-    documents = {"n": found.documents, "sequence": found.sequence, "text": corpus.has_text}
+    contents = corpus.contents
+    documents = {"n": contents.documents, "sequence": contents.sequence, "text": corpus.has_text}
     parts = {"version": VERSION, "documents": documents, "tokenizer": choice.spec, "held_out": share}
     return content_id("prepared data request", parts)
 
 
+def _notes(corpus: Corpus, held_out: HeldOut) -> list[str]:
+    divided = ["the only document was divided: its end is held out"] if held_out.single else []
+    return [*divided, *corpus.notes()]
+
+
 def _reusable(directory: Path, key: Hex, *, mine: bool) -> PreparedData | None:
-    """The set in `directory`, where it is the one wanted. A damaged one in the cache is made anew."""
-    if not directory.exists() or (not mine and not any(directory.iterdir())):
+    """The set in `directory`, where it is the one wanted. What else lies in the cache in its place is made anew."""
+    if not os.path.lexists(directory) or (not mine and directory.is_dir() and not any(directory.iterdir())):
         return None
     try:
-        found = PreparedData.open(directory)
+        there = PreparedData.open(directory)
+        if there.key != key:
+            raise UsageError(
+                f"--out {directory}: holds another prepared data set", hint="name another folder, or remove that one"
+            )
     except UsageError:
         if not mine:
             raise
-        shutil.rmtree(directory)
+        if directory.is_dir() and not directory.is_symlink():
+            shutil.rmtree(directory)
+        else:
+            directory.unlink()
         return None
-    if found.key != key:
-        raise UsageError(
-            f"--out {directory}: holds another prepared data set", hint="name another folder, or remove that one"
-        )
-    return found
+    return there
 
 
 def _build(
-    directory: Path, key: Hex, corpus: Corpus, held_out: HeldOut, tokenizer: Tokenizer, tell: Progress
+    directory: Path, key: Hex, corpus: Corpus, held_out: HeldOut, tokenizer: Tokenizer, report: Progress
 ) -> tuple[PreparedData, bool]:
     """Make the set under a temporary name, then give it its own. True where another process was faster."""
     temporary = directory.parent / f"{TEMPORARY}{directory.name}-{secrets.token_hex(4)}"
     try:
         temporary.mkdir(parents=True)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:
+        if is_full_disk(error):
+            raise
         raise UsageError(f"{directory}: cannot be made ({error.strerror})") from None
     try:
-        splits = _write(temporary, corpus, held_out, tokenizer, tell)
+        splits = _write(temporary, corpus, held_out, tokenizer, report)
         tokenizer.save(temporary / TOKENIZER)
         for side in SIDES:
             fsync_directory(temporary / side)
-        notes = ["the only document was divided: its end is held out"] if held_out.single else []
-        description = describe(key, tokenizer, splits, skipped=corpus.skipped.to_dict(), notes=notes)
-        write_json(temporary / META, description)
+        notes = _notes(corpus, held_out)
+        write_json(temporary / META, describe(key, tokenizer, splits, skipped=corpus.skipped.to_dict(), notes=notes))
         try:
             temporary.rename(directory)
         except OSError:
             # without a cache to hold a lock in, another process may have come first
-            if is_prepared(directory) and (found := PreparedData.open(directory)).key == key:
-                return found, True
+            if is_prepared(directory) and (first := PreparedData.open(directory)).key == key:
+                return first, True
             raise
         fsync_directory(directory.parent)
     finally:
@@ -166,12 +231,91 @@ def _build(
 
 
 def _write(
-    directory: Path, corpus: Corpus, held_out: HeldOut, tokenizer: Tokenizer, tell: Progress
+    directory: Path, corpus: Corpus, held_out: HeldOut, tokenizer: Tokenizer, report: Progress
 ) -> list[dict[str, Any]]:
     measure = corpus.has_text and tokenizer.bytes_per_token() is None
     try:
-        return write_splits(directory, corpus, held_out, tokenizer, measure=measure, progress=tell)
+        return write_splits(directory, corpus, held_out, tokenizer, measure=measure, progress=report)
     except NotExactError:
         for side in SIDES:
             shutil.rmtree(directory / side)
-        return write_splits(directory, corpus, held_out, tokenizer, measure=True, progress=tell)
+        return write_splits(directory, corpus, held_out, tokenizer, measure=True, progress=report)
+
+
+class Cache:
+    """The user's cache directory: prepared sets, trained tokenizers, what files were found to hold, locks.
+
+    Nothing is made in it before something is kept.
+
+    Args:
+        setting: `data.cache_dir`; None: `$XDG_CACHE_HOME/stackwise`, else `~/.cache/stackwise`.
+        optional: One that cannot be written is done without.
+
+    Raises:
+        UsageError: It cannot be written, and is not optional.
+    """
+
+    def __init__(self, setting: str | None, *, optional: bool) -> None:
+        base = Path(setting) if setting else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "stackwise"
+        root = base.expanduser().absolute()
+        self._root: Path | None = root
+        if (why := unusable(root)) is not None:
+            if not optional:
+                raise UsageError(
+                    f"the cache directory {root} cannot be written ({why})",
+                    hint="set data.cache_dir (or XDG_CACHE_HOME) to a folder that can",
+                )
+            self._root = None
+
+    @property
+    def memory(self) -> Path | None:
+        """Where is remembered what files hold."""
+        return None if self._root is None else self._root / "files.sqlite"
+
+    def prepared(self, key: Hex) -> Path:
+        """Where the set of that key is, or goes (not for an optional cache)."""
+        assert self._root is not None
+        return self._root / "prepared" / key
+
+    def tokenizer(self, key: Hex) -> Path | None:
+        """Where the tokenizer of that key is, or goes; its folder is made."""
+        return None if self._root is None else _made(self._root / "tokenizers") / f"{key}.json"
+
+    @contextlib.contextmanager
+    def building(self, directory: Path, report: Progress) -> Iterator[None]:
+        """Hold what is to become `directory`; whoever comes second waits, and reports for whom.
+
+        What a killed process left half made beside it is removed.
+        """
+        if self._root is None:
+            yield
+            return
+        lock = FileLock(self._lock_file(directory), f"the preparation of {directory}")
+        waited = 0
+        while not lock.held:
+            try:
+                lock.acquire()
+            except BusyError as error:
+                holder = printable(error.message.rpartition(" is held by ")[2])
+                report(f"{WAITING} {holder}", waited, None)
+                time.sleep(_POLL_SECONDS)
+                waited += 1
+        with lock:
+            self._sweep(directory)
+            yield
+
+    def _lock_file(self, directory: Path) -> Path:
+        assert self._root is not None
+        return _made(self._root / "locks") / digest(os.fsencode(directory))
+
+    def _sweep(self, mine: Path) -> None:
+        for stale in list(mine.parent.glob(f"{TEMPORARY}*-????????")):
+            whose = mine.parent / stale.name.removeprefix(TEMPORARY)[:-9]
+            # listed first, asked second: a live builder held its lock before its folder was there to be listed
+            if whose == mine or (mine.parent.name == "prepared" and not is_locked(self._lock_file(whose))):
+                shutil.rmtree(stale, ignore_errors=True)
+
+
+def _made(folder: Path) -> Path:
+    files.make_directory(folder)
+    return folder

@@ -1,17 +1,27 @@
-"""A prepared data set: token files that are mapped, not read, and what can be asked of them."""
+"""A prepared data set: token files that are mapped, not read, cut into samples of any length.
+
+It may be a copy that somebody else made: what lies in it is opened as regular files alone, and compared with digests.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from stackwise.data.split import DamagedColumnError, Int64s, Split
+import numpy as np
+import xxhash
+
+from stackwise import files
+from stackwise.data.documents import Array, Int64s
 from stackwise.data.tokenizer import Tokenizer
-from stackwise.durable import read_json
+from stackwise.durable import write_bytes
 from stackwise.errors import NotFound, UsageError
 from stackwise.identity import Hex, content_id, digest, is_hex_id
+from stackwise.text import printable
 
 FORMAT, VERSION = "stackwise prepared data", 1
 META, TOKENIZER = "meta.json", "tokenizer.json"
@@ -21,6 +31,8 @@ VERIFIED_BYTES = 256 << 20
 
 CLAIM_BYTES = 1 << 20
 """A `meta.json` beyond this is someone else's."""
+
+_TOKENIZER_BYTES = 256 << 20
 
 
 class PreparedData:
@@ -37,6 +49,10 @@ class PreparedData:
         self.separator_id: int = meta["tokenizer"]["separator_id"]
         self.tokenizer_id: Hex = meta["tokenizer"]["id"]
         self.mask_id: int = meta["tokenizer"]["mask_id"]
+        self.skipped: Mapping[str, Any] = meta["skipped"] if isinstance(meta.get("skipped"), dict) else {}
+        """Files that were left out: `count`, `reasons`, the first of the `files`."""
+        self.notes: list[str] = [str(note) for note in meta.get("notes") or ()]
+        """What was decided about the data, a line each."""
         self.train = Split(directory / "train", meta["splits"]["train"], self._table)
         self.held_out = Split(directory / "held_out", meta["splits"]["held_out"], self._table)
 
@@ -51,11 +67,14 @@ class PreparedData:
         directory = Path(directory)
         meta = _read_meta(directory)
         try:
+            # its id first: then everything else in it is what was written
+            if meta["id"] != _id(meta["version"], meta["tokenizer"], meta["splits"]):
+                raise _damaged(directory, f"{META} has changed")
             data = cls(directory, meta)
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            raise _damaged(directory, str(error)) from None
-        if data.id != _id(meta["version"], meta["tokenizer"], meta["splits"]):
-            raise _damaged(directory, f"{META} has changed")
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise _damaged(directory, str(getattr(error, "message", error))) from None
         data._verify_tokenizer()
         if sum(split.nbytes for split in (data.train, data.held_out)) <= VERIFIED_BYTES:
             data._verify_splits()
@@ -92,10 +111,10 @@ class PreparedData:
 
     def _verify_tokenizer(self) -> None:
         try:
-            found = digest((self.directory / TOKENIZER).read_bytes())
+            now = digest(files.read_bytes(self.directory / TOKENIZER, limit=_TOKENIZER_BYTES, root=self.directory))
         except OSError as error:
             raise _damaged(self.directory, str(error)) from None
-        if found != self._meta["tokenizer"]["digest"]:
+        if now != self._meta["tokenizer"]["digest"]:
             raise _damaged(self.directory, f"{TOKENIZER} has changed")
 
     def summary(self) -> dict[str, Any]:
@@ -104,7 +123,7 @@ class PreparedData:
         totals = {key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "bytes")}
         tokenizer = {key: value for key, value in self._meta["tokenizer"].items() if key != "digest"}
         head = {"id": self.id, "directory": str(self.directory), "tokenizer": tokenizer}
-        return {**head, **totals, **splits, "skipped": self._meta["skipped"], "notes": self._meta["notes"]}
+        return {**head, **totals, **splits, "skipped": self.skipped, "notes": self.notes}
 
 
 def is_prepared(directory: Path) -> bool:
@@ -113,7 +132,7 @@ def is_prepared(directory: Path) -> bool:
     try:
         if (directory / TOKENIZER).is_file() and (directory / "train" / "tokens.bin").is_file():
             return True
-        return meta.is_file() and meta.stat().st_size <= CLAIM_BYTES and FORMAT.encode() in meta.read_bytes()
+        return meta.is_file() and FORMAT.encode() in files.read_bytes(meta, limit=CLAIM_BYTES)
     except OSError:
         return False
 
@@ -140,15 +159,15 @@ def _id(version: int, tokenizer: Mapping[str, Any], splits: Mapping[str, Any]) -
 
 def _read_meta(directory: Path) -> Mapping[str, Any]:
     try:
-        meta = read_json(directory / META)
-    except FileNotFoundError:
+        meta = files.read_json(directory / META)
+    except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f"{directory} is not a prepared data set (it has no {META})") from None
     except (OSError, ValueError) as error:
-        raise _damaged(directory, f"{META}: {error}") from None
+        raise _damaged(directory, f"{META}: {getattr(error, 'message', error)}") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise NotFound(f"{directory} is not a prepared data set ({META} is something else)")
     version = meta.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if not isinstance(version, int) or isinstance(version, bool) or version > VERSION:
         raise UsageError(
             f"{directory}: prepared data of format {version}; this version reads up to {VERSION}",
             hint="update stackwise, or prepare the data again",
@@ -159,4 +178,234 @@ def _read_meta(directory: Path) -> Mapping[str, Any]:
 
 
 def _damaged(directory: Path, what: str) -> UsageError:
-    return UsageError(f"{directory}: damaged prepared data: {what}", hint="remove it and prepare the data again")
+    return UsageError(
+        f"{directory}: damaged prepared data: {printable(what)[:500]}", hint="remove it and prepare the data again"
+    )
+
+
+# One side of a set.
+
+_BLOCK_TOKENS = 1 << 20
+"""Tokens that are looked at together where every sample is."""
+
+_BLOCK_BYTES = 1 << 20
+
+_TYPES = {"tokens": ("<u2", "<u4"), "documents": ("<i8",), "counts": ("<i8",), "bytes": ("<u4",), "targets": ("<i4",)}
+"""What columns of a known name may be; others are of rows: int64 or float32."""
+
+OWN_COLUMNS = frozenset({"tokens", "documents", "counts", "bytes"})
+"""What every set has of its own making, beside the columns that rows bring."""
+
+
+class DamagedColumnError(ValueError):
+    """A file of a set is not what its description says. `PreparedData` says which set."""
+
+
+class Split:
+    """One side of a prepared set: its documents' tokens, one after another, a separator after each.
+
+    Samples are consecutive runs of the stream, so that a set serves every length; the tail that fills none is left.
+
+    Args:
+        directory: Its folder.
+        meta: Its description.
+        byte_table: Gives the bytes of text that each id stands for, where that is the id's own.
+    """
+
+    def __init__(self, directory: Path, meta: Mapping[str, Any], byte_table: Callable[[], Int64s | None]) -> None:
+        self.directory = directory
+        self._byte_table = byte_table
+        self._meta = meta
+        self._columns = {name: _map(directory, name, column) for name, column in meta["columns"].items()}
+        self.tokens: Array = self._columns["tokens"]
+        """The whole stream: uint16 or uint32 [n_tokens], memory-mapped."""
+        self.documents: Int64s = self._columns["documents"]
+        """Where each document starts: int64 [n_documents], memory-mapped."""
+        self.counts: Int64s = self._columns["counts"]
+        """How often each id occurs: int64 [vocab_size]."""
+        self.n_tokens = len(self.tokens)
+        self.n_documents = len(self.documents)
+        self.n_bytes: int = meta["bytes"]
+        """Bytes of source text; 0 where rows brought tokens."""
+
+    def n_samples(self, seq_len: int) -> int:
+        """Whole samples of `seq_len` tokens."""
+        return self.n_tokens // seq_len
+
+    def samples(self, indices: Any, seq_len: int) -> Int64s:
+        """Tokens of samples: int64 [n, seq_len].
+
+        Args:
+            indices: Integers in [0, n_samples) (a sequence or array; [n]).
+            seq_len: Tokens in a sample.
+
+        Raises:
+            IndexError: An index is out of range.
+        """
+        return self._rows("tokens", indices, seq_len).astype(np.int64)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The named columns that rows brought beside their tokens, one value a token: `targets` and others."""
+        return tuple(name for name in self._columns if name not in OWN_COLUMNS)
+
+    def column(self, name: str, indices: Any, seq_len: int) -> Array:
+        """A named column of samples: int64 or float32 [n, seq_len].
+
+        Raises:
+            UsageError: The rows brought none of that name.
+            IndexError: An index is out of range.
+        """
+        if name not in self.columns:
+            raise UsageError(
+                f"the data has no column {name!r}",
+                hint="prepare rows of input_ids that bring it, one value a token; data.columns names what is kept",
+            )
+        values = self._rows(name, indices, seq_len)
+        return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+
+    def column_digest(self, name: str) -> str:
+        """Digest of a column's whole content, of `tokens` too."""
+        digest: str = self._meta["columns"][name]["digest"]
+        return digest
+
+    def targets(self, indices: Any, seq_len: int) -> Int64s | None:
+        """Targets of samples: int64 [n, seq_len], -100 where ignored. None where the rows brought none."""
+        return self.column("targets", indices, seq_len) if "targets" in self.columns else None
+
+    def sample_bytes(self, indices: Any, seq_len: int) -> Int64s:
+        """Bytes of source text that samples stand for: int64 [n].
+
+        Over all tokens they add up to the documents' bytes; a separator stands for none. All 0 where rows brought
+        tokens of a tokenizer whose tokens have no length of their own.
+        """
+        wanted = self._checked(indices, seq_len)
+        sums = np.zeros(len(wanted), np.int64)
+        column, table = ("bytes", None) if "bytes" in self._columns else ("tokens", self._byte_table())
+        if column == "tokens" and table is None:
+            return sums
+        block = max(1, _BLOCK_TOKENS // seq_len)
+        for start in range(0, len(wanted), block):
+            rows = self._rows(column, wanted[start : start + block], seq_len)
+            sums[start : start + block] = (rows if table is None else table[rows]).sum(axis=1, dtype=np.int64)
+        return sums
+
+    def segments(self, indices: Any, seq_len: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Which document of the sample, from 0, each position belongs to: int32 [n, seq_len].
+
+        A separator belongs to the document that it ends.
+        """
+        first = self._checked(indices, seq_len) * seq_len
+        low = np.searchsorted(self.documents, first, side="right")
+        high = np.searchsorted(self.documents, first + seq_len, side="left")
+        marks = np.zeros((len(first), seq_len), np.int32)
+        row = np.repeat(np.arange(len(first)), high - low)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(high - low) - (high - low), high - low)
+        starts = self.documents[np.repeat(low, high - low) + nth]
+        marks[row, starts - first[row]] = 1
+        return np.cumsum(marks, axis=1, dtype=np.int32)
+
+    def sample_ids(self, seq_len: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The ids of all samples: uint8 [n_samples, 16]; see `sample_ids`.
+
+        Computed once for a length and kept beside the set, where that can be written.
+        """
+        path = self.directory / f"sample_ids-{seq_len}.bin"
+        tokens_digest = bytes.fromhex(self._meta["columns"]["tokens"]["digest"])
+        n = self.n_samples(seq_len)
+        with contextlib.suppress(OSError):
+            data = files.read_bytes(path, limit=16 * (n + 1), root=self.directory)
+            if len(data) == 16 * (n + 1) and data[-16:] == _seal(data[:-16], tokens_digest):
+                return np.frombuffer(data, np.uint8, 16 * n).reshape(n, 16)
+        ids = sample_ids(self.tokens[: n * seq_len].reshape(n, seq_len))
+        data = ids.tobytes()
+        with contextlib.suppress(OSError):  # a convenience: a read-only or full disk is no fault here
+            write_bytes(path, data + _seal(data, tokens_digest))
+        return ids
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(column.nbytes for column in self._columns.values())
+
+    def verify(self) -> None:
+        """Read everything and compare it with its digests.
+
+        Raises:
+            DamagedColumnError: A file has changed.
+        """
+        for name, column in self._meta["columns"].items():
+            state = xxhash.xxh3_128()
+            # read, not mapped: pages of a mapped file count as this process's memory
+            with os.fdopen(_open_column(self.directory, name), "rb") as file:
+                while block := file.read(_BLOCK_BYTES):
+                    state.update(block)
+            if state.hexdigest() != column["digest"]:
+                raise DamagedColumnError(f"{self.directory.name}/{name}.bin has changed")
+
+    def summary(self) -> dict[str, int]:
+        """Plain data: `documents`, `tokens`, `bytes`."""
+        return {"documents": self.n_documents, "tokens": self.n_tokens, "bytes": self.n_bytes}
+
+    def _rows(self, column: str, indices: Any, seq_len: int) -> Array:
+        n = self.n_samples(seq_len)
+        rows: Array = self._columns[column][: n * seq_len].reshape(n, seq_len)
+        return rows[self._checked(indices, seq_len)]
+
+    def _checked(self, indices: Any, seq_len: int) -> Int64s:
+        array = np.asarray(indices, np.int64)
+        if array.size and not 0 <= array.min() <= array.max() < self.n_samples(seq_len):
+            raise IndexError(f"samples {array.min()} … {array.max()} of {self.n_samples(seq_len)}")
+        return array
+
+
+def sample_ids(tokens_NS: Array) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Content ids of samples: xxh3-128 of each row as little-endian uint32 (big-endian digest; uint8 [N, 16])."""
+    ids = np.empty((len(tokens_NS), 16), np.uint8)
+    block = max(1, _BLOCK_TOKENS // max(1, tokens_NS.shape[1]))
+    for start in range(0, len(ids), block):
+        rows = np.ascontiguousarray(tokens_NS[start : start + block], "<u4")
+        joined = b"".join(xxhash.xxh3_128_digest(row) for row in rows)
+        ids[start : start + block] = np.frombuffer(joined, np.uint8).reshape(-1, 16)
+    return ids
+
+
+def require_samples(split: Split, seq_len: int, name: str) -> int:
+    """How many samples a split has, at least one.
+
+    Raises:
+        UsageError: It is shorter than one sample.
+    """
+    if (n := split.n_samples(seq_len)) > 0:
+        return n
+    raise UsageError(
+        f"{name}: {split.n_tokens} tokens are fewer than one sample of {seq_len} (training.seq_len)",
+        hint=f"add text, set training.seq_len to {split.n_tokens} or less"
+        + (", or raise data.held_out" if "held" in name else ""),
+    )
+
+
+def _seal(data: bytes, tokens_digest: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(tokens_digest + data)
+
+
+def _open_column(directory: Path, name: str) -> int:
+    return files.open_regular(directory / f"{name}.bin", root=directory.parent)
+
+
+def _map(directory: Path, name: str, column: Mapping[str, Any]) -> Array:
+    if not is_column_name(name) or column["dtype"] not in _TYPES.get(name, ("<i8", "<f4")):
+        raise DamagedColumnError(f"a column {name!r} of type {column['dtype']!r}")
+    dtype, length = np.dtype(column["dtype"]), column["length"]
+    with os.fdopen(_open_column(directory, name), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != length * dtype.itemsize:
+            raise DamagedColumnError(f"{directory.name}/{name}.bin is {size} bytes, not {length * dtype.itemsize}")
+        if name == "counts" or not length:  # an empty file cannot be mapped
+            return np.fromfile(file, dtype)
+        return np.memmap(file, dtype, "r", shape=(length,))
+
+
+def is_column_name(name: object) -> bool:
+    """Whether a name can be a column's: it becomes a file's name."""
+    return isinstance(name, str) and name.isidentifier() and name.isascii() and len(name) <= 64

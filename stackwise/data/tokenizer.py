@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -12,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from stackwise.data.source_bytes import Ids, Table, byte_letters, byte_table, bytes_between
+from stackwise import files
 from stackwise.durable import write_bytes
-from stackwise.errors import NotFound, UsageError
+from stackwise.errors import NotFound, StackWiseError, UsageError
 from stackwise.identity import Hex, digest
 
 if TYPE_CHECKING:
@@ -25,6 +27,26 @@ SEPARATOR, MASK = "<|endoftext|>", "<|mask|>"
 
 _SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]", "<sep>")
 _MASKS = (MASK, "<mask>", "[MASK]", "<|mdm_mask|>")
+
+MOST_IDS = 1 << 22
+"""Ids are below it: tables of all of them are held. The largest vocabularies in use have about a million."""
+
+_FILE_BYTES = 256 << 20
+
+Ids = np.ndarray[Any, np.dtype[np.uint32]]
+Table = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@contextlib.contextmanager
+def _library(message: str, hint: str) -> Iterator[None]:
+    """Turn whatever the `tokenizers` library raises into one line; its panics derive from BaseException alone."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, StackWiseError):
+        raise
+    except BaseException as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise UsageError(f"{message} ({reason})", hint=hint) from None
 
 
 class Tokenizer:
@@ -66,16 +88,9 @@ class Tokenizer:
         """
         from tokenizers import Tokenizer as Backend
 
-        try:
-            backend = Backend.from_str(text)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises bare Exceptions, and panics derive from BaseException
-            reason = (str(error).splitlines() or ["unreadable"])[0]
-            raise UsageError(
-                f"{name}: not a tokenizer.json ({reason})", hint="it is what `save_pretrained` writes beside a model"
-            ) from None
-        return cls(backend, name=name)
+        hint = "it is what `save_pretrained` writes beside a model"
+        with _library(f"{name}: not a tokenizer.json", hint):
+            return cls(Backend.from_str(text), name=name)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -87,19 +102,23 @@ class Tokenizer:
         """
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
+            text = files.read_text(Path(os.path.realpath(path)), limit=_FILE_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
             raise NotFound(
                 f"tokenizer {path} does not exist", hint="data.tokenizer is bpe, bytes, or the path of a tokenizer.json"
             ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"tokenizer {path} cannot be read ({error})") from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"tokenizer {path} cannot be read ({getattr(error, 'message', error)})") from None
         return cls.from_json(text, name=str(path))
 
     def _special(self, names: tuple[str, ...]) -> int:
         from tokenizers import AddedToken
 
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        if (highest := max(vocabulary.values(), default=0)) >= MOST_IDS:
+            raise UsageError(
+                f"{self.name}: it has the id {highest}; ids are below {MOST_IDS}", hint="is its vocabulary damaged?"
+            )
         name = next((name for name in names if name in vocabulary), names[0])
         self._backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
         added = self._backend.token_to_id(name)
@@ -125,9 +144,10 @@ class Tokenizer:
         """The id of what its vocabulary lacks; None where it has none."""
         model = json.loads(self.json)["model"]
         if model.get("unk_id") is not None:  # Unigram
-            return int(model["unk_id"])
-        name = model.get("unk_token")
-        return None if name is None else self._backend.token_to_id(name)
+            unknown: int | None = int(model["unk_id"])
+        else:
+            unknown = None if model.get("unk_token") is None else self._backend.token_to_id(model["unk_token"])
+        return unknown if unknown is not None and unknown < self.vocab_size else None
 
     def save(self, path: Path) -> None:
         """Write its tokenizer.json, durably and whole."""
@@ -144,7 +164,8 @@ class Tokenizer:
             return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
         if self._taken:
             return [ids for ids, _ in self.encode_with_bytes(texts)]
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with self._encoding():
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def encode_with_bytes(self, texts: Sequence[str]) -> list[tuple[Ids, Ids]]:
@@ -162,8 +183,12 @@ class Tokenizer:
                     encoded[index] = self._spelled(texts[index], special)
         return encoded
 
+    def _encoding(self) -> contextlib.AbstractContextManager[None]:
+        return _library(f"data.tokenizer: {self.name} cannot encode this text", "use another tokenizer")
+
     def _measured(self, texts: Sequence[str]) -> list[tuple[Ids, Ids]]:
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        with self._encoding():
+            encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [
             (np.array(encoding.ids, np.uint32), bytes_between(text, encoding.offsets))
             for text, encoding in zip(texts, encodings, strict=True)
@@ -184,7 +209,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> str:
         """The text of ids; special tokens appear by name, bytes that are no UTF-8 as replacement characters."""
-        return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
+        with _library(f"{self.name} cannot decode these ids", "use another tokenizer"):
+            return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def bytes_per_token(self) -> Table | None:
         """Bytes of text that each id stands for (int64 [vocab_size]; specials 0), or None.
@@ -214,3 +240,73 @@ def _bytes_json() -> str:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([SEPARATOR, MASK])
     return str(backend.to_str())
+
+
+# How many bytes of source text each token stands for, exactly.
+
+
+def byte_letters() -> list[str]:
+    """The letter that byte-level tokenizers write for each byte: itself where it can be seen, else one from 256 up."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = iter(range(256, 512))
+    return [chr(byte) if byte in seen else chr(next(hidden)) for byte in range(256)]
+
+
+def bytes_between(text: str, offsets: Sequence[tuple[int, int]]) -> Ids:
+    """Bytes of each token (uint32 [n]) of a text, from where the tokens lie in it (start, end; in characters).
+
+    A token has what lies between its predecessor's end and its own; the last one the rest too. Tokens that share a
+    character (the bytes of one) leave it to the first of them.
+    """
+    ends = np.fromiter((end for _, end in offsets), np.int64, len(offsets))
+    if not len(ends):
+        return np.empty(0, np.uint32)
+    ends = np.maximum.accumulate(ends)
+    ends[-1] = len(text)
+    if not text.isascii():
+        code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        widths = 1 + (code_points > 0x7F) + (code_points > 0x7FF) + (code_points > 0xFFFF)
+        ends = np.concatenate(([0], np.cumsum(widths)))[ends]
+    return np.diff(ends, prepend=0).astype(np.uint32)
+
+
+def byte_table(spec: dict[str, Any], vocab_size: int) -> Table | None:
+    """Bytes of each id (int64 [vocab_size]; specials 0), or None where that is not the id's own.
+
+    It is for a byte-level BPE that has every byte and neither normalises nor adds nor drops anything: a token's
+    text is a letter a byte.
+
+    Args:
+        spec: The tokenizer.json.
+        vocab_size: All ids.
+    """
+    model, letters = spec["model"], set(byte_letters())
+    stages = _flat(spec["pre_tokenizer"], "pretokenizers")
+    byte_level = [stage for stage in stages if stage["type"] == "ByteLevel"]
+    exact = (
+        model["type"] == "BPE"
+        and not _flat(spec["normalizer"], "normalizers")
+        and len(byte_level) == 1
+        and stages[-1] is byte_level[0]
+        and not byte_level[0]["add_prefix_space"]
+        and all(stage["type"] in ("Split", "Digits") and stage.get("behavior") != "Removed" for stage in stages[:-1])
+        and letters <= model["vocab"].keys()
+        and not model["continuing_subword_prefix"]
+        and not model["end_of_word_suffix"]
+    )
+    if not exact:
+        return None
+    table = np.zeros(vocab_size, np.int64)
+    for token, i in model["vocab"].items():
+        table[i] = len(token)
+    for added in spec["added_tokens"]:
+        if not added["special"] and (added["lstrip"] or added["rstrip"]):
+            return None
+        table[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+    return table
+
+
+def _flat(stage: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    if stage is None:
+        return []
+    return [flat for part in stage[inner] for flat in _flat(part, inner)] if stage["type"] == "Sequence" else [stage]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +85,17 @@ def test_a_device_is_no_file(settings: Settings) -> None:
         prepare(settings("/dev/null"))
 
 
+def test_neither_is_a_pipe_nor_a_socket(tmp_path: Path, settings: Settings) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        for name in ("pipe", "socket"):
+            with pytest.raises(UsageError, match="neither a file nor a folder"):
+                prepare(settings(tmp_path / name))
+            with pytest.raises(UsageError):
+                prepare(settings(tmp_path / "missing", tokenizer=str(tmp_path / name)))
+
+
 def test_parquet_without_the_column(tmp_path: Path, settings: Settings) -> None:
     pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "x.parquet")
     with pytest.raises(UsageError, match=r"no column 'text'; its columns are: body, id") as caught:
@@ -118,9 +131,28 @@ def test_a_broken_tokenizer(corpus: Path, settings: Settings, tmp_path: Path, co
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("highest", [1 << 23, (1 << 32) - 1, 1 << 32, -1, 1.5, "x"])
+def test_a_tokenizer_with_absurd_ids(corpus: Path, settings: Settings, tmp_path: Path, highest: object) -> None:
+    made = json.loads(tokenizer_of("words", "a b c").to_str())
+    made["model"]["vocab"]["b"] = highest
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(UsageError, match=r"tokenizer\.json"):
+        prepare(settings(corpus, tokenizer=str(tmp_path / "tokenizer.json")))
+
+
+def test_a_tokenizer_that_cannot_encode(corpus: Path, settings: Settings, tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="[UNK]"))  # which it lacks
+    (tmp_path / "tokenizer.json").write_text(backend.to_str())
+    with pytest.raises(UsageError, match=r"tokenizer\.json"):
+        prepare(settings(corpus, tokenizer=str(tmp_path / "tokenizer.json")))
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+
+
 def test_vocabularies_that_do_not_fit(corpus: Path, settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"data\.vocab_size: 100 is too small for bpe"):
         prepare(settings(corpus, vocab_size=100))
+    with pytest.raises(UsageError, match=r"data\.vocab_size: \d+ is too large for|is too large; bpe"):
+        prepare(settings(corpus, vocab_size=10**30))
     with pytest.raises(UsageError, match=r"model\.vocab_size: 257 is too small for bpe"):
         prepare(settings(corpus), model_vocab=257)
     with pytest.raises(UsageError, match=r"model\.vocab_size: 500 is too small .* 600 ids"):
@@ -176,12 +208,31 @@ def test_prepared_sets_that_are_damaged_or_newer(corpus: Path, settings: Setting
     del altered["splits"]["train"]
     faulty("meta.json", json.dumps(altered).encode(), "damaged")
     PreparedData.open(data.directory).verify()
+    for file in ("train/tokens.bin", "meta.json", "tokenizer.json"):  # nothing waits, and no link is followed
+        path = data.directory / file
+        path.rename(tmp_path / "aside")
+        for make in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "aside"), Path.mkdir):
+            make(path)  # type: ignore[operator]
+            with pytest.raises(UsageError):
+                PreparedData.open(data.directory)
+            with pytest.raises(UsageError):
+                prepare(settings(data.directory))
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        (tmp_path / "aside").rename(path)
+    for altered in ([], {"train": []}, {"train": {"columns": [], "bytes": 0}}, None, 7):
+        (data.directory / "meta.json").write_text(json.dumps(meta | {"splits": altered}))
+        with pytest.raises(UsageError, match="damaged"):
+            PreparedData.open(data.directory)
+    (data.directory / "meta.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="damaged"):
+        PreparedData.open(data.directory)
 
 
-def test_somebody_elses_meta_json_is_text(tmp_path: Path, settings: Settings) -> None:
+def test_somebody_elses_meta_json_is_no_set(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "meta.json").write_text('{"author": "me"}')
-    (tmp_path / "texts" / "a.txt").write_text("some text\n")
+    for name in "ab":
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"the text of {name}\n")
     assert prepare(settings(tmp_path / "texts", tokenizer="bytes"))[0].summary()["documents"] == 2
     with pytest.raises(NotFound, match="not a prepared data set"):
         PreparedData.open(tmp_path / "texts")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from stackwise.config import DataConfig
-from stackwise.data import PreparedData, prepare
+from stackwise.data import PreparedData, prepare, readers
 from stackwise.durable import TEMPORARY
 
 Settings = Callable[..., DataConfig]
@@ -33,7 +36,7 @@ def progress(phase, done, total):
         time.sleep(float(pause))
 config = DataConfig(paths=[corpus], cache_dir=cache, vocab_size=500)
 data, reused = prepare(config, out=Path(out) if out else None, progress=progress)
-print(data.id, reused, "waiting" in seen)
+print(data.id, reused, any(phase.startswith("waiting for pid") for phase in seen))
 """
 
 
@@ -100,16 +103,16 @@ def test_an_unchanged_corpus_is_not_read_again(
     for file in corpus.rglob("*.py"):
         os.utime(file, (settled, settled))
     first, _ = prepare(settings(corpus, tokenizer="bytes"))
-    real = Path.open
+    real = readers.open_file
     opened: list[Path] = []
 
-    def spy(self: Path, *args: object, **more: object) -> object:
-        opened.append(self)
-        return real(self, *args, **more)  # type: ignore[call-overload]
+    def spy(path: Path) -> IO[bytes]:
+        opened.append(path)
+        return real(path)
 
-    monkeypatch.setattr(Path, "open", spy)
+    monkeypatch.setattr(readers, "open_file", spy)
     assert prepare(settings(corpus, tokenizer="bytes"))[1]
-    assert not [path for path in opened if path.is_relative_to(corpus)]
+    assert not opened
     # one file written again, to the same size: read, and found changed
     file = sorted(corpus.rglob("*.py"))[3]
     file.write_bytes(file.read_bytes().replace(b"a", b"b", 1))
@@ -117,11 +120,51 @@ def test_an_unchanged_corpus_is_not_read_again(
     data, reused = prepare(settings(corpus, tokenizer="bytes"))
     assert not reused
     assert data.id != first.id
+    assert {path for path in opened if path != file} == set(corpus.rglob("*.py")) - {file}  # to be tokenized
+    assert opened.count(file) == 2
 
 
-def test_a_broken_memory_is_forgotten(corpus: Path, settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["no database", "fifo", "link", "cut", "other json", "numbers", "another table"])
+def test_a_damaged_memory_is_made_anew(corpus: Path, settings: Settings, tmp_path: Path, damage: str) -> None:
+    for file in corpus.rglob("*.py"):
+        os.utime(file, (1, 1))
     first, _ = prepare(settings(corpus, tokenizer="bytes"))
-    (tmp_path / "cache" / "files.sqlite").write_bytes(b"not a database, but long enough to look at" * 100)
+    memory = tmp_path / "cache" / "files.sqlite"
+    if damage == "no database":
+        memory.write_bytes(b"not a database, but long enough to look at" * 100)
+    elif damage in ("fifo", "link"):
+        memory.rename(tmp_path / "elsewhere")
+        os.mkfifo(memory) if damage == "fifo" else memory.symlink_to(tmp_path / "elsewhere")
+    elif damage == "another table":
+        memory.unlink()
+        with contextlib.closing(sqlite3.connect(memory)) as db:
+            db.execute("CREATE TABLE files (a, b)")
+            db.commit()
+    else:
+        value = {"cut": "substr(value, 1, 50)", "other json": "'[1, 2]'", "numbers": "replace(value, '1', '2')"}[damage]
+        with contextlib.closing(sqlite3.connect(memory)) as db:
+            db.execute(f"UPDATE files SET value = {value}")
+            db.commit()
     data, reused = prepare(settings(corpus, tokenizer="bytes"))
     assert reused
     assert data.id == first.id
+    assert not memory.is_symlink()
+    with contextlib.closing(sqlite3.connect(memory)) as db:  # and serves again
+        assert db.execute("SELECT count(*) FROM files").fetchone()[0] == len(list(corpus.rglob("*.py")))
+
+
+def test_who_is_waited_for_is_said_at_once(corpus: Path, tmp_path: Path) -> None:
+    first = start(corpus, tmp_path, str(tmp_path / "set"), pause=20)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "tokenizing\n"
+    command = ["data", "prepare", str(corpus), "--out", str(tmp_path / "set"), "--vocab-size", "500"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    (tmp_path / "stackwise").symlink_to(tmp_path / "cache")
+    second = subprocess.Popen(
+        [sys.executable, "-m", "stackwise", *command], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert second.stderr is not None
+    assert f"waiting for pid {first.pid}" in second.stderr.readline()
+    for process in (first, second):
+        process.kill()
+        process.communicate()

@@ -204,6 +204,22 @@ def test_a_damaged_set_in_the_cache_is_made_anew(corpus: Path, settings: Setting
     assert not reused
     assert data.id == first.id
     data.verify()
+    meta = data.directory / "meta.json"
+    meta.write_text(meta.read_text().replace(data.key, data.key[::-1]))
+    assert prepare(settings(corpus, tokenizer="bytes"))[0].key == first.key
+    shutil.rmtree(data.directory)
+    os.mkfifo(data.directory)
+    assert prepare(settings(corpus, tokenizer="bytes"))[0].id == first.id
+
+
+def test_a_damaged_tokenizer_in_the_cache_is_trained_again(corpus: Path, settings: Settings, tmp_path: Path) -> None:
+    first, _ = prepare(settings(corpus, vocab_size=300))
+    (kept,) = (tmp_path / "cache" / "tokenizers").iterdir()
+    whole = kept.read_text()
+    for damaged in (whole[:50], whole.replace("e", "f", 5), ""):
+        kept.write_text(damaged)
+        shutil.rmtree(first.directory)
+        assert prepare(settings(corpus, vocab_size=300))[0].id == first.id
 
 
 def test_progress_is_in_bytes(corpus: Path, settings: Settings) -> None:

@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackwise.data.documents import TextDocument, text_document
-from stackwise.data.held_out import HeldOut
-from stackwise.data.text import cut, repair
+from stackwise.data.documents import HeldOut, TextDocument, cut, repair, text_document
 from stackwise.errors import UsageError
 
 TEXT = st.one_of(

@@ -27,8 +27,7 @@ from tokenizers import (
 from tokenizers import Tokenizer as Backend
 
 from stackwise.config import DataConfig
-from stackwise.data import Tokenizer, bytes_tokenizer, prepare
-from stackwise.data import training as data_training
+from stackwise.data import Tokenizer, bytes_tokenizer, prepare, vocabulary
 from stackwise.errors import UsageError
 
 from .conftest import FOREIGN
@@ -314,7 +313,7 @@ def test_training_sees_no_held_out_text(tmp_path: Path, settings: Settings) -> N
 
 
 def test_a_large_corpus_is_sampled(corpus: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_training, "SAMPLE_BYTES", 200_000)
+    monkeypatch.setattr(vocabulary, "SAMPLE_BYTES", 200_000)
     told: list[int] = []
     data, _ = prepare(
         settings(corpus), progress=lambda phase, done, total: told.append(done) if phase == "tokenizer" else None

@@ -17,7 +17,7 @@ from stackwise.cli.output import note, phases, print_json, say
 if TYPE_CHECKING:
     from stackwise.config import DataConfig
 
-WORDS = {"reading": "reading", "tokenizer": "training the tokenizer", "tokenizing": "tokenizing", "waiting": "waiting"}
+WORDS = {"tokenizer": "training the tokenizer"}
 
 
 @click.group(cls=Subcommands, short_help="Prepare text for training.")
@@ -32,28 +32,36 @@ def data() -> None:
 @click.option("--vocab-size", type=int, metavar="N", help="Size that bpe is trained to.  [default: 4096]")
 @click.option("--held-out", type=float, metavar="F", help="Share of the documents held out.  [default: 0.05]")
 @click.option(
-    "--text-column", metavar="C", help="Column of jsonl and parquet rows that holds the text.  [default: text]"
+    "--text-column", metavar="C", help="Column of rows that holds the text; doc.text: within doc.  [default: text]"
 )
+@click.option("--column", "columns", multiple=True, metavar="C", help="Keep this column of rows of tokens; repeatable.")
+@click.option("--follow-links", is_flag=True, default=None, help="Follow links that lead out of a folder.")
 @click.option("--max-bytes", type=int, metavar="N", help="Read at most so many bytes of text.")
 @as_json
 def prepare(as_json: bool, out: str, **options: Any) -> None:
-    """Tokenize text files and folders, jsonl, parquet and Hugging Face data sets into a prepared data set.
+    """Tokenize text files and folders, jsonl, json, parquet and Hugging Face data sets into a prepared data set.
 
     `data.paths` accepts the folder that is made. Text is streamed: a corpus may be larger than memory.
     """
+    from stackwise.data import WAITING
     from stackwise.data import prepare as prepare_data
 
     begun = time.perf_counter()
     with (
         naming_options("data"),
-        phases(unit=lambda phase, value: "" if phase == "waiting" else words.size(value)) as tell,
+        phases(unit=lambda phase, value: "" if phase.startswith(WAITING) else words.size(value)) as report,
     ):
+        said = ""
+
+        def progress(phase: str, done: int, total: int | None) -> None:
+            nonlocal said
+            if phase.startswith(WAITING) and phase != said:  # also where there is no progress bar
+                said = phase
+                note(f"{phase}, which prepares {out}")
+            report(WORDS.get(phase, phase), done, total)
+
         config = _config(options)
-        prepared, reused = prepare_data(
-            config,
-            out=Path(out).expanduser(),
-            progress=lambda phase, done, total: tell(WORDS.get(phase, phase), done, total),
-        )
+        prepared, reused = prepare_data(config, out=Path(out).expanduser(), progress=progress)
     summary = prepared.summary()
     if as_json:
         print_json({**summary, "reused": reused})
@@ -85,8 +93,8 @@ def _config(options: dict[str, Any]) -> DataConfig:
     from stackwise.config import StackWiseConfig
     from stackwise.config.loading import build
 
-    given = {key: value for key, value in options.items() if value is not None}
-    given["paths"] = list(given["paths"])
+    given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+    given = {key: value for key, value in given.items() if value is not None}
     return build(StackWiseConfig, {"data": given}, source="data prepare").data
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 from stackwise.config import DataConfig, StackWiseConfig
 from stackwise.config.fields import changed
 from stackwise.config.loading import dump
-from stackwise.data import PreparedData, is_prepared, prepare
+from stackwise.data import WAITING, PreparedData, is_prepared, prepare
 from stackwise.durable import unusable, write_bytes
 from stackwise.errors import InterruptedRun, StackWiseError, UsageError
 from stackwise.files import read_bytes
@@ -151,6 +151,8 @@ def prepare_data(config: StackWiseConfig, emit: Emit, check: Callable[[], None])
     def progress(phase: str, done: int, total: int | None) -> None:
         nonlocal emitted, before
         check()
+        if phase.startswith(WAITING) and phase != before:
+            emit("note", text=f"{phase}, which prepares the same data")
         if phase != before or time.perf_counter() - emitted > PROGRESS_SECONDS:
             emitted, before = time.perf_counter(), phase
             emit("preparing", phase=phase, done=done, total=total)
@@ -158,9 +160,12 @@ def prepare_data(config: StackWiseConfig, emit: Emit, check: Callable[[], None])
     data, reused = prepare(config.data, model_vocab=config.model.vocab_size, progress=progress)
     summary = data.summary()
     emit("data", reused=reused, seconds=time.perf_counter() - begun, **summary)
-    for reason, number in summary["skipped"].get("reasons", {}).items():
-        if reason.startswith("compressed"):
-            emit("note", text=f"data.paths: {number} files are left out, {reason}")
+    left_out = {why: n for why, n in data.skipped.get("reasons", {}).items() if why not in ("hidden", "empty")}
+    if left_out:
+        reasons = ", ".join(f"{number} {why}" for why, number in left_out.items())
+        emit("note", text=f"data.paths: files are left out: {reasons}")
+    for line in data.notes:
+        emit("note", text=f"data.paths: {line}")
     for note in unused_beside_prepared(config.data):
         emit("note", text=note)
     check_data(config, data)
@@ -171,7 +176,8 @@ def unused_beside_prepared(data: DataConfig) -> list[str]:
     """The settings that a prepared data set has settled already."""
     if not any(is_prepared(Path(path)) for path in data.paths):
         return []
-    given = sorted(set(changed(data)) & {"tokenizer", "vocab_size", "held_out", "max_bytes", "text_column"})
+    settled = {"tokenizer", "vocab_size", "held_out", "max_bytes", "text_column", "follow_links"}
+    given = sorted(set(changed(data)) & settled)
     return [f"data.{', '.join(given)}: unused, {data.paths[0]} is prepared already"] if given else []
 
 

@@ -1,0 +1,308 @@
+"""The second pass: documents become tokens in a split's files, in bounded memory, every core at work."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+from stackwise.data.corpus import Corpus, Progress
+from stackwise.data.documents import IGNORED, LABELS, TARGETS, Array, Document, HeldOut, TextDocument, TokenDocument
+from stackwise.data.tokenizer import Tokenizer
+from stackwise.errors import UsageError
+
+SIDES = ("train", "held_out")
+"""The splits, and their folders' names."""
+
+BATCH_BYTES = 2 << 20
+"""Text that is tokenized at once: enough to keep every core busy, little enough to forget."""
+
+BATCH_PIECES = 4096
+UNKNOWN_SHARE = 0.5
+"""Of the tokens of a text: with more unknown ones it is the wrong tokenizer, and there is nothing to learn."""
+_AHEAD = 2
+"""Batches in the making: while one's tokens come over from the library, it works at the next."""
+
+
+class NotExactError(Exception):
+    """The byte table does not add up to a text's bytes: this tokenizer's tokens must be measured where they stand."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A piece of a document's text, or a row of tokens. `ends`: the document's bytes in its last piece, else -1."""
+
+    side: int
+    content: str | TokenDocument
+    size: int
+    ends: int
+
+
+_Encoded = list[dict[str, Array]]
+
+
+def write_splits(
+    directory: Path, corpus: Corpus, held_out: HeldOut, tokenizer: Tokenizer, *, measure: bool, progress: Progress
+) -> list[dict[str, Any]]:
+    """Tokenize a corpus into `directory/train` and `directory/held_out`.
+
+    Args:
+        directory: An existing folder without those two.
+        corpus: The documents.
+        held_out: Which are held out.
+        tokenizer: Makes the tokens.
+        measure: Store the bytes of every token, instead of relying on the tokenizer's byte table.
+        progress: Told "tokenizing" with bytes.
+
+    Returns:
+        The descriptions of the two splits.
+
+    Raises:
+        NotExactError: Without `measure`, the byte table does not add up.
+        UsageError: A file changed meanwhile, the mask token occurs, a side stays empty, or the tokenizer knows less
+            than half of the text.
+    """
+    more = {"bytes": "<u4"} if measure and corpus.has_text else corpus.columns
+    writers = [SplitWriter(directory / side, tokenizer, more) for side in SIDES]
+    done = 0
+    try:
+        progress("tokenizing", 0, corpus.contents.size)
+        for batch, encoded in _in_parallel(_batches(corpus, held_out), tokenizer, measure):
+            for piece, columns in zip(batch, encoded, strict=True):
+                writer = writers[piece.side]
+                writer.add(columns)
+                if "bytes" in columns and not len(columns["tokens"]):
+                    writer.leave(piece.size)
+                if piece.ends >= 0:
+                    writer.end_document(piece.ends)
+                done += piece.size
+            progress("tokenizing", done, corpus.contents.size)
+        wanted = writers if held_out.share < 1 else writers[1:]
+        if not all(writer.n_documents for writer in wanted):
+            raise UsageError("data.paths: too little text to hold some of it out", hint="add more text")
+        made = [writer.finish() for writer in writers]
+        if corpus.has_text:
+            _check_known(tokenizer, writers[0].counts + writers[1].counts)
+        return made
+    finally:
+        for writer in writers:
+            writer.abandon()
+
+
+def _check_known(tokenizer: Tokenizer, counts: Array) -> None:
+    """Separators aside, as a tokenizer that makes one unknown token of a document has as many of them."""
+    unknown = tokenizer.unknown_id
+    total = int(counts.sum() - counts[tokenizer.separator_id])
+    if unknown is None or counts[unknown] <= UNKNOWN_SHARE * total:
+        return
+    raise UsageError(
+        f"data.tokenizer: {tokenizer.name} does not know this text: {counts[unknown] / total:.0%} of its tokens are "
+        f"{tokenizer.decode([unknown])} (id {unknown}), its token for the unknown",
+        hint="use a tokenizer made for such text, or set data.tokenizer to bpe or bytes",
+    )
+
+
+def _batches(corpus: Corpus, held_out: HeldOut) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    size = 0
+    for document in corpus.documents():
+        for side, part in held_out.divide(document):
+            for piece in _pieces(side, part):
+                batch.append(piece)
+                size += piece.size
+                if size >= BATCH_BYTES or len(batch) >= BATCH_PIECES:
+                    yield batch
+                    batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(side: int, part: Document) -> Iterator[_Piece]:
+    if not isinstance(part, TextDocument):
+        yield _Piece(side, part, 4 * len(part.tokens), 0)
+        return
+    left = part.n_bytes
+    for text in part.pieces():
+        size = len(text) if text.isascii() else len(text.encode())
+        left -= size
+        yield _Piece(side, text, size, -1 if left else part.n_bytes)
+
+
+def _in_parallel(
+    batches: Iterable[list[_Piece]], tokenizer: Tokenizer, measure: bool
+) -> Iterator[tuple[list[_Piece], _Encoded]]:
+    """Every batch with its tokens, in order; the next ones are in the making meanwhile."""
+    waiting: deque[tuple[list[_Piece], Future[_Encoded]]] = deque()
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        for batch in batches:
+            waiting.append((batch, pool.submit(_encode, batch, tokenizer, measure)))
+            if len(waiting) > _AHEAD:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for rest, future in waiting:
+            yield rest, future.result()
+
+
+def _encode(batch: list[_Piece], tokenizer: Tokenizer, measure: bool) -> _Encoded:
+    rows = [piece.content for piece in batch if isinstance(piece.content, TokenDocument)]
+    if rows:
+        return [{"tokens": row.tokens, **row.columns} for row in rows]
+    texts = [piece.content for piece in batch if isinstance(piece.content, str)]
+    if measure:
+        return [{"tokens": ids, "bytes": sizes} for ids, sizes in tokenizer.encode_with_bytes(texts)]
+    encoded = tokenizer.encode_batch(texts)
+    table = tokenizer.bytes_per_token()
+    if table is None or int(table[np.concatenate(encoded)].sum()) != sum(piece.size for piece in batch):
+        raise NotExactError
+    return [{"tokens": ids} for ids in encoded]
+
+
+# A split's files, appended to as tokens come.
+
+FLUSH_TOKENS = 1 << 20
+"""Tokens that are held before they are written together."""
+
+
+class _Column:
+    """One array appended to a file, hashed on the way."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path, self.dtype = path, np.dtype(dtype)
+        self._file: IO[bytes] = path.open("wb")
+        self._hash = xxhash.xxh3_128()
+        self.length = 0
+
+    def append(self, array: Array) -> None:
+        data = np.ascontiguousarray(array, self.dtype).tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self.length += len(array)
+
+    def close(self) -> dict[str, Any]:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"dtype": self.dtype.str, "length": self.length, "digest": self._hash.hexdigest()}
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+class SplitWriter:
+    """Writes a split's columns: `tokens`, `documents` (starts), `counts`, and `bytes` or what rows bring.
+
+    Args:
+        directory: Where the files go; made.
+        tokenizer: Gives the separator and the size of the vocabulary.
+        more: Further columns, with their types.
+    """
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer, more: Mapping[str, str]) -> None:
+        directory.mkdir()
+        self.directory = directory
+        self._tokenizer = tokenizer
+        wide = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+        types = {"tokens": wide, "documents": "<i8", **more}
+        self._columns = {name: _Column(directory / f"{name}.bin", types[name]) for name in sorted(types)}
+        self._held: dict[str, list[Array]] = {name: [] for name in types}
+        self._held_tokens = 0
+        self._counts = np.zeros(tokenizer.vocab_size, np.int64)
+        self.n_tokens = self.n_documents = self.n_bytes = 0
+        self._start = 0
+        self._starts: list[int] = []
+        self._last = -1
+        self._unclaimed = 0
+        # at a separator nothing is scored: no target, no weight
+        fill = {"tokens": tokenizer.separator_id, TARGETS: IGNORED, LABELS: IGNORED}
+        self._end = {name: np.array([fill.get(name, 0)], types[name]) for name in types if name != "documents"}
+
+    def add(self, columns: Mapping[str, Array]) -> None:
+        """Append a run of the document in hand: its tokens, and a value for each in every other column."""
+        tokens = columns["tokens"]
+        if not len(tokens):
+            return
+        # before, not after: the end of a document may still add to its last token's bytes
+        if self._held_tokens >= FLUSH_TOKENS:
+            self._flush()
+        if self._unclaimed and "bytes" in columns:
+            columns["bytes"][0] += self._unclaimed
+            self._unclaimed = 0
+        for name, values in columns.items():
+            self._held[name].append(values)
+        self.n_tokens += len(tokens)
+        self._held_tokens += len(tokens)
+        self._last = int(tokens[-1])
+
+    def leave(self, n_bytes: int) -> None:
+        """Text of the document in hand that made no token: the next one stands for it too, at its end the last."""
+        self._unclaimed += n_bytes
+
+    def end_document(self, n_bytes: int) -> None:
+        """End the document in hand with a separator, unless it brought one; without tokens it leaves no trace."""
+        left, self._unclaimed = self._unclaimed, 0
+        if self.n_tokens == self._start:
+            return
+        if left:
+            self._held["bytes"][-1][-1] += left
+        if self._last != self._tokenizer.separator_id:
+            self.add(self._end)
+        self._starts.append(self._start)
+        self._start = self.n_tokens
+        self.n_documents += 1
+        self.n_bytes += n_bytes
+
+    def _flush(self) -> None:
+        self._held["documents"].append(np.array(self._starts, np.int64))
+        self._starts.clear()
+        for name, arrays in self._held.items():
+            if arrays:
+                whole = np.concatenate(arrays)
+                if name == "tokens":
+                    self._counts += np.bincount(whole, minlength=len(self._counts))
+                self._columns[name].append(whole)
+                arrays.clear()
+        self._held_tokens = 0
+
+    def finish(self) -> dict[str, Any]:
+        """Close the files, durably, and describe them as plain data.
+
+        Raises:
+            UsageError: The mask token stands in the data.
+        """
+        self._flush()
+        self._check_mask()
+        counts = _Column(self.directory / "counts.bin", "<i8")
+        counts.append(self._counts)
+        columns = {name: column.close() for name, column in (*self._columns.items(), ("counts", counts))}
+        return {"documents": self.n_documents, "tokens": self.n_tokens, "bytes": self._bytes(), "columns": columns}
+
+    @property
+    def counts(self) -> Array:
+        """How often each id was written (int64 [vocab_size]); whole after `finish`."""
+        return self._counts
+
+    def _check_mask(self) -> None:
+        hits = int(self._counts[self._tokenizer.mask_id])
+        # rows with targets may well show masks: they bring their own objective
+        if hits and TARGETS not in self._columns:
+            raise UsageError(
+                f"the mask token (id {self._tokenizer.mask_id}) occurs {hits} times in the data",
+                hint="use a tokenizer whose mask token the data does not contain",
+            )
+
+    def _bytes(self) -> int:
+        """Bytes of source text; of rows of tokens, what the tokens stand for where that is known."""
+        table = None if self.n_bytes else self._tokenizer.bytes_per_token()
+        return self.n_bytes if table is None else int(table @ self._counts)
+
+    def abandon(self) -> None:
+        """Close the files as they are."""
+        for column in self._columns.values():
+            column.abandon()
