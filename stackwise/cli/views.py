@@ -224,7 +224,7 @@ class Live(_View):
         figures = PHASES.get(activity, activity)
         if activity.startswith("boundary"):
             figures = f"writing {activity}"
-        if activity != "waiting" and (view.done or view.total):
+        if not activity.startswith("waiting") and (view.done or view.total):
             figures += f"  {unit(view.done)}" + (f" of {unit(view.total)}" if view.total else "")
         return self._lines(self._bar(view.done, view.total), Text(figures))
 

@@ -262,7 +262,7 @@ def _token_document(where: str, row: Mapping[str, Any], reading: Reading) -> Doc
     for name, value in row.items():
         used = name in columns or name in (TOKENS, MASK, LABELS)
         if not used and (value is UNREAD or (isinstance(value, list) and len(value) == len(keep))):
-            remarks[f"rows bring {name}, which is not used (data.columns: [{name}] keeps it)"] = 1
+            remarks[f"rows bring {name}, which is not used (see data.columns)"] = 1
     return token_document(tokens, columns, remarks) if tokens.size else None
 
 

@@ -263,7 +263,7 @@ class _Finder:
         real = os.path.realpath(path)
         if real == root or real.startswith(root.rstrip("/") + "/") or not os.path.exists(path):
             return True
-        self.skipped.add(path, "a link out of its folder (data.follow_links: true follows it)")
+        self.skipped.add(path, "a link out of its folder (see data.follow_links)")
         return False
 
 

@@ -18,7 +18,7 @@ Event = dict[str, Any]
 Observer = Callable[[Event], None]
 Emit = Callable[..., None]
 """Emits an event: its name, and its values by name."""
-PHASES = {"reading": "reading text", "tokenizer": "training the tokenizer", "waiting": "waiting for another process"}
+PHASES = {"reading": "reading text", "tokenizer": "training the tokenizer"}
 """What is prepared before there is a plan, where its name does not say it."""
 
 
