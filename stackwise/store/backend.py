@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stackwise import durable
+from stackwise.files import open_regular
 from stackwise.store import files
 
 
@@ -81,7 +82,7 @@ class LocalFile:
     """A local file open for reading; `pread` alone, so that threads and forks may share it."""
 
     def __init__(self, path: Path) -> None:
-        self.fd: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self.fd: int | None = open_regular(path)
         self.size = os.fstat(self.fd).st_size
 
     def read_into(self, buffer: Any, offset: int) -> int:

@@ -16,7 +16,7 @@ from stackwise.errors import BusyError, DamageError, NotFound, StackWiseError, U
 from stackwise.identity import is_hex_id
 from stackwise.store import files, inspection
 from stackwise.store.contents import Contents
-from stackwise.store.leases import Lease
+from stackwise.store.leases import Lease, hold_alone
 from stackwise.store.rowset import Rowset
 
 Report = dict[str, Any]
@@ -154,9 +154,7 @@ class Collector:
 
     def _alone(self) -> bool:
         """Whether no other process, and no other object of this one, has the store open."""
-        try:
-            fcntl.flock(self._store._presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not hold_alone(self._store._presence):
             return False
         fcntl.flock(self._store._presence, fcntl.LOCK_SH)
         return True

@@ -48,6 +48,7 @@ class Index:
     def __init__(self, path: Path, map_size: int = MAP_SIZE, *, read_only: bool = False) -> None:
         self.path, self.read_only = path, read_only
         self.references = 0
+        self.changed = False
         self._map_size = map_size
         self._env: Any = None
         self._tables: dict[str, Any] = {}
@@ -160,6 +161,7 @@ class Index:
         with self._explained(), self._writing:
             while True:
                 try:
+                    self.changed = True  # before the commit: one that fails half-way changes the file as well
                     with env.begin(write=True) as transaction:
                         return change(Writing(transaction, self._tables))
                 except lmdb.MapResizedError:
@@ -256,10 +258,15 @@ def open_index(path: Path, map_size: int = MAP_SIZE, *, read_only: bool = False)
         return index
 
 
-def close_index(index: Index) -> None:
-    """Give back what `open_index` gave; the last one closes it."""
+def close_index(index: Index) -> bool:
+    """Give back what `open_index` gave; the last one closes it.
+
+    Returns:
+        Whether it is closed now, and was changed by this process.
+    """
     with _open_lock:
         _release(os.path.realpath(index.path), index)
+        return index.references <= 0 and index.changed
 
 
 def _release(key: str, index: Index) -> None:

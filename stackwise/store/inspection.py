@@ -15,6 +15,7 @@ from stackwise.store.boundaries import read_boundaries
 from stackwise.store.chunks import ChunkSource
 from stackwise.store.index import Index
 from stackwise.store.layout import Layout
+from stackwise.store.masks import Masks
 from stackwise.store.records import BoundaryInfo, chunk_key
 from stackwise.store.rowset import Rowset, rowset_id_of
 from stackwise.store.stages import Stages
@@ -104,6 +105,9 @@ class Verifier:
         for boundary_id, _ in broken:
             self._report(boundary_id, None, "its record is damaged")
         self._check_rowsets(boundaries)
+        if not self._fast:
+            for key in Masks(self._index).damaged_records():
+                self._report(f"mask {key.hex()}", None, "changed")
         self._check_columns(boundaries)
         stages = Stages(self._layout)
         recipes = stages.names()

@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from stackwise import durable, identity
-from stackwise.errors import NotFound, UsageError
+from stackwise.errors import DamageError, NotFound, UsageError
+from stackwise.files import IrregularFile, read_json
 
 FORMAT = 1
+_LAST_FORMAT = 1000
+"""A version beyond this is damage, not a store of the future."""
 """Raised when an older StackWise could misread what this one writes."""
 
 _NETWORK = frozenset(
@@ -144,29 +147,33 @@ def read_format(layout: Layout) -> int | None:
     """The format version of the store, or None where there is no store.
 
     Raises:
-        UsageError: The store is of a newer format, or `format.json` is not one.
+        UsageError: The store is of a newer format, or it is a file.
+        DamageError: `format.json` is damaged.
     """
     try:
-        if layout.format.stat().st_size > 65536:
-            raise ValueError("too large")
-        value: Any = durable.read_json(layout.format)
+        value: Any = read_json(layout.format, limit=65536)
     except FileNotFoundError:
         return None
     except NotADirectoryError:
         raise UsageError(f"{layout.root} is a file, not a store") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{layout.format} is not readable as a store's format",
-            hint="if the boundaries beside it are a store's, remove that file and run `stackwise cache repair`",
-        ) from error
+    except (ValueError, IrregularFile) as error:
+        raise _damaged_format(layout, "is not readable as a store's format") from error
     version = value.get("format") if isinstance(value, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise UsageError(f"{layout.format} names no format version")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= _LAST_FORMAT:
+        raise _damaged_format(layout, "names no format version")
     if version > FORMAT:
         raise UsageError(
             f"{layout.root} is a store of format {version}; this version reads up to format {FORMAT}",
             hint="upgrade StackWise, or use another store",
         )
     if value.get("ids") != identity.ALGORITHM:
-        raise UsageError(f"{layout.root} names its contents by {str(value.get('ids'))[:60]!r}, which is not known here")
+        raise _damaged_format(
+            layout, f"names contents by {str(value.get('ids'))[:60]!r}, which format {version} does not"
+        )
     return version
+
+
+def _damaged_format(layout: Layout, what: str) -> DamageError:
+    return DamageError(
+        f"{layout.format} {what}", hint="if what lies beside it is a store, `stackwise cache repair` writes it anew"
+    )

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from stackwise.errors import BusyError, DamageError, UsageError
+from stackwise.errors import BusyError, UsageError
+from stackwise.files import open_regular
 
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 """What the system says where a file or a disk can only be read."""
@@ -88,20 +89,30 @@ def open_lock(path: Path) -> tuple[int, bool] | None:
     """A lock file's descriptor, and whether the store can be written; None where it is missing and cannot be made.
 
     Raises:
-        DamageError: It is a link or a directory.
+        IrregularFile: It is a link, a directory, a FIFO.
     """
-    flags = os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644), True
+        return open_regular(path, os.O_RDWR | os.O_CREAT, 0o644), True
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR):
-            raise DamageError(f"{path} is no lock file", hint="remove it; it is made anew") from error
         if error.errno not in READ_ONLY:
             raise
     try:
-        return os.open(path, os.O_RDONLY | flags), False
+        return open_regular(path), False
     except FileNotFoundError:
         return None
+
+
+def hold_alone(fd: int) -> bool:
+    """Turn a shared lock into an exclusive one if nobody else holds it; whether that was so.
+
+    A conversion that fails loses the lock it had (flock(2)), so the shared one is taken anew.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        return False
+    return True
 
 
 def _is_still(fd: int, path: Path) -> bool:

@@ -27,6 +27,15 @@ def mask_ids_of(packed: npt.NDArray[np.uint8], length: int) -> MaskIds:
     return np.frombuffer(ids, np.uint8).reshape(-1, 16).copy()
 
 
+def _is_sound(key: bytes, value: bytes | None) -> bool:
+    """Whether a record is there, and its key the id of its pattern."""
+    if value is None or len(value) < 5:
+        return False
+    (length,) = struct.unpack_from("<I", value)
+    packed = np.frombuffer(value, np.uint8)[4:]
+    return len(packed) == -(-length // 8) and mask_ids_of(packed[None], length).tobytes() == key
+
+
 class Masks:
     """The masks of one store."""
 
@@ -132,12 +141,12 @@ class Masks:
         keys = list(dict.fromkeys(np.ascontiguousarray(mask_ids).view("V16").reshape(-1).tolist()))
         with self._index.read() as view:
             values = view.get_many("masks", keys)
-        faults = 0
-        for key, value in zip(keys, values, strict=True):
-            length = struct.unpack_from("<I", value)[0] if value is not None and len(value) > 4 else 0
-            packed = np.frombuffer(value or b"", np.uint8)[4:]
-            faults += not length or len(packed) != -(-length // 8) or mask_ids_of(packed[None], length).tobytes() != key
-        return faults
+        return sum(not _is_sound(key, value) for key, value in zip(keys, values, strict=True))
+
+    def damaged_records(self) -> list[bytes]:
+        """The keys of all records that are not those of their patterns."""
+        with self._index.read() as view:
+            return [key for key, value in view.scan("masks") if not _is_sound(key, value)]
 
     def forget(self) -> None:
         """Empty the memory of recent masks."""

@@ -60,6 +60,7 @@ class Repairer:
         self._drop_broken_records()
         self._restore_rowsets()
         self._restore_boundaries()
+        self._drop_broken_masks()
         found = inspection.Verifier(self._store._index, self._store._layout, self._store._backend).run()
         self._report["checked_chunks"] = found["checked_chunks"]
         by_boundary: dict[str, dict[int, str]] = {}
@@ -109,6 +110,15 @@ class Repairer:
 
         if broken:
             self._store._index.update(forget)
+
+    def _drop_broken_masks(self) -> None:
+        """Masks that no boundary could put back: without their record, whoever needs them stores them again."""
+        broken = self._store._masks.damaged_records()
+        for key in broken:
+            self._gone(f"mask {key.hex()}", None, "changed")
+        if broken and not self._dry:
+            self._store._index.update(lambda view: [view.delete("masks", key) for key in broken])
+            self._store._forget_cached()
 
     def _restore_rowsets(self) -> None:
         """Rowsets whose file or masks are damaged, from the columns of a boundary that has them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from stackwise.errors import DamageError
 from stackwise.identity import is_hex_id
 from stackwise.store import files, inspection
 from stackwise.store.backend import Backend, LocalBackend
-from stackwise.store.layout import Layout
+from stackwise.store.layout import Layout, read_format, seal
 from stackwise.store.rebuild import set_aside
 from stackwise.store.recompute import Recompute
 from stackwise.store.repair import Repairer
@@ -43,6 +44,15 @@ def repair_store(
         NotFound: There is no store.
     """
     state = "sound"
+    layout = Layout(Path(path).absolute())
+    try:
+        read_format(layout)
+    except DamageError:
+        if not dry_run and (layout.index / "data.mdb").exists():
+            if layout.format.is_dir() and not layout.format.is_symlink():
+                files.remove_tree(layout.format)
+            seal(layout)
+            state = "format.json written anew"
     try:
         store = ActivationStore(path, create=False, backend=backend)
     except DamageError as error:
@@ -51,13 +61,13 @@ def repair_store(
             rebuilt = [name for name in names if is_hex_id(name)]
             empty: dict[str, Any] = {"repaired": [], "gone": [], "dropped_stages": [], "busy": [], "checked_chunks": 0}
             return {"dry_run": True, "index": "damaged", "rebuilt": rebuilt, "fault": error.message, **empty}
-        layout = Layout(Path(path).absolute())
         set_aside(layout.index)
         state = "rebuilt"
         for stale in layout.rowsets.glob("*") if layout.rowsets.is_dir() else ():
             stale.unlink()
         # Its format is known: `format.json` was read before the index was opened.
-        layout.format.rename(layout.format.with_name(".tmp-format.json"))
+        with contextlib.suppress(FileNotFoundError):
+            layout.format.rename(layout.format.with_name(".tmp-format.json"))
         store = ActivationStore(path, backend=backend)
     with store:
         report = Repairer(store, recompute, dry_run=dry_run, drop_stages=drop_stages, progress=progress).run()

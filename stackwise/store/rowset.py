@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from stackwise import identity
 from stackwise.errors import DamageError, NotFound, UsageError
+from stackwise.files import open_regular
 from stackwise.identity import Hex
 from stackwise.store import files
 from stackwise.store.records import MAX_ROWS
@@ -167,9 +168,10 @@ def _hash(pairs: Ids) -> npt.NDArray[np.uint64]:
 
 def _map(path: Path, rowset_id: Hex, rows: int) -> mmap.mmap:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = open_regular(path)
     except OSError as error:
-        raise _damaged(rowset_id, "its file is missing") from error
+        missing = isinstance(error, FileNotFoundError)
+        raise _damaged(rowset_id, "its file is missing" if missing else f"its file cannot be read ({error})") from error
     try:
         size = os.fstat(fd).st_size
         if size < _HEADER.size:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from stackwise.errors import BusyError, NoSpaceError, NotFound, UsageError
+from stackwise.files import open_regular
 from stackwise.identity import Hex
 from stackwise.store import files
 from stackwise.store.records import BoundaryInfo
@@ -27,12 +29,14 @@ class Reserve:
     def take(self) -> bool:
         """Make sure of it, where the disk has room to spare; whether it is there."""
         try:
-            if self.path.is_symlink():
-                return False
-            if self.path.exists() and self.path.stat().st_blocks > 0:
-                return True
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(self.path)
+                if not stat.S_ISREG(status.st_mode):
+                    os.unlink(self.path)  # a link, a FIFO: the reserve is nobody's but the store's
+                elif status.st_blocks > 0:
+                    return True
             size = min(RESERVE_BYTES, files.free_bytes(self.path.parent) // 16)
-            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            fd = open_regular(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(fd, 0, max(size, 1))

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ import xxhash
 
 from stackwise import durable
 from stackwise.errors import DamageError, UsageError
-from stackwise.identity import Hex, is_hex_id
+from stackwise.files import open_regular, read_json
+from stackwise.identity import Hex, content_id, digest, is_hex_id
 from stackwise.store import files
 from stackwise.store.layout import Layout
 from stackwise.store.leases import Lease
@@ -92,9 +94,10 @@ class CommittedStage:
         for part in (part for part in self.parts.values() if not part.pruned):
             path = self.directory / part.file
             try:
-                size = path.stat(follow_symlinks=False).st_size
-                if path.is_symlink():
-                    yield part.file, "is a link"
+                status = path.stat(follow_symlinks=False)
+                size = status.st_size
+                if not stat.S_ISREG(status.st_mode):
+                    yield part.file, "is no regular file"
                 elif size != part.bytes:
                     yield part.file, f"has {size} bytes instead of {part.bytes}"
                 elif file_digest(path) != part.digest:
@@ -132,6 +135,7 @@ class Stages:
                     "parts": {name: part.plain() for name, part in parts.items()},
                     "record": json.loads(text),
                 }
+                value["digest"] = _record_digest(value)
                 durable.write_json(temporary / "stage.json", value)
                 replaced = final.with_name(f"{temporary.name}-replaced")
                 if final.exists():
@@ -149,9 +153,7 @@ class Stages:
         directory = self._layout.stage(recipe)
         path = directory / "stage.json"
         try:
-            if path.stat().st_size > _RECORD_BYTES:
-                raise ValueError("absurdly large")
-            stage = _parse(recipe, directory, durable.read_json(path))
+            stage = _parse(recipe, directory, read_json(path, limit=_RECORD_BYTES, root=directory.parent))
         except FileNotFoundError as error:
             if not directory.exists():
                 return None
@@ -176,9 +178,10 @@ class Stages:
             if stage is None:
                 return 0
             path = stage.directory / "stage.json"
-            value = durable.read_json(path)
+            value = read_json(path, limit=_RECORD_BYTES)
             for name in parts:
                 value["parts"][name]["pruned"] = True
+            value["digest"] = _record_digest(value)
             # First the record: whatever happens between, what is missing is known to be.
             with durable.explain_full_disk(path):
                 durable.write_json(path, value)
@@ -209,7 +212,7 @@ class Stages:
 def file_digest(path: Path) -> Hex:
     """xxh3-128 of a file's bytes, read in pieces."""
     state = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
+    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
         buffer = memoryview(bytearray(_READ))
         while count := file.readinto(buffer):
             state.update(buffer[:count])
@@ -225,6 +228,9 @@ def _write_part(directory: Path, part: str, write: Callable[[Path], None]) -> Pa
 def _parse(recipe: Hex, directory: Path, value: Any) -> CommittedStage:
     if value["recipe"] != recipe or value["format"] != 1:
         raise ValueError("it is that of another stage, or of another format")
+    # What was committed before records had a digest is held against its own structure alone.
+    if "digest" in value and value["digest"] != _record_digest(value):
+        raise ValueError("it was changed")
     parts = {}
     for name, part in value["parts"].items():
         if not _PART.fullmatch(name) or part["file"] != f"{name}.safetensors":
@@ -232,9 +238,22 @@ def _parse(recipe: Hex, directory: Path, value: Any) -> CommittedStage:
         if not isinstance(part["bytes"], int) or not is_hex_id(part["digest"]):
             raise ValueError(f"part {name}")
         parts[name] = PartFile(part["file"], part["bytes"], part["digest"], part.get("pruned") is True)
-    if not isinstance(value["record"], dict):
+    record = value["record"]
+    if not isinstance(record, dict):
         raise ValueError("no record")
+    if isinstance(record.get("recipe"), dict):  # a stage of a run; others commit records of their own
+        if content_id("recipe", record["recipe"]) != recipe:
+            raise ValueError("its recipe is another")
+        digests = record.get("parts")
+        if not isinstance(digests, dict) or set(digests) != set(parts) or not all(map(is_hex_id, digests.values())):
+            raise ValueError("the digests of its parts")
     return CommittedStage(recipe, directory, value["record"], parts)
+
+
+def _record_digest(value: Mapping[str, Any]) -> Hex:
+    """The digest of all that a `stage.json` says, which it carries itself."""
+    said = {key: value[key] for key in ("format", "recipe", "parts", "record")}
+    return digest(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _damaged(path: Path, fault: str) -> DamageError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from stackwise.errors import DamageError, NotFound, UsageError
+from stackwise.files import open_regular
 from stackwise.identity import Hex
 from stackwise.store import layout, trust
 from stackwise.store.backend import Backend, LocalBackend
@@ -85,14 +85,13 @@ class ActivationStore(Upkeep):
             )
         self._presence, self.read_only = self._enter()
         try:
-            trust.check_index(self._layout.index, self._presence)
+            trust.enter(self._layout.index, self._presence)
             self._index = open_index(self._layout.index, read_only=self.read_only)
         except BaseException:
             os.close(self._presence)
             raise
         try:
             if layout.read_format(self._layout) is None:
-                trust.mark(self._layout.index)
                 layout.seal(self._layout)
         except BaseException:
             close_index(self._index)
@@ -108,18 +107,13 @@ class ActivationStore(Upkeep):
         self._closed = False
 
     def _enter(self) -> tuple[int, bool]:
-        """Hold the store's presence lock shared, as long as it is open; its descriptor, and whether it is read-only.
+        """Open the presence lock, which is held shared as long as the store is open; and whether it is read-only.
 
         Whoever gets that lock alone knows that nobody else is about to use the store.
         """
         opened = open_lock(self._layout.presence)
         if opened is None:  # it can only be read, and nobody ever opened it: any file of it will do
-            return os.open(self._layout.format, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), True
-        try:
-            fcntl.flock(opened[0], fcntl.LOCK_SH)
-        except BaseException:
-            os.close(opened[0])
-            raise
+            return open_regular(self._layout.format), True
         return opened[0], not opened[1]
 
     def _refuse_foreign_directory(self) -> None:
@@ -138,8 +132,11 @@ class ActivationStore(Upkeep):
         if not self._closed:
             self._closed = True
             self._forget_cached()
-            os.close(self._presence)
-            close_index(self._index)
+            try:
+                if close_index(self._index):
+                    trust.mark(self._layout.index, self._presence)
+            finally:
+                os.close(self._presence)
 
     def __enter__(self) -> Self:
         return self

@@ -1,8 +1,9 @@
 """Whether an index may be handed to LMDB, which believes what it maps.
 
-A crafted or truncated file can crash the process that opens it. An index that this user's StackWise made, or has
-checked, bears a mark that nobody else can make; any other is first walked page by page by a verifier that maps
-nothing. The mark is bound to the very file, so a store that was copied here is checked once.
+A crafted, damaged or truncated file can crash the process that opens it. So whoever opens a store first looks whether
+the file's content is what this user's StackWise left: a mark beside it, which nobody else can make, is bound to a
+digest of every byte. Any other file (made elsewhere, damaged in place, or left by a writer that was killed) is walked
+page by page by a verifier that maps nothing, and marked where it is sound.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ import hashlib
 import hmac
 import os
 import secrets
-import stat
 from pathlib import Path
 
+import xxhash
+
 from stackwise.errors import DamageError
+from stackwise.files import IrregularFile, open_regular, read_bytes
+from stackwise.store.leases import READ_ONLY, hold_alone
 
 _KEY_BYTES = 32
+_PIECE = 16 << 20
 
 
-def check_index(index: Path, presence: int) -> None:
-    """Check an index that may come from a stranger, unless it bears this user's mark.
+def enter(index: Path, presence: int) -> None:
+    """Hold the store's presence lock shared, having checked an index whose content does not bear this user's mark.
 
     Args:
         index: The directory of the environment.
@@ -31,42 +36,87 @@ def check_index(index: Path, presence: int) -> None:
     Raises:
         DamageError: It is not a sound LMDB file.
     """
-    data = index / "data.mdb"
-    try:
-        status = os.stat(data, follow_symlinks=False)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISREG(status.st_mode):
-        raise _refused(data, ["it is not a plain file"])
-    lock = index / "lock.mdb"
-    if lock.is_symlink() or (lock.exists() and not lock.is_file()):
-        raise _refused(lock, ["it is not a plain file"])
-    key = _key()
-    if key is not None and _is_marked(index, key, status):
-        return
-    # While another process of this user writes, a walk would see two states at once; and that one has checked it.
+    # Alone first, so that nobody writes during the walk. While another process has the store open a walk would see two
+    # states at once; and that one has checked it.
     try:
         fcntl.flock(presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return
-    try:
-        faults = find_faults(data)
-    finally:
         fcntl.flock(presence, fcntl.LOCK_SH)
-    if faults:
+        _check_regular(index / "data.mdb")
+        return
+    _check(index)
+    fcntl.flock(presence, fcntl.LOCK_SH)
+
+
+def _check(index: Path) -> None:
+    data = index / "data.mdb"
+    try:
+        content = _digest(data)
+    except FileNotFoundError:
+        return
+    except IrregularFile as error:
+        raise _refused(data, [error.message]) from None
+    _drop_reader_table(index / "lock.mdb")
+    key = _key()
+    if key is not None and _is_marked(index, key, content):
+        return
+    if faults := find_faults(data):
         raise _refused(data, faults)
-    mark(index)
+    _write_mark(index, content)
 
 
-def mark(index: Path) -> None:
-    """Mark an index as made or checked by this user."""
+def mark(index: Path, presence: int) -> None:
+    """Mark an index that this process has changed, if nobody else has the store open.
+
+    Whoever closes it last does this. After a crash the mark is an old one, and the next to open it checks the file.
+    """
+    if not hold_alone(presence):
+        return
+    with contextlib.suppress(OSError):
+        _write_mark(index, _digest(index / "data.mdb"))
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        os.close(open_regular(path))
+    except FileNotFoundError:
+        pass
+    except IrregularFile as error:
+        raise _refused(path, [error.message]) from None
+
+
+def _drop_reader_table(lock: Path) -> None:
+    """Remove LMDB's table of readers, which is of no use once nobody has the store open, and may be damaged."""
+    try:
+        lock.unlink(missing_ok=True)
+    except IsADirectoryError:
+        raise _refused(lock, ["it is a directory"]) from None
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        _check_regular(lock)
+
+
+def _digest(data: Path) -> str:
+    """xxh3-128 of every byte of an index, read in pieces."""
+    state = xxhash.xxh3_128()
+    with os.fdopen(open_regular(data), "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(min(_PIECE, max(1, os.fstat(file.fileno()).st_size))))
+        while count := file.readinto(buffer):
+            state.update(buffer[:count])
+    return state.hexdigest()
+
+
+def _write_mark(index: Path, content: str) -> None:
     key = _key()
     if key is None:
         return
+    path = index / "checked"
     with contextlib.suppress(OSError):
-        path = index / "checked"
         path.unlink(missing_ok=True)
-        path.write_text(_token(key, os.stat(index / "data.mdb", follow_symlinks=False)))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        with os.fdopen(fd, "w") as file:
+            file.write(_token(key, content))
 
 
 def find_faults(data: Path) -> list[str]:
@@ -99,7 +149,7 @@ def _key() -> bytes | None:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     path = Path(home) / "stackwise" / "store-key"
     try:
-        key = path.read_bytes()
+        key = read_bytes(path, limit=_KEY_BYTES)
         if len(key) == _KEY_BYTES:
             return key
     except OSError:
@@ -116,23 +166,22 @@ def _key() -> bytes | None:
         with contextlib.suppress(FileExistsError):
             os.link(fresh, path)
         fresh.unlink()
-        key = path.read_bytes()
+        key = read_bytes(path, limit=_KEY_BYTES)
     except OSError:
         return None
     return key if len(key) == _KEY_BYTES else None
 
 
-def _token(key: bytes, status: os.stat_result) -> str:
-    return hmac.new(key, f"{status.st_dev}:{status.st_ino}".encode(), hashlib.sha256).hexdigest()
+def _token(key: bytes, content: str) -> str:
+    return hmac.new(key, f"content {content}".encode(), hashlib.sha256).hexdigest()
 
 
-def _is_marked(index: Path, key: bytes, status: os.stat_result) -> bool:
+def _is_marked(index: Path, key: bytes, content: str) -> bool:
     try:
-        with (index / "checked").open("rb") as file:
-            found = file.read(128)
+        mark = read_bytes(index / "checked", limit=128)
     except OSError:
         return False
-    return hmac.compare_digest(found, _token(key, status).encode())
+    return hmac.compare_digest(mark, _token(key, content).encode())
 
 
 def _refused(path: Path, faults: list[str]) -> DamageError:

@@ -82,7 +82,7 @@ def _link(path: Path) -> None:
         (_flip, "was changed"),
         (Path.unlink, "is missing"),
         (lambda path: path.write_bytes(b"x"), "has 1 bytes"),
-        (_link, "is a link"),
+        (_link, "is no regular file"),
     ],
 )
 def test_an_altered_file_is_named(tmp_path: Path, hurt: Callable[[Path], object], says: str) -> None:
