@@ -191,6 +191,9 @@ def explain(error: BaseException, *, debug: bool = False) -> int:
         case _ if is_full_disk(error):
             _refuse("no space left on the disk", "`stackwise cache du` shows what the store holds")
             return NoSpaceError.exit_code
+        case RecursionError():
+            _refuse("something is nested too deeply", "flatten the configuration, the text or the layers")
+            return 2
         case MemoryError():
             _refuse("there is not enough memory", "a smaller training.batch_size, or fewer blocks a stage, need less")
             return 1

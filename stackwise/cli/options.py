@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,23 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, and 
 run_option = click.option("--run", "run", metavar="DIR", help="The run's directory. Default: the latest under runs/.")
 
 
+COUNT = click.IntRange(1, 2**31 - 1)
+"""How many of something, within what tensors can count."""
+INDEX = click.IntRange(0, 2**31 - 1)
+SEED = click.IntRange(-(2**63), 2**63 - 1)
+
+
+class Finite(click.FloatRange):
+    """A number that is one: `nan` is within no range, and would pass any."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse it; infinity and nan are a wrong usage."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
 class Duration(click.ParamType[float]):
     """A length of time, in seconds: 90, 90s, 90m, 3h, 1d, 1h30m, 1:30:00 (hours), 90:00 (minutes)."""
 
@@ -44,7 +62,7 @@ class Duration(click.ParamType[float]):
         except ValueError:
             parts = []
         seconds = sum(part * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=False))
-        if not seconds:
+        if not 0 < seconds < 1e10:  # three hundred years
             self.fail(f"{value!r} is no length of time: 3h, 90m, 1:30:00, or seconds", param, ctx)
         return seconds
 
@@ -170,9 +188,15 @@ def find_run(run: str | None) -> RunDirectory:
     from stackwise.pipeline.run import RunDirectory
 
     if run is not None:
-        found = RunDirectory(Path(run))
-        found.manifest()
-        return found
+        named = RunDirectory(Path(run))
+        try:
+            there = named.path.is_dir()
+        except OSError as error:
+            raise NotFound(f"{run}: {error.strerror}", hint="--run names the directory of a run") from None
+        if not there:
+            raise NotFound(f"{run}: there is no run here", hint=f"`stackwise run --run {run}` makes one")
+        named.manifest()
+        return named
     runs = [path for path in RUNS.iterdir() if is_run(path)] if RUNS.is_dir() else []
     if not runs:
         raise NotFound("there is no run under runs/", hint="`stackwise run` makes one; --run DIR names one elsewhere")

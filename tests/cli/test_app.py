@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -137,3 +138,46 @@ def test_output_that_nobody_reads_is_no_error() -> None:
         os.close(write)
         assert process.communicate()[1] == b""
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["stage", "run", "--depth", "9" * 20],
+        ["stage", "run", "--depth", "9" * 5000],
+        ["run", "--max-time", "9" * 400 + "h"],
+        ["run", "--max-time", "-1"],
+        ["generate", "x", "--length", "9" * 20],
+        ["generate", "x", "--temperature", "nan"],
+        ["generate", "x", "--temperature", "1e999"],
+        ["generate", "x", "--seed", "-" + "9" * 30],
+        ["generate", "--file", "/dev/zero", "--run", "run"],
+        ["data", "prepare", "text", "--out", "d", "--vocab-size", "9" * 20],
+        ["data", "prepare", "text", "--out", "d", "--held-out", "nan"],
+        ["status", "--run", "text"],
+        ["status", "--run", "fifo"],
+        ["status", "--run", "/dev/null"],
+        ["status", "--run", "x" * 300],
+        ["run", "--preset", "micro", "--run", "text"],
+        ["run", "--preset", "micro", "--run", "fifo"],
+        ["run", "--preset", "micro", "--run", "/dev/null/x"],
+        ["report", "--run", "text/below"],
+        ["eval", "--run", "\udcff"],
+        ["run", "--preset", "\x1b[31m"],
+        ["run", "-o", "name=\udcff", "--preset", "micro"],
+        ["run", "\udcff.yaml"],
+    ],
+    ids=lambda args: " ".join(args)[:40].encode("ascii", "backslashreplace").decode(),
+)
+def test_what_cannot_be_meant_is_refused_in_a_line(
+    args: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("text").write_text("some text\n" * 200)
+    os.mkfifo("fifo")
+    with pytest.raises(SystemExit) as ended:
+        main(args, prog_name="stackwise")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2, said
+    assert "bug report" not in said
+    assert 1 <= said.count("\n") <= 3
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", said)

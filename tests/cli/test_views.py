@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from stackwise.cli.events import RunView
 from stackwise.cli.tables import held_out_table
-from stackwise.cli.views import Lines, Live
+from stackwise.cli.views import Lines, Live, RunView
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.events import wording
 from tests.cli.conftest import COMMAND

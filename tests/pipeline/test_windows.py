@@ -418,8 +418,8 @@ def test_windows_that_do_not_suit_the_data_are_refused_in_a_line(
 def test_the_schedule_and_the_state_name_windows(finished: Finished) -> None:
     from rich.console import Console
 
-    from stackwise.cli.events import RunView
     from stackwise.cli.tables import listing, status_table
+    from stackwise.cli.views import RunView
     from stackwise.pipeline.events import wording
     from stackwise.report.facts import collect
     from stackwise.report.page import page

@@ -11,7 +11,7 @@ import click
 
 from stackwise import words
 from stackwise.cli.app import Subcommands
-from stackwise.cli.options import as_json, naming_options
+from stackwise.cli.options import COUNT, as_json, naming_options
 from stackwise.cli.output import note, phases, print_json, say
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def data() -> None:
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--out", required=True, metavar="DIR", help="Where the prepared data set goes; a new folder.")
 @click.option("--tokenizer", default="bpe", show_default=True, help="bpe, bytes, or the path of a tokenizer.json.")
-@click.option("--vocab-size", type=int, metavar="N", help="Size that bpe is trained to.  [default: 4096]")
+@click.option("--vocab-size", type=COUNT, metavar="N", help="Size that bpe is trained to.  [default: 4096]")
 @click.option("--held-out", type=float, metavar="F", help="Share of the documents held out.  [default: 0.05]")
 @click.option(
     "--text-column", metavar="C", help="Column of rows that holds the text; doc.text: within doc.  [default: text]"

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stackwise.cli.app import Subcommands, stopped_after_saving
-from stackwise.cli.events import RunView
-from stackwise.cli.options import Choice, as_json, choose, configuration, find_run, is_run, max_time_option
+from stackwise.cli.options import INDEX, Choice, as_json, choose, configuration, find_run, is_run, max_time_option
 from stackwise.cli.output import (
     console,
     keep_going_without_output,
@@ -23,7 +22,7 @@ from stackwise.cli.output import (
     watch_option,
 )
 from stackwise.cli.tables import held_out_table, listing, schedule_table, show_passage
-from stackwise.cli.views import Lines, watcher
+from stackwise.cli.views import Lines, RunView, watcher
 from stackwise.errors import StackWiseError, UsageError
 
 if TYPE_CHECKING:
@@ -42,22 +41,13 @@ if TYPE_CHECKING:
 @max_time_option
 @click.option("--dry-run", "dry", is_flag=True, help="Say what is reused or trained, why, what it takes, and stop.")
 @as_json
-def run(
-    config: str | None,
-    preset: str | None,
-    run: str | None,
-    overrides: tuple[str, ...],
-    engine: str,
-    max_time: float | None,
-    dry: bool,
-    as_json: bool,
-) -> None:
+def run(engine: str, max_time: float | None, dry: bool, as_json: bool, **named: Any) -> None:
     """Train every stage, evaluate on held-out text, write report.html.
 
     What is committed is not trained again; what was interrupted goes on. With neither CONFIG nor --preset: the
     configuration of the run that --run names, where there is one, else the preset demo.
     """
-    choice = choose(config, preset, run, overrides)
+    choice = choose(**named)
     if dry:
         _preview(choice, as_json)
     elif engine == "here":
@@ -161,21 +151,12 @@ def stage() -> None:
 
 
 @stage.command(name="run")
-@click.option("--depth", type=click.IntRange(min=0), required=True, metavar="K", help="The stage, from 0.")
-@click.option("--window", type=click.IntRange(min=0), metavar="W", help="Its window; by default the next to train.")
+@click.option("--depth", type=INDEX, required=True, metavar="K", help="The stage, from 0.")
+@click.option("--window", type=INDEX, metavar="W", help="Its window; by default the next to train.")
 @configuration
 @max_time_option
 @as_json
-def run_stage(
-    depth: int,
-    window: int | None,
-    config: str | None,
-    preset: str | None,
-    run: str | None,
-    overrides: tuple[str, ...],
-    max_time: float | None,
-    as_json: bool,
-) -> None:
+def run_stage(depth: int, window: int | None, max_time: float | None, as_json: bool, **named: Any) -> None:
     """Train stage K alone; what is below it must be committed (exit code 2 otherwise).
 
     Where the corpus is trained in windows: in its next one. What comes before it, each stage below and the windows
@@ -183,7 +164,7 @@ def run_stage(
 
     Without CONFIG and --preset the run's own configuration counts.
     """
-    choice = _choice(config, preset, run, overrides)
+    choice = _choice(**named)
     command = f"stackwise stage run --depth {depth}" + ("" if window is None else f" --window {window}")
     carry_out(choice, as_json=as_json, command=command, only=depth, window=window, max_time=max_time)
 
@@ -192,9 +173,7 @@ def run_stage(
 @configuration
 @watch_option
 @as_json
-def list_stages(
-    config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...], watch: bool, as_json: bool
-) -> None:
+def list_stages(watch: bool, as_json: bool, **named: Any) -> None:
     """The schedule: what each stage holds, reads and trains; with a run, how each stands.
 
     Without CONFIG, --preset and --run: the latest run under runs/, else the preset demo.
@@ -202,7 +181,7 @@ def list_stages(
     from stackwise.config.notes import notes
     from stackwise.pipeline.run import held_by_live_process
 
-    choice = _choice(config, preset, run, overrides, must_exist=False)
+    choice = _choice(must_exist=False, **named)
     _settle_block_size(choice)
     stages, said = listing(choice.config), notes(choice.config)
 

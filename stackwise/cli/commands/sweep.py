@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stackwise import words
-from stackwise.cli.events import RunView
 from stackwise.cli.options import RUNS, as_json, find_run, load, max_time_option
 from stackwise.cli.output import (
     console,
@@ -24,7 +23,7 @@ from stackwise.cli.output import (
     state,
     table,
 )
-from stackwise.cli.views import watcher
+from stackwise.cli.views import RunView, watcher
 from stackwise.errors import StackWiseError
 
 if TYPE_CHECKING:

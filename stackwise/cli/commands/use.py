@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from stackwise import words
-from stackwise.cli.options import as_json, device_option, find_run, run_option
+from stackwise.cli.options import COUNT, SEED, Finite, as_json, device_option, find_run, run_option
 from stackwise.cli.output import console, is_live, note, print_json, progress, say
 from stackwise.cli.tables import held_out_table, show_passage
 from stackwise.errors import UsageError
+
+LONGEST = 1 << 24
+"""Characters of a text that are read at most: a device has no end."""
 
 
 @click.command(name="eval")
@@ -41,49 +46,32 @@ def evaluate(run: str | None, data: tuple[str, ...], device: str, as_json: bool)
 @click.option(
     "--file", "file", type=click.Path(dir_okay=False), metavar="F", help="Read TEXT from a file; - is standard input."
 )
-@click.option("--length", type=click.IntRange(min=1), metavar="N", help="Tokens to add behind TEXT.")
-@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Rounds of unmasking; else one a token.")
+@click.option("--length", type=COUNT, metavar="N", help="Tokens to add behind TEXT.")
+@click.option("--steps", type=COUNT, metavar="N", help="Rounds of unmasking; else one a token.")
 @click.option(
     "--order",
     type=click.Choice(["confidence", "random"]),
     default="confidence",
     help="Which tokens a round keeps: the most certain, or random ones.",
 )
-@click.option(
-    "--block", type=click.IntRange(min=1), metavar="N", help="Finish N tokens before the next, from the left."
-)
-@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, metavar="T", help="0: the likeliest.")
+@click.option("--block", type=COUNT, metavar="N", help="Finish N tokens before the next, from the left.")
+@click.option("--temperature", type=Finite(min=0.0), default=0.0, metavar="T", help="0: the likeliest.")
 @click.option(
     "--seed",
-    type=int,
+    type=SEED,
     default=0,
     metavar="N",
     help="Of what is drawn: tokens where the temperature is above 0, places where the order is random.",
 )
 @click.option(
     "--exit",
-    "leave",
     type=click.Choice(["auto", "last"]),
     help="auto (as without it): leave at the stage that trained on the masked share (time as depth).",
 )
 @click.option("--causal", is_flag=True, help="Token by token, for a rack trained so; others are refused.")
 @device_option
 @as_json
-def generate(
-    run: str | None,
-    text: str | None,
-    file: str | None,
-    length: int | None,
-    steps: int | None,
-    order: str,
-    block: int | None,
-    temperature: float,
-    seed: int,
-    leave: str | None,
-    causal: bool,
-    device: str,
-    as_json: bool,
-) -> None:
+def generate(run: str | None, text: str | None, file: str | None, device: str, as_json: bool, **how: Any) -> None:
     """Go on from TEXT, or fill in its holes, the most certain places first.
 
     Holes in TEXT are written [MASK], or [MASK*12] for twelve tokens. A text without holes gets masked positions
@@ -93,14 +81,14 @@ def generate(
     given = _text(text, file)
     from stackwise.pipeline.committed.generate import Sampling, generate_text
 
-    sampling = Sampling(steps, length, order, block, temperature, seed, leave, causal)  # type: ignore[arg-type]
+    sampling = Sampling(**how)
     with progress("filling in") as tell:
         made = 0
 
         def on_step(_: str) -> None:
             nonlocal made
             made += 1
-            tell(made, steps)
+            tell(made, sampling.steps)
 
         result = generate_text(found, given, sampling, device=device, on_step=on_step)
     for line in result["notes"]:
@@ -144,8 +132,12 @@ def _text(text: str | None, file: str | None) -> str | None:
     if file is None:
         return text
     try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        with contextlib.nullcontext(sys.stdin) if file == "-" else open(file, encoding="utf-8") as source:
+            given = source.read(LONGEST)
     except FileNotFoundError:
         raise UsageError(f"{file}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: cannot be read as text: {error}") from None
+    if len(given) == LONGEST:
+        raise UsageError(f"{file}: longer than any rack takes", hint="give a shorter text")
+    return given
