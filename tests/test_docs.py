@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from stackwise.cli import main
 from stackwise.config import StackWiseConfig
-from stackwise.config.notes import notes
+from stackwise.config.unused import unused_settings
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import run
 
@@ -51,7 +51,7 @@ def test_configurations_load_without_a_fault_or_a_note(text: str, tmp_path: Path
     (tmp_path / "config.yaml").write_text(text)
     config = StackWiseConfig.from_yaml(tmp_path / "config.yaml")
     assert schedule(config)
-    assert not notes(config)
+    assert not unused_settings(config)
 
 
 @pytest.mark.stress

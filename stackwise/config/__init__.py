@@ -1,11 +1,10 @@
 """Configuration: YAML onto typed, documented, validated fields."""
 
-from stackwise.config.configuration import StackWiseConfig
 from stackwise.config.fields import AUTO
+from stackwise.config.loading import StackWiseConfig
 from stackwise.config.model import ModelConfig
-from stackwise.config.progressive import ProgressiveConfig
 from stackwise.config.schema import DataConfig, EvaluationConfig, StoreConfig
-from stackwise.config.training import StageTraining, TrainingConfig
+from stackwise.config.training import ProgressiveConfig, StageTraining, TrainingConfig
 
 __all__ = [
     "AUTO",

@@ -1,25 +1,48 @@
-"""What settings must hold together."""
+"""What settings that are valid on their own must hold together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stackwise.config.after import after_faults
 from stackwise.config.fields import AUTO
+from stackwise.config.precision import FORMATS, canonical, stack_adapters
 from stackwise.config.schema import Settings
-from stackwise.config.stacks import stack_faults
+from stackwise.config.training import AdaptiveFusion, CausalAdaptation, HierarchicalFusion, NoFusion
+from stackwise.errors import UsageError
 
 Fault = tuple[str, str]
 """A dotted key, and what is wrong with it."""
 
+MOST_BLOCKS = 1024
+"""Blocks of a rack, at most: what is made for each block must stay cheap to list."""
+MOST_PARAMETERS = 10**14
+"""Parameters of a rack, at most: 200 TB in 16 bits."""
+
 
 def faults(config: Settings) -> list[Fault]:
-    """Every contradiction between settings that are valid on their own."""
-    return [*_model(config), *_training(config), *stack_faults(config), *after_faults(config), *_stages(config)]
+    """Every contradiction."""
+    if sizes := list(_sizes(config)):
+        return sizes  # what follows makes lists of that size
+    return [*_model(config), *_training(config), *_stacks(config), *_fusion(config), *_adaptation(config)]
+
+
+def _sizes(config: Settings) -> Iterator[Fault]:
+    """What is too large as a product of numbers that are not."""
+    model, training = config.model, config.training
+    if model.n_blocks > MOST_BLOCKS:
+        yield "model.architecture.n_stacks", f"{model.n_blocks} blocks are more than the {MOST_BLOCKS} that a rack has"
+    elif model.n_blocks * model.block_parameters > MOST_PARAMETERS:
+        text = f"{model.n_blocks} blocks of {model.block_parameters:.1e} parameters are beyond any disk"
+        yield "model.d_model", text
+    if (model.vocab_size or 1) * model.d_model > MOST_PARAMETERS // 100:
+        yield "model.vocab_size", f"{model.vocab_size} ids of width {model.d_model} are beyond any memory"
+    if config.row_positions * model.d_model * max(1, training.batch_size) > 10**13:
+        text = f"{training.batch_size} rows of {config.row_positions} positions of width {model.d_model}"
+        yield "training.batch_size", f"{text} are beyond any memory"
 
 
 def _model(config: Settings) -> Iterator[Fault]:
-    model = config.model
+    model, data = config.model, config.data
     if model.d_model % model.n_heads:
         yield "model.n_heads", f"{model.n_heads} heads do not divide d_model {model.d_model}: take a divisor of it"
     elif model.positions == "rope" and model.head_dim % 2:
@@ -30,93 +53,82 @@ def _model(config: Settings) -> Iterator[Fault]:
         yield "model.max_seq_len", f"{model.max_seq_len} is less than training.seq_len {config.training.seq_len}"
     if model.vocab_size is not None and model.vocab_size < 4:
         yield "model.vocab_size", f"{model.vocab_size} is too small for text, a separator and a mask token"
-    if config.data.vocab_size is not None:
-        if config.data.tokenizer == "bpe" and config.data.vocab_size < 258:
-            yield "data.vocab_size", f"{config.data.vocab_size} is less than 258: 256 bytes, a separator, a mask token"
-        if model.vocab_size is not None and config.data.vocab_size > model.vocab_size:
-            yield "data.vocab_size", f"{config.data.vocab_size} is more than model.vocab_size {model.vocab_size}"
-    blocks, memory = model.n_blocks, model.block_parameters
-    if blocks * memory > 10**14:
-        yield "model.d_model", f"{blocks} blocks of {memory:.1e} parameters are beyond any disk"
+    if data.vocab_size is not None:
+        if data.tokenizer == "bpe" and data.vocab_size < 258:
+            yield "data.vocab_size", f"{data.vocab_size} is less than 258: 256 bytes, a separator, a mask token"
+        if model.vocab_size is not None and data.vocab_size > model.vocab_size:
+            yield "data.vocab_size", f"{data.vocab_size} is more than model.vocab_size {model.vocab_size}"
+    if model.time_embedding.parameters(1) and not config.objective.masks:
+        text = f"{config.objective.name} masks nothing: there is no masked share to take as input"
+        yield "model.time_embedding", text
 
 
 def _training(config: Settings) -> Iterator[Fault]:
     training, objective, n_blocks = config.training, config.objective, config.model.n_blocks
     if training.min_mask_fraction > training.max_mask_fraction:
-        yield (
-            "training.min_mask_fraction",
-            (f"{training.min_mask_fraction} is more than max_mask_fraction {training.max_mask_fraction}"),
-        )
+        text = f"{training.min_mask_fraction} is more than max_mask_fraction {training.max_mask_fraction}"
+        yield "training.min_mask_fraction", text
     if training.n_stages is not None and training.n_stages > n_blocks:
         yield "training.n_stages", f"{training.n_stages} stages are more than the {n_blocks} blocks of the model"
-    for key, text in objective.faults(training.seq_len):
-        yield f"training.objective.{key}", text
     if training.mask_token_id is not None and (size := config.model.vocab_size) and training.mask_token_id >= size:
         yield "training.mask_token_id", f"{training.mask_token_id} is not below model.vocab_size {size}"
-    if training.swap == "always":
-        for depth in range(config.n_stages):
-            settings = config.stage_training(depth)
-            if settings.keep_best or settings.on_divergence == "rollback":
-                what = "keep_best" if settings.keep_best else "on_divergence: rollback"
-                text = f"always, but a swapped stage has no earlier weights for {what} (stage {depth}): leave that out"
-                yield "training.swap", f"{text}, or set swap: auto where the stage fits"
-                break
-    yield from _windows(config)
-    if training.cache_dir and config.store.path and training.cache_dir != config.store.path:
-        yield "training.cache_dir", f"is another name of store.path, which says {config.store.path!r}"
-    if not objective.masks and training.masks_per_sample > 1:
-        yield (
-            "training.masks_per_sample",
-            f"{objective.name} masks nothing: every further mask would repeat the sample",
-        )
-    if training.mask_schedule_over == "depth" and not objective.masks:
-        yield (
-            "training.mask_schedule_over",
-            f"{objective.name} masks nothing: there are no fractions to spread over depth",
-        )
-    elif training.progressive.enabled and config.time_as_depth and not objective.masks:
-        key = "training.progressive.time_interpretation"
-        yield (
-            key,
-            f"depth, and {objective.name} masks nothing: there are no fractions to spread over depth; leave it out",
-        )
-    for depth in range(config.n_stages):
-        settings = config.stage_training(depth)
-        if settings.heeds_held_out and settings.eval_every is None:
-            which = "patience" if settings.patience is not None else "keep_best"
-            key = f"stages.{depth}.training" if depth in config.stages else "training"
-            yield f"{key}.{which}", "needs held-out losses: set training.eval_every too"
-            break
-    for key, rates in (
-        ("training", training.block_learning_rates),
-        *((f"stages.{depth}.training", own.training.block_learning_rates) for depth, own in config.stages.items()),
-    ):
-        for block in rates:
-            if block >= n_blocks:
-                yield f"{key}.block_learning_rates", f"there is no block {block}: the rack has 0 to {n_blocks - 1}"
-    if training.mode == "independent" and not training.progressive.enabled and not objective.masks:
-        yield (
-            "training.mode",
-            f"independent gives each stage its own masked fractions, and {objective.name} masks nothing",
-        )
-    if config.model.time_embedding != "none" and not objective.masks:
-        yield (
-            "model.time_embedding",
-            f"{objective.name} masks nothing: there is no masked share to take as input",
-        )
+    yield from ((f"training.objective.{key}", text) for key, text in objective.faults(training.seq_len))
+    if not objective.masks:
+        nothing = f"{objective.name} masks nothing"
+        if training.masks_per_sample > 1:
+            yield "training.masks_per_sample", f"{nothing}: every further mask would repeat the sample"
+        if training.mask_schedule_over == "depth":
+            yield "training.mask_schedule_over", f"{nothing}: there are no fractions to spread over depth; leave it out"
+        elif config.time_as_depth:
+            yield "training.mode", f"independent gives each stage its own masked fractions, and {nothing}"
+    yield from _stages(config)
     yield from _block_size(config)
+    yield from _windows(config)
     yield from _mask_windows(config)
 
 
+def _stages(config: Settings) -> Iterator[Fault]:
+    """What single stages cannot have."""
+    training, n_blocks, count = config.training, config.model.n_blocks, config.n_stages
+    for depth in config.stages:
+        if depth >= count:
+            yield f"stages.{depth}", f"there is no such stage: the schedule has {count} (0 to {count - 1})"
+    apart = [depth for depth in sorted(config.stages) if depth < count]
+    for depth in [*apart, *(depth for depth in range(count) if depth not in config.stages)]:
+        settings = config.stage_training(depth)
+        key = f"stages.{depth}.training" if depth in config.stages else "training"
+        if settings.heeds_held_out and settings.eval_every is None:
+            which = "patience" if settings.patience is not None else "keep_best"
+            yield f"{key}.{which}", "needs held-out losses: set training.eval_every too"
+            break
+        if depth not in config.stages:
+            break  # the others are like it
+    if training.swap == "always":
+        for depth in range(count):
+            settings = config.stage_training(depth)
+            if settings.keep_best or settings.divergence.goes_back:
+                what = "keep_best" if settings.keep_best else f"divergence: {settings.divergence.name}"
+                text = f"always, but a swapped stage has no earlier weights for {what} (stage {depth}): leave that out"
+                yield "training.swap", f"{text}, or set swap: auto where the stage fits"
+                break
+    rates = [("training", training.block_learning_rates)]
+    rates += [(f"stages.{depth}.training", own.training.block_learning_rates) for depth, own in config.stages.items()]
+    for key, by_block in rates:
+        for block in by_block:
+            if block >= n_blocks:
+                yield f"{key}.block_learning_rates", f"there is no block {block}: the rack has 0 to {n_blocks - 1}"
+
+
 def _block_size(config: Settings) -> Iterator[Fault]:
+    """Where the stages' size cannot be found by trial."""
     training, key = config.training, "training.block_size"
     if not config.finds_block_size:
         return
     if training.progressive.enabled:
         yield key, "auto: stacks of progressive training have model.architecture.blocks_per_stack blocks; give a number"
-    elif training.mode == "independent":
+    elif config.stands_apart:
         yield key, "auto: independent stages do not stand on each other; give a number"
-    elif training.mode == "fused" and training.fusion_mode == "trainable":
+    elif config.grows:
         yield key, "auto: fused trainable stages hold all blocks so far, whatever the size; give a number"
     if training.batch_size == AUTO:
         yield key, "auto: batch_size is auto as well, and each is found with the other given; give one a number"
@@ -133,6 +145,8 @@ def _windows(config: Settings) -> Iterator[Fault]:
         if config.store.max_bytes is None:
             yield key, "auto makes boundaries fit into store.max_bytes, which is not set"
         return
+    if windows == 1:
+        return
     budgets = {
         depth: config.stage_training(depth).budget(config.training.seq_len) for depth in range(config.n_sections)
     }
@@ -143,13 +157,10 @@ def _windows(config: Settings) -> Iterator[Fault]:
 
 
 def _mask_windows(config: Settings) -> Iterator[Fault]:
+    """Windows of masked fractions that do not cover them, or are not one a stage."""
     training, key = config.training, "training.mask_windows"
-    windows, mapping = training.mask_windows, training.progressive.stack_time_mapping
-    if not config.time_as_depth or config.finds_block_size:
-        return
-    if windows is None:
-        if training.progressive.enabled and mapping == "custom":
-            yield "training.progressive.stack_time_mapping", f"custom needs {key}: a [from, to] for each stage"
+    windows = training.mask_windows
+    if not config.time_as_depth or config.finds_block_size or windows is None:
         return
     if len(windows) != config.n_sections:
         given = f"{len(windows)} window" + ("s" if len(windows) > 1 else "")
@@ -157,7 +168,7 @@ def _mask_windows(config: Settings) -> Iterator[Fault]:
         return
     reached = training.min_mask_fraction
     for low, high in sorted(map(tuple, windows)):
-        if not 0.0 <= low < high <= 1.0:
+        if not low < high:
             yield key, f"[{low:g}, {high:g}] does not run upwards within 0 and 1"
             return
         if low > reached:
@@ -167,8 +178,65 @@ def _mask_windows(config: Settings) -> Iterator[Fault]:
         yield key, f"no stage trains on the fractions just above {reached:g}: widen a window to hold them"
 
 
-def _stages(config: Settings) -> Iterator[Fault]:
-    count = config.n_stages
-    for depth in config.stages:
-        if depth >= count:
-            yield f"stages.{depth}", f"there is no such stage: the schedule has {count} (0 to {count - 1})"
+def _stacks(config: Settings) -> Iterator[Fault]:
+    """Precisions and adapters of stacks."""
+    progressive, model, key = config.training.progressive, config.model, "training.progressive"
+    trunk = progressive.trunk_precision
+    if progressive.enabled and trunk is not None and canonical(trunk) not in ("full", *FORMATS):
+        yield f"{key}.trunk_precision", f"{trunk} is no way to hold a trunk: full, fp8, nvfp4 and qlora are"
+    limit = min(model.attention.narrowest(model), model.ffn.narrowest(model))
+    found: dict[str, str] = {}
+    for depth in range(config.n_sections):
+        try:
+            # Adapters that come with the stacks above are alike: those of the next one stand for all.
+            adapters = stack_adapters(config, depth, min(depth + 1, config.n_sections - 1))
+        except UsageError as error:
+            found.setdefault(f"{key}.qlora_configs", error.message)
+            continue
+        for name, (rank, _) in adapters.items():
+            if rank > limit:
+                where = f"qlora_configs.{depth}.rank" if progressive.qlora_strategy == "variable" else "qlora_rank"
+                place = where if name == "stack" else "progressive_qlora_rank"
+                changing = progressive.qlora_strategy == "progressive" and progressive.qlora_rank_pattern != "constant"
+                pattern = f", by the pattern {progressive.qlora_rank_pattern}" if name == "stack" and changing else ""
+                text = f"adapters of rank {rank} (stack {depth}{pattern}) are above the rank of the matrices"
+                found.setdefault(f"{key}.{place}", f"{text}: at most {limit}")
+    yield from found.items()
+
+
+def _fusion(config: Settings) -> Iterator[Fault]:
+    """Stages that train sections together."""
+    fusion, key = config.training.fusion, "training.fusion"
+    if isinstance(fusion, NoFusion):
+        return
+    if config.stands_apart:
+        yield key, f"{fusion.name}: independent stages do not stand on each other"
+    elif isinstance(fusion, HierarchicalFusion) and config.prepends:
+        yield key, "hierarchical needs stacks that stand on finished ones; use trainable"
+    elif isinstance(fusion, AdaptiveFusion) and config.fusions:
+        steps, sections = config.stage_training(config.n_sections).steps, config.n_sections
+        if fusion.steps is None:
+            yield key, "adaptive spends a budget: set training.fusion.steps"
+        elif fusion.rounds > (steps or fusion.steps) or (
+            min(left for _, left in fusion.allotment(steps or fusion.steps, sections)) < 1
+        ):
+            text = f"{steps} leave none beside the probes of {sections} sections in {fusion.rounds} rounds"
+            yield f"{key}.steps", f"{text}: raise it, or lower training.fusion.rounds or probe_steps"
+
+
+def _adaptation(config: Settings) -> Iterator[Fault]:
+    """The last stage, which turns the rack causal."""
+    adaptation, key = config.training.adaptation, "training.adaptation"
+    if not isinstance(adaptation, CausalAdaptation):
+        return
+    if (why := config.objective.unadaptable()) is not None:
+        yield key, f"causal: {why}"
+    if config.stands_apart:
+        yield key, "causal: independent stages do not stand on each other; choose another training.mode"
+    if not config.model.attention.anneals and adaptation.anneal:
+        text = f"{config.model.attention.name} attention has no way between both directions: set it to 0"
+        yield f"{key}.anneal", text
+    steps = config.stage_training(config.n_stages - 1).steps
+    if steps is not None and adaptation.anneal >= steps:
+        text = f"{adaptation.anneal} of {steps} steps: at least one step is needed that is causal"
+        yield f"{key}.anneal", text

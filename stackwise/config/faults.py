@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from stackwise.config.fields import Section
+from stackwise.config.kinds import Kind
 from stackwise.config.schema import PATTERNS, Settings
 
 Tree = dict[str, Any]
@@ -25,7 +26,7 @@ def field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
     said: dict[Key, list[str]] = {}
     for item in error.errors(include_url=False):
         key = _present(item["loc"], tree)
-        text = _unknown(key) if item["type"] == "extra_forbidden" else _allowed(dict(item))
+        text = _unknown(key, tree) if item["type"] == "extra_forbidden" else _allowed(dict(item))
         said.setdefault(key, []).append(text)
     found = {}
     for key, texts in said.items():
@@ -97,41 +98,48 @@ def _allowed(item: dict[str, Any]) -> str:
 
 
 def sections(model: type[Section], prefix: str = "") -> dict[str, type[Section]]:
-    """Every section by its dotted name."""
+    """Every section by its dotted name; choices, whose settings depend on what is chosen, are none."""
     found = {prefix: model}
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found |= sections(field.annotation, f"{prefix}.{name}" if prefix else name)
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section) and not issubclass(kind, Kind):
+            found |= sections(kind, f"{prefix}.{name}" if prefix else name)
     return found
 
 
-def _section_at(key: Key) -> type[Section] | None:
-    """The section that a key leads to, through mappings of sections too (`stages.3`, `qlora_configs.0`)."""
-    section: Any = Settings
+def _section_at(key: Key, tree: Tree) -> type[Section] | None:
+    """The section that a key leads to: through mappings of sections (`stages.3`), into the kind that is chosen."""
+    section, here = Settings, tree  # type: Any, Any
     for name in key:
+        here = here.get(name, {}) if isinstance(here, dict) else {}
         if typing.get_origin(section) is dict:
             section = typing.get_args(section)[1]
         elif isinstance(section, type) and issubclass(section, Section) and name in section.model_fields:
             section = section.model_fields[str(name)].annotation
         else:
             return None
+        if isinstance(section, type) and issubclass(section, Kind) and "registry" in section.__dict__:
+            section = section.registry[here[section.tag]]
     return section if isinstance(section, type) and issubclass(section, Section) else None
 
 
-def _unknown(key: Key) -> str:
-    """What was meant by a key that does not exist: a near miss in its section, else one of that name elsewhere."""
-    known, here = sections(Settings), _section_at(key[:-1])
-    if here is not None and dotted(key[:-1]) not in known:
-        known |= sections(here, dotted(key[:-1]))
-    names = {name: name for name in (here.model_fields if here else ())}
-    if near := difflib.get_close_matches(str(key[-1]), names, n=1, cutoff=0.7):
-        meant = dotted((*key[:-1], near[0]))
-        return f"unknown key; did you mean {meant}?"
-    everywhere = {f"{where}.{name}" if where else name: name for where, s in known.items() for name in s.model_fields}
-    same = [full for full, name in everywhere.items() if name == key[-1]]
-    if not same:
-        near = difflib.get_close_matches(str(key[-1]), list(set(everywhere.values())), n=1, cutoff=0.75)
-        same = [full for full, name in everywhere.items() if near and name == near[0]]
-    if same:
-        return f"unknown key; did you mean {' or '.join(same[:2])}?"
-    return f"unknown key; {dotted(key[:-1]) or 'the top level'} has {', '.join(sorted(names))}"
+def _unknown(key: Key, tree: Tree) -> str:
+    """What was meant by a key that does not exist: near misses in its section, else those of that name elsewhere."""
+    here = _section_at(key[:-1], tree)
+    names = list(here.model_fields) if here else []
+    meant = [dotted((*key[:-1], name)) for name in difflib.get_close_matches(str(key[-1]), names, n=3, cutoff=0.7)]
+    if not meant:
+        everywhere = {
+            f"{where}.{name}" if where else name: name
+            for where, section in sections(Settings).items()
+            for name in section.model_fields
+        }
+        near = difflib.get_close_matches(str(key[-1]), sorted(set(everywhere.values())), n=3, cutoff=0.75)
+        meant = [full for full, name in everywhere.items() if name == key[-1]]
+        meant = meant or [full for name in near for full, own in everywhere.items() if own == name]
+    if not meant:  # nothing is near: what the section has, where that is short enough to read
+        loose = names if len(names) <= 8 else difflib.get_close_matches(str(key[-1]), names, n=3, cutoff=0.0)
+        return f"unknown key; {dotted(key[:-1]) or 'the top level'} has {', '.join(sorted(loose)) or 'no settings'}" + (
+            f" and {len(names) - 3} others" if len(names) > 8 else ""
+        )
+    return f"unknown key; did you mean {' or '.join(meant[:3])}?"

@@ -1,16 +1,45 @@
-"""What every section of the configuration is made of: bounded numbers, `auto`, and the section itself."""
+"""What every section of the configuration is made of: bounded numbers, plain text, `auto`, and the section itself.
+
+Bounds are those of what a machine could hold: a number beyond them is a slip, and would end in a crash far from here.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+from stackwise.text import has_control
+
+
+def _plain(text: str) -> str:
+    if has_control(text):
+        raise PydanticCustomError("control_characters", "must be one line of plain text, without control characters")
+    return text
+
+
+Text = Annotated[str, Field(max_length=4096), AfterValidator(_plain)]
+"""Text of one line: it may become part of a script, a page or a path."""
+
+PositiveInt = Annotated[int, Field(ge=1, le=2**53)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
+"""A length, a width, a number of rows or ids: what an axis of a tensor can be."""
+Small = Annotated[int, Field(ge=1, le=1024)]
+"""A number of blocks, stages, parts: what a loop runs over."""
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, le=1e15)]
+NonNegative = Annotated[float, Field(ge=0.0, le=1e15)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -27,7 +56,7 @@ def _number_or_auto(value: Any, handler: ValidatorFunctionWrapHandler) -> int:
 
 
 AutoInt = Annotated[
-    PositiveInt,
+    Size,
     WrapValidator(_number_or_auto),
     PlainSerializer(lambda value: "auto" if isinstance(value, _Auto) else value, return_type=int | str),
 ]
@@ -36,7 +65,9 @@ AutoInt = Annotated[
 class Section(BaseModel):
     """A part of the configuration: unknown keys and wrong types are refused, also on assignment."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, validate_assignment=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 def changed(section: Section) -> list[str]:

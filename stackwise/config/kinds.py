@@ -60,6 +60,45 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
         "custom": "stackwise.objectives.kinds:Custom",
     },
 )
+TIME_EMBEDDINGS: Registry[type[Any]] = Registry(
+    "time embedding",
+    {
+        "none": "stackwise.config.model:NoTime",
+        "sinusoidal": "stackwise.config.model:Sinusoidal",
+        "learned": "stackwise.config.model:LearnedTime",
+    },
+)
+DIVERGENCES: Registry[type[Any]] = Registry(
+    "divergence policy",
+    {
+        "stop": "stackwise.config.training:Stop",
+        "skip": "stackwise.config.training:Skip",
+        "rollback": "stackwise.config.training:Rollback",
+    },
+)
+LOOKAHEADS: Registry[type[Any]] = Registry(
+    "lookahead",
+    {
+        "none": "stackwise.config.training:NoLookahead",
+        "auxiliary": "stackwise.config.training:Auxiliary",
+        "overlap": "stackwise.config.training:Overlap",
+        "tail": "stackwise.config.training:Tail",
+    },
+)
+FUSIONS: Registry[type[Any]] = Registry(
+    "fusion strategy",
+    {
+        "none": "stackwise.config.training:NoFusion",
+        "frozen": "stackwise.config.training:FrozenFusion",
+        "trainable": "stackwise.config.training:TrainableFusion",
+        "hierarchical": "stackwise.config.training:HierarchicalFusion",
+        "adaptive": "stackwise.config.training:AdaptiveFusion",
+    },
+)
+ADAPTATIONS: Registry[type[Any]] = Registry(
+    "adaptation",
+    {"none": "stackwise.config.training:NoAdaptation", "causal": "stackwise.config.training:CausalAdaptation"},
+)
 
 
 class Kind(Section):
@@ -105,7 +144,7 @@ class Kind(Section):
                 "kind", "{tag} must be one of {names}", {"tag": cls.tag, "names": ", ".join(cls.registry.names())}
             )
         kind: type[Self] = cls.registry[name]
-        return kind(**{key: setting for key, setting in given.items() if key != cls.tag})
+        return kind.model_validate({key: setting for key, setting in given.items() if key != cls.tag})
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -2,31 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stackwise.config.fields import Positive, PositiveInt, Probability, Section
-from stackwise.config.kinds import Attention, FeedForward
+from stackwise.config.fields import Positive, Probability, Section, Size, Small
+from stackwise.config.kinds import TIME_EMBEDDINGS, Attention, FeedForward, Kind
+from stackwise.registry import Registry
 
 TIME_KNOTS = 65
 """Shares of masked positions that a learned time embedding has a vector for, evenly from 0 to 1."""
 
 
+class TimeEmbedding(Kind):
+    """How the masked share of a row is an input."""
+
+    registry: ClassVar[Registry[Any]] = TIME_EMBEDDINGS
+    tag: ClassVar[str] = "kind"
+    default: ClassVar[str] = "none"
+
+    def parameters(self, d_model: int) -> int:
+        """Parameters of it in the front."""
+        return 0
+
+
+class NoTime(TimeEmbedding):
+    """The share is no input."""
+
+
+class Sinusoidal(TimeEmbedding):
+    """Sines and cosines of the share, and two layers."""
+
+    width: Size = Field(256, description="width of the features, which two layers take to d_model")
+
+    def parameters(self, d_model: int) -> int:
+        """See `TimeEmbedding.parameters`."""
+        return self.width * d_model + d_model + d_model * d_model + d_model
+
+
+class LearnedTime(Sinusoidal):
+    """A table of vectors at even shares, linear in between, and two layers."""
+
+    def parameters(self, d_model: int) -> int:
+        """See `TimeEmbedding.parameters`."""
+        return super().parameters(d_model) + TIME_KNOTS * self.width
+
+
 class ArchitectureConfig(Section):
     """How blocks make stacks, and stacks the rack."""
 
-    n_stacks: PositiveInt | None = Field(None, description="stacks in the rack; null: training.progressive.max_stacks")
-    blocks_per_stack: PositiveInt = Field(1, description="blocks (transformer layers) in a stack")
+    n_stacks: Small | None = Field(None, description="stacks in the rack; null: training.progressive.max_stacks")
+    blocks_per_stack: Small = Field(1, description="blocks (transformer layers) in a stack")
 
 
 class ModelConfig(Section):
     """The rack: front, blocks, head."""
 
-    vocab_size: PositiveInt | None = Field(None, description="token ids that the model knows; null: the tokenizer's")
-    d_model: PositiveInt = Field(256, description="width of the residual stream")
-    n_heads: PositiveInt = Field(4, description="attention heads; they divide d_model")
-    d_ff: PositiveInt | None = Field(
+    vocab_size: Size | None = Field(None, description="token ids that the model knows; null: the tokenizer's")
+    d_model: Size = Field(256, description="width of the residual stream")
+    n_heads: Size = Field(4, description="attention heads; they divide d_model")
+    d_ff: Size | None = Field(
         None, description="width inside the feed-forward; null: 4 d_model (gelu), 8/3 d_model rounded up to 32 (swiglu)"
     )
     architecture: ArchitectureConfig = Field(default_factory=lambda: ArchitectureConfig())
@@ -35,12 +70,10 @@ class ModelConfig(Section):
         description="mha (multi-head), {kind: gqa, kv_heads: N} (grouped-query), {kind: mla} (multi-head latent), "
         "{kind: linear} (a feature map for the softmax)",
     )
-    time_embedding: Literal["none", "sinusoidal", "learned"] = Field(
-        "none",
-        description="the masked share of a row as an input, embedded and added by the front: sinusoidal or learned",
-    )
-    time_embedding_dim: PositiveInt = Field(
-        256, description="width of the time embedding's features, which two layers take to d_model"
+    time_embedding: TimeEmbedding = Field(
+        default_factory=lambda: TimeEmbedding.of(TimeEmbedding.default),
+        description="the masked share of a row as an input, embedded and added by the front: none, sinusoidal, or "
+        "learned; {kind: sinusoidal, width: 512}",
     )
     norm: Literal["rmsnorm", "layernorm"] = Field(
         "rmsnorm", description="the norms of blocks and head: rmsnorm, or layernorm"
@@ -57,7 +90,7 @@ class ModelConfig(Section):
     tie_embeddings: bool = Field(
         True, description="the head projects with the token embedding; false: each stage has a projection of its own"
     )
-    max_seq_len: PositiveInt | None = Field(None, description="longest sample the model takes; null: training.seq_len")
+    max_seq_len: Size | None = Field(None, description="longest sample the model takes; null: training.seq_len")
     init_std: Positive = Field(0.02, description="standard deviation of fresh weights")
 
     @property
@@ -89,10 +122,7 @@ class ModelConfig(Section):
     @property
     def time_parameters(self) -> int:
         """Parameters of the front's time embedding."""
-        if self.time_embedding == "none":
-            return 0
-        width, d = self.time_embedding_dim, self.d_model
-        return width * d + d + d * d + d + (TIME_KNOTS * width if self.time_embedding == "learned" else 0)
+        return self.time_embedding.parameters(self.d_model)
 
     def specification(self) -> dict[str, Any]:
         """What of it shapes a forward pass beside the weights; settings without effect are left out."""
@@ -105,6 +135,4 @@ class ModelConfig(Section):
             "attention": self.attention.specification(self) | self.attention.code,
             "ffn": self.ffn.specification(self) | self.ffn.code,
         }
-        if self.time_embedding != "none":
-            own |= {"time_embedding": self.time_embedding, "time_embedding_dim": self.time_embedding_dim}
-        return own
+        return own | {"time_embedding": self.time_embedding.plain()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stackwise.config.progressive import ProgressiveConfig
 from stackwise.config.schema import Settings
+from stackwise.config.training import ProgressiveConfig
 from stackwise.errors import UsageError
 
 SYNONYMS = {"half": "fp16", "bfloat16": "bf16", "fp4": "nvfp4"}
@@ -106,5 +106,10 @@ def adapter_sizes(progressive: ProgressiveConfig, stack: int, max_stacks: int) -
 
 
 def _pattern(pattern: str, first: float, stack: int) -> float:
-    factor = {"increasing": 2.0**stack, "decreasing": 0.5**stack, "linear": 1.0 + stack, "constant": 1.0}
+    factor = {
+        "increasing": 2.0 ** min(stack, 64),  # far above any rank: refused by the checks, not by an overflow
+        "decreasing": 0.5 ** min(stack, 64),
+        "linear": 1.0 + stack,
+        "constant": 1.0,
+    }
     return first * factor[pattern]

@@ -1,33 +1,17 @@
-"""The built-in configurations, and the commented file that `stackwise init` writes."""
+"""The commented file that `stackwise init` writes."""
 
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 
 import yaml
 
 from stackwise.config.fields import Section
 from stackwise.config.kinds import Kind
-from stackwise.config.loading import parse_yaml
+from stackwise.config.loading import PRESETS, parse_yaml, preset_path
 from stackwise.config.schema import Settings
-from stackwise.errors import NotFound
 
-PRESETS = ("micro", "smoke", "demo", "gpt2-small", "bert-base", "llama-1b", "llama-70b")
-"""From seconds on two cores to one H200 for months."""
-
-_DIRECTORY = Path(__file__).parent / "presets"
-
-
-def preset_path(name: str) -> Path:
-    """The YAML file of a preset.
-
-    Raises:
-        NotFound: No preset has that name.
-    """
-    if name not in PRESETS:
-        raise NotFound(f"there is no preset {name!r}", hint=f"presets: {', '.join(PRESETS)}")
-    return _DIRECTORY / f"{name}.yaml"
+__all__ = ["PRESETS", "commented"]
 
 
 def commented(preset: str, name: str | None = None) -> str:
@@ -69,9 +53,22 @@ def _section(model: type[Section], own: dict[str, object], depth: int) -> list[s
             lines += ["", f"{pad}# {title}", f"{pad}{name}:" if used or depth == 0 else f"{pad}# {name}:", *inner]
             continue
         lines += [f"{pad}# {line}" for line in textwrap.wrap(field.description or "", 100 - len(pad))]
+        if isinstance(kind, type) and issubclass(kind, Kind):
+            lines += [f"{pad}# {line}" for line in _kinds(kind, 100 - len(pad))]
         value = own[name] if name in own else field.get_default(call_default_factory=True)
         value = value.name if isinstance(value, Kind) else value
         # One key in flow style is "{key: value}": the value stays on its line, the braces go.
         shown = yaml.safe_dump({name: value}, default_flow_style=True, width=10**6).strip()[1:-1]
         lines.append(f"{pad}{shown}" if name in own else f"{pad}# {shown}")
+    return lines
+
+
+def _kinds(sort: type[Kind], width: int) -> list[str]:
+    """The settings of each kind of a choice, with their defaults and meanings."""
+    lines = []
+    for name in sort.registry.names():
+        for key, field in sort.registry[name].model_fields.items():
+            default = "" if field.is_required() else yaml.safe_dump({key: field.default}).strip().partition(": ")[2]
+            text = f"{sort.tag} {name}, {key}{f' ({default})' if default else ''}: {field.description}"
+            lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")
     return lines

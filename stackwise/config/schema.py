@@ -6,9 +6,11 @@ A field's description is its documentation: `stackwise init` writes it as the co
 from __future__ import annotations
 
 import itertools
+from importlib import import_module
 from typing import Annotated, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import AfterValidator, Field, PrivateAttr
+from pydantic_core import PydanticCustomError
 
 from stackwise.config.fields import (
     AUTO,
@@ -17,16 +19,33 @@ from stackwise.config.fields import (
     Positive,
     PositiveInt,
     Section,
+    Size,
+    Text,
 )
 from stackwise.config.kinds import Objective
 from stackwise.config.model import ModelConfig
-from stackwise.config.progressive import Precision, StackPrecision
-from stackwise.config.training import StageTraining, TrainingConfig
+from stackwise.config.training import (
+    AdaptiveFusion,
+    CausalAdaptation,
+    Precision,
+    StackPrecision,
+    StageTraining,
+    TrainingConfig,
+)
 
-Codec = Literal[
-    "bf16", "bf16-blosc", "bf16-zstd", "fp16", "fp16-blosc", "fp16-zstd", "fp32", "fp32-blosc", "fp32-zstd",
-    "fp8", "fp8-blosc", "fp8-zstd", "int8", "int8-blosc", "int8-zstd",
-]  # fmt: skip
+CODECS = tuple(f"{base}{more}" for base in ("bf16", "fp16", "fp32", "fp8", "int8") for more in ("", "-blosc", "-zstd"))
+"""Codecs of the package; the store's registry may know others."""
+
+
+def _codec(name: str) -> str:
+    if name not in CODECS:
+        others = import_module("stackwise.store.codecs").CODECS  # a floor above: only a codec from outside leads there
+        if name not in others:
+            raise PydanticCustomError("codec", "must be one of {names}", {"names": ", ".join(CODECS)})
+    return name
+
+
+Codec = Annotated[Text, AfterValidator(_codec)]
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
@@ -37,25 +56,23 @@ PATTERNS = {NAME: "letters, digits, dots and dashes", DEVICE: "one of auto, cuda
 class DataConfig(Section):
     """The text: where it is, how it becomes tokens, what is held out."""
 
-    paths: list[str] = Field(
+    paths: list[Text] = Field(
         default_factory=list,
         description="files, folders and patterns (*.txt) of text, jsonl, json, parquet (also .gz, .bz2, .zst), Hugging "
         "Face data sets, or one prepared data set; empty: the Python standard library on this machine",
     )
     follow_links: bool = Field(False, description="follow links that lead out of a folder of data.paths")
-    text_column: str = Field(
+    text_column: Text = Field(
         "text", description="column of jsonl, json, parquet and data set rows that holds the text; doc.text: within doc"
     )
-    columns: list[str] = Field(
+    columns: list[Text] = Field(
         default_factory=list,
         description="named columns, one value a token, that are kept of rows of input_ids beside their targets",
     )
-    tokenizer: str = Field(
+    tokenizer: Text = Field(
         "bpe", description="bpe (byte-level, trained on the text once), bytes, or the path of a tokenizer.json"
     )
-    vocab_size: PositiveInt | None = Field(
-        None, description="size that bpe is trained to; null: model.vocab_size, else 4096"
-    )
+    vocab_size: Size | None = Field(None, description="size that bpe is trained to; null: model.vocab_size, else 4096")
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.05, description="share of the documents held out from training, chosen by their content"
     )
@@ -63,7 +80,7 @@ class DataConfig(Section):
     within_documents: bool = Field(
         False, description="attention stays within a document; false: a sample is one text, whatever documents it holds"
     )
-    cache_dir: str | None = Field(
+    cache_dir: Text | None = Field(
         None, description="where prepared data and tokenizers are kept; null: the user's cache directory"
     )
 
@@ -71,7 +88,7 @@ class DataConfig(Section):
 class StoreConfig(Section):
     """The activation store."""
 
-    path: str | None = Field(None, description="directory of the store; null: `store` in the run directory")
+    path: Text | None = Field(None, description="directory of the store; null: `store` in the run directory")
     keep: Literal["all", "none"] | Count = Field(
         "all", description="boundaries kept beside those being read and written: a number, all, none"
     )
@@ -85,10 +102,10 @@ class StoreConfig(Section):
         description="most bytes that boundaries may take, with training.windows boundaries and committed stages "
         "together; null: the disk",
     )
-    chunk_bytes: PositiveInt = Field(
+    chunk_bytes: Annotated[int, Field(ge=1, le=1 << 40)] = Field(
         8 << 20, description="bytes of a chunk of activations, about: what is written and published at a time"
     )
-    every: PositiveInt = Field(
+    every: Size = Field(
         1, description="store every so-many-th boundary; stages between recompute theirs, in memory, from the one below"
     )
     fuse_passes: bool = Field(
@@ -101,11 +118,11 @@ class StoreConfig(Section):
 class EvaluationConfig(Section):
     """Held-out evaluation after the last stage."""
 
-    fractions: list[Fraction] = Field(
+    fractions: Annotated[list[Fraction], Field(min_length=1, max_length=100)] = Field(
         default_factory=lambda: [0.15, 0.5, 0.9], description="masked shares at which loss and accuracy are measured"
     )
-    samples: PositiveInt = Field(128, description="held-out samples used, at most")
-    batch_size: PositiveInt = Field(16, description="held-out samples in a batch")
+    samples: Size = Field(128, description="held-out samples used, at most")
+    batch_size: Size = Field(16, description="held-out samples in a batch")
 
 
 class TrackingConfig(Section):
@@ -115,27 +132,27 @@ class TrackingConfig(Section):
     wandb: Literal["offline", "online", False] = Field(
         False, description="Weights & Biases: online, offline (kept in the run directory, to sync later), or false"
     )
-    mlflow: str | Literal[False] = Field(
+    mlflow: Text | Literal[False] = Field(
         False, description="MLflow: the URI of a server or a database, or a directory; or false"
     )
-    project: str = Field("stackwise", min_length=1, description="W&B project, MLflow experiment")
-    group: str | None = Field(None, description="W&B group, MLflow tag; null: none, in a sweep the sweep's name")
-    name: str | None = Field(None, description="what the run is called there; null: its directory's name")
+    project: Text = Field("stackwise", min_length=1, description="W&B project, MLflow experiment")
+    group: Text | None = Field(None, description="W&B group, MLflow tag; null: none, in a sweep the sweep's name")
+    name: Text | None = Field(None, description="what the run is called there; null: its directory's name")
 
 
 class SlurmConfig(Section):
     """What a job asks for (`stackwise run --engine slurm`); it changes no result."""
 
-    partition: str | None = Field(None, description="partition that jobs go to; null: the cluster's default")
-    nodelist: str | None = Field(None, description="the node that has the store; null: the machine that submits")
-    minutes: PositiveInt = Field(1440, description="time limit of a job; one that reaches it saves and is queued again")
-    signal_seconds: PositiveInt = Field(120, description="seconds before the limit that a job is told to save")
+    partition: Text | None = Field(None, description="partition that jobs go to; null: the cluster's default")
+    nodelist: Text | None = Field(None, description="the node that has the store; null: the machine that submits")
+    minutes: Size = Field(1440, description="time limit of a job; one that reaches it saves and is queued again")
+    signal_seconds: Size = Field(120, description="seconds before the limit that a job is told to save")
     gpus: Count | None = Field(None, description="GPUs of a job; null: 1, or none where device is cpu")
-    cpus: PositiveInt | None = Field(None, description="CPUs of a job; null: the cluster's default")
+    cpus: Size | None = Field(None, description="CPUs of a job; null: the cluster's default")
     memory_gb: Positive | None = Field(None, description="memory of a job, in GB; null: the cluster's default")
-    account: str | None = Field(None, description="account that jobs are charged to; null: the user's default")
-    qos: str | None = Field(None, description="quality of service; null: the user's default")
-    parameters: dict[str, str | int | bool] = Field(
+    account: Text | None = Field(None, description="account that jobs are charged to; null: the user's default")
+    qos: Text | None = Field(None, description="quality of service; null: the user's default")
+    parameters: dict[Text, Text | int | bool] = Field(
         default_factory=dict, description="further options of sbatch by name, as {constraint: nvme}"
     )
 
@@ -154,7 +171,9 @@ class StageOverrides(Section):
 class Settings(Section):
     """Every setting of a run, and what follows from them."""
 
-    name: str = Field("stackwise", pattern=NAME, description="name of the run: letters, digits, dots, dashes")
+    name: str = Field(
+        "stackwise", pattern=NAME, max_length=200, description="name of the run: letters, digits, dots, dashes"
+    )
     seed: Count = Field(0, description="every random draw follows from it")
     device: str = Field("auto", pattern=DEVICE, description="auto, cuda, cuda:N, mps, cpu")
     precision: Precision = Field(
@@ -173,7 +192,7 @@ class Settings(Section):
         description="what single stages do differently, as {2: {precision: fp8, training: {learning_rate: 1e-3}}}",
     )
 
-    _unused: list[str] = PrivateAttr(default_factory=list)
+    _unused: list[Text] = PrivateAttr(default_factory=list)
 
     def __eq__(self, other: object) -> bool:
         """Whether all settings are alike, however they were written."""
@@ -182,12 +201,12 @@ class Settings(Section):
     __hash__ = None  # type: ignore[assignment]
 
     @property
-    def unused(self) -> list[str]:
+    def unused(self) -> list[Text]:
         """One line for each setting of the file or command line that has no place in this configuration."""
         return self._unused
 
     @unused.setter
-    def unused(self, lines: list[str]) -> None:
+    def unused(self, lines: list[Text]) -> None:
         self._unused = lines
 
     @property
@@ -203,10 +222,9 @@ class Settings(Section):
     @property
     def time_as_depth(self) -> bool:
         """Whether stage k trains on its own window of masked fractions alone."""
-        progressive = self.training.progressive
-        if progressive.enabled:
-            return self.training.mask_schedule_over == "depth" or progressive.time_interpretation == "depth"
-        return self.training.mask_schedule_over == "depth" or self.training.mode == "independent"
+        if self.training.mask_schedule_over == "depth":
+            return True
+        return self.training.mode == "independent" and not self.training.progressive.enabled
 
     @property
     def has_windows(self) -> bool:
@@ -230,14 +248,6 @@ class Settings(Section):
         training = self.training
         fused = training.mode == "fused" and training.fusion_mode == "frozen" and not training.progressive.enabled
         return training.fresh_masks or fused
-
-    @property
-    def mask_schedule_type(self) -> Literal["linear", "exponential", "cosine"]:
-        """The shape of the mask schedule in force."""
-        progressive = self.training.progressive
-        if progressive.enabled and progressive.stack_time_mapping is not None:
-            return "exponential" if progressive.stack_time_mapping == "exponential" else "linear"
-        return self.training.mask_schedule_type
 
     @property
     def boundary_every(self) -> int:
@@ -278,7 +288,7 @@ class Settings(Section):
     @property
     def fusions(self) -> list[tuple[int, int]]:
         """First and last block of each stage that trains sections together afterwards, in order."""
-        level, strategy, groups = self.partition, self.training.fusion.strategy, []
+        level, strategy, groups = self.partition, self.training.fusion.name, []
         if strategy == "none" or len(level) == 1:
             return []
         if strategy == "frozen":
@@ -299,22 +309,39 @@ class Settings(Section):
     @property
     def adapts(self) -> bool:
         """Whether a last stage turns the rack causal."""
-        return self.training.adaptation != "none"
+        return isinstance(self.training.adaptation, CausalAdaptation)
 
     def heeds_held_out(self, depth: int) -> bool:
         """Whether what stage `depth` commits depends on held-out loss."""
         fused = self.n_sections <= depth < self.n_sections + len(self.fusions)
-        adaptive = fused and self.training.fusion.strategy == "adaptive"
+        adaptive = fused and isinstance(self.training.fusion, AdaptiveFusion)
         return adaptive or self.stage_training(depth).heeds_held_out
 
     def stage_training(self, depth: int) -> StageTraining:
         """How stage `depth` trains: the defaults of `training`, with its own overrides."""
         own = self.stages.get(depth)
         values = {name: getattr(self.training, name) for name in StageTraining.model_fields}
-        if self.adapts and depth == self.n_stages - 1:
-            values["steps"] = self.training.adaptation_steps or values["steps"]
-        elif depth >= self.n_sections and self.training.fusion.steps is not None:
-            values["steps"] = max(1, self.training.fusion.steps // len(self.fusions))
+        adaptation, fusion = self.training.adaptation, self.training.fusion
+        if isinstance(adaptation, CausalAdaptation) and depth == self.n_stages - 1:
+            values["steps"] = adaptation.steps or values["steps"]
+        elif depth >= self.n_sections and fusion.budget is not None:
+            values["steps"] = max(1, fusion.budget // len(self.fusions))
         if own is not None:
             values |= {name: getattr(own.training, name) for name in own.training.model_fields_set}
         return StageTraining(**values)
+
+    @property
+    def grows(self) -> bool:
+        """Whether each stage trains all the blocks so far."""
+        training = self.training
+        return training.mode == "fused" and training.fusion_mode == "trainable" and not training.progressive.enabled
+
+    @property
+    def prepends(self) -> bool:
+        """Whether stacks are added below those there are."""
+        return self.training.progressive.enabled and self.training.progressive.building_mode == "prepend"
+
+    @property
+    def stands_apart(self) -> bool:
+        """Whether no section of the rack stands on another."""
+        return self.training.mode == "independent" and not self.training.progressive.enabled

@@ -1,8 +1,8 @@
-"""How stages train: the settings of one stage, those of fusion, and the defaults of all."""
+"""How stages train: choices with settings of their own, the settings of one stage, the defaults of all."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,11 +15,166 @@ from stackwise.config.fields import (
     PositiveInt,
     Probability,
     Section,
+    Share,
+    Size,
+    Small,
 )
-from stackwise.config.kinds import Objective, Optimizer
-from stackwise.config.progressive import ProgressiveConfig
+from stackwise.config.kinds import ADAPTATIONS, DIVERGENCES, FUSIONS, LOOKAHEADS, Kind, Objective, Optimizer
+from stackwise.registry import Registry
 
 Mode = Literal["layerwise", "blockwise", "fused", "independent", "end_to_end"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+StackPrecision = Literal["full", "fp32", "half", "fp16", "bfloat16", "bf16", "fp8", "nvfp4", "fp4", "qlora"]
+STACK_PRECISION: dict[str, Precision] = {
+    "fp32": "fp32", "half": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16",
+}  # fmt: skip
+"""What a stack's precision is in words of `precision`; full is whatever `precision` says."""
+
+
+class Divergence(Kind):
+    """What becomes of a step whose loss or gradient is no number, or whose loss explodes."""
+
+    registry: ClassVar[Registry[Any]] = DIVERGENCES
+    tag: ClassVar[str] = "policy"
+    default: ClassVar[str] = "stop"
+    goes_back: ClassVar[bool] = False
+    """Whether weights of earlier steps are taken up again."""
+
+    def lowered(self, rollbacks: int) -> float:
+        """The factor on the learning rate after so many rollbacks."""
+        return 1.0
+
+
+class Stop(Divergence):
+    """The stage fails where a number is none; a loss may explode."""
+
+
+class Skip(Divergence):
+    """The step is not taken."""
+
+    factor: Annotated[float, Field(gt=1.0, le=1e15)] = Field(
+        3.0, description="a loss explodes above so many times the median of the last 32"
+    )
+    limit: PositiveInt = Field(5, description="skips or rollbacks of a stage before it is given up")
+
+
+class Rollback(Skip):
+    """The stage goes back to its last checkpoint by steps, with a lower learning rate."""
+
+    goes_back: ClassVar[bool] = True
+
+    rate_factor: Fraction = Field(0.5, description="factor on the learning rate at each rollback")
+
+    def lowered(self, rollbacks: int) -> float:
+        """See `Divergence.lowered`."""
+        return float(self.rate_factor**rollbacks)
+
+
+class Lookahead(Kind):
+    """Blocks between a stage's own and its head, training along."""
+
+    registry: ClassVar[Registry[Any]] = LOOKAHEADS
+    tag: ClassVar[str] = "kind"
+    default: ClassVar[str] = "none"
+
+
+class NoLookahead(Lookahead):
+    """None."""
+
+
+class Auxiliary(Lookahead):
+    """Blocks that are thrown away after the stage."""
+
+    blocks: Small = Field(1, description="how many")
+
+
+class Overlap(Auxiliary):
+    """Those of the next stage, which trains them again."""
+
+
+class Tail(Auxiliary):
+    """The rack's last ones, shared by every stage."""
+
+
+class Fusion(Kind):
+    """Stages that train sections of the rack together, after they were trained one by one."""
+
+    registry: ClassVar[Registry[Any]] = FUSIONS
+    tag: ClassVar[str] = "strategy"
+    default: ClassVar[str] = "none"
+
+    @property
+    def budget(self) -> int | None:
+        """Optimizer steps of all its stages; None: as many as a stage each."""
+        return None
+
+
+class NoFusion(Fusion):
+    """None."""
+
+
+class FrozenFusion(Fusion):
+    """The head alone, over the finished rack."""
+
+    steps: PositiveInt | None = Field(
+        None, description="optimizer steps in all, shared by these stages; null: as many as a stage each"
+    )
+
+    @property
+    def budget(self) -> int | None:
+        """See `Fusion.budget`."""
+        return self.steps
+
+
+class TrainableFusion(FrozenFusion):
+    """The whole rack."""
+
+
+class HierarchicalFusion(FrozenFusion):
+    """Neighbours first, then pairs of pairs, up to the whole."""
+
+
+class AdaptiveFusion(FrozenFusion):
+    """The section whose unfreezing gains most on held-out loss, found by probes."""
+
+    rounds: Size = Field(
+        1, description="how often it is probed anew which section to train; each round has its share of steps"
+    )
+    probe_steps: PositiveInt | None = Field(
+        None, description="steps of a section's probe; null: a quarter of a round's, shared by the sections"
+    )
+
+    def allotment(self, steps: int, sections: int) -> list[tuple[int, int]]:
+        """Steps of each probe, and those of the section that is chosen, for each round.
+
+        Args:
+            steps: The budget in all.
+            sections: How many are probed.
+        """
+        shares = [steps * (k + 1) // self.rounds - steps * k // self.rounds for k in range(self.rounds)]
+        probes = [self.probe_steps or max(1, share // (4 * sections)) for share in shares]
+        return [(probe, share - sections * probe) for share, probe in zip(shares, probes, strict=True)]
+
+
+class Adaptation(Kind):
+    """A last stage that turns the trained rack into another."""
+
+    registry: ClassVar[Registry[Any]] = ADAPTATIONS
+    tag: ClassVar[str] = "kind"
+    default: ClassVar[str] = "none"
+
+
+class NoAdaptation(Adaptation):
+    """None."""
+
+
+class CausalAdaptation(Adaptation):
+    """From bidirectional to causal: it then continues text."""
+
+    steps: PositiveInt | None = Field(None, description="optimizer steps of this stage; null: as many as any stage")
+    anneal: Count = Field(
+        0, description="first steps, on which what follows is hidden bit by bit; 0: all of it from the first step"
+    )
 
 
 class StageTraining(Section):
@@ -33,7 +188,7 @@ class StageTraining(Section):
     )
     epochs_per_layer: Positive = Field(1.0, description="passes of a stage over its rows, where steps is null")
     batch_size: AutoInt = Field(8, description="rows in a microbatch; auto: as many as fit in memory, found by trial")
-    accumulation: PositiveInt = Field(1, description="microbatches in a step")
+    accumulation: Size = Field(1, description="microbatches in a step")
     optimizer: Optimizer = Field(
         default_factory=lambda: Optimizer.of(Optimizer.default),
         description="adamw, muon (blocks' matrices; adamw for the rest), adamw8bit (moments in 8 bits); with settings "
@@ -47,7 +202,7 @@ class StageTraining(Section):
         "cosine", description="shape after warm-up; wsd holds, then falls over the last fifth"
     )
     min_learning_rate: NonNegative = Field(0.1, description="where the schedule ends, as a share of the peak")
-    warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.05, description="share of the steps that warm up")
+    warmup: Share = Field(0.05, description="share of the steps that warm up")
     weight_decay: NonNegative = Field(0.1, description="weight decay, on matrices alone")
     grad_clip: NonNegative = Field(1.0, description="largest global gradient norm; 0: no clipping")
     loss_scale: Literal["dynamic"] | Positive = Field(
@@ -63,16 +218,11 @@ class StageTraining(Section):
         None, description="end a stage after so many evaluations without a lower held-out loss; null: never"
     )
     keep_best: bool = Field(False, description="commit the weights of the evaluation with the lowest held-out loss")
-    on_divergence: Literal["stop", "skip", "rollback"] = Field(
-        "stop",
+    divergence: Divergence = Field(
+        default_factory=lambda: Divergence.of(Divergence.default),
         description="at a loss or gradient that is no number, or (skip, rollback) a loss that explodes: stop, skip the "
-        "step, or go back to the last checkpoint by steps with a lower learning rate",
+        "step, or go back to the last checkpoint by steps with a lower learning rate; {policy: skip, factor: 3.0}",
     )
-    divergence_factor: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] = Field(
-        3.0, description="a loss explodes above so many times the median of the last 32"
-    )
-    divergence_limit: PositiveInt = Field(5, description="skips or rollbacks of a stage before it is given up")
-    rollback_factor: Fraction = Field(0.5, description="factor on the learning rate at each rollback")
 
     def specification(self, precision: str) -> dict[str, Any]:
         """What of it shapes a stage's result: all but the budget, which counts in steps, and what has no effect.
@@ -84,8 +234,6 @@ class StageTraining(Section):
         unused |= {"loss_scale"} if precision != "fp16" else set()
         unused |= {"min_learning_rate"} if self.lr_schedule == "constant" else set()
         unused |= set() if self.heeds_held_out else {"eval_every"}
-        unused |= {"divergence_factor", "divergence_limit"} if self.on_divergence == "stop" else set()
-        unused |= {"rollback_factor"} if self.on_divergence != "rollback" else set()
         return self.model_dump(exclude=unused)
 
     @property
@@ -100,35 +248,82 @@ class StageTraining(Section):
         return max(1, round(self.tokens / (self.batch_size * self.accumulation * seq_len)))
 
 
-class FusionConfig(Section):
-    """Stages that train sections of the rack together, after they were trained one by one."""
+class QLoRAConfig(Section):
+    """Adapters of one stack (`training.progressive.qlora_configs`)."""
 
-    strategy: Literal["none", "frozen", "trainable", "hierarchical", "adaptive"] = Field(
-        "none",
-        description="frozen (the head alone, over the finished rack), trainable (the whole rack), hierarchical "
-        "(neighbours first, then pairs of pairs, up to the whole), adaptive (the section whose unfreezing gains most "
-        "on held-out loss, found by probes)",
-    )
-    steps: PositiveInt | None = Field(
-        None, description="optimizer steps in all, shared by these stages; null: as many as a stage each"
-    )
-    rounds: PositiveInt = Field(
-        1, description="adaptive: how often it is probed anew which section to train; each round has its share of steps"
-    )
-    probe_steps: PositiveInt | None = Field(
-        None, description="adaptive: steps of a section's probe; null: a quarter of a round's, shared by the sections"
-    )
+    rank: Size = Field(16, description="rank of the adapter")
+    alpha: Positive = Field(32.0, description="its scale is alpha / rank")
 
-    def allotment(self, steps: int, sections: int) -> list[tuple[int, int]]:
-        """Steps of each probe, and those of the section that is chosen, for each round of adaptive fusion.
 
-        Args:
-            steps: The budget in all.
-            sections: How many are probed.
-        """
-        each = [steps * (k + 1) // self.rounds - steps * k // self.rounds for k in range(self.rounds)]
-        probes = [self.probe_steps or max(1, own // (4 * sections)) for own in each]
-        return [(probe, own - sections * probe) for own, probe in zip(each, probes, strict=True)]
+class ProgressiveConfig(Section):
+    """Progressive training: the rack grows stack by stack. Where enabled, it wins over `training.mode`."""
+
+    enabled: bool = Field(False, description="grow the rack stack by stack")
+    trunk_strategy: Literal["frozen", "qlora"] = Field(
+        "frozen",
+        description="the stacks below: frozen (a stage reads the activations that leave them), or qlora (a stage holds "
+        "them packed in few bits, and low-rank adapters on them train along)",
+    )
+    trunk_precision: StackPrecision | None = Field(
+        None,
+        description="what the stacks made before are held in where a stage holds them: fp8, nvfp4, qlora (nf4), full; "
+        "null: qlora under trunk_strategy qlora, else as they were trained",
+    )
+    new_stack_precision: StackPrecision = Field(
+        "full",
+        description="precision that each new stack trains in: full (the run's), fp32, half, bfloat16; fp8, nvfp4 "
+        "(weights seen as the format rounds them); qlora (weights packed and fixed, adapters train)",
+    )
+    cache_activations: bool | None = Field(
+        None,
+        description="frozen trunk: store the activations that enter each stage; false: recompute them from tokens; "
+        "null: true",
+    )
+    qlora_enabled: bool | None = Field(
+        None,
+        description="low-rank adapters on each stack as it is made, beside its weights, which train on in the trunk; "
+        "null: over a qlora trunk, where progressive_qlora is false",
+    )
+    qlora_rank: Size = Field(
+        16, description="rank of a stack's own adapters (of stack 0's where qlora_strategy is progressive)"
+    )
+    qlora_alpha: Positive = Field(
+        32.0, description="alpha of a stack's own adapters: what they add is scaled by alpha / rank"
+    )
+    qlora_strategy: Literal["simplified", "progressive", "variable"] = Field(
+        "simplified",
+        description="ranks and alphas of stacks' own adapters: simplified (the same everywhere), progressive (by the "
+        "patterns below, from qlora_rank and qlora_alpha), variable (by qlora_configs)",
+    )
+    qlora_rank_pattern: Literal["increasing", "decreasing", "linear", "constant"] = Field(
+        "constant",
+        description="qlora_strategy progressive: rank from stack to stack: increasing (doubles), decreasing (halves), "
+        "linear (qlora_rank more each time), constant",
+    )
+    qlora_alpha_pattern: Literal["increasing", "decreasing", "linear", "constant"] = Field(
+        "constant", description="qlora_strategy progressive: alpha from stack to stack, by the same patterns"
+    )
+    qlora_configs: dict[Count, QLoRAConfig] = Field(
+        default_factory=dict,
+        description="qlora_strategy variable: a stack's own adapters, by its number in the order of making: "
+        "{0: {rank: 16, alpha: 32.0}, 1: {rank: 8, alpha: 16.0}}",
+    )
+    progressive_qlora: bool = Field(
+        False,
+        description="further adapters on every stack below, new ones each time a stack is added over a qlora trunk",
+    )
+    progressive_qlora_rank: Size = Field(8, description="rank of the adapters of progressive_qlora")
+    progressive_qlora_alpha: Positive = Field(
+        16.0, description="alpha of the adapters of progressive_qlora: what they add is scaled by alpha / rank"
+    )
+    max_stacks: Small | None = Field(
+        None, description="most stacks to grow to; where model.architecture.n_stacks is null, as many"
+    )
+    building_mode: Literal["append", "prepend"] = Field(
+        "append",
+        description="append: a new stack goes above those there are; prepend: below them, above the front, and they "
+        "stand still",
+    )
 
 
 class TrainingConfig(StageTraining):
@@ -141,7 +336,7 @@ class TrainingConfig(StageTraining):
     trial_steps: PositiveInt = Field(
         100, description="block_size auto: steps of each stage of the racks that are tried"
     )
-    n_stages: PositiveInt | None = Field(None, description="number of stages instead of block_size")
+    n_stages: Small | None = Field(None, description="number of stages instead of block_size")
     fusion_mode: Literal["frozen", "trainable"] = Field(
         "frozen", description="fused: the blocks below are frozen, or trainable"
     )
@@ -150,7 +345,7 @@ class TrainingConfig(StageTraining):
         description="mask_diffusion, mlm, clm (causal), custom (targets of the data's own); with settings of its own: "
         "{name: mlm, mask_share: 0.8}",
     )
-    seq_len: PositiveInt = Field(512, description="tokens in a sample")
+    seq_len: Size = Field(512, description="tokens in a sample")
     rows: PositiveInt | None = Field(
         None, description="rows (sample under a mask) of every boundary; null: what steps need, at most the corpus"
     )
@@ -167,9 +362,9 @@ class TrainingConfig(StageTraining):
     mask_schedule_over: Literal["time", "depth"] | None = Field(
         None,
         description="time: every stage sees all fractions; depth: stage k trains on its own window of them; null: "
-        "time, but depth for independent stages and time_interpretation depth",
+        "time, but depth for independent stages",
     )
-    mask_windows: list[Annotated[list[float], Field(min_length=2, max_length=2)]] | None = Field(
+    mask_windows: list[Annotated[list[Share], Field(min_length=2, max_length=2)]] | None = Field(
         None,
         description="masked fractions of each stage as [from, to], lowest stage first, where they go over depth; they "
         "may overlap; null: equal parts of the schedule",
@@ -177,16 +372,14 @@ class TrainingConfig(StageTraining):
     fresh_masks: bool = Field(
         False, description="new samples and masks for each stage, made by forward passes; else the same at every depth"
     )
-    masks_per_sample: PositiveInt = Field(1, description="masks that each sample is seen under, at every depth")
+    masks_per_sample: Size = Field(1, description="masks that each sample is seen under, at every depth")
     mask_pool: Count = Field(0, description="distinct masks to draw from; 0: a fresh one for each row")
     mask_token_id: Count | None = Field(None, description="id shown at masked positions; null: the tokenizer's")
-    lookahead: Literal["none", "auxiliary", "overlap", "tail"] = Field(
-        "none",
+    lookahead: Lookahead = Field(
+        default_factory=lambda: Lookahead.of(Lookahead.default),
         description="blocks between a stage's own and its head, training along: auxiliary (thrown away), overlap "
-        "(those of the next stage, which trains them again), tail (the rack's last ones, shared by every stage)",
-    )
-    lookahead_blocks: PositiveInt = Field(
-        1, description="blocks that lookahead puts between a stage's own and its head"
+        "(those of the next stage, which trains them again), tail (the rack's last ones, shared by every stage); "
+        "{kind: tail, blocks: 2}",
     )
     tied_head: Literal["copy", "frozen"] = Field(
         "copy", description="a tied projection above stage 0: a trainable copy of the embedding, or frozen"
@@ -195,7 +388,7 @@ class TrainingConfig(StageTraining):
     swap: Literal["auto", "always", "never"] = Field(
         "auto", description="swap a stage's parts between disk and memory; auto: where it does not fit. Same result"
     )
-    swap_parts: PositiveInt | None = Field(
+    swap_parts: Small | None = Field(
         None, description="groups that a swapped stage's blocks take turns in; null: as few as fit"
     )
     memory: PositiveInt | None = Field(
@@ -207,21 +400,17 @@ class TrainingConfig(StageTraining):
     log_every: PositiveInt = Field(
         10, description="steps between plain log lines, at least; they come every few seconds"
     )
-    adaptation: Literal["none", "causal"] = Field(
-        "none",
-        description="a last stage that turns the trained rack from bidirectional to causal: it then continues text",
+    adaptation: Adaptation = Field(
+        default_factory=lambda: Adaptation.of(Adaptation.default),
+        description="a last stage that turns the trained rack from bidirectional to causal, which then continues text: "
+        "none, or causal; {kind: causal, steps: 500, anneal: 100}",
     )
-    adaptation_steps: PositiveInt | None = Field(
-        None, description="optimizer steps of the adaptation stage; null: as many as any stage"
-    )
-    adaptation_anneal: Count = Field(
-        0,
-        description="first steps of the adaptation stage, on which what follows is hidden bit by bit; 0: all of it "
-        "from the first step",
-    )
-    cache_mode: Literal["layerwise", "fusion"] | None = Field(None, description="implied by mode; accepted, unused")
-    cache_dir: str | None = Field(None, description="another name of store.path")
-    fusion_evaluation: bool = Field(False, description="implied: every run evaluates the fused rack; unused")
     save_fused_checkpoints: bool = Field(False, description="export the fused rack into the run directory at the end")
-    fusion: FusionConfig = Field(default_factory=lambda: FusionConfig())
+    fusion: Fusion = Field(
+        default_factory=lambda: Fusion.of(Fusion.default),
+        description="stages that train sections together afterwards: none, frozen (the head alone, over the finished "
+        "rack), trainable (the whole rack), hierarchical (neighbours first, then pairs of pairs, up to the whole), "
+        "adaptive (the section whose unfreezing gains most on held-out loss, found by probes); {strategy: adaptive, "
+        "steps: 1000}",
+    )
     progressive: ProgressiveConfig = Field(default_factory=lambda: ProgressiveConfig())

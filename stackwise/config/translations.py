@@ -24,11 +24,13 @@ class Moved:
         old: The dotted key, as it was written.
         new: The dotted key now; None: nothing uses it.
         default: The value that says nothing: what it had where it was left out.
+        why: Why nothing uses it.
     """
 
     old: str
     new: str | None
     default: Any = None
+    why: str = ""
 
 
 TABLE = (
@@ -46,6 +48,24 @@ TABLE = (
     Moved("training.diffusion_block", "training.objective.block"),
     Moved("training.mlm_mask", "training.objective.mask_share", 0.8),
     Moved("training.mlm_random", "training.objective.random_share", 0.1),
+    Moved("training.on_divergence", "training.divergence.policy", "stop"),
+    Moved("training.divergence_factor", "training.divergence.factor", 3.0),
+    Moved("training.divergence_limit", "training.divergence.limit", 5),
+    Moved("training.rollback_factor", "training.divergence.rate_factor", 0.5),
+    Moved("training.lookahead_blocks", "training.lookahead.blocks", 1),
+    Moved("training.adaptation_steps", "training.adaptation.steps"),
+    Moved("training.adaptation_anneal", "training.adaptation.anneal", 0),
+    # Earlier runs wrote these out whatever the strategy.
+    Moved("training.fusion.steps", "training.fusion.steps"),
+    Moved("training.fusion.rounds", "training.fusion.rounds", 1),
+    Moved("training.fusion.probe_steps", "training.fusion.probe_steps"),
+    Moved("model.time_embedding_dim", "model.time_embedding.width", 256),
+    Moved("training.progressive.time_encoding_type", "model.time_embedding.kind", "sinusoidal"),
+    Moved("training.progressive.time_embedding_dim", "model.time_embedding.width", 512),
+    Moved("training.progressive.time_per_stack", None, 100, "a stack sees masked shares, and no count of time steps"),
+    Moved("training.cache_dir", "store.path"),
+    Moved("training.cache_mode", None, None, "the mode decides what is stored"),
+    Moved("training.fusion_evaluation", None, False, "every run evaluates the fused rack"),
 )
 """Every old key. Those of `training` are read in `stages.K.training` too, where the new one is a stage's."""
 
@@ -56,6 +76,13 @@ _OF_A_STAGE = frozenset(StageTraining.model_fields) | {
     if row.new is not None and row.new.startswith("training.") and row.new.split(".")[1] in StageTraining.model_fields
 }
 """Keys of `training` that `stages.K.training` has too."""
+
+
+_OBJECTIVE, _TIME, _MAPPING = (
+    f"training.progressive.{name}" for name in ("training_objective", "time_interpretation", "stack_time_mapping")
+)
+_PROGRESSIVE = frozenset((_OBJECTIVE, _TIME, _MAPPING))
+"""Keys of progressive training that decided what `training` and `model` say now."""
 
 
 @dataclass
@@ -118,8 +145,10 @@ class _Translation:
         if key in ("training", "model", "training.progressive", "training.progressive.enabled"):
             return 0
         path = _base(key)
-        chooses = any(path in (choice, f"{choice}.{sort.tag}") for choice, sort in self.choices.items())
-        return 1 if chooses or path == "training.progressive.training_objective" else 2
+        chosen = [row.new for row in TABLE if row.old == path]
+        tags = {f"{choice}.{sort.tag}" for choice, sort in self.choices.items()}
+        chooses = path in self.choices or path in tags or any(new in tags for new in chosen)
+        return 1 if chooses else 2 if path in _PROGRESSIVE else 3
 
     def translated(self, tree: Tree, base: Tree) -> Tree:
         """A tree in today's form; `base`: what it will be put upon, which says the kinds that it leaves open."""
@@ -130,7 +159,7 @@ class _Translation:
                     _set(tree, key, {self.choices[path].tag: value})
                 elif value is None and _has(tree, key):
                     _drop(tree, key)
-        self._objective(tree, base)
+        self._progressive(tree, base)
         self._key_heads(tree, base)
         for row in TABLE:
             for key in _spread(row.old, tree):
@@ -143,13 +172,13 @@ class _Translation:
         new = None if row.new is None else key.removesuffix(row.old) + row.new
         if new is None:
             if value != row.default:
-                self.reading.unused.append(f"{key} is unused: nothing heeds it any more")
+                self.reading.unused.append(f"{key} is unused: {row.why}")
             return
         path = row.new.rpartition(".")[0] if row.new else ""
         if (sort := self.choices.get(path)) is not None:
             name = self._kind(sort, new.rpartition(".")[0], tree, base)
             kind = _class(sort, name)
-            if kind is None or new.rpartition(".")[2] not in kind.model_fields:
+            if kind is None or new.rpartition(".")[2] not in (sort.tag, *kind.model_fields):
                 if value != row.default and kind is not None:
                     self.reading.unused.append(f"{key} is unused: {new.rpartition('.')[0]} is {name}")
                 return
@@ -171,21 +200,65 @@ class _Translation:
                     return name
         return sort.default
 
-    def _objective(self, tree: Tree, base: Tree) -> None:
-        """The objective of progressive training comes before `training.objective`."""
-        key = "training.progressive.training_objective"
-        if not _has(tree, key) or (value := _drop(tree, key)) is None:
-            return
+    def _progressive(self, tree: Tree, base: Tree) -> None:
+        """What progressive training said in words of its own, and what came before what `training` and `model` say."""
+        given = {key: _drop(tree, key) for key in (_OBJECTIVE, _TIME, _MAPPING) if _has(tree, key)}
         enabled = _get(tree, "training.progressive.enabled")
-        if not (_get(base, "training.progressive.enabled") if enabled is None else enabled):
-            self.reading.unused.append(f"{key} is unused: training.progressive.enabled is false")
-            return
-        own = _get(tree, "training.objective")
-        name = own.get("name") if isinstance(own, dict) else own
-        if name not in (None, value):
-            self.reading.unused.append(f"training.objective is unused: {key} is {value}")
-            own = {}
-        _set(tree, "training.objective", (own or {}) | {"name": value})
+        enabled = _get(base, "training.progressive.enabled") if enabled is None else enabled
+        for key in given.copy():
+            if (given[key] is None or not enabled) and given.pop(key) is not None:
+                self.reading.unused.append(f"{key} is unused: training.progressive.enabled is false")
+        objective, interpretation, mapping = (given.get(key) for key in (_OBJECTIVE, _TIME, _MAPPING))
+        if objective is not None:
+            name = _tag(_get(tree, "training.objective"), "name")
+            if name not in (None, objective):
+                _drop(tree, "training.objective")
+            self._wins(tree, "training.objective", objective, name, _OBJECTIVE)
+        if interpretation == "input":
+            own = _tag(_get(tree, "model.time_embedding"), "kind") or _tag(_get(base, "model.time_embedding"), "kind")
+            if own in (None, "none"):
+                kind = _get(tree, "training.progressive.time_encoding_type") or "sinusoidal"
+                width = _get(tree, "training.progressive.time_embedding_dim") or 512
+                _set(tree, "model.time_embedding", {"kind": kind, "width": width})
+                for name in ("time_encoding_type", "time_embedding_dim"):
+                    if _has(tree, f"training.progressive.{name}"):
+                        _drop(tree, f"training.progressive.{name}")
+        elif interpretation == "depth":
+            over = _get(tree, "training.mask_schedule_over")
+            self._wins(tree, "training.mask_schedule_over", "depth", over, _TIME)
+        elif interpretation is not None:
+            self.reading.faults.append((_TIME, f"must be one of input, depth, not {interpretation!r}"))
+        if mapping in ("linear", "exponential"):
+            shape = _get(tree, "training.mask_schedule_type")
+            self._wins(tree, "training.mask_schedule_type", mapping, shape, _MAPPING)
+        elif mapping == "custom":
+            windows = _get(tree, "training.mask_windows") or _get(base, "training.mask_windows")
+            over = _get(tree, "training.mask_schedule_over") or _get(base, "training.mask_schedule_over")
+            if over != "depth":
+                text = "custom is for fractions that go over depth (training.mask_schedule_over)"
+                self.reading.unused.append(f"{_MAPPING} is unused: {text}")
+            elif windows is None:
+                text = "custom needs training.mask_windows: a [from, to] for each stage"
+                self.reading.faults.append((_MAPPING, text))
+        elif mapping is not None:
+            text = f"must be one of linear, exponential, custom, not {mapping!r}"
+            self.reading.faults.append((_MAPPING, text))
+        if not enabled or interpretation != "input":
+            why = "time is not an input" if enabled else "training.progressive.enabled is false"
+            for name, default in (("time_encoding_type", "sinusoidal"), ("time_embedding_dim", 512)):
+                key = f"training.progressive.{name}"
+                chosen = enabled and _tag(_get(base, "model.time_embedding"), "kind")
+                if _has(tree, key) and not chosen and _drop(tree, key) != default:
+                    self.reading.unused.append(f"{key} is unused: {why}")
+
+    def _wins(self, tree: Tree, key: str, value: Any, other: Any, winner: str) -> None:
+        """Set a key that progressive training decides; say so where something else was given."""
+        if other not in (None, value):
+            self.reading.unused.append(f"{key} is unused: {winner} is {value}")
+        if isinstance(self.choices.get(key), type):
+            before = _get(tree, key)
+            value = (before if isinstance(before, dict) else {}) | {self.choices[key].tag: value}
+        _set(tree, key, value)
 
     def _key_heads(self, tree: Tree, base: Tree) -> None:
         """`n_kv_heads` alone meant grouped-query attention."""
@@ -193,7 +266,7 @@ class _Translation:
         if not _has(tree, "model.n_kv_heads"):
             return
         said, before = _get(tree, "model.attention"), _get(base, "model.attention")
-        name = (said or before or {"kind": None}).get("kind")
+        name = _tag(said or before, "kind")
         if heads is None and name == "gqa" and not said:
             _set(tree, "model.attention", {"kind": "mha"})
         if heads is None or (name == "mha" and heads == (_get(tree, "model.n_heads") or 4)):
@@ -212,20 +285,24 @@ class _Translation:
                 _drop(self.reading.tree, key)
             return
         tree = self.translated(_nested(key, _copied(value)), self.reading.tree)
-        moved = tree != _nested(key, value)
-        if not moved:
-            if _base(key) in self.choices and isinstance(value, dict):
-                self.written |= {f"{key}.{name}": (written, setting) for name, setting in value.items()}
-            self._assign(key, value)
-            return
-        for path, leaf in _leaves(tree, self.choices):
-            if path in self.written and self.written[path][1] != leaf:
-                other, earlier = self.written[path]
+        plain = tree == _nested(key, value)
+        if plain and _base(key) in self.choices and isinstance(value, dict):
+            self.written |= {f"{key}.{name}": (written, setting) for name, setting in value.items()}
+        for path, leaf in [(key, value)] if plain else _leaves(tree, self.choices):
+            other, earlier = self.written.get(path, (written, leaf))
+            differs = earlier is not leaf and earlier != leaf
+            if differs and _PROGRESSIVE.isdisjoint((key, other)):
                 text = f"{value!r}, but {other} says {earlier!r}, and both are one setting: leave one of them out"
                 self.reading.faults.append((key, text))
-                continue
-            self.written[path] = (written, leaf)
-            self._assign(path, leaf, keeps=isinstance(value, str))
+            elif differs:  # what progressive training says comes first
+                loser, winner, chosen = (key, other, earlier) if other in _PROGRESSIVE else (other, key, leaf)
+                chosen = chosen.get("name") if isinstance(chosen, dict) else chosen
+                self.reading.unused.append(f"{loser} is unused: {winner} is {chosen}")
+                if winner == key:
+                    self._assign(path, leaf, keeps=True)
+            else:
+                self.written[path] = (written, leaf)
+                self._assign(path, leaf, keeps=not plain and isinstance(value, str))
 
     def _assign(self, key: str, value: Any, *, keeps: bool = False) -> None:
         """Set one key; a kind given by its name alone keeps the settings that both kinds have."""
@@ -264,6 +341,10 @@ def _onto(sort: type[Kind], before: Any, value: Tree) -> Tree:
     kind = _class(sort, name)
     fields = kind.model_fields if kind is not None else {}
     return {sort.tag: name} | {key: setting for key, setting in before.items() if key in fields} | value
+
+
+def _tag(value: Any, tag: str) -> Any:
+    return value.get(tag) if isinstance(value, dict) else value
 
 
 def _class(sort: type[Kind], name: Any) -> type[Kind] | None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from stackwise.config.model import ModelConfig
+from stackwise.config.model import ModelConfig, NoTime
 from stackwise.config.translations import read_model
 from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.files import open_regular, read_json
@@ -45,7 +45,7 @@ NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layern
 
 def is_llama(config: ModelConfig) -> bool:
     """Whether Hugging Face's LLaMA computes the same function."""
-    alike = config.norm == "rmsnorm" and config.positions == "rope" and config.time_embedding == "none"
+    alike = config.norm == "rmsnorm" and config.positions == "rope" and isinstance(config.time_embedding, NoTime)
     return alike and config.attention.llama is not None and config.ffn.llama is not None
 
 

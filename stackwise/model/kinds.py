@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stackwise.config.fields import PositiveInt
+from stackwise.config.fields import Size
 from stackwise.config.kinds import Attention, Fault, FeedForward, Matrix
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class MultiHead(Attention):
 class GroupedQuery(MultiHead):
     """Softmax attention whose heads share keys and values in groups (arXiv 2305.13245)."""
 
-    kv_heads: PositiveInt = Field(description="heads of keys and values; they divide n_heads")
+    kv_heads: Size = Field(description="heads of keys and values; they divide n_heads")
 
     def key_heads(self, model: ModelConfig) -> int:
         """See `Attention.key_heads`."""
@@ -69,13 +69,13 @@ class GroupedQuery(MultiHead):
 class Latent(Attention):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values from one narrow vector a token."""
 
-    kv_rank: PositiveInt | None = Field(
+    kv_rank: Size | None = Field(
         None, description="width of the vector that all keys and values are made from; null: 4 heads', at most d_model"
     )
-    q_rank: PositiveInt | None = Field(
+    q_rank: Size | None = Field(
         None, description="width of the vector that queries are made from; null: the input itself"
     )
-    rope_head_dim: PositiveInt | None = Field(
+    rope_head_dim: Size | None = Field(
         None, description="width of a head's rotary part, an even number; null: half a head's"
     )
 
@@ -131,11 +131,11 @@ class Linear(MultiHead):
     llama: ClassVar[Mapping[str, str] | None] = None
     anneals: ClassVar[bool] = False
 
-    kv_heads: PositiveInt | None = Field(None, description="heads of keys and values; null: n_heads")
+    kv_heads: Size | None = Field(None, description="heads of keys and values; null: n_heads")
     feature_map: Literal["elu", "relu", "performer"] = Field(
         "elu", description="what stands for the softmax: elu (+ 1), relu, performer (random features)"
     )
-    random_features: PositiveInt | None = Field(
+    random_features: Size | None = Field(
         None, description="feature_map performer: number of features; null: a head's width"
     )
 

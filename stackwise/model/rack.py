@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackwise.config.direction import Direction
-from stackwise.config.model import TIME_KNOTS, ModelConfig
+from stackwise.config.model import TIME_KNOTS, LearnedTime, ModelConfig, Sinusoidal
 from stackwise.errors import UsageError
 from stackwise.model.attention import Cache, is_paired
 from stackwise.model.block import Block, Stack
@@ -30,8 +30,10 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.width = config.time_embedding_dim
-        self.table = nn.Embedding(TIME_KNOTS, self.width) if config.time_embedding == "learned" else None
+        kind = config.time_embedding
+        assert isinstance(kind, Sinusoidal)
+        self.width = kind.width
+        self.table = nn.Embedding(TIME_KNOTS, self.width) if isinstance(kind, LearnedTime) else None
         self.up = nn.Linear(self.width, config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
 
@@ -69,7 +71,7 @@ class Front(nn.Module):
         self.max_seq_len = config.max_seq_len or seq_len
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.positions = nn.Embedding(self.max_seq_len, config.d_model) if config.positions == "learned" else None
-        self.time = TimeEmbedding(config) if config.time_embedding != "none" else None
+        self.time = TimeEmbedding(config) if isinstance(config.time_embedding, Sinusoidal) else None
 
     def forward(self, ids_BS: Tensor, time: Tensor | None = None, *, start: int = 0, paired: bool = False) -> Tensor:
         """Token ids (any integer dtype) [B, S] to [B, S, D] in the embedding's dtype.

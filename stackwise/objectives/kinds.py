@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stackwise.config.fields import PositiveInt
+from stackwise.config.fields import Size
 from stackwise.config.kinds import Fault, Objective
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -24,7 +24,7 @@ class Masking(Objective):
 class MaskDiffusion(Masking):
     """Masked positions are predicted, at shares that vary from row to row (MDLM, arXiv 2406.07524)."""
 
-    block: PositiveInt | None = Field(
+    block: Size | None = Field(
         None,
         description="diffusion in blocks of so many tokens, each given the clean ones before it; generation then keeps "
         "a cache. Rows are twice as long. null: attention over the whole sample",

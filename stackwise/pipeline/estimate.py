@@ -149,7 +149,7 @@ class Estimate:
         training, settings = config.training, config.stage_training(stage.depth)
         limit = min(memory, training.memory or memory)
         fits = phase.memory <= SHARE * limit
-        goes_back = settings.on_divergence == "rollback" or settings.keep_best  # which takes weights of earlier steps
+        goes_back = settings.divergence.goes_back or settings.keep_best  # which takes weights of earlier steps
         if training.swap == "never" or (training.swap == "auto" and (fits or goes_back)):
             return None
         block = config.model.block_parameters

@@ -161,7 +161,7 @@ def stage_settings(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
     values["objective"] = config.objective.scoring() | config.objective.code
     if rates:
         values["block_learning_rates"] = rates
-    if settings.on_divergence == "rollback":  # what a rollback goes back to
+    if settings.divergence.goes_back:  # what a rollback goes back to
         values["checkpoint_steps"] = training.checkpoint_steps
     if training.compile:  # fused kernels round otherwise
         values["compile"] = True
@@ -169,7 +169,7 @@ def stage_settings(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
     if config.model.tie_embeddings and HEAD in stage.trains and FRONT not in stage.trains:
         values["tied_head"] = training.tied_head
     if stage_fractions(config, stage.depth) is not None:  # the rows that it chooses among those of the rowset
-        values |= {"mask_schedule_over": "depth", "mask_schedule_type": config.mask_schedule_type}
+        values |= {"mask_schedule_over": "depth", "mask_schedule_type": training.mask_schedule_type}
         values |= {"mask_windows": training.mask_windows}
     if stage.candidates:
         values["fusion"] = training.fusion.model_dump(include={"rounds", "probe_steps"})

@@ -39,7 +39,7 @@ def assigner(config: StackWiseConfig, rowset: int) -> FixedMaskAssigner:
     training = config.training
     drawn, _ = drawn_and_window(config, rowset)
     return FixedMaskAssigner(
-        MaskScheduler(training.min_mask_fraction, training.max_mask_fraction, config.mask_schedule_type),
+        MaskScheduler(training.min_mask_fraction, training.max_mask_fraction, config.training.mask_schedule_type),
         training.seq_len,
         masks_per_sample=training.masks_per_sample,
         pool=training.mask_pool,
@@ -136,7 +136,7 @@ def row_settings(config: StackWiseConfig, rowset: int) -> dict[str, Any]:
     training["objective"] = "masks" if config.objective.masks else "no masks"
     if rowset == HELD_OUT:
         return settings | {"evaluation": config.evaluation.model_dump(include={"fractions", "samples"})}
-    training["mask_schedule_type"] = config.mask_schedule_type
+    training["mask_schedule_type"] = config.training.mask_schedule_type
     if config.training.steps is None and config.training.tokens is not None:
         training["tokens"] = config.training.tokens
     if drawn_and_window(config, rowset)[1] is not None and config.windows > 1:

@@ -318,8 +318,6 @@ def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
         config.data.cache_dir = absolute(config.data.cache_dir)
     if config.store.path is not None:
         config.store.path = absolute(config.store.path)
-        if config.training.cache_dir is not None:
-            config.training.cache_dir = config.store.path
     return config
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.precision import holds_trunk, stack_adapters, stack_precision, trunk_precision
+from stackwise.config.training import AdaptiveFusion, Auxiliary, CausalAdaptation, Overlap, Tail
 
 FRONT, HEAD = "front", "head"
 ADAPTER = "adapter."
@@ -268,7 +269,7 @@ def _in_its_window(config: StackWiseConfig, stage: Stage) -> Stage:
     states_out = () if whole or stage.window + 1 == config.windows else states
     if not stage.window:
         return dataclasses.replace(stage, states_out=states_out)
-    shared = config.training.lookahead == "tail" and stage.depth < config.n_sections
+    shared = isinstance(config.training.lookahead, Tail) and stage.depth < config.n_sections
     starts_from = {HEAD: head_version(stage.depth)} if HEAD in stage.trains and not shared else {}
     # What was fresh in the first window is not in the next; what stands still is committed already.
     return dataclasses.replace(
@@ -326,33 +327,34 @@ def _fusions(config: StackWiseConfig) -> Iterator[Stage]:
         depth = config.n_sections + number
         low = 0 if holds_trunk(config) else first
         front = () if first > 0 else (FRONT,)
-        frozen = config.training.fusion.strategy == "frozen"
+        frozen = config.training.fusion.name == "frozen"
         trains = (HEAD,) if frozen else (*front, *block_parts(first, last), HEAD)
-        sections = tuple(sorted(config.partition)) if config.training.fusion.strategy == "adaptive" else ()
+        sections = tuple(sorted(config.partition)) if isinstance(config.training.fusion, AdaptiveFusion) else ()
         yield Stage(depth, low, last, trains, low > 0, depth if config.fresh_masks else 0, candidates=sections)
 
 
 def _adaptation(config: StackWiseConfig) -> Iterator[Stage]:
     """The whole rack once more, from tokens, to be causal from some step on."""
-    if config.adapts:
+    adaptation = config.training.adaptation
+    if isinstance(adaptation, CausalAdaptation):
         depth, top = config.n_stages - 1, config.model.n_blocks - 1
         trains = (FRONT, *block_parts(0, top), HEAD)
         rowset = depth if config.fresh_masks else 0
-        yield Stage(depth, 0, top, trains, False, rowset, causal_from=config.training.adaptation_anneal)
+        yield Stage(depth, 0, top, trains, False, rowset, causal_from=adaptation.anneal)
 
 
 def _lookahead(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...]:
     """The blocks between a stage that ends with block `last` and its head."""
-    top, count = config.model.n_blocks - 1, config.training.lookahead_blocks
+    top = config.model.n_blocks - 1
     if last == top:
         return ()
     match config.training.lookahead:
-        case "auxiliary":
-            return tuple(auxiliary_part(depth, index) for index in range(count))
-        case "overlap":
-            return block_parts(last + 1, min(last + count, top))
-        case "tail":
+        case Tail(blocks=count):
             return block_parts(max(last, top - count) + 1, top)
+        case Overlap(blocks=count):
+            return block_parts(last + 1, min(last + count, top))
+        case Auxiliary(blocks=count):
+            return tuple(auxiliary_part(depth, index) for index in range(count))
     return ()
 
 

@@ -17,7 +17,7 @@ from stackwise.pipeline.run import RunDirectory, status
 from stackwise.report.facts import History, read_history
 from stackwise.text import printable
 
-PLACES = ("store.path", "data.cache_dir", "training.cache_dir")
+PLACES = ("store.path", "data.cache_dir")
 """Keys that say only where things are."""
 
 

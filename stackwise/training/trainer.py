@@ -18,6 +18,7 @@ import torch
 
 from stackwise.batch import Batch
 from stackwise.config import StageTraining
+from stackwise.config.training import Skip
 from stackwise.errors import StackWiseError
 from stackwise.training.engine import Engine, Stepped
 from stackwise.training.optim import learning_rate
@@ -195,7 +196,7 @@ class Trainer:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: that of the schedule, lowered at every rollback."""
-        lowered: float = self.settings.rollback_factor ** (self.carried.rollbacks + self.record.rollbacks)
+        lowered = self.settings.divergence.lowered(self.carried.rollbacks + self.record.rollbacks)
         return learning_rate(self.settings, self.before + step, self.budget) * lowered
 
     def train_step(self, microbatches: Sequence[Batch], watch: Watch | None = None) -> Stepped:
@@ -223,9 +224,8 @@ class Trainer:
             Rollback: It is to go on from the checkpoint that this names.
         """
         settings = self.settings
-        watch = (
-            None if settings.on_divergence == "stop" else Watch(settings, [*self.carried.losses, *self.record.losses])
-        )
+        policy, losses = settings.divergence, [*self.carried.losses, *self.record.losses]
+        watch = Watch(policy, losses) if isinstance(policy, Skip) else None
         pending: list[tuple[Stepped, bool]] = []
         begun = reported = time.perf_counter()
         waited_before, seconds_before, tokens = self.record.waited, self.record.seconds, 0
@@ -287,10 +287,10 @@ class Trainer:
             Rollback: Back.
             StackWiseError: It was not the first time, nor the second.
         """
-        settings, times = self.settings, len(self.record.divergences)
-        if times >= settings.divergence_limit:
+        times = len(self.record.divergences)
+        if times >= watch.policy.limit:
             raise watch.too_often(times, self.step)
-        divergence: dict[str, Any] = {"step": self.step, "why": watch.verdict, "action": settings.on_divergence}
+        divergence: dict[str, Any] = {"step": self.step, "why": watch.verdict, "action": watch.policy.name}
         if self.anchor is not None:
             divergence["to"] = (self.step - 1) // self.anchor * self.anchor
         hooks.diverged(divergence)
@@ -326,7 +326,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 class Rollback(Exception):
-    """The stage goes back to its last good checkpoint, as `training.on_divergence` wishes.
+    """The stage goes back to its last good checkpoint, as `training.divergence` wishes.
 
     Args:
         divergence: What happened; what is kept of it in the record.
@@ -338,24 +338,24 @@ class Rollback(Exception):
 
 
 class Watch:
-    """Judges steps by `training.on_divergence` (skip or rollback): a step is not taken where its loss or gradient is no
+    """Judges steps by `training.divergence` (skip or rollback): a step is not taken where its loss or gradient is no
     finite number, or where the loss explodes.
 
     The verdict follows from the losses of the steps before alone, so that it repeats, also after a kill.
 
     Args:
-        settings: The bound on the loss, and how often it may happen.
+        policy: The bound on the loss, and how often it may happen.
         losses: Those of the steps before; None for a step that was not taken.
     """
 
-    def __init__(self, settings: StageTraining, losses: Sequence[float | None]) -> None:
-        self._settings = settings
+    def __init__(self, policy: Skip, losses: Sequence[float | None]) -> None:
+        self.policy = policy
         self._recent = deque((x for x in losses if x is not None), maxlen=MEMORY)
         self.verdict: str | None = None
 
     def accept(self, loss: float, norm: float) -> bool:
         """Whether a step is taken; `verdict` then says why not."""
-        factor, self.verdict = self._settings.divergence_factor, None
+        factor, self.verdict = self.policy.factor, None
         if not math.isfinite(loss):
             self.verdict = "its loss is no finite number"
         elif not math.isfinite(norm):
@@ -368,11 +368,10 @@ class Watch:
 
     def too_often(self, times: int, step: int) -> StackWiseError:
         """The error that ends a stage which diverges again and again."""
-        policy = self._settings.on_divergence
         return StackWiseError(
-            f"step {step} diverged ({self.verdict}), after {times} {'skips' if policy == 'skip' else 'rollbacks'}",
+            f"step {step} diverged ({self.verdict}), after {times} {'rollbacks' if self.policy.goes_back else 'skips'}",
             hint="lower training.learning_rate (for this stage: stages.K.training.learning_rate) or "
-            "training.grad_clip, or raise training.divergence_limit, and run again",
+            "training.grad_clip, or raise training.divergence.limit, and run again",
         )
 
 
@@ -381,6 +380,6 @@ def anchor(settings: StageTraining, steps: int, checkpoint_steps: int | None) ->
 
     A function of the settings alone: checkpoints by the clock are no targets, or a run would not repeat.
     """
-    if settings.on_divergence != "rollback":
+    if not settings.divergence.goes_back:
         return None
     return checkpoint_steps or max(1, -(-steps // 20))

@@ -8,9 +8,8 @@ import pytest
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build, dump, parse_yaml
-from stackwise.config.notes import notes
 from stackwise.config.presets import PRESETS
-from stackwise.config.uses import has_blocks_above, reading_depths, trains_heads_apart
+from stackwise.config.unused import has_blocks_above, reading_depths, trains_heads_apart, unused_settings
 from stackwise.errors import ConfigError
 from stackwise.pipeline.schedule import FRONT, HEAD, schedule
 
@@ -44,9 +43,9 @@ UNUSED: list[tuple[dict[str, Any], str, Any, str]] = [
     (P, "p.qlora_enabled", True, "the trunk is frozen"),
     (P, "p.qlora_rank", 4, "the trunk is frozen"),
     ({**P, "training.progressive.trunk_strategy": "qlora", "training.progressive.progressive_qlora": True},
-     "p.qlora_alpha", 4.0, "beside progressive_qlora stacks have adapters of their own by qlora_enabled"),
-    (Q, "p.qlora_rank_pattern", "increasing", "training.progressive.qlora_strategy is simplified"),
-    (Q, "p.qlora_configs", {0: {"rank": 2}}, "training.progressive.qlora_strategy is simplified"),
+     "p.qlora_alpha", 4.0, "beside progressive_qlora stacks have adapters by qlora_enabled"),
+    (Q, "p.qlora_rank_pattern", "increasing", "qlora_strategy is simplified"),
+    (Q, "p.qlora_configs", {0: {"rank": 2}}, "qlora_strategy is simplified"),
     (Q, "p.progressive_qlora_rank", 2, "training.progressive.progressive_qlora is false"),
     (Q, "p.cache_activations", True, "a QLoRA trunk changes with every step, so nothing of it is stored"),
     (PREPEND, "p.cache_activations", False, "with stacks added below, every stage reads tokens"),
@@ -57,9 +56,7 @@ UNUSED: list[tuple[dict[str, Any], str, Any, str]] = [
      "a stack sees masked shares, and no count of time steps"),
     (DEPTH, "p.time_per_stack", 50, "a stack sees masked shares, and no count of time steps"),
     (DEPTH, "p.time_embedding_dim", 64, "time is not an input"),
-    ({**P, "training.progressive.time_interpretation": "input", "model.time_embedding": "learned"},
-     "p.time_embedding_dim", 64, "model.time_embedding_dim is given"),
-    (P, "p.stack_time_mapping", "custom", "custom is for fractions that go over depth (time_interpretation)"),
+    (P, "p.stack_time_mapping", "custom", "custom is for fractions that go over depth (training.mask_schedule_over)"),
     (P, "t.mode", "fused", "training.progressive.enabled is true"),
     (P, "t.fusion_mode", "trainable", "training.progressive.enabled is true"),
     (P, "t.block_size", 2, "model.architecture.blocks_per_stack says how many blocks a stack has"),
@@ -88,9 +85,9 @@ UNUSED: list[tuple[dict[str, Any], str, Any, str]] = [
     ({"training.lr_schedule": "constant"}, "t.min_learning_rate", 0.5, "lr_schedule is constant"),
     ({}, "t.tokens", 4096, "steps is given"),
     ({}, "t.adaptation_anneal", 2, "training.adaptation is none"),
-    ({}, "f.rounds", 3, "training.fusion.strategy is none"),
-    ({}, "f.probe_steps", 2, "training.fusion.strategy is none"),
-    (WHOLE, "f.strategy", "trainable", "there is one stage"),
+    ({}, "f.rounds", 3, "training.fusion is none"),
+    ({}, "f.probe_steps", 2, "training.fusion is none"),
+    (WHOLE, "t.fusion", "trainable", "there is one stage"),
     *((base, f"s.{name}", value, NO_BOUNDARY)
       for base in (Q, PREPEND, INDEPENDENT, WHOLE, GROWING)
       for name, value in (("every", 2), ("fuse_passes", True), ("codec", "fp8"), ("keep", "none"))),
@@ -102,11 +99,11 @@ UNUSED: list[tuple[dict[str, Any], str, Any, str]] = [
 
 @pytest.mark.parametrize(("base", "name", "value", "why"), UNUSED, ids=[f"{n}={v}" for _, n, v, _ in UNUSED])
 def test_a_setting_that_is_not_used_has_one_line(base: dict[str, Any], name: str, value: Any, why: str) -> None:
-    before, after = notes(config(base)), notes(config({**base, key(name): value}))
+    before, after = unused_settings(config(base)), unused_settings(config({**base, key(name): value}))
     (line,) = [each for each in after if each not in before]
     assert line == f"{key(name)} is unused: {why}"
     again = build(StackWiseConfig, parse_yaml(dump(config(base)), "dump"))
-    assert notes(again) == before, "a saved configuration has no setting in vain that was not"
+    assert unused_settings(again) == before, "a saved configuration has no setting in vain that was not"
 
 
 @pytest.mark.parametrize(
@@ -115,11 +112,11 @@ def test_a_setting_that_is_not_used_has_one_line(base: dict[str, Any], name: str
         ({"training.block_size": 99}, "training.block_size: 99 is more than the model's blocks: 4 is used"),
         (
             {"training.lookahead": "tail", "training.lookahead_blocks": 9},
-            "training.lookahead_blocks: 9 is more than the blocks above the lowest stage: 3 is used",
+            "training.lookahead.blocks: 9 is more than the blocks above the lowest stage: 3 is used",
         ),
         (
             {"training.lookahead": "overlap", "training.lookahead_blocks": 3, "training.block_size": 2},
-            "training.lookahead_blocks: 3 is more than the blocks above the lowest stage: 2 is used",
+            "training.lookahead.blocks: 3 is more than the blocks above the lowest stage: 2 is used",
         ),
         (
             {**P, "training.block_size": 2, "training.n_stages": 2},
@@ -141,7 +138,9 @@ def test_a_setting_that_is_not_used_has_one_line(base: dict[str, Any], name: str
     ],
 )  # fmt: skip
 def test_what_is_cut_and_what_is_said_together(overrides: dict[str, Any], line: str | None) -> None:
-    found = notes(config({"model.architecture.n_stacks": 8, **overrides}) if line is None else config(overrides))
+    found = unused_settings(
+        config({"model.architecture.n_stacks": 8, **overrides}) if line is None else config(overrides)
+    )
     assert found == ([] if line is None else [line])
 
 
@@ -171,15 +170,15 @@ def test_what_is_cut_and_what_is_said_together(overrides: dict[str, Any], line: 
     ],
 )  # fmt: skip
 def test_what_is_used_has_no_line(overrides: dict[str, Any]) -> None:
-    assert notes(config(overrides)) == []
-    assert notes(build(StackWiseConfig, parse_yaml(dump(config(overrides)), "dump"))) == []
+    assert unused_settings(config(overrides)) == []
+    assert unused_settings(build(StackWiseConfig, parse_yaml(dump(config(overrides)), "dump"))) == []
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("every", [False, True], ids=["as it stands", "with every default written out"])
 def test_presets_and_defaults_have_no_line(name: str, every: bool) -> None:
     preset = StackWiseConfig.from_preset(name)
-    assert notes(build(StackWiseConfig, parse_yaml(dump(preset), "dump")) if every else preset) == []
+    assert unused_settings(build(StackWiseConfig, parse_yaml(dump(preset), "dump")) if every else preset) == []
 
 
 @pytest.mark.parametrize("fusion", ["none", "frozen", "trainable", "hierarchical"])

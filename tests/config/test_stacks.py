@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.notes import notes
 from stackwise.config.precision import holds_trunk, stack_adapters, stack_precision, trunk_precision
+from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError
 
 KEY = "training.progressive"
@@ -97,10 +97,10 @@ def test_faults(settings: dict[str, Any], fault: str) -> None:
     ],
 )
 def test_what_is_in_vain_has_one_line(settings: dict[str, Any], note: str) -> None:
-    (line,) = notes(config(**settings))
+    (line,) = unused_settings(config(**settings))
     assert note in line
 
 
 def test_what_is_used_has_none() -> None:
-    assert not notes(config(trunk_strategy="qlora", qlora_enabled=True, qlora_rank=4, trunk_precision="fp8"))
-    assert not notes(config(building_mode="prepend", trunk_precision="fp8"))
+    assert not unused_settings(config(trunk_strategy="qlora", qlora_enabled=True, qlora_rank=4, trunk_precision="fp8"))
+    assert not unused_settings(config(building_mode="prepend", trunk_precision="fp8"))

@@ -278,7 +278,7 @@ def test_a_cache_serves_what_looks_back() -> None:
 
 @pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
 def test_time_is_an_input(kind: str) -> None:
-    c = ModelConfig(d_model=D, n_heads=H, time_embedding=kind, time_embedding_dim=20)  # type: ignore[arg-type]
+    c = ModelConfig(d_model=D, n_heads=H, time_embedding={"kind": kind, "width": 20})  # type: ignore[arg-type]
     rack = build_rack(c, 50, 0, 16)
     ids = torch.arange(16).view(1, 16).expand(3, 16)
     shares = torch.tensor([0.25, 0.5, 1.0])

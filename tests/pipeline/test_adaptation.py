@@ -15,7 +15,7 @@ import torch
 
 from stackwise.cli.tables import listing
 from stackwise.config import StackWiseConfig
-from stackwise.config.notes import notes
+from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError, StackWiseError, UsageError
 from stackwise.evaluation import HeldOut, evaluate
 from stackwise.inference.exported import load_rack as load_export
@@ -121,7 +121,7 @@ def test_its_settings_can_be_overridden_and_are_shown(micro: Micro) -> None:
     assert row["causal_from"] == 3
     fused = micro(**CAUSAL, training__fusion__strategy="trainable", training__fusion__steps=9)
     assert [fused.stage_training(stage.depth).steps for stage in schedule(fused)] == [12, 12, 9, 10]
-    unused = notes(micro(training__adaptation_anneal=2))
+    unused = unused_settings(micro(training__adaptation_anneal=2))
     assert "training.adaptation_anneal is unused: training.adaptation is none" in unused
 
 
@@ -132,8 +132,11 @@ def test_its_settings_can_be_overridden_and_are_shown(micro: Micro) -> None:
         ({"training": {"objective": "custom"}}, "does not say tokens"),
         ({"training": {"objective": {"name": "mask_diffusion", "block": 8}}}, "with a cache as it is"),
         ({"training": {"mode": "independent"}}, "do not stand on each other"),
-        ({"model": {"attention": "linear"}, "training": {"adaptation_anneal": 1}}, "set it to 0"),
-        ({"training": {"adaptation_steps": 3, "adaptation_anneal": 3}}, "at least one step"),
+        (
+            {"model": {"attention": "linear"}, "training": {"adaptation": {"kind": "causal", "anneal": 1}}},
+            "set it to 0",
+        ),
+        ({"training": {"adaptation": {"kind": "causal", "steps": 3, "anneal": 3}}}, "at least one step"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(settings: dict[str, Any], said: str) -> None:

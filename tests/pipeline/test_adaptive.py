@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.notes import notes
-from stackwise.config.training import FusionConfig
+from stackwise.config.training import AdaptiveFusion
+from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError, StackWiseError
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.run import RunDirectory, status
@@ -149,9 +149,9 @@ def test_a_section_at_a_time_is_in_memory_as_one_that_trains(micro: Micro) -> No
 
 
 def test_a_budget_is_shared_by_rounds_and_probes() -> None:
-    assert FusionConfig(rounds=3, probe_steps=5).allotment(100, 4) == [(5, 13), (5, 13), (5, 14)]
-    assert FusionConfig().allotment(100, 5) == [(5, 75)]
-    assert FusionConfig().allotment(6, 5) == [(1, 1)]
+    assert AdaptiveFusion(rounds=3, probe_steps=5).allotment(100, 4) == [(5, 13), (5, 13), (5, 14)]
+    assert AdaptiveFusion().allotment(100, 5) == [(5, 75)]
+    assert AdaptiveFusion().allotment(6, 5) == [(1, 1)]
 
 
 def test_budgets_that_cannot_be_and_settings_in_vain(micro: Micro) -> None:
@@ -164,5 +164,5 @@ def test_budgets_that_cannot_be_and_settings_in_vain(micro: Micro) -> None:
         configured()
     with pytest.raises(ConfigError, match="leave none beside the probes of 3 sections"):
         configured(steps=12, probe_steps=4)
-    said = notes(micro(training__fusion__strategy="trainable", training__fusion__rounds=2))
-    assert "training.fusion.rounds is unused: training.fusion.strategy is trainable" in said
+    said = unused_settings(micro(training__fusion__strategy="trainable", training__fusion__rounds=2))
+    assert "training.fusion.rounds is unused: training.fusion is trainable" in said

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.notes import notes
+from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError, UsageError
 from stackwise.inference import load_rack as load_export
 from stackwise.inference import read_export
@@ -41,7 +41,7 @@ def blocks(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> RunDirecto
 
 def test_diffusion_in_blocks_learns_from_pairs(blocks: RunDirectory) -> None:
     rack = load_rack(blocks, torch.device("cpu"))
-    assert rack.config.model.time_embedding == "sinusoidal"
+    assert rack.config.model.time_embedding.name == "sinusoidal"
     result = evaluate_rack(rack, rack.data.held_out)
     assert result["likelihood"] == "bound"
     assert 0 < result["bits_per_byte"] < 8
@@ -134,9 +134,9 @@ def test_contradictions_are_refused_and_idle_settings_told() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             made(**wrong)
-    lines = notes(made(training__diffusion_block=8, training__objective="clm"))
+    lines = unused_settings(made(training__diffusion_block=8, training__objective="clm"))
     assert lines == ["training.diffusion_block is unused: training.objective is clm"]
-    lines = notes(made(model__kv_rank=4, model__random_features=3, model__time_embedding_dim=9))
+    lines = unused_settings(made(model__kv_rank=4, model__random_features=3, model__time_embedding_dim=9))
     assert lines == [
         "model.kv_rank is unused: model.attention is mha",
         "model.random_features is unused: model.attention is mha",

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.loading import build
 from stackwise.pipeline.committed.load import CommittedRack, load_rack
 from stackwise.pipeline.committed.use import evaluate_rack
 from stackwise.pipeline.run import RunDirectory, status
@@ -180,7 +181,7 @@ def test_fraction_windows_may_overlap(micro: Micro, tmp_path: Path) -> None:
         ({"mode": "independent", "objective": "clm"}, "clm masks nothing"),
         (
             {"progressive": {"enabled": True, "time_interpretation": "depth"}, "objective": "clm"},
-            "time_interpretation: depth, and clm masks nothing",
+            "clm masks nothing: there are no fractions to spread over depth",
         ),
         ({"mask_schedule_over": "depth", "mask_windows": [[0.15, 0.3], [0.5, 0.9]]}, "just above 0.3"),
         ({"mask_schedule_over": "depth", "mask_windows": [[0.15, 0.9]]}, "1 window for 2 stages: give"),
@@ -197,4 +198,4 @@ def test_schedules_that_cannot_be_are_refused_in_a_line(training: dict[str, Any]
 
     shape = {"architecture": {"n_stacks": 2}}
     with pytest.raises(ConfigError, match=said):
-        StackWiseConfig(model=shape, training={"mode": "layerwise", **training}).validate()
+        build(StackWiseConfig, {"model": shape, "training": {"mode": "layerwise", **training}})

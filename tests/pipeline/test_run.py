@@ -13,7 +13,7 @@ import torch
 
 from stackwise.batch import Batch
 from stackwise.config import StackWiseConfig
-from stackwise.config.notes import notes
+from stackwise.config.unused import unused_settings
 from stackwise.errors import BusyError, NoSpaceError, UsageError
 from stackwise.pipeline.committed.load import CommittedRack, load_rack
 from stackwise.pipeline.committed.use import evaluate_rack
@@ -141,7 +141,7 @@ def test_gc_beside_a_run_takes_nothing_of_it(finished: tuple[StackWiseConfig, Pa
 
 
 def test_a_saved_configuration_says_nothing_is_unused(finished: tuple[StackWiseConfig, Path]) -> None:
-    assert notes(RunDirectory(finished[1]).config()) == []
+    assert unused_settings(RunDirectory(finished[1]).config()) == []
 
 
 @pytest.mark.parametrize("harm", ["delete", "alter"])

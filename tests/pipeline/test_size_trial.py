@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from stackwise.cli.commands.run import list_stages
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build, dump, parse_yaml
-from stackwise.config.notes import notes
+from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError
 from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.run import RunDirectory, status
@@ -111,7 +111,9 @@ def test_it_is_read_written_and_listed_once_found(
     refused = CliRunner().invoke(list_stages, [*arguments, str(tmp_path / "none")])
     assert "no run has found it yet" in str(refused.exception)
     assert CliRunner().invoke(list_stages, [*arguments, str(found[0])]).exit_code == 0
-    assert "training.trial_steps is unused: training.block_size is a number" in notes(micro(training__trial_steps=5))
+    assert "training.trial_steps is unused: training.block_size is a number" in unused_settings(
+        micro(training__trial_steps=5)
+    )
 
 
 @pytest.mark.parametrize(

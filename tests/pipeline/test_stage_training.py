@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stackwise.config.loading import dump
-from stackwise.config.notes import notes
+from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError, UsageError
 from stackwise.pipeline.library import UnifiedTrainer
 from stackwise.pipeline.run import RunDirectory, status
@@ -123,7 +123,7 @@ def test_settings_given_in_vain_are_said_and_contradictions_refused(micro: Micro
             "stages": {1: {"training": {"muon_momentum": 0.8, "optimizer": "muon", "rollback_factor": 0.9}}},
         }
     )  # fmt: skip
-    said = "\n".join(notes(config))
+    said = "\n".join(unused_settings(config))
     for key in ("tokens", "muon_momentum", "loss_scale", "rollback_factor", "divergence_factor"):
         assert f"training.{key}" in said
     assert "stages.1.training.rollback_factor" in said

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stackwise.config.loading import dump
-from stackwise.config.notes import notes
+from stackwise.config.unused import unused_settings
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import Micro, run
@@ -63,7 +63,7 @@ def test_auto_swaps_what_does_not_fit(micro: Micro) -> None:
     config.training.swap = "never"
     assert Estimate(config, 258, stage).swap(1 << 20) is None
     config.training.swap_parts = 3
-    assert any("swap_parts" in line for line in notes(config))
+    assert any("swap_parts" in line for line in unused_settings(config))
 
 
 def test_a_worker_killed_in_a_swapped_stage(micro: Micro, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
-from stackwise.config.notes import notes
+from stackwise.config.unused import unused_settings
 from stackwise.errors import UsageError
 from stackwise.pipeline.run import with_absolute_paths
 from stackwise.pipeline.tracking import trackers
@@ -344,8 +344,8 @@ def test_a_missing_package_is_said_before_anything_starts(
 
 
 def test_settings_without_a_use_are_noted_and_paths_made_absolute(micro: Micro) -> None:
-    assert "tracking.group, project: unused" in notes(micro(tracking__project="p", tracking__group="g"))[0]
-    assert not notes(micro(tracking__project="p", tracking__wandb="offline"))
+    assert "tracking.group, project: unused" in unused_settings(micro(tracking__project="p", tracking__group="g"))[0]
+    assert not unused_settings(micro(tracking__project="p", tracking__wandb="offline"))
     for given, expected in (
         ("mlruns", str(Path("mlruns").absolute())),
         ("sqlite:///runs.db", f"sqlite:///{Path('runs.db').absolute()}"),

@@ -95,10 +95,10 @@ def test_each_window_goes_through_every_stage_before_the_next_does(micro: Micro)
     ids=str,
 )
 def test_a_schedule_that_reads_no_boundary_runs_as_one_window(micro: Micro, mode: dict[str, Any]) -> None:
-    from stackwise.config.notes import notes
+    from stackwise.config.unused import unused_settings
 
     config, plain = micro(training__windows=3, **mode), micro(**mode)
-    assert "training.windows is unused: no stage of this schedule reads a boundary" in notes(config)
+    assert "training.windows is unused: no stage of this schedule reads a boundary" in unused_settings(config)
     assert schedule(config) == schedule(plain)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from stackwise.batch import Batch
+from stackwise.config.training import Skip
 from stackwise.errors import StackWiseError
 from stackwise.training import checkpoint
 from stackwise.training.trainer import LEAST, Rollback, Trainer, Watch, anchor
@@ -99,7 +100,7 @@ def spoilt(at: int, start: int = 0) -> Iterator[Batch]:
 
 
 def test_a_step_that_is_skipped_leaves_no_trace_in_the_weights(tmp_path: Path) -> None:
-    one, hooks = trainer(tokens=False, on_divergence="skip"), Hooks()
+    one, hooks = trainer(tokens=False, divergence="skip"), Hooks()
     assert fit(one, hooks, spoilt(5))
     assert one.record.losses[5] is None
     assert [loss for loss in one.record.losses if loss is None] == [None]
@@ -117,7 +118,7 @@ def test_a_step_that_is_skipped_leaves_no_trace_in_the_weights(tmp_path: Path) -
 
 
 def test_skips_that_are_too_many_end_the_stage() -> None:
-    one = trainer(tokens=False, on_divergence="skip", divergence_limit=2)
+    one = trainer(tokens=False, divergence={"policy": "skip", "limit": 2})
     bad = itertools.chain.from_iterable(itertools.repeat(next(spoilt(0)), 1) for _ in range(9))
     with pytest.raises(StackWiseError, match=r"step 3 diverged .* after 2 skips"):
         fit(one, Hooks(), bad)
@@ -125,7 +126,7 @@ def test_skips_that_are_too_many_end_the_stage() -> None:
 
 WILD: dict[str, Any] = {
     "learning_rate": 3.0, "grad_clip": 0.0, "lr_schedule": "constant", "warmup": 0.6,
-    "on_divergence": "rollback", "divergence_factor": 1.4, "rollback_factor": 0.3,
+    "divergence": {"policy": "rollback", "factor": 1.4, "rate_factor": 0.3},
 }  # fmt: skip
 
 
@@ -165,7 +166,7 @@ def test_a_stage_that_explodes_goes_back_with_a_lower_rate_and_a_cut_one_ends_th
 
 
 def test_an_exploding_loss_is_told_by_the_median_of_those_before() -> None:
-    settings = trainer(on_divergence="skip", divergence_factor=2.0).settings
+    settings = Skip(factor=2.0)
     early = Watch(settings, [1.0] * (LEAST - 1))
     assert early.accept(50.0, 1.0), "there is nothing to go by yet"
     watch = Watch(settings, [1.0, None] * LEAST)
@@ -178,7 +179,7 @@ def test_an_exploding_loss_is_told_by_the_median_of_those_before() -> None:
 
 
 def test_where_a_rollback_goes_follows_from_the_settings() -> None:
-    rollback, stop = (trainer(on_divergence=policy).settings for policy in ("rollback", "stop"))
+    rollback, stop = (trainer(divergence=policy).settings for policy in ("rollback", "stop"))
     assert anchor(rollback, 1000, 30) == 30
     assert anchor(rollback, 1000, None) == 50
     assert anchor(rollback, 3, None) == 1

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from stackwise.config.kinds import Attention
+from stackwise.config.model import TimeEmbedding
 from stackwise.objectives import AdaptationObjective, BlockDiffusionObjective, Objective
 from stackwise.training.optim import learning_rate
 from stackwise.training.stage import StageModel
@@ -34,8 +35,10 @@ class Kind(RackParts):
 
 
 KINDS = {
-    "blocks": lambda: Kind(BlockDiffusionObjective(MASK, 4), attention=Attention.of("mla"), time_embedding="learned"),
-    "adaptation": lambda: Kind(AdaptationObjective(MASK, 2), time_embedding="sinusoidal"),
+    "blocks": lambda: Kind(
+        BlockDiffusionObjective(MASK, 4), attention=Attention.of("mla"), time_embedding=TimeEmbedding.of("learned")
+    ),
+    "adaptation": lambda: Kind(AdaptationObjective(MASK, 2), time_embedding=TimeEmbedding.of("sinusoidal")),
     "linear": lambda: Kind(BlockDiffusionObjective(MASK, 3, True), attention=PERFORMER),
 }
 

@@ -178,12 +178,12 @@ def list_stages(watch: bool, as_json: bool, **named: Any) -> None:
 
     Without CONFIG, --preset and --run: the latest run under runs/, else the preset demo.
     """
-    from stackwise.config.notes import notes
+    from stackwise.config.unused import unused_settings
     from stackwise.pipeline.run import held_by_live_process
 
     choice = _choice(must_exist=False, **named)
     _settle_block_size(choice)
-    stages, said = listing(choice.config), notes(choice.config)
+    stages, said = listing(choice.config), unused_settings(choice.config)
 
     def look() -> dict[str, Any]:
         states = _states(choice, stages)

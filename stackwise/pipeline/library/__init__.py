@@ -305,7 +305,7 @@ class UnifiedTrainer:
 
     Args:
         config: `model.vocab_size` and `model.d_model` describe the front and the head; the layers are yours.
-        store: The store's directory; None: `store.path` (or `training.cache_dir`), else runs/<name>/store.
+        store: The store's directory; None: `store.path` , else runs/<name>/store.
         front: Token ids [B, S] to [B, S, d_model]; None: one by the configuration.
         observe: Told every event, as `stackwise run --json` prints them.
 
@@ -398,11 +398,11 @@ class UnifiedTrainer:
         training, hint = config.training, "leave it out here; `stackwise run` has it"
         stages = schedule(config)
         if any(stage.lookahead for stage in stages):
-            raise UsageError(f"training.lookahead: {training.lookahead} is not for layers of your own", hint=hint)
+            raise UsageError(f"training.lookahead: {training.lookahead.name} is not for layers of your own", hint=hint)
         if training.windows != 1 and config.has_windows:
             raise UsageError(f"training.windows: {training.windows or 'auto'} is not for layers of your own", hint=hint)
         if config.fusions:
-            raise UsageError(f"training.fusion: {training.fusion.strategy} is not for layers of your own", hint=hint)
+            raise UsageError(f"training.fusion: {training.fusion.name} is not for layers of your own", hint=hint)
         if config.finds_block_size:
             raise UsageError("training.block_size: auto is not for layers of your own", hint="give a number")
         if config.adapts:

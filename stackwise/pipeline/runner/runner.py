@@ -14,7 +14,7 @@ from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
-from stackwise.config.notes import notes
+from stackwise.config.unused import unused_settings
 from stackwise.data import PreparedData
 from stackwise.durable import write_bytes
 from stackwise.errors import NotFound
@@ -90,7 +90,7 @@ class Runner:
         """
         with self._pool.signals(), contextlib.ExitStack() as stack:
             self._emit("start", run=str(self.run_directory.path), name=self.config.name, stages=self.config.n_stages)
-            for line in notes(self.config):
+            for line in unused_settings(self.config):
                 self._emit("note", text=line)
             self._check_stage(only)
             check_installed(self.config)

@@ -17,7 +17,7 @@ from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.schema import StoreConfig, TrackingConfig
-from stackwise.config.training import FusionConfig
+from stackwise.config.training import NoAdaptation, NoFusion
 from stackwise.identity import NUMERICS, content_id
 from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.events import Emit, Event, Observer
@@ -123,8 +123,8 @@ def _small(config: StackWiseConfig, size: int, blocks: int) -> StackWiseConfig:
     small.model.architecture.n_stacks, small.model.architecture.blocks_per_stack = blocks, 1
     small.store = StoreConfig(codec=config.store.codec, chunk_bytes=config.store.chunk_bytes, keep="none")
     training = small.training
-    training.block_size, training.steps, training.cache_dir = size, training.trial_steps, None
-    training.fusion, training.adaptation, training.save_fused_checkpoints = FusionConfig(), "none", False
+    training.block_size, training.steps = size, training.trial_steps
+    training.fusion, training.adaptation, training.save_fused_checkpoints = NoFusion(), NoAdaptation(), False
     training.eval_every, training.patience, training.keep_best, training.windows = None, None, False, 1
     rates = training.block_learning_rates
     training.block_learning_rates = {block: rate for block, rate in rates.items() if block < blocks}

@@ -21,6 +21,7 @@ from torch import Tensor
 from stackwise import durable
 from stackwise.config import StackWiseConfig
 from stackwise.config.schema import StageOverrides
+from stackwise.config.training import AdaptiveFusion
 from stackwise.errors import DamageError
 from stackwise.model import part_digest
 from stackwise.pipeline.build import load_part, save_part
@@ -86,7 +87,9 @@ class _Fusion:
         sections = job.stage.candidates
         before = self._measured(sections[0])
         done.rounds = {"before": before, "rounds": []}
-        rounds = self._config.training.fusion.allotment(self._steps, len(sections))
+        fusion = self._config.training.fusion
+        assert isinstance(fusion, AdaptiveFusion)
+        rounds = fusion.allotment(self._steps, len(sections))
         for number, (probing, training) in enumerate(rounds):
             gains: dict[Section, float] = {}
             probes = []

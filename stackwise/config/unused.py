@@ -1,0 +1,195 @@
+"""Settings that were given and that this configuration cannot use: one line for each reason.
+
+The canonical form leaves few: a choice carries its settings. Old keys without a place are named by the translations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from stackwise.config.fields import Section, changed
+from stackwise.config.precision import holds_trunk, own_adapters, stack_precision
+from stackwise.config.schema import Settings
+from stackwise.config.training import NoFusion, Overlap, ProgressiveConfig, Tail
+
+OWN_ADAPTERS = (
+    *("qlora_rank", "qlora_alpha", "qlora_strategy", "qlora_rank_pattern", "qlora_alpha_pattern", "qlora_configs"),
+)
+"""What says of which size a stack's own adapters are."""
+NO_BOUNDARY = "no stage of this schedule reads a boundary"
+
+
+def reading_depths(config: Settings) -> list[int]:
+    """The stages that read a boundary. The schedule says so stage by stage; tests hold the two against each other."""
+    sections = range(1, config.n_sections) if config.has_windows else ()
+    fusions = [] if holds_trunk(config) else config.fusions
+    return [*sections, *(config.n_sections + k for k, (first, _) in enumerate(fusions) if first > 0)]
+
+
+def has_blocks_above(config: Settings) -> bool:
+    """Whether some section of the rack has blocks above it that it could train along."""
+    return config.n_sections > 1 and not config.prepends and not config.stands_apart
+
+
+def trains_heads_apart(config: Settings) -> bool:
+    """Whether some stage trains a head while the front that it may be tied to stands still."""
+    sections = config.n_sections > 1 and not config.prepends and not config.grows
+    frozen = config.training.fusion.name == "frozen"
+    return sections or any(first > 0 or frozen for first, _ in config.fusions)
+
+
+class _Lines:
+    """Collects settings by the reason why they are unused; the first reason that is given counts."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def section(self, path: str, section: Section, reasons: Iterable[tuple[str, str | bool | None]]) -> None:
+        """What of one section is unused.
+
+        Args:
+            path: The section's key.
+            section: The section.
+            reasons: Names with blanks between, and why they are unused; None or False: they are used.
+        """
+        given, found = changed(section), dict[str, list[str]]()
+        for names, why in reasons:
+            hit = [name for name in names.split() if name in given]
+            if why and hit:
+                found.setdefault(str(why), []).extend(hit)
+                given = [name for name in given if name not in hit]
+        for why, names_of in found.items():
+            many = len(names_of) > 1
+            self.lines.append(f"{path}.{', '.join(sorted(names_of))}{': unused,' if many else ' is unused:'} {why}")
+
+
+def unused_settings(config: Settings) -> list[str]:
+    """One line for each reason why settings that were given are not used, or not whole."""
+    lines = _Lines()
+    training, progressive, store, one = config.training, config.training.progressive, config.store, "there is one stage"
+    lines.lines += config.unused
+    decides = progressive.enabled and "model.architecture.blocks_per_stack says how many blocks a stack has"
+    decides = decides or (training.mode in ("layerwise", "end_to_end") and f"training.mode is {training.mode}")
+    same_size = config.finds_block_size or config.partition == _sections(config, training.block_size)
+    above = has_blocks_above(config)
+    lines.section(
+        "training",
+        training,
+        [
+            ("mode fusion_mode", progressive.enabled and "training.progressive.enabled is true"),
+            ("fusion_mode", training.mode != "fused" and f"training.mode is {training.mode}"),
+            (
+                "block_size",
+                not same_size and (decides or ("training.n_stages is given" if training.n_stages else None)),
+            ),
+            ("n_stages", training.n_stages != config.n_sections and decides),
+            ("trial_steps", not config.finds_block_size and "training.block_size is a number"),
+            (
+                "min_mask_fraction max_mask_fraction mask_schedule_type mask_pool mask_token_id",
+                not config.objective.masks and f"{config.objective.name} masks nothing",
+            ),
+            ("mask_schedule_over", training.mask_schedule_over == "depth" and config.n_sections == 1 and one),
+            (
+                "mask_schedule_over",
+                training.mask_schedule_over == "time"
+                and config.n_sections > 1
+                and config.time_as_depth
+                and "independent stages go over depth, each alone",
+            ),
+            ("mask_windows", not config.time_as_depth and "fractions go over time (training.mask_schedule_over)"),
+            ("mask_windows", config.n_sections == 1 and one),
+            ("fresh_masks", config.n_stages == 1 and one),
+            ("windows", not config.has_windows and NO_BOUNDARY),
+            ("lookahead", not above and "no stage of this schedule has blocks above it"),
+            ("fusion", not isinstance(training.fusion, NoFusion) and config.n_sections == 1 and one),
+            ("swap_parts", training.swap == "never" and "training.swap is never"),
+            ("memory", training.swap == "never" and not config.finds_block_size and "training.swap is never"),
+            ("tied_head", not config.model.tie_embeddings and "model.tie_embeddings is false"),
+            ("tied_head", not trains_heads_apart(config) and "no stage trains a head without the front"),
+        ],
+    )
+    _limits(config, lines.lines, above, bool(decides))
+    half = "fp16" in (config.precision, *(stack_precision(config, depth) for depth in range(config.n_sections)))
+    for depth, own in [(None, training), *((depth, entry.training) for depth, entry in config.stages.items())]:
+        effective = training if depth is None else config.stage_training(depth)
+        lines.section(
+            "training" if depth is None else f"stages.{depth}.training",
+            own,
+            [
+                ("tokens epochs_per_layer", effective.steps is not None and "steps is given"),
+                ("epochs_per_layer", effective.tokens is not None and "tokens is given"),
+                ("min_learning_rate", effective.lr_schedule == "constant" and "lr_schedule is constant"),
+                ("loss_scale", not half and f"precision is {config.precision}"),
+            ],
+        )
+    for depth, entry in config.stages.items():
+        if entry.precision is not None and config.n_sections <= depth:
+            lines.lines.append(f"stages.{depth}.precision is unused: no block is new with that stage")
+    lines.section("training.progressive", progressive, _progressive(config, progressive))
+    reads = reading_depths(config)
+    recomputes = progressive.enabled and progressive.cache_activations is False
+    stored = any(depth % config.boundary_every == 0 for depth in reads)
+    lines.section(
+        "store",
+        store,
+        [
+            ("every fuse_passes codec keep chunk_bytes", not reads and NO_BOUNDARY),
+            ("every fuse_passes keep", recomputes and "training.progressive.cache_activations is false"),
+            ("fuse_passes keep", not stored and f"store.every is {store.every}: none is stored"),
+        ],
+    )
+    tracking = config.tracking
+    off = not tracking.wandb and not tracking.mlflow
+    lines.section(
+        "tracking", tracking, [("project group name", off and "neither tracking.wandb nor tracking.mlflow is on")]
+    )
+    return lines.lines
+
+
+def _progressive(config: Settings, progressive: ProgressiveConfig) -> list[tuple[str, str | bool | None]]:
+    own = any(own_adapters(config, depth) for depth in range(config.n_sections))
+    frozen, disabled = progressive.trunk_strategy == "frozen", "training.progressive.enabled is false"
+    qlora_only = not frozen and not progressive.progressive_qlora
+    learns = "a QLoRA trunk learns by its adapters (trunk_strategy: frozen has none)" if qlora_only else None
+    without = "the trunk is frozen" if frozen else "beside progressive_qlora stacks have adapters by qlora_enabled"
+    strategy = progressive.qlora_strategy
+    others = " ".join(name for name in ProgressiveConfig.model_fields if name not in ("enabled", *OWN_ADAPTERS))
+    stacks = config.model.architecture.n_stacks or 1
+    further = "progressive_qlora_rank progressive_qlora_alpha"
+    return [
+        (others, not progressive.enabled and disabled),
+        (" ".join(OWN_ADAPTERS), not progressive.enabled and not own and disabled),
+        ("max_stacks", (progressive.max_stacks or 0) > stacks and f"there are {stacks} stacks"),
+        ("cache_activations", not frozen and "a QLoRA trunk changes with every step, so nothing of it is stored"),
+        ("cache_activations", config.prepends and "with stacks added below, every stage reads tokens"),
+        ("trunk_precision", not holds_trunk(config) and "a stage reads activations, and holds no trunk"),
+        ("qlora_enabled", bool(progressive.qlora_enabled) and not own and without),
+        (
+            "qlora_enabled",
+            not progressive.qlora_enabled and own and (learns or "weights in precision qlora learn by their adapters"),
+        ),
+        (" ".join(OWN_ADAPTERS), not own and without),
+        (f"progressive_qlora {further}", frozen and "the trunk is frozen"),
+        (further, not progressive.progressive_qlora and "training.progressive.progressive_qlora is false"),
+        (f"progressive_qlora {further}", config.n_sections == 1 and "there is one stack"),
+        ("qlora_rank_pattern qlora_alpha_pattern", strategy != "progressive" and f"qlora_strategy is {strategy}"),
+        ("qlora_configs", strategy != "variable" and f"qlora_strategy is {strategy}"),
+        ("qlora_rank qlora_alpha", strategy == "variable" and "qlora_configs are given, stack by stack"),
+    ]
+
+
+def _sections(config: Settings, size: int) -> list[tuple[int, int]]:
+    n_blocks = config.model.n_blocks
+    return [(first, min(first + size, n_blocks) - 1) for first in range(0, n_blocks, max(1, size))]
+
+
+def _limits(config: Settings, lines: list[str], above: bool, decided: bool) -> None:
+    """Numbers of which only so much can be used."""
+    training, n_blocks = config.training, config.model.n_blocks
+    if "block_size" in changed(training) and not decided and not training.n_stages and training.block_size > n_blocks:
+        size = training.block_size
+        lines.append(f"training.block_size: {size} is more than the model's blocks: {n_blocks} is used")
+    lookahead, most = training.lookahead, n_blocks - 1 - config.partition[0][1]
+    if isinstance(lookahead, Overlap | Tail) and above and lookahead.blocks > most:
+        text = f"{lookahead.blocks} is more than the blocks above the lowest stage: {most} is used"
+        lines.append(f"training.lookahead.blocks: {text}")
