@@ -177,9 +177,7 @@ def _materialise(module: nn.Module, device: torch.device | str | None, dtype: to
             )
     if dtype is not None:
         module.to(dtype)
-    device = torch.get_default_device() if device is None else device
-    module.to_empty(device=device)
-    rebuild_tables(module, device)
+    allocate(module, torch.get_default_device() if device is None else device)
 
 
 def part_digest(part: nn.Module | Mapping[str, Tensor]) -> Hex:
@@ -198,6 +196,13 @@ def part_digest(part: nn.Module | Mapping[str, Tensor]) -> Hex:
         raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         entries.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), digest(raw)])
     return content_id("part", entries)
+
+
+def allocate(module: nn.Module, device: torch.device | str) -> nn.Module:
+    """Give a module from the meta device memory, whose values are still to come, and its tables. Returns the module."""
+    module.to_empty(device=device)
+    rebuild_tables(module, device)
+    return module
 
 
 def rebuild_tables(module: nn.Module, device: torch.device | str) -> None:

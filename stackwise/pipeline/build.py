@@ -17,6 +17,7 @@ from stackwise.errors import DamageError
 from stackwise.identity import derive_seed
 from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
 from stackwise.model.block import COMPUTE
+from stackwise.model.build import allocate
 from stackwise.model.projections import (
     PACKED,
     adapter_parameters,
@@ -201,7 +202,7 @@ def _loaded(make: Callable[[], M], source: Source, form: str | None = None) -> M
     assert tensors is not None
     if form is not None and any(name.endswith(PACKED) for name in tensors):
         quantize(module, form, pack=True)
-    module.to_empty(device="cpu")
+    allocate(module, "cpu")
     module.load_state_dict(tensors)
     return module
 
@@ -252,7 +253,7 @@ class JobParts:
         """
         if trained is not None and name in self._empty:
             # Made without values: drawing fresh weights only to overwrite them takes seconds for a large block.
-            part = copy.deepcopy(self._empty[name]).to_empty(device="cpu")
+            part = allocate(copy.deepcopy(self._empty[name]), "cpu")
             part.load_state_dict(trained)
             return part
         part = self._made(name, embedding_VD)
