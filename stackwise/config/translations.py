@@ -213,7 +213,7 @@ class _Translation:
             name = _tag(_get(tree, "training.objective"), "name")
             if name not in (None, objective):
                 _drop(tree, "training.objective")
-            self._wins(tree, "training.objective", objective, name, _OBJECTIVE)
+            self._wins(tree, "training.objective", objective, None if name == "mask_diffusion" else name, _OBJECTIVE)
         if interpretation == "input":
             own = _tag(_get(tree, "model.time_embedding"), "kind") or _tag(_get(base, "model.time_embedding"), "kind")
             if own in (None, "none"):
@@ -230,7 +230,7 @@ class _Translation:
             self.reading.faults.append((_TIME, f"must be one of input, depth, not {interpretation!r}"))
         if mapping in ("linear", "exponential"):
             shape = _get(tree, "training.mask_schedule_type")
-            self._wins(tree, "training.mask_schedule_type", mapping, shape, _MAPPING)
+            self._wins(tree, "training.mask_schedule_type", mapping, None if shape == "linear" else shape, _MAPPING)
         elif mapping == "custom":
             windows = _get(tree, "training.mask_windows") or _get(base, "training.mask_windows")
             over = _get(tree, "training.mask_schedule_over") or _get(base, "training.mask_schedule_over")

@@ -1,0 +1,121 @@
+"""What no configuration can be: refused in one line each, with exit code 2, at once and in little memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.loading import parse_overrides, parse_yaml
+from stackwise.errors import ConfigError, UsageError
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)
+)
+HOSTILE = {
+    "a vocabulary beyond any memory": ("model: {vocab_size: 99999999999}", "model.vocab_size: must be at most"),
+    "a width beyond any memory": ("model: {d_model: 1000000000}", "model.d_model: must be at most"),
+    "stacks beyond any list": ("model: {architecture: {n_stacks: 1000000000}}", "n_stacks: must be at most 1024"),
+    "blocks by product": ("model: {architecture: {n_stacks: 1000, blocks_per_stack: 1000}}", "1000000 blocks are more"),
+    "parameters by product": ("model: {d_model: 16000000, n_heads: 1000000}", "beyond any disk"),
+    "an embedding by product": ("model: {d_model: 1000000, n_heads: 10, vocab_size: 16000000}", "beyond any memory"),
+    "a batch by product": ("training: {seq_len: 16000000, batch_size: 16000000}", "training.batch_size: 16000000 rows"),
+    "a number of 5000 digits": ("seed: " + "9" * 5000, "more digits than anything"),
+    "a hexadecimal number without end": ("seed: 0x" + "f" * 5000, "more digits than anything"),
+    "an exponent without end": ("seed: 1e99999", "seed: must be a whole number"),
+    "no number": ("training: {learning_rate: .nan}", "training.learning_rate: must be a finite number"),
+    "an infinite number": ("training: {learning_rate: .inf}", "training.learning_rate: must be a finite number"),
+    "no number in a list": ("training: {mask_windows: [[.nan, 1]]}", "must be a finite number"),
+    "true for a number": ("training: {steps: true}", "training.steps: must be a whole number"),
+    "true for a rate": ("training: {learning_rate: true}", "training.learning_rate: must be a number"),
+    "a date": ("name: 2020-01-01", "reads as a date"),
+    "a date that is none": ("name: 2020-99-99", "reads as a date"),
+    "a time": ("name: 2020-01-01 10:00:00", "reads as a date"),
+    "nesting without end": ("name: " + "[" * 6000, "nested more than"),
+    "mappings without end": ("\n".join(" " * i + f"a{i}:" for i in range(500)), "nested more than"),
+    "an alias bomb": (BOMB, "aliases included"),
+    "an alias of what it is in": ("a: &a [*a]", "aliases included"),
+    "too many values": ("data: {paths: [" + "x, " * 11_000 + "]}", "aliases included"),
+    "a merge key": ("a: &a {x: 1}\nmodel: {<<: *a}", "merge keys"),
+    "a tag": ("name: !!binary abc", "tags are not read"),
+    "a tag of one's own": ("name: !mine x", "tags are not read"),
+    "a key that is a list": ("? [1]\n: 2", "is no key"),
+    "a key that is a mapping": ("? {a: 1}\n: 2", "is no key"),
+    "a key that is true": ("true: 1", "True is no key"),
+    "a key that is null": ("null: 1", "None is no key"),
+    "a key that is a fraction": ("1.5: 2", "1.5 is no key"),
+    "a stage that is no number": ("stages: {x: {}}", "stages.x: must be a whole number"),
+    "a stage beyond the schedule": ("stages: {99999999: {}}", "there is no such stage"),
+    "a line break in a value": ('slurm: {partition: "a\\nb"}', "slurm.partition: must be one line"),
+    "a line break in a key": ('slurm: {parameters: {"a\\nb": 1}}', "must be one line"),
+    "an escape sequence": ('tracking: {project: "a\\e[31m"}', "tracking.project: must be one line"),
+    "an escape sequence in a key": ('"a\\e[31m": 1', r"a\x1b[31m: unknown key"),
+    "half a character": ('slurm: {partition: "\\ud800"}', "slurm.partition"),
+    "two documents": ("name: a\n---\nname: b", "another document"),
+    "a kind that is a list": ("training: {optimizer: [1]}", "training.optimizer"),
+    "a kind whose name is none": ("training: {optimizer: {name: [1]}}", "name must be one of adamw"),
+    "a kind with a key that is a number": ("training: {optimizer: {1: 2}}", "training.optimizer.1"),
+    "a kind without what it requires": ("model: {attention: gqa}", "needs kv_heads"),
+    "an old key with a faulty value": ("model: {n_kv_heads: [1]}", "model.attention.kv_heads"),
+    "an old key beside a faulty kind": ("model: {n_kv_heads: 2, attention: 3}", "model.attention: must be a name"),
+    "a codec that there is not": ("store: {codec: ../x}", "store.codec: must be one of"),
+    "adapters that double without end": (
+        "model: {architecture: {n_stacks: 1024}}\ntraining: {progressive: {enabled: true, trunk_strategy: qlora, "
+        "qlora_strategy: progressive, qlora_rank_pattern: increasing}}",
+        "above the rank of the matrices",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "line"), HOSTILE.values(), ids=HOSTILE)
+def test_what_nothing_could_hold_is_one_line(text: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    begun = time.process_time()
+    with pytest.raises(ConfigError) as refused:
+        StackWiseConfig.from_yaml(str(path))
+    assert refused.value.exit_code == 2
+    assert line in "\n".join(refused.value.faults)
+    assert all(fault.isprintable() for fault in refused.value.faults)
+    assert time.process_time() - begun < 10
+
+
+def test_what_is_no_file_of_text(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "utf16").write_bytes("name: a".encode("utf-16"))
+    (tmp_path / "latin1").write_bytes(b"name: \xe9")
+    (tmp_path / "large").write_text("# " + "a" * 300_000)
+    for name in ("fifo", "loop", "utf16", "latin1", "large", ".", "\0"):
+        with pytest.raises(UsageError, match="cannot be read as text") as refused:
+            StackWiseConfig.from_yaml(str(tmp_path / name))
+        assert refused.value.exit_code == 2
+    with pytest.raises(UsageError, match="cannot be read as text"):
+        StackWiseConfig.from_yaml("/dev/zero")
+    (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbfname: a\n")
+    (tmp_path / "link").symlink_to("c.yaml")
+    assert StackWiseConfig.from_yaml(str(tmp_path / "link")).name == "a", "what a user names may be a link"
+
+
+@pytest.mark.parametrize("item", ["a..b=1", ".=1", "a.=1", "\x1b[31m=1", "a." * 50 + "b=1", "=1", "seed"])
+def test_an_override_without_a_key(item: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_overrides([item])
+    assert refused.value.exit_code == 2
+    assert "\x1b" not in str(refused.value)
+
+
+def test_plain_aliases_are_read() -> None:
+    assert parse_yaml("a: &x [1, 2]\nb: *x\n", "c.yaml") == {"a": [1, 2], "b": [1, 2]}
+
+
+def test_an_unknown_key_names_what_is_near_and_never_all_there_is() -> None:
+    with pytest.raises(ConfigError) as refused:
+        StackWiseConfig.from_preset("micro", {"training.zzzz": 1, "training.mask_shedule_typ": 1, "model.d_modell": 1})
+    assert all(len(fault) < 200 for fault in refused.value.faults)
+    said = "\n".join(refused.value.faults)
+    assert "training.mask_schedule_type" in said
+    assert "model.d_model" in said
