@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
+import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ from typing import Any
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.errors import StackWiseError
+from stackwise.files import METADATA_BYTES as LINE_BYTES
+from stackwise.files import open_regular, parse_json
 from stackwise.pipeline.run import RunDirectory, status
+from stackwise.shapes import Shape, anything, array, array_of, count, number, optional, record, text
 from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
 
 Event = dict[str, Any]
@@ -106,7 +110,7 @@ def read_history(path: Path) -> History:
     clock = _Clock(history)
     for event in _events(path):
         at = event.get("time")
-        if isinstance(at, int | float):
+        if at is not None and finite(at) is None:
             history.begun = at if history.begun is None else history.begun
             history.ended = at
             clock.tell(event, at)
@@ -115,17 +119,44 @@ def read_history(path: Path) -> History:
 
 
 def _events(path: Path) -> Iterator[Event]:
+    """The events of a log, each of the shape that is needed of it."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    event = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(event, dict) and isinstance(event.get("event"), str):
-                    yield event
-    except FileNotFoundError:
+        fd = open_regular(path)
+    except OSError:  # there is none, or something else lies there: the report does without
         return
+    with os.fdopen(fd, "rb") as file:
+        while line := file.readline(LINE_BYTES):
+            try:
+                event = parse_json(line)
+            except ValueError:
+                continue
+            if _NAMED(event) is None and _SHAPES.get(event["event"], anything)(event) is None:
+                yield event
+
+
+def finite(value: Any) -> str | None:
+    """A number that a chart can show: a log may have NaN and infinity."""
+    return number(value) or (None if abs(value) < 1e15 else "is not finite")
+
+
+_NAMED = record({"event": text})
+_PLACE = {"stage": count, "boundary": text, "depth": count}
+_SHAPES: dict[str, Shape] = {
+    "device": record({"name": text}, {"precision": text}),
+    "data": record({}, {"seconds": optional(finite)}),
+    "training": record({"stage": count}, {"recipe": optional(text)}),
+    "step": record({"stage": count, "step": count, "losses": array_of(optional(number)), "tokens_per_second": finite}),
+    "held_out": record({"stage": count, "step": count, "nats": finite}),
+    "diverged": record({"text": text}),
+    "writing": record({"stage": count, "boundary": text}, _PLACE),
+    "filling": record({"stage": count, "boundary": text}, _PLACE),
+    "written": record({"stage": count, "boundary": text, "bytes": count}, _PLACE),
+    "dropped": record({"stage": count, "boundary": text, "bytes": count}),
+    "fill": record({}, {"before": text, "after": text, "spans": array_of(array(text, text))}),
+    "warning": record({"text": text}),
+    "failed": record({"text": text}),
+}
+"""What is needed of the events that are read here. One of another shape is passed over."""
 
 
 def _take(history: History, event: Event) -> None:
@@ -169,9 +200,9 @@ def _take_step(curve: Curve, event: Event) -> None:
     losses = event["losses"]
     first = event["step"] - len(losses) + 1
     # Steps that were lost to a kill come again; the later telling counts.
-    for number, loss in enumerate(losses):
-        if loss is not None:  # of a step that was refused there is none
-            curve.losses[first + number] = loss
+    for step, loss in enumerate(losses, first):
+        if loss is not None and math.isfinite(loss):  # of a step that was skipped there is none
+            curve.losses[step] = loss
     curve.tokens_per_second.append(event["tokens_per_second"])
 
 
@@ -280,15 +311,31 @@ def collect(run: RunDirectory) -> Facts:
     )
 
 
+_ROUND = {
+    "chosen": array(count, count),
+    "nats": finite,
+    "probes": array_of(record({"blocks": array(count, count), "nats": finite, "gain": finite})),
+}
+_RECORD = record(
+    {"losses": array_of(optional(number))},
+    {
+        "held_out": array_of(array(count, finite)),
+        "fusion": optional(record({}, {"rounds": array_of(record(_ROUND))})),
+        "tokens": optional(count),
+        "seconds": optional(finite),
+    },
+)
+"""What is needed of a committed stage's record."""
+
+
 def _add_training(stage: StageFacts, committed: CommittedStage | None, curve: Curve | None) -> None:
     """Losses and speed: from what was committed, which is whole; else from the log, as far as it goes."""
-    if committed is not None:
-        record = committed.record
-        losses = enumerate(record.get("losses", []), 1)
-        stage.curve = [(float(step), loss) for step, loss in losses if loss is not None]
-        stage.held_out = [(float(step), loss) for step, loss in record.get("held_out", [])]
-        stage.fusion = record.get("fusion")
-        stage.tokens, stage.seconds = record.get("tokens"), record.get("seconds")
+    if committed is not None and (kept := committed.record) and _RECORD(kept) is None:
+        losses = enumerate(kept["losses"], 1)
+        stage.curve = [(float(step), loss) for step, loss in losses if loss is not None and math.isfinite(loss)]
+        stage.held_out = [(float(step), loss) for step, loss in kept.get("held_out", [])]
+        stage.fusion = kept.get("fusion")
+        stage.tokens, stage.seconds = kept.get("tokens"), kept.get("seconds")
         if stage.tokens and stage.seconds:
             stage.tokens_per_second = stage.tokens / stage.seconds
     elif curve is not None and curve.recipe in (None, stage.recipe):
@@ -322,9 +369,17 @@ def _boundaries(present: list[BoundaryInfo], history: History, config: StackWise
 def _evaluation(run: RunDirectory, manifest: dict[str, Any]) -> dict[str, Any] | None:
     """The newest evaluation of the run."""
     known = manifest.get("evaluation")
-    if isinstance(known, dict) and isinstance(known.get("result"), dict):
-        return dict(known["result"])
     try:
-        return run.evaluation()
-    except (OSError, ValueError):
+        value = known["result"] if known is not None else run.evaluation()
+    except (OSError, ValueError):  # a report can do without it
         return None
+    return None if value is None else dict(_without_infinity(value))
+
+
+def _without_infinity(value: Any) -> Any:
+    """Figures that no chart can show are missing ones."""
+    if isinstance(value, dict):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_infinity(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

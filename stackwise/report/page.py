@@ -107,8 +107,9 @@ def _keys(facts: Facts) -> str:
         keys.append(
             ("bits per byte, held out", f"{result['bits_per_byte']:.3f}", beside or (f"± {error:.3f}" if error else ""))
         )
-    if result is not None and result.get("loss"):
-        middle = sorted(result["loss"])[len(result["loss"]) // 2]
+    if result is not None and _scored(result):
+        shares = sorted(share for share, loss in result["loss"].items() if loss is not None)
+        middle = shares[len(shares) // 2]
         right = (result.get("accuracy") or {}).get(middle)
         beside = f"{100 * right:.1f}% of tokens right" if right is not None else ""
         keys.append((f"loss at {words.fraction(middle)} masked", f"{result['loss'][middle]:.3f}", beside))
@@ -154,9 +155,9 @@ FIRST_STAGE = "first_stage"
 def _held_out(facts: Facts) -> list[str]:
     """Held-out figures; nothing where there is no evaluation."""
     result = facts.evaluation
-    if result is None or not result.get("loss"):
+    if result is None or not _scored(result):
         return []
-    stages = result.get("stages") or [result]
+    stages = [stage for stage in result.get("stages") or [] if _scored(stage)] or [result]
     size = f"{words.count(result['tokens'])} tokens" if result.get("tokens") else "held-out text"
     text = f" ({words.size(result['bytes'])} of text)" if result.get("bytes") else ""
     exact = result.get("likelihood") == "exact"
@@ -175,6 +176,11 @@ def _held_out(facts: Facts) -> list[str]:
         "</div>",
         _held_out_table(result, stages),
     ]
+
+
+def _scored(figures: Mapping[str, Any]) -> bool:
+    """Whether there is a loss at some masked share."""
+    return any(loss is not None for loss in (figures.get("loss") or {}).values())
 
 
 def bounded(result: Mapping[str, Any]) -> bool:

@@ -79,6 +79,7 @@ class HandMade:
         self.run.write_manifest(
             {
                 "name": self.config.name,
+                "data": {"id": "0" * 32, "directory": "/d"},
                 "vocabulary": {"size": 258, "mask": 257},
                 "stages": self.stages,
                 "boundaries": [],
