@@ -6,6 +6,9 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from stackwise.errors import InterruptedRun
 from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
@@ -69,13 +72,21 @@ def write_above(context: StageContext, stages: Sequence[StageModel] | MakeOutput
     job, stage, begun = context.job, context.stage, time.perf_counter()
     trunk = trunk_id(job.forward, [*job.trunk_digests, *digests], stage.precisions(stage.trunk_above))
     above = stage.depth + 1
-    with boundary_writer(context, trunk, above, stage.last + 1) as writer:
+    with boundary_writer(context, trunk, above, stage.last + 1) as writer, _uncompiled(context):
         context.event("writing", boundary=writer.info.id, depth=above, chunks=writer.info.chunks)
         progress = _progress(context, stage.place)
         done = write_boundary(stages, context.feed, writer, context.device, progress=progress, stop=context.stop)
         if not done.finished:
             raise InterruptedRun(f"stage {stage.depth} stopped while writing boundary {above}", hint=RESUME)
         _emit_written(context, stage.place, writer, time.perf_counter() - begun, done)
+
+
+def _uncompiled(context: StageContext) -> contextlib.AbstractContextManager[Any]:
+    """What is stored must not depend on which pass made it, and those without training compile nothing."""
+    if not context.config.training.compile:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def boundary_writer(context: StageContext, trunk: str, depth: int, blocks: int) -> BoundaryWriter:
