@@ -234,7 +234,9 @@ class StageTraining(Section):
         unused |= {"loss_scale"} if precision != "fp16" else set()
         unused |= {"min_learning_rate"} if self.lr_schedule == "constant" else set()
         unused |= set() if self.heeds_held_out else {"eval_every"}
-        return self.model_dump(exclude=unused)
+        values = self.model_dump(exclude=unused)
+        kinds = {name: kind for name in values if isinstance(kind := getattr(self, name), Kind)}
+        return values | {name: values[name] | kind.code for name, kind in kinds.items()}
 
     @property
     def heeds_held_out(self) -> bool:

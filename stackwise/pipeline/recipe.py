@@ -157,7 +157,6 @@ def stage_settings(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
     held = {block_part(block): block for block in settings.block_learning_rates}
     rates = {str(block): settings.block_learning_rates[block] for part, block in held.items() if part in stage.holds}
     values = settings.specification(config.precision)
-    values["optimizer"] |= settings.optimizer.code
     values["objective"] = config.objective.scoring() | config.objective.code
     if rates:
         values["block_learning_rates"] = rates
