@@ -70,8 +70,8 @@ def prepare(
             another process prepares the same set, with "waiting for" and that process.
         all_held_out: Hold out every document, for evaluation alone; with a tokenizer that is there already. A
             prepared set is taken as it is, if it was made with that tokenizer.
-        columns: Named columns that rows must bring, beside `data.columns`: what an objective needs. (`targets` are
-            kept wherever all rows bring them.)
+        columns: Named columns that rows must bring, beside `data.columns`: what an objective needs. (Only `targets`
+            are kept wherever rows bring them.)
 
     Returns:
         The set, and whether it was there already.
@@ -124,7 +124,7 @@ def _columns(names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if not is_column_name(name) or name in OWN_COLUMNS | {TOKENS, MASK}:
             raise UsageError(f"data.columns: {name!r} cannot be a column's name", hint="such as `weights`")
-    return tuple(sorted(set(names) - {TARGETS})) + ((TARGETS,) if TARGETS in names else ())
+    return tuple(sorted(set(names) - {TARGETS}))  # targets are kept wherever they are
 
 
 def _check_column(given: PreparedData, name: str) -> None:

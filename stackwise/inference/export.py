@@ -149,8 +149,11 @@ def export(
             written = _write(temporary, front, stages, model, options)
             if tokenizer is not None:
                 _write_json(temporary / "tokenizer.json", tokenizer)
+                special = _special_tokens(tokenizer, options.separator_id, options.mask_token_id)
                 about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": front.max_seq_len}
-                _write_json(temporary / "tokenizer_config.json", about)
+                _write_json(temporary / "tokenizer_config.json", {**about, **special})
+                if special:
+                    _write_json(temporary / "special_tokens_map.json", special)
             _publish(temporary, directory)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -261,3 +264,13 @@ def _tokenizer(source: Path | str | None) -> str | None:
     except (OSError, ValueError) as error:
         raise UsageError(f"the tokenizer cannot be read: {error}") from None
     return text
+
+
+def _special_tokens(tokenizer: str, separator_id: int | None, mask_id: int | None) -> dict[str, str]:
+    """The special tokens under the names that transformers gives them, where the tokenizer has added words for them."""
+    parsed = parse_json(tokenizer)
+    added = parsed.get("added_tokens") if isinstance(parsed, dict) else None
+    words = {entry.get("id"): entry.get("content") for entry in added or () if isinstance(entry, dict)}
+    ids = {"eos_token": separator_id, "mask_token": mask_id}
+    named = {name: words.get(number) for name, number in ids.items()}
+    return {name: word for name, word in named.items() if isinstance(word, str)}

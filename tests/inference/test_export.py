@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from stackwise.config.model import ArchitectureConfig, ModelConfig
+from stackwise.data import bytes_tokenizer
 from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.inference import load_rack, read_export
 from stackwise.model import Rack, StageModules, add_adapters, build_rack, part_digest
@@ -190,6 +191,20 @@ def test_tokenizer_comes_along(as_path: bool, tmp_path: Path) -> None:
     export(tmp_path / "out", model.front, stages(model, True), config(), tokenizer_json=given)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded("a b a")["input_ids"] == [0, 1, 0]
+
+
+def test_transformers_knows_the_special_tokens(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    own = bytes_tokenizer()
+    model = rack(config())
+    given = {"tokenizer_json": own.json, "separator_id": own.separator_id, "mask_token_id": own.mask_id}
+    export(tmp_path / "out", model.front, stages(model, True), config(), **given)  # type: ignore[arg-type]
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (loaded.eos_token_id, loaded.mask_token_id) == (own.separator_id, own.mask_id) == (256, 257)
+    assert loaded(f"ab{loaded.mask_token}{loaded.eos_token}")["input_ids"] == [97, 98, 257, 256]
+    assert loaded.decode([97, 257, 98, 256], skip_special_tokens=True) == "ab"
+    assert json.loads((tmp_path / "out" / "special_tokens_map.json").read_text())["mask_token"] == "<|mask|>"
 
 
 def test_targets(tmp_path: Path) -> None:

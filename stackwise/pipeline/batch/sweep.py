@@ -232,10 +232,11 @@ class Sweep:
                     if config.device not in settled:
                         settled[config.device] = resolved(config)
                     config.precision = settled[config.device].precision
-                key = content_id("data", [config.data.model_dump(), config.model.vocab_size])
+                columns, vocabulary = config.objective.inputs, config.model.vocab_size
+                key = content_id("data", [config.data.model_dump(), vocabulary, list(columns)])
                 if key not in prepared:
                     said = progress or (lambda phase, done, total: None)
-                    prepared[key], _ = prepare(config.data, model_vocab=config.model.vocab_size, progress=said)
+                    prepared[key], _ = prepare(config.data, model_vocab=vocabulary, progress=said, columns=columns)
                 data[member.combination.name] = prepared[key]
                 with planned(config, prepared[key], self.run_directory(member).store_path(config)) as plan:
                     member.decisions = preview(plan).decisions

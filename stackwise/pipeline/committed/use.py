@@ -115,8 +115,11 @@ def evaluate_run(run: RunDirectory, *, data: list[str] | None = None, device: st
     with tempfile.TemporaryDirectory(prefix="stackwise-eval-") as directory:
         tokenizer = Path(directory) / "tokenizer.json"
         rack.data.tokenizer.save(tokenizer)
-        config = DataConfig(paths=data, tokenizer=str(tokenizer), text_column=rack.config.data.text_column)
-        prepared, _ = prepare(config, out=Path(directory) / "data", all_held_out=True)
+        about, columns = rack.config.data, rack.config.objective.inputs
+        config = DataConfig(
+            paths=data, tokenizer=str(tokenizer), text_column=about.text_column, follow_links=about.follow_links
+        )
+        prepared, _ = prepare(config, out=Path(directory) / "data", all_held_out=True, columns=columns)
         return evaluate_rack(rack, prepared.held_out)
 
 

@@ -157,7 +157,9 @@ def prepare_data(config: StackWiseConfig, emit: Emit, check: Callable[[], None])
             emitted, before = time.perf_counter(), phase
             emit("preparing", phase=phase, done=done, total=total)
 
-    data, reused = prepare(config.data, model_vocab=config.model.vocab_size, progress=progress)
+    data, reused = prepare(
+        config.data, model_vocab=config.model.vocab_size, progress=progress, columns=config.objective.inputs
+    )
     summary = data.summary()
     emit("data", reused=reused, seconds=time.perf_counter() - begun, **summary)
     left_out = {why: n for why, n in data.skipped.get("reasons", {}).items() if why not in ("hidden", "empty")}
