@@ -397,6 +397,7 @@ def _rows(path: Path, batches: Iterable[pa.RecordBatch], unread: list[str]) -> R
     beside = dict.fromkeys(unread, UNREAD)
     number = 0
     for whole in batches:
+        whole.validate(full=True)  # offsets that lead out of a damaged file's buffers would end the process
         for start in range(0, whole.num_rows, ROWS):
             for row in whole.slice(start, ROWS).to_pylist():
                 number += 1

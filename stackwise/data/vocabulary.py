@@ -106,7 +106,8 @@ class Choice:
                     return Tokenizer.from_json(text, name="bpe")
         tokenizer = train_bpe(corpus, held_out, self.bpe_size, progress)
         if path is not None:
-            write_bytes(path, f"{digest(tokenizer.json.encode())}\n{tokenizer.json}".encode())
+            with contextlib.suppress(OSError):  # a convenience; a full disk is met again by what matters
+                write_bytes(path, f"{digest(tokenizer.json.encode())}\n{tokenizer.json}".encode())
         return tokenizer
 
 
