@@ -61,10 +61,14 @@ class RandomSamples:
         """Each is one document."""
         return np.zeros((len(indices), seq_len), dtype=np.int32)
 
-    def targets(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
-        """The tokens themselves."""
-        found: np.ndarray = self._tokens_NS[indices]
-        return found
+    def column(self, name: str, indices: np.ndarray, seq_len: int) -> np.ndarray:
+        """Whatever is asked for: the tokens themselves."""
+        values: np.ndarray = self._tokens_NS[indices]
+        return values
+
+    def column_digest(self, name: str) -> str:
+        """That of a column of random values."""
+        return content_id("benchmark", {"column": name})
 
 
 @dataclass(frozen=True)

@@ -285,6 +285,24 @@ class Optimizer(Kind):
         """
         raise NotImplementedError
 
+    def family(self, part: str, dimensions: int) -> str:
+        """Which of its ways a parameter is updated in; one name where there is one way.
+
+        Args:
+            part: Its part: front, block.N, head, and others.
+            dimensions: 2: it is a matrix.
+        """
+        return ""
+
+    def build(self, groups: list[dict[str, Any]]) -> Any:
+        """The optimizer, as torch has them; its state is tensors alone, by parameter.
+
+        Args:
+            groups: Its `param_groups`, each with `params`, `lr`, `weight_decay`; beside them `family`, and `scale`,
+                their share of the stage's learning rate. Those of one family follow each other.
+        """
+        raise NotImplementedError
+
 
 class Objective(Kind):
     """What is predicted, and how it is scored."""
@@ -293,6 +311,8 @@ class Objective(Kind):
     default: ClassVar[str] = "mask_diffusion"
     masks: ClassVar[bool] = True
     """Whether positions are masked, each row at its share."""
+    shows_mask: ClassVar[bool] = True
+    """Whether masked positions show the mask token, so that there must be one."""
     causal: ClassVar[bool] = False
     """Whether positions see none that follow."""
     inputs: ClassVar[tuple[str, ...]] = ()
@@ -311,11 +331,21 @@ class Objective(Kind):
 
         One that shows the mask token at masked positions, and nothing else, has nothing to add.
         """
-        return self.plain() | {"seed": seed}
+        return self.plain() | self.code | {"seed": seed}
 
     def scoring(self) -> dict[str, Any]:
         """What of it shapes the loss, for the recipe; the name among it."""
         return self.plain()
+
+    def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
+        """The objective itself (`stackwise.objectives.objective.Objective`).
+
+        Args:
+            mask_token: The id shown at masked positions.
+            vocab_size: Ids that the model knows.
+            seed: The run's.
+        """
+        raise NotImplementedError
 
     def faults(self, seq_len: int) -> Iterator[Fault]:
         """What of its settings samples of this length cannot have."""

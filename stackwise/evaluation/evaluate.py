@@ -19,7 +19,6 @@ from stackwise.evaluation.passes import (
     Pass,
     Scores,
     figures,
-    likelihood_kind,
     make_passes,
     tensor,
     unigram,
@@ -175,13 +174,11 @@ def evaluate(
         # Out of the loop variable before the next one is loaded.
         del stage
     result = _figures(passes, answers, bytes_N, tokens.size) if by_depth else {}
-    result |= {"samples": len(tokens), "likelihood": likelihood_kind(objective), "stages": by_depth, "baselines": {}}
+    result |= {"samples": len(tokens), "likelihood": objective.likelihood, "stages": by_depth, "baselines": {}}
     if how.unigram_counts is not None:
         scores = [unigram(how.unigram_counts, way.targets_NS, width) for way in passes]
         base = _figures(passes, scores, bytes_N, tokens.size)
-        exact = (
-            None if likelihood_kind(objective) is None else unigram(how.unigram_counts, tokens, width).nats_NS.sum(1)
-        )
+        exact = None if objective.likelihood is None else unigram(how.unigram_counts, tokens, width).nats_NS.sum(1)
         bits = figures({}, exact, bytes_N, tokens.size)
         base |= {key: bits[key] for key in ("bits_per_byte", "bits_per_byte_error")}
         result["baselines"]["unigram"] = base

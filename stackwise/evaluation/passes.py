@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from stackwise.batch import MASKS, TOKENS, Batch
 from stackwise.config.direction import Direction
 from stackwise.errors import UsageError
 from stackwise.identity import generator
-from stackwise.objectives.hashing import child, seed_key
-from stackwise.objectives.masks import Bools, uniform_masks
+from stackwise.objectives.masks import Bools, child, seed_key, uniform_masks
 from stackwise.objectives.objective import Objective
 from stackwise.objectives.objectives import (
     BlockDiffusionObjective,
@@ -132,6 +132,7 @@ class HeldOut:
         segments_NS: Attention stays within equal values; None: it does not.
         targets_NS: For a custom objective: what each position is to say; negative: nothing.
         separator_id: The separator, which a causal rack's first token follows.
+        columns: What an objective from outside needs beside these, by name.
     """
 
     tokens_NS: NDArray[Any]
@@ -139,6 +140,7 @@ class HeldOut:
     segments_NS: NDArray[Any] | None = None
     targets_NS: NDArray[Any] | None = None
     separator_id: int | None = None
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("tokens_NS", "segments_NS", "targets_NS"):
@@ -213,11 +215,6 @@ class Pass:
         return np.asarray((nats_NS * self.weights).sum(1))
 
 
-def likelihood_kind(objective: Objective) -> str | None:
-    """What bits per byte are under an objective: "bound", "exact", or None where they are no likelihood."""
-    return {"clm": "exact", "custom": None}.get(objective.name, "bound")
-
-
 def fraction_masks(samples: int, length: int, fraction: float, seed: int) -> Bools:
     """Masks that cover a fraction of the positions, at least one; a function of (seed, fraction, sample's place)."""
     keys = np.full(samples, seed_key(seed, "evaluation", f"{fraction:g}"), dtype=np.uint64)
@@ -264,7 +261,8 @@ def make_passes(objective: Objective, held_out: HeldOut, how: Measure) -> list[P
         known = targets_NS >= 0
         subsets = {key: mask & known for key, mask in masks.items()}
         return [Pass(tokens_NS, known, np.maximum(targets_NS, 0), segments_NS, subsets)]
-    assert isinstance(objective, MaskDiffusionObjective)
+    if not isinstance(objective, MaskDiffusionObjective):
+        return [_own_pass(objective, held_out, key, mask) for key, mask in masks.items()]
     if isinstance(objective, BlockDiffusionObjective):
         return _block_passes(objective, held_out, how, masks)
     passes = []
@@ -277,6 +275,18 @@ def make_passes(objective: Objective, held_out: HeldOut, how: Measure) -> list[P
         weights_N = length / mask.sum(1) / how.draws
         passes.append(Pass(shown, mask, tokens_NS, segments_NS, weights=weights_N, times=mask.mean(1)))
     return passes
+
+
+def _own_pass(objective: Objective, held_out: HeldOut, key: str, mask_NS: Bools) -> Pass:
+    """What an objective from outside shows, scores and asks for, at one fraction."""
+    arrays = {TOKENS: held_out.tokens_NS, MASKS: mask_NS, **held_out.columns}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    batch = Batch(np.arange(len(mask_NS)), None, tensors)
+    scored_NS, times = objective.positions(batch).numpy(), objective.times(batch).double().numpy()
+    targets_NS = np.where(scored_NS, objective.targets(batch).numpy(), 0).astype(np.int64)
+    shown_NS = objective.shown(batch).numpy()
+    causal = objective.causal
+    return Pass(shown_NS, scored_NS, targets_NS, held_out.segments_NS, {key: scored_NS}, times=times, causal=causal)
 
 
 def _block_passes(

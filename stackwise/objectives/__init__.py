@@ -5,14 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from stackwise.objectives.corruption import corrupt
-from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler, no_masks, uniform_masks
+from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler, corrupt, no_masks, uniform_masks
 
 if TYPE_CHECKING:
-    from stackwise.objectives.adaptation import AdaptationObjective
     from stackwise.objectives.cross_entropy import head_cross_entropy
     from stackwise.objectives.objective import Objective
     from stackwise.objectives.objectives import (
+        AdaptationObjective,
         BlockDiffusionObjective,
         CLMObjective,
         CustomObjective,
@@ -39,7 +38,7 @@ __all__ = [
 ]
 
 
-_MODULES = {"head_cross_entropy": "cross_entropy", "AdaptationObjective": "adaptation", "Objective": "objective"}
+_MODULES = {"head_cross_entropy": "cross_entropy", "Objective": "objective"}
 
 
 def __getattr__(name: str) -> Any:

@@ -47,6 +47,15 @@ class MaskDiffusion(Masking):
         if self.block is not None and seq_len % self.block:
             yield "block", f"{self.block} does not divide training.seq_len {seq_len}: take a divisor of it"
 
+    def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
+        """See `Objective.build`."""
+        from stackwise.objectives.objectives import BlockDiffusionObjective, MaskDiffusionObjective
+
+        weighted = self.weight == "inverse_time"
+        if self.block is not None:
+            return BlockDiffusionObjective(mask_token, self.block, weighted)
+        return MaskDiffusionObjective(mask_token, weighted)
+
 
 class MLM(Masking):
     """Selected positions are predicted, of which some show a random token or their own (BERT, arXiv 1810.04805)."""
@@ -64,11 +73,19 @@ class MLM(Masking):
             total = self.mask_share + self.random_share
             yield "random_share", f"with mask_share it makes {total:g}, more than 1"
 
+    def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
+        """See `Objective.build`."""
+        from stackwise.objectives.objectives import MLMObjective
+
+        weighted = self.weight == "inverse_time"
+        return MLMObjective(mask_token, vocab_size, self.mask_share, self.random_share, seed, weighted)
+
 
 class CLM(Objective):
     """Each position predicts the next one."""
 
     masks: ClassVar[bool] = False
+    shows_mask: ClassVar[bool] = False
     causal: ClassVar[bool] = True
 
     def specification(self, seed: int) -> dict[str, Any]:
@@ -79,10 +96,17 @@ class CLM(Objective):
         """See `Objective.unadaptable`."""
         return "with training.objective clm the rack is causal from the start"
 
+    def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
+        """See `Objective.build`."""
+        from stackwise.objectives.objectives import CLMObjective
+
+        return CLMObjective()
+
 
 class Custom(Objective):
     """Each masked position predicts a target that the data brings."""
 
+    shows_mask: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = ("targets",)
 
     def specification(self, seed: int) -> dict[str, Any]:
@@ -92,3 +116,9 @@ class Custom(Objective):
     def unadaptable(self) -> str | None:
         """See `Objective.unadaptable`."""
         return "a rack of custom targets does not say tokens; use mask_diffusion or mlm"
+
+    def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
+        """See `Objective.build`."""
+        from stackwise.objectives.objectives import CustomObjective
+
+        return CustomObjective()

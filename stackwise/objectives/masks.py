@@ -1,4 +1,7 @@
-"""Which positions are masked: the mask plan, and the primitive that it and evaluation rest on. No torch here.
+"""Which positions are masked and what they show: mask plans, schedules, the counter-based numbers below. No torch here.
+
+Random numbers are splitmix64 on a grid of (row, position): no state, no order, no loop (Steele, Lea, Flood, "Fast
+splittable pseudorandom number generators", OOPSLA 2014; constants by Stafford).
 
 Shapes in names: n rows, L positions of a sample, M masks of a sample, P patterns of a pool.
 """
@@ -6,22 +9,143 @@ Shapes in names: n rows, L positions of a sample, M masks of a sample, P pattern
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stackwise.errors import UsageError
-from stackwise.objectives.hashing import Keys, child, sample_keys, seed_key, uniform
-from stackwise.objectives.schedule import Floats, MaskScheduler
+from stackwise.identity import derive_seed, digest
 
 Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Keys = NDArray[np.uint64]
+ScheduleType = Literal["linear", "exponential", "cosine"]
 
-__all__ = ["FixedMaskAssigner", "MaskScheduler", "no_masks", "uniform_masks"]
-
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 CHUNK = 1 << 15
 """Grid elements worked on at a time: they stay in the processor's cache."""
+
+
+def mix(x: Keys) -> Keys:
+    """The output function of splitmix64: a bijection of 64-bit numbers whose every bit depends on every bit."""
+    z = x ^ (x >> np.uint64(30))
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z
+
+
+def child(keys: Keys, index: Keys | int) -> Keys:
+    """The key `index` under each key: element `index` of the stream that a key starts."""
+    steps = np.asarray(index, dtype=np.uint64) + np.uint64(1)
+    with np.errstate(over="ignore"):
+        return mix(np.asarray(keys + steps * GOLDEN))
+
+
+def seed_key(*parts: int | str) -> np.uint64:
+    """A key that is a pure function of its parts."""
+    return np.uint64(derive_seed(*parts))
+
+
+def sample_keys(seed: np.uint64, sample_ids: NDArray[np.uint8]) -> Keys:
+    """A key for each sample.
+
+    Args:
+        seed: From `seed_key`.
+        sample_ids: [n, 16]: the ids' bytes.
+
+    Raises:
+        ValueError: Another shape or dtype.
+    """
+    if sample_ids.ndim != 2 or sample_ids.shape[1] != 16 or sample_ids.dtype != np.uint8:
+        raise ValueError(f"sample ids are uint8 [n, 16], not {sample_ids.dtype} {list(sample_ids.shape)}")
+    halves = np.ascontiguousarray(sample_ids).view("<u8").astype(np.uint64, copy=False)
+    return mix(mix(halves[:, 0] ^ seed) ^ halves[:, 1])
+
+
+def uniform(keys: Keys) -> NDArray[np.float64]:
+    """Numbers in [0, 1), from the upper 53 bits of each key."""
+    return np.asarray((keys >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+class MaskScheduler:
+    """The masked fraction over time or depth.
+
+    `linear`: in equal steps. `exponential`: in equal ratios (geometric). `cosine`: half a cosine, slow at both ends.
+
+    Args:
+        min_fraction: At time 0.
+        max_fraction: At time 1.
+        schedule_type: The shape between.
+
+    Raises:
+        UsageError: Fractions outside (0, 1], the smaller above the larger, or a shape that does not exist.
+    """
+
+    def __init__(
+        self, min_fraction: float = 0.15, max_fraction: float = 0.90, schedule_type: ScheduleType = "linear"
+    ) -> None:
+        for name, value in (("min_fraction", min_fraction), ("max_fraction", max_fraction)):
+            if not 0.0 < value <= 1.0:
+                raise UsageError(f"{name} {value} is outside (0, 1]")
+        if min_fraction > max_fraction:
+            raise UsageError(f"min_fraction {min_fraction} is above max_fraction {max_fraction}")
+        if schedule_type not in ("linear", "exponential", "cosine"):
+            raise UsageError(f"mask schedule {schedule_type!r} is none of linear, exponential, cosine")
+        self.min_fraction, self.max_fraction = float(min_fraction), float(max_fraction)
+        self.schedule_type: ScheduleType = schedule_type
+
+    @overload
+    def fraction(self, t: float) -> float: ...
+    @overload
+    def fraction(self, t: Floats) -> Floats: ...
+    def fraction(self, t: float | Floats) -> float | Floats:
+        """The fraction at time t in [0, 1]; a number for a number, an array for an array.
+
+        Raises:
+            UsageError: A time outside [0, 1].
+        """
+        time = np.asarray(t, dtype=np.float64)
+        if not np.all((time >= 0.0) & (time <= 1.0)):
+            raise UsageError("time runs from 0 to 1")
+        low, high = self.min_fraction, self.max_fraction
+        if self.schedule_type == "linear":
+            value = low + (high - low) * time
+        elif self.schedule_type == "exponential":
+            value = low * (high / low) ** time
+        else:
+            value = low + (high - low) * (1.0 - np.cos(np.pi * time)) / 2.0
+        return value if isinstance(t, np.ndarray) else float(value)
+
+    def for_depth(self, k: int, n: int) -> float:
+        """The fraction of stage k of n: the smallest at the first, the largest at the last; of one, that of time 1/2.
+
+        Raises:
+            UsageError: There is no such stage.
+        """
+        self._check_stage(k, n)
+        return self.fraction(k / (n - 1) if n > 1 else 0.5)
+
+    def window(self, k: int, n: int) -> tuple[float, float]:
+        """The fractions from … to that belong to stage k of n, where time is depth. They meet, and cover all.
+
+        Raises:
+            UsageError: There is no such stage.
+        """
+        self._check_stage(k, n)
+        return self.fraction(k / n), self.fraction((k + 1) / n)
+
+    @staticmethod
+    def _check_stage(k: int, n: int) -> None:
+        if not 0 <= k < n:
+            raise UsageError(f"there is no stage {k} of {n}")
+
+    def specification(self) -> dict[str, Any]:
+        """Everything that determines its fractions."""
+        return {"type": self.schedule_type, "min": self.min_fraction, "max": self.max_fraction}
 
 
 def uniform_masks(keys: Keys, counts: ArrayLike, length: int) -> Bools:
@@ -249,3 +373,72 @@ class FixedMaskAssigner:
             "pool": self.pool,
             "seed": self.seed,
         }
+
+
+def token_sample_ids(tokens_BS: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Ids made of the tokens themselves, for callers that have no sample ids. uint8 [B, 16]."""
+    rows = np.ascontiguousarray(tokens_BS, dtype="<i8")
+    ids = b"".join(bytes.fromhex(digest(row)) for row in rows)
+    return np.frombuffer(ids, dtype=np.uint8).reshape(-1, 16)
+
+
+def corrupt(
+    tokens_BS: NDArray[np.int64],
+    masks_BS: NDArray[np.bool_],
+    sample_ids: NDArray[np.uint8] | None,
+    *,
+    mask_token_id: int,
+    vocab_size: int,
+    mask_share: float = 0.8,
+    random_share: float = 0.1,
+    seed: int = 0,
+) -> NDArray[np.int64]:
+    """Tokens as masked-language modelling shows them: a pure function of (seed, sample, mask).
+
+    Source: BERT (arXiv 1810.04805), 3.1: of the positions selected, 80% show the mask token, 10% a random token, 10%
+    themselves.
+
+    Args:
+        tokens_BS: The tokens.
+        masks_BS: The positions selected.
+        sample_ids: uint8 [B, 16]; None: made of the tokens.
+        mask_token_id: Shown at `mask_share` of the positions selected, and never as a random token.
+        vocab_size: Random tokens are uniform over the others.
+        mask_share: Share that shows the mask token.
+        random_share: Share that shows a random token; the rest shows itself.
+        seed: The run's seed.
+
+    Returns:
+        int64 [B, S].
+
+    Raises:
+        UsageError: Shares that are negative or sum to more than 1.
+    """
+    check_shares(mask_share, random_share)
+    length = tokens_BS.shape[1]
+    samples = sample_keys(
+        seed_key(seed, "corruption"), token_sample_ids(tokens_BS) if sample_ids is None else sample_ids
+    )
+    positions_S = np.arange(length, dtype=np.uint64)
+    weights_S = child(np.full(length, seed_key("mask fingerprint"), np.uint64), positions_S)
+    with np.errstate(over="ignore"):
+        fingerprints_B = np.where(masks_BS, weights_S, np.uint64(0)).sum(axis=1, dtype=np.uint64)
+    keys_BS = child(mix(samples ^ fingerprints_B)[:, None], positions_S)
+    draw_BS = uniform(keys_BS)
+    # One of the other tokens: counted as if the mask token were not there.
+    other_BS = (child(keys_BS, 0) % np.uint64(max(1, vocab_size - 1))).astype(np.int64)
+    if 0 <= mask_token_id < vocab_size:
+        other_BS += other_BS >= mask_token_id
+    shown_BS = np.where(masks_BS & (draw_BS < mask_share), mask_token_id, tokens_BS)
+    random_BS = masks_BS & (draw_BS >= mask_share) & (draw_BS < mask_share + random_share)
+    return np.asarray(np.where(random_BS, other_BS, shown_BS), dtype=np.int64)
+
+
+def check_shares(mask_share: float, random_share: float) -> None:
+    """Refuse shares that cannot be.
+
+    Raises:
+        UsageError: Negative, or more than 1 together.
+    """
+    if mask_share < 0 or random_share < 0 or mask_share + random_share > 1.0 + 1e-9:
+        raise UsageError(f"mlm shares {mask_share} (mask) and {random_share} (random) are not shares of a whole")

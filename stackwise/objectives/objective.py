@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class Objective(abc.ABC):
     """As the configuration calls it."""
     causal: Direction = False
     """The direction of attention."""
+    likelihood: Literal["bound", "exact"] | None = None
+    """What its loss is of the text's likelihood, as bits per byte have it; None: it is none."""
     inputs: tuple[str, ...] = ()
     """The named columns that it needs of each batch, beside tokens and masks."""
 

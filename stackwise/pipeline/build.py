@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stackwise.config import StackWiseConfig
@@ -32,25 +31,59 @@ from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat, Stage, adapter_part
 from stackwise.store import CommittedStage
 from stackwise.training.stage import StageModel
+from stackwise.training.state_files import TensorFile, reason
 
 M = TypeVar("M", bound=nn.Module)
+
+RETRAINED = "run again: its stage is retrained"
+ELSEWHERE = "check that the file is that of the model which the configuration describes"
 
 
 def load_part(source: Source) -> dict[str, torch.Tensor] | None:
     """A part's tensors, checked against their digest; None where it is fresh.
 
+    Only the tensors that the source names are read: of a file with a whole model in it, no more than the part.
+
     Raises:
-        DamageError: The file is missing, broken or not what was committed.
+        DamageError: The file is missing, broken or not what was committed; or it lacks a tensor.
     """
     if source.path is None:
         return None
+    hint = RETRAINED if source.recipe or source.names is None else ELSEWHERE
     try:
-        tensors = load_file(source.path)
-    except Exception as error:  # safetensors raises its own class, without a common base
-        raise DamageError(f"{source.path} cannot be read: {error}", hint="run again: its stage is retrained") from error
+        file = TensorFile(Path(source.path))
+        names = {name: name for name in file} if source.names is None else source.names
+        lacking = [stored for stored in names.values() if stored not in file]
+        if lacking:
+            raise DamageError(f"{source.path} has no tensor {lacking[0]}", hint=hint)
+        tensors = {name: file[stored] for name, stored in names.items()}
+    except (OSError, ValueError) as error:
+        raise DamageError(f"{source.path} cannot be read: {reason(error)}", hint=hint) from error
     if source.digest is not None and part_digest(tensors) != source.digest:
-        raise DamageError(f"{source.path} is not what was committed", hint="run again: its stage is retrained")
+        raise DamageError(f"{source.path} is not what was committed", hint=hint)
     return tensors
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Source) -> None:
+    """Let a module have the weights of its source.
+
+    Raises:
+        DamageError: They are of another module, shape or dtype; of a source from elsewhere the dtype may differ.
+    """
+    hint = RETRAINED if source.recipe or source.names is None else ELSEWHERE
+    wanted = module.state_dict()
+    for name in sorted({*wanted, *tensors}):
+        if name not in tensors or name not in wanted:
+            what = "lacks" if name in wanted else "has beside the weights of its part"
+            raise DamageError(f"{source.path} {what} {name}", hint=hint)
+        found, expected = tensors[name], wanted[name]
+        if found.shape != expected.shape:
+            shapes = f"{list(found.shape)}, not {list(expected.shape)}"
+            raise DamageError(f"{source.path}: {name} is {shapes}", hint=hint)
+        narrowed = source.names is not None and found.is_floating_point() and expected.is_floating_point()
+        if found.dtype != expected.dtype and not narrowed:
+            raise DamageError(f"{source.path}: {name} is {found.dtype}, not {expected.dtype}", hint=hint)
+    module.load_state_dict(tensors)
 
 
 def make_front(config: StackWiseConfig, vocab_size: int, source: Source) -> Front:
@@ -111,7 +144,7 @@ def make_head(
         embedding_VD, own = None, False
     head = build_head(config.model, vocab_size, config.seed, embedding_VD)
     if tensors is not None:
-        head.load_state_dict(tensors)
+        _fill(head, tensors, source)
     if own and embedding_VD is not None:
         head.untie()
     return head
@@ -203,7 +236,7 @@ def _loaded(make: Callable[[], M], source: Source, form: str | None = None) -> M
     if form is not None and any(name.endswith(PACKED) for name in tensors):
         quantize(module, form, pack=True)
     allocate(module, "cpu")
-    module.load_state_dict(tensors)
+    _fill(module, tensors, source)
     return module
 
 

@@ -15,8 +15,7 @@ import numpy as np
 from stackwise.config import StackWiseConfig
 from stackwise.errors import UsageError
 from stackwise.identity import NUMERICS, content_id, derive_seed, generator
-from stackwise.objectives.hashing import child, seed_key
-from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler, uniform_masks
+from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler, child, seed_key, uniform_masks
 from stackwise.pipeline.schedule import drawn_and_window
 from stackwise.store import ActivationStore
 

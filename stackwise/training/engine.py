@@ -20,7 +20,7 @@ from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.training.group import Group, SingleProcess
-from stackwise.training.optim import BLOCK, make_optimizer
+from stackwise.training.optim import BLOCK, make_optimizer, state_tensors
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ class ResidentEngine:
         if self.scale is not None:
             tensors |= self.scale.state()
         for name, p in self.parameters.items():
-            tensors |= {f"{OPTIMIZER}{key}/{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
+            tensors |= {f"{OPTIMIZER}{k}/{name}": value for k, value in state_tensors(self.optimizer, p).items()}
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -253,7 +253,7 @@ class ResidentEngine:
         """See `Engine.carried`."""
         by_part: dict[str, dict[str, Tensor]] = {"": self.scale.state() if self.scale is not None else {}}
         for name, (part, within) in self._places.items():
-            state = self.optimizer.state.get(self.parameters[name], {})
+            state = state_tensors(self.optimizer, self.parameters[name])
             kept = by_part.setdefault(part, {})
             kept |= {f"{OPTIMIZER}{kind}/{within}": value for kind, value in state.items()}
             if name in self._trained:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, Self
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from stackwise.batch import ACTIVATIONS, MASKS, SEGMENTS, TOKENS, Batch
-from stackwise.errors import UsageError
 from stackwise.store import ActivationStore, BoundaryReader, Prefetcher, RowOrder, Rowset
 
 
@@ -34,8 +34,15 @@ class Samples(Protocol):
     def segments(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
         """The document within the sample that each position belongs to, int32 [n, seq_len]."""
 
-    def targets(self, indices: np.ndarray, seq_len: int) -> np.ndarray | None:
-        """The data's own targets int64 [n, seq_len], where it brings them."""
+    def column(self, name: str, indices: np.ndarray, seq_len: int) -> np.ndarray:
+        """A named column that the data brings, one value a token: int64 or float32 [n, seq_len].
+
+        Raises:
+            UsageError: It brings none of that name.
+        """
+
+    def column_digest(self, name: str) -> str:
+        """The digest of a column's whole content."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +105,16 @@ class Feed:
         def masks(rows_B: np.ndarray) -> Tensor:
             return torch.from_numpy(store.masks(rowset.mask_ids[rows_B], seq_len))
 
-        def by_sample(read: Callable[[np.ndarray, int], np.ndarray]) -> RowSource:
-            return RowSource(rowset.id, lambda rows_B: torch.from_numpy(read(samples_R[rows_B], seq_len)))
+        def by_sample(digest: str, read: Callable[[np.ndarray, int], np.ndarray]) -> RowSource:
+            return RowSource(digest, lambda rows_B: torch.from_numpy(read(samples_R[rows_B], seq_len)))
 
-        sources = {TOKENS: by_sample(split.samples), MASKS: RowSource(rowset.id, masks)}
+        sources = {TOKENS: by_sample(rowset.id, split.samples), MASKS: RowSource(rowset.id, masks)}
         for name in columns:
-            sources[name] = by_sample(split.segments if name == SEGMENTS else _column(split, name))
+            if name == SEGMENTS:
+                sources[name] = by_sample(rowset.id, split.segments)
+                continue
+            split.column(name, samples_R[:0], seq_len)  # that it is there is asked before anything trains
+            sources[name] = by_sample(split.column_digest(name), partial(split.column, name))
         feed = cls(rowset, seq_len, sources)
         if reader is None:
             return feed
@@ -139,16 +150,6 @@ class Feed:
         for start, stop in ranges:
             for first in range(start, stop, batch_size):
                 yield self.batch(np.arange(first, min(first + batch_size, stop)))
-
-
-def _column(split: Samples, name: str) -> Callable[[np.ndarray, int], np.ndarray]:
-    def read(indices: np.ndarray, seq_len: int) -> np.ndarray:
-        values = split.targets(indices, seq_len) if name == "targets" else None
-        if values is None:
-            raise UsageError(f"the data has no {name}, which the objective needs", hint=f"bring a column `{name}`")
-        return values
-
-    return read
 
 
 def ahead(batches: Iterator[Batch], device: torch.device, depth: int = 3) -> Prefetcher[Batch]:

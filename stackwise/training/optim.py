@@ -1,21 +1,26 @@
-"""The optimizer and the learning rate, both plain functions of the settings and the step."""
+"""Learning rates, and optimizers as they are made for parameters; the kinds of them are in `optimizers.py`."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stackwise.config import StageTraining
-from stackwise.training import optimizers as kinds
-from stackwise.training.adam8bit import AdamW8bit
+from stackwise.errors import UsageError
 
 BLOCK = "block."
 """What the name of a block's part begins with; its number in the rack follows."""
-ENDS = ("front", "head")
+CODED = 256
+"""Numbers that share a scale, in 8 bits."""
+SMALL = 4096
+"""A tensor of fewer numbers keeps float32 moments: biases and norms cost nothing and are sensitive."""
+SLICE = 1 << 22
+"""Numbers that are worked on at once, so that float32 copies stay small beside the weights. A multiple of CODED."""
 
 
 def learning_rate(settings: StageTraining, step: int, steps: int) -> float:
@@ -58,42 +63,47 @@ class Stepper(Protocol):
 def make_optimizer(trained: Iterable[tuple[str, nn.Parameter]], settings: StageTraining) -> Stepper:
     """The optimizer of `training.optimizer`. Its state is plain tensors by parameter, whichever it is.
 
-    adamw: AdamW (arXiv 1711.05101), fused where the device has it. adamw8bit: the same with its moments in 8 bits
-    (`adam8bit.py`). muon: the matrices of the blocks by Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon),
-    its updates scaled to the size of AdamW's so that learning rate and decay mean the same (arXiv 2502.16982, section
-    2.2); all else by AdamW. Weight decay is on matrices alone.
+    Weight decay is on matrices alone.
 
     Args:
         trained: Parameters, each with its part: front, block.N, head, or the name of a block beyond.
         settings: Of the stage.
     """
     kind = settings.optimizer
-    assert isinstance(kind, kinds.AdamW)
-    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
     for part, p in trained:
         if p.requires_grad:
-            matrix = p.dim() >= 2
-            orthogonal = isinstance(kind, kinds.Muon) and p.dim() == 2 and part not in ENDS
-            groups.setdefault((orthogonal, not matrix, rate_scale(settings, part)), []).append(p)
-
-    def chosen(orthogonal: bool) -> list[dict[str, Any]]:
-        return [
-            {"params": ps, "weight_decay": 0.0 if plain else settings.weight_decay, "scale": scale}
-            for (own, plain, scale), ps in sorted(groups.items(), key=lambda item: item[0])
-            if own is orthogonal
+            family, matrix = kind.family(part, p.dim()), p.dim() >= 2
+            groups.setdefault((family, not matrix, rate_scale(settings, part)), []).append(p)
+    made: Stepper = kind.build(
+        [
+            {
+                "params": parameters,
+                "lr": settings.learning_rate,
+                "weight_decay": 0.0 if plain else settings.weight_decay,
+                "scale": scale,
+                "family": family,
+            }
+            for (family, plain, scale), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
+    )
+    return made
 
-    betas = (kind.beta1, kind.beta2)
-    rest = chosen(False)
-    if isinstance(kind, kinds.AdamW8bit):
-        return AdamW8bit(rest, lr=settings.learning_rate, betas=betas, eps=kind.eps)
-    fused = bool(rest) and all(p.device.type in ("cuda", "cpu") for group in rest for p in group["params"])
-    if not isinstance(kind, kinds.Muon) or not (matrices := chosen(True)):
-        return torch.optim.AdamW(rest, lr=settings.learning_rate, betas=betas, eps=kind.eps, fused=fused)
-    muon = torch.optim.Muon(matrices, lr=settings.learning_rate, momentum=kind.momentum, adjust_lr_fn="match_rms_adamw")
-    if not rest:
-        return muon
-    return Both(muon, torch.optim.AdamW(rest, lr=settings.learning_rate, betas=betas, eps=kind.eps, fused=fused))
+
+def state_tensors(optimizer: Stepper, p: nn.Parameter) -> dict[str, Tensor]:
+    """The optimizer's state of a parameter, by kind.
+
+    Raises:
+        UsageError: Some of it is no tensor.
+    """
+    state: Mapping[str, Tensor] = optimizer.state.get(p, {})
+    for kind, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                f"the optimizer keeps {kind} as {type(value).__name__}, which no checkpoint can hold",
+                hint="let its state be tensors alone: a count is torch.zeros(())",
+            )
+    return dict(state)
 
 
 def rate_scale(settings: StageTraining, part: str) -> float:
@@ -120,3 +130,126 @@ class Both:
         """Drop the gradients."""
         for optimizer in self._both:
             optimizer.zero_grad(set_to_none)
+
+
+@functools.cache
+def codebook(signed: bool, device: torch.device) -> Tensor:
+    """The 256 values that a code can mean, ascending, float32 in [-1, 1] or [0, 1].
+
+    Dynamic quantization (arXiv 2110.02861, section 2.2): seven decades below 1, each of twice as many evenly spaced
+    values as the one below it; beside them 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        count = 2 ** (decade + (0 if signed else 1))
+        for i in range(count):
+            value = 10.0 ** (decade - 6) * (0.1 + 0.9 * (i + 0.5) / count)
+            values += [value, -value] if signed else [value]
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+def quantize(numbers: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales of float32 numbers, a flat tensor; each to the nearest value, and only 0 to 0 if unsigned.
+
+    Returns:
+        uint8 of the same length, float32 [blocks].
+    """
+    book = codebook(signed, numbers.device)
+    blocks = torch.nn.functional.pad(numbers, (0, -len(numbers) % CODED)).view(-1, CODED)
+    scales = blocks.abs().amax(1)
+    shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    codes = torch.bucketize(shares, (book[1:] + book[:-1]) / 2)
+    if not signed:  # a root of 0 would make the next update boundless
+        codes = torch.where((codes == 0) & (shares > 0), 1, codes)
+    return codes.to(torch.uint8).view(-1)[: len(numbers)].clone(), scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    """The float32 numbers that codes and scales stand for."""
+    values = codebook(signed, codes.device)[codes.long()]
+    return values.mul_(scales.repeat_interleave(CODED)[: len(values)])
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW whose state is stored in 8 bits: two bytes and a little of it a number instead of eight.
+
+    `lr`, `betas`, `eps` and `weight_decay` are as in `torch.optim.AdamW`.
+
+    Block-wise quantization after Dettmers et al. (arXiv 2110.02861): every block of 256 numbers has its own scale, and
+    a code stands for a place on a scale that is finest near zero. Everything is computed in float32. The root of the
+    second moment is stored in place of the moment itself: the same codes then reach twice as many decades.
+
+    State of a parameter: `step`, and either `mean`, `root` (uint8) with `mean_scale`, `root_scale` (float32), or for
+    a small one `mean` and `root` in float32. All are plain tensors: saved and restored bit for bit.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step on every parameter that has a gradient."""
+        assert closure is None, "the gradients are there already"
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, group)
+
+    def _update(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            self._begin(p, state)
+        if state["step"].device.type != "cpu":  # as it comes from a checkpoint; elsewhere it would be waited for
+            state["step"] = state["step"].cpu()
+        state["step"] += 1
+        count = int(state["step"])
+        beta1, beta2 = group["betas"]
+        p.mul_(1.0 - group["lr"] * group["weight_decay"])
+        size, root_correction = group["lr"] / (1.0 - beta1**count), math.sqrt(1.0 - beta2**count)
+        numbers, slopes = p.view(-1), gradient.reshape(-1)
+        for first in range(0, len(numbers), SLICE):
+            part = slice(first, first + SLICE)
+            slope = slopes[part].float()
+            mean, root = self._read(state, part)
+            mean.lerp_(slope, 1.0 - beta1)
+            root.square_().mul_(beta2).addcmul_(slope, slope, value=1.0 - beta2).sqrt_()
+            self._write(state, part, mean, root)
+            numbers[part].sub_((mean / (root / root_correction).add_(group["eps"])).mul_(size).to(p.dtype))
+
+    def _begin(self, p: Tensor, state: dict[str, Tensor]) -> None:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        if p.numel() < SMALL:
+            state["mean"], state["root"] = (torch.zeros_like(p.view(-1), dtype=torch.float32) for _ in range(2))
+            return
+        for name, signed in (("mean", True), ("root", False)):
+            zero = int((codebook(signed, p.device) == 0).nonzero())
+            state[name] = torch.full((p.numel(),), zero, dtype=torch.uint8, device=p.device)
+            state[f"{name}_scale"] = torch.zeros(-(-p.numel() // CODED), device=p.device)
+
+    def _read(self, state: dict[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:
+        if "mean_scale" not in state:
+            return state["mean"], state["root"]
+        mean, root = (
+            dequantize(state[name][part], state[f"{name}_scale"][_blocks(part)], signed)
+            for name, signed in (("mean", True), ("root", False))
+        )
+        return mean, root
+
+    def _write(self, state: dict[str, Tensor], part: slice, mean: Tensor, root: Tensor) -> None:
+        if "mean_scale" not in state:
+            return  # worked on in place
+        for name, numbers, signed in (("mean", mean, True), ("root", root, False)):
+            codes, scales = quantize(numbers, signed)
+            state[name][part] = codes
+            state[f"{name}_scale"][_blocks(part)] = scales
+
+
+def _blocks(part: slice) -> slice:
+    return slice(part.start // CODED, -(-part.stop // CODED))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from stackwise.config.fields import Positive, Probability
@@ -19,6 +21,13 @@ class AdamW(Optimizer):
         """Two moments in fp32."""
         return 8 * (blocks + rest)
 
+    def build(self, groups: list[dict[str, Any]]) -> Any:
+        """See `Optimizer.build`: fused where the device has it."""
+        import torch
+
+        fused = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, betas=(self.beta1, self.beta2), eps=self.eps, fused=fused)
+
 
 class AdamW8bit(AdamW):
     """AdamW with its moments in 8 bits (arXiv 2110.02861)."""
@@ -27,12 +36,39 @@ class AdamW8bit(AdamW):
         """Two moments in a byte each."""
         return 2 * (blocks + rest)
 
+    def build(self, groups: list[dict[str, Any]]) -> Any:
+        """See `Optimizer.build`."""
+        from stackwise.training.optim import AdamW8bit as Quantized
+
+        return Quantized(groups, betas=(self.beta1, self.beta2), eps=self.eps)
+
 
 class Muon(AdamW):
-    """Muon for the blocks' matrices, AdamW for all else (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+    """Muon for the blocks' matrices, AdamW for all else (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    Its updates are scaled to the size of AdamW's, so that learning rate and decay mean the same (arXiv 2502.16982,
+    section 2.2).
+    """
 
     momentum: Probability = Field(0.95, description="decay rate of the mean of the matrices' gradients")
 
     def state_bytes(self, blocks: int, rest: int) -> int:
         """One moment of the blocks, two of the rest."""
         return 4 * blocks + 8 * rest
+
+    def family(self, part: str, dimensions: int) -> str:
+        """See `Optimizer.family`."""
+        return "matrices" if dimensions == 2 and part not in ("front", "head") else ""
+
+    def build(self, groups: list[dict[str, Any]]) -> Any:
+        """See `Optimizer.build`."""
+        import torch
+
+        from stackwise.training.optim import Both
+
+        matrices = [group for group in groups if group["family"]]
+        rest = [group for group in groups if not group["family"]]
+        if not matrices:
+            return super().build(rest)
+        muon = torch.optim.Muon(matrices, momentum=self.momentum, adjust_lr_fn="match_rms_adamw")
+        return Both(muon, super().build(rest)) if rest else muon

@@ -19,7 +19,7 @@ from stackwise.store import Codec
 from stackwise.training.engine import MEAN, OPTIMIZER, WEIGHT, optimizer_state
 from stackwise.training.forward import MakeOutputs, pass_through
 from stackwise.training.group import Group
-from stackwise.training.optim import make_optimizer
+from stackwise.training.optim import make_optimizer, state_tensors
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_state import RedoLog
 
@@ -209,7 +209,7 @@ class PartLoader:
         states: dict[str, dict[str, Tensor]] = {part: {} for part in loaded.gradients}
         for part, name, p in trained:
             states[part][f"{WEIGHT}{name}"] = p.detach().cpu().contiguous()
-            for kind, value in optimizer.state.get(p, {}).items():
+            for kind, value in state_tensors(optimizer, p).items():
                 states[part][f"{OPTIMIZER}{kind}/{name}"] = value.detach().cpu().contiguous()
         for (part, name, _), mean in zip(trained, means, strict=False):
             states[part][f"{MEAN}{name}"] = mean.cpu().contiguous()

@@ -14,8 +14,8 @@ import torch
 from stackwise.batch import Batch
 from stackwise.errors import StackWiseError
 from stackwise.training import checkpoint
-from stackwise.training.adam8bit import BLOCK, AdamW8bit, codebook, dequantize, quantize
 from stackwise.training.engine import GROWTH_STEPS, MOST_OVERFLOWS, LossScale
+from stackwise.training.optim import CODED, AdamW8bit, codebook, dequantize, quantize
 from tests.training.test_trainer import CPU, Hooks, batches, fit, resident, trainer
 
 WAYS: list[dict[str, Any]] = [
@@ -83,7 +83,7 @@ def test_codes_stand_for_the_nearest_value_and_zero_for_zero(signed: bool) -> No
     assert len(book.unique()) == 256
     assert 0.0 in book
     assert book.max() == 1.0
-    numbers = torch.randn(3 * BLOCK + 17)
+    numbers = torch.randn(3 * CODED + 17)
     numbers = numbers if signed else numbers.abs()
     numbers[5], numbers[:4] = 0.0, 1e-9
     back = dequantize(*quantize(numbers, signed), signed)

@@ -58,11 +58,11 @@ class LoadedSamples:
 
     Args:
         tokens_NS: Token ids.
-        targets_NS: The data's own targets, -100 where none; for the custom objective.
+        columns: What the data brings beside them by name, a value a token: "targets", -100 where there is none.
     """
 
-    def __init__(self, tokens_NS: np.ndarray, targets_NS: np.ndarray | None = None) -> None:
-        self._tokens_NS, self._targets_NS = tokens_NS, targets_NS
+    def __init__(self, tokens_NS: np.ndarray, columns: Mapping[str, np.ndarray] | None = None) -> None:
+        self._tokens_NS, self._columns = tokens_NS, dict(columns or {})
         self._ids: np.ndarray | None = None
 
     @property
@@ -91,49 +91,70 @@ class LoadedSamples:
         """Each sample is one document: zeros int32 [n, seq_len]."""
         return np.zeros((len(indices), seq_len), dtype=np.int32)
 
-    def targets(self, indices: np.ndarray, seq_len: int) -> np.ndarray | None:
-        """The data's own targets int64 [n, seq_len], where it brings them."""
-        return None if self._targets_NS is None else self._targets_NS[indices].astype(np.int64)
-
-    def targets_digest(self) -> str | None:
-        """Digest of the targets."""
-        return None if self._targets_NS is None else digest(np.ascontiguousarray(self._targets_NS))
-
-    @classmethod
-    def from_batches(cls, batches: Batches) -> LoadedSamples:
-        """Gather a data loader's batches: tensors of ids [B, S], or mappings with `input_ids` (and `targets`).
+    def column(self, name: str, indices: np.ndarray, seq_len: int) -> np.ndarray:
+        """A column that the data brings, int64 or float32 [n, seq_len].
 
         Raises:
-            UsageError: A batch is of another shape, or there is none.
+            UsageError: It brings none of that name.
+        """
+        values: np.ndarray = self._column(name)[indices]
+        return values
+
+    def column_digest(self, name: str) -> str:
+        """Digest of a column."""
+        return digest(np.ascontiguousarray(self._column(name)))
+
+    def _column(self, name: str) -> np.ndarray:
+        if name not in self._columns:
+            raise UsageError(f"the batches have no {name}", hint=f"give each batch a `{name}` tensor [B, S]")
+        return self._columns[name]
+
+    @classmethod
+    def from_batches(cls, batches: Batches, columns: Sequence[str] = ()) -> LoadedSamples:
+        """Gather a data loader's batches: tensors of ids [B, S], or mappings with `input_ids` and named columns.
+
+        Args:
+            batches: The batches; of a sequence in place of a mapping the second tensor is the first of `columns`.
+            columns: Those that the objective needs.
+
+        Raises:
+            UsageError: A batch is of another shape or lacks a column, or there is none.
         """
         tokens: list[np.ndarray] = []
-        targets: list[np.ndarray] = []
+        gathered: dict[str, list[np.ndarray]] = {name: [] for name in columns}
         for batch in batches:
-            ids, own = _ids_of(batch)
+            ids, values = _ids_and_columns(batch, columns)
             if ids.ndim != 2 or ids.is_floating_point() or (tokens and ids.shape[1] != tokens[0].shape[1]):
                 raise UsageError(f"a batch must be token ids [batch, seq] of one length, not {tuple(ids.shape)}")
             tokens.append(ids.cpu().numpy().astype(np.uint32))
-            if own is not None:
-                targets.append(own.cpu().numpy().astype(np.int64))
+            for name, column in values.items():
+                if column.shape != ids.shape:
+                    shapes = f"{list(column.shape)} do not match the tokens {list(ids.shape)}"
+                    raise UsageError(f"{name} {shapes}", hint="give one value a token")
+                kind = torch.float32 if column.is_floating_point() else torch.int64
+                gathered[name].append(column.to("cpu", kind).numpy())
         if not tokens:
             raise UsageError("the data loader gave no batch")
-        return cls(np.concatenate(tokens), np.concatenate(targets) if targets else None)
+        return cls(np.concatenate(tokens), {name: np.concatenate(parts) for name, parts in gathered.items()})
 
     def _check(self, seq_len: int) -> None:
         if self._tokens_NS.shape[1] != seq_len:
             raise UsageError(f"samples of {self._tokens_NS.shape[1]} tokens, but training.seq_len is {seq_len}")
 
 
-def _ids_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _ids_and_columns(batch: Batch, columns: Sequence[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     if isinstance(batch, torch.Tensor):
-        return batch, None
+        batch = [batch]
     if isinstance(batch, Mapping):
-        if "input_ids" not in batch:
-            raise UsageError(f"a batch needs `input_ids`; it has {', '.join(map(str, batch))}")
-        return batch["input_ids"], batch.get("targets")
+        for name in ("input_ids", *columns):
+            if name not in batch:
+                raise UsageError(f"a batch needs `{name}`; it has {', '.join(map(str, batch))}")
+        return batch["input_ids"], {name: batch[name] for name in columns}
     if not isinstance(batch, list | tuple) or not batch:
         raise UsageError(f"a batch must be token ids or a mapping with `input_ids`, not {type(batch).__name__}")
-    return batch[0], batch[1] if len(batch) > 1 else None
+    if len(batch) <= len(columns):
+        raise UsageError(f"a batch of {len(batch)} tensors lacks {columns[len(batch) - 1]}", hint="give mappings")
+    return batch[0], dict(zip(columns, batch[1:], strict=False))
 
 
 @dataclass(frozen=True)
@@ -194,9 +215,8 @@ class _Stages:
         below, through = self._forward(stage.first), self._forward(stage.last + 1)
         trunk = trunk_id(below, [self.digests[p] for p in stage.trunk], {}) if stage.reads_boundary else None
         span = stage_span(config, stage, rows)
-        targets = self.data.targets_digest() if "targets" in config.objective.inputs else None
-        reads = Reads(rowset, rows, initial, trunk, {} if targets is None else {"targets": targets})
-        recipe = stage_recipe(config, stage, through, span, reads)
+        columns = {name: self.data.column_digest(name) for name in config.objective.inputs}
+        recipe = stage_recipe(config, stage, through, span, Reads(rowset, rows, initial, trunk, columns))
         job = StageJob(
             config=dump(config),
             stage=stage,
@@ -349,7 +369,7 @@ class UnifiedTrainer:
                 hint="leave it out here; `stackwise run` evaluates inside its stages",
             )
         self._check_schedule(config)
-        data = LoadedSamples.from_batches(dataloader)
+        data = LoadedSamples.from_batches(dataloader, self.config.objective.inputs)
         if "seq_len" not in config.training.model_fields_set:
             config.training.seq_len = data.length
             config.validate()
