@@ -47,6 +47,11 @@ def text(value: Any) -> str | None:
     return None if isinstance(value, str) and "\0" not in value else "is no text"
 
 
+def string(value: Any) -> str | None:
+    """A string of any characters: what a model writes may hold NUL."""
+    return None if isinstance(value, str) else "is no text"
+
+
 def hex_id(value: Any) -> str | None:
     """An id, as `identity` makes them."""
     return None if is_hex_id(value) else "is no id"

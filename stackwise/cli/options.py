@@ -130,11 +130,6 @@ def choose(config: str | None, preset: str | None, run: str | None, overrides: t
     else:
         chosen, source = load(config, preset, values), config or f"preset {preset or 'demo'}"
         arguments += [config] if config is not None else ["--preset", preset] if preset is not None else []
-    if "targets" in chosen.objective.inputs:
-        raise UsageError(
-            f"{source}: training.objective: custom needs targets of your own, and files of text bring none",
-            hint="use stackwise.UnifiedTrainer for it; here: mask_diffusion, mlm or clm",
-        )
     if run is not None:
         arguments += ["--run", run]
     for item in overrides:

@@ -41,6 +41,7 @@ from stackwise.shapes import (
     number,
     optional,
     record,
+    string,
     text,
 )
 
@@ -77,7 +78,7 @@ _STAGE = {
 STATUS_KEYS = tuple(_STAGE)
 _FIGURES = {"loss": mapping(optional(number)), "accuracy": mapping(optional(number))}
 _SCORES = {"bits_per_byte": optional(number), "bits_per_byte_error": optional(number), "bytes": count, "depth": count}
-_SCORES |= {"tokens": count, "samples": count, "likelihood": text}
+_SCORES |= {"tokens": count, "samples": count, "likelihood": optional(text)}
 _EVALUATION = record(
     {"loss": _FIGURES["loss"], "tokens": count},
     {
@@ -87,7 +88,7 @@ _EVALUATION = record(
         "baselines": mapping(record({}, {**_FIGURES, **_SCORES})),
     },
 )
-_FILL = record({"before": text, "after": text, "spans": array_of(array(text, text))})
+_FILL = record({"before": string, "after": string, "spans": array_of(array(string, string))})
 _MANIFEST = record(
     {"stages": array_of(record(_STAGE, {
         "held_out": optional(record({"step": count, "nats": optional(number), "best": optional(number)})),
