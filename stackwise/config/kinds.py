@@ -16,7 +16,7 @@ The built-in kinds are in the rooms of their subjects, in modules that import no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stackwise.config.model import ModelConfig
+    from stackwise.pipeline.tracking import following
 
 ATTENTIONS: Registry[type[Attention]] = Registry(
     "attention",
@@ -58,6 +59,14 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
         "mlm": "stackwise.objectives.kinds:MLM",
         "clm": "stackwise.objectives.kinds:CLM",
         "custom": "stackwise.objectives.kinds:Custom",
+    },
+)
+TRACKERS: Registry[type[Tracker]] = Registry(
+    "tracker",
+    {
+        "tensorboard": "stackwise.pipeline.tracking.kinds:TensorBoard",
+        "wandb": "stackwise.pipeline.tracking.kinds:WeightsAndBiases",
+        "mlflow": "stackwise.pipeline.tracking.kinds:MLflow",
     },
 )
 TIME_EMBEDDINGS: Registry[type[Any]] = Registry(
@@ -350,3 +359,27 @@ class Objective(Kind):
     def faults(self, seq_len: int) -> Iterator[Fault]:
         """What of its settings samples of this length cannot have."""
         yield from ()
+
+
+class Tracker(Kind):
+    """Where figures go as training runs, beside the run's own log."""
+
+    registry: ClassVar[Registry[Any]] = TRACKERS
+    tag: ClassVar[str] = "kind"
+    default: ClassVar[str] = "tensorboard"
+    inside: ClassVar[bool] = False
+    """Whether the runner itself keeps it; the others have a process of their own, which may hang without harm."""
+    named: ClassVar[bool] = True
+    """Whether it knows runs by project, group and name."""
+
+    def packages(self) -> dict[str, str]:
+        """The modules that it imports, each with what `pip install` is to be given."""
+        return {}
+
+    def placed(self, absolute: Callable[[str], str]) -> Self:
+        """Itself, its paths independent of the current directory."""
+        return self
+
+    def build(self) -> following.Tracker:
+        """What takes the figures: `open`, `log` and `close` (`stackwise.pipeline.tracking.following.Tracker`)."""
+        raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import get_args, get_origin
 
 import yaml
 
@@ -53,10 +54,13 @@ def _section(model: type[Section], own: dict[str, object], depth: int) -> list[s
             lines += ["", f"{pad}# {title}", f"{pad}{name}:" if used or depth == 0 else f"{pad}# {name}:", *inner]
             continue
         lines += [f"{pad}# {line}" for line in textwrap.wrap(field.description or "", 100 - len(pad))]
+        kind = next(iter(get_args(kind)), kind) if get_origin(kind) is list else kind
         if isinstance(kind, type) and issubclass(kind, Kind):
             lines += [f"{pad}# {line}" for line in _kinds(kind, 100 - len(pad))]
         value = own[name] if name in own else field.get_default(call_default_factory=True)
         value = value.name if isinstance(value, Kind) else value
+        if isinstance(value, list):
+            value = [item.name if isinstance(item, Kind) else item for item in value]
         # One key in flow style is "{key: value}": the value stays on its line, the braces go.
         shown = yaml.safe_dump({name: value}, default_flow_style=True, width=10**6).strip()[1:-1]
         lines.append(f"{pad}{shown}" if name in own else f"{pad}# {shown}")

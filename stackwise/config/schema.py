@@ -22,7 +22,7 @@ from stackwise.config.fields import (
     Size,
     Text,
 )
-from stackwise.config.kinds import Objective
+from stackwise.config.kinds import Objective, Tracker
 from stackwise.config.model import ModelConfig
 from stackwise.config.training import (
     AdaptiveFusion,
@@ -128,12 +128,10 @@ class EvaluationConfig(Section):
 class TrackingConfig(Section):
     """Where figures go as training runs, beside the run's own log. Keys and tokens come from the environment."""
 
-    tensorboard: bool = Field(True, description="TensorBoard event files in the run directory")
-    wandb: Literal["offline", "online", False] = Field(
-        False, description="Weights & Biases: online, offline (kept in the run directory, to sync later), or false"
-    )
-    mlflow: Text | Literal[False] = Field(
-        False, description="MLflow: the URI of a server or a database, or a directory; or false"
+    trackers: Annotated[list[Tracker], Field(max_length=16)] = Field(
+        default_factory=lambda: [Tracker.of(Tracker.default)],
+        description="tensorboard (event files in the run directory), {kind: wandb, mode: offline}, {kind: mlflow, uri: "
+        "...}; several in a list",
     )
     project: Text = Field("stackwise", min_length=1, description="W&B project, MLflow experiment")
     group: Text | None = Field(None, description="W&B group, MLflow tag; null: none, in a sweep the sweep's name")

@@ -161,6 +161,7 @@ class _Translation:
                     _drop(tree, key)
         self._progressive(tree, base)
         self._key_heads(tree, base)
+        self._trackers(tree, base)
         for row in TABLE:
             for key in _spread(row.old, tree):
                 if _has(tree, key):
@@ -277,6 +278,19 @@ class _Translation:
             text = f"mha has as many key and value heads as heads; n_kv_heads {heads} means gqa"
             self.reading.faults.append(("model.attention", text))
 
+    def _trackers(self, tree: Tree, base: Tree) -> None:
+        """Each tracker had a key of its own: true, false, or the one setting that it has."""
+        for name, setting in (("tensorboard", None), ("wandb", "mode"), ("mlflow", "uri")):
+            if not _has(tree, f"tracking.{name}"):
+                continue
+            value = _drop(tree, f"tracking.{name}")
+            given = _get(tree, "tracking.trackers")
+            given = _get(base, "tracking.trackers") if given is None else given
+            given = ["tensorboard"] if given is None else given
+            others = [one for one in given if _tag(one, "kind") != name] if isinstance(given, list) else []
+            own = {} if setting is None or value is True else {setting: value}
+            _set(tree, "tracking.trackers", others if value in (False, None) else [*others, {"kind": name} | own])
+
     def override(self, written: str, value: Any) -> None:
         """Apply one override."""
         key = ".".join(written.split("."))
@@ -290,7 +304,7 @@ class _Translation:
             self.written |= {f"{key}.{name}": (written, setting) for name, setting in value.items()}
         for path, leaf in [(key, value)] if plain else _leaves(tree, self.choices):
             other, earlier = self.written.get(path, (written, leaf))
-            differs = earlier is not leaf and earlier != leaf
+            differs = earlier is not leaf and earlier != leaf and path != "tracking.trackers"  # each adds to the list
             if differs and _PROGRESSIVE.isdisjoint((key, other)):
                 text = f"{value!r}, but {other} says {earlier!r}, and both are one setting: leave one of them out"
                 self.reading.faults.append((key, text))

@@ -139,10 +139,8 @@ def unused_settings(config: Settings) -> list[str]:
         ],
     )
     tracking = config.tracking
-    off = not tracking.wandb and not tracking.mlflow
-    lines.section(
-        "tracking", tracking, [("project group name", off and "neither tracking.wandb nor tracking.mlflow is on")]
-    )
+    off = not any(tracker.named for tracker in tracking.trackers)
+    lines.section("tracking", tracking, [("project group name", off and "no tracker in use knows runs by name")])
     return lines.lines
 
 

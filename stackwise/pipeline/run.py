@@ -309,12 +309,7 @@ def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
     config.data.paths = [absolute(path) for path in config.data.paths]
     if config.data.tokenizer not in ("bpe", "bytes"):
         config.data.tokenizer = absolute(config.data.tokenizer)
-    if config.tracking.mlflow:
-        scheme, colon, rest = config.tracking.mlflow.partition("://")
-        if not colon and scheme != "databricks":
-            config.tracking.mlflow = absolute(scheme)
-        elif scheme == "sqlite" and rest.startswith("/") and not rest.startswith("//"):
-            config.tracking.mlflow = f"sqlite:///{absolute(rest[1:])}"
+    config.tracking.trackers = [tracker.placed(absolute) for tracker in config.tracking.trackers]
     if config.data.cache_dir is not None:
         config.data.cache_dir = absolute(config.data.cache_dir)
     if config.store.path is not None:

@@ -134,7 +134,7 @@ def test_a_setting_that_is_not_used_has_one_line(base: dict[str, Any], name: str
         ),
         ({"stages.3.precision": "fp8", "training.block_size": 2, "training.fusion.strategy": "hierarchical"}, None),
         ({"tracking.project": "a", "tracking.group": "b"},
-         "tracking.group, project: unused, neither tracking.wandb nor tracking.mlflow is on"),
+         "tracking.group, project: unused, no tracker in use knows runs by name"),
     ],
 )  # fmt: skip
 def test_what_is_cut_and_what_is_said_together(overrides: dict[str, Any], line: str | None) -> None:

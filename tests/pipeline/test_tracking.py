@@ -352,7 +352,10 @@ def test_settings_without_a_use_are_noted_and_paths_made_absolute(micro: Micro) 
         ("sqlite:////tmp/runs.db", "sqlite:////tmp/runs.db"),
         ("http://localhost:5000", "http://localhost:5000"),
     ):
-        assert with_absolute_paths(micro(tracking__mlflow=given)).tracking.mlflow == expected
+        assert with_absolute_paths(micro(tracking__mlflow=given)).tracking.trackers[-1].plain() == {
+            "kind": "mlflow",
+            "uri": expected,
+        }
 
 
 @pytest.mark.stress

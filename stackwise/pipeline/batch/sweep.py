@@ -345,7 +345,7 @@ class Sweep:
         config = with_absolute_paths(combination.config)
         if config.store.path is None:
             config.store.path = str((self.directory / "store").absolute())
-        if config.tracking.group is None and (config.tracking.wandb or config.tracking.mlflow):
+        if config.tracking.group is None and any(one.named for one in config.tracking.trackers):
             config.tracking.group = self.directory.name
         return Combination(combination.name, combination.values, config)
 

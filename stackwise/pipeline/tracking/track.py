@@ -21,18 +21,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.kinds import Tracker
 from stackwise.durable import FileLock
 from stackwise.errors import BusyError
 from stackwise.pipeline.device import python_command
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.tracking.figures import Event
 from stackwise.pipeline.tracking.following import About, Follower
-from stackwise.pipeline.tracking.trackers import about, make, wanted
+from stackwise.pipeline.tracking.trackers import about, wanted
 
 CLOSE_SECONDS = 20.0
 """How long the end of a run waits for trackers; what they lack then is sent at the next start."""
-INSIDE = ("tensorboard",)
-"""Trackers that need no process: they write small files."""
 
 
 class Trackers:
@@ -58,9 +57,9 @@ class Trackers:
             self._tell({"event": "warning", "text": self._warnings.pop(0)})
 
     def __enter__(self) -> Self:
-        inside = {kind: value for kind, value in self._wanted.items() if kind in INSIDE}
+        inside = {kind: value for kind, value in self._wanted.items() if Tracker.registry[kind].inside}
         self._followers = followers(inside, self._about, self._warnings.append)
-        outside = {kind: value for kind, value in self._wanted.items() if kind not in INSIDE}
+        outside = {kind: value for kind, value in self._wanted.items() if not Tracker.registry[kind].inside}
         if outside:
             self._start(outside)
         return self
@@ -116,7 +115,7 @@ class Trackers:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            behind = [kind for kind in self._wanted if kind not in INSIDE]
+            behind = [kind for kind in self._wanted if not Tracker.registry[kind].inside]
         listener.join(1.0)  # a grandchild may hold the pipe open
         if not listener.is_alive():
             process.stdout.close()
@@ -127,7 +126,7 @@ def followers(trackers: dict[str, Any], known: About, warn: Callable[[str], None
     """A started follower for each tracker."""
     run = RunDirectory(Path(known.directory))
     made = [
-        Follower(make(kind, value), known, run.events_file, run.tracking / f"{kind}.json", warn)
+        Follower(Tracker.of(value).build(), known, run.events_file, run.tracking / f"{kind}.json", warn)
         for kind, value in trackers.items()
     ]
     for follower in made:

@@ -15,7 +15,7 @@ from stackwise.config.loading import flat
 from stackwise.errors import UsageError
 from stackwise.pipeline.tracking.event_files import EventFile
 from stackwise.pipeline.tracking.figures import Point
-from stackwise.pipeline.tracking.following import About, Tracker
+from stackwise.pipeline.tracking.following import About
 
 OPEN_WRITERS = 8
 """Event files of TensorBoard kept open at once."""
@@ -217,23 +217,9 @@ def _nested(parameters: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def make(kind: str, value: Any) -> Tracker:
-    """A tracker by the name of its setting.
-
-    Args:
-        kind: `tensorboard`, `wandb` or `mlflow`.
-        value: What `tracking.KIND` says.
-    """
-    if kind == "tensorboard":
-        return TensorBoard()
-    return WeightsAndBiases(value) if kind == "wandb" else MLflow(value)
-
-
-def wanted(config: StackWiseConfig) -> dict[str, Any]:
-    """The trackers that a configuration switches on, with what their settings say."""
-    tracking = config.tracking
-    found = {"tensorboard": tracking.tensorboard, "wandb": tracking.wandb, "mlflow": tracking.mlflow}
-    return {kind: value for kind, value in found.items() if value}
+def wanted(config: StackWiseConfig) -> dict[str, dict[str, Any]]:
+    """The trackers that a configuration asks for, by name, with their settings."""
+    return {tracker.name: tracker.plain() for tracker in config.tracking.trackers}
 
 
 def check_installed(config: StackWiseConfig) -> None:
@@ -242,19 +228,14 @@ def check_installed(config: StackWiseConfig) -> None:
     Raises:
         UsageError: One is missing; says what installs it.
     """
-    for kind, value in wanted(config).items():
-        needs = {"wandb": ["wandb"], "mlflow": ["mlflow"]}.get(kind, [])
-        if kind == "mlflow" and str(value).split(":")[0].split("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
-            needs = [*needs, "sqlalchemy", "alembic"]
-        missing = [name for name in needs if importlib.util.find_spec(name) is None]
-        if not missing:
-            continue
-        own = "" if missing[0] != "sqlalchemy" else " (or give the URI of a server)"
-        package = "mlflow" if missing[0] in ("sqlalchemy", "alembic") else f"stackwise[{kind}]"
-        raise UsageError(
-            f"tracking.{kind}: {value} needs {' and '.join(missing)}, not installed here",
-            hint=f"pip install '{package}'{own}, or -o tracking.{kind}=false",
-        )
+    for tracker in config.tracking.trackers:
+        packages = tracker.packages()
+        missing = [module for module in packages if importlib.util.find_spec(module) is None]
+        if missing:
+            raise UsageError(
+                f"tracking.trackers: {tracker.name} needs {' and '.join(missing)}, not installed here",
+                hint=f"pip install '{packages[missing[0]]}', or take {tracker.name} out of tracking.trackers",
+            )
 
 
 def about(config: StackWiseConfig, directory: Path) -> About:
