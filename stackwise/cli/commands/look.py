@@ -91,8 +91,8 @@ FALLBACK = ("click", "lmdb", "numcodecs", "numpy", "psutil", "pydantic", "PyYAML
 """What is needed, where the installation does not say."""
 EXTRAS = {
     "arrow": "parquet files and Hugging Face data set folders",
-    "wandb": "Weights & Biases (tracking.wandb)",
-    "mlflow": "MLflow (tracking.mlflow)",
+    "wandb": "Weights & Biases (tracking.trackers: wandb)",
+    "mlflow": "MLflow (tracking.trackers: mlflow)",
     "slurm": "jobs of a batch system (stackwise run --engine slurm)",
 }
 SCRATCH_BYTES = 2 << 30
