@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stackwise.config.model import ModelConfig
-    from stackwise.pipeline.tracking import following
 
 ATTENTIONS: Registry[type[Attention]] = Registry(
     "attention",
@@ -380,6 +379,6 @@ class Tracker(Kind):
         """Itself, its paths independent of the current directory."""
         return self
 
-    def build(self) -> following.Tracker:
+    def build(self) -> Any:
         """What takes the figures: `open`, `log` and `close` (`stackwise.pipeline.tracking.following.Tracker`)."""
         raise NotImplementedError
