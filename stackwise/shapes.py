@@ -67,6 +67,11 @@ def optional(shape: Shape) -> Shape:
     return lambda value: None if value is None else shape(value)
 
 
+def either(first: Shape, second: Shape) -> Shape:
+    """One of two shapes; what is wrong with a value of neither is said of the first."""
+    return lambda value: None if second(value) is None else first(value)
+
+
 def one_of(*values: str) -> Shape:
     """One of some strings."""
     return lambda value: None if isinstance(value, str) and value in values else f"is not one of {', '.join(values)}"

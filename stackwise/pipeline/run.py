@@ -35,6 +35,7 @@ from stackwise.shapes import (
     array_of,
     check_shape,
     count,
+    either,
     hex_id,
     integer,
     mapping,
@@ -79,15 +80,11 @@ STATUS_KEYS = tuple(_STAGE)
 _FIGURES = {"loss": mapping(optional(number)), "accuracy": mapping(optional(number))}
 _SCORES = {"bits_per_byte": optional(number), "bits_per_byte_error": optional(number), "bytes": count, "depth": count}
 _SCORES |= {"tokens": count, "samples": count, "likelihood": optional(text)}
-_EVALUATION = record(
-    {"loss": _FIGURES["loss"], "tokens": count},
-    {
-        **_FIGURES,
-        **_SCORES,
-        "stages": array_of(record({}, {**_FIGURES, **_SCORES})),
-        "baselines": mapping(record({}, {**_FIGURES, **_SCORES})),
-    },
-)
+_FIGURE_SHAPES = {**_FIGURES, **_SCORES}
+_PARTS = {"stages": array_of(record({}, _FIGURE_SHAPES)), "baselines": mapping(record({}, _FIGURE_SHAPES))}
+SCORES = record({}, {**_FIGURE_SHAPES, **_PARTS})
+"""What of an evaluation becomes figures."""
+_EVALUATION = record({"loss": _FIGURES["loss"], "tokens": count}, {**_FIGURE_SHAPES, **_PARTS})
 _FILL = record({"before": string, "after": string, "spans": array_of(array(string, string))})
 _MANIFEST = record(
     {"stages": array_of(record(_STAGE, {
@@ -101,7 +98,7 @@ _MANIFEST = record(
         "data": record({"id": hex_id, "directory": text}),
         "vocabulary": record({"size": count, "mask": optional(count)}),
         "store": text,
-        "rowsets": mapping(array(hex_id, count)),
+        "rowsets": mapping(either(array(hex_id, count), array(hex_id, count, count))),
         "auto": mapping(record({"conditions": text}, {"rows": count, "blocks": count, "losses": mapping(number)})),
         "boundaries": array_of(hex_id),
         "evaluation": optional(record({"key": text, "result": _EVALUATION}, {"fill": optional(_FILL)})),

@@ -14,9 +14,8 @@ import torch
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.device import describe
 from stackwise.pipeline.job import FinishJob, StageJob
-from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.runner.manifest import Manifest
+from stackwise.pipeline.runner.manifest import RunContext
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.worker.stage import run_stage
 from stackwise.store import ActivationStore
@@ -56,10 +55,10 @@ def run_stages(
     events: list[dict[str, Any]] = []
 
     class Here(Runner):
-        def _finish(self, plan: Plan, manifest: Manifest) -> dict[str, Any]:
+        def _finish(self, context: RunContext) -> dict[str, Any]:
             return {}
 
-    def work(job: StageJob | FinishJob, **told: Any) -> list[dict[str, Any]]:
+    def work(job: StageJob | FinishJob) -> list[dict[str, Any]]:
         run_stage(StageJob.from_plain(json.loads(json.dumps(job.plain()))), runner._observe, lambda: False)
         return []
 
@@ -68,9 +67,9 @@ def run_stages(
         told(event)
 
     runner = Here(config, RunDirectory(directory), observe)
-    runner._crew.work = work  # type: ignore[method-assign]
+    runner._pool.work = work  # type: ignore[method-assign]
     ready = {"event": "ready", **describe(torch.device("cpu"))}
-    runner._crew.start = lambda device, log: ready  # type: ignore[method-assign]
+    runner._pool.start = lambda log: ready  # type: ignore[method-assign]
     runner.run(**only)
     return events
 

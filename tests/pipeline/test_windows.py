@@ -402,7 +402,7 @@ def test_windows_that_cannot_be_are_refused_in_a_line(micro: Micro, settings: di
         (
             {"training.windows": "auto", "store.max_bytes": 90_000},
             NoSpaceError,
-            "auto: no windows fit into store.max_bytes 90 kB",
+            "auto: no windows fit into store.max_bytes 90.0 kB",
         ),
         ({"store.max_bytes": 900_000, "training.steps": 80}, NoSpaceError, "beside .* of committed stages"),
     ],
