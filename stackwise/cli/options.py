@@ -56,9 +56,9 @@ class Duration(click.ParamType[float]):
         text = str(value).strip().lower()
         clock = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d\d)", text)
         units = re.fullmatch(r"(?:([\d.]+)d)?(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text)
-        found = clock or units
+        match = clock or units
         try:
-            parts = [float(part or 0) for part in found.groups()] if found else []
+            parts = [float(part or 0) for part in match.groups()] if match else []
         except ValueError:
             parts = []
         seconds = sum(part * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=False))
@@ -125,8 +125,8 @@ def choose(config: str | None, preset: str | None, run: str | None, overrides: t
     values = parse_overrides(overrides)
     arguments: list[str] = []
     if config is None and preset is None and run is not None and is_run(Path(run)):
-        own = RunDirectory(Path(run)).config_file
-        chosen, source = StackWiseConfig.from_yaml(str(own), values), str(own)
+        file = RunDirectory(Path(run)).config_file
+        chosen, source = StackWiseConfig.from_yaml(str(file), values), str(file)
     else:
         chosen, source = load(config, preset, values), config or f"preset {preset or 'demo'}"
         arguments += [config] if config is not None else ["--preset", preset] if preset is not None else []

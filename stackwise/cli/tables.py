@@ -92,7 +92,7 @@ def schedule_table(config: StackWiseConfig, source: str, stages: list[Row], note
 
 def stage_label(stage: Row, stages: list[Row]) -> str:
     """A stage's number, and its window's where there are several."""
-    several = any(each["window"] for each in stages if each["depth"] == stage["depth"])
+    several = any(other["window"] for other in stages if other["depth"] == stage["depth"])
     return f"{stage['depth']}, window {stage['window']}" if several else str(stage["depth"])
 
 

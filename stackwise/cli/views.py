@@ -134,19 +134,19 @@ class RunView:
         """The stages as they are planned: how many windows they have may not have been known before."""
         blocks = {view.depth: view.blocks for view in self.stages}
         if len(stages) != len(self.stages):
-            several = {each["depth"] for each in stages if each.get("window", 0)}
+            several = {entry["depth"] for entry in stages if entry.get("window", 0)}
             self.stages = [
                 StageView(
-                    (depth := each["depth"]),
+                    (depth := entry["depth"]),
                     blocks[depth],
-                    each.get("window", 0),
-                    f"{depth}, window {each.get('window', 0)}" if depth in several else str(depth),
+                    entry.get("window", 0),
+                    f"{depth}, window {entry.get('window', 0)}" if depth in several else str(depth),
                 )
-                for each in stages
+                for entry in stages
             ]
-        for each in stages:
-            self.stages[each["stage"]].why = each["reason"]
-            self.stages[each["stage"]].steps = each["steps"]
+        for entry in stages:
+            self.stages[entry["stage"]].why = entry["reason"]
+            self.stages[entry["stage"]].steps = entry["steps"]
 
     def end(self) -> None:
         """Nothing goes on any more: what ran was interrupted."""

@@ -39,11 +39,11 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
-    found = []
+    places = []
     while (value := first * step) <= high + step * 1e-9:
-        found.append(round(value, 10))
+        places.append(round(value, 10))
         first += 1
-    return found
+    return places
 
 
 def label(value: float, step: float) -> str:

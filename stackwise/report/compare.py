@@ -55,8 +55,8 @@ def compare(entries: Sequence[Entry]) -> dict[str, Any]:
             settings[number] = flat(entry.run.config())
     differing = [
         key
-        for key in dict.fromkeys(key for own in settings.values() for key in own)
-        if key not in PLACES and len({repr(_value(own, key)) for own in settings.values()}) > 1
+        for key in dict.fromkeys(key for config in settings.values() for key in config)
+        if key not in PLACES and len({repr(_value(config, key)) for config in settings.values()}) > 1
     ]
     keys = list(dict.fromkeys([*(key for entry in entries for key in entry.values or ()), *differing]))
     return {
@@ -73,11 +73,11 @@ def compare(entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _value(own: Mapping[str, Any], key: str) -> Any:
+def _value(config: Mapping[str, Any], key: str) -> Any:
     """A setting; a stage's that is not its own is the default of all."""
-    if key in own or not key.startswith("stages."):
-        return own.get(key)
-    return own.get(key.split(".", 2)[2])
+    if key in config or not key.startswith("stages."):
+        return config.get(key)
+    return config.get(key.split(".", 2)[2])
 
 
 def _row(entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
@@ -103,13 +103,13 @@ def _row(entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
         return row | {"state": "failed", "failure": entry.failure or error.message}
     history = read_history(entry.run.events_file)
     done = [stage for stage in state["stages"] if stage["state"] == "done"]
-    own = {curve.recipe for curve in history.curves.values()}
+    trained_here = {curve.recipe for curve in history.curves.values()}
     row["state"] = "failed" if entry.failure else state["state"]
     if row["failure"] is None and state["state"] == "failed":
         row["failure"] = history.failure
     last = {stage["depth"]: stage for stage in state["stages"]}.values()  # of several windows
     row["loss"] = [stage["loss"] if stage["state"] == "done" else None for stage in last]
-    row["trained"] = sum(stage["recipe"] in own for stage in done)
+    row["trained"] = sum(stage["recipe"] in trained_here for stage in done)
     row["reused"] = len(done) - row["trained"]
     row["seconds"] = _seconds(history)
     if len(done) == len(state["stages"]):
@@ -165,7 +165,7 @@ def markdown(comparison: Mapping[str, Any], title: str) -> str:
     columns, rows = cells(comparison)
     star = best(comparison)
     lines = [f"# {title}", "", summary(comparison), "", _line(columns), _line(["---"] * len(columns))]
-    lines += [_line([f"**{cell}**" if row == star else cell for cell in own]) for row, own in enumerate(rows)]
+    lines += [_line([f"**{cell}**" if row == star else cell for cell in texts]) for row, texts in enumerate(rows)]
     failures = [
         f"- {printable(run['name'])}: {printable(run['failure'])}" for run in comparison["runs"] if run["failure"]
     ]

@@ -88,7 +88,7 @@ class _Clock:
         self._before: float = 0.0
         self._leading = False
 
-    def tell(self, event: Event, at: float) -> None:
+    def take(self, event: Event, at: float) -> None:
         kind = event["event"]
         history = self._history
         if kind == "data":
@@ -113,7 +113,7 @@ def read_history(path: Path) -> History:
         if at is not None and finite(at) is None:
             history.begun = at if history.begun is None else history.begun
             history.ended = at
-            clock.tell(event, at)
+            clock.take(event, at)
         _take(history, event)
     return history
 
@@ -286,14 +286,14 @@ def collect(run: RunDirectory) -> Facts:
     usage = None
     with contextlib.suppress(StackWiseError, OSError):  # a report can do without its store
         with ActivationStore(run.store_path(config), create=False) as store:
-            own = set(manifest.get("boundaries", []))
-            present = [info for info in store.boundaries() if info.id in own]
+            listed = set(manifest.get("boundaries", []))
+            present = [info for info in store.boundaries() if info.id in listed]
             usage = store.usage()
             for stage in stages:
                 if stage.recipe is not None and stage.state == "done":
-                    found = store.stage(stage.recipe, check=False)
-                    if found is not None:
-                        committed[stage.recipe] = found
+                    stage_record = store.stage(stage.recipe, check=False)
+                    if stage_record is not None:
+                        committed[stage.recipe] = stage_record
     for place, stage in enumerate(stages):
         _add_training(stage, committed.get(stage.recipe or ""), history.curves.get(place))
     return Facts(
@@ -347,18 +347,18 @@ def _add_training(stage: StageFacts, committed: CommittedStage | None, curve: Cu
 
 def _boundaries(present: list[BoundaryInfo], history: History, config: StackWiseConfig) -> list[BoundaryFacts]:
     """The boundaries that are there, then those that the log alone knows."""
-    found = {
+    known = {
         info.id: BoundaryFacts(info.id, info.depth, info.disk_bytes, info.state, info.codec, info.shape)
         for info in present
     }
     codec = config.store.codec or "bf16"
     for key, written in history.boundaries.items():
-        if key not in found and (written.finished or written.dropped):
-            found[key] = BoundaryFacts(key, written.depth, written.bytes, "dropped", codec)
+        if key not in known and (written.finished or written.dropped):
+            known[key] = BoundaryFacts(key, written.depth, written.bytes, "dropped", codec)
     # One that was written anew at the same depth takes the place of a dropped one.
-    kept = {facts.depth for facts in found.values() if facts.state != "dropped"}
+    kept = {facts.depth for facts in known.values() if facts.state != "dropped"}
     shown: dict[tuple[int, str], BoundaryFacts] = {}
-    for facts in found.values():
+    for facts in known.values():
         if facts.state != "dropped":
             shown[facts.depth, facts.id] = facts
         elif facts.depth not in kept:

@@ -88,13 +88,13 @@ def _mode(facts: Facts) -> str:
 
 def _alerts(facts: Facts) -> str:
     """What a reader must know first: a failure, an interruption, warnings."""
-    found = []
+    alerts = []
     if facts.state == "failed" and facts.history.failure:
-        found.append(("alert bad", f"The run failed: {facts.history.failure}"))
+        alerts.append(("alert bad", f"The run failed: {facts.history.failure}"))
     elif facts.state == "interrupted":
-        found.append(("alert", "The run was interrupted; the same command goes on from its last checkpoint."))
-    found += [("alert", text) for text in dict.fromkeys(facts.history.warnings[-3:])]
-    return "".join(f'<p class="{kind}">{escape(text)}</p>\n' for kind, text in found)
+        alerts.append(("alert", "The run was interrupted; the same command goes on from its last checkpoint."))
+    alerts += [("alert", text) for text in dict.fromkeys(facts.history.warnings[-3:])]
+    return "".join(f'<p class="{kind}">{escape(text)}</p>\n' for kind, text in alerts)
 
 
 def _keys(facts: Facts) -> str:
@@ -339,7 +339,7 @@ def _training(facts: Facts) -> list[str]:
 
 
 def _curves(facts: Facts) -> list[str]:
-    curves, told, depths = _by_depth(facts.stages)
+    curves, evaluated, depths = _by_depth(facts.stages)
     if not curves:
         return []
     lines = [
@@ -352,11 +352,11 @@ def _curves(facts: Facts) -> list[str]:
         for depth, curve in curves.items()
     ]
     lines += [
-        Line(f"held out {depth}", told[depth], hue_of(depth, depths), faint=[], dashed=True)
+        Line(f"held out {depth}", evaluated[depth], hue_of(depth, depths), faint=[], dashed=True)
         for depth in curves
-        if told[depth]
+        if evaluated[depth]
     ]
-    held_out = " Dashed: the mean loss on held-out rows." if any(told[depth] for depth in curves) else ""
+    held_out = " Dashed: the mean loss on held-out rows." if any(evaluated[depth] for depth in curves) else ""
     return [
         '<p class="soft">Loss in nats on the rows of each stage, by its step; the line is a running mean. The first '
         f"steps may lie above the frame.{held_out}</p>",
@@ -375,14 +375,14 @@ def _curves(facts: Facts) -> list[str]:
 def _by_depth(stages: list[StageFacts]) -> tuple[dict[int, Points], dict[int, Points], int]:
     """Losses and held-out losses of each depth that has some, window after window, and how many depths there are."""
     curves: dict[int, Points] = {}
-    told: dict[int, Points] = {}
+    evaluated: dict[int, Points] = {}
     before: dict[int, int] = {}
     for stage in stages:
         first = before.get(stage.depth, 0)
         curves.setdefault(stage.depth, []).extend((first + step, loss) for step, loss in stage.curve)
-        told.setdefault(stage.depth, []).extend((first + step, loss) for step, loss in stage.held_out)
+        evaluated.setdefault(stage.depth, []).extend((first + step, loss) for step, loss in stage.held_out)
         before[stage.depth] = first + stage.steps
-    return {depth: curve for depth, curve in curves.items() if len(curve) > 1}, told, len(before)
+    return {depth: curve for depth, curve in curves.items() if len(curve) > 1}, evaluated, len(before)
 
 
 def _range(lines: list[Line]) -> tuple[float, float]:
@@ -437,14 +437,14 @@ def _fusions(facts: Facts) -> list[str]:
     """What adaptive fusion found out: the gain of each section in each round, and which was trained."""
     shown = []
     for stage in facts.stages:
-        for number, each in enumerate((stage.fusion or {}).get("rounds", []), 1):
+        for number, outcome in enumerate((stage.fusion or {}).get("rounds", []), 1):
             gains = "".join(
-                f'<tr class="{"last" if probe["blocks"] == each["chosen"] else ""}"><th scope="row" class="text">'
+                f'<tr class="{"last" if probe["blocks"] == outcome["chosen"] else ""}"><th scope="row" class="text">'
                 f"{words.span(*probe['blocks'])}</th><td>{probe['nats']:.4f}</td><td>{probe['gain']:+.4f}</td></tr>"
-                for probe in each["probes"]
+                for probe in outcome["probes"]
             )
-            done = f"blocks {words.span(*each['chosen'])}, then {each['nats']:.4f}"
-            done += "" if each["kept"] else ", not kept"
+            done = f"blocks {words.span(*outcome['chosen'])}, then {outcome['nats']:.4f}"
+            done += "" if outcome["kept"] else ", not kept"
             shown.append(
                 f"<h3>Stage {stage.depth}, round {number}: {done}</h3>"
                 '<table class="data"><thead><tr><th class="text">unfrozen</th><th>held-out loss</th><th>gain</th>'

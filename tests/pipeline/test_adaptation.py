@@ -22,7 +22,7 @@ from stackwise.inference.exported import load_rack as load_export
 from stackwise.objectives import CLMObjective
 from stackwise.pipeline.committed.generate import Sampling, generate
 from stackwise.pipeline.committed.load import load_rack
-from stackwise.pipeline.committed.use import export_run, held_out_samples, recomputer
+from stackwise.pipeline.committed.use import export_rack, held_out_samples, recomputer
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.schedule import schedule
@@ -64,7 +64,7 @@ def test_the_rack_then_counts_as_causal(adapted: Path, tmp_path: Path) -> None:
     result = json.loads((adapted / "evaluation.json").read_text())
     assert [stage["likelihood"] for stage in result["stages"]] == ["bound", "bound", "exact"]
     assert result["likelihood"] == "exact"
-    out = export_run(RunDirectory(adapted), tmp_path / "out")
+    out = export_rack(load_rack(RunDirectory(adapted), torch.device("cpu")), tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["stackwise"]["causal"] is True
     whole = load_export(out)
     indices, split = held_out_samples(rack, rack.data.held_out), rack.data.held_out

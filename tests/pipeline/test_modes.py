@@ -72,13 +72,15 @@ def test_overlapping_stages_train_a_block_twice_and_hand_on_the_lower_one(ran: A
 
 
 def test_an_auxiliary_head_stays_with_its_stage(ran: Any, tmp_path: Path) -> None:
-    from stackwise.pipeline.committed.use import export_run
+    from stackwise.pipeline.committed.use import export_rack
 
     directory = ran(training__lookahead="auxiliary", training__lookahead_blocks=2)
     stages = committed(directory)
     assert {"auxiliary.0.0", "auxiliary.0.1"} < set(stages[0].record["parts"])
     assert set(stages[2].record["parts"]) == {"block.2", "head"}
-    names = load_file(export_run(RunDirectory(directory), tmp_path / "out") / "model.safetensors")
+    names = load_file(
+        export_rack(load_rack(RunDirectory(directory), torch.device("cpu")), tmp_path / "out") / "model.safetensors"
+    )
     assert not any("auxiliary" in name for name in names)
 
 

@@ -19,7 +19,7 @@ from stackwise.inference.exported import load_rack as load_export
 from stackwise.model import Cache, add_adapters, build_block
 from stackwise.pipeline.committed.generate import Sampling, generate
 from stackwise.pipeline.committed.load import load_rack
-from stackwise.pipeline.committed.use import export_run
+from stackwise.pipeline.committed.use import export_rack
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import schedule
@@ -81,7 +81,7 @@ def test_swapped_and_resident_are_the_same(layer: str, micro: Micro, tmp_path: P
 
 def test_an_export_computes_the_same(staged: Any, tmp_path: Path) -> None:
     _, config, directory, _ = staged
-    out = export_run(RunDirectory(directory), tmp_path / "out")
+    out = export_rack(load_rack(RunDirectory(directory), torch.device("cpu")), tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["model_type"] == "stackwise"
     back, rack = load_export(out), load_rack(RunDirectory(directory), torch.device("cpu"))
     ids = torch.randint(0, 200, (2, config.training.seq_len), generator=torch.Generator().manual_seed(0))

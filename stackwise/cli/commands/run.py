@@ -233,7 +233,8 @@ def _states(choice: Choice, stages: list[dict[str, Any]]) -> dict[tuple[int, int
     known = {(row["depth"], row["window"]): row for row in status(choice.run)["stages"]}
     keys = ("state", "step", "loss", "reason")
     return {
-        where: {"steps": row["steps"] or own["steps"], **{key: own[key] for key in keys}}
+        where: {"steps": row["steps"] or recorded["steps"], **{key: recorded[key] for key in keys}}
         for row in stages
-        if (own := known.get(where := (row["depth"], row["window"]))) is not None and own["blocks"] == row["blocks"]
+        if (recorded := known.get(where := (row["depth"], row["window"]))) is not None
+        and recorded["blocks"] == row["blocks"]
     }

@@ -63,13 +63,13 @@ def sweep(
     from stackwise.pipeline.batch.grid import combinations, parse_axes
     from stackwise.pipeline.batch.sweep import Sweep
 
-    found = combinations(parse_axes(axes), lambda overrides: load(config, preset, overrides))
-    place = Path(directory) if directory is not None else RUNS / f"sweep-{found[0].config.name}"
+    combined = combinations(parse_axes(axes), lambda overrides: load(config, preset, overrides))
+    place = Path(directory) if directory is not None else RUNS / f"sweep-{combined[0].config.name}"
     typed = ["stackwise", "sweep", *([config] if config else []), *(["--preset", preset] if preset else [])]
     placed = ["--dir", directory] if directory is not None else []
     limit = [] if max_time is None else ["--max-time", f"{max_time:g}s"]
     again = shlex.join([*typed, *placed, *(word for axis in axes for word in ("-o", axis)), *limit])
-    chosen = Sweep(found, place, again)
+    chosen = Sweep(combined, place, again)
     if dry_run:
         with phases() as progress:
             order = chosen.preview(progress)
@@ -102,7 +102,7 @@ def compare(runs: tuple[str, ...], as_json: bool) -> None:
 
 
 def _carry_out(chosen: Sweep, as_json: bool, max_time: float | None) -> None:
-    def tell(event: Event) -> None:
+    def show_event(event: Event) -> None:
         if as_json:
             print_event(event)
         elif event["event"] == "combination":
@@ -129,7 +129,7 @@ def _carry_out(chosen: Sweep, as_json: bool, max_time: float | None) -> None:
             with contextlib.suppress(StackWiseError, OSError):
                 report.write(run)
 
-    chosen.run(watch, tell, max_time)
+    chosen.run(watch, show_event, max_time)
 
 
 def _show_results(chosen: Sweep, as_json: bool) -> None:
@@ -171,7 +171,7 @@ def _show(value: dict[str, Any], as_json: bool) -> None:
 
 
 def _show_outlook(chosen: Sweep, order: list[Member], as_json: bool) -> None:
-    found = chosen.sources(order)
+    sources = chosen.sources(order)
     if as_json:
         print_json(
             {
@@ -180,7 +180,7 @@ def _show_outlook(chosen: Sweep, order: list[Member], as_json: bool) -> None:
                         "name": member.combination.name,
                         "values": member.combination.values,
                         "failure": member.failure,
-                        "stages": found[member.combination.name],
+                        "stages": sources[member.combination.name],
                     }
                     for member in order
                 ],
@@ -194,12 +194,12 @@ def _show_outlook(chosen: Sweep, order: list[Member], as_json: bool) -> None:
     shown = table("", "run", *(f"stage {decision.stage.label}" for decision in longest), "", right=(0,))
     for member in order:
         name = member.combination.name
-        stages = [f"as in {numbers[text]}" if text in numbers else text for text in found[name]]
+        stages = [f"as in {numbers[text]}" if text in numbers else text for text in sources[name]]
         blank = [""] * (depth - len(stages))
         shown.add_row(numbers[name], plain(name), *stages, *blank, plain(member.failure or ""))
     out = console()
     out.print(shown)
-    every = [text for texts in found.values() for text in texts]
+    every = [text for texts in sources.values() for text in texts]
     train, store = every.count("train"), every.count("store")
     again = every.count("again")
     counts = f"{train} to train, {store} in the store, {len(every) - train - store - again} shared"

@@ -30,10 +30,10 @@ def evaluate(run: str | None, data: tuple[str, ...], device: str, as_json: bool)
     Bits per byte is a bound on the likelihood (the likelihood itself for a causal rack); losses are in nats a
     masked token, at each masked fraction.
     """
-    found = find_run(run)
+    run_directory = find_run(run)
     from stackwise.pipeline.committed.use import evaluate_run
 
-    result = evaluate_run(found, data=list(data) or None, device=device)
+    result = evaluate_run(run_directory, data=list(data) or None, device=device)
     if as_json:
         print_json(result)
         return
@@ -77,20 +77,24 @@ def generate(run: str | None, text: str | None, file: str | None, device: str, a
     Holes in TEXT are written [MASK], or [MASK*12] for twelve tokens. A text without holes gets masked positions
     behind it; a causal rack adds one token after another. Without TEXT a held-out passage is masked and filled in.
     """
-    found = find_run(run)
+    run_directory = find_run(run)
     given = _text(text, file)
-    from stackwise.pipeline.committed.generate import Sampling, generate_text
+    from stackwise.pipeline.committed.generate import Sampling
+    from stackwise.pipeline.committed.generate import generate as make_text
+    from stackwise.pipeline.committed.load import load_rack
+    from stackwise.pipeline.device import resolve_device
 
     sampling = Sampling(**how)
-    with progress("filling in") as tell:
+    with progress("filling in") as update:
         made = 0
 
         def on_step(_: str) -> None:
             nonlocal made
             made += 1
-            tell(made, sampling.steps)
+            update(made, sampling.steps)
 
-        result = generate_text(found, given, sampling, device=device, on_step=on_step)
+        rack = load_rack(run_directory, resolve_device(device))
+        result = make_text(rack, given, sampling, on_step=on_step)
     for line in result["notes"]:
         note(f"note: {line}")
     if as_json:
@@ -108,15 +112,17 @@ def generate(run: str | None, text: str | None, file: str | None, device: str, a
 @as_json
 def export(run: str | None, out: str, force: bool, as_json: bool) -> None:
     """One fused safetensors with config.json and tokenizer.json; a LLaMA-shaped rack loads in transformers."""
-    found = find_run(run)
+    run_directory = find_run(run)
     target = Path(out).expanduser()
     if not force and target.is_dir() and any(target.iterdir()):
         raise UsageError(
             f"{target} is not empty", hint="--force replaces an export that is there; or name another --out"
         )
-    from stackwise.pipeline.committed.use import export_run
+    from stackwise.pipeline.committed.load import load_rack
+    from stackwise.pipeline.committed.use import export_rack
+    from stackwise.pipeline.device import resolve_device
 
-    directory = export_run(found, target, overwrite=force)
+    directory = export_rack(load_rack(run_directory, resolve_device("cpu")), target, overwrite=force)
     files = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
     if as_json:
         print_json({"directory": str(directory), "files": files})

@@ -28,9 +28,7 @@ from stackwise.inference import (
     sample_causal,
 )
 from stackwise.inference.generate import Order
-from stackwise.pipeline.committed.load import CommittedRack, load_rack
-from stackwise.pipeline.device import resolve_device
-from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.committed.load import CommittedRack
 
 HOLE = re.compile(r"\[MASK(?:\*(\d{1,5}))?\]")
 """A hole in a user's text: `[MASK]`, or `[MASK*12]` for twelve tokens."""
@@ -69,22 +67,20 @@ class Sampling:
     causal: bool = False
 
 
-def generate_text(
-    run: RunDirectory,
+def generate(
+    rack: CommittedRack,
     text: str | None,
     sampling: Sampling | None = None,
     *,
-    device: str = "auto",
     on_step: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Fill holes in text, or go on from a prompt.
 
     Args:
-        run: The run; all of its stages are committed.
+        rack: The run's weights.
         text: With holes (`[MASK]`, `[MASK*12]`), or a prompt; None: a masked passage of held-out text.
         sampling: How.
-        device: Where to compute.
-        on_step: Told the text as it grows.
+        on_step: Called with the text as it grows.
 
     Returns:
         `before`, `after`, `spans` (the pieces of `after`, each with "given", "filled", "right" or "wrong"), and
@@ -94,17 +90,6 @@ def generate_text(
         UsageError: The text is empty, or longer than the model takes; holes for a causal rack, or token by token for
             one that is none.
     """
-    return generate(load_rack(run, resolve_device(device)), text, sampling, on_step=on_step)
-
-
-def generate(
-    rack: CommittedRack,
-    text: str | None,
-    sampling: Sampling | None = None,
-    *,
-    on_step: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """What `generate_text` does, with a rack that is loaded already."""
     sampling = sampling or Sampling()
     if text is not None and not text:
         raise UsageError("the text is empty", hint="give a prompt, or holes such as [MASK*12]")
@@ -211,7 +196,7 @@ def parse_holes(text: str, tokenizer: Tokenizer, mask_token: int) -> tuple[np.nd
         UsageError: Something that looks like a hole and is none.
     """
     for written in re.findall(r"\[MASK\*[^\]]{0,20}\]?", text):
-        if not (found := HOLE.fullmatch(written)) or int(found[1]) == 0:
+        if not (hole := HOLE.fullmatch(written)) or int(hole[1]) == 0:
             raise UsageError(f"{written} is no hole", hint="write [MASK], or [MASK*12] for twelve tokens, up to 99999")
     ids: list[int] = []
     holes: list[bool] = []

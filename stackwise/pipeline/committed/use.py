@@ -49,9 +49,9 @@ def evaluate_rack(
         progress: Called after each batch with (done, total); what it raises ends the evaluation.
     """
     bidirectional, causal = ([s for s in rack.stages if (s.causal_from is None) is both] for both in (True, False))
-    each = [_evaluated(rack, stages, split, progress) for stages in (bidirectional, causal) if stages]
-    result = each[-1]
-    for before in each[:-1]:  # what the rack was before it was made causal
+    results = [_evaluated(rack, stages, split, progress) for stages in (bidirectional, causal) if stages]
+    result = results[-1]
+    for before in results[:-1]:  # what the rack was before it was made causal
         for group in (before, result):
             for row in group["stages"]:
                 row["likelihood"] = group["likelihood"]
@@ -124,26 +124,18 @@ def evaluate_run(run: RunDirectory, *, data: list[str] | None = None, device: st
         return evaluate_rack(rack, prepared.held_out)
 
 
-def export_run(run: RunDirectory, out: Path, *, overwrite: bool = False) -> Path:
-    """Write a run's fused rack as one directory: weights, `config.json`, `tokenizer.json`.
+def export_rack(rack: CommittedRack, out: Path, *, overwrite: bool = False) -> Path:
+    """Write a fused rack as one directory: weights, `config.json`, `tokenizer.json`; returns the directory.
 
     Args:
-        run: The run; all of its stages are committed.
+        rack: The run's weights, on the CPU.
         out: The directory to make.
         overwrite: Replace an earlier export.
 
-    Returns:
-        The directory.
-
     Raises:
-        UsageError: The run is not finished, or the directory is in use.
+        UsageError: The directory is in use.
         NoSpaceError: The disk is full; nothing is left behind.
     """
-    return export_rack(load_rack(run, torch.device("cpu")), out, overwrite=overwrite)
-
-
-def export_rack(rack: CommittedRack, out: Path, *, overwrite: bool = False) -> Path:
-    """What `export_run` does, with a rack that is loaded already."""
     options = ExportOptions(
         tokenizer_json=rack.data.tokenizer.json,
         mask_token_id=rack.mask_token,

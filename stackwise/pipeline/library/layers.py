@@ -163,15 +163,17 @@ class _Describer:
         if kind.__flags__ & (1 << 9) == 0:  # not made by a class statement: of a C extension
             raise Undescribed(f"the class {name} of a C extension")
         slots = (types.MemberDescriptorType, types.GetSetDescriptorType)
-        own = {key: value for key, value in vars(kind).items() if key != "_abc_impl" and not isinstance(value, slots)}
+        members = {
+            key: value for key, value in vars(kind).items() if key != "_abc_impl" and not isinstance(value, slots)
+        }
         # Of the special names only functions do something: the others are annotations, documentation, lines.
-        own = {k: v for k, v in own.items() if not k.startswith("__") or isinstance(v, _CALLED)}
+        members = {k: v for k, v in members.items() if not k.startswith("__") or isinstance(v, _CALLED)}
         return (
             "class",
             name,
             self._class(type(kind)),
             *map(self.of, kind.__bases__),
-            *((key, self.of(own[key])) for key in sorted(own)),
+            *((key, self.of(members[key])) for key in sorted(members)),
         )
 
     def _function(self, function: types.FunctionType) -> Any:
@@ -219,8 +221,12 @@ class _Describer:
             raise Undescribed("the module numpy.random")
         if (installed := self._installed(value.__name__)) is not None:
             return ("module", installed)
-        own = sorted(name for name in names if name in vars(value))
-        return ("module", value.__name__, *((name, self._reached(vars(value)[name], names - {name})) for name in own))
+        members = sorted(name for name in names if name in vars(value))
+        return (
+            "module",
+            value.__name__,
+            *((name, self._reached(vars(value)[name], names - {name})) for name in members),
+        )
 
     def _builtin(self, value: Any) -> Any:
         owner = getattr(value, "__self__", None)
@@ -236,9 +242,11 @@ class _Describer:
     def _module(self, module: nn.Module) -> Any:
         if isinstance(module, torch.jit.ScriptModule):
             return ("script", str(module.inlined_graph), self._attributes(module))
-        own = {key: value for key, value in vars(module).items() if key not in _STATE}
+        members = {key: value for key, value in vars(module).items() if key not in _STATE}
         # Hooks are numbered through the process: the numbers are left out.
-        own |= {key: list(value.values()) for key, value in own.items() if "_hooks" in key and isinstance(value, dict)}
+        members |= {
+            key: list(value.values()) for key, value in members.items() if "_hooks" in key and isinstance(value, dict)
+        }
         return (
             "layer",
             self._class(type(module)),
@@ -246,7 +254,7 @@ class _Describer:
             tuple((key, self.of(buffer)) for key, buffer in module._buffers.items()),
             tuple(sorted(module._non_persistent_buffers_set)),
             tuple((key, self.of(child)) for key, child in module._modules.items()),
-            tuple((key, self.of(own[key])) for key in sorted(own)),
+            tuple((key, self.of(members[key])) for key in sorted(members)),
         )
 
     def _parameter(self, parameter: nn.Parameter) -> Any:
@@ -256,8 +264,8 @@ class _Describer:
         return number, tuple(parameter.shape), str(parameter.dtype)
 
     def _attributes(self, value: Any) -> Any:
-        own = getattr(value, "__dict__", {})
-        return tuple((key, self.of(own[key])) for key in sorted(own))
+        members = getattr(value, "__dict__", {})
+        return tuple((key, self.of(members[key])) for key in sorted(members))
 
     def _object(self, value: Any) -> Any:
         """Anything else: its class, and what it would be copied from."""
@@ -382,21 +390,21 @@ def _restored(module: nn.Module, device: torch.device) -> Iterator[list[str]]:
     attributes: list[Mapping[str, Any]] = [
         {key: value for key, value in vars(part).items() if key not in _STATE} for part in parts
     ]
-    before = [{key: repr(value) for key, value in own.items() if isinstance(value, _PLAIN)} for own in attributes]
+    before = [{key: repr(value) for key, value in kept.items() if isinstance(value, _PLAIN)} for kept in attributes]
     changes: list[str] = []
     try:
         yield changes
     finally:
-        for part, own, plain in zip(parts, attributes, before, strict=True):
+        for part, kept, plain in zip(parts, attributes, before, strict=True):
             now = {key: value for key, value in vars(part).items() if key not in _STATE}
             changes += [
                 key
                 for key, value in now.items()
-                if key != "terms" and value is not own.get(key) and (key not in own or repr(value) != plain.get(key))
+                if key != "terms" and value is not kept.get(key) and (key not in kept or repr(value) != plain.get(key))
             ]  # `terms` are losses that a layer hands up
-            for key in now.keys() - own.keys():
+            for key in now.keys() - kept.keys():
                 delattr(part, key)
-            vars(part).update(own)
+            vars(part).update(kept)
         persistent = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
         for buffer, value in buffers:
             if id(buffer) not in persistent and not torch.equal(buffer, value):
