@@ -63,9 +63,9 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
 TRACKERS: Registry[type[Tracker]] = Registry(
     "tracker",
     {
-        "tensorboard": "stackwise.pipeline.tracking.kinds:TensorBoard",
-        "wandb": "stackwise.pipeline.tracking.kinds:WeightsAndBiases",
-        "mlflow": "stackwise.pipeline.tracking.kinds:MLflow",
+        "tensorboard": "stackwise.pipeline.tracking.trackers:TensorBoard",
+        "wandb": "stackwise.pipeline.tracking.trackers:WeightsAndBiases",
+        "mlflow": "stackwise.pipeline.tracking.trackers:MLflow",
     },
 )
 TIME_EMBEDDINGS: Registry[type[Any]] = Registry(
@@ -380,5 +380,5 @@ class Tracker(Kind):
         return self
 
     def build(self) -> Any:
-        """What takes the figures: `open`, `log` and `close` (`stackwise.pipeline.tracking.following.Tracker`)."""
+        """What takes the figures: `open`, `log` and `close` (`stackwise.pipeline.tracking.following.TrackerClient`)."""
         raise NotImplementedError

@@ -153,6 +153,10 @@ def _diverged(event: Event) -> str:
     return f"step {event['step']:,} diverged: {event['why']}; {back or 'the step is skipped'}"
 
 
+def _probe(event: Event) -> str:
+    return f"{_blocks(event)} unfrozen: held-out loss {event['nats']:.4f}{_gain(event)}"
+
+
 def _fused(event: Event) -> str:
     kept = "" if event["gain"] > 0 else ": the weights stay as they were"
     return f"{_blocks(event)} trained: held-out loss {event['nats']:.4f}{_gain(event)}{kept}"
@@ -171,6 +175,7 @@ def _dropped(event: Event) -> str:
     return f"boundary {event['stage']} dropped, {words.size(event['bytes'])} freed ({event.get('why', 'store.keep')})"
 
 
+GAIN = ("gain", "nats")
 STEP_FIGURES = ("learning_rate", "gradient_norm", "tokens_per_second", "wait_fraction", "memory")
 
 EVENTS: dict[str, Kind] = {
@@ -200,9 +205,9 @@ EVENTS: dict[str, Kind] = {
         figures=("nats",),
     ),
     "diverged": Kind(_diverged, "yellow", figures=("to",)),
-    "probe": Kind(lambda event: f"{_blocks(event)} unfrozen: held-out loss {event['nats']:.4f}{_gain(event)}"),
-    "unfrozen": Kind(lambda event: f"{_blocks(event)}, which gained most, now trained"),
-    "fused": Kind(_fused),
+    "probe": Kind(_probe, figures=GAIN),
+    "unfrozen": Kind(lambda event: f"{_blocks(event)}, which gained most, now trained", figures=GAIN),
+    "fused": Kind(_fused, figures=GAIN),
     "committed": Kind(lambda event: "committed", shown_by="table"),
     "reused": Kind(lambda event: f"reused ({event['reason']})", shown_by="table"),
     # its boundary

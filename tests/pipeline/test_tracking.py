@@ -19,9 +19,8 @@ from stackwise.config.unused import unused_settings
 from stackwise.errors import UsageError
 from stackwise.pipeline.run import with_absolute_paths
 from stackwise.pipeline.tracking import trackers
-from stackwise.pipeline.tracking.event_files import EventFile
-from stackwise.pipeline.tracking.figures import Point
-from stackwise.pipeline.tracking.following import About, Follower
+from stackwise.pipeline.tracking.following import About, Follower, Point
+from stackwise.pipeline.tracking.trackers import EventFile
 from tests.conftest import Micro, run
 from tests.pipeline import trackers_files
 from tests.pipeline.test_kill import Command
@@ -356,6 +355,22 @@ def test_settings_without_a_use_are_noted_and_paths_made_absolute(micro: Micro) 
             "kind": "mlflow",
             "uri": expected,
         }
+
+
+def test_damaged_marks_and_lines_of_the_log_stop_no_tracker(log: Log) -> None:
+    log.train(0, 1, 5, "a")
+    log.follow()
+    state = log.path.parent / "tracking" / "memory.json"
+    for mark in ("[]", "{", '{"number": "x"}', '{"told": {"a": {}}}'):
+        state.write_text(mark)
+        log.follow()
+    for line in ('{"event": "step"}', '{"event": "plan", "stages": 3}', '{"event": "training", "stage": "x"}', "[]"):
+        with log.path.open("a") as file:
+            file.write(line + "\n")
+    log.train(0, 6, 7)
+    log.follow()
+    assert log.tracker.steps("run-1", 0)[-2:] == [6, 7]
+    assert not log.warnings
 
 
 @pytest.mark.stress

@@ -1,7 +1,7 @@
-"""What a tracker is, and how it follows a run's log of events.
+"""How trackers follow a run's log of events: which figures it holds, and which of them a tracker has already.
 
 A tracker follows the log, as a reader that may fall behind. What it has taken is kept beside the log, so a run that
-was killed goes on in the same tracker run without a point twice, a server that was gone gets what it missed, and a
+was killed goes on in the same tracker run without a figure twice, a server that was gone gets what it missed, and a
 tracker that is switched on late gets the whole history.
 """
 
@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from stackwise.durable import read_json, write_json
-from stackwise.pipeline.tracking.figures import Event, Point, Taken
+from stackwise.durable import write_json
+from stackwise.files import make_directory, open_regular, read_json
+from stackwise.identity import content_id
+from stackwise.pipeline.events import EVENTS, Event
+from stackwise.pipeline.run import SCORES
+from stackwise.shapes import array, array_of, count, integer, mapping, number, optional, record, text
+from stackwise.text import printable
 
 SECONDS = 1.0
 """Between two looks at the log."""
@@ -25,6 +31,25 @@ RETRY_SECONDS = 20.0
 """After a failure, before the next attempt."""
 BATCH_BYTES = 1 << 22
 """Of the log, taken at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One figure.
+
+    Args:
+        stage: The stage's depth; None: a figure of the run by depth.
+        name: What it is, such as `loss`.
+        step: The stage's optimizer step, counted through all its windows; of a figure of the run, the depth.
+        value: Losses in nats, sizes in bytes, times in seconds, rates as they are.
+        time: When it was told, in seconds since 1970.
+    """
+
+    stage: int | None
+    name: str
+    step: int
+    value: float
+    time: float
 
 
 @dataclass(frozen=True)
@@ -46,8 +71,8 @@ class About:
     parameters: dict[str, Any]
 
 
-class Tracker(Protocol):
-    """Where figures go: TensorBoard, Weights & Biases, MLflow. Any call may fail; what was not taken comes again."""
+class TrackerClient(Protocol):
+    """What takes figures, as built by a kind of tracker. Any call may fail; what was not taken comes again."""
 
     name: str
 
@@ -67,19 +92,204 @@ class Tracker(Protocol):
         """The run ended: done, failed or interrupted."""
 
 
+_ROLLBACKS = array_of(array(count, count))
+
+
+def _known(value: Any) -> str | None:
+    return None if isinstance(value, str | bool) else integer(value) and _ROLLBACKS(value)
+
+
+_KEPT = {
+    "number": count,
+    "id": optional(text),
+    "offset": count,
+    "recipes": mapping(text),
+    "places": mapping(array(count, count)),
+    "told": mapping(_known),
+    "whole": lambda value: None if isinstance(value, bool) else "is neither true nor false",
+}
+"""What is kept of `Taken`."""
+_AT = {"time": number, "stage": optional(count), "step": count}
+_STEPS = record({"stage": count, "step": count}, {"time": number, "losses": array_of(optional(number))})
+_OF_STAGE = record({"stage": count, "recipe": text})
+_LINES = {
+    "plan": record({"stages": array_of(record({"stage": count}, {"depth": count, "steps": optional(count)}))}),
+    "training": _OF_STAGE,
+    "reused": _OF_STAGE,
+    "step": _STEPS,
+    "resumed": _STEPS,
+    "diverged": record({"stage": count, "step": count}, {**_AT, "to": count}),
+    "evaluation": record({}, {"time": number, "result": optional(SCORES)}),
+}
+"""Lines of the log that figures follow from; one that is not like this is passed over."""
+
+
+@dataclass
+class Taken:
+    """What a tracker run has.
+
+    Args:
+        number: Which tracker run of this directory it is.
+        id: Its id.
+        offset: Bytes of the log that were read.
+        recipes: The recipe of each stage (by its place in the schedule, as text) whose figures it holds.
+        places: Of each place in the schedule its stage's depth, and that stage's steps in the windows before.
+        told: The last step of each series by recipe and kind, as the log counts it, from the start of its window; for
+            figures of the run, what they were.
+        whole: Whether it has what the log held when it began.
+    """
+
+    number: int = 1
+    id: str | None = None
+    offset: int = 0
+    recipes: dict[str, str] = field(default_factory=dict)
+    places: dict[str, list[int]] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
+
+    def copied(self) -> Taken:
+        """A copy to take further figures with."""
+        return replace(self, recipes=dict(self.recipes), told=dict(self.told))
+
+    def changed_by(self, event: Event) -> bool:
+        """Whether a stage now has another recipe: its figures belong to another tracker run."""
+        if event["event"] not in ("training", "reused"):
+            return False
+        before = self.recipes.get(str(event["stage"]))
+        return before is not None and before != event["recipe"]
+
+    def renewed(self, event: Event) -> Taken:
+        """The next tracker run: the stages below the changed one are the same."""
+        place = event["stage"]
+        kept = {key: recipe for key, recipe in self.recipes.items() if int(key) < place}
+        return Taken(self.number + 1, None, self.offset, kept | {str(place): event["recipe"]}, dict(self.places))
+
+    def planned(self, event: Event) -> None:
+        """Take up a plan: which stage and window each place of the schedule is."""
+        self.places, steps = {}, dict[int, int]()
+        for stage in event["stages"]:
+            depth = stage.get("depth", stage["stage"])
+            self.places[str(stage["stage"])] = [depth, steps.get(depth, 0)]
+            steps[depth] = steps.get(depth, 0) + (stage.get("steps") or 0)
+
+    def take(self, event: Event) -> list[Point]:
+        """The event's figures that are new here; they count as taken.
+
+        A stage of several windows is one series, whose steps go on from window to window as its schedules do.
+        """
+        place = event.get("stage")
+        at: list[Any] = self.places.get(str(place), [place, 0])
+        depth, before = at
+        return [
+            figure if figure.stage is None else replace(figure, stage=depth, step=before + figure.step)
+            for figure in self._new(event)
+        ]
+
+    def _new(self, event: Event) -> list[Point]:
+        """The figures that are new, by the stage's place and its step in the window."""
+        kind, stage, at = event["event"], event.get("stage"), float(event.get("time", 0.0))
+        if kind == "plan":
+            self.planned(event)
+        if kind == "evaluation":
+            return self._evaluation(event, at)
+        if not isinstance(stage, int):
+            return []
+        if kind in ("training", "reused"):
+            self.recipes[str(stage)] = event["recipe"]
+            return []
+        recipe = self.recipes.get(str(stage), "")
+        if kind in ("step", "resumed"):
+            return self._steps(event, recipe, stage, at)
+        if kind == "diverged" and isinstance(event.get("to"), int):
+            self._go_back(event, recipe)
+        if kind == "written":
+            step, prefix = int(self.told.get(recipe, 0)), "boundary_"
+            figures = _figures(event)
+        elif isinstance(event.get("step"), int):  # a checkpoint's time, a held-out loss, …
+            step, prefix, figures = event["step"], f"{kind}/", _figures(event)
+        else:
+            return []
+        key = f"{recipe}:{kind}"
+        if step <= self.told.get(key, -1):
+            return []
+        self.told[key] = step
+        return [Point(stage, prefix + name, step, value, at) for name, value in figures.items()]
+
+    def _go_back(self, event: Event, recipe: str) -> None:
+        """The stage went back to an earlier step: the steps from there have other figures, which are new.
+
+        A stage that was resumed below a rollback comes to it again, with the figures that are known.
+        """
+        known, rollback = self.told.get(f"{recipe}:rollbacks", []), [event["step"], event["to"]]
+        if rollback in known and self.told.get(f"{recipe}:resumed"):
+            return
+        self.told |= {f"{recipe}:rollbacks": [*known, rollback], f"{recipe}:resumed": False}
+        for key in (recipe, *(f"{recipe}:{kind}" for kind in ("held_out", "checkpoint", "best"))):
+            if key in self.told:
+                self.told[key] = min(self.told[key], event["to"])
+
+    def _steps(self, event: Event, recipe: str, stage: int, at: float) -> list[Point]:
+        last, losses, told = event["step"], event.get("losses", []), int(self.told.get(recipe, 0))
+        first = last - len(losses) + 1
+        new = [
+            Point(stage, "loss", first + at_step, float(loss), at)
+            for at_step, loss in enumerate(losses)
+            if first + at_step > told and loss is not None
+        ]
+        if event["event"] == "step" and last > told:
+            new += [Point(stage, name, last, value, at) for name, value in _figures(event).items()]
+        if new:
+            self.told[recipe] = max(told, last)
+        if event["event"] == "resumed":
+            self.told[f"{recipe}:resumed"] = True
+        return new
+
+    def _evaluation(self, event: Event, at: float) -> list[Point]:
+        result = event.get("result") or {}
+        digest = content_id("evaluation", json.dumps(result, sort_keys=True))
+        if event.get("reused") or not result or self.told.get("evaluation") == digest:
+            return []
+        self.told["evaluation"] = digest
+        found = []
+        for depth, figures in enumerate(result.get("stages") or [result]):
+            shown = {"bits_per_byte": figures.get("bits_per_byte")}
+            for name in ("loss", "accuracy"):
+                values = figures.get(name) or {}
+                shown |= {f"{name}_at_{printable(share)}": value for share, value in values.items()}
+            found += [
+                Point(None, f"held_out/{name}", depth, float(value), at)
+                for name, value in shown.items()
+                if value is not None
+            ]
+        return found
+
+
+def _figures(event: Event) -> dict[str, float]:
+    """The numbers of an event that are figures."""
+    values = {name: event.get(name) for name in EVENTS[event["event"]].figures}
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+
+
+def _is_event(value: Any) -> bool:
+    """Whether a line of the log is an event that figures can be taken from."""
+    if not isinstance(value, dict) or not isinstance(value.get("event"), str) or value["event"] not in EVENTS:
+        return False
+    return _LINES.get(value["event"], record({}, _AT))(value) is None
+
+
 class Follower:
     """Brings one tracker level with a run's log, again and again.
 
     Args:
         tracker: Where the figures go.
-        about: The run.
+        run: The run.
         log: The run's log of events.
         state: Where to keep what the tracker has.
         warn: Told, once, that the tracker fails.
     """
 
-    def __init__(self, tracker: Tracker, about: About, log: Path, state: Path, warn: Callable[[str], None]) -> None:
-        self._tracker, self._about, self._log, self._file, self._warn = tracker, about, log, state, warn
+    def __init__(self, tracker: TrackerClient, run: About, log: Path, state: Path, warn: Callable[[str], None]) -> None:
+        self._tracker, self._run, self._log, self._file, self._warn = tracker, run, log, state, warn
         self.name = tracker.name
         self._taken: Taken | None = None
         self._end = threading.Event()
@@ -119,7 +329,7 @@ class Follower:
                 self._warned = True
                 line = (str(error).strip().splitlines() or [""])[0][:200]
                 self._warn(
-                    f"{self._tracker.name} takes no figures ({type(error).__name__}: {line}); training goes on, "
+                    f"{self.name} takes no figures ({type(error).__name__}: {printable(line)}); training goes on, "
                     "and what is missing is sent when the tracker answers again, or at the run's next start"
                 )
             return False
@@ -139,7 +349,7 @@ class Follower:
                     self._send(taken, points)
                     self._tracker.close("done")
                     taken = taken.renewed(event)
-                    taken.id = self._tracker.open(self._about, taken.number, None)
+                    taken.id = self._tracker.open(self._run, taken.number, None)
                     self._keep(taken)
                     taken, points = self._with_history(taken)
                 points += taken.take(event)
@@ -152,7 +362,7 @@ class Follower:
         """Go on with the tracker run that is known; else begin one with what the log holds by now."""
         known = self._known()
         if known is not None and known.id is not None:
-            found = self._tracker.open(self._about, known.number, known.id)
+            found = self._tracker.open(self._run, known.number, known.id)
             if found == known.id:
                 if not known.places:  # kept before there was such a thing
                     for event in self._before(known.offset):
@@ -163,7 +373,7 @@ class Follower:
             known = Taken(known.number, found)
         else:
             known = Taken()
-            known.id = self._tracker.open(self._about, known.number, None)
+            known.id = self._tracker.open(self._run, known.number, None)
         known.offset = self._log.stat().st_size if self._log.exists() else 0
         for event in self._before(known.offset):
             if event["event"] in ("training", "reused"):
@@ -206,12 +416,15 @@ class Follower:
 
     def _keep(self, taken: Taken) -> None:
         self._taken = taken
-        self._file.parent.mkdir(exist_ok=True)
+        make_directory(self._file.parent)
         write_json(self._file, asdict(taken))
 
     def _known(self) -> Taken | None:
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            taken = Taken(**read_json(self._file))
+        with contextlib.suppress(OSError, ValueError):
+            value = read_json(self._file)
+            if record({}, _KEPT)(value) is not None:
+                return None  # it begins anew
+            taken = Taken(**{key: value[key] for key in _KEPT if key in value})
             size = self._log.stat().st_size if self._log.exists() else 0
             taken.offset = taken.offset if taken.offset <= size else 0  # a log that was cut is read again
             return taken
@@ -229,7 +442,7 @@ class Follower:
     def _read(self, offset: int, end: int | None = None) -> tuple[list[tuple[Event, int]], bool]:
         """Whole lines from an offset on, each with the offset after it; whether there are more."""
         try:
-            with self._log.open("rb") as file:
+            with os.fdopen(open_regular(self._log), "rb") as file:
                 file.seek(offset)
                 size = BATCH_BYTES if end is None else min(BATCH_BYTES, end - offset)
                 block = file.read(size)
@@ -238,7 +451,7 @@ class Follower:
                     block += file.readline()
         except FileNotFoundError:
             return [], False
-        found = []
+        events = []
         for line in block.splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
@@ -246,6 +459,6 @@ class Follower:
             event: Any = None
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
-                found.append((event, offset))
-        return found, whole
+            if _is_event(event):
+                events.append((event, offset))
+        return events, whole

@@ -1,4 +1,4 @@
-"""The trackers of a run: TensorBoard in a thread, the others in a process of their own.
+"""The trackers of a run: those that are quick in a thread, the others in a process of their own.
 
 `python -m stackwise.pipeline.tracking.track` is that process. It is told everything in one line of JSON, says what goes
 wrong a line each, and ends when its standard input closes, once it is level with the log. So the packages of W&B and
@@ -24,9 +24,11 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.kinds import Tracker
 from stackwise.durable import FileLock
 from stackwise.errors import BusyError
+from stackwise.files import make_directory
 from stackwise.pipeline.device import python_command
+from stackwise.pipeline.events import Event
+from stackwise.pipeline.events import event as event_of
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.tracking.figures import Event
 from stackwise.pipeline.tracking.following import About, Follower
 from stackwise.pipeline.tracking.trackers import about, wanted
 
@@ -40,11 +42,11 @@ class Trackers:
     Args:
         run: The run's directory.
         config: Its configuration.
-        tell: Called with an event for each warning, in the thread that tells this one of events.
+        emit: Takes an event for each warning, in the thread that passes events to this one.
     """
 
-    def __init__(self, run: RunDirectory, config: StackWiseConfig, tell: Callable[[Event], None]) -> None:
-        self._run, self._tell = run, tell
+    def __init__(self, run: RunDirectory, config: StackWiseConfig, emit: Callable[[Event], None]) -> None:
+        self._run, self._emit = run, emit
         self._about, self._wanted = about(config, run.path.absolute()), wanted(config)
         self._warnings: list[str] = []
         self._followers: list[Follower] = []
@@ -54,7 +56,7 @@ class Trackers:
     def __call__(self, event: Event) -> None:
         """Take the occasion to pass on warnings."""
         while self._warnings:
-            self._tell({"event": "warning", "text": self._warnings.pop(0)})
+            self._emit(event_of("warning", text=self._warnings.pop(0)))
 
     def __enter__(self) -> Self:
         inside = {kind: value for kind, value in self._wanted.items() if Tracker.registry[kind].inside}
@@ -75,7 +77,7 @@ class Trackers:
         self({})
 
     def _start(self, trackers: dict[str, Any]) -> None:
-        with (self._run.logs / "trackers.log").open("ab") as errors:
+        with self._run.open_log("trackers.log") as errors:
             self._process = subprocess.Popen(
                 python_command("stackwise.pipeline.tracking.track"),
                 stdin=subprocess.PIPE,
@@ -138,8 +140,8 @@ def main() -> int:
     """Serve until standard input closes."""
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a package prints goes to the log
-    told = json.loads(sys.stdin.readline() or "null")
-    if told is None:
+    request = json.loads(sys.stdin.readline() or "null")
+    if request is None:
         return 0
 
     def warn(text: str) -> None:
@@ -147,9 +149,9 @@ def main() -> int:
             out.write(text + "\n")
             out.flush()
 
-    known = About(**told["about"])
+    known = About(**request["about"])
     run = RunDirectory(Path(known.directory))
-    run.tracking.mkdir(exist_ok=True)
+    make_directory(run.tracking)
     with contextlib.ExitStack() as stack:
         lock = FileLock(run.tracking / "lock", "the trackers of the run")
         while True:  # a runner that was killed leaves a process that finishes first
@@ -158,7 +160,7 @@ def main() -> int:
                 break
             except BusyError:
                 time.sleep(0.1)
-        started = followers(told["trackers"], known, warn)
+        started = followers(request["trackers"], known, warn)
         sys.stdin.read()
         for follower in started:
             follower.stop()

@@ -1,28 +1,97 @@
-"""The trackers: TensorBoard event files, Weights & Biases, MLflow. Each package is imported when it is used."""
+"""The kinds of tracker, TensorBoard, Weights & Biases, MLflow, and what takes their figures.
+
+A package is imported when it is used.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import os
+import socket
+import struct
+import time
 import uuid
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.fields import Text
+from stackwise.config.kinds import Tracker
 from stackwise.config.loading import flat
 from stackwise.errors import UsageError
-from stackwise.pipeline.tracking.event_files import EventFile
-from stackwise.pipeline.tracking.figures import Point
-from stackwise.pipeline.tracking.following import About
+from stackwise.files import make_directory, open_to_write
+from stackwise.pipeline.tracking.following import About, Point, TrackerClient
+from stackwise.text import printable
 
 OPEN_WRITERS = 8
 """Event files of TensorBoard kept open at once."""
 _STATES = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+"""Schemes of URIs for which MLflow needs more packages."""
+_POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), bits reversed
+_LARGEST = 3.4028234663852886e38  # of float32
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
+    """TensorBoard event files in the run directory."""
+
+    inside: ClassVar[bool] = True
+    named: ClassVar[bool] = False
+
+    def build(self) -> TrackerClient:
+        """See `Tracker.build`."""
+        return _EventFiles()
+
+
+class WeightsAndBiases(Tracker):
+    """Weights & Biases."""
+
+    mode: Literal["offline", "online"] = Field(
+        "offline", description="online, or offline: kept in the run directory, to sync later"
+    )
+
+    def packages(self) -> dict[str, str]:
+        """See `Tracker.packages`."""
+        return {"wandb": "stackwise[wandb]"}
+
+    def build(self) -> TrackerClient:
+        """See `Tracker.build`."""
+        return _WandbRun(self.mode)
+
+
+class MLflow(Tracker):
+    """MLflow."""
+
+    uri: Text = Field(description="a server, a database, or a directory")
+
+    def packages(self) -> dict[str, str]:
+        """See `Tracker.packages`."""
+        database = self.uri.split(":")[0].split("+")[0] in DATABASES
+        return {"mlflow": "stackwise[mlflow]"} | (
+            dict.fromkeys(("sqlalchemy", "alembic"), "mlflow") if database else {}
+        )
+
+    def placed(self, absolute: Callable[[str], str]) -> Self:
+        """See `Tracker.placed`."""
+        scheme, colon, rest = self.uri.partition("://")
+        if not colon and scheme != "databricks":
+            return self.model_copy(update={"uri": absolute(scheme)})
+        if scheme == "sqlite" and rest.startswith("/") and not rest.startswith("//"):
+            return self.model_copy(update={"uri": f"sqlite:///{absolute(rest[1:])}"})
+        return self
+
+    def build(self) -> TrackerClient:
+        """See `Tracker.build`."""
+        return _MLflowRun(self.uri)
+
+
+class _EventFiles:
     """One folder of event files a stage (`stage-000`, …), and `depth` for held-out figures by depth."""
 
     name = "tensorboard"
@@ -57,12 +126,12 @@ class TensorBoard:
             if len(self._writers) >= OPEN_WRITERS:
                 self._writers.pop(next(iter(self._writers))).close()
             directory = self._directory / ("depth" if stage is None else f"stage-{stage:03d}")
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
             self._writers[stage] = EventFile(directory, f".{os.getpid()}-{next(self._numbers)}")
         return self._writers[stage]
 
 
-class WeightsAndBiases:
+class _WandbRun:
     """A run of Weights & Biases: a series a stage and figure, each over the stage's own steps.
 
     Args:
@@ -118,7 +187,7 @@ class WeightsAndBiases:
             self._run = None
 
 
-class MLflow:
+class _MLflowRun:
     """A run of an MLflow experiment.
 
     Args:
@@ -242,9 +311,101 @@ def about(config: StackWiseConfig, directory: Path) -> About:
     """What trackers are told of a run."""
     tracking = config.tracking
     return About(
-        name=tracking.name or directory.name,
-        project=tracking.project,
-        group=tracking.group,
+        name=printable(tracking.name or directory.name),
+        project=printable(tracking.project),
+        group=None if tracking.group is None else printable(tracking.group),
         directory=str(directory),
-        parameters=flat(config),
+        parameters={key: printable(v) if isinstance(v, str) else v for key, v in flat(config).items()},
     )
+
+
+def _table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (_POLYNOMIAL if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+_TABLE = _table()
+
+
+def masked_crc32c(data: bytes) -> int:
+    """CRC-32C, turned by 15 bits and shifted by a constant, as TFRecord has it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+class EventFile:
+    """One of TensorBoard's event files, appended to; scalars alone: TFRecords of Event messages.
+
+    A record is its length (8 bytes), the masked CRC-32C of that, the message, and the masked CRC-32C of the message.
+    The messages are protocol buffers (tensorflow/core/util/event.proto, framework/summary.proto), of which four fields
+    are needed: an import of the packages that have them all is an import of torch.
+
+    Args:
+        directory: Where it is made.
+        suffix: Ends its name; files of one second and directory need different ones.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+
+    def __init__(self, directory: Path, suffix: str) -> None:
+        now = time.time()
+        name = f"events.out.tfevents.{int(now)}.{socket.gethostname()}{suffix}"
+        self._file = open_to_write(directory / name, append=True)
+        self._write(_double(1, now) + _bytes(3, b"brain.Event:2"))
+
+    def scalar(self, tag: str, value: float, step: int, wall_time: float) -> None:
+        """Append a value of a series.
+
+        Args:
+            tag: The series.
+            value: Kept as float32, in which it may be infinite.
+            step: Where it stands.
+            wall_time: When it was measured, in seconds since 1970.
+        """
+        kept = value if math.isnan(value) or abs(value) <= _LARGEST else math.copysign(math.inf, value)
+        summary = _bytes(1, _bytes(1, tag.encode()) + _key(2, 5) + struct.pack("<f", kept))
+        self._write(_double(1, wall_time) + _key(2, 0) + _varint(step) + _bytes(5, summary))
+
+    def flush(self) -> None:
+        """Have what was appended on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, message: bytes) -> None:
+        length = struct.pack("<Q", len(message))
+        checks = (struct.pack("<I", masked_crc32c(part)) for part in (length, message))
+        self._file.write(length + next(checks) + message + next(checks))
+
+
+def _varint(value: int) -> bytes:
+    value &= 0xFFFFFFFFFFFFFFFF
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    found.append(value)
+    return bytes(found)
+
+
+def _key(field: int, kind: int) -> bytes:
+    return _varint(field << 3 | kind)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _key(field, 2) + _varint(len(value)) + value
+
+
+def _double(field: int, value: float) -> bytes:
+    return _key(field, 1) + struct.pack("<d", value)
