@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -137,6 +135,8 @@ def _python() -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
+    import importlib.metadata  # here, as status does without
+
     for name, wanted in _requirements():
         try:
             version = importlib.metadata.version(name)
@@ -155,6 +155,8 @@ def _packages() -> Iterator[Check]:
 
 def _requirements(extra: str | None = None) -> list[tuple[str, str]]:
     """(name, version wanted) of what StackWise needs, or of an extra."""
+    import importlib.metadata
+
     try:
         lines = importlib.metadata.requires("stackwise") or []
     except importlib.metadata.PackageNotFoundError:
@@ -245,6 +247,8 @@ def _cache() -> Check:
 
 
 def _extras() -> Iterator[Check]:
+    import importlib.metadata
+
     for extra, purpose in EXTRAS.items():
         missing = []
         for name, _ in _requirements(extra):
