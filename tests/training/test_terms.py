@@ -132,7 +132,11 @@ def test_gradients_and_means_are_those_written_out_by_hand(tmp_path: Path, accum
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("rack", [{}, {"tied": False}, {"trains": ["block.1", "head"]}, {"precision": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "rack",
+    [{}, {"tied": False}, {"trains": ["block.1", "head"]}, {"precision": "bf16"}, {"precision": "fp16"}],
+    ids=str,
+)
 def test_swapped_is_resident_bit_for_bit(tmp_path: Path, rack: dict[str, object], accumulation: int) -> None:
     chosen = settings(accumulation=accumulation)
     resident = ResidentEngine(Parts(**rack).whole(), chosen, seed=SEED, device=CPU)  # type: ignore[arg-type]

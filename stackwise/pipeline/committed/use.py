@@ -228,7 +228,10 @@ def _raised(
                     tokens = torch.from_numpy(rack.data.train.samples(samples_R[index], seq_len)).to(rack.device)
                     shown = torch.from_numpy(store.masks(masks[index], seq_len))
                     ids = store.rowset(info.rowset).sample_ids[index]
-                    batch = Batch(index, ids, {TOKENS: tokens, MASKS: shown})
+                    split, samples_B = rack.data.train, samples_R[index]
+                    columns = {name: split.column(name, samples_B, seq_len) for name in objective.inputs}
+                    more = {name: torch.from_numpy(column) for name, column in columns.items()}
+                    batch = Batch(index, ids, {TOKENS: tokens, MASKS: shown, **more})
                     entering, times = objective.shown(batch), objective.times(batch)
                     x_BSD = enter(front, entering, times, causal=objective.causal).to(stream)
                     carried.append(torch.empty(0))
