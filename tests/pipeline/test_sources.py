@@ -38,7 +38,7 @@ def test_a_part_of_a_larger_file_is_read_by_its_names_alone(tmp_path: Path, stat
     assert tensors.keys() == state.keys()
     made = block(tmp_path / "model", digest=part_digest(narrow), names=names).state_dict()
     assert all(torch.equal(made[name], narrow[name].float()) for name in state)
-    with pytest.raises(DamageError, match="model has no tensor model.layers.7.x"):
+    with pytest.raises(DamageError, match=r"model has no tensor model\.layers\.7\.x"):
         load_part(Source(str(tmp_path / "model"), names=names | {"x": "model.layers.7.x"}))
 
 
