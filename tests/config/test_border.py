@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
+import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import parse_overrides, parse_yaml
+from stackwise.config.loading import build, dump, leaves, parse_overrides, parse_yaml
+from stackwise.config.translations import TABLE
+from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError, UsageError
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -119,3 +125,56 @@ def test_an_unknown_key_names_what_is_near_and_never_all_there_is() -> None:
     said = "\n".join(refused.value.faults)
     assert "training.mask_schedule_type" in said
     assert "model.d_model" in said
+
+
+VALUES: list[Any] = [
+    *(
+        None,
+        True,
+        0,
+        -1,
+        3,
+        2**40,
+        10**17,
+        1.5,
+        1e300,
+        math.nan,
+        math.inf,
+        "",
+        "x",
+        "auto",
+        "none",
+        "muon",
+        "mla",
+        "all",
+    ),
+    *([], [1], ["x"], [[1]], {}, {"name": "muon"}, {"kind": "mla", "kv_rank": 0}, {1: 2}, "clm", "\n", "\x1b"),
+    {0: {"training": {"muon_momentum": 0.3}}},
+]
+"""What a key may be set to by someone who means no good, or knows no better."""
+
+
+@pytest.mark.parametrize("trials", [30, pytest.param(1500, marks=pytest.mark.stress)])
+def test_whatever_is_written_is_read_or_refused(trials: int, tmp_path: Path) -> None:
+    draw = random.Random(7)
+    bases = [StackWiseConfig.from_preset(name) for name in ("micro", "llama-70b")]
+    bases.append(StackWiseConfig.from_yaml(str(Path(__file__).parent / "earlier.yaml")))
+    keys = [key for base in bases for key, _ in leaves(base.model_dump())] + [row.old for row in TABLE]
+    keys += [f"training.progressive.{name}" for name in ("time_interpretation", "training_objective", "enabled")]
+    path = tmp_path / "c.yaml"
+    for _ in range(trials):
+        text = bytearray(dump(draw.choice(bases)).encode())
+        for _ in range(draw.choice([0, 0, 1, 4])):
+            text[draw.randrange(len(text))] = draw.randrange(256)
+        path.write_bytes(text)
+        overrides = {draw.choice(keys): copy.deepcopy(draw.choice(VALUES)) for _ in range(draw.randint(0, 3))}
+        config, refusal = None, ""
+        try:
+            config = StackWiseConfig.from_yaml(str(path), overrides)
+        except UsageError as error:
+            refusal = str(error)
+        assert refusal.replace("\n", "").isprintable(), overrides
+        if config is None:
+            continue
+        unused_settings(config)
+        assert build(StackWiseConfig, parse_yaml(dump(config), "saved")) == config, overrides
