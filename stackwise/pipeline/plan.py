@@ -37,11 +37,13 @@ class Entry:
         recomputed: The committed stages between that and the stage, lowest first: their output is made as the stage
             asks for it.
         fills: Whether the boundary that enters the stage is written as they make it.
+        held_out: The held-out rows' boundary that enters a stage to train; None: tokens, or none is needed.
     """
 
     reads: str | None = None
     recomputed: tuple[Stage, ...] = ()
     fills: bool = False
+    held_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,6 @@ class Plan:
         entry: Entry,
         writes: bool,
         rowset: int | None = None,
-        held_out_reads: str | None = None,
     ) -> StageJob:
         """A worker's job at one stage.
 
@@ -309,7 +310,6 @@ class Plan:
             entry: How rows come to it.
             writes: Whether to write the boundary above.
             rowset: The number of the rowset, where it is not the stage's own.
-            held_out_reads: The held-out rows' boundary that enters a stage to train; None: tokens, or none is needed.
         """
         writes_held_out = rowset is None and self.writes_held_out(stage)
         held_out = self.rowset(HELD_OUT)[0] if rowset is None and (self.evaluates(stage) or writes_held_out) else None
@@ -345,7 +345,7 @@ class Plan:
             ),
             fills=entry.fills,
             held_out=held_out,
-            held_out_reads=held_out_reads,
+            held_out_reads=entry.held_out,
             writes_held_out=writes_held_out,
         )
 

@@ -30,6 +30,9 @@ SHOWN = 3
 OTHER = {"forward.numerics": "the version of the arithmetic", "held_out": "the held-out rows"}
 """Entries of a recipe that no setting stands for, in words."""
 
+UNFIT = (StackWiseError, ValueError, ArithmeticError, LookupError, TypeError, StopIteration)
+"""What settings raise of which one alone was changed, so that they need not go together."""
+
 Look = Callable[[StackWiseConfig, Stage], Any]
 
 
@@ -104,7 +107,7 @@ class History:
         old = None
         with contextlib.suppress(DamageError):
             old = plan.store.stage(last, check=False)
-        if old is None:
+        if old is None or not isinstance(old.record.get("recipe"), dict):
             causes = self._causes(plan.config, stage, _shape)
             return f"changed: {words(causes)}" if causes else "the configuration changed since it began"
         decided = self._changes(old.record["recipe"], recipe, plan, stage)
@@ -150,7 +153,7 @@ class History:
         """The changed settings each of which alone changes what `look` sees of a stage."""
         if self.config is None:
             return []
-        before = _looked(look, self.config, schedule(self.config), stage)
+        before = _looked(look, self.config, _schedule(self.config), stage)
         causes = []
         for change in changed_settings(self.config, config, stage.depth):
             if change not in self._alone:
@@ -231,14 +234,17 @@ def _schedule(config: StackWiseConfig) -> list[Stage]:
     """The stages; none where the settings do not go together."""
     try:
         return schedule(config)
-    except (StackWiseError, ValueError, ZeroDivisionError, StopIteration):
+    except UNFIT:
         return []
 
 
 def _looked(look: Look, config: StackWiseConfig, stages: Sequence[Stage], stage: Stage) -> Any:
-    """What `look` sees of a stage of a configuration; None where it has none such."""
+    """What `look` sees of a stage of a configuration; None where there is none, or settings do not fit together."""
     same = next((s for s in stages if (s.depth, s.window) == (stage.depth, stage.window)), None)
-    return None if same is None else look(config, same)
+    try:
+        return None if same is None else look(config, same)
+    except UNFIT:
+        return None
 
 
 def _shape(config: StackWiseConfig, stage: Stage) -> Any:

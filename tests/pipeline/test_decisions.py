@@ -16,6 +16,7 @@ from stackwise.errors import StackWiseError
 from stackwise.pipeline.decisions import decide, preview, traffic_of
 from stackwise.pipeline.job import Source
 from stackwise.pipeline.plan import Entry, Plan
+from stackwise.pipeline.reasons import History
 from stackwise.pipeline.recipe import recipe_id
 from stackwise.pipeline.runner.workers import Worker
 from stackwise.store import ActivationStore
@@ -106,6 +107,16 @@ def test_a_stage_begins_from_a_file_with_other_names(plan: Plan, finished: Path,
     with ActivationStore(tmp_path / "other") as store:
         other = planned(plan.config, store, sources=plan.sources)
         assert trained(other, tmp_path / "log") == by_names
+
+
+def test_settings_that_fit_only_together_are_causes_each(micro: Micro, plan: Plan) -> None:
+    rising = {"training__mode": "independent", "training__steps": 5}
+    earlier = micro(**rising, training__max_mask_fraction=0.5)
+    stage = {"depth": 0, "window": 0, "recipe": "0" * 32, "state": "done"}
+    now = planned(micro(**rising, training__min_mask_fraction=0.6, training__max_mask_fraction=0.9), plan.store)
+    reason = History([stage], earlier).reason(now, now.stages[0], now.recipe(now.stages[0], {}))
+    assert "training.min_mask_fraction: 0.15 → 0.6" in reason
+    assert "training.max_mask_fraction: 0.5 → 0.9" in reason
 
 
 def test_a_source_that_is_not_what_it_was_is_refused(plan: Plan, finished: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from stackwise.durable import FileLock, is_locked
@@ -155,9 +156,8 @@ class Execution:
             entry = self._boundaries.entry(stage, versions)
             if writes or entry.fills:
                 self._boundaries.make_room(stage, entry.reads)
-            held_out = None
             if stage.reads_boundary and (self._plan.evaluates(stage) or self._plan.writes_held_out(stage)):
-                held_out = self._boundaries.made(stage, versions, HELD_OUT)
+                entry = replace(entry, held_out=self._boundaries.made(stage, versions, HELD_OUT))
             job = self._plan.job(
                 stage,
                 versions,
@@ -165,7 +165,6 @@ class Execution:
                 train=self._plan.committed(key) is None,
                 entry=entry,
                 writes=writes,
-                held_out_reads=held_out,
             )
             try:
                 self._pool.work(job)
@@ -174,7 +173,7 @@ class Execution:
                 committed = self._plan.committed(key)
                 if error.exit_code != DamageError.exit_code or attempt == 2:
                     raise
-                self._boundaries.heal(stage, versions, entry, held_out, error)
+                self._boundaries.heal(stage, versions, entry, error)
                 if committed is not None:  # what failed was the boundary above: it is written when it is needed
                     self._again.discard(key)
                     return committed
@@ -248,16 +247,9 @@ class Boundaries:
         assert info is not None, "a worker that ended well has written its boundary"
         return info.id
 
-    def heal(
-        self,
-        stage: Stage,
-        versions: Versions,
-        entry: Entry,
-        held_out: str | None,
-        error: StackWiseError,
-    ) -> None:
+    def heal(self, stage: Stage, versions: Versions, entry: Entry, error: StackWiseError) -> None:
         """Drop a boundary that turned out damaged, so that it is recomputed from the trunk."""
-        at_hand = [boundary for boundary in (entry.reads, held_out) if boundary is not None]
+        at_hand = [boundary for boundary in (entry.reads, entry.held_out) if boundary is not None]
         trunk = self._plan.trunk(stage, versions)
         if entry.fills and trunk is not None:
             codec = codec_name(self._plan.config.store)
