@@ -17,7 +17,7 @@ from stackwise.pipeline.device import describe
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.recipe import codec_name
 from stackwise.pipeline.schedule import HEAD, Stage, block_part
-from stackwise.store import CODECS
+from stackwise.store import codec_named
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Setting:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row on disk."""
-        return CODECS[codec_name(self.config.store)].row_bytes(self.config.training.seq_len, self.config.model.d_model)
+        return codec_named(codec_name(self.config.store)).row_bytes(
+            self.config.training.seq_len, self.config.model.d_model
+        )
 
     @property
     def rows(self) -> int:

@@ -23,11 +23,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from stackwise.errors import NotFound, UsageError
 from stackwise.files import read_bytes
 from stackwise.identity import Hex, digest
+
+if TYPE_CHECKING:
+    from stackwise.store.codecs import Codec
 
 K = TypeVar("K")
 
@@ -148,3 +151,13 @@ def _import_file(path: Path) -> None:
 def _source_digest(kind: object) -> Hex:
     target = kind if inspect.isclass(kind) or inspect.isfunction(kind) else type(kind)
     return digest(read_bytes(Path(inspect.getfile(target)).resolve()))
+
+
+CODECS: Registry[type[Codec]] = Registry(
+    "codec",
+    {name: f"stackwise.store.codecs:{name.upper()}" for name in ("fp32", "bf16", "fp16", "fp8", "int8")},
+)
+"""Number formats of stored activations: here, as the store knows no configuration and the configuration no store.
+
+A codec is one of them, or one with a compressor: `<name>-blosc`, `<name>-zstd` (`stackwise.store.codec_named`).
+"""

@@ -20,7 +20,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.pipeline.events import Event
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
-from stackwise.store import CODECS, ActivationStore, RowOrder
+from stackwise.store import ActivationStore, RowOrder, codec_named, codec_names
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def train(path: Path, *, seeds: int, steps: int) -> tuple[Losses, list[float]]:
     Returns:
         Its held-out losses, and stage 0's, one a seed.
     """
-    formats = list(dict.fromkeys(codec.base for codec in CODECS.values()))
+    formats = list(dict.fromkeys(codec_named(name).base for name in codec_names()))
     losses: Losses = {name: [] for name in formats}
     below = []
     for seed in range(seeds):
@@ -92,12 +92,13 @@ def speeds(path: Path, x: torch.Tensor, *, rounds: int) -> dict[str, list[float]
 
     count, seq_len, d_model = x.shape
     samples = np.random.default_rng(0).integers(0, 256, (count, 16), np.uint8)
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in CODECS}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in codec_names()}
     found: dict[str, list[float]] = {}
     decoded: dict[str, torch.Tensor] = {}
     order = RowOrder(count, seed=("codecs",), chunk_rows=64)
     for turn in range(rounds):
-        for name, codec in CODECS.items():
+        for name in codec_names():
+            codec = codec_named(name)
             with ActivationStore(path / "speed") as store:
                 rowset = store.put_rowset(samples, store.put_masks(np.ones((1, seq_len), bool)).repeat(count, axis=0))
                 began = time.perf_counter()
@@ -142,7 +143,7 @@ def shown(found: dict[str, list[float]], losses: Losses, below: list[float], *, 
     seeds = "one seed" if len(below) == 1 else f"{len(below)} seeds (in parentheses the least and the most)"
     lines = []
     for name, (size, error, decoded, wrote, read) in found.items():
-        own, exact = losses[CODECS[name].base], losses["fp32"]
+        own, exact = losses[codec_named(name).base], losses["fp32"]
         cost = sorted(one - other for one, other in zip(own, exact, strict=True))
         spread = f" ({cost[0]:+.4f} to {cost[-1]:+.4f})" if len(cost) > 1 else ""
         lines.append(

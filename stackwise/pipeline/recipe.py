@@ -16,7 +16,7 @@ from stackwise.identity import NUMERICS, Hex, content_id
 from stackwise.pipeline.device import cpu_alone
 from stackwise.pipeline.rows import stage_fractions, window_edges
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_part, drawn_and_window
-from stackwise.store import CODECS, default_chunk_rows
+from stackwise.store import codec_named, default_chunk_rows
 
 Recipe = dict[str, Any]
 
@@ -44,7 +44,7 @@ def order_rows(config: StackWiseConfig, rows: int) -> int:
 
 def boundary_bytes(config: StackWiseConfig, rows: int) -> int:
     """Bytes of one boundary."""
-    return rows * CODECS[codec_name(config.store)].row_bytes(config.row_positions, config.model.d_model)
+    return rows * codec_named(codec_name(config.store)).row_bytes(config.row_positions, config.model.d_model)
 
 
 def whole_boundary(config: StackWiseConfig, rows: int) -> int:
@@ -54,7 +54,7 @@ def whole_boundary(config: StackWiseConfig, rows: int) -> int:
 
 def boundary_chunk_rows(config: StackWiseConfig, rows: int) -> int:
     """Rows in a chunk of a boundary, by `store.chunk_bytes`: a power of two, or all rows where they are fewer."""
-    row_bytes = CODECS[codec_name(config.store)].row_bytes(config.row_positions, config.model.d_model)
+    row_bytes = codec_named(codec_name(config.store)).row_bytes(config.row_positions, config.model.d_model)
     fitting = max(1, config.store.chunk_bytes // row_bytes)
     return min(rows, 1 << (fitting.bit_length() - 1))
 
@@ -128,7 +128,7 @@ def stage_recipe(config: StackWiseConfig, stage: Stage, forward: Mapping[str, An
     if any(digest is None for digest in reads.initial.values()):  # drawn from the seed
         settings["model"]["init_std"] = config.model.init_std
     if reads.trunk is not None:
-        settings["store"] = {"codec": CODECS[codec_name(config.store)].base}
+        settings["store"] = codec_named(codec_name(config.store)).specification
     return {
         "version": VERSION,
         "settings": settings,

@@ -8,18 +8,16 @@ Nothing here imports torch until a tensor is handed in or out.
 
 from typing import TYPE_CHECKING
 
-from stackwise.store.boundaries import Evicted
+from stackwise.registry import CODECS
+from stackwise.store.boundaries import Evicted, Recompute
 from stackwise.store.chunks import ChunkDamage
-from stackwise.store.codecs import CODECS, Codec, default_chunk_rows
-from stackwise.store.order import RowOrder
-from stackwise.store.prefetch import Prefetcher
+from stackwise.store.codecs import Codec, codec_named, codec_names, default_chunk_rows
+from stackwise.store.order import Prefetcher, RowOrder
 from stackwise.store.reader import BoundaryReader
-from stackwise.store.recompute import Recompute
 from stackwise.store.records import BoundaryInfo, boundary_id_of
-from stackwise.store.rescue import repair_store
-from stackwise.store.rowset import Rowset, rowset_id_of
+from stackwise.store.rows import Rowset, rowset_id_of
 from stackwise.store.stages import CommittedStage, PartFile
-from stackwise.store.store import ActivationStore
+from stackwise.store.store import ActivationStore, repair_store
 from stackwise.store.writer import BoundaryWriter
 
 if TYPE_CHECKING:
@@ -42,6 +40,8 @@ __all__ = [
     "RowOrder",
     "Rowset",
     "boundary_id_of",
+    "codec_named",
+    "codec_names",
     "default_chunk_rows",
     "repair_store",
     "rowset_id_of",

@@ -11,21 +11,23 @@ Encoding is a pure function of one row, so a row never depends on its neighbours
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from stackwise.errors import UsageError
+from stackwise.registry import CODECS
 
 if TYPE_CHECKING:
     import torch
 
+
 Array = npt.NDArray[Any]
 Compression = Literal["none", "blosc", "zstd"]
 
-_FP8_MAX, _INT8_MAX = 448.0, 127.0
 CHUNK_BYTES = 8 << 20
 
 
@@ -51,35 +53,54 @@ class ArraySpec:
         return int(np.prod(self.row_shape(seq_len, d_model))) * self.numpy.itemsize
 
 
-@dataclass(frozen=True)
-class Codec:
-    """A name, the arrays it stores, and what reading gives back.
+_SCALE = ArraySpec("scale", "float32", per_feature=False)
+
+
+class Codec(abc.ABC):
+    """One number format, with or without a compressor; subclasses say what they store, and how.
+
+    One from outside the package is registered in a file of its own, and is then a name for `store.codec` like any
+    other, with and without a compressor; its code is part of the ids of what is stored with it:
+
+        @CODECS.register("int4")
+        class Int4(Codec): ...
 
     Args:
-        name: As configurations and records call it.
-        base: The number format.
-        stored: The element type that the `activations` array's bits are ("bfloat16").
-        decoded: The torch dtype that reading gives.
-        arrays: `activations`, and `scale` where there is one.
         compression: The compressor over each chunk's bytes.
     """
 
-    name: str
-    base: str
-    stored: str
-    decoded: str
-    arrays: tuple[ArraySpec, ...]
-    compression: Compression = "none"
+    stored: ClassVar[str]
+    """The element type that the bits of the `activations` array are ("bfloat16")."""
+    decoded: ClassVar[str]
+    """The torch dtype that reading gives."""
+    arrays: ClassVar[tuple[ArraySpec, ...]]
+    """`activations`, and what decoding needs beside it, such as `scale`."""
+    direct: ClassVar[bool] = False
+    """Whether a stored row's bytes are those of the decoded tensor: then rows are read straight into their place."""
+
+    def __init__(self, compression: Compression = "none") -> None:
+        self.compression = compression
+
+    @property
+    def base(self) -> str:
+        """The name of the number format in `CODECS`."""
+        return CODECS.name_of(type(self))
+
+    @property
+    def name(self) -> str:
+        """As configurations and records call it."""
+        return self.base if self.compression == "none" else f"{self.base}-{self.compression}"
+
+    @property
+    def specification(self) -> dict[str, str]:
+        """What of it shapes a result: the number format, and the code of one from outside. Compressors do not."""
+        code = CODECS.code(self.base)
+        return {"codec": self.base} | ({} if code is None else {"codec_code": code})
 
     @property
     def lossless(self) -> bool:
         """Whether a tensor of the decoded dtype comes back bit for bit."""
-        return len(self.arrays) == 1
-
-    @property
-    def raw(self) -> bool:
-        """Whether a row can be read straight into its place: its bytes lie in the file as the tensor has them."""
-        return self.compression == "none" and self.lossless
+        return self.direct
 
     @property
     def decoded_itemsize(self) -> int:
@@ -90,43 +111,37 @@ class Codec:
         """Bytes of a stored row, before compression."""
         return sum(spec.row_bytes(seq_len, d_model) for spec in self.arrays)
 
+    @abc.abstractmethod
     def encode(self, x: torch.Tensor | Array) -> list[Array]:
-        """The stored arrays of rows `x` [n, seq, d_model], C-contiguous and little-endian.
+        """The stored arrays of rows `x` [n, seq, d_model], C-contiguous and little-endian, each row by itself.
 
         Raises:
             UsageError: A number has no place in the format: not finite with a scale, or too large for fp16.
         """
-        if self.base in ("fp8", "int8"):
-            return _encode_scaled(x, self.base)
-        if isinstance(x, np.ndarray):
-            return [_encode_numpy(x, self.base)]
-        import torch
 
-        target = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.base]
-        y = x.detach().to(device="cpu", dtype=target).contiguous()
-        bits = y.view(torch.uint16).numpy() if target is torch.bfloat16 else y.numpy()
-        if self.base == "fp16":
-            _check_range(x, y)
-        return [bits]
+    def decode(self, stored: list[Array], out: torch.Tensor) -> None:
+        """Undo `encode` into `out` [n, seq, d_model] of the decoded dtype; asked only where not `direct`."""
+        raise NotImplementedError
 
     def round_trip(self, x: torch.Tensor) -> torch.Tensor:
         """What reading gives of rows [n, seq, d_model] that were written, without a disk between.
 
         Returns:
-            A tensor of the decoded dtype: on the device of `x` where the codec has no scale, else on the CPU.
+            A tensor of the decoded dtype: on the device of `x` where the codec is `direct`, else on the CPU.
         """
         import torch
 
         decoded: torch.dtype = getattr(torch, self.decoded)
-        if self.lossless:
+        if self.direct:
             y = x.detach().to(decoded)
-            if self.base == "fp16":
-                _check_range(x, y)
+            self.check(x, y)
             return y
-        stored, scale = self.encode(x)
         out = torch.empty(x.shape, dtype=decoded)
-        decode_scaled(self.base, stored, scale, out)
+        self.decode(self.encode(x), out)
         return out
+
+    def check(self, x: torch.Tensor, y: torch.Tensor) -> None:  # noqa: B027  # most formats hold every number
+        """Raise `UsageError` where numbers of `x` have no place in `y`, the same in the decoded dtype."""
 
     def compress(self, data: Array) -> Any:
         """The bytes of one whole chunk of one array, as its file has them."""
@@ -154,38 +169,162 @@ class Codec:
             raise ValueError(str(error)) from error
 
 
-def _base(name: str, stored: str, decoded: str, *arrays: ArraySpec) -> list[Codec]:
-    plain = Codec(name, name, stored, decoded, arrays)
-    packed = [Codec(f"{name}-{c}", name, stored, decoded, arrays, c) for c in ("blosc", "zstd")]
-    return [plain, *packed]
+class _Plain(Codec):
+    """Numbers as they are, in a narrower or equal type."""
+
+    direct = True
+
+    def encode(self, x: torch.Tensor | Array) -> list[Array]:
+        """See `Codec.encode`."""
+        if isinstance(x, np.ndarray):
+            return [self._encode_numpy(x)]
+        import torch
+
+        y = x.detach().to(device="cpu", dtype=getattr(torch, self.decoded)).contiguous()
+        self.check(x, y)
+        return [y.view(torch.uint16).numpy() if y.dtype is torch.bfloat16 else y.numpy()]
+
+    @abc.abstractmethod
+    def _encode_numpy(self, x: Array) -> Array: ...
 
 
-_SCALE = ArraySpec("scale", "float32", per_feature=False)
+class FP32(_Plain):
+    """float32."""
 
-CODECS: dict[str, Codec] = {
-    codec.name: codec
-    for codec in (
-        *_base("fp32", "float32", "float32", ArraySpec("activations", "float32", per_feature=True)),
-        # zarr-python has no bfloat16: the bits are stored as uint16, and the attributes say what they are.
-        *_base("bf16", "bfloat16", "bfloat16", ArraySpec("activations", "uint16", per_feature=True)),
-        *_base("fp16", "float16", "float16", ArraySpec("activations", "float16", per_feature=True)),
-        *_base("fp8", "float8_e4m3fn", "bfloat16", ArraySpec("activations", "uint8", per_feature=True), _SCALE),
-        *_base("int8", "int8", "bfloat16", ArraySpec("activations", "int8", per_feature=True), _SCALE),
-    )
-}
-"""Every codec by name."""
+    stored = decoded = "float32"
+    arrays = (ArraySpec("activations", "float32", per_feature=True),)
+
+    def _encode_numpy(self, x: Array) -> Array:
+        return np.ascontiguousarray(x, "<f4")
+
+
+class BF16(_Plain):
+    """bfloat16. zarr-python has none: the bits are stored as uint16, and the attributes say what they are."""
+
+    stored = decoded = "bfloat16"
+    arrays = (ArraySpec("activations", "uint16", per_feature=True),)
+
+    def _encode_numpy(self, x: Array) -> Array:
+        bits = np.ascontiguousarray(x, "<f4").view(np.uint32)
+        # Round to nearest, ties to even, as torch does; a NaN must not round to infinity.
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        rounded = ((bits + (np.uint32(0x7FFF) + odd)) >> np.uint32(16)).astype("<u2")
+        nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        if nan.any():
+            rounded[nan] = 0x7FC0
+        return rounded
+
+
+class FP16(_Plain):
+    """float16; refuses what is beyond 65504."""
+
+    stored = decoded = "float16"
+    arrays = (ArraySpec("activations", "float16", per_feature=True),)
+
+    def _encode_numpy(self, x: Array) -> Array:
+        with np.errstate(over="ignore"):
+            half = np.ascontiguousarray(x, "<f2")
+        if half is not x and bool((np.isinf(half) & np.isfinite(x)).any()):
+            raise _too_large()
+        return half
+
+    def check(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """See `Codec.check`."""
+        if x.dtype is not y.dtype and bool((y.isinf() & x.isfinite().to(y.device)).any()):
+            raise _too_large()
+
+
+class _Scaled(Codec):
+    """8 bits a number, with a float32 scale for each position of each row."""
+
+    decoded = "bfloat16"
+    largest: ClassVar[float]
+
+    def encode(self, x: torch.Tensor | Array) -> list[Array]:
+        """See `Codec.encode`."""
+        import torch
+
+        y = torch.from_numpy(np.ascontiguousarray(x, np.float32)) if isinstance(x, np.ndarray) else x.detach()
+        y = y.to(device="cpu", dtype=torch.float32)
+        largest = y.abs().amax(dim=-1)
+        if not bool(largest.isfinite().all()):
+            raise UsageError(
+                f"codec {self.base} cannot store numbers that are not finite",
+                hint="the activations diverged; bf16 stores them",
+            )
+        scale = largest / self.largest
+        # A position of zeros, or one so small that its scale underflows, is stored as zeros.
+        divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(-1)
+        return [self._quantized(y / divisor).contiguous().numpy(), scale.contiguous().numpy()]
+
+    def decode(self, stored: list[Array], out: torch.Tensor) -> None:
+        """See `Codec.decode`."""
+        import torch
+
+        q, scale = self._numbers(torch.from_numpy(stored[0])), torch.from_numpy(stored[1]).unsqueeze(-1)
+        torch.mul(q.to(torch.float32), scale, out=(product := torch.empty(out.shape)))
+        out.copy_(product)
+
+    @abc.abstractmethod
+    def _quantized(self, q: torch.Tensor) -> torch.Tensor: ...
+
+    def _numbers(self, bits: torch.Tensor) -> torch.Tensor:
+        return bits
+
+
+class FP8(_Scaled):
+    """e4m3."""
+
+    stored, largest = "float8_e4m3fn", 448.0
+    arrays = (ArraySpec("activations", "uint8", per_feature=True), _SCALE)
+
+    def _quantized(self, q: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return q.clamp(-self.largest, self.largest).to(torch.float8_e4m3fn).view(torch.uint8)
+
+    def _numbers(self, bits: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return bits.view(torch.float8_e4m3fn)
+
+
+class INT8(_Scaled):
+    """8-bit integers."""
+
+    stored, largest = "int8", 127.0
+    arrays = (ArraySpec("activations", "int8", per_feature=True), _SCALE)
+
+    def _quantized(self, q: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return q.round().clamp(-self.largest, self.largest).to(torch.int8)
+
+
+COMPRESSIONS: tuple[Compression, ...] = ("none", "blosc", "zstd")
+_made: dict[str, Codec] = {}
 
 
 def codec_named(name: str) -> Codec:
-    """The codec of that name.
+    """The codec of that name: one of `CODECS`, or `<one of them>-blosc` or `-zstd`.
 
     Raises:
         UsageError: There is none.
     """
-    try:
-        return CODECS[name]
-    except (KeyError, TypeError):
-        raise UsageError(f"codec {name!r} is not known; known are {', '.join(CODECS)}") from None
+    if not isinstance(name, str):
+        raise UsageError(f"{str(name)[:40]!r} is no codec")
+    if name not in _made:
+        base, _, suffix = name.partition("-")
+        compression: Compression = next((each for each in COMPRESSIONS[1:] if each == suffix), "none")
+        if base not in CODECS or (suffix and compression == "none"):
+            raise UsageError(f"codec {name[:40]!r} is not known; known are {', '.join(codec_names())}")
+        _made[name] = CODECS[base](compression)
+    return _made[name]
+
+
+def codec_names() -> list[str]:
+    """The names of all codecs."""
+    return [base if c == "none" else f"{base}-{c}" for base in CODECS.names() for c in COMPRESSIONS]
 
 
 def default_chunk_rows(seq_len: int, d_model: int, itemsize: int, rows: int) -> int:
@@ -201,61 +340,6 @@ def default_chunk_rows(seq_len: int, d_model: int, itemsize: int, rows: int) -> 
     """
     fitting = max(1, CHUNK_BYTES // max(1, seq_len * d_model * itemsize))
     return max(1, min(rows, 1 << (fitting.bit_length() - 1)))
-
-
-def _encode_numpy(x: Array, base: str) -> Array:
-    if base == "fp32":
-        return np.ascontiguousarray(x, "<f4")
-    if base == "fp16":
-        with np.errstate(over="ignore"):
-            half = np.ascontiguousarray(x, "<f2")
-        if half is not x and bool((np.isinf(half) & np.isfinite(x)).any()):
-            raise _too_large()
-        return half
-    bits = np.ascontiguousarray(x, "<f4").view(np.uint32)
-    # Round to nearest, ties to even, as torch does; a NaN must not round to infinity.
-    rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype("<u2")
-    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    if nan.any():
-        rounded[nan] = 0x7FC0
-    return rounded
-
-
-def _encode_scaled(x: torch.Tensor | Array, base: str) -> list[Array]:
-    import torch
-
-    y = torch.from_numpy(np.ascontiguousarray(x, np.float32)) if isinstance(x, np.ndarray) else x.detach()
-    y = y.to(device="cpu", dtype=torch.float32)
-    largest = y.abs().amax(dim=-1)
-    if not bool(largest.isfinite().all()):
-        raise UsageError(
-            f"codec {base} cannot store numbers that are not finite", hint="the activations diverged; bf16 stores them"
-        )
-    scale = largest / (_FP8_MAX if base == "fp8" else _INT8_MAX)
-    # A position of zeros, or one so small that its scale underflows, is stored as zeros.
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(-1)
-    q = y / divisor
-    if base == "fp8":
-        bits = q.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    else:
-        bits = q.round().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
-    return [bits.contiguous().numpy(), scale.contiguous().numpy()]
-
-
-def decode_scaled(base: str, stored: Array, scale: Array, out: torch.Tensor) -> None:
-    """Write rows of `fp8` or `int8` [n, seq, d_model] times their scales [n, seq] into `out` (bfloat16)."""
-    import torch
-
-    q = torch.from_numpy(stored)
-    if base == "fp8":
-        q = q.view(torch.float8_e4m3fn)
-    torch.mul(q.to(torch.float32), torch.from_numpy(scale).unsqueeze(-1), out=(product := torch.empty(out.shape)))
-    out.copy_(product)
-
-
-def _check_range(x: torch.Tensor, half: torch.Tensor) -> None:
-    if x.dtype is not half.dtype and bool((half.isinf() & x.isfinite().to(half.device)).any()):
-        raise _too_large()
 
 
 def _too_large() -> UsageError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -12,9 +12,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 from stackwise.identity import Hex
 from stackwise.store.order import RowOrder
 from stackwise.store.store import ActivationStore
-
-if TYPE_CHECKING:
-    from stackwise.store.backend import Backend
 
 
 class BoundaryDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -31,7 +28,6 @@ class BoundaryDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         batch_size: Rows of a batch, B.
         start: Number of the first batch.
         batches: How many batches; by default one epoch's worth, the last one running into the next epoch.
-        backend: Where the boundaries lie, where not beside the index.
 
     Example:
         >>> loader = DataLoader(BoundaryDataset(path, boundary, order, 16), batch_size=None, num_workers=2)
@@ -46,13 +42,11 @@ class BoundaryDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         *,
         start: int = 0,
         batches: int | None = None,
-        backend: Backend | None = None,
     ) -> None:
         super().__init__()
         self.path, self.boundary, self.order, self.batch_size = os.fspath(path), boundary, order, batch_size
         self.start = start
         self.batches = batches if batches is not None else -(-order.length // batch_size)
-        self._backend = backend
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -62,7 +56,7 @@ class BoundaryDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         worker: Any = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         with (
-            ActivationStore(self.path, create=False, backend=self._backend) as store,
+            ActivationStore(self.path, create=False) as store,
             store.reader(self.boundary) as reader,
         ):
             for number in range(self.start + first, self.start + self.batches, step):

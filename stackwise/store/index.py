@@ -9,17 +9,224 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import hmac
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lmdb
+import xxhash
 
+from stackwise import files
 from stackwise.errors import DamageError, NoSpaceError, StackWiseError, UsageError
-from stackwise.store import files, trust
-from stackwise.store.tables import Reading, Writing
+from stackwise.store import disk
+
+Transaction = Any
+
+
+class Reading:
+    """One state of the tables. Keys and values are bytes."""
+
+    def __init__(self, transaction: Transaction, tables: dict[str, Any]) -> None:
+        self._transaction, self._tables = transaction, tables
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """The value of `key`, or None."""
+        value: bytes | None = self._transaction.get(key, db=self._tables[table])
+        return value
+
+    def get_many(self, table: str, keys: list[bytes]) -> list[bytes | None]:
+        """The values of `keys`, in order."""
+        get, database = self._transaction.get, self._tables[table]
+        return [get(key, None, database) for key in keys]
+
+    def scan(self, table: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """The records whose key begins with `prefix`, in order of their keys."""
+        with self._transaction.cursor(db=self._tables[table]) as cursor:
+            if not (cursor.set_range(prefix) if prefix else cursor.first()):
+                return
+            for key, value in cursor:
+                if not key.startswith(prefix):
+                    return
+                yield key, value
+
+    def keys(self, table: str, prefix: bytes = b"") -> list[bytes]:
+        """The keys that begin with `prefix`, in order; their values are not touched."""
+        found = []
+        with self._transaction.cursor(db=self._tables[table]) as cursor:
+            if cursor.set_range(prefix) if prefix else cursor.first():
+                for key in cursor.iternext(keys=True, values=False):
+                    if not key.startswith(prefix):
+                        break
+                    found.append(key)
+        return found
+
+    def count(self, table: str) -> int:
+        """Number of records."""
+        return int(self._transaction.stat(self._tables[table])["entries"])
+
+
+class Writing(Reading):
+    """The tables inside a write transaction."""
+
+    def put(self, table: str, key: bytes, value: bytes) -> None:
+        """Set `key`."""
+        self._transaction.put(key, value, db=self._tables[table])
+
+    def delete(self, table: str, key: bytes) -> bool:
+        """Remove `key`; whether it was there."""
+        return bool(self._transaction.delete(key, db=self._tables[table]))
+
+    def delete_prefix(self, table: str, prefix: bytes) -> int:
+        """Remove every key that begins with `prefix`; returns how many."""
+        removed = 0
+        with self._transaction.cursor(db=self._tables[table]) as cursor:
+            while cursor.set_range(prefix) and cursor.key().startswith(prefix):
+                cursor.delete()
+                removed += 1
+        return removed
+
+
+_KEY_BYTES = 32
+_ATTEMPTS = 8
+"""Walks of a file that another process commits to meanwhile."""
+_WALKED_BYTES = 16 << 20
+"""A walk of an index of this size takes under a second."""
+_METADATA_BYTES = 1 << 17  # two pages of the largest size that LMDB has
+
+
+def check_index(index: Path) -> None:
+    """Check an index before LMDB maps it; nothing where there is none yet.
+
+    Args:
+        index: The directory of the environment.
+
+    Raises:
+        DamageError: It is not a sound LMDB file, or something else lies at its place.
+    """
+    data = index / "data.mdb"
+    for path in (data, index / "lock.mdb"):
+        try:
+            os.close(files.open_regular(path))
+        except FileNotFoundError:
+            if path == data:
+                return
+        except files.IrregularFile as error:
+            raise _refused(data, [error.message]) from error
+    key = _key()
+    for _ in range(_ATTEMPTS):
+        before, digest = _metadata(data), _content_digest(data)
+        if key is not None and _is_marked(index, _token(key, digest)):
+            return
+        faults = find_faults(data)
+        if not faults:
+            if key is not None:
+                _mark(index, _token(key, digest))
+            return
+        # A commit during the walk shows two states at once; then the walk says nothing.
+        if before == _metadata(data):
+            raise _refused(data, faults)
+    # Another process committed throughout every walk: it has the file mapped, and reads and writes it.
+
+
+def mark_changed(index: Path) -> None:
+    """Mark an index that this process alone has changed and closed, where a walk at the next open would take long.
+
+    A small one is left to that walk, which then also finds what was damaged while it was open.
+    """
+    key, data = _key(), index / "data.mdb"
+    with contextlib.suppress(OSError):
+        if key is not None and os.lstat(data).st_size > _WALKED_BYTES:
+            _mark(index, _token(key, _content_digest(data)))
+
+
+def _metadata(data: Path) -> bytes:
+    """The pages that LMDB writes at each commit."""
+    with open(files.open_regular(data), "rb") as file:
+        return file.read(_METADATA_BYTES)
+
+
+def _content_digest(data: Path) -> str:
+    state, buffer = xxhash.xxh3_128(), memoryview(bytearray(1 << 20))
+    with open(files.open_regular(data), "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            state.update(buffer[:count])
+    return state.hexdigest()
+
+
+def _mark(index: Path, token: str) -> None:
+    path = index / "checked"
+    with contextlib.suppress(OSError):
+        files.remove_tree(path)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        with open(fd, "w") as file:
+            file.write(token)
+
+
+def find_faults(data: Path) -> list[str]:
+    """What is wrong with an LMDB file, found without mapping it; nothing where it is sound."""
+    try:
+        from lmdb import verify
+    except ImportError:  # lmdb before 3 has no verifier
+        return []
+    try:
+        return [str(fault) for fault in verify.verify(str(data), subdir=False)][:20]  # type: ignore[no-untyped-call]
+    except verify.VerifyError as error:
+        return [str(error)]
+    except (ValueError, IndexError, OverflowError, RecursionError, MemoryError, ArithmeticError, LookupError) as error:
+        return [f"{type(error).__name__}: {error}"]
+    except Exception as error:  # struct.error among others: whatever it stumbles over is a fault
+        return [f"{type(error).__name__}: {error}"]
+
+
+def _key() -> bytes | None:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    path = Path(home) / "stackwise" / "store-key"
+    try:
+        key = files.read_bytes(path, limit=_KEY_BYTES)
+        if len(key) == _KEY_BYTES:
+            return key
+    except OSError:
+        pass
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(fd, secrets.token_bytes(_KEY_BYTES))
+        finally:
+            os.close(fd)
+        # Whoever comes first wins; the others take theirs.
+        with contextlib.suppress(FileExistsError):
+            os.link(fresh, path)
+        fresh.unlink()
+        key = files.read_bytes(path, limit=_KEY_BYTES)
+    except OSError:
+        return None
+    return key if len(key) == _KEY_BYTES else None
+
+
+def _token(key: bytes, digest: str) -> str:
+    return hmac.new(key, digest.encode(), hashlib.sha256).hexdigest()
+
+
+def _is_marked(index: Path, token: str) -> bool:
+    try:
+        return hmac.compare_digest(files.read_bytes(index / "checked", limit=128), token.encode())
+    except OSError:
+        return False
+
+
+def _refused(path: Path, faults: list[str]) -> DamageError:
+    return DamageError(
+        f"the index {path} is damaged or was not made by StackWise ({faults[0][:160]})",
+        hint="`stackwise cache repair` sets it aside and rebuilds it from the boundaries",
+    )
+
 
 TABLES = ("masks", "rowsets", "boundaries", "trunks", "chunks", "runs", "evicted")
 MAP_SIZE = 1 << 36
@@ -87,10 +294,8 @@ class Index:
         if self._env is None:
             with self._opening, self._explained():
                 if self._env is None:
+                    check_index(self.path)
                     env = _open_environment(self.path, self._map_size, self.read_only)
-                    if trust.is_cut_off(self.path / "data.mdb", env.info()["last_pgno"], env.stat()["psize"]):
-                        env.close()
-                        raise lmdb.CorruptedError("the file is cut off")
                     self._tables = {name: env.open_db(name.encode(), create=not self.read_only) for name in TABLES}
                     env.reader_check()
                     self._env = env
@@ -110,7 +315,7 @@ class Index:
                 raise
             code = error.code if isinstance(error, lmdb.Error) else error.errno
             # LMDB calls a write that the full disk cut short an I/O error.
-            cut_short = code == errno.EIO and files.free_bytes(self.path) < _NEARLY_FULL
+            cut_short = code == errno.EIO and disk.free_bytes(self.path) < _NEARLY_FULL
             if code in (errno.ENOSPC, errno.EDQUOT) or cut_short:
                 raise NoSpaceError(
                     f"no space left on the disk that holds {self.path}",
@@ -251,6 +456,8 @@ def open_index(path: Path, map_size: int = MAP_SIZE, *, read_only: bool = False)
             index = _open[key] = Index(path, map_size, read_only=read_only)
         index.references += 1
         try:
+            if index._env is not None:
+                check_index(path)  # it may have been damaged since this process opened it
             index._environment()
         except BaseException:
             _release(key, index)

@@ -1,4 +1,4 @@
-"""Where things lie in a store, and whether a directory is a store that this version may open.
+"""Where things lie in a store, who uses what, and the room it takes.
 
     STORE/format.json                 format version and algorithms, written last at creation
     STORE/index/                      one LMDB environment, and `rowsets/<rowset id>` beside it
@@ -8,21 +8,30 @@
     STORE/reserve                     bytes set aside so that a full disk can still be cleaned
 
 Every path of a store is made here, and only from checked ids: no name from a file becomes a path.
+
+Who reads or writes a boundary holds its lock shared, who removes it needs it alone; the kernel frees a dead holder's. A
+lock file may be removed by whoever holds it alone, so a lease checks that the file it locked still bears the name.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
-from stackwise import durable, identity
-from stackwise.errors import DamageError, NotFound, UsageError
-from stackwise.files import IrregularFile, read_json
+from stackwise import durable, files, identity
+from stackwise.errors import BusyError, DamageError, NoSpaceError, NotFound, UsageError
+from stackwise.files import open_regular, remove_tree
+from stackwise.store import disk
 
 FORMAT = 1
-_LAST_FORMAT = 1000
-"""A version beyond this is damage, not a store of the future."""
+_LAST_FORMAT = 1000  # a version beyond this is damage, not a store of the future
 """Raised when an older StackWise could misread what this one writes."""
 
 _NETWORK = frozenset(
@@ -108,7 +117,7 @@ def refuse_network(path: Path) -> None:
     if kind in _NETWORK:
         raise UsageError(
             f"{path} is on a network file system ({kind}), where the store's index would be damaged",
-            hint="put the store on a local disk (store.path); its boundaries can live in an object store",
+            hint="put the store on a local disk (store.path)",
         )
 
 
@@ -147,33 +156,190 @@ def read_format(layout: Layout) -> int | None:
     """The format version of the store, or None where there is no store.
 
     Raises:
-        UsageError: The store is of a newer format, or it is a file.
-        DamageError: `format.json` is damaged.
+        UsageError: The store is of a newer format.
+        DamageError: `format.json` is not one.
     """
+    fault = "is not readable as a store's format"
     try:
-        value: Any = read_json(layout.format, limit=65536)
+        value: Any = files.read_json(layout.format, limit=1 << 16)
     except FileNotFoundError:
         return None
     except NotADirectoryError:
         raise UsageError(f"{layout.root} is a file, not a store") from None
-    except (ValueError, IrregularFile) as error:
-        raise _damaged_format(layout, "is not readable as a store's format") from error
+    except (ValueError, files.IrregularFile):
+        value = None
     version = value.get("format") if isinstance(value, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= _LAST_FORMAT:
-        raise _damaged_format(layout, "names no format version")
-    if version > FORMAT:
+    if isinstance(version, int) and FORMAT < version <= _LAST_FORMAT:
         raise UsageError(
             f"{layout.root} is a store of format {version}; this version reads up to format {FORMAT}",
-            hint="upgrade StackWise, or use another store",
+            hint="upgrade StackWise, or use another store; if the file is damaged, remove it and run again",
         )
-    if value.get("ids") != identity.ALGORITHM:
-        raise _damaged_format(
-            layout, f"names contents by {str(value.get('ids'))[:60]!r}, which format {version} does not"
-        )
-    return version
+    if version != FORMAT or isinstance(version, bool):
+        fault = f"is damaged: {fault}" if value is None else "is damaged: it names no format version"
+    elif value.get("ids") != identity.ALGORITHM:
+        fault = f"is damaged: it names contents by {str(value.get('ids'))[:60]!r}, which format {FORMAT} does not know"
+    else:
+        return FORMAT
+    raise DamageError(f"{layout.format} {fault}", hint="`stackwise cache repair` writes it anew")
 
 
-def _damaged_format(layout: Layout, what: str) -> DamageError:
-    return DamageError(
-        f"{layout.format} {what}", hint="if what lies beside it is a store, `stackwise cache repair` writes it anew"
-    )
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the system says where a file or a disk can only be read."""
+
+
+class Lease:
+    """A `flock` on `path`, shared or alone; released by `release`, by `with`, or by the holder's death.
+
+    Args:
+        path: The lock file; made when missing.
+        what: What it protects, as the refusal calls it.
+        alone: Exclusive instead of shared.
+
+    Raises:
+        BusyError: Another holder is in the way.
+        UsageError: `alone`, in a store that this user may only read.
+    """
+
+    def __init__(self, path: Path, what: str, *, alone: bool = False) -> None:
+        self.path = path
+        self._fd: int | None = None
+        mode = (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB
+        while True:
+            opened = open_lock(path)
+            if opened is None or (alone and not opened[1]):
+                if opened is not None:
+                    os.close(opened[0])
+                if alone:
+                    raise UsageError(f"{what} cannot be changed: its store can only be read here")
+                return
+            fd = opened[0]
+            try:
+                fcntl.flock(fd, mode)
+                if _is_still(fd, path):
+                    break
+                os.close(fd)
+            except BlockingIOError:
+                os.close(fd)
+                who = "read or written" if alone else "removed"
+                raise BusyError(
+                    f"{what} is being {who} by another process, or by another reader or writer of this one",
+                    hint="wait for it to end; its lock frees itself when its holder ends",
+                ) from None
+            except BaseException:
+                os.close(fd)
+                raise
+        self._fd = fd
+
+    def remove(self) -> None:
+        """Remove the lock file (a holder alone may) and let go."""
+        if self._fd is not None:
+            self.path.unlink(missing_ok=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let go; a second time does nothing."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def open_lock(path: Path) -> tuple[int, bool] | None:
+    """A lock file's descriptor, and whether the store can be written; None where it is missing and cannot be made.
+
+    Raises:
+        IrregularFile: It is a link, or anything but a file of its own.
+    """
+    try:
+        return files.open_regular(path, os.O_RDWR | os.O_CREAT, 0o644), True
+    except files.IrregularFile:
+        raise
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+    try:
+        return files.open_regular(path), False
+    except OSError:  # missing, or for its owner alone: nothing protects this reader
+        return None
+
+
+def hold_alone(fd: int) -> bool:
+    """Turn a shared lock into an exclusive one if nobody else holds it; whether that was so.
+
+    A conversion that fails loses the lock it had (flock(2)), so the shared one is taken anew.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        return False
+    return True
+
+
+def _is_still(fd: int, path: Path) -> bool:
+    try:
+        named = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    ours = os.fstat(fd)
+    return (ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino)
+
+
+RESERVE_BYTES = 8 << 20
+T = TypeVar("T")
+
+
+class Reserve:
+    """A file of real blocks that is given up when even removing needs room, and taken again after."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def take(self) -> bool:
+        """Make sure of it, where the disk has room to spare; whether it is there."""
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                there = os.lstat(self.path)
+                if stat.S_ISREG(there.st_mode) and there.st_blocks > 0:
+                    return True
+                if not stat.S_ISREG(there.st_mode):
+                    remove_tree(self.path)  # it is nobody's data, whatever lies there
+            size = min(RESERVE_BYTES, disk.free_bytes(self.path.parent) // 16)
+            fd = open_regular(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(fd, 0, max(size, 1))
+                else:
+                    os.write(fd, bytes(size))
+            finally:
+                os.close(fd)
+        except OSError:
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give it up."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+    def run(self, action: Callable[[], T]) -> T:
+        """Run what frees space; where the disk is too full even for that, give the reserve up and run it again.
+
+        Raises:
+            NoSpaceError: The disk is full to the last block even so.
+        """
+        try:
+            return action()
+        except NoSpaceError:
+            if not self.path.exists():
+                raise
+        self.release()
+        return action()

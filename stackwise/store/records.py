@@ -1,4 +1,4 @@
-"""What the index says of boundaries and chunks, and how it is written.
+"""What the index says of boundaries and chunks, and what `zarr.json` says of the same boundary to other programs.
 
 Every record is parsed with suspicion: a store may come from a stranger, and a figure from it decides how much
 memory is taken and which file is read.
@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stackwise.errors import DamageError
+from stackwise.files import parse_json
 from stackwise.identity import Hex, content_id, is_hex_id
-from stackwise.store.codecs import CODECS, Codec
+from stackwise.store.codecs import ArraySpec, Codec, codec_named
 
 State = Literal["writing", "complete"]
 MAX_ROWS = 1 << 48
@@ -31,7 +32,8 @@ _PART = struct.Struct("<Q16s")
 
 def boundary_id_of(trunk: Hex, rowset: Hex, codec: str) -> Hex:
     """What makes two boundaries the same: the forward that made them, the rows, how they are stored."""
-    return content_id("boundary", [trunk, rowset, codec])
+    code = codec_named(codec).specification.get("codec_code")  # of one from outside
+    return content_id("boundary", [trunk, rowset, codec, *([code] if code else [])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ class BoundaryInfo:
     @property
     def dtype(self) -> str:
         """The torch dtype that reading gives, such as `bfloat16`."""
-        return CODECS[self.codec].decoded
+        return codec_named(self.codec).decoded
 
     @property
     def chunks(self) -> int:
@@ -87,7 +89,7 @@ class BoundaryInfo:
     @property
     def logical_bytes(self) -> int:
         """Bytes of all rows as reading gives them."""
-        return self.rows * self.seq_len * self.d_model * CODECS[self.codec].decoded_itemsize
+        return self.rows * self.seq_len * self.d_model * codec_named(self.codec).decoded_itemsize
 
     @property
     def disk_bytes(self) -> int:
@@ -97,7 +99,7 @@ class BoundaryInfo:
     @property
     def codec_object(self) -> Codec:
         """The codec itself."""
-        return CODECS[self.codec]
+        return codec_named(self.codec)
 
     def chunk_span(self, chunk: int) -> tuple[int, int]:
         """(first row, row after the last) of a chunk."""
@@ -141,10 +143,10 @@ class BoundaryInfo:
         """
         boundary_id = key.hex()
         try:
-            value = json.loads(raw)
+            value = parse_json(raw)
             info = cls(id=boundary_id, **value)
             info.check()
-        except (ValueError, TypeError, RecursionError, KeyError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise DamageError(
                 f"the index's record of boundary {boundary_id} is damaged ({str(error)[:120]})",
                 hint="`stackwise cache repair` rebuilds the index from the boundaries",
@@ -154,7 +156,7 @@ class BoundaryInfo:
     def check(self) -> None:
         """Raise ValueError where a field is of the wrong type or out of range."""
         _expect(is_hex_id(self.id) and is_hex_id(self.trunk) and is_hex_id(self.rowset), "ids are 32 hex digits")
-        _expect(self.codec in CODECS, f"codec {str(self.codec)[:40]!r} is not known")
+        codec_named(self.codec)
         _expect(_whole(self.depth, 0, 1 << 32), "depth")
         _expect(_whole(self.rows, 1, MAX_ROWS), "rows")
         _expect(_whole(self.seq_len, 1, MAX_ELEMENTS) and _whole(self.d_model, 1, MAX_ELEMENTS), "shape")
@@ -209,6 +211,17 @@ class ChunkRecord:
         return cls(tuple(size for size, _ in parts), tuple(digest for _, digest in parts), digests)
 
 
+def parse_run(key: bytes, raw: bytes) -> tuple[str, dict[str, Any]] | None:
+    """A run's key and what it refers to (see `ActivationStore.runs`); None where the record is damaged."""
+    try:
+        name, value = key.decode(), parse_json(raw)
+        lists = value["recipes"], value["boundaries"], *value.get("idle", {}).values()
+        sound = all(isinstance(items, list) and all(isinstance(item, str) for item in items) for items in lists)
+        return (name, value) if sound and isinstance(value["at"], float | int) else None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
 def chunk_key(boundary_id: Hex, chunk: int) -> bytes:
     """Key of a chunk's record: chunks of a boundary lie together, in order."""
     return bytes.fromhex(boundary_id) + struct.pack(">I", chunk)
@@ -221,3 +234,106 @@ def _expect(condition: bool, message: str) -> None:
 
 def _whole(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+COLUMN_ROWS = 1 << 16
+"""Rows of a chunk of the small columns (`sample`, `mask`, `digest`)."""
+
+Json = dict[str, Any]
+
+
+def zarr_group(info: BoundaryInfo, mask_bits: int) -> Json:
+    """`zarr.json` of the boundary's group: what it is, without this project's code."""
+    return {
+        "zarr_format": 3,
+        "node_type": "group",
+        "attributes": {
+            "stackwise": {
+                "kind": "boundary",
+                "format": 1,
+                "id": info.id,
+                "trunk": info.trunk,
+                "rowset": info.rowset,
+                "depth": info.depth,
+                "codec": info.codec,
+                "chunk_rows": info.chunk_rows,
+                "rows": info.rows,
+                "seq_len": info.seq_len,
+                "d_model": info.d_model,
+                "mask_bits": mask_bits,
+                "created": info.created,
+            },
+            "attributes": info.attributes,
+        },
+    }
+
+
+def zarr_activations(info: BoundaryInfo, spec: ArraySpec) -> Json:
+    """`zarr.json` of the array `activations` [rows, seq, d_model], or of its `scale` [rows, seq]."""
+    codec = info.codec_object
+    shape = spec.row_shape(info.seq_len, info.d_model)
+    dimensions = ("row", "position", "feature")[: 1 + len(shape)]
+    attributes: Json = {"dtype": codec.stored if spec.name == "activations" else spec.data_type}
+    if spec.name == "activations" and len(codec.arrays) > 1:
+        attributes["scale"] = "the value is this number times `scale` of its row and position"
+    return _zarr_array(
+        (info.rows, *shape),
+        (info.chunk_rows, *shape),
+        spec.data_type,
+        dimensions,
+        attributes,
+        _zarr_codecs(codec, spec),
+    )
+
+
+def zarr_columns(info: BoundaryInfo, mask_bits: int) -> dict[str, Json]:
+    """`zarr.json` of each small column that makes a boundary self-describing."""
+    rows, chunk, mask_bytes = info.rows, min(info.rows, COLUMN_ROWS), -(-mask_bits // 8)
+    return {
+        "sample": _zarr_array((rows, 16), (chunk, 16), "uint8", ("row", "id_byte"), {"kind": "sample id"}),
+        "mask": _zarr_array(
+            (rows, mask_bytes),
+            (chunk, mask_bytes),
+            "uint8",
+            ("row", "mask_byte"),
+            {"kind": "mask, packed bits, first position in the highest bit", "bits": mask_bits},
+        ),
+        "digest": _zarr_array(
+            (rows,), (chunk,), "uint64", ("row",), {"kind": "xxh3-64 of the row's stored bytes; with a scale, seeded"}
+        ),
+    }
+
+
+def _zarr_codecs(codec: Codec, spec: ArraySpec) -> list[Json]:
+    itemsize = spec.numpy.itemsize
+    chain: list[Json] = [{"name": "bytes", **({"configuration": {"endian": "little"}} if itemsize > 1 else {})}]
+    if codec.compression == "blosc":
+        settings = {"typesize": itemsize, "cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+        chain.append({"name": "blosc", "configuration": settings})
+    elif codec.compression == "zstd":
+        chain.append({"name": "zstd", "configuration": {"level": 3, "checksum": False}})
+    return chain
+
+
+def _zarr_array(
+    shape: tuple[int, ...],
+    chunk: tuple[int, ...],
+    data_type: str,
+    dimensions: tuple[str, ...],
+    attributes: Json,
+    codecs: list[Json] | None = None,
+) -> Json:
+    wide = data_type not in ("uint8", "int8")
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": data_type,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0,
+        "codecs": codecs or [{"name": "bytes", **({"configuration": {"endian": "little"}} if wide else {})}],
+        "attributes": attributes,
+        "dimension_names": list(dimensions),
+        "storage_transformers": [],
+    }

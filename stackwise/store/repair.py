@@ -1,26 +1,126 @@
-"""Healing: what the trunk can recompute is recomputed, what the boundaries still say is put back, the rest is named."""
+"""Healing: what the trunk can recompute is recomputed, what the boundaries still say is put back, the rest is named.
+
+Each boundary carries its ids, samples, masks and digests in itself, so a lost index is made anew from them alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
+import xxhash
 
 from stackwise.errors import BusyError, DamageError, NoSpaceError, NotFound, StackWiseError
 from stackwise.identity import is_hex_id
-from stackwise.store import inspection
-from stackwise.store.boundaries import read_boundaries
-from stackwise.store.columns import write_metadata
-from stackwise.store.contents import Contents
-from stackwise.store.leases import Lease
-from stackwise.store.publishing import Publisher, row_digests
-from stackwise.store.rebuild import Rebuilder, describe
-from stackwise.store.recompute import Recompute
-from stackwise.store.records import BoundaryInfo, ChunkRecord, chunk_key
-from stackwise.store.rowset import Rowset, rowset_id_of
-from stackwise.store.tables import Writing
+from stackwise.store import verify
+from stackwise.store.boundaries import Recompute, read_boundaries
+from stackwise.store.chunks import ChunkSource, Publisher, chunk_keys, row_digests
+from stackwise.store.columns import describe, read_column, write_metadata
+from stackwise.store.disk import LocalBackend
+from stackwise.store.index import Index, Writing
+from stackwise.store.layout import Lease
+from stackwise.store.records import (
+    BoundaryInfo,
+    ChunkRecord,
+    chunk_key,
+    parse_run,
+)
+from stackwise.store.rows import Masks, Rowset, mask_ids_of, rowset_id_of
+
+if TYPE_CHECKING:
+    from stackwise.store.store import ActivationStore
+
+
+class Rebuilder:
+    """Puts boundaries that the index does not know back into it.
+
+    Args:
+        store: The store, whose index is sound (if empty).
+    """
+
+    def __init__(self, store: ActivationStore) -> None:
+        self._store = store
+        self._index: Index = store._index
+        self._backend: LocalBackend = store._backend
+        self._masks: Masks = store._rows.patterns
+
+    def restore_rows(self, info: BoundaryInfo, bits: int) -> None:
+        """Store the masks and the rowset of a boundary again, from its columns.
+
+        Raises:
+            ValueError: The columns are not those of its rowset.
+        """
+        samples = np.ascontiguousarray(read_column(self._backend, info, "sample", 16))
+        packed = np.ascontiguousarray(read_column(self._backend, info, "mask", -(-bits // 8)))
+        unique, inverse = np.unique(packed, axis=0, return_inverse=True)
+        mask_ids = mask_ids_of(unique, bits)[inverse.reshape(-1)]
+        if rowset_id_of(samples, mask_ids) != info.rowset:
+            raise ValueError("its columns are not those of its rowset")
+        for start in range(0, len(unique), 4096):
+            self._masks.put(np.unpackbits(unique[start : start + 4096], axis=1, count=bits).view(np.bool_))
+        self._store._rows.forget_rowset(info.rowset)
+        self._store.put_rowset(samples, mask_ids)
+
+    def restore(self, name: str) -> tuple[BoundaryInfo, dict[int, str], dict[int, Any]]:
+        """Put a boundary back into the index.
+
+        Returns:
+            It; its damaged chunks, each with what is wrong; and what the digests of their rows should be.
+
+        Raises:
+            ValueError: It does not describe itself, or its columns are damaged.
+        """
+        info, bits = describe(self._backend, name)
+        digests = read_column(self._backend, info, "digest", 8).reshape(-1).view("<u8").astype(np.uint64)
+        self.restore_rows(info, bits)
+        source = ChunkSource(self._index, self._backend, replace(info, state="complete"))
+        records: dict[int, ChunkRecord] = {}
+        damaged: dict[int, str] = {}
+        for chunk in range(info.chunks):
+            start, stop = info.chunk_span(chunk)
+            try:
+                record = self._record(info, chunk, digests[start:stop])
+            except (OSError, ValueError):
+                damaged[chunk] = "missing"
+                continue
+            fault = source.fault(chunk, record.encode())
+            if fault is None:
+                records[chunk] = record
+            else:
+                damaged[chunk] = fault
+        size = sum(sum(record.sizes) for record in records.values())
+        state = "writing" if damaged else "complete"
+        restored = replace(info, published=len(records), stored_bytes=size, state=state)  # type: ignore[arg-type]
+
+        def put(view: Writing) -> None:
+            raw_id = bytes.fromhex(info.id)
+            for chunk, record in records.items():
+                view.put("chunks", chunk_key(info.id, chunk), record.encode())
+            view.put("trunks", bytes.fromhex(info.trunk) + raw_id, b"")
+            view.put("boundaries", raw_id, restored.encode())
+
+        self._index.update(put)
+        return restored, damaged, {chunk: digests[slice(*info.chunk_span(chunk))] for chunk in damaged}
+
+    def _record(self, info: BoundaryInfo, chunk: int, rows: npt.NDArray[np.uint64]) -> ChunkRecord:
+        sizes, digests = [], []
+        compressed = info.codec_object.compression != "none"
+        for key, spec in zip(chunk_keys(info, chunk), info.codec_object.arrays, strict=True):
+            handle = self._backend.open(key)
+            try:
+                sizes.append(handle.size)
+                limit = 2 * info.chunk_rows * spec.row_bytes(info.seq_len, info.d_model) + 4096
+                if handle.size > limit:
+                    raise ValueError("absurdly large")
+                data = bytearray(handle.size if compressed else 0)
+                handle.read_into(data, 0)
+                digests.append(xxhash.xxh3_128_digest(data) if compressed else bytes(16))
+            finally:
+                handle.close()
+        return ChunkRecord(tuple(sizes), tuple(digests), rows)
 
 
 class Repairer:
@@ -36,12 +136,12 @@ class Repairer:
 
     def __init__(
         self,
-        store: Contents,
+        store: ActivationStore,
         recompute: Recompute | None,
         *,
         dry_run: bool = False,
         drop_stages: bool = False,
-        progress: inspection.Progress | None = None,
+        progress: verify.Progress | None = None,
     ) -> None:
         self._store, self._recompute, self._dry, self._progress = store, recompute, dry_run, progress
         self._drop_stages = drop_stages
@@ -58,10 +158,11 @@ class Repairer:
     def run(self) -> dict[str, Any]:
         """Repair; see `ActivationStore.repair`."""
         self._drop_broken_records()
+        broken = self._drop_broken_masks()
         self._restore_rowsets()
         self._restore_boundaries()
-        self._drop_broken_masks()
-        found = inspection.Verifier(self._store._index, self._store._layout, self._store._backend).run()
+        self._name_lost_masks(broken)
+        found = verify.Verifier(self._store._index, self._store._layout, self._store._backend).run()
         self._report["checked_chunks"] = found["checked_chunks"]
         by_boundary: dict[str, dict[int, str]] = {}
         for damage in found["damaged"]:
@@ -110,22 +211,49 @@ class Repairer:
 
         if broken:
             self._store._index.update(forget)
+        sound, _ = read_boundaries(self._store._index)
+        if not verify.faulty_records(self._store._index, sound):
+            return
 
-    def _drop_broken_masks(self) -> None:
-        """Masks that no boundary could put back: without their record, whoever needs them stores them again."""
-        broken = self._store._masks.damaged_records()
-        for key in broken:
-            self._gone(f"mask {key.hex()}", None, "changed")
+        def mend(view: Writing) -> None:
+            for key, raw in list(view.scan("runs")):
+                if parse_run(key, raw) is None:
+                    view.delete("runs", key)  # the run registers itself again when it goes on
+            for key, raw in list(view.scan("evicted")):
+                try:
+                    BoundaryInfo.decode(key, raw)
+                except DamageError:
+                    view.delete("evicted", key)
+            for key in view.keys("trunks"):
+                view.delete("trunks", key)
+            for info in sound:
+                view.put("trunks", bytes.fromhex(info.trunk + info.id), b"")
+
+        self._store._index.update(mend)
+        self._report["rebuilt"].append("records of the index")
+
+    def _drop_broken_masks(self) -> list[bytes]:
+        """Remove records of masks that are not those of their patterns; returns their keys."""
+        store = self._store
+        broken = store._rows.patterns.damaged_records()
         if broken and not self._dry:
-            self._store._index.update(lambda view: [view.delete("masks", key) for key in broken])
-            self._store._forget_cached()
+            store._index.update(lambda view: [view.delete("masks", key) for key in broken])
+            store._rows.forget_cached()
+        return broken
+
+    def _name_lost_masks(self, broken: list[bytes]) -> None:
+        """Those that no boundary put back are gone: whoever needs them stores them again."""
+        with self._store._index.read() as view:
+            for key in broken:
+                if view.get("masks", key) is None or self._dry:
+                    self._gone(f"mask {key.hex()}", None, "changed")
 
     def _restore_rowsets(self) -> None:
         """Rowsets whose file or masks are damaged, from the columns of a boundary that has them."""
         store = self._store
         rebuilder = Rebuilder(store)
         boundaries = store.boundaries()
-        for rowset_id in {**inspection.rowset_rows(store._index), **{info.rowset: 0 for info in boundaries}}:
+        for rowset_id in {**verify.rowset_rows(store._index), **{info.rowset: 0 for info in boundaries}}:
             if self._sound(rowset_id):
                 continue
             for info in boundaries:
@@ -140,14 +268,14 @@ class Repairer:
 
     def _sound(self, rowset_id: str) -> bool:
         store = self._store
-        rows = store._rowset_rows(rowset_id)
+        rows = store._rows.count(rowset_id)
         if rows is None:
             return False
         try:
             rowset = Rowset(rowset_id, store._layout.rowset(rowset_id), rows)
             if rowset_id_of(rowset.sample_ids, rowset.mask_ids) != rowset_id:
                 return False
-            return store._masks.damaged(np.unique(rowset.mask_ids, axis=0)) == 0
+            return store._rows.patterns.damaged(np.unique(rowset.mask_ids, axis=0)) == 0
         except StackWiseError:
             return False
 
@@ -156,7 +284,7 @@ class Repairer:
         store = self._store
         rebuilder = Rebuilder(store)
         for name in store._backend.names():
-            if not is_hex_id(name) or store._has_boundary(name):
+            if not is_hex_id(name) or store.has(name):
                 continue
             if self._dry:
                 with contextlib.suppress(ValueError):
@@ -175,14 +303,14 @@ class Repairer:
     def _rewrite_metadata(self, name: str) -> bool:
         """Columns and `zarr.json` of a boundary that the index knows whole; whether that was it."""
         store = self._store
-        if not is_hex_id(name) or not store._has_boundary(name):
+        if not is_hex_id(name) or not store.has(name):
             return False
         try:
             info = store.boundary(name)
             rowset = store.rowset(info.rowset)
             if not self._dry:
                 with Lease(store._layout.lock(name), f"boundary {name}"):
-                    write_metadata(store._index, store._backend, store._masks, rowset, info)
+                    write_metadata(store._index, store._backend, store._rows.patterns, rowset, info)
         except (StackWiseError, OSError):
             return False
         self._report["rebuilt"].append(f"metadata {name}")

@@ -12,8 +12,8 @@ import json
 import os
 import re
 import secrets
-import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ import xxhash
 
 from stackwise import durable
 from stackwise.errors import DamageError, UsageError
-from stackwise.files import open_regular, read_json
+from stackwise.files import IrregularFile, open_regular, read_json
 from stackwise.identity import Hex, content_id, digest, is_hex_id
-from stackwise.store import files
-from stackwise.store.layout import Layout
-from stackwise.store.leases import Lease
+from stackwise.store import disk
+from stackwise.store.index import Index
+from stackwise.store.layout import Layout, Lease, checked_id
+from stackwise.store.records import parse_run
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,100}")
 _RECORD_BYTES = 256 << 20
@@ -94,16 +95,19 @@ class CommittedStage:
         for part in (part for part in self.parts.values() if not part.pruned):
             path = self.directory / part.file
             try:
-                status = path.stat(follow_symlinks=False)
-                size = status.st_size
-                if not stat.S_ISREG(status.st_mode):
-                    yield part.file, "is no regular file"
-                elif size != part.bytes:
+                os.close(open_regular(path))
+                size = path.stat().st_size
+                if size != part.bytes:
                     yield part.file, f"has {size} bytes instead of {part.bytes}"
                 elif file_digest(path) != part.digest:
                     yield part.file, "was changed"
+            except PermissionError:
+                raise  # not damaged: it may not be read
+            except IrregularFile:
+                yield part.file, "is no regular file"
             except OSError as error:
-                yield part.file, "is missing" if isinstance(error, FileNotFoundError) else f"is unreadable ({error})"
+                missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+                yield part.file, "is missing" if missing else f"is unreadable ({error.strerror})"
 
 
 class Stages:
@@ -115,7 +119,21 @@ class Stages:
     def commit(
         self, recipe: Hex, write_parts: Mapping[str, Callable[[Path], None]], record: dict[str, Any]
     ) -> CommittedStage:
-        """Write a stage's parts and commit it; see `ActivationStore.commit_stage`."""
+        """Commit a stage: its parts are written, fsynced, digested, and appear together or not at all.
+
+        Committing a recipe again replaces what was committed.
+
+        Args:
+            recipe_id: Id of the stage's recipe.
+            write_parts: For each part ("front", "block.3", "head") a function that writes its safetensors file
+                to the path it is given.
+            record: Plain data kept with it, such as the digests of the parts' tensors.
+
+        Raises:
+            UsageError: A part's name is not one, or the id.
+            BusyError: Another process is committing the same recipe.
+            NoSpaceError: The disk is full; nothing was changed.
+        """
         final = self._layout.stage(recipe)
         for part in write_parts:
             if not _PART.fullmatch(part) or part == "stage":
@@ -142,22 +160,32 @@ class Stages:
                     os.rename(final, replaced)
                 os.rename(temporary, final)
             except BaseException:
-                files.remove_tree(temporary)
+                disk.remove_tree(temporary)
                 raise
             durable.fsync_directory(final.parent)
-            files.remove_tree(replaced)
+            disk.remove_tree(replaced)
         return CommittedStage(recipe, final, json.loads(text), parts)
 
-    def get(self, recipe: Hex, *, check: bool = True) -> CommittedStage | None:
-        """The committed stage of a recipe, or None; see `ActivationStore.stage`."""
+    def get(self, recipe: Hex, check: bool = True) -> CommittedStage | None:
+        """The committed stage of a recipe; None where it was not committed.
+
+        Args:
+            recipe_id: Id of the recipe.
+            check: Compare every file's size and digest.
+
+        Raises:
+            DamageError: A file is missing or was changed; it is named.
+        """
         directory = self._layout.stage(recipe)
         path = directory / "stage.json"
         try:
-            stage = _parse(recipe, directory, read_json(path, limit=_RECORD_BYTES, root=directory.parent))
+            stage = _parse(recipe, directory, read_json(path, limit=_RECORD_BYTES))
         except FileNotFoundError as error:
             if not directory.exists():
                 return None
             raise _damaged(path, "is missing") from error
+        except PermissionError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
             raise _damaged(path, f"is damaged ({str(error)[:100]})") from error
         if check:
@@ -172,7 +200,19 @@ class Stages:
             return []
 
     def prune(self, recipe: Hex, parts: Collection[str]) -> int:
-        """Remove parts' files, and keep their record; see `ActivationStore.prune_stage`."""
+        """Remove the files of some parts of a committed stage; its record stays, and they count as no damage.
+
+        Args:
+            recipe_id: Id of the recipe.
+            parts: Names of the parts.
+
+        Returns:
+            The bytes freed.
+
+        Raises:
+            BusyError: Another process is committing the same recipe.
+            NoSpaceError: The disk is too full to say so; nothing was changed.
+        """
         with Lease(self._layout.lock(f"stage-{recipe}"), f"stage {recipe}", alone=True):
             stage = self.get(recipe, check=False)
             if stage is None:
@@ -204,7 +244,7 @@ class Stages:
             doomed = final.with_name(f"{durable.TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{recipe}")
             os.rename(final, doomed)
             durable.fsync_directory(final.parent)
-            return files.remove_tree(doomed)
+            return disk.remove_tree(doomed)
         finally:
             lease.remove()
 
@@ -212,7 +252,7 @@ class Stages:
 def file_digest(path: Path) -> Hex:
     """xxh3-128 of a file's bytes, read in pieces."""
     state = xxhash.xxh3_128()
-    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+    with open(open_regular(path), "rb", buffering=0) as file:
         buffer = memoryview(bytearray(_READ))
         while count := file.readinto(buffer):
             state.update(buffer[:count])
@@ -225,12 +265,17 @@ def _write_part(directory: Path, part: str, write: Callable[[Path], None]) -> Pa
     return PartFile(path.name, path.stat().st_size, file_digest(path))
 
 
+def _record_digest(value: Mapping[str, Any]) -> Hex:
+    """The digest of all that a `stage.json` says, which it carries itself."""
+    said = {key: value[key] for key in ("format", "recipe", "parts", "record")}
+    return digest(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
+
+
 def _parse(recipe: Hex, directory: Path, value: Any) -> CommittedStage:
+    if not set(value) <= {"format", "recipe", "parts", "record", "digest"}:
+        raise ValueError("it has other keys than a stage's record")
     if value["recipe"] != recipe or value["format"] != 1:
         raise ValueError("it is that of another stage, or of another format")
-    # What was committed before records had a digest is held against its own structure alone.
-    if "digest" in value and value["digest"] != _record_digest(value):
-        raise ValueError("it was changed")
     parts = {}
     for name, part in value["parts"].items():
         if not _PART.fullmatch(name) or part["file"] != f"{name}.safetensors":
@@ -247,14 +292,59 @@ def _parse(recipe: Hex, directory: Path, value: Any) -> CommittedStage:
         digests = record.get("parts")
         if not isinstance(digests, dict) or set(digests) != set(parts) or not all(map(is_hex_id, digests.values())):
             raise ValueError("the digests of its parts")
+    if "digest" in value and value["digest"] != _record_digest(value):  # those of earlier versions have none
+        raise ValueError("it is not what was written")
     return CommittedStage(recipe, directory, value["record"], parts)
-
-
-def _record_digest(value: Mapping[str, Any]) -> Hex:
-    """The digest of all that a `stage.json` says, which it carries itself."""
-    said = {key: value[key] for key in ("format", "recipe", "parts", "record")}
-    return digest(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _damaged(path: Path, fault: str) -> DamageError:
     return DamageError(f"{path} {fault}", hint="`stackwise run` trains that stage again from its upstream")
+
+
+class Runs:
+    """What registered runs refer to: `gc` keeps it."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def register(
+        self,
+        run_key: str,
+        *,
+        recipes: list[Hex],
+        boundaries: list[Hex],
+        idle: Mapping[Hex, Sequence[str]] | None = None,
+    ) -> None:
+        """Say what a run refers to, instead of what was said of it before: `gc` keeps that.
+
+        Args:
+            run_key: The run's name, such as its directory; 1 to 400 bytes.
+            recipes: Ids of the recipes whose committed stages it needs.
+            boundaries: Ids of the boundaries that it needs.
+            idle: Parts, by recipe, whose weights it will not ask for: others may prune them. `gc` takes no part.
+
+        Raises:
+            UsageError: An id or the key is not one.
+        """
+        key = run_key.encode()
+        if not 0 < len(key) <= 400:
+            raise UsageError("a run's key has 1 to 400 bytes")
+        for name in (*recipes, *boundaries):
+            checked_id(name, "recipe or boundary")
+        refers: dict[str, Any] = {"recipes": recipes, "boundaries": boundaries, "at": time.time()}
+        refers |= {"idle": {recipe: list(parts) for recipe, parts in idle.items()}} if idle else {}
+        value = json.dumps(refers).encode()
+        self._index.update(lambda view: view.put("runs", key, value))
+
+    def forget(self, run_key: str) -> bool:
+        """Forget a registered run; whether there was one. What it alone referred to is then `gc`'s."""
+        return self._index.update(lambda view: view.delete("runs", run_key.encode()))
+
+    def all(self) -> dict[str, dict[str, Any]]:
+        """Registered runs by key: `{"recipes": [...], "boundaries": [...], "at": seconds since 1970}`.
+
+        `idle` beside them, where a run has let go of parts.
+        """
+        with self._index.read() as view:
+            records = list(view.scan("runs"))
+        return dict(entry for key, raw in records if (entry := parse_run(key, raw)) is not None)

@@ -19,16 +19,16 @@ import numpy as np
 import numpy.typing as npt
 
 from stackwise.errors import NoSpaceError, NotFound, UsageError
-from stackwise.store import files
-from stackwise.store.backend import Backend
+from stackwise.store import disk
+from stackwise.store.chunks import Background, Publisher
 from stackwise.store.columns import write_metadata
-from stackwise.store.index import Index
-from stackwise.store.leases import Lease
-from stackwise.store.masks import Masks
-from stackwise.store.publishing import Background, Publisher
-from stackwise.store.records import BoundaryInfo
-from stackwise.store.rowset import Rowset
-from stackwise.store.tables import Writing
+from stackwise.store.disk import LocalBackend
+from stackwise.store.index import Index, Writing
+from stackwise.store.layout import Lease
+from stackwise.store.records import (
+    BoundaryInfo,
+)
+from stackwise.store.rows import Masks, Rowset
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class BoundaryWriter:
     """
 
     def __init__(
-        self, index: Index, backend: Backend, masks: Masks, rowset: Rowset, info: BoundaryInfo, lease: Lease
+        self, index: Index, backend: LocalBackend, masks: Masks, rowset: Rowset, info: BoundaryInfo, lease: Lease
     ) -> None:
         self._index, self._backend, self._masks, self._rowset = index, backend, masks, rowset
         self._info, self._lease = info, lease
@@ -181,7 +181,7 @@ class BoundaryWriter:
             info = self._info
             need = missing * info.chunk_rows * info.codec_object.row_bytes(info.seq_len, info.d_model)
             root = getattr(self._backend, "root", None)
-            free = f"; {files.free_bytes(root):,} are free" if root is not None else ""
+            free = f"; {disk.free_bytes(root):,} are free" if root is not None else ""
             raise NoSpaceError(
                 f"no space left for boundary {info.id}: {missing} of its {info.chunks} chunks are still to be "
                 f"written, up to {need:,} bytes{free}",

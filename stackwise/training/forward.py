@@ -103,7 +103,7 @@ def outputs(
     on_the_way: deque[tuple[torch.Tensor, Any]] = deque()
     for batch in batches:
         x_BSD = pass_through(stages, batch.to(device), codec)
-        if codec.base == "bf16":
+        if codec.direct and codec.decoded == "bfloat16":
             x_BSD = x_BSD.to(torch.bfloat16)
         leaving.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(leaving):

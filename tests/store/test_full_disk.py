@@ -11,7 +11,7 @@ import torch
 
 from stackwise.errors import NoSpaceError
 from stackwise.store import ActivationStore, BoundaryWriter, boundary_id_of
-from stackwise.store.files import free_bytes
+from stackwise.store.disk import free_bytes
 from tests.conftest import mounted
 
 from .test_stages import part

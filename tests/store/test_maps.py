@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from stackwise.store import ActivationStore, BoundaryReader, ChunkDamage, RowOrder, kernel
+from stackwise.store import ActivationStore, BoundaryReader, ChunkDamage, RowOrder, disk
 
 from .tools import values, write
 
@@ -133,7 +133,7 @@ def test_the_disk_is_not_asked_for_what_lies_in_memory(tmp_path: Path, monkeypat
 
 
 def test_no_more_is_mapped_than_allowed(tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "physical_memory", lambda: 8 * (3 * 4 * SEQ * DIM * 4 + 1))
+    monkeypatch.setattr(disk, "physical_memory", lambda: 8 * (3 * 4 * SEQ * DIM * 4 + 1))
     with ActivationStore(tmp_path / "s") as store:
         info = write(store, values(ROWS, seq=SEQ, dim=DIM))
         with store.reader(info.id) as reader:
@@ -144,7 +144,7 @@ def test_no_more_is_mapped_than_allowed(tmp_path: Path, calls: Calls, monkeypatc
 
 
 def test_without_the_calls_everything_is_read(tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_libc", lambda: None)
+    monkeypatch.setattr(disk, "_libc", lambda: None)
     with ActivationStore(tmp_path / "s") as store:
         info = write(store, values(ROWS, seq=SEQ, dim=DIM))
         with store.reader(info.id) as reader:

@@ -128,7 +128,7 @@ def test_a_slow_disk_is_a_wait_and_not_a_stall(tmp_path: Path, monkeypatch: pyte
                 return real(*args, **kwargs)  # type: ignore[arg-type]
 
             monkeypatch.setattr(type(reader), "_gather", slow)
-            with reader.batches(order, 8, device="cpu") as waiting:
+            with reader.batches(order, 8) as waiting:
                 for _ in range(12):
                     next(waiting)
                     time.sleep(0.02)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stackwise.errors import BusyError, NotFound, UsageError
-from stackwise.store import CODECS, ActivationStore, RowOrder, default_chunk_rows
+from stackwise.store import ActivationStore, RowOrder, codec_named, codec_names, default_chunk_rows
 from stackwise.store.records import boundary_id_of
 
 from .tools import DIM, SEQ, TRUNK, pairs, put_rowset, values, write
@@ -37,7 +37,7 @@ def test_fp32_comes_back_bit_for_bit_after_a_reopen(tmp_path: Path) -> None:
         assert store.find(trunk=TRUNK, rowset=info.rowset, codec="bf16") is None
 
 
-@pytest.mark.parametrize("codec", list(CODECS))
+@pytest.mark.parametrize("codec", codec_names())
 def test_every_codec_reads_as_torch_rounds(store: ActivationStore, codec: str) -> None:
     x = values(11) * 50
     x[3] = 0
@@ -51,7 +51,7 @@ def test_every_codec_reads_as_torch_rounds(store: ActivationStore, codec: str) -
     exact = torch.from_numpy(x)
     if base in ("fp32", "bf16", "fp16"):
         assert torch.equal(got, exact.to(got.dtype))
-        assert CODECS[codec].lossless
+        assert codec_named(codec).lossless
     else:
         largest = exact.abs().amax(-1, keepdim=True)
         # Half a step of the format, and bfloat16's own rounding of the product.
@@ -64,7 +64,7 @@ def test_every_codec_reads_as_torch_rounds(store: ActivationStore, codec: str) -
 def test_tensors_and_arrays_are_stored_alike(store: ActivationStore, codec: str) -> None:
     x = np.concatenate([values(3).ravel(), np.float32([0.0, -0.0, 1e-8, 65504, 3e-5, 1 / 3] * 2)])
     x = np.resize(x, (5, SEQ, DIM))
-    for one, other in zip(CODECS[codec].encode(x), CODECS[codec].encode(torch.from_numpy(x)), strict=True):
+    for one, other in zip(codec_named(codec).encode(x), codec_named(codec).encode(torch.from_numpy(x)), strict=True):
         assert one.dtype == other.dtype
         assert one.tobytes() == other.tobytes()
 
@@ -72,8 +72,8 @@ def test_tensors_and_arrays_are_stored_alike(store: ActivationStore, codec: str)
 def test_bf16_rounds_every_kind_of_number_as_torch_does() -> None:
     bits = np.random.default_rng(0).integers(0, 1 << 32, 200_000, np.uint32)
     x = bits.view(np.float32)[:, None, None]
-    (ours,) = CODECS["bf16"].encode(x)
-    (theirs,) = CODECS["bf16"].encode(torch.from_numpy(x))
+    (ours,) = codec_named("bf16").encode(x)
+    (theirs,) = codec_named("bf16").encode(torch.from_numpy(x))
     numbers = ~np.isnan(x)
     assert (ours[numbers] == theirs[numbers]).all()
     assert torch.from_numpy(ours[~numbers].copy()).view(torch.bfloat16).isnan().all()
@@ -123,7 +123,7 @@ def test_a_rowset_finds_every_pair(store: ActivationStore, monkeypatch: pytest.M
     assert [rowset.row(samples[r], ids[r].tobytes()) for r in range(500)] == found.tolist()
     assert rowset.find(samples[:4], ids[:4] ^ 1).tolist() == [-1] * 4
     for small in (True, False):
-        monkeypatch.setattr("stackwise.store.rowset._DICTIONARY_ROWS", 1000 if small else 0)
+        monkeypatch.setattr("stackwise.store.rows._DICTIONARY_ROWS", 1000 if small else 0)
         assert [rowset.row(samples[r].tobytes(), ids[r].tobytes()) for r in range(500)] == found.tolist()
         with pytest.raises(NotFound):
             rowset.row(bytes(16), bytes(16))

@@ -12,7 +12,7 @@ import torch
 
 from stackwise.errors import NoSpaceError
 from stackwise.store import ActivationStore, BoundaryWriter
-from stackwise.store import files as store_files
+from stackwise.store import disk as store_files
 
 from .tools import DIM, SEQ, TRUNK, put_rowset, values
 

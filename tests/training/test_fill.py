@@ -14,7 +14,7 @@ from stackwise.config.model import ArchitectureConfig
 from stackwise.model import build_block, build_front
 from stackwise.objectives import MaskDiffusionObjective
 from stackwise.pipeline.library import LoadedSamples
-from stackwise.store import CODECS, ActivationStore, RowOrder
+from stackwise.store import ActivationStore, RowOrder, codec_named
 from stackwise.training import forward
 from stackwise.training.feed import Feed
 from stackwise.training.forward import FilledBoundary, write_boundary
@@ -38,7 +38,7 @@ class Bench:
 
     def __init__(self, store: ActivationStore, codec: str) -> None:
         draw = np.random.default_rng(0)
-        self.store, self.codec = store, CODECS[codec]
+        self.store, self.codec = store, codec_named(codec)
         data = LoadedSamples(draw.integers(0, VOCAB - 1, (ROWS, S)))
         masks = store.put_masks(draw.random((ROWS, S)) < 0.4)
         self.rowset = store.put_rowset(data.sample_ids(S), masks)

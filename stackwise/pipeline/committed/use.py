@@ -26,7 +26,7 @@ from stackwise.pipeline.recipe import forward_specification, trunk_id
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import HEAD, Stage
-from stackwise.store import CODECS, ActivationStore, BoundaryInfo, Recompute
+from stackwise.store import ActivationStore, BoundaryInfo, Recompute
 from stackwise.training.forward import forward_rows
 
 
@@ -212,7 +212,7 @@ def _raised(
 ) -> list[torch.Tensor]:
     """The rows of some chunks, taken up from their tokens through the rack."""
     seq_len = rack.config.training.seq_len
-    size, codec = forward_rows(seq_len), CODECS[info.codec]
+    size, codec = forward_rows(seq_len), info.codec_object
     stream = rack.autocast or torch.float32
     masks = store.rowset(info.rowset).mask_ids
     ranges = [(chunk * info.chunk_rows, min((chunk + 1) * info.chunk_rows, info.rows)) for chunk in chunks]

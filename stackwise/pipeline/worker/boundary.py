@@ -13,7 +13,7 @@ import torch
 from stackwise.errors import InterruptedRun
 from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
 from stackwise.pipeline.worker.context import RESUME, StageContext
-from stackwise.store import CODECS, BoundaryWriter
+from stackwise.store import BoundaryWriter, codec_named
 from stackwise.training.feed import RowSource
 from stackwise.training.forward import FilledBoundary, MakeOutputs, Pass, write_boundary
 from stackwise.training.stage import StageModel
@@ -32,7 +32,7 @@ def entering(context: StageContext, frozen: Sequence[StageModel]) -> Iterator[St
         yield context
         return
     job, config, below, device = context.job, context.config, context.feed, context.device
-    codec, depth, place = CODECS[codec_name(config.store)], job.stage.depth, job.recomputed[-1].stage.place
+    codec, depth, place = codec_named(codec_name(config.store)), job.stage.depth, job.recomputed[-1].stage.place
     trunk = trunk_id(job.forward, job.trunk_digests, job.stage.precisions(job.stage.trunk))
     if not job.fills:
         chunk_rows = boundary_chunk_rows(config, below.rowset.rows)
