@@ -6,7 +6,6 @@ A field's description is its documentation: `stackwise init` writes it as the co
 from __future__ import annotations
 
 import itertools
-from importlib import import_module
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr
@@ -32,16 +31,14 @@ from stackwise.config.training import (
     StageTraining,
     TrainingConfig,
 )
-
-CODECS = tuple(f"{base}{more}" for base in ("bf16", "fp16", "fp32", "fp8", "int8") for more in ("", "-blosc", "-zstd"))
-"""Codecs of the package; the store's registry may know others."""
+from stackwise.registry import CODECS
 
 
 def _codec(name: str) -> str:
-    if name not in CODECS:
-        others = import_module("stackwise.store.codecs").CODECS  # a floor above: only a codec from outside leads there
-        if name not in others:
-            raise PydanticCustomError("codec", "must be one of {names}", {"names": ", ".join(CODECS)})
+    base, dash, compression = name.partition("-")
+    if base not in CODECS or (dash and compression not in ("blosc", "zstd")):
+        names = [f"{base}{more}" for base in CODECS.names() for more in ("", "-blosc", "-zstd")]
+        raise PydanticCustomError("codec", "must be one of {names}", {"names": ", ".join(names)})
     return name
 
 

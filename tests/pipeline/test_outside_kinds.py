@@ -85,7 +85,32 @@ class Smooth(Objective):
         return Built(mask_token)
 '''
 
+INT16 = '''
+import numpy as np
+import torch
+
+from stackwise.registry import CODECS
+from stackwise.store.codecs import ArraySpec, Codec
+
+
+@CODECS.register("int16")
+class Int16(Codec):
+    """16-bit integers, with a scale for each position of each row."""
+
+    stored, decoded = "int16", "float32"
+    arrays = (ArraySpec("activations", "int16", per_feature=True), ArraySpec("scale", "float32", per_feature=False))
+
+    def encode(self, x):
+        y = torch.as_tensor(x).detach().to("cpu", torch.float32)
+        scale = (y.abs().amax(dim=-1) / 32767).clamp(min=1e-30)
+        return [(y / scale.unsqueeze(-1)).round().to(torch.int16).numpy(), scale.contiguous().numpy()]
+
+    def decode(self, stored, out):
+        out.copy_(torch.from_numpy(stored[0]).float() * torch.from_numpy(stored[1]).unsqueeze(-1))
+'''
+
 KINDS = {
+    "int16": (INT16, ["store.codec=int16-zstd"]),
     "lion": (LION, ["training.optimizer={name: lion, beta: 0.8}"]),
     "smooth": (SMOOTH, ["training.objective={name: smooth, weight: 0.2}", "training.accumulation=2"]),
 }
@@ -154,4 +179,5 @@ def test_it_trains_staged_swapped_killed_and_resumed(tmp_path: Path, kind: str) 
     # What its file says is a part of what was trained: another file, and all trains anew.
     runs.file.write_text(runs.file.read_text() + "\n# another\n")
     other = [stage["recipe"] for stage in runs.run("staged")]
-    assert not {*other} & {stage["recipe"] for stage in staged}
+    first = 1 if kind == "int16" else 0  # what reads no boundary has nothing of a codec
+    assert not {*other[first:]} & {stage["recipe"] for stage in staged}

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,3 +46,40 @@ def write(
             start, stop = writer.chunk_rows_of(chunk)
             writer.write_chunk(chunk, x[start:stop])
         return writer.finish()
+
+
+def mutations(rng: random.Random) -> dict[str, Callable[[Path], object]]:
+    """Ways to change whatever lies at a path: what a bad disk, a careless hand or a stranger leaves there."""
+
+    def changed(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        for _ in range(rng.choice([1, 2, 8])):
+            if data:
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data)
+
+    def instead(make: Callable[[Path], object]) -> Callable[[Path], object]:
+        def replace(path: Path) -> None:
+            path.unlink()
+            make(path)
+
+        return replace
+
+    return {
+        "bytes": changed,
+        "truncated": lambda path: os.truncate(path, rng.randrange(path.stat().st_size + 1)),
+        "removed": Path.unlink,
+        "empty": lambda path: path.write_bytes(b""),
+        "FIFO": instead(os.mkfifo),
+        "link": instead(lambda path: path.symlink_to("/dev/zero")),
+        "directory": instead(Path.mkdir),
+    }
+
+
+def kinds_of_files(root: Path) -> dict[str, list[Path]]:
+    """The files under a directory by what they are: their path without ids and numbers."""
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        kind = re.sub(r"[0-9a-f]{32}|\d+", "*", str(path.relative_to(root)))
+        kinds.setdefault(kind, []).append(path)
+    return kinds

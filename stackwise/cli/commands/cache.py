@@ -144,6 +144,8 @@ def _show_verified(found: dict[str, Any]) -> None:
     checked = f"{words.plural(found['checked_chunks'], 'chunk')} and {words.plural(stages, 'committed stage')} checked"
     verdict = words.plural(len(found["damaged"]), "fault") if found["damaged"] else "no damage"
     out.print(f"{checked}: {verdict}")
+    for name in found.get("unreadable", ()):
+        note(f"not checked, as it may not be read: {name}")
     if not found.get("complete", True):
         note("time ran out before all was checked")
     if found["orphans"]:
