@@ -8,7 +8,6 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,7 +60,7 @@ def trial(finished: Path, home: Path, seed: int) -> str | None:
         ["run"],
         ["run"],
     ]
-    for number, words in enumerate(commands):
+    for words in commands:
         try:
             done = stackwise(*words, "--run", "c", home=home)
         except subprocess.TimeoutExpired:
@@ -76,9 +75,9 @@ def trial(finished: Path, home: Path, seed: int) -> str | None:
     return None
 
 
-def seeds(count: int) -> Iterator[int]:
+def seeds(count: int) -> list[int]:
     start = int(os.environ.get("STACKWISE_FUZZ_SEED", "0"))
-    return iter(range(start, start + count))
+    return list(range(start, start + count))
 
 
 @pytest.mark.parametrize("seed", seeds(6))
