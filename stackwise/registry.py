@@ -23,14 +23,11 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from stackwise.errors import NotFound, UsageError
 from stackwise.files import read_bytes
 from stackwise.identity import Hex, digest
-
-if TYPE_CHECKING:
-    from stackwise.store.codecs import Codec
 
 K = TypeVar("K")
 
@@ -153,7 +150,7 @@ def _source_digest(kind: object) -> Hex:
     return digest(read_bytes(Path(inspect.getfile(target)).resolve()))
 
 
-CODECS: Registry[type[Codec]] = Registry(
+CODECS: Registry[Any] = Registry(
     "codec",
     {name: f"stackwise.store.codecs:{name.upper()}" for name in ("fp32", "bf16", "fp16", "fp8", "int8")},
 )

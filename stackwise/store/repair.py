@@ -208,6 +208,9 @@ class Repairer:
             for boundary_id, _ in broken:
                 view.delete("boundaries", bytes.fromhex(boundary_id))
                 view.delete_prefix("chunks", bytes.fromhex(boundary_id))
+            for key in view.keys("trunks"):
+                if view.get("boundaries", key[16:]) is None:
+                    view.delete("trunks", key)
 
         if broken:
             self._store._index.update(forget)

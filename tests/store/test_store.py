@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from stackwise.errors import BusyError, NotFound, UsageError
-from stackwise.store import ActivationStore, RowOrder, codec_named, codec_names, default_chunk_rows
+from stackwise.errors import BusyError, DamageError, NotFound, UsageError
+from stackwise.store import ActivationStore, RowOrder, codec_named, codec_names, default_chunk_rows, repair_store
 from stackwise.store.records import boundary_id_of
 
 from .tools import DIM, SEQ, TRUNK, pairs, put_rowset, values, write
@@ -272,15 +272,15 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
         ActivationStore(tmp_path)
     ActivationStore(tmp_path / "s").close()
     path = tmp_path / "s" / "format.json"
-    for text, says in [
-        ('{"format": 99}', "format 99"),
-        ("[1]", "no format"),
-        ("{", "not readable"),
-        ("[" * 9999, "not"),
-    ]:
+    path.write_text('{"format": 99}')
+    with pytest.raises(UsageError, match="format 99"):
+        ActivationStore(tmp_path / "s")
+    for text in ("[1]", "{", "[" * 9999, '{"format": 1, "ids": "md5"}', '{"format": true}'):
         path.write_text(text)
-        with pytest.raises(UsageError, match=says):
+        with pytest.raises(DamageError):
             ActivationStore(tmp_path / "s")
+        assert "format.json" in repair_store(tmp_path / "s")["rebuilt"]
+        ActivationStore(tmp_path / "s", create=False).close()
 
 
 def test_ids_never_become_paths_unchecked(store: ActivationStore) -> None:
