@@ -151,6 +151,11 @@ def parse_json(data: bytes | str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def expanded(path: str | Path) -> Path:
+    """A path that a user wrote, its `~` expanded; one of an unknown user stays as it is, and is then missing."""
+    return Path(os.path.expanduser(path))
+
+
 def make_directory(path: Path) -> None:
     """Make a directory where it is missing, its parents too.
 

@@ -11,6 +11,7 @@ import click
 
 from stackwise.cli.options import as_json, find_run, run_option
 from stackwise.errors import NotFound, UsageError
+from stackwise.files import expanded
 
 if TYPE_CHECKING:
     from stackwise.store import ActivationStore
@@ -35,7 +36,7 @@ def store_path(run: str | None, store: str | None) -> Path:
     if run is not None and store is not None:
         raise UsageError("--run and --store both name a store; give one")
     if store is not None:
-        path = Path(store).expanduser()
+        path = expanded(store)
     else:
         found = find_run(run)
         path = found.store_path(found.config())

@@ -53,7 +53,7 @@ PATTERNS = {NAME: "letters, digits, dots and dashes", DEVICE: "one of auto, cuda
 class DataConfig(Section):
     """The text: where it is, how it becomes tokens, what is held out."""
 
-    paths: list[Text] = Field(
+    paths: list[Annotated[Text, Field(min_length=1)]] = Field(
         default_factory=list,
         description="files, folders and patterns (*.txt) of text, jsonl, json, parquet (also .gz, .bz2, .zst), Hugging "
         "Face data sets, or one prepared data set; empty: the Python standard library on this machine",

@@ -137,7 +137,7 @@ def _check_column(given: PreparedData, name: str) -> None:
 
 def _given(config: DataConfig, out: Path | None) -> PreparedData | None:
     """The prepared set that the paths name."""
-    named = [path for path in (Path(name).expanduser() for name in config.paths) if is_prepared(path)]
+    named = [path for path in (files.expanded(name) for name in config.paths) if is_prepared(path)]
     if not named:
         return None
     if len(config.paths) > 1:
@@ -257,7 +257,7 @@ class Cache:
 
     def __init__(self, setting: str | None, *, optional: bool) -> None:
         base = Path(setting) if setting else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "stackwise"
-        root = base.expanduser().absolute()
+        root = files.expanded(base).absolute()
         self._root: Path | None = root
         if (why := unusable(root)) is not None:
             if not optional:

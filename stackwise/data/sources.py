@@ -146,7 +146,7 @@ def find_sources(paths: Sequence[str], reading: Reading, *, follow_links: bool =
         raise UsageError("the Python standard library is here without sources", hint="name text with data.paths")
     finder = _Finder(reading, follow_links)
     for name in paths:
-        path = Path(name).expanduser()
+        path = files.expanded(name)
         if glob.has_magic(name) and not os.path.lexists(path):
             finder.pattern(path)
         else:

@@ -100,7 +100,7 @@ class Tokenizer:
             NotFound: There is none.
             UsageError: It cannot be read, or is broken.
         """
-        path = path / "tokenizer.json" if path.is_dir() else path
+        path = path / "tokenizer.json" if os.path.isdir(path) else path
         try:
             text = files.read_text(Path(os.path.realpath(path)), limit=_FILE_BYTES)
         except (FileNotFoundError, NotADirectoryError):

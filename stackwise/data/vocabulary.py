@@ -48,7 +48,7 @@ class Choice:
             return cls({"kind": "bpe", "size": size, "trainer": TRAINER}, None, size, model_vocab, wanted)
         if config.tokenizer == "bytes":
             return cls._known("bytes", bytes_tokenizer(), model_vocab)
-        return cls._known("file", Tokenizer.load(Path(config.tokenizer).expanduser()), model_vocab)
+        return cls._known("file", Tokenizer.load(files.expanded(config.tokenizer)), model_vocab)
 
     @classmethod
     def _known(cls, kind: str, tokenizer: Tokenizer, model_vocab: int | None) -> Choice:

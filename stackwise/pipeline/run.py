@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 from stackwise import durable, shapes
 from stackwise.durable import FileLock
 from stackwise.errors import NotFound, UsageError
-from stackwise.files import irregular, open_to_write, read_json
+from stackwise.files import expanded, irregular, open_to_write, read_json
 from stackwise.shapes import (
     array,
     array_of,
@@ -198,7 +198,7 @@ class RunDirectory:
 
     def store_path(self, config: StackWiseConfig) -> Path:
         """Where the run's store is."""
-        return Path(config.store.path).expanduser() if config.store.path else self.path / "store"
+        return expanded(config.store.path) if config.store.path else self.path / "store"
 
     def open_store(self, config: StackWiseConfig) -> ActivationStore:
         """The run's store, which is there already.
@@ -301,7 +301,7 @@ def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
     config = config.model_copy(deep=True)
 
     def absolute(path: str) -> str:
-        return str(Path(path).expanduser().absolute())
+        return str(expanded(path).absolute())
 
     config.data.paths = [absolute(path) for path in config.data.paths]
     if config.data.tokenizer not in ("bpe", "bytes"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +12,7 @@ from stackwise import words
 from stackwise.cli.app import Subcommands
 from stackwise.cli.options import COUNT, as_json, naming_options
 from stackwise.cli.output import note, phases, print_json, say
+from stackwise.files import expanded
 
 if TYPE_CHECKING:
     from stackwise.config import DataConfig
@@ -61,7 +61,7 @@ def prepare(as_json: bool, out: str, **options: Any) -> None:
             report(WORDS.get(phase, phase), done, total)
 
         config = _config(options)
-        prepared, reused = prepare_data(config, out=Path(out).expanduser(), progress=progress)
+        prepared, reused = prepare_data(config, out=expanded(out), progress=progress)
     summary = prepared.summary()
     if as_json:
         print_json({**summary, "reused": reused})

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from stackwise.errors import UsageError
+from stackwise.files import expanded
 
 FILE = "stackwise.yaml"
 
@@ -29,7 +30,7 @@ def init(directory: str, preset: str, force: bool) -> None:
     from stackwise import durable
     from stackwise.config.presets import commented
 
-    folder = Path(directory).expanduser()
+    folder = expanded(directory)
     path = folder / FILE
     text = commented(preset, name=_name(folder, preset))
     if path.exists() and not force:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +13,7 @@ from stackwise.cli.options import COUNT, SEED, Finite, as_json, device_option, f
 from stackwise.cli.output import console, is_live, note, print_json, progress, say
 from stackwise.cli.tables import held_out_table, show_passage
 from stackwise.errors import UsageError
+from stackwise.files import expanded
 
 LONGEST = 1 << 24
 """Characters of a text that are read at most: a device has no end."""
@@ -113,7 +113,7 @@ def generate(run: str | None, text: str | None, file: str | None, device: str, a
 def export(run: str | None, out: str, force: bool, as_json: bool) -> None:
     """One fused safetensors with config.json and tokenizer.json; a LLaMA-shaped rack loads in transformers."""
     run_directory = find_run(run)
-    target = Path(out).expanduser()
+    target = expanded(out)
     if not force and target.is_dir() and any(target.iterdir()):
         raise UsageError(
             f"{target} is not empty", hint="--force replaces an export that is there; or name another --out"
