@@ -70,7 +70,7 @@ def test_status_has_the_shape_of_the_contract(finished: Path, here: Path, cli: C
     result = cli("status", "--json")
     assert result.exit_code == 0
     value = json.loads(result.stdout)
-    assert set(value) == {"run", "state", "stages"}
+    assert set(value) == {"run", "state", "ranks", "stages"}
     assert value["run"] == "runs/micro"
     assert value["state"] == "done"
     for stage in value["stages"]:
