@@ -104,7 +104,7 @@ def engines(options: argparse.Namespace, blocks: int, directory: Path, *kinds: s
     import torch
 
     from stackwise.training.engine import ResidentEngine
-    from stackwise.training.swap import SwappedEngine
+    from stackwise.training.swap import SwappedEngine, SwapSpace
 
     parts, settings, device = FreshParts(options.width, blocks, options.seq_len), StageTraining(), torch.device("cpu")
     made: list[Result] = []
@@ -113,9 +113,7 @@ def engines(options: argparse.Namespace, blocks: int, directory: Path, *kinds: s
         if kind == "resident":
             engine = ResidentEngine(parts.whole(), settings, seed=SEED, device=device)
         else:
-            engine = SwappedEngine(
-                parts, settings, seed=SEED, device=device, directory=directory, groups=blocks, memory=0, warn=say
-            )
+            engine = SwappedEngine(parts, settings, SwapSpace(directory, blocks, 0, say), seed=SEED, device=device)
         made.append({"kind": kind, "engine": engine, "parts": parts})
     return made
 

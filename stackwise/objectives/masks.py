@@ -389,8 +389,7 @@ def corrupt(
     *,
     mask_token_id: int,
     vocab_size: int,
-    mask_share: float = 0.8,
-    random_share: float = 0.1,
+    shares: tuple[float, float] = (0.8, 0.1),
     seed: int = 0,
 ) -> NDArray[np.int64]:
     """Tokens as masked-language modelling shows them: a pure function of (seed, sample, mask).
@@ -402,10 +401,9 @@ def corrupt(
         tokens_BS: The tokens.
         masks_BS: The positions selected.
         sample_ids: uint8 [B, 16]; None: made of the tokens.
-        mask_token_id: Shown at `mask_share` of the positions selected, and never as a random token.
+        mask_token_id: Shown at a share of the positions selected, and never as a random token.
         vocab_size: Random tokens are uniform over the others.
-        mask_share: Share that shows the mask token.
-        random_share: Share that shows a random token; the rest shows itself.
+        shares: Of the positions selected: showing the mask token, showing a random one; the rest shows itself.
         seed: The run's seed.
 
     Returns:
@@ -414,7 +412,8 @@ def corrupt(
     Raises:
         UsageError: Shares that are negative or sum to more than 1.
     """
-    check_shares(mask_share, random_share)
+    check_shares(*shares)
+    mask_share, random_share = shares
     length = tokens_BS.shape[1]
     samples = sample_keys(
         seed_key(seed, "corruption"), token_sample_ids(tokens_BS) if sample_ids is None else sample_ids

@@ -144,8 +144,7 @@ class MLMObjective(MaskDiffusionObjective):
             batch.sample_ids_B16,
             mask_token_id=self.mask_token_id,
             vocab_size=self.vocab_size,
-            mask_share=self.mask_share,
-            random_share=self.random_share,
+            shares=(self.mask_share, self.random_share),
             seed=self.seed,
         )
         return torch.from_numpy(shown).to(batch.tokens_BS.device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,18 +35,32 @@ SCALER = "scaler/state"
 """What `LossScale` calls its state."""
 
 
+@dataclass(frozen=True)
+class SwapSpace:
+    """Where a stage is swapped to, and in what portions.
+
+    Args:
+        directory: Where its state lives, its own alone; taken up where there is one.
+        groups: Groups that its blocks make.
+        memory: Bytes of boundaries kept in memory; the rest goes to files.
+        warn: Takes what of the directory is damaged, in a line.
+    """
+
+    directory: Path
+    groups: int
+    memory: int
+    warn: Callable[[str], None]
+
+
 class SwappedEngine:
     """Trains a stage group by group.
 
     Args:
         parts: The stage's parts.
         settings: Clipping, accumulation and the optimizer's.
+        space: Where it is swapped to.
         seed: The parts that its randomness follows from, such as (seed, stage).
         device: Where to compute.
-        directory: Where its state lives, its own alone; taken up where there is one.
-        groups: Groups that the blocks make.
-        memory: Bytes of boundaries kept in memory; the rest goes to files.
-        warn: Told what of the directory is damaged.
         before: Steps that the stage has taken already, in windows before this one.
         ranks: Those that train the stage together.
     """
@@ -58,22 +72,19 @@ class SwappedEngine:
         self,
         parts: Parts,
         settings: StageTraining,
+        space: SwapSpace,
         *,
         seed: tuple[int | str, ...],
         device: torch.device,
-        directory: Path,
-        groups: int,
-        memory: int,
-        warn: Callable[[str], None],
         before: int = 0,
         ranks: Group | None = None,
     ) -> None:
         self.before, self.ranks = before, ranks or SingleProcess()
         self.parts, self.settings, self.seed, self.device = parts, settings, seed, device
-        self.groups = make_groups(parts, groups)
-        self.log = RedoLog(directory, parts.trains)
-        self.log.open(warn)
-        self.spill = Spill(directory / "step", memory)
+        self.groups = make_groups(parts, space.groups)
+        self.log = RedoLog(space.directory, parts.trains)
+        self.log.open(space.warn)
+        self.spill = Spill(space.directory / "step", space.memory)
         self.loader = PartLoader(parts, self.log, settings, device, self.ranks)
         self.scale = LossScale(settings.loss_scale) if parts.precision == "fp16" else None
         if self.scale is not None and self.log.committed.scaler is not None:

@@ -17,7 +17,7 @@ from stackwise.model import Front, build_block, build_front, build_head
 from stackwise.objectives import MaskDiffusionObjective
 from stackwise.training.optim import learning_rate, make_optimizer
 from stackwise.training.stage import StageModel
-from stackwise.training.swap import SwappedEngine
+from stackwise.training.swap import SwappedEngine, SwapSpace
 
 VOCAB, S, MASK = 24, 12, 23
 CPU = torch.device("cpu")
@@ -129,9 +129,8 @@ def engine(parts: RackParts, directory: Path, *, groups: int = 99, memory: int =
     def warn(text: str) -> None:
         raise AssertionError(text)
 
-    return SwappedEngine(
-        parts, settings(**values), seed=SEED, device=CPU, directory=directory, groups=groups, memory=memory, warn=warn
-    )
+    space = SwapSpace(directory, groups, memory, warn)
+    return SwappedEngine(parts, settings(**values), space, seed=SEED, device=CPU)
 
 
 def part_of(name: str) -> str:

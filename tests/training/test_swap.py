@@ -22,7 +22,7 @@ from stackwise.model import part_digest
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.optim import learning_rate
 from stackwise.training.optimizers import AdamW
-from stackwise.training.swap import SwappedEngine
+from stackwise.training.swap import SwappedEngine, SwapSpace
 from stackwise.training.swap_state import Spill
 from tests.training.swapping import (
     CPU,
@@ -222,9 +222,7 @@ def test_what_is_damaged_is_named_and_training_begins_again(disk: Path, kind: st
     swapped.log.close()
     HARM[harm](next((disk / kind).glob("block.1-*")) if (disk / kind).is_dir() else disk / kind)
     said: list[str] = []
-    again = SwappedEngine(
-        parts, settings(), seed=SEED, device=CPU, directory=disk, groups=2, memory=0, warn=said.append
-    )
+    again = SwappedEngine(parts, settings(), SwapSpace(disk, 2, 0, said.append), seed=SEED, device=CPU)
     assert again.steps_done == 0
     assert len(said) == 1
     assert "begins again" in said[0]

@@ -32,7 +32,7 @@ from stackwise.training.feed import Feed, ahead
 from stackwise.training.forward import forward_rows
 from stackwise.training.stage import MeanLoss, StageModel
 from stackwise.training.state_files import reason
-from stackwise.training.swap import SwappedEngine
+from stackwise.training.swap import SwappedEngine, SwapSpace
 from stackwise.training.trainer import Carried, Progress, Record, Rollback, Trainer, anchor
 
 REPORTED_AGAIN = 1000
@@ -55,12 +55,9 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
     engine = SwappedEngine(
         JobParts(job, config, job.initial),
         context.settings,
+        SwapSpace(Path(job.checkpoints) / "swap", swap.groups, swap.boundaries, context.warn),
         seed=job.seed(config),
         device=context.device,
-        directory=Path(job.checkpoints) / "swap",
-        groups=swap.groups,
-        memory=swap.boundaries,
-        warn=context.warn,
         before=job.span.first,
     )
     with contextlib.closing(engine):
