@@ -190,7 +190,7 @@ def _figures(passes: Sequence[Pass], scores: Sequence[Scores], bytes_N: ArrayLik
     nats_N: NDArray[np.float64] | None = None
     for way, score_ in zip(passes, scores, strict=True):
         by_fraction |= {key: score_.over(mask) for key, mask in way.fractions.items()}
-        own = way.sample_nats(score_)
-        if own is not None:
-            nats_N = own if nats_N is None else nats_N + own
+        of_pass_N = way.sample_nats(score_)
+        if of_pass_N is not None:
+            nats_N = of_pass_N if nats_N is None else nats_N + of_pass_N
     return figures(by_fraction, nats_N, bytes_N, tokens)

@@ -22,6 +22,7 @@ from stackwise.files import open_regular, read_json
 from stackwise.model.block import Block, Stack
 from stackwise.model.build import rebuild_tables
 from stackwise.model.rack import Front, Head, Rack
+from stackwise.registry import PLUGINS
 from stackwise.text import printable
 from stackwise.version import __version__
 
@@ -183,6 +184,14 @@ def read_export(directory: Path | str) -> Exported:
         )
     except UsageError:  # which is a ValueError
         raise
+    except ValidationError as error:
+        if any(fault["type"] == "kind" for fault in error.errors()):
+            text = printable(error.errors()[0]["msg"])
+            raise UsageError(
+                f"{directory} has layers of a kind that is not here: {text}",
+                hint=f"name the file that registers it in the environment: {PLUGINS}=FILE.py",
+            ) from None
+        raise _damaged(path, error) from None
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from None
 
@@ -278,9 +287,9 @@ def load_rack(directory: Path | str, device: torch.device | str = "cpu") -> Rack
     shape = (about.vocab_size, config.d_model)
     # Nothing is built before the sizes in config.json are known to be those of the files.
     if embedding is None or embedding.shape != shape or config.n_blocks > len(stored):
-        found = "is missing" if embedding is None else f"has shape {list(embedding.shape)}, not {list(shape)}"
+        what = "is missing" if embedding is None else f"has shape {list(embedding.shape)}, not {list(shape)}"
         many = f"{len(stored)} tensors for {config.n_blocks} blocks"
-        reason = many if embedding is not None and embedding.shape == shape else f"the embedding {found}"
+        reason = many if embedding is not None and embedding.shape == shape else f"the embedding {what}"
         raise DamageError(f"{directory}: {reason}", hint="export it again")
     try:
         with torch.device("meta"):

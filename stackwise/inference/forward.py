@@ -124,8 +124,8 @@ class LoadedModel:
                     if stage.front is not None:
                         with evaluating(stage.front):
                             x_BSD = enter(stage.front, ids_BS, time, causal=causal).to(x_BSD.dtype)
-                    own = None if caches is None else caches.of(first, len(stage.blocks))
-                    x_BSD = stage.forward(x_BSD, segments_BS, direction=causal, caches=own)
+                    of_stage = None if caches is None else caches.of(first, len(stage.blocks))
+                    x_BSD = stage.forward(x_BSD, segments_BS, direction=causal, caches=of_stage)
                     h_BSD = stage.features(x_BSD, segments_BS, direction=causal)
                 first += len(stage.blocks)
                 if exit_depth is not None and stage.depth >= exit_depth:

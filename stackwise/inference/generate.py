@@ -158,9 +158,9 @@ def _plan(open_BS: Tensor, groups_BS: Tensor, steps: int) -> Iterator[tuple[int,
     done = upto = 0
     for number, size in zip(numbers, sizes, strict=True):
         upto += size
-        own = max(1, min(size, -(-steps * upto // sum(sizes)) - done))
-        done += own
-        for left in range(own, 0, -1):
+        steps_here = max(1, min(size, -(-steps * upto // sum(sizes)) - done))
+        done += steps_here
+        for left in range(steps_here, 0, -1):
             yield number, left
 
 

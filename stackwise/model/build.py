@@ -56,8 +56,8 @@ def initialise(
     def fill(item: tuple[str, nn.Parameter]) -> None:
         name, parameter = item
         if parameter.ndim >= 2:
-            own = std * (scale if name in scaled else 1.0)
-            values = draw(parameter.shape, own, seed, "init", part, name)
+            width = std * (scale if name in scaled else 1.0)
+            values = draw(parameter.shape, width, seed, "init", part, name)
             with torch.no_grad():  # a setting of the thread
                 parameter.copy_(values)
 

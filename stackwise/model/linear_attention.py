@@ -115,11 +115,11 @@ def summed(
     seen = sees(direction, places[:, None], places[None], size)
     state = cache.kept[0] if cache is not None and cache.kept else None
     left, state = _states(k, v, runs, state)
-    y = _inside(q, k, v, seen, runs) + _through(q, left, runs)
+    y = _inside(q, k, v, seen, runs) + _sums_in_front(q, left, runs)
     if direction is False:
         back = None if runs is None else runs.flip(1, 2)
         right, _ = _states(k.flip(2, 3), v.flip(2, 3), back)
-        y = y + _through(q.flip(2, 3), right, back).flip(2, 3)
+        y = y + _sums_in_front(q.flip(2, 3), right, back).flip(2, 3)
     if cache is not None:
         cache.replace(length, state)
     return y.flatten(2, 3)[:, :, :length]
@@ -136,7 +136,8 @@ def _paired(q: Tensor, k: Tensor, v: Tensor, size: int, runs_BS: Tensor | None) 
     runs = None if runs_BS is None else _run_chunks(runs_BS[:, :half], size)
     left, _ = _states(blocks(k, 1), blocks(v, 1), runs)
     copies = [
-        _inside(blocks(q, copy), blocks(k, copy), blocks(v, copy), None, runs) + _through(blocks(q, copy), left, runs)
+        _inside(blocks(q, copy), blocks(k, copy), blocks(v, copy), None, runs)
+        + _sums_in_front(blocks(q, copy), left, runs)
         for copy in (0, 1)
     ]
     return torch.cat([y.flatten(2, 3)[:, :, :half] for y in copies], 2)
@@ -172,14 +173,16 @@ def _states(k: Tensor, v: Tensor, runs: Tensor | None, first: Tensor | None = No
         k = k * (runs == last[..., None])[:, None, :, :, None]
         # The chunk in front of each: in front of the first is none.
         before = (before & (F.pad(last, (1, 0))[..., None] == last[:, None]))[:, None]
-    own = (k.transpose(-1, -2) @ v).flatten(-2)
-    sums = (before.to(own.dtype) @ own).view(*own.shape[:2], count + 1, k.shape[-1], v.shape[-1])
+    sums_of_chunk = (k.transpose(-1, -2) @ v).flatten(-2)
+    sums = (before.to(sums_of_chunk.dtype) @ sums_of_chunk).view(
+        *sums_of_chunk.shape[:2], count + 1, k.shape[-1], v.shape[-1]
+    )
     if first is not None:
         sums = sums + first[:, :, None]
     return sums[:, :, :-1], sums[:, :, -1]
 
 
-def _through(q: Tensor, left: Tensor, runs: Tensor | None) -> Tensor:
+def _sums_in_front(q: Tensor, left: Tensor, runs: Tensor | None) -> Tensor:
     """The sums over the chunks in front, [B, H, N, C, V]: of a position's own document, where given."""
     y = q @ left
     if runs is None:

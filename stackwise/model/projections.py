@@ -112,8 +112,8 @@ class QuantizedLinear(nn.Linear):
             return super().forward(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        own = self._parameters["bias"]
-        bias = None if own is None else own.to(dtype)
+        full = self._parameters["bias"]
+        bias = None if full is None else full.to(dtype)
         # A compiler decides by itself what to keep for the way back and what to compute anew.
         if self.packed and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
             y = _PackedLinear.apply(x.to(dtype), self, bias)  # type: ignore[no-untyped-call]

@@ -126,8 +126,10 @@ class Head(nn.Module):
         if embedding is not None and tuple(embedding.shape) != shape:
             raise UsageError(f"an embedding of shape {tuple(embedding.shape)} cannot be a head of shape {shape}")
         self.norm = make_norm(config)
-        own = nn.Parameter(nn.init.normal_(torch.empty(shape), std=config.init_std)) if embedding is None else None
-        self.register_parameter("projection", own)
+        projection = (
+            nn.Parameter(nn.init.normal_(torch.empty(shape), std=config.init_std)) if embedding is None else None
+        )
+        self.register_parameter("projection", projection)
         is_parameter = isinstance(embedding, nn.Parameter)
         self.register_buffer("fixed", None if is_parameter else embedding, persistent=False)
         # In a tuple, where nn.Module does not look for parameters.
@@ -215,7 +217,7 @@ class Rack(nn.Module):
 def enter(
     front: nn.Module, ids_BS: Tensor, time: Tensor | None = None, *, causal: Direction = False, start: int = 0
 ) -> Tensor:
-    """Token ids through a front, [B, S, D]; another module than StackWise's own is told the ids alone.
+    """Token ids through a front, [B, S, D]; another module than StackWise's own is given the ids alone.
 
     Args:
         front: Tokens to vectors.
@@ -238,7 +240,7 @@ class StageModules:
     depth: int
     """Its place in the schedule."""
     blocks: Sequence[nn.Module] = field(repr=False)
-    """The blocks it holds, lowest first; only StackWise's own are told the direction and the documents."""
+    """The blocks it holds, lowest first; only StackWise's own are given the direction and the documents."""
     head: Head = field(repr=False)
     """The head it trained with."""
     causal: Direction = False
@@ -267,15 +269,15 @@ class StageModules:
         Raises:
             UsageError: Caches, and blocks that are not StackWise's own.
         """
-        return self._through(self.blocks, x_BSD, segments_BS, direction, caches)
+        return self._run_blocks(self.blocks, x_BSD, segments_BS, direction, caches)
 
     def features(
         self, x_BSD: Tensor, segments_BS: Tensor | None = None, *, direction: Direction | None = None
     ) -> Tensor:
         """The vectors that enter its head, of those that leave it."""
-        return self._through(self.beyond, x_BSD, segments_BS, direction, None)
+        return self._run_blocks(self.beyond, x_BSD, segments_BS, direction, None)
 
-    def _through(
+    def _run_blocks(
         self,
         blocks: Sequence[nn.Module],
         x_BSD: Tensor,

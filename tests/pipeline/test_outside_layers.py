@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,11 @@ def test_an_export_computes_the_same(staged: Any, tmp_path: Path) -> None:
     back, rack = load_export(out), load_rack(RunDirectory(directory), torch.device("cpu"))
     ids = torch.randint(0, 200, (2, config.training.seq_len), generator=torch.Generator().manual_seed(0))
     x = rack.front()(ids)
+    (tmp_path / "ask.py").write_text(f"from stackwise.inference import load_rack\nload_rack({str(out)!r})\n")
+    bare = {key: value for key, value in os.environ.items() if key != registry.PLUGINS}
+    done = subprocess.run([sys.executable, str(tmp_path / "ask.py")], env=bare, capture_output=True, text=True)
+    assert "UsageError" in done.stderr
+    assert registry.PLUGINS in done.stderr, "which file is missing"
     for section in rack.modules():
         x = section.forward(x)
         head = section.head
