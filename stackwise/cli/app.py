@@ -52,7 +52,7 @@ COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.it
 
 
 class Lazy(click.Group):
-    """A group whose commands are imported when they are run, whose near misses are answered with what was meant."""
+    """A group whose commands are imported when they are run, which suggests the nearest command for a wrong name."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names, in the order of the table."""
@@ -98,7 +98,7 @@ class Lazy(click.Group):
 
 
 class Subcommands(click.Group):
-    """A command with commands of its own, whose near misses are answered too."""
+    """A command with subcommands, which suggests the nearest one for a wrong name."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -224,7 +224,7 @@ def _kept(error: BaseException) -> str:
 
 
 def _leave(output: Standard, code: int) -> NoReturn:
-    """End with a code; output that nobody reads any more is no error of its own."""
+    """End with a code; a closed pipe is not an error."""
     try:
         output.flush()
     except BrokenPipeError:
@@ -239,5 +239,5 @@ def _leave(output: Standard, code: int) -> NoReturn:
 
 
 def stopped_after_saving(resume_command: str) -> InterruptedRun:
-    """What a run that was told to stop ends with."""
+    """The end of a run that was interrupted after its state was saved."""
     return InterruptedRun("interrupted; what was done is saved", hint=f"go on with: {resume_command}")

@@ -70,7 +70,7 @@ class RunView:
     Args:
         config: Its configuration.
         run: Its directory.
-        known: The stages' states before, as `status` gives them: what a stage that is reused came to.
+        known: The stages' states before, as `status` gives them: the results of stages that are reused.
     """
 
     config: StackWiseConfig
@@ -149,7 +149,7 @@ class RunView:
             self.stages[entry["stage"]].steps = entry["steps"]
 
     def end(self) -> None:
-        """Nothing goes on any more: what ran was interrupted."""
+        """The run ended: a stage still running was interrupted."""
         self.activity = None
         for stage in self.stages:
             if stage.state == "running":
@@ -196,7 +196,7 @@ class RunView:
         stage.wait_fraction, stage.memory = event["wait_fraction"], event["memory"]
 
     def _recall(self, stage: StageView) -> None:
-        """What a stage that is not trained again came to before."""
+        """Take a reused stage's results from the earlier run."""
         for before in self.known:
             if (before["depth"], before.get("window", 0)) == (stage.depth, stage.window) and before["state"] == "done":
                 stage.loss, stage.step, stage.steps = before["loss"], before["step"], before["steps"]

@@ -72,6 +72,8 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 LEFT, RIGHT, TOP, BOTTOM = 46, 92, 12, 40
 LABELLED = 10
 """Lines of which each has its name at its end; of more, the first and the last have."""
+SETTLED = 0.15
+"""Share of a stage's steps after which its loss has come into the picture."""
 ROWS = 20
 """Rows of a table above which it scrolls within the page."""
 STOPS = 72
@@ -119,6 +121,24 @@ def colour(hue: float | None) -> str:
 def hue_of(index: int, count: int) -> float:
     """The place of one of several, from 0 to 1."""
     return index / (count - 1) if count > 1 else 0.0
+
+
+def padded_range(low: float, high: float) -> tuple[float, float]:
+    """The range of an axis, with some room above and below its values."""
+    room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+    return max(0.0, low - room), high + room
+
+
+def settled_range(lines: list[Line]) -> tuple[float, float]:
+    """Where the settled parts of the curves lie, with room for most of their noise."""
+    settled: Points = []
+    for line in lines:
+        settled += line.points[int(SETTLED * len(line.points)) :]
+    noise = sorted(y for line in lines for _, y in (line.faint or [])[int(0.2 * len(line.faint or [])) :])
+    low, high = min(y for _, y in settled), max(y for _, y in settled)
+    low = min(low, noise[len(noise) // 20]) if noise else low
+    room = 0.06 * (high - low) or 0.1
+    return max(0.0, low - room), high + room
 
 
 def line_chart(

@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs between them, and what each came to. Reads files alone."""
+"""Runs side by side: the settings that differ, and the results of each. Reads files alone."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def best(comparison: Mapping[str, Any]) -> int | None:
 
 
 def summary(comparison: Mapping[str, Any]) -> str:
-    """In a line: how many runs stand how, and how many stages were trained."""
+    """In a line: runs by state, and how many stages were trained."""
     runs = comparison["runs"]
     states = Counter(run["state"] for run in runs)
     trained, reused = sum(run["trained"] for run in runs), sum(run["reused"] for run in runs)

@@ -39,7 +39,7 @@ _CLOSING = ("done", "interrupted", "failed")
 
 @dataclass
 class Curve:
-    """Loss by step of one stage under one recipe, and the last figures told."""
+    """Loss by step of one stage under one recipe, and its speeds."""
 
     recipe: str | None
     losses: dict[int, float] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Written:
 
 @dataclass
 class History:
-    """What the log tells."""
+    """What the log holds."""
 
     curves: dict[int, Curve] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -80,7 +80,7 @@ class History:
 
 
 class _Clock:
-    """Adds the time between events to the phase that goes on; the time between two runners belongs to none."""
+    """Adds the time between events to the current phase; the time between two runners belongs to none."""
 
     def __init__(self, history: History) -> None:
         self._history = history

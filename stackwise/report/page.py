@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from stackwise import words
-from stackwise.report.charts import Bar, Line, Points, bars, hue_of, line_chart, scroll, smooth, thin
+from stackwise.report.charts import (
+    Bar,
+    Line,
+    Points,
+    bars,
+    hue_of,
+    line_chart,
+    padded_range,
+    scroll,
+    settled_range,
+    smooth,
+    thin,
+)
 from stackwise.report.facts import BoundaryFacts, Facts, StageFacts
 from stackwise.version import __version__
 
@@ -92,7 +104,7 @@ def _alerts(facts: Facts) -> str:
     if facts.state == "failed" and facts.history.failure:
         alerts.append(("alert bad", f"The run failed: {facts.history.failure}"))
     elif facts.state == "interrupted":
-        alerts.append(("alert", "The run was interrupted; the same command goes on from its last checkpoint."))
+        alerts.append(("alert", "The run was interrupted; the same command resumes from its last checkpoint."))
     alerts += [("alert", text) for text in dict.fromkeys(facts.history.warnings[-3:])]
     return "".join(f'<p class="{kind}">{escape(text)}</p>\n' for kind, text in alerts)
 
@@ -206,7 +218,7 @@ def _losses(stages: list[dict[str, Any]]) -> str:
         title="Held-out loss by depth",
         x_label="stage",
         y_label="nats",
-        y_range=_padded(min(values), max(values)),
+        y_range=padded_range(min(values), max(values)),
         x_ticks=[float(i) for i in range(len(stages))],
         widths=(420,),
         height=270,
@@ -232,7 +244,7 @@ def _bits(result: dict[str, Any], stages: list[dict[str, Any]]) -> str:
             title="Bits per byte by depth",
             x_label="stage",
             y_label="bits per byte",
-            y_range=_padded(min(values), max(values)),
+            y_range=padded_range(min(values), max(values)),
             x_ticks=[float(i) for i, _ in known],
             widths=(420,),
             height=270,
@@ -320,15 +332,8 @@ def holes_marked(before: str) -> str:
     return shown + escape(before[at:])
 
 
-def _padded(low: float, high: float) -> tuple[float, float]:
-    room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-    return max(0.0, low - room), high + room
-
-
 RAW, SMOOTHED = 300, 160
 """Points kept of a stage's raw and smoothed losses."""
-SETTLED = 0.15
-"""Share of a stage's steps after which its loss has come into the picture."""
 
 
 def _training(facts: Facts) -> list[str]:
@@ -366,7 +371,7 @@ def _curves(facts: Facts) -> list[str]:
             title="Loss by stage and step",
             x_label="step",
             y_label="nats",
-            y_range=_range(lines),
+            y_range=settled_range(lines),
         ),
         "</figure>",
     ]
@@ -383,18 +388,6 @@ def _by_depth(stages: list[StageFacts]) -> tuple[dict[int, Points], dict[int, Po
         evaluated.setdefault(stage.depth, []).extend((first + step, loss) for step, loss in stage.held_out)
         before[stage.depth] = first + stage.steps
     return {depth: curve for depth, curve in curves.items() if len(curve) > 1}, evaluated, len(before)
-
-
-def _range(lines: list[Line]) -> tuple[float, float]:
-    """Where the settled parts of the curves lie, with room for most of their noise."""
-    settled: Points = []
-    for line in lines:
-        settled += line.points[int(SETTLED * len(line.points)) :]
-    noise = sorted(y for line in lines for _, y in (line.faint or [])[int(0.2 * len(line.faint or [])) :])
-    low, high = min(y for _, y in settled), max(y for _, y in settled)
-    low = min(low, noise[len(noise) // 20]) if noise else low
-    room = 0.06 * (high - low) or 0.1
-    return max(0.0, low - room), high + room
 
 
 def _stages(facts: Facts) -> str:

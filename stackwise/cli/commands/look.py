@@ -48,7 +48,7 @@ def report(run: str | None) -> None:
 @click.command()
 @as_json
 def doctor(as_json: bool) -> None:
-    """What this machine has, and what is missing: packages, devices, memory, disk. Exit code 1 where it will not do."""
+    """Check this machine: packages, devices, memory, disk. Exit code 1 where something needed is missing."""
     checks = examine()
     missing = [check for check in checks if check.state == "missing"]
     if as_json:

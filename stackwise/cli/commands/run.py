@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 def run(engine: str, max_time: float | None, dry: bool, as_json: bool, **named: Any) -> None:
     """Train every stage, evaluate on held-out text, write report.html.
 
-    What is committed is not trained again; what was interrupted goes on. With neither CONFIG nor --preset: the
+    What is committed is not trained again; what was interrupted resumes. With neither CONFIG nor --preset: the
     configuration of the run that --run names, where there is one, else the preset demo.
     """
     choice = choose(**named)
@@ -80,7 +80,7 @@ def _submit(choice: Choice, engine: str, as_json: bool) -> None:
         what = "evaluation, report" if job["stage"] is None else f"stage {job['stage']}"
         what += f", window {job['window']}" if job.get("window") is not None else ""
         say(f"{engine} job {job['job']}: {what}")
-    say(f"how they stand: stackwise status --run {shlex.quote(str(choice.run.path))}")
+    say(f"show their state: stackwise status --run {shlex.quote(str(choice.run.path))}")
 
 
 def carry_out(
@@ -140,7 +140,7 @@ def _conclude(view: RunView) -> None:
     if view.fill is not None:
         out.print()
         causal = view.evaluation is not None and view.evaluation.get("likelihood") == "exact"
-        title = "a prompt, and how the rack goes on" if causal else "with holes, and as the rack filled them"
+        title = "a prompt, and its continuation" if causal else "with holes, and as the rack filled them"
         out.print(plain(f"a held-out passage: {title}"), style="bold")
         show_passage(out, view.fill)
 
@@ -174,7 +174,7 @@ def run_stage(depth: int, window: int | None, max_time: float | None, as_json: b
 @watch_option
 @as_json
 def list_stages(watch: bool, as_json: bool, **named: Any) -> None:
-    """The schedule: what each stage holds, reads and trains; with a run, how each stands.
+    """The schedule: what each stage holds, reads and trains; with a run, each stage's state.
 
     Without CONFIG, --preset and --run: the latest run under runs/, else the preset demo.
     """

@@ -58,7 +58,8 @@ def sweep(
     stackwise sweep -o training.learning_rate=1e-3,3e-3 -o stages.3.training.weight_decay=0,0.1
 
     Stages that runs have in common are trained once. A combination that fails is in the table, and the others go on
-    (exit code 1 at the end). Interrupted, the same command goes on. The table is kept as sweep.json and sweep.md.
+    (exit code 1 at the end). The same command resumes an interrupted sweep. The table is kept as sweep.json and
+    sweep.md.
     """
     from stackwise.pipeline.batch.grid import combinations, parse_axes
     from stackwise.pipeline.batch.sweep import Sweep
@@ -106,7 +107,7 @@ def _carry_out(chosen: Sweep, as_json: bool, max_time: float | None) -> None:
         if as_json:
             print_event(event)
         elif event["event"] == "combination":
-            done = " (reused: it stands complete)" if event["reused"] else ""
+            done = " (reused: it is complete)" if event["reused"] else ""
             say(f"── {event['number']} of {event['of']}: {event['name']}{done}")
         elif event["event"] == "note":
             say(f"note: {event['text']}")

@@ -42,7 +42,7 @@ PASSAGE_TOKENS, PASSAGE_SHARE = 96, 0.3
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is made. What a rack cannot use is told as a note.
+    """How text is made. What a rack cannot use is a note in the result.
 
     Attributes:
         steps: Rounds of unmasking; None: one for each hole. Of a causal rack, where `length` is None: tokens to add.

@@ -101,7 +101,7 @@ class CommittedRack:
     def exits(self, stages: Sequence[Stage] | None = None) -> Iterator[StageModules]:
         """The rack as it left at each stage, with that stage's head, one stage loaded at a time.
 
-        A stage that stands on what the one before it left goes on from there; any other brings its whole way, from
+        A stage that reads what the one before it wrote starts there; any other brings all blocks below it, from
         its own front.
 
         Args:
@@ -162,7 +162,7 @@ def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) ->
                 raise UsageError(f"{run.path}: stage {stage.label} is no longer in the store", hint=again)
             add_versions(parts, committed)
             newest[stage.depth] = (stage, dict(parts))
-    # While a window is under way, what stood on weights of the one before it stands no more.
+    # Between two windows, a stage whose weights were pruned cannot be used.
     standing = [
         (stage, versions)
         for stage, versions in newest.values()

@@ -253,7 +253,7 @@ class _Stages:
                 for name in stage.trains:
                     parts[name].load_state_dict(load_file(committed.path(name)))
             self.digests |= committed.record["parts"]
-            self._hand_on(job, model, feed)
+            self._write_boundary(job, model, feed)
         return _result(stage, committed, reused)
 
     def _forward(self, layers: int) -> dict[str, Any]:
@@ -302,7 +302,7 @@ class _Stages:
     def _context(self, job: StageJob, feed: Feed) -> StageContext:
         return StageContext(job, self.config, self.store, self.device, self.observe, lambda: False, feed)
 
-    def _hand_on(self, job: StageJob, model: StageModel, feed: Feed) -> None:
+    def _write_boundary(self, job: StageJob, model: StageModel, feed: Feed) -> None:
         """The boundary above, where a stage follows that reads it."""
         stages = schedule(self.config)
         above = job.stage.depth + 1
@@ -401,7 +401,7 @@ class UnifiedTrainer:
         for index, module in enumerate((front, *layers), -1):
             try:
                 if index in changing:
-                    raise Undescribed("changes of its own that no state dict holds")
+                    raise Undescribed("it changes attributes that no state dict holds")
                 code.append(identity(module))
             except Undescribed as reason:
                 unknown.append(f"{'the front' if index < 0 else named(layers, index)}: {reason}")
@@ -426,7 +426,7 @@ class UnifiedTrainer:
         if config.finds_block_size:
             raise UsageError("training.block_size: auto is not for layers of your own", hint="give a number")
         if config.adapts:
-            raise UsageError("training.adaptation: layers of your own are told no direction of attention", hint=hint)
+            raise UsageError("training.adaptation: your own layers get no direction of attention", hint=hint)
         # A stage above tokens must hold all blocks from the lowest on, and train them.
         if any(not (s.reads_boundary or (s.first == 0 and set(s.holds) == set(s.trains))) for s in stages):
             raise UsageError("independent and prepended stages are not for layers of your own", hint=hint)
