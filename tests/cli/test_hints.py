@@ -7,14 +7,15 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from stackwise.cli import app, main
-from stackwise.config import StackWiseConfig
-from stackwise.config.kinds import ATTENTIONS, FEED_FORWARDS, OPTIMIZERS
+from stackwise.config import StackWiseConfig, kinds
 from stackwise.errors import ConfigError
+from stackwise.registry import Registry
 from tests.cli.conftest import Cli
 
 ROOT = Path(app.__file__).parent.parent
@@ -86,10 +87,25 @@ def test_keys_that_messages_name_exist() -> None:
     assert [key for key in sorted(keys) if not key.endswith(files) and not known(key)] == []
 
 
+CHOICES: dict[str, Registry[Any]] = {
+    "model.attention": kinds.ATTENTIONS,
+    "model.ffn": kinds.FEED_FORWARDS,
+    "model.time_embedding": kinds.TIME_EMBEDDINGS,
+    "training.optimizer": kinds.OPTIMIZERS,
+    "training.objective": kinds.OBJECTIVES,
+    "training.divergence": kinds.DIVERGENCES,
+    "training.lookahead": kinds.LOOKAHEADS,
+    "training.fusion": kinds.FUSIONS,
+    "training.adaptation": kinds.ADAPTATIONS,
+}
+
+
 def known(key: str) -> bool:
     """Whether a configuration may have a key, whatever its values are, with one of the kinds of a choice."""
-    choices = [("model.attention", ATTENTIONS), ("model.ffn", FEED_FORWARDS), ("training.optimizer", OPTIMIZERS)]
-    bases = [{}] + [{section: name} for section, kinds in choices for name in kinds.names() if key.startswith(section)]
+    bases: list[dict[str, object]] = [{}]
+    for section, choice in CHOICES.items():
+        if key.startswith(section):
+            bases += [{section: name} for name in choice.names()]
     return any(not unknown(base | {key: object}) for base in bases)
 
 

@@ -51,12 +51,10 @@ def test_the_schedule_shows_what_a_stage_has_of_its_own(
     assert said in result.stdout
 
 
-@pytest.mark.parametrize("command", [["run"], ["stage", "list"]])
-def test_targets_of_ones_own_are_for_the_library(command: list[str], here: Path, cli: Cli) -> None:
-    refused = cli(*command, "--preset", "micro", "-o", "training.objective=custom")
+def test_an_objective_of_ones_own_needs_targets_in_the_data(here: Path, cli: Cli) -> None:
+    refused = cli("run", "--preset", "micro", "-o", "training.objective=custom")
     assert refused.exit_code == 2
-    assert "UnifiedTrainer" in refused.stderr
-    assert not Path("runs").exists()
+    assert "targets" in refused.stderr
 
 
 def test_the_schedule_of_a_run_has_its_states(finished: Path, cli: Cli) -> None:

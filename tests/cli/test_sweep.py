@@ -16,7 +16,7 @@ def test_interrupted_a_sweep_goes_on_and_a_failed_run_stops_no_other(text: Path,
     place = tmp_path / "sweep"
     # The second diverges: it is in the table, and the third goes on.
     args = ["--preset", "micro", "--dir", str(place), "-o", f"data.paths=[{text}]", "-o", "training.steps=8"]
-    args += ["-o", "stages.1.training.learning_rate=1e-3,1e30,2e-3"]
+    args += ["-o", "stages.1.training.learning_rate=1e-3,1e14,2e-3"]
     with subprocess.Popen(
         [*COMMAND, "sweep", *args, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -163,7 +163,7 @@ def test_a_run_in_any_state(state: str, made: HandMade) -> None:
     if state == "failed":
         assert "The run failed: out of memory <here>" in page.text
     if state in ("running", "interrupted"):  # nobody works on it
-        assert "the same command goes on" in page.text
+        assert "the same command resumes" in page.text
 
 
 def test_a_run_that_has_hardly_begun(made: HandMade) -> None:
