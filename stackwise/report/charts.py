@@ -149,14 +149,14 @@ def line_chart(
     y_label: str,
     y_range: tuple[float, float],
     x_ticks: Sequence[float] | None = None,
-    widths: tuple[int, ...] = (860, 400),
-    height: int = 300,
+    half: bool = False,
 ) -> str:
-    """A figure with the chart drawn for a wide page and for a narrow one; the style sheet shows the one that fits."""
-    names = ("wide", "narrow") if len(widths) > 1 else ("",)
+    """A chart of half the page's width; or one drawn for a wide and for a narrow page, of which the style shows one."""
+    height = 270 if half else 300
+    sizes = [("", 420)] if half else [("wide", 860), ("narrow", 400)]
     drawn = [
         f'<div class="{kind}">{_Drawing(lines, width, height, y_range, x_ticks).svg(title, x_label, y_label)}</div>'
-        for kind, width in zip(names, widths, strict=True)
+        for kind, width in sizes
     ]
     return "".join(drawn)
 

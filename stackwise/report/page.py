@@ -220,8 +220,7 @@ def _losses(stages: list[dict[str, Any]]) -> str:
         y_label="nats",
         y_range=padded_range(min(values), max(values)),
         x_ticks=[float(i) for i in range(len(stages))],
-        widths=(420,),
-        height=270,
+        half=True,
     )
 
 
@@ -246,8 +245,7 @@ def _bits(result: dict[str, Any], stages: list[dict[str, Any]]) -> str:
             y_label="bits per byte",
             y_range=padded_range(min(values), max(values)),
             x_ticks=[float(i) for i, _ in known],
-            widths=(420,),
-            height=270,
+            half=True,
         )
     items = [Bar(name, y, f"{y:.3f}") for name, y in baselines.items()]
     items += [
