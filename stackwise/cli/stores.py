@@ -35,11 +35,7 @@ def store_path(run: str | None, store: str | None) -> Path:
     """
     if run is not None and store is not None:
         raise UsageError("--run and --store both name a store; give one")
-    if store is not None:
-        path = expanded(store)
-    else:
-        found = find_run(run)
-        path = found.store_path(found.config())
+    path = expanded(store) if store is not None else find_run(run).store_settings()[0]
     if not path.is_dir():
         raise NotFound(f"there is no store at {path}", hint="--store DIR names one, --run DIR names a run")
     return path

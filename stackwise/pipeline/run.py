@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 from stackwise import durable, shapes
 from stackwise.durable import FileLock
 from stackwise.errors import NotFound, UsageError
-from stackwise.files import expanded, irregular, open_to_write, read_json
+from stackwise.files import expanded, irregular, open_to_write, read_json, read_text
 from stackwise.shapes import (
     array,
     array_of,
@@ -45,6 +45,7 @@ from stackwise.shapes import (
     string,
     text,
 )
+from stackwise.text import has_control
 
 if TYPE_CHECKING:
     from stackwise.config import StackWiseConfig
@@ -199,6 +200,26 @@ class RunDirectory:
     def store_path(self, config: StackWiseConfig) -> Path:
         """Where the run's store is."""
         return expanded(config.store.path) if config.store.path else self.path / "store"
+
+    def store_settings(self) -> tuple[Path, int | None]:
+        """Where the run's store is, and its `store.max_bytes`; the rest of its configuration is not looked at.
+
+        Raises:
+            NotFound: There is no run here.
+            UsageError: Its configuration is faulty.
+        """
+        import yaml
+
+        # The file was written by a run, with every value resolved. Whatever is odd about it the full reading explains.
+        with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError):
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            store = yaml.load(read_text(self.config_file, limit=1 << 20), loader)["store"]
+            path, most = store["path"], store["max_bytes"]
+            plain = path is None or (isinstance(path, str) and path and not has_control(path))
+            if plain and (most is None or type(most) is int):
+                return self.path / "store" if path is None else expanded(path), most
+        config = self.config()
+        return self.store_path(config), config.store.max_bytes
 
     def open_store(self, config: StackWiseConfig) -> ActivationStore:
         """The run's store, which is there already.

@@ -16,8 +16,9 @@ from stackwise.cli.stores import opened, where
 from stackwise.errors import DamageError
 
 if TYPE_CHECKING:
+    from stackwise.config import StackWiseConfig
     from stackwise.pipeline.run import RunDirectory
-    from stackwise.store import ActivationStore
+    from stackwise.store import ActivationStore, CommittedStage
 
 
 @click.group(cls=Subcommands, short_help="The activation store: look, check, mend, clean.")
@@ -162,31 +163,41 @@ def _planned(run: RunDirectory, store: ActivationStore) -> dict[str, Any]:
         less what is written of it already (None: the rows are not chosen yet); `stored`: bytes of all boundaries;
         `allowed`: `store.max_bytes`; `free`: bytes on the disk.
     """
+    manifest = run.manifest()
+    stored = sum(info.disk_bytes for info in store.boundaries())
+    planned = {"stage": None, "rows": None, "needed": 0, "stored": stored, "allowed": run.store_settings()[1]}
+    planned["free"] = shutil.disk_usage(store.path).free
+    done: list[CommittedStage] = []
+    for entry in manifest["stages"]:
+        committed = store.stage(entry["recipe"], check=False) if entry["state"] == "done" else None
+        if committed is None:
+            break
+        done.append(committed)
+    if done and len(done) == len(manifest["stages"]):
+        return planned  # and nothing of the schedule has to be known, which takes longer than all of the above
+    return planned | _next_boundary(run.config(), manifest, store, done)
+
+
+def _next_boundary(
+    config: StackWiseConfig, manifest: dict[str, Any], store: ActivationStore, done: list[CommittedStage]
+) -> dict[str, Any]:
+    """`stage`, `rows` and `needed` of the first boundary that is still to be written; empty where there is none."""
     from stackwise.pipeline.job import Versions, add_versions
     from stackwise.pipeline.recipe import boundary_bytes, codec_name, forward_specification, trunk_id
     from stackwise.pipeline.rows import rows_key
     from stackwise.pipeline.schedule import schedule
 
-    config, manifest = run.config(), run.manifest()
-    stored = sum(info.disk_bytes for info in store.boundaries())
-    planned = {"stage": None, "rows": None, "needed": 0, "stored": stored, "allowed": config.store.max_bytes}
-    planned["free"] = shutil.disk_usage(store.path).free
     versions: Versions = {}
-    done = 0
-    for entry in manifest["stages"]:
-        committed = store.stage(entry["recipe"], check=False) if entry["state"] == "done" else None
-        if committed is None:
-            break
+    for committed in done:
         add_versions(versions, committed)
-        done += 1
     stages = schedule(config)
-    for stage in stages[done:]:
+    for stage in stages[len(done) :]:
         if not stage.reads_boundary:
             continue
         data = manifest.get("data", {}).get("id", "")
         rowset, rows, *_ = manifest.get("rowsets", {}).get(rows_key(config, data, stage.rowset), (None, None))
         written = None
-        if stage.place == done and rowset is not None:  # what it stands on is committed: its boundary has an id
+        if stage.place == len(done) and rowset is not None:  # what it stands on is committed: its boundary has an id
             vocabulary = manifest["vocabulary"]
             forward = forward_specification(config, vocabulary["size"], vocabulary["mask"], data)
             trunk = trunk_id(
@@ -197,8 +208,8 @@ def _planned(run: RunDirectory, store: ActivationStore) -> dict[str, Any]:
             continue
         begun = written.disk_bytes if written is not None else 0
         needed = None if rows is None else max(0, boundary_bytes(config, rows) - begun)
-        return planned | {"stage": stage.depth, "rows": rows, "needed": needed}
-    return planned
+        return {"stage": stage.depth, "rows": rows, "needed": needed}
+    return {}
 
 
 def _said(planned: dict[str, Any]) -> str:
