@@ -356,7 +356,7 @@ def test_a_description_that_cannot_be_is_refused_in_one_line(change: dict[str, o
 
 
 def test_a_long_context_costs_nothing_until_it_is_used(tmp_path: Path) -> None:
-    c = config(max_seq_len=10**9)
+    c = config(max_seq_len=1 << 24)
     model = rack(c)
     export(tmp_path / "out", model.front, stages(model, True), c)
     assert torch.equal(load_rack(tmp_path / "out")(ids()), model(ids()))

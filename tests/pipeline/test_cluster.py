@@ -47,7 +47,7 @@ def events(run: RunDirectory) -> list[dict[str, Any]]:
 def test_jobs_in_order_one_fails_one_is_preempted(micro: Micro, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     # The second stage diverges: what stands on it is not run.
-    bad = micro(training__steps=8, device="cpu", **{"stages": {1: {"training": {"learning_rate": 1e30}}}})
+    bad = micro(training__steps=8, device="cpu", **{"stages": {1: {"training": {"learning_rate": 1e14}}}})
     jobs = cluster.submit(bad, run, "local")
     assert [job["stage"] for job in jobs] == [0, 1, None]
     with pytest.raises(BusyError, match="are still there"):

@@ -37,7 +37,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "near": {"model__attention": {"kind": "near", "reach": 5}},
     "experts": {"model__ffn": {"kind": "experts", "balance": 0.1}, "model__d_ff": 64},
 }
-SMALL = {"training__steps": 12, "training__checkpoint_steps": 4, "training__eval_every": 6, "evaluation__samples": 8}
+SMALL = {"training__steps": 60, "training__checkpoint_steps": 4, "training__eval_every": 6, "evaluation__samples": 8}
 
 
 @pytest.fixture(autouse=True)

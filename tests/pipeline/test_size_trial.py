@@ -36,13 +36,17 @@ def found(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return directory, run(micro(**AUTO), directory)
 
 
+def on_sizes(events: list[dict[str, Any]]) -> list[str]:
+    return [event["text"] for event in named(events, "note") if event["text"].startswith("training.block_size")]
+
+
 def test_the_size_that_measures_best_is_taken_and_kept(found: tuple[Path, list[dict[str, Any]]], micro: Micro) -> None:
     directory, events = found
     known = RunDirectory(directory).manifest()["auto"]["training.block_size"]
     assert set(known["losses"]) == {"1", "2"}
     best = min((1, 2), key=lambda size: known["losses"][str(size)])
     assert known["blocks"] == best == RunDirectory(directory).config().training.block_size
-    (text,) = (event["text"] for event in named(events, "note"))
+    (text,) = on_sizes(events)
     assert text.startswith(
         f"training.block_size: auto is {best}: lowest held-out loss after 6 steps of each block (1: "
     )
@@ -54,7 +58,7 @@ def test_the_size_that_measures_best_is_taken_and_kept(found: tuple[Path, list[d
     assert len(status(RunDirectory(directory))["stages"]) == 2 // best
     assert not (directory / "logs" / "trial").exists()
     again = run(micro(**AUTO), directory)
-    assert [e["text"] for e in named(again, "note")] == [f"training.block_size: auto is {best}, as found before"]
+    assert on_sizes(again) == [f"training.block_size: auto is {best}, as found before"]
     assert not named(again, "training")
 
 

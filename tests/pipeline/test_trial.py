@@ -17,7 +17,8 @@ from tests.conftest import Micro, run
 
 
 def noted(events: list[dict[str, Any]]) -> list[str]:
-    return [event["text"] for event in events if event["event"] == "note"]
+    texts = [event["text"] for event in events if event["event"] == "note"]
+    return [text for text in texts if text.startswith("training.")]
 
 
 def test_what_is_found_is_kept_and_is_as_if_given(micro: Micro, tmp_path: Path) -> None:

@@ -160,7 +160,10 @@ class Runner:
         """The plan on this machine, and what is known of the run from before."""
         run, config = self.run_directory, self.config
         before = run.manifest() if run.manifest_file.exists() else {"stages": []}
-        history = History(before["stages"], run.earlier_config(), before.get("store"))
+        earlier = run.earlier_config()
+        # A run that was moved or copied took its own store along: then the manifest's path is of no use.
+        store_before = before.get("store") if earlier is None else str(run.store_path(earlier))
+        history = History(before["stages"], earlier, store_before)
         machine = self._pool.start(logs / "workers.log")
         if config.precision == "auto":
             config.precision = machine["precision"]
