@@ -86,7 +86,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> int | str:
+    if ":" in node.value:  # YAML 1.1 counts 1:30:00 in base 60; nobody who writes it means 5400
+        return str(node.value)
+    if re.match(r"[-+]?0[0-9_]", node.value):  # YAML 1.1 reads 010 as 8, YAML 1.2 as 10
+        text = f"{node.value[:40]} could be octal or decimal"
+        raise _fault(f"{text}: leave its leading zeros out, or put it in quotes where text is meant", node)
     if len(node.value.replace("_", "")) > MOST_DIGITS * 4:  # of which binary digits are the most
         raise _fault("a number of more digits than anything here can have", node)
     value = int(loader.construct_yaml_int(node))
@@ -95,8 +100,10 @@ def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
     return value
 
 
-def _number(loader: _Loader, node: yaml.ScalarNode) -> float | int:
+def _number(loader: _Loader, node: yaml.ScalarNode) -> float | int | str:
     """1e9 is a whole number; 1e-3 and 2.0 are not, nor is what a float cannot tell from its neighbours."""
+    if ":" in node.value:
+        return str(node.value)
     value = float(loader.construct_yaml_float(node))
     whole = "." not in node.value and "e" in node.value.lower() and value.is_integer() and abs(value) < 2**53
     return int(value) if whole else value
