@@ -14,6 +14,7 @@ import click
 
 from stackwise.cli.output import note
 from stackwise.errors import NotFound, StackWiseError, UsageError
+from stackwise.text import check_plain
 
 if TYPE_CHECKING:
     from stackwise.config import StackWiseConfig
@@ -131,7 +132,7 @@ def choose(config: str | None, preset: str | None, run: str | None, overrides: t
         chosen, source = load(config, preset, values), config or f"preset {preset or 'demo'}"
         arguments += [config] if config is not None else ["--preset", preset] if preset is not None else []
     if run is not None:
-        arguments += ["--run", run]
+        arguments += ["--run", check_plain(run, "--run")]  # it names jobs, tracker runs and files beside it
     for item in overrides:
         arguments += ["-o", item]
     return Choice(chosen, RunDirectory(Path(run) if run is not None else RUNS / chosen.name), source, tuple(arguments))

@@ -144,6 +144,17 @@ def create(layout: Layout) -> None:
         durable.fsync_directory(layout.root.parent)
 
 
+def restore_directories(layout: Layout) -> None:
+    """Make those of a store's directories that are gone: whatever was in them is then missed by name."""
+    for path in (layout.boundaries, layout.stages, layout.locks):
+        with contextlib.suppress(PermissionError):
+            try:
+                path.mkdir(exist_ok=True)
+            except OSError as error:
+                if error.errno != errno.EROFS:
+                    raise
+
+
 def seal(layout: Layout) -> None:
     """Write `format.json`: from here on the directory is a store."""
     durable.write_json(

@@ -88,6 +88,8 @@ class ActivationStore:
                 f"the index of the store {self.path} is missing",
                 hint="`stackwise cache repair` rebuilds it from the boundaries",
             )
+        else:
+            layout.restore_directories(self._layout)
         self._presence, self.read_only = self._enter()
         try:
             self._index = open_index(self._layout.index, read_only=self.read_only)

@@ -212,3 +212,9 @@ def test_an_unfinished_run_is_not_used(finished: Path, here: Path, cli: Cli) -> 
         result = cli(*args)
         assert result.exit_code == 2
         assert "1 of 2 stages" in result.stderr
+
+
+def test_the_name_of_a_run_is_one_plain_line(here: Path, base: list[str]) -> None:
+    done = stackwise("run", *base, "--run", "a\nb", cwd=here)
+    assert done.code == 2
+    assert list(here.iterdir()) == []

@@ -150,3 +150,16 @@ def test_a_broken_record_is_replaced(store: ActivationStore) -> None:
     assert store.boundaries() == []
     assert store.repair()["rebuilt"] == [info.id]
     assert store.boundary(info.id).state == "complete"
+
+
+@pytest.mark.parametrize("gone", ["locks", "stages", "boundaries"])
+def test_a_directory_of_a_store_that_is_gone_is_made_again(tmp_path: Path, gone: str) -> None:
+    with ActivationStore(tmp_path / "s") as store:
+        info = write(store, values(6))
+    shutil.rmtree(tmp_path / "s" / gone)
+    with ActivationStore(tmp_path / "s") as store:
+        assert bool(store.verify()["damaged"]) == (gone == "boundaries")
+        store.repair()
+        write(store, values(6))
+        assert store.boundary(info.id).state == "complete"
+        assert store.verify()["damaged"] == []
