@@ -1,4 +1,4 @@
-"""A mode is a schedule of stages: the one place where a mode's name decides anything.
+"""A mode is a schedule of stages: a configuration in, `Stage` entries out. No worker asks for a mode.
 
 Everything below works on `Stage` alone: which blocks it holds, in which format, which parts it trains, what it reads.
 """
