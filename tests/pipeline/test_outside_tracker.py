@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
+import yaml
 
 from stackwise.config.loading import dump
 from tests.conftest import Micro
@@ -56,8 +57,10 @@ def test_it_gets_every_step_of_a_run_that_was_killed(
     (tmp_path / "table.py").write_text(TABLE)
     monkeypatch.setenv("STACKWISE_PLUGINS", str(tmp_path / "table.py"))
     table = tmp_path / "figures.csv"
-    config = micro(training__steps=60, tracking__trackers=[{"kind": "table", "path": str(table)}])
-    (tmp_path / "stackwise.yaml").write_text(dump(config))
+    # As text: this process may have loaded its plug-ins already, and knows no tracker of this name.
+    tree = yaml.safe_load(dump(micro(training__steps=60)))
+    tree["tracking"] = {"trackers": [{"kind": "table", "path": str(table)}]}
+    (tmp_path / "stackwise.yaml").write_text(yaml.safe_dump(tree))
     first = Command(tmp_path / "stackwise.yaml", tmp_path / "run")
     first.until("checkpoint", 1)
     first.process.kill()
