@@ -1,12 +1,12 @@
 """StackWise: train a transformer far larger than your GPU, one stage at a time, from a disk-backed store."""
 
-from __future__ import annotations
-
+# Nothing of the standard library is imported here, `__future__` included: `python -m stackwise` loads this file before
+# `__main__` takes the current directory from the path. What runpy itself has loaded by then is there already.
 from importlib import import_module
 
 from stackwise.version import __version__
 
-TYPE_CHECKING = False  # as typing has it: nothing is imported before `python -m stackwise` drops the current directory
+TYPE_CHECKING = False  # as typing has it
 if TYPE_CHECKING:
     from typing import Any
 
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import a public name when it is first asked for, so that `import stackwise` costs nothing (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -230,11 +230,11 @@ def _leave(output: Standard, code: int) -> NoReturn:
     except BrokenPipeError:
         output.discard()
         code = code or NO_READER
-    except StackWiseError as error:
-        _refuse(error.message)
-        code = code or error.exit_code
-    except ValueError:  # it was closed within the program
+    except (StackWiseError, ValueError):  # it is kept in `failure`; or it was closed within the program
         pass
+    if output.failure is not None and code == 0:  # any other code has had its line
+        _refuse(output.failure.message)
+        code = output.failure.exit_code
     sys.exit(code)
 
 

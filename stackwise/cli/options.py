@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from stackwise.cli.output import note
-from stackwise.errors import NotFound, StackWiseError, UsageError
+from stackwise.errors import ConfigError, NotFound, StackWiseError, UsageError
 from stackwise.text import check_plain
 
 if TYPE_CHECKING:
@@ -119,18 +119,15 @@ def choose(config: str | None, preset: str | None, run: str | None, overrides: t
     Raises:
         UsageError: CONFIG and a preset at once, or a faulty configuration; every fault is named.
     """
-    from stackwise.config import StackWiseConfig
     from stackwise.config.loading import parse_overrides
     from stackwise.pipeline.run import RunDirectory
 
     values = parse_overrides(overrides)
-    arguments: list[str] = []
-    if config is None and preset is None and run is not None and is_run(Path(run)):
-        file = RunDirectory(Path(run)).config_file
-        chosen, source = StackWiseConfig.from_yaml(str(file), values), str(file)
-    else:
-        chosen, source = load(config, preset, values), config or f"preset {preset or 'demo'}"
-        arguments += [config] if config is not None else ["--preset", preset] if preset is not None else []
+    arguments = [config] if config is not None else ["--preset", preset] if preset is not None else []
+    source = source_name(config, preset)
+    if not arguments and run is not None and is_run(Path(run)):
+        source = config = str(RunDirectory(Path(run)).config_file)
+    chosen = load(config, preset, values)
     if run is not None:
         arguments += ["--run", check_plain(run, "--run")]  # it names jobs, tracker runs and files beside it
     for item in overrides:
@@ -148,9 +145,26 @@ def load(config: str | None, preset: str | None, values: dict[str, Any]) -> Stac
 
     if config is not None and preset is not None:
         raise UsageError(f"a configuration file ({config}) and --preset {preset} are two configurations; give one")
-    if config is not None:
-        return StackWiseConfig.from_yaml(config, values)
-    return StackWiseConfig.from_preset(preset or "demo", values)
+
+    def made(values: dict[str, Any]) -> StackWiseConfig:
+        if config is not None:
+            return StackWiseConfig.from_yaml(config, values)
+        return StackWiseConfig.from_preset(preset or "demo", values)
+
+    try:
+        return made(values)
+    except ConfigError as error:
+        try:
+            made({})
+        except ConfigError:  # it is faulty without them as well: all faults together
+            raise error from None
+        options = ", ".join(f"-o {key}" for key in values)
+        raise ConfigError(error.faults, source=f"{options} (over {source_name(config, preset)})") from None
+
+
+def source_name(config: str | None, preset: str | None) -> str:
+    """Where a configuration comes from, in words."""
+    return config or f"preset {preset or 'demo'}"
 
 
 def is_run(path: Path) -> bool:

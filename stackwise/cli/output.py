@@ -76,6 +76,7 @@ class Standard:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.forgiving = False
+        self.failure: StackWiseError | None = None
 
     def write(self, text: str) -> int:
         """Write a text."""
@@ -106,7 +107,9 @@ class Standard:
             message = f"standard output: {error.strerror or error}"
             if not self.forgiving:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                raise (NoSpaceError if full else StackWiseError)(message) from None
+                # Kept as well: click tries a stream out before it prints, and swallows what that raises.
+                self.failure = (NoSpaceError if full else StackWiseError)(message)
+                raise self.failure from None
             note(f"{message}; the work goes on without it")
 
     def __getattr__(self, name: str) -> Any:

@@ -113,13 +113,19 @@ def _date(loader: _Loader, node: yaml.ScalarNode) -> Any:
     raise _fault(f"{node.value} reads as a date: put it in quotes where text is meant", node)
 
 
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    if re.search("[\ud800-\udfff]", node.value):  # "\ud800" in quotes: no file and no page could hold it
+        raise _fault(f"{node.value[:40]!r} has half a character (\\ud800 to \\udfff): write the whole one", node)
+    return str(node.value)
+
+
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":
             raise _fault("merge keys (<<) are not read here: write the settings out", key_node)
         key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, bool) or not isinstance(key, str | int):
+        if isinstance(key, bool) or not isinstance(key, str | int) or key == "":
             raise _fault(f"{key!r} is no key", key_node)
         if key in seen:
             raise _fault(f"key {key!r} is given twice", key_node)
@@ -127,6 +133,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return dict(loader.construct_mapping(node, deep=True))
 
 
+_Loader.add_constructor("tag:yaml.org,2002:str", _text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", _date)
@@ -317,7 +324,7 @@ def field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
     said: dict[Key, list[str]] = {}
     for item in error.errors(include_url=False):
         key = _present(item["loc"], tree)
-        text = _unknown(key, tree) if item["type"] == "extra_forbidden" else _allowed(dict(item))
+        text = _unknown(key, tree) if item["type"] in ("extra_forbidden", "invalid_key") else _allowed(dict(item))
         said.setdefault(key, []).append(text)
     found = {}
     for key, texts in said.items():

@@ -56,6 +56,20 @@ def test_a_near_miss_is_answered_with_what_was_meant(args: list[str], meant: str
     assert result.stderr.startswith("stackwise: ")
 
 
+def test_a_fault_in_an_option_is_laid_to_the_option(here: Path, cli: Cli) -> None:
+    Path("sound.yaml").write_text("name: sound\n")
+    Path("faulty.yaml").write_text("seed: many\n")
+    blamed = {
+        ("--preset", "micro"): "-o trainig.steps (over preset micro): 1 fault",
+        ("sound.yaml",): "-o trainig.steps (over sound.yaml): 1 fault",
+        ("faulty.yaml",): "faulty.yaml: 2 faults",
+    }
+    for named, line in blamed.items():
+        result = cli("run", *named, "-o", "trainig.steps=3")
+        assert result.exit_code == 2
+        assert f"stackwise: {line}\n" in result.stderr
+
+
 def test_what_answers_without_torch(finished_run: Path, tmp_path: Path) -> None:
     program = textwrap.dedent(
         f"""

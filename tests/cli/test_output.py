@@ -87,10 +87,14 @@ def test_a_run_goes_on_without_standard_output(where: str, base: list[str], tmp_
     assert all(stage["state"] == "done" for stage in json.loads((tmp_path / "r" / "run.json").read_text())["stages"])
 
 
+@pytest.mark.parametrize(("command", "unbuffered"), [(["status"], ""), (["--help"], "1"), (["init", "new"], "1")])
 @pytest.mark.parametrize(("where", "code"), [(">&-", 1), (">/dev/full", 5), (">&- 2>&-", 1), ("<&-", 0)])
-def test_a_command_that_only_prints_fails_as_others_do(where: str, code: int, finished: Path, here: Path) -> None:
-    program = ["bash", "-c", f'"$@" {where}', "bash", *COMMAND, "status"]
-    done = subprocess.run(program, capture_output=True, text=True, check=False)
+def test_a_command_that_only_prints_fails_as_others_do(
+    where: str, code: int, command: list[str], unbuffered: str, finished: Path, here: Path
+) -> None:
+    program = ["bash", "-c", f'"$@" {where}', "bash", *COMMAND, *command]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == code
     assert "Traceback" not in done.stderr
     assert ("standard output: " in done.stderr) == (code > 0 and "2>" not in where)

@@ -142,7 +142,13 @@ def test_files_of_the_current_directory_are_not_imported(text: Path, tmp_path: P
 
 
 def test_run_as_a_module_it_imports_nothing_of_the_current_directory_either(tmp_path: Path) -> None:
-    (tmp_path / "random.py").write_text("open('executed', 'w')")
+    loaded = "import sys; before = set(sys.modules); import runpy; print(*set(sys.modules) - before)"
+    before_us = subprocess.run(
+        [sys.executable, "-c", loaded], capture_output=True, text=True, check=True
+    ).stdout.split()
+    for name in {*sys.stdlib_module_names, "click", "rich", "yaml", "pydantic", "lmdb"} - set(before_us):
+        (tmp_path / f"{name}.py").write_text("open('executed', 'w')")
     command = [sys.executable, "-m", "stackwise", "doctor", "--json"]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert not (tmp_path / "executed").exists()
