@@ -43,12 +43,15 @@ class Registry(Generic[K]):
 
     Args:
         sort: What they are called, in messages: "optimizer".
-        builtin: Where each built-in kind is, as "module:attribute".
+        base: The class that they derive from, as "module:attribute"; empty: any class.
+        module: The module of the built-in kinds.
+        builtin: The class of each built-in kind.
     """
 
-    def __init__(self, sort: str, builtin: Mapping[str, str]) -> None:
+    def __init__(self, sort: str, base: str, module: str, builtin: Mapping[str, str]) -> None:
         self.sort = sort
-        self._builtin = dict(builtin)
+        self._base = base
+        self._builtin = {name: f"{module}:{attribute}" for name, attribute in builtin.items()}
         self._kinds: dict[str, K] = {}
         self._outside: dict[str, Hex] = {}
 
@@ -56,12 +59,16 @@ class Registry(Generic[K]):
         """A decorator that adds a kind from outside the package.
 
         Raises:
-            UsageError: There is one of that name already.
+            UsageError: There is one of that name already, or it lacks what its sort must have.
         """
 
         def add(kind: K) -> K:
             if name in self._builtin or name in self._kinds:
-                raise UsageError(f"there is an {self.sort} {name} already", hint="give yours another name")
+                raise UsageError(f"{self.sort} {name}: there is one of that name already", hint="give yours another")
+            # here, not at its first use: that may be hours into a run
+            if self._base and (fault := _fault(kind, _attribute(self._base))):
+                where = self._base.replace(":", ".")
+                raise UsageError(f"{self.sort} {name}: {fault}", hint=f"what it must have is in {where}")
             self._kinds[name] = kind
             self._outside[name] = _source_digest(kind)
             return kind
@@ -75,8 +82,7 @@ class Registry(Generic[K]):
             NotFound: There is none.
         """
         if name not in self._kinds and name in self._builtin:
-            module, _, attribute = self._builtin[name].partition(":")
-            self._kinds[name] = getattr(importlib.import_module(module), attribute)
+            self._kinds[name] = _attribute(self._builtin[name])
         if name not in self._kinds:
             load_plugins()
         if name not in self._kinds:
@@ -129,7 +135,9 @@ def load_plugins() -> None:
 def _import(what: str, load: Callable[[], object]) -> None:
     try:
         load()
-    except Exception as error:
+    except UsageError as error:  # of a kind that it registers
+        raise UsageError(f"plugin {what}: {error.message}", hint=error.hint) from error
+    except (Exception, SystemExit) as error:
         line = (str(error).splitlines() or [""])[0]
         raise UsageError(
             f"plugin {what} cannot be imported: {type(error).__name__}: {line}", hint=f"mend it, or unset {PLUGINS}"
@@ -146,6 +154,35 @@ def _import_file(path: Path) -> None:
     spec.loader.exec_module(module)
 
 
+def _attribute(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _fault(kind: Any, base: type) -> str | None:
+    """What a class lacks of what `base` asks for: its abstract methods, class variables without a value, arguments."""
+    if not (inspect.isclass(kind) and issubclass(kind, base)):
+        return f"{getattr(kind, '__name__', kind)} does not derive from {base.__name__}"
+    lacks = sorted(getattr(kind, "__abstractmethods__", ()))
+    for parent in base.__mro__:
+        for name, annotation in inspect.get_annotations(parent).items():
+            if str(annotation).startswith("ClassVar") and not name.startswith("_") and not hasattr(kind, name):
+                lacks.append(name)
+    if lacks:
+        return f"{kind.__name__} has no {', '.join(lacks)}"
+    for name, method in inspect.getmembers(base, inspect.isfunction):
+        own = getattr(kind, name)
+        if own is method or not method.__module__.startswith(__package__) or not callable(own):
+            continue
+        parameters = inspect.signature(method).parameters.values()
+        by_name = {one.name: None for one in parameters if one.kind is one.KEYWORD_ONLY}
+        try:
+            inspect.signature(own).bind(*(one for one in parameters if one.name not in by_name), **by_name)
+        except TypeError as error:
+            return f"{kind.__name__}.{name} cannot be called as {name}{inspect.signature(method)}: {error}"
+    return None
+
+
 def _source_digest(kind: object) -> Hex:
     target = kind if inspect.isclass(kind) or inspect.isfunction(kind) else type(kind)
     return digest(read_bytes(Path(inspect.getfile(target)).resolve()))
@@ -153,7 +190,9 @@ def _source_digest(kind: object) -> Hex:
 
 CODECS: Registry[Any] = Registry(
     "codec",
-    {name: f"stackwise.store.codecs:{name.upper()}" for name in ("fp32", "bf16", "fp16", "fp8", "int8")},
+    "stackwise.store.codecs:Codec",
+    "stackwise.store.codecs",
+    {name: name.upper() for name in ("fp32", "bf16", "fp16", "fp8", "int8")},
 )
 """Number formats of stored activations: here, as the store knows no configuration and the configuration no store.
 

@@ -6,15 +6,29 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from stackwise.config.kinds import (
+    ATTENTIONS,
+    FEED_FORWARDS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    TRACKERS,
+    Attention,
+    FeedForward,
+    Objective,
+    Optimizer,
+    Tracker,
+)
 from stackwise.errors import NotFound, UsageError
-from stackwise.registry import Registry
+from stackwise.registry import CODECS, Registry
+from stackwise.store.codecs import Codec
 
 
 def test_kinds_are_found_by_name_and_names_are_given_once() -> None:
-    registry: Registry[type] = Registry("optimizer", {"path": "pathlib:Path"})
+    registry: Registry[type] = Registry("optimizer", "", "pathlib", {"path": "Path"})
     assert registry["path"] is Path
     assert registry.code("path") is None
 
@@ -34,7 +48,7 @@ def test_kinds_are_found_by_name_and_names_are_given_once() -> None:
 def test_a_file_that_the_environment_names_is_imported_and_its_code_is_in_its_digest(tmp_path: Path) -> None:
     ask = "import tests_registry as t; print(t.R['mine'].__name__, t.R.code('mine'))"
     (tmp_path / "tests_registry.py").write_text(
-        "from stackwise.registry import Registry\nR = Registry('optimizer', {})\n"
+        "from stackwise.registry import Registry\nR = Registry('optimizer', '', '', {})\n"
     )
     plugin = tmp_path / "plugin.py"
 
@@ -48,3 +62,53 @@ def test_a_file_that_the_environment_names_is_imported_and_its_code_is_in_its_di
     first, second = answer("Mine: pass"), answer("Mine: x = 1")
     assert first[0] == second[0] == "Mine"
     assert first[1] != second[1]
+
+
+@pytest.mark.parametrize(
+    ("registry", "base", "body", "lacks"),
+    [
+        (OPTIMIZERS, Optimizer, {}, "build, state_bytes"),
+        (OPTIMIZERS, Optimizer, {"build": lambda self, groups: None}, "state_bytes"),
+        (OPTIMIZERS, Optimizer, {"build": lambda self: None, "state_bytes": lambda self, a, b: 0}, "build"),
+        (OBJECTIVES, Objective, {}, "build"),
+        (TRACKERS, Tracker, {}, "build"),
+        (ATTENTIONS, Attention, {}, "build, kept, matrices"),
+        (FEED_FORWARDS, FeedForward, {}, "build, kept, matrices"),
+        (CODECS, Codec, {}, "decode, encode, stored, decoded, arrays"),
+        (CODECS, Codec, {"direct": True, "stored": "x", "decoded": "x", "arrays": ()}, "encode"),
+        (OPTIMIZERS, object, {}, "Optimizer"),
+    ],
+)
+def test_a_kind_that_lacks_what_its_sort_must_have_is_refused_by_name(
+    registry: Registry[Any], base: type, body: dict[str, Any], lacks: str
+) -> None:
+    kind = type("Partial", (base,), {"__module__": __name__, **body})
+    with pytest.raises(UsageError) as error:
+        registry.register("partial")(kind)
+    assert f"{registry.sort} partial: Partial" in error.value.message
+    assert lacks in error.value.message
+    assert "partial" not in registry.names()
+
+
+def test_a_plug_in_with_a_partial_kind_ends_with_one_line(tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(
+        "from stackwise.config.kinds import OPTIMIZERS, Optimizer\n"
+        "@OPTIMIZERS.register('half')\nclass Half(Optimizer): ...\n"
+    )
+    env = {**os.environ, "STACKWISE_PLUGINS": str(plugin)}
+    command = [
+        sys.executable,
+        "-m",
+        "stackwise",
+        "run",
+        "--preset",
+        "micro",
+        "-o",
+        "training.optimizer=half",
+        "--dry-run",
+    ]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "optimizer half: Half has no build, state_bytes" in done.stderr
+    assert "Traceback" not in done.stderr

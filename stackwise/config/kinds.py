@@ -16,6 +16,7 @@ The built-in kinds are in the rooms of their subjects, in modules that import no
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -31,81 +32,67 @@ if TYPE_CHECKING:
 
     from stackwise.config.model import ModelConfig
 
+_MODEL, _TRAINING = "stackwise.config.model", "stackwise.config.training"
+
 ATTENTIONS: Registry[type[Attention]] = Registry(
     "attention",
-    {
-        "mha": "stackwise.model.kinds:MultiHead",
-        "gqa": "stackwise.model.kinds:GroupedQuery",
-        "mla": "stackwise.model.kinds:Latent",
-        "linear": "stackwise.model.kinds:Linear",
-    },
+    f"{__name__}:Attention",
+    "stackwise.model.kinds",
+    {"mha": "MultiHead", "gqa": "GroupedQuery", "mla": "Latent", "linear": "Linear"},
 )
 FEED_FORWARDS: Registry[type[FeedForward]] = Registry(
-    "feed-forward", {"swiglu": "stackwise.model.kinds:SwiGLU", "gelu": "stackwise.model.kinds:GELU"}
+    "feed-forward", f"{__name__}:FeedForward", "stackwise.model.kinds", {"swiglu": "SwiGLU", "gelu": "GELU"}
 )
 OPTIMIZERS: Registry[type[Optimizer]] = Registry(
     "optimizer",
-    {
-        "adamw": "stackwise.training.optimizers:AdamW",
-        "muon": "stackwise.training.optimizers:Muon",
-        "adamw8bit": "stackwise.training.optimizers:AdamW8bit",
-    },
+    f"{__name__}:Optimizer",
+    "stackwise.training.optimizers",
+    {"adamw": "AdamW", "muon": "Muon", "adamw8bit": "AdamW8bit"},
 )
 OBJECTIVES: Registry[type[Objective]] = Registry(
     "objective",
-    {
-        "mask_diffusion": "stackwise.objectives.kinds:MaskDiffusion",
-        "mlm": "stackwise.objectives.kinds:MLM",
-        "clm": "stackwise.objectives.kinds:CLM",
-        "custom": "stackwise.objectives.kinds:Custom",
-    },
+    f"{__name__}:Objective",
+    "stackwise.objectives.kinds",
+    {"mask_diffusion": "MaskDiffusion", "mlm": "MLM", "clm": "CLM", "custom": "Custom"},
 )
 TRACKERS: Registry[type[Tracker]] = Registry(
     "tracker",
-    {
-        "tensorboard": "stackwise.pipeline.tracking.trackers:TensorBoard",
-        "wandb": "stackwise.pipeline.tracking.trackers:WeightsAndBiases",
-        "mlflow": "stackwise.pipeline.tracking.trackers:MLflow",
-    },
+    f"{__name__}:Tracker",
+    "stackwise.pipeline.tracking.trackers",
+    {"tensorboard": "TensorBoard", "wandb": "WeightsAndBiases", "mlflow": "MLflow"},
 )
 TIME_EMBEDDINGS: Registry[type[Any]] = Registry(
     "time embedding",
-    {
-        "none": "stackwise.config.model:NoTime",
-        "sinusoidal": "stackwise.config.model:Sinusoidal",
-        "learned": "stackwise.config.model:LearnedTime",
-    },
+    f"{_MODEL}:TimeEmbedding",
+    _MODEL,
+    {"none": "NoTime", "sinusoidal": "Sinusoidal", "learned": "LearnedTime"},
 )
 DIVERGENCES: Registry[type[Any]] = Registry(
     "divergence policy",
-    {
-        "stop": "stackwise.config.training:Stop",
-        "skip": "stackwise.config.training:Skip",
-        "rollback": "stackwise.config.training:Rollback",
-    },
+    f"{_TRAINING}:Divergence",
+    _TRAINING,
+    {"stop": "Stop", "skip": "Skip", "rollback": "Rollback"},
 )
 LOOKAHEADS: Registry[type[Any]] = Registry(
     "lookahead",
-    {
-        "none": "stackwise.config.training:NoLookahead",
-        "auxiliary": "stackwise.config.training:Auxiliary",
-        "overlap": "stackwise.config.training:Overlap",
-        "tail": "stackwise.config.training:Tail",
-    },
+    f"{_TRAINING}:Lookahead",
+    _TRAINING,
+    {"none": "NoLookahead", "auxiliary": "Auxiliary", "overlap": "Overlap", "tail": "Tail"},
 )
 FUSIONS: Registry[type[Any]] = Registry(
     "fusion strategy",
+    f"{_TRAINING}:Fusion",
+    _TRAINING,
     {
-        "none": "stackwise.config.training:NoFusion",
-        "frozen": "stackwise.config.training:FrozenFusion",
-        "trainable": "stackwise.config.training:TrainableFusion",
-        "hierarchical": "stackwise.config.training:HierarchicalFusion",
-        "adaptive": "stackwise.config.training:AdaptiveFusion",
+        "none": "NoFusion",
+        "frozen": "FrozenFusion",
+        "trainable": "TrainableFusion",
+        "hierarchical": "HierarchicalFusion",
+        "adaptive": "AdaptiveFusion",
     },
 )
 ADAPTATIONS: Registry[type[Any]] = Registry(
-    "adaptation",
-    {"none": "stackwise.config.training:NoAdaptation", "causal": "stackwise.config.training:CausalAdaptation"},
+    "adaptation", f"{_TRAINING}:Adaptation", _TRAINING, {"none": "NoAdaptation", "causal": "CausalAdaptation"}
 )
 
 
@@ -203,9 +190,9 @@ class BlockPart(Kind):
     residual: ClassVar[tuple[str, ...]] = ()
     """Its matrices that write into the residual stream: their fresh weights shrink with depth."""
 
+    @abc.abstractmethod
     def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
         """Its linear layers, by their names in the module."""
-        raise NotImplementedError
 
     def other_parameters(self, model: ModelConfig) -> int:
         """Parameters that are in no linear layer: norms, experts in one tensor."""
@@ -225,9 +212,12 @@ class BlockPart(Kind):
         sides = (min(m.outputs, m.inputs) for m in self.matrices(model).values() if m.narrow)
         return min(sides, default=model.d_model)
 
+    @abc.abstractmethod
     def kept(self, model: ModelConfig) -> int:
-        """Numbers a token that it keeps for its backward pass: what enters and leaves its layers."""
-        raise NotImplementedError
+        """Numbers a token that it keeps for its backward pass: what enters and leaves its layers.
+
+        An attention counts the inputs and outputs of both norms of the block too.
+        """
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """What of it shapes a forward pass beside the weights, defaults resolved."""
@@ -253,13 +243,9 @@ class Attention(BlockPart):
         """Heads of keys and values."""
         return model.n_heads
 
-    def kept(self, model: ModelConfig) -> int:
-        """See `BlockPart.kept`; the inputs and outputs of both norms of the block are counted here."""
-        raise NotImplementedError
-
+    @abc.abstractmethod
     def build(self, model: ModelConfig) -> nn.Module:
         """The module: `forward(x_BSD, *, causal, segments_BS, cache)` gives [B, S, D]."""
-        raise NotImplementedError
 
 
 class FeedForward(BlockPart):
@@ -273,9 +259,9 @@ class FeedForward(BlockPart):
         """Its inner width where `model.d_ff` is null."""
         return 4 * d_model
 
+    @abc.abstractmethod
     def build(self, model: ModelConfig) -> nn.Module:
         """The module: [..., D] to [..., D]."""
-        raise NotImplementedError
 
 
 class Optimizer(Kind):
@@ -284,6 +270,7 @@ class Optimizer(Kind):
     registry: ClassVar[Registry[Any]] = OPTIMIZERS
     default: ClassVar[str] = "adamw"
 
+    @abc.abstractmethod
     def state_bytes(self, blocks: int, rest: int) -> int:
         """Bytes of its state.
 
@@ -291,7 +278,6 @@ class Optimizer(Kind):
             blocks: Parameters of whole blocks.
             rest: All others: front, head, adapters.
         """
-        raise NotImplementedError
 
     def family(self, part: str, dimensions: int) -> str:
         """Which of its ways a parameter is updated in; one name where there is one way.
@@ -302,6 +288,7 @@ class Optimizer(Kind):
         """
         return ""
 
+    @abc.abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> Any:
         """The optimizer, as torch has them; its state is tensors alone, by parameter.
 
@@ -309,7 +296,6 @@ class Optimizer(Kind):
             groups: Its `param_groups`, each with `params`, `lr`, `weight_decay`; beside them `family`, and `scale`,
                 their share of the stage's learning rate. Those of one family follow each other.
         """
-        raise NotImplementedError
 
 
 class Objective(Kind):
@@ -345,6 +331,7 @@ class Objective(Kind):
         """What of it shapes the loss, for the recipe; the name among it."""
         return self.plain()
 
+    @abc.abstractmethod
     def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
         """The objective itself (`stackwise.objectives.objective.Objective`).
 
@@ -353,7 +340,6 @@ class Objective(Kind):
             vocab_size: Ids that the model knows.
             seed: The run's.
         """
-        raise NotImplementedError
 
     def faults(self, seq_len: int) -> Iterator[Fault]:
         """What of its settings samples of this length cannot have."""
@@ -379,6 +365,6 @@ class Tracker(Kind):
         """Itself, its paths independent of the current directory."""
         return self
 
+    @abc.abstractmethod
     def build(self) -> Any:
         """What takes the figures: `open`, `log` and `close` (`stackwise.pipeline.tracking.following.TrackerClient`)."""
-        raise NotImplementedError

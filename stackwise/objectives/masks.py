@@ -9,7 +9,7 @@ Shapes in names: n rows, L positions of a sample, M masks of a sample, P pattern
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -142,10 +142,6 @@ class MaskScheduler:
     def _check_stage(k: int, n: int) -> None:
         if not 0 <= k < n:
             raise UsageError(f"there is no stage {k} of {n}")
-
-    def specification(self) -> dict[str, Any]:
-        """Everything that determines its fractions."""
-        return {"type": self.schedule_type, "min": self.min_fraction, "max": self.max_fraction}
 
 
 def uniform_masks(keys: Keys, counts: ArrayLike, length: int) -> Bools:
@@ -362,17 +358,6 @@ class FixedMaskAssigner:
         if len(self.windows) != n_stages:
             raise UsageError(f"{len(self.windows)} fraction windows for {n_stages} stages")
         return self.windows[stage]
-
-    def specification(self) -> dict[str, Any]:
-        """Everything that determines its masks."""
-        return {
-            "plan": "splitmix64-1",
-            "schedule": self.scheduler.specification(),
-            "seq_len": self.seq_len,
-            "masks_per_sample": self.masks_per_sample,
-            "pool": self.pool,
-            "seed": self.seed,
-        }
 
 
 def token_sample_ids(tokens_BS: NDArray[np.int64]) -> NDArray[np.uint8]:

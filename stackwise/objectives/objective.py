@@ -9,14 +9,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stackwise.batch import Batch, Term
 from stackwise.config.direction import Direction
-from stackwise.objectives.cross_entropy import SLICE_BYTES, head_cross_entropy
+from stackwise.objectives.cross_entropy import head_cross_entropy
 
 HeadFunction = Callable[[Tensor], Tensor]
 
@@ -117,10 +117,6 @@ class Objective(abc.ABC):
         None: by 1, its mean over the scored ones.
         """
         return None
-
-    def specification(self) -> dict[str, Any]:
-        """Everything that determines its result, as plain data."""
-        return {"objective": self.name, "causal": self.causal, "slice_bytes": SLICE_BYTES}
 
 
 def flat_index(positions_BS: Tensor, device: torch.device) -> Tensor:

@@ -6,7 +6,6 @@ Shapes in names: B rows, S positions, D d_model, n scored positions.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +53,6 @@ class MaskDiffusionObjective(Objective):
         counts_B1 = masks_BS.sum(1, keepdim=True, dtype=torch.float32).clamp(min=1.0)
         return (masks_BS.shape[1] / counts_B1).expand(masks_BS.shape)
 
-    def specification(self) -> dict[str, Any]:
-        """Everything that determines its result, as plain data."""
-        own = {"mask_token_id": self.mask_token_id} | ({"weight": "inverse_time"} if self.inverse_time else {})
-        return super().specification() | own
-
 
 class BlockDiffusionObjective(MaskDiffusionObjective):
     """Masked diffusion within blocks, each given the clean blocks before it (BD3-LM, arXiv 2503.09573, section 3).
@@ -95,10 +89,6 @@ class BlockDiffusionObjective(MaskDiffusionObjective):
     def targets(self, batch: Batch) -> Tensor:
         """The tokens, for both copies."""
         return batch.tokens_BS.repeat(1, 2)
-
-    def specification(self) -> dict[str, Any]:
-        """Everything that determines its result, as plain data."""
-        return super().specification() | {"causal": False, "block": self.block}
 
     def factors(self, batch: Batch) -> Tensor | None:
         """1/t of each position's block, where it is asked for, [B, 2 S]."""
@@ -148,11 +138,6 @@ class MLMObjective(MaskDiffusionObjective):
             seed=self.seed,
         )
         return torch.from_numpy(shown).to(batch.tokens_BS.device)
-
-    def specification(self) -> dict[str, Any]:
-        """Everything that determines its result, as plain data."""
-        own = {"vocab_size": self.vocab_size, "mask": self.mask_share, "random": self.random_share, "seed": self.seed}
-        return super().specification() | own
 
 
 class CLMObjective(Objective):
@@ -239,11 +224,6 @@ class AdaptationObjective(CLMObjective):
     def times(self, batch: Batch) -> Tensor:
         """0: nothing is masked, whatever the rows' masks."""
         return super().times(batch) * 0.0
-
-    def specification(self) -> dict[str, Any]:
-        """Everything that determines its result, as plain data."""
-        own = {"mask_token_id": self.mask_token_id, "anneal_steps": self.anneal_steps, "seed": self.seed}
-        return super().specification() | own
 
 
 class _Shifted(MaskDiffusionObjective):

@@ -198,16 +198,3 @@ def test_windows_of_ones_own() -> None:
 def test_no_masks() -> None:
     assert no_masks(3, 5).shape == (3, 5)
     assert not no_masks(3, 5).any()
-
-
-def test_specification_tells_plans_apart() -> None:
-    one = FixedMaskAssigner(MaskScheduler(), 32)
-    assert one.specification() == FixedMaskAssigner(MaskScheduler(), 32).specification()
-    others = [
-        FixedMaskAssigner(MaskScheduler(0.2), 32),
-        FixedMaskAssigner(MaskScheduler(), 64),
-        FixedMaskAssigner(MaskScheduler(), 32, 2),
-        FixedMaskAssigner(MaskScheduler(), 32, pool=8),
-        FixedMaskAssigner(MaskScheduler(), 32, seed=1),
-    ]
-    assert all(other.specification() != one.specification() for other in others)

@@ -31,6 +31,8 @@ class Mine(AdamW):
 @OBJECTIVES.register("mine")
 class MyObjective(Objective):
     share: float = 0.1
+
+    def build(self, mask_token, vocab_size, seed): ...
 """
 
 
