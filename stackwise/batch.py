@@ -86,7 +86,7 @@ class Term:
     Args:
         sum: Sum of the summands, a float32 scalar whose graph leads to what trains.
         count: How many there are. It must follow from masks and shapes alone, as it is asked for ahead of the pass
-            (`Objective.counts`). A module's term counts the positions that the module saw.
+            (`RuntimeObjective.counts`). A module's term counts the positions that the module saw.
         weight: Factor on the mean.
     """
 

@@ -333,7 +333,7 @@ class Objective(Kind):
 
     @abc.abstractmethod
     def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
-        """The objective itself (`stackwise.objectives.objective.Objective`).
+        """The objective itself (`stackwise.objectives.objective.RuntimeObjective`).
 
         Args:
             mask_token: The id shown at masked positions.

@@ -26,7 +26,7 @@ from stackwise.evaluation.passes import (
 from stackwise.model.block import evaluating
 from stackwise.model.rack import StageModules, enter
 from stackwise.objectives.cross_entropy import slice_rows
-from stackwise.objectives.objective import Objective
+from stackwise.objectives.objective import RuntimeObjective
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def evaluate(
     front: nn.Module,
     stages: Iterable[StageModules],
     samples: HeldOut,
-    objective: Objective,
+    objective: RuntimeObjective,
     how: Measure | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,

@@ -19,7 +19,7 @@ from stackwise.config.direction import Direction
 from stackwise.errors import UsageError
 from stackwise.identity import generator
 from stackwise.objectives.masks import Bools, child, seed_key, uniform_masks
-from stackwise.objectives.objective import Objective
+from stackwise.objectives.objective import RuntimeObjective
 from stackwise.objectives.objectives import (
     BlockDiffusionObjective,
     CLMObjective,
@@ -231,7 +231,7 @@ def bound_masks(samples: int, length: int, seed: int, draw: int = 0) -> Bools:
     return uniform_masks(child(keys, np.arange(samples, dtype=np.uint64)), counts_N, length)
 
 
-def make_passes(objective: Objective, held_out: HeldOut, how: Measure) -> list[Pass]:
+def make_passes(objective: RuntimeObjective, held_out: HeldOut, how: Measure) -> list[Pass]:
     """The passes that an objective needs.
 
     Masked objectives: one for each fraction, and `draws` for the bound; masked positions show the mask token, also
@@ -277,7 +277,7 @@ def make_passes(objective: Objective, held_out: HeldOut, how: Measure) -> list[P
     return passes
 
 
-def _own_pass(objective: Objective, held_out: HeldOut, key: str, mask_NS: Bools) -> Pass:
+def _own_pass(objective: RuntimeObjective, held_out: HeldOut, key: str, mask_NS: Bools) -> Pass:
     """What an objective from outside shows, scores and asks for, at one fraction."""
     arrays = {TOKENS: held_out.tokens_NS, MASKS: mask_NS, **held_out.columns}
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stackwise.model.attention import Attention, Cache, Caches
+    from stackwise.model.attention import Cache, Caches, SoftmaxAttention
     from stackwise.model.block import Block, Stack, evaluating
     from stackwise.model.build import build_block, build_front, build_head, build_rack, part_digest
     from stackwise.model.builder import PRECISIONS, ProgressiveRackBuilder, create_stack_from_config, stack_dtype
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "attention": (
-        "Attention",
+        "SoftmaxAttention",
         "Cache",
         "Caches",
     ),
@@ -60,7 +60,6 @@ __all__ = [
     "PRECISIONS",
     "AdaptedLinear",
     "Adapter",
-    "Attention",
     "Block",
     "Cache",
     "Caches",
@@ -68,6 +67,7 @@ __all__ = [
     "Head",
     "ProgressiveRackBuilder",
     "Rack",
+    "SoftmaxAttention",
     "Stack",
     "StageModules",
     "add_adapters",

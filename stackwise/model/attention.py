@@ -160,7 +160,7 @@ class Caches:
         return some
 
 
-class Attention(nn.Module):
+class SoftmaxAttention(nn.Module):
     """Multi-head attention (arXiv 1706.03762), grouped-query (arXiv 2305.13245) where there are fewer key/value heads.
 
     Raises:
@@ -312,7 +312,7 @@ class LatentAttention(nn.Module):
         segments_BS: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Attend. [B, S, D] to [B, S, D]; the arguments are those of `Attention`."""
+        """Attend. [B, S, D] to [B, S, D]; the arguments are those of `SoftmaxAttention`."""
         B, S, D = x_BSD.shape
         start = 0 if cache is None else cache.length
         pattern = AttentionPattern(causal, segments_BS, start)

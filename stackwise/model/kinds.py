@@ -43,9 +43,9 @@ class MultiHead(Attention):
 
     def build(self, model: ModelConfig) -> nn.Module:
         """See `Attention.build`."""
-        from stackwise.model.attention import Attention
+        from stackwise.model.attention import SoftmaxAttention
 
-        return Attention(model)
+        return SoftmaxAttention(model)
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """The same for mha and for gqa with as many heads of keys and values: they compute the same."""
@@ -189,7 +189,7 @@ class SwiGLU(FeedForward):
         """See `FeedForward.build`."""
         from stackwise.model import layers
 
-        return layers.SwiGLU(model)
+        return layers.SwiGLUFeedForward(model)
 
     def kept(self, model: ModelConfig) -> int:
         """What leaves the gate, its SiLU, what leaves `up`, and their product."""
@@ -207,7 +207,7 @@ class GELU(FeedForward):
         """See `FeedForward.build`."""
         from stackwise.model import layers
 
-        return layers.GELU(model)
+        return layers.GELUFeedForward(model)
 
     def kept(self, model: ModelConfig) -> int:
         """What leaves `up`, and its GELU."""

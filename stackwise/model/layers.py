@@ -140,7 +140,7 @@ def too_long(length: int, limit: int) -> UsageError:
     )
 
 
-class SwiGLU(nn.Module):
+class SwiGLUFeedForward(nn.Module):
     """Gated feed-forward (arXiv 2002.05202): down(silu(gate x) · up x)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -156,7 +156,7 @@ class SwiGLU(nn.Module):
         return y_BSD
 
 
-class GELU(nn.Module):
+class GELUFeedForward(nn.Module):
     """Plain feed-forward: down(gelu(up x)), the exact GELU (arXiv 1606.08415)."""
 
     def __init__(self, config: ModelConfig) -> None:

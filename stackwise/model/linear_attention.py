@@ -17,21 +17,21 @@ from stackwise.config.direction import BlockCausal
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
-from stackwise.model.attention import Attention, AttentionPattern, Cache, sees
+from stackwise.model.attention import AttentionPattern, Cache, SoftmaxAttention, sees
 from stackwise.model.kinds import Linear
 
 CHUNK = 64
 """Positions of a chunk: inside it scores are made, between chunks a state is handed on."""
 
 
-class LinearAttention(Attention):
+class LinearAttention(SoftmaxAttention):
     """y_i = phi(q_i) · Σ phi(k_j) v_jᵀ / (phi(q_i) · Σ phi(k_j)), over the positions j that i sees.
 
     Rotary positions turn queries and keys before the feature map, so that no weight is negative. Sums are made in
     float32 or wider. Documents are runs of equal values: a value that comes back after another is a new document.
 
     Raises:
-        UsageError: As `Attention`.
+        UsageError: As `SoftmaxAttention`.
     """
 
     def __init__(self, config: ModelConfig, kind: Linear) -> None:

@@ -9,7 +9,7 @@ from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler, corrupt
 
 if TYPE_CHECKING:
     from stackwise.objectives.cross_entropy import head_cross_entropy
-    from stackwise.objectives.objective import Objective
+    from stackwise.objectives.objective import RuntimeObjective
     from stackwise.objectives.objectives import (
         AdaptationObjective,
         BlockDiffusionObjective,
@@ -29,7 +29,7 @@ __all__ = [
     "MLMObjective",
     "MaskDiffusionObjective",
     "MaskScheduler",
-    "Objective",
+    "RuntimeObjective",
     "corrupt",
     "head_cross_entropy",
     "make_objective",
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-_MODULES = {"head_cross_entropy": "cross_entropy", "Objective": "objective"}
+_MODULES = {"head_cross_entropy": "cross_entropy", "RuntimeObjective": "objective"}
 
 
 def __getattr__(name: str) -> Any:

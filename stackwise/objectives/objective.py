@@ -37,7 +37,7 @@ class Outputs:
     head: HeadFunction
 
 
-class Objective(abc.ABC):
+class RuntimeObjective(abc.ABC):
     """The interface. Masks may lie on the CPU beside tokens on a GPU."""
 
     name: str
@@ -49,7 +49,7 @@ class Objective(abc.ABC):
     inputs: tuple[str, ...] = ()
     """The named columns that it needs of each batch, beside tokens and masks."""
 
-    def at(self, step: int | None) -> Objective:
+    def at(self, step: int | None) -> RuntimeObjective:
         """The objective of an optimizer step, counted from 0: the same at all of them, but for one that changes.
 
         Args:

@@ -16,10 +16,10 @@ from stackwise.config.training import TrainingConfig
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
 from stackwise.objectives.masks import check_shares, corrupt
-from stackwise.objectives.objective import Objective
+from stackwise.objectives.objective import RuntimeObjective
 
 
-class MaskDiffusionObjective(Objective):
+class MaskDiffusionObjective(RuntimeObjective):
     """Masked positions show the mask token and are scored (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992).
 
     The loss is the plain mean over masked positions. Weighted by 1/t = L/k, the mean is over samples, and k uniform
@@ -140,7 +140,7 @@ class MLMObjective(MaskDiffusionObjective):
         return torch.from_numpy(shown).to(batch.tokens_BS.device)
 
 
-class CLMObjective(Objective):
+class CLMObjective(RuntimeObjective):
     """Causal language modelling: each position says the next token. The last has none, and is not scored."""
 
     name = "clm"
@@ -162,7 +162,7 @@ class CLMObjective(Objective):
         return batch.tokens_BS.roll(-1, 1)
 
 
-class CustomObjective(Objective):
+class CustomObjective(RuntimeObjective):
     """Targets that the caller gives, one for each position; the tokens are shown as they are.
 
     Scored are the masked positions; of a row whose mask is empty, all. Negative targets are never scored.
@@ -214,7 +214,7 @@ class AdaptationObjective(CLMObjective):
             raise UsageError(f"{anneal_steps} steps of annealing: 0 or more")
         self.mask_token_id, self.anneal_steps, self.seed = mask_token_id, anneal_steps, seed
 
-    def at(self, step: int | None) -> Objective:
+    def at(self, step: int | None) -> RuntimeObjective:
         """Shifted masked diffusion while annealing, then causal language modelling."""
         if step is None or step >= self.anneal_steps:
             return self
@@ -250,7 +250,7 @@ class _Shifted(MaskDiffusionObjective):
         return batch.tokens_BS.roll(-1, 1)
 
 
-def make_objective(training: TrainingConfig, mask_token_id: int | None, vocab_size: int, seed: int) -> Objective:
+def make_objective(training: TrainingConfig, mask_token_id: int | None, vocab_size: int, seed: int) -> RuntimeObjective:
     """The objective that the configuration names.
 
     Args:
@@ -268,5 +268,5 @@ def make_objective(training: TrainingConfig, mask_token_id: int | None, vocab_si
             raise UsageError(f"objective {kind.name} needs a mask token", hint="set training.mask_token_id")
         if not 0 <= mask_token_id < vocab_size:
             raise UsageError(f"mask token {mask_token_id} is not among the {vocab_size} ids that the model knows")
-    objective: Objective = kind.build(-1 if mask_token_id is None else mask_token_id, vocab_size, seed)
+    objective: RuntimeObjective = kind.build(-1 if mask_token_id is None else mask_token_id, vocab_size, seed)
     return objective

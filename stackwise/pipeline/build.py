@@ -26,7 +26,7 @@ from stackwise.model.projections import (
     load_adapters,
     quantize,
 )
-from stackwise.objectives import AdaptationObjective, Objective, make_objective
+from stackwise.objectives import AdaptationObjective, RuntimeObjective, make_objective
 from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat, Stage, adapter_part
 from stackwise.store import CommittedStage
@@ -199,7 +199,7 @@ def owns_projection(config: StackWiseConfig, stage: Stage) -> bool:
     return {FRONT, HEAD} & set(stage.trains) == {HEAD} and config.training.tied_head == "copy"
 
 
-def objective_of(config: StackWiseConfig, mask_token: int, vocab_size: int, stage: Stage) -> Objective:
+def objective_of(config: StackWiseConfig, mask_token: int, vocab_size: int, stage: Stage) -> RuntimeObjective:
     """The objective that a stage trains."""
     if stage.causal_from is not None:
         return AdaptationObjective(mask_token, stage.causal_from, config.seed)

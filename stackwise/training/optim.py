@@ -170,7 +170,7 @@ def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     return values.mul_(scales.repeat_interleave(CODED)[: len(values)])
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class QuantizedAdamW(torch.optim.Optimizer):
     """AdamW whose state is stored in 8 bits: two bytes and a little of it a number instead of eight.
 
     `lr`, `betas`, `eps` and `weight_decay` are as in `torch.optim.AdamW`.

@@ -38,9 +38,9 @@ class AdamW8bit(AdamW):
 
     def build(self, groups: list[dict[str, Any]]) -> Any:
         """See `Optimizer.build`."""
-        from stackwise.training.optim import AdamW8bit as Quantized
+        from stackwise.training.optim import QuantizedAdamW
 
-        return Quantized(groups, betas=(self.beta1, self.beta2), eps=self.eps)
+        return QuantizedAdamW(groups, betas=(self.beta1, self.beta2), eps=self.eps)
 
 
 class Muon(AdamW):

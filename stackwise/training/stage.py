@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stackwise.batch import ACTIVATIONS, SEGMENTS, Batch, Term
 from stackwise.errors import StackWiseError, UsageError
 from stackwise.model import Block, Stack, enter
-from stackwise.objectives import Objective
+from stackwise.objectives import RuntimeObjective
 from stackwise.objectives.objective import Outputs
 from stackwise.training.group import Group
 
@@ -41,7 +41,7 @@ class StageModel(nn.Module):
         front: nn.Module | None,
         blocks: Sequence[nn.Module],
         head: nn.Module | None,
-        objective: Objective,
+        objective: RuntimeObjective,
         precision: str,
         beyond: Sequence[nn.Module] = (),
     ) -> None:
@@ -158,7 +158,7 @@ class StepLoss:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: RuntimeObjective,
         microbatches: Sequence[Batch],
         device: torch.device,
         group: Group,

@@ -11,7 +11,7 @@ from torch import nn
 
 from stackwise import evaluation
 from stackwise.evaluation import HeldOut, Measure, StageModules
-from stackwise.objectives import Objective
+from stackwise.objectives import RuntimeObjective
 
 
 def evaluate(
@@ -20,7 +20,7 @@ def evaluate(
     tokens_NS: ArrayLike,
     bytes_N: ArrayLike,
     *,
-    objective: Objective,
+    objective: RuntimeObjective,
     **settings: Any,
 ) -> dict[str, Any]:
     samples, how = (

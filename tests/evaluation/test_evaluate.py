@@ -17,7 +17,7 @@ from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.evaluation import StageModules, bits_per_byte, bound_masks, fraction_masks
 from stackwise.model import Rack, build_block, build_head, build_rack
-from stackwise.objectives import CLMObjective, CustomObjective, MaskDiffusionObjective, MLMObjective, Objective
+from stackwise.objectives import CLMObjective, CustomObjective, MaskDiffusionObjective, MLMObjective, RuntimeObjective
 from stackwise.objectives.objective import Outputs
 from tests.evaluation.by_keyword import evaluate
 
@@ -50,7 +50,7 @@ def uniform(model: Rack) -> Rack:
 
 
 @pytest.mark.parametrize("objective", [MaskDiffusionObjective(MASK), MLMObjective(MASK, V), CLMObjective()])
-def test_a_uniform_guess_gives_the_logarithm_of_the_vocabulary(objective: Objective) -> None:
+def test_a_uniform_guess_gives_the_logarithm_of_the_vocabulary(objective: RuntimeObjective) -> None:
     model = uniform(rack())
     result = evaluate(
         model.front, staged(model, objective.causal), tokens(), sizes(), objective=objective, separator_id=SEPARATOR

@@ -15,7 +15,7 @@ from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.inference import LoadedModel, StageModules, sample_causal
 from stackwise.model import Rack, build_rack
-from stackwise.objectives import AdaptationObjective, CLMObjective, MaskDiffusionObjective, Objective
+from stackwise.objectives import AdaptationObjective, CLMObjective, MaskDiffusionObjective, RuntimeObjective
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.stage import StageModel
 from stackwise.training.trainer import Trainer
@@ -32,7 +32,7 @@ def batch(rows: int, seed: int) -> Batch:
     return Batch(np.arange(rows), ids, {"tokens": torch.from_numpy(tokens), "masks": torch.from_numpy(masks)})
 
 
-def train(rack: Rack, objective: Objective, steps: int, first_seed: int) -> Rack:
+def train(rack: Rack, objective: RuntimeObjective, steps: int, first_seed: int) -> Rack:
     model = StageModel(rack.front, rack.blocks, rack.head, objective, "fp32")
     settings = StageTraining(learning_rate=3e-3, steps=steps)
     engine = ResidentEngine(model, settings, seed=(0, 0), device=torch.device("cpu"))

@@ -18,7 +18,7 @@ from stackwise.objectives import (
     CustomObjective,
     MaskDiffusionObjective,
     MLMObjective,
-    Objective,
+    RuntimeObjective,
     corrupt,
     head_cross_entropy,
     kinds,
@@ -50,14 +50,14 @@ def batch_of(tokens: Tensor, masks: Tensor, targets: Tensor | None = None, ids: 
     return Batch(np.arange(len(tokens)), ids, {"tokens": tokens, "masks": masks, **more})
 
 
-def loss_of(objective: Objective, x: Tensor, head: HeadFunction, given: Batch) -> tuple[Tensor, int]:
+def loss_of(objective: RuntimeObjective, x: Tensor, head: HeadFunction, given: Batch) -> tuple[Tensor, int]:
     """The sum and count of an objective's only term."""
     (term,) = objective.loss(Outputs(x, head), given).values()
     assert objective.counts(given) == {"cross_entropy": term.count}
     return term.sum, term.count
 
 
-def by_hand(objective: Objective, model: Rack, tokens: Tensor, masks: Tensor, targets: Tensor | None) -> Tensor:
+def by_hand(objective: RuntimeObjective, model: Rack, tokens: Tensor, masks: Tensor, targets: Tensor | None) -> Tensor:
     """The definition, one position after another."""
     logits = model(objective.shown(batch_of(tokens, masks)), causal=objective.causal)
     total = torch.zeros((), dtype=torch.float64)
@@ -82,7 +82,7 @@ OBJECTIVES = [MaskDiffusionObjective(MASK), MLMObjective(MASK, V), CLMObjective(
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
 @pytest.mark.parametrize("slices", [True, False])
 def test_gradients_are_those_written_out_by_hand(
-    objective: Objective, tied: bool, slices: bool, monkeypatch: pytest.MonkeyPatch
+    objective: RuntimeObjective, tied: bool, slices: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if slices:
         monkeypatch.setattr("stackwise.objectives.cross_entropy.slice_rows", lambda *_: 7)
@@ -101,7 +101,7 @@ def test_gradients_are_those_written_out_by_hand(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[:3], ids=lambda o: o.name)
-def test_selection(objective: Objective) -> None:
+def test_selection(objective: RuntimeObjective) -> None:
     tokens, masks, _ = batch()
     positions, targets = objective.select(batch_of(tokens, masks))
     if objective.name == "clm":
@@ -253,7 +253,7 @@ def test_half_precision_heads_leave_loss_scaling_to_autograd() -> None:
 
 
 def test_make_objective() -> None:
-    def made(**settings: object) -> Objective:
+    def made(**settings: object) -> RuntimeObjective:
         return make_objective(TrainingConfig(**settings), MASK, V, 3)  # type: ignore[arg-type]
 
     assert type(made()) is MaskDiffusionObjective

@@ -15,7 +15,7 @@ from stackwise.batch import Batch
 from stackwise.errors import StackWiseError
 from stackwise.training import checkpoint
 from stackwise.training.engine import GROWTH_STEPS, MOST_OVERFLOWS, LossScale
-from stackwise.training.optim import CODED, AdamW8bit, codebook, dequantize, quantize
+from stackwise.training.optim import CODED, QuantizedAdamW, codebook, dequantize, quantize
 from tests.training.test_trainer import CPU, Hooks, batches, fit, resident, trainer
 
 WAYS: list[dict[str, Any]] = [
@@ -62,7 +62,7 @@ def test_8_bit_adamw_takes_about_the_steps_of_adamw() -> None:
     torch.manual_seed(0)
     start, target = torch.randn(64, 128), torch.randn(64, 128)
     ends = []
-    for kind in (torch.optim.AdamW, AdamW8bit):
+    for kind in (torch.optim.AdamW, QuantizedAdamW):
         p = torch.nn.Parameter(start.clone())
         optimizer = kind([p], lr=0.05, betas=(0.9, 0.95), weight_decay=0.01)
         for _ in range(40):

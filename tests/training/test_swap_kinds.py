@@ -12,7 +12,7 @@ from torch import nn
 
 from stackwise.config.kinds import Attention
 from stackwise.config.model import TimeEmbedding
-from stackwise.objectives import AdaptationObjective, BlockDiffusionObjective, Objective
+from stackwise.objectives import AdaptationObjective, BlockDiffusionObjective, RuntimeObjective
 from stackwise.training.optim import learning_rate
 from stackwise.training.stage import StageModel
 from tests.training.swapping import MASK, Plain, RackParts, engine, microbatches
@@ -23,7 +23,7 @@ PERFORMER = Attention.of({"kind": "linear", "feature_map": "performer"})
 class Kind(RackParts):
     """Parts of another kind, with an objective of their own."""
 
-    def __init__(self, objective: Objective, **model: object) -> None:
+    def __init__(self, objective: RuntimeObjective, **model: object) -> None:
         super().__init__(3)
         self.config = self.config.model_copy(update=model)
         self.objective = objective

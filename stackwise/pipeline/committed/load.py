@@ -17,7 +17,7 @@ from stackwise.data import PreparedData
 from stackwise.errors import UsageError
 from stackwise.evaluation import StageModules
 from stackwise.model import Front, Head
-from stackwise.objectives import Objective
+from stackwise.objectives import RuntimeObjective
 from stackwise.pipeline.build import load_part, make_block, make_front, make_head, objective_of
 from stackwise.pipeline.job import Source, Versions, add_versions, pruned
 from stackwise.pipeline.rows import assigner
@@ -51,11 +51,11 @@ class CommittedRack:
     device: torch.device
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> RuntimeObjective:
         """The objective that the finished rack was trained with: that of the last stage."""
         return self.objective_of(self.stages[-1])
 
-    def objective_of(self, stage: Stage) -> Objective:
+    def objective_of(self, stage: Stage) -> RuntimeObjective:
         """The objective that a stage was trained with."""
         return objective_of(self.config, self.mask_token, self.vocab_size, stage)
 

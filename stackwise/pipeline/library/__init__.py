@@ -26,7 +26,7 @@ from stackwise.data import sample_ids
 from stackwise.errors import UsageError
 from stackwise.identity import digest
 from stackwise.model import Front, Head, build_front, build_head, part_digest
-from stackwise.objectives import Objective
+from stackwise.objectives import RuntimeObjective
 from stackwise.pipeline.build import objective_of, parts_of
 from stackwise.pipeline.device import describe, resolve_device
 from stackwise.pipeline.job import Source, StageJob
@@ -190,7 +190,7 @@ class _Stages:
     config: StackWiseConfig
     data: LoadedSamples
     store: ActivationStore
-    objective: Objective
+    objective: RuntimeObjective
     vocabulary: tuple[int, int]
     device: torch.device
     observe: Callable[[dict[str, Any]], None]
