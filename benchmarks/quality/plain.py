@@ -21,7 +21,7 @@ from stackwise.model.rack import stages_of
 from stackwise.objectives import MaskDiffusionObjective
 from stackwise.pipeline.device import warm_up
 from stackwise.pipeline.rows import assigner, choose_samples
-from stackwise.training.optimizers import AdamW
+from stackwise.training.kinds import AdamW
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -46,7 +46,7 @@ FEED_FORWARDS: Registry[type[FeedForward]] = Registry(
 OPTIMIZERS: Registry[type[Optimizer]] = Registry(
     "optimizer",
     f"{__name__}:Optimizer",
-    "stackwise.training.optimizers",
+    "stackwise.training.kinds",
     {"adamw": "AdamW", "muon": "Muon", "adamw8bit": "AdamW8bit"},
 )
 OBJECTIVES: Registry[type[Objective]] = Registry(

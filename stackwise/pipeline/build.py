@@ -30,8 +30,8 @@ from stackwise.objectives import AdaptationObjective, RuntimeObjective, make_obj
 from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat, Stage, adapter_part
 from stackwise.store import CommittedStage
+from stackwise.training.checkpoint import TensorFile, reason
 from stackwise.training.stage import StageModel
-from stackwise.training.state_files import TensorFile, reason
 
 M = TypeVar("M", bound=nn.Module)
 

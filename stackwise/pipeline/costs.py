@@ -50,9 +50,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
     """What the stages that train need and what is there.
 
     Args:
-        plan: The plan.
         decisions: Those of the stages that train.
-        disk: Where the store is, or will be.
 
     Returns:
         `disk_needed`, `disk_free`, `memory_needed`, `memory_total`, in bytes; `swapped`: the groups by stage;
@@ -136,7 +134,6 @@ def planned_notes(plan: Plan, swapped: Collection[int] | None) -> list[str]:
     """One line for each setting that was given and that the plan cannot use whole.
 
     Args:
-        plan: The plan.
         swapped: The stages that are swapped; None: none is to be trained.
     """
     training, lines = plan.config.training, []
@@ -152,8 +149,6 @@ def settle_windows(config: StackWiseConfig, data: PreparedData, record: dict[str
     """Find `training.windows: auto`: the fewest whose boundaries fit into `store.max_bytes` beside committed stages.
 
     Args:
-        config: The configuration, batches settled.
-        data: The prepared data.
         record: What `auto` came to before, by key; the number is added. It is kept as long as it fits: a budget that
             grows is no reason to train anew.
 

@@ -52,10 +52,6 @@ class Decision:
     """What becomes of a stage.
 
     Args:
-        stage: The stage.
-        action: Whether its committed weights are reused, or it is trained.
-        reason: Why.
-        recipe: What determines its result.
         id: The recipe's id; above a stage that is still to be trained it equals another run's where both would train
             the same, and is not the one that it will be committed by.
         settled: Whether it is that one: everything below is committed.
@@ -66,9 +62,7 @@ class Decision:
         recomputed: The committed stages between that and the stage: their output is made as it is asked for.
         versions: The newest weights of each part before it.
         lost: Recipes whose weights training it needs, and which are gone: a later window's took their place.
-        steps: Steps that it takes in its window.
         bytes: Of its weights and optimizer state once they are committed, at most.
-        traffic: What training it moves.
     """
 
     stage: Stage
@@ -106,7 +100,6 @@ class RunPreview:
     """What a run will do, before it does it.
 
     Args:
-        decisions: One a stage, lowest first.
         again: Recipes of committed stages that are trained again.
     """
 
@@ -120,13 +113,7 @@ class RunPreview:
 
 
 def preview(plan: Plan, history: History | None = None, *, replaced: Collection[str] = ()) -> RunPreview:
-    """What becomes of each stage, where nothing has been carried out yet.
-
-    Args:
-        plan: The plan.
-        history: What the run did before; None: there was none.
-        replaced: See `decide`.
-    """
+    """What becomes of each stage, where nothing has been carried out yet."""
     again: frozenset[str] = frozenset()
     while True:
         decisions = list(decide(plan, history, again=again, replaced=replaced))
@@ -150,8 +137,6 @@ def decide(
     else the next one stands on what will be.
 
     Args:
-        plan: The plan.
-        history: What the run did before; None: there was none.
         again: Recipes that are trained although they are committed.
         replaced: Recipes that other runs will have committed by then, without the weights of which a later window's
             will have taken the place.
@@ -222,13 +207,7 @@ def _committed(plan: Plan, recipe: str, *, check: bool) -> tuple[CommittedStage 
 
 
 def lost_weights(plan: Plan, stage: Stage, versions: Versions) -> set[str]:
-    """The recipes of committed stages whose weights a later window's took the place of, and which training one needs.
-
-    Args:
-        plan: The plan.
-        stage: The stage to train.
-        versions: The newest weights before it.
-    """
+    """Recipes of committed stages whose weights training this one needs, and which a later window's replaced."""
     if plan.config.windows == 1:
         return set()
     names = {start(stage, part) for part in stage.holds if part not in stage.fresh} | {*stage.states_in}
@@ -315,13 +294,7 @@ class TrafficMeter:
 
 
 def moved_store(history: History, store: Path, decisions: Iterable[Decision]) -> str | None:
-    """That committed stages are about to be trained again since their store is elsewhere; None: none is.
-
-    Args:
-        history: What the run did before.
-        store: The store in use.
-        decisions: Those of all stages.
-    """
+    """That committed stages are about to be trained again since their store is elsewhere; None: none is."""
     moved = history.moved(store)
     stages = [d.stage.label for d in decisions if d.action == "train" and history.was_committed(d.stage)]
     if moved is None or not stages:

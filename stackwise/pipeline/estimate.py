@@ -41,13 +41,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage takes. The kinds of its model and its optimizer say what they take themselves.
-
-    Args:
-        config: The configuration.
-        vocab_size: Ids that the model knows.
-        stage: The stage.
-    """
+    """What a stage takes. The kinds of its model and its optimizer say what they take themselves."""
 
     config: StackWiseConfig
     vocab_size: int
@@ -178,10 +172,7 @@ def committed_bytes(config: StackWiseConfig, vocab_size: int, drawn: int, *, win
     """Bytes that committed stages take at most: each one's weights and optimizer state, and those of one more.
 
     Args:
-        config: The configuration.
-        vocab_size: Ids that the model knows.
         drawn: Rows of all windows together.
-        windows: How many there are; None: as configured.
     """
     windows = config.windows if windows is None else windows
     stages = {stage.depth: stage for stage in schedule(config)}.values()

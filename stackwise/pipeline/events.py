@@ -43,11 +43,7 @@ class Kind:
 
 
 def event(name: str, /, **values: Any) -> Event:
-    """An event of a kind that the table has.
-
-    Raises:
-        StackWiseError: It has not.
-    """
+    """An event of a kind that the table has."""
     if name not in EVENTS:
         raise StackWiseError(f"there is no event {name}", hint="add it to EVENTS in stackwise/pipeline/events.py")
     return {"event": name, **values}
@@ -200,10 +196,7 @@ EVENTS: dict[str, Kind] = {
     "step": Kind(shown_by="progress", figures=STEP_FIGURES),
     "checkpoint": Kind(shown_by="nothing", figures=("seconds", "written_seconds")),
     "held_out": Kind(_held_out, figures=("nats", "best", "seconds")),
-    "best": Kind(
-        lambda event: f"takes the weights of step {event['step']:,}, held-out loss {event['nats']:.4f}",
-        figures=("nats",),
-    ),
+    "best": Kind(_best, figures=("nats",)),
     "diverged": Kind(_diverged, "yellow", figures=("to",)),
     "probe": Kind(_probe, figures=GAIN),
     "unfrozen": Kind(lambda event: f"{_blocks(event)}, which gained most, now trained", figures=GAIN),

@@ -38,14 +38,7 @@ Look = Callable[[StackWiseConfig, Stage], Any]
 
 @dataclass(frozen=True)
 class Change:
-    """A setting, or something in words, that is another than before.
-
-    Args:
-        key: Its dotted key, or the words.
-        before: Its value before; None where there was none.
-        now: Its value now.
-        path: Where it is in the configuration.
-    """
+    """A setting, or something in words, that is another than before."""
 
     key: str
     before: Any = field(default=None, compare=False)
@@ -57,7 +50,6 @@ class History:
     """What a run's directory says of its stages from before.
 
     Args:
-        stages: As the manifest has them.
         config: The configuration that they were trained by; None: it is not known.
         store: Where the store was; None: it is not known. Whether it still is there is looked at once, now: the run
             may make a new one in its place.

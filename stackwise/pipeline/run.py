@@ -173,12 +173,7 @@ class RunDirectory:
             raise UsageError(f"{self.config_file} is not a run's", hint="name another directory with --run")
 
     def check(self) -> None:
-        """Look whether the directory is there, or can be made, and can be written.
-
-        Raises:
-            UsageError: It cannot.
-            IrregularFile: See `create`.
-        """
+        """Look whether the directory is there, or can be made, and can be written."""
         if fault := durable.unusable(self.path):
             raise UsageError(f"run directory {self.path} cannot be used: {fault}", hint="name another with --run")
         for name in (*FILES, *DIRECTORIES):
@@ -202,12 +197,7 @@ class RunDirectory:
         return expanded(config.store.path) if config.store.path else self.path / "store"
 
     def store_settings(self) -> tuple[Path, int | None]:
-        """Where the run's store is, and its `store.max_bytes`; the rest of its configuration is not looked at.
-
-        Raises:
-            NotFound: There is no run here.
-            UsageError: Its configuration is faulty.
-        """
+        """Where the run's store is, and its `store.max_bytes`; the rest of its configuration is not looked at."""
         import yaml
 
         # The file was written by a run, with every value resolved. Whatever is odd about it the full reading explains.
@@ -282,11 +272,7 @@ class RunDirectory:
         durable.write_json(self.manifest_file, {"format": FORMAT, **shapes.finite(manifest)})
 
     def evaluation(self) -> dict[str, Any] | None:
-        """The held-out results, as the last evaluation wrote them; None: there are none.
-
-        Raises:
-            UsageError: They are broken.
-        """
+        """The held-out results, as the last evaluation wrote them; None: there are none."""
         hint = "remove it: `stackwise run` writes it again"
         try:
             result: dict[str, Any] = read_json(self.evaluation_file)
@@ -298,11 +284,7 @@ class RunDirectory:
         return result
 
     def jobs(self) -> list[dict[str, Any]]:
-        """The jobs that the run was submitted as; none where it was not.
-
-        Raises:
-            UsageError: Their file is broken.
-        """
+        """The jobs that the run was submitted as; none where it was not."""
         hint = "remove it; jobs that are still queued are the batch system's to show"
         try:
             jobs: list[dict[str, Any]] = read_json(self.jobs_file)

@@ -82,7 +82,6 @@ class BlockFormat:
     Args:
         precision: By its canonical name; full: as the run computes. Weights in a narrow format are packed where they
             do not train.
-        adapters: Those on it.
     """
 
     precision: str = "full"
@@ -105,9 +104,6 @@ def block_format(config: StackWiseConfig, home: int, top: int, trains: bool) -> 
     """How stage `top` holds the blocks that were new with stage `home`.
 
     Args:
-        config: The configuration.
-        home: The one stage.
-        top: The other.
         trains: Whether the blocks, or else their adapters, train. Under a frozen trunk they then train as they did.
     """
     qlora = config.training.progressive.trunk_strategy == "qlora"
@@ -131,7 +127,6 @@ class Stage:
         lookahead: Blocks between block `last` and its head, on its loss's way only.
         fresh: Parts that start fresh although the run has committed weights for them.
         commits_frozen: Blocks that it draws and commits although they do not train.
-        window: The window of the corpus that it trains on.
         place: Its place in the schedule, from 0.
         starts_from: Parts that start from other weights than the newest of that name, and the name these go by.
         states_in: Optimizer states that it takes up from its window before, by part.
@@ -291,7 +286,6 @@ def _stacked(config: StackWiseConfig, *, grows: bool = False, holds: bool = Fals
     """Each section of the rack in turn, above its boundary; or above tokens, with all blocks so far.
 
     Args:
-        config: The configuration.
         grows: A stage holds the blocks below it, and they train along.
         holds: A stage holds the blocks below it, and they stand still.
     """
@@ -362,8 +356,6 @@ def _with_formats(config: StackWiseConfig, stage: Stage, homes: Mapping[str, int
     """A stage with the formats of its blocks; where weights stand still under adapters, these train in their place.
 
     Args:
-        config: The configuration.
-        stage: The stage.
         homes: The stage that each block was new with.
     """
     below = block_parts(0, stage.first - 1) if stage.reads_boundary else ()

@@ -33,10 +33,6 @@ class TrialJob:
     """A stage whose batch is to be found.
 
     Args:
-        config: The configuration, as YAML.
-        stage: The stage.
-        vocab_size: Ids that the model knows.
-        mask_token: The id shown at masked positions.
         most: The largest batch of use.
     """
 

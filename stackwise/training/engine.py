@@ -19,9 +19,8 @@ from stackwise.batch import Batch
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
-from stackwise.training.group import Group, SingleProcess
 from stackwise.training.optim import BLOCK, make_optimizer, state_tensors
-from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
+from stackwise.training.stage import MeanLoss, Ranks, SingleProcess, StageModel, StepLoss, Tally
 
 if TYPE_CHECKING:
     from stackwise.training.trainer import Trainer
@@ -78,7 +77,6 @@ class Engine(Protocol):
         Args:
             microbatches: On the CPU, `accumulation` of them.
             step: Which step this is, from 0; dropout follows from it.
-            rate: Its learning rate.
             accept: Asked before anything moves; where it refuses, weights and optimizer stay as they were. None: no
                 figure has to be read off the device.
 
@@ -133,12 +131,8 @@ class ResidentEngine:
     """The whole stage on the device: weights, gradients and the optimizer's state.
 
     Args:
-        model: The stage, on `device`; what of it requires gradients is trained.
-        settings: Clipping, accumulation and the optimizer's.
         seed: The parts that its randomness follows from, such as (seed, stage).
-        device: Where `model` is.
         parts: The model's modules by the names of their parts; None: its blocks count from 0.
-        group: The ranks that train the stage together.
     """
 
     checkpoints = ""
@@ -151,9 +145,9 @@ class ResidentEngine:
         seed: tuple[int | str, ...],
         device: torch.device,
         parts: Mapping[str, nn.Module] | None = None,
-        group: Group | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.group = group or SingleProcess()
+        self.ranks = ranks or SingleProcess()
         self.model, self.settings, self.seed, self.device = model.train(), settings, seed, device
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parts = dict(parts or _parts(model))
@@ -201,7 +195,7 @@ class ResidentEngine:
         finally:
             self._exchange()
             self.model.train()
-        return tally.mean(self.group)
+        return tally.mean(self.ranks)
 
     def state(self) -> dict[str, Tensor]:
         """Weights as `weight/NAME`, their mean as `mean/NAME`, the optimizer's state as `KIND/NAME`."""
@@ -294,7 +288,7 @@ class ResidentEngine:
     def _gradients(self, microbatches: Sequence[Batch], step: int) -> tuple[StepLoss, Tensor]:
         """Leave the step's clipped gradient on the parameters; its loss, and its norm before clipping."""
         scale = 1.0 if self.scale is None else self.scale.scale
-        losses = StepLoss(self.model.objective, microbatches, self.device, self.group, scale)
+        losses = StepLoss(self.model.objective, microbatches, self.device, self.ranks, scale)
         for number, cpu_batch in enumerate(microbatches):
             batch = cpu_batch.to(self.device)
             torch.manual_seed(derive_seed(*self.seed, step, number, "dropout"))
@@ -306,7 +300,7 @@ class ResidentEngine:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if not gradients or not losses.scored:
             return losses, torch.zeros((), device=self.device)
-        self.group.sum_tensors(gradients)
+        self.ranks.sum_tensors(gradients)
         if (share := losses.share) is not None:
             torch._foreach_mul_(gradients, share)
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -333,9 +327,6 @@ class LossScale:
     """The factor that the loss has while gradients are taken, so that those of half precision stay in its range.
 
     Source: mixed precision training (arXiv 1710.03740), section 3.2. A step whose gradients overflow is not taken.
-
-    Args:
-        setting: `training.loss_scale`: a constant, or dynamic.
     """
 
     def __init__(self, setting: Literal["dynamic"] | float) -> None:

@@ -63,13 +63,7 @@ class RowSource:
 
 @dataclass(frozen=True)
 class Feed:
-    """The rows of a rowset, as batches.
-
-    Args:
-        rowset: The rows.
-        seq_len: Tokens in a sample.
-        sources: By the name that the input has in a batch.
-    """
+    """The rows of a rowset, as batches."""
 
     rowset: Rowset
     seq_len: int
@@ -90,11 +84,7 @@ class Feed:
         """What a stage reads of data and store.
 
         Args:
-            store: Where the rowset's masks are.
-            rowset: The rows.
-            split: Where the samples are.
             samples_R: For each row, its sample's index in `split`.
-            seq_len: Tokens in a sample.
             columns: Names of inputs beside tokens and masks: "segments" and columns of the data.
             reader: The boundary that enters the stage; None where it reads tokens.
 

@@ -47,8 +47,6 @@ class Pass:
     """How a forward-only pass went.
 
     Args:
-        finished: Whether the boundary is complete.
-        seconds: How long the pass took.
         waited: Seconds of them in which it waited for rows to come in.
         blocked: Seconds of them in which it waited for the disk to take chunks.
     """
@@ -93,7 +91,6 @@ def outputs(
         stages: Frozen, in evaluation mode, on `device`.
         batches: On the CPU; pinned, for a GPU.
         codec: What the rows will be stored with: bf16 is narrowed before it travels.
-        device: Where `stages` are.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -142,9 +139,6 @@ def write_boundary(
     Args:
         stages: The stages that the rows go through, lowest first, on `device`; they are left in evaluation mode. Or
             what makes their outputs.
-        feed: What enters the lowest.
-        writer: The boundary above the highest.
-        device: Where `stages` are.
         progress: Told the chunks handed to the writer and the chunks in all.
         stop: Asked before each chunk; True ends early, and a later call goes on from there.
         spent: Seconds that the chunks which are there already took to compute; None: they took as long as these.
@@ -194,7 +188,6 @@ class FilledBoundary:
         stages: The committed stages between `below` and this boundary, lowest first, on `device`: frozen, in evaluation
             mode, and not the modules that are being trained.
         codec: What the boundary is stored with, or would be.
-        chunk_rows: Rows in a chunk of it.
         device: Where `stages` are. On a GPU they compute in a stream of their own.
         stored: A reader and a writer of it where it is kept; the caller closes both.
 

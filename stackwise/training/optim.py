@@ -67,7 +67,6 @@ def make_optimizer(trained: Iterable[tuple[str, nn.Parameter]], settings: StageT
 
     Args:
         trained: Parameters, each with its part: front, block.N, head, or the name of a block beyond.
-        settings: Of the stage.
     """
     kind = settings.optimizer
     groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}

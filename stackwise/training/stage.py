@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,40 @@ from stackwise.errors import StackWiseError, UsageError
 from stackwise.model import Block, Stack, enter
 from stackwise.objectives import RuntimeObjective
 from stackwise.objectives.objective import Outputs
-from stackwise.training.group import Group
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The precisions that are computed in by autocast."""
+
+
+class Ranks(Protocol):
+    """The processes that train one stage together: the same weights, each with rows of its own. Today there is one.
+
+    Engines call this wherever several would add up. Every call is made by all of them, in one order.
+    """
+
+    rank: int
+    """Which of them this process is, from 0."""
+    size: int
+    """How many there are."""
+
+    def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """The sums over all ranks, by name."""
+
+    def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Let each tensor (losses, gradients) become its sum over all ranks, in place and in a fixed order."""
+
+
+class SingleProcess:
+    """The only rank: sums are what they are."""
+
+    rank, size = 0, 1
+
+    def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """See `Ranks`."""
+        return dict(counts)
+
+    def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """See `Ranks`."""
 
 
 class StageModel(nn.Module):
@@ -31,7 +62,6 @@ class StageModel(nn.Module):
         blocks: Those that the stage hands on, in order: StackWise's own, or any modules from [B, S, D] to the same.
             Only the former are told the attention's direction and the documents.
         head: Activations at scored positions to logits; None in a stage that only passes activations on.
-        objective: What is shown, what is scored, and in which direction attention looks.
         precision: "fp32", or "bf16" or "fp16": autocast, with the residual stream in the same.
         beyond: Further blocks between `blocks` and the head, which only the loss goes through.
     """
@@ -61,7 +91,6 @@ class StageModel(nn.Module):
         """The activations that leave the last block handed on, [B, S, D], and the terms of the blocks so far.
 
         Args:
-            batch: What enters.
             terms: Those of the blocks below, which they are added to; None: none.
         """
         if self.front is not None:
@@ -149,10 +178,6 @@ class StepLoss:
     and shapes ahead of the passes: so the gradient is that of the sum of their means, however rows are divided.
 
     Args:
-        objective: The stage's.
-        microbatches: Of the step, on the CPU.
-        device: Where losses are added up.
-        group: The ranks that take the step together.
         scale: Factor on the loss while gradients are taken (half precision).
     """
 
@@ -161,11 +186,11 @@ class StepLoss:
         objective: RuntimeObjective,
         microbatches: Sequence[Batch],
         device: torch.device,
-        group: Group,
+        ranks: Ranks,
         scale: float = 1.0,
     ) -> None:
         self._objective, self._microbatches, self._device = objective, microbatches, device
-        self._group, self._scale = group, scale
+        self._ranks, self._scale = ranks, scale
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._weights: dict[str, float] = {}
@@ -197,13 +222,13 @@ class StepLoss:
             StackWiseError: An objective's terms counted otherwise than it said ahead.
         """
         for name, count in (self._ahead or {}).items():
-            if self._group.size == 1 and self._counts[name] != count:
+            if self._ranks.size == 1 and self._counts[name] != count:
                 raise StackWiseError(
                     f"objective {self._objective.name}: its term {name} counted {self._counts[name]}, not {count}",
                     hint="its `counts` and `loss` must agree",
                 )
-        self._counts = self._group.sum_counts(self._counts)
-        self._group.sum_tensors(list(self._sums.values()))
+        self._counts = self._ranks.sum_counts(self._counts)
+        self._ranks.sum_tensors(list(self._sums.values()))
 
     @property
     def several(self) -> bool:
@@ -244,7 +269,7 @@ class StepLoss:
                 # A block's term counts positions, in every microbatch as many for a token.
                 positions = term.count * one.tokens_BS.numel() // batch.tokens_BS.numel()
                 counts[name] += known.get(name, positions)
-        return self._group.sum_counts(counts)
+        return self._ranks.sum_counts(counts)
 
 
 class Tally:
@@ -262,10 +287,10 @@ class Tally:
             self._counts[name] = self._counts.get(name, 0) + term.count
             self._weights[name] = term.weight
 
-    def mean(self, group: Group) -> MeanLoss:
+    def mean(self, ranks: Ranks) -> MeanLoss:
         """What they come to, over the rows of all ranks."""
-        counts = group.sum_counts(self._counts)
-        group.sum_tensors(list(self._sums.values()))
+        counts = ranks.sum_counts(self._counts)
+        ranks.sum_tensors(list(self._sums.values()))
         means = {name: float(total) / max(counts[name], 1) for name, total in self._sums.items()}
         total = sum(mean * self._weights[name] for name, mean in means.items())
         return MeanLoss(total, means if len(means) > 1 else {})

@@ -25,8 +25,7 @@ from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.training.engine import Accept, LossScale, State, Stepped
-from stackwise.training.group import Group, SingleProcess
-from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
+from stackwise.training.stage import MeanLoss, Ranks, SingleProcess, StageModel, StepLoss, Tally
 from stackwise.training.swap_parts import FRONT, PartLoader, Parts, in_turn, make_groups
 from stackwise.training.swap_state import RedoLog, Spill
 from stackwise.training.trainer import Trainer
@@ -43,7 +42,6 @@ class SwapSpace:
         directory: Where its state lives, its own alone; taken up where there is one.
         groups: Groups that its blocks make.
         memory: Bytes of boundaries kept in memory; the rest goes to files.
-        warn: Takes what of the directory is damaged, in a line.
     """
 
     directory: Path
@@ -56,13 +54,7 @@ class SwappedEngine:
     """Trains a stage group by group.
 
     Args:
-        parts: The stage's parts.
-        settings: Clipping, accumulation and the optimizer's.
-        space: Where it is swapped to.
-        seed: The parts that its randomness follows from, such as (seed, stage).
-        device: Where to compute.
         before: Steps that the stage has taken already, in windows before this one.
-        ranks: Those that train the stage together.
     """
 
     checkpoints = "swap/record"
@@ -77,7 +69,7 @@ class SwappedEngine:
         seed: tuple[int | str, ...],
         device: torch.device,
         before: int = 0,
-        ranks: Group | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.before, self.ranks = before, ranks or SingleProcess()
         self.parts, self.settings, self.seed, self.device = parts, settings, seed, device

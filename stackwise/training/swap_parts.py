@@ -18,9 +18,8 @@ from stackwise.config import StageTraining
 from stackwise.store import Codec
 from stackwise.training.engine import MEAN, OPTIMIZER, WEIGHT, optimizer_state
 from stackwise.training.forward import MakeOutputs, pass_through
-from stackwise.training.group import Group
 from stackwise.training.optim import make_optimizer, state_tensors
-from stackwise.training.stage import StageModel
+from stackwise.training.stage import Ranks, StageModel
 from stackwise.training.swap_state import RedoLog
 
 L = TypeVar("L")
@@ -46,7 +45,6 @@ class Parts(Protocol):
         """A part on the CPU, gradients required for what trains. Called in threads: it draws from no global generator.
 
         Args:
-            name: The part.
             trained: Values of its trained parameters; None: it starts as it does in a fresh stage.
             embedding_VD: What a tied head projects with.
         """
@@ -109,17 +107,9 @@ def in_turn(load: Callable[[PartGroup], L], groups: Sequence[PartGroup]) -> Iter
 
 
 class PartLoader:
-    """Brings groups of parts from the disk, updates them, and takes their gradients and states there.
+    """Brings groups of parts from the disk, updates them, and takes their gradients and states there."""
 
-    Args:
-        parts: Makes the parts.
-        log: Their state on disk.
-        settings: The optimizer's.
-        device: Where to compute.
-        ranks: Those that train the stage together.
-    """
-
-    def __init__(self, parts: Parts, log: RedoLog, settings: StageTraining, device: torch.device, ranks: Group) -> None:
+    def __init__(self, parts: Parts, log: RedoLog, settings: StageTraining, device: torch.device, ranks: Ranks) -> None:
         self.parts, self.log, self.settings, self.device, self.ranks = parts, log, settings, device, ranks
 
     def load(self, group: PartGroup) -> Loaded:
@@ -257,7 +247,6 @@ def grouped_outputs(
     Args:
         parts: The stage's parts, without its head.
         groups: Groups that its blocks make.
-        row_bytes: Bytes of the activations of a row.
         memory: Bytes of activations held at once; a batch is held in any case.
         below: Frozen stages on the device that the rows go through before.
     """

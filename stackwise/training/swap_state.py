@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from stackwise import durable, files
-from stackwise.training.state_files import TensorFile, file_digest, reason, sealed, unsealed, write_tensors
+from stackwise.training.checkpoint import TensorFile, file_digest, reason, sealed, unsealed, write_tensors
 
 STATE, GRADIENTS = "state", "gradients"
 FORMAT = 1
@@ -58,10 +58,6 @@ class Commit:
 class RedoLog:
     """The files of one stage. Writing happens behind, in one thread, with at most one call's files waiting.
 
-    Args:
-        directory: Theirs alone.
-        parts: The parts that train.
-
     Attributes:
         begin: Gives the state that a part has before its first update; nothing of it where it is as it was made.
     """
@@ -93,11 +89,7 @@ class RedoLog:
         self._pool.shutdown()
 
     def read(self, part: str, prefix: str) -> Tensors | None:
-        """What of a part's state begins with a prefix, without it; None where the part is as it was made.
-
-        Raises:
-            OSError: The file cannot be read.
-        """
+        """What of a part's state begins with a prefix, without it; None where the part is as it was made."""
         if self.at.get(part):
             return self._read(STATE, part, self.at[part], prefix)
         begun = self.begin(part)
@@ -164,11 +156,9 @@ class RedoLog:
 
         Args:
             number: Its number in the stage's budget, from 0.
-            rate: Its learning rate.
             clip: What its gradients are to be multiplied by.
             loss: Its loss; no number where it was refused.
             taken: Whether it moves the weights.
-            scaler: The state of the loss scale.
 
         Raises:
             NoSpaceError: The disk is full; the step is not published.
@@ -281,7 +271,6 @@ class Spill:
     A crash loses them, and the next one empties the directory.
 
     Args:
-        directory: Where files go; emptied.
         budget: Bytes kept in memory.
     """
 
@@ -328,22 +317,14 @@ class Spill:
         self.bytes_on_disk += tensor.nbytes
 
     def get(self, key: Hashable) -> Tensor:
-        """The tensor under a key, on the CPU. It must not be written to.
-
-        Raises:
-            KeyError: There is none.
-        """
+        """The tensor under a key, on the CPU. It must not be written to."""
         if key in self._memory:
             return self._memory[key]
         path, dtype, shape = self._files[key]
         return torch.from_numpy(np.fromfile(path, dtype=np.uint8)).view(dtype).reshape(shape)
 
     def take(self, key: Hashable) -> Tensor:
-        """The tensor under a key, which is then dropped.
-
-        Raises:
-            KeyError: There is none.
-        """
+        """The tensor under a key, which is then dropped."""
         tensor = self.get(key)
         self.drop(key)
         return tensor

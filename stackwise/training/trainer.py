@@ -37,13 +37,8 @@ class Progress:
     """How a stage's training stands.
 
     Args:
-        step: Steps done.
-        steps: Of how many.
         losses: Those since the last report, one a step, in nats; None for a step that was refused.
-        learning_rate: Of the last step.
         gradient_norm: Of the last step, before clipping.
-        tokens_per_second: Since the last report.
-        wait_fraction: Share of the time that training waited for data.
         terms: Where the loss has several, the mean of each since the last report.
     """
 
@@ -63,9 +58,6 @@ class Record:
 
     Args:
         losses: One a step, in nats; None for a step that was refused.
-        seconds: Time in training.
-        waited: Of it, time waiting for data.
-        tokens: Tokens that were trained on.
         held_out: (step, mean held-out loss in nats), at each evaluation.
         divergences: What diverged, and what was done: step, why, action; of a rollback the step gone back to.
         terms: Where the loss has several terms, each one's mean in every step; None where it is not known.
@@ -152,8 +144,6 @@ class Trainer:
     """Takes an engine through a stage's steps.
 
     Args:
-        engine: What holds the stage and takes its steps.
-        settings: Learning rate, batch and the rest.
         steps: How many optimizer steps it takes; all below counts these.
         anchor: Steps between the checkpoints that a rollback goes back to.
         before: Steps that the stage has taken already, in windows before this one.
@@ -214,7 +204,6 @@ class Trainer:
         Args:
             batches: Microbatches from the trainer's step on.
             waited: Seconds spent waiting for `batches` so far.
-            hooks: What is told and asked as training goes.
 
         Returns:
             Whether the stage is finished.
@@ -281,12 +270,7 @@ class Trainer:
             self.record.held_out.append((self.step, hooks.evaluate().total))
 
     def _refused(self, watch: Watch, hooks: Hooks) -> None:
-        """A step was refused: go on without it, or back.
-
-        Raises:
-            Rollback: Back.
-            StackWiseError: It was not the first time, nor the second.
-        """
+        """A step was refused: go on without it, or back."""
         times = len(self.record.divergences)
         if times >= watch.policy.limit:
             raise watch.too_often(times, self.step)
@@ -326,11 +310,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 class Rollback(Exception):
-    """The stage goes back to its last good checkpoint, as `training.divergence` wishes.
-
-    Args:
-        divergence: What happened; what is kept of it in the record.
-    """
+    """The stage goes back to its last good checkpoint, as `training.divergence` wishes."""
 
     def __init__(self, divergence: dict[str, Any]) -> None:
         super().__init__(divergence["why"])
@@ -344,7 +324,6 @@ class Watch:
     The verdict follows from the losses of the steps before alone, so that it repeats, also after a kill.
 
     Args:
-        policy: The bound on the loss, and how often it may happen.
         losses: Those of the steps before; None for a step that was not taken.
     """
 

@@ -22,7 +22,7 @@ from tests.conftest import Micro, run
 
 PLUGIN = """
 from stackwise.config.kinds import OBJECTIVES, OPTIMIZERS, Objective
-from stackwise.training.optimizers import AdamW
+from stackwise.training.kinds import AdamW
 
 @OPTIMIZERS.register("mine")
 class Mine(AdamW):

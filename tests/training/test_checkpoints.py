@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from stackwise.errors import NoSpaceError
-from stackwise.training import checkpoint, state_files
-from stackwise.training.checkpoint import Checkpoints
-from stackwise.training.state_files import TensorFile, file_digest, sealed, write_tensors
+from stackwise.training import checkpoint
+from stackwise.training.checkpoint import Checkpoints, TensorFile, file_digest, sealed, write_tensors
 from tests.training.test_trainer import batch, resident, trainer
 
 
@@ -29,7 +28,7 @@ def steps(directory: Path) -> list[int]:
 def slow(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Writing waits until the event is set."""
     go = threading.Event()
-    write = state_files.write_tensors
+    write = checkpoint.write_tensors
 
     def later(*arguments: object) -> str:
         assert go.wait(20)

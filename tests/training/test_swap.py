@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from stackwise.errors import StackWiseError
 from stackwise.model import part_digest
 from stackwise.training.engine import ResidentEngine
+from stackwise.training.kinds import AdamW
 from stackwise.training.optim import learning_rate
-from stackwise.training.optimizers import AdamW
 from stackwise.training.swap import SwappedEngine, SwapSpace
 from stackwise.training.swap_state import Spill
 from tests.training.swapping import (

@@ -51,8 +51,6 @@ class StageJobCommand:
     """A command as a job, with its state in a file that `status` reads.
 
     Args:
-        argv: The command.
-        state: Where to keep the state: running, done, failed, interrupted or not run.
         after: For the local executor, which knows no dependencies: the process id and the state file of the job that
             must succeed first.
     """
@@ -133,7 +131,6 @@ def submit(config: StackWiseConfig, run: RunDirectory, engine: Engine) -> list[J
     """Submit the jobs of a run: the stages that are not committed, then the evaluation.
 
     Args:
-        config: The configuration.
         run: The run's directory, on a disk that the node of the jobs has.
         engine: `slurm`, or `local`: the same jobs as processes of this machine.
 
@@ -257,11 +254,7 @@ def _command(run: RunDirectory, stage: int | None, window: int | None) -> list[s
 
 
 def _parameters(config: StackWiseConfig, engine: Engine) -> dict[str, Any]:
-    """What a job asks for, as submitit names it.
-
-    Raises:
-        UsageError: A name or a value has characters that a script would obey.
-    """
+    """What a job asks for, as submitit names it."""
     slurm = config.slurm
     gpus = slurm.gpus if slurm.gpus is not None else int(config.device != "cpu")
     if engine == "local":
@@ -293,11 +286,7 @@ def _parameters(config: StackWiseConfig, engine: Engine) -> dict[str, Any]:
 
 
 def _refuse_second(run: RunDirectory) -> None:
-    """Jobs of this run that still wait or work are let be.
-
-    Raises:
-        BusyError: There are some.
-    """
+    """Jobs of this run that still wait or work are let be."""
     jobs: Sequence[Job] = run.jobs()
     left = [job for job in jobs if job_state(job_file(run, job)) in ("submitted", "running")]
     slurm = [job["job"] for job in left if job["engine"] == "slurm"]

@@ -20,13 +20,7 @@ EXAMPLE = "for example -o training.learning_rate=1e-3,3e-3"
 
 @dataclass(frozen=True)
 class Combination:
-    """One run of a sweep.
-
-    Args:
-        name: Its directory's name.
-        values: What is its own, by dotted key.
-        config: The whole configuration.
-    """
+    """One run of a sweep."""
 
     name: str
     values: dict[str, Any]
@@ -54,10 +48,6 @@ def parse_axes(items: Sequence[str]) -> dict[str, list[Any]]:
 
 def combinations(axes: dict[str, list[Any]], make: Callable[[dict[str, Any]], StackWiseConfig]) -> list[Combination]:
     """The product of the axes, in their order, each once.
-
-    Args:
-        axes: Values by dotted key; a key with one value is the same for all.
-        make: A configuration from overrides.
 
     Raises:
         UsageError: No key has several values.

@@ -47,9 +47,6 @@ class Member:
     """How a combination stands.
 
     Args:
-        combination: Which it is.
-        decisions: What becomes of its stages, as decided before anything was trained.
-        failure: Why it cannot run, or what ended it.
         boundaries: Bytes that its boundaries take at most, where it trains in windows.
     """
 
@@ -73,10 +70,6 @@ def sources(members: Sequence[Member], *, kept: bool = True) -> dict[str, list[s
     """Where each stage of each run comes from, by the run's name: `store`, `train`, or the run that trains it.
 
     `again`: weights of it that the run needs are gone, for a later window's took their place: it is trained once more.
-
-    Args:
-        members: In the order of running.
-        kept: Whether they keep such weights for each other.
     """
     made: dict[str, str] = {}
 
@@ -128,14 +121,7 @@ def no_room(members: Sequence[Member]) -> str | None:
 
 @dataclass
 class Keeping:
-    """Refers, in a sweep's name, to what its later runs still need.
-
-    Args:
-        name: The sweep's, as the store knows it.
-        members: Those that will run, in order.
-        origins: Where their stages come from, as `sources` says.
-        kept: Whether anything is kept at all.
-    """
+    """Refers, in a sweep's name, to what its later runs still need."""
 
     name: str
     members: list[Member]
@@ -193,13 +179,7 @@ class Keeping:
 
 
 class Sweep:
-    """The runs of a sweep in one directory.
-
-    Args:
-        combinations: What to run.
-        directory: Where.
-        resume_command: What an interruption tells the user to type.
-    """
+    """The runs of a sweep in one directory."""
 
     def __init__(self, combinations: Sequence[Combination], directory: Path, resume_command: str) -> None:
         self.directory, self._resume_command = directory, resume_command
@@ -264,8 +244,6 @@ class Sweep:
         """Every combination, one after another; one that fails leaves the others to go on.
 
         Args:
-            watch: Gives the observer of a combination's events.
-            emit: Takes what happens: when a combination begins and ends.
             max_time: Seconds after which the sweep has to be over; None: no limit.
 
         Returns:
@@ -394,8 +372,6 @@ def planned(config: StackWiseConfig, data: PreparedData, store: Path) -> Iterato
 
     Args:
         config: With `precision` and batches settled; windows are settled in it.
-        data: The prepared data.
-        store: The store's directory; it is not made.
 
     Raises:
         UsageError: The configuration does not fit the data.

@@ -77,10 +77,7 @@ def generate(
     """Fill holes in text, or go on from a prompt.
 
     Args:
-        rack: The run's weights.
         text: With holes (`[MASK]`, `[MASK*12]`), or a prompt; None: a masked passage of held-out text.
-        sampling: How.
-        on_step: Called with the text as it grows.
 
     Returns:
         `before`, `after`, `spans` (the pieces of `after`, each with "given", "filled", "right" or "wrong"), and
@@ -171,11 +168,7 @@ def _exits(rack: CommittedRack) -> Callable[[float], int] | None:
 
 
 def _canvas(rack: CommittedRack, text: str, length: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int64 [S] and holes bool [S]: of a text with holes, and of `length` masked positions behind it.
-
-    Raises:
-        UsageError: More than the rack takes.
-    """
+    """Token ids int64 [S] and holes bool [S]: of a text with holes, and of `length` masked positions behind it."""
     ids, holes = parse_holes(text, rack.data.tokenizer, rack.mask_token)
     longest = rack.config.model.max_seq_len or rack.config.training.seq_len
     if length is None:

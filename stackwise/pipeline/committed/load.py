@@ -31,14 +31,8 @@ class CommittedRack:
     """The weights of the stages that a run has committed, from the bottom up without a gap; of the last window.
 
     Args:
-        config: The run's configuration.
-        data: Its prepared data.
-        vocab_size: Ids that the model knows.
-        mask_token: The id shown at masked positions.
-        stages: The committed stages.
         parts: The newest weights of each part.
         versions: The same as each stage left them.
-        device: Where modules are put.
     """
 
     config: StackWiseConfig
@@ -133,8 +127,6 @@ def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) ->
     """What a run has committed.
 
     Args:
-        run: The run.
-        device: Where modules are put.
         whole: Refuse a run whose last stage is not committed.
 
     Raises:

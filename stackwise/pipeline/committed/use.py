@@ -44,8 +44,6 @@ def evaluate_rack(
     """Held-out figures of a rack and of each of its stages, in the shape of `stackwise eval --json`.
 
     Args:
-        rack: The rack.
-        split: What to evaluate on.
         progress: Called after each batch with (done, total); what it raises ends the evaluation.
     """
     bidirectional, causal = ([s for s in rack.stages if (s.causal_from is None) is both] for both in (True, False))
@@ -101,9 +99,7 @@ def evaluate_run(run: RunDirectory, *, data: list[str] | None = None, device: st
     """Held-out figures of a run, or its figures on other text.
 
     Args:
-        run: The run; all of its stages are committed.
         data: Files and folders to evaluate on, with the run's tokenizer; None: its own held-out text.
-        device: Where to compute.
 
     Raises:
         UsageError: The run is not finished, or the text is shorter than one sample.
@@ -126,11 +122,6 @@ def evaluate_run(run: RunDirectory, *, data: list[str] | None = None, device: st
 
 def export_rack(rack: CommittedRack, out: Path, *, overwrite: bool = False) -> Path:
     """Write a fused rack as one directory: weights, `config.json`, `tokenizer.json`; returns the directory.
-
-    Args:
-        rack: The run's weights, on the CPU.
-        out: The directory to make.
-        overwrite: Replace an earlier export.
 
     Raises:
         UsageError: The directory is in use.
@@ -155,11 +146,6 @@ def recomputer(run: RunDirectory, store: ActivationStore, device: str = "auto") 
 
     The rows go up from their tokens stage by stage, in the same batches as when the boundary was written, and through
     the codec at each boundary between: so the same machine gives the same bytes.
-
-    Args:
-        run: The run whose committed stages make the boundaries.
-        store: Where masks and rowsets are.
-        device: Where to compute.
 
     Raises:
         UsageError: The run has no committed stage.

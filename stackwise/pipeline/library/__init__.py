@@ -42,9 +42,8 @@ from stackwise.pipeline.recipe import (
 )
 from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.pipeline.schedule import HEAD, Stage, schedule
-from stackwise.pipeline.worker.boundary import write_above
-from stackwise.pipeline.worker.context import StageContext
-from stackwise.pipeline.worker.training import train_stage
+from stackwise.pipeline.worker.stage import write_above
+from stackwise.pipeline.worker.training import StageContext, train_stage
 from stackwise.store import ActivationStore, CommittedStage
 from stackwise.training.feed import Feed
 from stackwise.training.stage import NARROW, StageModel
@@ -57,7 +56,6 @@ class LoadedSamples:
     """Samples of equal length in memory or memory-mapped, in the shape that training reads a split in.
 
     Args:
-        tokens_NS: Token ids.
         columns: What the data brings beside them by name, a value a token: "targets", -100 where there is none.
     """
 
@@ -92,11 +90,7 @@ class LoadedSamples:
         return np.zeros((len(indices), seq_len), dtype=np.int32)
 
     def column(self, name: str, indices: np.ndarray, seq_len: int) -> np.ndarray:
-        """A column that the data brings, int64 or float32 [n, seq_len].
-
-        Raises:
-            UsageError: It brings none of that name.
-        """
+        """A column that the data brings, int64 or float32 [n, seq_len]."""
         values: np.ndarray = self._column(name)[indices]
         return values
 
@@ -115,7 +109,6 @@ class LoadedSamples:
 
         Args:
             batches: The batches; of a sequence in place of a mapping the second tensor is the first of `columns`.
-            columns: Those that the objective needs.
 
         Raises:
             UsageError: A batch is of another shape or lacks a column, or there is none.
@@ -174,17 +167,8 @@ class _Stages:
     """One pass over the schedule.
 
     Args:
-        config: With every `auto` settled.
-        data: The samples.
-        store: Where boundaries and committed stages go.
-        objective: Of every stage.
         vocabulary: Token ids there are, and the id that stands for a masked token.
-        device: What computes.
-        observe: Told every event.
-        front: Token ids to activations.
-        layers: The layers.
         code: What identifies the front and each layer, the front first.
-        heads: Of the stages so far.
     """
 
     config: StackWiseConfig

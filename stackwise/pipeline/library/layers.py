@@ -331,9 +331,6 @@ def probe(
     """Run a few rows through all layers, so that what does not fit is said before anything is trained.
 
     Args:
-        front: Token ids to activations.
-        layers: The layers.
-        tokens_BS: The rows.
         numerics: The device, and the dtype of autocast (None: float32).
 
     Returns:

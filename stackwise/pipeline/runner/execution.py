@@ -22,12 +22,7 @@ from stackwise.store import CommittedStage
 
 
 class Execution:
-    """Carries a plan out.
-
-    Args:
-        context: What that needs.
-        boundaries: What enters each stage.
-    """
+    """Carries a plan out."""
 
     def __init__(self, context: RunContext, boundaries: Boundaries) -> None:
         self._run, self._plan, self._history, self._manifest = (
@@ -62,7 +57,6 @@ class Execution:
         """Every stage in turn; or of the `chosen` places the first that is not committed, above committed stages.
 
         Args:
-            preview: What was decided beforehand.
             chosen: See `chosen`; stages that train again because others need them do so in a run of all stages alone.
         """
         self._again = set(preview.again) if chosen is None else set()
@@ -108,11 +102,7 @@ class Execution:
         self._history.damaged.add(decision.id)
 
     def _check_chosen(self, decision: Decision, chosen: list[int]) -> None:
-        """Where one stage is asked for, no other is trained.
-
-        Raises:
-            UsageError: Another would have to be.
-        """
+        """Where one stage is asked for, no other is trained."""
         stage = decision.stage
         if stage.place not in chosen:
             raise UsageError(
@@ -194,11 +184,7 @@ class Execution:
 
 
 class Boundaries:
-    """Sees to it that what enters a stage is there.
-
-    Args:
-        context: What the run needs.
-    """
+    """Sees to it that what enters a stage is there."""
 
     def __init__(self, context: RunContext) -> None:
         self._run, self._plan, self._manifest = context.run, context.plan, context.manifest
@@ -333,7 +319,6 @@ class Superseded:
     """Frees the weights and states of stages that a later window's have taken the place of; their records stay.
 
     Args:
-        plan: The plan.
         run: The run, as it is registered with the store: what other runs refer to stays.
     """
 
@@ -344,13 +329,7 @@ class Superseded:
         """Parts by recipe that no later stage of this run starts from."""
 
     def committed(self, stage: Stage, committed: CommittedStage, versions: Versions) -> None:
-        """A stage is committed, or was: what no later one starts from is idle.
-
-        Args:
-            stage: The stage.
-            committed: What it came to.
-            versions: What is the newest by now.
-        """
+        """A stage is committed, or was: what no later one starts from is idle."""
         if self._plan.next_window(stage) is not None:
             self._files[committed.recipe] = {part: committed.path(part) for part in committed.parts}
         needed = {source.path for source in versions.values()}

@@ -109,8 +109,6 @@ class Manifest:
     """Keeps `run.json` level with what happens.
 
     Args:
-        run: Whose manifest it is.
-        plan: The plan that is carried out.
         before: The manifest of an earlier run in the same directory.
         auto: What settings that were `auto` came to, by key, to be found here by a later run.
     """
@@ -249,16 +247,7 @@ def _recent(losses: list[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What carrying out a plan needs.
-
-    Args:
-        run: The run's directory.
-        plan: The plan, with its configuration and store.
-        history: What the run did before.
-        manifest: Kept level with what happens.
-        pool: Does the jobs.
-        emit: Emits what happens, as an event's name and its values.
-    """
+    """What carrying out a plan needs."""
 
     run: RunDirectory
     plan: Plan

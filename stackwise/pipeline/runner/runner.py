@@ -37,7 +37,7 @@ from stackwise.pipeline.runner.preparation import (
     settle_block_size,
 )
 from stackwise.pipeline.runner.workers import TimeLimit, WorkerPool
-from stackwise.pipeline.tracking.track import Trackers
+from stackwise.pipeline.tracking.following import Trackers
 from stackwise.pipeline.tracking.trackers import check_installed
 from stackwise.words import size as in_bytes
 
@@ -51,10 +51,6 @@ class Runner:
     """Runs a configuration in a run directory.
 
     Args:
-        config: The configuration.
-        run: Where the run lives.
-        observe: Gets every event.
-        resume_command: What an interruption tells the user to type.
         max_time: Seconds after which the run has to be over: before that, the step in hand is finished and saved,
             and `InterruptedRun` is raised; None: no limit.
     """

@@ -40,7 +40,6 @@ class Sizes:
 
     Args:
         most: The largest size that fits, and the blocks of the small racks.
-        candidates: Sizes, ascending.
         conditions: Names what the outcome holds for.
     """
 
@@ -53,10 +52,6 @@ def sizes(config: StackWiseConfig, vocab_size: int, data_id: str, device: str, m
     """The sizes to try, and what the outcome depends on.
 
     Args:
-        config: The configuration, `precision` resolved.
-        vocab_size: Ids that the model knows.
-        data_id: The prepared data's.
-        device: The kind of device.
         memory: Bytes of its memory; `training.memory` comes before it.
     """
     most = largest_fitting(config, vocab_size, min(memory, config.training.memory or memory))
@@ -139,9 +134,6 @@ def oom_advice(config: StackWiseConfig, vocab_size: int, stage: Stage, measured:
     of the limit.
 
     Args:
-        config: The configuration.
-        vocab_size: Ids that the model knows.
-        stage: The stage that ran out.
         measured: `limit`, `base` (bytes held before the stage was built), `peak` and `what`; None: nothing was, half as
             much that grows is aimed at.
     """

@@ -58,12 +58,7 @@ _ERRORS = {kind.exit_code: kind for kind in (InterruptedRun, NoSpaceError)}
 
 
 class Worker:
-    """One worker process: started early, given one job.
-
-    Args:
-        device: As in the configuration; the worker resolves it.
-        log: Where its standard error goes.
-    """
+    """One worker process: started early, given one job."""
 
     def __init__(self, device: str, log: Path) -> None:
         self.log, self._device = log, device
@@ -149,11 +144,7 @@ class Worker:
             self._stdin.flush()
 
     def stop(self, event: Event) -> None:
-        """Ask it to save and end; one without a job has nothing to save. May be called by a signal handler.
-
-        Args:
-            event: Says so; it appears among the worker's own.
-        """
+        """Ask it to save and end; one without a job has nothing to save. May be called by a signal handler."""
         self._stopped = True
         self._events.put(event)
         self._process.send_signal(signal.SIGTERM if self._given else signal.SIGKILL)
@@ -232,9 +223,6 @@ class TimeLimit:
     That is the longest wait between two events of the worker at work (a step, a chunk, a batch; what it is at now
     takes at least as long again as it has taken), and a save: the slowest rate in bytes a second so far, applied to
     the state of the stage at work.
-
-    Args:
-        seconds: From now.
     """
 
     MARGIN = 2.0
@@ -290,14 +278,7 @@ class TimeLimit:
 
 
 class WorkerPool:
-    """Gives jobs to workers, one after the other, and passes on their events.
-
-    Args:
-        config: The run's configuration.
-        observe: Gets every event.
-        resume_command: What an interruption tells the user to type.
-        limit: When the run has to be over; None: no limit.
-    """
+    """Gives jobs to workers, one after the other, and passes on their events."""
 
     def __init__(
         self, config: StackWiseConfig, observe: Observer, resume_command: str, limit: TimeLimit | None = None

@@ -132,11 +132,7 @@ class _EventFiles:
 
 
 class _WandbRun:
-    """A run of Weights & Biases: a series a stage and figure, each over the stage's own steps.
-
-    Args:
-        mode: `online`, or `offline`: files under `RUN/wandb`, which `wandb sync` uploads.
-    """
+    """A run of Weights & Biases: a series a stage and figure, each over the stage's own steps."""
 
     name = "wandb"
 
@@ -188,11 +184,7 @@ class _WandbRun:
 
 
 class _MLflowRun:
-    """A run of an MLflow experiment.
-
-    Args:
-        uri: A server (`http://…`), a database (`sqlite:////…`), or a directory.
-    """
+    """A run of an MLflow experiment."""
 
     name = "mlflow"
 
@@ -348,11 +340,7 @@ class EventFile:
     are needed: an import of the packages that have them all is an import of torch.
 
     Args:
-        directory: Where it is made.
         suffix: Ends its name; files of one second and directory need different ones.
-
-    Raises:
-        OSError: It cannot be made.
     """
 
     def __init__(self, directory: Path, suffix: str) -> None:
@@ -365,10 +353,7 @@ class EventFile:
         """Append a value of a series.
 
         Args:
-            tag: The series.
             value: Kept as float32, in which it may be infinite.
-            step: Where it stands.
-            wall_time: When it was measured, in seconds since 1970.
         """
         kept = value if math.isnan(value) or abs(value) <= _LARGEST else math.copysign(math.inf, value)
         summary = _bytes(1, _bytes(1, tag.encode()) + _key(2, 5) + struct.pack("<f", kept))

@@ -28,11 +28,17 @@ from stackwise.pipeline.build import load_part, save_part
 from stackwise.pipeline.job import Source, StageJob
 from stackwise.pipeline.recipe import Span
 from stackwise.pipeline.schedule import HEAD
-from stackwise.pipeline.worker.context import StageContext
-from stackwise.pipeline.worker.training import commit_stage, engine_of, held_out_loss, part_weights, trained
+from stackwise.pipeline.worker.training import (
+    StageContext,
+    commit_stage,
+    engine_of,
+    held_out_loss,
+    part_weights,
+    trained,
+)
 from stackwise.training import checkpoint
+from stackwise.training.checkpoint import reason
 from stackwise.training.engine import State
-from stackwise.training.state_files import reason
 from stackwise.training.trainer import Record
 
 Section = tuple[int, int]
@@ -46,7 +52,6 @@ class Fused:
     Args:
         parts: The newest weights of each part that trained.
         steps: Steps taken, the probes' among them.
-        record: Of all phases, one after the other.
         rounds: The loss before (`before`), and of each round its probes, the section `chosen`, the loss after it, and
             whether what it trained was `kept`.
     """
@@ -123,10 +128,6 @@ class _Fusion:
         """Train with one section unfrozen, or take what that came to; the held-out loss after it.
 
         Args:
-            name: What the phase's files are called.
-            number: The round.
-            section: What is unfrozen.
-            steps: For how long.
             keep: Whether what it trained stays; otherwise it is a probe.
         """
         done, known = self._done, self._known(name)

@@ -119,8 +119,6 @@ def fork(device: str, environment: dict[str, str], errors: int) -> ForkedWorker 
     """A worker that is there, or soon will be; None: it has to be started by itself.
 
     Args:
-        device: As in the configuration.
-        environment: The worker's, whole.
         errors: A descriptor of where its standard error goes.
     """
     if os.environ.get("STACKWISE_FORK") == "0" or not hasattr(os, "pidfd_open") or not cpu_alone(device):

@@ -7,13 +7,16 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
+from stackwise.config import StackWiseConfig, StageTraining
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.model import part_digest
 from stackwise.pipeline.build import JobParts, load_part, part_state, parts_of, save_part, stage_model
@@ -23,17 +26,58 @@ from stackwise.pipeline.job import StageJob
 from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows
 from stackwise.pipeline.rows import stage_rows
 from stackwise.pipeline.schedule import ADAPTER, STATE, Stage
-from stackwise.pipeline.worker.context import RESUME, StageContext
-from stackwise.store import RowOrder
+from stackwise.store import ActivationStore, RowOrder
 from stackwise.training import checkpoint
-from stackwise.training.checkpoint import Checkpoints
+from stackwise.training.checkpoint import Checkpoints, reason
 from stackwise.training.engine import WEIGHT, Engine, ResidentEngine, State
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.forward import forward_rows
 from stackwise.training.stage import MeanLoss, StageModel
-from stackwise.training.state_files import reason
 from stackwise.training.swap import SwappedEngine, SwapSpace
 from stackwise.training.trainer import Carried, Progress, Record, Rollback, Trainer, anchor
+
+Emit = Callable[[dict[str, Any]], None]
+Stop = Callable[[], bool]
+
+RESUME = "its state is saved; the same command goes on from there"
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """A stage's work, and what it is done with.
+
+    Args:
+        feed: What enters the stage; before its boundary is filled, what is stored below it.
+        held_out: The rows that the stage is evaluated on as it trains; None: none.
+    """
+
+    job: StageJob
+    config: StackWiseConfig
+    store: ActivationStore
+    device: torch.device
+    emit: Emit
+    stop: Stop
+    feed: Feed
+    held_out: Feed | None = None
+
+    @property
+    def stage(self) -> Stage:
+        """The stage."""
+        return self.job.stage
+
+    @property
+    def settings(self) -> StageTraining:
+        """How it trains."""
+        return self.config.stage_training(self.stage.depth)
+
+    def event(self, name: str, **values: Any) -> None:
+        """Emit an event of the stage."""
+        self.emit({"event": name, "stage": self.stage.place, **values})
+
+    def warn(self, text: str) -> None:
+        """Emit a warning."""
+        self.event("warning", text=text)
+
 
 REPORTED_AGAIN = 1000
 """Losses reported again on resuming: the last ones before a kill may have reached no one."""
@@ -134,15 +178,7 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
 
 
 def commit_stage(context: StageContext, parts: Mapping[str, State], steps: int, record: Record, **more: Any) -> None:
-    """Commit what a stage trained.
-
-    Args:
-        context: The stage's.
-        parts: Of each part what makes its tensors.
-        steps: Steps taken.
-        record: Of the training.
-        more: What else is kept with the stage.
-    """
+    """Commit what a stage trained."""
     job, stage = context.job, context.stage
     digests = {name: part_digest(state()) for name, state in parts.items()}
     description = {
@@ -180,12 +216,7 @@ def held_out_loss(engine: Engine, held_out: Feed) -> MeanLoss:
 
 
 class StageHooks:
-    """What a stage in training reports and asks: events, checkpoints by step or by the clock, held-out loss, ways back.
-
-    Args:
-        context: The stage's.
-        trainer: Its trainer.
-    """
+    """What a stage in training reports and asks: events, checkpoints by step or clock, held-out loss, ways back."""
 
     def __init__(self, context: StageContext, trainer: Trainer) -> None:
         self._context, self._trainer, self.stop = context, trainer, context.stop
