@@ -367,4 +367,4 @@ class Tracker(Kind):
 
     @abc.abstractmethod
     def build(self) -> Any:
-        """What takes the figures: `open`, `log` and `close` (`stackwise.pipeline.tracking.following.TrackerClient`)."""
+        """What takes the figures: `open`, `log` and `close` (`stackwise.pipeline.tracking.trackers.TrackerClient`)."""

@@ -19,8 +19,8 @@ from stackwise.config.unused import unused_settings
 from stackwise.errors import UsageError
 from stackwise.pipeline.run import with_absolute_paths
 from stackwise.pipeline.tracking import trackers
-from stackwise.pipeline.tracking.following import About, Follower, Point
-from stackwise.pipeline.tracking.trackers import EventFile
+from stackwise.pipeline.tracking.following import Follower
+from stackwise.pipeline.tracking.trackers import EventFile, Point, RunInfo
 from tests.conftest import Micro, run
 from tests.pipeline import trackers_files
 from tests.pipeline.test_kill import Command
@@ -39,7 +39,7 @@ class Memory:
         self.begun = 0
         self._now = ""
 
-    def open(self, about: About, number: int, known: str | None) -> str:
+    def open(self, about: RunInfo, number: int, known: str | None) -> str:
         if self.broken:
             raise ConnectionError("no route")
         self.begun += known is None
@@ -77,7 +77,7 @@ class Log:
 
     def follow(self) -> None:
         """One sitting, to its end."""
-        about = About("name", "project", None, str(self.path.parent), {})
+        about = RunInfo("name", "project", None, str(self.path.parent), {})
         state = self.path.parent / "tracking" / "memory.json"
         follower = Follower(self.tracker, about, self.path, state, self.warnings.append)
         follower.start()
@@ -106,7 +106,7 @@ def test_every_step_once_though_steps_are_repeated_after_a_kill(log: Log) -> Non
     assert log.tracker.steps("run-1", 0, "checkpoint/seconds") == [30]
 
 
-def test_skipped_steps_have_no_loss_and_steps_after_a_rollback_are_told_anew(log: Log) -> None:
+def test_skipped_steps_have_no_loss_and_steps_after_a_rollback_are_sent_anew(log: Log) -> None:
     log.add("training", stage=0, recipe="a", steps=100)
     log.add(
         "step", stage=0, step=3, steps=100, losses=[1.0, None, 3.0], loss=2.0, learning_rate=0.1, gradient_norm=None
@@ -122,7 +122,7 @@ def test_skipped_steps_have_no_loss_and_steps_after_a_rollback_are_told_anew(log
     rest = [4, 5, 6, 7, 8, 9, 10, 11, 12, 11, 12, 11, 12, 13, 14]
     assert log.tracker.steps("run-1", 0) == [1, 3, *rest]
     assert log.tracker.steps("run-1", 0, "held_out/nats") == [3]
-    # Killed, and resumed below the rollbacks, which repeat: nothing is told twice.
+    # Killed, and resumed below the rollbacks, which repeat: nothing is sent twice.
     log.add("resumed", stage=0, step=9, steps=100, losses=[])
     log.train(0, 10, 12)
     for _ in range(2):
@@ -218,10 +218,10 @@ def test_a_stage_of_several_windows_is_one_series_whose_steps_go_on(log: Log) ->
     log.follow()
     log.train(2, 5, 7)
     log.follow()  # a start later, before the next plan
-    # What was kept before windows were joined does not name them: the log does, and nothing is told again.
+    # As an earlier version kept it: which window a place is the log says, and nothing is sent again.
     file = log.path.parent / "tracking" / "memory.json"
     kept = json.loads(file.read_text())
-    del kept["places"]
+    kept["told"] = kept.pop("sent")
     file.write_text(json.dumps(kept))
     log.train(2, 8, 9)
     log.follow()

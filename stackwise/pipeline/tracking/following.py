@@ -1,8 +1,13 @@
 """How trackers follow a run's log of events: which figures it holds, and which of them a tracker has already.
 
-A tracker follows the log, as a reader that may fall behind. What it has taken is kept beside the log, so a run that
-was killed goes on in the same tracker run without a figure twice, a server that was gone gets what it missed, and a
-tracker that is switched on late gets the whole history.
+A tracker reads the log and may fall behind. What it has is kept beside the log: so a run that was killed goes on in the
+same tracker run without a figure twice, a server that was gone gets what it missed, and a tracker that is switched on
+late gets the whole history.
+
+Trackers that are quick work in a thread, the others in a process of their own (`python -m` this module). That gets its
+task as one line of JSON, prints each warning as a line, and ends when its standard input closes, once it is level with
+the log. So nothing that the packages of W&B and MLflow or their servers do can hold up training; and a runner that is
+killed leaves a process that finishes what the log holds.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.kinds import Tracker
@@ -29,7 +34,7 @@ from stackwise.pipeline.device import python_command
 from stackwise.pipeline.events import EVENTS, Event
 from stackwise.pipeline.events import event as event_of
 from stackwise.pipeline.run import SCORES, RunDirectory
-from stackwise.pipeline.tracking.trackers import about, wanted
+from stackwise.pipeline.tracking.trackers import Point, RunInfo, TrackerClient, run_info
 from stackwise.shapes import array, array_of, count, integer, mapping, number, optional, record, text
 from stackwise.text import printable
 
@@ -37,61 +42,15 @@ SECONDS = 1.0
 """Between two looks at the log."""
 RETRY_SECONDS = 20.0
 """After a failure, before the next attempt."""
-BATCH_BYTES = 1 << 22
-"""Of the log, taken at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One figure.
-
-    Args:
-        stage: The stage's depth; None: a figure of the run by depth.
-        step: The stage's optimizer step, counted through all its windows; of a figure of the run, the depth.
-        value: Losses in nats, sizes in bytes, times in seconds, rates as they are.
-    """
-
-    stage: int | None
-    name: str
-    step: int
-    value: float
-    time: float
-
-
-@dataclass(frozen=True)
-class About:
-    """What a tracker is told of the run."""
-
-    name: str
-    project: str
-    group: str | None
-    directory: str
-    parameters: dict[str, Any]
-
-
-class TrackerClient(Protocol):
-    """What takes figures, as built by a kind of tracker. Any call may fail; what was not taken comes again."""
-
-    name: str
-
-    def open(self, about: About, number: int, known: str | None) -> str:
-        """Begin a tracker run, or go on with the one `known`; returns its id.
-
-        Args:
-            number: 1, and one more each time that a changed configuration trains other stages in the same directory.
-        """
-
-    def log(self, points: list[Point]) -> None:
-        """Take figures; they are safe when this returns."""
-
-    def close(self, state: str) -> None:
-        """The run ended: done, failed or interrupted."""
-
+BATCH_POINTS = 10_000
+"""Figures after which what a tracker has taken is noted."""
+CLOSE_SECONDS = 20.0
+"""How long the end of a run waits for trackers; what they lack then is sent at the next start."""
 
 _ROLLBACKS = array_of(array(count, count))
 
 
-def _known(value: Any) -> str | None:
+def _sent_value(value: Any) -> str | None:
     return None if isinstance(value, str | bool) else integer(value) and _ROLLBACKS(value)
 
 
@@ -100,11 +59,10 @@ _KEPT = {
     "id": optional(text),
     "offset": count,
     "recipes": mapping(text),
-    "places": mapping(array(count, count)),
-    "told": mapping(_known),
+    "sent": mapping(_sent_value),
     "whole": lambda value: None if isinstance(value, bool) else "is neither true nor false",
 }
-"""What is kept of `Taken`."""
+"""The shape of `Taken` in its file."""
 _AT = {"time": number, "stage": optional(count), "step": count}
 _STEPS = record({"stage": count, "step": count}, {"time": number, "losses": array_of(optional(number))})
 _OF_STAGE = record({"stage": count, "recipe": text})
@@ -118,6 +76,8 @@ _LINES = {
     "evaluation": record({}, {"time": number, "result": optional(SCORES)}),
 }
 """Lines of the log that figures follow from; one that is not like this is passed over."""
+STANDS = ("plan", "training", "reused")
+"""Events that say what the stages are now."""
 
 
 @dataclass
@@ -125,65 +85,50 @@ class Taken:
     """What a tracker run has.
 
     Args:
+        number: Which tracker run of this directory it is: each time that a stage gets another recipe, a new one begins.
         offset: Bytes of the log that were read.
         recipes: The recipe of each stage (by its place in the schedule, as text) whose figures it holds.
-        places: Of each place in the schedule its stage's depth, and that stage's steps in the windows before.
-        told: The last step of each series by recipe and kind, as the log counts it, from the start of its window; for
+        sent: The last step of each series by recipe and kind, as the log counts it, from the start of its window; for
             figures of the run, what they were.
         whole: Whether it has what the log held when it began.
+        places: Of each place in the schedule its stage's depth, and that stage's steps in the windows before; not kept,
+            as the log says it.
     """
 
     number: int = 1
     id: str | None = None
     offset: int = 0
     recipes: dict[str, str] = field(default_factory=dict)
-    places: dict[str, list[int]] = field(default_factory=dict)
-    told: dict[str, Any] = field(default_factory=dict)
+    sent: dict[str, Any] = field(default_factory=dict)
     whole: bool = False
+    places: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def copied(self) -> Taken:
-        """A copy to take further figures with."""
-        return replace(self, recipes=dict(self.recipes), told=dict(self.told))
+        """A copy to take further figures with: what fails to be sent is not taken."""
+        return replace(self, recipes=dict(self.recipes), sent=dict(self.sent))
 
-    def changed_by(self, event: Event) -> bool:
-        """Whether a stage now has another recipe: its figures belong to another tracker run."""
-        if event["event"] not in ("training", "reused"):
-            return False
-        before = self.recipes.get(str(event["stage"]))
-        return before is not None and before != event["recipe"]
-
-    def renewed(self, event: Event) -> Taken:
-        """The next tracker run: the stages below the changed one are the same."""
-        place = event["stage"]
-        kept = {key: recipe for key, recipe in self.recipes.items() if int(key) < place}
-        return Taken(self.number + 1, None, self.offset, kept | {str(place): event["recipe"]}, dict(self.places))
-
-    def planned(self, event: Event) -> None:
+    def plan(self, event: Event) -> None:
         """Take up a plan: which stage and window each place of the schedule is."""
         self.places, steps = {}, dict[int, int]()
         for stage in event["stages"]:
             depth = stage.get("depth", stage["stage"])
-            self.places[str(stage["stage"])] = [depth, steps.get(depth, 0)]
+            self.places[stage["stage"]] = depth, steps.get(depth, 0)
             steps[depth] = steps.get(depth, 0) + (stage.get("steps") or 0)
 
     def take(self, event: Event) -> list[Point]:
-        """The event's figures that are new here; they count as taken.
+        """The event's figures that are new here; they count as sent.
 
         A stage of several windows is one series, whose steps go on from window to window as its schedules do.
         """
-        place = event.get("stage")
-        at: list[Any] = self.places.get(str(place), [place, 0])
-        depth, before = at
-        return [
-            figure if figure.stage is None else replace(figure, stage=depth, step=before + figure.step)
-            for figure in self._new(event)
-        ]
+        if event["event"] == "plan":
+            self.plan(event)
+        points, stage = self._new(event), event.get("stage")
+        depth, before = self.places.get(stage, (stage, 0)) if isinstance(stage, int) else (None, 0)
+        return points if depth is None else [replace(p, stage=depth, step=before + p.step) for p in points]
 
     def _new(self, event: Event) -> list[Point]:
         """The figures that are new, by the stage's place and its step in the window."""
         kind, stage, at = event["event"], event.get("stage"), float(event.get("time", 0.0))
-        if kind == "plan":
-            self.planned(event)
         if kind == "evaluation":
             return self._evaluation(event, at)
         if not isinstance(stage, int):
@@ -197,65 +142,61 @@ class Taken:
         if kind == "diverged" and isinstance(event.get("to"), int):
             self._go_back(event, recipe)
         if kind == "written":
-            step, prefix = int(self.told.get(recipe, 0)), "boundary_"
-            figures = _figures(event)
+            step, prefix = int(self.sent.get(recipe, 0)), "boundary_"
         elif isinstance(event.get("step"), int):  # a checkpoint's time, a held-out loss, …
-            step, prefix, figures = event["step"], f"{kind}/", _figures(event)
+            step, prefix = event["step"], f"{kind}/"
         else:
             return []
         key = f"{recipe}:{kind}"
-        if step <= self.told.get(key, -1):
+        if step <= self.sent.get(key, -1):  # a run that was killed repeats what came after its last checkpoint
             return []
-        self.told[key] = step
-        return [Point(stage, prefix + name, step, value, at) for name, value in figures.items()]
+        self.sent[key] = step
+        return [Point(stage, prefix + name, step, value, at) for name, value in _figures(event).items()]
 
     def _go_back(self, event: Event, recipe: str) -> None:
-        """The stage went back to an earlier step: the steps from there have other figures, which are new.
-
-        A stage that was resumed below a rollback comes to it again, with the figures that are known.
-        """
-        known, rollback = self.told.get(f"{recipe}:rollbacks", []), [event["step"], event["to"]]
-        if rollback in known and self.told.get(f"{recipe}:resumed"):
+        """The stage went back to an earlier step: the steps from there have other figures, which are new."""
+        before, rollback = self.sent.get(f"{recipe}:rollbacks", []), [event["step"], event["to"]]
+        # A stage that was resumed below a rollback comes to it again, with the same figures.
+        if rollback in before and self.sent.get(f"{recipe}:resumed"):
             return
-        self.told |= {f"{recipe}:rollbacks": [*known, rollback], f"{recipe}:resumed": False}
+        self.sent |= {f"{recipe}:rollbacks": [*before, rollback], f"{recipe}:resumed": False}
         for key in (recipe, *(f"{recipe}:{kind}" for kind in ("held_out", "checkpoint", "best"))):
-            if key in self.told:
-                self.told[key] = min(self.told[key], event["to"])
+            if key in self.sent:
+                self.sent[key] = min(self.sent[key], event["to"])
 
     def _steps(self, event: Event, recipe: str, stage: int, at: float) -> list[Point]:
-        last, losses, told = event["step"], event.get("losses", []), int(self.told.get(recipe, 0))
-        first = last - len(losses) + 1
+        last, losses, sent = event["step"], event.get("losses", []), int(self.sent.get(recipe, 0))
         new = [
-            Point(stage, "loss", first + at_step, float(loss), at)
-            for at_step, loss in enumerate(losses)
-            if first + at_step > told and loss is not None
+            Point(stage, "loss", step, float(loss), at)
+            for step, loss in enumerate(losses, last - len(losses) + 1)
+            if step > sent and loss is not None  # a refused step has no loss
         ]
-        if event["event"] == "step" and last > told:
+        if event["event"] == "step" and last > sent:
             new += [Point(stage, name, last, value, at) for name, value in _figures(event).items()]
         if new:
-            self.told[recipe] = max(told, last)
+            self.sent[recipe] = max(sent, last)
         if event["event"] == "resumed":
-            self.told[f"{recipe}:resumed"] = True
+            self.sent[f"{recipe}:resumed"] = True
         return new
 
     def _evaluation(self, event: Event, at: float) -> list[Point]:
         result = event.get("result") or {}
         digest = content_id("evaluation", json.dumps(result, sort_keys=True))
-        if event.get("reused") or not result or self.told.get("evaluation") == digest:
+        if event.get("reused") or not result or self.sent.get("evaluation") == digest:
             return []
-        self.told["evaluation"] = digest
-        found = []
+        self.sent["evaluation"] = digest
+        points = []
         for depth, figures in enumerate(result.get("stages") or [result]):
             shown = {"bits_per_byte": figures.get("bits_per_byte")}
             for name in ("loss", "accuracy"):
                 values = figures.get(name) or {}
                 shown |= {f"{name}_at_{printable(share)}": value for share, value in values.items()}
-            found += [
+            points += [
                 Point(None, f"held_out/{name}", depth, float(value), at)
                 for name, value in shown.items()
                 if value is not None
             ]
-        return found
+        return points
 
 
 def _figures(event: Event) -> dict[str, float]:
@@ -272,9 +213,11 @@ def _is_event(value: Any) -> bool:
 
 
 class Follower:
-    """Brings one tracker level with a run's log, again and again."""
+    """Brings one tracker level with a run's log, again and again; `warn` is called once, where the tracker fails."""
 
-    def __init__(self, tracker: TrackerClient, run: About, log: Path, state: Path, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, tracker: TrackerClient, run: RunInfo, log: Path, state: Path, warn: Callable[[str], None]
+    ) -> None:
         self._tracker, self._run, self._log, self._file, self._warn = tracker, run, log, state, warn
         self.name = tracker.name
         self._taken: Taken | None = None
@@ -326,69 +269,60 @@ class Follower:
         if not taken.whole:
             taken, points = self._with_history(taken)
             self._send(taken, points)
-        more = True
-        while more:
-            taken, points = taken.copied(), []
-            events, more = self._read(taken.offset)
-            for event, offset in events:
-                if taken.changed_by(event):
-                    self._send(taken, points)
-                    self._tracker.close("done")
-                    taken = taken.renewed(event)
-                    taken.id = self._tracker.open(self._run, taken.number, None)
-                    self._keep(taken)
-                    taken, points = self._with_history(taken)
-                points += taken.take(event)
-                taken.offset = offset
-                self._note(event)
-            if events:
+        begun, taken, points = taken.offset, taken.copied(), list[Point]()
+        for event, offset in self._events(taken.offset):
+            before = taken.recipes.get(str(event.get("stage"))) if event["event"] in ("training", "reused") else None
+            if before is not None and before != event["recipe"]:  # its figures belong to another tracker run
                 self._send(taken, points)
+                self._tracker.close("done")
+                # The stages below the changed one are the same, so the new run holds them too.
+                kept = {place: recipe for place, recipe in taken.recipes.items() if int(place) < event["stage"]}
+                kept[str(event["stage"])] = event["recipe"]
+                taken = Taken(taken.number + 1, None, taken.offset, kept)
+                taken.id = self._tracker.open(self._run, taken.number, None)
+                self._keep(taken)
+                taken, points = self._with_history(taken)
+            points += taken.take(event)
+            taken.offset = offset
+            self._note(event)
+            if len(points) >= BATCH_POINTS:
+                self._send(taken, points)
+                begun, taken, points = taken.offset, taken.copied(), []
+        if taken.offset != begun:
+            self._send(taken, points)
 
     def _begin(self) -> Taken:
-        """Go on with the tracker run that is known; else begin one with what the log holds by now."""
-        known = self._known()
-        if known is not None and known.id is not None:
-            found = self._tracker.open(self._run, known.number, known.id)
-            if found == known.id:
-                if not known.places:  # kept before there was such a thing
-                    for event in self._before(known.offset):
-                        if event["event"] == "plan":
-                            known.planned(event)
-                self._taken = known
-                return known
-            known = Taken(known.number, found)
-        else:
-            known = Taken()
-            known.id = self._tracker.open(self._run, known.number, None)
-        known.offset = self._log.stat().st_size if self._log.exists() else 0
-        for event in self._before(known.offset):
-            if event["event"] in ("training", "reused"):
-                known.recipes[str(event["stage"])] = event["recipe"]
-        self._keep(known)
-        return known
+        """Go on with the tracker run that is on record; else begin one with what the log holds by now."""
+        taken = self._recorded() or Taken()
+        recorded = taken.id
+        taken.id = self._tracker.open(self._run, taken.number, recorded)
+        size = self._log.stat().st_size if self._log.exists() else 0
+        if recorded is None or taken.id != recorded:
+            taken = Taken(taken.number, taken.id, size)
+        for event, _ in self._events(0, taken.offset, STANDS):
+            if event["event"] == "plan":
+                taken.plan(event)
+            elif taken.id != recorded:
+                taken.recipes[str(event["stage"])] = event["recipe"]
+        self._keep(taken)
+        return taken
 
     def _with_history(self, taken: Taken) -> tuple[Taken, list[Point]]:
-        """A tracker run with what it lacks of the log before its beginning."""
+        """A tracker run with what it lacks of the log before its beginning, of the stages as they are now."""
         taken = taken.copied()
-        points = self._history(taken)
-        taken.whole = True
-        return taken, points
-
-    def _history(self, taken: Taken) -> list[Point]:
-        """What the log says so far of the stages as they are now."""
         current: dict[str, str] = {}
         points: list[Point] = []
-        for event in self._before(taken.offset):
+        for event, _ in self._events(0, taken.offset):
             self._note(event)
+            stage = str(event.get("stage"))
             if event["event"] in ("training", "reused"):
-                current[str(event["stage"])] = event["recipe"]
-            elif event["event"] == "plan":
-                taken.planned(event)
+                current[stage] = event["recipe"]
             elif event["event"] == "evaluation":
                 points += taken.take(event) if current == taken.recipes else []
-            elif current.get(key := str(event.get("stage"))) == taken.recipes.get(key):
+            elif event["event"] == "plan" or current.get(stage) == taken.recipes.get(stage):
                 points += taken.take(event)
-        return points
+        taken.whole = True
+        return taken, points
 
     def _note(self, event: Event) -> None:
         """Keep in mind how the run ended."""
@@ -403,55 +337,37 @@ class Follower:
     def _keep(self, taken: Taken) -> None:
         self._taken = taken
         make_directory(self._file.parent)
-        write_json(self._file, asdict(taken))
+        write_json(self._file, {key: getattr(taken, key) for key in _KEPT})
 
-    def _known(self) -> Taken | None:
+    def _recorded(self) -> Taken | None:
+        """What the tracker has taken, by its file; None: there is none, or it is damaged."""
         with contextlib.suppress(OSError, ValueError):
             value = read_json(self._file)
-            if record({}, _KEPT)(value) is not None:
-                return None  # it begins anew
-            taken = Taken(**{key: value[key] for key in _KEPT if key in value})
-            size = self._log.stat().st_size if self._log.exists() else 0
-            taken.offset = taken.offset if taken.offset <= size else 0  # a log that was cut is read again
-            return taken
+            if isinstance(value, dict) and "told" in value:  # as it was called before
+                value["sent"] = value.pop("told")
+            if record({}, _KEPT)(value) is None:
+                taken = Taken(**{key: value[key] for key in _KEPT if key in value})
+                size = self._log.stat().st_size if self._log.exists() else 0
+                taken.offset = taken.offset if taken.offset <= size else 0  # a log that was cut is read again
+                return taken
         return None
 
-    def _before(self, offset: int) -> Iterator[Event]:
-        at, more = 0, True
-        while more and at < offset:
-            events, more = self._read(at, offset)
-            for event, at in events:  # noqa: B007 (the place goes on with the last event)
-                yield event
-            if not events:
-                return
-
-    def _read(self, offset: int, end: int | None = None) -> tuple[list[tuple[Event, int]], bool]:
-        """Whole lines from an offset on, each with the offset after it; whether there are more."""
-        try:
-            with os.fdopen(open_regular(self._log), "rb") as file:
-                file.seek(offset)
-                size = BATCH_BYTES if end is None else min(BATCH_BYTES, end - offset)
-                block = file.read(size)
-                whole = len(block) == BATCH_BYTES
-                if not block.endswith(b"\n"):
-                    block += file.readline()
-        except FileNotFoundError:
-            return [], False
-        events = []
-        for line in block.splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            offset += len(line)
-            event: Any = None
-            with contextlib.suppress(ValueError):
-                event = json.loads(line)
-            if _is_event(event):
-                events.append((event, offset))
-        return events, whole
-
-
-CLOSE_SECONDS = 20.0
-"""How long the end of a run waits for trackers; what they lack then is sent at the next start."""
+    def _events(self, offset: int, end: int | None = None, kinds: tuple[str, ...] = ()) -> Iterator[tuple[Event, int]]:
+        """Events of the log's whole lines, of some kinds alone if `kinds` names any, each with the offset after it."""
+        marks = [f'"{kind}"'.encode() for kind in kinds]
+        with contextlib.suppress(FileNotFoundError), os.fdopen(open_regular(self._log), "rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n") or (end is not None and offset >= end):
+                    break  # a line that is still being written is read next time
+                offset += len(line)
+                if marks and not any(mark in line for mark in marks):  # most lines are steps: they are not parsed
+                    continue
+                event: Any = None
+                with contextlib.suppress(ValueError):
+                    event = json.loads(line)
+                if _is_event(event) and (not kinds or event["event"] in kinds):
+                    yield event, offset
 
 
 class Trackers:
@@ -463,7 +379,11 @@ class Trackers:
 
     def __init__(self, run: RunDirectory, config: StackWiseConfig, emit: Callable[[Event], None]) -> None:
         self._run, self._emit = run, emit
-        self._about, self._wanted = about(config, run.path.absolute()), wanted(config)
+        self._info = run_info(config, run.path.absolute())
+        self._inside: dict[str, Any] = {}  # trackers by name, with their settings
+        self._outside: dict[str, Any] = {}
+        for tracker in config.tracking.trackers:
+            (self._inside if tracker.inside else self._outside)[tracker.name] = tracker.plain()
         self._warnings: list[str] = []
         self._followers: list[Follower] = []
         self._process: subprocess.Popen[str] | None = None
@@ -475,11 +395,9 @@ class Trackers:
             self._emit(event_of("warning", text=self._warnings.pop(0)))
 
     def __enter__(self) -> Self:
-        inside = {kind: value for kind, value in self._wanted.items() if Tracker.registry[kind].inside}
-        self._followers = followers(inside, self._about, self._warnings.append)
-        outside = {kind: value for kind, value in self._wanted.items() if not Tracker.registry[kind].inside}
-        if outside:
-            self._start(outside)
+        self._followers = followers(self._inside, self._info, self._warnings.append)
+        if self._outside:
+            self._start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -492,7 +410,7 @@ class Trackers:
             self._warnings.append(f"{', '.join(behind)}: not level with the run yet; its next start sends the rest")
         self({})
 
-    def _start(self, trackers: dict[str, Any]) -> None:
+    def _start(self) -> None:
         with self._run.open_log("trackers.log") as errors:
             self._process = subprocess.Popen(
                 python_command("stackwise.pipeline.tracking.following"),
@@ -505,7 +423,7 @@ class Trackers:
             )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"trackers": trackers, "about": asdict(self._about)}) + "\n")
+            self._process.stdin.write(json.dumps({"trackers": self._outside, "run": asdict(self._info)}) + "\n")
             self._process.stdin.flush()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -533,18 +451,18 @@ class Trackers:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            behind = [kind for kind in self._wanted if not Tracker.registry[kind].inside]
+            behind = [*self._outside]
         listener.join(1.0)  # a grandchild may hold the pipe open
         if not listener.is_alive():
             process.stdout.close()
         return behind
 
 
-def followers(trackers: dict[str, Any], known: About, warn: Callable[[str], None]) -> list[Follower]:
+def followers(trackers: dict[str, Any], info: RunInfo, warn: Callable[[str], None]) -> list[Follower]:
     """A started follower for each tracker."""
-    run = RunDirectory(Path(known.directory))
+    run = RunDirectory(Path(info.directory))
     made = [
-        Follower(Tracker.of(value).build(), known, run.events_file, run.tracking / f"{kind}.json", warn)
+        Follower(Tracker.of(value).build(), info, run.events_file, run.tracking / f"{kind}.json", warn)
         for kind, value in trackers.items()
     ]
     for follower in made:
@@ -565,8 +483,8 @@ def main() -> int:
             out.write(text + "\n")
             out.flush()
 
-    known = About(**request["about"])
-    run = RunDirectory(Path(known.directory))
+    info = RunInfo(**request["run"])
+    run = RunDirectory(Path(info.directory))
     make_directory(run.tracking)
     with contextlib.ExitStack() as stack:
         lock = FileLock(run.tracking / "lock", "the trackers of the run")
@@ -576,7 +494,7 @@ def main() -> int:
                 break
             except BusyError:
                 time.sleep(0.1)
-        started = followers(request["trackers"], known, warn)
+        started = followers(request["trackers"], info, warn)
         sys.stdin.read()
         for follower in started:
             follower.stop()

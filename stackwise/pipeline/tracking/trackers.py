@@ -15,8 +15,9 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import Field
 
@@ -26,7 +27,6 @@ from stackwise.config.kinds import Tracker
 from stackwise.config.loading import flat
 from stackwise.errors import UsageError
 from stackwise.files import make_directory, open_to_write
-from stackwise.pipeline.tracking.following import About, Point, TrackerClient
 from stackwise.text import printable
 
 OPEN_WRITERS = 8
@@ -36,6 +36,54 @@ DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 """Schemes of URIs for which MLflow needs more packages."""
 _POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), bits reversed
 _LARGEST = 3.4028234663852886e38  # of float32
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One figure.
+
+    Args:
+        stage: The stage's depth; None: a figure of the run by depth.
+        step: The stage's optimizer step, counted through all its windows; of a figure of the run, the depth.
+        value: Losses in nats, sizes in bytes, times in seconds, rates as they are.
+        time: In seconds since 1970.
+    """
+
+    stage: int | None
+    name: str
+    step: int
+    value: float
+    time: float
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a tracker is told of the run; `parameters` is the configuration by dotted key."""
+
+    name: str
+    project: str
+    group: str | None
+    directory: str
+    parameters: dict[str, Any]
+
+
+class TrackerClient(Protocol):
+    """What takes figures, as built by a kind of tracker. Any call may fail; what was not taken comes again."""
+
+    name: str
+
+    def open(self, run: RunInfo, number: int, known: str | None) -> str:
+        """Begin a tracker run, or go on with the one whose id, by an earlier `open`, is `known`; returns its id.
+
+        Args:
+            number: 1, and one more each time that a changed configuration trains other stages in the same directory.
+        """
+
+    def log(self, points: list[Point]) -> None:
+        """Take figures; they are safe when this returns."""
+
+    def close(self, state: str) -> None:
+        """The run ended: done, failed or interrupted."""
 
 
 class TensorBoard(Tracker):
@@ -101,9 +149,9 @@ class _EventFiles:
         self._writers: dict[int | None, EventFile] = {}
         self._numbers = itertools.count()
 
-    def open(self, about: About, number: int, known: str | None) -> str:
+    def open(self, run: RunInfo, number: int, known: str | None) -> str:
         """Use `RUN/tensorboard`; a changed configuration gets a folder of its own in it."""
-        self._directory = Path(about.directory) / "tensorboard"
+        self._directory = Path(run.directory) / "tensorboard"
         if number > 1:
             self._directory = self._directory / f"changed-{number}"
         return known or str(number)
@@ -141,7 +189,7 @@ class _WandbRun:
         self._run: Any = None
         self._defined: set[str] = set()
 
-    def open(self, about: About, number: int, known: str | None) -> str:
+    def open(self, run: RunInfo, number: int, known: str | None) -> str:
         """Begin or resume the run."""
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
@@ -154,11 +202,11 @@ class _WandbRun:
                 mode="offline" if self._mode == "offline" else "online",
                 id=known or uuid.uuid4().hex[:12],
                 resume="allow",
-                dir=about.directory,
-                project=about.project,
-                group=about.group,
-                name=about.name if number == 1 else f"{about.name} ({number})",
-                config=_nested(about.parameters),
+                dir=run.directory,
+                project=run.project,
+                group=run.group,
+                name=run.name if number == 1 else f"{run.name} ({number})",
+                config=_nested(run.parameters),
                 settings=settings,
             )
         return str(self._run.id)
@@ -193,7 +241,7 @@ class _MLflowRun:
         self._client: Any = None
         self._id = ""
 
-    def open(self, about: About, number: int, known: str | None) -> str:
+    def open(self, run: RunInfo, number: int, known: str | None) -> str:
         """Begin the run, or go on with it where it is still there."""
         # A server that is gone must show soon: what it misses is sent again anyway.
         settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
@@ -215,7 +263,7 @@ class _MLflowRun:
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                         raise
-            self._id = self._create(about, number)
+            self._id = self._create(run, number)
         return self._id
 
     def log(self, points: list[Point]) -> None:
@@ -239,27 +287,27 @@ class _MLflowRun:
         if self._id:
             self._client.set_terminated(self._id, _STATES.get(state, "KILLED"))
 
-    def _create(self, about: About, number: int) -> str:
+    def _create(self, run: RunInfo, number: int) -> str:
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
-        experiment = self._client.get_experiment_by_name(about.project)
+        experiment = self._client.get_experiment_by_name(run.project)
         if experiment is not None:
             key = experiment.experiment_id
         else:
             try:
-                key = self._client.create_experiment(about.project)
+                key = self._client.create_experiment(run.project)
             except MlflowException:  # another run made it just now
-                key = self._client.get_experiment_by_name(about.project).experiment_id
-        tags = {"mlflow.source.name": "stackwise", "stackwise.directory": about.directory}
-        if about.group is not None:
-            tags["group"] = about.group
-        name = about.name if number == 1 else f"{about.name} ({number})"
-        run = str(self._client.create_run(key, run_name=name, tags=tags).info.run_id)
-        params = [Param(key, str(value)[:500]) for key, value in about.parameters.items()]
+                key = self._client.get_experiment_by_name(run.project).experiment_id
+        tags = {"mlflow.source.name": "stackwise", "stackwise.directory": run.directory}
+        if run.group is not None:
+            tags["group"] = run.group
+        name = run.name if number == 1 else f"{run.name} ({number})"
+        made = str(self._client.create_run(key, run_name=name, tags=tags).info.run_id)
+        params = [Param(key, str(value)[:500]) for key, value in run.parameters.items()]
         for batch in _batches(params, 100):
-            self._client.log_batch(run, params=batch)
-        return run
+            self._client.log_batch(made, params=batch)
+        return made
 
 
 def _batches(items: list[Any], size: int) -> list[list[Any]]:
@@ -278,11 +326,6 @@ def _nested(parameters: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def wanted(config: StackWiseConfig) -> dict[str, dict[str, Any]]:
-    """The trackers that a configuration asks for, by name, with their settings."""
-    return {tracker.name: tracker.plain() for tracker in config.tracking.trackers}
-
-
 def check_installed(config: StackWiseConfig) -> None:
     """Check that the packages of the trackers in use are there. Imports none of them.
 
@@ -299,10 +342,10 @@ def check_installed(config: StackWiseConfig) -> None:
             )
 
 
-def about(config: StackWiseConfig, directory: Path) -> About:
+def run_info(config: StackWiseConfig, directory: Path) -> RunInfo:
     """What trackers are told of a run."""
     tracking = config.tracking
-    return About(
+    return RunInfo(
         name=printable(tracking.name or directory.name),
         project=printable(tracking.project),
         group=None if tracking.group is None else printable(tracking.group),
@@ -376,12 +419,12 @@ class EventFile:
 
 def _varint(value: int) -> bytes:
     value &= 0xFFFFFFFFFFFFFFFF
-    found = bytearray()
+    encoded = bytearray()
     while value > 0x7F:
-        found.append(value & 0x7F | 0x80)
+        encoded.append(value & 0x7F | 0x80)
         value >>= 7
-    found.append(value)
-    return bytes(found)
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def _key(field: int, kind: int) -> bytes:
