@@ -29,32 +29,30 @@ KEY = "training.windows"
 def below_memory(plan: Plan, stage: Stage) -> int:
     """About the bytes that committed stages take below one in training, where it computes its boundary on demand.
 
-    Their weights alone; what a forward pass has in hand; the rows of the window in hand and of the next.
+    Their weights alone; what a forward pass has in hand; the rows of the shuffle window in hand and of the next.
     """
     below = plan.base(stage)[1]
     if not below:
         return 0
     config, model = plan.config, plan.config.model
     parts = [(part, other) for other in below for part in other.forward_parts]
-    weights = WEIGHT_BYTES * sum(
-        Estimate(config, plan.vocabulary.size, other).parameters(part) for part, other in parts
-    )
+    weights = sum(Estimate(config, plan.vocabulary.size, other).parameters(part) for part, other in parts)
     positions, size = config.row_positions, 4 if config.precision == "fp32" else 2
-    in_hand = max(1, 8192 // config.training.seq_len) * positions * (4 * model.d_model + 3 * model.ffn_width) * size
+    # Of each position a few vectors of the stream, and what the feed-forward's matrices put out, the widest twice.
+    widths = [matrix.outputs for matrix in model.ffn.matrices(model).values()]
+    numbers = 3 * model.d_model + sum(widths) + max(widths, default=0)
+    in_hand = max(1, 8192 // config.training.seq_len) * positions * numbers * size
     rows = plan.rowset(stage.rowset)[1]
-    window = min(rows, 2 * WINDOW_CHUNKS * order_rows(config, rows)) * positions * model.d_model * size
-    return weights + in_hand + window
+    shuffled = min(rows, 2 * WINDOW_CHUNKS * order_rows(config, rows)) * positions * model.d_model * size
+    return WEIGHT_BYTES * weights + in_hand + shuffled
 
 
 def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str, Any]:
-    """What the stages that train need and what is there.
-
-    Args:
-        decisions: Those of the stages that train.
+    """What the stages that train (`decisions`) need, and what is there; `disk` is where the store is or will be.
 
     Returns:
-        `disk_needed`, `disk_free`, `memory_needed`, `memory_total`, in bytes; `swapped`: the groups by stage;
-        `tight`: bytes that a stage takes where even swapped it takes more than it may;
+        `disk_needed`, `disk_free`, `memory_needed` (the estimate of the largest stage), `memory_total`, in bytes;
+        `swapped`: the groups by stage; `tight`: bytes of a stage that even swapped takes more than it may;
         `traffic`: bytes of boundaries that are `read` and `written`, and `flops` of forward passes beside training;
         `separate`: the same with every boundary stored, each by a pass of its own.
 
@@ -62,18 +60,15 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
         NoSpaceError: The disk is too small, or `store.max_bytes` is.
         UsageError: The largest stage's weights, gradients and moments alone exceed the memory.
     """
-    config, size = plan.config, plan.vocabulary.size
-    todo = [decision.stage for decision in decisions]
+    config, size, todo = plan.config, plan.vocabulary.size, [decision.stage for decision in decisions]
     estimates = [Estimate(config, size, stage) for stage in todo]
+    # Rows in windows: those of one window, of the stages whose boundaries are stored.
     kept = [stage for stage in todo if stage.reads_boundary or plan.writes_above(stage)] if config.windows > 1 else todo
     rows = max((plan.rowset(stage.rowset)[1] for stage in kept), default=0)
-    boundary = boundary_bytes(config, rows)
+    boundary, keep = boundary_bytes(config, rows), config.store.keep
     reading = sum(plan.stores(stage) for stage in {stage.depth: stage for stage in plan.stages}.values())
-    live = (
-        min(reading, 2 if config.store.keep == "none" else 2 + int(config.store.keep))
-        if config.store.keep != "all"
-        else reading
-    )
+    # At a handoff two live at once: the one that is read, and the one that is written.
+    live = reading if keep == "all" else min(reading, 2 if keep == "none" else 2 + int(keep))
     present = sum(info.disk_bytes for info in plan.store.boundaries())
     boundaries = max(0, boundary * live - present) if todo else 0
     weights = sum(estimate.trained_parameters for estimate in estimates) * WEIGHT_BYTES
@@ -94,8 +89,11 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
     )
     needed = boundaries + weights + checkpoints
     free = shutil.disk_usage(next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())).free
-    taken = [estimate.memory + below_memory(plan, estimate.stage) for estimate in resident]
-    taken += [swapped[stage.depth].memory + below_memory(plan, stage) for stage in todo if stage.depth in swapped]
+    taken = [
+        (estimate.memory if (swap := swaps[estimate.stage.depth]) is None else swap.memory)
+        + below_memory(plan, estimate.stage)
+        for estimate in estimates
+    ]
     state = max((estimate.state_bytes(gradients=True) for estimate in resident), default=0)
     if needed > free:
         raise NoSpaceError(

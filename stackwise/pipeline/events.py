@@ -66,8 +66,8 @@ def _device(event: Event) -> str:
 
 def _fit(event: Event) -> str:
     disk = f"{words.size(event['disk_needed'])} of disk, {words.size(event['disk_free'])} are free"
-    memory = f"about {words.size(event['memory_needed'])} of memory, there are {words.size(event['memory_total'])}"
-    return f"it fits: needs {disk}; {memory}{_traffic(event)}"
+    largest = f"the largest stage about {words.size(event['memory_needed'])} of memory (estimated, without its process)"
+    return f"it fits: needs {disk}; {largest}, there are {words.size(event['memory_total'])}{_traffic(event)}"
 
 
 def _traffic(event: Event) -> str:

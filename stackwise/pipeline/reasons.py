@@ -24,7 +24,9 @@ from stackwise.pipeline.schedule import Stage, schedule
 if TYPE_CHECKING:
     from stackwise.pipeline.plan import Plan
 
-NEW = "not trained yet"
+NEW, BEGUN = "not trained yet", "not finished yet"
+FIRST = (NEW, BEGUN)
+"""Reasons of stages that this run had never committed."""
 SHOWN = 3
 """Changes named in a reason; of more, how many more there are."""
 OTHER = {"forward.numerics": "the version of the arithmetic", "held_out": "the held-out rows"}
@@ -94,7 +96,7 @@ class History:
             return "its committed files were damaged"
         if last == key:
             if not self.was_committed(stage):
-                return "not finished yet" if before.get("step") else NEW
+                return BEGUN if before.get("step") else NEW
             return self.moved(plan.store.path) or "it was committed, and its files are gone from the store"
         old = None
         with contextlib.suppress(DamageError):

@@ -1,15 +1,4 @@
-"""A run's directory: the resolved configuration, the manifest, the log of events, checkpoints.
-
-RUN/stackwise.yaml     the configuration, every value resolved
-RUN/run.json           the manifest: each stage's recipe, state and figures
-RUN/events.jsonl       what happened, one JSON object a line
-RUN/tensorboard/       event files
-RUN/tracking/          what each tracker has taken of the log
-RUN/checkpoints/       stages in training, by recipe
-RUN/logs/              what workers print
-RUN/jobs.json, jobs/   the jobs of a batch system, and what each said of itself
-RUN/evaluation.json    held-out results
-RUN/store/             the store, unless `store.path` says otherwise
+"""A run's directory (docs/architecture.md, "On disk"): its configuration, manifest, log of events, jobs, evaluation.
 
 The directory may be a copy from elsewhere: what is read from it is checked here (`shapes.py`), and it is written into
 only where its entries are files and directories of its own. `status` costs what reading the manifest costs: whatever
@@ -166,14 +155,15 @@ class RunDirectory:
             try:
                 self.logs.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a full disk has an exit code of its own
                     raise
                 raise UsageError(f"run directory {self.path} cannot be used: {error.strerror}") from None
+        # Nothing is written over a file of that name that no run has made.
         if not self.manifest_file.exists() and self.config_file.exists() and self.earlier_config() is None:
             raise UsageError(f"{self.config_file} is not a run's", hint="name another directory with --run")
 
     def check(self) -> None:
-        """Look whether the directory is there, or can be made, and can be written."""
+        """Look whether the directory is there, or can be made, and can be written; raises as `create` does."""
         if fault := durable.unusable(self.path):
             raise UsageError(f"run directory {self.path} cannot be used: {fault}", hint="name another with --run")
         for name in (*FILES, *DIRECTORIES):
@@ -182,7 +172,7 @@ class RunDirectory:
                 if not (stat.S_ISREG(mode) if name in FILES else stat.S_ISDIR(mode)):
                     kind = "no file" if name in FILES else "no directory"
                     raise irregular(self.path / name, "a symbolic link" if stat.S_ISLNK(mode) else kind)
-                if name in DIRECTORIES and name != "wandb":
+                if name in DIRECTORIES and name != "wandb":  # which W&B fills with links of its own
                     _check_entries(self.path / name)
 
     def earlier_config(self) -> StackWiseConfig | None:
@@ -246,25 +236,18 @@ class RunDirectory:
             NotFound: There is no run here.
             UsageError: The manifest is broken, or of a newer format.
         """
-        hint = "remove it and run again: committed stages are recognised by their content"
-        try:
-            manifest: dict[str, Any] = read_json(self.manifest_file)
-        except FileNotFoundError:
+        file, hint = self.manifest_file, "remove it and run again: committed stages are recognised by their content"
+        manifest: dict[str, Any] | None = _read(file, record({"format": count}), hint)
+        if manifest is None:
             self.config()
             return {"format": FORMAT, "stages": []}
-        except ValueError as error:
-            raise UsageError(f"{self.manifest_file} is broken: {error}", hint=hint) from None
-        check_shape(manifest, record({"format": count}), self.manifest_file, hint)
         if manifest["format"] > FORMAT:
-            raise UsageError(f"{self.manifest_file} is of a newer format ({manifest['format']})")
-        check_shape(manifest, _MANIFEST, self.manifest_file, hint)
+            raise UsageError(f"{file} is of a newer format ({manifest['format']})")
+        check_shape(manifest, _MANIFEST, file, hint)
         done = [stage for stage in manifest["stages"] if stage["state"] == "done"]
-        committed = record({"recipe": hex_id, "weights": hex_id})
-        check_shape(done, array_of(committed), f"{self.manifest_file}, of stages that are done,", hint)
+        check_shape(done, array_of(record({"recipe": hex_id, "weights": hex_id})), f"{file}, of stages done,", hint)
         if done:  # what was committed is of some data
-            check_shape(
-                manifest, record({"data": shapes.anything, "vocabulary": shapes.anything}), self.manifest_file, hint
-            )
+            check_shape(manifest, record({"data": shapes.anything, "vocabulary": shapes.anything}), file, hint)
         return manifest
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
@@ -274,46 +257,45 @@ class RunDirectory:
     def evaluation(self) -> dict[str, Any] | None:
         """The held-out results, as the last evaluation wrote them; None: there are none."""
         hint = "remove it: `stackwise run` writes it again"
-        try:
-            result: dict[str, Any] = read_json(self.evaluation_file)
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise UsageError(f"{self.evaluation_file} is broken: {error}", hint=hint) from None
-        check_shape(result, _EVALUATION, self.evaluation_file, hint)
+        result: dict[str, Any] | None = _read(self.evaluation_file, _EVALUATION, hint)
         return result
 
     def jobs(self) -> list[dict[str, Any]]:
         """The jobs that the run was submitted as; none where it was not."""
         hint = "remove it; jobs that are still queued are the batch system's to show"
-        try:
-            jobs: list[dict[str, Any]] = read_json(self.jobs_file)
-        except FileNotFoundError:
-            return []
-        except ValueError as error:
-            raise UsageError(f"{self.jobs_file} is broken: {error}", hint=hint) from None
-        check_shape(jobs, _JOBS, self.jobs_file, hint)
-        for job in jobs:
+        jobs: list[dict[str, Any]] = _read(self.jobs_file, _JOBS, hint) or []
+        for job in jobs:  # an id becomes part of a command
             if not job["job"].replace("_", "").isalnum() or (job["engine"] == "local" and not job["job"].isdecimal()):
                 raise UsageError(f"{self.jobs_file} is broken: a job's id is none", hint=hint)
         return jobs
 
 
+def _read(file: Path, shape: shapes.Shape, hint: str) -> Any:
+    """A file of JSON of some shape; None: there is none. Raises UsageError where it is broken."""
+    try:
+        value = read_json(file)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UsageError(f"{file} is broken: {error}", hint=hint) from None
+    check_shape(value, shape, file, hint)
+    return value
+
+
 def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
     """A copy whose paths do not depend on the current directory, so that a run can be used from anywhere."""
     config = config.model_copy(deep=True)
+    data, store = config.data, config.store
 
     def absolute(path: str) -> str:
         return str(expanded(path).absolute())
 
-    config.data.paths = [absolute(path) for path in config.data.paths]
-    if config.data.tokenizer not in ("bpe", "bytes"):
-        config.data.tokenizer = absolute(config.data.tokenizer)
+    data.paths = [absolute(path) for path in data.paths]
+    if data.tokenizer not in ("bpe", "bytes"):
+        data.tokenizer = absolute(data.tokenizer)
+    data.cache_dir = None if data.cache_dir is None else absolute(data.cache_dir)
+    store.path = None if store.path is None else absolute(store.path)
     config.tracking.trackers = [tracker.placed(absolute) for tracker in config.tracking.trackers]
-    if config.data.cache_dir is not None:
-        config.data.cache_dir = absolute(config.data.cache_dir)
-    if config.store.path is not None:
-        config.store.path = absolute(config.store.path)
     return config
 
 
@@ -336,7 +318,7 @@ def status(run: RunDirectory) -> dict[str, Any]:
         if chosen := stage.get("unfrozen"):  # by adaptive fusion
             blocks = (f"{first}" if first == last else f"{first}–{last}" for first, last in chosen)
             shown["reason"] = f"{shown['reason']}; trained blocks {', then '.join(blocks)}"
-        if shown["state"] == "running" and (preparing or not live):
+        if shown["state"] == "running" and (preparing or not live):  # its runner was killed
             shown["state"] = "interrupted"
         stages.append(shown)
     states = {stage["state"] for stage in stages}
@@ -349,8 +331,10 @@ def status(run: RunDirectory) -> dict[str, Any]:
     else:
         state = next((s for s in ("failed", "interrupted") if s in states), "pending")
     # A stage is trained by one rank until something trains it by a group.
-    value = {"run": str(run.path), "state": state, "ranks": 1, "stages": stages}
-    return value | ({PREPARING: preparing} if preparing else {}) | _jobs(run)
+    value: dict[str, Any] = {"run": str(run.path), "state": state, "ranks": 1, "stages": stages}
+    keys = ("stage", "window", "job", "engine")
+    jobs = [{k: job[k] for k in keys if k in job} | {"state": job_state(job_file(run, job))} for job in run.jobs()]
+    return value | ({PREPARING: preparing} if preparing else {}) | ({"jobs": jobs} if jobs else {})
 
 
 def job_file(run: RunDirectory, job: Mapping[str, Any]) -> Path:
@@ -362,21 +346,12 @@ def job_file(run: RunDirectory, job: Mapping[str, Any]) -> Path:
 
 
 def job_state(path: Path) -> str:
-    """What a job last said of itself; `submitted` before it said anything."""
+    """What a job last wrote of its state; `submitted` before it wrote anything."""
     with contextlib.suppress(OSError, ValueError):
         value = read_json(path)
         if record({"state": shapes.one_of(*JOB_STATES)})(value) is None:
             return str(value["state"])
     return "submitted"
-
-
-def _jobs(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
-    """The jobs of a run that was submitted to a batch system, each with what it last said of itself."""
-    keys = ("stage", "window", "job", "engine")
-    jobs = [
-        {key: job[key] for key in keys if key in job} | {"state": job_state(job_file(run, job))} for job in run.jobs()
-    ]
-    return {"jobs": jobs} if jobs else {}
 
 
 def pending(stage: Stage, steps: int) -> dict[str, Any]:

@@ -272,7 +272,7 @@ class Boundaries:
         mine = [
             info
             for info in self._plan.store.boundaries()
-            if info.id in self._manifest.boundaries()
+            if info.id in self._manifest.boundaries
             and (window_done or info.depth <= stage.depth + 1)
             and info.id not in others
         ]
@@ -309,7 +309,7 @@ class Boundaries:
 
     def register(self) -> None:
         """Let the store know what this run refers to, and what of it is idle."""
-        recipes, boundaries = self._manifest.recipes(), self._manifest.boundaries()
+        recipes, boundaries = self._manifest.recipes(), self._manifest.boundaries
         self._plan.store.register_run(
             str(self._run.path.resolve()), recipes=recipes, boundaries=boundaries, idle=self.idle
         )

@@ -12,6 +12,7 @@ from stackwise.durable import explain_full_disk, write_json
 from stackwise.files import open_regular
 from stackwise.identity import content_id
 from stackwise.pipeline.events import EVENTS, Emit, Event, Observer
+from stackwise.pipeline.reasons import FIRST, History
 from stackwise.pipeline.run import RunDirectory, pending
 from stackwise.pipeline.schedule import Stage
 from stackwise.shapes import finite
@@ -19,7 +20,6 @@ from stackwise.store import BoundaryInfo, CommittedStage
 
 if TYPE_CHECKING:
     from stackwise.pipeline.plan import Plan
-    from stackwise.pipeline.reasons import History
     from stackwise.pipeline.runner.workers import WorkerPool
 
 
@@ -123,7 +123,8 @@ class Manifest:
         self._run, self._plan, self._auto = run, plan, auto or {}
         self._before = {(stage["depth"], stage["window"]): stage for stage in before.get("stages", [])}
         self._known_evaluation = before.get("evaluation")
-        self._boundaries: list[str] = list(before.get("boundaries", []))
+        self.boundaries: list[str] = list(before.get("boundaries", []))
+        """The boundaries that this run wrote and that are still there."""
         self._written = 0.0
         self._stages = [self._pending(stage) for stage in plan.stages]
 
@@ -147,8 +148,8 @@ class Manifest:
                 if time.monotonic() - self._written > 1:
                     self.save()
             case "writing" | "filling":
-                if event["boundary"] not in self._boundaries:
-                    self._boundaries.append(event["boundary"])
+                if event["boundary"] not in self.boundaries:
+                    self.boundaries.append(event["boundary"])
             case "reused":
                 stage["reason"] = event["reason"]
             case "held_out":
@@ -161,8 +162,8 @@ class Manifest:
 
     def committed(self, stage: Stage, committed: CommittedStage) -> None:
         """A stage is done."""
-        record = committed.record
-        self._stages[stage.place] |= {
+        record, entry = committed.record, self._stages[stage.place]
+        entry |= {
             "state": "done",
             "step": record["steps"],
             "steps": record["steps"],
@@ -176,20 +177,18 @@ class Manifest:
             "divergences": len(record.get("divergences", [])),
             "unfrozen": [turn["chosen"] for turn in (record.get("fusion") or {}).get("rounds", []) if turn["kept"]],
         }
+        if entry["reason"] in FIRST:  # why it had to train, which is true no more
+            entry["reason"] = "trained by this run"
         self.save()
 
     def note_boundaries(self, present: list[BoundaryInfo]) -> None:
         """Forget boundaries that are gone."""
         ids = {info.id for info in present}
-        self._boundaries = [boundary for boundary in self._boundaries if boundary in ids]
+        self.boundaries = [boundary for boundary in self.boundaries if boundary in ids]
 
     def recipes(self) -> list[str]:
         """The recipes of the stages done, and of the one in training."""
         return [stage["recipe"] for stage in self._stages if stage["recipe"] is not None]
-
-    def boundaries(self) -> list[str]:
-        """The boundaries that this run wrote and that are still there."""
-        return list(self._boundaries)
 
     def evaluation(self, key: str) -> dict[str, Any] | None:
         """The evaluation of the same weights (`result`) and the passage filled in (`fill`), where there is one."""
@@ -217,7 +216,7 @@ class Manifest:
                 "rowsets": self._plan.known_rowsets,
                 "auto": self._auto,
                 "stages": self._stages,
-                "boundaries": self._boundaries,
+                "boundaries": self.boundaries,
                 "evaluation": self._known_evaluation,
             }
         )
