@@ -54,15 +54,8 @@ class Decision:
     Args:
         id: The recipe's id; above a stage that is still to be trained it equals another run's where both would train
             the same, and is not the one that it will be committed by.
-        settled: Whether it is that one: everything below is committed.
-        committed: What it came to before, where the store has it.
-        again: Whether it is trained although the store has its record: weights of it are gone and needed.
-        damage: What is wrong with its committed files.
-        reads: The stage whose boundary is read to train it (itself, or one below it); None: tokens.
         recomputed: The committed stages between that and the stage: their output is made as it is asked for.
-        versions: The newest weights of each part before it.
         lost: Recipes whose weights training it needs, and which are gone: a later window's took their place.
-        bytes: Of its weights and optimizer state once they are committed, at most.
     """
 
     stage: Stage
@@ -70,16 +63,16 @@ class Decision:
     reason: str
     recipe: Recipe
     id: str
-    settled: bool
-    committed: CommittedStage | None
-    again: bool
-    damage: str | None
-    reads: Stage | None
+    settled: bool  # whether it will be committed by `id`: all below is committed
+    committed: CommittedStage | None  # what it came to before, where the store has it
+    again: bool  # whether it is trained although the store has its record: weights of it are gone and needed
+    damage: str | None  # what is wrong with its committed files
+    reads: Stage | None  # the stage whose boundary is read to train it (itself, or one below it); None: tokens
     recomputed: tuple[Stage, ...]
-    versions: Versions
+    versions: Versions  # the newest weights of each part before it
     lost: frozenset[str]
     steps: int
-    bytes: int
+    bytes: int  # of its weights and optimizer state once they are committed, at most
     traffic: Traffic
 
     def plain(self) -> dict[str, Any]:
@@ -97,14 +90,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class RunPreview:
-    """What a run will do, before it does it.
-
-    Args:
-        again: Recipes of committed stages that are trained again.
-    """
+    """What a run will do, before it does it."""
 
     decisions: list[Decision]
-    again: frozenset[str]
+    again: frozenset[str]  # recipes of committed stages that are trained again
 
     @property
     def training(self) -> list[Decision]:

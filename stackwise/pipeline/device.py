@@ -126,17 +126,11 @@ def make_deterministic() -> None:
 
 @dataclass(frozen=True)
 class Memory:
-    """A limit, and how much of it is used.
+    """A limit, and how much of it is used."""
 
-    Args:
-        limit: Most bytes that this process can hold.
-        used: Bytes that it holds, in the same measure.
-        what: What is limited, in words.
-    """
-
-    limit: int
-    used: int
-    what: str
+    limit: int  # most bytes that this process can hold
+    used: int  # bytes that it holds, in the same measure
+    what: str  # what is limited, in words
 
     @property
     def room(self) -> int:

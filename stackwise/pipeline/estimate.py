@@ -9,34 +9,24 @@ from stackwise.config.precision import BITS, FORMATS
 from stackwise.pipeline.recipe import stage_steps
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, schedule
 
-WEIGHT_BYTES = 4
-"""Of a weight in training."""
+WEIGHT_BYTES = 4  # of a weight in training
 
-LOSS_BYTES = 3 * (32 << 20)
-"""Of the loss: a slice of logits, its gradient and what makes it."""
+LOSS_BYTES = 3 * (32 << 20)  # of the loss: a slice of logits, its gradient and what makes it
 
 RECORD_BYTES, FILE_BYTES, STEP_BYTES = 6 << 10, 4 << 10, 32
 """Of a committed stage beside its weights, about: its record, the head of each file, and of each step in the record."""
 
-SHARE = 0.9
-"""Of the memory: what a stage may take of it."""
+SHARE = 0.9  # of the memory: what a stage may take of it
 
 
 @dataclass(frozen=True)
 class Swap:
-    """How a stage that does not fit is swapped.
+    """How a stage that does not fit is swapped."""
 
-    Args:
-        groups: Groups that its blocks take turns in.
-        boundaries: Bytes of a step's boundaries that stay in memory.
-        memory: About the bytes that it takes, boundaries included.
-        disk: About the bytes of disk: weights, moments and gradients, and what is left of a step's boundaries.
-    """
-
-    groups: int
-    boundaries: int
-    memory: int
-    disk: int
+    groups: int  # groups that its blocks take turns in
+    boundaries: int  # bytes of a step's boundaries that stay in memory
+    memory: int  # about the bytes that it takes, boundaries included
+    disk: int  # about the bytes of disk: weights, moments and gradients, and what is left of a step's boundaries
 
 
 @dataclass(frozen=True)

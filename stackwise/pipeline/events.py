@@ -16,8 +16,7 @@ from stackwise.errors import StackWiseError
 
 Event = dict[str, Any]
 Observer = Callable[[Event], None]
-Emit = Callable[..., None]
-"""Emits an event: its name, and its values by name."""
+Emit = Callable[..., None]  # emits an event: its name, and its values by name
 PHASES = {"reading": "reading text", "tokenizer": "training the tokenizer"}
 """What is prepared before there is a plan, where its name does not say it."""
 
@@ -27,19 +26,15 @@ class Kind:
     """What events of one kind are like.
 
     Args:
-        words: What one says, without its stage; None: nothing.
-        style: Of the line above the live table.
         shown_by: "line": a line in every view; "table": the live table shows it, plain lines say it; "progress": a
             bar, or a line now and then; "nothing": it is for the log and for programs.
-        figures: Its numbers that are figures at a step of its stage, for trackers.
-        repeated: Whoever begins to observe later gets it, too.
     """
 
-    words: Callable[[Event], str | None] | None = None
-    style: str = "dim"
+    words: Callable[[Event], str | None] | None = None  # what one says, without its stage; None: nothing
+    style: str = "dim"  # of the line above the live table
     shown_by: Literal["line", "table", "progress", "nothing"] = "line"
-    figures: tuple[str, ...] = ()
-    repeated: bool = False
+    figures: tuple[str, ...] = ()  # its numbers that are figures at a step of its stage, for trackers
+    repeated: bool = False  # whoever begins to observe later gets it, too
 
 
 def event(name: str, /, **values: Any) -> Event:

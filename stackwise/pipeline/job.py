@@ -22,17 +22,15 @@ class Source:
     """The weights that a part starts from.
 
     Args:
-        path: A safetensors file; None: fresh, from the seed.
         digest: What the part's tensors, as they are loaded, must hash to (`model.part_digest`): a recipe names it,
             wherever the file is and whatever it calls them.
-        recipe: The recipe of the stage that committed it; empty where it comes from elsewhere.
         names: What the file calls each of the part's tensors, where not as the part does: a part of a pretrained
             model. Only these are read.
     """
 
-    path: str | None = None
+    path: str | None = None  # a safetensors file; None: fresh, from the seed
     digest: str | None = None
-    recipe: str = ""
+    recipe: str = ""  # the recipe of the stage that committed it; empty where it comes from elsewhere
     names: dict[str, str] | None = None
 
 
@@ -89,78 +87,43 @@ def pruned(sources: Iterable[Source]) -> set[str]:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A committed stage that rows go through on their way into a job's stage.
+    """A committed stage that rows go through on their way into a job's stage."""
 
-    Args:
-        stage: The stage.
-        initial: Where the weights of its blocks are, and of the front where it reads tokens.
-    """
-
-    stage: Stage
-    initial: dict[str, Source]
+    stage: Stage  # the stage
+    initial: dict[str, Source]  # where the weights of its blocks are, and of the front where it reads tokens
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """One stage for one worker: train it where it is not committed, then write the boundary above it if asked.
+    """One stage for one worker: train it where it is not committed, then write the boundary above it if asked."""
 
-    Args:
-        config: The resolved configuration, as YAML.
-        stage: The stage.
-        store: The store's directory.
-        data: The prepared data's directory.
-        vocab_size: Ids that the model knows.
-        mask_token: The id shown at masked positions.
-        device: Where to compute.
-        checkpoints: Where this recipe's checkpoints are.
-        recipe: What determines the result.
-        recipe_id: Its id.
-        forward: The forward specification of the run.
-        rows: Rows in the rowset.
-        rowset: Its id.
-        rowset_number: Its number in the schedule.
-        span: The steps to take, of the stage's budget.
-        initial: For each part held, where its weights come from; for each state taken up, where it is.
-        embedding: The front's weights, where a tied head above it needs them.
-        trunk_digests: Digests of the parts below the stage, the front first.
-        train: Whether to train; otherwise the committed parts are loaded.
-        reads: The boundary that is read; None: tokens.
-        writes: Whether to write the boundary above the stage.
-        recomputed: The committed stages between what is read and the stage, lowest first.
-        fills: Whether the boundary that enters the stage is written as they make it.
-        held_out: The rowset that the stage is evaluated on as it trains; None: none.
-        held_out_reads: Its boundary that enters the stage; None: tokens.
-        writes_held_out: Whether to write its boundary above the stage too.
-        round: Of a stage that trains in rounds, which one it is: rows and dropout follow from it.
-    """
-
-    config: str
-    stage: Stage
-    store: str
-    data: str
-    vocab_size: int
-    mask_token: int
-    device: str
-    checkpoints: str
-    recipe: Recipe
-    recipe_id: str
-    forward: dict[str, Any]
-    rows: int
-    rowset: str
-    rowset_number: int
-    span: Span
-    initial: dict[str, Source]
-    embedding: Source | None
-    trunk_digests: list[str]
-    train: bool
-    reads: str | None
-    writes: bool
-    recomputed: tuple[Frozen, ...] = ()
-    fills: bool = False
-    held_out: str | None = None
-    held_out_reads: str | None = None
-    writes_held_out: bool = False
-    round: int = 0
+    config: str  # the resolved configuration, as YAML
+    stage: Stage  # the stage
+    store: str  # the store's directory
+    data: str  # the prepared data's directory
+    vocab_size: int  # ids that the model knows
+    mask_token: int  # the id shown at masked positions
+    device: str  # where to compute
+    checkpoints: str  # where this recipe's checkpoints are
+    recipe: Recipe  # what determines the result
+    recipe_id: str  # its id
+    forward: dict[str, Any]  # the forward specification of the run
+    rows: int  # rows in the rowset
+    rowset: str  # its id
+    rowset_number: int  # its number in the schedule
+    span: Span  # the steps to take, of the stage's budget
+    initial: dict[str, Source]  # for each part held, where its weights come from; for each state taken up, where it is
+    embedding: Source | None  # the front's weights, where a tied head above it needs them
+    trunk_digests: list[str]  # digests of the parts below the stage, the front first
+    train: bool  # whether to train; otherwise the committed parts are loaded
+    reads: str | None  # the boundary that is read; None: tokens
+    writes: bool  # whether to write the boundary above the stage
+    recomputed: tuple[Frozen, ...] = ()  # the committed stages between what is read and the stage, lowest first
+    fills: bool = False  # whether the boundary that enters the stage is written as they make it
+    held_out: str | None = None  # the rowset that the stage is evaluated on as it trains; None: none
+    held_out_reads: str | None = None  # its boundary that enters the stage; None: tokens
+    writes_held_out: bool = False  # whether to write its boundary above the stage too
+    round: int = 0  # of a stage that trains in rounds, which one it is: rows and dropout follow from it
     kind: str = field(default="stage", init=False)
 
     @property
@@ -200,16 +163,11 @@ def _sources(data: dict[str, Any]) -> dict[str, Source]:
 
 @dataclass(frozen=True)
 class FinishJob:
-    """What follows the last stage: held-out evaluation, a passage filled in, and the fused export if asked.
+    """What follows the last stage: held-out evaluation, a passage filled in, and the fused export if asked."""
 
-    Args:
-        run: The run's directory.
-        export: Where to export the fused rack; None: nowhere.
-    """
-
-    run: str
+    run: str  # the run's directory
     device: str
-    export: str | None = None
+    export: str | None = None  # where to export the fused rack; None: nowhere
     kind: str = field(default="finish", init=False)
 
     def plain(self) -> dict[str, Any]:

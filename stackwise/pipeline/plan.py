@@ -33,16 +33,14 @@ class Entry:
     """How rows come to a stage.
 
     Args:
-        reads: The boundary that is read; None: tokens.
         recomputed: The committed stages between that and the stage, lowest first: their output is made as the stage
             asks for it.
-        fills: Whether the boundary that enters the stage is written as they make it.
         held_out: The held-out rows' boundary that enters a stage to train; None: tokens, or none is needed.
     """
 
-    reads: str | None = None
+    reads: str | None = None  # the boundary that is read; None: tokens
     recomputed: tuple[Stage, ...] = ()
-    fills: bool = False
+    fills: bool = False  # whether the boundary that enters the stage is written as they make it
     held_out: str | None = None
 
 

@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from stackwise.pipeline.plan import Plan
 
 NEW, BEGUN = "not trained yet", "not finished yet"
-FIRST = (NEW, BEGUN)
-"""Reasons of stages that this run had never committed."""
-SHOWN = 3
-"""Changes named in a reason; of more, how many more there are."""
+FIRST = (NEW, BEGUN)  # reasons of stages that this run had never committed
+SHOWN = 3  # changes named in a reason; of more, how many more there are
 OTHER = {"forward.numerics": "the version of the arithmetic", "held_out": "the held-out rows"}
 """Entries of a recipe that no setting stands for, in words."""
 
@@ -67,8 +65,7 @@ class History:
         self._store_there = store is None or (Path(store) / "format.json").exists()
         self._alone: dict[Change, tuple[StackWiseConfig, list[Stage]]] = {}
         self._stages = {(stage["depth"], stage["window"]): stage for stage in stages}
-        self.damaged: set[str] = set()
-        """Recipes that were dropped, for their files were damaged."""
+        self.damaged: set[str] = set()  # recipes that were dropped, for their files were damaged
 
     def last_recipe(self, stage: Stage) -> str | None:
         """The recipe that a stage was last trained by."""

@@ -20,13 +20,10 @@ from stackwise.store import codec_named, default_chunk_rows
 
 Recipe = dict[str, Any]
 
-VERSION = 2
-"""Of the recipe's form: raise it when entries are named otherwise."""
+VERSION = 2  # of the recipe's form: raise it when entries are named otherwise
 
-WINDOW_CHUNKS = 8
-"""Groups of rows that are shuffled together."""
-ROW_BYTES, GROUP_BYTES = 48, 16 << 10
-"""Of a boundary beside its activations, about: of each row, and of the whole."""
+WINDOW_CHUNKS = 8  # groups of rows that are shuffled together
+ROW_BYTES, GROUP_BYTES = 48, 16 << 10  # of a boundary beside its activations, about: of each row, and of the whole
 
 
 def codec_name(store: StoreConfig) -> str:
@@ -96,21 +93,16 @@ class Reads:
     """What a stage's worker opens, by content.
 
     Args:
-        rowset: Id of its rows.
-        rows: How many they are.
         initial: For each part that the stage holds, the digest it starts from; None where it is fresh. For each
             optimizer state that it takes up, its digest.
-        trunk: The id of what made the boundary that it reads; None where it reads tokens.
-        inputs: Digests of the columns that the objective needs beside tokens and masks, by name.
-        held_out: The rowset that the stage is evaluated on, where the result heeds it.
     """
 
-    rowset: Hex
-    rows: int
+    rowset: Hex  # id of its rows
+    rows: int  # how many they are
     initial: Mapping[str, Hex | None]
-    trunk: Hex | None
-    inputs: Mapping[str, Hex]
-    held_out: Hex | None = None
+    trunk: Hex | None  # the id of what made the boundary that it reads; None where it reads tokens
+    inputs: Mapping[str, Hex]  # digests of the columns that the objective needs beside tokens and masks, by name
+    held_out: Hex | None = None  # the rowset that the stage is evaluated on, where the result heeds it
 
 
 def stage_recipe(config: StackWiseConfig, stage: Stage, forward: Mapping[str, Any], span: Span, reads: Reads) -> Recipe:
@@ -200,17 +192,11 @@ def recipe_id(recipe: Recipe) -> Hex:
 
 @dataclass(frozen=True)
 class Span:
-    """The steps of a stage in one window, among all that it takes.
+    """The steps of a stage in one window, among all that it takes."""
 
-    Args:
-        first: Steps taken in the windows before.
-        until: Steps taken when the window ends.
-        steps: The whole budget, which learning rates run over.
-    """
-
-    first: int
-    until: int
-    steps: int
+    first: int  # steps taken in the windows before
+    until: int  # steps taken when the window ends
+    steps: int  # the whole budget, which learning rates run over
 
     @property
     def length(self) -> int:

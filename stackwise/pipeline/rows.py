@@ -29,8 +29,7 @@ ROW_KEYS = (
     *("masks_per_sample", "mask_pool"),
 )
 """Settings of training that rows and masks are drawn by."""
-SLICE = 1 << 15
-"""Rows whose masks are in memory at once."""
+SLICE = 1 << 15  # rows whose masks are in memory at once
 
 
 def assigner(config: StackWiseConfig, rowset: int) -> FixedMaskAssigner:

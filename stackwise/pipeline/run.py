@@ -46,8 +46,7 @@ PREPARING = "preparing"
 """In the manifest of a run that has no plan yet: `phase`, `done` of `total`, and what it `failed` by."""
 FILES = ("stackwise.yaml", "run.json", "events.jsonl", "evaluation.json", "report.html", "jobs.json", "run.lock")
 DIRECTORIES = ("logs", "tracking", "tensorboard", "checkpoints", "jobs", "export", "wandb")
-LINKED = ("jobs", "wandb")
-"""Directories in which packages make links of their own: submitit under `logs`, and W&B."""
+LINKED = ("jobs", "wandb")  # directories in which packages make links of their own: submitit under `logs`, and W&B
 STATES = ("pending", "running", "done", "failed", "interrupted")
 JOB_STATES = ("submitted", "running", "done", "failed", "interrupted", "not run")
 
@@ -72,8 +71,7 @@ _SCORES = {"bits_per_byte": optional(number), "bits_per_byte_error": optional(nu
 _SCORES |= {"tokens": count, "samples": count, "likelihood": optional(text)}
 _FIGURE_SHAPES = {**_FIGURES, **_SCORES}
 _PARTS = {"stages": array_of(record({}, _FIGURE_SHAPES)), "baselines": mapping(record({}, _FIGURE_SHAPES))}
-SCORES = record({}, {**_FIGURE_SHAPES, **_PARTS})
-"""What of an evaluation becomes figures."""
+SCORES = record({}, {**_FIGURE_SHAPES, **_PARTS})  # what of an evaluation becomes figures
 _EVALUATION = record({"loss": _FIGURES["loss"], "tokens": count}, {**_FIGURE_SHAPES, **_PARTS})
 _FILL = record({"before": string, "after": string, "spans": array_of(array(string, string))})
 _MANIFEST = record(

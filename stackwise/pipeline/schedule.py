@@ -15,8 +15,7 @@ from stackwise.config.precision import holds_trunk, stack_adapters, stack_precis
 from stackwise.config.training import AdaptiveFusion, Auxiliary, CausalAdaptation, Overlap, Tail
 
 FRONT, HEAD = "front", "head"
-ADAPTER = "adapter."
-"""What the name of a block's adapters begins with; the block's follows."""
+ADAPTER = "adapter."  # what the name of a block's adapters begins with; the block's follows
 STATE = "state."
 """What the name of an optimizer state for a later window begins with: the stage's depth, and the part, follow."""
 
@@ -118,19 +117,7 @@ class Stage:
     """One entry of the schedule.
 
     Args:
-        depth: Its number, from 0: `stages.K` of the configuration means it.
-        first: The lowest block that it passes rows through: below it lies the boundary that the stage may read.
-        last: The highest one: the boundary above the stage lies over it.
-        trains: Parts that train: "front", "block.N", "adapter.block.N", "auxiliary.K.N", "head".
-        reads_boundary: Whether the boundary below block `first` enters it; otherwise it reads tokens with the front.
-        rowset: Which rowset it trains on; stages with one number share their rows and masks.
-        lookahead: Blocks between block `last` and its head, on its loss's way only.
-        fresh: Parts that start fresh although the run has committed weights for them.
-        commits_frozen: Blocks that it draws and commits although they do not train.
-        place: Its place in the schedule, from 0.
         starts_from: Parts that start from other weights than the newest of that name, and the name these go by.
-        states_in: Optimizer states that it takes up from its window before, by part.
-        states_out: Optimizer states that it commits for its next window.
         formats: How it holds its blocks, and how those below are held, where that is not plainly, by part.
         causal_from: The step from which on it trains the rack causally, whatever the stages before it did; None: it
             trains as they did.
@@ -138,20 +125,20 @@ class Stage:
             none: all that trains does so at once.
     """
 
-    depth: int
-    first: int
-    last: int
-    trains: tuple[str, ...]
-    reads_boundary: bool
-    rowset: int
-    lookahead: tuple[str, ...] = ()
-    fresh: tuple[str, ...] = ()
-    commits_frozen: tuple[str, ...] = ()
+    depth: int  # its number, from 0: `stages.K` of the configuration means it
+    first: int  # the lowest block that it passes rows through: below it lies the boundary that the stage may read
+    last: int  # the highest one: the boundary above the stage lies over it
+    trains: tuple[str, ...]  # parts that train: "front", "block.N", "adapter.block.N", "auxiliary.K.N", "head"
+    reads_boundary: bool  # whether the boundary below block `first` enters it; otherwise it reads tokens with the front
+    rowset: int  # which rowset it trains on; stages with one number share their rows and masks
+    lookahead: tuple[str, ...] = ()  # blocks between block `last` and its head, on its loss's way only
+    fresh: tuple[str, ...] = ()  # parts that start fresh although the run has committed weights for them
+    commits_frozen: tuple[str, ...] = ()  # blocks that it draws and commits although they do not train
     window: int = 0
-    place: int = -1
+    place: int = -1  # its place in the schedule, from 0
     starts_from: Mapping[str, str] = field(default_factory=dict)
-    states_in: tuple[str, ...] = ()
-    states_out: tuple[str, ...] = ()
+    states_in: tuple[str, ...] = ()  # optimizer states that it takes up from its window before, by part
+    states_out: tuple[str, ...] = ()  # optimizer states that it commits for its next window
     formats: Mapping[str, BlockFormat] = field(default_factory=dict)
     causal_from: int | None = None
     candidates: tuple[tuple[int, int], ...] = ()

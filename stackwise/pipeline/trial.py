@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from stackwise.training.engine import ResidentEngine
 
-SHARE = 0.8
-"""Of the memory, what a stage with the batch that is chosen may have taken in its trial."""
+SHARE = 0.8  # of the memory, what a stage with the batch that is chosen may have taken in its trial
 
 SLOW = 10.0
 """Seconds of a step beyond which no larger batch is tried: on a CPU memory is seldom what a batch is bounded by."""
@@ -30,17 +29,13 @@ SLOW = 10.0
 
 @dataclass(frozen=True)
 class TrialJob:
-    """A stage whose batch is to be found.
-
-    Args:
-        most: The largest batch of use.
-    """
+    """A stage whose batch is to be found."""
 
     config: str
     stage: Stage
     vocab_size: int
     mask_token: int
-    most: int
+    most: int  # the largest batch of use
     kind: str = field(default="trial", init=False)
 
     def plain(self) -> dict[str, Any]:

@@ -37,8 +37,7 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL",
 }  # fmt: skip
 _NAMES = {name: dtype for dtype, name in _DTYPES.items()}
-_PIECE = 16 << 20
-"""Bytes that go to the file at once: hashing them and writing them leave the interpreter to others."""
+_PIECE = 16 << 20  # bytes that go to the file at once: hashing them and writing them leave the interpreter to others
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,23 +194,17 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 """What a checkpoint raises that is not there, or damaged."""
 
 KEPT = 2
-FORMAT = 2
-"""Of what a checkpoint's tensors are called."""
+FORMAT = 2  # of what a checkpoint's tensors are called
 _STATE, _META = "state.safetensors", "checkpoint.json"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is on the disk.
-
-    Args:
-        stopped: Seconds that training stood still for it.
-        seconds: Seconds that writing it took, the standstill among them.
-    """
+    """A checkpoint that is on the disk."""
 
     step: int
-    stopped: float
-    seconds: float
+    stopped: float  # seconds that training stood still for it
+    seconds: float  # seconds that writing it took, the standstill among them
 
 
 class Checkpoints:

@@ -25,17 +25,14 @@ from stackwise.training.stage import MeanLoss, Ranks, SingleProcess, StageModel,
 if TYPE_CHECKING:
     from stackwise.training.trainer import Trainer
 
-WEIGHT, MEAN, OPTIMIZER = "weight/", "mean/", "optimizer/"
-"""What names in an engine's state begin with."""
+WEIGHT, MEAN, OPTIMIZER = "weight/", "mean/", "optimizer/"  # what names in an engine's state begin with
 
 State = Callable[[], Mapping[str, Tensor]]
 """Makes some tensors when they are wanted: of a stage that does not fit, not all are in memory."""
 
 FIRST_SCALE, HIGHEST_SCALE = 2.0**16, 2.0**24
-GROWTH_STEPS = 2000
-"""Steps without an overflow after which a dynamic scale doubles; at an overflow it halves."""
-MOST_OVERFLOWS = 40
-"""Steps in a row that overflow before training is given up."""
+GROWTH_STEPS = 2000  # steps without an overflow after which a dynamic scale doubles; at an overflow it halves
+MOST_OVERFLOWS = 40  # steps in a row that overflow before training is given up
 
 
 @dataclass(frozen=True)
@@ -43,20 +40,17 @@ class Stepped:
     """What a step came to: scalars on the device, so that whoever reads them waits for it.
 
     Args:
-        loss: Mean loss over the scored positions of all microbatches, in nats.
-        gradient_norm: Norm of the gradient of that mean over all that trains, before clipping.
         taken: Whether the weights moved: not where `accept` refused, nor where gradients overflowed half precision.
         terms: The mean of each term by name, where the loss has several; `loss` is their weighted sum.
     """
 
-    loss: Tensor
-    gradient_norm: Tensor
+    loss: Tensor  # mean loss over the scored positions of all microbatches, in nats
+    gradient_norm: Tensor  # norm of the gradient of that mean over all that trains, before clipping
     taken: bool = True
     terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Accept = Callable[[float, float], bool]
-"""Asked, at every step, with its loss and gradient norm whether it is taken."""
+Accept = Callable[[float, float], bool]  # asked, at every step, with its loss and gradient norm whether it is taken
 
 
 class Engine(Protocol):
@@ -66,8 +60,7 @@ class Engine(Protocol):
     never stopped: its state is the weights, the optimizer's state, and nothing else.
     """
 
-    device: torch.device
-    """Where it computes."""
+    device: torch.device  # where it computes
     checkpoints: str
     """The directory of its checkpoints below the stage's own: one kind of engine cannot take up another's."""
 
@@ -151,8 +144,7 @@ class ResidentEngine:
         self.model, self.settings, self.seed, self.device = model.train(), settings, seed, device
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parts = dict(parts or _parts(model))
-        self._places: dict[str, tuple[str, str]] = {}
-        """For each of `parameters` its part, and its name within it."""
+        self._places: dict[str, tuple[str, str]] = {}  # for each of `parameters` its part, and its name within it
         by_id = {id(p): (part, name) for part, m in reversed(self.parts.items()) for name, p in m.named_parameters()}
         self._places = {name: by_id[id(p)] for name, p in self.parameters.items()}
         self.optimizer = make_optimizer([(self._places[name][0], p) for name, p in self.parameters.items()], settings)

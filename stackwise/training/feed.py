@@ -50,14 +50,12 @@ class RowSource:
     """One input, by rows.
 
     Args:
-        digest: The content that it reads; a stage's recipe names it.
-        read: From row numbers [n] to a tensor on the CPU whose first dimension is n.
         stream: Endless batches in an order, each with its rows, of so many rows, from a batch number on; None: they
             are read one by one.
     """
 
-    digest: str
-    read: Callable[[np.ndarray], Tensor]
+    digest: str  # the content that it reads; a stage's recipe names it
+    read: Callable[[np.ndarray], Tensor]  # from row numbers [n] to a tensor on the CPU whose first dimension is n
     stream: Callable[[RowOrder, int, int], Iterator[tuple[np.ndarray, Tensor]]] | None = None
 
 

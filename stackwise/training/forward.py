@@ -27,8 +27,7 @@ from stackwise.training.stage import StageModel
 
 Rows = npt.NDArray[np.int64]
 
-ON_THE_WAY = 2
-"""Batches whose results may still be on their way from a GPU while the next is computed."""
+ON_THE_WAY = 2  # batches whose results may still be on their way from a GPU while the next is computed
 
 
 def forward_rows(seq_len: int) -> int:
@@ -44,17 +43,12 @@ def pieces(first: int, last: int, seq_len: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Pass:
-    """How a forward-only pass went.
-
-    Args:
-        waited: Seconds of them in which it waited for rows to come in.
-        blocked: Seconds of them in which it waited for the disk to take chunks.
-    """
+    """How a forward-only pass went."""
 
     finished: bool
     seconds: float
-    waited: float
-    blocked: float
+    waited: float  # seconds of them in which it waited for rows to come in
+    blocked: float  # seconds of them in which it waited for the disk to take chunks
 
     @property
     def wait_fraction(self) -> float:

@@ -13,12 +13,9 @@ from torch import Tensor, nn
 from stackwise.config import StageTraining
 from stackwise.errors import UsageError
 
-BLOCK = "block."
-"""What the name of a block's part begins with; its number in the rack follows."""
-CODED = 256
-"""Numbers that share a scale, in 8 bits."""
-SMALL = 4096
-"""A tensor of fewer numbers keeps float32 moments: biases and norms cost nothing and are sensitive."""
+BLOCK = "block."  # what the name of a block's part begins with; its number in the rack follows
+CODED = 256  # numbers that share a scale, in 8 bits
+SMALL = 4096  # a tensor of fewer numbers keeps float32 moments: biases and norms cost nothing and are sensitive
 SLICE = 1 << 22
 """Numbers that are worked on at once, so that float32 copies stay small beside the weights. A multiple of CODED."""
 

@@ -19,8 +19,7 @@ from stackwise.model import Block, Stack, enter
 from stackwise.objectives import RuntimeObjective
 from stackwise.objectives.objective import Outputs
 
-NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""The precisions that are computed in by autocast."""
+NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the precisions that are computed in by autocast
 
 
 class Ranks(Protocol):
@@ -29,10 +28,8 @@ class Ranks(Protocol):
     Engines call this wherever several would add up. Every call is made by all of them, in one order.
     """
 
-    rank: int
-    """Which of them this process is, from 0."""
-    size: int
-    """How many there are."""
+    rank: int  # which of them this process is, from 0
+    size: int  # how many there are
 
     def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
         """The sums over all ranks, by name."""
@@ -159,15 +156,10 @@ def _checked(terms: Mapping[str, Term], x_BSD: Tensor) -> Mapping[str, Term]:
 
 @dataclass(frozen=True)
 class MeanLoss:
-    """A loss over many batches.
+    """A loss over many batches."""
 
-    Args:
-        total: The sum of the terms' means, each times its weight, in nats.
-        terms: The means by name, where there are several.
-    """
-
-    total: float
-    terms: Mapping[str, float] = field(default_factory=dict)
+    total: float  # the sum of the terms' means, each times its weight, in nats
+    terms: Mapping[str, float] = field(default_factory=dict)  # the means by name, where there are several
 
 
 class StepLoss:
@@ -194,8 +186,7 @@ class StepLoss:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._weights: dict[str, float] = {}
-        self._ahead: dict[str, int] | None = None
-        """Counts in the whole step of several terms; empty: there is one term."""
+        self._ahead: dict[str, int] | None = None  # counts in the whole step of several terms; empty: there is one term
 
     def root(self, terms: Mapping[str, Term], batch: Batch) -> Tensor:
         """What the gradient of a microbatch is taken of. The first call has every term that there is."""

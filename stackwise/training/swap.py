@@ -30,23 +30,16 @@ from stackwise.training.swap_parts import FRONT, PartLoader, Parts, in_turn, mak
 from stackwise.training.swap_state import RedoLog, Spill
 from stackwise.training.trainer import Trainer
 
-SCALER = "scaler/state"
-"""What `LossScale` calls its state."""
+SCALER = "scaler/state"  # what `LossScale` calls its state
 
 
 @dataclass(frozen=True)
 class SwapSpace:
-    """Where a stage is swapped to, and in what portions.
+    """Where a stage is swapped to, and in what portions."""
 
-    Args:
-        directory: Where its state lives, its own alone; taken up where there is one.
-        groups: Groups that its blocks make.
-        memory: Bytes of boundaries kept in memory; the rest goes to files.
-    """
-
-    directory: Path
-    groups: int
-    memory: int
+    directory: Path  # where its state lives, its own alone; taken up where there is one
+    groups: int  # groups that its blocks make
+    memory: int  # bytes of boundaries kept in memory; the rest goes to files
     warn: Callable[[str], None]
 
 

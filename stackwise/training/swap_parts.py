@@ -30,16 +30,11 @@ FRONT, HEAD = "front", "head"
 class Parts(Protocol):
     """Makes the parts of one stage."""
 
-    names: Sequence[str]
-    """In forward order: "front" where the stage reads tokens, the blocks, "head" where it has one."""
-    order: Sequence[str]
-    """The same names in the order in which a whole stage's model has them."""
-    trains: Sequence[str]
-    """Those with parameters that train."""
-    precision: str
-    """What the stage computes in."""
-    tied: bool
-    """Whether the head projects with the front's embedding, both of them held here."""
+    names: Sequence[str]  # in forward order: "front" where the stage reads tokens, the blocks, "head" where it has one
+    order: Sequence[str]  # the same names in the order in which a whole stage's model has them
+    trains: Sequence[str]  # those with parameters that train
+    precision: str  # what the stage computes in
+    tied: bool  # whether the head projects with the front's embedding, both of them held here
 
     def make(self, name: str, trained: Mapping[str, Tensor] | None, embedding_VD: Tensor | None = None) -> nn.Module:
         """A part on the CPU, gradients required for what trains. Called in threads: it draws from no global generator.

@@ -28,31 +28,21 @@ from stackwise import durable, files
 from stackwise.training.checkpoint import TensorFile, file_digest, reason, sealed, unsealed, write_tensors
 
 STATE, GRADIENTS = "state", "gradients"
-FORMAT = 1
-"""Of the record and of what a state's tensors are called."""
+FORMAT = 1  # of the record and of what a state's tensors are called
 _COMMIT, _LOSSES, _EVALUATIONS = "commit.json", "losses", "evaluations.json"
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Commit:
-    """The record that publishes a step.
+    """The record that publishes a step."""
 
-    Args:
-        step: Steps done.
-        updates: Those of them that moved the weights.
-        last: The number of the last of those in the stage's budget, from 0.
-        rate: Its learning rate.
-        clip: What its gradients are multiplied by; None: they stand as they are.
-        scaler: The state of the loss scale, where there is one.
-    """
-
-    step: int = 0
-    updates: int = 0
-    last: int = -1
-    rate: float = 0.0
-    clip: float | None = None
-    scaler: list[float] | None = None
+    step: int = 0  # steps done
+    updates: int = 0  # those of them that moved the weights
+    last: int = -1  # the number of the last of those in the stage's budget, from 0
+    rate: float = 0.0  # its learning rate
+    clip: float | None = None  # what its gradients are multiplied by; None: they stand as they are
+    scaler: list[float] | None = None  # the state of the loss scale, where there is one
 
 
 class RedoLog:
@@ -69,8 +59,7 @@ class RedoLog:
         self.begin: Callable[[str], Mapping[str, Tensor]] = lambda part: {}
         self._pool = ThreadPoolExecutor(1, "swap-writer")
         self._writing: tuple[Future[None], frozenset[str]] | None = None
-        self._digests: dict[str, str] = {}
-        """Of the files that are there, by their paths below `directory`."""
+        self._digests: dict[str, str] = {}  # of the files that are there, by their paths below `directory`
 
     def open(self, warn: Callable[[str], None]) -> None:
         """Take up what is there; what is not whole is named, and training starts anew."""

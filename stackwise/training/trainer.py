@@ -24,12 +24,9 @@ from stackwise.training.engine import Engine, Stepped
 from stackwise.training.optim import learning_rate
 from stackwise.training.stage import MeanLoss
 
-REPORT_SECONDS = 0.25
-"""Losses are read off the device at most this often, so that reporting never stalls it."""
-MEMORY = 32
-"""Losses that the running median is taken over."""
-LEAST = 8
-"""Losses before which there is no median to go by."""
+REPORT_SECONDS = 0.25  # losses are read off the device at most this often, so that reporting never stalls it
+MEMORY = 32  # losses that the running median is taken over
+LEAST = 8  # losses before which there is no median to go by
 
 
 @dataclass
@@ -37,16 +34,14 @@ class Progress:
     """How a stage's training stands.
 
     Args:
-        losses: Those since the last report, one a step, in nats; None for a step that was refused.
-        gradient_norm: Of the last step, before clipping.
         terms: Where the loss has several, the mean of each since the last report.
     """
 
     step: int
     steps: int
-    losses: list[float | None]
+    losses: list[float | None]  # those since the last report, one a step, in nats; None for a step that was refused
     learning_rate: float
-    gradient_norm: float
+    gradient_norm: float  # of the last step, before clipping
     tokens_per_second: float
     wait_fraction: float
     terms: Mapping[str, float] = field(default_factory=dict)
@@ -57,13 +52,12 @@ class Record:
     """What training leaves behind beside the weights; a checkpoint carries it on.
 
     Args:
-        losses: One a step, in nats; None for a step that was refused.
         held_out: (step, mean held-out loss in nats), at each evaluation.
         divergences: What diverged, and what was done: step, why, action; of a rollback the step gone back to.
         terms: Where the loss has several terms, each one's mean in every step; None where it is not known.
     """
 
-    losses: list[float | None] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)  # one a step, in nats; None for a step that was refused
     seconds: float = 0.0
     waited: float = 0.0
     tokens: int = 0
@@ -96,15 +90,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Carried:
-    """What of a stage's windows before its trainer heeds, beside the engine's state.
+    """What of a stage's windows before its trainer heeds, beside the engine's state."""
 
-    Args:
-        rollbacks: How often training went back, at a lower learning rate each time.
-        losses: The last ones; None for a step that was refused.
-    """
-
-    rollbacks: int = 0
-    losses: Sequence[float | None] = ()
+    rollbacks: int = 0  # how often training went back, at a lower learning rate each time
+    losses: Sequence[float | None] = ()  # the last ones; None for a step that was refused
 
     def state(self) -> dict[str, torch.Tensor]:
         """As tensors, to be committed."""

@@ -35,12 +35,9 @@ from stackwise.text import check_plain
 
 Engine = Literal["slurm", "local"]
 Job = dict[str, Any]
-REQUEUES = 1000
-"""How often a job may reach its time limit and go on."""
-SECONDS = 0.2
-"""Between two looks at the job before."""
-OPTION = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-"""The name of an option of sbatch."""
+REQUEUES = 1000  # how often a job may reach its time limit and go on
+SECONDS = 0.2  # between two looks at the job before
+OPTION = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # the name of an option of sbatch
 
 
 class JobFailed(StackWiseError):

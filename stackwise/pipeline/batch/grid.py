@@ -13,8 +13,7 @@ from stackwise.config.loading import parse_yaml
 from stackwise.errors import ConfigError, UsageError
 from stackwise.identity import content_id
 
-NAME_LENGTH = 100
-"""Longest name of a combination's directory."""
+NAME_LENGTH = 100  # longest name of a combination's directory
 EXAMPLE = "for example -o training.learning_rate=1e-3,3e-3"
 
 

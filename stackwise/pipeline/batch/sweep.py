@@ -44,16 +44,12 @@ Watch = Callable[["Combination"], contextlib.AbstractContextManager[Observer]]
 
 @dataclass
 class Member:
-    """How a combination stands.
-
-    Args:
-        boundaries: Bytes that its boundaries take at most, where it trains in windows.
-    """
+    """How a combination stands."""
 
     combination: Combination
     decisions: list[Decision] = field(default_factory=list)
     failure: str | None = None
-    boundaries: int = 0
+    boundaries: int = 0  # bytes that its boundaries take at most, where it trains in windows
 
     @property
     def keys(self) -> list[str]:

@@ -30,11 +30,9 @@ from stackwise.inference import (
 from stackwise.inference.generate import Order
 from stackwise.pipeline.committed.load import CommittedRack
 
-HOLE = re.compile(r"\[MASK(?:\*(\d{1,5}))?\]")
-"""A hole in a user's text: `[MASK]`, or `[MASK*12]` for twelve tokens."""
+HOLE = re.compile(r"\[MASK(?:\*(\d{1,5}))?\]")  # a hole in a user's text: `[MASK]`, or `[MASK*12]` for twelve tokens
 
-DEFAULT_LENGTH = 64
-"""Tokens that are added to a text where it is not said how many."""
+DEFAULT_LENGTH = 64  # tokens that are added to a text where it is not said how many
 
 PASSAGE_TOKENS, PASSAGE_SHARE = 96, 0.3
 """The held-out passage that a run shows: its length, and the share of it that is masked."""
@@ -48,23 +46,18 @@ class Sampling:
         steps: Rounds of unmasking; None: one for each hole. Of a causal rack, where `length` is None: tokens to add.
         length: Masked positions behind the text, or tokens to add; None: what fits, 64 at most, behind a text without
             holes.
-        order: Which predictions a round keeps: the most confident, or random ones.
-        block: Finish so many holes before the next ones are begun, from the left; None: all at once.
-        temperature: 0 takes the likeliest token.
-        seed: Of what is drawn.
         exit: "auto", and None: a rack whose stages trained on masked fractions of their own leaves at the stage that a
             round's fraction asks for; "last": the last stage always answers.
-        causal: Go on token by token, and refuse a rack that cannot.
     """
 
     steps: int | None = None
     length: int | None = None
-    order: Order = "confidence"
-    block: int | None = None
-    temperature: float = 0.0
-    seed: int = 0
+    order: Order = "confidence"  # which predictions a round keeps: the most confident, or random ones
+    block: int | None = None  # finish so many holes before the next ones are begun, from the left; None: all at once
+    temperature: float = 0.0  # 0 takes the likeliest token
+    seed: int = 0  # of what is drawn
     exit: Literal["auto", "last"] | None = None
-    causal: bool = False
+    causal: bool = False  # go on token by token, and refuse a rack that cannot
 
 
 def generate(

@@ -28,20 +28,15 @@ from stackwise.training.stage import NARROW
 
 @dataclass(frozen=True)
 class CommittedRack:
-    """The weights of the stages that a run has committed, from the bottom up without a gap; of the last window.
-
-    Args:
-        parts: The newest weights of each part.
-        versions: The same as each stage left them.
-    """
+    """The weights of the stages that a run has committed, from the bottom up without a gap; of the last window."""
 
     config: StackWiseConfig
     data: PreparedData
     vocab_size: int
     mask_token: int
     stages: list[Stage]
-    parts: Versions
-    versions: list[Versions]
+    parts: Versions  # the newest weights of each part
+    versions: list[Versions]  # the same as each stage left them
     device: torch.device
 
     @property

@@ -137,8 +137,7 @@ def export_rack(rack: CommittedRack, out: Path, *, overwrite: bool = False) -> P
     return out
 
 
-GROUP = 16
-"""Chunks that go up together, so that each stage is loaded once for all of them."""
+GROUP = 16  # chunks that go up together, so that each stage is loaded once for all of them
 
 
 def recomputer(run: RunDirectory, store: ActivationStore, device: str = "auto") -> Recompute:

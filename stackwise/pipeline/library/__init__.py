@@ -164,23 +164,18 @@ class StageResult:
 
 @dataclass
 class _Stages:
-    """One pass over the schedule.
-
-    Args:
-        vocabulary: Token ids there are, and the id that stands for a masked token.
-        code: What identifies the front and each layer, the front first.
-    """
+    """One pass over the schedule."""
 
     config: StackWiseConfig
     data: LoadedSamples
     store: ActivationStore
     objective: RuntimeObjective
-    vocabulary: tuple[int, int]
+    vocabulary: tuple[int, int]  # token ids there are, and the id that stands for a masked token
     device: torch.device
     observe: Callable[[dict[str, Any]], None]
     front: nn.Module
     layers: Sequence[nn.Module]
-    code: list[str]
+    code: list[str]  # what identifies the front and each layer, the front first
     heads: list[Head]
     digests: dict[str, str] = field(default_factory=dict)
 

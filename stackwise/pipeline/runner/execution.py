@@ -189,8 +189,7 @@ class Boundaries:
     def __init__(self, context: RunContext) -> None:
         self._run, self._plan, self._manifest = context.run, context.plan, context.manifest
         self._pool, self._emit = context.pool, context.emit
-        self.idle: dict[str, list[str]] = {}
-        """Parts of committed stages, by recipe, that the run needs no more."""
+        self.idle: dict[str, list[str]] = {}  # parts of committed stages, by recipe, that the run needs no more
 
     def entry(self, stage: Stage, versions: Versions, rowset: int | None = None, *, train: bool = True) -> Entry:
         """How rows come to a stage; the boundary to read is made first where it is gone.
@@ -325,8 +324,7 @@ class Superseded:
     def __init__(self, plan: Plan, run: str) -> None:
         self._plan, self._run = plan, run
         self._files: dict[str, dict[str, Path]] = {}
-        self.idle: dict[str, list[str]] = {}
-        """Parts by recipe that no later stage of this run starts from."""
+        self.idle: dict[str, list[str]] = {}  # parts by recipe that no later stage of this run starts from
 
     def committed(self, stage: Stage, committed: CommittedStage, versions: Versions) -> None:
         """A stage is committed, or was: what no later one starts from is idle."""

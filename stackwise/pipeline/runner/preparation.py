@@ -26,14 +26,11 @@ from stackwise.pipeline.trial import TrialJob, conditions, make_job, settle, wan
 from stackwise.store import ActivationStore
 from stackwise.words import size as in_bytes
 
-RECORD_SECONDS = 1.0
-"""Between two records in the manifest of how far one thing is."""
-PROGRESS_SECONDS = 0.2
-"""Between two events on how far the preparation of the data is."""
+RECORD_SECONDS = 1.0  # between two records in the manifest of how far one thing is
+PROGRESS_SECONDS = 0.2  # between two events on how far the preparation of the data is
 STARTING = {"phase": "starting", "done": 0, "total": None}
 
-Auto = dict[str, Any]
-"""What `auto` settings came to, by their keys, each with the conditions of its trial."""
+Auto = dict[str, Any]  # what `auto` settings came to, by their keys, each with the conditions of its trial
 
 
 class Preparation:

@@ -41,10 +41,8 @@ from stackwise.pipeline.tracking.following import Trackers
 from stackwise.pipeline.tracking.trackers import check_installed
 from stackwise.words import size as in_bytes
 
-TAKEN_UP = ("training", "writing", "filling")
-"""Events after which the store has something new that is this run's."""
-TRIAL = "trial"
-"""Among the logs, while sizes are tried: the small runs."""
+TAKEN_UP = ("training", "writing", "filling")  # events after which the store has something new that is this run's
+TRIAL = "trial"  # among the logs, while sizes are tried: the small runs
 
 
 class Runner:

@@ -25,8 +25,7 @@ from stackwise.pipeline.schedule import Stage, schedule
 from stackwise.words import size as in_bytes
 
 KEY = "training.block_size"
-SAFETY = 0.9
-"""Share of the memory that what is proposed after a failure may take."""
+SAFETY = 0.9  # share of the memory that what is proposed after a failure may take
 GROWTH = 1.5
 """What grows with the batch beside what the estimate counts: the backward pass's own buffers, batches read ahead."""
 
@@ -36,16 +35,11 @@ SmallRun = Callable[[StackWiseConfig, str, Observer], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is tried.
+    """What is tried."""
 
-    Args:
-        most: The largest size that fits, and the blocks of the small racks.
-        conditions: Names what the outcome holds for.
-    """
-
-    most: int
+    most: int  # the largest size that fits, and the blocks of the small racks
     candidates: list[int]
-    conditions: str
+    conditions: str  # names what the outcome holds for
 
 
 def sizes(config: StackWiseConfig, vocab_size: int, data_id: str, device: str, memory: int) -> Sizes:

@@ -32,12 +32,9 @@ if TYPE_CHECKING:
 WAITING = {"GOMP_SPINCOUNT": "1000"}
 """How a worker's threads wait for each other: a short spin, then asleep. With libgomp's own long spin one of them keeps
 the core that the other needs as soon as anything else runs on the machine (docs/log.md)."""
-CLOSE_SECONDS = 120.0
-"""How long a worker that was told to stop may take for the step in hand and its checkpoint."""
-LOCK_PATIENCE = 20.0
-"""Seconds to wait for the worker of a runner that was killed: it saves and leaves by itself."""
-PROGRESS = ("step", "boundary", "evaluating")
-"""Events that only say how far a job is."""
+CLOSE_SECONDS = 120.0  # how long a worker that was told to stop may take for the step in hand and its checkpoint
+LOCK_PATIENCE = 20.0  # seconds to wait for the worker of a runner that was killed: it saves and leaves by itself
+PROGRESS = ("step", "boundary", "evaluating")  # events that only say how far a job is
 
 
 class WorkerFailed(StackWiseError):
@@ -225,12 +222,9 @@ class TimeLimit:
     the state of the stage at work.
     """
 
-    MARGIN = 2.0
-    """Seconds for what comes after the save: the worker's end, the manifest, the report."""
-    SAVE_RATE = 200e6
-    """Bytes a second that a checkpoint is thought to be written at, until one is measured."""
-    HEADROOM = 1.5
-    """How much longer a save may take than the slowest before it."""
+    MARGIN = 2.0  # seconds for what comes after the save: the worker's end, the manifest, the report
+    SAVE_RATE = 200e6  # bytes a second that a checkpoint is thought to be written at, until one is measured
+    HEADROOM = 1.5  # how much longer a save may take than the slowest before it
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds

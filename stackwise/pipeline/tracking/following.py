@@ -38,14 +38,10 @@ from stackwise.pipeline.tracking.trackers import Point, RunInfo, TrackerClient, 
 from stackwise.shapes import array, array_of, count, integer, mapping, number, optional, record, text
 from stackwise.text import printable
 
-SECONDS = 1.0
-"""Between two looks at the log."""
-RETRY_SECONDS = 20.0
-"""After a failure, before the next attempt."""
-BATCH_POINTS = 10_000
-"""Figures after which what a tracker has taken is noted."""
-CLOSE_SECONDS = 20.0
-"""How long the end of a run waits for trackers; what they lack then is sent at the next start."""
+SECONDS = 1.0  # between two looks at the log
+RETRY_SECONDS = 20.0  # after a failure, before the next attempt
+BATCH_POINTS = 10_000  # figures after which what a tracker has taken is noted
+CLOSE_SECONDS = 20.0  # how long the end of a run waits for trackers; what they lack then is sent at the next start
 
 _ROLLBACKS = array_of(array(count, count))
 
@@ -76,8 +72,7 @@ _LINES = {
     "evaluation": record({}, {"time": number, "result": optional(SCORES)}),
 }
 """Lines of the log that figures follow from; one that is not like this is passed over."""
-STANDS = ("plan", "training", "reused")
-"""Events that say what the stages are now."""
+STANDS = ("plan", "training", "reused")  # events that say what the stages are now
 
 
 @dataclass
@@ -86,21 +81,19 @@ class Taken:
 
     Args:
         number: Which tracker run of this directory it is: each time that a stage gets another recipe, a new one begins.
-        offset: Bytes of the log that were read.
         recipes: The recipe of each stage (by its place in the schedule, as text) whose figures it holds.
         sent: The last step of each series by recipe and kind, as the log counts it, from the start of its window; for
             figures of the run, what they were.
-        whole: Whether it has what the log held when it began.
         places: Of each place in the schedule its stage's depth, and that stage's steps in the windows before; not kept,
             as the log says it.
     """
 
     number: int = 1
     id: str | None = None
-    offset: int = 0
+    offset: int = 0  # bytes of the log that were read
     recipes: dict[str, str] = field(default_factory=dict)
     sent: dict[str, Any] = field(default_factory=dict)
-    whole: bool = False
+    whole: bool = False  # whether it has what the log held when it began
     places: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def copied(self) -> Taken:

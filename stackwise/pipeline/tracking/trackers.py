@@ -29,31 +29,22 @@ from stackwise.errors import UsageError
 from stackwise.files import make_directory, open_to_write
 from stackwise.text import printable
 
-OPEN_WRITERS = 8
-"""Event files of TensorBoard kept open at once."""
+OPEN_WRITERS = 8  # event files of TensorBoard kept open at once
 _STATES = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-"""Schemes of URIs for which MLflow needs more packages."""
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # schemes of URIs for which MLflow needs more packages
 _POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), bits reversed
 _LARGEST = 3.4028234663852886e38  # of float32
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One figure.
+    """One figure."""
 
-    Args:
-        stage: The stage's depth; None: a figure of the run by depth.
-        step: The stage's optimizer step, counted through all its windows; of a figure of the run, the depth.
-        value: Losses in nats, sizes in bytes, times in seconds, rates as they are.
-        time: In seconds since 1970.
-    """
-
-    stage: int | None
+    stage: int | None  # the stage's depth; None: a figure of the run by depth
     name: str
-    step: int
-    value: float
-    time: float
+    step: int  # the stage's optimizer step, counted through all its windows; of a figure of the run, the depth
+    value: float  # losses in nats, sizes in bytes, times in seconds, rates as they are
+    time: float  # in seconds since 1970
 
 
 @dataclass(frozen=True)

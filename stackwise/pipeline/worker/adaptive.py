@@ -41,8 +41,7 @@ from stackwise.training.checkpoint import reason
 from stackwise.training.engine import State
 from stackwise.training.trainer import Record
 
-Section = tuple[int, int]
-"""First and last block."""
+Section = tuple[int, int]  # first and last block
 
 
 @dataclass
@@ -50,14 +49,12 @@ class Fused:
     """What adaptive fusion came to.
 
     Args:
-        parts: The newest weights of each part that trained.
-        steps: Steps taken, the probes' among them.
         rounds: The loss before (`before`), and of each round its probes, the section `chosen`, the loss after it, and
             whether what it trained was `kept`.
     """
 
-    parts: dict[str, Source] = field(default_factory=dict)
-    steps: int = 0
+    parts: dict[str, Source] = field(default_factory=dict)  # the newest weights of each part that trained
+    steps: int = 0  # steps taken, the probes' among them
     record: Record = field(default_factory=Record)
     rounds: dict[str, Any] = field(default_factory=dict)
 

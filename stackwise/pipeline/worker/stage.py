@@ -54,8 +54,7 @@ from stackwise.training.forward import FilledBoundary, MakeOutputs, Pass, write_
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_parts import grouped_outputs
 
-PROGRESS_SECONDS = 0.25
-"""Between two events on how far the evaluation is."""
+PROGRESS_SECONDS = 0.25  # between two events on how far the evaluation is
 
 
 def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:

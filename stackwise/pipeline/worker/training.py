@@ -44,12 +44,7 @@ RESUME = "its state is saved; the same command goes on from there"
 
 @dataclass(frozen=True)
 class StageContext:
-    """A stage's work, and what it is done with.
-
-    Args:
-        feed: What enters the stage; before its boundary is filled, what is stored below it.
-        held_out: The rows that the stage is evaluated on as it trains; None: none.
-    """
+    """A stage's work, and what it is done with."""
 
     job: StageJob
     config: StackWiseConfig
@@ -57,8 +52,8 @@ class StageContext:
     device: torch.device
     emit: Emit
     stop: Stop
-    feed: Feed
-    held_out: Feed | None = None
+    feed: Feed  # what enters the stage; before its boundary is filled, what is stored below it
+    held_out: Feed | None = None  # the rows that the stage is evaluated on as it trains; None: none
 
     @property
     def stage(self) -> Stage:
@@ -79,8 +74,7 @@ class StageContext:
         self.event("warning", text=text)
 
 
-REPORTED_AGAIN = 1000
-"""Losses reported again on resuming: the last ones before a kill may have reached no one."""
+REPORTED_AGAIN = 1000  # losses reported again on resuming: the last ones before a kill may have reached no one
 
 
 def train_stage(context: StageContext, model: StageModel) -> None:
