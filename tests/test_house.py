@@ -18,7 +18,7 @@ FLOORS = [
     {"durable", "registry", "batch", "shapes"},
     {"config"},
     {"store", "data", "model", "objectives"},
-    {"training", "evaluation", "inference"},
+    {"training", "evaluation", "inference", "pretrained"},
     {"pipeline"},
     {"report", "cli", "__main__"},
 ]

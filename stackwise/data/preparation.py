@@ -268,6 +268,11 @@ class Cache:
             self._root = None
 
     @property
+    def root(self) -> Path | None:
+        """The directory; None: it cannot be written."""
+        return self._root
+
+    @property
     def memory(self) -> Path | None:
         """Where is remembered what files hold."""
         return None if self._root is None else self._root / "files.sqlite"
