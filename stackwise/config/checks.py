@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stackwise.config.fields import AUTO
-from stackwise.config.precision import FORMATS, canonical, stack_adapters
+from stackwise.config.precision import FORMATS, canonical, stack_adapters, weight_format
 from stackwise.config.schema import Settings
 from stackwise.config.training import AdaptiveFusion, CausalAdaptation, HierarchicalFusion, NoFusion
 from stackwise.errors import UsageError
@@ -187,6 +187,9 @@ def _stacks(config: Settings) -> Iterator[Fault]:
     limit = min(model.attention.narrowest(model), model.ffn.narrowest(model))
     found: dict[str, str] = {}
     for depth in range(config.n_sections):
+        precision = config.stages[depth].precision if depth in config.stages else progressive.new_stack_precision
+        if config.stage_training(depth).quantization and precision and weight_format(precision):
+            yield f"stages.{depth}.precision", f"{precision} and training.quantization are two formats: keep one"
         try:
             # Adapters that come with the stacks above are alike: those of the next one stand for all.
             adapters = stack_adapters(config, depth, min(depth + 1, config.n_sections - 1))

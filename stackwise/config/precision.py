@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from stackwise.config.schema import Settings
-from stackwise.config.training import ProgressiveConfig
+from stackwise.config.training import ProgressiveConfig, Quantization
 from stackwise.errors import UsageError
 
 SYNONYMS = {"half": "fp16", "bfloat16": "bf16", "fp4": "nvfp4"}
 """Names that the original documents use, and ours."""
 
 FORMATS = {"fp8": "fp8", "nvfp4": "nvfp4", "qlora": "nf4"}
-"""Precisions that put weights into a narrow format, and the format's name."""
-
+"""Precisions that put weights into a narrow format by themselves, and the format's name."""
 
 BITS = {"fp8": 8.0, "nvfp4": 4.5, "nf4": 4.127}
 """Bits of a packed weight in each format, its scales included but for a row's."""
+
+
+def weight_format(precision: str) -> str | None:
+    """The name of the narrow format that a precision puts weights into; None: it leaves them as they are."""
+    return precision if Quantization.named(precision) else FORMATS.get(canonical(precision))
+
+
+def bits_per_weight(form: str) -> float:
+    """Bits of a packed weight, its scales included but for a row's or a matrix's."""
+    integers = Quantization.named(form)
+    return BITS[form] if integers is None else integers.bits_per_weight
 
 
 def canonical(precision: str) -> str:
@@ -24,6 +34,8 @@ def canonical(precision: str) -> str:
 
 def stack_precision(config: Settings, depth: int) -> str:
     """The precision of the blocks that are new with a stage, by its canonical name; full where it is the run's own."""
+    if integers := config.stage_training(depth).quantization:
+        return integers.name
     own, progressive = config.stages.get(depth), config.training.progressive
     name = (own.precision if own else None) or (progressive.new_stack_precision if progressive.enabled else "full")
     return "full" if canonical(name) == config.precision else canonical(name)
@@ -42,7 +54,7 @@ def trunk_precision(config: Settings, depth: int) -> str:
     """
     progressive, own = config.training.progressive, stack_precision(config, depth)
     wanted = progressive.trunk_precision or ("qlora" if progressive.trunk_strategy == "qlora" else "full")
-    return own if own in FORMATS or wanted == "full" else canonical(wanted)
+    return own if weight_format(own) or wanted == "full" else canonical(wanted)
 
 
 def stack_adapters(config: Settings, depth: int, top: int) -> dict[str, tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -177,6 +178,59 @@ class CausalAdaptation(Adaptation):
     )
 
 
+class Quantization(Section):
+    """Integers in place of blocks' weights (and of what enters their layers) as the forward pass sees them."""
+
+    bits: Annotated[int, Field(ge=2, le=8)] = Field(4, description="bits of a weight, 2 to 8")
+    group: Literal["tensor", "channel"] | Size = Field(
+        "channel", description="weights that share a scale: tensor, channel (a row), or so many neighbours in a row"
+    )
+    symmetric: bool = Field(True, description="zero is the middle of the grid; false: a zero point for each group")
+    scale: Literal["extremes", "learned"] = Field(
+        "extremes", description="scales follow from the weights' extremes at every step, or are trained beside them"
+    )
+    activations: Annotated[int, Field(ge=2, le=8)] | None = Field(
+        None, description="bits of what enters a layer, token by token; null: it stays as it is"
+    )
+    activations_symmetric: bool = Field(False, description="zero is the middle of the activations' grid")
+
+    @property
+    def name(self) -> str:
+        """Its name as a precision and as a weight format, such as int4-g64-asym-learned-a8."""
+        marks = [f"g{self.group}" if isinstance(self.group, int) else self.group]
+        marks += ["asym"] * (not self.symmetric) + ["learned"] * (self.scale == "learned")
+        if self.activations:
+            marks.append(f"a{self.activations}{'s' if self.activations_symmetric else ''}")
+        return "-".join([f"int{self.bits}", *marks])
+
+    @classmethod
+    def named(cls, name: str) -> Quantization | None:
+        """The settings that a name stands for; None: it names no format of integers."""
+        parts = _INTEGERS.fullmatch(name)
+        if parts is None:
+            return None
+        bits, group, asymmetric, learned, activations, symmetric = parts.groups()
+        settings = {
+            "bits": int(bits),
+            "group": int(group[1:]) if group[0] == "g" else group,
+            "symmetric": not asymmetric,
+            "scale": "learned" if learned else "extremes",
+            "activations": int(activations) if activations else None,
+            "activations_symmetric": bool(symmetric),
+        }
+        return cls.model_validate(settings)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a packed weight, its scales included but for a row's or a matrix's."""
+        # A float32 scale, and an int8 zero point where there is one.
+        shared = (32 + 8 * (not self.symmetric)) / self.group if isinstance(self.group, int) else 0
+        return self.bits + shared
+
+
+_INTEGERS = re.compile(r"int([2-8])-(tensor|channel|g[1-9]\d{0,8})(-asym)?(-learned)?(?:-a([2-8])(s)?)?")
+
+
 class StageTraining(Section):
     """How one stage trains. Each of these can be set for one stage: `stages.K.training.KEY`."""
 
@@ -208,6 +262,9 @@ class StageTraining(Section):
     loss_scale: Literal["dynamic"] | Positive = Field(
         "dynamic", description="precision fp16: factor on the loss before gradients are taken; dynamic finds it"
     )
+    quantization: Quantization | None = Field(
+        None, description="train blocks for integers: {bits: 4, group: 64, scale: learned}; null: no rounding"
+    )
     ema: Probability = Field(
         0.0, description="decay of a running mean of the weights, which is then what is committed; 0: none"
     )
@@ -230,7 +287,8 @@ class StageTraining(Section):
         Args:
             precision: The run's.
         """
-        unused = {"steps", "tokens", "epochs_per_layer", "block_learning_rates"}
+        # Quantization is in the recipe as the format of the blocks.
+        unused = {"steps", "tokens", "epochs_per_layer", "block_learning_rates", "quantization"}
         unused |= {"loss_scale"} if precision != "fp16" else set()
         unused |= {"min_learning_rate"} if self.lr_schedule == "constant" else set()
         unused |= set() if self.heeds_held_out else {"eval_every"}

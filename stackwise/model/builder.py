@@ -10,7 +10,8 @@ from torch import nn
 
 from stackwise.config import ModelConfig, StackWiseConfig
 from stackwise.config.model import ArchitectureConfig
-from stackwise.config.precision import FORMATS, adapter_sizes, canonical, trunk_adapters
+from stackwise.config.precision import adapter_sizes, trunk_adapters, weight_format
+from stackwise.config.training import Quantization
 from stackwise.errors import NotFound, UsageError
 from stackwise.model.block import Stack
 from stackwise.model.build import build_block, build_front, build_head
@@ -42,6 +43,8 @@ def stack_dtype(precision: str) -> torch.dtype:
     Raises:
         UsageError: There is no such precision.
     """
+    if Quantization.named(precision):
+        return torch.float32
     if precision not in PRECISIONS:
         raise UsageError(f"stack precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     return PRECISIONS[precision]
@@ -77,7 +80,7 @@ def create_stack_from_config(
     blocks = [build_block(config.model, i, config.seed, device, dtype) for i in range(first, first + n_blocks)]
     stack = Stack(blocks, stack_id)
     progressive, frozen = config.training.progressive, precision == "qlora"
-    if form := FORMATS.get(canonical(precision)):
+    if form := weight_format(precision):
         quantize(stack, form, pack=frozen)
     if frozen:
         stack.requires_grad_(False)
@@ -246,7 +249,7 @@ class ProgressiveRackBuilder:
                 parameter.requires_grad_(True)
 
     def _pack(self, stack: Stack, precision: str | None) -> None:
-        form = None if precision is None else FORMATS.get(canonical(precision))
+        form = None if precision is None else weight_format(precision)
         if precision is not None and form is None:
             raise UsageError(f"a trunk cannot be packed as {precision}", hint="choose fp8, nvfp4 or qlora")
         quantize(stack, form, pack=True)

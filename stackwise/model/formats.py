@@ -1,4 +1,4 @@
-"""Narrow formats for the weights of linear layers: fp8, nvfp4, nf4. Plain tensor arithmetic, the same on any device.
+"""Narrow formats for the weights of linear layers: fp8, nvfp4, nf4, integers. Plain tensor arithmetic on any device.
 
 A format packs a matrix into a few named tensors and unpacks them. Packing is a pure function of the matrix: it uses
 exact operations alone (maxima, divisions, roundings, one exactly rounded sum), so neither threads nor devices change a
@@ -18,6 +18,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from stackwise.config.training import Quantization
+from stackwise.errors import UsageError
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -169,6 +172,93 @@ class NF4:
         return (padded * packed["scale_scales"]).flatten()[: len(inner)] + packed["mean"]
 
 
+class Integers:
+    """Signed integers of 2 to 8 bits, an affine grid a group of weights (arXiv 1712.05877, section 2.1).
+
+    They take b bits a weight, and 32 a group (40 with zero points). A weight w is seen as s (q - z) with
+    q = clamp(round(w / s) + z). Without learned scales the grid spans a group's extremes, zero among them:
+    s = (largest - smallest) / (2^b - 1), or 2 |w| / (2^b - 1) where zero is the middle, as in compressed-tensors.
+    Codes lie densely, eight weights in b bytes, the first in the lowest bits.
+
+    Args:
+        settings: Bits, groups, symmetry.
+    """
+
+    def __init__(self, settings: Quantization) -> None:
+        self.settings = settings
+        self.low, self.high = -(1 << settings.bits - 1), (1 << settings.bits - 1) - 1
+
+    def grid(self, outputs: int, inputs: int) -> tuple[int, int]:
+        """Rows and columns of the matrix of groups."""
+        group = self.settings.group
+        if isinstance(group, int):
+            return outputs, -(-inputs // group)
+        return (outputs, 1) if group == "channel" else (1, 1)
+
+    def scales(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points that span the extremes of each group, float32 [G] each, groups in row-major order."""
+        groups = self.grouped(weight_OI.float())
+        lowest, highest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        steps = self.high - self.low
+        if self.settings.symmetric:
+            scales = _scale(torch.maximum(-lowest, highest) * 2, steps)
+            return scales, torch.zeros_like(scales)
+        scales = _scale(highest - lowest, steps)
+        return scales, (self.low - (lowest / scales).round()).clamp(self.low, self.high)
+
+    def layout(self, outputs: int, inputs: int) -> Layout:
+        """`codes` uint8 [N b / 8] over whole groups, N rounded up to 8; `scales` float32 [G]; `zeros` int8 [G]."""
+        rows, columns = self.grid(outputs, inputs)
+        numbers = outputs * self._padded(inputs)
+        layout: Layout = {
+            "codes": ((-(-numbers // 8) * self.settings.bits,), torch.uint8),
+            "scales": ((rows * columns,), torch.float32),
+        }
+        return layout if self.settings.symmetric else layout | {"zeros": ((rows * columns,), torch.int8)}
+
+    def pack(self, weight_OI: Tensor) -> Packed:
+        """On the grid that spans the extremes of each group."""
+        return self.pack_on(weight_OI, *self.scales(weight_OI))
+
+    def pack_on(self, weight_OI: Tensor, scales: Tensor, zeros: Tensor) -> Packed:
+        """On a given grid: scales and whole zero points, float32 [G] each."""
+        groups = self.grouped(weight_OI.float())
+        codes = (groups / scales[:, None]).round_().add_(zeros[:, None]).clamp_(self.low, self.high)
+        numbers = (codes - self.low).to(torch.int64).flatten()
+        eights = F.pad(numbers, (0, -len(numbers) % 8)).view(-1, 8)
+        bits = self.settings.bits
+        words = sum(eights[:, i] << bits * i for i in range(8))  # of 8 b bits: int64 wraps as it must
+        assert isinstance(words, Tensor)
+        packed = {
+            "codes": torch.stack([(words >> 8 * i) & 255 for i in range(bits)], 1).to(torch.uint8).flatten(),
+            "scales": scales,
+        }
+        return packed if self.settings.symmetric else packed | {"zeros": zeros.to(torch.int8)}
+
+    def unpack(self, packed: Mapping[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        """Codes less zero points, times scales."""
+        bits, scales = self.settings.bits, packed["scales"]
+        slices = packed["codes"].view(-1, bits).to(torch.int64)
+        words = sum(slices[:, i] << 8 * i for i in range(bits))
+        assert isinstance(words, Tensor)
+        numbers = torch.stack([(words >> bits * i) & (1 << bits) - 1 for i in range(8)], 1).flatten()
+        codes = numbers[: outputs * self._padded(inputs)].view(len(scales), -1).float() + self.low
+        if "zeros" in packed:
+            codes -= packed["zeros"].float()[:, None]
+        return (codes * scales[:, None]).to(dtype).view(outputs, -1)[:, :inputs]
+
+    def _padded(self, inputs: int) -> int:
+        """Columns of a matrix whose rows are whole groups."""
+        group = self.settings.group
+        return -(-inputs // group) * group if isinstance(group, int) else inputs
+
+    def grouped(self, weight_OI: Tensor) -> Tensor:
+        """The matrix as [G, weights of a group], padded with zeros where a row is no whole number of groups."""
+        outputs, inputs = weight_OI.shape
+        rows, columns = self.grid(outputs, inputs)
+        return F.pad(weight_OI, (0, self._padded(inputs) - inputs)).reshape(rows * columns, -1)
+
+
 @functools.cache
 def nf4_kernel() -> Callable[[Tensor, Tensor, tuple[int, int], torch.dtype], Tensor] | None:
     """bitsandbytes' kernel from codes and scales to a matrix, where it is installed (`pip install stackwise[gpu]`).
@@ -189,12 +279,28 @@ def nf4_kernel() -> Callable[[Tensor, Tensor, tuple[int, int], torch.dtype], Ten
 
 
 FORMATS: dict[str, Format] = {"fp8": FP8(), "nvfp4": NVFP4(), "nf4": NF4()}
-"""The formats by name."""
+"""The formats by name, but for integers: these are named by their settings (`Quantization.name`)."""
+
+
+@functools.cache
+def format_named(name: str) -> Format:
+    """The format of a name.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if name in FORMATS:
+        return FORMATS[name]
+    if (settings := Quantization.named(name)) is None:
+        raise UsageError(
+            f"weight format {name!r} is unknown; choose one of {', '.join(FORMATS)}, or int4-g64 and alike"
+        )
+    return Integers(settings)
 
 
 def bits_per_weight(name: str, outputs: int, inputs: int) -> float:
     """Bits that a format takes for a weight of a matrix [O, I], scales included."""
-    layout = FORMATS[name].layout(outputs, inputs)
+    layout = format_named(name).layout(outputs, inputs)
     return sum(8.0 * math.prod(shape) * dtype.itemsize for shape, dtype in layout.values()) / (outputs * inputs)
 
 

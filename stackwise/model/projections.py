@@ -21,13 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stackwise.config.training import Quantization
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
-from stackwise.model.formats import FORMATS, Layout
+from stackwise.model.formats import Format, Integers, Layout, format_named
 
 PACKED = ".codes"
 """How the names of packed weights end in a state dict."""
-
+LEARNED = ".steps"
+"""How the names of learned scales end."""
 
 WIDE = "stays_wide"
 """The mark on a linear layer that carries no adapters and no narrow format (see `Matrix.narrow`)."""
@@ -48,7 +50,7 @@ class QuantizedLinear(nn.Linear):
 
     Args:
         base: The layer whose weight and bias it takes.
-        form: The format, a key of `FORMATS`; None: the plain weight.
+        form: The format's name (see `format_named`); None: the plain weight.
 
     Raises:
         UsageError: No such format.
@@ -56,15 +58,48 @@ class QuantizedLinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, form: str | None) -> None:
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
-        if form is not None and form not in FORMATS:
-            raise UsageError(f"weight format {form!r} is unknown; choose one of {', '.join(FORMATS)}")
-        self.form = form
+        self.form: str | None = None
+        self.codec: Format | None = None
+        """The format itself. Looked up once: a compiler cannot follow the look-up."""
+        self.rounds: Integers | None = None
+        """The grid of what enters; None: it is not rounded."""
+        self.steps: nn.Parameter | None = None
+        self.offsets: nn.Parameter | None = None
         self.bias = base.bias
         self._names: tuple[str, ...] = ()
         if isinstance(base, QuantizedLinear) and base.packed:
+            self.form, self.codec, self.rounds = base.form, base.codec, base.rounds
             self._hold({name: getattr(base, name) for name in base._names})
         else:
             self.weight = base.weight
+            if isinstance(base, QuantizedLinear):
+                self.steps, self.offsets = base.steps, base.offsets
+            self.put_into(form)
+
+    def put_into(self, form: str | None) -> None:
+        """Let the forward pass see the weight in a format from now on; None: as it was.
+
+        Learned scales begin where they span the weights' extremes. They are vectors [G], so that no optimizer takes
+        them for matrices, and none lets them decay.
+
+        Raises:
+            UsageError: No such format.
+        """
+        self.form = form
+        self.codec = codec = None if form is None else format_named(form)
+        if not isinstance(codec, Integers):
+            return
+        if bits := codec.settings.activations:  # a token is a row
+            self.rounds = Integers(Quantization(bits=bits, symmetric=codec.settings.activations_symmetric))
+        if codec.settings.scale != "learned" or self.steps is not None:
+            return
+        if self.weight.is_meta:
+            rows, columns = codec.grid(self.out_features, self.in_features)
+            scales = zeros = torch.empty(rows * columns, device="meta")
+        else:
+            scales, zeros = codec.scales(self.weight.detach())
+        self.steps = nn.Parameter(scales)
+        self.offsets = None if codec.settings.symmetric else nn.Parameter(zeros)
 
     @property
     def packed(self) -> bool:
@@ -74,12 +109,12 @@ class QuantizedLinear(nn.Linear):
     @property
     def layout(self) -> Layout:
         """Shape and dtype of each packed tensor."""
-        assert self.form is not None
-        return FORMATS[self.form].layout(self.out_features, self.in_features)
+        assert self.codec is not None
+        return self.codec.layout(self.out_features, self.in_features)
 
     def pack(self) -> None:
         """Replace the weight by its packed form; on the meta device, by tensors of its shapes."""
-        if self.form is None or self.packed:
+        if self.codec is None or self.packed:
             return
         weight = self.weight.detach()
         if weight.is_meta:
@@ -87,11 +122,16 @@ class QuantizedLinear(nn.Linear):
                 name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in self.layout.items()
             }
         else:
-            made = FORMATS[self.form].pack(weight)
+            if self.steps is not None:
+                assert isinstance(self.codec, Integers)
+                made = self.codec.pack_on(weight, *_learned_grid(self.codec, self.steps.detach(), self.offsets))
+            else:
+                made = self.codec.pack(weight)
         self._hold(made)
 
     def _hold(self, tensors: dict[str, Tensor]) -> None:
         self.register_parameter("weight", None)
+        self.steps = self.offsets = None
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         self._names = tuple(tensors)
@@ -99,10 +139,15 @@ class QuantizedLinear(nn.Linear):
     def effective(self, dtype: torch.dtype) -> Tensor:
         """The weight that the forward pass multiplies by, [O, I]; its gradient reaches a weight in training."""
         if self.packed:
-            assert self.form is not None
+            assert self.codec is not None
             tensors = {name: getattr(self, name) for name in self._names}
-            return FORMATS[self.form].unpack(tensors, self.out_features, self.in_features, dtype)
-        weight = self.weight if self.form is None else _FakeQuantized.apply(self.weight, self.form)  # type: ignore[no-untyped-call]
+            return self.codec.unpack(tensors, self.out_features, self.in_features, dtype)
+        if self.codec is None:
+            weight = self.weight
+        elif self.steps is None:
+            weight = _FakeQuantized.apply(self.weight, self.codec)  # type: ignore[no-untyped-call]
+        else:
+            weight = _Learned.apply(self.weight, self.steps, self.offsets, self.codec)  # type: ignore[no-untyped-call]
         assert isinstance(weight, Tensor)
         return weight.to(dtype)
 
@@ -112,6 +157,8 @@ class QuantizedLinear(nn.Linear):
             return super().forward(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if self.rounds is not None:
+            x = _RoundedTokens.apply(x, self.rounds)  # type: ignore[no-untyped-call]
         full = self._parameters["bias"]
         bias = None if full is None else full.to(dtype)
         # A compiler decides by itself what to keep for the way back and what to compute anew.
@@ -176,10 +223,63 @@ class _FakeQuantized(torch.autograd.Function):
     """A weight as its format would store it; the gradient passes straight through."""
 
     @staticmethod
-    def forward(ctx: Any, weight_OI: Tensor, form: str) -> Tensor:
-        codec = FORMATS[form]
+    def forward(ctx: Any, weight_OI: Tensor, codec: Format) -> Tensor:
         outputs, inputs = weight_OI.shape
         return codec.unpack(codec.pack(weight_OI), outputs, inputs, weight_OI.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _learned_grid(codec: Integers, steps: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The grid that learned scales and zero points stand for: positive scales, whole zero points within the codes."""
+    # A scale that training drives to zero or below would turn the grid around.
+    scales = steps.clamp(min=torch.finfo(torch.float32).tiny)
+    return scales, torch.zeros_like(scales) if zeros is None else zeros.detach().round().clamp(codec.low, codec.high)
+
+
+class _Learned(torch.autograd.Function):
+    """A weight on a grid whose scales and zero points train too (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
+
+    Where w / s + z is within the codes, the weight's gradient passes straight through, and the scale gets
+    round(w / s) - w / s of it; where it is clipped, the weight gets none, the scale q - z, the zero point -s. The
+    scale's is divided by the square root of (weights of the group times the highest code): LSQ's section 2.2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_OI: Tensor, steps: Tensor, zeros: Tensor | None, codec: Integers) -> Tensor:
+        scales, whole = _learned_grid(codec, steps, zeros)
+        ctx.save_for_backward(weight_OI, scales, whole)
+        ctx.codec = codec
+        outputs, inputs = weight_OI.shape
+        return codec.unpack(codec.pack_on(weight_OI, scales, whole), outputs, inputs, weight_OI.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        weight_OI, scales, whole = ctx.saved_tensors
+        codec: Integers = ctx.codec
+        groups, gradient = codec.grouped(weight_OI.float()), codec.grouped(gradients[0].float())
+        place = groups / scales[:, None]
+        codes = place.round() + whole[:, None]
+        inside = (codes >= codec.low) & (codes <= codec.high)
+        clipped = codes.clamp(codec.low, codec.high) - whole[:, None]
+        factor = 1.0 / math.sqrt(groups.shape[1] * codec.high)
+        steps = (gradient * torch.where(inside, clipped - place, clipped)).sum(1) * factor
+        zeros = (gradient * torch.where(inside, 0.0, -scales[:, None])).sum(1) if ctx.needs_input_grad[2] else None
+        inside_OI = inside.reshape(len(weight_OI), -1)[:, : weight_OI.shape[1]]
+        return gradients[0] * inside_OI, steps, zeros, None
+
+
+class _RoundedTokens(torch.autograd.Function):
+    """Activations on a grid that spans each token's extremes, so that no row depends on another: straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codec: Integers) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1]).float()
+        scales, zeros = codec.scales(tokens)
+        codes = (tokens / scales[:, None]).round_().add_(zeros[:, None]).clamp_(codec.low, codec.high)
+        return codes.sub_(zeros[:, None]).mul_(scales[:, None]).to(x.dtype).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -196,7 +296,7 @@ def quantize(module: nn.Module, form: str | None, *, pack: bool) -> nn.Module:
 
     Args:
         module: A block, or a stack.
-        form: The format, a key of `FORMATS`; None: each layer stays in its own.
+        form: The format's name; None: each layer stays in its own.
         pack: Pack the weights, which freezes them; otherwise they train, seen as the format stores them.
 
     Raises:
@@ -210,7 +310,8 @@ def quantize(module: nn.Module, form: str | None, *, pack: bool) -> nn.Module:
             continue
         if form is not None and layer.form not in (None, form):
             raise UsageError(f"{path} is in format {layer.form} already, not {form}")
-        layer.form = layer.form or form
+        if layer.form is None and form is not None:
+            layer.put_into(form)
         if pack:
             layer.pack()
     return module

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.precision import FORMATS
+from stackwise.config.precision import weight_format
 from stackwise.errors import DamageError
 from stackwise.identity import derive_seed
 from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
 from stackwise.model.block import COMPUTE
 from stackwise.model.build import allocate
 from stackwise.model.projections import (
+    LEARNED,
     PACKED,
     adapter_parameters,
     adapter_state,
@@ -106,7 +107,7 @@ def make_block(
         how: The precision it is held in, and the adapters on it.
         packed: Pack weights in a narrow format, which freezes them.
     """
-    source, form = sources[part], FORMATS.get(how.precision)
+    source, form = sources[part], weight_format(how.precision)
     if source.path is None:
         kind, *numbers = part.split(".")
         # An auxiliary block is drawn apart from those of the rack: nothing of it stays in the model.
@@ -235,6 +236,8 @@ def _loaded(make: Callable[[], M], source: Source, form: str | None = None) -> M
     assert tensors is not None
     if form is not None and any(name.endswith(PACKED) for name in tensors):
         quantize(module, form, pack=True)
+    elif form is not None and any(name.endswith(LEARNED) for name in tensors):
+        quantize(module, form, pack=False)
     allocate(module, "cpu")
     _fill(module, tensors, source)
     return module

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.precision import BITS, FORMATS
+from stackwise.config.precision import bits_per_weight, weight_format
 from stackwise.pipeline.recipe import stage_steps
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, schedule
 
@@ -67,8 +67,8 @@ class Estimate:
         """Bytes of the weights that it holds and does not train; packed where they are in a narrow format."""
         total = 0.0
         for part in set(self.stage.holds) - set(self.stage.trains):
-            form = FORMATS.get(self.stage.format(part).precision)
-            total += self.parameters(part) * (BITS[form] / 8 if form else WEIGHT_BYTES)
+            form = weight_format(self.stage.format(part).precision)
+            total += self.parameters(part) * (bits_per_weight(form) / 8 if form else WEIGHT_BYTES)
         return round(total)
 
     def state_bytes(self, *, gradients: bool) -> int:
