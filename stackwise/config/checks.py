@@ -43,12 +43,17 @@ def _sizes(config: Settings) -> Iterator[Fault]:
 
 def _model(config: Settings) -> Iterator[Fault]:
     model, data = config.model, config.data
-    if model.d_model % model.n_heads:
-        yield "model.n_heads", f"{model.n_heads} heads do not divide d_model {model.d_model}: take a divisor of it"
+    if model.head_size is None and model.d_model % model.n_heads:
+        text = f"{model.n_heads} heads do not divide d_model {model.d_model}: take a divisor of it"
+        yield "model.n_heads", f"{text}, or set model.head_size"
     elif model.positions == "rope" and model.head_dim % 2:
-        yield "model.n_heads", f"rotary positions need an even head width, not {model.head_dim}"
+        key = "model.n_heads" if model.head_size is None else "model.head_size"
+        yield key, f"rotary positions need an even head width, not {model.head_dim}"
     else:
         yield from ((f"model.attention.{key}", text) for key, text in model.attention.faults(model))
+        yield from ((f"model.rope_scaling.{key}", text) for key, text in model.rope_scaling.faults(model))
+    if model.position_offset and model.positions != "learned":
+        yield "model.position_offset", f"{model.position_offset}, but only learned positions have a table"
     if model.max_seq_len is not None and model.max_seq_len < config.training.seq_len:
         yield "model.max_seq_len", f"{model.max_seq_len} is less than training.seq_len {config.training.seq_len}"
     if model.vocab_size is not None and model.vocab_size < 4:

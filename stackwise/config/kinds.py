@@ -28,7 +28,7 @@ from stackwise.config.fields import Section
 from stackwise.registry import Registry
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from stackwise.config.model import ModelConfig
 
@@ -42,6 +42,21 @@ ATTENTIONS: Registry[type[Attention]] = Registry(
 )
 FEED_FORWARDS: Registry[type[FeedForward]] = Registry(
     "feed-forward", f"{__name__}:FeedForward", "stackwise.model.kinds", {"swiglu": "SwiGLU", "gelu": "GELU"}
+)
+ROPE_SCALINGS: Registry[type[RopeScaling]] = Registry(
+    "rope scaling",
+    f"{__name__}:RopeScaling",
+    "stackwise.model.kinds",
+    {
+        "none": "Unscaled",
+        "linear": "LinearScaling",
+        "dynamic": "DynamicScaling",
+        "llama3": "Llama3Scaling",
+        "yarn": "YarnScaling",
+    },
+)
+HEADS: Registry[type[HeadKind]] = Registry(
+    "head", f"{__name__}:HeadKind", "stackwise.model.kinds", {"linear": "LinearHead", "transform": "TransformHead"}
 )
 OPTIMIZERS: Registry[type[Optimizer]] = Registry(
     "optimizer",
@@ -238,10 +253,20 @@ class Attention(BlockPart):
     """Whether it can be between bidirectional and causal."""
     caches: ClassVar[bool] = True
     """Whether it can keep what it needs of earlier positions; generation else goes over all of them for each token."""
+    scales_scores: ClassVar[bool] = False
+    """Whether a factor on rotated queries and keys is one on all scores, as YaRN's attention factor is meant."""
 
     def key_heads(self, model: ModelConfig) -> int:
         """Heads of keys and values."""
         return model.n_heads
+
+    def rotary_width(self, model: ModelConfig) -> int:
+        """Width of a head's rotary part; 0 where positions are learned."""
+        return model.head_dim if model.positions == "rope" else 0
+
+    def at(self, block: int) -> Attention:
+        """Itself as block `block` of the rack has it."""
+        return self
 
     @abc.abstractmethod
     def build(self, model: ModelConfig) -> nn.Module:
@@ -262,6 +287,56 @@ class FeedForward(BlockPart):
     @abc.abstractmethod
     def build(self, model: ModelConfig) -> nn.Module:
         """The module: [..., D] to [..., D]."""
+
+
+class RopeScaling(Kind):
+    """How rotary positions reach beyond the length that a model was trained with."""
+
+    registry: ClassVar[Registry[Any]] = ROPE_SCALINGS
+    tag: ClassVar[str] = "kind"
+    default: ClassVar[str] = "none"
+
+    @abc.abstractmethod
+    def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
+        """Radians a position of each pair of dimensions, float32 [width / 2] on the CPU, and a factor on the tables.
+
+        Args:
+            width: Width of a head; even.
+            theta: Base of the wavelengths.
+            length: Positions of the row.
+        """
+
+    def reach(self, length: int) -> int:
+        """What of a row's length its frequencies depend on: rows of the same value have the same tables."""
+        return 0
+
+    def specification(self) -> dict[str, Any]:
+        """What of it shapes a forward pass; empty where nothing is scaled, whose recipes are older."""
+        return self.plain() | self.code
+
+    def faults(self, model: ModelConfig) -> Iterator[Fault]:
+        """What of its settings the model cannot have."""
+        yield from ()
+
+
+class HeadKind(Kind):
+    """What makes logits of the vectors that leave the last block."""
+
+    registry: ClassVar[Registry[Any]] = HEADS
+    tag: ClassVar[str] = "kind"
+    default: ClassVar[str] = "linear"
+
+    @abc.abstractmethod
+    def parameters(self, model: ModelConfig, vocab_size: int) -> int:
+        """Parameters beside the projection."""
+
+    def specification(self) -> dict[str, Any]:
+        """What of it shapes a forward pass beside the weights; empty for the plain one, whose recipes are older."""
+        return self.plain() | self.code
+
+    @abc.abstractmethod
+    def build(self, model: ModelConfig, vocab_size: int, embedding: Tensor | None = None) -> Any:
+        """The module (`stackwise.model.Head`); the arguments are its."""
 
 
 class Optimizer(Kind):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stackwise.config.fields import Positive, Probability, Section, Size, Small
-from stackwise.config.kinds import TIME_EMBEDDINGS, Attention, FeedForward, Kind
+from stackwise.config.kinds import TIME_EMBEDDINGS, Attention, FeedForward, HeadKind, Kind, RopeScaling
 from stackwise.registry import Registry
 
 TIME_KNOTS = 65
@@ -60,7 +60,8 @@ class ModelConfig(Section):
 
     vocab_size: Size | None = Field(None, description="token ids that the model knows; null: the tokenizer's")
     d_model: Size = Field(256, description="width of the residual stream")
-    n_heads: Size = Field(4, description="attention heads; they divide d_model")
+    n_heads: Size = Field(4, description="attention heads; they divide d_model where head_size is null")
+    head_size: Size | None = Field(None, description="width of an attention head; null: d_model / n_heads")
     d_ff: Size | None = Field(
         None, description="width inside the feed-forward; null: 4 d_model (gelu), 8/3 d_model rounded up to 32 (swiglu)"
     )
@@ -68,7 +69,7 @@ class ModelConfig(Section):
     attention: Attention = Field(
         default_factory=lambda: Attention.of(Attention.default),
         description="mha (multi-head), {kind: gqa, kv_heads: N} (grouped-query), {kind: mla} (multi-head latent), "
-        "{kind: linear} (a feature map for the softmax)",
+        "{kind: linear} (a feature map for the softmax); with bias, qk_norm, window, window_blocks where they apply",
     )
     time_embedding: TimeEmbedding = Field(
         default_factory=lambda: TimeEmbedding.of(TimeEmbedding.default),
@@ -78,12 +79,33 @@ class ModelConfig(Section):
     norm: Literal["rmsnorm", "layernorm"] = Field(
         "rmsnorm", description="the norms of blocks and head: rmsnorm, or layernorm"
     )
+    norm_place: Literal["pre", "post"] = Field(
+        "pre", description="norms before attention and feed-forward, or (post) after each is added: norm(x + f(x))"
+    )
     norm_eps: Positive = Field(1e-5, description="added to the variance inside a norm")
     positions: Literal["rope", "learned"] = Field("rope", description="rotary, or a learned table added by the front")
+    position_offset: Annotated[int, Field(ge=0, le=1 << 16)] = Field(
+        0, description="rows of the learned table before that of position 0 (RoBERTa: 2)"
+    )
     rope_theta: Positive = Field(10_000.0, description="base of the rotary wavelengths")
+    rope_scaling: RopeScaling = Field(
+        default_factory=lambda: RopeScaling.of(RopeScaling.default),
+        description="rotary positions beyond the length that a model was trained with: none, or {kind: linear, factor: "
+        "2}, dynamic, llama3, yarn, as Hugging Face defines them",
+    )
+    embedding_norm: bool = Field(False, description="a norm behind the front's embeddings (BERT)")
+    token_types: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0, description="rows of a table of token types, the first of which is added to every token (BERT: 2); 0: none"
+    )
     ffn: FeedForward = Field(
         default_factory=lambda: FeedForward.of(FeedForward.default),
-        description="the feed-forward of a block: swiglu (gated), or gelu",
+        description="the feed-forward of a block: swiglu (gated), or gelu ({kind: gelu, activation: gelu_tanh}); with "
+        "a bias of its own where it differs",
+    )
+    head: HeadKind = Field(
+        default_factory=lambda: HeadKind.of(HeadKind.default),
+        description="linear (a norm and the projection; {kind: linear, norm: false} without the norm), or transform "
+        "(BERT's: a layer, activation, norm, projection with bias)",
     )
     bias: bool = Field(False, description="biases in linear layers")
     dropout: Probability = Field(0.0, description="dropout after attention and feed-forward, in training")
@@ -106,7 +128,17 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.d_model // self.n_heads
+        return self.head_size or self.d_model // self.n_heads
+
+    @property
+    def heads_width(self) -> int:
+        """Width of all attention heads together."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether what earlier positions left can be kept while a row grows: generation else goes over all of them."""
+        return self.attention.caches and self.rope_scaling.reach(1) == self.rope_scaling.reach(1 << 24)
 
     @property
     def ffn_width(self) -> int:
@@ -116,16 +148,49 @@ class ModelConfig(Section):
     @property
     def block_parameters(self) -> int:
         """Parameters in one block."""
-        norms = 2 * self.d_model * (2 if self.norm == "layernorm" else 1)
-        return self.attention.parameters(self) + self.ffn.parameters(self) + norms
+        return self.attention.parameters(self) + self.ffn.parameters(self) + 2 * self.norm_parameters
 
     @property
-    def time_parameters(self) -> int:
-        """Parameters of the front's time embedding."""
-        return self.time_embedding.parameters(self.d_model)
+    def norm_parameters(self) -> int:
+        """Parameters of one norm over d_model."""
+        return self.d_model * (2 if self.norm == "layernorm" else 1)
+
+    def front_parameters(self, vocab_size: int, seq_len: int) -> int:
+        """Parameters of the front.
+
+        Args:
+            vocab_size: Ids that it knows.
+            seq_len: Longest sample, where `max_seq_len` is None.
+        """
+        rows = vocab_size + self.token_types
+        if self.positions == "learned":
+            rows += (self.max_seq_len or seq_len) + self.position_offset
+        norm = self.norm_parameters if self.embedding_norm else 0
+        return rows * self.d_model + norm + self.time_embedding.parameters(self.d_model)
+
+    def head_parameters(self, vocab_size: int, *, shared: bool) -> int:
+        """Parameters of the head.
+
+        Args:
+            vocab_size: Width of the logits.
+            shared: The projection is the front's.
+        """
+        return self.head.parameters(self, vocab_size) + (0 if shared else vocab_size * self.d_model)
+
+    def at(self, block: int) -> ModelConfig:
+        """The settings of one block: what applies to some blocks alone is resolved for it.
+
+        Args:
+            block: Its place in the rack, 0 the lowest.
+        """
+        attention = self.attention.at(block)
+        return self if attention is self.attention else self.model_copy(update={"attention": attention})
 
     def specification(self) -> dict[str, Any]:
-        """What of it shapes a forward pass beside the weights; settings without effect are left out."""
+        """What of it shapes a forward pass beside the weights; settings without effect are left out.
+
+        So are those that came later, at their defaults: recipes of what was trained before them stay.
+        """
         own = self.model_dump(
             include={"d_model", "n_heads", "norm", "norm_eps", "positions", "bias"}
             | ({"max_seq_len"} if self.positions == "learned" else {"rope_theta"})
@@ -135,4 +200,10 @@ class ModelConfig(Section):
             "attention": self.attention.specification(self) | self.attention.code,
             "ffn": self.ffn.specification(self) | self.ffn.code,
         }
-        return own | {"time_embedding": self.time_embedding.plain()}
+        own |= {"time_embedding": self.time_embedding.plain()}
+        if self.heads_width != self.d_model:
+            own["head_size"] = self.head_dim
+        later = self.model_dump(include={"norm_place", "position_offset", "embedding_norm", "token_types"})
+        own |= {key: value for key, value in later.items() if value != type(self).model_fields[key].default}
+        own |= {"rope_scaling": scaling} if (scaling := self.rope_scaling.specification()) else {}
+        return own | ({"head": head} if (head := self.head.specification()) else {})

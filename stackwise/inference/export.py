@@ -184,8 +184,9 @@ def _write(
     if head is None or index != model.n_blocks:
         raise UsageError(f"the stages hold {index} blocks, the rack has {model.n_blocks}")
     tied = model.tie_embeddings and (head.tied or _same(head.weight, front.embedding.weight))
-    for name, tensor in head.norm.state_dict(prefix="norm.").items():
-        add(head_name(name, llama), tensor)
+    for name, tensor in head.state_dict().items():
+        if name != "projection":
+            add(head_name(name, llama), tensor)
     if not tied:
         add(head_name("projection", llama), head.weight)
     files = writer.close()

@@ -21,7 +21,7 @@ from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.files import open_regular, read_json
 from stackwise.model.block import Block, Stack
 from stackwise.model.build import rebuild_tables
-from stackwise.model.rack import Front, Head, Rack
+from stackwise.model.rack import Front, Rack
 from stackwise.registry import PLUGINS
 from stackwise.text import printable
 from stackwise.version import __version__
@@ -47,7 +47,11 @@ NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layern
 def is_llama(config: ModelConfig) -> bool:
     """Whether Hugging Face's LLaMA computes the same function."""
     alike = config.norm == "rmsnorm" and config.positions == "rope" and isinstance(config.time_embedding, NoTime)
-    return alike and config.attention.llama is not None and config.ffn.llama is not None
+    # What LLaMA lacks, and biases other than `bias` says, are in the specification alone.
+    own = config.specification()
+    plain = ModelConfig().specification() | {"head_size": config.head_dim}
+    alike = alike and own.keys() <= plain.keys() and own["attention"].keys() <= {"kind", "kv_heads"}
+    return alike and own["ffn"].keys() <= {"kind"} and None not in (config.attention.llama, config.ffn.llama)
 
 
 def front_name(name: str, llama: bool) -> str:
@@ -294,8 +298,8 @@ def load_rack(directory: Path | str, device: torch.device | str = "cpu") -> Rack
     try:
         with torch.device("meta"):
             front = Front(config, about.vocab_size, about.seq_len)
-            blocks = [Block(config) for _ in range(config.n_blocks)]
-            head = Head(config, about.vocab_size)
+            blocks = [Block(config.at(index)) for index in range(config.n_blocks)]
+            head = config.head.build(config, about.vocab_size)
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond what a tensor can have
         raise _damaged(about.directory / "config.json", error) from None
     parts: list[tuple[nn.Module, dict[str, str]]] = [
@@ -318,9 +322,7 @@ def load_rack(directory: Path | str, device: torch.device | str = "cpu") -> Rack
     for block in blocks:
         rebuild_tables(block, device)
     if about.tied:
-        norm = head.norm
-        head = Head(config, about.vocab_size, front.embedding.weight)
-        head.norm = norm
+        head.share(front.embedding.weight)
     per_stack = config.architecture.blocks_per_stack
     stacks = [Stack(blocks[i : i + per_stack], i // per_stack) for i in range(0, len(blocks), per_stack)]
     return Rack(front, stacks, head)

@@ -7,42 +7,54 @@ R the rotary part of a head; `…` any leading dimensions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stackwise.config import kinds
 from stackwise.config.direction import Annealed, BlockCausal, Direction
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
-from stackwise.model.kinds import Latent
+from stackwise.model.kinds import Latent, Projected, Windowed
 from stackwise.model.layers import RMSNorm, Rotary
 from stackwise.model.projections import weight_of
 
 _LOW = 0xFFFFFFFF
 
 
-def sees(direction: Direction, q: Tensor, k: Tensor, length: int) -> Tensor:
+def sees(direction: Direction, q: Tensor, k: Tensor, length: int, window: int | None = None) -> Tensor:
     """Whether position q sees position k, bool in the shape that the two broadcast to.
+
+    A window limits how far back a causal position sees. What is seen in both directions has no window: a block of
+    block-causal attention as a whole, and the share that annealed attention sees whatever its place. So attention that
+    is annealed from bidirectional to causal, or whose blocks grow to the row, ends where the other one is.
 
     Args:
         direction: The rule.
         q: int64 positions that ask.
         k: int64 positions that are asked.
         length: Positions of the row; of a paired row, both copies together.
+        window: Positions that one sees back, itself among them; None: all.
     """
     if isinstance(direction, BlockCausal):
-        if not direction.paired:
-            return k // direction.size <= q // direction.size
-        half = length // 2
+        half = length // 2 if direction.paired else length
         asks, asked = q % half // direction.size, k % half // direction.size
+        before = asked < asks
+        if window is not None:
+            before = before & (q % half - k % half < window)
+        if not direction.paired:
+            return (asks == asked) | before
         # Clean positions (the second half) are seen by blocks above, and by their own block's clean copy.
         own = (asks == asked) & ((q >= half) == (k >= half))
-        return own | ((k >= half) & (asked < asks))
+        return own | ((k >= half) & before)
+    if direction is False:
+        return torch.ones_like(q == k)
+    back = k <= q if window is None else (k <= q) & (q - k < window)
     if isinstance(direction, Annealed):
-        return (k <= q) | (_hash(q, k, direction.key) < int(direction.visible * (_LOW + 1)))
-    return k <= q if direction else torch.ones_like(q == k)
+        return back | (_hash(q, k, direction.key) < int(direction.visible * (_LOW + 1)))
+    return back
 
 
 def _hash(q: Tensor, k: Tensor, key: int) -> Tensor:
@@ -61,16 +73,20 @@ class AttentionPattern:
         direction: The rule between positions.
         segments_BS: Integers; a position sees only those with its own value. None: no such limit.
         start: Positions in front of the S that ask, whose keys are kept.
+        window: How far back a position sees (see `sees`); None: all the way.
     """
 
     direction: Direction
     segments_BS: Tensor | None = None
     start: int = 0
+    window: int | None = None
 
     @property
     def plain(self) -> bool:
         """Whether a fused kernel needs no mask: all, or causal from the first position on."""
-        return self.segments_BS is None and isinstance(self.direction, bool) and (self.start == 0 or not self.direction)
+        if self.segments_BS is not None or self.direction is False:
+            return self.segments_BS is None
+        return self.direction is True and self.start == 0 and self.window is None
 
     def mask(self, length: int, device: torch.device) -> Tensor | None:
         """Bool [B or 1, 1, S, T]; None where every position sees all T.
@@ -82,13 +98,14 @@ class AttentionPattern:
         mask_BSS = None
         if self.segments_BS is not None:
             mask_BSS = self.segments_BS[:, :, None] == self.segments_BS[:, None, :]
-        if self.direction is True and self.start == 0:
+        looks_back = self.direction is True and self.window is None
+        if looks_back and self.start == 0:
             if mask_BSS is None:
                 mask_BSS = torch.ones((1, length, length), dtype=torch.bool, device=device)
             return mask_BSS.tril()[:, None]
-        if self.direction is not False and not (self.direction is True and length == 1):
+        if self.direction is not False and not (looks_back and length == 1):
             places = torch.arange(self.start + length, device=device)
-            rule = sees(self.direction, places[self.start :, None], places[None], self.start + length)[None]
+            rule = sees(self.direction, places[self.start :, None], places[None], len(places), self.window)[None]
             mask_BSS = rule if mask_BSS is None else mask_BSS & rule
         return None if mask_BSS is None else mask_BSS[:, None]
 
@@ -160,26 +177,31 @@ class Caches:
         return some
 
 
-class SoftmaxAttention(nn.Module):
-    """Multi-head attention (arXiv 1706.03762), grouped-query (arXiv 2305.13245) where there are fewer key/value heads.
+class SelfAttention(nn.Module):
+    """What attentions share: how they are called, which position sees which, where rotary tables come from.
+
+    Args:
+        config: The rack's configuration, as this block has it (`ModelConfig.at`).
+        kind: The attention's settings.
 
     Raises:
-        UsageError: Heads that do not divide the width, or key/value heads that do not divide the heads.
+        UsageError: Heads that do not divide the width, or key/value heads that do not divide the heads; a rotary part
+            of odd width.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    o: nn.Linear
+
+    def __init__(self, config: ModelConfig, kind: kinds.Attention) -> None:
         super().__init__()
-        d, self.heads, self.kv_heads = config.d_model, config.n_heads, config.kv_heads
-        if d % self.heads:
-            raise UsageError(f"model.n_heads {self.heads} does not divide model.d_model {d}")
+        self.heads, self.kv_heads, self.width = config.n_heads, kind.key_heads(config), config.head_dim
+        if config.head_size is None and config.d_model % self.heads:
+            raise UsageError(f"model.n_heads {self.heads} does not divide model.d_model {config.d_model}")
         if self.heads % self.kv_heads:
             raise UsageError(f"model.attention.kv_heads {self.kv_heads} does not divide model.n_heads {self.heads}")
-        self.width = d // self.heads
-        self.q = nn.Linear(d, d, bias=config.bias)
-        self.k = nn.Linear(d, self.kv_heads * self.width, bias=config.bias)
-        self.v = nn.Linear(d, self.kv_heads * self.width, bias=config.bias)
-        self.o = nn.Linear(d, d, bias=config.bias)
-        self.rotary = Rotary(self.width, config.rope_theta, config.max_seq_len) if config.positions == "rope" else None
+        self.window = kind.window if isinstance(kind, Windowed) else None
+        turned = kind.rotary_width(config)
+        scaling = config.rope_scaling
+        self.rotary = Rotary(turned, config.rope_theta, config.max_seq_len, scaling) if turned else None
 
     def forward(
         self,
@@ -197,18 +219,60 @@ class SoftmaxAttention(nn.Module):
             segments_BS: A position sees only those with its own value; None: no such limit.
             cache: The positions in front of these, which these join; None: there are none.
         """
-        B, S, D = x_BSD.shape
-        start = 0 if cache is None else cache.length
+        S, start = x_BSD.shape[1], 0 if cache is None else cache.length
+        # A window as wide as the row is none, and leaves the kernel without a mask.
+        window = None if self.window is None or self.window >= start + S else self.window
+        tables = None if self.rotary is None else self.rotary.copies(S, start, is_paired(causal))
+        y_BHSE = self.heads_of(x_BSD, tables, AttentionPattern(causal, segments_BS, start, window), cache)
+        y_BSD: Tensor = self.o(y_BHSE.transpose(1, 2).flatten(2))
+        return y_BSD
+
+    def heads_of(
+        self, x_BSD: Tensor, tables: tuple[Tensor, Tensor] | None, pattern: AttentionPattern, cache: Cache | None
+    ) -> Tensor:
+        """What each head brings together, [B, H, S, E].
+
+        Args:
+            x_BSD: Normed input.
+            tables: Rotary tables of its positions; None: they are learned.
+            pattern: Which position sees which.
+            cache: The positions in front, which these join.
+        """
+        raise NotImplementedError
+
+
+class SoftmaxAttention(SelfAttention):
+    """Multi-head attention (arXiv 1706.03762), grouped-query (arXiv 2305.13245) where there are fewer key/value heads.
+
+    Raises:
+        UsageError: As `SelfAttention`.
+    """
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+
+    def __init__(self, config: ModelConfig, kind: Projected) -> None:
+        super().__init__(config, kind)
+        for name, matrix in kind.matrices(config).items():  # q, k, v, o
+            setattr(self, name, nn.Linear(matrix.inputs, matrix.outputs, bias=matrix.bias))
+        self.q_norm = RMSNorm(self.width, eps=config.norm_eps) if kind.qk_norm else None
+        self.k_norm = RMSNorm(self.width, eps=config.norm_eps) if kind.qk_norm else None
+
+    def heads_of(
+        self, x_BSD: Tensor, tables: tuple[Tensor, Tensor] | None, pattern: AttentionPattern, cache: Cache | None
+    ) -> Tensor:
+        """See `SelfAttention.heads_of`."""
+        B, S, _ = x_BSD.shape
         q_BSHE = self.q(x_BSD).view(B, S, self.heads, self.width)
         k_BSKE = self.k(x_BSD).view(B, S, self.kv_heads, self.width)
         v_BSKE = self.v(x_BSD).view(B, S, self.kv_heads, self.width)
-        if self.rotary is not None:
-            tables = self.rotary.copies(S, start, is_paired(causal))
+        if self.q_norm is not None and self.k_norm is not None:
+            # Under autocast the norms are float32 and the matrices are not: fused attention wants one dtype.
+            q_BSHE, k_BSKE = self.q_norm(q_BSHE).to(v_BSKE.dtype), self.k_norm(k_BSKE).to(v_BSKE.dtype)
+        if self.rotary is not None and tables is not None:
             q_BSHE, k_BSKE = self.rotary.rotate(q_BSHE, tables), self.rotary.rotate(k_BSKE, tables)
-        q_BHSE, k_BKSE, v_BKSE = q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
-        y_BHSE = self.mix(q_BHSE, k_BKSE, v_BKSE, AttentionPattern(causal, segments_BS, start), cache)
-        y_BSD: Tensor = self.o(y_BHSE.transpose(1, 2).reshape(B, S, D))
-        return y_BSD
+        return self.mix(q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2), pattern, cache)
 
     def mix(
         self, q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, pattern: AttentionPattern, cache: Cache | None
@@ -236,6 +300,13 @@ def attend(
         pattern: Which position sees which.
         scale: On the scores; None: 1/sqrt(E).
     """
+    if pattern.start and pattern.direction is True and pattern.window is not None:
+        # Of what is kept no position sees more than a window in front of the first that asks.
+        start = min(pattern.start, pattern.window - 1)
+        first = pattern.start - start
+        k_BKTE, v_BKTE = k_BKTE[:, :, first:], v_BKTE[:, :, first:]
+        window = None if q_BHSE.shape[2] == 1 else pattern.window
+        pattern = replace(pattern, start=start, window=window)
     grouped = q_BHSE.shape[1] != k_BKTE.shape[1]
     if pattern.plain:
         return F.scaled_dot_product_attention(
@@ -264,7 +335,7 @@ def flex(
     segments_BS, length = pattern.segments_BS, q_BHSE.shape[2]
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = sees(pattern.direction, q, k, length)
+        seen = sees(pattern.direction, q, k, length, pattern.window)
         return seen if segments_BS is None else seen & (segments_BS[b, q] == segments_BS[b, k])
 
     batch = None if segments_BS is None else len(q_BHSE)
@@ -273,7 +344,7 @@ def flex(
     return flex_attention(q_BHSE, k_BKSE, v_BKSE, block_mask=blocks, scale=scale, enable_gqa=grouped)
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(SelfAttention):
     """Low-rank joint compression of keys and values, with the rotary positions in dimensions of their own.
 
     The layers are the paper's matrices (equations 9 to 19): `kv_down` W^DKV, `k_up` W^UK, `v_up` W^UV, `k_rotary`
@@ -281,16 +352,13 @@ class LatentAttention(nn.Module):
     Only `o` has a bias where the configuration asks for biases. A cache holds the latent and the one rotary key.
 
     Raises:
-        UsageError: Heads that do not divide the width; a rotary part of odd width.
+        UsageError: As `SelfAttention`.
     """
 
     def __init__(self, config: ModelConfig, kind: Latent) -> None:
-        super().__init__()
-        d, self.heads = config.d_model, config.n_heads
-        if d % self.heads:
-            raise UsageError(f"model.n_heads {self.heads} does not divide model.d_model {d}")
-        self.width, self.rank, self.turned = d // self.heads, kind.latent_rank(config), kind.rotary_width(config)
-        inner = kind.q_rank or d
+        super().__init__(config, kind)
+        d, inner = config.d_model, kind.q_rank or config.d_model
+        self.rank, self.turned = kind.latent_rank(config), kind.rotary_width(config)
         self.q_down = nn.Linear(d, inner, bias=False) if kind.q_rank else None
         self.q_norm = RMSNorm(inner, eps=config.norm_eps) if kind.q_rank else None
         self.q_up = nn.Linear(inner, self.heads * self.width, bias=False)
@@ -298,31 +366,22 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(self.rank, eps=config.norm_eps)
         self.k_up = nn.Linear(self.rank, self.heads * self.width, bias=False)
         self.v_up = nn.Linear(self.rank, self.heads * self.width, bias=False)
-        self.o = nn.Linear(d, d, bias=config.bias)
-        self.rotary = Rotary(self.turned, config.rope_theta, config.max_seq_len) if self.turned else None
+        self.o = nn.Linear(self.heads * self.width, d, bias=config.bias)
         self.q_rotary = nn.Linear(inner, self.heads * self.turned, bias=False) if self.turned else None
         self.k_rotary = nn.Linear(d, self.turned, bias=False) if self.turned else None
         self.scale = (self.width + self.turned) ** -0.5
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        *,
-        causal: Direction = False,
-        segments_BS: Tensor | None = None,
-        cache: Cache | None = None,
+    def heads_of(
+        self, x_BSD: Tensor, tables: tuple[Tensor, Tensor] | None, pattern: AttentionPattern, cache: Cache | None
     ) -> Tensor:
-        """Attend. [B, S, D] to [B, S, D]; the arguments are those of `SoftmaxAttention`."""
-        B, S, D = x_BSD.shape
-        start = 0 if cache is None else cache.length
-        pattern = AttentionPattern(causal, segments_BS, start)
+        """See `SelfAttention.heads_of`."""
+        B, S, _ = x_BSD.shape
         c_BSQ = x_BSD
         if self.q_down is not None and self.q_norm is not None:
             c_BSQ = self.q_norm(self.q_down(x_BSD))
         q_BHSE = self._heads(self.q_up(c_BSQ))
         c_B1SC = self.kv_norm(self.kv_down(x_BSD))[:, None]
-        if self.rotary is not None and self.q_rotary is not None and self.k_rotary is not None:
-            tables = self.rotary.copies(S, start, is_paired(causal))
+        if tables is not None and self.rotary is not None and self.q_rotary is not None and self.k_rotary is not None:
             q_BSHR = self.q_rotary(c_BSQ).view(B, S, self.heads, self.turned)
             q_BHSR = self.rotary.rotate(q_BSHR, tables).transpose(1, 2)
             k_B1SR = self.rotary.rotate(self.k_rotary(x_BSD).view(B, S, 1, self.turned), tables).transpose(1, 2)
@@ -332,16 +391,13 @@ class LatentAttention(nn.Module):
             # Under autocast the norm is float32 and the matrices are not: what is kept is what they would be given.
             dtype = q_BHSE.dtype
             c_B1SC, k_B1SR = cache.join(c_B1SC.to(dtype), k_B1SR.to(dtype))
-        if start and type(self.k_up) is type(self.v_up) is nn.Linear:
-            y_BHSE = self._absorbed(q_BHSE, q_BHSR, c_B1SC, k_B1SR, pattern)
-        else:
-            k_BHTE, v_BHTE = self._heads(self.k_up(c_B1SC[:, 0])), self._heads(self.v_up(c_B1SC[:, 0]))
-            k_BHTR = k_B1SR.expand(-1, self.heads, -1, -1)
-            q, k = torch.cat((q_BHSE, q_BHSR), -1), torch.cat((k_BHTE, k_BHTR.to(k_BHTE.dtype)), -1)
-            # Fused kernels want values as wide as keys.
-            y_BHSE = attend(q, k, F.pad(v_BHTE, (0, self.turned)), pattern, self.scale)[..., : self.width]
-        y_BSD: Tensor = self.o(y_BHSE.transpose(1, 2).reshape(B, S, D))
-        return y_BSD
+        if pattern.start and type(self.k_up) is type(self.v_up) is nn.Linear:
+            return self._absorbed(q_BHSE, q_BHSR, c_B1SC, k_B1SR, pattern)
+        k_BHTE, v_BHTE = self._heads(self.k_up(c_B1SC[:, 0])), self._heads(self.v_up(c_B1SC[:, 0]))
+        k_BHTR = k_B1SR.expand(-1, self.heads, -1, -1)
+        q, k = torch.cat((q_BHSE, q_BHSR), -1), torch.cat((k_BHTE, k_BHTR.to(k_BHTE.dtype)), -1)
+        # Fused kernels want values as wide as keys.
+        return attend(q, k, F.pad(v_BHTE, (0, self.turned)), pattern, self.scale)[..., : self.width]
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.heads, self.width).transpose(1, 2)

@@ -53,13 +53,13 @@ def in_own_precision(forward: Forward[B, P]) -> Forward[B, P]:
 
 
 class Block(nn.Module):
-    """One transformer layer, norms first: x + attention(norm x), then x + ffn(norm x).
+    """One transformer layer: x + attention(norm x), then x + ffn(norm x); post-norm: norm(x + attention x), and so on.
 
     The residual stream keeps the dtype it came in; the branches compute in the weights' dtype, or in autocast's.
     Made by itself its weights are PyTorch's defaults; `build_block` gives seeded ones.
 
     Args:
-        config: The rack's configuration; its `architecture` plays no part here.
+        config: The rack's configuration, as this block has it (`ModelConfig.at`).
 
     Raises:
         UsageError: Heads that do not divide the width.
@@ -75,7 +75,8 @@ class Block(nn.Module):
             for name, matrix in kind.matrices(config).items():
                 if not matrix.narrow:
                     setattr(module.get_submodule(name), WIDE, True)
-        self.keeps_cache = config.attention.caches
+        self.post_norm = config.norm_place == "post"
+        self.keeps_cache = config.keeps_cache
         """Whether `forward` takes a cache."""
         self.dropout = config.dropout
         self.compute: torch.dtype | None = None
@@ -109,10 +110,21 @@ class Block(nn.Module):
             raise UsageError("a cache serves attention that looks back, over one document")
         if segments_BS is not None and is_paired(causal):
             segments_BS = segments_BS.repeat(1, 2)
+        if self.post_norm:
+            y_BSD = self.attention(self._narrow(x_BSD), causal=causal, segments_BS=segments_BS, cache=cache)
+            x_BSD = self.attention_norm(x_BSD + self._drop(y_BSD).to(x_BSD.dtype)).to(x_BSD.dtype)
+            y_BSD = self.ffn(self._narrow(x_BSD))
+            y_BSD = self.ffn_norm(x_BSD + self._drop(y_BSD).to(x_BSD.dtype))
+            out_BSD: Tensor = y_BSD.to(x_BSD.dtype)
+            return out_BSD
         y_BSD = self.attention(self.attention_norm(x_BSD), causal=causal, segments_BS=segments_BS, cache=cache)
         x_BSD = x_BSD + self._drop(y_BSD).to(x_BSD.dtype)
         y_BSD = self.ffn(self.ffn_norm(x_BSD))
         return x_BSD + self._drop(y_BSD).to(x_BSD.dtype)
+
+    def _narrow(self, x_BSD: Tensor) -> Tensor:
+        """The residual stream in the weights' dtype, in which a norm gives it where norms come first."""
+        return x_BSD.to(self.attention_norm.weight.dtype)
 
     def _drop(self, y_BSD: Tensor) -> Tensor:
         return F.dropout(y_BSD, self.dropout) if self.training and self.dropout else y_BSD

@@ -110,6 +110,7 @@ def build_block(
     Raises:
         UsageError: Heads that do not divide the width.
     """
+    config = config.at(index)
     with torch.device("meta"):
         block = Block(config)
     _materialise(block, device, dtype)
@@ -134,10 +135,10 @@ def build_head(
     """
     if embedding is None:
         with torch.device("meta"):
-            head = Head(config, vocab_size)
+            head: Head = config.head.build(config, vocab_size)
         _materialise(head, device, dtype)
     else:  # to_empty would take the values of the given tensor
-        head = Head(config, vocab_size, embedding).to(device=device, dtype=dtype)
+        head = config.head.build(config, vocab_size, embedding).to(device=device, dtype=dtype)
     initialise(head, seed, "head", config.init_std)
     return head
 

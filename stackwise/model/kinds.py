@@ -1,22 +1,110 @@
-"""The kinds of attention and feed-forward: their settings and facts. No torch here."""
+"""The kinds of attention, feed-forward, head and rope scaling: their settings and facts.
+
+No torch here but where a kind builds something.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stackwise.config.fields import Size
-from stackwise.config.kinds import Attention, Fault, FeedForward, Matrix
+from stackwise.config.fields import NonNegative, Positive, Size
+from stackwise.config.kinds import Attention, Fault, FeedForward, HeadKind, Matrix, RopeScaling
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from stackwise.config.model import ModelConfig
 
+Activation = Literal["gelu", "gelu_tanh", "relu"]
+ACTIVATIONS = "gelu (exact), gelu_tanh (its approximation, GPT-2's), relu"
 
-class MultiHead(Attention):
+
+class Windowed(Attention):
+    """Attention that may look back over a window alone (Longformer, arXiv 2004.05150; Mistral, arXiv 2310.06825)."""
+
+    window: Size | None = Field(
+        None,
+        description="positions that one sees where attention looks back, itself among them; null: all. Attention that "
+        "sees in both directions has none",
+    )
+    window_blocks: list[Annotated[int, Field(ge=0, lt=1024)]] | None = Field(
+        None, description="the blocks that have the window, 0 the lowest; null: all"
+    )
+
+    def at(self, block: int) -> Attention:
+        """See `Attention.at`."""
+        if self.window_blocks is None:
+            return self
+        window = self.window if block in self.window_blocks else None
+        return self.model_copy(update={"window": window, "window_blocks": None})
+
+    def window_specification(self) -> dict[str, Any]:
+        """What of the window shapes a forward pass; empty: there is none."""
+        if self.window is None or self.window_blocks == []:
+            return {}
+        blocks = {} if self.window_blocks is None else {"window_blocks": sorted(set(self.window_blocks))}
+        return {"window": self.window} | blocks
+
+    def faults(self, model: ModelConfig) -> Iterator[Fault]:
+        """See `Attention.faults`."""
+        if self.window_blocks is not None and self.window is None:
+            yield "window_blocks", "there is no window: set model.attention.window too"
+        beyond = [block for block in self.window_blocks or () if block >= model.n_blocks]
+        if beyond and model.architecture.n_stacks is not None:
+            yield "window_blocks", f"there is no block {beyond[0]}: the rack has 0 to {model.n_blocks - 1}"
+
+
+class Projected(Attention):
+    """Attention of queries, keys and values that are each one matrix of the input."""
+
+    bias: Literal["all", "qkv", "none"] | None = Field(
+        None, description="biases: all, qkv (Qwen 2), none; null: as model.bias"
+    )
+    qk_norm: bool = Field(
+        False, description="an RMS norm over every head's queries and keys, before rotary positions (Qwen 3)"
+    )
+
+    def biases(self, model: ModelConfig) -> tuple[bool, bool]:
+        """Whether queries, keys and values have biases, and whether the output has one."""
+        if self.bias is None:
+            return model.bias, model.bias
+        return self.bias != "none", self.bias == "all"
+
+    def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
+        """See `BlockPart.matrices`."""
+        d, heads, kv = model.d_model, model.heads_width, self.key_heads(model) * model.head_dim
+        inner, outer = self.biases(model)
+        return {
+            "q": Matrix(heads, d, inner),
+            "k": Matrix(kv, d, inner),
+            "v": Matrix(kv, d, inner),
+            "o": Matrix(d, heads, outer),
+        }
+
+    def other_parameters(self, model: ModelConfig) -> int:
+        """The norms of queries and keys."""
+        return 2 * model.head_dim if self.qk_norm else 0
+
+    def kept(self, model: ModelConfig) -> int:
+        """Both norms' inputs and outputs, queries and output; keys and values (arXiv 2205.05198, section 4.1).
+
+        A norm of queries and keys keeps what enters it as well.
+        """
+        heads, keys = model.heads_width, self.key_heads(model) * model.head_dim
+        return 6 * model.d_model + 2 * heads + 2 * keys + (heads + keys if self.qk_norm else 0)
+
+    def projected_specification(self, model: ModelConfig) -> dict[str, Any]:
+        """What of biases and norms differs from what `model.bias` alone says."""
+        biases = self.biases(model)
+        own: dict[str, Any] = {} if biases == (model.bias, model.bias) else {"bias": self.bias}
+        return own | ({"qk_norm": True} if self.qk_norm else {})
+
+
+class MultiHead(Windowed, Projected):
     """Softmax attention with keys and values for each head (arXiv 1706.03762)."""
 
     # The rotary convention is the same: no permutation.
@@ -26,30 +114,18 @@ class MultiHead(Attention):
         "v": "self_attn.v_proj",
         "o": "self_attn.o_proj",
     }
-
-    def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
-        """See `BlockPart.matrices`."""
-        d, kv, bias = model.d_model, self.key_heads(model) * model.head_dim, model.bias
-        return {
-            "q": Matrix(d, d, bias),
-            "k": Matrix(kv, d, bias),
-            "v": Matrix(kv, d, bias),
-            "o": Matrix(d, d, bias),
-        }
-
-    def kept(self, model: ModelConfig) -> int:
-        """Both norms' inputs and outputs, queries and output; keys and values (arXiv 2205.05198, section 4.1)."""
-        return 8 * model.d_model + 2 * self.key_heads(model) * model.head_dim
+    scales_scores: ClassVar[bool] = True
 
     def build(self, model: ModelConfig) -> nn.Module:
         """See `Attention.build`."""
         from stackwise.model.attention import SoftmaxAttention
 
-        return SoftmaxAttention(model)
+        return SoftmaxAttention(model, self)
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """The same for mha and for gqa with as many heads of keys and values: they compute the same."""
-        return {"kind": "softmax", "kv_heads": self.key_heads(model)}
+        own = {"kind": "softmax", "kv_heads": self.key_heads(model)}
+        return own | self.projected_specification(model) | self.window_specification()
 
 
 class GroupedQuery(MultiHead):
@@ -64,9 +140,10 @@ class GroupedQuery(MultiHead):
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
         """See `Attention.faults`."""
         yield from _divides(self.kv_heads, model)
+        yield from super().faults(model)
 
 
-class Latent(Attention):
+class Latent(Windowed):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values from one narrow vector a token."""
 
     kv_rank: Size | None = Field(
@@ -84,7 +161,7 @@ class Latent(Attention):
         return self.kv_rank or min(4 * model.head_dim, model.d_model)
 
     def rotary_width(self, model: ModelConfig) -> int:
-        """Rotary part of a head, resolved; 0 where positions are learned."""
+        """See `Attention.rotary_width`."""
         if model.positions != "rope":
             return 0
         return self.rope_head_dim or max(2, model.head_dim // 4 * 2)
@@ -93,8 +170,9 @@ class Latent(Attention):
         """See `BlockPart.matrices`; without rotary positions, or a latent of the queries, theirs are left out."""
         d, rank, turned, inner = model.d_model, self.latent_rank(model), self.rotary_width(model), self.q_rank
         matrices = {"q_down": Matrix(inner, d)} if inner else {}
-        matrices |= {"q_up": Matrix(d, inner or d), "kv_down": Matrix(rank, d)}
-        matrices |= {"k_up": Matrix(d, rank), "v_up": Matrix(d, rank), "o": Matrix(d, d, model.bias)}
+        heads = model.heads_width
+        matrices |= {"q_up": Matrix(heads, inner or d), "kv_down": Matrix(rank, d)}
+        matrices |= {"k_up": Matrix(heads, rank), "v_up": Matrix(heads, rank), "o": Matrix(d, heads, model.bias)}
         if turned:
             matrices |= {"q_rotary": Matrix(model.n_heads * turned, inner or d), "k_rotary": Matrix(turned, d)}
         return matrices
@@ -105,9 +183,9 @@ class Latent(Attention):
 
     def kept(self, model: ModelConfig) -> int:
         """As of multi-head, and the rotary parts, the latents beside their norms, and a copy of the output."""
-        numbers = 8 * model.d_model + 2 * model.n_heads * model.head_dim
+        numbers = 6 * model.d_model + 4 * model.heads_width
         numbers += 5 * model.n_heads * self.rotary_width(model)
-        return numbers + 2 * (self.latent_rank(model) + (self.q_rank or 0)) + model.d_model
+        return numbers + 2 * (self.latent_rank(model) + (self.q_rank or 0)) + model.heads_width
 
     def build(self, model: ModelConfig) -> nn.Module:
         """See `Attention.build`."""
@@ -117,18 +195,20 @@ class Latent(Attention):
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """See `Attention.specification`."""
-        return self.plain() | {"kv_rank": self.latent_rank(model), "rope_head_dim": self.rotary_width(model)}
+        own = {"kind": self.name, "q_rank": self.q_rank}
+        own |= {"kv_rank": self.latent_rank(model), "rope_head_dim": self.rotary_width(model)}
+        return own | self.window_specification()
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
         """See `Attention.faults`."""
         if self.rotary_width(model) % 2:
             yield "rope_head_dim", f"rotary positions need an even width, not {self.rotary_width(model)}"
+        yield from super().faults(model)
 
 
-class Linear(MultiHead):
+class Linear(Projected):
     """Linear attention (arXiv 2006.16236): a feature map in place of the softmax."""
 
-    llama: ClassVar[Mapping[str, str] | None] = None
     anneals: ClassVar[bool] = False
 
     kv_heads: Size | None = Field(None, description="heads of keys and values; null: n_heads")
@@ -149,7 +229,7 @@ class Linear(MultiHead):
 
     def kept(self, model: ModelConfig) -> int:
         """As of multi-head, and three times the width of the features, of queries, keys and what they make."""
-        return super().kept(model) + 3 * (model.d_model + self.features(model) * model.n_heads)
+        return super().kept(model) + 3 * (model.heads_width + self.features(model) * model.n_heads)
 
     def build(self, model: ModelConfig) -> nn.Module:
         """See `Attention.build`."""
@@ -159,7 +239,8 @@ class Linear(MultiHead):
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """See `Attention.specification`."""
-        return self.plain() | {"kv_heads": self.key_heads(model), "random_features": self.features(model)}
+        own = {"kind": self.name, "kv_heads": self.key_heads(model), "feature_map": self.feature_map}
+        return own | {"random_features": self.features(model)} | self.projected_specification(model)
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
         """See `Attention.faults`."""
@@ -172,7 +253,27 @@ def _divides(kv_heads: int, model: ModelConfig) -> Iterator[Fault]:
         yield "kv_heads", text
 
 
-class SwiGLU(FeedForward):
+class Biased(FeedForward):
+    """A feed-forward that may have biases of its own."""
+
+    bias: bool | None = Field(None, description="biases; null: as model.bias")
+
+    def has_bias(self, model: ModelConfig) -> bool:
+        """Whether its layers have biases."""
+        return model.bias if self.bias is None else self.bias
+
+    def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
+        """See `BlockPart.matrices`."""
+        d, f, bias = model.d_model, model.ffn_width, self.has_bias(model)
+        return {"up": Matrix(f, d, bias), "down": Matrix(d, f, bias)}
+
+    def specification(self, model: ModelConfig) -> dict[str, Any]:
+        """See `BlockPart.specification`."""
+        own = {"bias": self.bias} if self.has_bias(model) != model.bias else {}
+        return {"kind": self.name} | own
+
+
+class SwiGLU(Biased):
     """A gated feed-forward (arXiv 2002.05202)."""
 
     llama: ClassVar[Mapping[str, str] | None] = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
@@ -183,37 +284,216 @@ class SwiGLU(FeedForward):
 
     def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
         """See `BlockPart.matrices`."""
-        return {"gate": Matrix(model.ffn_width, model.d_model, model.bias)} | _up_and_down(model)
+        return {"gate": Matrix(model.ffn_width, model.d_model, self.has_bias(model))} | super().matrices(model)
 
     def build(self, model: ModelConfig) -> nn.Module:
         """See `FeedForward.build`."""
         from stackwise.model import layers
 
-        return layers.SwiGLUFeedForward(model)
+        return layers.SwiGLUFeedForward(model, self)
 
     def kept(self, model: ModelConfig) -> int:
         """What leaves the gate, its SiLU, what leaves `up`, and their product."""
         return 4 * model.ffn_width
 
 
-class GELU(FeedForward):
-    """Two matrices with a GELU (arXiv 1606.08415) between them."""
+class GELU(Biased):
+    """Two matrices with an activation between them, by default the exact GELU (arXiv 1606.08415)."""
 
-    def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
-        """See `BlockPart.matrices`."""
-        return _up_and_down(model)
+    activation: Activation = Field("gelu", description=ACTIVATIONS)
 
     def build(self, model: ModelConfig) -> nn.Module:
         """See `FeedForward.build`."""
         from stackwise.model import layers
 
-        return layers.GELUFeedForward(model)
+        return layers.GELUFeedForward(model, self)
 
     def kept(self, model: ModelConfig) -> int:
-        """What leaves `up`, and its GELU."""
+        """What leaves `up`, and its activation."""
         return 2 * model.ffn_width
 
+    def specification(self, model: ModelConfig) -> dict[str, Any]:
+        """See `BlockPart.specification`."""
+        own = super().specification(model)
+        return own if self.activation == "gelu" else own | {"activation": self.activation}
 
-def _up_and_down(model: ModelConfig) -> dict[str, Matrix]:
-    d, f = model.d_model, model.ffn_width
-    return {"up": Matrix(f, d, model.bias), "down": Matrix(d, f, model.bias)}
+
+class LinearHead(HeadKind):
+    """A norm and the projection."""
+
+    norm: bool = Field(True, description="the norm before the projection; false: none")
+
+    def parameters(self, model: ModelConfig, vocab_size: int) -> int:
+        """See `HeadKind.parameters`."""
+        return model.norm_parameters if self.norm else 0
+
+    def specification(self) -> dict[str, Any]:
+        """See `HeadKind.specification`."""
+        return {} if self.norm else super().specification()
+
+    def build(self, model: ModelConfig, vocab_size: int, embedding: Tensor | None = None) -> nn.Module:
+        """See `HeadKind.build`."""
+        from stackwise.model.rack import Head
+
+        return Head(model, vocab_size, embedding)
+
+
+class TransformHead(HeadKind):
+    """BERT's masked-LM head (arXiv 1810.04805): a layer, an activation, a norm, the projection with a bias."""
+
+    activation: Activation = Field("gelu", description=ACTIVATIONS)
+
+    def parameters(self, model: ModelConfig, vocab_size: int) -> int:
+        """See `HeadKind.parameters`."""
+        return model.d_model * (model.d_model + 1) + model.norm_parameters + vocab_size
+
+    def build(self, model: ModelConfig, vocab_size: int, embedding: Tensor | None = None) -> nn.Module:
+        """See `HeadKind.build`."""
+        from stackwise.model.rack import TransformHead
+
+        return TransformHead(model, vocab_size, embedding, self.activation)
+
+
+class Unscaled(RopeScaling):
+    """Wavelengths from 2 pi to 2 pi theta (RoFormer, arXiv 2104.09864)."""
+
+    def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
+        """See `RopeScaling.frequencies`."""
+        return _frequencies(width, theta), 1.0
+
+    def specification(self) -> dict[str, Any]:
+        """See `RopeScaling.specification`."""
+        return {}
+
+
+class Scaled(RopeScaling):
+    """A scaling of rotary positions, by the formulas of Hugging Face's `modeling_rope_utils`."""
+
+    factor: Annotated[float, Field(ge=1.0, le=1e6)] = Field(description="how many times longer rows may be")
+
+    def faults(self, model: ModelConfig) -> Iterator[Fault]:
+        """See `RopeScaling.faults`."""
+        if model.positions != "rope":
+            yield "kind", f"{self.name}: model.positions is {model.positions}: there is nothing to scale"
+
+
+class LinearScaling(Scaled):
+    """Positions are divided by the factor (position interpolation, arXiv 2306.15595)."""
+
+    def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
+        """See `RopeScaling.frequencies`."""
+        return _frequencies(width, theta) / self.factor, 1.0
+
+
+class DynamicScaling(Scaled):
+    """NTK-aware scaling, by the length of the row: up to the original length nothing is scaled.
+
+    A row's frequencies depend on its length (padding and all documents in it included), so earlier positions cannot be
+    kept while a row grows: generation goes over all of them.
+    """
+
+    original_max_position_embeddings: Size = Field(description="longest row of the model's first training")
+
+    def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
+        """See `RopeScaling.frequencies`."""
+        stretch = self.factor * self.reach(length) / self.original_max_position_embeddings - (self.factor - 1)
+        return _frequencies(width, theta * stretch ** (width / (width - 2))), 1.0
+
+    def reach(self, length: int) -> int:
+        """See `RopeScaling.reach`."""
+        return max(length, self.original_max_position_embeddings)
+
+    def faults(self, model: ModelConfig) -> Iterator[Fault]:
+        """See `RopeScaling.faults`."""
+        yield from super().faults(model)
+        if model.attention.rotary_width(model) == 2:
+            yield "kind", "dynamic: a rotary part of width 2 has a single wavelength, which it cannot stretch"
+
+
+class Llama3Scaling(Scaled):
+    """LLaMA 3.1's: long wavelengths are stretched, short ones stay, and those between go from one to the other."""
+
+    original_max_position_embeddings: Size = Field(description="longest row of the model's first training")
+    low_freq_factor: Positive = Field(1.0, description="wavelengths above original / this are stretched whole")
+    high_freq_factor: Positive = Field(4.0, description="wavelengths below original / this are not stretched")
+
+    def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
+        """See `RopeScaling.frequencies`."""
+        import torch
+
+        plain, original = _frequencies(width, theta), self.original_max_position_embeddings
+        low, high = self.low_freq_factor, self.high_freq_factor
+        wavelength = 2 * math.pi / plain
+        share = (original / wavelength - low) / (high - low)
+        between = (1 - share) * plain / self.factor + share * plain
+        scaled = torch.where(wavelength > original / low, plain / self.factor, plain)
+        medium = (wavelength >= original / high) & (wavelength <= original / low)
+        return torch.where(medium, between, scaled), 1.0
+
+    def faults(self, model: ModelConfig) -> Iterator[Fault]:
+        """See `RopeScaling.faults`."""
+        yield from super().faults(model)
+        if self.high_freq_factor <= self.low_freq_factor:
+            yield "high_freq_factor", f"{self.high_freq_factor:g} is not above low_freq_factor {self.low_freq_factor:g}"
+
+
+class YarnScaling(Scaled):
+    """YaRN (arXiv 2309.00071): as llama3's by the number of turns in the original length, with a factor on scores."""
+
+    original_max_position_embeddings: Size = Field(description="longest row of the model's first training")
+    beta_fast: Positive = Field(32.0, description="dimensions with more turns than this are not stretched")
+    beta_slow: Positive = Field(1.0, description="dimensions with fewer turns than this are stretched whole")
+    attention_factor: Positive | None = Field(
+        None, description="factor on queries and keys; null: from factor, mscale and mscale_all_dim"
+    )
+    mscale: NonNegative | None = Field(None, description="weight of log(factor) above the attention factor's line")
+    mscale_all_dim: NonNegative | None = Field(None, description="weight of log(factor) below it")
+    truncate: bool = Field(True, description="round the bounds of the dimensions between to whole ones")
+
+    @property
+    def scores(self) -> float:
+        """The factor on queries and keys, resolved."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+
+        def scale(weight: float) -> float:
+            return 0.1 * weight * math.log(self.factor) + 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return scale(self.mscale) / scale(self.mscale_all_dim)
+        return scale(1.0)
+
+    def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
+        """See `RopeScaling.frequencies`."""
+        import torch
+
+        def dimension(turns: float) -> float:
+            """The dimension that turns so often over the original length."""
+            lengths = self.original_max_position_embeddings / (turns * 2 * math.pi)
+            return width * math.log(lengths) / (2 * math.log(theta))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        ramp = (torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / ((high - low) or 0.001)
+        stays, plain = 1 - ramp.clamp(0, 1), _frequencies(width, theta)
+        return plain / self.factor * (1 - stays) + plain * stays, self.scores
+
+    def faults(self, model: ModelConfig) -> Iterator[Fault]:
+        """See `RopeScaling.faults`."""
+        yield from super().faults(model)
+        if self.beta_fast <= self.beta_slow:
+            yield "beta_fast", f"{self.beta_fast:g} is not above beta_slow {self.beta_slow:g}"
+        if model.rope_theta <= 1.0:
+            yield "kind", f"yarn: model.rope_theta is {model.rope_theta:g}, and it needs wavelengths that grow"
+        if self.scores != 1.0 and not model.attention.scales_scores:
+            text = f"{model.attention.name} attention has no place for a factor on all scores ({self.scores:g})"
+            yield "attention_factor", f"{text}: set it to 1, or choose another kind"
+
+
+def _frequencies(width: int, theta: float) -> Tensor:
+    import torch
+
+    # Always computed on the CPU in float32: the same on every device, and LLaMA's to the last bit.
+    return 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width))

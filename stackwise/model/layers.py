@@ -5,6 +5,7 @@ Shapes in names: B batch, S sequence, D d_model, H heads, E width of a head, F f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Self
 
@@ -12,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stackwise.config.kinds import RopeScaling
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
+from stackwise.model import kinds
 
 
 class RMSNorm(nn.RMSNorm):
@@ -58,6 +61,7 @@ class Rotary(nn.Module):
         width: Width of a head; even.
         theta: Base of the wavelengths.
         max_positions: Longest sequence; None: the tables grow as needed.
+        scaling: How they reach beyond the length that the model was trained with; None: not.
 
     Raises:
         UsageError: The width is odd.
@@ -66,11 +70,14 @@ class Rotary(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, width: int, theta: float, max_positions: int | None) -> None:
+    def __init__(self, width: int, theta: float, max_positions: int | None, scaling: RopeScaling | None = None) -> None:
         super().__init__()
         if width % 2:
             raise UsageError(f"rotary positions need heads of even width, not {width}")
         self.width, self.theta, self.max_positions = width, theta, max_positions
+        self.scaling = scaling or kinds.Unscaled()
+        self.reach = self.scaling.reach(1)
+        """What the tables were made for (see `RopeScaling.reach`)."""
         device = torch.get_default_device()
         positions = min(max_positions or 512, MOST_POSITIONS)  # beyond that they grow as they are needed
         # On the meta device there is nothing to compute: `_apply` or `rebuild` makes the tables.
@@ -80,11 +87,11 @@ class Rotary(nn.Module):
         self.register_buffer("sin", sin_SE.to(device), persistent=False)
 
     def _tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        # Always computed on the CPU in float32: the same table on every device, and LLaMA's to the last bit.
-        even = torch.arange(0, self.width, 2, dtype=torch.float32, device="cpu")
-        places = torch.arange(positions, dtype=torch.float32, device="cpu")
-        angle = torch.outer(places, 1.0 / (self.theta ** (even / self.width)))
+        frequencies, factor = self.scaling.frequencies(self.width, self.theta, self.reach)
+        angle = torch.outer(torch.arange(positions, dtype=torch.float32, device="cpu"), frequencies)
         cos, sin = angle.cos(), angle.sin()
+        if factor != 1.0:
+            cos, sin = cos * factor, sin * factor
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def _fill(self, positions: int, device: torch.device | str) -> None:
@@ -112,7 +119,11 @@ class Rotary(nn.Module):
         if end > self.cos.shape[0]:
             if self.max_positions is not None and end > self.max_positions:
                 raise too_long(end, self.max_positions)
+            self.reach = self.scaling.reach(end)
             self._fill(1 << (end - 1).bit_length(), self.cos.device)
+        elif (reach := self.scaling.reach(end)) != self.reach:
+            self.reach = reach
+            self._fill(self.cos.shape[0], self.cos.device)
         return self.cos[start:end, None], self.sin[start:end, None]
 
     def copies(self, length: int, start: int, paired: bool) -> tuple[Tensor, Tensor]:
@@ -140,15 +151,23 @@ def too_long(length: int, limit: int) -> UsageError:
     )
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+"""By the names that `kinds.Activation` lists."""
+
+
 class SwiGLUFeedForward(nn.Module):
     """Gated feed-forward (arXiv 2002.05202): down(silu(gate x) · up x)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kind: kinds.SwiGLU) -> None:
         super().__init__()
-        d, f = config.d_model, config.ffn_width
-        self.gate = nn.Linear(d, f, bias=config.bias)
-        self.up = nn.Linear(d, f, bias=config.bias)
-        self.down = nn.Linear(f, d, bias=config.bias)
+        d, f, bias = config.d_model, config.ffn_width, kind.has_bias(config)
+        self.gate = nn.Linear(d, f, bias=bias)
+        self.up = nn.Linear(d, f, bias=bias)
+        self.down = nn.Linear(f, d, bias=bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
@@ -157,15 +176,16 @@ class SwiGLUFeedForward(nn.Module):
 
 
 class GELUFeedForward(nn.Module):
-    """Plain feed-forward: down(gelu(up x)), the exact GELU (arXiv 1606.08415)."""
+    """Plain feed-forward: down(activation(up x)); by default the exact GELU (arXiv 1606.08415)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kind: kinds.GELU) -> None:
         super().__init__()
-        d, f = config.d_model, config.ffn_width
-        self.up = nn.Linear(d, f, bias=config.bias)
-        self.down = nn.Linear(f, d, bias=config.bias)
+        d, f, bias = config.d_model, config.ffn_width, kind.has_bias(config)
+        self.up = nn.Linear(d, f, bias=bias)
+        self.down = nn.Linear(f, d, bias=bias)
+        self.activation = kind.activation
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        y_BSD: Tensor = self.down(F.gelu(self.up(x_BSD)))
+        y_BSD: Tensor = self.down(ACTIVATIONS[self.activation](self.up(x_BSD)))
         return y_BSD

@@ -35,7 +35,7 @@ class LinearAttention(SoftmaxAttention):
     """
 
     def __init__(self, config: ModelConfig, kind: Linear) -> None:
-        super().__init__(config)
+        super().__init__(config, kind)
         self.feature_map = kind.feature_map
         self._omega_EF: Tensor | None = None
         if features := kind.features(config):

@@ -18,7 +18,8 @@ from stackwise.config.model import TIME_KNOTS, LearnedTime, ModelConfig, Sinusoi
 from stackwise.errors import UsageError
 from stackwise.model.attention import Cache, is_paired
 from stackwise.model.block import Block, Stack
-from stackwise.model.layers import make_norm, too_long
+from stackwise.model.kinds import LinearHead
+from stackwise.model.layers import ACTIVATIONS, make_norm, too_long
 
 
 class TimeEmbedding(nn.Module):
@@ -58,7 +59,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Front(nn.Module):
-    """Token embedding, plus a learned table of positions, plus an embedding of time, where the configuration asks so.
+    """Token embedding, plus what the configuration asks for: learned positions, the first token type, a norm, time.
 
     Args:
         config: The rack's configuration.
@@ -70,7 +71,11 @@ class Front(nn.Module):
         super().__init__()
         self.max_seq_len = config.max_seq_len or seq_len
         self.embedding = nn.Embedding(vocab_size, config.d_model)
-        self.positions = nn.Embedding(self.max_seq_len, config.d_model) if config.positions == "learned" else None
+        self.offset = config.position_offset
+        rows = self.offset + self.max_seq_len
+        self.positions = nn.Embedding(rows, config.d_model) if config.positions == "learned" else None
+        self.types = nn.Embedding(config.token_types, config.d_model) if config.token_types else None
+        self.norm = make_norm(config) if config.embedding_norm else None
         self.time = TimeEmbedding(config) if isinstance(config.time_embedding, Sinusoidal) else None
 
     def forward(self, ids_BS: Tensor, time: Tensor | None = None, *, start: int = 0, paired: bool = False) -> Tensor:
@@ -90,9 +95,13 @@ class Front(nn.Module):
         if start + length > self.max_seq_len:
             raise too_long(start + length, self.max_seq_len)
         x_BSD: Tensor = self.embedding(ids_BS if ids_BS.dtype in (torch.int32, torch.int64) else ids_BS.long())
+        if self.types is not None:
+            x_BSD = x_BSD + self.types.weight[0]
         if self.positions is not None:
-            places_SD = self.positions.weight[start : start + length]
+            places_SD = self.positions.weight[self.offset + start : self.offset + start + length]
             x_BSD = x_BSD + (places_SD.repeat(2, 1) if paired else places_SD)
+        if self.norm is not None:
+            x_BSD = self.norm(x_BSD)
         if self.time is not None:
             if time is None:
                 raise UsageError("this front takes the masked share of each row as input", hint="pass time, [B]")
@@ -102,7 +111,7 @@ class Front(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm and output projection.
+    """Final norm, where the configuration has one, and output projection.
 
     A tied projection is the front's parameter and stays the front's: it is no parameter of the head, nor in its
     state dict, so no optimizer sees it twice and no file holds it twice. Its gradient arrives all the same. A plain
@@ -118,6 +127,8 @@ class Head(nn.Module):
     """
 
     projection: nn.Parameter | None
+    bias: nn.Parameter | None
+    """Added to the logits, [V]; None: nothing is."""
     fixed: Tensor | None
 
     def __init__(self, config: ModelConfig, vocab_size: int, embedding: Tensor | None = None) -> None:
@@ -125,11 +136,13 @@ class Head(nn.Module):
         shape = (vocab_size, config.d_model)
         if embedding is not None and tuple(embedding.shape) != shape:
             raise UsageError(f"an embedding of shape {tuple(embedding.shape)} cannot be a head of shape {shape}")
-        self.norm = make_norm(config)
+        plain = not isinstance(config.head, LinearHead) or config.head.norm
+        self.norm = make_norm(config) if plain else nn.Identity()
         projection = (
             nn.Parameter(nn.init.normal_(torch.empty(shape), std=config.init_std)) if embedding is None else None
         )
         self.register_parameter("projection", projection)
+        self.register_parameter("bias", None)
         is_parameter = isinstance(embedding, nn.Parameter)
         self.register_buffer("fixed", None if is_parameter else embedding, persistent=False)
         # In a tuple, where nn.Module does not look for parameters.
@@ -150,6 +163,10 @@ class Head(nn.Module):
         assert self.fixed is not None
         return self.fixed
 
+    def share(self, embedding: nn.Parameter) -> None:
+        """Project with another part's parameter [V, D]."""
+        self.projection, self.fixed, self._shared = None, None, (embedding,)
+
     def untie(self) -> None:
         """Give a tied head a trainable projection of its own, starting as a copy."""
         if self.tied:
@@ -164,7 +181,29 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[…, D] to logits […, V]."""
         h, weight_VD = self.features(x), self.weight
-        return F.linear(h.to(weight_VD.dtype), weight_VD)
+        return F.linear(h.to(weight_VD.dtype), weight_VD, self.bias)
+
+
+class TransformHead(Head):
+    """BERT's masked-LM head: a layer, an activation, a norm, and the projection with a bias.
+
+    Args:
+        config: The rack's configuration.
+        vocab_size: Width of the logits.
+        embedding: The projection [V, D] to share; None: a projection of its own.
+        activation: Its name, a key of `ACTIVATIONS`.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, embedding: Tensor | None, activation: str) -> None:
+        super().__init__(config, vocab_size, embedding)
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.activation = activation
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def features(self, x: Tensor) -> Tensor:
+        """See `Head.features`."""
+        normed: Tensor = self.norm(ACTIVATIONS[self.activation](self.dense(x.to(self.dense.weight.dtype))))
+        return normed
 
 
 class Rack(nn.Module):

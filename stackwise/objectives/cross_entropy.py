@@ -19,7 +19,10 @@ SLICE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 
 @runtime_checkable
 class ProjectionHead(Protocol):
-    """A head that is features followed by a matrix: its gradients are taken slice by slice, with nothing recomputed."""
+    """A head that is features followed by a matrix: its gradients are taken slice by slice, with nothing recomputed.
+
+    An attribute `bias`, [V] or None, is added to the logits.
+    """
 
     @property
     def weight(self) -> Tensor:
@@ -47,6 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         h_nD: Tensor,
         weight_VD: Tensor,
+        bias_V: Tensor | None,
         targets_n: Tensor,
         factors_n: Tensor | None,
         rows: int,
@@ -54,23 +58,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         total = torch.zeros((), dtype=torch.float32, device=h_nD.device)
-        want_h, want_weight = needs and ctx.needs_input_grad[0], needs and ctx.needs_input_grad[1]
+        want_h, want_weight, want_bias = (needs and needed for needed in ctx.needs_input_grad[:3])
         gradient_h = torch.empty_like(h_nD) if want_h else None
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         gradient_weight: Tensor | None = None
+        gradient_bias = None if bias_V is None or not want_bias else torch.zeros_like(bias_V, dtype=wide)
         for start in range(0, len(h_nD), rows):
             h, targets = h_nD[start : start + rows], targets_n[start : start + rows, None]
             logits = (h @ weight_VD.T).to(wide)
+            if bias_V is not None:
+                logits.add_(bias_V)
             log_z = torch.logsumexp(logits, -1, keepdim=True)
             factors = None if factors_n is None else factors_n[start : start + rows, None]
             nats = log_z - logits.gather(1, targets)
             total = total + (nats if factors is None else nats * factors).sum(dtype=wide)
-            if gradient_h is None and not want_weight:
+            if gradient_h is None and gradient_bias is None and not want_weight:
                 continue
             slope = logits.sub_(log_z).exp_()
             slope.scatter_(1, targets, slope.gather(1, targets) - 1.0)  # scatter_add_ has no fixed order on a GPU
             if factors is not None:
                 slope.mul_(factors)
+            if gradient_bias is not None:
+                gradient_bias += slope.sum(0)
             narrow = slope.to(h.dtype)
             if gradient_h is not None:
                 torch.mm(narrow, weight_VD, out=gradient_h[start : start + rows])
@@ -81,8 +90,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     gradient_weight.addmm_(narrow.T, h)
                 else:
                     gradient_weight += narrow.T @ h
-        ctx.gradients = (gradient_h, gradient_weight)
-        ctx.dtypes = (h_nD.dtype, weight_VD.dtype)
+        ctx.gradients = (gradient_h, gradient_weight, gradient_bias)
+        ctx.dtypes = (h_nD.dtype, weight_VD.dtype, wide if bias_V is None else bias_V.dtype)
         return total
 
     @staticmethod
@@ -92,9 +101,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the gradient of this loss was already taken, and freed")
         gradients, ctx.gradients = ctx.gradients, None
         if slope is None:
-            return None, None, None, None, None, None
+            return (None,) * 7
         scaled = [None if g is None else g.mul_(slope).to(t) for g, t in zip(gradients, ctx.dtypes, strict=True)]
-        return scaled[0], scaled[1], None, None, None, None
+        return *scaled, None, None, None, None
 
 
 def head_cross_entropy(
@@ -130,7 +139,8 @@ def head_cross_entropy(
             rows = slice_rows(weight_VD.shape[0], x_nD.device)
             with torch.autocast(x_nD.device.type, enabled=False):
                 apply: Callable[..., Tensor] = _LinearCrossEntropy.apply
-                return apply(h_nD, weight_VD, targets_n, factors_n, rows, torch.is_grad_enabled())
+                bias_V = getattr(head, "bias", None)
+                return apply(h_nD, weight_VD, bias_V, targets_n, factors_n, rows, torch.is_grad_enabled())
     return _sliced(head, x_nD, targets_n, factors_n)
 
 

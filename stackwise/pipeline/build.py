@@ -114,7 +114,7 @@ def make_block(
         seed = config.seed if kind == "block" else derive_seed(config.seed, part)
         block = build_block(config.model, int(numbers[-1]), seed)
     else:
-        block = _loaded(lambda: Block(config.model), source, form)
+        block = _loaded(lambda: Block(config.model.at(int(part.rpartition(".")[2]))), source, form)
     if form is not None:
         quantize(block, form, pack=packed)
     block.compute = COMPUTE.get(how.precision)

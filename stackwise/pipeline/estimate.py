@@ -44,11 +44,10 @@ class Estimate:
             sides = model.attention.adapter_parameters(model) + model.ffn.adapter_parameters(model)
             return sides * sum(size.rank for size in stage.format(part.removeprefix(ADAPTER)).adapters)
         if part == FRONT:
-            positions = (model.max_seq_len or config.training.seq_len) if model.positions == "learned" else 0
-            return (self.vocab_size + positions) * model.d_model + model.time_parameters
+            return model.front_parameters(self.vocab_size, config.training.seq_len)
         if part == HEAD:
             shared = model.tie_embeddings and (FRONT in stage.trains or config.training.tied_head == "frozen")
-            return model.d_model + (0 if shared else self.vocab_size * model.d_model)
+            return model.head_parameters(self.vocab_size, shared=shared)
         return model.block_parameters
 
     @property

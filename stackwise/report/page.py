@@ -146,12 +146,11 @@ def _keys(facts: Facts) -> str:
 
 
 def _parameters(facts: Facts) -> int:
-    """Parameters of the rack: blocks, embedding, positions, head, final norm."""
-    model, config = facts.config.model, facts.config
-    vocabulary = facts.vocabulary or model.vocab_size or 0
-    ends = vocabulary * model.d_model * (1 if model.tie_embeddings else 2) + model.d_model
-    positions = (model.max_seq_len or config.training.seq_len) * model.d_model if model.positions == "learned" else 0
-    return model.n_blocks * model.block_parameters + ends + positions
+    """Parameters of the rack: front, blocks, head."""
+    model, vocabulary = facts.config.model, facts.vocabulary or facts.config.model.vocab_size or 0
+    ends = model.front_parameters(vocabulary, facts.config.training.seq_len)
+    ends += model.head_parameters(vocabulary, shared=model.tie_embeddings)
+    return model.n_blocks * model.block_parameters + ends
 
 
 MANY = 16

@@ -288,7 +288,7 @@ def test_time_is_an_input(kind: str) -> None:
     torch.testing.assert_close(rack.front(ids, shares[:, None].expand(3, 16)), entered)
     plain = build_rack(ModelConfig(d_model=D, n_heads=H), 50, 0, 16)
     torch.testing.assert_close(plain.front(ids, shares), plain.front(ids))
-    assert sum(p.numel() for p in rack.front.parameters()) - 50 * D == c.time_parameters
+    assert sum(p.numel() for p in rack.front.parameters()) == c.front_parameters(50, 8)
     assert rack(ids, time=shares).shape == (3, 16, 50)
     rack(ids, time=shares).sum().backward()
     assert all(p.grad is not None for p in rack.front.parameters())

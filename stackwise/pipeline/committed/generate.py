@@ -126,7 +126,7 @@ def generate(
         exit_at=exit_at,
     )
     stages = _stages(rack, rack.modules if exit_at is None else rack.exits)
-    model = LoadedModel(rack.front(), stages, direction, rack.autocast, rack.config.model.attention.caches)
+    model = LoadedModel(rack.front(), stages, direction, rack.autocast, rack.config.model.keeps_cache)
     canvas, is_hole = (torch.from_numpy(array).to(rack.device) for array in (ids, holes))
     filled = fill(model, canvas, is_hole, how, callback=show)
     result = filled.cpu().numpy()
@@ -230,7 +230,7 @@ def _continue(
         forbidden=forbidden,
         stop_token_id=tokenizer.separator_id,
     )
-    keeps_cache = rack.config.model.attention.caches
+    keeps_cache = rack.config.model.keeps_cache
     model = LoadedModel(rack.front(), _stages(rack, rack.modules), True, rack.autocast, keeps_cache)
     given = torch.from_numpy(np.asarray(prompt, dtype=np.int64)).to(rack.device)
     ids = sample_causal(model, given, sampling.length or sampling.steps or DEFAULT_LENGTH, how, callback=show)
