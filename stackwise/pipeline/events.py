@@ -184,10 +184,7 @@ EVENTS: dict[str, Kind] = {
     "training": Kind(
         lambda event: f"training, {words.plural(event['steps'], 'step')} ({event['reason']})", shown_by="table"
     ),
-    "resumed": Kind(
-        lambda event: f"resumed at step {event['step']:,} of {event['steps']:,}",
-        shown_by="table",
-    ),
+    "resumed": Kind(lambda event: f"resumed at step {event['step']:,} of {event['steps']:,}", shown_by="table"),
     "step": Kind(shown_by="progress", figures=STEP_FIGURES),
     "checkpoint": Kind(shown_by="nothing", figures=("seconds", "written_seconds")),
     "held_out": Kind(_held_out, figures=("nats", "best", "seconds")),

@@ -56,10 +56,7 @@ class History:
     """
 
     def __init__(
-        self,
-        stages: Sequence[Mapping[str, Any]] = (),
-        config: StackWiseConfig | None = None,
-        store: str | None = None,
+        self, stages: Sequence[Mapping[str, Any]] = (), config: StackWiseConfig | None = None, store: str | None = None
     ) -> None:
         self.config, self.store = config, store
         self._store_there = store is None or (Path(store) / "format.json").exists()

@@ -114,11 +114,7 @@ class Manifest:
     """
 
     def __init__(
-        self,
-        run: RunDirectory,
-        plan: Plan,
-        before: dict[str, Any],
-        auto: dict[str, Any] | None = None,
+        self, run: RunDirectory, plan: Plan, before: dict[str, Any], auto: dict[str, Any] | None = None
     ) -> None:
         self._run, self._plan, self._auto = run, plan, auto or {}
         self._before = {(stage["depth"], stage["window"]): stage for stage in before.get("stages", [])}
