@@ -32,6 +32,7 @@ State = Callable[[], Mapping[str, Tensor]]
 
 FIRST_SCALE, HIGHEST_SCALE = 2.0**16, 2.0**24
 GROWTH_STEPS = 2000  # steps without an overflow after which a dynamic scale doubles; at an overflow it halves
+LOWER_RATE = "lower training.learning_rate (for this stage: stages.K.training.learning_rate) or training.grad_clip"
 MOST_OVERFLOWS = 40  # steps in a row that overflow before training is given up
 
 
@@ -158,13 +159,7 @@ class ResidentEngine:
             group["lr"] = rate * group["scale"]
         losses, norm = self._gradients(microbatches, step)
         loss = losses.total()
-        taken = True
-        over = self.scale is not None and math.isfinite(float(loss)) and not math.isfinite(float(norm))
-        if accept is not None:  # that gradients overflow is the scale's affair
-            taken = accept(float(loss), 0.0 if over else float(norm))
-        if over and self.scale is not None:
-            self.scale.overflowed()
-            taken = False
+        taken, _ = judged(loss, norm, self.scale, accept)
         if taken:
             self.optimizer.step()
             if self.scale is not None:
@@ -299,6 +294,22 @@ class ResidentEngine:
         if self.settings.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.grad_clip, norm)
         return losses, norm
+
+
+def judged(loss: Tensor, norm: Tensor, scale: LossScale | None, accept: Accept | None) -> tuple[bool, bool]:
+    """Whether a step moves the weights, and whether `accept` refused it.
+
+    Raises:
+        StackWiseError: Half precision overflows however the loss is scaled.
+    """
+    if scale is None and accept is None:  # nothing has to be read off the device
+        return True, False
+    over = scale is not None and math.isfinite(float(loss)) and not math.isfinite(float(norm))
+    # That gradients overflow is the scale's affair: the step is then judged by its loss alone.
+    refused = accept is not None and not accept(float(loss), 0.0 if over else float(norm))
+    if over and scale is not None:
+        scale.overflowed()
+    return not (over or refused), refused
 
 
 def optimizer_state(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -24,10 +24,10 @@ from stackwise.batch import ACTIVATIONS, Batch, Term
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
-from stackwise.training.engine import Accept, LossScale, State, Stepped
+from stackwise.training.engine import LOWER_RATE, Accept, LossScale, State, Stepped, judged
 from stackwise.training.stage import MeanLoss, Ranks, SingleProcess, StageModel, StepLoss, Tally
 from stackwise.training.swap_parts import FRONT, PartLoader, Parts, in_turn, make_groups
-from stackwise.training.swap_state import RedoLog, Spill
+from stackwise.training.swap_state import Commit, RedoLog, Spill
 from stackwise.training.trainer import Trainer
 
 SCALER = "scaler/state"  # what `LossScale` calls its state
@@ -99,24 +99,17 @@ class SwappedEngine:
         loss, means = losses.total(), losses.means()
         in_order = [norm for name in self.parts.order for norm in norms.get(name, [])]
         norm, clip = self._clip(in_order if losses.scored else [])
-        finite, taken, refused = math.isfinite(float(norm)), True, False
-        if self.scale is not None and math.isfinite(float(loss)) and not finite:
-            self.scale.overflowed()
-            taken = False
-        elif accept is not None:
-            taken = accept(float(loss), float(norm))
-            refused = not taken
-        elif not (finite and math.isfinite(float(loss))):
+        taken, refused = judged(loss, norm, self.scale, accept)
+        if accept is None and taken and not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
             raise StackWiseError(
                 f"the loss or its gradient is no longer a finite number at step {step + 1}",
-                hint="lower training.learning_rate (for this stage: stages.K.training.learning_rate) or "
-                "training.grad_clip, and run again",
+                hint=f"{LOWER_RATE}, and run again",
             )
         if taken and self.scale is not None:
             self.scale.taken()
         scaler = None if self.scale is None else self.scale.state()[SCALER].tolist()
-        recorded = math.nan if refused else float(loss)
-        self.log.commit(rate, clip, recorded, number=step, taken=taken, scaler=scaler)
+        update = Commit(last=step, rate=rate, clip=clip, scaler=scaler)
+        self.log.commit(update, math.nan if refused else float(loss), taken=taken)
         self.spill.clear()
         return Stepped(loss, norm, taken, means if len(means) > 1 else {})
 
@@ -155,9 +148,9 @@ class SwappedEngine:
     def resume(self, trainer: Trainer) -> bool:
         """See `Engine.resume`: the steps on the disk may end after the record's, or before, where they were damaged."""
         record, done = trainer.record, self.steps_done
-        trainer.step, record.losses = done, self.losses()
+        trainer.step, record.losses = done, self.log.losses()
         record.terms = {name: means[:done] for name, means in record.terms.items()}
-        held_out = {step: loss for step, loss in (*record.held_out, *self.log.evaluations()) if step <= done}
+        held_out = {step: loss for step, loss in (*record.held_out, *self.log.committed.held_out) if step <= done}
         record.held_out = sorted(held_out.items())
         record.divergences = [entry for entry in record.divergences if entry["step"] <= done]
         recorded = {entry["step"] for entry in record.divergences}
@@ -172,10 +165,6 @@ class SwappedEngine:
             loaded.to(self.device)
             self.loader.update(loaded)
         self.log.flush()
-
-    def losses(self) -> list[float | None]:
-        """The loss of each step that is published; None where `accept` refused it."""
-        return self.log.losses()
 
     def weights(self, part: str) -> dict[str, Tensor]:
         """See `Engine.weights`."""

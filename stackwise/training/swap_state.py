@@ -1,8 +1,7 @@
 """What the swapped engine keeps outside memory: its state on disk, and tensors that live for one step.
 
-    swap/commit.json                     steps and updates done; the last update's learning rate and clip scale
+    swap/commit.json                     steps and updates done, the last update's scale, held-out losses so far
     swap/losses                          the loss of each step, float64
-    swap/evaluations.json                held-out losses so far
     swap/state/PART-<n>.safetensors      weights and moments after n updates
     swap/gradients/PART-<n>.safetensors  the gradients that make update n of the state after n-1
 
@@ -29,7 +28,7 @@ from stackwise.training.checkpoint import TensorFile, file_digest, reason, seale
 
 STATE, GRADIENTS = "state", "gradients"
 FORMAT = 1  # of the record and of what a state's tensors are called
-_COMMIT, _LOSSES, _EVALUATIONS = "commit.json", "losses", "evaluations.json"
+_COMMIT, _LOSSES = "commit.json", "losses"
 Tensors = dict[str, Tensor]
 
 
@@ -43,6 +42,7 @@ class Commit:
     rate: float = 0.0  # its learning rate
     clip: float | None = None  # what its gradients are multiplied by; None: they stand as they are
     scaler: list[float] | None = None  # the state of the loss scale, where there is one
+    held_out: Sequence[tuple[int, float]] = ()  # held-out losses, each with the steps done before it
 
 
 class RedoLog:
@@ -93,7 +93,7 @@ class RedoLog:
         """Write parts' states after the last update, behind; what they replace is then removed.
 
         Raises:
-            NoSpaceError: The disk is full (told at a later call, or by `flush`).
+            NoSpaceError: The disk is full (at a later call, or by `flush`); `write_gradients` the same.
         """
         step = self.committed.updates
         before = {part: self.at[part] for part in states}
@@ -102,17 +102,13 @@ class RedoLog:
         def write() -> None:
             for part, tensors in states.items():
                 self._write(STATE, part, step, tensors)
-                self._remove(STATE, part, before[part])
+                self._remove(STATE, part, before[part])  # not before the new one is there
                 self._remove(GRADIENTS, part, step)
 
         self._behind(write, states)
 
     def write_gradients(self, gradients: Mapping[str, Tensors]) -> None:
-        """Write parts' gradients of the step in hand, behind.
-
-        Raises:
-            NoSpaceError: The disk is full (told at a later call, or by `flush`).
-        """
+        """Write parts' gradients of the step in hand, behind."""
         step = self.committed.updates + 1
 
         def write() -> None:
@@ -131,21 +127,11 @@ class RedoLog:
             self._writing[0].result()
             self._writing = None  # not before: the loader waits for it too
 
-    def commit(
-        self,
-        rate: float,
-        clip: float | None,
-        loss: float,
-        *,
-        number: int,
-        taken: bool = True,
-        scaler: list[float] | None = None,
-    ) -> None:
+    def commit(self, update: Commit, loss: float, *, taken: bool = True) -> None:
         """Publish the step in hand, whose gradients are all handed in.
 
         Args:
-            number: Its number in the stage's budget, from 0.
-            clip: What its gradients are to be multiplied by.
+            update: What its `last`, `rate`, `clip` and `scaler` are.
             loss: Its loss; no number where it was refused.
             taken: Whether it moves the weights.
 
@@ -153,8 +139,7 @@ class RedoLog:
             NoSpaceError: The disk is full; the step is not published.
         """
         self.flush()
-        before = self.committed
-        path = self.directory / _LOSSES
+        before, path = self.committed, self.directory / _LOSSES
         with durable.explain_full_disk(path):
             fd = files.open_regular(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -162,9 +147,20 @@ class RedoLog:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-        record = replace(before, step=before.step + 1, scaler=scaler)
+        record = replace(before, step=before.step + 1, scaler=update.scaler)
         if taken:
-            record = replace(record, updates=before.updates + 1, last=number, rate=rate, clip=clip)
+            updates = before.updates + 1
+            record = replace(record, updates=updates, last=update.last, rate=update.rate, clip=update.clip)
+        self._publish(record)
+
+    def note_evaluation(self, loss: float) -> None:
+        """Keep the held-out loss after the steps done."""
+        self.flush()  # the writer must not note digests meanwhile
+        step = self.committed.step
+        kept = [entry for entry in self.committed.held_out if entry[0] != step]
+        self._publish(replace(self.committed, held_out=[*kept, (step, loss)]))
+
+    def _publish(self, record: Commit) -> None:
         published = {"format": FORMAT, **asdict(record), "files": self._digests}
         durable.write_json(self.directory / _COMMIT, sealed(published))
         self.committed = record
@@ -178,40 +174,24 @@ class RedoLog:
         data = files.read_bytes(self.directory / _LOSSES)[: 8 * step]
         return [None if math.isnan(loss) else loss for loss in np.frombuffer(data, dtype=np.float64).tolist()]
 
-    def note_evaluation(self, loss: float) -> None:
-        """Keep the held-out loss after the steps done."""
-        known = [entry for entry in self.evaluations() if entry[0] != self.committed.step]
-        durable.write_json(self.directory / _EVALUATIONS, [*known, (self.committed.step, loss)])
-
-    def evaluations(self) -> list[tuple[int, float]]:
-        """Held-out losses, each with the steps done before it."""
-        path = self.directory / _EVALUATIONS
-        if not os.path.lexists(path):
-            return []
-        entries = [(int(step), float(loss)) for step, loss in durable.read_json(path)]
-        return [entry for entry in entries if entry[0] <= self.committed.step]
-
     def _take_up(self) -> None:
         record = unsealed(durable.read_json(self.directory / _COMMIT), FORMAT)
         digests: dict[str, str] = record.pop("files", {})
         commit = Commit(**record)
-        at = {}
+        commit = replace(commit, held_out=[(int(step), float(loss)) for step, loss in commit.held_out])
+        at, wanted = {}, set[Path]()
         for part in self.parts:
-            if self._path(STATE, part, commit.updates).exists():
-                at[part] = commit.updates
-            else:
-                at[part] = commit.updates - 1
-                self._check(self._path(GRADIENTS, part, commit.updates))
+            at[part] = commit.updates
+            if not self._path(STATE, part, commit.updates).exists():  # the gradients bring it up
+                at[part] -= 1
+                wanted.add(self._path(GRADIENTS, part, commit.updates))
             if at[part]:
-                self._check(self._path(STATE, part, at[part]))
+                wanted.add(self._path(STATE, part, at[part]))
+        for path in wanted:
+            TensorFile(path, self.directory)  # its header says how long it must be
         self.committed, self.at, self._digests = commit, at, digests
         if len(self.losses()) != commit.step:
             raise ValueError("losses are missing")
-        self.evaluations()
-        wanted = {self._path(STATE, part, update) for part, update in at.items()}
-        wanted |= {
-            self._path(GRADIENTS, part, commit.updates) for part, update in at.items() if update < commit.updates
-        }
         for kind in (STATE, GRADIENTS):
             for path in (self.directory / kind).iterdir():
                 if path not in wanted:
@@ -228,10 +208,6 @@ class RedoLog:
 
     def _path(self, kind: str, part: str, step: int) -> Path:
         return self.directory / kind / f"{part}-{step:08d}.safetensors"
-
-    def _check(self, path: Path) -> None:
-        """Open a file: its header says how long it must be."""
-        TensorFile(path, self.directory)
 
     def _write(self, kind: str, part: str, step: int, tensors: Tensors) -> None:
         path, digests = self._path(kind, part, step), list[str]()
@@ -255,12 +231,9 @@ class RedoLog:
 
 
 class Spill:
-    """Holds tensors that live for one step: in memory up to a budget, beyond it in files that nothing indexes or syncs.
+    """Holds tensors that live for one step: in memory up to `budget` bytes, beyond it in files that nothing syncs.
 
     A crash loses them, and the next one empties the directory.
-
-    Args:
-        budget: Bytes kept in memory.
     """
 
     def __init__(self, directory: Path, budget: int) -> None:
@@ -283,11 +256,7 @@ class Spill:
         return key in self._memory or key in self._files
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Hold a tensor; what was under the key is dropped.
-
-        Raises:
-            NoSpaceError: The disk is full.
-        """
+        """Hold a tensor in place of what was under the key; raises NoSpaceError where the disk is full."""
         self.drop(key)
         tensor = tensor.detach().cpu()
         if self.bytes_in_memory + tensor.nbytes <= self.budget:

@@ -20,7 +20,7 @@ from stackwise.batch import Batch
 from stackwise.config import StageTraining
 from stackwise.config.training import Skip
 from stackwise.errors import StackWiseError
-from stackwise.training.engine import Engine, Stepped
+from stackwise.training.engine import LOWER_RATE, Engine, Stepped
 from stackwise.training.optim import learning_rate
 from stackwise.training.stage import MeanLoss
 
@@ -288,8 +288,7 @@ class Trainer:
             if loss is not None and not math.isfinite(loss):
                 raise StackWiseError(
                     f"the loss is no longer a finite number at step {number} of {self.steps}",
-                    hint="lower training.learning_rate (for this stage: stages.K.training.learning_rate) or "
-                    "training.grad_clip, and run again",
+                    hint=f"{LOWER_RATE}, and run again",
                 )
 
 
@@ -338,8 +337,7 @@ class Watch:
         """The error that ends a stage which diverges again and again."""
         return StackWiseError(
             f"step {step} diverged ({self.verdict}), after {times} {'rollbacks' if self.policy.goes_back else 'skips'}",
-            hint="lower training.learning_rate (for this stage: stages.K.training.learning_rate) or "
-            "training.grad_clip, or raise training.divergence.limit, and run again",
+            hint=f"{LOWER_RATE}, or raise training.divergence.limit, and run again",
         )
 
 

@@ -279,7 +279,7 @@ def test_it_is_the_resident_engine_bit_for_bit(disk: Path, shape: dict[str, Any]
             assert resident.evaluate(held_out) == swapped.evaluate(held_out)
         swapped.log.close()
     swapped = engine(parts, disk, **training)
-    assert [loss is None for loss in swapped.losses()] == [False, False, True, False]
+    assert [loss is None for loss in swapped.log.losses()] == [False, False, True, False]
     swapped.settle()
     resident.settle()
     for part, tensors in state_dicts(resident.model, parts.names).items():
