@@ -121,7 +121,6 @@ class SwappedEngine:
         self.spill.clear()
         for loaded in in_turn(self.loader.load_to_update, self.groups):
             index = loaded.group.index
-            loaded.to(self.device)
             self.loader.update(loaded)
             self.loader.take_mean(loaded)
             model = self.parts.model(loaded.parts).eval()
@@ -162,13 +161,12 @@ class SwappedEngine:
         """Bring every part up to the last step published."""
         trained = [group for group in self.groups if set(group.names) & set(self.parts.trains)]
         for loaded in in_turn(self.loader.load_to_update, trained):
-            loaded.to(self.device)
             self.loader.update(loaded)
         self.log.flush()
 
     def weights(self, part: str) -> dict[str, Tensor]:
         """See `Engine.weights`."""
-        return self.loader.weights(part)
+        return self.loader.make(part, self.loader.committed(part)).state_dict()
 
     def carried(self) -> dict[str, State]:
         """See `Engine.carried`."""
@@ -183,7 +181,7 @@ class SwappedEngine:
             self.scale.restore(carried[""]())
 
     def close(self) -> None:
-        """See `Engine.close`; what lives for one step is dropped."""
+        """See `Engine.close`."""
         self.log.close()
         self.spill.clear()
 
@@ -193,7 +191,6 @@ class SwappedEngine:
         losses: StepLoss | None = None
         for loaded in in_turn(self.loader.load_to_update, self.groups):
             index = loaded.group.index
-            loaded.to(self.device)
             self.loader.update(loaded)
             model, top = self.parts.model(loaded.parts), index + 1 == len(self.groups)
             for number, cpu_batch in enumerate(microbatches):
@@ -212,11 +209,13 @@ class SwappedEngine:
                     with model.numerics(self.device):
                         leaving, handed_up = model.run(batch, terms[number])
                     terms[number] = {name: replace(term, sum=term.sum.detach()) for name, term in handed_up.items()}
-                    self._keep_draw(seeded, index + 1, number)
+                    drawn = generator_state(self.device)
+                    if not torch.equal(drawn, seeded):  # else the group above begins as this one did
+                        self.spill.put(("draw", index + 1, number), drawn)
                     self.spill.put(("x", index + 1, number), leaving.detach())
                 if index < self.lowest:
                     self.spill.drop(("x", index, number))
-            if top:
+            if top:  # the true count is known only now
                 assert losses is not None, "a step has microbatches"
                 losses.finish()
                 self.loader.write_gradients(loaded, losses.share, norms)
@@ -232,7 +231,7 @@ class SwappedEngine:
             head = self.loader.tied_head(loaded) if self.tied and index == 0 else None
             for number, cpu_batch in enumerate(microbatches):
                 if ("g", index, number) not in self.spill and not losses.several:
-                    continue
+                    continue  # nothing above that trains came from it
                 batch = self._entering(index, number, cpu_batch)
                 self._draw(step, index, number)
                 with model.numerics(self.device):
@@ -240,7 +239,7 @@ class SwappedEngine:
                 roots, slopes = [], []
                 if ("g", index, number) in self.spill:
                     roots, slopes = [leaving], [self.spill.take(("g", index, number)).to(self.device)]
-                if head is not None:
+                if head is not None:  # once more, for the gradient that reaches the front's embedding
                     above = self._entering(len(self.groups) - 1, number, cpu_batch, track=False)
                     self._draw(step, len(self.groups) - 1, number)
                     terms = self._terms(head, above, terms)
@@ -277,22 +276,12 @@ class SwappedEngine:
             self.spill.drop(("draw", index, number))
 
     def _draw(self, step: int, index: int, number: int) -> Tensor:
-        """Set the generators to where they stood when the microbatch first entered the group.
-
-        Returns:
-            Their state as it was seeded.
-        """
+        """Set the generator to where it stood when the microbatch first entered the group; returns it as seeded."""
         torch.manual_seed(derive_seed(*self.seed, step, number, "dropout"))
         seeded = generator_state(self.device)
         if ("draw", index, number) in self.spill:
             set_generator(self.device, self.spill.get(("draw", index, number)))
         return seeded
-
-    def _keep_draw(self, seeded: Tensor, index: int, number: int) -> None:
-        """Keep the generator's state for the group above, unless nothing was drawn yet."""
-        now = generator_state(self.device)
-        if not torch.equal(now, seeded):
-            self.spill.put(("draw", index, number), now)
 
     def _clip(self, norms: list[Tensor]) -> tuple[Tensor, float | None]:
         """The gradient's norm, from the norms of its tensors as `clip_grad_norm_` has it, and the scale it gives."""

@@ -146,10 +146,6 @@ class PartLoader:
             state |= {f"{MEAN}{key}": p.detach().clone() for key, p in committed if p.requires_grad}
         return state
 
-    def weights(self, name: str) -> dict[str, Tensor]:
-        """A part's state dict as it is committed."""
-        return self.make(name, self.committed(name)).state_dict()
-
     @torch.no_grad()
     def take_mean(self, loaded: Loaded) -> None:
         """Let updated parts have the weights that would be committed."""
@@ -169,7 +165,8 @@ class PartLoader:
         return self.parts.make(FRONT, None).get_parameter("embedding.weight").detach()
 
     def update(self, loaded: Loaded) -> None:
-        """Apply the last step published to the parts that lack it, and write their state, behind."""
+        """Move a group to the device, apply the last step to the parts that lack it, write their state, behind."""
+        loaded.to(self.device)
         if not loaded.gradients:
             return
         trained = [(part, name, p) for part, name, p in loaded.parameters() if part in loaded.gradients]
@@ -185,7 +182,10 @@ class PartLoader:
             torch._foreach_mul_(gradients, torch.tensor(commit.clip, dtype=gradients[0].dtype, device=self.device))
         for group in optimizer.param_groups:
             group["lr"] = commit.rate * group["scale"]
-        means = [self._mean_of(loaded, part, name, p) for part, name, p in trained] if self.settings.ema else []
+        means: list[Tensor] = []
+        for part, name, p in trained if self.settings.ema else ():
+            mean = loaded.states[part].get(f"{MEAN}{name}")  # none yet: it begins with the weight itself
+            means.append(p.detach().clone() if mean is None else mean.to(p.device))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if means:
@@ -203,11 +203,6 @@ class PartLoader:
         loaded.gradients.clear()
         self.log.write_states(states)
 
-    def _mean_of(self, loaded: Loaded, part: str, name: str, p: nn.Parameter) -> Tensor:
-        """The mean of a weight as it stands before an update; it begins with the weight itself."""
-        mean = loaded.states[part].get(f"{MEAN}{name}")
-        return p.detach().clone() if mean is None else mean.to(p.device)
-
     def write_gradients(self, loaded: Loaded, share: float | None, norms: dict[str, list[Tensor]]) -> None:
         """Scale a group's gradients by the true count, note their norms by part, and write them, behind."""
         trained = [(part, name, p.grad) for part, name, p in loaded.parameters() if p.grad is not None]
@@ -216,9 +211,8 @@ class PartLoader:
         if gradients and share is not None:
             torch._foreach_mul_(gradients, share)
         by_part: dict[str, dict[str, Tensor]] = {name: {} for name in loaded.group.names if name in self.log.at}
-        for (part, name, gradient), norm in zip(
-            trained, torch._foreach_norm(gradients) if trained else [], strict=True
-        ):
+        all_norms = torch._foreach_norm(gradients) if trained else []
+        for (part, name, gradient), norm in zip(trained, all_norms, strict=True):
             norms.setdefault(part, []).append(norm)
             by_part[part][name] = gradient.detach().cpu().contiguous()
         if by_part:
