@@ -36,6 +36,7 @@ from stackwise.pretrained.families import (
     matches,
     part_shapes,
     read_description,
+    stored_shape,
 )
 from stackwise.text import printable
 
@@ -304,7 +305,7 @@ class Checkpoint:
 
     @functools.cached_property
     def _memory_path(self) -> Path | None:
-        root = Cache(self._cache_dir, optional=True)._root
+        root = Cache(self._cache_dir, optional=True).root
         stats = [(self.directory / name).stat() for name in sorted(self._tables)]
         about = [[s.st_size, s.st_mtime_ns, s.st_ino, s.st_dev] for s in stats]
         names = {part: {n: list(dataclasses.astuple(r)) for n, r in refs.items()} for part, refs in self._names.items()}
@@ -422,10 +423,10 @@ class Checkpoint:
                     raise UsageError(f"{shown} is missing", hint=AGAIN)
                 if tensor.dtype not in FLOATS:
                     raise UsageError(f"{shown} is {printable(tensor.dtype)}; StackWise reads {', '.join(FLOATS)}")
-                if ref.transpose and len(tensor.shape) != 2:
+                if ((ref.transpose or ref.rows) and not tensor.shape) or (ref.transpose and len(tensor.shape) != 2):
                     raise UsageError(f"{shown} has shape {list(tensor.shape)}, no matrix", hint=AGAIN)
                 shape = shapes.get(name)
-                whole = self.family.stored_shape(self.description, part, name, shape) if shape else tensor.shape
+                whole = tensor.shape if shape is None else stored_shape(shape, refs.values(), ref)
                 if tensor.shape != whole:
                     raise UsageError(f"{shown} has shape {list(tensor.shape)}, not {list(whole)}", hint=AGAIN)
         ignored = [*self.family.ignored, *self.family.tied(self.description)]
@@ -453,13 +454,13 @@ def load_rack(checkpoint: Checkpoint | Path | str, device: torch.device | str = 
 
     from stackwise.model.block import Block, Stack
     from stackwise.model.build import build_head, rebuild_tables
-    from stackwise.model.rack import Front, Head, Rack
+    from stackwise.model.rack import Front, Rack
 
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     about, config = checkpoint.description, checkpoint.description.config
     with torch.device("meta"):
         front = Front(config, about.vocab_size, about.max_seq_len)
-        blocks = [Block(config) for _ in range(config.n_blocks)]
+        blocks = [Block(config.at(index)) for index in range(config.n_blocks)]
     for part, module in ((FRONT, front), *((f"{BLOCK}{index}", block) for index, block in enumerate(blocks))):
         _take(module, checkpoint, part)
         rebuild_tables(module, device)
@@ -470,7 +471,7 @@ def load_rack(checkpoint: Checkpoint | Path | str, device: torch.device | str = 
         head = build_head(config, about.vocab_size, seed, shared, device, embedding.dtype)
     else:
         with torch.device("meta"):
-            head = Head(config, about.vocab_size, embedding if config.tie_embeddings else None)
+            head = config.head.build(config, about.vocab_size, embedding if config.tie_embeddings else None)
         _take(head, checkpoint, HEAD)
         head.to(device)
     per_stack = config.architecture.blocks_per_stack

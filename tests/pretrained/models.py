@@ -7,9 +7,34 @@ from typing import Any
 
 import torch
 
+GPT2 = {"n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 4, "n_positions": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "rope_theta": 5000.0},
-    "llama-biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    "llama-biases": {"attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    "llama-3": {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16, "rope_theta": 5e5}},
+    "llama-linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, "mlp_bias": True},
+    "llama-dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        "max_position_embeddings": 16,
+    },
+    "llama-yarn": {"rope_parameters": YARN | {"rope_theta": 1e4}},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 7, "head_dim": 12},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2-windows": {
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5},
+    "gpt2": GPT2,
+    "gpt2-untied": GPT2 | {"tie_word_embeddings": False, "n_inner": None, "activation_function": "relu"},
+    "bert": {"type_vocab_size": 2},
+    "bert-untied": {"tie_word_embeddings": False, "hidden_act": "gelu_new"},
+    "roberta": {"type_vocab_size": 1, "pad_token_id": 1},
 }
 """Settings of each; what follows a dash tells several of one family apart."""
 
@@ -27,14 +52,16 @@ def make(
     name: str, directory: Path, *, shard: str = "20KB", dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Any:
     """Save a model, and return it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, logging
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, logging
 
     logging.disable_progress_bar()
     kind = name.partition("-")[0]
-    config = AutoConfig.for_model(kind, **(COMMON | FAMILIES[name] | settings))
+    common = {"vocab_size": 99} if kind == "gpt2" else COMMON
+    config = AutoConfig.for_model(kind, **(common | FAMILIES[name] | settings))
+    auto = AutoModelForMaskedLM if kind in ("bert", "roberta") else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = auto.from_config(config).eval()
         with torch.no_grad():  # fresh norms and biases would hide a mistake
             for parameter in model.parameters():
                 parameter.normal_(1.0 if parameter.ndim < 2 else 0.0, 0.2)
