@@ -191,6 +191,13 @@ def _stacks(config: Settings) -> Iterator[Fault]:
         yield f"{key}.trunk_precision", f"{trunk} is no way to hold a trunk: full, fp8, nvfp4 and qlora are"
     limit = min(model.attention.narrowest(model), model.ffn.narrowest(model))
     found: dict[str, str] = {}
+    integers = [config.stage_training(depth).quantization for depth in range(config.n_stages)]
+    for depth, settings in enumerate(integers):
+        if settings is None or settings.trains != "scales":
+            continue
+        if depth < config.n_sections or not all(integers[: config.n_sections]):
+            text = "scales train alone in a stage above blocks that were trained for integers: set training.fusion"
+            yield f"stages.{depth}.training.quantization.trains", text
     for depth in range(config.n_sections):
         precision = config.stages[depth].precision if depth in config.stages else progressive.new_stack_precision
         if config.stage_training(depth).quantization and precision and weight_format(precision):

@@ -189,6 +189,9 @@ class Quantization(Section):
     scale: Literal["extremes", "learned"] = Field(
         "extremes", description="scales follow from the weights' extremes at every step, or are trained beside them"
     )
+    trains: Literal["all", "scales"] = Field(
+        "all", description="what trains: all, or the scales of weights whose codes stand still (and nothing else)"
+    )
     activations: Annotated[int, Field(ge=2, le=8)] | None = Field(
         None, description="bits of what enters a layer, token by token; null: it stays as it is"
     )

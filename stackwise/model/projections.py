@@ -136,6 +136,13 @@ class QuantizedLinear(nn.Linear):
             self.register_buffer(name, tensor)
         self._names = tuple(tensors)
 
+    def train_scales(self) -> None:
+        """Let the scales of packed integers be a parameter, under the name that they have as a buffer."""
+        if self.packed and isinstance(self.codec, Integers):
+            scales = self._buffers.pop("scales")
+            assert scales is not None
+            self.scales = nn.Parameter(scales)
+
     def effective(self, dtype: torch.dtype) -> Tensor:
         """The weight that the forward pass multiplies by, [O, I]; its gradient reaches a weight in training."""
         if self.packed:
@@ -162,7 +169,8 @@ class QuantizedLinear(nn.Linear):
         full = self._parameters["bias"]
         bias = None if full is None else full.to(dtype)
         # A compiler decides by itself what to keep for the way back and what to compute anew.
-        if self.packed and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        kept = self.packed and not any(getattr(self, name).requires_grad for name in self._names)
+        if kept and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
             y = _PackedLinear.apply(x.to(dtype), self, bias)  # type: ignore[no-untyped-call]
             assert isinstance(y, Tensor)
             return y
@@ -314,6 +322,21 @@ def quantize(module: nn.Module, form: str | None, *, pack: bool) -> nn.Module:
             layer.put_into(form)
         if pack:
             layer.pack()
+    return module
+
+
+def train_scales(module: nn.Module) -> nn.Module:
+    """Let the scales of packed integers train, and nothing else of a module (arXiv 2407.11062, section 3.3).
+
+    Raises:
+        UsageError: None of its layers has packed integers.
+    """
+    module.requires_grad_(False)
+    layers = [layer for layer in projections(module).values() if isinstance(layer, QuantizedLinear)]
+    for layer in layers:
+        layer.train_scales()
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise UsageError("there are no packed integers whose scales could train", hint="set training.quantization")
     return module
 
 

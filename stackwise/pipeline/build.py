@@ -26,6 +26,7 @@ from stackwise.model.projections import (
     base_state,
     load_adapters,
     quantize,
+    train_scales,
 )
 from stackwise.objectives import AdaptationObjective, RuntimeObjective, make_objective
 from stackwise.pipeline.job import Frozen, Source, StageJob
@@ -157,7 +158,7 @@ def stage_model(job: StageJob, config: StackWiseConfig) -> StageModel:
     front = None if stage.reads_boundary else make_front(config, job.vocab_size, job.initial[FRONT])
     blocks, beyond = (
         [
-            make_block(config, part, job.initial, stage.format(part), packed=part not in stage.trains)
+            make_block(config, part, job.initial, stage.format(part), packed=stage.packs(part))
             for part in parts
             if part in job.initial  # what only hands on has nothing beyond
         ]
@@ -180,7 +181,10 @@ def stage_model(job: StageJob, config: StackWiseConfig) -> StageModel:
 
 def require_gradients(part: str, module: nn.Module, stage: Stage) -> None:
     """Let a part require gradients where the stage trains it, and its adapters where it trains these."""
-    module.requires_grad_(part in stage.trains)
+    if stage.scales_alone and part in stage.trains:
+        train_scales(module)
+    else:
+        module.requires_grad_(part in stage.trains)
     for parameter in adapter_parameters(module):
         parameter.requires_grad_(adapter_part(part) in stage.trains)
 
@@ -293,11 +297,11 @@ class JobParts:
             part.load_state_dict(trained)
             return part
         part = self._made(name, embedding_VD)
+        require_gradients(name, part, self._job.stage)
         if trained is not None:
             with torch.no_grad():
                 for key, value in trained.items():
                     part.get_parameter(key).copy_(value)
-        require_gradients(name, part, self._job.stage)
         if embedding_VD is None and _made_by_its_values(part):
             self._empty.setdefault(name, _empty_twin(part))
         return part
@@ -321,8 +325,7 @@ class JobParts:
             return make_front(config, job.vocab_size, source)
         if name != HEAD:
             stage = job.stage
-            packed = name not in stage.trains
-            return make_block(config, name, self._sources, stage.format(name), packed=packed)
+            return make_block(config, name, self._sources, stage.format(name), packed=stage.packs(name))
         if not self.tied and config.model.tie_embeddings:
             front = self._sources.get(FRONT)
             embedding_VD = (

@@ -181,6 +181,7 @@ def _plain_stage(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
         "formats": {part: stage.formats[part].plain() for part in parts if part in stage.formats},
         "candidates": [list(section) for section in stage.candidates],
         "causal_from": stage.causal_from,
+        **({"scales_alone": True} if stage.scales_alone else {}),
         "sections": config.n_sections if stage_fractions(config, stage.depth) is not None else None,
     }
 

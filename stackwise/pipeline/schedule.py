@@ -121,6 +121,7 @@ class Stage:
         formats: How it holds its blocks, and how those below are held, where that is not plainly, by part.
         causal_from: The step from which on it trains the rack causally, whatever the stages before it did; None: it
             trains as they did.
+        scales_alone: Whether of its blocks' packed weights the scales alone train.
         candidates: First and last block of the sections of which it unfreezes one at a time, the one that gains most;
             none: all that trains does so at once.
     """
@@ -141,6 +142,7 @@ class Stage:
     states_out: tuple[str, ...] = ()  # optimizer states that it commits for its next window
     formats: Mapping[str, BlockFormat] = field(default_factory=dict)
     causal_from: int | None = None
+    scales_alone: bool = False
     candidates: tuple[tuple[int, int], ...] = ()
 
     @classmethod
@@ -197,6 +199,10 @@ class Stage:
     def label(self) -> str:
         """Its number, and its window's where there are several."""
         return f"{self.depth}, window {self.window}" if self.window or self.states_out else str(self.depth)
+
+    def packs(self, part: str) -> bool:
+        """Whether it packs a block's weights where these are in a narrow format: their codes stand still."""
+        return self.scales_alone or part not in self.trains
 
     def format(self, part: str) -> BlockFormat:
         """How a block is held."""
@@ -365,4 +371,10 @@ def _with_formats(config: StackWiseConfig, stage: Stage, homes: Mapping[str, int
         if form.adapters and (whole_trunk or not frozen):
             trains.append(adapter_part(part))
     trains += [HEAD] if HEAD in stage.trains else []
-    return dataclasses.replace(stage, formats=formats, trains=tuple(trains), commits_frozen=tuple(commits_frozen))
+    quantization = config.stage_training(stage.depth).quantization
+    alone = quantization is not None and quantization.trains == "scales"
+    if alone:  # arXiv 2407.11062, section 3.3: codes, norms, front and head stand still
+        trains = [part for part in trains if part in stage.blocks]
+    return dataclasses.replace(
+        stage, formats=formats, trains=tuple(trains), commits_frozen=tuple(commits_frozen), scales_alone=alone
+    )

@@ -129,7 +129,7 @@ def _engine(job: TrialJob, config: StackWiseConfig, device: torch.device) -> Res
     front = None if stage.reads_boundary else make_front(config, job.vocab_size, fresh)
     sources = dict.fromkeys(stage.holds, fresh)
     blocks, beyond = (
-        [make_block(config, part, sources, stage.format(part), packed=part not in stage.trains) for part in parts]
+        [make_block(config, part, sources, stage.format(part), packed=stage.packs(part)) for part in parts]
         for parts in (stage.blocks, stage.lookahead)
     )
     for part, block in zip((*stage.blocks, *stage.lookahead), (*blocks, *beyond), strict=True):

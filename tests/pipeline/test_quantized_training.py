@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
+from stackwise.errors import ConfigError
+from stackwise.model.formats import format_named
 from tests.conftest import Micro, run
 from tests.pipeline.storm import Command
 from tests.pipeline.test_run import weights
@@ -34,6 +39,36 @@ def test_a_killed_run_ends_with_the_same_weights(micro: Micro, tmp_path: Path) -
     code, err = again.end()
     assert code == 0, err
     assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")
+
+
+def test_scales_train_alone_over_codes_that_stand_still(micro: Micro, tmp_path: Path) -> None:
+    """Blocks in turn, then their scales together, as EfficientQAT does (arXiv 2407.11062)."""
+    bits = {"bits": 2, "group": 8, "symmetric": False}
+    settings = {
+        "training__quantization": bits,
+        "training__fusion": "trainable",
+        "stages": {2: {"training": {"quantization": bits | {"trains": "scales"}}}},
+    }
+    for swap in ("never", "always"):
+        run(micro(**settings, training__swap=swap, store__path=str(tmp_path / swap / "store")), tmp_path / swap)
+    assert weights(tmp_path / "never") == weights(tmp_path / "always")
+    files = {tuple(sorted(path.parent.glob("block.*"))) for path in (tmp_path / "never/store").rglob("stage.json")}
+    packed = next(load_file(parts[0]) for parts in files if len(parts) == 2)
+    trained = next(
+        load_file(parts[0]) for parts in files if parts and parts[0].name == "block.0.safetensors" and len(parts) == 1
+    )
+    form = format_named("int2-g8-asym")
+    before = form.pack(trained["attention.q.weight"])
+    assert torch.equal(packed["attention.q.codes"], before["codes"])
+    assert torch.equal(packed["attention_norm.weight"], trained["attention_norm.weight"])
+    assert not torch.equal(packed["attention.q.scales"], before["scales"])
+
+
+def test_scales_alone_without_integers_below_are_refused() -> None:
+    for stages in ({0: {"bits": 4, "trains": "scales"}}, {2: {"bits": 4, "trains": "scales"}}):
+        overrides = {depth: {"training": {"quantization": settings}} for depth, settings in stages.items()}
+        with pytest.raises(ConfigError):
+            StackWiseConfig.from_preset("micro", {"training.fusion": "trainable", "stages": overrides})
 
 
 def test_what_is_above_reads_the_rounded_blocks(micro: Micro, tmp_path: Path) -> None:
