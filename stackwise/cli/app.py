@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
-import tempfile
-import threading
-import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -51,8 +47,25 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 
 
-class Lazy(click.Group):
-    """A group whose commands are imported when they are run, which suggests the nearest command for a wrong name."""
+class Subcommands(click.Group):
+    """A command with subcommands, which suggests the nearest one for a wrong name."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command, or say which one was meant."""
+        name, names = args[0], self.list_commands(ctx)
+        if name not in names and not name.startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+            raise click.UsageError(f"there is no command {name!r}; {meant}", ctx=ctx)
+        return super().resolve_command(ctx, args)
+
+
+class Program(Subcommands):
+    """The commands of the table, each imported when it is run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names, in the order of the table."""
@@ -62,17 +75,11 @@ class Lazy(click.Group):
         """Import a command."""
         if cmd_name not in COMMANDS:
             return None
-        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        place, about = COMMANDS[cmd_name]
+        module, _, attribute = place.partition(":")
         command: click.Command = getattr(importlib.import_module(f"stackwise.cli.commands.{module}"), attribute)
-        command.short_help = COMMANDS[cmd_name][1]
+        command.short_help = about
         return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command, or say which one was meant."""
-        _check_command(ctx, args[0], list(COMMANDS))
-        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The commands under their headings, from the table alone."""
@@ -94,29 +101,19 @@ class Lazy(click.Group):
             return super().main(args, name, complete_var, standalone_mode=False, **extra)
         extra.pop("windows_expand_args", None)
         self._main_shell_completion(extra, name, complete_var)
-        return _run_program(self, args, name, extra)
+        arguments = list(sys.argv[1:] if args is None else args)
+        output = open_streams()
+        try:
+            with self.make_context(name, arguments, **extra) as ctx:
+                self.invoke(ctx)
+            output.flush()
+            code = 0
+        except BaseException as error:
+            code = explain(error, debug="--debug" in arguments[:1] or os.environ.get(DEBUG, "") not in ("", "0"))
+        sys.exit(_final_code(output, code))
 
 
-class Subcommands(click.Group):
-    """A command with subcommands, which suggests the nearest one for a wrong name."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command, or say which one was meant."""
-        _check_command(ctx, args[0], list(self.commands))
-        return super().resolve_command(ctx, args)
-
-
-def _check_command(ctx: click.Context, name: str, names: list[str]) -> None:
-    if name in names or name.startswith("-"):
-        return
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    meant = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
-    raise click.UsageError(f"there is no command {name!r}{meant}", ctx=ctx)
-
-
-@click.command(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="stackwise %(version)s")
 @click.option("--debug", is_flag=True, envvar=DEBUG, help="Show tracebacks.")
 def main(debug: bool) -> None:
@@ -129,20 +126,6 @@ def main(debug: bool) -> None:
     Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 damage found in the store, 4 busy,
     5 no space left, 75 interrupted after saving: run again to go on.
     """
-
-
-def _run_program(group: click.Group, args: Sequence[str] | None, name: str, extra: dict[str, Any]) -> NoReturn:
-    """Run a command line to its end."""
-    arguments = list(sys.argv[1:] if args is None else args)
-    output = open_streams()
-    try:
-        with group.make_context(name, arguments, **extra) as ctx:
-            group.invoke(ctx)
-        output.flush()
-        code = 0
-    except BaseException as error:
-        code = explain(error, debug="--debug" in arguments[:1] or os.environ.get(DEBUG, "") not in ("", "0"))
-    _leave(output, code)
 
 
 def explain(error: BaseException, *, debug: bool = False) -> int:
@@ -171,10 +154,14 @@ def explain(error: BaseException, *, debug: bool = False) -> int:
             _refuse("interrupted")
             return INTERRUPTED
     if debug:
+        import traceback
+
         note("".join(traceback.format_exception(error)).rstrip())
     from stackwise.durable import is_full_disk
 
     if is_full_disk(error):
+        import threading
+
         # Writers in the background fail as well, now and at exit: one line about a full disk is enough.
         threading.excepthook = lambda _: None
         sys.unraisablehook = lambda _: None
@@ -213,6 +200,9 @@ def _refuse(message: str, hint: str | None = None) -> None:
 
 def _kept(error: BaseException) -> str:
     """Keep the traceback of an error that nobody foresaw; says where."""
+    import tempfile
+    import traceback
+
     text = "".join(traceback.format_exception(error))
     try:
         fd, path = tempfile.mkstemp(prefix="stackwise-traceback-", suffix=".txt")
@@ -223,8 +213,8 @@ def _kept(error: BaseException) -> str:
     return f"the traceback is in {path}; it is worth a bug report"
 
 
-def _leave(output: Standard, code: int) -> NoReturn:
-    """End with a code; a closed pipe is not an error."""
+def _final_code(output: Standard, code: int) -> int:
+    """The exit code, once what is still buffered was written or could not be."""
     try:
         output.flush()
     except BrokenPipeError:
@@ -235,7 +225,7 @@ def _leave(output: Standard, code: int) -> NoReturn:
     if output.failure is not None and code == 0:  # any other code has had its line
         _refuse(output.failure.message)
         code = output.failure.exit_code
-    sys.exit(code)
+    return code
 
 
 def stopped_after_saving(resume_command: str) -> InterruptedRun:

@@ -21,12 +21,18 @@ if TYPE_CHECKING:
     from stackwise.pipeline.run import RunDirectory
 
 F = TypeVar("F", bound=Callable[..., Any])
+PRESETS = ("micro", "smoke", "demo", "gpt2-small", "bert-base", "llama-1b", "llama-70b")
+"""The names of the built-in configurations, as help has them: reading their files would import all of config."""
+DEFAULT_PRESET = "demo"
 RUNS = Path("runs")
 """Where runs are by default."""
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
 run_option = click.option("--run", "run", metavar="DIR", help="The run's directory. Default: the latest under runs/.")
-
+watch_option = click.option("--watch", is_flag=True, help="Look again every second, until the run has ended.")
+config_argument = click.argument("config", required=False, metavar="[CONFIG]")
+preset_option = click.option("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}.  [default: {DEFAULT_PRESET}]")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N.")
 
 COUNT = click.IntRange(1, 2**31 - 1)
 """How many of something, within what tensors can count."""
@@ -74,23 +80,15 @@ max_time_option = click.option(
     metavar="TIME",
     help="Save and end with 75 before this is over: 3h, 90m, 1:30:00, or seconds.",
 )
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N.")
 
 
 def configuration(command: F) -> F:
     """The options that name a configuration: CONFIG, --preset, --run, -o."""
-    for option in (
-        click.option(
-            "-o", "overrides", metavar="KEY=VALUE", multiple=True, help="Set a key, such as training.steps=50."
-        ),
-        click.option("--run", "run", metavar="DIR", help="The run's directory. Default: runs/NAME."),
-        click.option(
-            "--preset", metavar="NAME", help="micro, smoke, demo, gpt2-small, bert-base, llama-1b, llama-70b."
-        ),
-        click.argument("config", required=False, metavar="[CONFIG]"),
-    ):
-        command = option(command)
-    return command
+    overrides = click.option(
+        "-o", "overrides", metavar="KEY=VALUE", multiple=True, help="Set a key, such as training.steps=50."
+    )
+    run = click.option("--run", "run", metavar="DIR", help="The run's directory. Default: runs/NAME.")
+    return config_argument(preset_option(run(overrides(command))))
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def load(config: str | None, preset: str | None, values: dict[str, Any]) -> Stac
     def made(values: dict[str, Any]) -> StackWiseConfig:
         if config is not None:
             return StackWiseConfig.from_yaml(config, values)
-        return StackWiseConfig.from_preset(preset or "demo", values)
+        return StackWiseConfig.from_preset(preset or DEFAULT_PRESET, values)
 
     try:
         return made(values)
@@ -164,7 +162,7 @@ def load(config: str | None, preset: str | None, values: dict[str, Any]) -> Stac
 
 def source_name(config: str | None, preset: str | None) -> str:
     """Where a configuration comes from, in words."""
-    return config or f"preset {preset or 'demo'}"
+    return config or f"preset {preset or DEFAULT_PRESET}"
 
 
 def is_run(path: Path) -> bool:

@@ -1,7 +1,7 @@
-"""What commands print with, and the gate that all of it passes: lines, JSON, tables, progress, `--watch`.
+"""What commands print with, and the gate that all of it passes: lines, tables, JSON, progress, `--watch`.
 
-Nothing here imports rich before it is called. Text from a manifest, a path, a data set or an error is shown, not
-obeyed: its control characters are written out (`stackwise.text.printable`).
+Text from a manifest, a path, a data set or an error is shown, not obeyed: its control characters are written out
+(`stackwise.text.printable`). rich is imported only where something is redrawn in place, on a terminal.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ import errno
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, cast
 
 import click
 
 from stackwise import words
 from stackwise.errors import NoSpaceError, StackWiseError
-from stackwise.text import has_control, printable
+from stackwise.text import printable
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
-    from rich.segment import Segment
-    from rich.table import Table
+    from rich.text import Text
 
 PLAIN_WIDTH = 1000
 """Columns where there is no terminal: nothing is cut off or wrapped."""
+FOLDED = 12
+"""Columns that the last column of a table keeps, on whose lines its text is folded, before others are cut."""
 WATCH_SECONDS = 1.0
 """Between two looks of `--watch`."""
 
@@ -41,11 +42,11 @@ STATES = {
     "running": "cyan",
     "writing": "cyan",
     "interrupted": "yellow",
+    "not run": "yellow",
     "failed": "red",
     "damaged": "red",
     "pending": "dim",
     "submitted": "dim",
-    "not run": "yellow",
     "dropped": "dim",
 }
 
@@ -144,9 +145,41 @@ def keep_going_without_output() -> None:
         sys.stdout.forgiving = True
 
 
-def say(text: object = "") -> None:
-    """A line, or several, on standard output."""
-    sys.stdout.write(printable(str(text), lines=True) + "\n")
+class Styled(NamedTuple):
+    """A piece of text and how it looks on a terminal: words such as `bold cyan`, `dim`, `underline yellow`."""
+
+    text: str
+    style: str = ""
+
+
+Line = Sequence[Styled | str]
+"""Pieces of text that stand side by side."""
+
+
+def say(*pieces: object) -> None:
+    """A line of pieces on standard output, coloured on a terminal unless NO_COLOR is set; a piece may have several."""
+    coloured = is_live(sys.stdout) and not os.environ.get("NO_COLOR")
+    sys.stdout.write("".join(_shown(piece, coloured) for piece in pieces) + "\n")
+
+
+def say_all(lines: Iterable[Line]) -> None:
+    """Lines on standard output."""
+    for line in lines:
+        say(*line)
+
+
+def _shown(piece: object, coloured: bool) -> str:
+    text, style = piece if isinstance(piece, Styled) else (str(piece), "")
+    text = printable(text, lines=True)
+    if not coloured or not style:
+        return text
+    *effects, last = style.split()
+    effects += [last] if last in EFFECTS else []
+    colour = None if last in EFFECTS else last
+    return click.style(text, fg=colour, **dict.fromkeys(effects, True))
+
+
+EFFECTS = ("bold", "dim", "underline")
 
 
 def note(text: object) -> None:
@@ -182,66 +215,120 @@ def is_live(stream: TextIO) -> bool:
         return False
 
 
-class _Unpadded:
-    """A stream whose lines lose the blanks at their ends, with which a table is filled up."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        return self._stream.write(re.sub(r"[ \t]+(?=\n)", "", text))
-
-    def flush(self) -> None:
-        self._stream.flush()
+def width() -> int:
+    """Columns that a line on standard output has."""
+    return shutil.get_terminal_size().columns if is_live(sys.stdout) else PLAIN_WIDTH
 
 
-def console(stream: TextIO | None = None) -> Console:
-    """Where tables go. Colour and styles for a terminal alone, and by NO_COLOR not even there."""
-    from rich.console import Console
-    from rich.segment import Segment
-
-    class Gated(Console):
-        """Every piece of text that is drawn passes the gate; the console's own movements of the cursor do not."""
-
-        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-            for piece in super().render(renderable, options):
-                obeyed = not piece.control and has_control(piece.text)
-                yield Segment(printable(piece.text, lines=True), piece.style) if obeyed else piece
-
-    stream = stream or sys.stdout
-    if is_live(stream):
-        return Gated(file=stream, force_terminal=True, highlight=False)
-    plain_stream = cast("IO[str]", _Unpadded(stream))
-    return Gated(file=plain_stream, force_terminal=False, color_system=None, width=PLAIN_WIDTH, highlight=False)
-
-
-def table(*columns: str, right: Sequence[int] = ()) -> Table:
-    """A table without lines; the columns numbered in `right` hold figures."""
-    from rich.table import Table
-
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for number, name in enumerate(columns):
-        last = number == len(columns) - 1
-        made.add_column(
-            plain(name),
-            justify="right" if number in right else "left",
-            no_wrap=not last,
-            overflow="fold" if last else "ellipsis",
-        )
-    return made
-
-
-def state(name: str) -> str:
+def state(name: str) -> Styled:
     """A state, in its colour."""
-    style = STATES.get(name)
-    return f"[{style}]{name}[/]" if style else plain(name)
+    return Styled(name, STATES.get(name, ""))
 
 
-def plain(text: object) -> str:
-    """Text as it stands, whatever brackets and control characters it has, for a table or a console."""
-    from rich.markup import escape
+class Table:
+    """Rows of text under the names of columns, without lines.
 
-    return escape(printable(str(text), lines=True))
+    Args:
+        columns: Their names.
+        right: The numbers of those that hold figures.
+    """
+
+    def __init__(self, *columns: str, right: Iterable[int] = ()) -> None:
+        self._right = set(right)
+        self._rows = [[Styled(name, "dim") for name in columns]]
+
+    def add_row(self, *cells: Styled | str, style: str = "") -> None:
+        """Add a row; a cell without a style of its own takes the row's."""
+        row = [cell if isinstance(cell, Styled) else Styled(cell) for cell in cells]
+        # A cell is one line: a line break in a reason or a name would tear the table.
+        self._rows.append([Styled(printable(" ".join(cell.text.splitlines())), cell.style or style) for cell in row])
+
+    def lines(self, room: int | None = None) -> list[Line]:
+        """The table as lines of at most `room` columns; by default as many as the output has."""
+        natural = [max(columns_of(cell.text) for cell in column) for column in zip(*self._rows, strict=True)]
+        widths = _fitted(natural, width() if room is None else room)
+        return [line for row in self._rows for line in self._lines(row, widths)]
+
+    def _lines(self, row: list[Styled], widths: list[int]) -> Iterator[Line]:
+        *cells, last = row
+        line: list[Styled | str] = []
+        for number, (cell, room) in enumerate(zip(cells, widths, strict=False)):
+            text = cell.text if columns_of(cell.text) <= room else _cut(cell.text, room - 1) + "…"
+            blanks = " " * (room - columns_of(text))
+            line += (
+                [blanks, Styled(text, cell.style), "  "]
+                if number in self._right
+                else [Styled(text, cell.style), blanks + "  "]
+            )
+        for number, text in enumerate(_folded(last.text, widths[-1])):
+            blanks = " " * (widths[-1] - columns_of(text)) if len(cells) in self._right else ""
+            yield _stripped(
+                [
+                    *(line if number == 0 else [" " * (sum(widths[:-1]) + 2 * len(cells))]),
+                    blanks,
+                    Styled(text, last.style),
+                ]
+            )
+
+
+def _stripped(line: list[Styled | str]) -> Line:
+    """A line without the blanks at its end, with which a table is filled up."""
+    while line and not (line[-1].text if isinstance(line[-1], Styled) else line[-1]).strip():
+        line.pop()
+    return line
+
+
+def _fitted(natural: list[int], room: int) -> list[int]:
+    """Widths of columns that fit: the last one is folded, then the widest ones lose their ends."""
+    room -= 2 * (len(natural) - 1)
+    widths = list(natural)
+    widths[-1] = max(min(widths[-1], room - sum(widths[:-1])), min(widths[-1], FOLDED))
+    while sum(widths) > room and max(widths) > 2:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def columns_of(text: str) -> int:
+    """Columns that a text takes on a terminal: East Asian characters two, combining ones none."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(unicodedata.category(character) in ("Mn", "Me", "Cf") for character in text)
+
+
+def _cut(text: str, room: int) -> str:
+    """The beginning of a text, as much as fits."""
+    while columns_of(text) > room:
+        text = text[: max(0, min(room, len(text) - 1))]
+    return text
+
+
+def _folded(text: str, room: int) -> list[str]:
+    """A text in lines that fit, broken between words where that can be."""
+    lines = [""]
+    for word in re.findall(r"\S+\s*|\s+", text):
+        if columns_of(lines[-1] + word.rstrip()) > room and lines[-1]:
+            lines.append("")
+        while columns_of(word.rstrip()) > room:  # longer than a line: a path, or a language without blanks
+            lines[-1] = _cut(word, room) or word[0]
+            word = word[len(lines[-1]) :]
+            lines.append("")
+        lines[-1] += word
+    return [line.rstrip() for line in lines if line] or [""]
+
+
+def drawn(lines: Iterable[Line]) -> Text:
+    """Lines as rich draws them in place."""
+    from rich.text import Text
+
+    text = Text()
+    for line in lines:
+        for piece in line:
+            content, style = piece if isinstance(piece, Styled) else (piece, "")
+            text.append(printable(content, lines=True), style=style)
+        text.append("\n")
+    text.rstrip()
+    return text
 
 
 @contextlib.contextmanager
@@ -259,6 +346,7 @@ def phases(
     if not is_live(sys.stderr):
         yield lambda phase, done, total: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -268,10 +356,11 @@ def phases(
         TextColumn("{task.fields[shown]}", markup=False),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True, highlight=False), transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
         def update(phase: str, done: int, total: int | None) -> None:
+            phase = printable(phase)
             shown = unit(phase, done) + (f" of {unit(phase, total)}" if total is not None else "")
             if phase not in tasks:
                 tasks[phase] = bar.add_task(phase, total=total, shown=shown)
@@ -280,12 +369,9 @@ def phases(
         yield update
 
 
-watch_option = click.option("--watch", is_flag=True, help="Look again every second, until the run has ended.")
-
-
 def show(
     look: Callable[[], dict[str, Any]],
-    rendered: Callable[[dict[str, Any]], RenderableType],
+    lines: Callable[[dict[str, Any]], Iterable[Line]],
     still_changing: Callable[[], bool] | None,
     *,
     as_json: bool,
@@ -294,29 +380,24 @@ def show(
 
     Args:
         look: The value now, JSON-ready.
-        rendered: How people read it.
+        lines: How people read it.
         still_changing: Whether it may still change; None: show it once.
         as_json: JSON instead: one document, or while watching one a line.
     """
     if still_changing is None:
-        if as_json:
-            print_json(look())
-        else:
-            console().print(rendered(look()))
+        print_json(look()) if as_json else say_all(lines(look()))
     elif not as_json and is_live(sys.stdout):
         from rich.live import Live
 
-        with Live(rendered(look()), console=console(), auto_refresh=False) as live:
+        with Live(drawn(lines(look())), auto_refresh=False) as live:
             for value in _looks(look, still_changing):
-                live.update(rendered(value), refresh=True)
+                live.update(drawn(lines(value)), refresh=True)
     else:
         before: dict[str, Any] | None = None
         for value in _looks(look, still_changing):
             if value != before:
-                if as_json:
-                    print_event(value)
-                else:
-                    console().print(rendered(value))
+                print_event(value) if as_json else say_all(lines(value))
+                sys.stdout.flush()
                 before = value
 
 

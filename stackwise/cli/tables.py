@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from stackwise import words
-from stackwise.cli.output import plain, state, table
-from stackwise.pipeline.events import PHASES
+from stackwise.cli.output import Line, Styled, Table, state
 
 if TYPE_CHECKING:
-    from rich.console import Console, Group, RenderableType
-    from rich.table import Table
-
     from stackwise.config import StackWiseConfig
     from stackwise.pipeline.schedule import Stage
 
@@ -53,27 +50,21 @@ def listing(config: StackWiseConfig) -> list[Row]:
     return rows
 
 
-def schedule_table(config: StackWiseConfig, source: str, stages: list[Row], notes: Iterable[str] = ()) -> Group:
+def schedule_table(config: StackWiseConfig, source: str, stages: list[Row], notes: Iterable[str] = ()) -> list[Line]:
     """The schedule as a table, with a column for what some stage has of its own, and notes below it."""
-    from rich.console import Group
-    from rich.text import Text
-
     from stackwise.config import AUTO
 
-    columns = ["blocks", "reads", "trains"]
-    columns += [name for name, of in _EXTRA.items() if any(of(row) for row in stages)]
-    header = ["stage", *columns, "steps", "rate", "state", "step", "loss"]
-    shown = table(*header, right=tuple(header.index(name) for name in ("stage", "steps", "rate", "step", "loss")))
+    extra = {name: of for name, of in _EXTRA.items() if any(of(row) for row in stages)}
+    header = ["stage", "blocks", "reads", "trains", *extra, "steps", "rate", "state", "step", "loss"]
+    table = Table(*header, right=map(header.index, ("stage", "steps", "rate", "step", "loss")))
     for row in stages:
         loss = row.get("loss")
-        cells = {
-            "blocks": words.span(*row["blocks"]),
-            "reads": row["reads"] + (", rows of its own" if row["own_rows"] else ""),
-            "trains": _parts(row["trains"]) + ("" if row["causal_from"] is None else ", to be causal"),
-        } | {name: of(row) for name, of in _EXTRA.items()}
-        shown.add_row(
+        table.add_row(
             stage_label(row, stages),
-            *(cells[name] for name in columns),
+            words.span(*row["blocks"]),
+            row["reads"] + (", rows of its own" if row["own_rows"] else ""),
+            _parts(row["trains"]) + ("" if row["causal_from"] is None else ", to be causal"),
+            *(of(row) for of in extra.values()),
             _steps(row),
             words.rate(row["learning_rate"]),
             state(row.get("state", "–")),
@@ -85,9 +76,7 @@ def schedule_table(config: StackWiseConfig, source: str, stages: list[Row], note
         title += f" in {words.plural(config.windows, 'window')}"
     elif config.has_windows and config.training.windows == AUTO:
         title += ", each in as many windows as store.max_bytes asks for, once the data is prepared"
-    title = plain(f"{title} ({source})")
-    below = [Text(f"note: {line}") for line in notes]
-    return Group(Text.from_markup(f"[bold]{title}[/]"), shown, *below)
+    return [[Styled(f"{title} ({source})", "bold")], *table.lines(), *([f"note: {line}"] for line in notes)]
 
 
 def stage_label(stage: Row, stages: list[Row]) -> str:
@@ -157,23 +146,19 @@ def _parts(trains: list[str]) -> str:
     return ", ".join(shown)
 
 
-def status_table(value: dict[str, Any]) -> Group:
-    """A run's state as a table under a line."""
-    from rich.console import Group
-    from rich.text import Text
-
+def status_table(value: dict[str, Any]) -> list[Line]:
+    """A run's state as a table under a line, and its jobs under that."""
     stages = value["stages"]
-    done = sum(stage["state"] == "done" for stage in stages)
-    line = f"{plain(value['run'])}  {state(value['state'])}"
+    line: list[Styled | str] = [value["run"], "  ", state(value["state"])]
     if "preparing" in value:
-        line += f"  {plain(_preparing(value['state'], **value['preparing']))}"
+        line += ["  ", _preparing(value["state"], **value["preparing"])]
         if not stages:
-            return Group(Text.from_markup(line))
-    line += f"  {done} of {words.plural(len(stages), 'stage')} done"
-    shown = table("stage", "blocks", "state", "step", "loss", "wait", "memory", "why", right=(0, 3, 4, 5, 6))
+            return [line]
+    done = sum(stage["state"] == "done" for stage in stages)
+    table = Table("stage", "blocks", "state", "step", "loss", "wait", "memory", "why", right=(0, 3, 4, 5, 6))
     for stage in stages:
         loss, wait, memory = stage["loss"], stage["wait_fraction"], stage["peak_memory_bytes"]
-        shown.add_row(
+        table.add_row(
             stage_label(stage, stages),
             words.span(*stage["blocks"]),
             state(stage["state"]),
@@ -181,21 +166,23 @@ def status_table(value: dict[str, Any]) -> Group:
             f"{loss:.3f}" if loss is not None else "",
             words.percent(wait) if wait is not None else "",
             words.size(memory) if memory is not None else "",
-            plain(stage["reason"] or ""),
+            stage["reason"] or "",
         )
-    jobs = value.get("jobs", [])
-    if not jobs:
-        return Group(Text.from_markup(line), shown)
-    named = table("job", "of", "state")
-    for job in jobs:
-        of = "evaluation" if job["stage"] is None else f"stage {job['stage']}"
-        of += f", window {job['window']}" if job.get("window") is not None else ""
-        named.add_row(f"{job['engine']} {plain(job['job'])}", of, state(job["state"]))
-    return Group(Text.from_markup(line), shown, Text(), named)
+    lines = [[*line, f"  {done} of {words.plural(len(stages), 'stage')} done"], *table.lines()]
+    if value.get("jobs"):
+        jobs = Table("job", "of", "state")
+        for job in value["jobs"]:
+            of = "evaluation" if job["stage"] is None else f"stage {job['stage']}"
+            of += f", window {job['window']}" if job.get("window") is not None else ""
+            jobs.add_row(f"{job['engine']} {job['job']}", of, state(job["state"]))
+        lines += [[], *jobs.lines()]
+    return lines
 
 
 def _preparing(state: str, phase: str, done: int, total: int | None, failed: str = "") -> str:
     """What a run without a plan does, or did last."""
+    from stackwise.pipeline.events import PHASES
+
     what = PHASES.get(phase, phase) + (f", {words.percent(done / total)}" if total else "")
     return what if state == "running" else f"while {what}" + (f": {failed}" if failed else "")
 
@@ -204,61 +191,21 @@ MADE = {"filled": "bold cyan", "right": "bold green", "wrong": "underline yellow
 """How text that the rack made is shown: as such, as it stood in the original, otherwise than there."""
 
 
-def held_out_table(result: Mapping[str, Any]) -> RenderableType:
+def held_out_table(result: Mapping[str, Any]) -> list[Line]:
     """Held-out figures by depth, and the baselines under them."""
-    from rich.console import Group
-    from rich.text import Text
+    from stackwise.report.held_out import footnote, rows
 
-    from stackwise.report.page import FIRST_STAGE, depth_name
-
-    fractions = list(result["loss"])
-    columns = ["held out", "bits/byte", *(f"loss {words.fraction(f)}" for f in fractions)]
-    columns += [f"acc. {words.fraction(f)}" for f in fractions]
-    shown = table(*columns, right=range(1, len(columns)))
-    stages = result.get("stages") or [result]
-    for depth, stage in enumerate(stages):
-        last = depth == len(stages) - 1
-        _figures(shown, depth_name(depth, len(stages)), stage, fractions, "bold" if last else "")
-    for name, baseline in result.get("baselines", {}).items():
-        if name != FIRST_STAGE:
-            _figures(shown, f"baseline: {name.replace('_', ' ')}", baseline, fractions, "dim")
-    return Group(shown, Text(_footnote(result), style="dim"))
+    columns, depths = rows(result)
+    table = Table("held out", *columns, right=range(1, len(columns) + 1))
+    for name, cells, kind in depths:
+        baseline = kind == "baseline"
+        style = "dim" if baseline else "bold" if kind == "last" else ""
+        table.add_row(f"baseline: {name}" if baseline else name, *cells, style=style)
+    return [*table.lines(), [Styled(footnote(result), "dim")]]
 
 
-def _figures(shown: Table, name: str, figures: Mapping[str, Any], fractions: list[str], style: str) -> None:
-    bits = figures.get("bits_per_byte")
-    loss, accuracy = figures.get("loss") or {}, figures.get("accuracy") or {}
-    cells = [f"{bits:.3f}" if bits is not None else "–"]
-    cells += [f"{loss[f]:.3f}" if loss.get(f) is not None else "–" for f in fractions]
-    cells += [f"{100 * accuracy[f]:.1f}%" if accuracy.get(f) is not None else "–" for f in fractions]
-    shown.add_row(plain(name), *cells, style=style)
-
-
-def _footnote(result: Mapping[str, Any]) -> str:
-    from stackwise.report.page import bounded
-
-    text = f"{words.count(result['tokens'])} tokens"
-    if result.get("bytes"):
-        text += f", {words.size(result['bytes'])} of text"
-    kind = "bits/byte is the likelihood" if result.get("likelihood") == "exact" else "bits/byte is an upper bound"
-    if bounded(result):
-        kind += " (before the rack was made causal, an upper bound)"
-    error = result.get("bits_per_byte_error")
-    causal = result.get("likelihood") == "exact" and not bounded(result)
-    token = "token, at the positions that would be masked" if causal else "masked token"
-    return f"{text}; loss in nats a {token}; {kind}" + (f" (± {error:.3f})" if error else "")
-
-
-def show_passage(console: Console, fill: Mapping[str, Any]) -> None:
+def passage(fill: Mapping[str, Any]) -> list[Line]:
     """A passage with its holes, and as the rack filled them; what it made stands out."""
-    from rich.rule import Rule
-    from rich.text import Text
-
-    before, after = Text(fill["before"]), Text()
-    before.highlight_words(["[MASK]"], style="dim cyan")
-    for text, kind in fill.get("spans") or [[fill["after"], "given"]]:
-        after.append(text, style=MADE.get(kind, ""))
-    for title, shown in (("before", before), ("after", after)):
-        console.print(Rule(title, style="dim", align="left") if console.is_terminal else f"--- {title}")
-        console.print(shown)
-    console.print(Rule(style="dim") if console.is_terminal else "---")
+    before = [Styled(text, "dim cyan" * (text == "[MASK]")) for text in re.split(r"(\[MASK\])", fill["before"])]
+    after = [Styled(text, MADE.get(kind, "")) for text, kind in fill.get("spans") or [[fill["after"], "given"]]]
+    return [[Styled("--- before", "dim")], before, [Styled("--- after", "dim")], after, [Styled("---", "dim")]]

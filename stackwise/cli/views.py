@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from stackwise import words
-from stackwise.cli.output import STATES, console, is_live, plain, print_event, say, table
+from stackwise.cli.output import Line, Styled, Table, drawn, is_live, print_event, say, state
 from stackwise.pipeline.events import EVENTS, PHASES, wording
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rich.console import Console, RenderableType
-    from rich.table import Table
+    from rich.console import Console
     from rich.text import Text
 
     from stackwise.config import StackWiseConfig
@@ -26,41 +25,48 @@ SECONDS = 5.0
 """Between two lines of progress, and between two lines on skipped steps."""
 ROWS = 16
 """Stages shown at once; of more, those around the running one."""
-
-
-SMOOTH = 0.3
-"""Weight of the newest figure in speeds and losses that are shown."""
+SMOOTH = {"loss": 0.3, "tokens_per_second": 0.3, "seconds_per_step": 0.12}
+"""Weight of the newest of the figures that the live view smooths."""
 
 
 @dataclass
 class StageView:
-    """One stage."""
+    """One stage; `figures` are those of its last step, smoothed."""
 
     depth: int
     blocks: tuple[int, int]
     window: int = 0
     label: str = ""
     """Its number, and its window's where there are several."""
+    steps: int | None = None
     state: str = "pending"
     step: int = 0
-    steps: int | None = None
-    loss: float | None = None
     why: str = ""
-    learning_rate: float | None = None
-    tokens_per_second: float | None = None
-    wait_fraction: float | None = None
-    memory: int | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
     skipped: int = 0
     held_out: float | None = None
-    seconds_per_step: float | None = None
     last: tuple[float, int] | None = None
+
+    def take_step(self, event: Event) -> None:
+        """Take up the figures of a step."""
+        now = time.monotonic()
+        event = dict(event)
+        if self.last is not None and event["step"] > self.last[1]:
+            event["seconds_per_step"] = (now - self.last[0]) / (event["step"] - self.last[1])
+        self.last, self.step, self.steps = (now, event["step"]), event["step"], event["steps"]
+        for name, share in SMOOTH.items():
+            before, value = self.figures.get(name), event.get(name)
+            if value is None:  # no loss where every step since was skipped
+                event[name] = before
+            elif before is not None:
+                event[name] = (1 - share) * before + share * value
+        self.figures = event
 
     @property
     def seconds_left(self) -> float | None:
         """Until its last step, at the pace so far."""
-        if self.seconds_per_step is None or self.steps is None:
-            return None
-        return self.seconds_per_step * (self.steps - self.step)
+        pace = self.figures.get("seconds_per_step")
+        return None if pace is None or self.steps is None else pace * (self.steps - self.step)
 
 
 @dataclass
@@ -70,12 +76,12 @@ class RunView:
     Args:
         config: Its configuration.
         run: Its directory.
-        known: The stages' states before, as `status` gives them: the results of stages that are reused.
+        earlier: The stages' states before, as `status` gives them: the results of stages that are reused.
     """
 
     config: StackWiseConfig
     run: str
-    known: list[dict[str, Any]] = field(default_factory=list)
+    earlier: list[dict[str, Any]] = field(default_factory=list)
     stages: list[StageView] = field(default_factory=list)
     current: int | None = None
     activity: str | None = None
@@ -89,82 +95,48 @@ class RunView:
         self._plan()
 
     def _plan(self) -> None:
+        """The stages as the configuration has them."""
         from stackwise.pipeline.schedule import schedule
 
         self.stages = []
         for stage in schedule(self.config):
             steps = self.config.stage_training(stage.depth).steps if self.config.windows == 1 else None
-            view = StageView(stage.depth, (stage.first, stage.last), stage.window, stage.label, steps=steps)
-            self.stages.append(view)
+            self.stages.append(StageView(stage.depth, (stage.first, stage.last), stage.window, stage.label, steps))
 
     def observe(self, event: Event) -> None:
         """Take up an event."""
-        place = event.get("stage")
-        stage = self.stages[place] if isinstance(place, int) and place < len(self.stages) else None
-        if stage is not None:
-            if event["event"] in ("training", "step"):
-                self.current = place
-            self._observe_stage(stage, event)
-        match event["event"]:
+        kind, place = event["event"], event.get("stage")
+        match kind:
             case "settled":
                 self.config = self.config.model_copy(deep=True)
                 self.config.training.block_size = event["value"]
                 self._plan()
             case "plan":
-                self.activity = None
                 self._planned(event["stages"])
-            case "preparing":
-                self._progress(event["phase"], event["done"], event["total"])
-            case "evaluating":
-                self._progress("evaluating", event.get("done", 0), event.get("total"))
-            case "data" | "evaluation" | "done":
-                self.activity = None
-        if event["event"] == "evaluation":
-            self.evaluation = event["result"]
-        elif event["event"] == "fill":
-            self.fill = event
-        elif event["event"] in ("training", "reused"):
+            case "preparing" | "evaluating":
+                self._progress(str(event.get("phase", kind)), event.get("done", 0), event.get("total"))
+            case "evaluation":
+                self.evaluation = event["result"]
+            case "fill":
+                self.fill = event
+            case "training" | "step":
+                self.current = place
+        if kind in ("training", "reused"):
             self.saved = True
-
-    def label(self, place: int) -> str:
-        """What the stage at a place of the schedule is called."""
-        return self.stages[place].label if place < len(self.stages) else str(place)
-
-    def _planned(self, stages: list[dict[str, Any]]) -> None:
-        """The stages as they are planned: how many windows they have may not have been known before."""
-        blocks = {view.depth: view.blocks for view in self.stages}
-        if len(stages) != len(self.stages):
-            several = {entry["depth"] for entry in stages if entry.get("window", 0)}
-            self.stages = [
-                StageView(
-                    (depth := entry["depth"]),
-                    blocks[depth],
-                    entry.get("window", 0),
-                    f"{depth}, window {entry.get('window', 0)}" if depth in several else str(depth),
-                )
-                for entry in stages
-            ]
-        for entry in stages:
-            self.stages[entry["stage"]].why = entry["reason"]
-            self.stages[entry["stage"]].steps = entry["steps"]
-
-    def end(self) -> None:
-        """The run ended: a stage still running was interrupted."""
-        self.activity = None
-        for stage in self.stages:
-            if stage.state == "running":
-                stage.state = "interrupted"
+        if kind in ("plan", "data", "evaluation", "done", "training", "written"):
+            self.activity = None
+        if isinstance(place, int) and place < len(self.stages):
+            self._observe_stage(self.stages[place], event)
 
     def _observe_stage(self, stage: StageView, event: Event) -> None:
         match event["event"]:
             case "training":
-                stage.state, stage.steps, stage.why, stage.step = "running", event["steps"], event["reason"], 0
-                stage.skipped = 0
-                self.activity = None
+                stage.state, stage.steps, stage.why = "running", event["steps"], event["reason"]
+                stage.step, stage.skipped, stage.figures, stage.last = 0, 0, {}, None
             case "resumed":
                 stage.step, stage.why = event["step"], f"resumed at step {event['step']:,}"
             case "step":
-                self._step(stage, event)
+                stage.take_step(event)
             case "diverged":
                 stage.skipped += "to" not in event
             case "held_out":
@@ -173,36 +145,41 @@ class RunView:
                 stage.state, stage.step = "done", stage.steps or stage.step
             case "reused":
                 stage.state, stage.why = "done", event["reason"]
-                self._recall(stage)
-            case "writing" | "recomputing":
-                self._progress(f"boundary {stage.depth + 1}", 0, None)
-            case "boundary":
-                self._progress(f"boundary {stage.depth + 1}", event["done"], event["total"])
-            case "written":
-                self.activity = None
+                for row in self.earlier:
+                    if (row["depth"], row.get("window", 0), row["state"]) == (stage.depth, stage.window, "done"):
+                        stage.figures, stage.step, stage.steps = {"loss": row["loss"]}, row["step"], row["steps"]
+            case "writing" | "recomputing" | "boundary":
+                self._progress(f"boundary {stage.depth + 1}", event.get("done", 0), event.get("total"))
             case "failed":
                 stage.state = "failed"
 
-    def _step(self, stage: StageView, event: Event) -> None:
-        now = time.monotonic()
-        if stage.last is not None and event["step"] > stage.last[1]:
-            pace = (now - stage.last[0]) / (event["step"] - stage.last[1])
-            stage.seconds_per_step = _smooth(stage.seconds_per_step, pace, 0.12)
-        stage.last = (now, event["step"])
-        stage.step, stage.steps, stage.learning_rate = event["step"], event["steps"], event["learning_rate"]
-        if event["loss"] is not None:  # else every step since was skipped
-            stage.loss = _smooth(stage.loss, event["loss"])
-        stage.tokens_per_second = _smooth(stage.tokens_per_second, event["tokens_per_second"])
-        stage.wait_fraction, stage.memory = event["wait_fraction"], event["memory"]
+    def _planned(self, stages: list[dict[str, Any]]) -> None:
+        """The stages as they are planned: how many windows they have may not have been known before."""
+        if len(stages) != len(self.stages):
+            blocks = {view.depth: view.blocks for view in self.stages}
+            several = {entry["depth"] for entry in stages if entry.get("window", 0)}
+            self.stages = []
+            for entry in stages:
+                depth, window = entry["depth"], entry.get("window", 0)
+                label = f"{depth}, window {window}" if depth in several else str(depth)
+                self.stages.append(StageView(depth, blocks[depth], window, label))
+        for entry in stages:
+            self.stages[entry["stage"]].why = entry["reason"]
+            self.stages[entry["stage"]].steps = entry["steps"]
 
-    def _recall(self, stage: StageView) -> None:
-        """Take a reused stage's results from the earlier run."""
-        for before in self.known:
-            if (before["depth"], before.get("window", 0)) == (stage.depth, stage.window) and before["state"] == "done":
-                stage.loss, stage.step, stage.steps = before["loss"], before["step"], before["steps"]
+    def label(self, place: int) -> str:
+        """What the stage at a place of the schedule is called."""
+        return self.stages[place].label if place < len(self.stages) else str(place)
 
     def _progress(self, activity: str, done: int, total: int | None) -> None:
         self.activity, self.done, self.total = activity, done, total
+
+    def end(self) -> None:
+        """The run ended: a stage still running was interrupted."""
+        self.activity = None
+        for stage in self.stages:
+            if stage.state == "running":
+                stage.state = "interrupted"
 
     @property
     def running(self) -> StageView | None:
@@ -213,33 +190,29 @@ class RunView:
     @property
     def seconds_left(self) -> float | None:
         """Until the last step of the last stage, as if every stage took as long a step as this one."""
-        stage = self.running
-        if stage is None or stage.seconds_per_step is None or any(s.steps is None for s in self.stages):
+        pace = self.running.figures.get("seconds_per_step") if self.running is not None else None
+        if pace is None or any(stage.steps is None for stage in self.stages):
             return None
-        steps = sum((s.steps or 0) - s.step for s in self.stages if s.state in ("pending", "running"))
-        return stage.seconds_per_step * steps
+        left = [stage for stage in self.stages if stage.state in ("pending", "running")]
+        return float(pace * sum((stage.steps or 0) - stage.step for stage in left))
 
 
-def _smooth(before: float | None, now: float, share: float = SMOOTH) -> float:
-    return now if before is None else (1 - share) * before + share * now
-
-
-def step_line(event: Event, stage: StageView) -> str:
-    """A step's figures in a line."""
-    loss = event["loss"]
+def step_figures(figures: Event, stage: StageView) -> list[str]:
+    """The figures of a step in words, those of its event or smoothed ones."""
+    loss = figures.get("loss")
     parts = [
-        f"step {event['step']:,}/{event['steps']:,}",
         f"loss {loss:.3f}" if loss is not None else "loss –",  # every step since the last one shown was skipped
-        f"lr {words.rate(event['learning_rate'])}",
-        f"{words.count(event['tokens_per_second'])} tokens/s",
-        f"wait {words.percent(event['wait_fraction'])}",
-        f"memory {words.size(event['memory'])}",
+        *([f"held out {stage.held_out:.3f}"] if stage.held_out is not None else []),
+        f"lr {words.rate(figures['learning_rate'])}",
+        f"{words.count(figures['tokens_per_second'])} tokens/s",
+        f"wait {words.percent(figures['wait_fraction'])}",
+        f"memory {words.size(figures['memory'])}",
     ]
     if stage.skipped:
         parts.append(f"{words.plural(stage.skipped, 'step')} skipped")
-    if stage.seconds_left is not None and event["step"] < event["steps"]:
+    if stage.seconds_left is not None and stage.step < (stage.steps or 0):
         parts.append(f"{words.clock(stage.seconds_left)} left")
-    return "  ".join(parts)
+    return parts
 
 
 def watcher(view: RunView, as_json: bool) -> contextlib.AbstractContextManager[Callable[[Event], None]]:
@@ -247,7 +220,9 @@ def watcher(view: RunView, as_json: bool) -> contextlib.AbstractContextManager[C
     if as_json:
         return contextlib.nullcontext(print_event)
     if is_live(sys.stdout):
-        return Live(view, console())
+        from rich.console import Console
+
+        return Live(view, Console(highlight=False))
     return Lines(view, view.config.training.log_every)
 
 
@@ -306,14 +281,15 @@ class Lines(_View):
 
     def take(self, event: Event) -> None:
         """Print what an event says, where it is due."""
-        kind, place = event["event"], event.get("stage")
+        kind, place = event["event"], event.get("stage", 0)
         if kind == "step":
-            before, step = self._shown.get(event["stage"]), event["step"]
+            before, step = self._shown.get(place), event["step"]
             late = time.monotonic() - self._spoke >= SECONDS
             due = before is None or (late and step // self._every > before // self._every)
             if due or step == event["steps"]:
-                self._shown[event["stage"]] = step
-                self._say(self.at(place, step_line(event, self._view.stages[event["stage"]])))
+                self._shown[place] = step
+                figures = [f"step {step:,}/{event['steps']:,}", *step_figures(event, self._view.stages[place])]
+                self._say(self.at(place, "  ".join(figures)))
             return
         if kind == "training":
             self._shown.pop(event["stage"], None)
@@ -359,11 +335,11 @@ class Live(_View):
         """Print above the table what it does not show."""
         kind = EVENTS.get(event["event"])
         if kind is not None and kind.shown_by == "line" and (text := self.words_of(event)) is not None:
-            self._console.print(plain(text), style=kind.style)
+            self._console.print(drawn([[Styled(text, kind.style)]]))
 
     def __enter__(self) -> Self:
         name = f"{self._view.config.name}: {words.plural(len(self._view.stages), 'stage')} in {self._view.run}"
-        self._console.print(plain(name), style="bold")
+        self._console.print(drawn([[Styled(name, "bold")]]))
         self._drawing.start()
         return self
 
@@ -371,93 +347,55 @@ class Live(_View):
         self._view.end()
         self._drawing.stop()
 
-    def _render(self) -> RenderableType:
-        from rich.console import Group
-        from rich.text import Text
-
-        parts: list[RenderableType] = [Text(), self._stages()]
-        if self._view.activity is not None:
-            parts += [Text(), self._activity()]
-        elif (stage := self._view.running) is not None:
-            parts += [Text(), self._training(stage)]
-        return Group(*parts)
-
-    def _stages(self) -> Table:
+    def _render(self) -> Text:
+        lines: list[Line] = [[], *self._stages()]
         view = self._view
-        shown = table("stage", "blocks", "state", "step", "loss", "why", right=(0, 3, 4))
-        first = 0
-        if len(view.stages) > ROWS:
-            first = min(max(0, (view.current or 0) - ROWS // 2), len(view.stages) - ROWS)
+        if view.activity is not None:
+            lines += [[], self._bar(view.done, view.total), [self._activity(view.activity)]]
+        elif (stage := view.running) is not None:
+            lines += [[], self._bar(stage.step, stage.steps), self._training(stage)]
+        return drawn(lines)
+
+    def _stages(self) -> list[Line]:
+        stages, current = self._view.stages, self._view.current or 0
+        table = Table("stage", "blocks", "state", "step", "loss", "why", right=(0, 3, 4))
+        first = min(max(0, current - ROWS // 2), max(0, len(stages) - ROWS))  # so that the running one is in sight
         if first:
-            shown.add_row("…", "", f"[dim]{first} above[/]", "", "", "")
-        for stage in view.stages[first : first + ROWS]:
-            style = STATES.get(stage.state, "")
-            shown.add_row(
+            table.add_row("…", "", f"{first} above", "", "", "", style="dim")
+        for stage in stages[first : first + ROWS]:
+            loss = stage.figures.get("loss")
+            table.add_row(
                 stage.label,
                 words.span(*stage.blocks),
-                f"[{style}]{stage.state}[/]",
+                state(stage.state),
                 f"{stage.step:,}/{stage.steps:,}" if stage.steps else "",
-                f"{stage.loss:.3f}" if stage.loss is not None else "",
-                f"[dim]{plain(stage.why)}[/]",
+                f"{loss:.3f}" if loss is not None else "",
+                Styled(stage.why, "dim"),
             )
-        if (rest := len(view.stages) - first - ROWS) > 0:
-            shown.add_row("…", "", f"[dim]{rest} more[/]", "", "", "")
-        return shown
+        if (rest := len(stages) - first - ROWS) > 0:
+            table.add_row("…", "", f"{rest} more", "", "", "", style="dim")
+        return table.lines(self._console.width)
 
-    def _training(self, stage: StageView) -> RenderableType:
-        from rich.text import Text
+    def _training(self, stage: StageView) -> Line:
+        begun = f"stage {stage.label}  {stage.step:,}/{stage.steps or 0:,}"
+        if "step" not in stage.figures:
+            return [begun, Styled("  starting", "dim")]
+        left = self._view.seconds_left if len(self._view.stages) > 1 else None
+        whole = "" if left is None else f"  all stages {words.clock(left)}"
+        return ["  ".join([begun, *step_figures(stage.figures, stage)]), Styled(whole, "dim")]
 
-        figures = [f"stage {stage.label}", f"{stage.step:,}/{stage.steps or 0:,}"]
-        if stage.loss is not None:
-            figures.append(f"loss {stage.loss:.3f}")
-        if stage.held_out is not None:
-            figures.append(f"held out {stage.held_out:.3f}")
-        if stage.skipped:
-            figures.append(f"[yellow]{words.plural(stage.skipped, 'step')} skipped[/]")
-        if stage.learning_rate is not None:
-            figures.append(f"lr {words.rate(stage.learning_rate)}")
-        if stage.tokens_per_second is not None:
-            figures.append(f"{words.count(stage.tokens_per_second)} tokens/s")
-        if stage.wait_fraction is not None:
-            figures.append(f"wait {words.percent(stage.wait_fraction)}")
-        if stage.memory is not None:
-            figures.append(f"memory {words.size(stage.memory)}")
-        if stage.seconds_left is not None:
-            figures.append(f"{words.clock(stage.seconds_left)} left")
-        if len(self._view.stages) > 1 and self._view.seconds_left is not None:
-            figures.append(f"[dim]all stages {words.clock(self._view.seconds_left)}[/]")
-        if stage.seconds_per_step is None and stage.step == 0:
-            figures.append("[dim]starting[/]")
-        return self._lines(self._bar(stage.step, stage.steps), Text.from_markup("  ".join(figures)))
+    def _activity(self, activity: str) -> str:
+        done, total = self._view.done, self._view.total
+        text = f"writing {activity}" if activity.startswith("boundary") else PHASES.get(activity, activity)
+        if activity.startswith("waiting") or not (done or total):
+            return text
+        unit = words.size if activity in ("reading", "tokenizer", "tokenizing") else words.count
+        return f"{text}  {unit(done)}" + (f" of {unit(total)}" if total else "")
 
-    def _activity(self) -> RenderableType:
-        from rich.text import Text
-
-        view = self._view
-        activity = view.activity or ""
-        size = view.activity in ("reading", "tokenizer", "tokenizing")
-        unit = words.size if size else words.count
-        figures = PHASES.get(activity, activity)
-        if activity.startswith("boundary"):
-            figures = f"writing {activity}"
-        if not activity.startswith("waiting") and (view.done or view.total):
-            figures += f"  {unit(view.done)}" + (f" of {unit(view.total)}" if view.total else "")
-        return self._lines(self._bar(view.done, view.total), Text(figures))
-
-    def _lines(self, bar: RenderableType, figures: Text) -> Table:
-        from rich.table import Table
-
-        lines = Table.grid()
-        lines.add_row(bar)
-        lines.add_row(figures)
-        return lines
-
-    def _bar(self, done: int, total: int | None) -> RenderableType:
-        from rich.progress_bar import ProgressBar
-
-        width = min(64, self._console.width)
-        if not total:
-            return ProgressBar(total=None, width=width, pulse=True, pulse_style="cyan")
-        return ProgressBar(
-            total=total, completed=min(done, total), width=width, complete_style="cyan", finished_style="cyan"
-        )
+    def _bar(self, done: int, total: int | None) -> Line:
+        room = min(64, self._console.width)
+        if total:
+            full = room * min(done, total) // total
+            return [Styled("━" * full, "cyan"), Styled("━" * (room - full), "dim")]
+        at = int(5 * time.monotonic()) % max(1, room - 8)  # it moves where nobody knows how far there is to go
+        return [Styled("━" * at, "dim"), Styled("━" * 8, "cyan"), Styled("━" * max(0, room - 8 - at), "dim")]

@@ -24,6 +24,7 @@ from stackwise.report.charts import (
     thin,
 )
 from stackwise.report.facts import BoundaryFacts, Facts, StageFacts
+from stackwise.report.held_out import baselines_of, depth_name, footnote, rows, scored, stages_of
 from stackwise.version import __version__
 
 _HERE = Path(__file__).parent
@@ -119,7 +120,7 @@ def _keys(facts: Facts) -> str:
         keys.append(
             ("bits per byte, held out", f"{result['bits_per_byte']:.3f}", beside or (f"± {error:.3f}" if error else ""))
         )
-    if result is not None and _scored(result):
+    if result is not None and scored(result):
         shares = sorted(share for share, loss in result["loss"].items() if loss is not None)
         middle = shares[len(shares) // 2]
         right = (result.get("accuracy") or {}).get(middle)
@@ -153,54 +154,32 @@ def _parameters(facts: Facts) -> int:
     return model.n_blocks * model.block_parameters + ends
 
 
+TEXT = ' class="text"'
 MANY = 16
 """Of more stages than this, bits per byte is drawn as a line."""
 HOLES = re.compile(r"(?:\[MASK\])+")
-BASELINES = {"unigram": "unigram frequencies"}
 MADE = ("filled", "right", "wrong")
 """Kinds of text that the rack made."""
-FIRST_STAGE = "first_stage"
-"""A baseline that is the first of the stages, and is called so there."""
 
 
 def _held_out(facts: Facts) -> list[str]:
     """Held-out figures; nothing where there is no evaluation."""
     result = facts.evaluation
-    if result is None or not _scored(result):
+    if result is None or not scored(result):
         return []
-    stages = [stage for stage in result.get("stages") or [] if _scored(stage)] or [result]
-    size = f"{words.count(result['tokens'])} tokens" if result.get("tokens") else "held-out text"
-    text = f" ({words.size(result['bytes'])} of text)" if result.get("bytes") else ""
-    exact = result.get("likelihood") == "exact"
-    kind = "the likelihood itself" if exact else "an upper bound, from the masked-diffusion likelihood"
-    if bounded(result):
-        kind += " (before the rack was made causal, an upper bound)"
-    spread = result.get("bits_per_byte_error")
-    error = f", standard error {spread:.3f}" if spread else ""
+    stages = stages_of(result)
     return [
         "<h2>On held-out text</h2>",
-        f'<p class="soft">{size}{text} that no stage was trained on. Loss is in nats a masked token; bits per byte is '
-        f"{kind}{error}.</p>",
+        f'<p class="soft">No stage was trained on it: {escape(footnote(result))}.</p>',
         '<div class="pair">',
         f"<section><h3>Loss by depth, at each masked share</h3>{_losses(stages)}</section>",
         f"<section><h3>Bits per byte by depth</h3>{_bits(result, stages)}</section>",
         "</div>",
-        _held_out_table(result, stages),
+        _held_out_table(result),
     ]
 
 
-def _scored(figures: Mapping[str, Any]) -> bool:
-    """Whether there is a loss at some masked share."""
-    return any(loss is not None for loss in (figures.get("loss") or {}).values())
-
-
-def bounded(result: Mapping[str, Any]) -> bool:
-    """Whether the rack's bits per byte are its likelihood, and those of stages before it bounds."""
-    kinds = [stage.get("likelihood") for stage in result.get("stages") or []]
-    return result.get("likelihood") == "exact" and "bound" in kinds
-
-
-def _losses(stages: list[dict[str, Any]]) -> str:
+def _losses(stages: list[Mapping[str, Any]]) -> str:
     fractions = [key for key in stages[-1]["loss"] if stages[-1]["loss"][key] is not None]
     lines = [
         Line(
@@ -223,12 +202,12 @@ def _losses(stages: list[dict[str, Any]]) -> str:
     )
 
 
-def _bits(result: dict[str, Any], stages: list[dict[str, Any]]) -> str:
+def _bits(result: dict[str, Any], stages: list[Mapping[str, Any]]) -> str:
     known = [(i, s["bits_per_byte"]) for i, s in enumerate(stages) if s.get("bits_per_byte") is not None]
     baselines = {
-        BASELINES.get(name, name.replace("_", " ")): figures["bits_per_byte"]
-        for name, figures in (result.get("baselines") or {}).items()
-        if name != FIRST_STAGE and figures.get("bits_per_byte") is not None
+        name: figures["bits_per_byte"]
+        for name, figures in baselines_of(result).items()
+        if figures.get("bits_per_byte") is not None
     }
     if not known:
         return '<p class="soft">not measured: the data says nothing of its bytes</p>'
@@ -258,38 +237,25 @@ def _gain(bits: float, baselines: Mapping[str, float]) -> str:
     return "\n".join(f"{100 * (1 - bits / y):+.1f}% below {name}" for name, y in baselines.items() if y)
 
 
-def depth_name(depth: int, stages: int) -> str:
-    """What the rack up to a stage is called."""
-    if stages == 1:
-        return "the rack"
-    return f"stages 0–{depth}" if depth else "first stage only"
-
-
-def _held_out_table(result: dict[str, Any], stages: list[dict[str, Any]]) -> str:
-    fractions = list(stages[-1]["loss"])
-    head = "<th>bits/byte</th>" + "".join(f"<th>loss {words.fraction(f)}</th>" for f in fractions)
-    head += "".join(f"<th>accuracy {words.fraction(f)}</th>" for f in fractions)
-    rows = [
-        _held_out_row(depth_name(i, len(stages)), stage, fractions, "last" if i == len(stages) - 1 else "")
-        for i, stage in enumerate(stages)
-    ]
-    for name, figures in (result.get("baselines") or {}).items():
-        if name != FIRST_STAGE:
-            rows.append(_held_out_row(BASELINES.get(name, name.replace("_", " ")), figures, fractions, "aside"))
-    return scroll(
-        f'<table class="data"><thead><tr><th class="text">depth</th>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table>",
-        len(rows),
+def _held_out_table(result: Mapping[str, Any]) -> str:
+    columns, depths = rows(result)
+    return data_table(
+        ["depth", *columns],
+        [
+            f'<tr class="{kind}"><th scope="row" class="text">{escape(name)}</th>'
+            + "".join(f"<td>{cell}</td>" for cell in cells)
+            + "</tr>"
+            for name, cells, kind in depths
+        ],
     )
 
 
-def _held_out_row(name: str, figures: Mapping[str, Any], fractions: list[str], kind: str) -> str:
-    bits, loss, accuracy = figures.get("bits_per_byte"), figures.get("loss") or {}, figures.get("accuracy") or {}
-    cells = [f"{bits:.3f}" if bits is not None else "–"]
-    cells += [f"{loss[f]:.3f}" if loss.get(f) is not None else "–" for f in fractions]
-    cells += [f"{100 * accuracy[f]:.1f}%" if accuracy.get(f) is not None else "–" for f in fractions]
-    shown = "".join(f"<td>{cell}</td>" for cell in cells)
-    return f'<tr class="{kind}"><th scope="row" class="text">{escape(name)}</th>{shown}</tr>'
+def data_table(columns: list[str], lines: list[str], text: tuple[int, ...] = (0,)) -> str:
+    """A table of rows that are HTML; the columns numbered in `text` hold words, the others figures."""
+    head = "".join(f"<th{TEXT * (n in text)}>{escape(name)}</th>" for n, name in enumerate(columns))
+    return scroll(
+        f'<table class="data"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>', len(lines)
+    )
 
 
 def _passage(facts: Facts) -> list[str]:

@@ -44,7 +44,7 @@ def test_escape_sequences_of_an_error_are_written_out(capsys: pytest.CaptureFixt
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)
 
 
-def test_styles_go_through_the_gate_and_text_does_not() -> None:
+def test_styles_go_through_the_gate_and_text_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal:
         encoding = "utf-8"
 
@@ -62,15 +62,15 @@ def test_styles_go_through_the_gate_and_text_does_not() -> None:
             pass
 
     terminal = Terminal()
-    previous = os.environ.get("TERM")
-    os.environ["TERM"] = "xterm-256color"
-    try:
-        out = output.console(terminal)  # type: ignore[arg-type]
-        shown = output.table("state")
-        shown.add_row(f"[green]{ESCAPE}[/]")  # a caller that forgot to have it made plain
-        out.print(shown)
-    finally:
-        os.environ.pop("TERM") if previous is None else os.environ.update(TERM=previous)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr("sys.stdout", terminal)
+    table = output.Table("state")
+    table.add_row(output.Styled(f"[red]{ESCAPE}", "green"))
+    output.say_all(table.lines(200))
+    output.say(output.Styled(ESCAPE, "green"))
+    monkeypatch.undo()
+    assert "[red]" in terminal.written
     assert "\x1b[32m" in terminal.written
     assert "\x1b]0" not in terminal.written
     assert "\x9b" not in terminal.written
@@ -107,6 +107,23 @@ def test_an_encoding_that_lacks_a_character_shows_another(encoding: str, finishe
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "boundary 1" in done.stdout.decode(encoding)
+
+
+def test_a_table_fits_whatever_room_there_is() -> None:
+    table = output.Table("stage", "run", "loss", "why", right=(0, 2))
+    table.add_row("0", "runs/" + "long-" * 30, "12.345", "changed: training.learning_rate, and a/path/" + "x" * 90)
+    table.add_row("1", "日本語の名前" * 9, "é" * 3, "日本語" * 40 + "\nand a second line")
+    for room in (200, 80, 40, 24):
+        lines = [
+            "".join(piece if isinstance(piece, str) else piece.text for piece in line) for line in table.lines(room)
+        ]
+        assert max(map(output.columns_of, lines)) <= room
+        assert all(line == line.rstrip() and "\n" not in line for line in lines)
+        joined = "".join(lines).replace(" ", "")
+        assert joined.count("x") == 90  # the last column is folded, not cut
+        assert joined.count("日本語") >= 30
+    wide = table.lines()
+    assert len(wide) == 3
 
 
 def test_what_stands_for_a_missing_character() -> None:

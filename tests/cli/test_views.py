@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from stackwise.cli.output import say_all
 from stackwise.cli.tables import held_out_table
 from stackwise.cli.views import Lines, Live, RunView
 from stackwise.config import StackWiseConfig
@@ -116,7 +117,7 @@ def test_the_live_view_follows(view: RunView) -> None:
     with Live(view, console) as live:
         for event in EVENTS:
             live(event)
-            assert list(console.render(live._render()))
+            console.print(live._render())
     drawn = out.getvalue()
     assert "smoke: 3 stages in runs/smoke" in drawn
     assert "something [odd]" in drawn
@@ -166,7 +167,7 @@ def test_every_event_of_the_runner_has_words() -> None:
     assert {event["event"] for event in EVENTS if wording(event) is None} == silent
 
 
-def test_the_held_out_table_bears_what_is_missing() -> None:
+def test_the_held_out_table_bears_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     result = {
         "bits_per_byte": None,
         "loss": {"0.15": 2.0, "1.0": None},
@@ -175,10 +176,10 @@ def test_the_held_out_table_bears_what_is_missing() -> None:
         "bytes": 0,
         "baselines": {"unigram": {"loss": {"0.15": 3.0}}},
     }
-    out = io.StringIO()
-    Console(file=out, width=200).print(held_out_table(result))
-    assert "loss 15%" in out.getvalue()
-    assert "baseline: unigram" in out.getvalue()
+    say_all(held_out_table(result))
+    shown = capsys.readouterr().out
+    assert "loss 15%" in shown
+    assert "baseline: unigram" in shown
 
 
 def on_terminal(*args: str, **env: str) -> tuple[int, str]:

@@ -11,7 +11,7 @@ from stackwise import words
 from stackwise.cli.app import Subcommands
 from stackwise.cli.commands.cache_upkeep import gc, repair, unlock
 from stackwise.cli.options import find_run
-from stackwise.cli.output import console, note, plain, print_json, progress, state, table
+from stackwise.cli.output import Line, Styled, Table, note, print_json, progress, say, say_all, state
 from stackwise.cli.stores import opened, where
 from stackwise.errors import DamageError
 
@@ -46,16 +46,15 @@ def inspect(run: str | None, store: str | None, as_json: bool) -> None:
         print_json(found)
         return
     masks, index = found["masks"], found["index"]
-    out = console()
-    out.print(plain(f"{path}: format {found['format']}"))
-    out.print(f"masks       {masks['unique']:,} distinct, {masks['referenced']:,} rows name one")
-    out.print(f"index       {index['entries']:,} entries, {words.size(index['bytes'])}")
+    say(f"{path}: format {found['format']}")
+    say(f"masks       {masks['unique']:,} distinct, {masks['referenced']:,} rows name one")
+    say(f"index       {index['entries']:,} entries, {words.size(index['bytes'])}")
     total = sum(boundary["disk_bytes"] for boundary in found["boundaries"])
-    out.print(f"boundaries  {len(found['boundaries'])}, {words.size(total)} on disk")
+    say(f"boundaries  {len(found['boundaries'])}, {words.size(total)} on disk")
     if found["planned"] is not None:
-        out.print(f"planned     {_said(found['planned'])}")
+        say(f"planned     {_said(found['planned'])}")
     if found["boundaries"]:
-        out.print(_boundaries(found["boundaries"]))
+        say_all(_boundaries(found["boundaries"]))
 
 
 @cache.command(name="ls")
@@ -69,20 +68,17 @@ def list_entries(run: str | None, store: str | None, as_json: bool) -> None:
     if as_json:
         print_json({"boundaries": boundaries, "stages": stages, "runs": runs})
         return
-    out = console()
-    out.print("boundaries", style="bold")
-    out.print(_boundaries(boundaries) if boundaries else "  none")
-    out.print("\ncommitted stages", style="bold")
-    shown = table("recipe", "stage", "blocks", "steps", "size", "runs", right=(1, 3, 4))
+    say(Styled("boundaries", "bold"))
+    say_all(_boundaries(boundaries) if boundaries else [["  none"]])
+    say(Styled("\ncommitted stages", "bold"))
+    shown = Table("recipe", "stage", "blocks", "steps", "size", "runs", right=(1, 3, 4))
     for stage in stages:
         users = [key for key, refs in runs.items() if stage["recipe"] in refs["recipes"]]
         blocks = words.span(*stage["blocks"]) if stage["blocks"] else ""
         steps = f"{stage['steps']:,}" if stage["steps"] is not None else ""
         depth = "" if stage["depth"] is None else str(stage["depth"])
-        shown.add_row(
-            stage["recipe"], depth, blocks, steps, words.size(stage["bytes"]), plain(", ".join(users) or "none")
-        )
-    out.print(shown if stages else "  none")
+        shown.add_row(stage["recipe"], depth, blocks, steps, words.size(stage["bytes"]), ", ".join(users) or "none")
+    say_all(shown.lines() if stages else [["  none"]])
 
 
 @cache.command()
@@ -94,13 +90,12 @@ def du(run: str | None, store: str | None, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    shown = table("", "bytes", right=(1,))
+    shown = Table("", "bytes", right=(1,))
     for name in ("boundaries", "stages", "index", "reserve", "total", "free"):
         style = "bold" if name == "total" else "dim" if name == "free" else ""
         shown.add_row("free on this disk" if name == "free" else name, words.size(found[name]), style=style)
-    out = console()
-    out.print(plain(path))
-    out.print(shown)
+    say(path)
+    say_all(shown.lines())
 
 
 @cache.command()
@@ -134,17 +129,16 @@ def verify(
 
 
 def _show_verified(found: dict[str, Any]) -> None:
-    out = console()
     if found["damaged"]:
-        shown = table("boundary", "chunk", "fault")
+        shown = Table("boundary", "chunk", "fault")
         for damage in found["damaged"]:
             chunk = "" if damage["chunk"] is None else str(damage["chunk"])
-            shown.add_row(damage["boundary"], plain(chunk), f"[red]{plain(damage['fault'])}[/]")
-        out.print(shown)
+            shown.add_row(damage["boundary"], chunk, Styled(damage["fault"], "red"))
+        say_all(shown.lines())
     stages = found.get("checked_stages", 0)
     checked = f"{words.plural(found['checked_chunks'], 'chunk')} and {words.plural(stages, 'committed stage')} checked"
     verdict = words.plural(len(found["damaged"]), "fault") if found["damaged"] else "no damage"
-    out.print(f"{checked}: {verdict}")
+    say(f"{checked}: {verdict}")
     for name in found.get("unreadable", ()):
         note(f"not checked, as it may not be read: {name}")
     if not found.get("complete", True):
@@ -223,8 +217,8 @@ def _said(planned: dict[str, Any]) -> str:
     return f"{said}: too little" if needed is not None and needed > free else said
 
 
-def _boundaries(boundaries: list[dict[str, Any]]) -> Any:
-    shown = table("boundary", "depth", "shape", "dtype", "codec", "chunks", "on disk", "state", right=(1, 5, 6))
+def _boundaries(boundaries: list[dict[str, Any]]) -> list[Line]:
+    shown = Table("boundary", "depth", "shape", "dtype", "codec", "chunks", "on disk", "state", right=(1, 5, 6))
     for item in boundaries:
         shown.add_row(
             item["id"],
@@ -236,7 +230,7 @@ def _boundaries(boundaries: list[dict[str, Any]]) -> Any:
             words.size(item["disk_bytes"]),
             state(item["state"]),
         )
-    return shown
+    return shown.lines()
 
 
 def _committed(opened: ActivationStore) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import click
 
 from stackwise import words
 from stackwise.cli.options import find_run
-from stackwise.cli.output import console, note, plain, print_json, progress, table
+from stackwise.cli.output import Styled, Table, note, print_json, progress, say, say_all
 from stackwise.cli.stores import opened, store_path, where
 from stackwise.errors import DamageError, UsageError
 
@@ -70,22 +70,21 @@ def _recompute(run: str | None) -> Recompute:
 
 
 def _show_repaired(found: dict[str, Any], dry_run: bool) -> None:
-    out = console()
     would = "would be " if dry_run else ""
     if found.get("index", "sound") != "sound":
-        out.print(f"index: {'damaged' if dry_run else 'set aside and rebuilt'}")
+        say(f"index: {'damaged' if dry_run else 'set aside and rebuilt'}")
     for name in found["rebuilt"]:
-        out.print(plain(f"{would}rebuilt: {name}"))
+        say(f"{would}rebuilt: {name}")
     for item in found["repaired"]:
-        out.print(plain(f"{would}repaired: {_place(item)}: {item['fault']}"))
+        say(f"{would}repaired: {_place(item)}: {item['fault']}")
     for item in found["gone"]:
-        out.print(f"[red]{would}gone[/]: {plain(_place(item))}: {plain(item['fault'])}")
+        say(Styled(f"{would}gone", "red"), f": {_place(item)}: {item['fault']}")
     for name in found["dropped_stages"]:
-        out.print(f"{would}removed: stage {name}")
+        say(f"{would}removed: stage {name}")
     for name in found["busy"]:
         note(f"in use, left alone: {name}")
     if not any(found[key] for key in ("rebuilt", "repaired", "gone")):
-        out.print(f"{words.plural(found['checked_chunks'], 'chunk')} checked: nothing to repair")
+        say(f"{words.plural(found['checked_chunks'], 'chunk')} checked: nothing to repair")
 
 
 def _place(item: dict[str, Any]) -> str:
@@ -113,13 +112,12 @@ def gc(
         print_json(found)
         return
     would = "would go" if dry_run else "removed"
-    shown = table("", would, right=(1,))
+    shown = Table("", would, right=(1,))
     for name, value in found.items():
         if name not in ("dry_run", "busy", "freed", "missing_runs"):
             shown.add_row(name, f"{value if isinstance(value, int) else len(value):,}")
-    out = console()
-    out.print(shown)
-    out.print(f"{words.size(found['freed'])} {'would be freed' if dry_run else 'freed'}")
+    say_all(shown.lines())
+    say(f"{words.size(found['freed'])} {'would be freed' if dry_run else 'freed'}")
     for name in found["busy"][:NAMED]:
         note(f"in use, left alone: {name}")
     for name in found["missing_runs"][:NAMED]:
@@ -139,6 +137,6 @@ def unlock(run: str | None, store: str | None, as_json: bool) -> None:
         print_json(found)
         return
     removed, readers = len(found["removed"]), found["stale_readers"]
-    click.echo(f"{words.plural(removed, 'lock')} that nobody held and {words.plural(readers, 'stale reader')} removed")
+    say(f"{words.plural(removed, 'lock')} that nobody held and {words.plural(readers, 'stale reader')} removed")
     for name in found["held"]:
         note(f"held by a living process: {name}")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from stackwise.cli.options import DEFAULT_PRESET, preset_option
+from stackwise.cli.output import say
 from stackwise.errors import UsageError
 from stackwise.files import expanded
 
@@ -15,14 +17,9 @@ FILE = "stackwise.yaml"
 
 @click.command(short_help="Write a commented stackwise.yaml.")
 @click.argument("directory", default=".", metavar="[DIR]")
-@click.option(
-    "--preset",
-    default="demo",
-    show_default=True,
-    help="micro, smoke, demo, gpt2-small, bert-base, llama-1b, llama-70b.",
-)
+@preset_option
 @click.option("--force", is_flag=True, help=f"Replace a {FILE} that is there.")
-def init(directory: str, preset: str, force: bool) -> None:
+def init(directory: str, preset: str | None, force: bool) -> None:
     """Write a commented stackwise.yaml into DIR (made if missing; default: here).
 
     Every setting is in it with its meaning; those that the preset leaves alone are commented out.
@@ -30,7 +27,7 @@ def init(directory: str, preset: str, force: bool) -> None:
     from stackwise import durable
     from stackwise.config.presets import commented
 
-    folder = expanded(directory)
+    folder, preset = expanded(directory), preset or DEFAULT_PRESET
     path = folder / FILE
     text = commented(preset, name=_name(folder, preset))
     if path.exists() and not force:
@@ -40,8 +37,8 @@ def init(directory: str, preset: str, force: bool) -> None:
         durable.write_bytes(path, text.encode())
     except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from None
-    click.echo(f"wrote {path} (preset {preset})")
-    click.echo(f"  edit it, then: stackwise run {path}")
+    say(f"wrote {path} (preset {preset})")
+    say(f"  edit it, then: stackwise run {path}")
 
 
 def _name(folder: Path, preset: str) -> str:

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import click
 
 from stackwise import words
-from stackwise.cli.options import as_json, find_run, run_option
-from stackwise.cli.output import is_live, print_json, say, show, watch_option
+from stackwise.cli.options import as_json, find_run, run_option, watch_option
+from stackwise.cli.output import Styled, print_json, say, show
 from stackwise.cli.tables import status_table
 from stackwise.errors import StackWiseError
 from stackwise.version import __version__
@@ -63,26 +63,15 @@ def doctor(as_json: bool) -> None:
 
 
 def _show(checks: list[Check]) -> None:
-    """Plain lines: this must work without rich."""
-    coloured = is_live(sys.stdout) and not os.environ.get("NO_COLOR")
     width = max(len(check.name) for check in checks)
     for check in checks:
-        mark = f"{check.state:8}"
-        if coloured:  # the gate of `say` would write the escape sequence out
-            mark = click.style(mark, **MARKS[check.state])
         hint = f"  ({check.hint})" if check.hint else ""
-        sys.stdout.write(f"{mark}  ")
-        say(f"{check.name:{width}}  {check.found}{hint}")
+        say(Styled(f"{check.state:8}", MARKS[check.state]), f"  {check.name:{width}}  {check.found}{hint}")
 
 
 State = Literal["ok", "missing", "optional", "note"]
 
-MARKS: dict[str, dict[str, Any]] = {
-    "ok": {"fg": "green"},
-    "missing": {"fg": "red"},
-    "optional": {"dim": True},
-    "note": {"fg": "yellow"},
-}
+MARKS = {"ok": "green", "missing": "red", "optional": "dim", "note": "yellow"}
 MODULES = {"pyyaml": "yaml", "tensorboardx": "tensorboardX"}
 """Import names that differ from their distribution's."""
 FALLBACK = ("click", "lmdb", "numcodecs", "numpy", "psutil", "pydantic", "PyYAML", "rich", "safetensors")

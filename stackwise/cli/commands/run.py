@@ -5,28 +5,26 @@ from __future__ import annotations
 import contextlib
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from stackwise.cli.app import Subcommands, stopped_after_saving
-from stackwise.cli.options import INDEX, Choice, as_json, choose, configuration, find_run, is_run, max_time_option
-from stackwise.cli.output import (
-    console,
-    keep_going_without_output,
-    plain,
-    print_event,
-    print_json,
-    say,
-    show,
+from stackwise.cli.options import (
+    INDEX,
+    Choice,
+    as_json,
+    choose,
+    configuration,
+    find_run,
+    is_run,
+    max_time_option,
     watch_option,
 )
-from stackwise.cli.tables import held_out_table, listing, schedule_table, show_passage
+from stackwise.cli.output import Styled, keep_going_without_output, print_event, print_json, say, say_all, show
+from stackwise.cli.tables import held_out_table, listing, passage, schedule_table
 from stackwise.cli.views import Lines, RunView, watcher
 from stackwise.errors import StackWiseError, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command()
@@ -133,16 +131,12 @@ def carry_out(
 
 
 def _conclude(view: RunView) -> None:
-    out = console()
     if view.evaluation:
-        out.print()
-        out.print(held_out_table(view.evaluation))
+        say_all([[], *held_out_table(view.evaluation)])
     if view.fill is not None:
-        out.print()
         causal = view.evaluation is not None and view.evaluation.get("likelihood") == "exact"
         title = "a prompt, and its continuation" if causal else "with holes, and as the rack filled them"
-        out.print(plain(f"a held-out passage: {title}"), style="bold")
-        show_passage(out, view.fill)
+        say_all([[], [Styled(f"a held-out passage: {title}", "bold")], *passage(view.fill)])
 
 
 @click.group(cls=Subcommands)

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stackwise import words
-from stackwise.cli.options import RUNS, as_json, find_run, load, max_time_option
+from stackwise.cli.options import RUNS, as_json, config_argument, find_run, load, max_time_option, preset_option
 from stackwise.cli.output import (
-    console,
+    Styled,
+    Table,
     keep_going_without_output,
     phases,
-    plain,
     print_event,
     print_json,
     say,
+    say_all,
     state,
-    table,
 )
 from stackwise.cli.views import RunView, watcher
 from stackwise.errors import StackWiseError
@@ -34,8 +34,8 @@ Event = dict[str, Any]
 
 
 @click.command()
-@click.argument("config", required=False, metavar="[CONFIG]")
-@click.option("--preset", metavar="NAME", help="micro, smoke, demo, gpt2-small, bert-base, llama-1b, llama-70b.")
+@config_argument
+@preset_option
 @click.option(
     "-o", "axes", metavar="KEY=V1,V2,…", multiple=True, help="Values to try for a key; one value is for all runs."
 )
@@ -159,16 +159,14 @@ def _show(value: dict[str, Any], as_json: bool) -> None:
         return
     columns, rows = cells(value)
     at = columns.index("state")
-    shown = table(*columns, right=range(at + 2, len(columns)))
+    table = Table(*columns, right=range(at + 2, len(columns)))
     for number, row in enumerate(rows):
-        texts = [state(text) if column == at else plain(text) for column, text in enumerate(row)]
-        shown.add_row(*texts, style="bold" if number == best(value) else "")
-    out = console()
-    out.print(shown)
+        table.add_row(*row[:at], state(row[at]), *row[at + 1 :], style="bold" if number == best(value) else "")
+    say_all(table.lines())
     for run in value["runs"]:
         if run["failure"]:
-            out.print(plain(f"{run['name']}: {run['failure']}"), style="red")
-    out.print(plain(summary(value)), style="dim")
+            say(Styled(f"{run['name']}: {run['failure']}", "red"))
+    say(Styled(summary(value), "dim"))
 
 
 def _show_outlook(chosen: Sweep, order: list[Member], as_json: bool) -> None:
@@ -192,22 +190,20 @@ def _show_outlook(chosen: Sweep, order: list[Member], as_json: bool) -> None:
     longest = max((member.decisions for member in order), key=len, default=[])
     depth = len(longest)
     numbers = {member.combination.name: str(number) for number, member in enumerate(order, 1)}
-    shown = table("", "run", *(f"stage {decision.stage.label}" for decision in longest), "", right=(0,))
+    table = Table("", "run", *(f"stage {decision.stage.label}" for decision in longest), "", right=(0,))
     for member in order:
         name = member.combination.name
         stages = [f"as in {numbers[text]}" if text in numbers else text for text in sources[name]]
         blank = [""] * (depth - len(stages))
-        shown.add_row(numbers[name], plain(name), *stages, *blank, plain(member.failure or ""))
-    out = console()
-    out.print(shown)
+        table.add_row(numbers[name], name, *stages, *blank, member.failure or "")
+    say_all(table.lines())
     every = [text for texts in sources.values() for text in texts]
-    train, store = every.count("train"), every.count("store")
-    again = every.count("again")
+    train, store, again = (every.count(name) for name in ("train", "store", "again"))
     counts = f"{train} to train, {store} in the store, {len(every) - train - store - again} shared"
     if again:
         counts += (
             f"; {again} to train again: weights of theirs are needed once more, and a later window's replaced them"
         )
-    out.print(plain(f"{words.plural(len(order), 'run')} of {words.plural(len(every), 'stage')} in all: {counts}"))
+    say(f"{words.plural(len(order), 'run')} of {words.plural(len(every), 'stage')} in all: {counts}")
     if chosen.no_room:
-        out.print(plain(f"note: {chosen.no_room}"))
+        say(f"note: {chosen.no_room}")

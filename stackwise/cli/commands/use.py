@@ -10,8 +10,8 @@ import click
 
 from stackwise import words
 from stackwise.cli.options import COUNT, SEED, Finite, as_json, device_option, find_run, run_option
-from stackwise.cli.output import console, is_live, note, print_json, progress, say
-from stackwise.cli.tables import held_out_table, show_passage
+from stackwise.cli.output import is_live, note, print_json, progress, say, say_all
+from stackwise.cli.tables import held_out_table, passage
 from stackwise.errors import UsageError
 from stackwise.files import expanded
 
@@ -34,10 +34,7 @@ def evaluate(run: str | None, data: tuple[str, ...], device: str, as_json: bool)
     from stackwise.pipeline.committed.use import evaluate_run
 
     result = evaluate_run(run_directory, data=list(data) or None, device=device)
-    if as_json:
-        print_json(result)
-        return
-    console().print(held_out_table(result))
+    print_json(result) if as_json else say_all(held_out_table(result))
 
 
 @click.command()
@@ -102,7 +99,7 @@ def generate(run: str | None, text: str | None, file: str | None, device: str, a
     elif given is not None and not is_live(sys.stdout):
         say(result["after"])
     else:
-        show_passage(console(), result)
+        say_all(passage(result))
 
 
 @click.command()
