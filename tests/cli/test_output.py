@@ -169,7 +169,7 @@ def test_doctor_says_what_is_missing(here: Path) -> None:
         assert f"does not import: No module named '{name}'" in done.stdout
 
 
-@pytest.mark.parametrize(("missing", "command"), [("rich", ["status"]), ("lmdb", ["cache", "ls"]), ("yaml", ["run"])])
+@pytest.mark.parametrize(("missing", "command"), [("lmdb", ["cache", "ls"]), ("yaml", ["run"])])
 def test_a_command_says_what_it_misses(missing: str, command: list[str], finished: Path, here: Path) -> None:
     done = without((missing,), *command)
     assert done.returncode == 1
