@@ -69,14 +69,14 @@ def _model(config: Settings) -> Iterator[Fault]:
 
 
 def _training(config: Settings) -> Iterator[Fault]:
-    training, objective, n_blocks = config.training, config.objective, config.model.n_blocks
+    training, objective = config.training, config.objective
     if training.min_mask_fraction > training.max_mask_fraction:
         text = f"{training.min_mask_fraction} is more than max_mask_fraction {training.max_mask_fraction}"
         yield "training.min_mask_fraction", text
-    if training.n_stages is not None and training.n_stages > n_blocks:
-        yield "training.n_stages", f"{training.n_stages} stages are more than the {n_blocks} blocks of the model"
     if training.mask_token_id is not None and (size := config.model.vocab_size) and training.mask_token_id >= size:
         yield "training.mask_token_id", f"{training.mask_token_id} is not below model.vocab_size {size}"
+    if not training.progressive.enabled:
+        yield from ((f"training.mode.{key}", text) for key, text in training.mode.faults(config.model))
     yield from ((f"training.objective.{key}", text) for key, text in objective.faults(training.seq_len))
     if not objective.masks:
         nothing = f"{objective.name} masks nothing"
@@ -85,7 +85,7 @@ def _training(config: Settings) -> Iterator[Fault]:
         if training.mask_schedule_over == "depth":
             yield "training.mask_schedule_over", f"{nothing}: there are no fractions to spread over depth; leave it out"
         elif config.time_as_depth:
-            yield "training.mode", f"independent gives each stage its own masked fractions, and {nothing}"
+            yield "training.mode", f"{training.mode.name} gives each stage its own masked fractions, and {nothing}"
     yield from _stages(config)
     yield from _block_size(config)
     yield from _windows(config)
@@ -126,15 +126,9 @@ def _stages(config: Settings) -> Iterator[Fault]:
 
 def _block_size(config: Settings) -> Iterator[Fault]:
     """Where the stages' size cannot be found by trial."""
-    training, key = config.training, "training.block_size"
+    training, key = config.training, "training.mode.block_size"
     if not config.finds_block_size:
         return
-    if training.progressive.enabled:
-        yield key, "auto: stacks of progressive training have model.architecture.blocks_per_stack blocks; give a number"
-    elif config.stands_apart:
-        yield key, "auto: independent stages do not stand on each other; give a number"
-    elif config.grows:
-        yield key, "auto: fused trainable stages hold all blocks so far, whatever the size; give a number"
     if training.batch_size == AUTO:
         yield key, "auto: batch_size is auto as well, and each is found with the other given; give one a number"
     if training.mask_windows is not None:

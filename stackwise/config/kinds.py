@@ -76,6 +76,18 @@ TRACKERS: Registry[type[Tracker]] = Registry(
     "stackwise.pipeline.tracking.trackers",
     {"tensorboard": "TensorBoard", "wandb": "WeightsAndBiases", "mlflow": "MLflow"},
 )
+MODES: Registry[type[Any]] = Registry(
+    "mode",
+    f"{_TRAINING}:Mode",
+    _TRAINING,
+    {
+        "layerwise": "Layerwise",
+        "blockwise": "Blockwise",
+        "fused": "Fused",
+        "independent": "Independent",
+        "end_to_end": "EndToEnd",
+    },
+)
 TIME_EMBEDDINGS: Registry[type[Any]] = Registry(
     "time embedding",
     f"{_MODEL}:TimeEmbedding",
@@ -150,9 +162,8 @@ class Kind(Section):
             raise PydanticCustomError("kind_type", "must be a name, or a mapping with {tag}", {"tag": cls.tag})
         name = given.get(cls.tag)
         if not isinstance(name, str) or name not in cls.registry:
-            raise PydanticCustomError(
-                "kind", "{tag} must be one of {names}", {"tag": cls.tag, "names": ", ".join(cls.registry.names())}
-            )
+            names = ", ".join(cls.registry.names())
+            raise PydanticCustomError("kind", "must be one of {names}", {"names": names, "given": name})
         kind: type[Self] = cls.registry[name]
         return kind.model_validate({key: setting for key, setting in given.items() if key != cls.tag})
 

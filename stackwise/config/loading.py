@@ -322,13 +322,16 @@ def dotted(key: Key) -> str:
 def field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
     """One line a key. A union's branches report one by one; they become one line that names all that is allowed."""
     said: dict[Key, list[str]] = {}
+    values: dict[Key, Any] = {}
     for item in error.errors(include_url=False):
         key = _present(item["loc"], tree)
         text = _unknown(key, tree) if item["type"] in ("extra_forbidden", "invalid_key") else _allowed(dict(item))
         said.setdefault(key, []).append(text)
+        if item["type"] == "kind":  # of a choice its name is at fault, not its settings
+            values[key] = item["ctx"]["given"]
     found = {}
     for key, texts in said.items():
-        value = _at(tree, key)
+        value = values.get(key, _at(tree, key))
         allowed = " or ".join(dict.fromkeys(texts))
         if isinstance(value, list) and allowed.startswith("must ") and "a list" not in allowed:
             allowed = f"each item {allowed}"

@@ -41,12 +41,6 @@ def stack_precision(config: Settings, depth: int) -> str:
     return "full" if canonical(name) == config.precision else canonical(name)
 
 
-def holds_trunk(config: Settings) -> bool:
-    """Whether a stage holds the stacks made before it, and reads tokens."""
-    progressive = config.training.progressive
-    return progressive.enabled and (progressive.building_mode == "prepend" or progressive.trunk_strategy == "qlora")
-
-
 def trunk_precision(config: Settings, depth: int) -> str:
     """The precision that the blocks of stage `depth` are held in once another one trains, by its canonical name.
 
@@ -64,7 +58,7 @@ def stack_adapters(config: Settings, depth: int, top: int) -> dict[str, tuple[in
     neither kind is asked has the first.
     """
     progressive, found = config.training.progressive, {}
-    qlora = holds_trunk(config) and progressive.trunk_strategy == "qlora"
+    qlora = progressive.holds_trunk and progressive.trunk_strategy == "qlora"
     if own_adapters(config, depth):
         found["stack"] = adapter_sizes(progressive, depth, config.n_sections)
     if qlora and progressive.progressive_qlora:
@@ -76,7 +70,7 @@ def stack_adapters(config: Settings, depth: int, top: int) -> dict[str, tuple[in
 def own_adapters(config: Settings, depth: int) -> bool:
     """Whether the blocks of stage `depth` come with adapters."""
     progressive = config.training.progressive
-    qlora = holds_trunk(config) and progressive.trunk_strategy == "qlora"
+    qlora = progressive.holds_trunk and progressive.trunk_strategy == "qlora"
     wanted = progressive.qlora_enabled or not progressive.progressive_qlora
     return (qlora and wanted) or stack_precision(config, depth) == "qlora"
 

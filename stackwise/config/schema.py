@@ -5,14 +5,12 @@ A field's description is its documentation: `stackwise init` writes it as the co
 
 from __future__ import annotations
 
-import itertools
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr
 from pydantic_core import PydanticCustomError
 
 from stackwise.config.fields import (
-    AUTO,
     Count,
     Fraction,
     Positive,
@@ -24,7 +22,6 @@ from stackwise.config.fields import (
 from stackwise.config.kinds import Objective, Tracker
 from stackwise.config.model import ModelConfig
 from stackwise.config.training import (
-    AdaptiveFusion,
     CausalAdaptation,
     Precision,
     StackPrecision,
@@ -217,20 +214,13 @@ class Settings(Section):
     @property
     def time_as_depth(self) -> bool:
         """Whether stage k trains on its own window of masked fractions alone."""
-        if self.training.mask_schedule_over == "depth":
-            return True
-        return self.training.mode == "independent" and not self.training.progressive.enabled
+        return self.training.mask_schedule_over == "depth" or self.stands_apart
 
     @property
     def has_windows(self) -> bool:
         """Whether rows can be trained in windows: where some stage reads a boundary, whose size they are to bound."""
-        training, progressive = self.training, self.training.progressive
-        if self.n_sections == 1:
-            return False
-        if progressive.enabled:
-            return progressive.building_mode == "append" and progressive.trunk_strategy == "frozen"
-        grows = training.mode == "fused" and training.fusion_mode == "trainable"
-        return training.mode != "independent" and not grows
+        from_tokens = self.training.progressive.holds_trunk or self.stands_apart or self.grows
+        return self.n_sections > 1 and not from_tokens
 
     @property
     def windows(self) -> int:
@@ -240,9 +230,7 @@ class Settings(Section):
     @property
     def fresh_masks(self) -> bool:
         """Whether each stage trains on rows of its own."""
-        training = self.training
-        fused = training.mode == "fused" and training.fusion_mode == "frozen" and not training.progressive.enabled
-        return training.fresh_masks or fused
+        return self.training.fresh_masks or self.training.plan.own_rows
 
     @property
     def boundary_every(self) -> int:
@@ -255,25 +243,12 @@ class Settings(Section):
     @property
     def partition(self) -> list[tuple[int, int]]:
         """First and last block of each part of the rack that becomes new with a stage, lowest first."""
-        training, n_blocks = self.training, self.model.n_blocks
-        if training.progressive.enabled:
-            size = self.model.architecture.blocks_per_stack
-        elif training.mode in ("layerwise", "end_to_end"):
-            size = 1 if training.mode == "layerwise" else n_blocks
-        elif training.n_stages is not None:
-            n = min(training.n_stages, n_blocks)
-            edges = [n_blocks * k // n for k in range(n + 1)]
-            return [(first, end - 1) for first, end in itertools.pairwise(edges)]
-        else:
-            size = training.block_size or 1  # until `auto` is found
-        return [(first, min(first + size, n_blocks) - 1) for first in range(0, n_blocks, size)]
+        return self.training.plan.partition(self.model)
 
     @property
     def finds_block_size(self) -> bool:
         """Whether the stages' size is still to be found."""
-        training = self.training
-        uses = training.mode not in ("layerwise", "end_to_end") and training.n_stages is None
-        return training.block_size == AUTO and (uses or training.progressive.enabled)
+        return self.training.plan.finds_size
 
     @property
     def n_sections(self) -> int:
@@ -283,18 +258,8 @@ class Settings(Section):
     @property
     def fusions(self) -> list[tuple[int, int]]:
         """First and last block of each stage that trains sections together afterwards, in order."""
-        level, strategy, groups = self.partition, self.training.fusion.name, []
-        if strategy == "none" or len(level) == 1:
-            return []
-        if strategy == "frozen":
-            return [level[-1]]
-        if strategy in ("trainable", "adaptive"):
-            return [(0, self.model.n_blocks - 1)]
-        while len(level) > 1:
-            pairs = [level[start : start + 2] for start in range(0, len(level), 2)]
-            level = [(pair[0][0], pair[-1][1]) for pair in pairs]
-            groups += [group for group, pair in zip(level, pairs, strict=True) if len(pair) == 2]
-        return groups
+        sections = self.partition
+        return self.training.fusion.groups(sections) if len(sections) > 1 else []  # one section is whole already
 
     @property
     def n_stages(self) -> int:
@@ -309,8 +274,7 @@ class Settings(Section):
     def heeds_held_out(self, depth: int) -> bool:
         """Whether what stage `depth` commits depends on held-out loss."""
         fused = self.n_sections <= depth < self.n_sections + len(self.fusions)
-        adaptive = fused and isinstance(self.training.fusion, AdaptiveFusion)
-        return adaptive or self.stage_training(depth).heeds_held_out
+        return (fused and self.training.fusion.probes) or self.stage_training(depth).heeds_held_out
 
     def stage_training(self, depth: int) -> StageTraining:
         """How stage `depth` trains: the defaults of `training`, with its own overrides."""
@@ -328,15 +292,14 @@ class Settings(Section):
     @property
     def grows(self) -> bool:
         """Whether each stage trains all the blocks so far."""
-        training = self.training
-        return training.mode == "fused" and training.fusion_mode == "trainable" and not training.progressive.enabled
+        return self.training.plan.grows
 
     @property
     def prepends(self) -> bool:
         """Whether stacks are added below those there are."""
-        return self.training.progressive.enabled and self.training.progressive.building_mode == "prepend"
+        return self.training.progressive.prepends
 
     @property
     def stands_apart(self) -> bool:
         """Whether no section of the rack stands on another."""
-        return self.training.mode == "independent" and not self.training.progressive.enabled
+        return self.training.plan.apart

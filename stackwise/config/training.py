@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stackwise.config.fields import (
+    AUTO,
     AutoInt,
     Count,
     Fraction,
@@ -20,16 +23,152 @@ from stackwise.config.fields import (
     Size,
     Small,
 )
-from stackwise.config.kinds import ADAPTATIONS, DIVERGENCES, FUSIONS, LOOKAHEADS, Kind, Objective, Optimizer
+from stackwise.config.kinds import (
+    ADAPTATIONS,
+    DIVERGENCES,
+    FUSIONS,
+    LOOKAHEADS,
+    MODES,
+    Fault,
+    Kind,
+    Objective,
+    Optimizer,
+)
 from stackwise.registry import Registry
 
-Mode = Literal["layerwise", "blockwise", "fused", "independent", "end_to_end"]
+if TYPE_CHECKING:
+    from stackwise.config.model import ModelConfig
+
+Span = tuple[int, int]
+"""First and last block of a run of blocks."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 StackPrecision = Literal["full", "fp32", "half", "fp16", "bfloat16", "bf16", "fp8", "nvfp4", "fp4", "qlora"]
 STACK_PRECISION: dict[str, Precision] = {
     "fp32": "fp32", "half": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16",
 }  # fmt: skip
 """What a stack's precision is in words of `precision`; full is whatever `precision` says."""
+
+
+class Mode(Kind):
+    """The schedule: which blocks become new with each stage, and what a stage holds, trains and reads.
+
+    A stage trains its blocks above the boundary that the stages below have made, unless a fact says otherwise.
+    """
+
+    registry: ClassVar[Registry[Any]] = MODES
+    default: ClassVar[str] = "blockwise"
+    apart: ClassVar[bool] = False
+    """Whether no section of the rack stands on another: each trains between the front and a head of its own."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether each stage trains all the blocks so far, from tokens."""
+        return False
+
+    @property
+    def own_rows(self) -> bool:
+        """Whether each stage has rows of its own, whatever `training.fresh_masks` says."""
+        return False
+
+    @property
+    def finds_size(self) -> bool:
+        """Whether the size of its stages is still to be found."""
+        return False
+
+    def partition(self, model: ModelConfig) -> list[Span]:
+        """First and last block of each part of the rack that becomes new with a stage, lowest first."""
+        return cut(model.n_blocks, model.n_blocks)
+
+    def faults(self, model: ModelConfig) -> Iterator[Fault]:
+        """What of its settings the model cannot have."""
+        yield from ()
+
+    def unused(self, model: ModelConfig) -> Iterator[tuple[str, str | bool]]:
+        """Names of its settings, with blanks between, and why they are unused; False: they are used."""
+        yield from ()
+
+
+def cut(blocks: int, size: int) -> list[Span]:
+    """Spans of `size` blocks; the last one takes what does not divide."""
+    return [(first, min(first + size, blocks) - 1) for first in range(0, blocks, size)]
+
+
+class EndToEnd(Mode):
+    """One stage, which trains the whole rack."""
+
+
+class Layerwise(Mode):
+    """Stages of one block."""
+
+    def partition(self, model: ModelConfig) -> list[Span]:
+        """See `Mode.partition`."""
+        return cut(model.n_blocks, 1)
+
+
+class Blockwise(Mode):
+    """Stages of several blocks."""
+
+    block_size: AutoInt = Field(4, description="blocks in a stage; auto: from memory and gain, found by trial")
+    n_stages: Small | None = Field(None, description="number of stages instead of block_size")
+    trial_steps: PositiveInt = Field(
+        100, description="block_size auto: steps of each stage of the racks that are tried"
+    )
+
+    @property
+    def finds_size(self) -> bool:
+        """See `Mode.finds_size`."""
+        return self.block_size == AUTO and self.n_stages is None
+
+    def partition(self, model: ModelConfig) -> list[Span]:
+        """See `Mode.partition`."""
+        n_blocks = model.n_blocks
+        if self.n_stages is None:
+            return cut(n_blocks, self.block_size or 1)  # until `auto` is found
+        n = min(self.n_stages, n_blocks)
+        edges = [n_blocks * k // n for k in range(n + 1)]
+        return [(first, end - 1) for first, end in itertools.pairwise(edges)]
+
+    def faults(self, model: ModelConfig) -> Iterator[Fault]:
+        """See `Mode.faults`."""
+        if self.n_stages is not None and self.n_stages > model.n_blocks:
+            yield "n_stages", f"{self.n_stages} stages are more than the {model.n_blocks} blocks of the model"
+        if not self.finds_size:
+            return
+        if self.apart:
+            yield "block_size", f"auto: {self.name} stages do not stand on each other; give a number"
+        if self.grows:
+            text = f"{self.name} trainable stages hold all blocks so far, whatever the size; give a number"
+            yield "block_size", f"auto: {text}"
+
+    def unused(self, model: ModelConfig) -> Iterator[tuple[str, str | bool]]:
+        """See `Mode.unused`; a size that divides the rack as `n_stages` do is no second opinion."""
+        other = self.partition(model) != cut(model.n_blocks, self.block_size or 1)
+        yield "block_size", other and "training.mode.n_stages is given"
+        yield "trial_steps", not self.finds_size and "training.mode.block_size is a number"
+
+
+class Fused(Blockwise):
+    """Stages of several blocks on rows of their own; or each with all the blocks so far."""
+
+    fusion_mode: Literal["frozen", "trainable"] = Field(
+        "frozen", description="the blocks below are frozen, or trainable"
+    )
+
+    @property
+    def grows(self) -> bool:
+        """See `Mode.grows`."""
+        return self.fusion_mode == "trainable"
+
+    @property
+    def own_rows(self) -> bool:
+        """See `Mode.own_rows`."""
+        return self.fusion_mode == "frozen"
+
+
+class Independent(Blockwise):
+    """Stages of several blocks, each on its own window of masked fractions."""
+
+    apart: ClassVar[bool] = True
 
 
 class Divergence(Kind):
@@ -104,18 +243,31 @@ class Fusion(Kind):
     tag: ClassVar[str] = "strategy"
     default: ClassVar[str] = "none"
 
+    head_alone: ClassVar[bool] = False
+    """Whether the blocks stand still and only the head trains."""
+    probes: ClassVar[bool] = False
+    """Whether the section that trains is found by probes, on held-out loss."""
+
     @property
     def budget(self) -> int | None:
         """Optimizer steps of all its stages; None: as many as a stage each."""
         return None
+
+    def groups(self, sections: list[Span]) -> list[Span]:
+        """First and last block of each stage, in order.
+
+        Args:
+            sections: What was trained one by one, two or more, lowest first.
+        """
+        return []
 
 
 class NoFusion(Fusion):
     """None."""
 
 
-class FrozenFusion(Fusion):
-    """The head alone, over the finished rack."""
+class TrainableFusion(Fusion):
+    """The whole rack."""
 
     steps: PositiveInt | None = Field(
         None, description="optimizer steps in all, shared by these stages; null: as many as a stage each"
@@ -126,17 +278,38 @@ class FrozenFusion(Fusion):
         """See `Fusion.budget`."""
         return self.steps
 
+    def groups(self, sections: list[Span]) -> list[Span]:
+        """See `Fusion.groups`."""
+        return [(sections[0][0], sections[-1][1])]
 
-class TrainableFusion(FrozenFusion):
-    """The whole rack."""
+
+class FrozenFusion(TrainableFusion):
+    """The head alone, over the finished rack."""
+
+    head_alone: ClassVar[bool] = True
+
+    def groups(self, sections: list[Span]) -> list[Span]:
+        """See `Fusion.groups`; what stands still below the last section is read as its boundary."""
+        return [sections[-1]]
 
 
-class HierarchicalFusion(FrozenFusion):
+class HierarchicalFusion(TrainableFusion):
     """Neighbours first, then pairs of pairs, up to the whole."""
 
+    def groups(self, sections: list[Span]) -> list[Span]:
+        """See `Fusion.groups`."""
+        groups: list[Span] = []
+        while len(sections) > 1:
+            pairs = [sections[start : start + 2] for start in range(0, len(sections), 2)]
+            sections = [(pair[0][0], pair[-1][1]) for pair in pairs]
+            groups += [group for group, pair in zip(sections, pairs, strict=True) if len(pair) == 2]
+        return groups
 
-class AdaptiveFusion(FrozenFusion):
+
+class AdaptiveFusion(TrainableFusion):
     """The section whose unfreezing gains most on held-out loss, found by probes."""
+
+    probes: ClassVar[bool] = True
 
     rounds: Size = Field(
         1, description="how often it is probed anew which section to train; each round has its share of steps"
@@ -319,7 +492,15 @@ class QLoRAConfig(Section):
 
 
 class ProgressiveConfig(Section):
-    """Progressive training: the rack grows stack by stack. Where enabled, it wins over `training.mode`."""
+    """Progressive training: the rack grows stack by stack. Where enabled, it wins over `training.mode`.
+
+    It says of the schedule what a `Mode` says.
+    """
+
+    apart: ClassVar[bool] = False
+    grows: ClassVar[bool] = False
+    own_rows: ClassVar[bool] = False
+    finds_size: ClassVar[bool] = False
 
     enabled: bool = Field(False, description="grow the rack stack by stack")
     trunk_strategy: Literal["frozen", "qlora"] = Field(
@@ -388,21 +569,25 @@ class ProgressiveConfig(Section):
         "stand still",
     )
 
+    def partition(self, model: ModelConfig) -> list[Span]:
+        """See `Mode.partition`."""
+        return cut(model.n_blocks, model.architecture.blocks_per_stack)
+
+    @property
+    def prepends(self) -> bool:
+        """Whether stacks are added below those there are."""
+        return self.enabled and self.building_mode == "prepend"
+
+    @property
+    def holds_trunk(self) -> bool:
+        """Whether a stage holds the stacks made before it, and reads tokens."""
+        return self.enabled and (self.building_mode == "prepend" or self.trunk_strategy == "qlora")
+
 
 class TrainingConfig(StageTraining):
     """Mode, objective and masks, and the defaults of every stage's training."""
 
-    mode: Mode = Field("blockwise", description="the schedule: layerwise, blockwise, fused, independent, end_to_end")
-    block_size: AutoInt = Field(
-        4, description="blocks in a stage (blockwise, fused, independent); auto: from memory and gain, found by trial"
-    )
-    trial_steps: PositiveInt = Field(
-        100, description="block_size auto: steps of each stage of the racks that are tried"
-    )
-    n_stages: Small | None = Field(None, description="number of stages instead of block_size")
-    fusion_mode: Literal["frozen", "trainable"] = Field(
-        "frozen", description="fused: the blocks below are frozen, or trainable"
-    )
+    mode: Mode = Field(default_factory=lambda: Mode.of(Mode.default), description="the schedule")
     objective: Objective = Field(
         default_factory=lambda: Objective.of(Objective.default),
         description="mask_diffusion, mlm, clm (causal), custom (targets of the data's own); with settings of its own: "
@@ -477,3 +662,26 @@ class TrainingConfig(StageTraining):
         "steps: 1000}",
     )
     progressive: ProgressiveConfig = Field(default_factory=lambda: ProgressiveConfig())
+
+    @property
+    def block_size(self) -> int:
+        """Blocks in a stage; of modes that have this setting."""
+        return int(self.mode.block_size)  # type: ignore[attr-defined]
+
+    @block_size.setter
+    def block_size(self, size: int) -> None:
+        self.mode.block_size = size  # type: ignore[attr-defined]
+
+    @property
+    def fusion_mode(self) -> str:
+        """Whether the blocks below are frozen or trainable; of mode fused."""
+        return str(self.mode.fusion_mode)  # type: ignore[attr-defined]
+
+    @fusion_mode.setter
+    def fusion_mode(self, below: str) -> None:
+        self.mode.fusion_mode = below  # type: ignore[attr-defined]
+
+    @property
+    def plan(self) -> Mode | ProgressiveConfig:
+        """What decides the schedule."""
+        return self.progressive if self.progressive.enabled else self.mode

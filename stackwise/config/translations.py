@@ -40,6 +40,10 @@ TABLE = (
     Moved("model.rope_head_dim", "model.attention.rope_head_dim"),
     Moved("model.feature_map", "model.attention.feature_map", "elu"),
     Moved("model.random_features", "model.attention.random_features"),
+    Moved("training.block_size", "training.mode.block_size", 4),
+    Moved("training.n_stages", "training.mode.n_stages"),
+    Moved("training.trial_steps", "training.mode.trial_steps", 100),
+    Moved("training.fusion_mode", "training.mode.fusion_mode", "frozen"),
     Moved("training.beta1", "training.optimizer.beta1", 0.9),
     Moved("training.beta2", "training.optimizer.beta2", 0.95),
     Moved("training.adam_eps", "training.optimizer.eps", 1e-8),
@@ -109,8 +113,11 @@ def translate(root: type[Section], tree: Mapping[str, Any], overrides: Mapping[s
         overrides: Dotted keys and values.
     """
     reading = Reading({}, [], [])
-    work = _Translation(root, reading)
-    reading.tree = work.translated(_copied(tree), {})
+    work, copied = _Translation(root, reading), _copied(tree)
+    # A file may give settings of several modes flat: the one that is taken in the end says which of them are used.
+    if isinstance(overrides.get("training.mode"), str) and not isinstance(_get(tree, "training.mode"), Mapping):
+        _set(copied, "training.mode", overrides["training.mode"])
+    reading.tree = work.translated(copied, {})
     # Those that choose a kind come first: which settings there are depends on it.
     for written in sorted(overrides, key=work.place):
         work.override(written, overrides[written])

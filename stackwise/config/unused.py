@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from stackwise.config.fields import Section, changed
-from stackwise.config.precision import holds_trunk, own_adapters, stack_precision
+from stackwise.config.precision import own_adapters, stack_precision
 from stackwise.config.schema import Settings
-from stackwise.config.training import NoFusion, Overlap, ProgressiveConfig, Tail
+from stackwise.config.training import Blockwise, Mode, NoFusion, Overlap, ProgressiveConfig, Tail
 
 OWN_ADAPTERS = (
     *("qlora_rank", "qlora_alpha", "qlora_strategy", "qlora_rank_pattern", "qlora_alpha_pattern", "qlora_configs"),
@@ -22,7 +22,7 @@ NO_BOUNDARY = "no stage of this schedule reads a boundary"
 def reading_depths(config: Settings) -> list[int]:
     """The stages that read a boundary. The schedule says so stage by stage; tests hold the two against each other."""
     sections = range(1, config.n_sections) if config.has_windows else ()
-    fusions = [] if holds_trunk(config) else config.fusions
+    fusions = [] if config.training.progressive.holds_trunk else config.fusions
     return [*sections, *(config.n_sections + k for k, (first, _) in enumerate(fusions) if first > 0)]
 
 
@@ -34,8 +34,7 @@ def has_blocks_above(config: Settings) -> bool:
 def trains_heads_apart(config: Settings) -> bool:
     """Whether some stage trains a head while the front that it may be tied to stands still."""
     sections = config.n_sections > 1 and not config.prepends and not config.grows
-    frozen = config.training.fusion.name == "frozen"
-    return sections or any(first > 0 or frozen for first, _ in config.fusions)
+    return sections or any(first > 0 or config.training.fusion.head_alone for first, _ in config.fusions)
 
 
 class _Lines:
@@ -68,22 +67,15 @@ def unused_settings(config: Settings) -> list[str]:
     lines = _Lines()
     training, progressive, store, one = config.training, config.training.progressive, config.store, "there is one stage"
     lines.lines += config.unused
-    decides = progressive.enabled and "model.architecture.blocks_per_stack says how many blocks a stack has"
-    decides = decides or (training.mode in ("layerwise", "end_to_end") and f"training.mode is {training.mode}")
-    same_size = config.finds_block_size or config.partition == _sections(config, training.block_size)
+    # A mode that the preset gave, and that divides the rack as the stacks do, is not worth a line.
+    other = type(training.mode) is not type(Mode.of(Mode.default)) or training.mode.grows
+    other = other or training.mode.partition(config.model) != config.partition
     above = has_blocks_above(config)
     lines.section(
         "training",
         training,
         [
-            ("mode fusion_mode", progressive.enabled and "training.progressive.enabled is true"),
-            ("fusion_mode", training.mode != "fused" and f"training.mode is {training.mode}"),
-            (
-                "block_size",
-                not same_size and (decides or ("training.n_stages is given" if training.n_stages else None)),
-            ),
-            ("n_stages", training.n_stages != config.n_sections and decides),
-            ("trial_steps", not config.finds_block_size and "training.block_size is a number"),
+            ("mode", progressive.enabled and other and "training.progressive.enabled is true"),
             (
                 "min_mask_fraction max_mask_fraction mask_schedule_type mask_pool mask_token_id",
                 not config.objective.masks and f"{config.objective.name} masks nothing",
@@ -108,7 +100,9 @@ def unused_settings(config: Settings) -> list[str]:
             ("tied_head", not trains_heads_apart(config) and "no stage trains a head without the front"),
         ],
     )
-    _limits(config, lines.lines, above, bool(decides))
+    if not progressive.enabled:
+        lines.section("training.mode", training.mode, training.mode.unused(config.model))
+    _limits(config, lines.lines, above)
     half = "fp16" in (config.precision, *(stack_precision(config, depth) for depth in range(config.n_sections)))
     for depth, own in [(None, training), *((depth, entry.training) for depth, entry in config.stages.items())]:
         effective = training if depth is None else config.stage_training(depth)
@@ -160,7 +154,10 @@ def _progressive(config: Settings, progressive: ProgressiveConfig) -> list[tuple
         ("max_stacks", (progressive.max_stacks or 0) > stacks and f"there are {stacks} stacks"),
         ("cache_activations", not frozen and "a QLoRA trunk changes with every step, so nothing of it is stored"),
         ("cache_activations", config.prepends and "with stacks added below, every stage reads tokens"),
-        ("trunk_precision", not holds_trunk(config) and "a stage reads activations, and holds no trunk"),
+        (
+            "trunk_precision",
+            not progressive.holds_trunk and "a stage reads activations, and holds no trunk",
+        ),
         ("qlora_enabled", bool(progressive.qlora_enabled) and not own and without),
         (
             "qlora_enabled",
@@ -176,17 +173,14 @@ def _progressive(config: Settings, progressive: ProgressiveConfig) -> list[tuple
     ]
 
 
-def _sections(config: Settings, size: int) -> list[tuple[int, int]]:
-    n_blocks = config.model.n_blocks
-    return [(first, min(first + size, n_blocks) - 1) for first in range(0, n_blocks, max(1, size))]
-
-
-def _limits(config: Settings, lines: list[str], above: bool, decided: bool) -> None:
+def _limits(config: Settings, lines: list[str], above: bool) -> None:
     """Numbers of which only so much can be used."""
     training, n_blocks = config.training, config.model.n_blocks
-    if "block_size" in changed(training) and not decided and not training.n_stages and training.block_size > n_blocks:
-        size = training.block_size
-        lines.append(f"training.block_size: {size} is more than the model's blocks: {n_blocks} is used")
+    mode = training.plan
+    given = isinstance(mode, Blockwise) and "block_size" in changed(mode) and not mode.n_stages
+    if given and training.block_size > n_blocks:
+        text = f"{training.block_size} is more than the model's blocks: {n_blocks} is used"
+        lines.append(f"training.mode.block_size: {text}")
     lookahead, most = training.lookahead, n_blocks - 1 - config.partition[0][1]
     if isinstance(lookahead, Overlap | Tail) and above and lookahead.blocks > most:
         text = f"{lookahead.blocks} is more than the blocks above the lowest stage: {most} is used"

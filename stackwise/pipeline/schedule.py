@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.precision import holds_trunk, stack_adapters, stack_precision, trunk_precision
-from stackwise.config.training import AdaptiveFusion, Auxiliary, CausalAdaptation, Overlap, Tail
+from stackwise.config.precision import stack_adapters, stack_precision, trunk_precision
+from stackwise.config.training import Auxiliary, CausalAdaptation, Overlap, Tail
 
 FRONT, HEAD = "front", "head"
 ADAPTER = "adapter."  # what the name of a block's adapters begins with; the block's follows
@@ -106,7 +106,7 @@ def block_format(config: StackWiseConfig, home: int, top: int, trains: bool) -> 
         trains: Whether the blocks, or else their adapters, train. Under a frozen trunk they then train as they did.
     """
     qlora = config.training.progressive.trunk_strategy == "qlora"
-    standing = home < top and holds_trunk(config) and (qlora or not trains)
+    standing = home < top and config.training.progressive.holds_trunk and (qlora or not trains)
     precision = trunk_precision(config, home) if standing else stack_precision(config, home)
     adapters = stack_adapters(config, home, min(max(home, top), config.n_sections - 1))
     return BlockFormat(precision, tuple(AdapterSize(name, *sizes) for name, sizes in adapters.items()))
@@ -216,11 +216,10 @@ class Stage:
 
 def schedule(config: StackWiseConfig) -> list[Stage]:
     """The stages of a configuration, in the order in which they train."""
-    progressive, partition = config.training.progressive, config.partition
-    backwards = progressive.enabled and progressive.building_mode == "prepend"
+    partition = config.partition
     homes = {
         block: depth
-        for depth, (first, last) in enumerate(reversed(partition) if backwards else partition)
+        for depth, (first, last) in enumerate(reversed(partition) if config.prepends else partition)
         for block in block_parts(first, last)
     }
     stages = (dataclasses.replace(stage, place=place) for place, stage in enumerate(_stages(config)))
@@ -266,22 +265,14 @@ def _in_its_window(config: StackWiseConfig, stage: Stage) -> Stage:
 
 
 def _sections(config: StackWiseConfig) -> Iterator[Stage]:
-    training = config.training
-    if training.progressive.enabled:
-        backwards = training.progressive.building_mode == "prepend"
-        return _prepended(config) if backwards else _stacked(config, holds=holds_trunk(config))
-    if training.mode == "independent":
-        return _independent(config)
-    return _stacked(config, grows=training.mode == "fused" and training.fusion_mode == "trainable")
+    if config.prepends:
+        return _prepended(config)
+    return _independent(config) if config.stands_apart else _stacked(config)
 
 
-def _stacked(config: StackWiseConfig, *, grows: bool = False, holds: bool = False) -> Iterator[Stage]:
-    """Each section of the rack in turn, above its boundary; or above tokens, with all blocks so far.
-
-    Args:
-        grows: A stage holds the blocks below it, and they train along.
-        holds: A stage holds the blocks below it, and they stand still.
-    """
+def _stacked(config: StackWiseConfig) -> Iterator[Stage]:
+    """Each section of the rack in turn, above its boundary; or above tokens, with all blocks so far."""
+    grows, holds = config.grows, config.training.progressive.holds_trunk
     for depth, (first, last) in enumerate(config.partition):
         low = 0 if grows or holds else first
         reads_boundary = low > 0
@@ -312,11 +303,11 @@ def _fusions(config: StackWiseConfig) -> Iterator[Stage]:
     """Sections together, after each was trained: a stage like any other, that starts from what they came to."""
     for number, (first, last) in enumerate(config.fusions):
         depth = config.n_sections + number
-        low = 0 if holds_trunk(config) else first
+        low = 0 if config.training.progressive.holds_trunk else first
         front = () if first > 0 else (FRONT,)
-        frozen = config.training.fusion.name == "frozen"
-        trains = (HEAD,) if frozen else (*front, *block_parts(first, last), HEAD)
-        sections = tuple(sorted(config.partition)) if isinstance(config.training.fusion, AdaptiveFusion) else ()
+        fusion = config.training.fusion
+        trains = (HEAD,) if fusion.head_alone else (*front, *block_parts(first, last), HEAD)
+        sections = tuple(sorted(config.partition)) if fusion.probes else ()
         yield Stage(depth, low, last, trains, low > 0, depth if config.fresh_masks else 0, candidates=sections)
 
 

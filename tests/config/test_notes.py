@@ -30,7 +30,7 @@ def config(overrides: dict[str, Any]) -> StackWiseConfig:
 
 def key(name: str) -> str:
     """Short names of settings of progressive training and of training."""
-    where = {"p": "training.progressive", "t": "training", "f": "training.fusion", "s": "store"}
+    where = {"p": "training.progressive", "m": "training.mode", "t": "training", "f": "training.fusion", "s": "store"}
     first, _, rest = name.partition(".")
     return f"{where[first]}.{rest}" if first in where else name
 
@@ -58,12 +58,10 @@ UNUSED: list[tuple[dict[str, Any], str, Any, str]] = [
     (DEPTH, "p.time_embedding_dim", 64, "time is not an input"),
     (P, "p.stack_time_mapping", "custom", "custom is for fractions that go over depth (training.mask_schedule_over)"),
     (P, "t.mode", "fused", "training.progressive.enabled is true"),
-    (P, "t.fusion_mode", "trainable", "training.progressive.enabled is true"),
-    (P, "t.block_size", 2, "model.architecture.blocks_per_stack says how many blocks a stack has"),
-    (P, "t.n_stages", 2, "model.architecture.blocks_per_stack says how many blocks a stack has"),
+    ({"training.mode": "blockwise"}, "t.fusion_mode", "trainable", "training.mode is blockwise"),
     ({**WHOLE, "training.block_size": 4}, "t.n_stages", 2, "training.mode is end_to_end"),
     ({"training.mode": "layerwise"}, "t.block_size", 2, "training.mode is layerwise"),
-    ({}, "t.trial_steps", 5, "training.block_size is a number"),
+    ({}, "m.trial_steps", 5, "training.mode.block_size is a number"),
     (INDEPENDENT, "t.mask_schedule_over", "time", "independent stages go over depth, each alone"),
     (DEPTH, "t.mask_schedule_over", "time", "training.progressive.time_interpretation is depth"),
     (WHOLE, "t.mask_schedule_over", "depth", "there is one stage"),
@@ -109,7 +107,7 @@ def test_a_setting_that_is_not_used_has_one_line(base: dict[str, Any], name: str
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ({"training.block_size": 99}, "training.block_size: 99 is more than the model's blocks: 4 is used"),
+        ({"training.block_size": 99}, "training.mode.block_size: 99 is more than the model's blocks: 4 is used"),
         (
             {"training.lookahead": "tail", "training.lookahead_blocks": 9},
             "training.lookahead.blocks: 9 is more than the blocks above the lowest stage: 3 is used",
@@ -120,12 +118,11 @@ def test_a_setting_that_is_not_used_has_one_line(base: dict[str, Any], name: str
         ),
         (
             {**P, "training.block_size": 2, "training.n_stages": 2},
-            "training.block_size, n_stages: unused, model.architecture.blocks_per_stack says how many blocks a stack "
-            "has",
+            "training.mode is unused: training.progressive.enabled is true",
         ),
         (
             {"training.n_stages": 2, "training.block_size": 3},
-            "training.block_size is unused: training.n_stages is given",
+            "training.mode.block_size is unused: training.mode.n_stages is given",
         ),
         ({"store.every": 2, "store.keep": 1, **Q}, f"store.every, keep: unused, {NO_BOUNDARY}"),
         (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.precision import holds_trunk, stack_adapters, stack_precision, trunk_precision
+from stackwise.config.precision import stack_adapters, stack_precision, trunk_precision
 from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError
 
@@ -30,7 +30,7 @@ def test_precision_by_stack() -> None:
     assert [stack_precision(same, depth) for depth in range(3)] == ["full"] * 3, "the run's own precision is no other"
     plain = StackWiseConfig.from_preset("micro", {"stages.1.precision": "fp8"})
     assert [stack_precision(plain, depth) for depth in range(2)] == ["full", "fp8"]
-    assert not holds_trunk(plain)
+    assert not plain.training.progressive.holds_trunk
 
 
 def test_precision_of_the_trunk() -> None:
@@ -39,8 +39,8 @@ def test_precision_of_the_trunk() -> None:
     assert [trunk_precision(config(trunk_strategy="qlora", qlora_rank=4, trunk_precision="full"), 0)] == ["full"]
     assert [trunk_precision(config(building_mode="prepend", trunk_precision="fp4"), 0)] == ["nvfp4"]
     assert [trunk_precision(config(building_mode="prepend"), 0)] == ["full"]
-    assert holds_trunk(config(building_mode="prepend"))
-    assert not holds_trunk(config(cache_activations=False))
+    assert config(building_mode="prepend").training.progressive.holds_trunk
+    assert not config(cache_activations=False).training.progressive.holds_trunk
 
 
 def test_adapters_by_stack_and_over_the_trunk() -> None:

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from stackwise import StackWiseConfig, UnifiedTrainer
+from stackwise.config.loading import build
 from stackwise.errors import UsageError
 from stackwise.store import ActivationStore
 
 
 def config(**training: Any) -> StackWiseConfig:
-    return StackWiseConfig.model_validate(
+    return build(
+        StackWiseConfig,
         {
             "model": {"vocab_size": 41, "d_model": 32, "n_heads": 2, "init_std": 0.1},
             "training": {
@@ -26,7 +28,7 @@ def config(**training: Any) -> StackWiseConfig:
                 "learning_rate": 1e-2,
                 **training,
             },
-        }
+        },
     )
 
 

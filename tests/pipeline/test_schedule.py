@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.loading import build
 from stackwise.pipeline.schedule import schedule, stage_below
 
 
 def config(blocks: int = 7, **training: Any) -> StackWiseConfig:
-    return StackWiseConfig(model={"architecture": {"n_stacks": blocks}}, training=training).validate()
+    return build(StackWiseConfig, {"model": {"architecture": {"n_stacks": blocks}}, "training": training})
 
 
 def rows(c: StackWiseConfig) -> list[tuple[int, int, bool, int]]:

@@ -115,7 +115,7 @@ def test_it_is_read_written_and_listed_once_found(
     refused = CliRunner().invoke(list_stages, [*arguments, str(tmp_path / "none")])
     assert "no run has found it yet" in str(refused.exception)
     assert CliRunner().invoke(list_stages, [*arguments, str(found[0])]).exit_code == 0
-    assert "training.trial_steps is unused: training.block_size is a number" in unused_settings(
+    assert "training.mode.trial_steps is unused: training.mode.block_size is a number" in unused_settings(
         micro(training__trial_steps=5)
     )
 
@@ -123,7 +123,6 @@ def test_it_is_read_written_and_listed_once_found(
 @pytest.mark.parametrize(
     ("training", "said"),
     [
-        ({"progressive": {"enabled": True}}, "blocks_per_stack"),
         ({"mode": "independent"}, "do not stand on each other"),
         ({"mode": "fused", "fusion_mode": "trainable"}, "whatever the size"),
         ({"batch_size": "auto"}, "batch_size is auto as well"),

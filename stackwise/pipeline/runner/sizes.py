@@ -17,7 +17,7 @@ from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.schema import StoreConfig, TrackingConfig
-from stackwise.config.training import NoAdaptation, NoFusion
+from stackwise.config.training import Blockwise, NoAdaptation, NoFusion
 from stackwise.identity import NUMERICS, content_id
 from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.events import Emit, Event, Observer
@@ -101,7 +101,7 @@ def outcome(config: StackWiseConfig, most: int, result: dict[str, Any]) -> str:
     if not result["losses"]:
         return f"{KEY}: auto is {result['blocks']}: {fit}"
     tried = ", ".join(f"{size}: {loss:.3f}" for size, loss in result["losses"].items())
-    why = f"lowest held-out loss after {config.training.trial_steps} steps of each block ({tried})"
+    why = f"lowest held-out loss after {_trial_steps(config)} steps of each block ({tried})"
     return f"{KEY}: auto is {result['blocks']}: {why}; {fit}"
 
 
@@ -112,12 +112,18 @@ def _small(config: StackWiseConfig, size: int, blocks: int) -> StackWiseConfig:
     small.model.architecture.n_stacks, small.model.architecture.blocks_per_stack = blocks, 1
     small.store = StoreConfig(codec=config.store.codec, chunk_bytes=config.store.chunk_bytes, keep="none")
     training = small.training
-    training.block_size, training.steps = size, training.trial_steps
+    training.block_size, training.steps = size, _trial_steps(config)
     training.fusion, training.adaptation, training.save_fused_checkpoints = NoFusion(), NoAdaptation(), False
     training.eval_every, training.patience, training.keep_best, training.windows = None, None, False, 1
     rates = training.block_learning_rates
     training.block_learning_rates = {block: rate for block, rate in rates.items() if block < blocks}
     return small
+
+
+def _trial_steps(config: StackWiseConfig) -> int:
+    mode = config.training.mode
+    assert isinstance(mode, Blockwise), "no other mode has its size found"
+    return mode.trial_steps
 
 
 def oom_advice(config: StackWiseConfig, vocab_size: int, stage: Stage, measured: dict[str, Any] | None) -> str:
@@ -171,8 +177,8 @@ def _fewer_blocks(config: StackWiseConfig, vocab_size: int, stage: Stage, growin
     fewer = min(blocks - 1, math.floor((room - ends) / one))
     if fewer < 1:
         return []
-    if config.training.n_stages is not None:
-        return [f"training.n_stages: {config.training.n_stages} → {math.ceil(config.model.n_blocks / fewer)}"]
+    if (stages := getattr(config.training.plan, "n_stages", None)) is not None:
+        return [f"training.n_stages: {stages} → {math.ceil(config.model.n_blocks / fewer)}"]
     if config.n_stages == 1:
         return [f"training.mode: blockwise with training.block_size: {fewer}"]
     return [f"training.block_size: {blocks} → {fewer}"]
