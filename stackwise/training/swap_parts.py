@@ -170,6 +170,10 @@ class PartLoader:
         if not loaded.gradients:
             return
         trained = [(part, name, p) for part, name, p in loaded.parameters() if part in loaded.gradients]
+        if not trained:  # a tied head without a norm has no weight of its own, and no optimizer
+            self.log.write_states({part: {} for part in loaded.gradients})
+            loaded.gradients.clear()
+            return
         optimizer = make_optimizer([(part, p) for part, _, p in trained], self.settings)
         for part, name, p in trained:
             if state := optimizer_state(loaded.states[part], name):
