@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 PLAIN_WIDTH = 1000
 """Columns where there is no terminal: nothing is cut off or wrapped."""
-FOLDED = 12
-"""Columns that the last column of a table keeps, on whose lines its text is folded, before others are cut."""
+FOLDED, NARROWEST = 16, 8
+"""Columns that the last column of a table needs beside the others, and to which others are cut on a narrow terminal."""
 WATCH_SECONDS = 1.0
 """Between two looks of `--watch`."""
 
@@ -244,31 +244,39 @@ class Table:
         self._rows.append([Styled(printable(" ".join(cell.text.splitlines())), cell.style or style) for cell in row])
 
     def lines(self, room: int | None = None) -> list[Line]:
-        """The table as lines of at most `room` columns; by default as many as the output has."""
-        natural = [max(columns_of(cell.text) for cell in column) for column in zip(*self._rows, strict=True)]
-        widths = _fitted(natural, width() if room is None else room)
-        return [line for row in self._rows for line in self._lines(row, widths)]
+        """The table as lines of `room` columns, by default as many as the output has.
 
-    def _lines(self, row: list[Styled], widths: list[int]) -> Iterator[Line]:
-        *cells, last = row
-        line: list[Styled | str] = []
-        for number, (cell, room) in enumerate(zip(cells, widths, strict=False)):
-            text = cell.text if columns_of(cell.text) <= room else _cut(cell.text, room - 1) + "…"
-            blanks = " " * (room - columns_of(text))
-            line += (
-                [blanks, Styled(text, cell.style), "  "]
-                if number in self._right
-                else [Styled(text, cell.style), blanks + "  "]
-            )
-        for number, text in enumerate(_folded(last.text, widths[-1])):
-            blanks = " " * (widths[-1] - columns_of(text)) if len(cells) in self._right else ""
-            yield _stripped(
-                [
-                    *(line if number == 0 else [" " * (sum(widths[:-1]) + 2 * len(cells))]),
-                    blanks,
-                    Styled(text, last.style),
-                ]
-            )
+        The last column is folded, beside the others or, where there is little room, below them.
+        """
+        room = width() if room is None else room
+        *widths, last = (max(columns_of(cell.text) for cell in column) for column in zip(*self._rows, strict=True))
+        beside = room - sum(widths) - 2 * len(widths)
+        below = beside < min(last, FOLDED)
+        while below and sum(widths) + 2 * len(widths) > room and max(widths) > NARROWEST:
+            widths[widths.index(max(widths))] -= 1
+        indent = sum(widths) + 2 * len(widths)
+        lines: list[Line] = []
+        for *cells, end in self._rows:
+            line = [piece for number, cell in enumerate(cells) for piece in self._cell(number, cell, widths[number])]
+            if below:
+                texts = _folded(end.text, max(FOLDED, room - 4)) if end.text else []
+                lines.append(_stripped(line))
+                lines.extend(["    ", Styled(text, end.style)] for text in texts)
+                continue
+            for text in _folded(end.text, min(last, beside)):
+                blanks = " " * (min(last, beside) - columns_of(text)) if len(cells) in self._right else ""
+                lines.append(_stripped([*line, blanks, Styled(text, end.style)]))
+                line = [" " * indent]
+        return lines
+
+    def _cell(self, number: int, cell: Styled, room: int) -> Line:
+        text = cell.text if columns_of(cell.text) <= room else _cut(cell.text, room - 1) + "…"
+        blanks = " " * (room - columns_of(text))
+        return (
+            [blanks, Styled(text, cell.style), "  "]
+            if number in self._right
+            else [Styled(text, cell.style), blanks + "  "]
+        )
 
 
 def _stripped(line: list[Styled | str]) -> Line:
@@ -276,16 +284,6 @@ def _stripped(line: list[Styled | str]) -> Line:
     while line and not (line[-1].text if isinstance(line[-1], Styled) else line[-1]).strip():
         line.pop()
     return line
-
-
-def _fitted(natural: list[int], room: int) -> list[int]:
-    """Widths of columns that fit: the last one is folded, then the widest ones lose their ends."""
-    room -= 2 * (len(natural) - 1)
-    widths = list(natural)
-    widths[-1] = max(min(widths[-1], room - sum(widths[:-1])), min(widths[-1], FOLDED))
-    while sum(widths) > room and max(widths) > 2:
-        widths[widths.index(max(widths))] -= 1
-    return widths
 
 
 def columns_of(text: str) -> int:

@@ -175,7 +175,7 @@ EVENTS: dict[str, Kind] = {
     "note": Kind(lambda event: f"note: {event['text']}", repeated=True),
     "preparing": Kind(shown_by="progress"),
     "data": Kind(_data, repeated=True),
-    "device": Kind(_device),
+    "device": Kind(_device, repeated=True),
     "trial": Kind(shown_by="nothing"),
     "settled": Kind(shown_by="nothing"),
     "plan": Kind(_plan, shown_by="table"),

@@ -64,6 +64,13 @@ def test_the_schedule_of_a_run_has_its_states(finished: Path, cli: Cli) -> None:
     assert [stage.get("state") for stage in json.loads(changed.stdout)["stages"]] == ["done", "done", None]
 
 
+def test_the_report_names_the_machine_that_trained(finished: Path, cli: Cli) -> None:
+    events = [json.loads(line) for line in (finished / "events.jsonl").read_text().splitlines()]
+    (device,) = [event for event in events if event["event"] == "device"]
+    assert cli("report", "--run", str(finished)).exit_code == 0
+    assert f"· {device['name']}, fp32 ·" in (finished / "report.html").read_text()
+
+
 def test_status_has_the_shape_of_the_contract(finished: Path, here: Path, cli: Cli) -> None:
     result = cli("status", "--json")
     assert result.exit_code == 0

@@ -113,7 +113,7 @@ def test_a_table_fits_whatever_room_there_is() -> None:
     table = output.Table("stage", "run", "loss", "why", right=(0, 2))
     table.add_row("0", "runs/" + "long-" * 30, "12.345", "changed: training.learning_rate, and a/path/" + "x" * 90)
     table.add_row("1", "日本語の名前" * 9, "é" * 3, "日本語" * 40 + "\nand a second line")
-    for room in (200, 80, 40, 24):
+    for room in (200, 80, 40, 30):
         lines = [
             "".join(piece if isinstance(piece, str) else piece.text for piece in line) for line in table.lines(room)
         ]
