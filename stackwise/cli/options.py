@@ -143,6 +143,9 @@ def load(config: str | None, preset: str | None, values: dict[str, Any]) -> Stac
 
     if config is not None and preset is not None:
         raise UsageError(f"a configuration file ({config}) and --preset {preset} are two configurations; give one")
+    if config is not None and Path(config).is_dir():
+        hint = f"to train on the text in it: stackwise run -o 'data.paths=[{config}]'"
+        raise UsageError(f"{config}: a folder is no configuration", hint=hint)
 
     def made(values: dict[str, Any]) -> StackWiseConfig:
         if config is not None:
@@ -171,19 +174,22 @@ def is_run(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def naming_options(section: str) -> Iterator[None]:
-    """Let errors that name keys of a section name the options of the running command, which has no configuration."""
+def naming_options(section: str, **names: str) -> Iterator[None]:
+    """Let errors that name keys of a section name the options of the running command, which has no configuration.
+
+    Args:
+        section: The section of the keys.
+        names: What stands for a key, where no option of the command is called so.
+    """
     try:
         yield
     except StackWiseError as error:
-        options = {param.name: param.opts[-1] for param in click.get_current_context().command.params}
+        options = {param.name: param.opts[-1] for param in click.get_current_context().command.params} | names
 
-        def option(match: re.Match[str]) -> str:
-            return options.get(match[1], match[0])
+        def renamed(text: str) -> str:
+            return re.sub(rf"\b{section}\.(\w+)", lambda match: options.get(match[1], match[0]), text)
 
-        error.message = re.sub(rf"\b{section}\.(\w+)", option, error.message)
-        if error.hint is not None:
-            error.hint = re.sub(rf"\b{section}\.(\w+)", option, error.hint)
+        error.message, error.hint = renamed(error.message), error.hint and renamed(error.hint)
         raise
 
 

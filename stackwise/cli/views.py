@@ -396,6 +396,6 @@ class Live(_View):
         room = min(64, self._console.width)
         if total:
             full = room * min(done, total) // total
-            return [Styled("━" * full, "cyan"), Styled("━" * (room - full), "dim")]
+            return [Styled("━" * full, "cyan"), Styled("─" * (room - full), "dim")]
         at = int(5 * time.monotonic()) % max(1, room - 8)  # it moves where nobody knows how far there is to go
-        return [Styled("━" * at, "dim"), Styled("━" * 8, "cyan"), Styled("━" * max(0, room - 8 - at), "dim")]
+        return [Styled("─" * at, "dim"), Styled("━" * 8, "cyan"), Styled("─" * max(0, room - 8 - at), "dim")]

@@ -81,3 +81,15 @@ def test_data_prepare_that_cannot_be_writes_nothing(args: list[str], here: Path,
     result = cli("data", "prepare", *args, "--out", "out")
     assert result.exit_code == 2
     assert not Path("out").exists()
+
+
+def test_what_a_command_was_given_is_called_as_it_was_given(finished: Path, here: Path, cli: Cli) -> None:
+    Path("texts").mkdir()
+    for args, said in (
+        (["eval", "--run", str(finished), "--data", "nowhere"], "stackwise: --data: nowhere does not exist"),
+        (["data", "prepare", "nowhere", "--out", "d"], "stackwise: PATH: nowhere does not exist"),
+        (["run", "texts"], "stackwise run -o 'data.paths=[texts]'"),
+    ):
+        refused = cli(*args)
+        assert refused.exit_code == 2
+        assert said in refused.stderr

@@ -146,7 +146,7 @@ def test_the_running_stage_has_a_bar_and_its_figures_under_it(view: RunView) -> 
         live(event)
     console.print(live._render())
     lines = [line.strip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
-    assert set(lines[-2]) <= set("━╸╺ ")
+    assert set(lines[-2]) <= set("━─")
     assert lines[-1].startswith("stage 1  10/60  loss 2.500  lr 2.1e-3  8,420 tokens/s  wait 1.2%  memory 612 MB  0:")
 
 

@@ -48,7 +48,7 @@ def prepare(as_json: bool, out: str, **options: Any) -> None:
 
     begun = time.perf_counter()
     with (
-        naming_options("data"),
+        naming_options("data", paths="PATH"),
         phases(unit=lambda phase, value: "" if phase.startswith(WAITING) else words.size(value)) as report,
     ):
         said = ""

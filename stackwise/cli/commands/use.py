@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from stackwise import words
-from stackwise.cli.options import COUNT, SEED, Finite, as_json, device_option, find_run, run_option
+from stackwise.cli.options import COUNT, SEED, Finite, as_json, device_option, find_run, naming_options, run_option
 from stackwise.cli.output import is_live, note, print_json, progress, say, say_all
 from stackwise.cli.tables import held_out_table, passage
 from stackwise.errors import UsageError
@@ -33,7 +33,8 @@ def evaluate(run: str | None, data: tuple[str, ...], device: str, as_json: bool)
     run_directory = find_run(run)
     from stackwise.pipeline.committed.use import evaluate_run
 
-    result = evaluate_run(run_directory, data=list(data) or None, device=device)
+    with naming_options("data", paths="--data"):
+        result = evaluate_run(run_directory, data=list(data) or None, device=device)
     print_json(result) if as_json else say_all(held_out_table(result))
 
 
