@@ -52,8 +52,9 @@ class DataConfig(Section):
 
     paths: list[Annotated[Text, Field(min_length=1)]] = Field(
         default_factory=list,
-        description="files, folders and patterns (*.txt) of text, jsonl, json, parquet (also .gz, .bz2, .zst), Hugging "
-        "Face data sets, or one prepared data set; empty: the Python standard library on this machine",
+        description="files, folders and patterns (*.txt) of text, web pages, notebooks, jsonl, json, parquet (also "
+        ".gz, .bz2, .zst), Hugging Face data sets, or one prepared data set; empty: the Python standard library on "
+        "this machine",
     )
     follow_links: bool = Field(False, description="follow links that lead out of a folder of data.paths")
     text_column: Text = Field(

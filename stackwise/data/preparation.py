@@ -38,7 +38,7 @@ from stackwise.durable import (
     unusable,
     write_json,
 )
-from stackwise.errors import BusyError, UsageError
+from stackwise.errors import BusyError, DamageError, UsageError
 from stackwise.identity import Hex, content_id, digest
 from stackwise.text import printable
 
@@ -79,6 +79,7 @@ def prepare(
     Raises:
         NotFound: A path does not exist.
         UsageError: The settings or the data cannot be used. Nothing is left behind.
+        DamageError: A prepared set that is named, or that lies in `out`, is damaged.
         NoSpaceError: The disk is full. Nothing is left behind.
     """
     report: Progress = progress or (lambda phase, done, total: None)
@@ -188,7 +189,7 @@ def _reusable(directory: Path, key: Hex, *, mine: bool) -> PreparedData | None:
             raise UsageError(
                 f"--out {directory}: holds another prepared data set", hint="name another folder, or remove that one"
             )
-    except UsageError:
+    except (UsageError, DamageError):
         if not mine:
             raise
         if directory.is_dir() and not directory.is_symlink():

@@ -16,16 +16,9 @@ from typing import Any
 
 from stackwise import files
 from stackwise.data.documents import Document, Limit, Reading, SkippedFile, row_documents
+from stackwise.data.markup import html_file, notebook_file
 from stackwise.data.prepared import is_prepared
-from stackwise.data.readers import (
-    PACKED,
-    arrow_rows,
-    exceeds,
-    json_rows,
-    jsonl_rows,
-    parquet_rows,
-    text_file,
-)
+from stackwise.data.readers import PACKED, arrow_rows, exceeds, json_rows, jsonl_rows, parquet_rows, text_file
 from stackwise.errors import NotFound, UsageError
 
 NAMED = 100
@@ -36,6 +29,9 @@ _STDLIB_WITHOUT = frozenset(
 )
 
 _ROWS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_MARKED = {".html": "html", ".htm": "html", ".xhtml": "html", ".ipynb": "notebook"}
+"""Text that is taken out of what is around it."""
+_MARKUP = (".rtf", ".svg", ".ps", ".eps")
 _TABLES = (".csv", ".tsv")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".xz", ".lz4")
 _UNFINISHED = ("~", ".bak", ".orig", ".rej", ".swp", ".swo", ".tmp", ".part", ".crdownload", ".incomplete")
@@ -74,6 +70,9 @@ class Source:
             if limit is not None:
                 limit.reached = exceeds(self.path, limit.size)
             return text_file(self.path, None if limit is None else limit.size, report, reading)
+        if self.kind in _MARKED.values():
+            text = (notebook_file if self.kind == "notebook" else html_file)(self.path)
+            return text if limit is None else limit.apply(text)
         if self.kind in ("jsonl", "json"):
             rows = jsonl_rows(self.path) if self.kind == "jsonl" else json_rows(self.path)
         else:
@@ -84,7 +83,7 @@ class Source:
 
 
 def kind_of(path: Path, *, named: bool) -> str:
-    """How a file is read, by its name: "text", "jsonl", "json", "parquet", "arrow", or "not " and the reason.
+    """How a file is read, by its name: "text", "html", "notebook", a kind of rows, or "not " and the reason.
 
     Args:
         path: The file.
@@ -105,7 +104,9 @@ def kind_of(path: Path, *, named: bool) -> str:
         return "not compressed: unpack it first"
     if suffix in _TABLES:
         return "not a table: save it as jsonl or parquet, a row a document"
-    return _ROWS.get(suffix, "text")
+    if suffix in _MARKUP:
+        return "not plain text: save its text as .txt"
+    return _ROWS.get(suffix) or _MARKED.get(suffix, "text")
 
 
 @dataclass

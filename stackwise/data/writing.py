@@ -15,7 +15,9 @@ import xxhash
 
 from stackwise.data.corpus import Corpus, Progress
 from stackwise.data.documents import IGNORED, LABELS, TARGETS, Array, Document, HeldOut, TextDocument, TokenDocument
+from stackwise.data.prepared import SUMMED_BYTES, SUMS, sealed
 from stackwise.data.tokenizer import Tokenizer
+from stackwise.durable import write_bytes
 from stackwise.errors import UsageError
 
 SIDES = ("train", "held_out")
@@ -177,6 +179,8 @@ class _Column:
         self.path, self.dtype = path, np.dtype(dtype)
         self._file: IO[bytes] = path.open("wb")
         self._hash = xxhash.xxh3_128()
+        self._block = bytearray()
+        self._sums: list[int] = []
         self.length = 0
 
     def append(self, array: Array) -> None:
@@ -184,6 +188,16 @@ class _Column:
         self._file.write(data)
         self._hash.update(data)
         self.length += len(array)
+        self._block += data
+        while len(self._block) >= SUMMED_BYTES:
+            self._sums.append(xxhash.xxh3_64_intdigest(self._block[:SUMMED_BYTES]))
+            del self._block[:SUMMED_BYTES]
+
+    @property
+    def sums(self) -> bytes:
+        """Sums of its blocks, once it is whole."""
+        rest = [xxhash.xxh3_64_intdigest(self._block)] if self._block else []
+        return np.array([*self._sums, *rest], "<u8").tobytes()
 
     def close(self) -> dict[str, Any]:
         self._file.flush()
@@ -281,6 +295,8 @@ class SplitWriter:
         counts = _Column(self.directory / "counts.bin", "<i8")
         counts.append(self._counts)
         columns = {name: column.close() for name, column in (*self._columns.items(), ("counts", counts))}
+        sums = b"".join(column.sums for _, column in sorted(self._columns.items()))
+        write_bytes(self.directory / SUMS, sealed(sums, columns))
         return {"documents": self.n_documents, "tokens": self.n_tokens, "bytes": self._bytes(), "columns": columns}
 
     @property

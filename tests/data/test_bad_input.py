@@ -17,7 +17,7 @@ from tokenizers import models, pre_tokenizers
 
 from stackwise.config import DataConfig
 from stackwise.data import PreparedData, prepare, require_samples
-from stackwise.errors import NoSpaceError, NotFound, UsageError
+from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError, UsageError
 
 from .conftest import all_text
 from .test_sources import write_dataset
@@ -191,13 +191,14 @@ def test_prepared_sets_that_are_damaged_or_newer(corpus: Path, settings: Setting
     data, _ = prepare(settings(corpus, tokenizer="bytes"), out=tmp_path / "set")
     kept = all_text(data.directory)
 
-    def faulty(file: str, content: bytes | None, message: str, kind: type[UsageError] = UsageError) -> None:
+    def faulty(file: str, content: bytes | None, message: str, kind: type[StackWiseError] = DamageError) -> None:
         path = data.directory / file
         path.write_bytes(content) if content is not None else path.unlink()
         with pytest.raises(kind, match=message):
             PreparedData.open(data.directory)
-        with pytest.raises(UsageError):
+        with pytest.raises((DamageError, UsageError)) as error:
             prepare(settings(data.directory))
+        assert error.value.exit_code == (3 if kind is DamageError else 2) or file == "meta.json"
         path.write_bytes(kept[file])
 
     meta = json.loads(kept["meta.json"])
@@ -208,7 +209,7 @@ def test_prepared_sets_that_are_damaged_or_newer(corpus: Path, settings: Setting
     faulty("tokenizer.json", None, "damaged")
     faulty("meta.json", kept["meta.json"][:100], "damaged prepared data")
     faulty("meta.json", None, "no meta.json", NotFound)
-    faulty("meta.json", json.dumps(meta | {"version": 2}).encode(), "format 2; this version reads up to 1")
+    faulty("meta.json", json.dumps(meta | {"version": 2}).encode(), "format 2; this version reads up to 1", UsageError)
     faulty("meta.json", json.dumps(meta | {"id": "../.."}).encode(), "no id")
     altered = json.loads(kept["meta.json"])
     altered["tokenizer"]["mask_id"] = 5
@@ -221,19 +222,37 @@ def test_prepared_sets_that_are_damaged_or_newer(corpus: Path, settings: Setting
         path.rename(tmp_path / "aside")
         for make in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "aside"), Path.mkdir):
             make(path)  # type: ignore[operator]
-            with pytest.raises(UsageError):
+            with pytest.raises(DamageError):
                 PreparedData.open(data.directory)
-            with pytest.raises(UsageError):
+            with pytest.raises((DamageError, UsageError)):
                 prepare(settings(data.directory))
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         (tmp_path / "aside").rename(path)
     for altered in ([], {"train": []}, {"train": {"columns": [], "bytes": 0}}, None, 7):
         (data.directory / "meta.json").write_text(json.dumps(meta | {"splits": altered}))
-        with pytest.raises(UsageError, match="damaged"):
+        with pytest.raises(DamageError, match="damaged"):
             PreparedData.open(data.directory)
     (data.directory / "meta.json").write_text("[" * 100_000)
-    with pytest.raises(UsageError, match="damaged"):
+    with pytest.raises(DamageError, match="damaged"):
         PreparedData.open(data.directory)
+
+
+def test_of_a_large_set_blocks_are_checked(
+    corpus: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, _ = prepare(settings(corpus, tokenizer="bytes"), out=tmp_path / "set")
+    monkeypatch.setattr("stackwise.data.prepared.VERIFIED_BYTES", 0)
+    tokens = data.directory / "train" / "tokens.bin"
+    kept, middle = tokens.read_bytes(), tokens.stat().st_size // 2
+    assert len(kept) > 1 << 20, "several blocks"
+    for place in (0, middle, len(kept) - 1):
+        tokens.write_bytes(kept[:place] + bytes([kept[place] ^ 1]) + kept[place + 1 :])
+        with pytest.raises(DamageError, match=r"tokens\.bin has changed"):
+            PreparedData.open(data.directory)
+    tokens.write_bytes(kept)
+    PreparedData.open(data.directory)
+    (data.directory / "train" / "block-sums.bin").unlink()  # as in sets that were made before
+    PreparedData.open(data.directory)
 
 
 def test_somebody_elses_meta_json_is_no_set(tmp_path: Path, settings: Settings) -> None:
