@@ -428,6 +428,13 @@ def _unknown(key: Key, tree: Tree) -> str:
     """What was meant by a key that does not exist: near misses in its section, else those of that name elsewhere."""
     here = _section_at(key[:-1], tree)
     names = list(here.model_fields) if here else []
+    if here and issubclass(here, Kind):
+        # a setting of another kind of its sort is no slip of the pen: say which kinds have it
+        kinds = {name: here.registry[name] for name in here.registry.names()}
+        having = [name for name, kind in kinds.items() if key[-1] in kind.model_fields]
+        if having:
+            own = next(name for name, kind in kinds.items() if kind is here)
+            return f"unknown key; {own} has no {key[-1]}: it is a setting of {', '.join(having)}"
     meant = [dotted((*key[:-1], name)) for name in difflib.get_close_matches(str(key[-1]), names, n=3, cutoff=0.7)]
     if not meant:
         everywhere = {

@@ -165,7 +165,16 @@ class ProgressiveRackBuilder:
         return stack
 
     def prepend_stack(self, n_blocks: int | None = None, precision: str | None = None) -> Stack:
-        """Add a stack below those that are there; otherwise as `append_stack`."""
+        """Add a stack below those that are there; otherwise as `append_stack`.
+
+        Raises:
+            UsageError: As `append_stack`; or windows of single blocks, whose places each stack below would move.
+        """
+        if self.config.model.at(0) is not self.config.model:
+            raise UsageError(
+                "model.attention.window_blocks counts from the lowest block, which prepending moves",
+                hint="leave it out, or append stacks",
+            )
         stack = self._make(n_blocks, precision)
         self.stacks.insert(0, stack)
         return stack

@@ -92,10 +92,10 @@ class Projected(Attention):
     def kept(self, model: ModelConfig) -> int:
         """Both norms' inputs and outputs, queries and output; keys and values (arXiv 2205.05198, section 4.1).
 
-        A norm of queries and keys keeps what enters it as well.
+        A norm of queries and keys keeps what enters and what leaves it.
         """
         heads, keys = model.heads_width, self.key_heads(model) * model.head_dim
-        return 6 * model.d_model + 2 * heads + 2 * keys + (heads + keys if self.qk_norm else 0)
+        return 6 * model.d_model + (4 if self.qk_norm else 2) * (heads + keys)
 
     def projected_specification(self, model: ModelConfig) -> dict[str, Any]:
         """What of biases and norms differs from what `model.bias` alone says."""

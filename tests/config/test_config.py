@@ -170,6 +170,27 @@ def test_all_faults_of_a_file_are_reported_at_once() -> None:
         ({"training__n_stages": 9}, "9 stages are more than the 4 blocks"),
         ({"stages": {7: {}}}, "stages.7: there is no such stage: the schedule has 2 (0 to 1)"),
         ({"model__n_kv_heads": 3}, "3 key and value heads do not divide 4 heads"),
+        ({"model__head_size": 7}, "model.head_size: rotary positions need an even head width, not 7"),
+        ({"model__position_offset": 2}, "model.position_offset: 2, but only learned positions have a table"),
+        (
+            {"model__attention": {"kind": "linear", "window": 4}},
+            "linear has no window: it is a setting of mha, gqa, mla",
+        ),
+        ({"model__attention": {"kind": "mla", "qk_norm": True}}, "mla has no qk_norm: it is a setting of mha, gqa"),
+        ({"model__attention": {"kind": "mha", "window_blocks": [1]}}, "there is no window"),
+        ({"model__attention": {"kind": "mha", "window": 3, "window_blocks": [4]}}, "there is no block 4"),
+        ({"model__rope_scaling": {"kind": "longrope"}}, "must be one of none, linear, dynamic, llama3, yarn"),
+        (
+            {"model__positions": "learned", "model__rope_scaling": {"kind": "linear", "factor": 2.0}},
+            "there is nothing to scale",
+        ),
+        (
+            {
+                "model__attention": "mla",
+                "model__rope_scaling": {"kind": "yarn", "factor": 2.0, "original_max_position_embeddings": 8},
+            },
+            "mla attention has no place for a factor on all scores",
+        ),
         ({"data__vocab_size": 100}, "less than 258"),
         ({"training__learning_rate": float("nan")}, "training.learning_rate: must be"),
         ({"store__keep": "some"}, "store.keep: must be one of all, none"),
