@@ -483,12 +483,16 @@ class StackWise(Family):
 
     def refs(self, description: Description, part: str, base: str, stored: Iterable[str] = ()) -> dict[str, TensorRef]:
         """See `Family.refs`: kinds from outside have tensors of which the files alone know."""
-        place = f"{part.replace(BLOCK, 'blocks.')}."
-        names = dict.fromkeys([f"{place}{name}" for name in part_shapes(description, part)])
+        names = dict.fromkeys(self.own_names(part, part_shapes(description, part)))
+        place = self.own_names(part, [""])[0]
         names |= dict.fromkeys(name for name in stored if name.startswith(place))
         if part == HEAD and description.config.tie_embeddings:
-            names.pop("head.projection", None)
+            names.pop(f"{place}projection", None)
         return {name.removeprefix(place): TensorRef("", name) for name in names}
+
+    def own_names(self, part: str, names: Iterable[str]) -> list[str]:
+        """See `Family.own_names`."""
+        return [f"{part.replace(BLOCK, 'blocks.')}.{name}" for name in names]
 
     def tied(self, description: Description) -> list[str]:
         """See `Family.tied`."""

@@ -245,9 +245,10 @@ class Checkpoint:
         self._tables = {name: read_header(self.directory / name) for name in names}
         self._reader = Reader(self.directory, self._tables)
         self._stored = self._merged(listed)
-        self._base = self.family.base
-        if not any(name.startswith(self._base) for name in self._stored):
-            self._base = ""  # the bare model, without a head for a task
+        self.base = self.family.base
+        """What names in its files begin with."""
+        if not any(name.startswith(self.base) for name in self._stored):
+            self.base = ""  # the bare model
         self._names = {part: self._found(part) for part in self.description.parts}
         unused = self._check()
         path = self.directory / "tokenizer.json"
@@ -402,7 +403,7 @@ class Checkpoint:
 
     def _found(self, part: str) -> dict[str, TensorRef]:
         """Where the tensors of a part are, whether they are there or not; of a head that is not there at all: empty."""
-        refs = self.family.refs(self.description, part, self._base, self._stored)
+        refs = self.family.refs(self.description, part, self.base, self._stored)
         if part == HEAD and self.description.masked_head and not any(ref.name in self._stored for ref in refs.values()):
             return {}
         stored = {name: self._stored.get(ref.name) for name, ref in refs.items()}

@@ -94,6 +94,10 @@ class Description:
         """Blocks of the rack."""
         return self.config.n_blocks
 
+    def untied(self) -> Description:
+        """The same with a head of its own."""
+        return dataclasses.replace(self, model=self.model | {"tie_embeddings": False})
+
     @property
     def parts(self) -> list[str]:
         """The names of all parts, lowest first."""
@@ -167,6 +171,10 @@ class Family:
                 refs[name] = TensorRef("", f"{prefix}{self.block_names[stem]}.{kind}")
         return refs
 
+    def own_names(self, part: str, names: Iterable[str]) -> list[str]:
+        """What files call tensors of a part that `part_shapes` may not know; those of the native family alone."""
+        return []
+
     def copies(self, description: Description) -> dict[str, str]:
         """Tensors that an export writes under a second name as well, which no part reads: name, and the second."""
         return {}
@@ -200,53 +208,45 @@ def read_description(family: Family, config: Mapping[str, Any]) -> Description:
     return description
 
 
-def describe(model: ModelConfig, description: Description, prefer: str | None = None) -> tuple[Family, dict[str, Any]]:
-    """The family that a rack is of, and its config.json: one that reads back as the same rack.
+def family_of(description: Description, prefer: str | None = None) -> Family:
+    """The family that a rack is of: the first whose config.json reads back as the same rack.
 
     Args:
-        model: The rack's configuration.
-        description: Its other facts; the settings in it are not used.
-        prefer: The family to try first; "stackwise" gives the native format.
+        description: The rack.
+        prefer: The family to try first; "stackwise" takes every rack.
     """
-    order: Iterable[str] = FAMILIES.names()
-    for name in dict.fromkeys((*([prefer] if prefer else []), *order)):
+    for name in dict.fromkeys((*([prefer] if prefer else []), *FAMILIES.names())):
         family = FAMILIES[name]()
-        config = family.write(model, description)
-        if config is None:
-            continue
-        special = {key: description.special_ids.get(key) for key in SPECIAL if key != "mask_token_id"}
-        entry = {"format": FORMAT, "version": __version__, **config.pop("stackwise", {})}
-        entry |= {
-            "mask_token_id": description.special_ids.get("mask_token_id"),
-            "separator_id": description.special_ids.get("eos_token_id"),
-        }
-        config = {
-            "architectures": [family.architecture],
-            "model_type": family.model_type,
-            "vocab_size": description.vocab_size,
-            **config,
-            **special,
-            "stackwise": entry,
-        }
-        if family.native or _same_rack(family, config, model, description):
-            return family, config
+        if family.native or _describes(family, description):
+            return family
     raise AssertionError("every rack is of the native family")
 
 
-def _same_rack(family: Family, config: Mapping[str, Any], model: ModelConfig, description: Description) -> bool:
+def _describes(family: Family, description: Description) -> bool:
+    if family.write(description.config, description) is None:
+        return False
     try:
-        back = read_description(family, config)
-        settings = back.config
+        back = read_description(family, config_json(family, description))
     except UsageError:
         return False
-    alike = settings.specification() == model.specification() and settings.n_blocks == model.n_blocks
-    facts = (back.vocab_size, back.max_seq_len, back.causal, settings.tie_embeddings)
-    return alike and facts == (
-        description.vocab_size,
-        description.max_seq_len,
-        description.causal,
-        model.tie_embeddings,
-    )
+    # Where the longest sample was not said, what was trained says it.
+    model = description.config.model_copy(update={"max_seq_len": description.max_seq_len})
+    facts = [
+        (about.vocab_size, about.max_seq_len, about.causal, settings.tie_embeddings, settings.n_blocks)
+        for about, settings in ((back, back.config), (description, model))
+    ]
+    return facts[0] == facts[1] and back.config.specification() == model.specification()
+
+
+def config_json(family: Family, description: Description) -> dict[str, Any]:
+    """The config.json of a rack that is of the family."""
+    config, ids = family.write(description.config, description), description.special_ids
+    assert config is not None
+    entry = {"format": FORMAT, "version": __version__, **config.pop("stackwise", {})}
+    entry |= {"mask_token_id": ids.get("mask_token_id"), "separator_id": ids.get("eos_token_id")}
+    about = {"architectures": [family.architecture], "model_type": family.model_type}
+    special = {key: ids.get(key) for key in SPECIAL if key != "mask_token_id"}
+    return {**about, "vocab_size": description.vocab_size, **special, **config, "stackwise": entry}
 
 
 def part_shapes(description: Description, part: str) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,447 @@
+"""A rack as a directory that others can load: config.json, safetensors (in shards where large), tokenizer.
+
+Parts stream through memory one after another, each tensor straight into its place in a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from stackwise.config.model import ModelConfig
+from stackwise.durable import TEMPORARY, explain_full_disk, fsync_directory
+from stackwise.errors import UsageError
+from stackwise.files import open_to_write, parse_json, read_bytes, read_json, read_text
+from stackwise.model.projections import QuantizedLinear, plain_layers
+from stackwise.model.rack import Front, Head, StageModules
+from stackwise.pretrained.checkpoint import BAND_BYTES, CONFIG_BYTES, FLOATS, INDEX, SINGLE, Checkpoint
+from stackwise.pretrained.families import (
+    BLOCK,
+    FRONT,
+    HEAD,
+    Description,
+    Family,
+    TensorRef,
+    config_json,
+    family_of,
+)
+
+SHARD_BYTES = 5_000_000_000
+"""Weights in one file, about, as Hugging Face has it."""
+
+BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
+)
+"""What an export takes over from the checkpoint that it came from, beside the tokenizer itself."""
+
+_DTYPES = {getattr(torch, torch_name): name for name, (torch_name, _) in FLOATS.items()}
+
+Part = tuple[str, Mapping[str, Tensor]]
+"""The name of a part, and its tensors."""
+
+
+class ShardWriter:
+    """Writes tensors one after another into files of safetensors; none is held.
+
+    Args:
+        directory: Where the files go; nobody reads it before `close`.
+        names: The names that will come: so much room is left for the header of each file.
+        shard_bytes: Weights in one file, at most (a single tensor may be more).
+    """
+
+    def __init__(self, directory: Path, names: Iterable[str], shard_bytes: int = SHARD_BYTES) -> None:
+        self.directory, self.shard_bytes = directory, shard_bytes
+        self.total_bytes = self.parameters = 0
+        longest = {"dtype": "BF16", "shape": [1 << 24] * 2, "data_offsets": [1 << 50] * 2}
+        self._room = len(json.dumps(_HEADER | dict.fromkeys(names, longest))) // 8 * 8 + 1024
+        self._file: IO[bytes] | None = None
+        self._table: dict[str, Any] = {}
+        self._place = 0
+        self._files: list[tuple[Path, list[str]]] = []
+
+    def add(self, name: str, shape: Sequence[int], dtype: torch.dtype, bands: Iterable[Tensor]) -> None:
+        """Write a tensor.
+
+        Args:
+            name: Its name in the file.
+            shape: Its shape there.
+            dtype: Its dtype there.
+            bands: Its values in that order, piece by piece, each converted when it is written.
+        """
+        numbers = torch.Size(shape).numel()
+        nbytes = numbers * dtype.itemsize
+        offsets = [self._place, self._place + nbytes]
+        entry = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": offsets}
+        full = self._place + nbytes > self.shard_bytes or len(json.dumps(self._table | {name: entry})) > self._room - 64
+        if self._table and full:
+            self._finish()
+            entry["data_offsets"] = [0, nbytes]
+        if self._file is None:
+            self._file = open_to_write(self.directory / f"part-{len(self._files):05d}")
+            self._file.seek(8 + self._room)
+        for band in bands:
+            values = band.detach().to("cpu", dtype).contiguous().reshape(-1)
+            self._file.write(values.view(torch.uint8).numpy().data)
+        self._table[name] = entry
+        self._place += nbytes
+        self.total_bytes += nbytes
+        self.parameters += numbers
+
+    def _finish(self) -> None:
+        assert self._file is not None
+        header = json.dumps(_HEADER | self._table).encode().ljust(self._room)
+        with self._file as file:
+            file.seek(0)
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.flush()
+            os.fsync(file.fileno())
+        self._files.append((self.directory / f"part-{len(self._files):05d}", list(self._table)))
+        self._file, self._table, self._place = None, {}, 0
+
+    def close(self) -> list[str]:
+        """Finish the last file, give the files their names, and an index if they are several. Returns the names."""
+        if self._table:
+            self._finish()
+        count = len(self._files)
+        names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        for (path, _), name in zip(self._files, names, strict=True):
+            path.rename(path.with_name(name))
+        if count > 1:
+            where = {t: name for (_, held), name in zip(self._files, names, strict=True) for t in held}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(where.items()))}
+            _write_json(self.directory / INDEX, index)
+        fsync_directory(self.directory)
+        return names
+
+
+_HEADER = {"__metadata__": {"format": "pt"}}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is written beside the weights, and how.
+
+    Args:
+        tokenizer_json: Path of a tokenizer.json, or its text (beginning with a brace).
+        mask_token_id: Recorded for generation.
+        separator_id: Recorded as begin and end of text.
+        causal: Recorded direction of attention; None: that of the first stage.
+        dtype: Of the exported weights; None: as they are.
+        shard_bytes: Weights in one file, about.
+        overwrite: Replace an earlier export.
+        native: Under StackWise's own names, also where a family of Hugging Face describes the rack.
+        source: The checkpoint that the weights came from: its family goes before others, and what lies beside its
+            weights comes along.
+    """
+
+    tokenizer_json: Path | str | None = None
+    mask_token_id: int | None = None
+    separator_id: int | None = None
+    causal: bool | None = None
+    dtype: torch.dtype | None = None
+    shard_bytes: int = SHARD_BYTES
+    overwrite: bool = False
+    native: bool = False
+    source: Checkpoint | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Args:
+        directory: Where it is.
+        family: The `model_type` that it has: "stackwise" where no family of Hugging Face describes the rack.
+        tied: Whether the head is the embedding.
+        files: The files of weights.
+        bytes: Bytes of the weights.
+        parameters: Numbers in them.
+    """
+
+    directory: Path
+    family: str
+    tied: bool
+    files: tuple[str, ...]
+    bytes: int
+    parameters: int
+
+
+def export(
+    directory: Path | str,
+    front: Front,
+    stages: Iterable[StageModules],
+    model: ModelConfig,
+    options: ExportOptions | None = None,
+) -> Exported:
+    """Write a rack as a directory, its parts streaming through memory one after another.
+
+    A rack that a family of Hugging Face describes becomes what transformers loads, with equal logits; another one
+    keeps its own names, and `load_rack` loads it. Adapters are merged, weights in a narrow format widened. The head is
+    the last stage's; if it is tied, or still equal to the embedding, it stays tied, else it is written by itself. The
+    directory appears whole or not at all.
+
+    Args:
+        directory: Where to; must not hold anything, but for an earlier export with `overwrite`.
+        front: Tokens to vectors.
+        stages: Lowest first; a generator that loads each when it is asked for it.
+        model: The rack's configuration.
+        options: What else is written, and how.
+
+    Raises:
+        UsageError: The directory is in use, the tokenizer is no JSON, stages that do not make up the rack.
+        NoSpaceError: The disk is full; nothing is left behind.
+    """
+    options = options or ExportOptions()
+    remaining = iter(stages)
+    first = [stage for _, stage in zip(range(1), remaining, strict=False)]
+    causal = options.causal if options.causal is not None else bool(first) and first[0].causal is True
+    ids = {"mask_token_id": options.mask_token_id}
+    if options.separator_id is not None:
+        ids |= {"bos_token_id": options.separator_id, "eos_token_id": options.separator_id}
+    if options.source is not None:
+        ids = {**options.source.description.special_ids, **{k: v for k, v in ids.items() if v is not None}}
+    description = Description(
+        model.model_dump(mode="json"), front.embedding.num_embeddings, front.max_seq_len, causal, special_ids=ids
+    )
+    return _publish(Path(directory), _parts(front, _again(first, remaining), model), description, options)
+
+
+def export_checkpoint(directory: Path | str, checkpoint: Checkpoint, options: ExportOptions | None = None) -> Exported:
+    """Write a checkpoint as an export, one part in memory: where nothing is converted, with the same tensors.
+
+    Raises:
+        UsageError: The directory is in use.
+        NoSpaceError: The disk is full; nothing is left behind.
+    """
+    options = dataclasses.replace(
+        options or ExportOptions(), source=checkpoint, tokenizer_json=checkpoint.tokenizer_json
+    )
+    parts = ((part, checkpoint.load(part)) for part in checkpoint.parts)
+    return _publish(Path(directory), parts, checkpoint.description, options, checkpoint.base)
+
+
+def _again(first: list[StageModules], remaining: Iterator[StageModules]) -> Iterator[StageModules]:
+    """A stage that was looked at, and the others; it is not held while they are loaded."""
+    while first:
+        yield first.pop()
+    yield from remaining
+
+
+def _parts(front: Front, stages: Iterable[StageModules], model: ModelConfig) -> Iterator[Part]:
+    """The parts of a rack, each in memory while it is written."""
+    yield FRONT, front.state_dict()
+    head: Head | None = None
+    index = 0
+    for stage in stages:
+        head = stage.head
+        for block in stage.blocks:
+            if index < model.n_blocks:
+                yield f"{BLOCK}{index}", _merged(block).state_dict()
+            index += 1
+            del block
+        del stage  # or two stages would be in memory while the next one is loaded
+    if head is None or index != model.n_blocks:
+        raise UsageError(f"the stages hold {index} blocks, the rack has {model.n_blocks}")
+    state = head.state_dict()
+    tied = model.tie_embeddings and (head.tied or _same(head.weight, front.embedding.weight))
+    state.pop("projection", None)
+    yield HEAD, state if tied else state | {"projection": head.weight}
+
+
+def _publish(
+    directory: Path, parts: Iterable[Part], description: Description, options: ExportOptions, base: str | None = None
+) -> Exported:
+    """Write everything into a directory beside the target, which then takes its place."""
+    _check_target(directory, options.overwrite)
+    tokenizer = _tokenizer(options.tokenizer_json)
+    temporary = directory.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{directory.name}"
+    with explain_full_disk(directory):
+        temporary.mkdir(parents=True)
+        try:
+            exported = _write(temporary, parts, description, options, base)
+            if options.source is not None:
+                _take_along(options.source.directory, temporary)
+            if tokenizer is not None:
+                _write_json(temporary / "tokenizer.json", tokenizer)
+                special = _special_tokens(tokenizer, options.separator_id, options.mask_token_id)
+                about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": description.max_seq_len}
+                _write_settings(temporary / "tokenizer_config.json", {**about, **special})
+                _write_settings(temporary / "special_tokens_map.json", special)
+            fsync_directory(temporary)
+            _replace(temporary, directory)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return dataclasses.replace(exported, directory=directory)
+
+
+def _write(
+    directory: Path, parts: Iterable[Part], description: Description, options: ExportOptions, base: str | None
+) -> Exported:
+    """Weights, config.json and generation_config.json."""
+    source = options.source
+    family = family_of(description, "stackwise" if options.native else source.family.model_type if source else None)
+    base = base if base is not None and source and source.family.model_type == family.model_type else family.base
+    # Whether the head is tied is known when it comes: until then, names are those of one of its own.
+    whole = description.untied()
+    names = [ref.name for part in whole.parts for ref in family.refs(whole, part, base).values()]
+    writer = ShardWriter(directory, [*names, *family.copies(whole).values()], options.shard_bytes)
+    tied, dtype, architectures = True, options.dtype, [family.architecture]
+    for part, tensors in parts:
+        if part == HEAD:
+            tied = "projection" not in tensors and description.config.tie_embeddings
+            if not tensors and source is not None:
+                architectures = source.raw.get("architectures", architectures)
+        else:
+            dtype = dtype or next(iter(tensors.values())).dtype
+        for name, pieces, turned in _stored(family, description if tied else whole, base, part, tensors):
+            shape = [sum(map(len, pieces)), *pieces[0].shape[1:]] if len(pieces) > 1 else list(pieces[0].shape)
+            bands = _turned(pieces) if turned else _bands(pieces)
+            writer.add(name, shape[::-1] if turned else shape, options.dtype or pieces[0].dtype, bands)
+        del tensors  # or two parts would be in memory while the next one is loaded
+    files = writer.close()
+    config = config_json(family, description if tied else whole) | {"architectures": architectures}
+    _write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    if description.causal and not family.native:
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
+    return Exported(directory, family.model_type, tied, tuple(files), writer.total_bytes, writer.parameters)
+
+
+def _stored(
+    family: Family, description: Description, base: str, part: str, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, list[Tensor], bool]]:
+    """The tensors of a part as the family's files have them: name, what is below each other, whether it is turned."""
+    refs = family.refs(description, part, base, family.own_names(part, tensors))
+    files: dict[str, list[tuple[TensorRef, Tensor]]] = {}
+    for name, ref in refs.items():
+        if name in tensors:
+            files.setdefault(ref.name, []).append((ref, tensors[name]))
+    copies = family.copies(description)
+    for name, pieces in files.items():
+        pieces.sort(key=lambda piece: piece[0].rows or (0, 0))
+        yield name, [tensor for _, tensor in pieces], pieces[0][0].transpose
+        if name in copies:
+            yield copies[name], [tensor for _, tensor in pieces], pieces[0][0].transpose
+
+
+def _bands(values: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Tensors below each other, piece by piece."""
+    for tensor in values:
+        yield from torch.split(tensor.reshape(-1), max(1, BAND_BYTES // tensor.element_size()))
+
+
+def _turned(values: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The transpose of matrices below each other, piece by piece."""
+    rows = sum(len(tensor) for tensor in values)
+    step = max(1, BAND_BYTES // max(1, rows * values[0].element_size()))
+    for start in range(0, values[0].shape[1], step):
+        yield torch.cat([tensor[:, start : start + step].T for tensor in values], 1)
+
+
+def _take_along(source: Path, directory: Path) -> None:
+    """Copy what lies beside the weights of a checkpoint."""
+    for name in BESIDE:
+        with contextlib.suppress(FileNotFoundError):
+            data = read_bytes(source / name)
+            with open_to_write(directory / name) as file:
+                file.write(data)
+
+
+def _write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write settings of a tokenizer; those that came along stay."""
+    try:
+        there = read_json(path)
+    except (OSError, ValueError):
+        there = {}
+    if settings := {**settings, **(there if isinstance(there, dict) else {})}:
+        _write_json(path, settings)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+    with open_to_write(path) as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _merged(block: nn.Module) -> nn.Module:
+    narrow = any(isinstance(child, QuantizedLinear) for child in block.modules())
+    return plain_layers(copy.deepcopy(block)) if narrow else block
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.detach().cpu(), b.detach().cpu())
+
+
+def _check_target(directory: Path, overwrite: bool) -> None:
+    if directory.is_symlink():  # replacing it would leave what it leads to behind
+        raise UsageError(f"{directory} is a symbolic link", hint="name the directory that it leads to")
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is a file, not a directory")
+    if not any(directory.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{directory} is not empty", hint="name another directory, or remove it first")
+    try:
+        config = read_json(directory / "config.json", limit=CONFIG_BYTES)
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("stackwise"), dict):
+        raise UsageError(f"{directory} holds something else than an export: it is not replaced")
+
+
+def _replace(temporary: Path, directory: Path) -> None:
+    if directory.exists():
+        aside = temporary.with_name(f"{temporary.name}.old")
+        directory.rename(aside)
+        temporary.rename(directory)
+        shutil.rmtree(aside)
+    else:
+        temporary.rename(directory)
+    fsync_directory(directory.parent)
+
+
+def _tokenizer(source: Path | str | None) -> str | None:
+    if source is None:
+        return None
+    try:
+        inline = isinstance(source, str) and source.lstrip().startswith("{")
+        text = str(source) if inline else read_text(Path(source))
+        parse_json(text)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the tokenizer cannot be read: {error}") from None
+    return text
+
+
+def _special_tokens(tokenizer: str, separator_id: int | None, mask_id: int | None) -> dict[str, str]:
+    """The special tokens under the names that transformers gives them, where the tokenizer has added words for them."""
+    parsed = parse_json(tokenizer)
+    added = parsed.get("added_tokens") if isinstance(parsed, dict) else None
+    words = {entry.get("id"): entry.get("content") for entry in added or () if isinstance(entry, dict)}
+    ids = {"eos_token": separator_id, "mask_token": mask_id}
+    named = {name: words.get(number) for name, number in ids.items()}
+    return {name: word for name, word in named.items() if isinstance(word, str)}
