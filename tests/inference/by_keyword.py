@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from stackwise import inference
-from stackwise.config.model import ModelConfig
-from stackwise.inference import Continuing, Exported, ExportOptions, Filling, LoadedModel, StageModules, Stages
-from stackwise.model import Front
+from stackwise.inference import Continuing, Filling, LoadedModel, Stages
 
 
 def fill(front: nn.Module, stages: Stages, ids: Tensor, holes: Tensor, **settings: Any) -> Tensor:
@@ -29,9 +25,3 @@ def sample_causal(front: nn.Module, stages: Stages, prompt: Tensor, count: int, 
 
 def logits_at(front: nn.Module, stages: Stages, ids: Tensor, index: Tensor, *, causal: Any, **settings: Any) -> Tensor:
     return LoadedModel(front, stages, causal, settings.pop("autocast", None)).logits_at(ids, index, **settings)
-
-
-def export(
-    directory: Path, front: Front, stages: Iterable[StageModules], model: ModelConfig, **options: Any
-) -> Exported:
-    return inference.export(directory, front, stages, model, ExportOptions(**options))

@@ -18,7 +18,6 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError, StackWiseError, UsageError
 from stackwise.evaluation import HeldOut, evaluate
-from stackwise.inference.exported import load_rack as load_export
 from stackwise.objectives import CLMObjective
 from stackwise.pipeline.committed.generate import Sampling, generate
 from stackwise.pipeline.committed.load import load_rack
@@ -26,6 +25,7 @@ from stackwise.pipeline.committed.use import export_rack, held_out_samples, reco
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.schedule import schedule
+from stackwise.pretrained import load_rack as load_export
 from stackwise.report import write
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run

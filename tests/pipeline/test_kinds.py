@@ -11,13 +11,13 @@ import torch
 from stackwise.config import StackWiseConfig
 from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError, UsageError
-from stackwise.inference import load_rack as load_export
-from stackwise.inference import read_export
 from stackwise.model import StageModules
 from stackwise.pipeline.committed.generate import Sampling, generate
 from stackwise.pipeline.committed.load import load_rack
 from stackwise.pipeline.committed.use import evaluate_rack, export_rack, recomputer
 from stackwise.pipeline.run import RunDirectory
+from stackwise.pretrained import Checkpoint
+from stackwise.pretrained import load_rack as load_export
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run
 
@@ -64,7 +64,7 @@ def test_time_reaches_the_rack(blocks: RunDirectory) -> None:
 def test_a_rack_of_another_kind_exports_in_its_own_layout(blocks: RunDirectory, tmp_path: Path) -> None:
     rack = load_rack(blocks, torch.device("cpu"))
     export_rack(rack, tmp_path / "out")
-    assert not read_export(tmp_path / "out").llama
+    assert Checkpoint(tmp_path / "out").family.native
     loaded = load_export(tmp_path / "out")
     ids, share = torch.arange(16).view(1, 16), torch.tensor([0.5])
     x = rack.front()(ids, share)

@@ -16,7 +16,6 @@ from stackwise import registry
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.errors import UsageError
-from stackwise.inference.exported import load_rack as load_export
 from stackwise.model import Cache, add_adapters, build_block
 from stackwise.pipeline.committed.generate import Sampling, generate
 from stackwise.pipeline.committed.load import load_rack
@@ -24,6 +23,7 @@ from stackwise.pipeline.committed.use import export_rack
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import schedule
+from stackwise.pretrained import load_rack as load_export
 from tests.conftest import Micro, run
 from tests.pipeline.storm import Command
 from tests.pipeline.test_run import named, weights
@@ -87,7 +87,7 @@ def test_an_export_computes_the_same(staged: Any, tmp_path: Path) -> None:
     back, rack = load_export(out), load_rack(RunDirectory(directory), torch.device("cpu"))
     ids = torch.randint(0, 200, (2, config.training.seq_len), generator=torch.Generator().manual_seed(0))
     x = rack.front()(ids)
-    (tmp_path / "ask.py").write_text(f"from stackwise.inference import load_rack\nload_rack({str(out)!r})\n")
+    (tmp_path / "ask.py").write_text(f"from stackwise.pretrained import load_rack\nload_rack({str(out)!r})\n")
     bare = {key: value for key, value in os.environ.items() if key != registry.PLUGINS}
     done = subprocess.run([sys.executable, str(tmp_path / "ask.py")], env=bare, capture_output=True, text=True)
     assert "UsageError" in done.stderr

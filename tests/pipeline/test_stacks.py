@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 from stackwise.errors import StackWiseError
 from stackwise.evaluation import StageModules
-from stackwise.inference.exported import load_rack as load_export
 from stackwise.model.projections import Adapter, QuantizedLinear
 from stackwise.pipeline.committed.load import CommittedRack, load_rack
 from stackwise.pipeline.committed.use import evaluate_rack, export_rack, recomputer
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
+from stackwise.pretrained import load_rack as load_export
 from stackwise.store import ActivationStore, CommittedStage
 from tests.conftest import Micro, run
 

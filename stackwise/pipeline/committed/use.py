@@ -18,7 +18,6 @@ from stackwise.data import Split, prepare, require_samples
 from stackwise.errors import NotFound
 from stackwise.evaluation import HeldOut, Measure, evaluate
 from stackwise.identity import derive_seed, generator
-from stackwise.inference import ExportOptions, export
 from stackwise.model import enter
 from stackwise.pipeline.committed.load import CommittedRack, load_rack
 from stackwise.pipeline.device import resolve_device
