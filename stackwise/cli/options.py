@@ -74,6 +74,20 @@ class Duration(click.ParamType[float]):
         return seconds
 
 
+class Bytes(click.ParamType[int]):
+    """A size of files: 5GB, 500MB, 20kB, or bytes."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse it; what is no size is a wrong usage."""
+        match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?|\d{1,15}) ?([kmgt]?)b?", str(value).strip().lower())
+        size = int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " ")) if match else 0
+        if not size:
+            self.fail(f"{value!r} is no size of files: 5GB, 500MB, or bytes", param, ctx)
+        return size
+
+
 max_time_option = click.option(
     "--max-time",
     type=Duration(),

@@ -211,8 +211,6 @@ class BlockPart(Kind):
     """
 
     tag: ClassVar[str] = "kind"
-    llama: ClassVar[Mapping[str, str] | None] = None
-    """What Hugging Face's LLaMA calls its layers, where LLaMA computes the same; None: it does not."""
     residual: ClassVar[tuple[str, ...]] = ()
     """Its matrices that write into the residual stream: their fresh weights shrink with depth."""
 

@@ -6,7 +6,7 @@ No torch here but where a kind builds something.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -107,13 +107,6 @@ class Projected(Attention):
 class MultiHead(Windowed, Projected):
     """Softmax attention with keys and values for each head (arXiv 1706.03762)."""
 
-    # The rotary convention is the same: no permutation.
-    llama: ClassVar[Mapping[str, str] | None] = {
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
-    }
     scales_scores: ClassVar[bool] = True
 
     def build(self, model: ModelConfig) -> nn.Module:
@@ -275,8 +268,6 @@ class Biased(FeedForward):
 
 class SwiGLU(Biased):
     """A gated feed-forward (arXiv 2002.05202)."""
-
-    llama: ClassVar[Mapping[str, str] | None] = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 
     def width(self, d_model: int) -> int:
         """8/3 of d_model, rounded up to a multiple of 32."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
-from stackwise.model.kinds import GELU, MultiHead, TransformHead
+from stackwise.model.kinds import GELU, MultiHead, SwiGLU, TransformHead
 from stackwise.pretrained.families import BLOCK, HEAD, Description, Family, TensorRef, part_shapes
 from stackwise.pretrained.keys import ORIGINAL, Keys, check_format, dynamic_reach, rope_keys, rope_settings, special_ids
 
@@ -70,7 +70,9 @@ class Rotary(Family):
 
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
         """See `Family.write`."""
-        if model.norm != "rmsnorm" or model.positions != "rope" or not isinstance(model.attention, MultiHead):
+        if model.norm != "rmsnorm" or model.positions != "rope":
+            return None
+        if not isinstance(model.attention, MultiHead) or not isinstance(model.ffn, SwiGLU):
             return None
         scaling, dynamic = model.rope_scaling, model.rope_scaling.name == "dynamic"
         return {
@@ -476,8 +478,6 @@ class StackWise(Family):
                 "model": model.model_dump(mode="json"),
                 "vocab_size": description.vocab_size,
                 "seq_len": description.max_seq_len,
-                "causal": description.causal,
-                "bidirectional": not description.causal,
             }
         }
 

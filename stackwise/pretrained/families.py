@@ -244,6 +244,7 @@ def config_json(family: Family, description: Description) -> dict[str, Any]:
     assert config is not None
     entry = {"format": FORMAT, "version": __version__, **config.pop("stackwise", {})}
     entry |= {"mask_token_id": ids.get("mask_token_id"), "separator_id": ids.get("eos_token_id")}
+    entry |= {"causal": description.causal, "bidirectional": not description.causal}
     about = {"architectures": [family.architecture], "model_type": family.model_type}
     special = {key: ids.get(key) for key in SPECIAL if key != "mask_token_id"}
     return {**about, "vocab_size": description.vocab_size, **special, **config, "stackwise": entry}

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,13 @@ class ShardWriter:
         self._table: dict[str, Any] = {}
         self._place = 0
         self._files: list[tuple[Path, list[str]]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def add(self, name: str, shape: Sequence[int], dtype: torch.dtype, bands: Iterable[Tensor]) -> None:
         """Write a tensor.
@@ -305,21 +312,22 @@ def _write(
     # Whether the head is tied is known when it comes: until then, names are those of one of its own.
     whole = description.untied()
     names = [ref.name for part in whole.parts for ref in family.refs(whole, part, base).values()]
-    writer = ShardWriter(directory, [*names, *family.copies(whole).values()], options.shard_bytes)
+    room = [*names, *family.copies(whole).values()]
     tied, dtype, architectures = True, options.dtype, [family.architecture]
-    for part, tensors in parts:
-        if part == HEAD:
-            tied = "projection" not in tensors and description.config.tie_embeddings
-            if not tensors and source is not None:
-                architectures = source.raw.get("architectures", architectures)
-        else:
-            dtype = dtype or next(iter(tensors.values())).dtype
-        for name, pieces, turned in _stored(family, description if tied else whole, base, part, tensors):
-            shape = [sum(map(len, pieces)), *pieces[0].shape[1:]] if len(pieces) > 1 else list(pieces[0].shape)
-            bands = _turned(pieces) if turned else _bands(pieces)
-            writer.add(name, shape[::-1] if turned else shape, options.dtype or pieces[0].dtype, bands)
-        del tensors  # or two parts would be in memory while the next one is loaded
-    files = writer.close()
+    with ShardWriter(directory, room, options.shard_bytes) as writer:
+        for part, tensors in parts:
+            if part == HEAD:
+                tied = "projection" not in tensors and description.config.tie_embeddings
+                if not tensors and source is not None:
+                    architectures = source.raw.get("architectures", architectures)
+            else:
+                dtype = dtype or next(iter(tensors.values())).dtype
+            for name, pieces, turned in _stored(family, description if tied else whole, base, part, tensors):
+                shape = [sum(map(len, pieces)), *pieces[0].shape[1:]] if len(pieces) > 1 else list(pieces[0].shape)
+                bands = _turned(pieces) if turned else _bands(pieces)
+                writer.add(name, shape[::-1] if turned else shape, options.dtype or pieces[0].dtype, bands)
+            del tensors  # or two parts would be in memory while the next one is loaded
+        files = writer.close()
     config = config_json(family, description if tied else whole) | {"architectures": architectures}
     _write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     if description.causal and not family.native:

@@ -64,7 +64,7 @@ def test_the_rack_then_counts_as_causal(adapted: Path, tmp_path: Path) -> None:
     result = json.loads((adapted / "evaluation.json").read_text())
     assert [stage["likelihood"] for stage in result["stages"]] == ["bound", "bound", "exact"]
     assert result["likelihood"] == "exact"
-    out = export_rack(load_rack(RunDirectory(adapted), torch.device("cpu")), tmp_path / "out")
+    out = export_rack(load_rack(RunDirectory(adapted), torch.device("cpu")), tmp_path / "out").directory
     assert json.loads((out / "config.json").read_text())["stackwise"]["causal"] is True
     whole = load_export(out)
     indices, split = held_out_samples(rack, rack.data.held_out), rack.data.held_out

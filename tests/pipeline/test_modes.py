@@ -79,7 +79,8 @@ def test_an_auxiliary_head_stays_with_its_stage(ran: Any, tmp_path: Path) -> Non
     assert {"auxiliary.0.0", "auxiliary.0.1"} < set(stages[0].record["parts"])
     assert set(stages[2].record["parts"]) == {"block.2", "head"}
     names = load_file(
-        export_rack(load_rack(RunDirectory(directory), torch.device("cpu")), tmp_path / "out") / "model.safetensors"
+        export_rack(load_rack(RunDirectory(directory), torch.device("cpu")), tmp_path / "out").directory
+        / "model.safetensors"
     )
     assert not any("auxiliary" in name for name in names)
 

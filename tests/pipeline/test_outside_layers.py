@@ -82,7 +82,7 @@ def test_swapped_and_resident_are_the_same(layer: str, micro: Micro, tmp_path: P
 
 def test_an_export_computes_the_same(staged: Any, tmp_path: Path) -> None:
     _, config, directory, _ = staged
-    out = export_rack(load_rack(RunDirectory(directory), torch.device("cpu")), tmp_path / "out")
+    out = export_rack(load_rack(RunDirectory(directory), torch.device("cpu")), tmp_path / "out").directory
     assert json.loads((out / "config.json").read_text())["model_type"] == "stackwise"
     back, rack = load_export(out), load_rack(RunDirectory(directory), torch.device("cpu"))
     ids = torch.randint(0, 200, (2, config.training.seq_len), generator=torch.Generator().manual_seed(0))

@@ -96,7 +96,7 @@ def test_depths_of_a_qlora_rack_are_evaluated_as_each_stage_left_them(qlora: Pat
 
 
 def test_the_export_of_a_qlora_rack_has_adapters_merged_and_equal_logits(qlora: Path, tmp_path: Path) -> None:
-    out = export_rack(load_rack(RunDirectory(qlora), torch.device("cpu")), tmp_path / "out")
+    out = export_rack(load_rack(RunDirectory(qlora), torch.device("cpu")), tmp_path / "out").directory
     names = load_file(out / "model.safetensors")
     assert not [name for name in names if "adapter" in name or "codes" in name]
     whole, rack = load_export(out), rack_of(qlora)

@@ -65,6 +65,8 @@ def make(
         with torch.no_grad():  # fresh norms and biases would hide a mistake
             for parameter in model.parameters():
                 parameter.normal_(1.0 if parameter.ndim < 2 else 0.0, 0.2)
+            if name == "bert-untied":  # whose second bias nothing reads
+                model.cls.predictions.bias.copy_(model.cls.predictions.decoder.bias)
     model = model.to(dtype)
     model.save_pretrained(directory, max_shard_size=shard)
     return model

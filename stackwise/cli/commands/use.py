@@ -9,7 +9,17 @@ from typing import Any
 import click
 
 from stackwise import words
-from stackwise.cli.options import COUNT, SEED, Finite, as_json, device_option, find_run, naming_options, run_option
+from stackwise.cli.options import (
+    COUNT,
+    SEED,
+    Bytes,
+    Finite,
+    as_json,
+    device_option,
+    find_run,
+    naming_options,
+    run_option,
+)
 from stackwise.cli.output import is_live, note, print_json, progress, say, say_all
 from stackwise.cli.tables import held_out_table, passage
 from stackwise.errors import UsageError
@@ -107,25 +117,46 @@ def generate(run: str | None, text: str | None, file: str | None, device: str, a
 @run_option
 @click.option("--out", required=True, metavar="DIR", help="Where it goes; a new folder.")
 @click.option("--force", is_flag=True, help="Replace an export that is there.")
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["hf", "native"]),
+    default="hf",
+    show_default=True,
+    help="hf: as transformers loads it, where one of its architectures is the rack's; native: StackWise's own names.",
+)
+@click.option("--shard-size", type=Bytes(), default="5GB", show_default=True, help="Weights in one file, at most.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the weights. Default: as they are."
+)
 @as_json
-def export(run: str | None, out: str, force: bool, as_json: bool) -> None:
-    """One fused safetensors with config.json and tokenizer.json; a LLaMA-shaped rack loads in transformers."""
+def export(
+    run: str | None, out: str, force: bool, layout: str, shard_size: int, dtype: str | None, as_json: bool
+) -> None:
+    """The fused rack as safetensors with config.json and tokenizer.json, for transformers or for StackWise."""
     run_directory = find_run(run)
     target = expanded(out)
     if not force and target.is_dir() and any(target.iterdir()):
         raise UsageError(
             f"{target} is not empty", hint="--force replaces an export that is there; or name another --out"
         )
+    import torch
+
     from stackwise.pipeline.committed.load import load_rack
     from stackwise.pipeline.committed.use import export_rack
     from stackwise.pipeline.device import resolve_device
+    from stackwise.pretrained.writing import ExportOptions
 
-    directory = export_rack(load_rack(run_directory, resolve_device("cpu")), target, overwrite=force)
-    files = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
+    narrow = None if dtype is None else getattr(torch, dtype)
+    options = ExportOptions(dtype=narrow, shard_bytes=shard_size, overwrite=force, native=layout == "native")
+    exported = export_rack(load_rack(run_directory, resolve_device("cpu")), target, options)
+    if exported.family == "stackwise" and layout == "hf":
+        note("note: transformers has no architecture for this rack; it keeps StackWise's own format")
+    files = {path.name: path.stat().st_size for path in sorted(target.iterdir()) if path.is_file()}
     if as_json:
-        print_json({"directory": str(directory), "files": files})
+        print_json({"directory": str(target), "architecture": exported.family, "files": files})
         return
-    say(f"exported to {directory}")
+    say(f"exported to {target}")
     for name, size in files.items():
         say(f"  {name}  {words.size(size)}")
 

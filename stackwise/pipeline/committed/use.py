@@ -25,6 +25,7 @@ from stackwise.pipeline.recipe import forward_specification, trunk_id
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import HEAD, Stage
+from stackwise.pretrained.writing import Exported, ExportOptions, export
 from stackwise.store import ActivationStore, BoundaryInfo, Recompute
 from stackwise.training.forward import forward_rows
 
@@ -119,21 +120,26 @@ def evaluate_run(run: RunDirectory, *, data: list[str] | None = None, device: st
         return evaluate_rack(rack, prepared.held_out)
 
 
-def export_rack(rack: CommittedRack, out: Path, *, overwrite: bool = False) -> Path:
-    """Write a fused rack as one directory: weights, `config.json`, `tokenizer.json`; returns the directory.
+def export_rack(rack: CommittedRack, out: Path, options: ExportOptions | None = None) -> Exported:
+    """Write a fused rack as one directory: weights, `config.json`, `tokenizer.json`.
+
+    Args:
+        rack: The run's weights.
+        out: The directory to make.
+        options: How; what the run knows of itself is filled in.
 
     Raises:
         UsageError: The directory is in use.
         NoSpaceError: The disk is full; nothing is left behind.
     """
-    options = ExportOptions(
+    options = dataclasses.replace(
+        options or ExportOptions(),
         tokenizer_json=rack.data.tokenizer.json,
         mask_token_id=rack.mask_token,
         separator_id=rack.data.tokenizer.separator_id,
-        overwrite=overwrite,
+        causal=rack.objective.causal is True,
     )
-    export(out, rack.front(), rack.modules(), rack.config.model, options)
-    return out
+    return export(out, rack.front(), rack.modules(), rack.config.model, options)
 
 
 GROUP = 16  # chunks that go up together, so that each stage is loaded once for all of them

@@ -48,6 +48,7 @@ from stackwise.pipeline.worker.training import (
     train_and_commit,
     train_stage,
 )
+from stackwise.pretrained.writing import ExportOptions
 from stackwise.store import ActivationStore, BoundaryReader, BoundaryWriter, codec_named
 from stackwise.training.feed import Feed, RowSource
 from stackwise.training.forward import FilledBoundary, MakeOutputs, Pass, write_boundary
@@ -177,7 +178,7 @@ def run_finish(job: FinishJob, emit: Emit, stop: Stop) -> None:
         raise InterruptedRun("stopped after the evaluation", hint="the same command goes on")
     emit({"event": "fill", **generate(rack, None)})
     if job.export is not None:
-        out = export_rack(rack, Path(job.export), overwrite=True)
+        out = export_rack(rack, Path(job.export), ExportOptions(overwrite=True)).directory
         emit({"event": "exported", "directory": str(out)})
 
 
