@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from stackwise.config.choices import AdaptiveFusion, CausalAdaptation, HierarchicalFusion, NoFusion
 from stackwise.config.fields import AUTO
 from stackwise.config.precision import FORMATS, canonical, stack_adapters, weight_format
 from stackwise.config.schema import Settings
-from stackwise.config.training import AdaptiveFusion, CausalAdaptation, HierarchicalFusion, NoFusion
 from stackwise.errors import UsageError
 
 Fault = tuple[str, str]

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import GetCoreSchemaHandler, SerializationInfo
+from pydantic import Field, GetCoreSchemaHandler, SerializationInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from stackwise.config.fields import Section
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from stackwise.config.model import ModelConfig
-
-_MODEL, _TRAINING = "stackwise.config.model", "stackwise.config.training"
 
 ATTENTIONS: Registry[type[Attention]] = Registry(
     "attention",
@@ -75,51 +73,6 @@ TRACKERS: Registry[type[Tracker]] = Registry(
     f"{__name__}:Tracker",
     "stackwise.pipeline.tracking.trackers",
     {"tensorboard": "TensorBoard", "wandb": "WeightsAndBiases", "mlflow": "MLflow"},
-)
-MODES: Registry[type[Any]] = Registry(
-    "mode",
-    f"{_TRAINING}:Mode",
-    _TRAINING,
-    {
-        "layerwise": "Layerwise",
-        "blockwise": "Blockwise",
-        "fused": "Fused",
-        "independent": "Independent",
-        "end_to_end": "EndToEnd",
-    },
-)
-TIME_EMBEDDINGS: Registry[type[Any]] = Registry(
-    "time embedding",
-    f"{_MODEL}:TimeEmbedding",
-    _MODEL,
-    {"none": "NoTime", "sinusoidal": "Sinusoidal", "learned": "LearnedTime"},
-)
-DIVERGENCES: Registry[type[Any]] = Registry(
-    "divergence policy",
-    f"{_TRAINING}:Divergence",
-    _TRAINING,
-    {"stop": "Stop", "skip": "Skip", "rollback": "Rollback"},
-)
-LOOKAHEADS: Registry[type[Any]] = Registry(
-    "lookahead",
-    f"{_TRAINING}:Lookahead",
-    _TRAINING,
-    {"none": "NoLookahead", "auxiliary": "Auxiliary", "overlap": "Overlap", "tail": "Tail"},
-)
-FUSIONS: Registry[type[Any]] = Registry(
-    "fusion strategy",
-    f"{_TRAINING}:Fusion",
-    _TRAINING,
-    {
-        "none": "NoFusion",
-        "frozen": "FrozenFusion",
-        "trainable": "TrainableFusion",
-        "hierarchical": "HierarchicalFusion",
-        "adaptive": "AdaptiveFusion",
-    },
-)
-ADAPTATIONS: Registry[type[Any]] = Registry(
-    "adaptation", f"{_TRAINING}:Adaptation", _TRAINING, {"none": "NoAdaptation", "causal": "CausalAdaptation"}
 )
 
 
@@ -178,6 +131,11 @@ class Kind(Section):
 
 def _dump(kind: Kind, info: SerializationInfo) -> dict[str, Any]:
     return {kind.tag: kind.name} | kind.model_dump(mode=info.mode)
+
+
+def choice(sort: type[Kind], description: str) -> Any:
+    """A field that takes any kind of a sort; where it is left out, the sort's default. `init` lists the kinds."""
+    return Field(default_factory=lambda: sort.of(sort.default), description=description)
 
 
 Fault = tuple[str, str]

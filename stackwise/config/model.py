@@ -7,11 +7,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from stackwise.config.fields import Positive, Probability, Section, Size, Small
-from stackwise.config.kinds import TIME_EMBEDDINGS, Attention, FeedForward, HeadKind, Kind, RopeScaling
+from stackwise.config.kinds import Attention, FeedForward, HeadKind, Kind, RopeScaling, choice
 from stackwise.registry import Registry
 
 TIME_KNOTS = 65
 """Shares of masked positions that a learned time embedding has a vector for, evenly from 0 to 1."""
+
+
+TIME_EMBEDDINGS: Registry[type[Any]] = Registry(
+    "time embedding",
+    f"{__name__}:TimeEmbedding",
+    __name__,
+    {"none": "NoTime", "sinusoidal": "Sinusoidal", "learned": "LearnedTime"},
+)
 
 
 class TimeEmbedding(Kind):
@@ -62,20 +70,10 @@ class ModelConfig(Section):
     d_model: Size = Field(256, description="width of the residual stream")
     n_heads: Size = Field(4, description="attention heads; they divide d_model where head_size is null")
     head_size: Size | None = Field(None, description="width of an attention head; null: d_model / n_heads")
-    d_ff: Size | None = Field(
-        None, description="width inside the feed-forward; null: 4 d_model (gelu), 8/3 d_model rounded up to 32 (swiglu)"
-    )
+    d_ff: Size | None = Field(None, description="width inside the feed-forward; null: what model.ffn takes")
     architecture: ArchitectureConfig = Field(default_factory=lambda: ArchitectureConfig())
-    attention: Attention = Field(
-        default_factory=lambda: Attention.of(Attention.default),
-        description="mha (multi-head), {kind: gqa, kv_heads: N} (grouped-query), {kind: mla} (multi-head latent), "
-        "{kind: linear} (a feature map for the softmax); with bias, qk_norm, window, window_blocks where they apply",
-    )
-    time_embedding: TimeEmbedding = Field(
-        default_factory=lambda: TimeEmbedding.of(TimeEmbedding.default),
-        description="the masked share of a row as an input, embedded and added by the front: none, sinusoidal, or "
-        "learned; {kind: sinusoidal, width: 512}",
-    )
+    attention: Attention = choice(Attention, "what queries, keys and values are made of, and how they meet")
+    time_embedding: TimeEmbedding = choice(TimeEmbedding, "the masked share of a row as an input of the front")
     norm: Literal["rmsnorm", "layernorm"] = Field(
         "rmsnorm", description="the norms of blocks and head: rmsnorm, or layernorm"
     )
@@ -88,25 +86,15 @@ class ModelConfig(Section):
         0, description="rows of the learned table before that of position 0 (RoBERTa: 2)"
     )
     rope_theta: Positive = Field(10_000.0, description="base of the rotary wavelengths")
-    rope_scaling: RopeScaling = Field(
-        default_factory=lambda: RopeScaling.of(RopeScaling.default),
-        description="rotary positions beyond the length that a model was trained with: none, or {kind: linear, factor: "
-        "2}, dynamic, llama3, yarn, as Hugging Face defines them",
+    rope_scaling: RopeScaling = choice(
+        RopeScaling, "rotary positions beyond the length of training, as in Hugging Face"
     )
     embedding_norm: bool = Field(False, description="a norm behind the front's embeddings (BERT)")
     token_types: Annotated[int, Field(ge=0, le=1024)] = Field(
         0, description="rows of a table of token types, the first of which is added to every token (BERT: 2); 0: none"
     )
-    ffn: FeedForward = Field(
-        default_factory=lambda: FeedForward.of(FeedForward.default),
-        description="the feed-forward of a block: swiglu (gated), or gelu ({kind: gelu, activation: gelu_tanh}); with "
-        "a bias of its own where it differs",
-    )
-    head: HeadKind = Field(
-        default_factory=lambda: HeadKind.of(HeadKind.default),
-        description="linear (a norm and the projection; {kind: linear, norm: false} without the norm), or transform "
-        "(BERT's: a layer, activation, norm, projection with bias)",
-    )
+    ffn: FeedForward = choice(FeedForward, "the feed-forward of a block")
+    head: HeadKind = choice(HeadKind, "from the vectors that leave a stage to logits")
     bias: bool = Field(False, description="biases in linear layers")
     dropout: Probability = Field(0.0, description="dropout after attention and feed-forward, in training")
     tie_embeddings: bool = Field(

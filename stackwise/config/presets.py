@@ -11,6 +11,7 @@ from stackwise.config.fields import Section
 from stackwise.config.kinds import Kind
 from stackwise.config.loading import PRESETS, parse_yaml, preset_path
 from stackwise.config.schema import Settings
+from stackwise.registry import Registry
 
 __all__ = ["PRESETS", "commented"]
 
@@ -53,7 +54,9 @@ def _section(model: type[Section], own: dict[str, object], depth: int) -> list[s
             title = (kind.__doc__ or "").strip().splitlines()[0]
             lines += ["", f"{pad}# {title}", f"{pad}{name}:" if used or depth == 0 else f"{pad}# {name}:", *inner]
             continue
-        lines += [f"{pad}# {line}" for line in textwrap.wrap(field.description or "", 100 - len(pad))]
+        names = [f": {', '.join(known.names())}" for known in field.metadata if isinstance(known, Registry)]
+        about = "".join([field.description or "", *names])
+        lines += [f"{pad}# {line}" for line in textwrap.wrap(about, 100 - len(pad))]
         kind = next(iter(get_args(kind)), kind) if get_origin(kind) is list else kind
         if isinstance(kind, type) and issubclass(kind, Kind):
             lines += [f"{pad}# {line}" for line in _kinds(kind, 100 - len(pad))]
@@ -62,17 +65,20 @@ def _section(model: type[Section], own: dict[str, object], depth: int) -> list[s
         if isinstance(value, list):
             value = [item.name if isinstance(item, Kind) else item for item in value]
         # One key in flow style is "{key: value}": the value stays on its line, the braces go.
-        shown = yaml.safe_dump({name: value}, default_flow_style=True, width=10**6).strip()[1:-1]
+        shown = yaml.safe_dump({name: value}, default_flow_style=True, sort_keys=False, width=10**6).strip()[1:-1]
         lines.append(f"{pad}{shown}" if name in own else f"{pad}# {shown}")
     return lines
 
 
 def _kinds(sort: type[Kind], width: int) -> list[str]:
-    """The settings of each kind of a choice, with their defaults and meanings."""
+    """Each kind of a choice: what it is, and its settings with their defaults and meanings."""
     lines = []
     for name in sort.registry.names():
-        for key, field in sort.registry[name].model_fields.items():
+        kind = sort.registry[name]
+        about = (kind.__doc__ or "").strip().partition("\n")[0]
+        lines += textwrap.wrap(f"{sort.tag} {name}: {about}", width, initial_indent="  ", subsequent_indent="    ")
+        for key, field in kind.model_fields.items():
             default = "" if field.is_required() else yaml.safe_dump({key: field.default}).strip().partition(": ")[2]
-            text = f"{sort.tag} {name}, {key}{f' ({default})' if default else ''}: {field.description}"
-            lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")
+            text = f"{key}{f' ({default})' if default else ''}: {field.description}"
+            lines += textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="      ")
     return lines

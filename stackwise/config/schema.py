@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, PrivateAttr
 from pydantic_core import PydanticCustomError
 
+from stackwise.config.choices import CausalAdaptation
 from stackwise.config.fields import (
     Count,
     Fraction,
@@ -21,13 +22,7 @@ from stackwise.config.fields import (
 )
 from stackwise.config.kinds import Objective, Tracker
 from stackwise.config.model import ModelConfig
-from stackwise.config.training import (
-    CausalAdaptation,
-    Precision,
-    StackPrecision,
-    StageTraining,
-    TrainingConfig,
-)
+from stackwise.config.training import Precision, StackPrecision, StageTraining, TrainingConfig
 from stackwise.registry import CODECS
 
 
@@ -87,10 +82,8 @@ class StoreConfig(Section):
     keep: Literal["all", "none"] | Count = Field(
         "all", description="boundaries kept beside those being read and written: a number, all, none"
     )
-    codec: Codec | None = Field(
-        None,
-        description="how activations are stored: bf16, fp16, fp32, fp8, int8, each also with -blosc or -zstd; null: "
-        "bf16",
+    codec: Annotated[Codec | None, CODECS] = Field(
+        None, description="how activations are stored, null: bf16; each also with -blosc or -zstd"
     )
     max_bytes: PositiveInt | None = Field(
         None,
@@ -125,8 +118,7 @@ class TrackingConfig(Section):
 
     trackers: Annotated[list[Tracker], Field(max_length=16)] = Field(
         default_factory=lambda: [Tracker.of(Tracker.default)],
-        description="tensorboard (event files in the run directory), {kind: wandb, mode: offline}, {kind: mlflow, uri: "
-        "...}; several in a list",
+        description="where figures go beside the run's own log, several in a list",
     )
     project: Text = Field("stackwise", min_length=1, description="W&B project, MLflow experiment")
     group: Text | None = Field(None, description="W&B group, MLflow tag; null: none, in a sweep the sweep's name")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from stackwise.config.choices import Blockwise, Mode, NoFusion, Overlap, Tail
 from stackwise.config.fields import Section, changed
 from stackwise.config.precision import own_adapters, stack_precision
 from stackwise.config.schema import Settings
-from stackwise.config.training import Blockwise, Mode, NoFusion, Overlap, ProgressiveConfig, Tail
+from stackwise.config.training import ProgressiveConfig
 
 OWN_ADAPTERS = (
     *("qlora_rank", "qlora_alpha", "qlora_strategy", "qlora_rank_pattern", "qlora_alpha_pattern", "qlora_configs"),

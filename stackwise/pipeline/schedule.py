@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.choices import Auxiliary, CausalAdaptation, Overlap, Tail
 from stackwise.config.precision import stack_adapters, stack_precision, trunk_precision
-from stackwise.config.training import Auxiliary, CausalAdaptation, Overlap, Tail
 
 FRONT, HEAD = "front", "head"
 ADAPTER = "adapter."  # what the name of a block's adapters begins with; the block's follows

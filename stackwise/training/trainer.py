@@ -18,7 +18,7 @@ import torch
 
 from stackwise.batch import Batch
 from stackwise.config import StageTraining
-from stackwise.config.training import Skip
+from stackwise.config.choices import Skip
 from stackwise.errors import StackWiseError
 from stackwise.training.engine import LOWER_RATE, Engine, Stepped
 from stackwise.training.optim import learning_rate

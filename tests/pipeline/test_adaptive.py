@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.training import AdaptiveFusion
+from stackwise.config.choices import AdaptiveFusion
 from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError, StackWiseError
 from stackwise.pipeline.estimate import Estimate

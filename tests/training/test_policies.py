@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stackwise.batch import Batch
-from stackwise.config.training import Skip
+from stackwise.config.choices import Skip
 from stackwise.errors import StackWiseError
 from stackwise.training import checkpoint
 from stackwise.training.trainer import LEAST, Rollback, Trainer, Watch, anchor

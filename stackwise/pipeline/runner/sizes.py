@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.choices import Blockwise, NoAdaptation, NoFusion
 from stackwise.config.schema import StoreConfig, TrackingConfig
-from stackwise.config.training import Blockwise, NoAdaptation, NoFusion
 from stackwise.identity import NUMERICS, content_id
 from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.events import Emit, Event, Observer

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from stackwise import durable
 from stackwise.config import StackWiseConfig
+from stackwise.config.choices import AdaptiveFusion
 from stackwise.config.schema import StageOverrides
-from stackwise.config.training import AdaptiveFusion
 from stackwise.errors import DamageError
 from stackwise.model import part_digest
 from stackwise.pipeline.build import load_part, save_part
