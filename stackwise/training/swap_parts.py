@@ -231,7 +231,7 @@ class PartLoader:
 
 
 def grouped_outputs(
-    parts: Parts, groups: int, *, row_bytes: int, memory: int, below: Sequence[StageModel] = ()
+    parts: Parts, groups: int, row_bytes: int, memory: int, below: Sequence[StageModel] = ()
 ) -> MakeOutputs:
     """What makes a stage's outputs (see `forward.outputs`) with one group of its parts in memory, bit for bit the same.
 
@@ -239,7 +239,7 @@ def grouped_outputs(
 
     Args:
         parts: The stage's parts, without its head.
-        groups: Groups that its blocks make.
+        row_bytes: Bytes of the activations of a row.
         memory: Bytes of activations held at once; a batch is held in any case.
         below: Frozen stages on the device that the rows go through before.
     """

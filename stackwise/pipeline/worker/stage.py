@@ -51,7 +51,7 @@ from stackwise.pipeline.worker.training import (
 from stackwise.pretrained.writing import ExportOptions
 from stackwise.store import ActivationStore, BoundaryReader, BoundaryWriter, codec_named
 from stackwise.training.feed import Feed, RowSource
-from stackwise.training.forward import FilledBoundary, MakeOutputs, Pass, write_boundary
+from stackwise.training.forward import FilledBoundary, MakeOutputs, write_boundary
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_parts import grouped_outputs
 
@@ -83,53 +83,47 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
             context = replace(context, held_out=_feed(job, config, store, entering_it, HELD_OUT))
         if job.train and job.stage.candidates:
             fuse_stage(context)
-        elif Estimate(config, job.vocab_size, job.stage).swap(int(describe(device)["memory"])) is None:
-            _run_resident(context)
         else:
-            _run_swapped(context)
+            _train_and_write(context)
 
 
-def _run_resident(context: StageContext) -> None:
-    """The stage in memory: train it, then write boundaries with what it has become."""
+def _train_and_write(context: StageContext) -> None:
+    """Train a stage, in memory or swapped; then write boundaries with what it has become."""
     job, config, device = context.job, context.config, context.device
+    swap = Estimate(config, job.vocab_size, job.stage).swap(int(describe(device)["memory"]))
     frozen = [frozen_stage(below, job, config).to(device) for below in job.recomputed]
-    model = stage_model(job, config).to(device)
+    model = stage_model(job, config).to(device) if swap is None else None
     if job.train:
         with entering(context, frozen) as above:
-            train_stage(above, model)
-    if job.writes or job.writes_held_out:
+            if model is not None:
+                train_stage(above, model)
+            else:
+                with engine_of(above) as engine:
+                    train_and_commit(above, engine)
+    if not job.writes and not job.writes_held_out:
+        return
+    outputs: Callable[[Sequence[StageModel]], Sequence[StageModel] | MakeOutputs]
+    if model is not None:
         # The head and the optimizer are done with; what remains is forward passes.
-        modules = {
-            part: module for part, module in parts_of(model, job.stage).items() if part in job.stage.forward_parts
-        }
-        digests = [part_digest(part_state(part, module.state_dict())) for part, module in modules.items()]
+        modules = parts_of(model, job.stage)
+        digests = [part_digest(part_state(part, modules[part].state_dict())) for part in job.stage.forward_parts]
         model.head, model.beyond = None, nn.ModuleList()
-        gc.collect()
-        if job.writes:
-            write_above(context, [*frozen, model], digests)
-        if job.writes_held_out and context.held_out is not None:
-            write_above(replace(context, feed=context.held_out), [model], digests)
-
-
-def _run_swapped(context: StageContext) -> None:
-    """The same with one group of the stage's parts in memory at a time."""
-    job, config, device = context.job, context.config, context.device
-    frozen = [frozen_stage(below, job, config).to(device) for below in job.recomputed]
-    if job.train:
-        with entering(context, frozen) as above, engine_of(above) as engine:
-            train_and_commit(above, engine)
-    if job.writes or job.writes_held_out:
-        committed = context.store.stage(job.recipe_id) if job.train else None
-        parts = JobParts(job, config, committed_sources(job, committed))
-        swap = Estimate(config, job.vocab_size, job.stage).swap(int(describe(device)["memory"]))
-        assert swap is not None, "a stage that is swapped"
-        row_bytes = 4 * config.row_positions * config.model.d_model
-        outputs = partial(grouped_outputs, parts, swap.groups, row_bytes=row_bytes, memory=swap.boundaries)
+        outputs = partial(_above, model)
+    else:
+        assert swap is not None, "a stage that is not in memory is swapped"
+        parts = JobParts(job, config, committed_sources(job, context.store.stage(job.recipe_id) if job.train else None))
         digests = [parts.digest(part) for part in job.stage.forward_parts]
-        if job.writes:
-            write_above(context, outputs(below=frozen), digests)
-        if job.writes_held_out and context.held_out is not None:
-            write_above(replace(context, feed=context.held_out), outputs(), digests)
+        row_bytes = 4 * config.row_positions * config.model.d_model
+        outputs = partial(grouped_outputs, parts, swap.groups, row_bytes, swap.boundaries)
+    gc.collect()
+    if job.writes:
+        write_above(context, outputs(frozen), digests)
+    if job.writes_held_out and context.held_out is not None:
+        write_above(replace(context, feed=context.held_out), outputs([]), digests)
+
+
+def _above(model: StageModel, below: Sequence[StageModel]) -> Sequence[StageModel]:
+    return [*below, model]
 
 
 def _feed(
@@ -214,11 +208,7 @@ def entering(context: StageContext, frozen: Sequence[StageModel]) -> Iterator[St
         )
         yield replace(context, feed=below.above(RowSource(info.id, filled.read, filled.stream)))
         writer.flush()
-        progress = _progress(context, place)
-        done = write_boundary(frozen, below, writer, device, progress=progress, stop=context.stop, spent=filled.seconds)
-        if not done.finished:
-            raise InterruptedRun(f"stage {depth} stopped while filling boundary {depth}", hint=RESUME)
-        _emit_written(context, place, writer, time.perf_counter() - begun, done)
+        _write(replace(context, feed=below), place, frozen, writer, begun, filled.seconds)
 
 
 def write_above(context: StageContext, stages: Sequence[StageModel] | MakeOutputs, digests: list[str]) -> None:
@@ -236,11 +226,7 @@ def write_above(context: StageContext, stages: Sequence[StageModel] | MakeOutput
     above = stage.depth + 1
     with boundary_writer(context, trunk, above, stage.last + 1) as writer, _uncompiled(context):
         context.event("writing", boundary=writer.info.id, depth=above, chunks=writer.info.chunks)
-        progress = _progress(context, stage.place)
-        done = write_boundary(stages, context.feed, writer, context.device, progress=progress, stop=context.stop)
-        if not done.finished:
-            raise InterruptedRun(f"stage {stage.depth} stopped while writing boundary {above}", hint=RESUME)
-        _emit_written(context, stage.place, writer, time.perf_counter() - begun, done)
+        _write(context, stage.place, stages, writer, begun)
 
 
 def _uncompiled(context: StageContext) -> contextlib.AbstractContextManager[Any]:
@@ -268,22 +254,25 @@ def boundary_writer(context: StageContext, trunk: str, depth: int, blocks: int) 
     )
 
 
-def _progress(context: StageContext, place: int) -> Callable[[int, int], None]:
-    return lambda done, total: context.emit({"event": "boundary", "stage": place, "done": done, "total": total})
-
-
-def _emit_written(context: StageContext, place: int, writer: BoundaryWriter, seconds: float, done: Pass) -> None:
+def _write(
+    context: StageContext,
+    place: int,
+    stages: Sequence[StageModel] | MakeOutputs,
+    writer: BoundaryWriter,
+    begun: float,
+    spent: float | None = None,
+) -> None:
+    """Write what a boundary lacks, emitting how far it is, and at the end what it took."""
     info = writer.info
-    context.emit(
-        {
-            "event": "written",
-            "stage": place,
-            "boundary": info.id,
-            "depth": info.depth,
-            "bytes": info.disk_bytes,
-            "rows": info.rows,
-            "seconds": seconds,
-            "wait_fraction": done.wait_fraction,
-            "blocked_fraction": done.blocked_fraction,
-        }
+
+    def progress(done: int, total: int) -> None:
+        context.emit({"event": "boundary", "stage": place, "done": done, "total": total})
+
+    done = write_boundary(
+        stages, context.feed, writer, context.device, progress=progress, stop=context.stop, spent=spent
     )
+    if not done.finished:
+        raise InterruptedRun(f"stage {context.stage.depth} stopped while writing boundary {info.depth}", hint=RESUME)
+    written = {"boundary": info.id, "depth": info.depth, "bytes": info.disk_bytes, "rows": info.rows}
+    waits = {"wait_fraction": done.wait_fraction, "blocked_fraction": done.blocked_fraction}
+    context.emit({"event": "written", "stage": place, **written, "seconds": time.perf_counter() - begun, **waits})

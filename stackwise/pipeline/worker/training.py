@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -183,23 +183,18 @@ def commit_stage(context: StageContext, parts: Mapping[str, State], steps: int, 
         "parts": digests,
         "trunk": job.recipe["reads"] and job.recipe["reads"]["trunk"],
         "steps": steps,
-        "losses": record.losses,
-        **({"terms": record.terms} if record.terms else {}),
-        "held_out": record.held_out,
-        "divergences": record.divergences,
-        "seconds": record.seconds,
-        "tokens": record.tokens,
+        **{key: value for key, value in asdict(record).items() if key != "waited" and (key != "terms" or value)},
         "wait_fraction": record.wait_fraction,
         "peak_memory_bytes": peak_memory(context.device),
         "device": context.device.type,
     }
-    files = {name: partial(_save, state) for name, state in parts.items()}
+
+    def save(state: State, path: Path) -> None:  # one by one: of a swapped stage not all are in memory
+        save_part(state(), path)
+
+    files = {name: partial(save, state) for name, state in parts.items()}
     context.store.commit_stage(job.recipe_id, files, description | more)
     context.event("committed", recipe=job.recipe_id, parts=digests)
-
-
-def _save(state: State, path: Path) -> None:
-    save_part(state(), path)
 
 
 def held_out_loss(engine: Engine, held_out: Feed) -> MeanLoss:
