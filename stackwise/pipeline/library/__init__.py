@@ -41,10 +41,11 @@ from stackwise.pipeline.recipe import (
     trunk_id,
 )
 from stackwise.pipeline.rows import choose_samples, put_rows
+from stackwise.pipeline.runner.manifest import recent_loss
 from stackwise.pipeline.schedule import HEAD, Stage, schedule
 from stackwise.pipeline.worker.stage import write_above
 from stackwise.pipeline.worker.training import StageContext, train_stage
-from stackwise.store import ActivationStore, CommittedStage
+from stackwise.store import ActivationStore
 from stackwise.training.feed import Feed
 from stackwise.training.stage import NARROW, StageModel
 
@@ -200,7 +201,7 @@ class _Stages:
             config=dump(config),
             stage=stage,
             store=str(self.store.path),
-            data="",
+            data="",  # the samples are in this process
             vocab_size=self.vocabulary[0],
             mask_token=self.vocabulary[1],
             device=str(self.device),
@@ -223,17 +224,23 @@ class _Stages:
         reused = committed is not None
         model.to(self.device)
         with self._feed(stage, rowset, trunk) as feed:
+            context = StageContext(job, config, self.store, self.device, self.observe, lambda: False, feed)
             if committed is None:
-                train_stage(self._context(job, feed), model)
+                train_stage(context, model)
                 committed = self.store.stage(job.recipe_id)
-                assert committed is not None
+                assert committed is not None, "a stage that was trained is committed"
             else:
                 self.observe({"event": "reused", "stage": stage.depth, "recipe": job.recipe_id})
                 for name in stage.trains:
                     parts[name].load_state_dict(load_file(committed.path(name)))
             self.digests |= committed.record["parts"]
-            self._write_boundary(job, model, feed)
-        return _result(stage, committed, reused)
+            stages = schedule(config)
+            above = stages[stage.depth + 1] if stage.depth + 1 < len(stages) else None
+            if above is not None and above.reads_boundary:
+                write_above(context, [model], [self.digests[name] for name in parts if name != HEAD])
+        model.to("cpu")
+        loss, blocks = recent_loss(committed.record["losses"]) or 0.0, (stage.first, stage.last)
+        return StageResult(stage.depth, blocks, loss, committed.record["steps"], reused, committed.recipe)
 
     def _forward(self, layers: int) -> dict[str, Any]:
         """The forward specification of the front and so many layers, each by what identifies it."""
@@ -277,26 +284,6 @@ class _Stages:
                 columns=self.objective.inputs,
                 reader=reader,
             )
-
-    def _context(self, job: StageJob, feed: Feed) -> StageContext:
-        return StageContext(job, self.config, self.store, self.device, self.observe, lambda: False, feed)
-
-    def _write_boundary(self, job: StageJob, model: StageModel, feed: Feed) -> None:
-        """The boundary above, where a stage follows that reads it."""
-        stages = schedule(self.config)
-        above = job.stage.depth + 1
-        if above < len(stages) and stages[above].reads_boundary:
-            digests = [self.digests[name] for name in parts_of(model, job.stage) if name != HEAD]
-            write_above(self._context(job, feed), [model], digests)
-        model.to("cpu")
-
-
-def _result(stage: Stage, committed: CommittedStage, reused: bool) -> StageResult:
-    losses = [loss for loss in committed.record["losses"][-20:] if loss is not None]
-    loss = sum(losses) / max(len(losses), 1)
-    return StageResult(
-        stage.depth, (stage.first, stage.last), loss, committed.record["steps"], reused, committed.recipe
-    )
 
 
 class UnifiedTrainer:

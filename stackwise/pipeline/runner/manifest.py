@@ -163,7 +163,7 @@ class Manifest:
             "state": "done",
             "step": record["steps"],
             "steps": record["steps"],
-            "loss": _recent(record["losses"]),
+            "loss": recent_loss(record["losses"]),
             "trunk": record["trunk"],
             "weights": content_id("weights", record["parts"]),
             "recipe": committed.recipe,
@@ -234,7 +234,7 @@ def _last_held_out(evaluations: list[list[float]]) -> dict[str, float] | None:
     return {"step": evaluations[-1][0], "nats": evaluations[-1][1], "best": min(nats for _, nats in evaluations)}
 
 
-def _recent(losses: list[float | None]) -> float | None:
+def recent_loss(losses: list[float | None]) -> float | None:
     """The mean of the last steps' losses: one step's alone is mostly noise."""
     recent = [loss for loss in losses[-20:] if loss is not None]
     return sum(recent) / len(recent) if recent else None

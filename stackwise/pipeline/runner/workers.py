@@ -308,15 +308,13 @@ class WorkerPool:
         worker = self._busy = self._spare or Worker(self._config.device, self._log)
         self._spare = None
         if self.limit is not None:
-            saves = stage is not None and stage.train
-            estimate = Estimate(self._config, stage.vocab_size, stage.stage) if stage and saves else None
-            size = estimate.state_bytes(gradients=False) if estimate else 0
-            self.limit.begin(size)
+            estimate = Estimate(self._config, stage.vocab_size, stage.stage) if stage and stage.train else None
+            self.limit.begin(estimate.state_bytes(gradients=False) if estimate else 0)
         events = []
         try:
             for event in worker.run(job.plain()):
-                if event["event"] in ("step", "boundary", "resumed"):
-                    self._start_spare()
+                if event["event"] in ("step", "boundary", "resumed") and self._spare is None and not self._stopping:
+                    self._spare = Worker(self._config.device, self._log)  # its imports are done while this one works
                 if self.limit is not None:
                     self.limit.observe(event)
                 self._observe(event)
@@ -390,8 +388,8 @@ class WorkerPool:
         limit = self.limit
         while limit is not None and not over.wait(min(1.0, max(0.02, limit.left))):
             if limit.left <= 0 and not self._stopping:
-                before = f"finishing the step in hand and saving, {limit.seconds:.0f} s before it"
-                self._stop(f"the time limit is near: {before}")
+                left = f"{limit.seconds:.0f} s before it"
+                self._stop(f"the time limit is near: finishing the step in hand and saving, {left}")
 
     def _stop(self, text: str) -> bool:
         """Have the worker save and end; returns whether there is one. Called by signals and from another thread."""
@@ -399,11 +397,6 @@ class WorkerPool:
         if busy is not None:
             busy.stop({"event": "stopping", "text": text})
         return busy is not None
-
-    def _start_spare(self) -> None:
-        """Start the next worker, whose imports are done while this one works."""
-        if self._spare is None and not self._stopping:
-            self._spare = Worker(self._config.device, self._log)
 
     def _wait_for_orphan(self, lock: Path) -> None:
         """A runner that was killed leaves a worker that saves and ends; give it the time."""

@@ -38,7 +38,7 @@ from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
 from stackwise.pipeline.rows import HELD_OUT, choose_samples
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.worker.adaptive import fuse_stage
+from stackwise.pipeline.worker.adaptive import fuse_adaptively
 from stackwise.pipeline.worker.training import (
     RESUME,
     Emit,
@@ -82,7 +82,7 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
             entering_it = stack.enter_context(store.reader(job.held_out_reads)) if job.held_out_reads else None
             context = replace(context, held_out=_feed(job, config, store, entering_it, HELD_OUT))
         if job.train and job.stage.candidates:
-            fuse_stage(context)
+            fuse_adaptively(context)
         else:
             _train_and_write(context)
 
