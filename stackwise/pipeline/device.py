@@ -44,11 +44,7 @@ def python_command(module: str, *arguments: str) -> list[str]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA, else MPS, else the CPU.
-
-    Raises:
-        UsageError: The device that was asked for is not there.
-    """
+    """`auto` is CUDA, else MPS, else the CPU. Raises UsageError: the device that was asked for is not there."""
     import torch
 
     if name == "auto":

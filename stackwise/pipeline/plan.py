@@ -103,11 +103,6 @@ class Plan:
     """A configuration over prepared data and a store.
 
     Args:
-        config: With `precision` resolved.
-        data: The prepared data.
-        store: The store.
-        device: The device's name, for jobs.
-        memory: Bytes of its memory; None: the machine's.
         known_rowsets: Ids by `rows_key`, from an earlier run.
         sources: Weights that parts start from before any stage is committed: of a pretrained model, or grown. A part
             that is not named starts fresh.
@@ -141,11 +136,7 @@ class Plan:
         return str(entry[0]), int(entry[1])
 
     def span(self, stage: Stage) -> Span:
-        """The steps of a stage in its window.
-
-        Raises:
-            UsageError: There is none.
-        """
+        """The steps of a stage in its window. Raises UsageError: there is none."""
         return stage_span(self.config, stage, self.drawn(stage))
 
     def steps(self, stage: Stage) -> int:
@@ -231,7 +222,6 @@ class Plan:
         """What a stage reads from, where all boundaries that are to be stored are there.
 
         Args:
-            stage: The stage.
             train: To train it, passes may be fused; the pass that writes the boundary above reads what is stored.
 
         Returns:
@@ -301,12 +291,7 @@ class Plan:
         """A worker's job at one stage.
 
         Args:
-            stage: The stage.
             versions: What is committed below it (to train it), or with it (to write the boundary above).
-            checkpoints: Where the recipe's checkpoints are.
-            train: Whether to train.
-            entry: How rows come to it.
-            writes: Whether to write the boundary above.
             rowset: The number of the rowset, where it is not the stage's own.
         """
         writes_held_out = rowset is None and self.writes_held_out(stage)

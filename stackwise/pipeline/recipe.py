@@ -60,9 +60,6 @@ def forward_specification(config: StackWiseConfig, vocab_size: int, mask_token: 
     """What a forward pass computes beside its weights, by the keys of the configuration.
 
     Args:
-        config: The configuration, `auto` values resolved.
-        vocab_size: Ids that the model knows.
-        mask_token: The id shown at masked positions.
         data: Id of the prepared data, which says where documents begin.
     """
     objective = config.objective
@@ -80,7 +77,6 @@ def trunk_id(forward: Mapping[str, Any], digests: list[Hex], precisions: Mapping
     """The id of a trunk: its forward specification and its parts' digests, the front first, block by block.
 
     Args:
-        forward: The specification.
         digests: Of the parts; a block's adapters follow it.
         precisions: Of the blocks that are not held in the run's, by part.
     """
@@ -106,15 +102,7 @@ class Reads:
 
 
 def stage_recipe(config: StackWiseConfig, stage: Stage, forward: Mapping[str, Any], span: Span, reads: Reads) -> Recipe:
-    """The recipe of one stage.
-
-    Args:
-        config: The configuration, `auto` values resolved.
-        stage: The stage.
-        forward: `forward_specification` of the configuration.
-        span: Its steps.
-        reads: What its worker opens.
-    """
+    """The recipe of one stage."""
     settings = stage_settings(config, stage)
     settings["training"]["steps"] = span.steps
     if any(digest is None for digest in reads.initial.values()):  # drawn from the seed
@@ -209,8 +197,6 @@ def stage_span(config: StackWiseConfig, stage: Stage, drawn: int) -> Span:
     """A stage's steps in its window: the budget goes by rows.
 
     Args:
-        config: The configuration.
-        stage: The stage.
         drawn: Rows of all windows together.
 
     Raises:

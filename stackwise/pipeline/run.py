@@ -200,11 +200,7 @@ class RunDirectory:
         return self.store_path(config), config.store.max_bytes
 
     def open_store(self, config: StackWiseConfig) -> ActivationStore:
-        """The run's store, which is there already.
-
-        Raises:
-            NotFound: It is not where it was.
-        """
+        """The run's store, which is there already. Raises NotFound: it is not where it was."""
         from stackwise.store import ActivationStore
 
         path = self.store_path(config)
@@ -216,11 +212,7 @@ class RunDirectory:
         return ActivationStore(path, create=False)
 
     def config(self) -> StackWiseConfig:
-        """The run's resolved configuration.
-
-        Raises:
-            NotFound: There is no run here.
-        """
+        """The run's resolved configuration. Raises NotFound: there is no run here."""
         from stackwise.config import StackWiseConfig
 
         if not self.config_file.exists():

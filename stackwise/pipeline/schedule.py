@@ -337,11 +337,7 @@ def _lookahead(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...
 
 
 def _with_formats(config: StackWiseConfig, stage: Stage, homes: Mapping[str, int]) -> Stage:
-    """A stage with the formats of its blocks; where weights stand still under adapters, these train in their place.
-
-    Args:
-        homes: The stage that each block was new with.
-    """
+    """A stage with the formats of its blocks; where weights stand still under adapters, these train in their place."""
     below = block_parts(0, stage.first - 1) if stage.reads_boundary else ()
     formats = {
         part: form

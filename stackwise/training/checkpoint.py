@@ -71,11 +71,7 @@ def reason(error: BaseException) -> str:
 
 
 def file_digest(path: Path, root: Path | None = None) -> str:
-    """xxh3-128 of a regular file.
-
-    Raises:
-        IrregularFile: It is a link, a FIFO, a device, a directory.
-    """
+    """xxh3-128 of a regular file. Raises IrregularFile: it is a link, a FIFO, a device, a directory."""
     hashed, piece = xxhash.xxh3_128(), memoryview(bytearray(_PIECE))
     with io.FileIO(files.open_regular(path, root=root), "rb") as file:
         while count := file.readinto(piece):
@@ -290,21 +286,13 @@ class Checkpoints:
         self._thread.start()
 
     def written(self) -> list[Saved]:
-        """Those that have reached the disk since the last call.
-
-        Raises:
-            NoSpaceError: The disk is full.
-        """
+        """Those that have reached the disk since the last call."""
         self._raise()
         done, self._done = self._done, []
         return done
 
     def finish(self) -> None:
-        """Wait for the one on its way.
-
-        Raises:
-            NoSpaceError: The disk is full.
-        """
+        """Wait for the one on its way. Raises NoSpaceError: the disk is full."""
         self._join()
         self._raise()
 

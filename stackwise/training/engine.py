@@ -344,11 +344,7 @@ class LossScale:
             self.scale, self._good = min(2.0 * self.scale, HIGHEST_SCALE), 0
 
     def overflowed(self) -> None:
-        """A step's gradients were not.
-
-        Raises:
-            StackWiseError: So were those of many steps before it.
-        """
+        """A step's gradients were not. Raises StackWiseError: so were those of many steps before it."""
         self._bad, self._good = self._bad + 1, 0
         if self.dynamic:
             self.scale /= 2.0

@@ -84,7 +84,6 @@ class Feed:
         Args:
             samples_R: For each row, its sample's index in `split`.
             columns: Names of inputs beside tokens and masks: "segments" and columns of the data.
-            reader: The boundary that enters the stage; None where it reads tokens.
 
         Raises:
             UsageError: The data has no column of that name.

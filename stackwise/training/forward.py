@@ -133,7 +133,6 @@ def write_boundary(
     Args:
         stages: The stages that the rows go through, lowest first, on `device`; they are left in evaluation mode. Or
             what makes their outputs.
-        progress: Told the chunks handed to the writer and the chunks in all.
         stop: Asked before each chunk; True ends early, and a later call goes on from there.
         spent: Seconds that the chunks which are there already took to compute; None: they took as long as these.
 

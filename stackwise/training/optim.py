@@ -87,11 +87,7 @@ def make_optimizer(trained: Iterable[tuple[str, nn.Parameter]], settings: StageT
 
 
 def state_tensors(optimizer: Stepper, p: nn.Parameter) -> dict[str, Tensor]:
-    """The optimizer's state of a parameter, by kind.
-
-    Raises:
-        UsageError: Some of it is no tensor.
-    """
+    """The optimizer's state of a parameter, by kind. Raises UsageError: some of it is no tensor."""
     state: Mapping[str, Tensor] = optimizer.state.get(p, {})
     for kind, value in state.items():
         if not isinstance(value, Tensor):

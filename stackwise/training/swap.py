@@ -44,11 +44,7 @@ class SwapSpace:
 
 
 class SwappedEngine:
-    """Trains a stage group by group.
-
-    Args:
-        before: Steps that the stage has taken already, in windows before this one.
-    """
+    """Trains a stage group by group; `before`: steps that the stage has taken already, in windows before this one."""
 
     checkpoints = "swap/record"
     """Its steps are on the disk as they are taken: a checkpoint holds the trainer's record alone."""

@@ -238,8 +238,6 @@ def grouped_outputs(
     Batches are gathered until their activations fill the memory; then every group takes its turn.
 
     Args:
-        parts: The stage's parts, without its head.
-        row_bytes: Bytes of the activations of a row.
         memory: Bytes of activations held at once; a batch is held in any case.
         below: Frozen stages on the device that the rows go through before.
     """

@@ -118,11 +118,7 @@ class RedoLog:
         self._behind(write, gradients)
 
     def flush(self) -> None:
-        """Wait until everything handed in is on the disk.
-
-        Raises:
-            NoSpaceError: The disk is full.
-        """
+        """Wait until everything handed in is on the disk. Raises NoSpaceError: the disk is full."""
         if self._writing is not None:
             self._writing[0].result()
             self._writing = None  # not before: the loader waits for it too
@@ -132,8 +128,6 @@ class RedoLog:
 
         Args:
             update: What its `last`, `rate`, `clip` and `scaler` are.
-            loss: Its loss; no number where it was refused.
-            taken: Whether it moves the weights.
 
         Raises:
             NoSpaceError: The disk is full; the step is not published.

@@ -31,11 +31,7 @@ LEAST = 8  # losses before which there is no median to go by
 
 @dataclass
 class Progress:
-    """How a stage's training stands.
-
-    Args:
-        terms: Where the loss has several, the mean of each since the last report.
-    """
+    """How a stage's training stands; `terms`: where the loss has several, the mean of each since the last report."""
 
     step: int
     steps: int
@@ -191,7 +187,6 @@ class Trainer:
         """Train to the last step.
 
         Args:
-            batches: Microbatches from the trainer's step on.
             waited: Seconds spent waiting for `batches` so far.
 
         Returns:

@@ -57,11 +57,7 @@ class StageJobCommand:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> str:
-        """Run it.
-
-        Raises:
-            JobFailed: The command failed, was interrupted, or the job before did not succeed.
-        """
+        """Run it."""
         if self.after is not None and (before := self._wait()) != "done":
             self._write_state("not run", reason=f"the job before it: {before}")
             raise JobFailed(f"not run: the job before it is {before}")
@@ -128,7 +124,6 @@ def submit(config: StackWiseConfig, run: RunDirectory, engine: Engine) -> list[J
     """Submit the jobs of a run: the stages that are not committed, then the evaluation.
 
     Args:
-        run: The run's directory, on a disk that the node of the jobs has.
         engine: `slurm`, or `local`: the same jobs as processes of this machine.
 
     Returns:

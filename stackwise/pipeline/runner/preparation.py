@@ -41,8 +41,6 @@ class Preparation:
     what is asked for cannot be, the directory is left as it was; so is one with stages after any failure.
 
     Args:
-        run: The run's directory.
-        config: The configuration, before any `auto` is settled.
         stack: Holds the directory's lock beyond this.
 
     Raises:
@@ -119,21 +117,13 @@ class Preparation:
 
 
 def check_store(path: Path) -> None:
-    """Look whether a store can be there.
-
-    Raises:
-        UsageError: It cannot.
-    """
+    """Look whether a store can be there. Raises UsageError: it cannot."""
     if fault := unusable(path):
         raise UsageError(f"store.path {path} cannot be used: {fault}", hint="name another directory")
 
 
 def open_store(path: Path) -> ActivationStore:
-    """Open a store, or make one.
-
-    Raises:
-        UsageError: It cannot be there.
-    """
+    """Open a store, or make one. Raises UsageError: it cannot be there."""
     try:
         return ActivationStore(path)
     except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
@@ -186,12 +176,7 @@ def settle_block_size(
     """Find `training.block_size: auto`; returns what is known by now.
 
     Args:
-        config: The configuration; the number is put into it.
-        data: The prepared data.
-        before: What was found before.
         machine: The kind of `device` and its `memory` in bytes.
-        small_run: Runs a trial in a directory of this name.
-        emit: Emits what happens.
 
     Raises:
         ConfigError: With the size that was found, the settings do not fit each other.
@@ -224,12 +209,8 @@ def settle_batches(
     """Find every `batch_size: auto`; returns what is known by now.
 
     Args:
-        config: The configuration; the numbers are put into it.
-        data: The prepared data.
         before: What was found before.
-        device: The kind of device.
         work: Has a trial done by a worker; returns its events.
-        emit: Emits what happens.
     """
     vocabulary = check_data(config, data)
     samples = data.train.n_samples(config.training.seq_len)

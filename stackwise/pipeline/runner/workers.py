@@ -114,7 +114,6 @@ class Worker:
 
         Raises:
             InterruptedRun: It was told to stop, and saved its state.
-            StackWiseError: It failed; says how, with the last lines of its log.
         """
         self.ready()
         self._give(job)
@@ -295,12 +294,7 @@ class WorkerPool:
         return self._spare.ready()
 
     def work(self, job: StageJob | FinishJob | TrialJob) -> list[Event]:
-        """Have a job done; returns its events, progress aside.
-
-        Raises:
-            InterruptedRun: It was stopped after saving.
-            StackWiseError: It failed.
-        """
+        """Have a job done; returns its events, progress aside. Raises InterruptedRun: it was stopped after saving."""
         stage = job if isinstance(job, StageJob) else None
         if stage is not None:
             self._wait_for_orphan(Path(stage.store) / "locks" / f"work-{stage.recipe_id}.lock")

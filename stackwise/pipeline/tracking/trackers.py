@@ -384,11 +384,7 @@ class EventFile:
         self._write(_double(1, now) + _bytes(3, b"brain.Event:2"))
 
     def scalar(self, tag: str, value: float, step: int, wall_time: float) -> None:
-        """Append a value of a series.
-
-        Args:
-            value: Kept as float32, in which it may be infinite.
-        """
+        """Append a value of a series; `value`: kept as float32, in which it may be infinite."""
         kept = value if math.isnan(value) or abs(value) <= _LARGEST else math.copysign(math.inf, value)
         summary = _bytes(1, _bytes(1, tag.encode()) + _key(2, 5) + struct.pack("<f", kept))
         self._write(_double(1, wall_time) + _key(2, 0) + _varint(step) + _bytes(5, summary))
