@@ -22,9 +22,9 @@ from stackwise.batch import MASKS, SEGMENTS, TOKENS, Batch
 from stackwise.config import StackWiseConfig
 from stackwise.identity import content_id, generator
 from stackwise.model import Block, Head
-from stackwise.pipeline.build import objective_of
 from stackwise.pipeline.device import make_deterministic
-from stackwise.pipeline.recipe import WINDOW_CHUNKS, boundary_chunk_rows, codec_name, order_rows
+from stackwise.pipeline.parts import objective_of
+from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, boundary_chunk_rows, codec_name, order_rows
 from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.store import ActivationStore, Prefetcher, RowOrder
 from stackwise.training.engine import ResidentEngine
@@ -135,7 +135,7 @@ def workbench(setting: Setting, directory: Path) -> Iterator[Bench]:
             rows,
             seed=(config.seed, setting.stage.depth, "order"),
             chunk_rows=order_rows(config, rows),
-            window_chunks=WINDOW_CHUNKS,
+            window_chunks=SHUFFLED_CHUNKS,
         )
         objective = objective_of(config, setting.vocab_size - 1, setting.vocab_size, setting.stage)
         masks_RS = torch.from_numpy(store.masks(store.rowset(rowset).mask_ids, config.training.seq_len))

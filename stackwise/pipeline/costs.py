@@ -18,7 +18,7 @@ from stackwise.identity import content_id
 from stackwise.pipeline.decisions import Decision, separate_traffic, traffic_of
 from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, Estimate, committed_bytes
 from stackwise.pipeline.plan import Plan, check_data
-from stackwise.pipeline.recipe import WINDOW_CHUNKS, boundary_bytes, order_rows, stage_steps, whole_boundary
+from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, boundary_bytes, order_rows, stage_steps, whole_boundary
 from stackwise.pipeline.rows import HELD_OUT, choose_samples, drawn_rows
 from stackwise.pipeline.schedule import Stage, schedule
 from stackwise.words import size as in_bytes
@@ -43,7 +43,7 @@ def below_memory(plan: Plan, stage: Stage) -> int:
     numbers = 3 * model.d_model + sum(widths) + max(widths, default=0)
     in_hand = max(1, 8192 // config.training.seq_len) * positions * numbers * size
     rows = plan.rowset(stage.rowset)[1]
-    shuffled = min(rows, 2 * WINDOW_CHUNKS * order_rows(config, rows)) * positions * model.d_model * size
+    shuffled = min(rows, 2 * SHUFFLED_CHUNKS * order_rows(config, rows)) * positions * model.d_model * size
     return WEIGHT_BYTES * weights + in_hand + shuffled
 
 

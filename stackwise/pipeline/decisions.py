@@ -250,7 +250,7 @@ class TrafficMeter:
         self._make(base, number)
         if base is stage:
             self._read(base, seen)
-        elif plan.fuses(stage):
+        elif plan.fuses_passes(stage):
             self._pass(base, recomputed, rows)
             self._read(stage, max(0.0, seen - rows))
             self._write(stage, number)

@@ -242,7 +242,7 @@ class Plan:
         """Whether the boundary that enters a stage is one of those that are stored."""
         return stage.reads_boundary and stage.depth % self.config.boundary_every == 0
 
-    def fuses(self, stage: Stage) -> bool:
+    def fuses_passes(self, stage: Stage) -> bool:
         """Whether a stage itself writes the boundary that enters it, while it trains.
 
         One that nobody would read again is not written at all: no later stage, no later epoch, no later run.

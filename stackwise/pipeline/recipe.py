@@ -22,7 +22,7 @@ Recipe = dict[str, Any]
 
 VERSION = 2  # of the recipe's form: raise it when entries are named otherwise
 
-WINDOW_CHUNKS = 8  # groups of rows that are shuffled together
+SHUFFLED_CHUNKS = 8  # groups of rows that are shuffled together
 ROW_BYTES, GROUP_BYTES = 48, 16 << 10  # of a boundary beside its activations, about: of each row, and of the whole
 
 
@@ -114,7 +114,7 @@ def stage_recipe(config: StackWiseConfig, stage: Stage, forward: Mapping[str, An
         "settings": settings,
         "forward": dict(forward),
         "stage": _plain_stage(config, stage),
-        "order": {"chunk_rows": order_rows(config, reads.rows), "window_chunks": WINDOW_CHUNKS},
+        "order": {"chunk_rows": order_rows(config, reads.rows), "window_chunks": SHUFFLED_CHUNKS},
         "rowset": reads.rowset,
         "reads": None if reads.trunk is None else {"trunk": reads.trunk},
         "initial": dict(reads.initial),

@@ -120,8 +120,8 @@ def run_trial(job: TrialJob, device: torch.device) -> dict[str, Any]:
 
 
 def _engine(job: TrialJob, config: StackWiseConfig, device: torch.device) -> ResidentEngine:
-    from stackwise.pipeline.build import make_block, make_front, make_head, objective_of, parts_of, require_gradients
     from stackwise.pipeline.job import Source
+    from stackwise.pipeline.parts import make_block, make_front, make_head, objective_of, parts_of, require_gradients
     from stackwise.training.engine import ResidentEngine
     from stackwise.training.stage import StageModel
 

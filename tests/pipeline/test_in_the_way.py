@@ -21,7 +21,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.durable import FileLock, is_locked, write_durably
 from stackwise.errors import BusyError, NoSpaceError, UsageError
-from stackwise.pipeline.build import save_part
+from stackwise.pipeline.parts import save_part
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.manifest import EventLog
 from stackwise.pipeline.runner.runner import Runner

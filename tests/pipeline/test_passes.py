@@ -17,7 +17,7 @@ from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.manifest import RunContext
 from stackwise.pipeline.runner.runner import Runner
-from stackwise.pipeline.worker.stage import run_stage
+from stackwise.pipeline.worker.jobs import run_stage
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run
 from tests.pipeline.storm import kill_worker

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from stackwise.config import StackWiseConfig
 from stackwise.errors import DamageError
 from stackwise.model import part_digest
-from stackwise.pipeline.build import load_part, make_block, make_head, save_part
 from stackwise.pipeline.job import Source
+from stackwise.pipeline.parts import load_part, make_block, make_head, save_part
 
 CONFIG = StackWiseConfig.from_preset("micro")
 

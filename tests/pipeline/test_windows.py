@@ -19,7 +19,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData, prepare
 from stackwise.errors import ConfigError, NoSpaceError, UsageError
 from stackwise.pipeline.decisions import AGAIN
-from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows
+from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.schedule import schedule
@@ -147,8 +147,8 @@ def test_learning_rates_run_over_all_windows(finished: Finished) -> None:
 def test_a_stage_goes_on_as_if_it_had_never_stopped(micro: Micro, tmp_path: Path, setting: dict[str, Any]) -> None:
     """The first stage, whose input is no other stage's, against one trainer over the same batches in one go."""
     from stackwise.objectives import make_objective
-    from stackwise.pipeline.build import make_block, make_front, make_head, require_gradients
     from stackwise.pipeline.job import Source
+    from stackwise.pipeline.parts import make_block, make_front, make_head, require_gradients
     from stackwise.training.engine import ResidentEngine
     from stackwise.training.feed import Feed
     from stackwise.training.stage import StageModel
@@ -181,7 +181,7 @@ def test_a_stage_goes_on_as_if_it_had_never_stopped(micro: Micro, tmp_path: Path
                 rowset.rows,
                 seed=(config.seed, 0, *((stage.window,) if stage.window else ()), "order"),
                 chunk_rows=order_rows(config, rowset.rows),
-                window_chunks=WINDOW_CHUNKS,
+                window_chunks=SHUFFLED_CHUNKS,
             )
             batches = feed.shuffled(order, config.training.batch_size, 0)
             for _ in range(row["steps"]):

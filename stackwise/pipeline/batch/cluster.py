@@ -33,7 +33,7 @@ from stackwise.pipeline.tracking.trackers import check_installed
 from stackwise.store import ActivationStore
 from stackwise.text import check_plain
 
-Engine = Literal["slurm", "local"]
+BatchSystem = Literal["slurm", "local"]
 Job = dict[str, Any]
 REQUEUES = 1000  # how often a job may reach its time limit and go on
 SECONDS = 0.2  # between two looks at the job before
@@ -120,7 +120,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def submit(config: StackWiseConfig, run: RunDirectory, engine: Engine) -> list[Job]:
+def submit(config: StackWiseConfig, run: RunDirectory, engine: BatchSystem) -> list[Job]:
     """Submit the jobs of a run: the stages that are not committed, then the evaluation.
 
     Args:
@@ -245,7 +245,7 @@ def _command(run: RunDirectory, stage: int | None, window: int | None) -> list[s
     return [*python_command("stackwise"), *what, str(run.config_file), "--run", str(run.path)]
 
 
-def _parameters(config: StackWiseConfig, engine: Engine) -> dict[str, Any]:
+def _parameters(config: StackWiseConfig, engine: BatchSystem) -> dict[str, Any]:
     """What a job asks for, as submitit names it."""
     slurm = config.slurm
     gpus = slurm.gpus if slurm.gpus is not None else int(config.device != "cpu")

@@ -18,8 +18,8 @@ from stackwise.errors import UsageError
 from stackwise.evaluation import StageModules
 from stackwise.model import Front, Head
 from stackwise.objectives import RuntimeObjective
-from stackwise.pipeline.build import load_part, make_block, make_front, make_head, objective_of
 from stackwise.pipeline.job import Source, Versions, add_versions, pruned
+from stackwise.pipeline.parts import load_part, make_block, make_front, make_head, objective_of
 from stackwise.pipeline.rows import assigner
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_parts, schedule

@@ -142,7 +142,7 @@ def export_rack(rack: CommittedRack, out: Path, options: ExportOptions | None = 
     return export(out, rack.front(), rack.modules(), rack.config.model, options)
 
 
-GROUP = 16  # chunks that go up together, so that each stage is loaded once for all of them
+CHUNKS_AT_ONCE = 16  # chunks that go up together, so that each stage is loaded once for all of them
 
 
 def recomputer(run: RunDirectory, store: ActivationStore, device: str = "auto") -> Recompute:
@@ -159,8 +159,8 @@ def recomputer(run: RunDirectory, store: ActivationStore, device: str = "auto") 
     def recompute(info: BoundaryInfo, chunks: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         rack = _below(whole, info)
         samples_R = _samples(whole, store, info)
-        for first in range(0, len(chunks), GROUP):
-            group = chunks[first : first + GROUP]
+        for first in range(0, len(chunks), CHUNKS_AT_ONCE):
+            group = chunks[first : first + CHUNKS_AT_ONCE]
             yield from zip(group, _raised(rack, store, info, group, samples_R), strict=True)
 
     return recompute

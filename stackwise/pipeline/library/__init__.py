@@ -27,10 +27,10 @@ from stackwise.errors import UsageError
 from stackwise.identity import digest
 from stackwise.model import Front, Head, build_front, build_head, part_digest
 from stackwise.objectives import RuntimeObjective
-from stackwise.pipeline.build import objective_of, parts_of
 from stackwise.pipeline.device import describe, resolve_device
 from stackwise.pipeline.job import Source, StageJob
 from stackwise.pipeline.library.layers import Undescribed, check_layers, identity, named, probe
+from stackwise.pipeline.parts import objective_of, parts_of
 from stackwise.pipeline.recipe import (
     Reads,
     codec_name,
@@ -43,7 +43,7 @@ from stackwise.pipeline.recipe import (
 from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.pipeline.runner.manifest import recent_loss
 from stackwise.pipeline.schedule import HEAD, Stage, schedule
-from stackwise.pipeline.worker.stage import write_above
+from stackwise.pipeline.worker.jobs import write_above
 from stackwise.pipeline.worker.training import StageContext, train_stage
 from stackwise.store import ActivationStore
 from stackwise.training.feed import Feed

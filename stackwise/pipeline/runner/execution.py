@@ -208,7 +208,7 @@ class Boundaries:
             else:
                 at = stage_below(self._plan.stages, at)
                 recomputed.insert(0, at)
-        return Entry(reads, tuple(recomputed), fills=bool(recomputed) and train and self._plan.fuses(stage))
+        return Entry(reads, tuple(recomputed), fills=bool(recomputed) and train and self._plan.fuses_passes(stage))
 
     def made(self, stage: Stage, versions: Versions, rowset: int | None = None) -> str:
         """The boundary that enters a stage; made by forward passes from the nearest one below where it is gone."""

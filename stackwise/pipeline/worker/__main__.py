@@ -72,7 +72,7 @@ def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], d
     from stackwise.pipeline.device import describe, resolve_device, warm_up
     from stackwise.pipeline.job import FinishJob, StageJob
     from stackwise.pipeline.trial import TrialJob, run_trial
-    from stackwise.pipeline.worker.stage import run_finish, run_stage
+    from stackwise.pipeline.worker.jobs import run_finish, run_stage
 
     on = resolve_device(device)
     channel.emit({"event": "ready", **describe(on)})

@@ -24,8 +24,8 @@ from stackwise.config.choices import AdaptiveFusion
 from stackwise.config.schema import StageOverrides
 from stackwise.errors import DamageError
 from stackwise.model import part_digest
-from stackwise.pipeline.build import load_part, save_part
 from stackwise.pipeline.job import Source, StageJob
+from stackwise.pipeline.parts import load_part, save_part
 from stackwise.pipeline.recipe import Span
 from stackwise.pipeline.schedule import HEAD
 from stackwise.pipeline.worker.training import (

@@ -176,7 +176,7 @@ def serve(channel: socket.socket) -> None:
     """Be the template, until nobody is there to ask."""
     from stackwise.pipeline import trial  # noqa: F401
     from stackwise.pipeline.device import prepare_imports
-    from stackwise.pipeline.worker import __main__, stage  # noqa: F401
+    from stackwise.pipeline.worker import __main__, jobs  # noqa: F401
 
     prepare_imports()
     os.chdir("/")

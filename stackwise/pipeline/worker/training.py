@@ -19,11 +19,11 @@ from torch import Tensor
 from stackwise.config import StackWiseConfig, StageTraining
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.model import part_digest
-from stackwise.pipeline.build import JobParts, load_part, part_state, parts_of, save_part, stage_model
 from stackwise.pipeline.device import describe, peak_memory
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.job import StageJob
-from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows
+from stackwise.pipeline.parts import JobParts, load_part, part_state, parts_of, save_part, stage_model
+from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
 from stackwise.pipeline.rows import stage_rows
 from stackwise.pipeline.schedule import ADAPTER, STATE, Stage
 from stackwise.store import ActivationStore, RowOrder
@@ -152,7 +152,7 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
         job.rows,
         seed=job.order(config),
         chunk_rows=order_rows(config, job.rows),
-        window_chunks=WINDOW_CHUNKS,
+        window_chunks=SHUFFLED_CHUNKS,
         select=stage_rows(config, context.feed.rowset.sample_ids, stage.depth, stage.rowset),
     )
     with StageHooks(context, trainer) as hooks:

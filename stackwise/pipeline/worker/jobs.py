@@ -20,7 +20,13 @@ from stackwise.data import PreparedData
 from stackwise.durable import FileLock
 from stackwise.errors import InterruptedRun
 from stackwise.model import part_digest
-from stackwise.pipeline.build import (
+from stackwise.pipeline.committed.generate import generate
+from stackwise.pipeline.committed.load import load_rack
+from stackwise.pipeline.committed.use import evaluate_rack, export_rack
+from stackwise.pipeline.device import describe, make_deterministic
+from stackwise.pipeline.estimate import Estimate
+from stackwise.pipeline.job import FinishJob, StageJob
+from stackwise.pipeline.parts import (
     JobParts,
     committed_sources,
     frozen_stage,
@@ -29,12 +35,6 @@ from stackwise.pipeline.build import (
     parts_of,
     stage_model,
 )
-from stackwise.pipeline.committed.generate import generate
-from stackwise.pipeline.committed.load import load_rack
-from stackwise.pipeline.committed.use import evaluate_rack, export_rack
-from stackwise.pipeline.device import describe, make_deterministic
-from stackwise.pipeline.estimate import Estimate
-from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
 from stackwise.pipeline.rows import HELD_OUT, choose_samples
 from stackwise.pipeline.run import RunDirectory
