@@ -348,3 +348,9 @@ def pending(stage: Stage, steps: int) -> dict[str, Any]:
     """A stage in the manifest before anything is known of it but the schedule."""
     known = {"depth": stage.depth, "window": stage.window, "blocks": [stage.first, stage.last]}
     return dict.fromkeys(STATUS_KEYS) | known | {"state": "pending", "step": 0, "steps": steps}
+
+
+def recent_loss(losses: list[float | None]) -> float | None:
+    """The mean of the last steps' losses: one step's alone is mostly noise."""
+    recent = [loss for loss in losses[-20:] if loss is not None]
+    return sum(recent) / len(recent) if recent else None

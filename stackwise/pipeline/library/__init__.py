@@ -41,7 +41,7 @@ from stackwise.pipeline.recipe import (
     trunk_id,
 )
 from stackwise.pipeline.rows import choose_samples, put_rows
-from stackwise.pipeline.runner.manifest import recent_loss
+from stackwise.pipeline.run import recent_loss
 from stackwise.pipeline.schedule import HEAD, Stage, schedule
 from stackwise.pipeline.worker.jobs import write_above
 from stackwise.pipeline.worker.training import StageContext, train_stage

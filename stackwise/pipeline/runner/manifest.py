@@ -13,7 +13,7 @@ from stackwise.files import open_regular
 from stackwise.identity import content_id
 from stackwise.pipeline.events import EVENTS, Emit, Event, Observer
 from stackwise.pipeline.reasons import FIRST, History
-from stackwise.pipeline.run import RunDirectory, pending
+from stackwise.pipeline.run import RunDirectory, pending, recent_loss
 from stackwise.pipeline.schedule import Stage
 from stackwise.shapes import finite
 from stackwise.store import BoundaryInfo, CommittedStage
@@ -232,12 +232,6 @@ def _last_held_out(evaluations: list[list[float]]) -> dict[str, float] | None:
     if not evaluations:
         return None
     return {"step": evaluations[-1][0], "nats": evaluations[-1][1], "best": min(nats for _, nats in evaluations)}
-
-
-def recent_loss(losses: list[float | None]) -> float | None:
-    """The mean of the last steps' losses: one step's alone is mostly noise."""
-    recent = [loss for loss in losses[-20:] if loss is not None]
-    return sum(recent) / len(recent) if recent else None
 
 
 @dataclass(frozen=True)
