@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from stackwise.pipeline.run import RunDirectory
 
 F = TypeVar("F", bound=Callable[..., Any])
-PRESETS = ("micro", "smoke", "demo", "gpt2-small", "bert-base", "llama-1b", "llama-70b")
+PRESETS = ("micro", "smoke", "demo", "finetune", "gpt2-small", "bert-base", "llama-1b", "llama-70b")
 """The names of the built-in configurations, as help has them: reading their files would import all of config."""
 DEFAULT_PRESET = "demo"
 RUNS = Path("runs")
 """Where runs are by default."""
+FINETUNE = "finetune"
+"""The preset of a run from a pretrained model, where no other is named."""
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
 run_option = click.option("--run", "run", metavar="DIR", help="The run's directory. Default: the latest under runs/.")
@@ -102,7 +104,10 @@ def configuration(command: F) -> F:
         "-o", "overrides", metavar="KEY=VALUE", multiple=True, help="Set a key, such as training.steps=50."
     )
     run = click.option("--run", "run", metavar="DIR", help="The run's directory. Default: runs/NAME.")
-    return config_argument(preset_option(run(overrides(command))))
+    init = click.option(
+        "--init", metavar="DIR", help="Begin from a pretrained model, an export, or a finished run (init.weights)."
+    )
+    return config_argument(preset_option(run(init(overrides(command)))))
 
 
 @dataclass(frozen=True)
@@ -122,11 +127,13 @@ class Choice:
     arguments: tuple[str, ...]
 
 
-def choose(config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...]) -> Choice:
-    """The configuration that the options name.
+def choose(
+    config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...], init: str | None = None
+) -> Choice:
+    """The configuration that the options name, with what follows from a pretrained model.
 
     CONFIG or a preset where one is given; else the own configuration of the run that `--run` names, where there is
-    one; else the preset demo.
+    one; else the preset demo, or finetune where a model is named by --init.
 
     Raises:
         UsageError: CONFIG and a preset at once, or a faulty configuration; every fault is named.
@@ -136,9 +143,15 @@ def choose(config: str | None, preset: str | None, run: str | None, overrides: t
 
     values = parse_overrides(overrides)
     arguments = [config] if config is not None else ["--preset", preset] if preset is not None else []
+    if init is not None:
+        values["init.weights"] = init
+        arguments += ["--init", init]
+    if config is None and preset is None:
+        if run is not None and is_run(Path(run)):
+            config = str(RunDirectory(Path(run)).config_file)
+        elif values.get("init.weights") is not None:
+            preset = FINETUNE
     source = source_name(config, preset)
-    if not arguments and run is not None and is_run(Path(run)):
-        source = config = str(RunDirectory(Path(run)).config_file)
     chosen = load(config, preset, values)
     if run is not None:
         arguments += ["--run", check_plain(run, "--run")]  # it names jobs, tracker runs and files beside it
@@ -148,7 +161,7 @@ def choose(config: str | None, preset: str | None, run: str | None, overrides: t
 
 
 def load(config: str | None, preset: str | None, values: dict[str, Any]) -> StackWiseConfig:
-    """CONFIG, or a preset (by default demo), with overrides.
+    """CONFIG, or a preset, with overrides.
 
     Raises:
         UsageError: CONFIG and a preset at once, or a faulty configuration; every fault is named.
@@ -167,7 +180,7 @@ def load(config: str | None, preset: str | None, values: dict[str, Any]) -> Stac
         return StackWiseConfig.from_preset(preset or DEFAULT_PRESET, values)
 
     try:
-        return made(values)
+        chosen = made(values)
     except ConfigError as error:
         try:
             made({})
@@ -175,6 +188,11 @@ def load(config: str | None, preset: str | None, values: dict[str, Any]) -> Stac
             raise error from None
         options = ", ".join(f"-o {key}" for key in values)
         raise ConfigError(error.faults, source=f"{options} (over {source_name(config, preset)})") from None
+    if chosen.init.weights is None:
+        return chosen
+    from stackwise.pipeline.initial import with_checkpoint
+
+    return with_checkpoint(chosen)
 
 
 def source_name(config: str | None, preset: str | None) -> str:

@@ -30,7 +30,7 @@ C = TypeVar("C", bound=Settings)
 Tree = dict[str, Any]
 Key = tuple[str | int, ...]
 
-PRESETS = ("micro", "smoke", "demo", "gpt2-small", "bert-base", "llama-1b", "llama-70b")
+PRESETS = ("micro", "smoke", "demo", "finetune", "gpt2-small", "bert-base", "llama-1b", "llama-70b")
 """The built-in configurations: from seconds on two cores to one H200 for months."""
 
 MOST_BYTES = 256 << 10
@@ -233,7 +233,8 @@ def build(cls: type[C], tree: Tree, overrides: Mapping[str, Any] | None = None, 
     config.unused = reading.unused
     wrong = {dotted(key) for key in found}
     lines = [f"{dotted(key)}: {text}" for key, text in found.items()]
-    lines += [f"{key}: {text}" for key, text in contradictions(config) if key not in wrong]
+    if model_is_known(config):
+        lines += [f"{key}: {text}" for key, text in contradictions(config) if key not in wrong]
     if lines:
         raise ConfigError([printable(line) for line in lines], source=source)
     return config
@@ -250,10 +251,17 @@ def preset_path(name: str) -> Path:
     return Path(__file__).parent / "presets" / f"{name}.yaml"
 
 
+def model_is_known(config: Settings) -> bool:
+    """Whether `model.*` is that of the run; False: it follows from `init.weights`, which is still to be read."""
+    return config.init.weights is None or set(type(config.model).model_fields) <= config.model.model_fields_set
+
+
 def resolve(config: Settings) -> None:
     """Settle the settings that follow from others."""
     architecture, progressive = config.model.architecture, config.training.progressive
-    if architecture.n_stacks is None:
+    if not model_is_known(config):
+        pass  # the depth of the rack is among what is still to be read
+    elif architecture.n_stacks is None:
         architecture.n_stacks = (progressive.max_stacks if progressive.enabled else None) or 1
     elif progressive.enabled and progressive.max_stacks is not None:
         architecture.n_stacks = min(architecture.n_stacks, progressive.max_stacks)
@@ -280,7 +288,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def flat(config: Settings) -> dict[str, Any]:
     """The settings by dotted key, without those that say only where and how it runs; a stage's own ones come last."""
-    found = dict(leaves(config.model_dump(exclude={"tracking", "slurm", "stages", "name"})))
+    found = dict(leaves(config.model_dump(exclude={"tracking", "slurm", "stages", "name", "init"})))
     for depth, own in sorted(config.stages.items()):
         found |= leaves(own.model_dump(exclude_unset=True), f"stages.{depth}.")
     return found
@@ -486,6 +494,6 @@ class StackWiseConfig(Settings):
             ConfigError: They do not; every fault is named.
         """
         resolve(self)
-        if found := contradictions(self):
+        if model_is_known(self) and (found := contradictions(self)):
             raise ConfigError([f"{key}: {text}" for key, text in found])
         return self

@@ -142,6 +142,16 @@ class SlurmConfig(Section):
     )
 
 
+class InitConfig(Section):
+    """Where the weights of a run come from."""
+
+    weights: Annotated[Text, Field(min_length=1)] | None = Field(
+        None,
+        description="begin from a pretrained model: a Hugging Face directory (config.json, safetensors, "
+        "tokenizer.json), an export, or a finished run; model.* and data.tokenizer follow from it; null: fresh weights",
+    )
+
+
 class StageOverrides(Section):
     """What one stage does differently: only the keys that were set count."""
 
@@ -162,9 +172,11 @@ class Settings(Section):
     seed: Count = Field(0, description="every random draw follows from it")
     device: str = Field("auto", pattern=DEVICE, description="auto, cuda, cuda:N, mps, cpu")
     precision: Precision = Field(
-        "auto", description="fp32, or autocast to bf16 or fp16; auto: bf16 on a GPU that has it"
+        "auto",
+        description="fp32, or autocast to bf16 or fp16; fp64 to compare with others; auto: bf16 on a GPU that has it",
     )
     deterministic: bool = Field(True, description="only kernels that repeat bit for bit (on a GPU somewhat slower)")
+    init: InitConfig = Field(default_factory=InitConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)

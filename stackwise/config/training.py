@@ -26,7 +26,7 @@ from stackwise.config.kinds import Kind, Objective, Optimizer, choice
 if TYPE_CHECKING:
     from stackwise.config.model import ModelConfig
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp64", "fp32", "bf16", "fp16"]
 StackPrecision = Literal["full", "fp32", "half", "fp16", "bfloat16", "bf16", "fp8", "nvfp4", "fp4", "qlora"]
 STACK_PRECISION: dict[str, Precision] = {
     "fp32": "fp32", "half": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16",

@@ -101,15 +101,15 @@ class Tokenizer:
             UsageError: It cannot be read, or is broken.
         """
         path = path / "tokenizer.json" if os.path.isdir(path) else path
-        try:
-            text = files.read_text(Path(os.path.realpath(path)), limit=_FILE_BYTES)
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFound(
-                f"tokenizer {path} does not exist", hint="data.tokenizer is bpe, bytes, or the path of a tokenizer.json"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise UsageError(f"tokenizer {path} cannot be read ({getattr(error, 'message', error)})") from None
-        return cls.from_json(text, name=str(path))
+        return cls.from_json(_text(path), name=str(path))
+
+    @staticmethod
+    def names_in(path: Path) -> dict[str, int]:
+        """The names of a tokenizer.json and their ids, nothing added to them. Raises: see `load`."""
+        from tokenizers import Tokenizer as Backend
+
+        with _library(f"{path}: not a tokenizer.json", "it is what `save_pretrained` writes beside a model"):
+            return dict(Backend.from_str(_text(path)).get_vocab(with_added_tokens=True))
 
     def _special(self, names: tuple[str, ...]) -> int:
         from tokenizers import AddedToken
@@ -223,6 +223,17 @@ class Tokenizer:
     @cached_property
     def _table(self) -> Table | None:
         return byte_table(json.loads(self.json), self.vocab_size)
+
+
+def _text(path: Path) -> str:
+    try:
+        return files.read_text(Path(os.path.realpath(path)), limit=_FILE_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound(
+            f"tokenizer {path} does not exist", hint="data.tokenizer is bpe, bytes, or the path of a tokenizer.json"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"tokenizer {path} cannot be read ({getattr(error, 'message', error)})") from None
 
 
 def bytes_tokenizer() -> Tokenizer:

@@ -16,7 +16,7 @@ from stackwise.data import PreparedData
 from stackwise.errors import NoSpaceError, UsageError
 from stackwise.identity import content_id
 from stackwise.pipeline.decisions import Decision, separate_traffic, traffic_of
-from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, Estimate, committed_bytes
+from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, WIDE, Estimate, committed_bytes
 from stackwise.pipeline.plan import Plan, check_data
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, boundary_bytes, order_rows, stage_steps, whole_boundary
 from stackwise.pipeline.rows import HELD_OUT, choose_samples, drawn_rows
@@ -37,7 +37,7 @@ def below_memory(plan: Plan, stage: Stage) -> int:
     config, model = plan.config, plan.config.model
     parts = [(part, other) for other in below for part in other.forward_parts]
     weights = sum(Estimate(config, plan.vocabulary.size, other).parameters(part) for part, other in parts)
-    positions, size = config.row_positions, 4 if config.precision == "fp32" else 2
+    positions, size = config.row_positions, 4 if config.precision in WIDE else 2
     # Of each position a few vectors of the stream, and what the feed-forward's matrices put out, the widest twice.
     widths = [matrix.outputs for matrix in model.ffn.matrices(model).values()]
     numbers = 3 * model.d_model + sum(widths) + max(widths, default=0)

@@ -10,6 +10,7 @@ from stackwise.pipeline.recipe import stage_steps
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, schedule
 
 WEIGHT_BYTES = 4  # of a weight in training
+WIDE = ("fp32", "fp64")  # precisions that are computed in without autocast
 
 LOSS_BYTES = 3 * (32 << 20)  # of the loss: a slice of logits, its gradient and what makes it
 
@@ -79,7 +80,8 @@ class Estimate:
         blocks = sum(part not in (FRONT, HEAD) and not part.startswith(ADAPTER) for part in self.stage.trains)
         blocks *= self.config.model.block_parameters
         moments = settings.optimizer.state_bytes(blocks, trained - blocks)
-        return (WEIGHT_BYTES * (1 + gradients + bool(settings.ema))) * trained + moments
+        wide = 2 if self.config.precision == "fp64" else 1
+        return wide * ((WEIGHT_BYTES * (1 + gradients + bool(settings.ema))) * trained + moments)
 
     @property
     def files_bytes(self) -> int:
@@ -140,7 +142,7 @@ class Estimate:
         per_parameter = state / phase.trained_parameters
         ends = max(phase.parameters(part) for part in stage.holds if part in (FRONT, HEAD))
         most = len((*stage.blocks, *stage.lookahead))
-        copies = 0 if config.precision == "fp32" else 2 * block
+        copies = 0 if config.precision in WIDE else 2 * block
         activations = settings.batch_size * phase.memory_parts()[1] / most + copies
 
         def taken(groups: int) -> int:
@@ -151,7 +153,7 @@ class Estimate:
         groups = training.swap_parts or next((n for n in range(1, most) if taken(n) <= room), most)
         groups = min(groups, most)
         tokens = settings.batch_size * settings.accumulation * config.row_positions
-        step = tokens * config.model.d_model * (4 if config.precision == "fp32" else 2) * (groups + 3)
+        step = tokens * config.model.d_model * (4 if config.precision in WIDE else 2) * (groups + 3)
         kept = min(limit // 4, step)
         disk = state + round(per_parameter * max(ends, block)) + step - kept
         return Swap(groups, limit // 4, taken(groups) + kept, disk)

@@ -5,15 +5,19 @@ The newest weights of each part go by name as the schedule goes on: a stage star
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build, parse_yaml
+from stackwise.errors import UsageError
 from stackwise.pipeline.recipe import Recipe, Span
-from stackwise.pipeline.schedule import HEAD, Stage, head_version, is_state
+from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.schedule import HEAD, Stage, head_version, is_state, schedule
+from stackwise.pretrained.families import TensorRef
 from stackwise.store import CommittedStage
 
 
@@ -24,14 +28,22 @@ class Source:
     Args:
         digest: What the part's tensors, as they are loaded, must hash to (`model.part_digest`): a recipe names it,
             wherever the file is and whatever it calls them.
-        names: What the file calls each of the part's tensors, where not as the part does: a part of a pretrained
-            model. Only these are read.
+        names: Where each of the part's tensors is among a checkpoint's files: a part of a pretrained model. Only
+            these are read.
     """
 
-    path: str | None = None  # a safetensors file; None: fresh, from the seed
+    path: str | None = None  # a safetensors file, or with `names` a checkpoint's directory; None: fresh, from the seed
     digest: str | None = None
     recipe: str = ""  # the recipe of the stage that committed it; empty where it comes from elsewhere
-    names: dict[str, str] | None = None
+    names: dict[str, TensorRef] | None = None
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Source:
+        """The inverse of `dataclasses.asdict`, also through JSON."""
+        if (names := data["names"]) is None:
+            return cls(**data)
+        refs = {name: TensorRef(**(ref | {"rows": ref["rows"] and tuple(ref["rows"])})) for name, ref in names.items()}
+        return cls(data["path"], data["digest"], data["recipe"], refs)
 
 
 Versions = dict[str, Source]
@@ -78,6 +90,38 @@ def with_parts(versions: Versions, committed: CommittedStage) -> Versions:
     newer = dict(versions)
     add_versions(newer, committed)
     return newer
+
+
+def committed_stages(
+    run: RunDirectory, config: StackWiseConfig, manifest: Mapping[str, Any], *, whole: bool = True
+) -> list[tuple[Stage, Versions]]:
+    """The stages that a run has committed, from the bottom up without a gap; each with the versions that it left.
+
+    Args:
+        run: The run.
+        config: Its configuration.
+        manifest: Its manifest.
+        whole: Refuse a run whose last stage is not committed.
+
+    Raises:
+        UsageError: No stage, or (with `whole`) not every stage is committed, or one is no longer in the store.
+        DamageError: A committed file is not what it was.
+    """
+    stages = schedule(config)
+    again = f"stackwise run --run {run.path} finishes it"
+    done = list(itertools.takewhile(lambda entry: entry["state"] == "done", manifest["stages"]))
+    if not done or (whole and len(done) < len(stages)):
+        raise UsageError(f"{run.path}: {len(done)} of {len(stages)} stages are committed", hint=again)
+    parts: Versions = {}
+    left = []
+    with run.open_store(config) as store:
+        for stage, entry in zip(stages, done, strict=False):
+            committed = store.stage(entry["recipe"])
+            if committed is None:
+                raise UsageError(f"{run.path}: stage {stage.label} is no longer in the store", hint=again)
+            add_versions(parts, committed)
+            left.append((stage, dict(parts)))
+    return left
 
 
 def pruned(sources: Iterable[Source]) -> set[str]:
@@ -153,12 +197,12 @@ class StageJob:
         data["recomputed"] = tuple(
             Frozen(Stage.from_plain(one["stage"]), _sources(one["initial"])) for one in data["recomputed"]
         )
-        data["embedding"] = None if data["embedding"] is None else Source(**data["embedding"])
+        data["embedding"] = None if data["embedding"] is None else Source.from_plain(data["embedding"])
         return cls(**data)
 
 
 def _sources(data: dict[str, Any]) -> dict[str, Source]:
-    return {part: Source(**source) for part, source in data.items()}
+    return {part: Source.from_plain(source) for part, source in data.items()}
 
 
 @dataclass(frozen=True)

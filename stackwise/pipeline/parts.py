@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +32,7 @@ from stackwise.model.projections import (
 from stackwise.objectives import AdaptationObjective, RuntimeObjective, make_objective
 from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat, Stage, adapter_part
+from stackwise.pretrained.checkpoint import read_tensors
 from stackwise.store import CommittedStage
 from stackwise.training.checkpoint import TensorFile, reason
 from stackwise.training.stage import StageModel
@@ -41,29 +43,56 @@ RETRAINED = "run again: its stage is retrained"
 ELSEWHERE = "check that the file is that of the model which the configuration describes"
 
 
-def load_part(source: Source) -> dict[str, torch.Tensor] | None:
+def load_part(source: Source, vocab_size: int | None = None) -> dict[str, torch.Tensor] | None:
     """A part's tensors, checked against their digest; None where it is fresh.
 
-    Only the tensors that the source names are read: of a file with a whole model in it, no more than the part.
+    Only the tensors that the source names are read: of a checkpoint with a whole model in it, no more than the part.
+
+    Args:
+        source: Where they are.
+        vocab_size: Of a front or a head: ids of the model. Where a checkpoint has fewer, rows are added to it, each
+            the mean of the others.
 
     Raises:
-        DamageError: The file is missing, broken or not what was committed; or it lacks a tensor.
+        DamageError: A file is missing, broken or not what was committed.
+        UsageError: A checkpoint's file is missing or cut off, or lacks a tensor.
     """
     if source.path is None:
         return None
-    hint = RETRAINED if source.recipe or source.names is None else ELSEWHERE
-    try:
-        file = TensorFile(Path(source.path))
-        names = {name: name for name in file} if source.names is None else source.names
-        lacking = [stored for stored in names.values() if stored not in file]
-        if lacking:
-            raise DamageError(f"{source.path} has no tensor {lacking[0]}", hint=hint)
-        tensors = {name: file[stored] for name, stored in names.items()}
-    except (OSError, ValueError) as error:
-        raise DamageError(f"{source.path} cannot be read: {reason(error)}", hint=hint) from error
+    tensors = _read(Path(source.path)) if source.names is None else read_tensors(source.path, source.names)
     if source.digest is not None and part_digest(tensors) != source.digest:
-        raise DamageError(f"{source.path} is not what was committed", hint=hint)
+        changed = "is not what was committed" if source.names is None else "was changed since the run began"
+        raise DamageError(f"{source.path} {changed}", hint=_hint(source))
+    if source.names is not None and vocab_size is not None:
+        tensors |= {name: _with_rows(tensors[name], vocab_size) for name in VOCABULARY & tensors.keys()}
     return tensors
+
+
+VOCABULARY = frozenset({"embedding.weight", "projection", "bias"})
+"""Tensors of a front and a head that have a row for each id."""
+
+
+def _with_rows(tensor_VX: Tensor, size: int) -> Tensor:
+    """A tensor with so many rows; those that it lacks are the mean of the others."""
+    if (missing := size - len(tensor_VX)) <= 0:
+        return tensor_VX
+    total_X = torch.zeros(tensor_VX.shape[1:], dtype=torch.float64)
+    for first in range(0, len(tensor_VX), 1 << 12):  # never the whole of it in float64
+        total_X += tensor_VX[first : first + (1 << 12)].sum(0, dtype=torch.float64)
+    mean_X = (total_X / len(tensor_VX)).to(tensor_VX.dtype)
+    return torch.cat([tensor_VX, mean_X.expand(missing, *mean_X.shape)])
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a committed part."""
+    try:
+        return dict(TensorFile(path))
+    except (OSError, ValueError) as error:
+        raise DamageError(f"{path} cannot be read: {reason(error)}", hint=RETRAINED) from error
+
+
+def _hint(source: Source) -> str:
+    return RETRAINED if source.names is None else ELSEWHERE
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Source) -> None:
@@ -72,7 +101,7 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Source) -> N
     Raises:
         DamageError: They are of another module, shape or dtype; of a source from elsewhere the dtype may differ.
     """
-    hint = RETRAINED if source.recipe or source.names is None else ELSEWHERE
+    hint = _hint(source)
     wanted = module.state_dict()
     for name in sorted({*wanted, *tensors}):
         if name not in tensors or name not in wanted:
@@ -88,12 +117,18 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Source) -> N
     module.load_state_dict(tensors)
 
 
+def dtype_of(config: StackWiseConfig) -> torch.dtype:
+    """The dtype of weights in training, whatever that of a checkpoint is."""
+    return torch.float64 if config.precision == "fp64" else torch.float32
+
+
 def make_front(config: StackWiseConfig, vocab_size: int, source: Source) -> Front:
     """The front, with a part's weights or fresh ones."""
     model, seq_len = config.model, config.training.seq_len
     if source.path is None:
-        return build_front(model, vocab_size, config.seed, seq_len)
-    return _loaded(lambda: Front(model, vocab_size, seq_len), source)
+        return build_front(model, vocab_size, config.seed, seq_len).to(dtype_of(config))
+    make = partial(Front, model, vocab_size, seq_len)
+    return _loaded(make, source, dtype=dtype_of(config), vocab_size=vocab_size)
 
 
 def make_block(
@@ -113,9 +148,10 @@ def make_block(
         kind, *numbers = part.split(".")
         # An auxiliary block is drawn apart from those of the rack: nothing of it stays in the model.
         seed = config.seed if kind == "block" else derive_seed(config.seed, part)
-        block = build_block(config.model, int(numbers[-1]), seed)
+        block = build_block(config.model, int(numbers[-1]), seed).to(dtype_of(config))
     else:
-        block = _loaded(lambda: Block(config.model.at(int(part.rpartition(".")[2]))), source, form)
+        model = config.model.at(int(part.rpartition(".")[2]))
+        block = _loaded(lambda: Block(model), source, form, dtype=dtype_of(config))
     if form is not None:
         quantize(block, form, pack=packed)
     block.compute = COMPUTE.get(how.precision)
@@ -141,10 +177,10 @@ def make_head(
         embedding_VD: What a tied head projects with: the front's parameter (shared), or a plain tensor.
         own: Give a tied head a projection of its own that starts as a copy.
     """
-    tensors = load_part(source)
+    tensors = load_part(source, vocab_size)
     if tensors is not None and "projection" in tensors:
         embedding_VD, own = None, False
-    head = build_head(config.model, vocab_size, config.seed, embedding_VD)
+    head = build_head(config.model, vocab_size, config.seed, embedding_VD).to(dtype_of(config))
     if tensors is not None:
         _fill(head, tensors, source)
     if own and embedding_VD is not None:
@@ -168,7 +204,7 @@ def stage_model(job: StageJob, config: StackWiseConfig) -> StageModel:
     if HEAD in job.initial:
         embedding: torch.Tensor | None = None
         if config.model.tie_embeddings:
-            embedding = front.embedding.weight if front is not None else embedding_of(job)
+            embedding = front.embedding.weight if front is not None else embedding_of(job, config)
         own = owns_projection(config, stage)
         head = make_head(config, job.vocab_size, job.initial[HEAD], embedding, own=own)
     objective = objective_of(config, job.mask_token, job.vocab_size, stage)
@@ -232,11 +268,18 @@ def part_state(part: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return adapter_state(state) if part.startswith(ADAPTER) else base_state(state)
 
 
-def _loaded(make: Callable[[], M], source: Source, form: str | None = None) -> M:
+def _loaded(
+    make: Callable[[], M],
+    source: Source,
+    form: str | None = None,
+    *,
+    dtype: torch.dtype,
+    vocab_size: int | None = None,
+) -> M:
     # Made without values: drawing fresh weights only to overwrite them takes seconds for a large block.
     with torch.device("meta"):
-        module = make()
-    tensors = load_part(source)
+        module = make().to(dtype)
+    tensors = load_part(source, vocab_size)
     assert tensors is not None
     if form is not None and any(name.endswith(PACKED) for name in tensors):
         quantize(module, form, pack=True)
@@ -247,12 +290,12 @@ def _loaded(make: Callable[[], M], source: Source, form: str | None = None) -> M
     return module
 
 
-def embedding_of(job: StageJob) -> torch.Tensor | None:
+def embedding_of(job: StageJob, config: StackWiseConfig) -> torch.Tensor | None:
     """The embedding that a tied head above the front projects with, where the job names one."""
     if job.embedding is None:
         return None
-    tensors = load_part(job.embedding)
-    return None if tensors is None else tensors["embedding.weight"]
+    tensors = load_part(job.embedding, job.vocab_size)
+    return None if tensors is None else tensors["embedding.weight"].to(dtype_of(config))
 
 
 def save_part(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -329,7 +372,7 @@ class JobParts:
         if not self.tied and config.model.tie_embeddings:
             front = self._sources.get(FRONT)
             embedding_VD = (
-                embedding_of(job)
+                embedding_of(job, config)
                 if front is None
                 else make_front(config, job.vocab_size, front).embedding.weight.detach()
             )

@@ -11,6 +11,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.data import PreparedData, require_samples
 from stackwise.errors import DamageError, NotFound, UsageError
+from stackwise.pipeline.initial import MOST_ADDED
 from stackwise.pipeline.job import Frozen, Source, StageJob, Versions, starts
 from stackwise.pipeline.recipe import (
     Reads,
@@ -66,6 +67,8 @@ def vocabulary(config: StackWiseConfig, data: PreparedData) -> Vocabulary:
         needed, what = highest + 1, "the data's ids"
     else:
         needed, what = max(highest, mask) + 1, "the tokenizer's vocabulary with a mask token"
+    if config.init.weights is not None and size < needed <= size + MOST_ADDED:
+        size = needed  # embedding and head get rows (`build.load_part`)
     if needed > size:
         raise UsageError(
             f"model.vocab_size {size} does not fit {what}: {needed} ids are needed",

@@ -286,6 +286,8 @@ def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
     data.cache_dir = None if data.cache_dir is None else absolute(data.cache_dir)
     store.path = None if store.path is None else absolute(store.path)
     config.tracking.trackers = [tracker.placed(absolute) for tracker in config.tracking.trackers]
+    if config.init.weights is not None:
+        config.init.weights = absolute(config.init.weights)
     return config
 
 

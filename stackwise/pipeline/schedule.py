@@ -16,6 +16,7 @@ from stackwise.config.precision import stack_adapters, stack_precision, trunk_pr
 
 FRONT, HEAD = "front", "head"
 ADAPTER = "adapter."  # what the name of a block's adapters begins with; the block's follows
+FIRST_HEAD = "first head"  # the head of a pretrained model, whatever stages made of it
 STATE = "state."
 """What the name of an optimizer state for a later window begins with: the stage's depth, and the part, follow."""
 
@@ -296,7 +297,10 @@ def _independent(config: StackWiseConfig) -> Iterator[Stage]:
     for depth, (first, last) in enumerate(config.partition):
         trains = (*((FRONT,) if depth == 0 else ()), *block_parts(first, last), HEAD)
         rowset = depth if config.fresh_masks else 0
-        yield Stage(depth, first, last, trains, False, rowset, fresh=() if depth == 0 else (HEAD,))
+        begun = config.init.weights is not None
+        starts_from = {HEAD: FIRST_HEAD} if begun else {}
+        fresh = () if begun or depth == 0 else (HEAD,)
+        yield Stage(depth, first, last, trains, False, rowset, fresh=fresh, starts_from=starts_from)
 
 
 def _fusions(config: StackWiseConfig) -> Iterator[Stage]:

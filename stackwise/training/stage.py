@@ -59,7 +59,7 @@ class StageModel(nn.Module):
         blocks: Those that the stage hands on, in order: StackWise's own, or any modules from [B, S, D] to the same.
             Only the former are told the attention's direction and the documents.
         head: Activations at scored positions to logits; None in a stage that only passes activations on.
-        precision: "fp32", or "bf16" or "fp16": autocast, with the residual stream in the same.
+        precision: "fp32", "fp64", or "bf16" or "fp16": autocast, with the residual stream in the same.
         beyond: Further blocks between `blocks` and the head, which only the loss goes through.
     """
 
@@ -76,7 +76,7 @@ class StageModel(nn.Module):
         self.front, self.blocks, self.head = front, nn.ModuleList(blocks), head
         self.beyond = nn.ModuleList(beyond)
         self.objective, self.precision = objective, precision
-        self.stream_dtype = NARROW.get(precision, torch.float32)
+        self.stream_dtype = NARROW.get(precision, torch.float64 if precision == "fp64" else torch.float32)
 
     @property
     def in_half(self) -> bool:

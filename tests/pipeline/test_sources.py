@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from stackwise.config import StackWiseConfig
-from stackwise.errors import DamageError
+from stackwise.errors import DamageError, UsageError
 from stackwise.model import part_digest
 from stackwise.pipeline.job import Source
 from stackwise.pipeline.parts import load_part, make_block, make_head, save_part
+from stackwise.pretrained.families import TensorRef
 
 CONFIG = StackWiseConfig.from_preset("micro")
 
@@ -28,18 +31,31 @@ def state() -> dict[str, torch.Tensor]:
 
 
 def test_a_part_of_a_larger_file_is_read_by_its_names_alone(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
-    names = {name: f"model.layers.1.{name}" for name in state}
+    file = "model.safetensors"
+    names = {name: TensorRef(file, f"model.layers.1.{name}") for name in state}
     others = {"model.layers.0.x": torch.randn(64, 64)}
-    save_file(others | {names[name]: tensor.bfloat16() for name, tensor in state.items()}, tmp_path / "model")
+    save_file(others | {names[name].name: tensor.bfloat16() for name, tensor in state.items()}, tmp_path / file)
     narrow = {name: tensor.bfloat16() for name, tensor in state.items()}
-    source = Source(str(tmp_path / "model"), part_digest(narrow), names=names)
+    source = Source(str(tmp_path), part_digest(narrow), names=names)
     tensors = load_part(source)
     assert tensors is not None
     assert tensors.keys() == state.keys()
-    made = block(tmp_path / "model", digest=part_digest(narrow), names=names).state_dict()
+    assert Source.from_plain(json.loads(json.dumps(asdict(source)))) == source
+    made = block(tmp_path, digest=part_digest(narrow), names=names).state_dict()
     assert all(torch.equal(made[name], narrow[name].float()) for name in state)
-    with pytest.raises(DamageError, match=r"model has no tensor model\.layers\.7\.x"):
-        load_part(Source(str(tmp_path / "model"), names=names | {"x": "model.layers.7.x"}))
+    with pytest.raises(UsageError, match=r"has no tensor model\.layers\.7\.x"):
+        load_part(Source(str(tmp_path), names=names | {"x": TensorRef(file, "model.layers.7.x")}))
+
+
+def test_rows_that_a_checkpoint_lacks_are_the_mean_of_the_others(tmp_path: Path) -> None:
+    embedding = torch.randn(60, 4).bfloat16()
+    save_file({"embed": embedding}, tmp_path / "model.safetensors")
+    refs = {"embedding.weight": TensorRef("model.safetensors", "embed")}
+    tensors = load_part(Source(str(tmp_path), part_digest({"embedding.weight": embedding}), names=refs), 62)
+    assert tensors is not None
+    assert torch.equal(tensors["embedding.weight"][:60], embedding)
+    mean = embedding.double().mean(0).bfloat16()
+    assert torch.equal(tensors["embedding.weight"][60:], mean.expand(2, 4))
 
 
 @pytest.mark.parametrize("harm", ["shape", "dtype", "lacking", "more", "cut", "FIFO", "link", "digest", "gone"])

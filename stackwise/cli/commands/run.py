@@ -207,15 +207,21 @@ def _settle_block_size(choice: Choice) -> None:
 
 
 def _choice(
-    config: str | None, preset: str | None, run: str | None, overrides: tuple[str, ...], *, must_exist: bool = True
+    config: str | None,
+    preset: str | None,
+    run: str | None,
+    overrides: tuple[str, ...],
+    init: str | None,
+    *,
+    must_exist: bool = True,
 ) -> Choice:
     """As `choose`, but with no configuration named the run's own is meant: the latest run's where none is named."""
-    if config is None and preset is None:
+    if config is None and preset is None and (init is None or run is not None):
         if run is None and (must_exist or any(is_run(path) for path in Path("runs").glob("*"))):
             run = str(find_run(None).path)
         elif run is not None and must_exist:
             find_run(run)
-    return choose(config, preset, run, overrides)
+    return choose(config, preset, run, overrides, init)
 
 
 def _states(choice: Choice, stages: list[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:

@@ -30,6 +30,7 @@ from stackwise.pipeline.costs import boundaries_bytes, settle_windows
 from stackwise.pipeline.decisions import Decision, preview
 from stackwise.pipeline.estimate import RECORD_BYTES
 from stackwise.pipeline.events import Event, Observer
+from stackwise.pipeline.initial import initial_sources, settle_mask, tokenizer_limit
 from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.run import RunDirectory, status, with_absolute_paths
 from stackwise.pipeline.runner.runner import Runner
@@ -212,7 +213,10 @@ class Sweep:
                 key = content_id("data", [config.data.model_dump(), vocabulary, list(columns)])
                 if key not in prepared:
                     said = progress or (lambda phase, done, total: None)
-                    prepared[key], _ = prepare(config.data, model_vocab=vocabulary, progress=said, columns=columns)
+                    prepared[key], _ = prepare(
+                        config.data, model_vocab=tokenizer_limit(config), progress=said, columns=columns
+                    )
+                settle_mask(config, prepared[key])
                 data[member.combination.name] = prepared[key]
                 with planned(config, prepared[key], self.run_directory(member).store_path(config)) as plan:
                     member.decisions = preview(plan).decisions
@@ -379,4 +383,4 @@ def planned(config: StackWiseConfig, data: PreparedData, store: Path) -> Iterato
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="stackwise-plan-"))
             opened = stack.enter_context(ActivationStore(Path(directory) / "store"))
         settle_windows(config, data, {})
-        yield Plan(config, data, opened, device="cpu")
+        yield Plan(config, data, opened, device="cpu", sources=initial_sources(config))

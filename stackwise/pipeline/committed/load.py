@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +13,14 @@ from torch import nn
 
 from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
-from stackwise.errors import UsageError
 from stackwise.evaluation import StageModules
 from stackwise.model import Front, Head
 from stackwise.objectives import RuntimeObjective
-from stackwise.pipeline.job import Source, Versions, add_versions, pruned
-from stackwise.pipeline.parts import load_part, make_block, make_front, make_head, objective_of
+from stackwise.pipeline.job import Source, Versions, committed_stages, pruned
+from stackwise.pipeline.parts import dtype_of, load_part, make_block, make_front, make_head, objective_of
 from stackwise.pipeline.rows import assigner
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_parts, schedule
+from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_parts
 from stackwise.training.stage import NARROW
 
 
@@ -68,8 +66,8 @@ class CommittedRack:
         parts = parts or self.parts
         embedding = None
         if self.config.model.tie_embeddings:
-            tensors = load_part(parts[FRONT])
-            embedding = None if tensors is None else tensors["embedding.weight"]
+            tensors = load_part(parts[FRONT], self.vocab_size)
+            embedding = None if tensors is None else tensors["embedding.weight"].to(dtype_of(self.config))
         head = make_head(self.config, self.vocab_size, parts[HEAD], embedding, own=False)
         return head.to(self.device).eval()
 
@@ -131,24 +129,8 @@ def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) ->
     """
     config, manifest = run.config(), run.manifest()
     config.device = device.type
-    stages = schedule(config)
-    again = f"stackwise run --run {run.path} finishes it"
-    done: list[dict[str, Any]] = []
-    for entry in manifest["stages"]:
-        if entry["state"] != "done":
-            break
-        done.append(entry)
-    if not done or (whole and len(done) < len(stages)):
-        raise UsageError(f"{run.path}: {len(done)} of {len(stages)} stages are committed", hint=again)
-    parts: Versions = {}
-    newest: dict[int, tuple[Stage, Versions]] = {}
-    with run.open_store(config) as store:
-        for stage, entry in zip(stages, done, strict=False):
-            committed = store.stage(entry["recipe"])
-            if committed is None:
-                raise UsageError(f"{run.path}: stage {stage.label} is no longer in the store", hint=again)
-            add_versions(parts, committed)
-            newest[stage.depth] = (stage, dict(parts))
+    left = committed_stages(run, config, manifest, whole=whole)
+    newest = {stage.depth: (stage, versions) for stage, versions in left}
     # Between two windows, a stage whose weights were pruned cannot be used.
     standing = [
         (stage, versions)
@@ -162,7 +144,7 @@ def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) ->
         vocabulary["size"],
         vocabulary["mask"],
         [stage for stage, _ in standing],
-        parts,
+        left[-1][1],
         [versions for _, versions in standing],
         device,
     )

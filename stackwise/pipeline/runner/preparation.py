@@ -18,6 +18,7 @@ from stackwise.durable import unusable, write_bytes
 from stackwise.errors import InterruptedRun, StackWiseError, UsageError
 from stackwise.files import read_bytes
 from stackwise.pipeline.events import Emit, Event
+from stackwise.pipeline.initial import settle_mask, tokenizer_limit
 from stackwise.pipeline.plan import check_data
 from stackwise.pipeline.run import PREPARING, RunDirectory
 from stackwise.pipeline.runner import sizes
@@ -145,7 +146,7 @@ def prepare_data(config: StackWiseConfig, emit: Emit, check: Callable[[], None])
             emit("preparing", phase=phase, done=done, total=total)
 
     data, reused = prepare(
-        config.data, model_vocab=config.model.vocab_size, progress=progress, columns=config.objective.inputs
+        config.data, model_vocab=tokenizer_limit(config), progress=progress, columns=config.objective.inputs
     )
     summary = data.summary()
     emit("data", reused=reused, seconds=time.perf_counter() - begun, **summary)
@@ -157,6 +158,8 @@ def prepare_data(config: StackWiseConfig, emit: Emit, check: Callable[[], None])
         emit("note", text=f"data.paths: {line}")
     for note in unused_beside_prepared(config.data):
         emit("note", text=note)
+    if (mask := settle_mask(config, data)) is not None:
+        emit("note", text=mask)
     check_data(config, data)
     return data
 

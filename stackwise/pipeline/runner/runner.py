@@ -22,6 +22,7 @@ from stackwise.identity import content_id
 from stackwise.pipeline.costs import check_fit, planned_notes, settle_windows
 from stackwise.pipeline.decisions import RunPreview, moved_store, preview
 from stackwise.pipeline.events import Observer, event
+from stackwise.pipeline.initial import initial_sources, with_checkpoint
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.reasons import History
@@ -62,7 +63,7 @@ class Runner:
         resume_command: str = "stackwise run",
         max_time: float | None = None,
     ) -> None:
-        self.config, self.run_directory = with_absolute_paths(config), run
+        self.config, self.run_directory = with_absolute_paths(with_checkpoint(config)), run
         self._observe, self._resume_command = Observers([observe]), resume_command
         self._limit = None if max_time is None else TimeLimit(max_time)
         self._pool = WorkerPool(self.config, self._observe, resume_command, self._limit)
@@ -175,7 +176,13 @@ class Runner:
         auto = settle_batches(config, data, auto, device, self._pool.work, self._emit)
         for line in settle_windows(config, data, auto):
             self._emit("note", text=line)
-        plan = Plan(config, data, opened, device=device, memory=memory, known_rowsets=rowsets)
+
+        def hashed(done: int, parts: int) -> None:
+            self._pool.check()
+            self._emit("preparing", phase="reading init.weights", done=done, total=parts)
+
+        sources = initial_sources(config, hashed)
+        plan = Plan(config, data, opened, device=device, memory=memory, known_rowsets=rowsets, sources=sources)
         return plan, Manifest(run, plan, before, auto), history
 
     def _preview(self, plan: Plan, history: History) -> RunPreview:

@@ -108,6 +108,7 @@ def outcome(config: StackWiseConfig, most: int, result: dict[str, Any]) -> str:
 def _small(config: StackWiseConfig, size: int, blocks: int) -> StackWiseConfig:
     """The run's configuration for a rack of so many blocks, in stages of one size."""
     small = config.model_copy(deep=True)
+    small.init.weights = None  # a rack of another depth, whose weights are thrown away
     small.name, small.stages, small.tracking = "trial", {}, TrackingConfig(trackers=[])
     small.model.architecture.n_stacks, small.model.architecture.blocks_per_stack = blocks, 1
     small.store = StoreConfig(codec=config.store.codec, chunk_bytes=config.store.chunk_bytes, keep="none")

@@ -1,0 +1,270 @@
+"""Weights that a run begins from: what `init.weights` names, the settings that follow from it, a source for each part.
+
+No torch is imported here: the runner reads headers and digests; weights are read by workers, a part at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.fields import Section
+from stackwise.config.kinds import Kind
+from stackwise.config.loading import kind_of
+from stackwise.config.model import ArchitectureConfig, ModelConfig
+from stackwise.data import PreparedData
+from stackwise.data.prepared import TOKENIZER
+from stackwise.data.tokenizer import Tokenizer, bytes_tokenizer
+from stackwise.errors import ConfigError, NotFound, UsageError
+from stackwise.files import expanded
+from stackwise.pipeline.job import Source, Versions, committed_stages
+from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.schedule import ADAPTER, FIRST_HEAD, FRONT, HEAD, block_parts
+from stackwise.pretrained.checkpoint import Checkpoint
+
+FREE = frozenset({"dropout", "init_std"})
+"""Settings of `model.*` that are no fact of the weights: the run's own value counts."""
+
+
+class Weights(Protocol):
+    """What a run can begin from."""
+
+    model: ModelConfig
+    tokenizer_json: Path | None
+    objective: str
+    """The name of the objective that it was trained with, as far as it says."""
+    notes: tuple[str, ...]
+    """What is to be said of it."""
+
+    def source(self, part: str) -> Source:
+        """Where a part's weights are, with their digest."""
+        ...
+
+
+class Pretrained:
+    """A checkpoint: a directory of Hugging Face's layout, or an export."""
+
+    def __init__(self, directory: Path, cache_dir: str | None) -> None:
+        self.checkpoint = Checkpoint(directory, cache_dir)
+        description = self.checkpoint.description
+        sizes = {"vocab_size": description.vocab_size, "max_seq_len": description.max_seq_len}
+        self.model = ModelConfig.model_validate(description.config.model_dump() | sizes)
+        self.tokenizer_json, self.notes = self.checkpoint.tokenizer_json, self.checkpoint.notes
+        self.objective = "mlm" if description.masked_head else "clm" if description.causal else "mask_diffusion"
+
+    def source(self, part: str) -> Source:
+        """See `Weights.source`; a head that is not there starts fresh."""
+        if not (names := self.checkpoint.names(part)):
+            return Source()
+        return Source(str(self.checkpoint.directory), self.checkpoint.digest(part), names=names)
+
+
+class Committed:
+    """A finished run: its committed weights, in the store where they are."""
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, run: RunDirectory) -> None:
+        config, manifest = run.config(), run.manifest()
+        self._versions = committed_stages(run, config, manifest)[-1][1]
+        if any(name.startswith(ADAPTER) for name in self._versions):
+            raise UsageError(
+                f"init.weights: {run.path} ends with adapters beside its weights",
+                hint=f"merge them: `stackwise export --run {run.path} --out DIR`, and begin from DIR",
+            )
+        sizes = {"vocab_size": manifest["vocabulary"]["size"]}
+        sizes["max_seq_len"] = config.model.max_seq_len or config.training.seq_len
+        self.model = ModelConfig.model_validate(config.model.model_dump() | sizes)
+        self.tokenizer_json: Path | None = Path(manifest["data"]["directory"]) / TOKENIZER
+        self.objective = "clm" if config.adapts else config.objective.name
+
+    def source(self, part: str) -> Source:
+        """See `Weights.source`."""
+        return self._versions[part]
+
+
+def open_weights(config: StackWiseConfig) -> Weights:
+    """What `init.weights` names.
+
+    Raises:
+        NotFound: There is nothing there.
+        UsageError: It is no model, or one that cannot be taken up exactly.
+    """
+    assert config.init.weights is not None
+    path = expanded(config.init.weights).absolute()
+    if not path.is_dir():
+        raise NotFound(f"init.weights: {path}: there is no such directory", hint="name the directory of a model")
+    run = RunDirectory(path)
+    if run.manifest_file.exists():
+        return Committed(run)
+    return Pretrained(path, config.data.cache_dir)
+
+
+def with_checkpoint(config: StackWiseConfig) -> StackWiseConfig:
+    """A configuration whose model, tokenizer and objective follow from `init.weights`; as it is where that is null.
+
+    Raises:
+        ConfigError: A setting that was given contradicts the checkpoint: each with both values.
+        UsageError: See `open_weights`.
+    """
+    if config.init.weights is None:
+        return config
+    weights = open_weights(config)
+    config = config.model_copy(deep=True)
+    theirs = weights.model
+    faults = [*_contradictions(config, theirs), *_tokenizer_faults(config, weights)]
+    if faults:
+        raise ConfigError(faults, source=f"init.weights {config.init.weights}")
+    own = config.model
+    model = theirs.model_dump() | {name: getattr(own, name) for name in FREE & own.model_fields_set}
+    model["architecture"] = _stacks(config, theirs.n_blocks).model_dump()
+    if own.max_seq_len is not None:
+        model["max_seq_len"] = own.max_seq_len
+    config.model = ModelConfig.model_validate(model)
+    if weights.tokenizer_json is not None:
+        config.data.tokenizer = str(weights.tokenizer_json)
+    training = config.training
+    if "objective" not in training.model_fields_set:
+        training.objective = weights.objective  # type: ignore[assignment]
+    longest = config.model.max_seq_len
+    if longest is not None and "seq_len" not in training.model_fields_set:
+        training.seq_len = min(training.seq_len, longest)
+    return config.validate()
+
+
+def _contradictions(config: StackWiseConfig, theirs: ModelConfig) -> Iterator[str]:
+    """A line for each setting of `model.*` that was given and that the checkpoint has otherwise."""
+    own = config.model
+    for key, given, there in _differences("model", own, theirs):
+        yield f"{key}: is {kind_of(given)}, and {kind_of(there)} in the checkpoint: leave it out"
+    try:
+        _stacks(config, theirs.n_blocks)
+    except ValueError as error:
+        yield f"model.architecture: {error}"
+    if own.max_seq_len is not None and theirs.max_seq_len is not None:
+        learned = theirs.positions == "learned"
+        if own.max_seq_len > theirs.max_seq_len or (learned and own.max_seq_len != theirs.max_seq_len):
+            where = f"and {theirs.max_seq_len} in the checkpoint"
+            yield f"model.max_seq_len: is {own.max_seq_len}, {where}: leave it out{'' if learned else ', or lower it'}"
+
+
+def _differences(key: str, own: Section, theirs: Section) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that were given and differ: their keys, and both values. What is null was left to follow."""
+    for name in sorted(own.model_fields_set - FREE - {"architecture", "max_seq_len"}):
+        given, there = getattr(own, name), getattr(theirs, name)
+        if isinstance(given, Kind) and isinstance(there, Kind):
+            if type(given) is type(there):
+                yield from _differences(f"{key}.{name}", given, there)
+            else:
+                yield f"{key}.{name}", given.name, there.name
+        elif given is not None and given != there:
+            yield f"{key}.{name}", given, there
+
+
+def _stacks(config: StackWiseConfig, blocks: int) -> ArchitectureConfig:
+    """How the checkpoint's blocks make stacks: as the configuration says, else a block a stack.
+
+    Raises:
+        ValueError: They do not.
+    """
+    own, progressive = config.model.architecture, config.training.progressive
+    given = own.model_fields_set
+    stacks = own.n_stacks if own.n_stacks is not None else progressive.max_stacks if progressive.enabled else None
+    size = own.blocks_per_stack if "blocks_per_stack" in given else None
+    if stacks is None:
+        stacks = blocks // (size or 1)
+    if size is None:
+        size = blocks // stacks
+    if progressive.enabled and progressive.max_stacks is not None and progressive.max_stacks < stacks:
+        stacks = progressive.max_stacks
+    if stacks * size != blocks:
+        raise ValueError(f"{stacks} stacks of {size} blocks, and {blocks} blocks in the checkpoint: leave them out")
+    return ArchitectureConfig(n_stacks=stacks, blocks_per_stack=size)
+
+
+def _tokenizer_faults(config: StackWiseConfig, weights: Weights) -> Iterator[str]:
+    """Where the ids of the data would not be those of the weights."""
+    given = config.data.tokenizer if "tokenizer" in config.data.model_fields_set else None
+    if weights.tokenizer_json is None:
+        if given in (None, "bpe"):
+            yield "data.tokenizer: the checkpoint has no tokenizer.json: name the one that its ids are of"
+    elif given is not None and expanded(given).absolute() != weights.tokenizer_json.absolute():
+        theirs = Tokenizer.load(weights.tokenizer_json).id
+        if given == "bpe" or (bytes_tokenizer() if given == "bytes" else Tokenizer.load(expanded(given))).id != theirs:
+            yield f"data.tokenizer: is {kind_of(given)}, and {weights.tokenizer_json} in the checkpoint: leave it out"
+
+
+def initial_sources(config: StackWiseConfig, report: Callable[[int, int], None] | None = None) -> Versions:
+    """Where each part of the rack has its first weights; none without `init.weights`.
+
+    Args:
+        config: The configuration, as `with_checkpoint` returns it.
+        report: Called with the parts whose digests are known, and all: hashing takes as long as reading.
+
+    Raises:
+        UsageError: See `open_weights`.
+    """
+    if config.init.weights is None:
+        return {}
+    weights = open_weights(config)
+    parts = [FRONT, *block_parts(0, config.model.n_blocks - 1), HEAD]
+    sources: Versions = {}
+    for number, part in enumerate(parts):
+        if report is not None:
+            report(number, len(parts))
+        if (source := weights.source(part)).path is not None:
+            sources[part] = source
+    # A stage that stands apart from those below it begins with the head as it was, not as another stage left it.
+    return sources | ({FIRST_HEAD: sources[HEAD]} if HEAD in sources else {})
+
+
+MOST_ADDED = 2
+"""Ids that a checkpoint's vocabulary may grow by: a separator and a mask token where its tokenizer has none."""
+RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|\[unused\d+\]|<unused\d+>|<\|extra_\d+\|>")
+"""Names of ids that tokenizers keep free for their users."""
+
+
+def tokenizer_limit(config: StackWiseConfig) -> int | None:
+    """The size that a tokenizer must fit into before the data is prepared (see `prepare`).
+
+    Raises:
+        UsageError: The tokenizer has more ids than the checkpoint that it is for.
+    """
+    size = config.model.vocab_size
+    if config.init.weights is None or size is None or config.data.tokenizer in ("bpe", "bytes"):
+        return size
+    ids = Tokenizer.load(expanded(config.data.tokenizer)).vocab_size
+    if ids > size + MOST_ADDED:
+        raise UsageError(
+            f"data.tokenizer: {config.data.tokenizer} has {ids} ids, and the embedding of {config.init.weights} "
+            f"{size} rows",
+            hint="name the tokenizer that the checkpoint was trained with",
+        )
+    return None
+
+
+def settle_mask(config: StackWiseConfig, data: PreparedData) -> str | None:
+    """Find the id that stands for masked tokens of a checkpoint, and put one that is reserved into the configuration.
+
+    Returns:
+        Which it is, in a line, where the checkpoint has no mask token of its own.
+    """
+    size, tokenizer = config.model.vocab_size, data.tokenizer
+    if config.init.weights is None or size is None or not (config.objective.masks and config.objective.shows_mask):
+        return None
+    if config.training.mask_token_id is not None or config.data.tokenizer in ("bpe", "bytes"):
+        return None
+    names = Tokenizer.names_in(expanded(config.data.tokenizer))
+    if tokenizer.mask_id in names.values():
+        return None
+    if tokenizer.mask_id < size:
+        return f"masked positions show id {tokenizer.mask_id}, which no token of the checkpoint's tokenizer uses"
+    reserved = min((i for name, i in names.items() if RESERVED.fullmatch(name) and i < size), default=None)
+    if reserved is not None:
+        config.training.mask_token_id = reserved
+        return f"masked positions show id {reserved}, which the checkpoint's tokenizer reserves"
+    added = f"id {tokenizer.mask_id} is added to the model for masked positions"
+    return f"{added}: its row of embedding and head is the mean of the others"
