@@ -183,6 +183,7 @@ def _stacks(config: Settings) -> Iterator[Fault]:
     trunk = progressive.trunk_precision
     if progressive.enabled and trunk is not None and canonical(trunk) not in ("full", *FORMATS):
         yield f"{key}.trunk_precision", f"{trunk} is no way to hold a trunk: full, fp8, nvfp4 and qlora are"
+    # every adapted matrix must carry the rank
     limit = min(model.attention.narrowest(model), model.ffn.narrowest(model))
     found: dict[str, str] = {}
     integers = [config.stage_training(depth).quantization for depth in range(config.n_stages)]
@@ -200,7 +201,7 @@ def _stacks(config: Settings) -> Iterator[Fault]:
             # Adapters that come with the stacks above are alike: those of the next one stand for all.
             adapters = stack_adapters(config, depth, min(depth + 1, config.n_sections - 1))
         except UsageError as error:
-            found.setdefault(f"{key}.qlora_configs", error.message)
+            found.setdefault(f"{key}.qlora_configs", error.message)  # one line, whatever the number of stacks
             continue
         for name, (rank, _) in adapters.items():
             if rank > limit:

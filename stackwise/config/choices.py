@@ -100,6 +100,7 @@ class Mode(Kind):
 
 def cut(blocks: int, size: int) -> list[Span]:
     """Spans of `size` blocks; the last one takes what does not divide."""
+    # the last one takes what is left
     return [(first, min(first + size, blocks) - 1) for first in range(0, blocks, size)]
 
 
@@ -127,15 +128,15 @@ class Blockwise(Mode):
     @property
     def finds_size(self) -> bool:
         """See `Mode.finds_size`."""
-        return self.block_size == AUTO and self.n_stages is None
+        return self.block_size == AUTO and self.n_stages is None  # n_stages says the sizes already
 
     def partition(self, model: ModelConfig) -> list[Span]:
         """See `Mode.partition`."""
         n_blocks = model.n_blocks
         if self.n_stages is None:
             return cut(n_blocks, self.block_size or 1)  # until `auto` is found
-        n = min(self.n_stages, n_blocks)
-        edges = [n_blocks * k // n for k in range(n + 1)]
+        n = min(self.n_stages, n_blocks)  # the fault is reported by `faults`; a list is needed until then
+        edges = [n_blocks * k // n for k in range(n + 1)]  # sizes differ by one block at most
         return [(first, end - 1) for first, end in itertools.pairwise(edges)]
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
@@ -178,7 +179,7 @@ class Fused(Blockwise):
 class Independent(Blockwise):
     """Stages of several blocks, each on its own window of masked fractions."""
 
-    apart: ClassVar[bool] = True
+    apart: ClassVar[bool] = True  # its boundaries would be of other rows than its stages see
 
 
 class Divergence(Kind):
@@ -211,13 +212,13 @@ class Skip(Divergence):
 class Rollback(Skip):
     """The stage goes back to its last checkpoint by steps, with a lower learning rate."""
 
-    goes_back: ClassVar[bool] = True
+    goes_back: ClassVar[bool] = True  # so a swapped stage, which keeps no earlier weights, cannot have it
 
     rate_factor: Fraction = Field(0.5, description="factor on the learning rate at each rollback")
 
     def lowered(self, rollbacks: int) -> float:
         """See `Divergence.lowered`."""
-        return float(self.rate_factor**rollbacks)
+        return float(self.rate_factor**rollbacks)  # it falls further with each one
 
 
 class Lookahead(Kind):
@@ -309,7 +310,7 @@ class HierarchicalFusion(TrainableFusion):
     def groups(self, sections: list[Span]) -> list[Span]:
         """See `Fusion.groups`."""
         groups: list[Span] = []
-        while len(sections) > 1:
+        while len(sections) > 1:  # an odd one out goes up a level as it is
             pairs = [sections[start : start + 2] for start in range(0, len(sections), 2)]
             sections = [(pair[0][0], pair[-1][1]) for pair in pairs]
             groups += [group for group, pair in zip(sections, pairs, strict=True) if len(pair) == 2]
@@ -335,6 +336,7 @@ class AdaptiveFusion(TrainableFusion):
             steps: The budget in all.
             sections: How many are probed.
         """
+        # they add up to the budget exactly
         shares = [steps * (k + 1) // self.rounds - steps * k // self.rounds for k in range(self.rounds)]
         probes = [self.probe_steps or max(1, share // (4 * sections)) for share in shares]
         return [(probe, share - sections * probe) for share, probe in zip(shares, probes, strict=True)]

@@ -94,7 +94,7 @@ class Kind(Section):
     @property
     def code(self) -> dict[str, str]:
         """The digest of the file that a kind from outside is in, for identities; empty: it is built in."""
-        digest = self.registry.code(self.name)
+        digest = self.registry.code(self.name)  # built-in code is covered by the numerics version
         return {} if digest is None else {"code": digest}
 
     def plain(self) -> dict[str, Any]:
@@ -108,9 +108,9 @@ class Kind(Section):
         Raises:
             ValidationError: There is none of this name, or its settings are faulty.
         """
-        if isinstance(value, cls):
+        if isinstance(value, cls):  # assigned by a library user
             return value
-        given = {cls.tag: value} if isinstance(value, str) else value
+        given = {cls.tag: value} if isinstance(value, str) else value  # a name alone
         if not isinstance(given, Mapping):
             raise PydanticCustomError("kind_type", "must be a name, or a mapping with {tag}", {"tag": cls.tag})
         name = given.get(cls.tag)
@@ -123,7 +123,7 @@ class Kind(Section):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """A field annotated with a sort takes any of its kinds; a kind itself is a section like any other."""
-        if "registry" not in cls.__dict__:
+        if "registry" not in cls.__dict__:  # not a sort but one kind
             return handler(source)
         dump = core_schema.plain_serializer_function_ser_schema(_dump, info_arg=True)
         return core_schema.no_info_plain_validator_function(cls.of, serialization=dump)
@@ -191,6 +191,7 @@ class BlockPart(Kind):
 
     def narrowest(self, model: ModelConfig) -> int:
         """The highest rank of adapters that all its matrices can carry."""
+        # a product of two narrower matrices has no higher rank
         sides = (min(m.outputs, m.inputs) for m in self.matrices(model).values() if m.narrow)
         return min(sides, default=model.d_model)
 

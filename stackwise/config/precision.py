@@ -38,7 +38,7 @@ def stack_precision(config: Settings, depth: int) -> str:
         return integers.name
     own, progressive = config.stages.get(depth), config.training.progressive
     name = (own.precision if own else None) or (progressive.new_stack_precision if progressive.enabled else "full")
-    return "full" if canonical(name) == config.precision else canonical(name)
+    return "full" if canonical(name) == config.precision else canonical(name)  # the same arithmetic is the same recipe
 
 
 def trunk_precision(config: Settings, depth: int) -> str:
@@ -71,7 +71,7 @@ def own_adapters(config: Settings, depth: int) -> bool:
     """Whether the blocks of stage `depth` come with adapters."""
     progressive = config.training.progressive
     qlora = progressive.holds_trunk and progressive.trunk_strategy == "qlora"
-    wanted = progressive.qlora_enabled or not progressive.progressive_qlora
+    wanted = progressive.qlora_enabled or not progressive.progressive_qlora  # a trunk without either could not learn
     return (qlora and wanted) or stack_precision(config, depth) == "qlora"
 
 

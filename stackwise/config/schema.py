@@ -225,7 +225,7 @@ class Settings(Section):
     def has_windows(self) -> bool:
         """Whether rows can be trained in windows: where some stage reads a boundary, whose size they are to bound."""
         from_tokens = self.training.progressive.holds_trunk or self.stands_apart or self.grows
-        return self.n_sections > 1 and not from_tokens
+        return self.n_sections > 1 and not from_tokens  # else no boundary is written that windows could bound
 
     @property
     def windows(self) -> int:
@@ -242,7 +242,7 @@ class Settings(Section):
         """Every how-many-th boundary is stored; with as many as there are stages, none is."""
         progressive = self.training.progressive
         if progressive.enabled and progressive.cache_activations is False:
-            return max(self.n_stages, self.store.every)
+            return max(self.n_stages, self.store.every)  # a stride beyond the last stage: none is stored
         return self.store.every
 
     @property
@@ -288,9 +288,10 @@ class Settings(Section):
         adaptation, fusion = self.training.adaptation, self.training.fusion
         if isinstance(adaptation, CausalAdaptation) and depth == self.n_stages - 1:
             values["steps"] = adaptation.steps or values["steps"]
-        elif depth >= self.n_sections and fusion.budget is not None:
+        elif depth >= self.n_sections and fusion.budget is not None:  # the budget is shared by the fusion stages
             values["steps"] = max(1, fusion.budget // len(self.fusions))
         if own is not None:
+            # only what was set, so that defaults of the run count
             values |= {name: getattr(own.training, name) for name in own.training.model_fields_set}
         return StageTraining(**values)
 

@@ -178,7 +178,7 @@ class _Translation:
     def _move(self, tree: Tree, base: Tree, row: Moved, key: str) -> None:
         value = _drop(tree, key)
         new = None if row.new is None else key.removesuffix(row.old) + row.new
-        if new is None:
+        if new is None:  # nothing reads it any more
             if value != row.default:
                 self.reading.unused.append(f"{key} is unused: {row.why}")
             return
@@ -219,7 +219,7 @@ class _Translation:
         objective, interpretation, mapping = (given.get(key) for key in (_OBJECTIVE, _TIME, _MAPPING))
         if objective is not None:
             name = _tag(_get(tree, "training.objective"), "name")
-            if name not in (None, objective):
+            if name not in (None, objective):  # of another objective: its settings have no place
                 _drop(tree, "training.objective")
             self._wins(tree, "training.objective", objective, None if name == "mask_diffusion" else name, _OBJECTIVE)
         if interpretation == "input":
@@ -277,6 +277,7 @@ class _Translation:
         name = _tag(said or before, "kind")
         if heads is None and name == "gqa" and not said:
             _set(tree, "model.attention", {"kind": "mha"})
+        # it says what is so anyway
         if heads is None or (name == "mha" and heads == (_get(tree, "model.n_heads") or 4)):
             _drop(tree, "model.n_kv_heads")
         elif name is None or (name == "mha" and not said):
@@ -294,6 +295,7 @@ class _Translation:
             given = _get(tree, "tracking.trackers")
             given = _get(base, "tracking.trackers") if given is None else given
             given = ["tensorboard"] if given is None else given
+            # a tracker is in the list once
             others = [one for one in given if _tag(one, "kind") != name] if isinstance(given, list) else []
             own = {} if setting is None or value is True else {setting: value}
             _set(tree, "tracking.trackers", others if value in (False, None) else [*others, {"kind": name} | own])
@@ -311,6 +313,7 @@ class _Translation:
             self.written |= {f"{key}.{name}": (written, setting) for name, setting in value.items()}
         for path, leaf in [(key, value)] if plain else _leaves(tree, self.choices):
             other, earlier = self.written.get(path, (written, leaf))
+            # two names of one setting on one command line
             differs = earlier is not leaf and earlier != leaf and path != "tracking.trackers"  # each adds to the list
             if differs and _PROGRESSIVE.isdisjoint((key, other)):
                 text = f"{value!r}, but {other} says {earlier!r}, and both are one setting: leave one of them out"

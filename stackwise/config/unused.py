@@ -55,7 +55,7 @@ class _Lines:
         given, found = changed(section), dict[str, list[str]]()
         for names, why in reasons:
             hit = [name for name in names.split() if name in given]
-            if why and hit:
+            if why and hit:  # the first reason counts
                 found.setdefault(str(why), []).extend(hit)
                 given = [name for name in given if name not in hit]
         for why, names_of in found.items():
@@ -104,6 +104,7 @@ def unused_settings(config: Settings) -> list[str]:
     if not progressive.enabled:
         lines.section("training.mode", training.mode, training.mode.unused(config.model))
     _limits(config, lines.lines, above)
+    # only there gradients can underflow
     half = "fp16" in (config.precision, *(stack_precision(config, depth) for depth in range(config.n_sections)))
     for depth, own in [(None, training), *((depth, entry.training) for depth, entry in config.stages.items())]:
         effective = training if depth is None else config.stage_training(depth)
@@ -123,6 +124,7 @@ def unused_settings(config: Settings) -> list[str]:
     lines.section("training.progressive", progressive, _progressive(config, progressive))
     reads = reading_depths(config)
     recomputes = progressive.enabled and progressive.cache_activations is False
+    # a stage may read a boundary that is recomputed
     stored = any(depth % config.boundary_every == 0 for depth in reads)
     lines.section(
         "store",
@@ -134,7 +136,7 @@ def unused_settings(config: Settings) -> list[str]:
         ],
     )
     tracking = config.tracking
-    off = not any(tracker.named for tracker in tracking.trackers)
+    off = not any(tracker.named for tracker in tracking.trackers)  # event files have no projects
     lines.section("tracking", tracking, [("project group name", off and "no tracker in use knows runs by name")])
     return lines.lines
 

@@ -128,11 +128,7 @@ class Part:
     contents: Contents
 
     def documents(self, reading: Reading) -> Iterator[Document]:
-        """Its documents, read again.
-
-        Raises:
-            UsageError: It is not what it was in the first pass.
-        """
+        """Its documents, read again."""
         seen = Contents()
         limit = None if self.limit is None else Limit(self.limit)
         try:
@@ -175,11 +171,7 @@ class Corpus:
         return [f"{reason} ({number:,})" for reason, number in sorted(self.contents.remarks.items())]
 
     def documents(self) -> Iterator[Document]:
-        """Every document in order, read again.
-
-        Raises:
-            UsageError: A file is not what it was in the first pass.
-        """
+        """Every document in order, read again."""
         for part in self.parts:
             yield from part.documents(self.reading)
 
@@ -193,11 +185,7 @@ def scan(
     memory: Memory,
     progress: Progress,
 ) -> Corpus:
-    """Read every source once (or remember it) and add up what there is.
-
-    Raises:
-        UsageError: A source is faulty, nothing is left to train on, or texts and rows of tokens are mixed.
-    """
+    """Read every source once (or remember it) and add up what there is."""
     sizes = [_stat_size(source) for source in sources]
     total, done, left = sum(sizes), 0, max_bytes
     parts, contents = [], Contents()
@@ -208,7 +196,7 @@ def scan(
         if in_source.documents:
             parts.append(Part(source, left, in_source))
             contents.extend(in_source)
-        if left is not None and (was_cut or (left := left - in_source.size) <= 0):
+        if left is not None and (was_cut or (left := left - in_source.size) <= 0):  # max_bytes is used up
             break
     progress("reading", total, total)
     corpus = Corpus(tuple(parts), contents, reading, skipped)
@@ -284,7 +272,7 @@ def _check(corpus: Corpus, sources: int) -> None:
             + (f" ({reasons})" if reasons else ""),
             hint="name files or folders of UTF-8 text, jsonl, json, parquet or a Hugging Face data set",
         )
-    if 0 < contents.texts < contents.documents:
+    if 0 < contents.texts < contents.documents:  # one tokenizer cannot be asked of both
         raise UsageError("data.paths: some rows bring text and some input_ids; a corpus is one or the other")
     for name in dict.fromkeys((*corpus.reading.columns, *contents.columns)):
         bring = contents.columns[name]

@@ -71,7 +71,7 @@ def text_document(data: bytes, remarks: Mapping[str, int] = MappingProxyType({})
 
 def token_document(tokens: Int64s, columns: Mapping[str, Array], remarks: Mapping[str, int]) -> TokenDocument:
     """The document of a row of tokens and its columns."""
-    state = xxhash.xxh3_128(b"tokens\0")
+    state = xxhash.xxh3_128(b"tokens\0")  # never the digest of a text with these bytes
     state.update(tokens.astype("<u4").tobytes())
     for name in sorted(columns):
         state.update(b"\0" + name.encode() + b"\0")
@@ -94,9 +94,6 @@ def cut(blocks: Iterable[bytes], size: int = PIECE_BYTES) -> Iterator[str]:
     The cut depends on the text alone, not on how it came in blocks. It falls on a line end between two lines that
     touch it with something else than blanks, where there is one: there the usual pre-tokenizers begin a new word
     anyway, so the tokens are those of the uncut text.
-
-    Raises:
-        UnicodeDecodeError: The text is not UTF-8.
     """
     held = bytearray()
     for block in blocks:
@@ -115,7 +112,7 @@ def _place(data: bytearray, size: int) -> int:
     while (at := data.rfind(b"\n", low, at)) > 0:
         if data[at - 1] not in _BLANKS and data[at + 1] not in _BLANKS:
             return at + 1
-    for mark, keep in ((b"\n", 1), (b" ", 0)):
+    for mark, keep in ((b"\n", 1), (b" ", 0)):  # no such place: any line end, then a blank, then between characters
         if (at := data.rfind(mark, low, size)) > 0:
             return at + keep
     return boundary(data, size)
@@ -167,11 +164,7 @@ class Reading:
 
 
 def as_row(where: str, value: Any) -> Mapping[str, Any]:
-    """A value of JSON as a row.
-
-    Raises:
-        UsageError: It is no object.
-    """
+    """A value of JSON as a row."""
     if not isinstance(value, dict):
         raise UsageError(f"{where}: {_kind(value)}, not an object", hint='a row is an object such as {"text": "…"}')
     return value
@@ -180,7 +173,7 @@ def as_row(where: str, value: Any) -> Mapping[str, Any]:
 def lookup(row: Mapping[str, Any], column: str) -> Any:
     """The value of a column, by its name or by a way through objects (`doc.text`)."""
     if column in row:
-        return row[column]
+        return row[column]  # a column may have a dot in its name
     value: Any = row
     for name in column.split("."):
         if not isinstance(value, Mapping) or name not in value:
@@ -198,10 +191,6 @@ def row_documents(rows: Rows, reading: Reading, *, only_rows: bool = False) -> I
         rows: The rows.
         reading: Which columns they are made of.
         only_rows: The file may hold something else than rows, which its first row tells.
-
-    Raises:
-        SkippedFile: With `only_rows`, it does.
-        UsageError: A row has neither column, or they hold something else.
     """
     first = True
     while True:
@@ -217,7 +206,7 @@ def row_documents(rows: Rows, reading: Reading, *, only_rows: bool = False) -> I
         if value is not ABSENT:
             if value is not None and not isinstance(value, str):
                 raise UsageError(f"{where}: column {reading.column!r} holds {_kind(value)}, not text")
-            if value:
+            if value:  # null and empty text is no document
                 remarks = {f"rows bring {TOKENS} beside {reading.column}: the text is used": 1} if TOKENS in row else {}
                 yield text_document(repair(value).encode(), remarks)
         elif TOKENS in row:
@@ -246,12 +235,12 @@ def _token_document(where: str, row: Mapping[str, Any], reading: Reading) -> Doc
         raise UsageError(f"{where}: column {TOKENS!r} holds {fault} ({tokens.min()} … {tokens.max()})")
     columns = {name: _column(where, name, row[name], len(tokens)) for name in _kept(row, reading)}
     remarks: dict[str, int] = {}
-    keep = np.ones(len(tokens), bool)
+    keep = np.ones(len(tokens), bool)  # False: padding
     if row.get(MASK) is not None:
         mask = _column(where, MASK, row[MASK], len(tokens))
         if not np.isin(mask, (0, 1)).all():
             raise UsageError(f"{where}: column {MASK!r} holds something else than 0 and 1")
-        keep = mask != 0
+        keep = mask != 0  # what a model was not meant to see, none trains on here
     if row.get(LABELS) is not None and LABELS not in columns:
         keep &= _labelled(where, row, tokens, keep, remarks)
     if not keep.all():
@@ -284,7 +273,7 @@ def _labelled(
         return everything
     labels = _column(where, LABELS, value, len(tokens))
     scored = np.flatnonzero(labels != IGNORED)
-    end = int(scored[-1]) + 1 if scored.size else 0
+    end = int(scored[-1]) + 1 if scored.size else 0  # whatever follows the last scored position may be padding
     if row.get(MASK) is None and scored.size and end < len(tokens) and (tokens[end:] == tokens[-1]).all():
         everything[end:] = False
     if (labels != tokens)[keep & everything].any():
@@ -320,7 +309,7 @@ def _numbers(where: str, name: str, value: Any, *, fractions: bool = False) -> A
     try:
         if float not in kinds:
             return np.array(value, np.int64)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused below
             values = np.array(value, np.float64).astype(np.float32)
     except OverflowError:
         raise UsageError(f"{where}: column {name!r} holds a number beyond {'64' if fractions else '32'} bits") from None
@@ -397,18 +386,15 @@ class HeldOut:
             lowest: The lowest of their digests.
             highest: The highest.
             share: Of them, to be held out.
-
-        Raises:
-            UsageError: All documents are the same text, so that no side can be held out from the other.
         """
         chosen = cls(share, int(share * DIGESTS), n == 1)
         if chosen.single:
             return chosen
         if lowest == highest:
             raise UsageError(f"data.paths: all {n} documents are the same; none can be held out from training")
-        if lowest >= chosen.below:
+        if lowest >= chosen.below:  # by chance none is: the lowest one is taken
             return replace(chosen, below=lowest + 1)
-        if highest < chosen.below:
+        if highest < chosen.below:  # by chance all are: the highest one trains
             return replace(chosen, below=highest)
         return chosen
 
@@ -418,11 +404,7 @@ class HeldOut:
         return cls(1.0, DIGESTS, single=False)
 
     def divide(self, document: Document) -> list[tuple[int, Document]]:
-        """A document's parts with their sides: 0 trains, 1 is held out.
-
-        Raises:
-            UsageError: The only document is too short to be divided.
-        """
+        """A document's parts with their sides: 0 trains, 1 is held out."""
         if not self.single:
             return [(int(document.digest < self.below), document)]
         divide: Any = _divide_tokens if isinstance(document, TokenDocument) else _divide_text
@@ -432,7 +414,7 @@ class HeldOut:
 
 def _divide_tokens(document: TokenDocument, share: float) -> tuple[Document, Document]:
     n = len(document.tokens)
-    if n < 2:
+    if n < 2:  # one token cannot be on both sides
         raise _too_short()
     at = min(max(1, round(n * (1 - share))), n - 1)
 

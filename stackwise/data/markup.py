@@ -30,12 +30,7 @@ _INLINE = frozenset(
 
 
 def html_file(path: Path) -> Iterator[TextDocument]:
-    """The text of a web page, one document.
-
-    Raises:
-        SkippedFile: It is not UTF-8, too large, or broken so that it is not clear what is text.
-        OSError: It cannot be read.
-    """
+    """The text of a web page, one document."""
     page, html = _Page(), _text(path)
     for start in range(0, len(html), _PART):
         page.feed(html[start : start + _PART])
@@ -95,12 +90,7 @@ class _Page(HTMLParser):
 
 
 def notebook_file(path: Path) -> Iterator[TextDocument]:
-    """The cells of a Jupyter notebook in order, one document, a blank line between; outputs are left out.
-
-    Raises:
-        SkippedFile: It is no notebook of format 4.
-        OSError: It cannot be read.
-    """
+    """The cells of a Jupyter notebook in order, one document, a blank line between; outputs are left out."""
     try:
         notebook = files.parse_json(_text(path))
     except ValueError as error:

@@ -141,7 +141,7 @@ def _given(config: DataConfig, out: Path | None) -> PreparedData | None:
     named = [path for path in (files.expanded(name) for name in config.paths) if is_prepared(path)]
     if not named:
         return None
-    if len(config.paths) > 1:
+    if len(config.paths) > 1:  # its split and tokenizer are made already
         raise UsageError(f"data.paths: {named[0]} is a prepared data set; it stands alone, without other paths")
     if out is not None:
         raise UsageError(f"{named[0]} is prepared already", hint=f"set data.paths to [{named[0]}]")
@@ -185,7 +185,7 @@ def _reusable(directory: Path, key: Hex, *, mine: bool) -> PreparedData | None:
         return None
     try:
         there = PreparedData.open(directory)
-        if there.key != key:
+        if there.key != key:  # never replace what the user named
             raise UsageError(
                 f"--out {directory}: holds another prepared data set", hint="name another folder, or remove that one"
             )
@@ -219,7 +219,7 @@ def _build(
         notes = _notes(corpus, held_out)
         write_json(temporary / META, describe(key, tokenizer, splits, skipped=corpus.skipped.to_dict(), notes=notes))
         try:
-            temporary.rename(directory)
+            temporary.rename(directory)  # appears whole, or not at all
         except OSError:
             # without a cache to hold a lock in, another process may have come first
             if is_prepared(directory) and (first := PreparedData.open(directory)).key == key:
@@ -234,6 +234,7 @@ def _build(
 def _write(
     directory: Path, corpus: Corpus, held_out: HeldOut, tokenizer: Tokenizer, report: Progress
 ) -> list[dict[str, Any]]:
+    # text lengths of such tokens depend on their place
     measure = corpus.has_text and tokenizer.bytes_per_token() is None
     try:
         return write_splits(directory, corpus, held_out, tokenizer, measure=measure, progress=report)
@@ -259,33 +260,29 @@ class Cache:
     def __init__(self, setting: str | None, *, optional: bool) -> None:
         base = Path(setting) if setting else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "stackwise"
         root = files.expanded(base).absolute()
-        self._root: Path | None = root
+        self.root: Path | None = root
+        """The directory; None: it cannot be written."""
         if (why := unusable(root)) is not None:
             if not optional:
                 raise UsageError(
                     f"the cache directory {root} cannot be written ({why})",
                     hint="set data.cache_dir (or XDG_CACHE_HOME) to a folder that can",
                 )
-            self._root = None
-
-    @property
-    def root(self) -> Path | None:
-        """The directory; None: it cannot be written."""
-        return self._root
+            self.root = None
 
     @property
     def memory(self) -> Path | None:
         """Where is remembered what files hold."""
-        return None if self._root is None else self._root / "files.sqlite"
+        return None if self.root is None else self.root / "files.sqlite"
 
     def prepared(self, key: Hex) -> Path:
         """Where the set of that key is, or goes (not for an optional cache)."""
-        assert self._root is not None
-        return self._root / "prepared" / key
+        assert self.root is not None
+        return self.root / "prepared" / key
 
     def tokenizer(self, key: Hex) -> Path | None:
         """Where the tokenizer of that key is, or goes; its folder is made."""
-        return None if self._root is None else _made(self._root / "tokenizers") / f"{key}.json"
+        return None if self.root is None else _made(self.root / "tokenizers") / f"{key}.json"
 
     @contextlib.contextmanager
     def building(self, directory: Path, report: Progress) -> Iterator[None]:
@@ -293,7 +290,7 @@ class Cache:
 
         What a killed process left half made beside it is removed.
         """
-        if self._root is None:
+        if self.root is None:
             yield
             return
         lock = FileLock(self._lock_file(directory), f"the preparation of {directory}")
@@ -304,15 +301,15 @@ class Cache:
             except BusyError as error:
                 holder = printable(error.message.rpartition(" is held by ")[2])
                 report(f"{WAITING} {holder}", waited, None)
-                time.sleep(_POLL_SECONDS)
+                time.sleep(_POLL_SECONDS)  # the lock has no queue to wait in
                 waited += 1
         with lock:
             self._sweep(directory)
             yield
 
     def _lock_file(self, directory: Path) -> Path:
-        assert self._root is not None
-        return _made(self._root / "locks") / digest(os.fsencode(directory))
+        assert self.root is not None
+        return _made(self.root / "locks") / digest(os.fsencode(directory))
 
     def _sweep(self, mine: Path) -> None:
         for stale in list(mine.parent.glob(f"{TEMPORARY}*-????????")):

@@ -161,7 +161,7 @@ def describe(key: Hex, tokenizer: Tokenizer, splits: list[dict[str, Any]], **mor
 
 
 def _id(version: int, tokenizer: Mapping[str, Any], splits: Mapping[str, Any]) -> Hex:
-    about = {name: value for name, value in tokenizer.items() if name != "name"}
+    about = {name: value for name, value in tokenizer.items() if name != "name"}  # a path, which may differ
     return content_id("prepared data", {"version": version, "tokenizer": about, "splits": splits})
 
 
@@ -172,7 +172,7 @@ def _read_meta(directory: Path) -> Mapping[str, Any]:
         raise NotFound(f"{directory} is not a prepared data set (it has no {META})") from None
     except (OSError, ValueError) as error:
         raise _damaged(directory, f"{META}: {getattr(error, 'message', error)}") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:  # any tool may have a meta.json
         raise NotFound(f"{directory} is not a prepared data set ({META} is something else)")
     version = meta.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version > VERSION:
@@ -238,7 +238,7 @@ class Split:
 
     def n_samples(self, seq_len: int) -> int:
         """Whole samples of `seq_len` tokens."""
-        return self.n_tokens // seq_len
+        return self.n_tokens // seq_len  # the tail that fills no sample is left
 
     def samples(self, indices: Any, seq_len: int) -> Int64s:
         """Tokens of samples: int64 [n, seq_len].
@@ -309,7 +309,7 @@ class Split:
         marks = np.zeros((len(first), seq_len), np.int32)
         row = np.repeat(np.arange(len(first)), high - low)
         nth = np.arange(len(row)) - np.repeat(np.cumsum(high - low) - (high - low), high - low)
-        starts = self.documents[np.repeat(low, high - low) + nth]
+        starts = self.documents[np.repeat(low, high - low) + nth]  # starts of documents that lie within each sample
         marks[row, starts - first[row]] = 1
         return np.cumsum(marks, axis=1, dtype=np.int32)
 
@@ -435,7 +435,7 @@ def _map(directory: Path, name: str, column: Mapping[str, Any]) -> Array:
     dtype, length = np.dtype(column["dtype"]), column["length"]
     with os.fdopen(_open_column(directory, name), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size != length * dtype.itemsize:
+        if size != length * dtype.itemsize:  # mapped beyond its end, a file ends the process
             raise DamagedColumnError(f"{directory.name}/{name}.bin is {size} bytes, not {length * dtype.itemsize}")
         if name == "counts" or not length:  # an empty file cannot be mapped
             return np.fromfile(file, dtype)

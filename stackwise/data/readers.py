@@ -1,6 +1,7 @@
 """From a file to its documents: text, JSON lines, JSON, parquet and Arrow; packed ones are unpacked as they are read.
 
-Everything from outside is checked here: what comes out are documents, or one line that says what is wrong, and where.
+Everything from outside is checked here: what comes out are documents, or one line that says what is wrong, and where. A
+file that holds no text raises `SkippedFile`, a faulty one `UsageError`, one that cannot be read `OSError`.
 """
 
 from __future__ import annotations
@@ -66,12 +67,7 @@ _BOM = codecs.BOM_UTF8
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """A file of a corpus, unpacked as it is read. The user named it or its folder, so it may be reached by a link.
-
-    Raises:
-        UsageError: What would unpack it is not installed; reading it: it is damaged, or unpacks to far too much.
-        OSError: It cannot be opened, or is no regular file.
-    """
+    """A file of a corpus, unpacked as it is read. The user named it or its folder, so it may be reached by a link."""
     raw = os.fdopen(files.open_regular(Path(os.path.realpath(path))), "rb")
     if (suffix := path.suffix.lower()) not in PACKED:
         return raw
@@ -135,12 +131,7 @@ class _Unpacked(io.RawIOBase):
 def text_file(
     path: Path, limit: int | None = None, report: Callable[[int], None] | None = None, reading: Reading | None = None
 ) -> Iterator[TextDocument]:
-    """A text file: one document, or none where it is empty (or cut to nothing by `limit` bytes).
-
-    Raises:
-        SkippedFile: It is binary, not UTF-8, or rows under another name.
-        OSError: It cannot be read.
-    """
+    """A text file: one document, or none where it is empty (or cut to nothing by `limit` bytes)."""
     blocks = file_blocks(path, limit)
     head = next(blocks, b"")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -189,11 +180,7 @@ def _is_row(head: bytes, reading: Reading) -> bool:
 
 
 def file_blocks(path: Path, limit: int | None = None) -> Iterator[bytes]:
-    """A file's bytes, block by block, without a byte order mark; with `limit`, its whole lines within so many.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
+    """A file's bytes, block by block, without a byte order mark; with `limit`, its whole lines within so many."""
     left = None if limit is None else _cut_at(path, limit)[0]
     with open_file(path) as file:
         first = True
@@ -233,12 +220,7 @@ def _cut_at(path: Path, limit: int) -> tuple[int, bool]:
 
 
 def jsonl_rows(path: Path) -> Rows:
-    """The objects of a JSON-lines file. Blank lines are passed over.
-
-    Raises:
-        UsageError: A line is not JSON, not UTF-8, not an object, or longer than any row.
-        OSError: The file cannot be read.
-    """
+    """The objects of a JSON-lines file. Blank lines are passed over."""
     with open_file(path) as file:
         number = 0
         while line := file.readline(ROW_BYTES + 1):
@@ -262,12 +244,7 @@ def _parsed(where: str, line: bytes) -> Any:
 
 
 def json_rows(path: Path) -> Rows:
-    """The rows of a `.json` file: the objects of one array, or objects one after another (JSON lines).
-
-    Raises:
-        UsageError: It is something else.
-        OSError: The file cannot be read.
-    """
+    """The rows of a `.json` file: the objects of one array, or objects one after another (JSON lines)."""
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     scan = json.JSONDecoder().raw_decode
     text, at, number, size, in_array, ended = "", 0, 0, BLOCK_BYTES, False, False
@@ -318,11 +295,7 @@ def _skip_blanks(text: str, at: int) -> int:
 
 
 def require_pyarrow(path: Path, what: str = "parquet files and Hugging Face data sets need") -> None:
-    """Check that pyarrow is there.
-
-    Raises:
-        UsageError: It is not; the message says how to install it.
-    """
+    """Check that pyarrow is there."""
     try:
         import pyarrow  # noqa: F401
     except ImportError:
@@ -330,12 +303,7 @@ def require_pyarrow(path: Path, what: str = "parquet files and Hugging Face data
 
 
 def parquet_rows(path: Path, reading: Reading) -> Rows:
-    """Rows of a parquet file, only the columns that documents need.
-
-    Raises:
-        UsageError: It is not a parquet file, is damaged, or has no such column.
-        OSError: It cannot be read.
-    """
+    """Rows of a parquet file, only the columns that documents need."""
     require_pyarrow(path)
     import pyarrow.parquet as pq
 
@@ -345,12 +313,7 @@ def parquet_rows(path: Path, reading: Reading) -> Rows:
 
 
 def arrow_rows(path: Path, reading: Reading) -> Rows:
-    """Rows of an Arrow file in either of its formats (Hugging Face writes the streaming one).
-
-    Raises:
-        UsageError: It is not an Arrow file, is damaged, or has no such column.
-        OSError: It cannot be read.
-    """
+    """Rows of an Arrow file in either of its formats (Hugging Face writes the streaming one)."""
     require_pyarrow(path)
     import pyarrow as pa
 

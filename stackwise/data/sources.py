@@ -57,13 +57,7 @@ class Source:
     def documents(
         self, reading: Reading, limit: Limit | None = None, report: Callable[[int], None] | None = None
     ) -> Iterator[Document]:
-        """Its documents in order, within a limit. `report` hears how many bytes of a long text file went by.
-
-        Raises:
-            SkippedFile: It holds no text.
-            UsageError: It is faulty.
-            OSError: It cannot be read.
-        """
+        """Its documents in order, within a limit. `report` hears how many bytes of a long text file went by."""
         if self.kind.startswith("not "):
             raise SkippedFile(self.kind.removeprefix("not "))
         if self.kind == "text":
@@ -103,7 +97,7 @@ def kind_of(path: Path, *, named: bool) -> str:
     if suffix in _ARCHIVES or (packing in PACKED and _ROWS.get(suffix) in ("parquet", "arrow")):
         return "not compressed: unpack it first"
     if suffix in _TABLES:
-        return "not a table: save it as jsonl or parquet, a row a document"
+        return "not a table: save it as jsonl or parquet, a row a document"  # a table has no one column of text
     if suffix in _MARKUP:
         return "not plain text: save its text as .txt"
     return _ROWS.get(suffix) or _MARKED.get(suffix, "text")
@@ -136,10 +130,6 @@ def find_sources(paths: Sequence[str], reading: Reading, *, follow_links: bool =
         paths: What to read; none: the Python standard library of the running interpreter.
         reading: What makes a row.
         follow_links: Follow links that lead out of a folder, too. A path that is itself a link is always followed.
-
-    Raises:
-        NotFound: A path does not exist, or a pattern fits nothing.
-        UsageError: A path is neither file nor folder, or its folder cannot be read; there is no standard library.
     """
     if not paths:
         if library := list(_standard_library()):
@@ -148,7 +138,7 @@ def find_sources(paths: Sequence[str], reading: Reading, *, follow_links: bool =
     finder = _Finder(reading, follow_links)
     for name in paths:
         path = files.expanded(name)
-        if glob.has_magic(name) and not os.path.lexists(path):
+        if glob.has_magic(name) and not os.path.lexists(path):  # a file may have brackets in its name
             finder.pattern(path)
         else:
             finder.path(path)
@@ -210,7 +200,7 @@ class _Finder:
         return False
 
     def _add(self, source: Source) -> None:
-        key = os.path.realpath(source.path)
+        key = os.path.realpath(source.path)  # two links to one file are one document
         if self.sources.setdefault(key, source) is not source:
             self.skipped.add(source.path, "named twice")
 
@@ -225,7 +215,7 @@ class _Finder:
                     self._add(Source(file, "arrow", named=True))
             return
         if not named and is_prepared(folder):
-            self.skipped.add(folder, "a prepared data set")
+            self.skipped.add(folder, "a prepared data set")  # its tokens are no text
             return
         try:
             status = folder.stat()
@@ -235,7 +225,7 @@ class _Finder:
                 raise UsageError(f"data.paths: {folder} cannot be read ({_why(error)})") from None
             self.skipped.add(folder, "unreadable")
             return
-        if (here := (status.st_dev, status.st_ino)) in self._folders:
+        if (here := (status.st_dev, status.st_ino)) in self._folders:  # links within a folder may go round in circles
             self.skipped.add(folder, "named twice")
             return
         self._folders.add(here)
@@ -249,7 +239,7 @@ class _Finder:
         if not self._may_follow(path, root):
             return
         if os.path.isdir(path):
-            if path.name in _TOOLS:
+            if path.name in _TOOLS:  # code of others, not the user's text
                 self.skipped.add(path, "a folder of tools")
             else:
                 self._folder(path, root)
@@ -282,17 +272,13 @@ def dataset_files(folder: Path) -> tuple[list[Path], list[str]]:
     """The Arrow files of a data set in order, and the names of the splits that are left out.
 
     Of a dictionary with a `train` split only that is read: the others are there to be kept from training.
-
-    Raises:
-        UsageError: Its description is damaged, or it was saved with an indices mapping.
-        NotFound: A file that it names is missing.
     """
     if not (folder / _DICT).is_file():
         return _arrow_files(folder), []
     splits = _describe(folder / _DICT).get("splits")
     if not isinstance(splits, list) or not splits or not all(_plain(name) for name in splits):
         raise UsageError(f"{folder / _DICT}: names no splits")
-    used = ["train"] if "train" in splits else splits
+    used = ["train"] if "train" in splits else splits  # test splits stay out of training
     return [file for name in used for file in _arrow_files(folder / name)], [x for x in splits if x not in used]
 
 

@@ -34,12 +34,7 @@ class Choice:
 
     @classmethod
     def of(cls, config: DataConfig, model_vocab: int | None) -> Choice:
-        """What the settings choose, before the corpus is read.
-
-        Raises:
-            NotFound: The tokenizer's file does not exist.
-            UsageError: It is broken, or does not fit the model's vocabulary.
-        """
+        """What the settings choose, before the corpus is read."""
         wanted = config.vocab_size or model_vocab
         if config.tokenizer == "bpe":
             size = wanted or DEFAULT_VOCABULARY
@@ -56,11 +51,7 @@ class Choice:
         return cls({"kind": kind, "id": tokenizer.id}, tokenizer, 0, model_vocab, None)
 
     def resolve(self, corpus: Corpus) -> Choice:
-        """The choice for a corpus: on rows of ready tokens nothing is trained.
-
-        Raises:
-            UsageError: The rows' ids do not fit the tokenizer, or the model.
-        """
+        """The choice for a corpus: on rows of ready tokens nothing is trained."""
         if corpus.has_text:
             return self
         largest = corpus.contents.largest_id
@@ -102,7 +93,7 @@ class Choice:
         if path is not None:
             with contextlib.suppress(OSError, ValueError):  # missing, damaged or changed: trained again
                 seal, _, text = files.read_text(path, limit=_KEPT_BYTES).partition("\n")
-                if seal == digest(text.encode()):
+                if seal == digest(text.encode()):  # a damaged one would silently give other tokens
                     return Tokenizer.from_json(text, name="bpe")
         tokenizer = train_bpe(corpus, held_out, self.bpe_size, progress)
         if path is not None:
@@ -112,11 +103,7 @@ class Choice:
 
 
 def check_fit(vocab_size: int, what: str, model_vocab: int | None) -> None:
-    """Check that a model's vocabulary holds a tokenizer's ids.
-
-    Raises:
-        UsageError: It does not.
-    """
+    """Check that a model's vocabulary holds a tokenizer's ids."""
     if model_vocab is not None and vocab_size > model_vocab:
         raise UsageError(
             f"model.vocab_size: {model_vocab} is too small for {what}: {vocab_size} ids, separator and mask included",
@@ -144,11 +131,7 @@ SMALLEST = 256 + 2
 
 
 def check_vocabulary(size: int, key: str) -> None:
-    """Check a size that bpe is to be trained to.
-
-    Raises:
-        UsageError: It does not hold the bytes and the two special tokens.
-    """
+    """Check a size that bpe is to be trained to."""
     if size > MOST_IDS:
         raise UsageError(f"{key}: {size} is too large; bpe has at most {MOST_IDS} ids")
     if size < SMALLEST:
@@ -192,7 +175,7 @@ def _sample(corpus: Corpus, held_out: HeldOut, total: int, progress: Progress) -
     done = size = 0
     for document in corpus.documents():
         for side, part in held_out.divide(document):
-            if side or not isinstance(part, TextDocument):
+            if side or not isinstance(part, TextDocument):  # nothing held out may shape the tokenizer
                 continue
             for number, piece in enumerate(part.pieces()):
                 # which pieces are drawn depends on the document alone
@@ -213,6 +196,7 @@ def numbers_tokenizer(n: int) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers
 
+    # the words are never looked at: rows bring ids
     backend = Backend(models.WordLevel({str(i): i for i in range(n)}, unk_token="0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([SEPARATOR, MASK])

@@ -65,17 +65,13 @@ def write_splits(
 
     Returns:
         The descriptions of the two splits.
-
-    Raises:
-        NotExactError: Without `measure`, the byte table does not add up.
-        UsageError: A file changed meanwhile, the mask token occurs, a side stays empty, or the tokenizer knows less
-            than half of the text.
     """
     more = {"bytes": "<u4"} if measure and corpus.has_text else corpus.columns
     writers = [SplitWriter(directory / side, tokenizer, more) for side in SIDES]
     done = 0
     try:
         progress("tokenizing", 0, corpus.contents.size)
+        # results come in order, so files are the same on any machine
         for batch, encoded in _in_parallel(_batches(corpus, held_out), tokenizer, measure):
             for piece, columns in zip(batch, encoded, strict=True):
                 writer = writers[piece.side]
@@ -88,6 +84,7 @@ def write_splits(
             progress("tokenizing", done, corpus.contents.size)
         wanted = writers if held_out.share < 1 else writers[1:]
         if not all(writer.n_documents for writer in wanted):
+            # a side without documents cannot be trained or scored
             raise UsageError("data.paths: too little text to hold some of it out", hint="add more text")
         made = [writer.finish() for writer in writers]
         if corpus.has_text:
@@ -102,7 +99,7 @@ def _check_known(tokenizer: Tokenizer, counts: Array) -> None:
     """Separators aside, as a tokenizer that makes one unknown token of a document has as many of them."""
     unknown = tokenizer.unknown_id
     total = int(counts.sum() - counts[tokenizer.separator_id])
-    if unknown is None or counts[unknown] <= UNKNOWN_SHARE * total:
+    if unknown is None or counts[unknown] <= UNKNOWN_SHARE * total:  # a few unknown characters are usual
         return
     raise UsageError(
         f"data.tokenizer: {tokenizer.name} does not know this text: {counts[unknown] / total:.0%} of its tokens are "
@@ -201,7 +198,7 @@ class _Column:
 
     def close(self) -> dict[str, Any]:
         self._file.flush()
-        os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())  # before meta.json says that the set is whole
         self._file.close()
         return {"dtype": self.dtype.str, "length": self.length, "digest": self._hash.hexdigest()}
 
@@ -263,7 +260,7 @@ class SplitWriter:
         left, self._unclaimed = self._unclaimed, 0
         if self.n_tokens == self._start:
             return
-        if left:
+        if left:  # it belongs to the last token of its document
             self._held["bytes"][-1][-1] += left
         if self._last != self._tokenizer.separator_id:
             self.add(self._end)
@@ -285,11 +282,7 @@ class SplitWriter:
         self._held_tokens = 0
 
     def finish(self) -> dict[str, Any]:
-        """Close the files, durably, and describe them as plain data.
-
-        Raises:
-            UsageError: The mask token stands in the data.
-        """
+        """Close the files, durably, and describe them as plain data."""
         self._flush()
         self._check_mask()
         counts = _Column(self.directory / "counts.bin", "<i8")
