@@ -9,12 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from stackwise.config import AUTO, StackWiseConfig
-from stackwise.config.loading import build, dump, parse_yaml
-from stackwise.identity import content_id
+from stackwise.config import StackWiseConfig
+from stackwise.config.loading import build, parse_yaml
 from stackwise.pipeline.device import Memory, is_out_of_memory, memory
-from stackwise.pipeline.estimate import Estimate
-from stackwise.pipeline.schedule import Stage, schedule
+from stackwise.pipeline.schedule import Stage
 
 if TYPE_CHECKING:
     import torch
@@ -47,46 +45,6 @@ class TrialJob:
         """The inverse of `plain`."""
         data = {key: value for key, value in data.items() if key != "kind"}
         return cls(**(data | {"stage": Stage.from_plain(data["stage"])}))
-
-
-def wanted(config: StackWiseConfig) -> dict[str, Stage]:
-    """The keys that are `auto`, each with the stage to try: the largest of those that it holds for."""
-    size = config.model.vocab_size or 4096
-    stages = [Estimate(config, size, stage).largest_phase.stage for stage in schedule(config)]
-
-    def takes(stage: Stage) -> float:
-        return sum(Estimate(config, size, stage).memory_parts())
-
-    own = {k for k, each in config.stages.items() if "batch_size" in each.training.model_fields_set}
-    rest = [stage for stage in stages if stage.depth not in own]
-    found = {"training.batch_size": max(rest, key=takes)} if rest and config.training.batch_size == AUTO else {}
-    for depth in sorted(own):
-        if config.stages[depth].training.batch_size == AUTO:
-            mine = max((stage for stage in stages if stage.depth == depth), key=takes)
-            found[f"stages.{depth}.training.batch_size"] = mine
-    return found
-
-
-def settle(config: StackWiseConfig, key: str, rows: int) -> None:
-    """Set a key that was `auto`."""
-    section = config.training if key.startswith("training.") else config.stages[int(key.split(".")[1])].training
-    section.batch_size = rows
-
-
-def conditions(config: StackWiseConfig, job: TrialJob, device: str) -> str:
-    """Names what a trial's outcome holds for."""
-    stage = asdict(job.stage) | {"place": 0}
-    settings = config.stage_training(job.stage.depth)
-    values = {"model": config.model.model_dump(), "positions": config.row_positions, "stage": stage, "device": device}
-    values |= {"optimizer": settings.optimizer.plain(), "precision": config.precision}
-    values |= {"ema": settings.ema, "most": job.most}
-    return content_id("batch size", values | {"objective": config.objective.plain(), "vocabulary": job.vocab_size})
-
-
-def make_job(config: StackWiseConfig, stage: Stage, vocab_size: int, mask_token: int, samples: int) -> TrialJob:
-    """The job for a stage; a batch is never larger than a step's share of the samples."""
-    most = max(1, samples // config.stage_training(stage.depth).accumulation)
-    return TrialJob(dump(config), stage, vocab_size, mask_token, most)
 
 
 def run_trial(job: TrialJob, device: torch.device) -> dict[str, Any]:

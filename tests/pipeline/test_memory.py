@@ -15,8 +15,7 @@ import pytest
 
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.device import is_out_of_memory, memory
-from stackwise.pipeline.estimate import Estimate
-from stackwise.pipeline.runner.sizes import SAFETY, oom_advice
+from stackwise.pipeline.estimate import SAFETY, Estimate, oom_advice
 from stackwise.pipeline.schedule import schedule
 
 WIDE = {

@@ -15,8 +15,8 @@ from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError
 from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.run import RunDirectory, status
+from stackwise.pipeline.runner.auto import largest_fitting, sizes, try_sizes
 from stackwise.pipeline.runner.runner import Runner
-from stackwise.pipeline.runner.sizes import largest_fitting, sizes, try_sizes
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import Micro, run
 from tests.pipeline.test_run import named, weights

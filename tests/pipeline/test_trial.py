@@ -11,8 +11,9 @@ from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.loading import build, dump, parse_yaml
 from stackwise.errors import ConfigError
 from stackwise.pipeline.run import RunDirectory, status
+from stackwise.pipeline.runner.auto import settle, wanted
 from stackwise.pipeline.schedule import schedule
-from stackwise.pipeline.trial import TrialJob, settle, wanted
+from stackwise.pipeline.trial import TrialJob
 from tests.conftest import Micro, run
 
 

@@ -21,11 +21,7 @@ from stackwise.pipeline.events import Emit, Event
 from stackwise.pipeline.initial import settle_mask, tokenizer_limit
 from stackwise.pipeline.plan import check_data
 from stackwise.pipeline.run import PREPARING, RunDirectory
-from stackwise.pipeline.runner import sizes
-from stackwise.pipeline.runner.sizes import SmallRun
-from stackwise.pipeline.trial import TrialJob, conditions, make_job, settle, wanted
 from stackwise.store import ActivationStore
-from stackwise.words import size as in_bytes
 
 RECORD_SECONDS = 1.0  # between two records in the manifest of how far one thing is
 PROGRESS_SECONDS = 0.2  # between two events on how far the preparation of the data is
@@ -171,64 +167,3 @@ def unused_beside_prepared(data: DataConfig) -> list[str]:
     settled = {"tokenizer", "vocab_size", "held_out", "max_bytes", "text_column", "follow_links"}
     given = sorted(set(changed(data)) & settled)
     return [f"data.{', '.join(given)}: unused, {data.paths[0]} is prepared already"] if given else []
-
-
-def settle_block_size(
-    config: StackWiseConfig, data: PreparedData, before: Auto, machine: Event, small_run: SmallRun, emit: Emit
-) -> Auto:
-    """Find `training.block_size: auto`; returns what is known by now.
-
-    Args:
-        machine: The kind of `device` and its `memory` in bytes.
-
-    Raises:
-        ConfigError: With the size that was found, the settings do not fit each other.
-    """
-    if not config.finds_block_size:
-        return before
-    vocab_size = check_data(config, data).size
-    candidates = sizes.sizes(config, vocab_size, data.id, machine["device"], machine["memory"])
-    result = before.get(sizes.KEY)
-    if result is None or result["conditions"] != candidates.conditions:
-        tried = sizes.try_sizes(config, candidates, small_run, emit)
-        result = {"conditions": candidates.conditions, **tried}
-        emit("note", text=sizes.outcome(config, candidates.most, result))
-    else:
-        emit("note", text=f"{sizes.KEY}: auto is {result['blocks']}, as found before")
-    config.training.block_size = result["blocks"]
-    config.validate()
-    emit("settled", key=sizes.KEY, value=result["blocks"])
-    return before | {sizes.KEY: result}
-
-
-def settle_batches(
-    config: StackWiseConfig,
-    data: PreparedData,
-    before: Auto,
-    device: str,
-    work: Callable[[TrialJob], list[Event]],
-    emit: Emit,
-) -> Auto:
-    """Find every `batch_size: auto`; returns what is known by now.
-
-    Args:
-        before: What was found before.
-        work: Has a trial done by a worker; returns its events.
-    """
-    vocabulary = check_data(config, data)
-    samples = data.train.n_samples(config.training.seq_len)
-    for key, stage in wanted(config).items():
-        job = make_job(config, stage, vocabulary.size, vocabulary.mask, samples)
-        name = conditions(config, job, device)
-        result = before.get(key)
-        if result is not None and result["conditions"] == name:
-            emit("note", text=f"{key}: auto is {result['rows']}, as found before")
-        else:
-            emit("preparing", phase=f"trying {key}", done=0, total=None)
-            (trial,) = (event for event in work(job) if event["event"] == "trial")
-            result = {"conditions": name, "rows": trial["rows"]}
-            room = f"{in_bytes(trial['peak'])} of {in_bytes(trial['limit'])} of {trial['what']}"
-            emit("note", text=f"{key}: auto is {trial['rows']}, found by trial ({room})")
-        settle(config, key, result["rows"])
-        before = before | {key: result}
-    return before

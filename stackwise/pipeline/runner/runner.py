@@ -27,16 +27,10 @@ from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.reasons import History
 from stackwise.pipeline.run import RunDirectory, with_absolute_paths
+from stackwise.pipeline.runner.auto import settle_batches, settle_block_size
 from stackwise.pipeline.runner.execution import Boundaries, Execution
 from stackwise.pipeline.runner.manifest import EventLog, Manifest, Observers, RunContext
-from stackwise.pipeline.runner.preparation import (
-    Preparation,
-    check_store,
-    open_store,
-    prepare_data,
-    settle_batches,
-    settle_block_size,
-)
+from stackwise.pipeline.runner.preparation import Preparation, check_store, open_store, prepare_data
 from stackwise.pipeline.runner.workers import TimeLimit, WorkerPool
 from stackwise.pipeline.tracking.following import Trackers
 from stackwise.pipeline.tracking.trackers import check_installed

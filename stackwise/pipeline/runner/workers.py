@@ -20,10 +20,9 @@ from stackwise.durable import is_locked
 from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
 from stackwise.files import open_regular
 from stackwise.pipeline.device import describe, killed_for_memory, python_command
-from stackwise.pipeline.estimate import Estimate
+from stackwise.pipeline.estimate import Estimate, oom_advice
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.job import FinishJob, StageJob
-from stackwise.pipeline.runner.sizes import oom_advice
 from stackwise.pipeline.worker import forking
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What fits: `block_size: auto`, found by small runs; and what to change where memory ran out.
+"""Every `auto` becomes a number before anything is hashed: `block_size` by small runs, `batch_size` by trial.
 
 Memory bounds a stage's blocks: the largest stages that fit. What it bounds is a rack of that many blocks, the lowest
 ones; each size of 1, 2, 4, … blocks and the largest trains that rack for real, with the run's own settings and the same
@@ -9,28 +9,32 @@ smaller.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from stackwise.config import StackWiseConfig
+from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.choices import Blockwise, NoAdaptation, NoFusion
+from stackwise.config.loading import dump
 from stackwise.config.schema import StoreConfig, TrackingConfig
+from stackwise.data import PreparedData
 from stackwise.identity import NUMERICS, content_id
 from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.events import Emit, Event, Observer
+from stackwise.pipeline.plan import check_data
 from stackwise.pipeline.schedule import Stage, schedule
+from stackwise.pipeline.trial import TrialJob
 from stackwise.words import size as in_bytes
 
 KEY = "training.block_size"
-SAFETY = 0.9  # share of the memory that what is proposed after a failure may take
-GROWTH = 1.5
-"""What grows with the batch beside what the estimate counts: the backward pass's own buffers, batches read ahead."""
 
 SmallRun = Callable[[StackWiseConfig, str, Observer], dict[str, Any]]
 """Runs a configuration in a directory of this name; returns its evaluation."""
+
+
+Auto = dict[str, Any]
+"""What `auto` settings came to, by their keys, each with the conditions of its trial."""
 
 
 @dataclass(frozen=True)
@@ -127,64 +131,102 @@ def _trial_steps(config: StackWiseConfig) -> int:
     return mode.trial_steps
 
 
-def oom_advice(config: StackWiseConfig, vocab_size: int, stage: Stage, measured: dict[str, Any] | None) -> str:
-    """What to change after running out of memory, in a line: each of the changes is enough alone.
+def wanted(config: StackWiseConfig) -> dict[str, Stage]:
+    """The keys that are `auto`, each with the stage to try: the largest of those that it holds for."""
+    size = config.model.vocab_size or 4096
+    stages = [Estimate(config, size, stage).largest_phase.stage for stage in schedule(config)]
 
-    What a stage takes is a fixed part (its state, and what the process held before it) and one that grows linearly
-    with batch_size and with seq_len. As the whole did not fit, the growing part is at least what the estimate leaves
-    of the limit.
+    def takes(stage: Stage) -> float:
+        return sum(Estimate(config, size, stage).memory_parts())
+
+    own = {k for k, each in config.stages.items() if "batch_size" in each.training.model_fields_set}
+    rest = [stage for stage in stages if stage.depth not in own]
+    found = {"training.batch_size": max(rest, key=takes)} if rest and config.training.batch_size == AUTO else {}
+    for depth in sorted(own):
+        if config.stages[depth].training.batch_size == AUTO:
+            mine = max((stage for stage in stages if stage.depth == depth), key=takes)
+            found[f"stages.{depth}.training.batch_size"] = mine
+    return found
+
+
+def settle(config: StackWiseConfig, key: str, rows: int) -> None:
+    """Set a key that was `auto`."""
+    section = config.training if key.startswith("training.") else config.stages[int(key.split(".")[1])].training
+    section.batch_size = rows
+
+
+def conditions(config: StackWiseConfig, job: TrialJob, device: str) -> str:
+    """Names what a trial's outcome holds for."""
+    stage = asdict(job.stage) | {"place": 0}
+    settings = config.stage_training(job.stage.depth)
+    values = {"model": config.model.model_dump(), "positions": config.row_positions, "stage": stage, "device": device}
+    values |= {"optimizer": settings.optimizer.plain(), "precision": config.precision}
+    values |= {"ema": settings.ema, "most": job.most}
+    return content_id("batch size", values | {"objective": config.objective.plain(), "vocabulary": job.vocab_size})
+
+
+def make_job(config: StackWiseConfig, stage: Stage, vocab_size: int, mask_token: int, samples: int) -> TrialJob:
+    """The job for a stage; a batch is never larger than a step's share of the samples."""
+    most = max(1, samples // config.stage_training(stage.depth).accumulation)
+    return TrialJob(dump(config), stage, vocab_size, mask_token, most)
+
+
+def settle_block_size(
+    config: StackWiseConfig, data: PreparedData, before: Auto, machine: Event, small_run: SmallRun, emit: Emit
+) -> Auto:
+    """Find `training.block_size: auto`; returns what is known by now.
 
     Args:
-        measured: `limit`, `base` (bytes held before the stage was built), `peak` and `what`; None: nothing was, half as
-            much that grows is aimed at.
+        machine: The kind of `device` and its `memory` in bytes.
+
+    Raises:
+        ConfigError: With the size that was found, the settings do not fit each other.
     """
-    settings = config.stage_training(stage.depth)
-    fixed, row = Estimate(config, vocab_size, stage).memory_parts()
-    row *= GROWTH
-    if measured is not None:
-        limit, base = measured["limit"], measured["base"]
-        row = max(row, (limit - base - fixed) / settings.batch_size)
-    else:  # as if everything had just not fit
-        limit, base = (fixed + settings.batch_size * row / 2) / SAFETY, 0
-    room = SAFETY * limit - base - fixed
-    overrides = config.stages.get(stage.depth)
-    overridden = overrides is not None and "batch_size" in overrides.training.model_fields_set
-    changes = []
-    if batch := _divisor(settings.batch_size, room / row):
-        times = settings.batch_size // batch
-        key = f"stages.{stage.depth}.training" if overridden else "training"
-        changes.append(
-            f"{key}.batch_size: {settings.batch_size} → {batch} (with accumulation: {settings.accumulation} → "
-            f"{settings.accumulation * times} the step stays the same)"
-        )
-    length = config.training.seq_len
-    if shorter := _divisor(length, length * room / (row * settings.batch_size)):
-        changes.append(f"training.seq_len: {length} → {shorter}")
-    changes += _fewer_blocks(config, vocab_size, stage, row * settings.batch_size, SAFETY * limit - base)
-    peak = ""
-    if measured is not None and measured.get("peak"):
-        peak = f" (it held {in_bytes(measured['peak'])} of {in_bytes(measured['limit'])} of {measured['what']})"
-    if not changes:
-        return f"neither a smaller batch_size, seq_len nor block_size fits: lower model.d_model{peak}"
-    return f"change {', or '.join(changes)}{peak}"
+    if not config.finds_block_size:
+        return before
+    vocab_size = check_data(config, data).size
+    candidates = sizes(config, vocab_size, data.id, machine["device"], machine["memory"])
+    result = before.get(KEY)
+    if result is None or result["conditions"] != candidates.conditions:
+        tried = try_sizes(config, candidates, small_run, emit)
+        result = {"conditions": candidates.conditions, **tried}
+        emit("note", text=outcome(config, candidates.most, result))
+    else:
+        emit("note", text=f"{KEY}: auto is {result['blocks']}, as found before")
+    config.training.block_size = result["blocks"]
+    config.validate()
+    emit("settled", key=KEY, value=result["blocks"])
+    return before | {KEY: result}
 
 
-def _fewer_blocks(config: StackWiseConfig, vocab_size: int, stage: Stage, growing: float, room: float) -> list[str]:
-    """The stage with fewer blocks, where that is enough."""
-    blocks = stage.last - stage.first + 1
-    estimate = Estimate(config, vocab_size, stage)
-    (ends, _), (whole, _) = estimate.memory_parts(0), estimate.memory_parts()
-    one = (whole - ends + growing) / blocks
-    fewer = min(blocks - 1, math.floor((room - ends) / one))
-    if fewer < 1:
-        return []
-    if (stages := getattr(config.training.plan, "n_stages", None)) is not None:
-        return [f"training.n_stages: {stages} → {math.ceil(config.model.n_blocks / fewer)}"]
-    if config.n_stages == 1:
-        return [f"training.mode: blockwise with training.block_size: {fewer}"]
-    return [f"training.block_size: {blocks} → {fewer}"]
+def settle_batches(
+    config: StackWiseConfig,
+    data: PreparedData,
+    before: Auto,
+    device: str,
+    work: Callable[[TrialJob], list[Event]],
+    emit: Emit,
+) -> Auto:
+    """Find every `batch_size: auto`; returns what is known by now.
 
-
-def _divisor(whole: int, most: float) -> int:
-    """The largest proper divisor of `whole` that is not more than `most`; 0 where there is none."""
-    return max((d for d in range(1, whole // 2 + 1) if whole % d == 0 and d <= most), default=0)
+    Args:
+        before: What was found before.
+        work: Has a trial done by a worker; returns its events.
+    """
+    vocabulary = check_data(config, data)
+    samples = data.train.n_samples(config.training.seq_len)
+    for key, stage in wanted(config).items():
+        job = make_job(config, stage, vocabulary.size, vocabulary.mask, samples)
+        name = conditions(config, job, device)
+        result = before.get(key)
+        if result is not None and result["conditions"] == name:
+            emit("note", text=f"{key}: auto is {result['rows']}, as found before")
+        else:
+            emit("preparing", phase=f"trying {key}", done=0, total=None)
+            (trial,) = (event for event in work(job) if event["event"] == "trial")
+            result = {"conditions": name, "rows": trial["rows"]}
+            room = f"{in_bytes(trial['peak'])} of {in_bytes(trial['limit'])} of {trial['what']}"
+            emit("note", text=f"{key}: auto is {trial['rows']}, found by trial ({room})")
+        settle(config, key, result["rows"])
+        before = before | {key: result}
+    return before
