@@ -114,12 +114,7 @@ def put_rows(config: StackWiseConfig, split: Samples, store: ActivationStore, ro
             hint="lower training.windows, or raise training.rows where it is set",
         )
     ids_R16 = np.ascontiguousarray(split.sample_ids(config.training.seq_len)[samples_R])
-    if not config.objective.masks:
-        masks_of = _no_masks(config)
-    elif rowset == HELD_OUT:
-        masks_of = _held_out_masks(config)
-    else:
-        masks_of = _planned_masks(config, rowset)
+    masks_of = _masks(config, rowset)
     mask_ids = [
         store.put_masks(masks_of(ids_R16[first : first + SLICE], first)) for first in range(0, len(ids_R16), SLICE)
     ]
@@ -177,37 +172,30 @@ def stage_rows(config: StackWiseConfig, sample_ids_R16: np.ndarray, depth: int, 
     return chosen
 
 
-def _planned_masks(config: StackWiseConfig, rowset: int) -> Callable[[np.ndarray, int], np.ndarray]:
-    plan, per_sample = assigner(config, rowset), config.training.masks_per_sample
-    return lambda ids_N16, first: plan.masks(ids_N16, (first + np.arange(len(ids_N16))) % per_sample)
-
-
 def _held_out_samples(config: StackWiseConfig, split: Samples) -> np.ndarray:
     """Held-out samples, as the evaluation after the last stage draws them, each distinct one once a fraction, [R]."""
     seq_len = config.training.seq_len
     order = generator(config.seed, "held-out").permutation(split.n_samples(seq_len))
     chosen = np.sort(order[: config.evaluation.samples])
     _, first = np.unique(np.ascontiguousarray(split.sample_ids(seq_len)[chosen]).view("V16").ravel(), return_index=True)
-    return np.repeat(chosen[np.sort(first)], _held_out_each(config))
+    each = len(set(config.evaluation.fractions)) if config.objective.masks else 1
+    return np.repeat(chosen[np.sort(first)], each)
 
 
-def _held_out_each(config: StackWiseConfig) -> int:
-    return 1 if not config.objective.masks else len(set(config.evaluation.fractions))
+def _masks(config: StackWiseConfig, rowset: int) -> Callable[[np.ndarray, int], np.ndarray]:
+    """What makes the masks [N, S] of some samples, by their ids and the first one's row."""
+    training, seq_len = config.training, config.training.seq_len
+    if not config.objective.masks:
+        return lambda ids_N16, first: np.zeros((len(ids_N16), seq_len), dtype=bool)
+    if rowset != HELD_OUT:
+        plan, per_sample = assigner(config, rowset), training.masks_per_sample
+        return lambda ids_N16, first: plan.masks(ids_N16, (first + np.arange(len(ids_N16))) % per_sample)
+    fractions, key = sorted(set(config.evaluation.fractions)), seed_key(derive_seed(config.seed, "held-out"), "masks")
+    counts = np.array([min(seq_len, max(1, round(fraction * seq_len))) for fraction in fractions])
 
-
-def _held_out_masks(config: StackWiseConfig) -> Callable[[np.ndarray, int], np.ndarray]:
-    """Fixed masks: the rows of a sample are masked at one fraction after the other."""
-    seq_len, fractions = config.training.seq_len, sorted(set(config.evaluation.fractions))
-    key = seed_key(derive_seed(config.seed, "held-out"), "masks")
-
-    def masks(ids_N16: np.ndarray, first: int) -> np.ndarray:
+    def held_out(ids_N16: np.ndarray, first: int) -> np.ndarray:  # a sample at one fraction after the other
         rows = first + np.arange(len(ids_N16))
-        counts = np.array([min(seq_len, max(1, round(fraction * seq_len))) for fraction in fractions])
         keys = child(np.full(len(rows), key, np.uint64), rows.astype(np.uint64))
         return uniform_masks(keys, counts[rows % len(fractions)], seq_len)
 
-    return masks
-
-
-def _no_masks(config: StackWiseConfig) -> Callable[[np.ndarray, int], np.ndarray]:
-    return lambda ids_N16, first: np.zeros((len(ids_N16), config.training.seq_len), dtype=bool)
+    return held_out

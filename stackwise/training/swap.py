@@ -94,7 +94,10 @@ class SwappedEngine:
         self._down(microbatches, step, losses, norms)
         loss, means = losses.total(), losses.means()
         in_order = [norm for name in self.parts.order for norm in norms.get(name, [])]
-        norm, clip = self._clip(in_order if losses.scored else [])
+        norm, clip, limit = torch.zeros((), device=self.device), None, self.settings.grad_clip
+        if in_order and losses.scored:  # from the norms of the tensors, as `clip_grad_norm_` has it
+            norm = torch.linalg.vector_norm(torch.stack(in_order))
+            clip = float(torch.clamp(limit / (norm + 1e-6), max=1.0)) if limit > 0 else None
         taken, refused = judged(loss, norm, self.scale, accept)
         if accept is None and taken and not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
             raise StackWiseError(
@@ -278,14 +281,6 @@ class SwappedEngine:
         if ("draw", index, number) in self.spill:
             set_generator(self.device, self.spill.get(("draw", index, number)))
         return seeded
-
-    def _clip(self, norms: list[Tensor]) -> tuple[Tensor, float | None]:
-        """The gradient's norm, from the norms of its tensors as `clip_grad_norm_` has it, and the scale it gives."""
-        if not norms:
-            return torch.zeros((), device=self.device), None
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        limit = self.settings.grad_clip
-        return norm, float(torch.clamp(limit / (norm + 1e-6), max=1.0)) if limit > 0 else None
 
 
 def generator_state(device: torch.device) -> Tensor:

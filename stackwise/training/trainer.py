@@ -225,7 +225,10 @@ class Trainer:
                 self.record.seconds = seconds_before + now - begun
                 self.record.waited = waited_before + waited()
                 self.record.tokens += tokens
-                self._check_finite(losses)
+                for number, loss in enumerate(losses, self.step - len(losses) + 1):
+                    if loss is not None and not math.isfinite(loss):
+                        text = f"the loss is no longer a finite number at step {number} of {self.steps}"
+                        raise StackWiseError(text, hint=f"{LOWER_RATE}, and run again")
                 rate, norm = self.rate(self.step - 1), float(pending[-1][0].gradient_norm)
                 speed = tokens / (now - reported)
                 waiting, means = self.record.wait_fraction, {name: _mean(some) for name, some in terms.items()}
@@ -257,7 +260,11 @@ class Trainer:
         """A step was refused: go on without it, or back."""
         times = len(self.record.divergences)
         if times >= watch.policy.limit:
-            raise watch.too_often(times, self.step)
+            before = f"after {times} {'rollbacks' if watch.policy.goes_back else 'skips'}"
+            raise StackWiseError(
+                f"step {self.step} diverged ({watch.verdict}), {before}",
+                hint=f"{LOWER_RATE}, or raise training.divergence.limit, and run again",
+            )
         divergence: dict[str, Any] = {"step": self.step, "why": watch.verdict, "action": watch.policy.name}
         if self.anchor is not None:
             divergence["to"] = (self.step - 1) // self.anchor * self.anchor
@@ -277,14 +284,6 @@ class Trainer:
         return read([stepped.loss for stepped, _ in pending]), {
             name: read([stepped.terms[name] for stepped, _ in pending]) for name in names
         }
-
-    def _check_finite(self, losses: list[float | None]) -> None:
-        for number, loss in enumerate(losses, self.step - len(losses) + 1):
-            if loss is not None and not math.isfinite(loss):
-                raise StackWiseError(
-                    f"the loss is no longer a finite number at step {number} of {self.steps}",
-                    hint=f"{LOWER_RATE}, and run again",
-                )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -327,13 +326,6 @@ class Watch:
         else:
             self._recent.append(loss)
         return self.verdict is None
-
-    def too_often(self, times: int, step: int) -> StackWiseError:
-        """The error that ends a stage which diverges again and again."""
-        return StackWiseError(
-            f"step {step} diverged ({self.verdict}), after {times} {'rollbacks' if self.policy.goes_back else 'skips'}",
-            hint=f"{LOWER_RATE}, or raise training.divergence.limit, and run again",
-        )
 
 
 def anchor(settings: StageTraining, steps: int, checkpoint_steps: int | None) -> int | None:

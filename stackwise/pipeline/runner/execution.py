@@ -25,12 +25,8 @@ class Execution:
     """Carries a plan out."""
 
     def __init__(self, context: RunContext, boundaries: Boundaries) -> None:
-        self._run, self._plan, self._history, self._manifest = (
-            context.run,
-            context.plan,
-            context.history,
-            context.manifest,
-        )
+        self._run, self._plan, self._history = context.run, context.plan, context.history
+        self._manifest = context.manifest
         self._pool, self._emit, self._boundaries = context.pool, context.emit, boundaries
         self._again: set[str] = set()
 
@@ -72,7 +68,10 @@ class Execution:
             if chosen is not None and stage.place > chosen[-1]:
                 break
             if decision.damage is not None:
-                self._drop_damaged(decision)
+                text = f"{decision.damage}: stage {stage.label} is trained again"
+                self._emit("warning", stage=stage.place, text=text)
+                self._plan.store.drop_stage(decision.id)
+                self._history.damaged.add(decision.id)
             trains = decision.action == "train"
             if trains and chosen is not None:
                 self._check_chosen(decision, chosen)
@@ -94,12 +93,6 @@ class Execution:
             if trains and chosen is not None:
                 break  # one stage was asked for
         return True
-
-    def _drop_damaged(self, decision: Decision) -> None:
-        stage = decision.stage
-        self._emit("warning", stage=stage.place, text=f"{decision.damage}: stage {stage.label} is trained again")
-        self._plan.store.drop_stage(decision.id)
-        self._history.damaged.add(decision.id)
 
     def _check_chosen(self, decision: Decision, chosen: list[int]) -> None:
         """Where one stage is asked for, no other is trained."""

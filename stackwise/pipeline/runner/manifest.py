@@ -159,6 +159,7 @@ class Manifest:
     def committed(self, stage: Stage, committed: CommittedStage) -> None:
         """A stage is done."""
         record, entry = committed.record, self._stages[stage.place]
+        held_out = record.get("held_out") or None  # evaluations inside the stage
         entry |= {
             "state": "done",
             "step": record["steps"],
@@ -169,7 +170,8 @@ class Manifest:
             "recipe": committed.recipe,
             "wait_fraction": record["wait_fraction"],
             "peak_memory_bytes": record["peak_memory_bytes"],
-            "held_out": _last_held_out(record.get("held_out", [])),
+            "held_out": held_out
+            and {"step": held_out[-1][0], "nats": held_out[-1][1], "best": min(nats for _, nats in held_out)},
             "divergences": len(record.get("divergences", [])),
             "unfrozen": [turn["chosen"] for turn in (record.get("fusion") or {}).get("rounds", []) if turn["kept"]],
         }
@@ -225,13 +227,6 @@ class Manifest:
             # What it was last trained by, so that a later run can say what changed.
             "last": before.get("recipe") or before.get("last"),
         }
-
-
-def _last_held_out(evaluations: list[list[float]]) -> dict[str, float] | None:
-    """The last evaluation inside a stage, beside the best."""
-    if not evaluations:
-        return None
-    return {"step": evaluations[-1][0], "nats": evaluations[-1][1], "best": min(nats for _, nats in evaluations)}
 
 
 @dataclass(frozen=True)
