@@ -38,9 +38,8 @@ def below_memory(plan: Plan, stage: Stage) -> int:
     parts = [(part, other) for other in below for part in other.forward_parts]
     weights = sum(Estimate(config, plan.vocabulary.size, other).parameters(part) for part, other in parts)
     positions, size = config.row_positions, 4 if config.precision in WIDE else 2
-    # Of each position a few vectors of the stream, and what the feed-forward's matrices put out, the widest twice.
-    widths = [matrix.outputs for matrix in model.ffn.matrices(model).values()]
-    numbers = 3 * model.d_model + sum(widths) + max(widths, default=0)
+    # Of each position a few vectors of the stream, and at most what the feed-forward would keep for a backward pass.
+    numbers = 4 * model.d_model + model.ffn.kept(model)
     in_hand = max(1, 8192 // config.training.seq_len) * positions * numbers * size
     rows = plan.rowset(stage.rowset)[1]
     shuffled = min(rows, 2 * SHUFFLED_CHUNKS * order_rows(config, rows)) * positions * model.d_model * size

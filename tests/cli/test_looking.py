@@ -82,6 +82,7 @@ def test_status_has_the_shape_of_the_contract(finished: Path, here: Path, cli: C
         assert tuple(stage) == STATUS_KEYS
         assert len(stage["weights"]) == 32
         assert stage["step"] == stage["steps"] == 20
+        assert stage["reason"] == "trained by this run"
     shown = cli("status")
     assert "2 of 2 stages done" in shown.stdout
     assert shown.stderr == ""

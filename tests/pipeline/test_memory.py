@@ -10,13 +10,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.model import ModelConfig
+from stackwise.pipeline.costs import below_memory
 from stackwise.pipeline.device import is_out_of_memory, memory
 from stackwise.pipeline.estimate import SAFETY, Estimate, oom_advice
+from stackwise.pipeline.plan import Plan, Vocabulary
 from stackwise.pipeline.schedule import schedule
+from tests.conftest import Micro
 
 WIDE = {
     "model.d_model": 128,
@@ -109,3 +115,23 @@ def test_what_says_that_memory_ran_out() -> None:
     assert not is_out_of_memory(ValueError("out of memory"))
     now = memory()
     assert 0 < now.used < now.limit
+
+
+def test_memory_below_a_stage_counts_what_the_feed_forward_itself_says(micro: Micro) -> None:
+    config = micro()
+    config.precision = "fp32"
+    stage, below = schedule(config)[1], schedule(config)[0]
+
+    class Wide(type(config.model.ffn)):  # type: ignore[misc]
+        def kept(self, model: ModelConfig) -> int:
+            return 10_000
+
+    def estimated() -> int:
+        plan = SimpleNamespace(config=config, vocabulary=Vocabulary(300, 299), rowset=lambda number: ("", 8))
+        plan.base = lambda stage: (None, (below,))
+        return below_memory(cast(Plan, plan), stage)
+
+    before, kept = estimated(), config.model.ffn.kept(config.model)
+    config.model.__dict__["ffn"] = Wide()
+    rows = max(1, 8192 // config.training.seq_len)
+    assert estimated() - before == 4 * rows * config.training.seq_len * (10_000 - kept)

@@ -15,6 +15,7 @@ from stackwise.batch import Batch
 from stackwise.config.choices import Skip
 from stackwise.errors import StackWiseError
 from stackwise.training import checkpoint
+from stackwise.training.engine import LossScale, judged
 from stackwise.training.trainer import LEAST, Rollback, Trainer, Watch, anchor
 from tests.training.test_trainer import Hooks, batch, fit, resident, trainer
 
@@ -184,3 +185,20 @@ def test_where_a_rollback_goes_follows_from_the_settings() -> None:
     assert anchor(rollback, 1000, None) == 50
     assert anchor(rollback, 3, None) == 1
     assert anchor(stop, 1000, 30) is None
+
+
+def test_a_step_whose_gradients_overflow_is_judged_by_its_loss_alone() -> None:
+    asked: list[tuple[float, float]] = []
+
+    def accept(loss: float, norm: float) -> bool:
+        asked.append((loss, norm))
+        return loss < 2.0
+
+    scale, infinite = LossScale("dynamic"), torch.tensor(math.inf)
+    before = scale.scale
+    assert judged(torch.tensor(1.0), infinite, scale, accept) == (False, False)
+    assert judged(torch.tensor(3.0), infinite, scale, accept) == (False, True)
+    assert judged(torch.tensor(1.0), torch.tensor(5.0), scale, accept) == (True, False)
+    assert asked == [(1.0, 0.0), (3.0, 0.0), (1.0, 5.0)]
+    assert scale.scale == before / 4
+    assert judged(torch.tensor(1.0), infinite, None, accept) == (True, False), "which `accept` decides"
