@@ -11,7 +11,7 @@ import os
 import re
 import resource
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,10 +132,6 @@ class Memory:
     def room(self) -> int:
         """Bytes left."""
         return self.limit - self.used
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON-ready data."""
-        return asdict(self)
 
 
 def memory(device: torch.device | None = None) -> Memory:

@@ -321,17 +321,6 @@ class Checkpoints:
         return copies
 
 
-def save(directory: Path, trainer: Trainer, keep: int = KEPT) -> Path:
-    """Save a trainer's state under `directory` and wait for it; the oldest beyond `keep` are removed.
-
-    Raises:
-        NoSpaceError: The disk is full; the checkpoints before are untouched.
-    """
-    with Checkpoints(directory, keep) as checkpoints:
-        checkpoints.save(trainer)
-    return _path(directory, trainer.step)
-
-
 def restore_latest(directory: Path, trainer: Trainer, warn: Callable[[str], None]) -> bool:
     """Restore the newest sound checkpoint; one that is damaged is named, and the one before it is used.
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from stackwise.errors import NoSpaceError
 from stackwise.training import checkpoint
 from stackwise.training.checkpoint import Checkpoints, TensorFile, file_digest, sealed, write_tensors
-from tests.training.test_trainer import batch, resident, trainer
+from tests.training.test_trainer import batch, resident, save, trainer
 
 
 def steps(directory: Path) -> list[int]:
@@ -103,7 +103,7 @@ def test_the_newest_and_those_that_are_needed_stay(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_what_was_complete_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = trainer()
     one.train_step([batch(0)])
-    checkpoint.save(tmp_path, one)
+    save(tmp_path, one)
 
     def full(*arguments: object) -> str:
         raise OSError(28, "No space left on device")
@@ -134,7 +134,7 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path: Path, monkeypatch: p
     for number in range(4):
         one.train_step([batch(number)])
         monkeypatch.setattr(time, "time", lambda number=number: now - 86_400 * number)
-        path = checkpoint.save(tmp_path, one)
+        path = save(tmp_path, one)
         os.utime(path, (now - 86_400 * number,) * 2)
     assert steps(tmp_path) == [3, 4]
     again = trainer()
@@ -178,7 +178,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, h
     one = trainer()
     for number in range(2):
         one.train_step([batch(number)])
-        checkpoint.save(tmp_path, one)
+        save(tmp_path, one)
     state, meta = (tmp_path / "step-00000002" / name for name in ("state.safetensors", "checkpoint.json"))
     HARM[harm](state, meta)
     said: list[str] = []
@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, h
 def test_restoring_reads_one_tensor_at_a_time_into_the_memory_that_is_there(tmp_path: Path) -> None:
     one = trainer()
     one.train_step([batch(0)])
-    checkpoint.save(tmp_path, one)
+    save(tmp_path, one)
     one.train_step([batch(1)])
     places = {name: tensor.data_ptr() for name, tensor in one.engine.state().items() if name.startswith("weight/")}
     checkpoint.restore_step(tmp_path, one, 1)
@@ -223,6 +223,6 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
 def test_what_a_checkpoint_holds_is_named(tmp_path: Path) -> None:
     one = trainer(ema=0.5, precision="fp16")
     one.train_step([batch(0)])
-    kinds = {name.split("/")[0] for name in TensorFile(checkpoint.save(tmp_path, one) / "state.safetensors")}
+    kinds = {name.split("/")[0] for name in TensorFile(save(tmp_path, one) / "state.safetensors")}
     assert kinds == {"weight", "mean", "optimizer", "scaler"}
     assert resident(one).optimizer.state

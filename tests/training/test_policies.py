@@ -17,7 +17,7 @@ from stackwise.errors import StackWiseError
 from stackwise.training import checkpoint
 from stackwise.training.engine import LossScale, judged
 from stackwise.training.trainer import LEAST, Rollback, Trainer, Watch, anchor
-from tests.training.test_trainer import Hooks, batch, fit, resident, trainer
+from tests.training.test_trainer import Hooks, batch, fit, resident, save, trainer
 
 
 def few(start: int = 0) -> Iterator[Batch]:
@@ -36,7 +36,7 @@ class Saving(Hooks):
     def save(self, *, wait: bool) -> None:
         assert self.trainer is not None
         assert self.directory is not None
-        checkpoint.save(self.directory, self.trainer, keep=100)
+        save(self.directory, self.trainer, keep=100)
 
     def evaluate(self) -> float:
         assert self.trainer is not None

@@ -31,6 +31,13 @@ CONFIG = ModelConfig(
 CPU = torch.device("cpu")
 
 
+def save(directory: Path, one: Trainer, keep: int = checkpoint.KEPT) -> Path:
+    """A checkpoint, waited for."""
+    with checkpoint.Checkpoints(directory, keep) as checkpoints:
+        checkpoints.save(one)
+    return directory / f"step-{one.step:08d}"
+
+
 def model(dropout: float = 0.1, tokens: bool = True, precision: str = "fp32") -> StageModel:
     config = CONFIG.model_copy(update={"dropout": dropout})
     front = build_front(config, VOCAB, 0, S) if tokens else None
@@ -71,7 +78,7 @@ class Hooks:
     def save(self, *, wait: bool) -> None:
         assert self.trainer is not None
         if self.directory is not None:
-            checkpoint.save(self.directory, self.trainer)
+            save(self.directory, self.trainer)
 
     def evaluate(self) -> MeanLoss:
         assert self.trainer is not None
@@ -164,7 +171,7 @@ def test_the_two_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tm
     one = trainer()
     for number in range(4):
         one.train_step([batch(number)])
-        checkpoint.save(tmp_path, one)
+        save(tmp_path, one)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000003", "step-00000004"]
     (tmp_path / "step-00000004" / "state.safetensors").write_bytes(b"rubbish")
     said: list[str] = []
