@@ -323,7 +323,14 @@ def test_what_is_left_open_has_the_identity_of_what_it_is_resolved_to() -> None:
     def of(attention: object) -> dict[str, object]:
         return ModelConfig(d_model=D, n_heads=H, attention=Attention.of(attention)).specification()
 
+    assert ModelConfig(d_model=D, n_heads=H).specification() == {
+        **{"d_model": D, "n_heads": H, "norm": "rmsnorm", "norm_eps": 1e-5, "positions": "rope", "rope_theta": 1e4},
+        **{"bias": False, "d_ff": 96, "time_embedding": {"kind": "none"}},
+        **{"attention": {"kind": "softmax", "kv_heads": H}, "ffn": {"kind": "swiglu"}},
+    }, "recipes of what was trained before further settings came stay"
     plain = ModelConfig(d_model=D, n_heads=H).specification()
     assert of("mha") == of({"kind": "gqa", "kv_heads": H}) == plain != of({"kind": "gqa", "kv_heads": 1})
     assert of({"kind": "linear", "random_features": 9}) == of("linear") != plain
+    assert of({"kind": "mha", "bias": "none", "window_blocks": [1]}) == plain, "what has no effect is left out"
+    assert of({"kind": "mha", "window": 4}) != of({"kind": "mha", "window": 4, "window_blocks": [1]}) != plain
     assert of("mla") == of({"kind": "mla", "kv_rank": 32, "rope_head_dim": 4}) != plain

@@ -173,6 +173,11 @@ def test_a_family_computes_the_same(name: str) -> None:
     family, settings, own, names = FAMILIES[name]
     model, causal = theirs(family, settings), family not in ("Bert", "Roberta")
     rack = copied(model, family, own, names)
+    config = ModelConfig.model_validate(own)
+    assert sum(p.numel() for p in rack.front.parameters()) == config.front_parameters(VOCAB, S)
+    tied = model.config.tie_word_embeddings
+    assert sum(p.numel() for p in rack.head.parameters()) == config.head_parameters(VOCAB, shared=tied)
+    assert {sum(p.numel() for p in block.parameters()) for block in rack.blocks} == {config.block_parameters}
     ids = torch.randint(3, VOCAB, (2, S), generator=torch.Generator().manual_seed(2))
     direction: Direction = causal
     close(rack(ids, direction), model(ids).logits)
