@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stackwise.config import StackWiseConfig
     from stackwise.model import ProgressiveRackBuilder, Rack
     from stackwise.objectives import FixedMaskAssigner, MaskDiffusionObjective, MaskScheduler
+    from stackwise.pipeline.committed.capture import capture
     from stackwise.pipeline.library import StageResult, UnifiedTrainer
     from stackwise.store import ActivationStore
 
@@ -26,6 +27,7 @@ _HOMES = {
     "StackWiseConfig": "stackwise.config",
     "StageResult": "stackwise.pipeline.library",
     "UnifiedTrainer": "stackwise.pipeline.library",
+    "capture": "stackwise.pipeline.committed.capture",
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "StageResult",
     "UnifiedTrainer",
     "__version__",
+    "capture",
 ]
 
 

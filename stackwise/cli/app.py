@@ -34,6 +34,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "eval": ("use:evaluate", "Held-out bits per byte, loss and accuracy by depth."),
         "generate": ("use:generate", "Continue a text, or fill in its holes."),
         "export": ("use:export", "One fused safetensors with its configuration and tokenizer."),
+        "capture": ("capture:capture", "Hidden states of a pretrained model, into a store."),
         "report": ("look:report", "Write a run's report.html again."),
     },
     "Data, store, machine": {

@@ -9,22 +9,26 @@ import stat
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from stackwise import files
 from stackwise.errors import DamageError, NotFound, StackWiseError, UsageError
 from stackwise.files import remove_tree
-from stackwise.identity import is_hex_id
+from stackwise.identity import Hex, is_hex_id
 from stackwise.store import disk, layout
 from stackwise.store.boundaries import Boundaries, Recompute
 from stackwise.store.disk import LocalBackend
 from stackwise.store.index import close_index, mark_changed, open_index
 from stackwise.store.layout import Layout, Reserve, open_lock
+from stackwise.store.order import RowOrder
 from stackwise.store.repair import Repairer
 from stackwise.store.rows import Rows
 from stackwise.store.stages import Runs, Stages
 from stackwise.store.upkeep import Upkeep
 from stackwise.store.verify import Progress
+
+if TYPE_CHECKING:
+    from stackwise.store.dataset import BoundaryDataset
 
 
 class ActivationStore:
@@ -156,6 +160,29 @@ class ActivationStore:
         foreign = {name for name in foreign if not name.startswith(".tmp-")}
         if foreign:
             raise UsageError(f"{self.path} is no store, and not empty (it holds {sorted(foreign)[0]!r})")
+
+    def dataset(
+        self, boundary: Hex, batch_size: int, *, seed: int = 0, tokens: bool = True, batches: int | None = None
+    ) -> BoundaryDataset:
+        """A boundary's rows in shuffled batches, as a torch dataset (see `BoundaryDataset`).
+
+        Args:
+            boundary: Id of the boundary.
+            batch_size: Rows of a batch.
+            seed: What their order follows from.
+            tokens: Give the rows' tokens beside them, which `stackwise capture` keeps.
+            batches: How many batches; by default one epoch's worth.
+
+        Raises:
+            NotFound: The boundary is not in the store, or its tokens are not.
+        """
+        from stackwise.store.dataset import BoundaryDataset, tokens_of
+
+        info = self.boundary(boundary)
+        if tokens:
+            tokens_of(self, info)
+        order = RowOrder(info.rows, seed=(seed, "order"), chunk_rows=info.chunk_rows)
+        return BoundaryDataset(self.path, boundary, order, batch_size, batches=batches, tokens=tokens)
 
     def close(self) -> None:
         """Close the store. Readers and writers made from it end with it; a second time does nothing."""

@@ -21,7 +21,7 @@ import torch
 
 from stackwise.batch import Batch
 from stackwise.errors import UsageError
-from stackwise.store import BoundaryReader, BoundaryWriter, Codec, RowOrder
+from stackwise.store import BoundaryReader, BoundaryWriter, Codec, Prefetcher, RowOrder
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.stage import StageModel
 
@@ -76,33 +76,36 @@ def pass_through(stages: Sequence[StageModel], batch: Batch, codec: Codec) -> to
 
 
 @torch.no_grad()
-def outputs(
-    stages: Sequence[StageModel], batches: Iterator[Batch], codec: Codec, device: torch.device
-) -> Generator[torch.Tensor]:
-    """For each batch what leaves the last stage, on the CPU; on a GPU while the next batches are computed.
+def _landed(
+    run: Callable[[Batch], list[torch.Tensor]], batches: Iterator[Batch], codecs: Sequence[Codec], device: torch.device
+) -> Generator[list[torch.Tensor]]:
+    """For each batch what `run` makes of it, on the CPU; on a GPU while the next batches are computed.
 
     Args:
-        stages: Frozen, in evaluation mode, on `device`.
+        run: From a batch on `device` to one tensor for each of `codecs`.
         batches: On the CPU; pinned, for a GPU.
-        codec: What the rows will be stored with: bf16 is narrowed before it travels.
+        codecs: What the tensors will be stored with: for bf16 they are narrowed before they travel.
     """
     if device.type != "cuda":
         for batch in batches:
-            yield pass_through(stages, batch.to(device), codec).cpu()
+            yield [x_BSD.cpu() for x_BSD in run(batch.to(device))]
         return
     leaving: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    on_the_way: deque[tuple[torch.Tensor, Any]] = deque()
+    on_the_way: deque[tuple[list[torch.Tensor], Any]] = deque()
     for batch in batches:
-        x_BSD = pass_through(stages, batch.to(device), codec)
-        if codec.direct and codec.decoded == "bfloat16":
-            x_BSD = x_BSD.to(torch.bfloat16)
+        made = [
+            x_BSD.to(torch.bfloat16) if codec.direct and codec.decoded == "bfloat16" else x_BSD
+            for x_BSD, codec in zip(run(batch.to(device)), codecs, strict=True)
+        ]
         leaving.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(leaving):
-            landed = torch.empty(x_BSD.shape, dtype=x_BSD.dtype, pin_memory=True)
-            landed.copy_(x_BSD, non_blocking=True)
+            landed = [torch.empty(x_BSD.shape, dtype=x_BSD.dtype, pin_memory=True) for x_BSD in made]
+            for target, x_BSD in zip(landed, made, strict=True):
+                target.copy_(x_BSD, non_blocking=True)
             arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(leaving)
-        x_BSD.record_stream(leaving)  # its memory is not given away while it travels
+        for x_BSD in made:
+            x_BSD.record_stream(leaving)  # its memory is not given away while it travels
         on_the_way.append((landed, arrived))
         if len(on_the_way) > ON_THE_WAY:
             landed, arrived = on_the_way.popleft()
@@ -112,6 +115,31 @@ def outputs(
         landed, arrived = on_the_way.popleft()
         arrived.synchronize()
         yield landed
+
+
+def outputs(
+    stages: Sequence[StageModel], batches: Iterator[Batch], codec: Codec, device: torch.device
+) -> Generator[torch.Tensor]:
+    """For each batch what leaves the last stage, on the CPU, as it is to be stored with `codec` (see `_landed`).
+
+    Args:
+        stages: Frozen, in evaluation mode, on `device`.
+        batches: On the CPU; pinned, for a GPU.
+        codec: What the rows go through at each edge between two stages, too.
+        device: Where `stages` are.
+    """
+    for (x_BSD,) in _landed(lambda batch: [pass_through(stages, batch, codec)], batches, [codec], device):
+        yield x_BSD
+
+
+def _each_output(stages: Sequence[StageModel], batch: Batch, device: torch.device) -> list[torch.Tensor]:
+    """What leaves each of some stages, of which each takes what the one below it computed: nothing is rounded."""
+    leaving = []
+    for stage in stages:
+        with stage.numerics(device):
+            leaving.append(stage.activations(batch))
+        batch = batch.above(leaving[-1])
+    return leaving
 
 
 MakeOutputs = Callable[[Iterator[Batch], Codec, torch.device], Generator[torch.Tensor]]
@@ -140,27 +168,90 @@ def write_boundary(
         Whether the boundary is complete, and how long the pass waited for what.
     """
     make: MakeOutputs = stages if callable(stages) else partial(outputs, [stage.eval() for stage in stages])
-    missing, total = list(writer.missing), writer.info.chunks
-    ranges = [writer.chunk_rows_of(chunk) for chunk in missing]
+
+    def one(batches: Iterator[Batch]) -> Generator[list[torch.Tensor]]:
+        return ([x_BSD] for x_BSD in make(batches, writer.info.codec_object, device))
+
+    size = forward_rows(feed.seq_len)
+    return _write(one, _ahead_by(feed, size, device), size, [writer], progress=progress, stop=stop, spent=spent)
+
+
+def write_each(
+    stages: Sequence[StageModel],
+    feed: Feed,
+    writers: Sequence[BoundaryWriter],
+    device: torch.device,
+    *,
+    batch_rows: int,
+    progress: Callable[[int, int], None],
+    stop: Callable[[], bool],
+) -> Pass:
+    """As `write_boundary`, in one pass the boundary above each stage; a stage takes what the one below it computed.
+
+    Args:
+        stages: Frozen, on `device`, lowest first.
+        feed: What enters the lowest.
+        writers: The boundary above each of them, all with the same rows in a chunk.
+        device: Where `stages` are.
+        batch_rows: Rows that go forward together.
+        progress: See `write_boundary`.
+        stop: See `write_boundary`.
+    """
+    for stage in stages:
+        stage.eval()
+    codecs = [writer.info.codec_object for writer in writers]
+
+    def each(batches: Iterator[Batch]) -> Generator[list[torch.Tensor]]:
+        return _landed(lambda batch: _each_output(stages, batch, device), batches, codecs, device)
+
+    batches = _ahead_by(feed, batch_rows, device)
+    return _write(each, batches, batch_rows, writers, progress=progress, stop=stop, spent=None)
+
+
+Ranges = Sequence[tuple[int, int]]
+ReadAhead = Callable[[Ranges], Prefetcher[Batch]]
+
+
+def _ahead_by(feed: Feed, batch_rows: int, device: torch.device) -> ReadAhead:
+    return lambda ranges: ahead(feed.sequential(ranges, batch_rows), device)
+
+
+def _write(
+    make: Callable[[Iterator[Batch]], Generator[list[torch.Tensor]]],
+    read: ReadAhead,
+    batch_rows: int,
+    writers: Sequence[BoundaryWriter],
+    *,
+    progress: Callable[[int, int], None],
+    stop: Callable[[], bool],
+    spent: float | None,
+) -> Pass:
+    """Write every chunk that one of `writers` lacks; for each batch `make` gives what each of them is to hold."""
+    lacking = [set(writer.missing) for writer in writers]
+    missing, total = sorted(set().union(*lacking)), writers[0].info.chunks
+    ranges = [writers[0].chunk_rows_of(chunk) for chunk in missing]
     begun, blocked, finished = time.perf_counter(), 0.0, True
-    with ahead(feed.sequential(ranges, forward_rows(feed.seq_len)), device) as batches:
-        source = make(batches, writer.info.codec_object, device)
+    with read(ranges) as batches:
+        source = make(batches)
         for done, (chunk, (first, last)) in enumerate(zip(missing, ranges, strict=True)):
             if stop():
                 finished = False
                 break
-            x_RSD = torch.cat([next(source) for _ in pieces(first, last, feed.seq_len)])
+            made = [next(source) for _ in range(first, last, batch_rows)]
             handed = time.perf_counter()
-            writer.submit(chunk, x_RSD, copy=False)
+            for writer, lacks, x_BSDs in zip(writers, lacking, zip(*made, strict=True), strict=True):
+                if chunk in lacks:
+                    writer.submit(chunk, torch.cat(x_BSDs), copy=False)
             blocked += time.perf_counter() - handed
             progress(total - len(missing) + done + 1, total)
         source.close()
         waited = batches.waited
     handed = time.perf_counter()
-    if finished:
-        writer.finish(None if spent is None else spent + handed - begun)
-    else:
-        writer.flush()
+    for writer in writers:
+        if finished:
+            writer.finish(None if spent is None else spent + handed - begun)
+        else:
+            writer.flush()
     now = time.perf_counter()
     return Pass(finished, now - begun, waited, blocked + now - handed)
 

@@ -1,0 +1,312 @@
+"""Hidden states captured into a store: what they are, and that none is computed twice, whatever is killed between."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import stackwise
+from stackwise.data.tokenizer import bytes_tokenizer
+from stackwise.errors import InterruptedRun, UsageError
+from stackwise.pipeline.committed.capture import Captured, Progress
+from stackwise.pretrained.families import FAMILIES
+from stackwise.store import ActivationStore
+from tests.cli.conftest import COMMAND
+from tests.cli.conftest import stackwise as program
+from tests.conftest import mounted
+
+BLOCKS, SEQ = 3, 32
+SMALL_CHUNKS = """
+import sys, time
+from stackwise.store import codecs
+codecs.CHUNK_BYTES = 1 << 14  # four rows
+"""
+
+
+def transformers_model(family: str) -> Any:
+    """A small model of random weights, as `transformers` has it."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    size = {"vocab_size": 258, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "hidden_size": 64}
+    if family == "llama":
+        config = hf.LlamaConfig(**size, intermediate_size=96, num_key_value_heads=2, max_position_embeddings=64)
+        return hf.LlamaForCausalLM(config).eval()
+    if family == "gpt2":
+        small = hf.GPT2Config(vocab_size=258, n_positions=64, n_embd=64, n_layer=BLOCKS, n_head=4)
+        return hf.GPT2LMHeadModel(small).eval()
+    return hf.BertForMaskedLM(hf.BertConfig(**size, intermediate_size=96, max_position_embeddings=64)).eval()
+
+
+def checkpoint(family: str, directory: Path) -> Path:
+    transformers_model(family).save_pretrained(directory)
+    bytes_tokenizer().save(directory / "tokenizer.json")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def data(text: Path) -> str:
+    return str(text / "bisect.txt")
+
+
+def captured(model: Path, data: str, store: Path, at: list[int], **options: Any) -> Captured:
+    return stackwise.capture(model, [data], at=at, store=store, seq_len=SEQ, **options)
+
+
+def contents(store: Path, result: Captured) -> dict[int, bytes]:
+    """The bytes of all chunks' files of each boundary."""
+    return {
+        at: b"".join(path.read_bytes() for path in sorted((store / "boundaries" / info.id).rglob("c/*/*/*")))
+        for at, info in result.boundaries.items()
+    }
+
+
+@pytest.mark.parametrize("family", [name for name in ("llama", "gpt2", "bert") if name in FAMILIES])
+def test_hidden_states_are_those_of_transformers_with_their_tokens(data: str, tmp_path: Path, family: str) -> None:
+    result = captured(checkpoint(family, tmp_path / "m"), data, tmp_path / "s", list(range(BLOCKS + 1)), codec="fp32")
+    reference, text = transformers_model(family), Path(data).read_bytes()
+    assert result.tokens == (len(text) + 1) // SEQ * SEQ == result.computed
+    separator, read = 256, dict[int, bytes]()
+    for at in range(BLOCKS):
+        for rows_B, x_BSD, tokens_BS in result.dataset(at, 16, seed=at):
+            with torch.no_grad():
+                expected = reference(tokens_BS, output_hidden_states=True).hidden_states[at]
+            torch.testing.assert_close(x_BSD, expected, atol=1e-5, rtol=1e-5)
+            read |= {
+                int(row): tokens.numpy().astype("<u2").tobytes() for row, tokens in zip(rows_B, tokens_BS, strict=True)
+            }
+    stream = np.append(np.frombuffer(text, np.uint8), separator).astype("<u2")[: result.tokens].reshape(-1, SEQ)
+    assert sorted(read) == list(range(len(stream)))
+    assert sorted(read.values()) == sorted(row.tobytes() for row in stream)  # every sample, each once
+    # `transformers` puts the last one through the final norm, where the model has one.
+    final: Any = {"llama": "model.norm", "gpt2": "transformer.ln_f"}.get(family, "bert.embeddings.dropout")
+    for _, x_BSD, tokens_BS in result.dataset(BLOCKS, 16):
+        with torch.no_grad():
+            expected = reference(tokens_BS, output_hidden_states=True).hidden_states[-1]
+            torch.testing.assert_close(reference.get_submodule(final)(x_BSD), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_there_is_not_computed_again(llama: Path, data: str, tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    first = captured(llama, data, store, [1, 2], codec="fp32")
+    assert first.computed == first.tokens
+    assert captured(llama, data, store, [2, 1], codec="fp32").computed == 0
+    copy = tmp_path / "copy"  # the same weights and the same text elsewhere
+    copy.mkdir()
+    for path in llama.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "same.txt").write_bytes(Path(data).read_bytes())
+    assert captured(copy, str(tmp_path / "same.txt"), store, [1], codec="fp32").computed == 0
+    arguments = ("--data", data, "--store", str(store), "--seq-len", str(SEQ), "--codec", "fp32", "--json")
+    done = program("capture", str(llama), "--at", "1,2", *arguments)
+    assert done.code == 0, done.err
+    printed = json.loads(done.out)
+    assert printed == first.plain() | {"tokens_per_second": 0.0}
+    assert [entry["at"] for entry in printed["boundaries"]] == [1, 2]
+    # One block more goes on from what is there: a third of the way to depth 2, which are the front and two blocks.
+    assert captured(llama, data, store, [3], codec="fp32").computed == pytest.approx(first.tokens / 4)
+    # Another codec of what is there is read and written, not computed.
+    assert captured(llama, data, store, [2], codec="int8").computed == 0
+    with ActivationStore(store) as opened:
+        assert opened.gc(dry_run=True)["boundaries"] == []
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "fp32"])
+def test_one_part_at_a_time_gives_the_same_bytes(llama: Path, data: str, tmp_path: Path, codec: str) -> None:
+    whole = captured(llama, data, tmp_path / "whole", [1, 3], codec=codec)
+    parts = captured(llama, data, tmp_path / "parts", [1, 3], codec=codec, memory=1)
+    assert contents(tmp_path / "whole", whole) == contents(tmp_path / "parts", parts)
+    assert len(contents(tmp_path / "whole", whole)[3]) > 1000
+    with ActivationStore(tmp_path / "parts") as store:  # and nothing is left of what was between
+        assert {info.id for info in store.boundaries()} == set(next(iter(store.runs().values()))["boundaries"])
+
+
+KILLED = (
+    SMALL_CHUNKS
+    + """
+import os, signal, stackwise
+model, data, store, codec, after = sys.argv[1:]
+seen = 0
+def progress(step):
+    global seen
+    seen += bool(step.tokens)
+    if seen == int(after):
+        time.sleep(0.3 * (int(after) > 3))  # what was handed over is written behind
+        os.kill(os.getpid(), signal.SIGKILL)
+how = {"seq_len": 32, "codec": codec, "batch_size": 2, "memory": 1}
+stackwise.capture(model, [data], at=[1, 3], store=store, progress=progress, **how)
+"""
+)
+
+
+def test_killed_and_resumed_gives_the_same_bytes(
+    llama: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stackwise.store.codecs.CHUNK_BYTES", 1 << 14)
+    steps = list[Progress]()
+    how: dict[str, Any] = {"codec": "bf16", "batch_size": 2}
+    whole = captured(llama, data, tmp_path / "whole", [1, 3], **how, memory=1, progress=steps.append)
+    passes = sum(step.tokens > 0 for step in steps)
+    store = tmp_path / "killed"
+    for after in (3, passes // 4, passes // 4):
+        done = subprocess.run([sys.executable, "-c", KILLED, llama, data, store, "bf16", str(after)])
+        assert done.returncode == -signal.SIGKILL
+    with ActivationStore(store) as opened:
+        assert any(info.state == "writing" and info.published for info in opened.boundaries())
+    resumed = captured(llama, data, store, [1, 3], **how)
+    assert 0 < resumed.computed < resumed.tokens
+    assert contents(store, resumed) == contents(tmp_path / "whole", whole)
+
+
+def test_sigterm_saves_and_ends_with_75(llama: Path, data: str, tmp_path: Path) -> None:
+    slow = SMALL_CHUNKS + (
+        "from stackwise.training.stage import StageModel\n"
+        "real = StageModel.activations\n"
+        "StageModel.activations = lambda self, batch: (time.sleep(0.1), real(self, batch))[1]\n"
+        "from stackwise.cli import main\n"
+        "main()"
+    )
+    arguments = ["capture", llama, "--data", data, "--at", "2", "--store", tmp_path / "s", "--seq-len", "32"]
+    arguments += ["--batch-size", "2"]
+    process = subprocess.Popen([sys.executable, "-c", slow, *arguments], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "s").glob("boundaries/*/*/c/*/0/0")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "saved" in errors
+    assert "Traceback" not in errors
+    with ActivationStore(tmp_path / "s") as store:
+        assert any(info.state == "writing" for info in store.boundaries())
+    done = subprocess.run([*COMMAND, *arguments, "--json"], capture_output=True, check=True)
+    assert json.loads(done.stdout)["tokens_per_second"] > 0
+
+
+def test_stopped_before_the_first_chunk_is_an_interruption(llama: Path, data: str, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRun):
+        captured(llama, data, tmp_path / "s", [1], stop=lambda: True)
+
+
+def test_a_full_disk_ends_with_5_and_goes_on(llama: Path, data: str, tmp_path: Path) -> None:
+    arguments = ["--data", data, "--at", "1,2,3", "--store", str(tmp_path / "s"), "--seq-len", "32", "--codec", "fp32"]
+    with mounted(tmp_path, 9):
+        filler = tmp_path / "filler"
+        stackwise.capture(llama, [data], at=[0], store=tmp_path / "s", seq_len=SEQ, rows=1)
+        free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_bsize
+        filler.write_bytes(bytes(max(0, free - (1 << 20))))
+        done = program("capture", str(llama), *arguments)
+        assert done.code == 5, done.err
+        assert "Traceback" not in done.err
+        filler.unlink()
+        done = program("capture", str(llama), *arguments)
+        assert done.code == 0, done.err
+
+
+MEMORY = """
+import sys, stackwise
+from pathlib import Path
+def peak():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+model, data, store, memory = sys.argv[1:]
+def capture(at):
+    stackwise.capture(model, [data], at=[at], store=store, seq_len=32, batch_size=1, rows=2, memory=int(memory))
+capture(0)
+before = peak()
+capture(6)
+print(1024 * (peak() - before))
+"""
+
+
+def test_memory_is_that_of_one_part(data: str, tmp_path: Path) -> None:
+    import transformers as hf
+
+    config = hf.LlamaConfig(
+        vocab_size=258, hidden_size=1024, intermediate_size=2560, num_hidden_layers=6, num_attention_heads=8,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = hf.LlamaForCausalLM(config)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    bytes_tokenizer().save(tmp_path / "m" / "tokenizer.json")
+
+    def taken(memory: int) -> int:
+        store = tmp_path / f"s{memory}"
+        arguments = [tmp_path / "m", data, store, str(memory)]
+        return int(subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, check=True).stdout)
+
+    assert taken(1 << 40) > 5 * 4 * block
+    assert taken(1) < 2.5 * 4 * block  # a block in fp32, and in the file's bf16 while it is read
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"at": [9]}, "no depth 9"),
+        ({"at": [-1]}, "no depth -1"),
+        ({"at": []}, "no depth"),
+        ({"codec": "int3"}, "codec 'int3'"),
+        ({"seq_len": 65}, "at most 64 tokens"),
+        ({"seq_len": 64, "data": "nowhere.txt"}, "nowhere.txt"),
+        ({"dtype": "fp64"}, "fp64"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"model": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(
+    llama: Path, data: str, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    how: dict[str, Any] = {"model": llama, "data": data, "at": [1], "seq_len": SEQ} | options
+    model, path = how.pop("model"), how.pop("data")
+    with pytest.raises(UsageError, match=message):
+        stackwise.capture(model, [path], store=tmp_path / "s", **how)
+    assert not (tmp_path / "s").exists()
+
+
+def test_text_that_the_model_has_no_tokenizer_or_no_ids_for(llama: Path, data: str, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in llama.iterdir():
+        if path.name != "tokenizer.json":
+            (bare / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UsageError, match=r"no tokenizer\.json"):
+        captured(bare, data, tmp_path / "s", [1])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input_ids": list(range(n, n + 40))}) + "\n" for n in range(240, 280)))
+    prepared = program("data", "prepare", str(rows), "--out", str(tmp_path / "set"))
+    assert prepared.code == 0, prepared.err
+    with pytest.raises(UsageError, match="the model knows 258"):
+        captured(bare, str(tmp_path / "set"), tmp_path / "s", [1])
+    rows.write_text("".join(json.dumps({"input_ids": list(range(n, n + 40))}) + "\n" for n in range(40)))
+    assert program("data", "prepare", str(rows), "--out", str(tmp_path / "fits")).code == 0
+    assert captured(bare, str(tmp_path / "fits"), tmp_path / "s", [1]).computed > 0
+
+
+def test_the_dataset_of_a_boundary_without_tokens(llama: Path, data: str, tmp_path: Path) -> None:
+    result = captured(llama, data, tmp_path / "s", [1])
+    with ActivationStore(tmp_path / "s") as store:
+        assert len(next(iter(store.dataset(result.boundaries[1].id, 4, tokens=False)))) == 2
+        loader = torch.utils.data.DataLoader(store.dataset(result.boundaries[1].id, 4), batch_size=None)
+        rows_B, x_BSD, tokens_BS = next(iter(loader))
+    assert (rows_B.shape, x_BSD.shape, tokens_BS.shape) == ((4,), (4, SEQ, 64), (4, SEQ))
+    assert tokens_BS.dtype == torch.int64
