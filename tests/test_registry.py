@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from stackwise.config.choices import FUSIONS, MODES, Fusion, Mode
 from stackwise.config.kinds import (
     ATTENTIONS,
     FEED_FORWARDS,
@@ -76,6 +77,8 @@ def test_a_file_that_the_environment_names_is_imported_and_its_code_is_in_its_di
         (FEED_FORWARDS, FeedForward, {}, "build, kept, matrices"),
         (CODECS, Codec, {}, "decode, encode, stored, decoded, arrays"),
         (CODECS, Codec, {"direct": True, "stored": "x", "decoded": "x", "arrays": ()}, "encode"),
+        (MODES, Mode, {}, "partition"),
+        (FUSIONS, Fusion, {}, "groups"),
         (OPTIMIZERS, object, {}, "Optimizer"),
     ],
 )

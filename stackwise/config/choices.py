@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -85,9 +86,9 @@ class Mode(Kind):
         """Whether the size of its stages is still to be found."""
         return False
 
+    @abc.abstractmethod
     def partition(self, model: ModelConfig) -> list[Span]:
         """First and last block of each part of the rack that becomes new with a stage, lowest first."""
-        return cut(model.n_blocks, model.n_blocks)
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
         """What of its settings the model cannot have."""
@@ -106,6 +107,10 @@ def cut(blocks: int, size: int) -> list[Span]:
 
 class EndToEnd(Mode):
     """One stage, which trains the whole rack."""
+
+    def partition(self, model: ModelConfig) -> list[Span]:
+        """See `Mode.partition`."""
+        return cut(model.n_blocks, model.n_blocks)
 
 
 class Layerwise(Mode):
@@ -264,17 +269,21 @@ class Fusion(Kind):
         """Optimizer steps of all its stages; None: as many as a stage each."""
         return None
 
+    @abc.abstractmethod
     def groups(self, sections: list[Span]) -> list[Span]:
         """First and last block of each stage, in order.
 
         Args:
             sections: What was trained one by one, two or more, lowest first.
         """
-        return []
 
 
 class NoFusion(Fusion):
     """None."""
+
+    def groups(self, sections: list[Span]) -> list[Span]:
+        """See `Fusion.groups`."""
+        return []
 
 
 class TrainableFusion(Fusion):

@@ -79,6 +79,6 @@ def _kinds(sort: type[Kind], width: int) -> list[str]:
         lines += textwrap.wrap(f"{sort.tag} {name}: {about}", width, initial_indent="  ", subsequent_indent="    ")
         for key, field in kind.model_fields.items():
             default = "" if field.is_required() else yaml.safe_dump({key: field.default}).strip().partition(": ")[2]
-            text = f"{key}{f' ({default})' if default else ''}: {field.description}"
+            text = f"{key}{f' ({default})' if default else ''}: {field.description or ''}"
             lines += textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="      ")
     return lines

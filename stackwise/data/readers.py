@@ -62,6 +62,8 @@ PACKED = (".gz", ".bz2", ".zst")
 """Suffixes of text and JSON that are unpacked as they are read."""
 
 _BOM = codecs.BOM_UTF8
+_OTHER_FORMATS = (b"%PDF-", rb"{\rtf", b"%!PS")
+"""How files begin that may be ASCII and yet are no plain text."""
 
 # Opening files, packed or not.
 
@@ -138,6 +140,8 @@ def text_file(
         raise SkippedFile("UTF-16 text: convert it to UTF-8")
     if b"\0" in head[:HEAD_BYTES]:
         raise SkippedFile("binary")
+    if head.startswith(_OTHER_FORMATS):
+        raise SkippedFile("a document of another format: save its text as .txt")
     if _is_row(head, reading or Reading()):
         raise SkippedFile("JSON lines: give it a name that ends in .jsonl")
     following = next(blocks, None)

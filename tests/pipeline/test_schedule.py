@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from stackwise.config import StackWiseConfig
+from stackwise.config import ModelConfig, StackWiseConfig
+from stackwise.config.choices import MODES, Mode
 from stackwise.config.loading import build
 from stackwise.pipeline.schedule import schedule, stage_below
 
@@ -81,3 +82,26 @@ def test_a_boundary_is_made_by_the_newest_stage_that_ends_below_it() -> None:
     stages = schedule(config(4, mode="layerwise", fusion={"strategy": "hierarchical"}))
     assert stage_below(stages, stages[3]) == stages[2]
     assert stage_below(stages, stages[5]) == stages[4], "the pair below, once fused"
+
+
+def test_a_mode_from_outside_is_one_class_that_says_its_sections() -> None:
+    @MODES.register("halves")
+    class Halves(Mode):
+        lower: int = 1
+
+        def partition(self, model: ModelConfig) -> list[tuple[int, int]]:
+            return [(0, self.lower - 1), (self.lower, model.n_blocks - 1)]
+
+    try:
+        assert [(s.first, s.last) for s in schedule(config(5, mode="halves"))] == [(0, 0), (1, 4)]
+        assert [(s.first, s.last) for s in schedule(config(5, mode={"name": "halves", "lower": 3}))] == [(0, 2), (3, 4)]
+    finally:
+        MODES._kinds.pop("halves")
+
+
+def test_flat_settings_of_several_modes_are_those_of_the_mode_that_is_taken() -> None:
+    tree = {"model": {"architecture": {"n_stacks": 4}}, "training": {"mode": "layerwise", "block_size": 2}}
+    assert build(StackWiseConfig, tree).n_sections == 4
+    overridden = build(StackWiseConfig, tree, {"training.mode": "blockwise"})
+    assert overridden.n_sections == 2
+    assert overridden.unused == []
