@@ -52,7 +52,7 @@ class Rotary(Family):
             "d_ff": keys.size("intermediate_size"),
             "architecture": {"n_stacks": blocks, "blocks_per_stack": 1},
             "attention": kind | attention,
-            "norm_eps": keys.number("rms_norm_eps", 1e-6),
+            "norm_eps": keys.number("rms_norm_eps", 1e-6, 1.0),
             "tie_embeddings": keys.flag("tie_word_embeddings", False),
         }
         rope = rope_settings(keys, seq_len)
@@ -235,7 +235,7 @@ class GPT2(Family):
             "attention": {"kind": "mha"},
             "ffn": {"kind": "gelu", "activation": keys.choice("activation_function", "gelu_new", GELUS)},
             "norm": "layernorm",
-            "norm_eps": keys.number("layer_norm_epsilon", 1e-5),
+            "norm_eps": keys.number("layer_norm_epsilon", 1e-5, 1.0),
             "positions": "learned",
             "bias": True,
             "tie_embeddings": keys.flag("tie_word_embeddings", True),
@@ -325,7 +325,8 @@ class Bert(Family):
         keys.only("position_embedding_type", "absolute")
         for key in ("is_decoder", "add_cross_attention"):
             keys.only(key, False)
-        keys.ignore("classifier_dropout", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers")
+        keys.dropout("classifier_dropout")  # of heads that are not read
+        keys.ignore("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers")
         keys.ignore("pooler_size_per_head", "pooler_type", "directionality")
         activation = keys.choice("hidden_act", "gelu", GELUS)
         model = {
@@ -338,7 +339,7 @@ class Bert(Family):
             "head": {"kind": "transform", "activation": activation},
             "norm": "layernorm",
             "norm_place": "post",
-            "norm_eps": keys.number("layer_norm_eps", 1e-12),
+            "norm_eps": keys.number("layer_norm_eps", 1e-12, 1.0),
             "positions": "learned",
             "position_offset": offset,
             "embedding_norm": True,

@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import math
+import mmap
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -53,7 +55,7 @@ CONFIG_BYTES = 4 << 20
 HEADER_BYTES = 32 << 20
 """Most bytes of a weight file's header: some 300,000 tensors."""
 
-BAND_BYTES = 8 << 20
+BAND_BYTES = 1 << 20
 """Bytes that are read or written at once where a tensor is turned."""
 
 FLOATS = {"F64": ("float64", "<u8"), "F32": ("float32", "<u4"), "F16": ("float16", "<u2"), "BF16": ("bfloat16", "<u2")}
@@ -62,6 +64,8 @@ FLOATS = {"F64": ("float64", "<u8"), "F32": ("float32", "<u4"), "F16": ("float16
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 AGAIN = "get the checkpoint again"
+COPY = "copy it with what its links lead to: cp -rL DIR NEW"
+"""What to do with a directory of links, as Hugging Face's cache is."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
 
     def broken(why: str) -> UsageError:
-        return UsageError(f"{path} cannot be read: {printable(why)}", hint=AGAIN)
+        return UsageError(f"{path} cannot be read: {printable(why)}", hint=COPY if path.is_symlink() else AGAIN)
 
     try:
         with os.fdopen(files.open_regular(path), "rb") as file:
@@ -108,6 +112,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise broken("its header is no table of tensors")
     table.pop("__metadata__", None)
     tensors: dict[str, StoredTensor] = {}
+    ranges: list[tuple[int, int]] = []
     for name, entry in table.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -122,6 +127,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if begin > end or end > size - 8 - length:
             raise broken("it is cut off")
         tensors[name] = tensor
+        ranges.append((begin, end))
+    # As the format has it: nothing between tensors, before or behind them, and no byte of two.
+    ranges.sort()
+    if any(end != begin for (_, end), (begin, _) in itertools.pairwise([(0, 0), *ranges, (size - 8 - length, 0)])):
+        raise broken("its tensors do not lie one behind the other")
     return tensors
 
 
@@ -157,6 +167,14 @@ class Reader:
         shape = shape[::-1] if ref.transpose else shape
         return shape if ref.rows is None else (ref.rows[1] - ref.rows[0], *shape[1:])
 
+    def bands(self, ref: TensorRef) -> Iterator[bytes]:
+        """The bytes of a whole tensor as they are in its file, piece by piece."""
+        stored, path = self.stored(ref), self._directory / ref.file
+        with io.FileIO(files.open_regular(path), "rb") as file:
+            file.seek(stored.begin)
+            for start in range(0, stored.nbytes, BAND_BYTES):
+                yield file.read(min(BAND_BYTES, stored.nbytes - start))
+
     def read(self, ref: TensorRef) -> np.ndarray[Any, Any]:
         """A tensor as its part has it, in unsigned integers of its dtype's width.
 
@@ -164,7 +182,7 @@ class Reader:
             UsageError: It is not in its file, or the file is cut off.
         """
         stored, shape = self.stored(ref), self.shape(ref)
-        values = np.empty(shape, FLOATS[stored.dtype][1])
+        values = _empty(shape, FLOATS[stored.dtype][1])
         path = self._directory / ref.file
         with io.FileIO(files.open_regular(path), "rb") as file:
             if not ref.transpose:
@@ -177,8 +195,9 @@ class Reader:
             first, last = ref.rows or (0, columns)
             step = max(1, BAND_BYTES // max(1, columns * values.itemsize))
             file.seek(stored.begin)
+            band = _empty((min(step, rows), columns), values.dtype.str)
             for start in range(0, rows, step):
-                band = np.empty((min(step, rows - start), columns), values.dtype)
+                band = band[: rows - start]
                 _fill(file, band, path)
                 values[:, start : start + len(band)] = band[:, first:last].T
         return values
@@ -190,6 +209,14 @@ class Reader:
         values, name = self.read(ref), FLOATS[self.stored(ref).dtype][0]
         signed: torch.Tensor = torch.from_numpy(values.view(values.dtype.str.replace("u", "i")))
         return signed.view(getattr(torch, name))
+
+
+def _empty(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
+    """Memory of its own, which goes back to the system when it is freed: malloc may keep it."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if nbytes < 1 << 20:
+        return np.empty(shape, dtype)
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype).reshape(shape)
 
 
 def _fill(file: io.FileIO, values: np.ndarray[Any, Any], path: Path) -> None:
@@ -332,7 +359,8 @@ class Checkpoint:
             raise NotFound(f"{printable(str(self.directory))} holds no checkpoint: {what}") from None
         except (OSError, ValueError) as error:
             why = getattr(error, "message", None) or (str(error).splitlines() or ["it is no JSON"])[0]
-            raise UsageError(f"{path} cannot be read: {printable(why)}", hint=AGAIN) from None
+            hint = COPY if path.is_symlink() else AGAIN
+            raise UsageError(f"{path} cannot be read: {printable(why)}", hint=hint) from None
         if not isinstance(config, dict):
             raise UsageError(f"{path} cannot be read: it is no mapping", hint=AGAIN)
         return config
@@ -430,6 +458,7 @@ class Checkpoint:
                 whole = tensor.shape if shape is None else stored_shape(shape, refs.values(), ref)
                 if tensor.shape != whole:
                     raise UsageError(f"{shown} has shape {list(tensor.shape)}, not {list(whole)}", hint=AGAIN)
+        self._check_tied()
         ignored = [*self.family.ignored, *self.family.tied(self.description)]
         others = [name for name in sorted(self._stored) if name not in wanted and not matches(ignored, name)]
         for name in others:
@@ -437,6 +466,17 @@ class Checkpoint:
                 shown = f"{self.directory}: tensor {printable(name)}"
                 raise UsageError(f"{shown} belongs to no part of the rack that config.json describes", hint=AGAIN)
         return others
+
+    def _check_tied(self) -> None:
+        """A head that is tied may stand in the files once more: then it is the embedding."""
+        head, embedding = self.family.task_names.get("projection"), self._names[FRONT].get("embedding.weight")
+        stored = self._stored.get(head or "")
+        if not self.description.config.tie_embeddings or stored is None or embedding is None:
+            return
+        refs = (embedding, TensorRef(stored.file, str(head)))
+        if any(a != b for a, b in itertools.zip_longest(*map(self._reader.bands, refs))):
+            what = f"{head} differs from the embedding, and tie_word_embeddings says that they are one"
+            raise UsageError(f"{self.directory}: {what}", hint="set tie_word_embeddings to false in config.json")
 
 
 def load_rack(checkpoint: Checkpoint | Path | str, device: torch.device | str = "cpu", seed: int = 0) -> Rack:

@@ -49,11 +49,11 @@ class Keys:
             raise self.refusal(key, value, f"a whole number from 1 to {LARGEST}")
         return value
 
-    def number(self, key: str, default: float | None) -> float:
+    def number(self, key: str, default: float | None, most: float = 1e15) -> float:
         """A finite number above zero."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e15:
-            raise self.refusal(key, value, "a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+            raise self.refusal(key, value, f"a number above 0, at most {most:g}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -92,8 +92,8 @@ class Keys:
 
     def dropout(self, *keys: str) -> tuple[str, ...]:
         """A note of the dropout of the model's first training; what it computes does not depend on it."""
-        values = {key: self.get(key) for key in keys}
-        shown = ", ".join(f"{key} {as_json(value)}" for key, value in values.items() if value not in (None, 0))
+        values = {key: self.number(key, None, 1.0) for key in keys if self.get(key, 0) != 0}
+        shown = ", ".join(f"{key} {value:g}" for key, value in values.items())
         return (f"dropout of its first training ({shown}) is not taken over: model.dropout sets it",) if shown else ()
 
     def finish(self) -> None:

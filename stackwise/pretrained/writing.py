@@ -86,19 +86,22 @@ class ShardWriter:
         if self._file is not None:
             self._file.close()
 
-    def add(self, name: str, shape: Sequence[int], dtype: torch.dtype, bands: Iterable[Tensor]) -> None:
-        """Write a tensor.
+    def add(self, name: str, pieces: Sequence[Tensor], turned: bool = False, dtype: torch.dtype | None = None) -> None:
+        """Write a tensor, piece by piece.
 
         Args:
             name: Its name in the file.
-            shape: Its shape there.
-            dtype: Its dtype there.
-            bands: Its values in that order, piece by piece, each converted when it is written.
+            pieces: What is below each other in it.
+            turned: The file has the transpose.
+            dtype: Its dtype there; None: as it is.
         """
+        dtype = dtype or pieces[0].dtype
+        shape = [sum(map(len, pieces)), *pieces[0].shape[1:]] if len(pieces) > 1 else list(pieces[0].shape)
+        shape = shape[::-1] if turned else shape
         numbers = torch.Size(shape).numel()
         nbytes = numbers * dtype.itemsize
         offsets = [self._place, self._place + nbytes]
-        entry = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": offsets}
+        entry = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": offsets}
         full = self._place + nbytes > self.shard_bytes or len(json.dumps(self._table | {name: entry})) > self._room - 64
         if self._table and full:
             self._finish()
@@ -106,7 +109,7 @@ class ShardWriter:
         if self._file is None:
             self._file = open_to_write(self.directory / f"part-{len(self._files):05d}")
             self._file.seek(8 + self._room)
-        for band in bands:
+        for band in _turned(pieces) if turned else _bands(pieces):
             values = band.detach().to("cpu", dtype).contiguous().reshape(-1)
             self._file.write(values.view(torch.uint8).numpy().data)
         self._table[name] = entry
@@ -323,9 +326,8 @@ def _write(
             else:
                 dtype = dtype or next(iter(tensors.values())).dtype
             for name, pieces, turned in _stored(family, description if tied else whole, base, part, tensors):
-                shape = [sum(map(len, pieces)), *pieces[0].shape[1:]] if len(pieces) > 1 else list(pieces[0].shape)
-                bands = _turned(pieces) if turned else _bands(pieces)
-                writer.add(name, shape[::-1] if turned else shape, options.dtype or pieces[0].dtype, bands)
+                writer.add(name, pieces, turned, options.dtype)
+                del pieces
             del tensors  # or two parts would be in memory while the next one is loaded
         files = writer.close()
     config = config_json(family, description if tied else whole) | {"architectures": architectures}

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-GPT2 = {"n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 4, "n_positions": 64}
+GPT2: dict[str, Any] = {
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "n_embd": 32,
+    "n_inner": 48,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
