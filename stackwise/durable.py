@@ -23,6 +23,11 @@ TEMPORARY = ".tmp-"
 """Prefix of names that are being written. Whatever bears it and has no living writer is garbage."""
 
 
+def temporary(path: Path) -> Path:
+    """A fresh name beside `path`, under which it is written."""
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}-{path.name}")
+
+
 def unusable(path: Path) -> str | None:
     """Why a directory cannot be written, or made where it is missing; None where it can."""
     there = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
@@ -92,20 +97,20 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         NoSpaceError: The disk is full; `path` is as it was.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}-{path.name}")
+    fresh = temporary(path)
     with explain_full_disk(path):
         try:
-            write(temporary)
-            fd = os.open(temporary, os.O_RDONLY)
+            write(fresh)
+            fd = os.open(fresh, os.O_RDONLY)
             try:
                 os.fchmod(fd, READABLE)  # libraries make files for their user alone
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            os.replace(temporary, path)
+            os.replace(fresh, path)
         except BaseException:
             with contextlib.suppress(OSError):
-                temporary.unlink()
+                fresh.unlink()
             raise
         fsync_directory(path.parent)
 

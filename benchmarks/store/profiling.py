@@ -22,7 +22,7 @@ from benchmarks.store.peers import Bits
 from benchmarks.store.reading import BATCH, DIM, SEQ, made
 from benchmarks.store.writing import by_hand, by_store
 from stackwise.store import RowOrder
-from stackwise.store import chunks as chunks_module
+from stackwise.store import writer as writer_module
 from stackwise.store.index import Index
 
 ROW = SEQ * DIM * 2
@@ -141,7 +141,7 @@ WATCHED: dict[str, tuple[Any, str]] = {
     "rename": (os, "rename"),
     "replace": (os, "replace"),
     "mkdir": (os, "mkdir"),
-    "row digests": (chunks_module, "row_digests"),
+    "row digests": (writer_module, "row_digests"),
     "commit (LMDB's own flushes)": (Index, "update"),
 }
 

@@ -1,15 +1,9 @@
-"""Chunks: how they are published, and how they are found, opened, checked and decoded.
-
-A chunk is written first, then brought to the disk, then named and recorded in one transaction. LMDB's write lock spans
-processes, so of two writers of one chunk exactly one publishes it. Several chunks may share a transaction, and wait for
-the disk together: its flushes then cost a group little more than one.
-"""
+"""Chunks: their records in the index, and how they are found, opened, checked and decoded."""
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from dataclasses import dataclass, replace
+import struct
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,16 +11,14 @@ import numpy.typing as npt
 import xxhash
 
 from stackwise.errors import DamageError, NotFound
-from stackwise.store.disk import Handle, LocalBackend
-from stackwise.store.index import Index, Writing
-from stackwise.store.records import BoundaryInfo, ChunkRecord, chunk_key
+from stackwise.identity import Hex
+from stackwise.store.disk import BoundaryFiles, OpenFile
+from stackwise.store.index import Index
+from stackwise.store.records import BoundaryInfo
 
-GROUP = 32
-"""Chunks that share a transaction at most, where they come fast enough."""
-_GROUP_BYTES = 64 << 20
-"""What is written and waits for the disk, about: it takes as much of the page cache."""
-_DIRECTORIES = 64
-"""Chunk directories made at a time: their fsyncs cost one journal commit together."""
+Array = npt.NDArray[Any]
+_HEADER = struct.Struct("<BBHI")  # version, files, nothing, rows
+_FILE = struct.Struct("<Q16s")  # size, digest
 
 
 def array_key(boundary_id: str, array: str, chunk: int, dimensions: int) -> str:
@@ -34,7 +26,7 @@ def array_key(boundary_id: str, array: str, chunk: int, dimensions: int) -> str:
     return f"{boundary_id}/{array}/c/{chunk}" + "/0" * (dimensions - 1)
 
 
-def chunk_keys(info: BoundaryInfo, chunk: int) -> list[str]:
+def chunk_files(info: BoundaryInfo, chunk: int) -> list[str]:
     """Keys of the files of a chunk, one for each array of the codec."""
     return [
         array_key(info.id, spec.name, chunk, 1 + len(spec.row_shape(info.seq_len, info.d_model)))
@@ -42,218 +34,64 @@ def chunk_keys(info: BoundaryInfo, chunk: int) -> list[str]:
     ]
 
 
-def row_digests(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[np.uint64]:
+def chunk_key(boundary_id: Hex, chunk: int) -> bytes:
+    """Key of a chunk's record: chunks of a boundary lie together, in order."""
+    return bytes.fromhex(boundary_id) + struct.pack(">I", chunk)
+
+
+def most_bytes(info: BoundaryInfo, row_bytes: int) -> int:
+    """More than a compressed file of a chunk can have: a claim beyond it does not get its memory."""
+    return 2 * info.chunk_rows * row_bytes + 4096
+
+
+def row_digests(arrays: list[Array]) -> npt.NDArray[np.uint64]:
     """xxh3-64 of each row [n]; with a scale array, the digest of the scale's row seeds that of the row."""
     seeds = row_digests(arrays[1:]).tolist() if len(arrays) > 1 else [0] * len(arrays[0])
     flat = arrays[0].reshape(-1).view(np.uint8)
     view, size, of = flat.data, flat.nbytes // len(arrays[0]), xxhash.xxh3_64_intdigest
-    found = (of(view[at * size : (at + 1) * size], seed) for at, seed in enumerate(seeds))
-    return np.fromiter(found, np.uint64, len(seeds))
+    digests = (of(view[at * size : (at + 1) * size], seed) for at, seed in enumerate(seeds))
+    return np.fromiter(digests, np.uint64, len(seeds))
 
 
 @dataclass(frozen=True)
-class StagedChunk:
-    """A chunk that is written under temporary names, with the record that will publish it."""
+class ChunkRecord:
+    """One published chunk.
 
-    chunk: int
-    record: ChunkRecord
-    files: tuple[Any, ...]
-
-
-class Publisher:
-    """Stages and publishes the chunks of one boundary."""
-
-    def __init__(self, index: Index, backend: LocalBackend, info: BoundaryInfo) -> None:
-        self._index, self._backend, self._info = index, backend, info
-        self._codec = info.codec_object
-        self._shapes = [spec.row_shape(info.seq_len, info.d_model) for spec in self._codec.arrays]
-        self._prepared: set[int] = set()
-
-    def stage(self, chunk: int, arrays: list[npt.NDArray[Any]]) -> StagedChunk:
-        """Write a chunk's encoded arrays under temporary names; the disk begins with them while they are digested."""
-        info, codec = self._info, self._codec
-        self._prepare(chunk)
-        sizes, digests, staged = [], [], []
-        try:
-            for key, array, shape in zip(chunk_keys(info, chunk), arrays, self._shapes, strict=True):
-                if codec.compression == "none":
-                    # A last chunk is padded to full size, as Zarr has it: by a hole, which takes no blocks.
-                    sizes.append(info.chunk_rows * int(np.prod(shape)) * array.dtype.itemsize)
-                    digests.append(bytes(16))
-                    staged.append(self._backend.stage(key, [array], sizes[-1]))
-                else:
-                    if len(array) < info.chunk_rows:
-                        array = np.concatenate([array, np.zeros((info.chunk_rows - len(array), *shape), array.dtype)])
-                    packed = codec.compress(array)
-                    sizes.append(len(packed))
-                    digests.append(xxhash.xxh3_128_digest(packed))
-                    staged.append(self._backend.stage(key, [packed]))
-        except BaseException:
-            for item in staged:
-                self._backend.discard(item)
-            raise
-        return StagedChunk(chunk, ChunkRecord(tuple(sizes), tuple(digests), row_digests(arrays)), tuple(staged))
-
-    def publish(self, group: list[StagedChunk], *, over: bool = False) -> list[bool]:
-        """Bring staged chunks to the disk, and publish them in one transaction; for each, whether this published it.
-
-        Args:
-            group: The chunks.
-            over: Replace what is published (repair alone); by default it stays, and the copy is thrown away.
-        """
-        published: list[bool] = []
-        try:
-            self._backend.settle([file for staged in group for file in staged.files])
-            published = self._index.update(lambda view: self._publish(view, group, over))
-        finally:
-            for at, staged in enumerate(group):
-                if not (published and published[at]):
-                    self.discard(staged)
-        return published
-
-    def discard(self, staged: StagedChunk) -> None:
-        """Remove a staged chunk's files."""
-        for item in staged.files:
-            self._backend.discard(item)
-
-    def _publish(self, view: Writing, group: list[StagedChunk], over: bool) -> list[bool]:
-        raw_id = bytes.fromhex(self._info.id)
-        raw = view.get("boundaries", raw_id)
-        if raw is None:
-            raise NotFound(f"boundary {self._info.id} is no longer in the store")
-        info, result, installed = BoundaryInfo.decode(raw_id, raw), [], []
-        for staged in group:
-            key = chunk_key(info.id, staged.chunk)
-            old = view.get("chunks", key)
-            if old is not None and not over:
-                result.append(False)
-                continue
-            installed += list(zip(staged.files, chunk_keys(info, staged.chunk), strict=True))
-            view.put("chunks", key, staged.record.encode())
-            if old is None:
-                size = info.stored_bytes + sum(staged.record.sizes)
-                info = replace(info, published=info.published + 1, stored_bytes=size)
-            result.append(True)
-        self._backend.install(installed)
-        view.put("boundaries", raw_id, info.encode())
-        return result
-
-    def _prepare(self, chunk: int) -> None:
-        """Make the directories of this chunk and of those likely to be next."""
-        if chunk not in self._prepared:
-            batch = range(chunk, min(chunk + _DIRECTORIES, self._info.chunks))
-            self._backend.prepare([key for number in batch for key in chunk_keys(self._info, number)])
-            self._prepared.update(batch)
-
-
-class Background:
-    """Threads that write and publish chunks while the caller computes the next ones.
-
-    One writes into the page cache; the other waits for the disk, and publishes together what was written meanwhile: the
-    slower the disk, the larger its groups. After an error nothing more is written; every later `put` and `flush`
-    raises it.
+    Args:
+        sizes: Bytes of each of its files, one for each array of the codec.
+        digests: xxh3-128 of each file; zeros where the row digests cover its bytes (uncompressed files).
+        rows: xxh3-64 of each row's stored bytes, uint64 [n].
     """
 
-    def __init__(self, publisher: Publisher, depth: int = 2) -> None:
-        self._publisher, self._depth = publisher, depth
-        self._waiting: deque[tuple[int, list[npt.NDArray[Any]]]] = deque()
-        self._ready: list[StagedChunk] = []
-        self._pending = 0
-        self._stopping = False
-        self._error: BaseException | None = None
-        self._changed = threading.Condition()
-        self._threads = [
-            threading.Thread(target=work, name=f"stackwise-{name}", daemon=True)
-            for name, work in (("write", self._write), ("publish", self._publish))
-        ]
-        for thread in self._threads:
-            thread.start()
+    sizes: tuple[int, ...]
+    digests: tuple[bytes, ...]
+    rows: npt.NDArray[np.uint64]
 
-    def put(self, chunk: int, arrays: list[npt.NDArray[Any]]) -> None:
-        """Hand over a chunk's encoded arrays; waits while `depth` chunks wait already."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._waiting) < self._depth or self._error is not None)
-            self._raise()
-            self._waiting.append((chunk, arrays))
-            self._pending += 1
-            self._changed.notify_all()
+    def encode(self) -> bytes:
+        """The record: a header, size and digest of each file, then the row digests."""
+        head = _HEADER.pack(1, len(self.sizes), 0, len(self.rows))
+        parts = b"".join(_FILE.pack(size, digest) for size, digest in zip(self.sizes, self.digests, strict=True))
+        return head + parts + self.rows.astype("<u8", copy=False).tobytes()
 
-    def flush(self) -> None:
-        """Wait until all that was handed over is published; raise what went wrong."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._pending <= 0 or self._error is not None)
-            self._raise()
+    @classmethod
+    def decode(cls, info: BoundaryInfo, chunk: int, raw: bytes | None) -> ChunkRecord:
+        """Parse the record of a chunk.
 
-    def stop(self) -> None:
-        """End the threads, after what was handed over."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _write(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._stopping)
-                if not self._waiting:
-                    return
-                item = self._waiting.popleft()
-                self._changed.notify_all()
-            try:
-                staged = self._publisher.stage(*item)
-            except BaseException as error:
-                self._fail(error)
-                continue
-            with self._changed:
-                self._changed.wait_for(lambda: self._has_room() or self._error is not None)
-                if self._error is None:
-                    self._ready.append(staged)
-                    self._changed.notify_all()
-                    continue
-            self._publisher.discard(staged)
-
-    def _has_room(self) -> bool:
-        """Whether the next group may grow: not too far ahead of the disk."""
-        ready = sum(sum(staged.record.sizes) for staged in self._ready)
-        return len(self._ready) < GROUP and ready < _GROUP_BYTES
-
-    def _publish(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._ready or (self._stopping and self._pending <= 0))
-                if not self._ready:
-                    return
-                group, self._ready = self._ready, []
-                self._changed.notify_all()
-            try:
-                self._publisher.publish(group)
-            except BaseException as error:
-                self._fail(error)
-            else:
-                with self._changed:
-                    self._pending -= len(group)
-                    self._changed.notify_all()
-
-    def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._error = self._error or error
-            group, self._ready = self._ready, []
-            self._waiting.clear()
-            self._pending = 0
-            self._changed.notify_all()
-        self._discard(group)
-
-    def _discard(self, group: list[StagedChunk]) -> None:
-        for staged in group:
-            self._publisher.discard(staged)
-
-
-Array = npt.NDArray[Any]
+        Raises:
+            ValueError: It is not one.
+        """
+        start, stop = info.chunk_span(chunk)
+        files = len(info.codec_object.arrays)
+        if raw is None or len(raw) < _HEADER.size:
+            raise ValueError("a chunk's record is cut off")
+        version, count, _, covered = _HEADER.unpack_from(raw)
+        if version != 1 or count != files or covered != stop - start:
+            raise ValueError("a chunk's record is of another shape than its boundary")
+        if len(raw) != _HEADER.size + files * _FILE.size + covered * 8:
+            raise ValueError("a chunk's record has the wrong length")
+        parts = [_FILE.unpack_from(raw, _HEADER.size + i * _FILE.size) for i in range(files)]
+        digests = np.frombuffer(raw, "<u8", offset=_HEADER.size + files * _FILE.size).astype(np.uint64)
+        return cls(tuple(size for size, _ in parts), tuple(digest for _, digest in parts), digests)
 
 
 class ChunkDamage(DamageError):
@@ -279,106 +117,94 @@ class ChunkDamage(DamageError):
 class OpenChunk:
     """A chunk's files, open, with its record and which of its rows were checked."""
 
-    __slots__ = ("checked", "digests", "handles", "record")
+    __slots__ = ("checked", "digests", "files", "record")
 
-    def __init__(self, handles: list[Handle], record: ChunkRecord, checked: bytearray) -> None:
-        self.handles, self.record, self.checked = handles, record, checked
+    def __init__(self, files: list[OpenFile], record: ChunkRecord, checked: bytearray) -> None:
+        self.files, self.record, self.checked = files, record, checked
         self.digests: list[int] = record.rows.tolist()
 
     def close(self) -> None:
         """Close the files."""
-        for handle in self.handles:
-            handle.close()
+        for file in self.files:
+            file.close()
 
 
 class ChunkSource:
-    """The chunks of one boundary."""
+    """The chunks of one boundary.
 
-    def __init__(self, index: Index, backend: LocalBackend, info: BoundaryInfo) -> None:
-        self._index, self._backend, self.info = index, backend, info
-        self._specs = info.codec_object.arrays
-        self._shapes = [spec.row_shape(info.seq_len, info.d_model) for spec in self._specs]
-        self.row_bytes = [spec.row_bytes(info.seq_len, info.d_model) for spec in self._specs]
-        self._checked: dict[int, bytearray] = {}
+    Attributes:
+        info: The boundary.
+        specs: Its arrays.
+        row_shapes: Shape of a row of each.
+        row_bytes: Bytes of a row of each.
+        checked: By chunk: which rows were compared with their digests, one byte a row.
+    """
 
-    def checked(self, chunk: int) -> bytearray | None:
-        """Which rows of a chunk were compared with their digests, one byte a row; None where none was."""
-        return self._checked.get(chunk)
+    def __init__(self, index: Index, files: BoundaryFiles, info: BoundaryInfo) -> None:
+        self._index, self._files, self.info = index, files, info
+        self.specs = info.codec_object.arrays
+        self.row_shapes = [spec.row_shape(info.seq_len, info.d_model) for spec in self.specs]
+        self.row_bytes = [spec.row_bytes(info.seq_len, info.d_model) for spec in self.specs]
+        self.checked: dict[int, bytearray] = {}
+        self._compressed = info.codec_object.compression != "none"
 
-    def record(self, chunk: int) -> ChunkRecord:
-        """The published record of a chunk.
+    def record(self, chunk: int, raw: bytes | None) -> ChunkRecord:
+        """The record of a chunk, of what the index has.
 
         Raises:
             NotFound: It is not published yet, or its boundary was removed.
             ChunkDamage: The record is missing from a complete boundary, or is not one.
         """
-        with self._index.read() as view:
-            raw = view.get("chunks", chunk_key(self.info.id, chunk))
-        return self.parse(chunk, raw)
-
-    def parse(self, chunk: int, raw: bytes | None) -> ChunkRecord:
-        """As `record`, of what the index has."""
         info = self.info
         if raw is None:
             if info.state != "complete":
                 raise NotFound(f"chunk {chunk} of boundary {info.id} is not written yet")
             raise ChunkDamage(info.id, chunk, "its record is missing")
-        start, stop = info.chunk_span(chunk)
         try:
-            record = ChunkRecord.decode(raw, rows=stop - start, files=len(self._specs))
+            record = ChunkRecord.decode(info, chunk, raw)
         except ValueError as error:
             raise ChunkDamage(info.id, chunk, str(error)) from error
-        if info.codec_object.compression == "none":
-            if any(size != rb * info.chunk_rows for size, rb in zip(record.sizes, self.row_bytes, strict=True)):
+        for size, row_bytes in zip(record.sizes, self.row_bytes, strict=True):
+            if self._compressed and size > most_bytes(info, row_bytes):
+                raise ChunkDamage(info.id, chunk, "its record claims an absurd size")
+            if not self._compressed and size != row_bytes * info.chunk_rows:
                 raise ChunkDamage(info.id, chunk, "its record claims another size")
-        elif any(size > rb * info.chunk_rows * 2 + 4096 for size, rb in zip(record.sizes, self.row_bytes, strict=True)):
-            raise ChunkDamage(info.id, chunk, "its record claims an absurd size")
         return record
 
     def open(self, chunk: int, record: ChunkRecord | None = None) -> OpenChunk:
         """Open a chunk's files; their sizes are checked, their content is not yet.
 
         Raises:
+            NotFound: As `record`.
             ChunkDamage: A file is missing or of another size.
         """
-        record = record or self.record(chunk)
-        handles: list[Handle] = []
+        if record is None:
+            with self._index.read() as view:
+                raw = view.get("chunks", chunk_key(self.info.id, chunk))
+            record = self.record(chunk, raw)
+        files: list[OpenFile] = []
         try:
-            for key, size in zip(chunk_keys(self.info, chunk), record.sizes, strict=True):
+            for key, size in zip(chunk_files(self.info, chunk), record.sizes, strict=True):
                 try:
-                    handles.append(self._backend.open(key))
+                    files.append(self._files.open(key))
                 except PermissionError:
                     raise  # it is not damaged: this user may not read it
                 except OSError as error:
                     fault = "missing" if isinstance(error, FileNotFoundError | NotADirectoryError) else "unreadable"
                     raise ChunkDamage(self.info.id, chunk, fault) from error
-                if handles[-1].size != size:
-                    fault = "truncated" if handles[-1].size < size else "longer than it was written"
+                if files[-1].size != size:
+                    fault = "truncated" if files[-1].size < size else "longer than it was written"
                     raise ChunkDamage(self.info.id, chunk, fault)
         except BaseException:
-            for handle in handles:
-                handle.close()
+            for file in files:
+                file.close()
             raise
-        rows = len(record.rows)
-        checked = self._checked.setdefault(chunk, bytearray(rows))
-        return OpenChunk(handles, record, checked)
-
-    def read_rows(self, opened: OpenChunk, chunk: int, first: int, arrays: list[Array]) -> None:
-        """Read consecutive rows of an uncompressed chunk into `arrays`, unchecked."""
-        for handle, row_bytes, array in zip(opened.handles, self.row_bytes, arrays, strict=True):
-            flat = array.reshape(-1).view(np.uint8)
-            try:
-                count = handle.read_into(flat, first * row_bytes)
-            except OSError as error:
-                raise ChunkDamage(self.info.id, chunk, f"unreadable ({error.strerror or error})") from error
-            if count != flat.nbytes:
-                raise ChunkDamage(self.info.id, chunk, "truncated")
+        return OpenChunk(files, record, self.checked.setdefault(chunk, bytearray(len(record.rows))))
 
     def check_rows(self, opened: OpenChunk, chunk: int, first: int, arrays: list[Array]) -> None:
         """Compare rows that were read with their digests, and remember that they were right."""
         stop = first + len(arrays[0])
-        found = row_digests(arrays)
-        if not np.array_equal(found, opened.record.rows[first:stop]):
+        if not np.array_equal(row_digests(arrays), opened.record.rows[first:stop]):
             raise ChunkDamage(self.info.id, chunk, "changed")
         opened.checked[first:stop] = b"\1" * (stop - first)
 
@@ -395,39 +221,36 @@ class ChunkSource:
         """
         opened = self.open(chunk, record)
         try:
-            rows = len(opened.record.rows)
             needs = check if check is not None else not all(opened.checked)
-            if self.info.codec_object.compression == "none":
-                arrays = [
-                    np.empty((rows, *shape), spec.numpy) for spec, shape in zip(self._specs, self._shapes, strict=True)
-                ]
-                self.read_rows(opened, chunk, 0, arrays)
-            else:
-                arrays = [part[:rows] for part in self._decompress(opened, chunk, needs)]
+            arrays = [self._read(opened, chunk, part, needs) for part in range(len(self.specs))]
             if needs:
                 self.check_rows(opened, chunk, 0, arrays)
             return arrays
         finally:
             opened.close()
 
-    def _decompress(self, opened: OpenChunk, chunk: int, check: bool) -> list[Array]:
-        info, arrays = self.info, []
-        for handle, spec, shape, size, digest in zip(
-            opened.handles, self._specs, self._shapes, opened.record.sizes, opened.record.digests, strict=True
-        ):
-            data = bytearray(size)
-            if handle.read_into(data, 0) != size:
-                raise ChunkDamage(info.id, chunk, "truncated")
-            # Compared before it is decompressed: a decoder gets no bytes that were not written here.
-            if check and xxhash.xxh3_128_digest(data) != digest:
-                raise ChunkDamage(info.id, chunk, "changed")
-            out = np.empty((info.chunk_rows, *shape), spec.numpy)
-            try:
-                info.codec_object.decompress(bytes(data), out)
-            except ValueError as error:
-                raise ChunkDamage(info.id, chunk, "changed") from error
-            arrays.append(out)
-        return arrays
+    def _read(self, opened: OpenChunk, chunk: int, part: int, check: bool) -> Array:
+        """One array of a chunk, whole; its rows' digests are not compared yet."""
+        info, rows, size = self.info, len(opened.record.rows), opened.record.sizes[part]
+        out = np.empty((info.chunk_rows if self._compressed else rows, *self.row_shapes[part]), self.specs[part].numpy)
+        # Uncompressed bytes go straight to their place; of a last chunk's padding nothing is read.
+        target: Any = bytearray(size) if self._compressed else out.reshape(-1).view(np.uint8)
+        try:
+            count = opened.files[part].read_into(target, 0)
+        except OSError as error:
+            raise ChunkDamage(info.id, chunk, f"unreadable ({error.strerror or error})") from error
+        if count != len(target):
+            raise ChunkDamage(info.id, chunk, "truncated")
+        if not self._compressed:
+            return out
+        # Compared before it is decompressed: a decoder gets no bytes that were not written here.
+        if check and xxhash.xxh3_128_digest(target) != opened.record.digests[part]:
+            raise ChunkDamage(info.id, chunk, "changed")
+        try:
+            info.codec_object.decompress(bytes(target), out)
+        except ValueError as error:
+            raise ChunkDamage(info.id, chunk, "changed") from error
+        return out[:rows]
 
     def fault(self, chunk: int, raw: bytes | None, *, fast: bool = False) -> str | None:
         """What is wrong with a chunk whose record is `raw`; None where nothing is.
@@ -438,7 +261,7 @@ class ChunkSource:
             fast: Compare only existence and sizes.
         """
         try:
-            record = self.parse(chunk, raw)
+            record = self.record(chunk, raw)
             if fast:
                 self.open(chunk, record).close()
             else:

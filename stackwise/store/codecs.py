@@ -12,22 +12,21 @@ Encoding is a pure function of one row, so a row never depends on its neighbours
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from stackwise.errors import UsageError
 from stackwise.registry import CODECS
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # numpy and torch are imported where rows are encoded: looking at a store needs neither
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
+    Array = npt.NDArray[Any]
 
-Array = npt.NDArray[Any]
-Compression = Literal["none", "blosc", "zstd"]
-
+COMPRESSIONS = ("none", "blosc", "zstd")
 CHUNK_BYTES = 8 << 20
 
 
@@ -42,6 +41,8 @@ class ArraySpec:
     @property
     def numpy(self) -> np.dtype[Any]:
         """The little-endian numpy type of the stored numbers."""
+        import numpy as np
+
         return np.dtype(self.data_type).newbyteorder("<")
 
     def row_shape(self, seq_len: int, d_model: int) -> tuple[int, ...]:
@@ -50,10 +51,12 @@ class ArraySpec:
 
     def row_bytes(self, seq_len: int, d_model: int) -> int:
         """Bytes of one row, uncompressed."""
-        return int(np.prod(self.row_shape(seq_len, d_model))) * self.numpy.itemsize
+        return math.prod(self.row_shape(seq_len, d_model)) * self.numpy.itemsize
 
 
-_SCALE = ArraySpec("scale", "float32", per_feature=False)
+def _arrays(data_type: str, *, scaled: bool = False) -> tuple[ArraySpec, ...]:
+    numbers = ArraySpec("activations", data_type, per_feature=True)
+    return (numbers, ArraySpec("scale", "float32", per_feature=False)) if scaled else (numbers,)
 
 
 class Codec(abc.ABC):
@@ -66,7 +69,7 @@ class Codec(abc.ABC):
         class Int4(Codec): ...
 
     Args:
-        compression: The compressor over each chunk's bytes.
+        compression: The compressor over each chunk's bytes, one of `COMPRESSIONS`.
     """
 
     stored: ClassVar[str]
@@ -83,7 +86,7 @@ class Codec(abc.ABC):
         if cls.direct:
             cls.decode = _copy  # type: ignore[method-assign, assignment]
 
-    def __init__(self, compression: Compression = "none") -> None:
+    def __init__(self, compression: str = "none") -> None:
         self.compression = compression
 
     @property
@@ -150,8 +153,8 @@ class Codec(abc.ABC):
 
     def compress(self, data: Array) -> Any:
         """The bytes of one whole chunk of one array, as its file has them."""
-        if self.compression == "none":
-            return data
+        import numpy as np
+
         return _compressor(self.compression, data.dtype.itemsize).encode(np.ascontiguousarray(data))
 
     def decompress(self, data: bytes, out: Array) -> None:
@@ -160,16 +163,10 @@ class Codec(abc.ABC):
         Raises:
             ValueError: The bytes are not of that size.
         """
-        flat = out.reshape(-1).view(np.uint8)
-        if self.compression == "none":
-            if len(data) != flat.nbytes:
-                raise ValueError(f"{len(data)} bytes where {flat.nbytes} belong")
-            flat[:] = np.frombuffer(data, np.uint8)
-            return
-        if _decoded_size(self.compression, data) != flat.nbytes:
+        if _decoded_size(self.compression, data) != out.nbytes:
             raise ValueError("the compressed bytes are of another size")
         try:
-            _compressor(self.compression, out.dtype.itemsize).decode(data, out=flat)
+            _compressor(self.compression, out.dtype.itemsize).decode(data, out=out.reshape(-1).view("u1"))
         except RuntimeError as error:
             raise ValueError(str(error)) from error
 
@@ -187,8 +184,10 @@ class _Plain(Codec):
 
     def encode(self, x: torch.Tensor | Array) -> list[Array]:
         """See `Codec.encode`."""
-        if isinstance(x, np.ndarray):
-            return [self._encode_numpy(x)]
+        import numpy as np
+
+        if isinstance(x, np.ndarray):  # without torch: who writes numpy arrays need not wait for its import
+            return [self._narrowed(x)]
         import torch
 
         y = x.detach().to(device="cpu", dtype=getattr(torch, self.decoded)).contiguous()
@@ -196,16 +195,18 @@ class _Plain(Codec):
         return [y.view(torch.uint16).numpy() if y.dtype is torch.bfloat16 else y.numpy()]
 
     @abc.abstractmethod
-    def _encode_numpy(self, x: Array) -> Array: ...
+    def _narrowed(self, x: Array) -> Array: ...
 
 
 class FP32(_Plain):
     """float32."""
 
     stored = decoded = "float32"
-    arrays = (ArraySpec("activations", "float32", per_feature=True),)
+    arrays = _arrays("float32")
 
-    def _encode_numpy(self, x: Array) -> Array:
+    def _narrowed(self, x: Array) -> Array:
+        import numpy as np
+
         return np.ascontiguousarray(x, "<f4")
 
 
@@ -213,9 +214,11 @@ class BF16(_Plain):
     """bfloat16. zarr-python has none: the bits are stored as uint16, and the attributes say what they are."""
 
     stored = decoded = "bfloat16"
-    arrays = (ArraySpec("activations", "uint16", per_feature=True),)
+    arrays = _arrays("uint16")
 
-    def _encode_numpy(self, x: Array) -> Array:
+    def _narrowed(self, x: Array) -> Array:
+        import numpy as np
+
         bits = np.ascontiguousarray(x, "<f4").view(np.uint32)
         # Round to nearest, ties to even, as torch does; a NaN must not round to infinity.
         odd = (bits >> np.uint32(16)) & np.uint32(1)
@@ -230,19 +233,27 @@ class FP16(_Plain):
     """float16; refuses what is beyond 65504."""
 
     stored = decoded = "float16"
-    arrays = (ArraySpec("activations", "float16", per_feature=True),)
+    arrays = _arrays("float16")
 
-    def _encode_numpy(self, x: Array) -> Array:
+    def _narrowed(self, x: Array) -> Array:
+        import numpy as np
+
         with np.errstate(over="ignore"):
             half = np.ascontiguousarray(x, "<f2")
         if half is not x and bool((np.isinf(half) & np.isfinite(x)).any()):
-            raise _too_large()
+            raise self._too_large()
         return half
 
     def check(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """See `Codec.check`."""
         if x.dtype is not y.dtype and bool((y.isinf() & x.isfinite().to(y.device)).any()):
-            raise _too_large()
+            raise self._too_large()
+
+    def _too_large(self) -> UsageError:
+        return UsageError(
+            "codec fp16 cannot store numbers beyond 65504",
+            hint="use bf16, which has float32's range (store.codec: bf16)",
+        )
 
 
 class _Scaled(Codec):
@@ -253,6 +264,7 @@ class _Scaled(Codec):
 
     def encode(self, x: torch.Tensor | Array) -> list[Array]:
         """See `Codec.encode`."""
+        import numpy as np
         import torch
 
         y = torch.from_numpy(np.ascontiguousarray(x, np.float32)) if isinstance(x, np.ndarray) else x.detach()
@@ -287,7 +299,7 @@ class FP8(_Scaled):
     """e4m3."""
 
     stored, largest = "float8_e4m3fn", 448.0
-    arrays = (ArraySpec("activations", "uint8", per_feature=True), _SCALE)
+    arrays = _arrays("uint8", scaled=True)
 
     def _quantized(self, q: torch.Tensor) -> torch.Tensor:
         import torch
@@ -304,7 +316,7 @@ class INT8(_Scaled):
     """8-bit integers."""
 
     stored, largest = "int8", 127.0
-    arrays = (ArraySpec("activations", "int8", per_feature=True), _SCALE)
+    arrays = _arrays("int8", scaled=True)
 
     def _quantized(self, q: torch.Tensor) -> torch.Tensor:
         import torch
@@ -312,7 +324,6 @@ class INT8(_Scaled):
         return q.round().clamp(-self.largest, self.largest).to(torch.int8)
 
 
-COMPRESSIONS: tuple[Compression, ...] = ("none", "blosc", "zstd")
 _made: dict[str, Codec] = {}
 
 
@@ -325,11 +336,10 @@ def codec_named(name: str) -> Codec:
     if not isinstance(name, str):
         raise UsageError(f"{str(name)[:40]!r} is no codec")
     if name not in _made:
-        base, _, suffix = name.partition("-")
-        compression: Compression = next((each for each in COMPRESSIONS[1:] if each == suffix), "none")
-        if base not in CODECS or (suffix and compression == "none"):
+        base, dash, compression = name.partition("-")
+        if base not in CODECS or (dash and compression not in COMPRESSIONS[1:]):
             raise UsageError(f"codec {name[:40]!r} is not known; known are {', '.join(codec_names())}")
-        _made[name] = CODECS[base](compression)
+        _made[name] = CODECS[base](compression or "none")
     return _made[name]
 
 
@@ -353,13 +363,7 @@ def default_chunk_rows(seq_len: int, d_model: int, itemsize: int, rows: int) -> 
     return max(1, min(rows, 1 << (fitting.bit_length() - 1)))
 
 
-def _too_large() -> UsageError:
-    return UsageError(
-        "codec fp16 cannot store numbers beyond 65504", hint="use bf16, which has float32's range (store.codec: bf16)"
-    )
-
-
-def _compressor(compression: Compression, itemsize: int) -> Any:
+def _compressor(compression: str, itemsize: int) -> Any:
     if compression == "blosc":
         from numcodecs.blosc import BITSHUFFLE, Blosc
 
@@ -369,7 +373,7 @@ def _compressor(compression: Compression, itemsize: int) -> Any:
     return Zstd(level=3)
 
 
-def _decoded_size(compression: Compression, data: bytes) -> int:
+def _decoded_size(compression: str, data: bytes) -> int:
     """What a compressed buffer says its size is, read from its header before anything is decoded."""
     if compression == "blosc":
         if len(data) < 16 or int.from_bytes(data[12:16], "little") != len(data):
@@ -377,6 +381,7 @@ def _decoded_size(compression: Compression, data: bytes) -> int:
         return int.from_bytes(data[4:8], "little")
     if len(data) < 6 or data[:4] != b"\x28\xb5\x2f\xfd":
         raise ValueError("not a Zstd frame")
+    # RFC 8878, 3.1.1.1: the descriptor's bits say how wide the fields before the content's size are, and that itself.
     flag = data[4]
     single = bool(flag & 0x20)
     offset = 5 + (0 if single else 1) + (0, 1, 2, 4)[flag & 3]

@@ -1,8 +1,8 @@
-"""Files of a store on the local disk: how they are written, published, read, mapped and removed.
+"""Files of a store on the local disk: how they are written, published, read and removed.
 
 A file is written in three steps: `stage` (under a temporary name), `settle` (brought to the disk), `install` (given
 its own name, inside the transaction that publishes its record). They stand apart so that each can be made to fail in a
-test. The calls of the Linux kernel that Python's standard library lacks are here too; elsewhere they do nothing.
+test.
 """
 
 from __future__ import annotations
@@ -11,33 +11,26 @@ import contextlib
 import ctypes
 import errno
 import functools
-import mmap
 import os
-import secrets
 import sys
-import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from stackwise import durable
-from stackwise.files import open_regular
+from stackwise.files import open_regular, remove_tree
 
 Buffer = Any
 """Anything with the buffer protocol."""
 _PIECE = 4 << 20
 """Bytes after which the disk begins with what is written so far. Much smaller pieces make much slower writes."""
+_ONE_CALL = 1 << 30
+"""Bytes of one `read` or `write`: Linux takes 2 GiB at most."""
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 class Staged:
-    """A file under a temporary name, open until it is settled or discarded.
-
-    Attributes:
-        path: Where it lies.
-    """
+    """A file under a temporary name, open until it is settled or discarded."""
 
     __slots__ = ("_fd", "path")
 
@@ -45,19 +38,20 @@ class Staged:
         self.path, self._fd = path, fd
 
     def settle(self) -> None:
-        """Bring it to the disk; a second time does nothing.
-
-        Raises:
-            OSError: What the disk says.
-        """
+        """Bring it to the disk; a second time does nothing."""
         if self._fd >= 0:
             try:
                 os.fsync(self._fd)
             finally:
-                self.close()
+                self._close()
 
-    def close(self) -> None:
-        """Let go of the file, which stays."""
+    def discard(self) -> None:
+        """Remove it, where it was not installed."""
+        self._close()
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+    def _close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
@@ -74,7 +68,7 @@ def stage(path: Path, buffers: Sequence[Buffer], size: int | None = None) -> Sta
     Raises:
         OSError: What the disk says; the temporary file is gone again.
     """
-    temporary = path.with_name(f"{durable.TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    temporary = durable.temporary(path)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     staged, offset = Staged(temporary, fd), 0
     try:
@@ -83,103 +77,62 @@ def stage(path: Path, buffers: Sequence[Buffer], size: int | None = None) -> Sta
             for start in range(0, len(view), _PIECE):
                 piece = view[start : start + _PIECE]
                 write_all(fd, piece)
-                start_writing(fd, offset, len(piece))
+                if (library := libc()) is not None:  # the disk begins with it; this waits for nothing
+                    library.sync_file_range(fd, offset, len(piece), _SYNC_FILE_RANGE_WRITE)
                 offset += len(piece)
         if size is not None:
             os.ftruncate(fd, size)
     except BaseException:
-        discard(staged)
+        staged.discard()
         raise
     return staged
 
 
 def write_all(fd: int, buffer: Buffer) -> None:
-    """Write a whole buffer: one `write` may take only a part (2 GiB at most on Linux)."""
+    """Write a whole buffer: one `write` may take only a part."""
     rest = memoryview(buffer).cast("B")
     while rest:
-        rest = rest[os.write(fd, rest[: 1 << 30]) :]
+        rest = rest[os.write(fd, rest[:_ONE_CALL]) :]
 
 
 def install(staged: Sequence[tuple[Staged, Path]]) -> None:
-    """Give settled files their names, durably. Where one already has it, make only sure of the directory."""
+    """Give settled files their names, durably."""
     for file, path in staged:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # installed before: a transaction may run twice
             os.replace(file.path, path)
     for directory in dict.fromkeys(path.parent for _, path in staged):
         durable.fsync_directory(directory)
 
 
-def discard(staged: Staged | Path) -> None:
-    """Remove a file that may be there."""
-    if isinstance(staged, Staged):
-        staged.close()
-        staged = staged.path
-    with contextlib.suppress(OSError):
-        os.unlink(staged)
-
-
-def make_directories(paths: Sequence[Path]) -> None:
+def _make_directories(paths: Sequence[Path]) -> None:
     """Make directories that may exist, and make the entries of those that did not durable."""
     parents: dict[Path, None] = {}
+
+    def make(path: Path) -> None:
+        try:
+            os.mkdir(path)
+        except FileNotFoundError:
+            make(path.parent)
+            make(path)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+        else:
+            parents[path.parent] = None
+
     for path in paths:
-        _make(path, parents)
+        make(path)
     for parent in parents:
         durable.fsync_directory(parent)
 
 
-def _make(path: Path, parents: dict[Path, None]) -> None:
-    try:
-        os.mkdir(path)
-    except FileNotFoundError:
-        _make(path.parent, parents)
-        _make(path, parents)
-        return
-    except FileExistsError:
-        if not path.is_dir():
-            raise
-        return
-    parents[path.parent] = None
-
-
-def remove_tree(path: Path) -> int:
-    """Remove a directory and all in it, never following a link; returns the bytes that it took.
-
-    What vanishes meanwhile is no error.
-    """
-    freed = 0
-    if path.is_symlink():
-        discard(path)
-        return 0
-    try:
-        entries = list(os.scandir(path))
-    except (FileNotFoundError, NotADirectoryError):
-        discard(path)
-        return 0
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            freed += remove_tree(Path(entry.path))
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                freed += entry.stat(follow_symlinks=False).st_blocks * 512
-            discard(Path(entry.path))
-    with contextlib.suppress(OSError):
-        os.rmdir(path)
-    return freed
-
-
 def tree_bytes(path: Path) -> int:
     """Bytes on disk (allocated blocks) of a file, or of all files under a directory, links not followed."""
+    paths = [os.path.join(place, name) for place, _, names in os.walk(path) for name in names]
     total = 0
-    try:
-        if path.is_symlink() or not path.is_dir():
-            return path.stat(follow_symlinks=False).st_blocks * 512
-        for entry in os.scandir(path):
-            if entry.is_dir(follow_symlinks=False):
-                total += tree_bytes(Path(entry.path))
-            else:
-                total += entry.stat(follow_symlinks=False).st_blocks * 512
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+    for file in paths if path.is_dir() and not path.is_symlink() else [path]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # what vanishes meanwhile takes nothing
+            total += os.lstat(file).st_blocks * 512
     return total
 
 
@@ -189,14 +142,9 @@ def free_bytes(path: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-PAGE = mmap.PAGESIZE
-_FAILED = ctypes.c_void_p(-1).value
-_SYNC_FILE_RANGE_WRITE = 2
-
-
 @functools.cache
-def _libc() -> Any | None:
-    """The C library with the calls used here; None where the system is not Linux or lacks one."""
+def libc() -> Any | None:
+    """The C library, with calls that Python's lacks; None where the system is not Linux or lacks one."""
     if not sys.platform.startswith("linux"):
         return None
     try:
@@ -211,156 +159,32 @@ def _libc() -> Any | None:
     return library
 
 
-def map_file(fd: int, size: int) -> npt.NDArray[np.uint8] | None:
-    """A file's bytes [size], mapped read-only until the last array over them dies; None where that cannot be.
-
-    Python's own `mmap` would keep a second file descriptor for each map.
-    """
-    library = _libc()
-    if library is None or size <= 0:
-        return None
-    address = library.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-    if address in (None, _FAILED):
-        return None
-    area: Any = (ctypes.c_uint8 * size).from_address(address)
-    weakref.finalize(area, library.munmap, address, size).atexit = False
-    mapped: npt.NDArray[np.uint8] = np.frombuffer(area, np.uint8)
-    mapped.flags.writeable = False
-    return mapped
-
-
-class Residency:
-    """Asks whether mapped bytes lie in the page cache; has memory of its own to work in, so one a thread.
-
-    Args:
-        most: Bytes that are asked for at once at most.
-    """
-
-    def __init__(self, most: int = 0) -> None:
-        self._pages = bytearray(most // PAGE + 2)
-        self._address = ctypes.addressof((ctypes.c_uint8 * len(self._pages)).from_buffer(self._pages))
-        library = _libc()
-        self._mincore = library.mincore if library is not None else None
-
-    def holds(self, address: int, length: int) -> bool:
-        """Whether all of a file's mapped bytes [address, address + length) lie in memory now.
-
-        What lies beyond the end of the file does not. To be asked of one's own files alone: of others' the kernel
-        says yes.
-        """
-        first = address - address % PAGE
-        count = (address + length - first + PAGE - 1) // PAGE
-        if self._mincore is None or count > len(self._pages):
-            return False
-        # One byte a page, of which the lowest bit says it; the others are never set so far.
-        return not self._mincore(first, address + length - first, self._address) and (
-            self._pages.count(1, 0, count) == count
-        )
-
-
-def start_writing(fd: int, offset: int, length: int) -> None:
-    """Let the disk begin with what was written to this range; it waits for nothing, and promises nothing."""
-    library = _libc()
-    if library is not None:
-        library.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
-
-
-def physical_memory() -> int:
-    """Bytes of memory of this machine; 0 where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 0
-
-
-class Handle(Protocol):
-    """A file opened for reading. `fd` lets a local reader skip a call for every row."""
-
-    size: int
-    fd: int | None
-
-    def read_into(self, buffer: Any, offset: int) -> int:
-        """Fill `buffer` from `offset` on; returns the bytes read, fewer only at the end of the file."""
-
-    def close(self) -> None:
-        """Let go of it."""
-
-
-class Backend(Protocol):
-    """What the store asks of a place for its boundaries' files.
-
-    A file is written in three steps: `stage` (under no name a reader knows), `settle` (durable), `install` (its name,
-    durable, atomic). `install` runs inside the transaction that publishes the file's record, perhaps twice.
-    """
-
-    def prepare(self, keys: Sequence[str]) -> None:
-        """Make what must exist before files of these keys can be written."""
-
-    def stage(self, key: str, buffers: Sequence[Any], size: int | None = None) -> Any:
-        """Write a file beside `key`, padded with zeros to `size`; returns what the next steps take."""
-
-    def settle(self, staged: Sequence[Any]) -> None:
-        """Make staged files durable."""
-
-    def install(self, staged: Sequence[tuple[Any, str]]) -> None:
-        """Give each settled file its key, replacing what bears it; durable on return."""
-
-    def discard(self, staged: Any) -> None:
-        """Remove a staged file that will not be installed."""
-
-    def put(self, key: str, data: bytes) -> None:
-        """Write a small file whole and durably."""
-
-    def open(self, key: str) -> Handle:
-        """Open a file for reading.
-
-        Raises:
-            FileNotFoundError: It does not exist.
-        """
-
-    def walk(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """(key, size) of every file under the directory `prefix` ("" for all)."""
-
-    def remove(self, prefix: str) -> int:
-        """Remove the directory or file `prefix` and all under it; returns the bytes freed, about."""
-
-    def names(self) -> list[str]:
-        """The first parts of all keys: what bears, or might bear, a boundary's id."""
-
-    def advise(self, handle: Handle) -> None:
-        """A hint that the whole file will be read soon."""
-
-    def uri(self, prefix: str) -> str:
-        """Where a person or another program finds the directory `prefix`."""
-
-
-class LocalFile:
-    """A local file open for reading; `pread` alone, so that threads and forks may share it."""
+class OpenFile:
+    """A regular file open for reading, by `pread` alone, so that threads and forks may share it."""
 
     def __init__(self, path: Path) -> None:
-        self.fd: int | None = open_regular(path)
+        self.fd = open_regular(path)
         self.size = os.fstat(self.fd).st_size
 
-    def read_into(self, buffer: Any, offset: int) -> int:
-        """See `Handle`."""
-        assert self.fd is not None
+    def read_into(self, buffer: Buffer, offset: int) -> int:
+        """Fill `buffer` from `offset` on; returns the bytes read, fewer only at the end of the file."""
         view, done = memoryview(buffer).cast("B"), 0
         while done < len(view):
-            count = os.preadv(self.fd, [view[done : done + (1 << 30)]], offset + done)
+            count = os.preadv(self.fd, [view[done : done + _ONE_CALL]], offset + done)
             if not count:
                 break
             done += count
         return done
 
     def close(self) -> None:
-        """See `Handle`."""
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
+        """Close it; a second time does nothing."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
 
-class LocalBackend:
-    """Files under a local directory, published by fsync, rename, and fsync of the directory."""
+class BoundaryFiles:
+    """The files of a store's boundaries, by key: their path under the directory `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -377,73 +201,69 @@ class LocalBackend:
         return path
 
     def prepare(self, keys: Sequence[str]) -> None:
-        """See `Backend`."""
+        """Make the directories of files of these keys."""
         for boundary in {key.partition("/")[0] for key in keys}:
             self._path(f"{boundary}/x/x")
-        make_directories([self._path(key).parent for key in keys])
+        _make_directories([self._path(key).parent for key in keys])
 
-    def stage(self, key: str, buffers: Sequence[Any], size: int | None = None) -> Staged:
-        """See `Backend`."""
+    def stage(self, key: str, buffers: Sequence[Buffer], size: int | None = None) -> Staged:
+        """Write a file beside its place (see `stage`)."""
         return stage(self._path(key), buffers, size)
 
-    def settle(self, staged: Sequence[Staged]) -> None:
-        """See `Backend`."""
-        for file in staged:
-            file.settle()
-
     def install(self, staged: Sequence[tuple[Staged, str]]) -> None:
-        """See `Backend`."""
+        """Give settled files their keys; run inside a transaction, perhaps twice."""
         install([(file, self.root / key) for file, key in staged])
 
-    def discard(self, staged: Staged) -> None:
-        """See `Backend`."""
-        discard(staged)
-
     def put(self, key: str, data: bytes) -> None:
-        """See `Backend`."""
-        path = self._path(key)
-        staged = stage(path, [data])
+        """Write a small file whole and durably."""
+        staged = self.stage(key, [data])
         staged.settle()
-        install([(staged, path)])
+        self.install([(staged, key)])
 
-    def open(self, key: str) -> LocalFile:
-        """See `Backend`."""
-        return LocalFile(self._path(key))
+    def open(self, key: str) -> OpenFile:
+        """Open a file for reading.
 
-    def walk(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """See `Backend`. Links are listed with size 0 and never followed."""
-        if prefix and (self.root / prefix).is_symlink():
-            return
+        Raises:
+            FileNotFoundError: It does not exist.
+            IrregularFile: Something else lies there.
+        """
+        return OpenFile(self._path(key))
+
+    def read(self, key: str, limit: int) -> bytes:
+        """A whole file.
+
+        Raises:
+            OSError: It cannot be read.
+            ValueError: It has more than `limit` bytes.
+        """
+        file = self.open(key)
         try:
-            entries = sorted(os.scandir(self.root / prefix), key=lambda entry: entry.name)
-        except (FileNotFoundError, NotADirectoryError):
+            if file.size > limit:
+                raise ValueError(f"{key} is absurdly large")
+            data = bytearray(file.size)
+            if file.read_into(data, 0) != len(data):
+                raise ValueError(f"{key} is cut off")
+            return bytes(data)
+        finally:
+            file.close()
+
+    def walk(self, prefix: str) -> Iterator[str]:
+        """The key of every file under the directory `prefix`; links are listed and never followed."""
+        if (self.root / prefix).is_symlink():
             return
-        for entry in entries:
-            name = f"{prefix}/{entry.name}" if prefix else entry.name
-            if entry.is_dir(follow_symlinks=False):
-                yield from self.walk(name)
-            elif entry.is_file(follow_symlinks=False):
-                yield name, entry.stat(follow_symlinks=False).st_size
-            else:
-                yield name, 0
+        for place, _, names in os.walk(self.root / prefix):
+            below = os.path.relpath(place, self.root)
+            yield from (f"{below}/{name}" for name in sorted(names))
 
     def remove(self, prefix: str) -> int:
-        """See `Backend`."""
+        """Remove the directory or file `prefix` and all under it; returns the bytes freed, about."""
         path = self.root / prefix
-        freed = remove_tree(path)
+        freed = tree_bytes(path)
+        remove_tree(path)
         if path.parent.is_dir():
             durable.fsync_directory(path.parent)
         return freed
 
     def names(self) -> list[str]:
-        """See `Backend`."""
+        """The first parts of all keys: what bears, or might bear, a boundary's id."""
         return sorted(entry.name for entry in os.scandir(self.root))
-
-    def advise(self, handle: Handle) -> None:
-        """See `Backend`."""
-        if handle.fd is not None and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle.fd, 0, 0, os.POSIX_FADV_WILLNEED)
-
-    def uri(self, prefix: str) -> str:
-        """See `Backend`."""
-        return str(self.root / prefix)

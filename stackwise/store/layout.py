@@ -27,12 +27,15 @@ from typing import Any, Self, TypeVar
 
 from stackwise import durable, files, identity
 from stackwise.errors import BusyError, DamageError, NoSpaceError, NotFound, UsageError
-from stackwise.files import open_regular, remove_tree
+from stackwise.files import remove_tree
 from stackwise.store import disk
 
+T = TypeVar("T")
+
 FORMAT = 1
-_LAST_FORMAT = 1000  # a version beyond this is damage, not a store of the future
 """Raised when an older StackWise could misread what this one writes."""
+_LAST_FORMAT = 1000  # a version beyond this is damage, not a store of the future
+_RESERVE_BYTES = 8 << 20
 
 _NETWORK = frozenset(
     {"nfs", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs"}
@@ -65,10 +68,6 @@ class Layout:
         self.locks = root / "locks"
         self.reserve = root / "reserve"
         self.presence = self.locks / "open.lock"
-
-    def boundary(self, boundary_id: str) -> Path:
-        """The Zarr group of a boundary."""
-        return self.boundaries / checked_id(boundary_id, "boundary")
 
     def rowset(self, rowset_id: str) -> Path:
         """The file that holds a rowset's ids and its look-up table."""
@@ -110,10 +109,7 @@ def refuse_network(path: Path) -> None:
     Raises:
         UsageError: `path` is on a network file system.
     """
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    kind = file_system(existing)
+    kind = file_system(next(place for place in (path, *path.parents) if place.exists()))
     if kind in _NETWORK:
         raise UsageError(
             f"{path} is on a network file system ({kind}), where the store's index would be damaged",
@@ -194,10 +190,6 @@ def read_format(layout: Layout) -> int | None:
     raise DamageError(f"{layout.format} {fault}", hint="`stackwise cache repair` writes it anew")
 
 
-READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-"""What the system says where a file or a disk can only be read."""
-
-
 class Lease:
     """A `flock` on `path`, shared or alone; released by `release`, by `with`, or by the holder's death.
 
@@ -214,8 +206,7 @@ class Lease:
     def __init__(self, path: Path, what: str, *, alone: bool = False) -> None:
         self.path = path
         self._fd: int | None = None
-        mode = (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB
-        while True:
+        while self._fd is None:
             opened = open_lock(path)
             if opened is None or (alone and not opened[1]):
                 if opened is not None:
@@ -225,21 +216,18 @@ class Lease:
                 return
             fd = opened[0]
             try:
-                fcntl.flock(fd, mode)
-                if _is_still(fd, path):
-                    break
-                os.close(fd)
+                fcntl.flock(fd, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                if _is_still(fd, path):  # else its holder removed it meanwhile: the new one is to be locked
+                    self._fd = fd
             except BlockingIOError:
-                os.close(fd)
                 who = "read or written" if alone else "removed"
                 raise BusyError(
                     f"{what} is being {who} by another process, or by another reader or writer of this one",
                     hint="wait for it to end; its lock frees itself when its holder ends",
                 ) from None
-            except BaseException:
-                os.close(fd)
-                raise
-        self._fd = fd
+            finally:
+                if self._fd is None:
+                    os.close(fd)
 
     def remove(self) -> None:
         """Remove the lock file (a holder alone may) and let go."""
@@ -273,7 +261,7 @@ def open_lock(path: Path) -> tuple[int, bool] | None:
     except files.IrregularFile:
         raise
     except OSError as error:
-        if error.errno not in READ_ONLY:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
     try:
         return files.open_regular(path), False
@@ -289,22 +277,22 @@ def hold_alone(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fcntl.flock(fd, fcntl.LOCK_SH)
+        hold_shared(fd)
         return False
     return True
 
 
+def hold_shared(fd: int) -> None:
+    """Lock a file beside other shared holders; waits for one that holds it alone."""
+    fcntl.flock(fd, fcntl.LOCK_SH)
+
+
 def _is_still(fd: int, path: Path) -> bool:
+    """Whether an open file still bears its name."""
     try:
-        named = os.stat(path, follow_symlinks=False)
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:
         return False
-    ours = os.fstat(fd)
-    return (ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino)
-
-
-RESERVE_BYTES = 8 << 20
-T = TypeVar("T")
 
 
 class Reserve:
@@ -313,44 +301,43 @@ class Reserve:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def take(self) -> bool:
-        """Make sure of it, where the disk has room to spare; whether it is there."""
+    def take(self) -> None:
+        """Make sure of it, where the disk has room to spare."""
         try:
             with contextlib.suppress(FileNotFoundError):
                 there = os.lstat(self.path)
                 if stat.S_ISREG(there.st_mode) and there.st_blocks > 0:
-                    return True
+                    return
                 if not stat.S_ISREG(there.st_mode):
                     remove_tree(self.path)  # it is nobody's data, whatever lies there
-            size = min(RESERVE_BYTES, disk.free_bytes(self.path.parent) // 16)
-            fd = open_regular(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+            # On a small disk a share of what is free: the store must not fill it by itself.
+            size = max(1, min(_RESERVE_BYTES, disk.free_bytes(self.path.parent) // 16))
+            fd = files.open_regular(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(fd, 0, max(size, 1))
+                    os.posix_fallocate(fd, 0, size)
                 else:
                     os.write(fd, bytes(size))
             finally:
                 os.close(fd)
         except OSError:
             self.release()
-            return False
-        return True
 
     def release(self) -> None:
         """Give it up."""
         with contextlib.suppress(OSError):
             os.unlink(self.path)
 
-    def run(self, action: Callable[[], T]) -> T:
+    def run(self, action: Callable[..., T], *args: Any) -> T:
         """Run what frees space; where the disk is too full even for that, give the reserve up and run it again.
 
         Raises:
             NoSpaceError: The disk is full to the last block even so.
         """
         try:
-            return action()
+            return action(*args)
         except NoSpaceError:
             if not self.path.exists():
                 raise
         self.release()
-        return action()
+        return action(*args)

@@ -27,22 +27,37 @@ from stackwise.store.index import Index, Writing
 from stackwise.store.layout import Layout, checked_id
 from stackwise.store.records import MAX_ROWS
 
-MaskIds = npt.NDArray[np.uint8]
+Ids = npt.NDArray[np.uint8]
+Numbers = npt.NDArray[np.int64]
+
 _CACHED = 1 << 17
+"""Masks that are kept in memory."""
+_HEADER = struct.Struct("<8sIIQ8x")  # magic, version, bits of the table, rows
+_HEADER_BYTES = _HEADER.size
+_MAGIC = b"SWROWSET"
+_MULTIPLIERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
+_WORD = (1 << 64) - 1
+_DICTIONARY_ROWS = 1 << 17
+_K1, _K2, _K3, _K4 = _MULTIPLIERS
+_UNPACK = struct.Struct("<4Q").unpack
 
 
-def mask_ids_of(packed: npt.NDArray[np.uint8], length: int) -> MaskIds:
+def mask_ids_of(packed: npt.NDArray[np.uint8], length: int) -> Ids:
     """Ids uint8 [n, 16] of packed patterns uint8 [n, ceil(length / 8)]."""
     head = b"stackwise mask 1\0" + struct.pack("<I", length)
-    rows = packed.tobytes()
-    width = packed.shape[1]
-    of = xxhash.xxh3_128_digest
+    rows, width, of = packed.tobytes(), packed.shape[1], xxhash.xxh3_128_digest
     ids = b"".join(of(head + rows[start : start + width]) for start in range(0, len(rows), width))
     return np.frombuffer(ids, np.uint8).reshape(-1, 16).copy()
 
 
+def _keys(ids: Ids) -> list[bytes]:
+    """Ids uint8 [n, 16] as keys of the index."""
+    keys: list[bytes] = np.ascontiguousarray(ids).view("V16").reshape(-1).tolist()
+    return keys
+
+
 def _is_sound(key: bytes, value: bytes | None) -> bool:
-    """Whether a record is there, and its key the id of its pattern."""
+    """Whether a mask's record is there, and its key the id of its pattern."""
     if value is None or len(value) < 5:
         return False
     (length,) = struct.unpack_from("<I", value)
@@ -50,20 +65,17 @@ def _is_sound(key: bytes, value: bytes | None) -> bool:
     return len(packed) == -(-length // 8) and mask_ids_of(packed[None], length).tobytes() == key
 
 
-class Masks:
-    """The masks of one store."""
+class Rows:
+    """The masks and rowsets of one store."""
 
-    def __init__(self, index: Index) -> None:
-        self._index = index
+    def __init__(self, index: Index, layout: Layout) -> None:
+        self._index, self._layout = index, layout
         self._cache: dict[bytes, bytes] = {}
+        self._rowsets: dict[Hex, Rowset] = {}
         self._lock = threading.Lock()
 
-    def put(self, masks: npt.NDArray[np.bool_]) -> MaskIds:
-        """Store patterns bool [n, length]; ids uint8 [n, 16], the same for the same pattern.
-
-        Raises:
-            UsageError: `masks` is not a boolean matrix with at least one column.
-        """
+    def put_masks(self, masks: npt.NDArray[np.bool_]) -> Ids:
+        """See `ActivationStore.put_masks`."""
         masks = np.asarray(masks)
         if masks.dtype != np.bool_ or masks.ndim != 2 or masks.shape[1] == 0:
             raise UsageError(f"masks are a boolean matrix [n, length], not {masks.dtype} {list(masks.shape)}")
@@ -74,62 +86,50 @@ class Masks:
         unique, inverse = np.unique(packed, axis=0, return_inverse=True)
         ids = mask_ids_of(unique, length)
         head = struct.pack("<I", length)
-        records = [(ids[i].tobytes(), head + unique[i].tobytes()) for i in range(len(unique))]
+        records = {key: head + pattern.tobytes() for key, pattern in zip(_keys(ids), unique, strict=True)}
         with self._index.read() as view:
-            known = view.get_many("masks", [key for key, _ in records])
-        fresh = [record for record, old in zip(records, known, strict=True) if old != record[1]]
+            stored = view.get_many("masks", list(records))
+        # A record that is there and is another was damaged: it is written anew.
+        fresh = [(key, records[key]) for key, old in zip(records, stored, strict=True) if old != records[key]]
         if fresh:
 
-            def change(view: Any) -> None:
+            def change(view: Writing) -> None:
                 for key, value in fresh:
                     view.put("masks", key, value)
 
             self._index.update(change)
         return ids[inverse.reshape(-1)]
 
-    def get(self, mask_ids: MaskIds, seq_len: int | None = None) -> npt.NDArray[np.bool_]:
-        """Patterns bool [n, length] of ids uint8 [n, 16], which are all of one length.
-
-        Args:
-            mask_ids: As `put` gave them.
-            seq_len: The length expected; needed only where `mask_ids` may be empty.
-
-        Raises:
-            NotFound: An id is not that of a stored mask.
-            UsageError: The masks are of different lengths, or not of `seq_len`.
-            DamageError: A record is damaged.
-        """
+    def masks(self, mask_ids: Ids, seq_len: int | None = None) -> npt.NDArray[np.bool_]:
+        """See `ActivationStore.masks`."""
         packed, length = self.packed(mask_ids, seq_len)
         return np.unpackbits(packed, axis=1, count=length).view(np.bool_)
 
-    def packed(self, mask_ids: MaskIds, seq_len: int | None = None) -> tuple[npt.NDArray[np.uint8], int]:
-        """Packed patterns uint8 [n, ceil(length / 8)] of ids uint8 [n, 16], and their length; errors as `get`."""
+    def packed(self, mask_ids: Ids, seq_len: int | None = None) -> tuple[npt.NDArray[np.uint8], int]:
+        """Packed patterns uint8 [n, ceil(length / 8)] of ids uint8 [n, 16], and their length; errors as `masks`."""
         flat = np.ascontiguousarray(mask_ids, np.uint8)
         if flat.ndim != 2 or flat.shape[1] != 16:
             raise UsageError(f"mask ids are uint8 [n, 16], not {list(flat.shape)}")
-        keys = flat.view("V16").reshape(-1).tolist()
-        cache = self._cache
+        keys, cache = _keys(flat), self._cache
         try:
             values = [cache[key] for key in keys]
         except KeyError:
             values = self._fetch(keys)
         if not values:
             return np.empty((0, -(-(seq_len or 0) // 8)), np.uint8), seq_len or 0
-        raw = b"".join(values)
-        size = len(values[0])
-        head = values[0][:4]
+        size, head = len(values[0]), values[0][:4]
         (length,) = struct.unpack("<I", head)
-        if len(raw) != size * len(values) or any(value[:4] != head for value in values):
+        if any(len(value) != size or value[:4] != head for value in values):
             raise UsageError("these masks are of different lengths")
         if seq_len is not None and length != seq_len:
             raise UsageError(f"these masks have {length} positions, not {seq_len}")
-        return np.frombuffer(raw, np.uint8).reshape(len(values), size)[:, 4:], length
+        return np.frombuffer(b"".join(values), np.uint8).reshape(len(values), size)[:, 4:], length
 
     def _fetch(self, keys: list[bytes]) -> list[bytes]:
         unique = list(dict.fromkeys(keys))
         with self._index.read() as view:
             values = view.get_many("masks", unique)
-        found: dict[bytes, bytes] = {}
+        fetched: dict[bytes, bytes] = {}
         for key, value in zip(unique, values, strict=True):
             if value is None:
                 raise NotFound(f"mask {key.hex()} is not in this store")
@@ -137,53 +137,92 @@ class Masks:
                 raise DamageError(
                     f"the index's record of mask {key.hex()} is damaged", hint="run `stackwise cache repair`"
                 )
-            found[key] = value
+            fetched[key] = value
         with self._lock:
-            if len(self._cache) + len(found) > _CACHED:
+            if len(self._cache) + len(fetched) > _CACHED:
                 self._cache = {}
-            self._cache.update(found)
-        return [found[key] for key in keys]
+            self._cache.update(fetched)
+        return [fetched[key] for key in keys]
 
-    def missing(self, mask_ids: MaskIds) -> int:
-        """How many of the distinct ids uint8 [n, 16] are not stored."""
-        keys = list(set(np.ascontiguousarray(mask_ids).view("V16").reshape(-1).tolist()))
-        with self._index.read() as view:
-            return sum(value is None for value in view.get_many("masks", keys))
-
-    def damaged(self, mask_ids: MaskIds) -> int:
-        """How many of the distinct ids uint8 [n, 16] are not stored, or are not those of their patterns."""
-        keys = list(dict.fromkeys(np.ascontiguousarray(mask_ids).view("V16").reshape(-1).tolist()))
-        with self._index.read() as view:
-            values = view.get_many("masks", keys)
-        return sum(not _is_sound(key, value) for key, value in zip(keys, values, strict=True))
-
-    def damaged_records(self) -> list[bytes]:
-        """The keys of all records that are not those of their patterns."""
+    def damaged_masks(self) -> list[bytes]:
+        """The keys of all records of masks that are not those of their patterns."""
         with self._index.read() as view:
             return [key for key, value in view.scan("masks") if not _is_sound(key, value)]
 
-    def forget(self) -> None:
-        """Empty the memory of recent masks."""
+    def put_rowset(self, sample_ids: Ids, mask_ids: Ids) -> Hex:
+        """See `ActivationStore.put_rowset`."""
+        samples, masks = np.asarray(sample_ids), np.asarray(mask_ids)
+        if samples.dtype != np.uint8 or masks.dtype != np.uint8 or samples.ndim != 2 or samples.shape != masks.shape:
+            raise UsageError("a rowset is sample ids and mask ids, each uint8 [rows, 16]")
+        if samples.shape[1] != 16 or not 1 <= len(samples) < MAX_ROWS:
+            raise UsageError(f"a rowset has at least one row of two ids of 16 bytes, not {list(samples.shape)}")
+        samples, masks = np.ascontiguousarray(samples), np.ascontiguousarray(masks)
+        rowset_id = rowset_id_of(samples, masks)
+        if self.count(rowset_id) is not None:
+            return rowset_id
+        keys = list(set(_keys(masks)))
+        with self._index.read() as view:
+            missing = sum(value is None for value in view.get_many("masks", keys))
+        if missing:
+            raise NotFound(f"{missing} of the rowset's masks are not in the store; `put_masks` stores them")
+        install = _stage_rowset(self._layout.rowset(rowset_id), samples, masks)
+
+        def publish(view: Writing) -> None:
+            install()
+            view.put("rowsets", bytes.fromhex(rowset_id), len(samples).to_bytes(8, "little"))
+
+        self._index.update(publish)
+        return rowset_id
+
+    def rowset(self, rowset_id: Hex) -> Rowset:
+        """See `ActivationStore.rowset`."""
+        rowset = self._rowsets.get(rowset_id)
+        if rowset is None:
+            checked_id(rowset_id, "rowset")
+            rows = self.count(rowset_id)
+            if rows is None:
+                raise NotFound(f"rowset {rowset_id} is not in the store {self._layout.root}")
+            rowset = self._rowsets[rowset_id] = Rowset(rowset_id, self._layout.rowset(rowset_id), rows)
+        return rowset
+
+    def is_whole(self, rowset_id: Hex) -> bool:
+        """Whether a rowset and all its masks are in the store, and are what they were.
+
+        Raises:
+            DamageError: Its file is damaged.
+            NotFound: It is not in the store.
+        """
+        self._rowsets.pop(rowset_id, None)
+        rowset = self.rowset(rowset_id)
+        keys = _keys(np.unique(rowset.mask_ids, axis=0))
+        with self._index.read() as view:
+            values = view.get_many("masks", keys)
+        return rowset_id_of(rowset.sample_ids, rowset.mask_ids) == rowset_id and all(map(_is_sound, keys, values))
+
+    def masks_of(self, rowset_id: Hex) -> set[bytes]:
+        """The keys of the masks that a rowset names; errors as `rowset`."""
+        return set(_keys(np.unique(self.rowset(rowset_id).mask_ids, axis=0)))
+
+    def replace(self, samples: Ids, mask_ids: Ids, packed: npt.NDArray[np.uint8], bits: int) -> None:
+        """Store a rowset and its distinct masks `packed`, of `bits` positions, anew, whatever is there of it."""
+        for start in range(0, len(packed), 4096):
+            self.put_masks(np.unpackbits(packed[start : start + 4096], axis=1, count=bits).view(np.bool_))
+        rowset_id = rowset_id_of(samples, mask_ids)
+        self._rowsets.pop(rowset_id, None)
+        self._index.update(lambda view: view.delete("rowsets", bytes.fromhex(rowset_id)))
+        self.put_rowset(samples, mask_ids)
+
+    def forget_cached(self) -> None:
+        """Empty the memory of recent masks and rowsets."""
         with self._lock:
             self._cache = {}
+        self._rowsets.clear()
 
-    def count(self) -> int:
-        """Number of distinct masks stored."""
+    def count(self, rowset_id: Hex) -> int | None:
+        """Rows of a rowset; None where it is not in the store."""
         with self._index.read() as view:
-            return view.count("masks")
-
-
-Ids = npt.NDArray[np.uint8]
-Numbers = npt.NDArray[np.int64]
-
-_HEADER = struct.Struct("<8sIIQ8x")  # magic, version, bits of the table, rows
-_HEADER_BYTES = _HEADER.size
-_MAGIC = b"SWROWSET"
-_MULTIPLIERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
-_WORD = (1 << 64) - 1
-_DICTIONARY_ROWS = 1 << 17
-_K1, _K2, _K3, _K4 = _MULTIPLIERS
-_UNPACK = struct.Struct("<4Q").unpack
+            raw = view.get("rowsets", bytes.fromhex(rowset_id))
+        return None if raw is None else int.from_bytes(raw[:8], "little")
 
 
 def rowset_id_of(sample_ids: Ids, mask_ids: Ids) -> Hex:
@@ -270,21 +309,7 @@ class Rowset:
         return self._dictionary
 
 
-def check_ids(sample_ids: Ids, mask_ids: Ids) -> tuple[Ids, Ids]:
-    """Both as contiguous uint8 [rows, 16].
-
-    Raises:
-        UsageError: They are not, or there is no row.
-    """
-    samples, masks = np.asarray(sample_ids), np.asarray(mask_ids)
-    if samples.dtype != np.uint8 or masks.dtype != np.uint8 or samples.ndim != 2 or samples.shape != masks.shape:
-        raise UsageError("a rowset is sample ids and mask ids, each uint8 [rows, 16]")
-    if samples.shape[1] != 16 or not 1 <= len(samples) < MAX_ROWS:
-        raise UsageError(f"a rowset has at least one row of two ids of 16 bytes, not {list(samples.shape)}")
-    return np.ascontiguousarray(samples), np.ascontiguousarray(masks)
-
-
-def stage_rowset(path: Path, sample_ids: Ids, mask_ids: Ids) -> Callable[[], None]:
+def _stage_rowset(path: Path, sample_ids: Ids, mask_ids: Ids) -> Callable[[], None]:
     """Write a rowset's file beside `path`; calling what is returned installs it (to be done in a transaction)."""
     rows = len(sample_ids)
     pairs = np.concatenate([sample_ids, mask_ids], axis=1)
@@ -344,85 +369,3 @@ def _map(path: Path, rowset_id: Hex, rows: int) -> mmap.mmap:
 
 def _damaged(rowset_id: Hex, fault: str) -> DamageError:
     return DamageError(f"rowset {rowset_id} is damaged: {fault}", hint="run `stackwise cache repair`")
-
-
-class Rows:
-    """The masks and rowsets of one store."""
-
-    def __init__(self, index: Index, layout: Layout) -> None:
-        self._index, self._layout, self.patterns = index, layout, Masks(index)
-        self._rowsets: dict[Hex, Rowset] = {}
-
-    def put_masks(self, masks: npt.NDArray[np.bool_]) -> MaskIds:
-        """Store mask patterns bool [n, length]; returns their ids uint8 [n, 16]. Equal patterns are stored once.
-
-        Raises:
-            UsageError: `masks` is not a boolean matrix.
-        """
-        return self.patterns.put(masks)
-
-    def masks(self, mask_ids: MaskIds, seq_len: int | None = None) -> npt.NDArray[np.bool_]:
-        """Patterns bool [n, length] of mask ids uint8 [n, 16]; recent ones are kept in memory.
-
-        Raises:
-            NotFound: An id is not stored here.
-            UsageError: The masks differ in length, or are not of `seq_len` positions.
-        """
-        return self.patterns.get(mask_ids, seq_len)
-
-    def put_rowset(self, sample_ids: Ids, mask_ids: MaskIds) -> Hex:
-        """Store the ordered pairs of sample ids uint8 [rows, 16] and mask ids uint8 [rows, 16]; returns its id.
-
-        Storing the same pairs again does nothing and gives the same id.
-
-        Raises:
-            UsageError: Not such arrays, or no row.
-            NotFound: A mask is not in the store (`put_masks` comes first).
-        """
-        samples, masks = check_ids(sample_ids, mask_ids)
-        rowset_id = rowset_id_of(samples, masks)
-        if self.count(rowset_id) is not None:
-            return rowset_id
-        missing = self.patterns.missing(masks)
-        if missing:
-            raise NotFound(f"{missing} of the rowset's masks are not in the store; `put_masks` stores them")
-        install = stage_rowset(self._layout.rowset(rowset_id), samples, masks)
-
-        def publish(view: Writing) -> None:
-            install()
-            view.put("rowsets", bytes.fromhex(rowset_id), len(samples).to_bytes(8, "little"))
-
-        self._index.update(publish)
-        return rowset_id
-
-    def rowset(self, rowset_id: Hex) -> Rowset:
-        """The rowset of that id: `.rows`, `.sample_ids`, `.mask_ids`, `.row(sample, mask)`, `.find(samples, masks)`.
-
-        Raises:
-            NotFound: It is not in the store.
-            DamageError: Its file is damaged.
-        """
-        found = self._rowsets.get(rowset_id)
-        if found is None:
-            checked_id(rowset_id, "rowset")
-            rows = self.count(rowset_id)
-            if rows is None:
-                raise NotFound(f"rowset {rowset_id} is not in the store {self._layout.root}")
-            found = self._rowsets[rowset_id] = Rowset(rowset_id, self._layout.rowset(rowset_id), rows)
-        return found
-
-    def forget_rowset(self, rowset_id: Hex) -> None:
-        """Remove a rowset from the index and from memory, not from the disk: it is about to be stored anew."""
-        self._rowsets.pop(rowset_id, None)
-        self._index.update(lambda view: view.delete("rowsets", bytes.fromhex(checked_id(rowset_id, "rowset"))))
-
-    def forget_cached(self) -> None:
-        """Empty the memory of recent masks and rowsets."""
-        self._rowsets.clear()
-        self.patterns.forget()
-
-    def count(self, rowset_id: Hex) -> int | None:
-        """Rows of a rowset; None where it is not in the store."""
-        with self._index.read() as view:
-            raw = view.get("rowsets", bytes.fromhex(rowset_id))
-        return None if raw is None else int.from_bytes(raw[:8], "little")

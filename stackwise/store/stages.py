@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import xxhash
 
 from stackwise import durable
 from stackwise.errors import DamageError, UsageError
-from stackwise.files import IrregularFile, open_regular, read_json
+from stackwise.files import IrregularFile, open_regular, read_json, remove_tree
 from stackwise.identity import Hex, content_id, digest, is_hex_id
 from stackwise.store import disk
 from stackwise.store.index import Index
@@ -143,7 +142,7 @@ class Stages:
             Lease(self._layout.lock(f"stage-{recipe}"), f"stage {recipe}", alone=True),
             durable.explain_full_disk(final),
         ):
-            temporary = final.with_name(f"{durable.TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{recipe}")
+            temporary = durable.temporary(final)
             temporary.mkdir()
             try:
                 parts = {part: _write_part(temporary, part, write) for part, write in write_parts.items()}
@@ -160,10 +159,10 @@ class Stages:
                     os.rename(final, replaced)
                 os.rename(temporary, final)
             except BaseException:
-                disk.remove_tree(temporary)
+                remove_tree(temporary)
                 raise
             durable.fsync_directory(final.parent)
-            disk.remove_tree(replaced)
+            remove_tree(replaced)
         return CommittedStage(recipe, final, json.loads(text), parts)
 
     def get(self, recipe: Hex, check: bool = True) -> CommittedStage | None:
@@ -241,10 +240,12 @@ class Stages:
             if not final.exists():
                 return 0
             # Under a temporary name first: a stage is there whole or not at all.
-            doomed = final.with_name(f"{durable.TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{recipe}")
+            doomed = durable.temporary(final)
+            freed = disk.tree_bytes(final)
             os.rename(final, doomed)
             durable.fsync_directory(final.parent)
-            return disk.remove_tree(doomed)
+            remove_tree(doomed)
+            return freed
         finally:
             lease.remove()
 

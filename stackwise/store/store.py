@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
+import functools
 import os
-import stat
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from stackwise import files
-from stackwise.errors import DamageError, NotFound, StackWiseError, UsageError
-from stackwise.files import remove_tree
-from stackwise.identity import Hex, is_hex_id
+from stackwise import durable, files
+from stackwise.errors import DamageError, NotFound, UsageError
+from stackwise.identity import Hex
 from stackwise.store import disk, layout
-from stackwise.store.boundaries import Boundaries, Recompute
-from stackwise.store.disk import LocalBackend
+from stackwise.store.boundaries import Boundaries, Recompute, rowset_rows
+from stackwise.store.disk import BoundaryFiles
 from stackwise.store.index import close_index, mark_changed, open_index
 from stackwise.store.layout import Layout, Reserve, open_lock
-from stackwise.store.order import RowOrder
-from stackwise.store.repair import Repairer
-from stackwise.store.rows import Rows
 from stackwise.store.stages import Runs, Stages
-from stackwise.store.upkeep import Upkeep
-from stackwise.store.verify import Progress
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # numpy, and what works on rows, is imported when a row is: looking at a store needs neither
+    import numpy as np
+    import numpy.typing as npt
+
     from stackwise.store.dataset import BoundaryDataset
+    from stackwise.store.rows import Ids, Rows, Rowset
+    from stackwise.store.verify import Progress
 
 
 class ActivationStore:
@@ -45,7 +42,6 @@ class ActivationStore:
 
     Attributes:
         path: The store's directory.
-        upkeep: Looking, checking, healing, collecting.
         read_only: Whether it can only be read.
 
     Args:
@@ -107,29 +103,20 @@ class ActivationStore:
             close_index(self._index)
             os.close(self._presence)
             raise
-        self._backend = LocalBackend(self._layout.boundaries)
-        self._rows = Rows(self._index, self._layout)
-        self._boundaries = Boundaries(self._index, self._layout, self._backend, self._rows)
+        self._files = BoundaryFiles(self._layout.boundaries)
+        self._boundaries = Boundaries(self._index, self._layout, self._files, lambda: self._rows)
         self._stages = Stages(self._layout)
         self._runs = Runs(self._index)
-        self.upkeep = Upkeep(self)
         # The names that users know; each is documented where it lives.
-        self.put_masks, self.masks = self._rows.put_masks, self._rows.masks
-        self.put_rowset, self.rowset = self._rows.put_rowset, self._rows.rowset
-        self.writer, self.reader, self.lookup = (
-            self._boundaries.writer,
-            self._boundaries.reader,
-            self._boundaries.lookup,
-        )
+        self.writer, self.reader = self._boundaries.writer, self._boundaries.reader
+        self.lookup, self.ensure = self._boundaries.lookup, self._boundaries.ensure
         self.boundaries, self.boundary = self._boundaries.all, self._boundaries.get
         self.has, self.find, self.evicted = self._boundaries.has, self._boundaries.find, self._boundaries.evicted
         self.drop, self.retain = self._boundaries.remove, self._boundaries.retain
-        self.enforce_quota, self.ensure = self._boundaries.enforce_quota, self._boundaries.ensure
+        self.enforce_quota = self._boundaries.enforce_quota
         self.commit_stage, self.stage, self.stages = self._stages.commit, self._stages.get, self._stages.names
         self.prune_stage, self.drop_stage = self._stages.prune, self._stages.drop
         self.register_run, self.forget_run, self.runs = self._runs.register, self._runs.forget, self._runs.all
-        self.inspect, self.usage, self.verify = self.upkeep.inspect, self.upkeep.usage, self.upkeep.verify
-        self.repair, self.gc, self.unlock = self.upkeep.repair, self.upkeep.gc, self.upkeep.unlock
         self._reserve = Reserve(self._layout.reserve)
         if not self.read_only:
             self._reserve.take()
@@ -157,9 +144,57 @@ class ActivationStore:
         except FileNotFoundError:
             return
         foreign = names - {"index", "boundaries", "stages", "locks", "reserve", "lost+found"}
-        foreign = {name for name in foreign if not name.startswith(".tmp-")}
+        foreign = {name for name in foreign if not name.startswith(durable.TEMPORARY)}
         if foreign:
             raise UsageError(f"{self.path} is no store, and not empty (it holds {sorted(foreign)[0]!r})")
+
+    @functools.cached_property
+    def _rows(self) -> Rows:
+        from stackwise.store.rows import Rows
+
+        return Rows(self._index, self._layout)
+
+    def put_masks(self, masks: npt.NDArray[np.bool_]) -> Ids:
+        """Store mask patterns bool [n, length]; returns their ids uint8 [n, 16]. Equal patterns are stored once.
+
+        Raises:
+            UsageError: `masks` is not a boolean matrix with at least one column.
+        """
+        return self._rows.put_masks(masks)
+
+    def masks(self, mask_ids: Ids, seq_len: int | None = None) -> npt.NDArray[np.bool_]:
+        """Patterns bool [n, length] of mask ids uint8 [n, 16], all of one length; recent ones are kept in memory.
+
+        Args:
+            mask_ids: As `put_masks` gave them.
+            seq_len: The length expected; needed only where `mask_ids` may be empty.
+
+        Raises:
+            NotFound: An id is not stored here.
+            UsageError: The masks differ in length, or are not of `seq_len` positions.
+            DamageError: A record is damaged.
+        """
+        return self._rows.masks(mask_ids, seq_len)
+
+    def put_rowset(self, sample_ids: Ids, mask_ids: Ids) -> Hex:
+        """Store the ordered pairs of sample ids uint8 [rows, 16] and mask ids uint8 [rows, 16]; returns its id.
+
+        Storing the same pairs again does nothing and gives the same id.
+
+        Raises:
+            UsageError: Not such arrays, or no row.
+            NotFound: A mask is not in the store (`put_masks` comes first).
+        """
+        return self._rows.put_rowset(sample_ids, mask_ids)
+
+    def rowset(self, rowset_id: Hex) -> Rowset:
+        """The rowset of that id: `.rows`, `.sample_ids`, `.mask_ids`, `.row(sample, mask)`, `.find(samples, masks)`.
+
+        Raises:
+            NotFound: It is not in the store.
+            DamageError: Its file is damaged.
+        """
+        return self._rows.rowset(rowset_id)
 
     def dataset(
         self, boundary: Hex, batch_size: int, *, seed: int = 0, tokens: bool = True, batches: int | None = None
@@ -177,6 +212,7 @@ class ActivationStore:
             NotFound: The boundary is not in the store, or its tokens are not.
         """
         from stackwise.store.dataset import BoundaryDataset, tokens_of
+        from stackwise.store.order import RowOrder
 
         info = self.boundary(boundary)
         if tokens:
@@ -184,11 +220,129 @@ class ActivationStore:
         order = RowOrder(info.rows, seed=(seed, "order"), chunk_rows=info.chunk_rows)
         return BoundaryDataset(self.path, boundary, order, batch_size, batches=batches, tokens=tokens)
 
+    def inspect(self) -> dict[str, Any]:
+        """What the store holds, as the contract's `cache inspect --json`.
+
+        Returns:
+            `{"format", "masks": {"unique", "referenced"}, "boundaries": [...], "index": {"entries", "bytes"}}`;
+            `masks.referenced` counts the rows that name a mask. Each boundary also has `age` and `cost` in seconds.
+        """
+        with self._index.read() as view:
+            unique = view.count("masks")
+        return {
+            "format": layout.FORMAT,
+            "masks": {"unique": unique, "referenced": sum(rowset_rows(self._index).values())},
+            "boundaries": [info.as_dict() for info in self.boundaries()],
+            "index": self._index.statistics(),
+        }
+
+    def usage(self) -> dict[str, int]:
+        """Bytes by what they are for: `{"boundaries", "stages", "index", "reserve", "total", "free"}`."""
+        names = ("boundaries", "stages", "index", "reserve")
+        sizes = {name: disk.tree_bytes(self.path / name) for name in names}
+        return {**sizes, "total": sum(sizes.values()), "free": disk.free_bytes(self.path)}
+
+    def verify(
+        self,
+        progress: Progress | None = None,
+        fast: bool = False,
+        subset: float = 1.0,
+        max_duration: float | None = None,
+    ) -> dict[str, Any]:
+        """Compare what lies on disk with what was published, as the contract's `cache verify --json`.
+
+        Args:
+            progress: Called with (done, total) chunks and stages.
+            fast: Compare existence and sizes alone.
+            subset: Share of the chunks to check, above 0 and up to 1, another each time.
+            max_duration: Seconds after which to stop.
+
+        Returns:
+            `{"checked_chunks", "damaged": [{"boundary", "chunk", "fault"}], "orphans"}`, and beside these
+            `checked_stages`, `unreadable` (what this user may not read) and `complete` (whether time sufficed).
+        """
+        from stackwise.store.verify import Verifier
+
+        return Verifier(self, progress=progress, fast=fast, subset=subset, max_duration=max_duration).run()
+
+    def repair(
+        self,
+        recompute: Recompute | None = None,
+        *,
+        dry_run: bool = False,
+        drop_stages: bool = False,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Heal what can be healed, and name what is gone.
+
+        Boundaries, rowsets and masks that the index lost are put back from the boundaries' own columns. A damaged
+        chunk is recomputed where `recompute` can, and accepted where it comes out bit for bit as it was; otherwise
+        it is unpublished, so that whoever writes the boundary next finds it missing.
+
+        Args:
+            recompute: Given a boundary and its damaged chunks, yields (chunk, rows [n, seq_len, d_model]).
+            dry_run: Say what would be done, change nothing.
+            drop_stages: Remove damaged committed stages, so that the next run trains them again. By default they are
+                only named: what is sound in them can still be saved.
+            progress: Called with (done, total) damaged chunks.
+
+        Returns:
+            `{"dry_run", "rebuilt": [ids], "repaired": [{"boundary", "chunk", "fault"}], "gone": [the same],
+            "dropped_stages": [ids], "busy", "checked_chunks"}`.
+        """
+        from stackwise.store.repair import Repairer
+
+        return Repairer(self, recompute, dry_run=dry_run, drop_stages=drop_stages, progress=progress).run()
+
+    def gc(
+        self,
+        *,
+        dry_run: bool = False,
+        all: bool = False,
+        forget_missing: bool = False,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Remove what no registered run refers to: boundaries, stages, rowsets, masks, and what belongs to nothing.
+
+        From the index first, then from the disk. It works on a full disk, by a reserve kept for it. What another
+        process reads or writes stays, and is named under `busy`.
+
+        Args:
+            dry_run: Say what would go and how much it is; remove nothing.
+            all: Collect even where no run is registered, which is everything that is not in use.
+            forget_missing: Forget the runs whose key is a directory that is gone (a disk that is not mounted has
+                gone, too), and collect what they alone refer to. By default they are only named.
+            progress: Called with (done, total).
+
+        Returns:
+            `{"dry_run", "missing_runs": [keys], "boundaries": [ids], "stages": [ids], "rowsets", "masks",
+            "orphans": [paths], "busy": [ids], "freed": bytes}`.
+
+        Raises:
+            UsageError: No run is registered, and `all` was not said.
+        """
+        from stackwise.store.collect import Collector
+
+        return Collector(self, dry_run=dry_run, all=all, forget_missing=forget_missing, progress=progress).run()
+
+    def unlock(self) -> dict[str, Any]:
+        """Free what dead processes left: slots in the index's table of readers, and lock files nobody holds.
+
+        A dead holder's locks free themselves; a living one's are left alone, and named.
+
+        Returns:
+            `{"stale_readers", "removed": [names], "held": [names]}`.
+        """
+        from stackwise.store.collect import free_locks
+
+        return free_locks(self)
+
     def close(self) -> None:
         """Close the store. Readers and writers made from it end with it; a second time does nothing."""
         if not self._closed:
             self._closed = True
-            self._rows.forget_cached()
+            if "_rows" in vars(self):
+                self._rows.forget_cached()
             try:
                 if close_index(self._index) and layout.hold_alone(self._presence):
                     mark_changed(self._layout.index)
@@ -202,91 +356,3 @@ class ActivationStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def repair_store(
-    path: str | os.PathLike[str],
-    recompute: Recompute | None = None,
-    *,
-    dry_run: bool = False,
-    drop_stages: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Repair a store that may not even open: a lost or damaged index is set aside and rebuilt.
-
-    Args:
-        path: The store's directory.
-        recompute: See `ActivationStore.repair`.
-        dry_run: Say what would be done, change nothing.
-        drop_stages: See `ActivationStore.repair`.
-        progress: Called with (done, total) damaged chunks.
-
-    Returns:
-        What `ActivationStore.repair` returns, with `index`: `sound`, `rebuilt`, or (in a dry run) `damaged`.
-
-    Raises:
-        NotFound: There is no store.
-    """
-    places = Layout(Path(path).absolute())
-    mended = [] if dry_run else _clear_irregular(places)
-    state = "sound"
-    try:
-        store = ActivationStore(path, create=False)
-    except DamageError as error:
-        if dry_run:
-            rebuilt = [name for name in LocalBackend(places.boundaries).names() if is_hex_id(name)]
-            empty: dict[str, Any] = {"repaired": [], "gone": [], "dropped_stages": [], "busy": [], "checked_chunks": 0}
-            return {"dry_run": True, "index": "damaged", "rebuilt": rebuilt, "fault": error.message, **empty}
-        state = "rebuilt"
-        set_aside(places.index)
-        if places.rowsets.is_dir():
-            for stale in places.rowsets.iterdir():
-                remove_tree(stale)
-        # Without `format.json`, which was sound, the store is made anew around what is there, and sealed again.
-        places.format.rename(places.format.with_name(".tmp-format.json"))
-        store = ActivationStore(path)
-    with store:
-        repairer = Repairer(store, recompute, dry_run=dry_run, drop_stages=drop_stages, progress=progress)
-        report = repairer.run()
-    disk.discard(places.root / ".tmp-format.json")
-    report["rebuilt"] += mended
-    return {**report, "index": state}
-
-
-def _clear_irregular(places: Layout) -> list[str]:
-    """Remove what is no file of its own where a file without data belongs; write a damaged `format.json` anew.
-
-    Returns:
-        Names of what was mended.
-    """
-    mended = []
-    layout.refuse_links(places)
-    if not (places.index.is_dir() and places.boundaries.is_dir()):
-        return []  # whatever it is, it is no store beyond doubt
-    locks = list(places.locks.glob("*.lock")) if places.locks.is_dir() else []
-    for path in (*locks, places.reserve, places.index / "lock.mdb", places.index / "checked"):
-        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-            remove_tree(path)
-            mended.append(str(path.relative_to(places.root)))
-    try:
-        layout.read_format(places)
-    except DamageError:
-        remove_tree(places.format)
-        layout.seal(places)
-        mended.append("format.json")
-    return mended
-
-
-def set_aside(index_path: Path) -> Path | None:
-    """Rename a damaged index's files, so that a new one can be made; returns the new name of its data, if any."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    aside = None
-    for name in ("data.mdb", "lock.mdb"):
-        path = index_path / name
-        if path.exists() or path.is_symlink():
-            target = index_path / f"damaged-{stamp}-{name}"
-            path.rename(target)
-            aside = target if name == "data.mdb" else aside
-    with contextlib.suppress(OSError, StackWiseError):
-        (index_path / f"damaged-{stamp}-lock.mdb").unlink()
-    return aside

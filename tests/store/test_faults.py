@@ -61,7 +61,7 @@ def check(path: Path, said: list[str]) -> None:
             for key in keys:
                 chunk = int.from_bytes(key[16:], "big")
                 start, stop = info.chunk_span(chunk)
-                (stored,) = ChunkSource(store._index, store._backend, info).load(chunk)
+                (stored,) = ChunkSource(store._index, store._files, info).load(chunk)
                 assert (stored == values(ROWS)[start:stop]).all()
                 published.add(f"chunk {info.trunk} {chunk}")
             if info.state == "complete":

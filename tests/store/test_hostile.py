@@ -37,7 +37,7 @@ def consume(store):
         except StackWiseError: pass
     for info in store.boundaries():
         try:
-            source = ChunkSource(store._index, store._backend, info)
+            source = ChunkSource(store._index, store._files, info)
             for chunk in range(min(info.chunks, 3)): source.load(chunk)
         except StackWiseError: pass
         try:
@@ -200,7 +200,7 @@ def test_a_decompression_bomb_is_not_set_off(sound: Path, tmp_path: Path) -> Non
     shutil.copytree(sound, tmp_path / "s")
     with ActivationStore(tmp_path / "s") as store:
         info = next(info for info in store.boundaries() if info.codec == "int8-zstd")
-        source = ChunkSource(store._index, store._backend, info)
+        source = ChunkSource(store._index, store._files, info)
         bomb = Zstd(level=1).encode(np.zeros(1 << 30, np.uint8))
         (tmp_path / "s/boundaries" / info.id / "activations/c/0/0/0").write_bytes(bomb)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -64,7 +64,7 @@ def check(path: Path, trunk: str, said: list[int], finished: bool) -> bool:
             return False
         (info,) = infos
         published = []
-        source = ChunkSource(store._index, store._backend, info)
+        source = ChunkSource(store._index, store._files, info)
         with store._index.read() as view:
             keys = view.keys("chunks", bytes.fromhex(info.id))
         for key in keys:
