@@ -101,6 +101,11 @@ def unused_settings(config: Settings) -> list[str]:
             ("tied_head", not trains_heads_apart(config) and "no stage trains a head without the front"),
         ],
     )
+    objective = config.objective
+    # an objective from outside says only when it is built which way attention looks
+    looks_back = objective.causal or objective.unadaptable() or objective.code or config.adapts
+    both = not looks_back and f"with {objective.name} attention sees in both directions"
+    lines.section("model.attention", config.model.attention, [("window window_blocks", both)])
     if not progressive.enabled:
         lines.section("training.mode", training.mode, training.mode.unused(config.model))
     _limits(config, lines.lines, above)

@@ -91,6 +91,7 @@ UNUSED: list[tuple[dict[str, Any], str, Any, str]] = [
       for name, value in (("every", 2), ("fuse_passes", True), ("codec", "fp8"), ("keep", "none"))),
     ({**P, "training.progressive.cache_activations": False}, "s.every", 2,
      "training.progressive.cache_activations is false"),
+    ({}, "model.attention.window", 4, "with mask_diffusion attention sees in both directions"),
     ({"store.every": 9}, "s.fuse_passes", True, "store.every is 9: none is stored"),
 ]  # fmt: skip
 
@@ -164,6 +165,8 @@ def test_what_is_cut_and_what_is_said_together(overrides: dict[str, Any], line: 
         {"store.every": 2, "store.fuse_passes": True, "store.codec": "fp8", "store.keep": "none"},
         {"training.tied_head": "frozen", "training.fresh_masks": True, "training.swap_parts": 2},
         {"training.swap": "never", "training.memory": 10**9, "training.block_size": "auto"},
+        {**CLM, "model.attention.window": 4}, {"training.adaptation": "causal", "model.attention.window": 4},
+        {"training.objective": {"name": "mask_diffusion", "block": 4}, "model.attention.window": 4},
     ],
 )  # fmt: skip
 def test_what_is_used_has_no_line(overrides: dict[str, Any]) -> None:
