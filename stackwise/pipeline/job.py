@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build, parse_yaml
@@ -36,14 +38,6 @@ class Source:
     digest: str | None = None
     recipe: str = ""  # the recipe of the stage that committed it; empty where it comes from elsewhere
     names: dict[str, TensorRef] | None = None
-
-    @classmethod
-    def from_plain(cls, data: Mapping[str, Any]) -> Source:
-        """The inverse of `dataclasses.asdict`, also through JSON."""
-        if (names := data["names"]) is None:
-            return cls(**data)
-        refs = {name: TensorRef(**(ref | {"rows": ref["rows"] and tuple(ref["rows"])})) for name, ref in names.items()}
-        return cls(data["path"], data["digest"], data["recipe"], refs)
 
 
 Versions = dict[str, Source]
@@ -183,27 +177,6 @@ class StageJob:
         """What its order of rows is drawn by: in each window another."""
         return (*self.seed(config), *((self.stage.window,) if self.stage.window else ()), "order")
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON-ready data."""
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, data: dict[str, Any]) -> StageJob:
-        """The inverse of `plain`."""
-        data = dict(data)
-        data.pop("kind", None)
-        data["stage"], data["span"] = Stage.from_plain(data["stage"]), Span(**data["span"])
-        data["initial"] = _sources(data["initial"])
-        data["recomputed"] = tuple(
-            Frozen(Stage.from_plain(one["stage"]), _sources(one["initial"])) for one in data["recomputed"]
-        )
-        data["embedding"] = None if data["embedding"] is None else Source.from_plain(data["embedding"])
-        return cls(**data)
-
-
-def _sources(data: dict[str, Any]) -> dict[str, Source]:
-    return {part: Source.from_plain(source) for part, source in data.items()}
-
 
 @dataclass(frozen=True)
 class FinishJob:
@@ -214,11 +187,11 @@ class FinishJob:
     export: str | None = None  # where to export the fused rack; None: nowhere
     kind: str = field(default="finish", init=False)
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON-ready data."""
-        return asdict(self)
 
-    @classmethod
-    def from_plain(cls, data: dict[str, Any]) -> FinishJob:
-        """The inverse of `plain`."""
-        return cls(**{key: value for key, value in data.items() if key != "kind"})
+J = TypeVar("J")
+
+
+def from_plain(kind: type[J], data: Mapping[str, Any]) -> J:
+    """The inverse of `dataclasses.asdict`, also through JSON: a job, or a part of one."""
+    known = {key: value for key, value in data.items() if key != "kind"}  # which is a job's own
+    return TypeAdapter(kind).validate_python(known)

@@ -91,11 +91,6 @@ class BlockFormat:
         """As JSON-ready data."""
         return {"precision": self.precision, "adapters": [dataclasses.asdict(size) for size in self.adapters]}
 
-    @classmethod
-    def from_plain(cls, data: dict[str, Any]) -> BlockFormat:
-        """The inverse of `plain`."""
-        return cls(data["precision"], tuple(AdapterSize(**size) for size in data["adapters"]))
-
 
 PLAIN = BlockFormat()
 
@@ -145,16 +140,6 @@ class Stage:
     causal_from: int | None = None
     scales_alone: bool = False
     candidates: tuple[tuple[int, int], ...] = ()
-
-    @classmethod
-    def from_plain(cls, data: Mapping[str, Any]) -> Stage:
-        """The inverse of `dataclasses.asdict`, also through JSON."""
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
-        }
-        formats = {part: BlockFormat.from_plain(form) for part, form in data["formats"].items()}
-        candidates = tuple((first, last) for first, last in data["candidates"])
-        return cls(**(values | {"formats": formats, "candidates": candidates}))
 
     @property
     def holds(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ what did not. The runner's side has it done once and keeps the answer, before an
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stackwise.config import StackWiseConfig
@@ -35,16 +35,6 @@ class TrialJob:
     mask_token: int
     most: int  # the largest batch of use
     kind: str = field(default="trial", init=False)
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON-ready data."""
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, data: dict[str, Any]) -> TrialJob:
-        """The inverse of `plain`."""
-        data = {key: value for key, value in data.items() if key != "kind"}
-        return cls(**(data | {"stage": Stage.from_plain(data["stage"])}))
 
 
 def run_trial(job: TrialJob, device: torch.device) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def trained(plan: Plan, log: Path) -> dict[str, str]:
     assert job.recipe_id == decision.id
     worker = Worker("cpu", log)
     try:
-        list(worker.run(job.plain()))
+        list(worker.run(asdict(job)))
     finally:
         worker.close()
     committed = plan.committed(decision.id)

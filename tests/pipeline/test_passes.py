@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.device import describe
-from stackwise.pipeline.job import FinishJob, StageJob
+from stackwise.pipeline.job import FinishJob, StageJob, from_plain
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.manifest import RunContext
 from stackwise.pipeline.runner.runner import Runner
@@ -59,7 +60,7 @@ def run_stages(
             return {}
 
     def work(job: StageJob | FinishJob) -> list[dict[str, Any]]:
-        run_stage(StageJob.from_plain(json.loads(json.dumps(job.plain()))), runner._observe, lambda: False)
+        run_stage(from_plain(StageJob, json.loads(json.dumps(asdict(job)))), runner._observe, lambda: False)
         return []
 
     def observe(event: dict[str, Any]) -> None:

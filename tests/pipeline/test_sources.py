@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from stackwise.config import StackWiseConfig
 from stackwise.errors import DamageError, UsageError
 from stackwise.model import part_digest
-from stackwise.pipeline.job import Source
+from stackwise.pipeline.job import Source, from_plain
 from stackwise.pipeline.parts import load_part, make_block, make_head, save_part
 from stackwise.pretrained.families import TensorRef
 
@@ -40,7 +40,7 @@ def test_a_part_of_a_larger_file_is_read_by_its_names_alone(tmp_path: Path, stat
     tensors = load_part(source)
     assert tensors is not None
     assert tensors.keys() == state.keys()
-    assert Source.from_plain(json.loads(json.dumps(asdict(source)))) == source
+    assert from_plain(Source, json.loads(json.dumps(asdict(source)))) == source
     made = block(tmp_path, digest=part_digest(narrow), names=names).state_dict()
     assert all(torch.equal(made[name], narrow[name].float()) for name in state)
     with pytest.raises(UsageError, match=r"has no tensor model\.layers\.7\.x"):

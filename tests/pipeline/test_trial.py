@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.loading import build, dump, parse_yaml
 from stackwise.errors import ConfigError
+from stackwise.pipeline.job import from_plain
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.auto import settle, wanted
 from stackwise.pipeline.schedule import schedule
@@ -65,4 +68,4 @@ def test_auto_is_read_and_written_and_a_wrong_number_is_not(micro: Micro) -> Non
 def test_a_job_is_plain_data(micro: Micro) -> None:
     config = micro(training__batch_size="auto")
     job = TrialJob(dump(config), schedule(config)[1], 258, 257, 100)
-    assert TrialJob.from_plain(job.plain()) == job
+    assert from_plain(TrialJob, json.loads(json.dumps(asdict(job)))) == job

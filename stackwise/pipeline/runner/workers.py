@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -305,7 +306,7 @@ class WorkerPool:
             self.limit.begin(estimate.state_bytes(gradients=False) if estimate else 0)
         events = []
         try:
-            for event in worker.run(job.plain()):
+            for event in worker.run(asdict(job)):
                 if event["event"] in ("step", "boundary", "resumed") and self._spare is None and not self._stopping:
                     self._spare = Worker(self._config.device, self._log)  # its imports are done while this one works
                 if self.limit is not None:

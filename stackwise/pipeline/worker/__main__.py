@@ -70,7 +70,7 @@ def _report(channel: _Channel, error: StackWiseError) -> int:
 
 def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], device: str) -> int:
     from stackwise.pipeline.device import describe, resolve_device, warm_up
-    from stackwise.pipeline.job import FinishJob, StageJob
+    from stackwise.pipeline.job import FinishJob, StageJob, from_plain
     from stackwise.pipeline.trial import TrialJob, run_trial
     from stackwise.pipeline.worker.jobs import run_finish, run_stage
 
@@ -84,11 +84,11 @@ def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], d
     job = json.loads(line)
     before.append(memory(on))
     if job["kind"] == "stage":
-        run_stage(StageJob.from_plain(job), channel.emit, stopping.is_set)
+        run_stage(from_plain(StageJob, job), channel.emit, stopping.is_set)
     elif job["kind"] == "trial":
-        channel.emit({"event": "trial", **run_trial(TrialJob.from_plain(job), on)})
+        channel.emit({"event": "trial", **run_trial(from_plain(TrialJob, job), on)})
     else:
-        run_finish(FinishJob.from_plain(job), channel.emit, stopping.is_set)
+        run_finish(from_plain(FinishJob, job), channel.emit, stopping.is_set)
     return 0
 
 
