@@ -34,10 +34,8 @@ class Weights(Protocol):
 
     model: ModelConfig
     tokenizer_json: Path | None
-    objective: str
-    """The name of the objective that it was trained with, as far as it says."""
-    notes: tuple[str, ...]
-    """What is to be said of it."""
+    objective: str  # the name of the objective that it was trained with, as far as it says
+    notes: tuple[str, ...]  # what is to be said of it
 
     def source(self, part: str) -> Source:
         """Where a part's weights are, with their digest."""

@@ -49,7 +49,6 @@ def load_part(source: Source, vocab_size: int | None = None) -> dict[str, torch.
     Only the tensors that the source names are read: of a checkpoint with a whole model in it, no more than the part.
 
     Args:
-        source: Where they are.
         vocab_size: Of a front or a head: ids of the model. Where a checkpoint has fewer, rows are added to it, each
             the mean of the others.
 
@@ -96,11 +95,7 @@ def _hint(source: Source) -> str:
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Source) -> None:
-    """Let a module have the weights of its source.
-
-    Raises:
-        DamageError: They are of another module, shape or dtype; of a source from elsewhere the dtype may differ.
-    """
+    """Let a module have the weights of its source."""
     hint = _hint(source)
     wanted = module.state_dict()
     for name in sorted({*wanted, *tensors}):
@@ -137,9 +132,6 @@ def make_block(
     """A block of the rack, or of an auxiliary head, with its part's weights or fresh ones.
 
     Args:
-        config: The configuration.
-        part: Its name.
-        sources: Where the weights of parts come from: its own, and its adapters'.
         how: The precision it is held in, and the adapters on it.
         packed: Pack weights in a narrow format, which freezes them.
     """
@@ -171,8 +163,6 @@ def make_head(
     """A head.
 
     Args:
-        config: The configuration.
-        vocab_size: Width of the logits.
         source: Its weights; those of a tied head hold no projection.
         embedding_VD: What a tied head projects with: the front's parameter (shared), or a plain tensor.
         own: Give a tied head a projection of its own that starts as a copy.
@@ -306,13 +296,7 @@ def save_part(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 class JobParts:
-    """The parts of a job's stage (see `training.swap_parts.Parts`).
-
-    Args:
-        job: The job.
-        config: Its configuration.
-        sources: Where each part's weights come from.
-    """
+    """The parts of a job's stage (see `training.swap_parts.Parts`)."""
 
     def __init__(self, job: StageJob, config: StackWiseConfig, sources: Mapping[str, Source]) -> None:
         self._job, self._config, self._sources = job, config, sources
@@ -329,11 +313,7 @@ class JobParts:
         self._empty: dict[str, nn.Module] = {}
 
     def make(self, name: str, trained: Mapping[str, Tensor] | None, embedding_VD: Tensor | None = None) -> nn.Module:
-        """A part on the CPU (see `Parts.make`).
-
-        Raises:
-            DamageError: Its file is missing, broken or not what was committed.
-        """
+        """A part on the CPU (see `Parts.make`)."""
         if trained is not None and name in self._empty:
             # Made without values: drawing fresh weights only to overwrite them takes seconds for a large block.
             part = allocate(copy.deepcopy(self._empty[name]), "cpu")

@@ -117,7 +117,6 @@ class Stage:
         formats: How it holds its blocks, and how those below are held, where that is not plainly, by part.
         causal_from: The step from which on it trains the rack causally, whatever the stages before it did; None: it
             trains as they did.
-        scales_alone: Whether of its blocks' packed weights the scales alone train.
         candidates: First and last block of the sections of which it unfreezes one at a time, the one that gains most;
             none: all that trains does so at once.
     """
@@ -138,7 +137,7 @@ class Stage:
     states_out: tuple[str, ...] = ()  # optimizer states that it commits for its next window
     formats: Mapping[str, BlockFormat] = field(default_factory=dict)
     causal_from: int | None = None
-    scales_alone: bool = False
+    scales_alone: bool = False  # whether of its blocks' packed weights the scales alone train
     candidates: tuple[tuple[int, int], ...] = ()
 
     @property

@@ -33,8 +33,7 @@ SmallRun = Callable[[StackWiseConfig, str, Observer], dict[str, Any]]
 """Runs a configuration in a directory of this name; returns its evaluation."""
 
 
-Auto = dict[str, Any]
-"""What `auto` settings came to, by their keys, each with the conditions of its trial."""
+Auto = dict[str, Any]  # what `auto` settings came to, by their keys, each with the conditions of its trial
 
 
 @dataclass(frozen=True)
