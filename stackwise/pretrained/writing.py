@@ -26,7 +26,7 @@ from stackwise.errors import UsageError
 from stackwise.files import open_to_write, parse_json, read_bytes, read_json, read_text
 from stackwise.model.projections import QuantizedLinear, plain_layers
 from stackwise.model.rack import Front, Head, StageModules
-from stackwise.pretrained.checkpoint import BAND_BYTES, CONFIG_BYTES, FLOATS, INDEX, SINGLE, Checkpoint
+from stackwise.pretrained.checkpoint import CONFIG_BYTES, FLOATS, INDEX, SINGLE, Checkpoint
 from stackwise.pretrained.families import (
     BLOCK,
     FRONT,
@@ -37,6 +37,9 @@ from stackwise.pretrained.families import (
     config_json,
     family_of,
 )
+
+BUFFER_BYTES = 4 << 20
+"""Bytes that are converted, turned and written at once: more than a row of any matrix."""
 
 SHARD_BYTES = 5_000_000_000
 """Weights in one file, about, as Hugging Face has it."""
@@ -74,6 +77,8 @@ class ShardWriter:
         self.total_bytes = self.parameters = 0
         longest = {"dtype": "BF16", "shape": [1 << 24] * 2, "data_offsets": [1 << 50] * 2}
         self._room = len(json.dumps(_HEADER | dict.fromkeys(names, longest))) // 8 * 8 + 1024
+        # One for all tensors: of buffers of its own for each, malloc would keep some.
+        self._buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
         self._file: IO[bytes] | None = None
         self._table: dict[str, Any] = {}
         self._place = 0
@@ -109,13 +114,29 @@ class ShardWriter:
         if self._file is None:
             self._file = open_to_write(self.directory / f"part-{len(self._files):05d}")
             self._file.seek(8 + self._room)
-        for band in _turned(pieces) if turned else _bands(pieces):
-            values = band.detach().to("cpu", dtype).contiguous().reshape(-1)
-            self._file.write(values.view(torch.uint8).numpy().data)
+        for band in self._turned(pieces, dtype) if turned else self._bands(pieces, dtype):
+            self._file.write(band.reshape(-1).view(torch.uint8).numpy().data)
         self._table[name] = entry
         self._place += nbytes
         self.total_bytes += nbytes
         self.parameters += numbers
+
+    def _bands(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+        """Tensors below each other, piece by piece, in the buffer."""
+        buffer = self._buffer.view(dtype)
+        for tensor in pieces:
+            for part in torch.split(tensor.detach().reshape(-1), len(buffer)):
+                yield buffer[: len(part)].copy_(part)
+
+    def _turned(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+        """The transpose of matrices below each other, some of its rows at a time, in the buffer."""
+        rows = sum(map(len, pieces))
+        buffer = self._buffer.view(dtype)[: len(self._buffer) // dtype.itemsize // rows * rows].view(-1, rows)
+        for start in range(0, pieces[0].shape[1], len(buffer)):
+            part = buffer[: pieces[0].shape[1] - start]
+            for place, tensor in zip(torch.split(part, [len(tensor) for tensor in pieces], 1), pieces, strict=True):
+                place.copy_(tensor.detach()[:, start : start + len(part)].T)
+            yield part
 
     def _finish(self) -> None:
         assert self._file is not None
@@ -353,20 +374,6 @@ def _stored(
         yield name, [tensor for _, tensor in pieces], pieces[0][0].transpose
         if name in copies:
             yield copies[name], [tensor for _, tensor in pieces], pieces[0][0].transpose
-
-
-def _bands(values: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Tensors below each other, piece by piece."""
-    for tensor in values:
-        yield from torch.split(tensor.reshape(-1), max(1, BAND_BYTES // tensor.element_size()))
-
-
-def _turned(values: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The transpose of matrices below each other, piece by piece."""
-    rows = sum(len(tensor) for tensor in values)
-    step = max(1, BAND_BYTES // max(1, rows * values[0].element_size()))
-    for start in range(0, values[0].shape[1], step):
-        yield torch.cat([tensor[:, start : start + step].T for tensor in values], 1)
 
 
 def _take_along(source: Path, directory: Path) -> None:
