@@ -20,6 +20,7 @@ from stackwise.pipeline.plan import Entry, Plan
 from stackwise.pipeline.reasons import History
 from stackwise.pipeline.recipe import recipe_id
 from stackwise.pipeline.runner.workers import Worker
+from stackwise.pretrained.families import TensorRef
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run
 
@@ -83,14 +84,15 @@ def test_a_stage_begins_from_a_file_with_other_names(plan: Plan, finished: Path,
         assert stage is not None
         digests = stage.record["parts"]
     model: dict[str, Any] = {}
-    names: dict[str, dict[str, str]] = {}
+    names: dict[str, dict[str, TensorRef]] = {}
     for part in ("front", "block.0"):
         tensors = load_file(record_parts[part])
-        names[part] = {name: f"model.{part}/{name}" for name in tensors}
-        model |= {names[part][name]: tensor for name, tensor in tensors.items()}
-    elsewhere = tmp_path / "model.safetensors"
-    save_file(model, elsewhere)
-    with safe_open(elsewhere, "pt") as file:
+        names[part] = {name: TensorRef("model.safetensors", f"model.{part}/{name}") for name in tensors}
+        model |= {names[part][name].name: tensor for name, tensor in tensors.items()}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    save_file(model, elsewhere / "model.safetensors")
+    with safe_open(elsewhere / "model.safetensors", "pt") as file:
         assert not {*file.keys()} & {*names["block.0"]}
 
     fresh = next(decide(plan))
