@@ -387,7 +387,11 @@ class DynamicScaling(Scaled):
 
     def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
         """See `RopeScaling.frequencies`."""
-        stretch = self.factor * self.reach(length) / self.original_max_position_embeddings - (self.factor - 1)
+        import torch
+
+        # in float32 as transformers has it, so that the tables are the same to the last bit
+        reach = torch.tensor(self.reach(length), device="cpu")
+        stretch = self.factor * reach / self.original_max_position_embeddings - (self.factor - 1)
         return _frequencies(width, theta * stretch ** (width / (width - 2))), 1.0
 
     def reach(self, length: int) -> int:
@@ -468,8 +472,8 @@ class YarnScaling(Scaled):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, width - 1)
         ramp = (torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / ((high - low) or 0.001)
-        stays, plain = 1 - ramp.clamp(0, 1), _frequencies(width, theta)
-        return plain / self.factor * (1 - stays) + plain * stays, self.scores
+        stays, wavelengths = 1 - ramp.clamp(0, 1), _wavelengths(width, theta)
+        return 1.0 / (self.factor * wavelengths) * (1 - stays) + 1.0 / wavelengths * stays, self.scores
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
         """See `RopeScaling.faults`."""
@@ -483,8 +487,14 @@ class YarnScaling(Scaled):
             yield "attention_factor", f"{text}: set it to 1, or choose another kind"
 
 
-def _frequencies(width: int, theta: float) -> Tensor:
+def _wavelengths(width: int, theta: float | Tensor) -> Tensor:
+    """Positions in which each pair of dimensions turns by a radian."""
     import torch
 
     # Always computed on the CPU in float32: the same on every device, and LLaMA's to the last bit.
-    return 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width))
+    powers: Tensor = theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
+    return powers
+
+
+def _frequencies(width: int, theta: float | Tensor) -> Tensor:
+    return 1.0 / _wavelengths(width, theta)
