@@ -237,15 +237,22 @@ class Integers:
 
     def unpack(self, packed: Mapping[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
         """Codes less zero points, times scales."""
-        bits, scales = self.settings.bits, packed["scales"]
-        slices = packed["codes"].view(-1, bits).to(torch.int64)
-        words = sum(slices[:, i] << 8 * i for i in range(bits))
-        assert isinstance(words, Tensor)
-        numbers = torch.stack([(words >> bits * i) & (1 << bits) - 1 for i in range(8)], 1).flatten()
-        codes = numbers[: outputs * self._padded(inputs)].view(len(scales), -1).float() + self.low
+        scales = packed["scales"]
+        codes = self._numbers(packed["codes"], outputs * self._padded(inputs)).view(len(scales), -1).float() + self.low
         if "zeros" in packed:
             codes -= packed["zeros"].float()[:, None]
         return (codes * scales[:, None]).to(dtype).view(outputs, -1)[:, :inputs]
+
+    def numbers(self, codes: Tensor, outputs: int, inputs: int) -> Tensor:
+        """Codes from 0 on, int64 [O, I]."""
+        return self._numbers(codes, outputs * self._padded(inputs)).view(outputs, -1)[:, :inputs]
+
+    def _numbers(self, codes: Tensor, count: int) -> Tensor:
+        bits = self.settings.bits
+        slices = codes.view(-1, bits).to(torch.int64)
+        words = sum(slices[:, i] << 8 * i for i in range(bits))
+        assert isinstance(words, Tensor)
+        return torch.stack([(words >> bits * i) & (1 << bits) - 1 for i in range(8)], 1).flatten()[:count]
 
     def _padded(self, inputs: int) -> int:
         """Columns of a matrix whose rows are whole groups."""

@@ -21,12 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.config.model import ModelConfig
+from stackwise.config.training import Quantization
 from stackwise.durable import TEMPORARY, explain_full_disk, fsync_directory
 from stackwise.errors import UsageError
 from stackwise.files import open_to_write, parse_json, read_bytes, read_json, read_text
 from stackwise.model.projections import QuantizedLinear, plain_layers
 from stackwise.model.rack import Front, Head, StageModules
 from stackwise.pretrained.checkpoint import CONFIG_BYTES, FLOATS, INDEX, SINGLE, Checkpoint
+from stackwise.pretrained.compressed import (
+    KINDS,
+    PACKED,
+    CompressedPart,
+    compressed_part,
+    compressed_refs,
+    quantization_config,
+)
 from stackwise.pretrained.families import (
     BLOCK,
     FRONT,
@@ -58,6 +67,7 @@ BESIDE = (
 """What an export takes over from the checkpoint that it came from, beside the tokenizer itself."""
 
 _DTYPES = {getattr(torch, torch_name): name for name, (torch_name, _) in FLOATS.items()}
+_DTYPES |= {torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
 
 Part = tuple[str, Mapping[str, Tensor]]
 """The name of a part, and its tensors."""
@@ -180,6 +190,7 @@ class ExportOptions:
         dtype: Of the exported weights; None: as they are.
         shard_bytes: Weights in one file, about.
         overwrite: Replace an earlier export.
+        compressed: Blocks trained for integers as compressed-tensors packs them; otherwise widened.
         native: Under StackWise's own names, also where a family of Hugging Face describes the rack.
         source: The checkpoint that the weights came from: its family goes before others, and what lies beside its
             weights comes along.
@@ -192,6 +203,7 @@ class ExportOptions:
     dtype: torch.dtype | None = None
     shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
+    compressed: bool = False
     native: bool = False
     source: Checkpoint | None = None
 
@@ -254,7 +266,9 @@ def export(
     description = Description(
         model.model_dump(mode="json"), front.embedding.num_embeddings, front.max_seq_len, causal, special_ids=ids
     )
-    return _publish(Path(directory), _parts(front, _again(first, remaining), model), description, options)
+    return _publish(
+        Path(directory), _parts(front, _again(first, remaining), model, options.compressed), description, options
+    )
 
 
 def export_checkpoint(directory: Path | str, checkpoint: Checkpoint, options: ExportOptions | None = None) -> Exported:
@@ -278,7 +292,7 @@ def _again(first: list[StageModules], remaining: Iterator[StageModules]) -> Iter
     yield from remaining
 
 
-def _parts(front: Front, stages: Iterable[StageModules], model: ModelConfig) -> Iterator[Part]:
+def _parts(front: Front, stages: Iterable[StageModules], model: ModelConfig, compressed: bool) -> Iterator[Part]:
     """The parts of a rack, each in memory while it is written."""
     yield FRONT, front.state_dict()
     head: Head | None = None
@@ -287,7 +301,8 @@ def _parts(front: Front, stages: Iterable[StageModules], model: ModelConfig) -> 
         head = stage.head
         for block in stage.blocks:
             if index < model.n_blocks:
-                yield f"{BLOCK}{index}", _merged(block).state_dict()
+                part = f"{BLOCK}{index}"
+                yield part, compressed_part(block, part) if compressed else _merged(block).state_dict()
             index += 1
             del block
         del stage  # or two stages would be in memory while the next one is loaded
@@ -337,7 +352,10 @@ def _write(
     whole = description.untied()
     names = [ref.name for part in whole.parts for ref in family.refs(whole, part, base).values()]
     room = [*names, *family.copies(whole).values()]
+    if options.compressed:
+        room += [f"{name}.{kind}" for name in names for kind in KINDS]
     tied, dtype, architectures = True, options.dtype, [family.architecture]
+    integers: dict[str, Quantization] = {}
     with ShardWriter(directory, room, options.shard_bytes) as writer:
         for part, tensors in parts:
             if part == HEAD:
@@ -347,11 +365,15 @@ def _write(
             else:
                 dtype = dtype or next(iter(tensors.values())).dtype
             for name, pieces, turned in _stored(family, description if tied else whole, base, part, tensors):
-                writer.add(name, pieces, turned, options.dtype)
+                if isinstance(tensors, CompressedPart) and name.endswith(f".{PACKED}"):
+                    integers[name.removesuffix(f".{PACKED}")] = tensors.settings
+                writer.add(name, pieces, turned, options.dtype if pieces[0].is_floating_point() else None)
                 del pieces
             del tensors  # or two parts would be in memory while the next one is loaded
         files = writer.close()
     config = config_json(family, description if tied else whole) | {"architectures": architectures}
+    if integers:
+        config["quantization_config"] = quantization_config(integers, ["lm_head"])
     _write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     if description.causal and not family.native:
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -364,6 +386,8 @@ def _stored(
 ) -> Iterator[tuple[str, list[Tensor], bool]]:
     """The tensors of a part as the family's files have them: name, what is below each other, whether it is turned."""
     refs = family.refs(description, part, base, family.own_names(part, tensors))
+    if isinstance(tensors, CompressedPart):
+        refs = compressed_refs(refs, tensors)
     files: dict[str, list[tuple[TensorRef, Tensor]]] = {}
     for name, ref in refs.items():
         if name in tensors:

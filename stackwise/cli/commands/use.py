@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from typing import Any
 
@@ -120,10 +121,11 @@ def generate(run: str | None, text: str | None, file: str | None, device: str, a
 @click.option(
     "--format",
     "layout",
-    type=click.Choice(["hf", "native"]),
+    type=click.Choice(["hf", "native", "compressed"]),
     default="hf",
     show_default=True,
-    help="hf: as transformers loads it, where one of its architectures is the rack's; native: StackWise's own names.",
+    help="hf: as transformers loads it, where one of its architectures is the rack's; native: StackWise's own names; "
+    "compressed: hf, with blocks trained for integers as compressed-tensors packs them.",
 )
 @click.option("--shard-size", type=Bytes(), default="5GB", show_default=True, help="Weights in one file, at most.")
 @click.option(
@@ -148,9 +150,10 @@ def export(
     from stackwise.pretrained.writing import ExportOptions
 
     narrow = None if dtype is None else getattr(torch, dtype)
-    options = ExportOptions(dtype=narrow, shard_bytes=shard_size, overwrite=force, native=layout == "native")
+    options = ExportOptions(dtype=narrow, shard_bytes=shard_size, overwrite=force)
+    options = dataclasses.replace(options, native=layout == "native", compressed=layout == "compressed")
     exported = export_rack(load_rack(run_directory, resolve_device("cpu")), target, options)
-    if exported.family == "stackwise" and layout == "hf":
+    if exported.family == "stackwise" and layout != "native":
         note("note: transformers has no architecture for this rack; it keeps StackWise's own format")
     files = {path.name: path.stat().st_size for path in sorted(target.iterdir()) if path.is_file()}
     if as_json:
