@@ -12,7 +12,7 @@ from stackwise import files
 from stackwise.data.documents import SkippedFile, TextDocument, repair, text_document
 from stackwise.data.readers import open_file
 
-MOST_BYTES = 64 << 20
+MOST_BYTES = 16 << 20
 """Of a page or a notebook: it is held whole."""
 
 _PART = 1 << 16
@@ -32,12 +32,18 @@ _INLINE = frozenset(
 def html_file(path: Path) -> Iterator[TextDocument]:
     """The text of a web page, one document."""
     page, html = _Page(), _text(path)
-    for start in range(0, len(html), _PART):
-        page.feed(html[start : start + _PART])
-    # The parser holds what is not closed yet, and would look through a long rest again and again.
-    if len(page.rawdata) > _PART:
-        raise SkippedFile("HTML with a tag or comment that is not closed")
-    page.close()
+    start = 0
+    try:
+        while start < len(html):
+            # The parser looks again at what is not closed yet: only at twice its length, or that would take for ever.
+            part = max(_PART, len(page.rawdata))
+            page.feed(html[start : start + part])
+            start += part
+        if len(page.rawdata) > _PART:
+            raise SkippedFile("HTML with a tag or comment that is not closed")
+        page.close()
+    except AssertionError as error:  # how the parser says that a declaration is none
+        raise SkippedFile("HTML with a broken declaration") from error
     if page.unseen:  # all that follows would be lost
         raise SkippedFile(f"HTML with a {page.unseen[-1]} that is not closed")
     if text := page.text():

@@ -65,6 +65,8 @@ def test_a_notebook_is_its_cells(tmp_path: Path, settings: Settings) -> None:
         ("a.html", b"<p>a</p><noscript>all of it", "noscript that is not closed"),
         ("a.html", b"a <!-- " + b"x" * 100_000, "not closed"),
         ("a.html", b"a " + b"<!" * 1_500_000, "not closed"),
+        ("a.html", b"a <![&x]> b", "broken declaration"),
+        ("a.html", b"<a " + b'a="' * 300_000, "not closed"),
         ("a.txt", b"%PDF-1.4\n1 0 obj\n", "another format"),
         ("a.rtf", rb"{\rtf1 text}", "plain text: save"),
     ],
