@@ -14,7 +14,7 @@ from stackwise.config.loading import flat
 from stackwise.errors import NotFound, StackWiseError
 from stackwise.pipeline.batch.grid import label, shown
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.report.facts import History, read_history
+from stackwise.report.facts import read_history
 from stackwise.text import printable
 
 PLACES = ("store.path", "data.cache_dir")
@@ -49,28 +49,19 @@ def compare(entries: Sequence[Entry]) -> dict[str, Any]:
     Raises:
         NotFound: A run that was named is not there.
     """
-    settings = {}
-    for number, entry in enumerate(entries):
-        if entry.values is None:
-            settings[number] = flat(entry.run.config())
+    settings = [flat(entry.run.config()) if entry.values is None else None for entry in entries]
+    whole = [config for config in settings if config is not None]
     differing = [
         key
-        for key in dict.fromkeys(key for config in settings.values() for key in config)
-        if key not in PLACES and len({repr(_value(config, key)) for config in settings.values()}) > 1
+        for key in dict.fromkeys(key for config in whole for key in config)
+        if key not in PLACES and len({repr(_value(config, key)) for config in whole}) > 1
     ]
     keys = list(dict.fromkeys([*(key for entry in entries for key in entry.values or ()), *differing]))
-    return {
-        "keys": keys,
-        "runs": [
-            _row(
-                entry,
-                dict(entry.values)
-                if entry.values is not None
-                else {key: _value(settings[number], key) for key in differing},
-            )
-            for number, entry in enumerate(entries)
-        ],
-    }
+    rows = []
+    for entry, config in zip(entries, settings, strict=True):
+        values = entry.values or {} if config is None else {key: _value(config, key) for key in differing}
+        rows.append(_row(entry, dict(values)))
+    return {"keys": keys, "runs": rows}
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
@@ -111,16 +102,11 @@ def _row(entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
     row["loss"] = [stage["loss"] if stage["state"] == "done" else None for stage in last]
     row["trained"] = sum(stage["recipe"] in trained_here for stage in done)
     row["reused"] = len(done) - row["trained"]
-    row["seconds"] = _seconds(history)
+    row["seconds"] = round(sum(history.phases.values()), 3)  # worked on the run, however many sittings it took
     if len(done) == len(state["stages"]):
         with contextlib.suppress(OSError, ValueError):
             row["bits_per_byte"] = (entry.run.evaluation() or {}).get("bits_per_byte")
     return row
-
-
-def _seconds(history: History) -> float:
-    """Time worked on the run, however many sittings it took."""
-    return round(sum(history.phases.values()), 3)
 
 
 def cells(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

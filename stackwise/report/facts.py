@@ -7,12 +7,11 @@ import math
 import os
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
 from stackwise.errors import StackWiseError
 from stackwise.files import METADATA_BYTES as LINE_BYTES
 from stackwise.files import open_regular, parse_json
@@ -53,13 +52,15 @@ class Curve:
 
 
 @dataclass
-class Written:
-    """A boundary that a run wrote."""
+class BoundaryFacts:
+    """One boundary: there, being written, or dropped after use."""
 
+    id: str
     depth: int
     bytes: int = 0
-    finished: bool = False
-    dropped: bool = False
+    state: str = "writing"
+    codec: str = ""
+    shape: tuple[int, ...] = ()
 
 
 @dataclass
@@ -68,53 +69,37 @@ class History:
 
     curves: dict[int, Curve] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    boundaries: dict[str, Written] = field(default_factory=dict)
+    boundaries: dict[str, BoundaryFacts] = field(default_factory=dict)
     fill: Event | None = None
     device: Event | None = None
     data: Event | None = None
     warnings: list[str] = field(default_factory=list)
     failure: str | None = None
     begun: float | None = None
-    ended: float | None = None
     sittings: int = 0
-
-
-class _Clock:
-    """Adds the time between events to the current phase; the time between two runners belongs to none."""
-
-    def __init__(self, history: History) -> None:
-        self._history = history
-        self._phase: str | None = None
-        self._before: float = 0.0
-        self._leading = False
-
-    def take(self, event: Event, at: float) -> None:
-        kind = event["event"]
-        history = self._history
-        if kind == "data":
-            history.phases["preparation"] += float(event.get("seconds") or 0.0)
-        opens = kind in _LEADING or kind == "device"
-        if opens and not self._leading:
-            history.sittings += 1
-            self._phase = PHASES[4]
-        elif self._phase is not None and kind not in _LEADING:
-            history.phases[self._phase] += max(0.0, at - self._before)
-            self._phase = None if kind in _CLOSING else _PHASE_OF.get(kind, self._phase)
-        self._leading = kind in _LEADING
-        self._before = at
 
 
 def read_history(path: Path) -> History:
     """Read a log of events; lines that are broken, as a crash may leave one, are passed over."""
     history = History()
-    clock = _Clock(history)
+    phase: str | None = None
+    before, leading = 0.0, False
     for event in _events(path):
-        at = event.get("time")
-        if at is not None and finite(at) is None:
-            history.begun = at if history.begun is None else history.begun
-            history.ended = at
-            clock.take(event, at)
         _take(history, event)
+        kind, at = event["event"], event.get("time")
+        if at is None or finite(at) is not None:
+            continue
+        history.begun = at if history.begun is None else history.begun
+        if kind == "data":
+            history.phases["preparation"] += float(event.get("seconds") or 0.0)
+        if (kind in _LEADING or kind == "device") and not leading:
+            # Another runner: the time since the last event of the one before is nobody's.
+            history.sittings += 1
+            phase = PHASES[4]
+        elif phase is not None and kind not in _LEADING:
+            history.phases[phase] += max(0.0, at - before)
+            phase = None if kind in _CLOSING else _PHASE_OF.get(kind, phase)
+        leading, before = kind in _LEADING, at
     return history
 
 
@@ -175,25 +160,24 @@ def _take(history: History, event: Event) -> None:
             history.curves.setdefault(event["stage"], Curve(None)).held_out[event["step"]] = event["nats"]
         case "diverged":
             history.warnings.append(str(event["text"]))
-        case "writing" | "filling":
-            history.boundaries[event["boundary"]] = Written(_depth(event))
-        case "written":
-            written = history.boundaries.setdefault(event["boundary"], Written(_depth(event)))
-            written.bytes, written.finished = event["bytes"], True
+        case "writing" | "filling" | "written":
+            # Its place in the schedule may be another than its depth.
+            depth = int(event.get("depth", event["stage"] + 1))
+            state = "complete" if event["event"] == "written" else "writing"
+            history.boundaries[event["boundary"]] = BoundaryFacts(
+                event["boundary"], depth, event.get("bytes", 0), state
+            )
         case "dropped":
-            dropped = history.boundaries.setdefault(event["boundary"], Written(event["stage"]))
-            dropped.bytes, dropped.dropped = event["bytes"] or dropped.bytes, True
+            before = history.boundaries.get(event["boundary"]) or BoundaryFacts(event["boundary"], event["stage"])
+            history.boundaries[event["boundary"]] = replace(
+                before, bytes=event["bytes"] or before.bytes, state="dropped"
+            )
         case "fill":
             history.fill = event
         case "warning":
             history.warnings.append(str(event["text"]))
         case "failed":
             history.failure = str(event["text"])
-
-
-def _depth(event: Event) -> int:
-    """The depth of a boundary that is written: its place in the schedule may be another."""
-    return int(event.get("depth", event["stage"] + 1))
 
 
 def _take_step(curve: Curve, event: Event) -> None:
@@ -228,37 +212,29 @@ class StageFacts:
     tokens: int | None = None
     seconds: float | None = None
     tokens_per_second: float | None = None
-    learning_rate: float | None = None
     fusion: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class BoundaryFacts:
-    """One boundary: there, being written, or dropped after use."""
-
-    id: str
-    depth: int
-    bytes: int
-    state: str
-    codec: str
-    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Facts:
     """A run."""
 
-    name: str
     path: str
     state: str
     config: StackWiseConfig
-    yaml: str
     stages: list[StageFacts]
     boundaries: list[BoundaryFacts]
     evaluation: dict[str, Any] | None
     vocabulary: int | None
     history: History
     store_bytes: dict[str, int] | None
+
+
+_OF_STATUS = (
+    *("depth", "window", "state", "loss", "reason"),
+    *("wait_fraction", "peak_memory_bytes", "recipe", "trunk", "weights"),
+)
+"""What a stage of the report has as the run's status has it."""
 
 
 def collect(run: RunDirectory) -> Facts:
@@ -271,17 +247,14 @@ def collect(run: RunDirectory) -> Facts:
     state = status(run)
     stages = [
         StageFacts(
-            **{key: row[key] for key in ("depth", "window", "state", "loss", "reason", "recipe", "trunk", "weights")},
+            **{key: row[key] for key in _OF_STATUS},
             blocks=(row["blocks"][0], row["blocks"][1]),
             step=row["step"] or 0,
             steps=row["steps"] or 0,
-            wait_fraction=row["wait_fraction"],
-            peak_memory_bytes=row["peak_memory_bytes"],
-            learning_rate=config.stage_training(row["depth"]).learning_rate if row["depth"] < config.n_stages else None,
         )
         for row in state["stages"]
     ]
-    committed: dict[str, CommittedStage] = {}
+    committed: dict[str, CommittedStage | None] = {}
     present: list[BoundaryInfo] = []
     usage = None
     with contextlib.suppress(StackWiseError, OSError):  # a report can do without its store
@@ -291,17 +264,13 @@ def collect(run: RunDirectory) -> Facts:
             usage = store.usage()
             for stage in stages:
                 if stage.recipe is not None and stage.state == "done":
-                    stage_record = store.stage(stage.recipe, check=False)
-                    if stage_record is not None:
-                        committed[stage.recipe] = stage_record
+                    committed[stage.recipe] = store.stage(stage.recipe, check=False)
     for place, stage in enumerate(stages):
         _add_training(stage, committed.get(stage.recipe or ""), history.curves.get(place))
     return Facts(
-        name=config.name,
         path=str(run.path),
         state=state["state"],
         config=config,
-        yaml=dump(config),
         stages=stages,
         boundaries=_boundaries(present, history, config),
         evaluation=_evaluation(run, manifest),
@@ -346,24 +315,17 @@ def _add_training(stage: StageFacts, committed: CommittedStage | None, curve: Cu
 
 
 def _boundaries(present: list[BoundaryInfo], history: History, config: StackWiseConfig) -> list[BoundaryFacts]:
-    """The boundaries that are there, then those that the log alone knows."""
-    known = {
-        info.id: BoundaryFacts(info.id, info.depth, info.disk_bytes, info.state, info.codec, info.shape)
-        for info in present
+    """The boundaries that are there; and at depths where none is, the last of those that the log alone knows."""
+    there = [
+        BoundaryFacts(info.id, info.depth, info.disk_bytes, info.state, info.codec, info.shape) for info in present
+    ]
+    ids, depths = {facts.id for facts in there}, {facts.depth for facts in there}
+    gone = {
+        facts.depth: replace(facts, state="dropped", codec=config.store.codec or "bf16")
+        for facts in history.boundaries.values()
+        if facts.id not in ids and facts.depth not in depths and facts.state != "writing"
     }
-    codec = config.store.codec or "bf16"
-    for key, written in history.boundaries.items():
-        if key not in known and (written.finished or written.dropped):
-            known[key] = BoundaryFacts(key, written.depth, written.bytes, "dropped", codec)
-    # One that was written anew at the same depth takes the place of a dropped one.
-    kept = {facts.depth for facts in known.values() if facts.state != "dropped"}
-    shown: dict[tuple[int, str], BoundaryFacts] = {}
-    for facts in known.values():
-        if facts.state != "dropped":
-            shown[facts.depth, facts.id] = facts
-        elif facts.depth not in kept:
-            shown[facts.depth, ""] = facts
-    return sorted(shown.values(), key=lambda facts: facts.depth)
+    return sorted([*there, *gone.values()], key=lambda facts: facts.depth)
 
 
 def _evaluation(run: RunDirectory, manifest: dict[str, Any]) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise import words
+from stackwise.config.loading import dump
 from stackwise.report.charts import Axes, Line, Points, line_chart, padded_range, settled_range, smooth, thin
 from stackwise.report.facts import BoundaryFacts, Facts, StageFacts
 from stackwise.report.held_out import baselines_of, depth_name, footnote, rows, scored, stages_of
@@ -41,7 +42,7 @@ def page(facts: Facts) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
-{tag("title", f"{facts.name} – StackWise")}
+{tag("title", f"{facts.config.name} – StackWise")}
 <style>
 {(_HERE / "style.css").read_text(encoding="utf-8")}</style>
 </head>
@@ -77,7 +78,7 @@ def _header(facts: Facts) -> Html:
     ]
     return tag(
         "header",
-        tag("h1", facts.name),
+        tag("h1", facts.config.name),
         tag("p", tag("span", facts.state, cls=f"state {facts.state}"), " ", tag("span", f"· {rack}", cls="soft")),
         soft(f"{when} · {place} · ", tag("span", facts.path, cls="mono")),
         _alerts(facts),
@@ -338,5 +339,5 @@ def _configuration(facts: Facts) -> list[Html]:
     return [
         tag("h2", "Configuration"),
         soft("As it was run, every value resolved."),
-        tag("details", tag("summary", "Show it"), tag("pre", facts.yaml, cls="yaml")),
+        tag("details", tag("summary", "Show it"), tag("pre", dump(facts.config), cls="yaml")),
     ]
