@@ -23,7 +23,7 @@ NO_READER = 141
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Train": {
-        "init": ("init:init", "Write a commented stackwise.yaml."),
+        "init": ("prepare:init", "Write a commented stackwise.yaml."),
         "run": ("run:run", "Train every stage, evaluate, report; resumes by itself."),
         "stage": ("run:stage", "Train one stage alone; show the schedule."),
         "status": ("look:status", "Show run status."),
@@ -38,9 +38,9 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "report": ("look:report", "Write a run's report.html again."),
     },
     "Data, store, machine": {
-        "data": ("data:data", "Prepare text for training."),
+        "data": ("prepare:data", "Prepare text for training."),
         "cache": ("cache:cache", "Inspect, verify, repair and clean the activation store."),
-        "doctor": ("look:doctor", "Check this machine: packages, devices, memory, disk."),
+        "doctor": ("doctor:doctor", "Check this machine: packages, devices, memory, disk."),
     },
 }
 """Every command under its heading: where it is, and what `stackwise --help` says of it."""

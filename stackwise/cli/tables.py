@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from stackwise import words
-from stackwise.cli.output import Line, Styled, Table, state
+from stackwise.cli.drawing import Table, state
+from stackwise.cli.output import Line, Styled
 
 if TYPE_CHECKING:
     from stackwise.config import StackWiseConfig

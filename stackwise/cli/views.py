@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from stackwise import words
-from stackwise.cli.output import Line, Styled, Table, drawn, is_live, print_event, say, state
+from stackwise.cli.drawing import Table, drawn, state
+from stackwise.cli.output import Line, Styled, is_live, print_event, say
 from stackwise.pipeline.events import EVENTS, PHASES, wording
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stackwise.cli import app, output
+from stackwise.cli import app, drawing, output
 from stackwise.errors import UsageError
 from stackwise.pipeline.events import EVENTS
 from tests.cli.conftest import COMMAND, Cli
@@ -65,7 +65,7 @@ def test_styles_go_through_the_gate_and_text_does_not(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr("sys.stdout", terminal)
-    table = output.Table("state")
+    table = drawing.Table("state")
     table.add_row(output.Styled(f"[red]{ESCAPE}", "green"))
     output.say_all(table.lines(200))
     output.say(output.Styled(ESCAPE, "green"))
@@ -110,14 +110,14 @@ def test_an_encoding_that_lacks_a_character_shows_another(encoding: str, finishe
 
 
 def test_a_table_fits_whatever_room_there_is() -> None:
-    table = output.Table("stage", "run", "loss", "why", right=(0, 2))
+    table = drawing.Table("stage", "run", "loss", "why", right=(0, 2))
     table.add_row("0", "runs/" + "long-" * 30, "12.345", "changed: training.learning_rate, and a/path/" + "x" * 90)
     table.add_row("1", "日本語の名前" * 9, "é" * 3, "日本語" * 40 + "\nand a second line")
     for room in (200, 80, 40, 30):
         lines = [
             "".join(piece if isinstance(piece, str) else piece.text for piece in line) for line in table.lines(room)
         ]
-        assert max(map(output.columns_of, lines)) <= room
+        assert max(map(drawing.columns_of, lines)) <= room
         assert all(line == line.rstrip() and "\n" not in line for line in lines)
         joined = "".join(lines).replace(" ", "")
         assert joined.count("x") == 90  # the last column is folded, not cut

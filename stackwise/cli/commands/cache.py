@@ -10,8 +10,9 @@ import click
 from stackwise import words
 from stackwise.cli.app import Subcommands
 from stackwise.cli.commands.cache_upkeep import gc, repair, unlock
+from stackwise.cli.drawing import Table, progress, state
 from stackwise.cli.options import find_run
-from stackwise.cli.output import Line, Styled, Table, note, print_json, progress, say, say_all, state
+from stackwise.cli.output import Line, Styled, note, print_json, say, say_all
 from stackwise.cli.stores import opened, where
 from stackwise.errors import DamageError
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stackwise import words
+from stackwise.cli.drawing import Table, progress
 from stackwise.cli.options import find_run
-from stackwise.cli.output import Styled, Table, note, print_json, progress, say, say_all
+from stackwise.cli.output import Styled, note, print_json, say, say_all
 from stackwise.cli.stores import opened, store_path, where
 from stackwise.errors import DamageError, UsageError
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from stackwise.cli.app import Subcommands, stopped_after_saving
+from stackwise.cli.drawing import show
 from stackwise.cli.options import (
     INDEX,
     Choice,
@@ -21,7 +22,7 @@ from stackwise.cli.options import (
     max_time_option,
     watch_option,
 )
-from stackwise.cli.output import Styled, keep_going_without_output, print_event, print_json, say, say_all, show
+from stackwise.cli.output import Styled, keep_going_without_output, print_event, print_json, say, say_all
 from stackwise.cli.tables import held_out_table, listing, passage, schedule_table
 from stackwise.cli.views import Lines, RunView, watcher
 from stackwise.errors import StackWiseError, UsageError

@@ -11,18 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stackwise import words
+from stackwise.cli.drawing import Table, phases, state
 from stackwise.cli.options import RUNS, as_json, config_argument, find_run, load, max_time_option, preset_option
-from stackwise.cli.output import (
-    Styled,
-    Table,
-    keep_going_without_output,
-    phases,
-    print_event,
-    print_json,
-    say,
-    say_all,
-    state,
-)
+from stackwise.cli.output import Styled, keep_going_without_output, print_event, print_json, say, say_all
 from stackwise.cli.views import RunView, watcher
 from stackwise.errors import StackWiseError
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from stackwise import words
+from stackwise.cli.drawing import progress
 from stackwise.cli.options import (
     COUNT,
     SEED,
@@ -21,7 +22,7 @@ from stackwise.cli.options import (
     naming_options,
     run_option,
 )
-from stackwise.cli.output import is_live, note, print_json, progress, say, say_all
+from stackwise.cli.output import is_live, note, print_json, say, say_all
 from stackwise.cli.tables import held_out_table, passage
 from stackwise.errors import UsageError
 from stackwise.files import expanded
