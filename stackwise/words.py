@@ -7,24 +7,18 @@ import math
 
 def size(count: float) -> str:
     """Bytes in decimal units, three digits: 54.1 MB."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 999.5:
-            return f"{_three(count)} {unit}"
-    return f"{_three(count / 1000)} TB"
+    return _scaled(count, ("kB", "MB", "GB", "TB")) if count >= 1000 else f"{count:.0f} B"
 
 
 def count(number: float) -> str:
     """A quantity, three digits: 3.21 M; below ten thousand exactly: 8,420."""
-    if number < 10_000:
-        return f"{number:,.0f}"
-    for unit in ("k", "M", "G"):
-        number /= 1000
-        if number < 999.5:
-            return f"{_three(number)} {unit}"
-    return f"{_three(number / 1000)} T"
+    return _scaled(number, ("k", "M", "G", "T")) if number >= 10_000 else f"{number:,.0f}"
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    # From 999.5 on, three digits would be 1000: the next unit.
+    power = next((n for n in range(1, len(units)) if value / 1000**n < 999.5), len(units))
+    return f"{_three(value / 1000**power)} {units[power - 1]}"
 
 
 def duration(seconds: float) -> str:

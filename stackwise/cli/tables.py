@@ -1,4 +1,4 @@
-"""What is known as tables: the schedule, a run's state, held-out figures; and a passage before and after."""
+"""Tables: the schedule, a run's state, held-out figures; and a passage before and after."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def _held(row: Row) -> str:
     kinds: dict[str, list[str]] = {}
     for block in dict.fromkeys([*row["precisions"], *row["adapters"]]):
         ranks = " and ".join(map(str, row["adapters"].get(block, ())))
-        said = [row["precisions"].get(block, ""), ranks and f"rank {ranks}"]
-        kinds.setdefault(", ".join(filter(None, said)), []).append(block)
+        parts = [row["precisions"].get(block, ""), ranks and f"rank {ranks}"]
+        kinds.setdefault(", ".join(filter(None, parts)), []).append(block)
     return "; ".join(f"{_blocks(blocks)} {kind}" for kind, blocks in kinds.items())
 
 
@@ -173,11 +173,15 @@ def status_table(value: dict[str, Any]) -> list[Line]:
     if value.get("jobs"):
         jobs = Table("job", "of", "state")
         for job in value["jobs"]:
-            of = "evaluation" if job["stage"] is None else f"stage {job['stage']}"
-            of += f", window {job['window']}" if job.get("window") is not None else ""
-            jobs.add_row(f"{job['engine']} {job['job']}", of, state(job["state"]))
+            jobs.add_row(f"{job['engine']} {job['job']}", job_name(job), state(job["state"]))
         lines += [[], *jobs.lines()]
     return lines
+
+
+def job_name(job: dict[str, Any]) -> str:
+    """What a job does."""
+    stage = "evaluation, report" if job["stage"] is None else f"stage {job['stage']}"
+    return stage if job.get("window") is None else f"{stage}, window {job['window']}"
 
 
 def _preparing(state: str, phase: str, done: int, total: int | None, failed: str = "") -> str:

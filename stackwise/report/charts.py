@@ -223,10 +223,10 @@ class _Drawing:
         for stop in range(STOPS):
             at, left = self.low + (stop + 0.5) * reach, LEFT + stop * width
             near = [(line.name, min(line.points, key=lambda point: abs(point[0] - at))) for line in lines]
-            said = [f"{name}: {y:.3f}" for name, (x, y) in near if abs(x - at) <= reach][:12]
+            values = [f"{name}: {y:.3f}" for name, (x, y) in near if abs(x - at) <= reach][:12]
             middle = round(left + width / 2, 1)
             rule = tag("line", cls="rule", x1=middle, x2=middle, y1=TOP, y2=self.base)
-            hint = "\n".join([f"{self.axes.x_label} {at:,.0f}", *said])
+            hint = "\n".join([f"{self.axes.x_label} {at:,.0f}", *values])
             area = tag("rect", x=round(left, 1), y=TOP, width=round(width, 1), height=self.base - TOP, data_tip=hint)
             parts.append(tag("g", rule, area, cls="stop"))
         return parts
@@ -252,5 +252,5 @@ class _Drawing:
 
 
 def _text(kind: str, text: str, x: float | None, y: float | None, **attributes: str) -> Html:
-    """A text, in the middle of its place unless told otherwise."""
+    """A text, in the middle of its place unless another anchor is given."""
     return tag("text", text, cls=kind, x=x, y=y, **({"text_anchor": "middle"} | attributes))

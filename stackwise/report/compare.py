@@ -133,8 +133,8 @@ def cells(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def best(comparison: Mapping[str, Any]) -> int | None:
     """The row with the fewest held-out bits a byte."""
-    known = [(run["bits_per_byte"], row) for row, run in enumerate(comparison["runs"]) if run["bits_per_byte"]]
-    return min(known)[1] if known else None
+    measured = [(run["bits_per_byte"], row) for row, run in enumerate(comparison["runs"]) if run["bits_per_byte"]]
+    return min(measured)[1] if measured else None
 
 
 def summary(comparison: Mapping[str, Any]) -> str:

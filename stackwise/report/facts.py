@@ -151,8 +151,8 @@ def _take(history: History, event: Event) -> None:
         case "data":
             history.data = event
         case "training":
-            known = history.curves.get(event["stage"])
-            if known is None or known.recipe != event.get("recipe"):
+            curve = history.curves.get(event["stage"])
+            if curve is None or curve.recipe != event.get("recipe"):  # one that goes on keeps its curve
                 history.curves[event["stage"]] = Curve(event.get("recipe"))
         case "step":
             _take_step(history.curves.setdefault(event["stage"], Curve(None)), event)
@@ -183,7 +183,7 @@ def _take(history: History, event: Event) -> None:
 def _take_step(curve: Curve, event: Event) -> None:
     losses = event["losses"]
     first = event["step"] - len(losses) + 1
-    # Steps that were lost to a kill come again; the later telling counts.
+    # Steps that were lost to a kill come again; the later event counts.
     for step, loss in enumerate(losses, first):
         if loss is not None and math.isfinite(loss):  # of a step that was skipped there is none
             curve.losses[step] = loss
@@ -330,9 +330,9 @@ def _boundaries(present: list[BoundaryInfo], history: History, config: StackWise
 
 def _evaluation(run: RunDirectory, manifest: dict[str, Any]) -> dict[str, Any] | None:
     """The newest evaluation of the run."""
-    known = manifest.get("evaluation")
+    recorded = manifest.get("evaluation")
     try:
-        value = known["result"] if known is not None else run.evaluation()
+        value = recorded["result"] if recorded is not None else run.evaluation()
     except (OSError, ValueError):  # a report can do without it
         return None
     return None if value is None else dict(_without_infinity(value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from stackwise.config import DataConfig
 
 FILE = "stackwise.yaml"
-WORDS = {"tokenizer": "training the tokenizer"}
 
 
 @click.group(cls=Subcommands, short_help="Prepare text for training.")
@@ -48,22 +48,25 @@ def prepare(as_json: bool, out: str, **options: Any) -> None:
 
     `data.paths` accepts the folder that is made. Text is streamed: a corpus may be larger than memory.
     """
+    import yaml
+
     from stackwise.data import WAITING
     from stackwise.data import prepare as prepare_data
+    from stackwise.pipeline.events import PHASES
 
     begun = time.perf_counter()
     with (
         naming_options("data", paths="PATH"),
         phases(unit=lambda phase, value: "" if phase.startswith(WAITING) else words.size(value)) as report,
     ):
-        said = ""
+        waiting_for = ""
 
         def progress(phase: str, done: int, total: int | None) -> None:
-            nonlocal said
-            if phase.startswith(WAITING) and phase != said:  # also where there is no progress bar
-                said = phase
+            nonlocal waiting_for
+            if phase.startswith(WAITING) and phase != waiting_for:  # also where there is no progress bar
+                waiting_for = phase
                 note(f"{phase}, which prepares {out}")
-            report(WORDS.get(phase, phase), done, total)
+            report(PHASES.get(phase, phase), done, total)
 
         config = _config(options)
         prepared, reused = prepare_data(config, out=expanded(out), progress=progress)
@@ -79,18 +82,18 @@ def prepare(as_json: bool, out: str, **options: Any) -> None:
         say(f"  {name}: {documents}, {words.count(split['tokens'])} tokens{size}")
     tokenizer = summary["tokenizer"]
     say(f"  tokenizer: {tokenizer['name']}, {tokenizer['vocab_size']:,} ids")
-    for line in (*skipped(summary["skipped"]), *summary["notes"]):
+    for line in (*_skipped(summary["skipped"]), *summary["notes"]):
         note(f"  {line}")
-    say("use it with:")
-    say("  stackwise run -o " + shlex.quote(f"data.paths={_flow([str(prepared.directory)])}"))
+    paths = yaml.safe_dump([str(prepared.directory)], default_flow_style=True, width=10**6).strip()
+    say("use it with:\n  stackwise run -o " + shlex.quote(f"data.paths={paths}"))
 
 
-def skipped(found: dict[str, Any]) -> list[str]:
+def _skipped(summary: dict[str, Any]) -> Iterator[str]:
     """What was not read: a line a reason, and the first of the files."""
-    lines = [
-        f"skipped: {words.plural(number, 'file')}: {reason}" for reason, number in found.get("reasons", {}).items()
-    ]
-    return [*lines, *(f"  {item['path']}: {item['why']}" for item in found.get("files", [])[:5])] if lines else []
+    for reason, number in summary.get("reasons", {}).items():
+        yield f"skipped: {words.plural(number, 'file')}: {reason}"
+    for item in summary.get("files", [])[:5]:
+        yield f"  {item['path']}: {item['why']}"
 
 
 def _config(options: dict[str, Any]) -> DataConfig:
@@ -101,12 +104,6 @@ def _config(options: dict[str, Any]) -> DataConfig:
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
     given = {key: value for key, value in given.items() if value is not None}
     return build(StackWiseConfig, {"data": given}, source="data prepare").data
-
-
-def _flow(value: list[str]) -> str:
-    import yaml
-
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
 
 
 @click.command(short_help="Write a commented stackwise.yaml.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from stackwise.cli.app import Subcommands, stopped_after_saving
+from stackwise.cli.app import Subcommands
 from stackwise.cli.drawing import show
 from stackwise.cli.options import (
     INDEX,
@@ -22,10 +22,10 @@ from stackwise.cli.options import (
     max_time_option,
     watch_option,
 )
-from stackwise.cli.output import Styled, keep_going_without_output, print_event, print_json, say, say_all
-from stackwise.cli.tables import held_out_table, listing, passage, schedule_table
+from stackwise.cli.output import Line, Styled, keep_going_without_output, print_event, print_json, say, say_all
+from stackwise.cli.tables import held_out_table, job_name, listing, passage, schedule_table
 from stackwise.cli.views import Lines, RunView, watcher
-from stackwise.errors import StackWiseError, UsageError
+from stackwise.errors import InterruptedRun, StackWiseError, UsageError
 
 
 @click.command()
@@ -76,9 +76,7 @@ def _submit(choice: Choice, engine: str, as_json: bool) -> None:
         print_json({"run": str(choice.run.path), "jobs": jobs})
         return
     for job in jobs:
-        what = "evaluation, report" if job["stage"] is None else f"stage {job['stage']}"
-        what += f", window {job['window']}" if job.get("window") is not None else ""
-        say(f"{engine} job {job['job']}: {what}")
+        say(f"{engine} job {job['job']}: {job_name(job)}")
     say(f"show their state: stackwise status --run {shlex.quote(str(choice.run.path))}")
 
 
@@ -108,19 +106,17 @@ def carry_out(
     keep_going_without_output()
     limit = [] if max_time is None else ["--max-time", f"{max_time:g}s"]
     again = shlex.join([*command.split(), *choice.arguments, *limit])
-    known = status(choice.run)["stages"] if is_run(choice.run.path) else []
-    view = RunView(choice.config, str(choice.run.path), known)
+    earlier = status(choice.run)["stages"] if is_run(choice.run.path) else []
+    view = RunView(choice.config, str(choice.run.path), earlier)
     try:
         with watcher(view, as_json) as observe:
             runner = Runner(choice.config, choice.run, observe, resume_command=again, max_time=max_time)
             runner.run(only, window=window)
         page = report.write(choice.run)
-    except KeyboardInterrupt:
-        if not view.saved:
+    except (KeyboardInterrupt, BrokenPipeError) as error:  # a broken pipe: whoever read this is gone, the worker saves
+        if isinstance(error, KeyboardInterrupt) and not view.saved:
             raise
-        raise stopped_after_saving(again) from None
-    except BrokenPipeError:  # whoever read this is gone: the worker saves and ends
-        raise stopped_after_saving(again) from None
+        raise InterruptedRun("interrupted; what was done is saved", hint=f"go on with: {again}") from None
     except StackWiseError:
         if view.saved:  # as far as it went
             with contextlib.suppress(StackWiseError, OSError):
@@ -174,24 +170,30 @@ def list_stages(watch: bool, as_json: bool, **named: Any) -> None:
     Without CONFIG, --preset and --run: the latest run under runs/, else the preset demo.
     """
     from stackwise.config.unused import unused_settings
-    from stackwise.pipeline.run import held_by_live_process
+    from stackwise.pipeline.run import held_by_live_process, status
 
     choice = _choice(must_exist=False, **named)
     _settle_block_size(choice)
-    stages, said = listing(choice.config), unused_settings(choice.config)
+    stages, notes = listing(choice.config), unused_settings(choice.config)
 
     def look() -> dict[str, Any]:
-        states = _states(choice, stages)
-        rows = [row | states.get((row["depth"], row["window"]), {}) for row in stages]
-        return {"source": choice.source, "stages": rows, "notes": said}
+        recorded = status(choice.run)["stages"] if is_run(choice.run.path) else []
+        by_place = {(stage["depth"], stage["window"]): stage for stage in recorded}
+        rows = [row | _state_of(row, by_place.get((row["depth"], row["window"]))) for row in stages]
+        return {"source": choice.source, "stages": rows, "notes": notes}
 
-    still_changing = (lambda: held_by_live_process(choice.run)) if watch else None
-    show(
-        look,
-        lambda value: schedule_table(choice.config, choice.source, value["stages"], said),
-        still_changing,
-        as_json=as_json,
-    )
+    def lines(value: dict[str, Any]) -> list[Line]:
+        return schedule_table(choice.config, choice.source, value["stages"], notes)
+
+    show(look, lines, (lambda: held_by_live_process(choice.run)) if watch else None, as_json=as_json)
+
+
+def _state_of(row: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str, Any]:
+    """The state of a stage of the schedule; nothing where the run's stage there has other blocks."""
+    if recorded is None or recorded["blocks"] != row["blocks"]:
+        return {}
+    state = {key: recorded[key] for key in ("state", "step", "loss", "reason")}
+    return {"steps": row["steps"] or recorded["steps"], **state}
 
 
 def _settle_block_size(choice: Choice) -> None:
@@ -216,26 +218,10 @@ def _choice(
     *,
     must_exist: bool = True,
 ) -> Choice:
-    """As `choose`, but with no configuration named the run's own is meant: the latest run's where none is named."""
+    """As `choose`, but without a configuration it takes the run's own: the latest run's where none is named."""
     if config is None and preset is None and (init is None or run is not None):
         if run is None and (must_exist or any(is_run(path) for path in Path("runs").glob("*"))):
             run = str(find_run(None).path)
         elif run is not None and must_exist:
             find_run(run)
     return choose(config, preset, run, overrides, init)
-
-
-def _states(choice: Choice, stages: list[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
-    """How the stages of the run stand, by depth and window; those of a schedule with other blocks are left out."""
-    from stackwise.pipeline.run import status
-
-    if not is_run(choice.run.path):
-        return {}
-    known = {(row["depth"], row["window"]): row for row in status(choice.run)["stages"]}
-    keys = ("state", "step", "loss", "reason")
-    return {
-        where: {"steps": row["steps"] or recorded["steps"], **{key: recorded[key] for key in keys}}
-        for row in stages
-        if (recorded := known.get(where := (row["depth"], row["window"]))) is not None
-        and recorded["blocks"] == row["blocks"]
-    }
