@@ -20,7 +20,7 @@ def printable(text: str, *, lines: bool = False) -> str:
 
     def escaped(match: re.Match[str]) -> str:
         character = match[0]
-        if lines and character in "\n\t":
+        if lines and character in "\n\t":  # a message of our own has several lines
             return character
         return f"\\x{ord(character):02x}" if ord(character) < 0x100 else f"\\u{ord(character):04x}"
 

@@ -56,8 +56,8 @@ class Subcommands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find a command, or say which one was meant."""
         name, names = args[0], self.list_commands(ctx)
-        if name not in names and not name.startswith("-"):
-            import difflib
+        if name not in names and not name.startswith("-"):  # an option before a command is click's to refuse
+            import difflib  # it is needed for this answer alone
 
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
             meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
@@ -98,7 +98,7 @@ class Program(Subcommands):
     ) -> Any:
         """Run the command line; as a program it ends with the exit code of the contract."""
         name = prog_name or "stackwise"
-        if not standalone_mode:
+        if not standalone_mode:  # a test or another program catches errors by itself
             return super().main(args, name, complete_var, standalone_mode=False, **extra)
         extra.pop("windows_expand_args", None)
         self._main_shell_completion(extra, name, complete_var)
@@ -107,7 +107,7 @@ class Program(Subcommands):
         try:
             with self.make_context(name, arguments, **extra) as ctx:
                 self.invoke(ctx)
-            output.flush()
+            output.flush()  # what is buffered may still fail, and decides the code
             code = 0
         except BaseException as error:
             code = explain(error, debug="--debug" in arguments[:1] or os.environ.get(DEBUG, "") not in ("", "0"))
@@ -148,9 +148,9 @@ def explain(error: BaseException, *, debug: bool = False) -> int:
             return 2
         case click.ClickException():
             _refuse(error.format_message())
-            return 2 if isinstance(error, click.FileError) else error.exit_code
+            return 2 if isinstance(error, click.FileError) else error.exit_code  # a file that was named is wrong usage
         case BrokenPipeError():
-            return NO_READER
+            return NO_READER  # whoever read this has seen enough: no message
         case KeyboardInterrupt() | click.Abort():
             _refuse("interrupted")
             return INTERRUPTED
@@ -188,7 +188,7 @@ def explain(error: BaseException, *, debug: bool = False) -> int:
         case UnicodeEncodeError() if any("\ud800" <= character <= "\udfff" for character in str(error.object)):
             _refuse(f"{str(error.object)[:200]!r} is not UTF-8", "give names and values in UTF-8")
             return 2
-    lines = str(error).strip().splitlines()
+    lines = str(error).strip().splitlines()  # nobody foresaw it: one line here, the traceback in a file
     hint = f"unset {DEBUG} to keep the traceback in a file" if debug else _kept(error)
     _refuse(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, hint)
     return 1

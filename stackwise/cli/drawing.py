@@ -77,14 +77,15 @@ class Table:
         room = width() if room is None else room
         *widths, last = (max(columns_of(cell.text) for cell in column) for column in zip(*self._rows, strict=True))
         beside = room - sum(widths) - 2 * len(widths)
-        below = beside < min(last, FOLDED)
+        below = beside < min(last, FOLDED)  # so few columns would break every word
         while below and sum(widths) + 2 * len(widths) > room and max(widths) > NARROWEST:
-            widths[widths.index(max(widths))] -= 1
+            widths[widths.index(max(widths))] -= 1  # a long name loses its end before a figure does
         indent = sum(widths) + 2 * len(widths)
         lines: list[Line] = []
         for *cells, end in self._rows:
             line = [piece for number, cell in enumerate(cells) for piece in self._cell(number, cell, widths[number])]
             if below:
+                # Nothing is lost: what is folded goes on below.
                 texts = _folded(end.text, max(FOLDED, room - 4)) if end.text else []
                 lines.append(_stripped(line))
                 lines.extend(["    ", Styled(text, end.style)] for text in texts)
@@ -111,7 +112,7 @@ def _stripped(line: list[Styled | str]) -> Line:
 
 def columns_of(text: str) -> int:
     """Columns that a text takes on a terminal: East Asian characters two, combining ones none."""
-    if text.isascii():
+    if text.isascii():  # nearly always, and much faster
         return len(text)
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return len(text) + wide - sum(unicodedata.category(character) in ("Mn", "Me", "Cf") for character in text)
@@ -131,7 +132,7 @@ def _folded(text: str, room: int) -> list[str]:
         if columns_of(lines[-1] + word.rstrip()) > room and lines[-1]:
             lines.append("")
         while columns_of(word.rstrip()) > room:  # longer than a line: a path, or a language without blanks
-            lines[-1] = _cut(word, room) or word[0]
+            lines[-1] = _cut(word, room) or word[0]  # at least one character, or this would not end
             word = word[len(lines[-1]) :]
             lines.append("")
         lines[-1] += word
@@ -163,7 +164,7 @@ def phases(
     *, unit: Callable[[str, float], str] = lambda _, value: words.count(value)
 ) -> Iterator[Callable[[str, int, int | None], None]]:
     """A progress bar on standard error for work in phases; yields what to call with (phase, done, total)."""
-    if not is_live(sys.stderr):
+    if not is_live(sys.stderr):  # a log has no use for a bar
         yield lambda phase, done, total: None
         return
     from rich.console import Console
@@ -215,7 +216,7 @@ def show(
     else:
         before: dict[str, Any] | None = None
         for value in _looks(look, still_changing):
-            if value != before:
+            if value != before:  # a log of the same again and again says nothing
                 print_event(value) if as_json else say_all(lines(value))
                 sys.stdout.flush()
                 before = value

@@ -48,7 +48,7 @@ class Finite(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse it; infinity and nan are a wrong usage."""
         number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
+        if not math.isfinite(number):  # a comparison with nan is false, so bounds let it pass
             self.fail(f"{value!r} is not a finite number", param, ctx)
         return number
 
@@ -65,7 +65,7 @@ class Duration(click.ParamType[float]):
         text = str(value).strip().lower()
         clock = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d\d)", text)
         units = re.fullmatch(r"(?:([\d.]+)d)?(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text)
-        match = clock or units
+        match = clock or units  # 1:30:00 first: it has no unit
         try:
             parts = [float(part or 0) for part in match.groups()] if match else []
         except ValueError:
@@ -147,7 +147,7 @@ def choose(
         values["init.weights"] = init
         arguments += ["--init", init]
     if config is None and preset is None:
-        if run is not None and is_run(Path(run)):
+        if run is not None and is_run(Path(run)):  # a run that is there brings its configuration along
             config = str(RunDirectory(Path(run)).config_file)
         elif values.get("init.weights") is not None:
             preset = FINETUNE
@@ -156,7 +156,7 @@ def choose(
     if run is not None:
         arguments += ["--run", check_plain(run, "--run")]  # it names jobs, tracker runs and files beside it
     for item in overrides:
-        arguments += ["-o", item]
+        arguments += ["-o", item]  # the command that goes on must make the same choice
     return Choice(chosen, RunDirectory(Path(run) if run is not None else RUNS / chosen.name), source, tuple(arguments))
 
 
@@ -241,11 +241,12 @@ def find_run(run: str | None) -> RunDirectory:
             raise NotFound(f"{run}: {error.strerror}", hint="--run names the directory of a run") from None
         if not there:
             raise NotFound(f"{run}: there is no run here", hint=f"`stackwise run --run {run}` makes one")
-        named.manifest()
+        named.manifest()  # refuses what is no run's directory
         return named
     runs = [path for path in RUNS.iterdir() if is_run(path)] if RUNS.is_dir() else []
     if not runs:
         raise NotFound("there is no run under runs/", hint="`stackwise run` makes one; --run DIR names one elsewhere")
+    # A run writes its manifest whenever something changes.
     latest = max(runs, key=lambda path: (path / "run.json").stat().st_mtime)
     if len(runs) > 1:
         note(f"{latest}: the latest of {len(runs)} runs (--run names another)")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stackwise import words
 from stackwise.cli.drawing import Table, state
 from stackwise.cli.output import Line, Styled
+from stackwise.text import printable
 
 if TYPE_CHECKING:
     from stackwise.config import StackWiseConfig
@@ -55,6 +56,7 @@ def schedule_table(config: StackWiseConfig, source: str, stages: list[Row], note
     """The schedule as a table, with a column for what some stage has of its own, and notes below it."""
     from stackwise.config import AUTO
 
+    # A column that is empty in every row is left out.
     extra = {name: of for name, of in _EXTRA.items() if any(of(row) for row in stages)}
     header = ["stage", "blocks", "reads", "trains", *extra, "steps", "rate", "state", "step", "loss"]
     table = Table(*header, right=map(header.index, ("stage", "steps", "rate", "step", "loss")))
@@ -82,6 +84,7 @@ def schedule_table(config: StackWiseConfig, source: str, stages: list[Row], note
 
 def stage_label(stage: Row, stages: list[Row]) -> str:
     """A stage's number, and its window's where there are several."""
+    # With one window there is nothing to tell apart.
     several = any(other["window"] for other in stages if other["depth"] == stage["depth"])
     return f"{stage['depth']}, window {stage['window']}" if several else str(stage["depth"])
 
@@ -117,7 +120,7 @@ def _blocks(parts: list[str]) -> str:
     """Blocks by their numbers, in runs: 0–3, 6."""
     runs: list[list[int]] = []
     for index in sorted(int(part.rpartition(".")[2]) for part in parts):
-        if runs and runs[-1][-1] + 1 == index:
+        if runs and runs[-1][-1] + 1 == index:  # it goes on where the run before ends
             runs[-1].append(index)
         else:
             runs.append([index])
@@ -150,10 +153,10 @@ def _parts(trains: list[str]) -> str:
 def status_table(value: dict[str, Any]) -> list[Line]:
     """A run's state as a table under a line, and its jobs under that."""
     stages = value["stages"]
-    line: list[Styled | str] = [value["run"], "  ", state(value["state"])]
+    line: list[Styled | str] = [printable(value["run"]), "  ", state(value["state"])]
     if "preparing" in value:
         line += ["  ", _preparing(value["state"], **value["preparing"])]
-        if not stages:
+        if not stages:  # there is no plan yet
             return [line]
     done = sum(stage["state"] == "done" for stage in stages)
     table = Table("stage", "blocks", "state", "step", "loss", "wait", "memory", "why", right=(0, 3, 4, 5, 6))
@@ -204,7 +207,7 @@ def held_out_table(result: Mapping[str, Any]) -> list[Line]:
     table = Table("held out", *columns, right=range(1, len(columns) + 1))
     for name, cells, kind in depths:
         baseline = kind == "baseline"
-        style = "dim" if baseline else "bold" if kind == "last" else ""
+        style = "dim" if baseline else "bold" if kind == "last" else ""  # what the run came to stands out
         table.add_row(f"baseline: {name}" if baseline else name, *cells, style=style)
     return [*table.lines(), [Styled(footnote(result), "dim")]]
 

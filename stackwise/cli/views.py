@@ -51,7 +51,8 @@ class StageView:
     def take_step(self, event: Event) -> None:
         """Take up the figures of a step."""
         now = time.monotonic()
-        event = dict(event)
+        event = dict(event)  # the log and the trackers have the same one
+        # A step that comes again after a rollback has no pace.
         if self.last is not None and event["step"] > self.last[1]:
             event["seconds_per_step"] = (now - self.last[0]) / (event["step"] - self.last[1])
         self.last, self.step, self.steps = (now, event["step"]), event["step"], event["steps"]
@@ -109,7 +110,7 @@ class RunView:
         kind, place = event["event"], event.get("stage")
         match kind:
             case "settled":
-                self.config = self.config.model_copy(deep=True)
+                self.config = self.config.model_copy(deep=True)  # the runner goes on with its own
                 self.config.training.block_size = event["value"]
                 self._plan()
             case "plan":
@@ -123,7 +124,7 @@ class RunView:
             case "training" | "step":
                 self.current = place
         if kind in ("training", "reused"):
-            self.saved = True
+            self.saved = True  # from here on a checkpoint or a commit is there
         if kind in ("plan", "data", "evaluation", "done", "training", "written"):
             self.activity = None
         if isinstance(place, int) and place < len(self.stages):
@@ -139,7 +140,7 @@ class RunView:
             case "step":
                 stage.take_step(event)
             case "diverged":
-                stage.skipped += "to" not in event
+                stage.skipped += "to" not in event  # a rollback is no skipped step
             case "held_out":
                 stage.held_out = event["nats"]
             case "committed":
@@ -194,7 +195,7 @@ class RunView:
         pace = self.running.figures.get("seconds_per_step") if self.running is not None else None
         if pace is None or any(stage.steps is None for stage in self.stages):
             return None
-        left = [stage for stage in self.stages if stage.state in ("pending", "running")]
+        left = [stage for stage in self.stages if stage.state in ("pending", "running")]  # what is reused takes no time
         return float(pace * sum((stage.steps or 0) - stage.step for stage in left))
 
 
@@ -219,7 +220,7 @@ def step_figures(figures: Event, stage: StageView) -> list[str]:
 def watcher(view: RunView, as_json: bool) -> contextlib.AbstractContextManager[Callable[[Event], None]]:
     """Who shows the events: JSON lines, a live view where the terminal can be drawn on, plain lines otherwise."""
     if as_json:
-        return contextlib.nullcontext(print_event)
+        return contextlib.nullcontext(print_event)  # programs fold events themselves
     if is_live(sys.stdout):
         from rich.console import Console
 
@@ -285,7 +286,7 @@ class Lines(_View):
         kind, place = event["event"], event.get("stage", 0)
         if kind == "step":
             before, step = self._shown.get(place), event["step"]
-            late = time.monotonic() - self._spoke >= SECONDS
+            late = time.monotonic() - self._spoke >= SECONDS  # fast steps would fill a log
             due = before is None or (late and step // self._every > before // self._every)
             if due or step == event["steps"]:
                 self._shown[place] = step
@@ -293,7 +294,7 @@ class Lines(_View):
                 self._say(self.at(place, "  ".join(figures)))
             return
         if kind == "training":
-            self._shown.pop(event["stage"], None)
+            self._shown.pop(event["stage"], None)  # it begins anew: its first step is shown
         if (shown := EVENTS.get(kind)) is not None and shown.shown_by == "progress":
             self._say_progress(event)
         elif (text := self.words_of(event)) is not None:

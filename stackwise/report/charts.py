@@ -18,7 +18,7 @@ def smooth(points: Points, span: float) -> Points:
     smoothed = []
     for x, y in points:
         total, weight = keep * total + y, keep * weight + 1
-        smoothed.append((x, total / weight))
+        smoothed.append((x, total / weight))  # without the weight the first values would pull it to 0
     return smoothed
 
 
@@ -34,7 +34,7 @@ def thin(points: Points, most: int) -> Points:
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """Round numbers from low to high, about `count` of them."""
-    if high <= low:
+    if high <= low:  # one value has one tick
         return [low]
     rough = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
@@ -59,8 +59,8 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed = [wanted[i] for i in order]
     for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + gap)
-    if placed and placed[-1] > high:
+        placed[i] = max(placed[i], placed[i - 1] + gap)  # down first
+    if placed and placed[-1] > high:  # then back up from the lower end
         placed[-1] = high
         for i in range(len(placed) - 2, -1, -1):
             placed[i] = min(placed[i], placed[i + 1] - gap)
@@ -146,6 +146,7 @@ class _Drawing:
         self.base = height - BOTTOM
 
     def x(self, value: float) -> float:
+        # A single point stands in the middle.
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
         return round(LEFT + share * (self.right - LEFT), 1)
 
@@ -156,6 +157,7 @@ class _Drawing:
 
     def svg(self) -> Html:
         title = self.axes.title
+        # An id of its own for each drawing of the page.
         clip = f"clip-{''.join(filter(str.isalnum, title)).lower()}-{self.width}"
         frame = tag("rect", x=LEFT, y=0, width=self.right - LEFT + 1, height=self.base)
         return tag(
@@ -222,6 +224,7 @@ class _Drawing:
         parts, width, reach = [], (self.right - LEFT) / STOPS, (self.high - self.low) / STOPS
         for stop in range(STOPS):
             at, left = self.low + (stop + 0.5) * reach, LEFT + stop * width
+            # Every line's point that is nearest to this place.
             near = [(line.name, min(line.points, key=lambda point: abs(point[0] - at))) for line in lines]
             values = [f"{name}: {y:.3f}" for name, (x, y) in near if abs(x - at) <= reach][:12]
             middle = round(left + width / 2, 1)
@@ -234,7 +237,7 @@ class _Drawing:
     def _names(self) -> list[Html]:
         named = [line for line in self.lines if line.points and line.name]
         if len(named) > LABELLED:
-            named = [named[0], named[-1]]
+            named = [named[0], named[-1]]  # more names would cover each other
         low, high = self.axes.y_range
         ends = [self.y(min(max(line.points[-1][1], low), high)) for line in named]
         return [

@@ -87,13 +87,14 @@ def _row(entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
     try:
         state = status(entry.run)
     except NotFound:
-        if entry.name is None:
+        if entry.name is None:  # a run that was named by its directory must be there
             raise
         return row
     except StackWiseError as error:
         return row | {"state": "failed", "failure": entry.failure or error.message}
     history = read_history(entry.run.events_file)
     done = [stage for stage in state["stages"] if stage["state"] == "done"]
+    # What the log has steps of was not found in the store.
     trained_here = {curve.recipe for curve in history.curves.values()}
     row["state"] = "failed" if entry.failure else state["state"]
     if row["failure"] is None and state["state"] == "failed":
@@ -103,7 +104,7 @@ def _row(entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
     row["trained"] = sum(stage["recipe"] in trained_here for stage in done)
     row["reused"] = len(done) - row["trained"]
     row["seconds"] = round(sum(history.phases.values()), 3)  # worked on the run, however many sittings it took
-    if len(done) == len(state["stages"]):
+    if len(done) == len(state["stages"]):  # an evaluation of before a change is not its own
         with contextlib.suppress(OSError, ValueError):
             row["bits_per_byte"] = (entry.run.evaluation() or {}).get("bits_per_byte")
     return row

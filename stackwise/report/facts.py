@@ -147,7 +147,7 @@ _SHAPES: dict[str, Shape] = {
 def _take(history: History, event: Event) -> None:
     match event["event"]:
         case "device":
-            history.device, history.failure = event, None
+            history.device, history.failure = event, None  # a new sitting: what ended the one before is past
         case "data":
             history.data = event
         case "training":
@@ -187,7 +187,7 @@ def _take_step(curve: Curve, event: Event) -> None:
     for step, loss in enumerate(losses, first):
         if loss is not None and math.isfinite(loss):  # of a step that was skipped there is none
             curve.losses[step] = loss
-    curve.tokens_per_second.append(event["tokens_per_second"])
+    curve.tokens_per_second.append(event["tokens_per_second"])  # the median of them is the speed
 
 
 @dataclass
@@ -259,7 +259,7 @@ def collect(run: RunDirectory) -> Facts:
     usage = None
     with contextlib.suppress(StackWiseError, OSError):  # a report can do without its store
         with ActivationStore(run.store_path(config), create=False) as store:
-            listed = set(manifest.get("boundaries", []))
+            listed = set(manifest.get("boundaries", []))  # a store may be shared with other runs
             present = [info for info in store.boundaries() if info.id in listed]
             usage = store.usage()
             for stage in stages:
@@ -305,7 +305,7 @@ def _add_training(stage: StageFacts, committed: CommittedStage | None, curve: Cu
         stage.held_out = [(float(step), loss) for step, loss in kept.get("held_out", [])]
         stage.fusion = kept.get("fusion")
         stage.tokens, stage.seconds = kept.get("tokens"), kept.get("seconds")
-        if stage.tokens and stage.seconds:
+        if stage.tokens and stage.seconds:  # over the whole stage, not a median of moments
             stage.tokens_per_second = stage.tokens / stage.seconds
     elif curve is not None and curve.recipe in (None, stage.recipe):
         stage.curve = curve.points

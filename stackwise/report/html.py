@@ -37,7 +37,7 @@ def tag(name: str, *children: Any, cls: str = "", **attributes: Any) -> Html:
 
 def join(pieces: Any) -> Html:
     """Pieces side by side."""
-    if isinstance(pieces, Html):
+    if isinstance(pieces, Html):  # already escaped where it was made
         return pieces
     if isinstance(pieces, str) or not isinstance(pieces, Iterable):
         return Html(escape(str(pieces)))
@@ -94,13 +94,14 @@ def bars(items: Sequence[Bar], *, name: str, figure: str) -> Html:
         name: What the names are.
         figure: What the lengths are.
     """
-    most = max((bar.value for bar in items), default=0.0) or 1.0
+    most = max((bar.value for bar in items), default=0.0) or 1.0  # nothing but zeros: bars of no length
     rows = [
         tag(
             "tr",
             tag("th", bar.name, scope="row"),
             tag("td", length(bar.value / most, bar.hue), cls="length"),
             tag("td", bar.shown, cls="figure"),
+            # A column in all rows or in none.
             tag("td", bar.more, cls="more") if any(item.more for item in items) else (),
             data_tip=bar.hint,
         )

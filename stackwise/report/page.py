@@ -92,7 +92,7 @@ def _alerts(facts: Facts) -> Iterator[Html]:
         yield tag("p", f"The run failed: {facts.history.failure}", cls="alert bad")
     elif facts.state == "interrupted":
         yield tag("p", "The run was interrupted; the same command resumes from its last checkpoint.", cls="alert")
-    for text in dict.fromkeys(facts.history.warnings[-3:]):
+    for text in dict.fromkeys(facts.history.warnings[-3:]):  # a warning may come at every step
         yield tag("p", text, cls="alert")
 
 
@@ -106,7 +106,7 @@ def _key_figures(facts: Facts) -> Iterator[tuple[str, str, str]]:
         yield "bits per byte, held out", f"{result['bits_per_byte']:.3f}", beside
     if scored(result):
         shares = sorted(share for share, loss in result["loss"].items() if loss is not None)
-        middle = shares[len(shares) // 2]
+        middle = shares[len(shares) // 2]  # a share in the middle says most of the rack in one figure
         right = (result.get("accuracy") or {}).get(middle)
         beside = f"{100 * right:.1f}% of tokens right" if right is not None else ""
         yield f"loss at {words.fraction(middle)} masked", f"{result['loss'][middle]:.3f}", beside
@@ -114,6 +114,7 @@ def _key_figures(facts: Facts) -> Iterator[tuple[str, str, str]]:
     steps = sum(stage.step for stage in stages)
     yield "stages done", f"{done} of {len(stages) or facts.config.n_stages}", f"{steps:,} steps"
     tokens = sum(stage.tokens or 0 for stage in stages)
+    # A stage that was reused has a speed, too.
     speeds = [stage.tokens_per_second for stage in stages if stage.tokens_per_second]
     if tokens and speeds:
         yield "tokens trained on", words.count(tokens), f"{words.count(sum(speeds) / len(speeds))} a second"
@@ -165,9 +166,9 @@ def _bits(result: Mapping[str, Any]) -> Html:
     measured = [(i, stage["bits_per_byte"]) for i, stage in enumerate(stages) if stage.get("bits_per_byte") is not None]
     named = {name: figures.get("bits_per_byte") for name, figures in baselines_of(result).items()}
     baselines = {name: bits for name, bits in named.items() if bits is not None}
-    if not measured:
+    if not measured:  # bits a byte need the bytes of the text
         return soft("not measured: the data says nothing of its bytes")
-    if len(measured) > MANY:
+    if len(measured) > MANY:  # so many bars would be a page of their own
         depths = [float(i) for i, _ in measured]
         lines = [Line("", [(float(i), bits) for i, bits in measured], 0.0, marked=True)]
         for name, bits in baselines.items():
@@ -186,7 +187,7 @@ def _bits(result: Mapping[str, Any]) -> Html:
 def _passage(facts: Facts) -> list[Html]:
     """A held-out passage with holes, and as the rack filled them."""
     fill = facts.history.fill
-    if not fill or not fill.get("before"):
+    if not fill or not fill.get("before"):  # the run was not evaluated, or has no passage
         return []
     spans = fill.get("spans") or [[fill.get("after", ""), "given"]]
     after = [tag("mark", text, cls=kind) if kind in MADE else text for text, kind in spans]
@@ -232,10 +233,10 @@ def _curves(stages: Sequence[StageFacts]) -> list[Html]:
         first = before.get(stage.depth, 0)
         losses.setdefault(stage.depth, []).extend((first + step, loss) for step, loss in stage.curve)
         held_out.setdefault(stage.depth, []).extend((first + step, loss) for step, loss in stage.held_out)
-        before[stage.depth] = first + stage.steps
+        before[stage.depth] = first + stage.steps  # the next window goes on where this one ended
     lines, dashed = [], []
     for depth, curve in losses.items():
-        if len(curve) > 1:
+        if len(curve) > 1:  # one point is no curve
             hue, smoothed = hue_of(depth, len(before)), thin(smooth(curve, max(5.0, len(curve) / 10)), SMOOTHED)
             lines.append(Line(f"stage {depth}", smoothed, hue, faint=thin(curve, RAW)))
             if held_out[depth]:
@@ -293,7 +294,7 @@ def _fusions(stages: Sequence[StageFacts]) -> list[Html]:
                 for probe in outcome["probes"]
             ]
             done = f"blocks {words.span(*outcome['chosen'])}, then {outcome['nats']:.4f}"
-            done += "" if outcome["kept"] else ", not kept"
+            done += "" if outcome["kept"] else ", not kept"  # an update that gained nothing was taken back
             shown.append(tag("h3", f"Stage {stage.depth}, round {number}: {done}"))
             shown.append(data_table(["unfrozen", "held-out loss", "gain"], gains))
     return shown
@@ -322,7 +323,7 @@ def _boundary(item: BoundaryFacts, stages: int) -> Bar:
     hint = f"{item.id}\n{item.codec}, {item.state}"
     hint += f"\n{' × '.join(map(str, item.shape))}" if item.shape else ""
     more = item.codec if item.state == "complete" else f"{item.codec}, {item.state}"
-    hue = None if item.state == "dropped" else hue_of(item.depth, stages)
+    hue = None if item.state == "dropped" else hue_of(item.depth, stages)  # what is gone is grey
     return Bar(f"boundary {item.depth}", item.bytes, words.size(item.bytes), more, hue, hint)
 
 

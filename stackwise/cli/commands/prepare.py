@@ -84,6 +84,7 @@ def prepare(as_json: bool, out: str, **options: Any) -> None:
     say(f"  tokenizer: {tokenizer['name']}, {tokenizer['vocab_size']:,} ids")
     for line in (*_skipped(summary["skipped"]), *summary["notes"]):
         note(f"  {line}")
+    # A name with commas or brackets needs quotes.
     paths = yaml.safe_dump([str(prepared.directory)], default_flow_style=True, width=10**6).strip()
     say("use it with:\n  stackwise run -o " + shlex.quote(f"data.paths={paths}"))
 
@@ -102,7 +103,7 @@ def _config(options: dict[str, Any]) -> DataConfig:
     from stackwise.config.loading import build
 
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-    given = {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in given.items() if value is not None}  # the others keep their defaults
     return build(StackWiseConfig, {"data": given}, source="data prepare").data
 
 
@@ -121,7 +122,7 @@ def init(directory: str, preset: str | None, force: bool) -> None:
     folder, preset = expanded(directory), preset or DEFAULT_PRESET
     path = folder / FILE
     text = commented(preset, name=_name(folder, preset))
-    if path.exists() and not force:
+    if path.exists() and not force:  # somebody has edited it
         raise UsageError(f"{path} exists; it was left as it is", hint="--force replaces it")
     try:
         folder.mkdir(parents=True, exist_ok=True)

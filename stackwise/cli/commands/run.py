@@ -47,7 +47,7 @@ def run(engine: str, max_time: float | None, dry: bool, as_json: bool, **named: 
     configuration of the run that --run names, where there is one, else the preset demo.
     """
     choice = choose(**named)
-    if dry:
+    if dry:  # before the engine: a preview submits nothing
         _preview(choice, as_json)
     elif engine == "here":
         carry_out(choice, as_json=as_json, command="stackwise run", max_time=max_time)
@@ -103,7 +103,7 @@ def carry_out(
     from stackwise.pipeline.run import status
     from stackwise.pipeline.runner.runner import Runner
 
-    keep_going_without_output()
+    keep_going_without_output()  # hours of work do not end because a log is full
     limit = [] if max_time is None else ["--max-time", f"{max_time:g}s"]
     again = shlex.join([*command.split(), *choice.arguments, *limit])
     earlier = status(choice.run)["stages"] if is_run(choice.run.path) else []
@@ -112,7 +112,7 @@ def carry_out(
         with watcher(view, as_json) as observe:
             runner = Runner(choice.config, choice.run, observe, resume_command=again, max_time=max_time)
             runner.run(only, window=window)
-        page = report.write(choice.run)
+        page = report.write(choice.run)  # for a stage alone as well: the page shows any state
     except (KeyboardInterrupt, BrokenPipeError) as error:  # a broken pipe: whoever read this is gone, the worker saves
         if isinstance(error, KeyboardInterrupt) and not view.saved:
             raise
@@ -201,7 +201,7 @@ def _settle_block_size(choice: Choice) -> None:
     training = choice.config.training
     if choice.config.finds_block_size:
         earlier = choice.run.earlier_config() if is_run(choice.run.path) else None
-        if earlier is None or earlier.finds_block_size:
+        if earlier is None or earlier.finds_block_size:  # the run has not come as far as its trial
             raise UsageError(
                 "training.block_size: auto is found by trial, and no run has found it yet",
                 hint="`stackwise run --dry-run` finds it and shows the schedule; or give a number",
@@ -220,6 +220,7 @@ def _choice(
 ) -> Choice:
     """As `choose`, but without a configuration it takes the run's own: the latest run's where none is named."""
     if config is None and preset is None and (init is None or run is not None):
+        # `stage list` shows a preset before any run.
         if run is None and (must_exist or any(is_run(path) for path in Path("runs").glob("*"))):
             run = str(find_run(None).path)
         elif run is not None and must_exist:

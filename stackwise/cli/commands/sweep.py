@@ -55,6 +55,7 @@ def sweep(
     from stackwise.pipeline.batch.grid import combinations, parse_axes
     from stackwise.pipeline.batch.sweep import Sweep
 
+    # Every configuration is checked before anything is trained.
     combined = combinations(parse_axes(axes), lambda overrides: load(config, preset, overrides))
     place = Path(directory) if directory is not None else RUNS / f"sweep-{combined[0].config.name}"
     typed = ["stackwise", "sweep", *([config] if config else []), *(["--preset", preset] if preset else [])]
@@ -72,7 +73,7 @@ def sweep(
         _carry_out(chosen, as_json, max_time)
     finally:
         if any(chosen.run_directory(member).config_file.exists() for member in chosen.members):
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(BrokenPipeError):  # the table is in its files as well
                 _show_results(chosen, as_json)
     failed = [member.combination.name for member in chosen.members if member.failure is not None]
     if failed:
@@ -118,7 +119,7 @@ def _carry_out(chosen: Sweep, as_json: bool, max_time: float | None) -> None:
                 with watcher(RunView(combination.config, str(run.path), []), as_json=False) as observe:
                     yield observe
         finally:
-            with contextlib.suppress(StackWiseError, OSError):
+            with contextlib.suppress(StackWiseError, OSError):  # a run without a report is still a run
                 report.write(run)
 
     chosen.run(watch, show_event, max_time)
@@ -152,6 +153,7 @@ def _show(value: dict[str, Any], as_json: bool) -> None:
     at = columns.index("state")
     table = Table(*columns, right=range(at + 2, len(columns)))
     for number, row in enumerate(rows):
+        # The best is bold.
         table.add_row(*row[:at], state(row[at]), *row[at + 1 :], style="bold" if number == best(value) else "")
     say_all(table.lines())
     for run in value["runs"]:
@@ -178,6 +180,7 @@ def _show_outlook(chosen: Sweep, order: list[Member], as_json: bool) -> None:
             }
         )
         return
+    # Combinations may differ in how many stages they have.
     longest = max((member.decisions for member in order), key=len, default=[])
     depth = len(longest)
     numbers = {member.combination.name: str(number) for number, member in enumerate(order, 1)}

@@ -103,13 +103,13 @@ def generate(run: str | None, text: str | None, file: str | None, device: str, a
             made += 1
             update(made, sampling.steps)
 
-        rack = load_rack(run_directory, resolve_device(device))
+        rack = load_rack(run_directory, resolve_device(device))  # refuses a run that is not finished
         result = make_text(rack, given, sampling, on_step=on_step)
     for line in result["notes"]:
         note(f"note: {line}")
     if as_json:
         print_json(result)
-    elif given is not None and not is_live(sys.stdout):
+    elif given is not None and not is_live(sys.stdout):  # a pipe gets the text alone
         say(result["after"])
     else:
         say_all(passage(result))
@@ -139,7 +139,7 @@ def export(
     """The fused rack as safetensors with config.json and tokenizer.json, for transformers or for StackWise."""
     run_directory = find_run(run)
     target = expanded(out)
-    if not force and target.is_dir() and any(target.iterdir()):
+    if not force and target.is_dir() and any(target.iterdir()):  # before anything is loaded
         raise UsageError(
             f"{target} is not empty", hint="--force replaces an export that is there; or name another --out"
         )
@@ -177,6 +177,6 @@ def _text(text: str | None, file: str | None) -> str | None:
         raise UsageError(f"{file}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: cannot be read as text: {error}") from None
-    if len(given) == LONGEST:
+    if len(given) == LONGEST:  # there is more, which would be left out in silence
         raise UsageError(f"{file}: longer than any rack takes", hint="give a shorter text")
     return given
