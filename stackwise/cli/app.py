@@ -64,6 +64,11 @@ class Subcommands(click.Group):
             raise click.UsageError(f"there is no command {name!r}; {meant}", ctx=ctx)
         return super().resolve_command(ctx, args)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Each command with its whole first sentence, which click would cut."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, of.get_short_help_str(200)) for name, of in sorted(self.commands.items())])
+
 
 class Program(Subcommands):
     """The commands of the table, each imported when it is run."""
@@ -141,6 +146,9 @@ def explain(error: BaseException, *, debug: bool = False) -> int:
             return error.exit_code
         case SystemExit():
             return error.code if isinstance(error.code, int) else int(error.code is not None)
+        case click.exceptions.NoArgsIsHelpError():
+            note(error.format_message())
+            return 2
         case click.UsageError():
             message = error.format_message()
             path = error.ctx.command_path if error.ctx is not None else "stackwise"

@@ -34,6 +34,14 @@ def test_a_command_says_of_itself_what_the_table_says(name: str, cli: Cli) -> No
     assert cli(name, "--help").exit_code == 0
 
 
+@pytest.mark.parametrize("command", [[], ["cache"], ["stage"], ["data"]])
+def test_a_group_alone_shows_its_help_and_is_wrong_usage(command: list[str]) -> None:
+    done = stackwise(*command)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(" ".join(["Usage: stackwise", *command]))
+    assert "..." not in done.err.replace("[ARGS]...", "")  # no sentence is cut
+
+
 def test_version_and_module() -> None:
     done = stackwise("--version")
     assert (done.code, done.out.strip()) == (0, f"stackwise {__version__}")
