@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from stackwise.cli.output import Standard, note, open_streams
-from stackwise.errors import NoSpaceError, StackWiseError
+from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
 from stackwise.text import printable
 from stackwise.version import __version__
 
@@ -235,3 +235,8 @@ def _final_code(output: Standard, code: int) -> int:
         _refuse(output.failure.message)
         code = output.failure.exit_code
     return code
+
+
+def stopped_after_saving(resume_command: str) -> InterruptedRun:
+    """The end of work that was interrupted after its state was saved."""
+    return InterruptedRun("interrupted; what was done is saved", hint=f"go on with: {resume_command}")

@@ -160,12 +160,13 @@ def progress(what: str, *, unit: Callable[[float], str] = words.count) -> Iterat
 
 
 @contextlib.contextmanager
-def phases(
-    *, unit: Callable[[str, float], str] = lambda _, value: words.count(value)
-) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A progress bar on standard error for work in phases; yields what to call with (phase, done, total)."""
+def phases(*, unit: Callable[[str, float], str] = lambda _, value: words.count(value)) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error for work in phases; yields what to call with (phase, done, total).
+
+    A fourth argument stands beside the bar instead of both figures.
+    """
     if not is_live(sys.stderr):  # a log has no use for a bar
-        yield lambda phase, done, total: None
+        yield lambda *_: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -180,9 +181,10 @@ def phases(
     with Progress(*columns, console=Console(stderr=True, highlight=False), transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
-        def update(phase: str, done: int, total: int | None) -> None:
+        def update(phase: str, done: int, total: int | None, text: str | None = None) -> None:
             phase = printable(phase)
-            shown = unit(phase, done) + (f" of {unit(phase, total)}" if total is not None else "")
+            figures = unit(phase, done) + (f" of {unit(phase, total)}" if total is not None else "")
+            shown = figures if text is None else text
             if phase not in tasks:
                 tasks[phase] = bar.add_task(phase, total=total, shown=shown)
             bar.update(tasks[phase], completed=done, total=total, shown=shown)

@@ -13,7 +13,7 @@ import click
 import pytest
 
 from stackwise.cli import app, main
-from stackwise.config import StackWiseConfig, kinds
+from stackwise.config import StackWiseConfig, choices, kinds, model
 from stackwise.errors import ConfigError
 from stackwise.registry import Registry
 from tests.cli.conftest import Cli
@@ -90,13 +90,13 @@ def test_keys_that_messages_name_exist() -> None:
 CHOICES: dict[str, Registry[Any]] = {
     "model.attention": kinds.ATTENTIONS,
     "model.ffn": kinds.FEED_FORWARDS,
-    "model.time_embedding": kinds.TIME_EMBEDDINGS,
+    "model.time_embedding": model.TIME_EMBEDDINGS,
     "training.optimizer": kinds.OPTIMIZERS,
     "training.objective": kinds.OBJECTIVES,
-    "training.divergence": kinds.DIVERGENCES,
-    "training.lookahead": kinds.LOOKAHEADS,
-    "training.fusion": kinds.FUSIONS,
-    "training.adaptation": kinds.ADAPTATIONS,
+    "training.divergence": choices.DIVERGENCES,
+    "training.lookahead": choices.LOOKAHEADS,
+    "training.fusion": choices.FUSIONS,
+    "training.adaptation": choices.ADAPTATIONS,
 }
 
 

@@ -15,8 +15,9 @@ import click
 
 from stackwise import words
 from stackwise.cli.app import stopped_after_saving
+from stackwise.cli.drawing import Table, phases
 from stackwise.cli.options import COUNT, Bytes, as_json, device_option, naming_options
-from stackwise.cli.output import Table, is_live, note, print_json, say, say_all
+from stackwise.cli.output import note, print_json, say, say_all
 from stackwise.errors import InterruptedRun
 
 if TYPE_CHECKING:
@@ -112,26 +113,15 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[Progress], None]]:
     """A bar a phase on standard error, where that is a terminal: rows, tokens a second, time left."""
-    if not is_live(sys.stderr):
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    shown = TextColumn("{task.fields[shown]}", markup=False)
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), shown)
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True, highlight=False), transient=True) as bar:
-        tasks: dict[str, tuple[TaskID, float, int]] = {}
+    begun: dict[str, tuple[float, int]] = {}
+    with phases() as bar:
 
         def update(step: Progress) -> None:
             now = time.monotonic()
-            if step.phase not in tasks:
-                tasks[step.phase] = bar.add_task(step.phase, total=step.total, shown=""), now, step.done
-            task, begun, first = tasks[step.phase]
+            since, first = begun.setdefault(step.phase, (now, step.done))
             text = f"{words.count(step.done)} of {words.count(step.total)} rows" if step.tokens and step.total else ""
-            if step.tokens and now > begun:
-                text += f", {words.count((step.done - first) * step.tokens / (now - begun))} tokens/s"
-            bar.update(task, completed=step.done, total=step.total, shown=text)
+            if step.tokens and now > since:  # of this sitting alone: what was there before took no time
+                text += f", {words.count((step.done - first) * step.tokens / (now - since))} tokens/s"
+            bar(step.phase, step.done, step.total, text)
 
         yield update

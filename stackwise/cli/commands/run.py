@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from stackwise.cli.app import Subcommands
+from stackwise.cli.app import Subcommands, stopped_after_saving
 from stackwise.cli.drawing import show
 from stackwise.cli.options import (
     INDEX,
@@ -25,7 +25,7 @@ from stackwise.cli.options import (
 from stackwise.cli.output import Line, Styled, keep_going_without_output, print_event, print_json, say, say_all
 from stackwise.cli.tables import held_out_table, job_name, listing, passage, schedule_table
 from stackwise.cli.views import Lines, RunView, watcher
-from stackwise.errors import InterruptedRun, StackWiseError, UsageError
+from stackwise.errors import StackWiseError, UsageError
 
 
 @click.command()
@@ -116,7 +116,7 @@ def carry_out(
     except (KeyboardInterrupt, BrokenPipeError) as error:  # a broken pipe: whoever read this is gone, the worker saves
         if isinstance(error, KeyboardInterrupt) and not view.saved:
             raise
-        raise InterruptedRun("interrupted; what was done is saved", hint=f"go on with: {again}") from None
+        raise stopped_after_saving(again) from None
     except StackWiseError:
         if view.saved:  # as far as it went
             with contextlib.suppress(StackWiseError, OSError):
