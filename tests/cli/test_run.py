@@ -202,6 +202,13 @@ def test_export(finished: Path, here: Path, cli: Cli) -> None:
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(value["files"])
     assert cli("export", "--out", "out").exit_code == 2
     assert cli("export", "--out", "out", "--force").exit_code == 0
+    assert value["architecture"] == "llama"
+    native = ["--format", "native", "--dtype", "bfloat16", "--shard-size", "50kB"]
+    value = json.loads(cli("export", "--out", "native", *native, "--json").stdout)
+    assert value["architecture"] == "stackwise"
+    assert "model.safetensors.index.json" in value["files"]
+    assert cli("export", "--out", "other", "--shard-size", "much").exit_code == 2
+    assert not Path("other").exists()
 
 
 def test_an_unfinished_run_is_not_used(finished: Path, here: Path, cli: Cli) -> None:
