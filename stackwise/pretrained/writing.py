@@ -262,7 +262,8 @@ def export(
     if options.separator_id is not None:
         ids |= {"bos_token_id": options.separator_id, "eos_token_id": options.separator_id}
     if options.source is not None:
-        ids = {**options.source.description.special_ids, **{k: v for k, v in ids.items() if v is not None}}
+        theirs = {key: token for key, token in options.source.description.special_ids.items() if token is not None}
+        ids = {**ids, **theirs, **({} if ids["mask_token_id"] is None else {"mask_token_id": ids["mask_token_id"]})}
     description = Description(
         model.model_dump(mode="json"), front.embedding.num_embeddings, front.max_seq_len, causal, special_ids=ids
     )

@@ -44,7 +44,10 @@ def test_an_encoder_without_a_head_gives_the_vectors_of_transformers(tmp_path: P
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == ids[0].tolist()
 
 
-ANTIBODY = "EVQLVESGGGLVQPGGSLRLSCAASGFTFSSYAMSWVRQAPGKGLEWVSAISGSGGSTYYADSVKGRFTISRDNSKNTLYLQMNSLRAEDTAVYYCAKDYYYGMDVWGQGTTVTVSS"
+ANTIBODY = (
+    "EVQLVESGGGLVQPGGSLRLSCAASGFTFSSYAMSWVRQAPGKGLEWVSAISGSGGSTYY"
+    "ADSVKGRFTISRDNSKNTLYLQMNSLRAEDTAVYYCAKDYYYGMDVWGQGTTVTVSS"
+)
 """A heavy chain as antibodies of people have it (IGHV3-23), which the model was trained on the like of."""
 
 

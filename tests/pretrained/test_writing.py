@@ -429,3 +429,23 @@ def test_a_checkpoint_in_the_native_format_comes_back(tmp_path: Path) -> None:
     assert [back.digest(part) for part in back.parts] == [checkpoint.digest(part) for part in checkpoint.parts]
     with torch.no_grad():
         assert torch.equal(load_rack(back)(ids()), load_rack(checkpoint)(ids()))
+
+
+def test_the_tokens_of_a_source_stay_and_its_files_come_along(tmp_path: Path) -> None:
+    make("llama", tmp_path / "model", bos_token_id=7, eos_token_id=[8, 9])
+    (tmp_path / "model" / "tokenizer.json").write_text(tokenizer())
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"chat_template": "x", "model_max_length": 5}')
+    (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.6}')
+    checkpoint = Checkpoint(tmp_path / "model", str(tmp_path / "cache"))
+    back = load_rack(checkpoint)
+    about = checkpoint.description.config
+    given = {"source": checkpoint, "separator_id": 3, "mask_token_id": 4, "tokenizer_json": tokenizer()}
+    export(tmp_path / "out", back.front, stages(back, True), about, **given)
+    read = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in JSONS}
+    assert (read["config"]["bos_token_id"], read["config"]["eos_token_id"]) == (7, 8)
+    assert read["config"]["stackwise"]["mask_token_id"] == 4
+    assert read["tokenizer_config"]["chat_template"] == "x"
+    assert read["generation_config"] == {"temperature": 0.6}
+
+
+JSONS = ("config", "tokenizer_config", "generation_config")
