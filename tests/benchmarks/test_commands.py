@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import benchmarks.__main__ as everything
-from benchmarks import arithmetic, demo, depth, document, feed, stage, swap
+from benchmarks import arithmetic, capture, demo, depth, document, feed, stage, swap
 from benchmarks.common import Spread
 
 Capture = pytest.CaptureFixture[str]
@@ -152,3 +152,13 @@ def test_swapped_training_is_measured(capsys: Capture) -> None:
     assert all(one["same_weights"] and is_spread(one["ratio"], 0, 1e6) for one in result["timed"])
     assert [one["blocks"] for one in result["peaks"]] == [2]
     assert result["peaks"][0]["swapped"] > 0
+
+
+def test_a_capture_is_measured(capsys: Capture) -> None:
+    assert capture.main(["--width", "64", "--blocks", "1", "--rows", "4", "--seq-len", "16", "--json"]) == 0
+    result = printed(capsys)
+    assert (result["rows"], result["rounds"], result["codec"]) == (4, 5, "bf16")
+    for name in ("forward", "capture", "read"):
+        assert is_spread(result[name], 1, 1e9)
+    assert is_spread(result["share"], 1e-9, 100)
+    assert result["share_with_start"]["max"] <= result["share"]["max"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -237,7 +239,7 @@ def test_memory_is_that_of_one_part(data: str, tmp_path: Path) -> None:
     import transformers as hf
 
     config = hf.LlamaConfig(
-        vocab_size=258, hidden_size=1024, intermediate_size=2560, num_hidden_layers=6, num_attention_heads=8,
+        vocab_size=258, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8,
         max_position_embeddings=64,
     )  # fmt: skip
     with torch.device("meta"):
@@ -310,3 +312,28 @@ def test_the_dataset_of_a_boundary_without_tokens(llama: Path, data: str, tmp_pa
         rows_B, x_BSD, tokens_BS = next(iter(loader))
     assert (rows_B.shape, x_BSD.shape, tokens_BS.shape) == ((4,), (4, SEQ, 64), (4, SEQ))
     assert tokens_BS.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "figures"),
+    [
+        (
+            "sparse_autoencoder",
+            ["--at", "2", "--steps", "150"],
+            r"variance ([\d.]+); .* ([\d.]+); by",
+        ),
+        ("draft_head", ["--at", "3", "--steps", "40"], r"loss ([\d.]+) nats a token; .* ([\d.]+)"),
+    ],
+)
+def test_an_example_learns_more_than_its_baseline(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    name: str, arguments: list[str], figures: str,
+) -> None:  # fmt: skip
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    assert len(path.read_text().splitlines()) < 80
+    given = [str(llama), "--data", str(text), "--store", str(tmp_path / "s"), "--seq-len", "32", *arguments]
+    monkeypatch.setattr(sys, "argv", [str(path), *given])
+    runpy.run_path(str(path), run_name="__main__")
+    found = re.search(figures, capsys.readouterr().out)
+    assert found is not None
+    assert float(found[1]) < float(found[2])

@@ -14,13 +14,10 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
-import torch
-from torch import nn
 
 from stackwise.batch import TOKENS
 from stackwise.config import StackWiseConfig
@@ -30,11 +27,10 @@ from stackwise.durable import FileLock
 from stackwise.errors import InterruptedRun, UsageError
 from stackwise.files import expanded
 from stackwise.identity import Hex, content_id
-from stackwise.model.block import Block
-from stackwise.model.build import allocate
-from stackwise.model.rack import Front
 from stackwise.objectives.objectives import CLMObjective
 from stackwise.pipeline.device import describe, memory, resolve_device
+from stackwise.pipeline.job import Source
+from stackwise.pipeline.parts import make_block, make_front
 from stackwise.pipeline.recipe import forward_specification, trunk_id
 from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.pipeline.schedule import FRONT, block_part
@@ -161,6 +157,8 @@ def capture(
         number = options.get(name, 1)
         if not isinstance(number, int) or number < 1:
             raise UsageError(f"training.{name} is {number}, not 1 or more")
+    if (dtype := options.get("dtype", "auto")) not in ("auto", *LOSSLESS):
+        raise UsageError(f"--dtype: {dtype} is not one of auto, {', '.join(LOSSLESS)}")
     report = progress or (lambda _: None)
     halt = stop or (lambda: False)
     checkpoint = Checkpoint(expanded(str(model)))
@@ -268,22 +266,19 @@ class _Work:
 
     def _stage(self, low: int, high: int) -> StageModel:
         """The parts above depth `low` up to depth `high`; depth -1 is the tokens."""
-        model, about, front = self.config.model, self.checkpoint.description, None
+        about, front = self.checkpoint.description, None
         if low < 0:
-            front = self._part(FRONT, lambda: Front(model, about.vocab_size, self.feed.seq_len))
-        blocks = [self._part(block_part(k), partial(Block, model.at(k))) for k in range(max(0, low), high)]
+            front = make_front(self.config, about.vocab_size, self._source(FRONT))
+        parts = [block_part(index) for index in range(max(0, low), high)]
+        blocks = [make_block(self.config, part, {part: self._source(part)}).to(self.device) for part in parts]
         objective = CLMObjective()
         objective.causal = about.causal  # what it shows is the tokens themselves, either way
         stage = StageModel(front, blocks, None, objective, self.config.precision)
-        return stage.requires_grad_(False).eval()
+        return stage.requires_grad_(False).eval().to(self.device)
 
-    def _part(self, part: str, make: Callable[[], nn.Module]) -> nn.Module:
-        """A part with its weights, on the device: one at a time is in memory as it is in its file."""
-        with torch.device("meta"):
-            module = make()
-        allocate(module, self.device)
-        module.load_state_dict(self.checkpoint.load(part))
-        return module
+    def _source(self, part: str) -> Source:
+        names = self.checkpoint.names(part)
+        return Source(str(self.checkpoint.directory), self.checkpoint.digest(part), names=names)
 
     def _last_that_fits(self, first: int, last: int) -> int:
         """The depth up to which parts above depth `first` fit into memory together; one part always does.
