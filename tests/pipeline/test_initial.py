@@ -17,7 +17,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build
 from stackwise.data import PreparedData
 from stackwise.pipeline.initial import with_checkpoint
-from stackwise.pipeline.recipe import WINDOW_CHUNKS, order_rows
+from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
 from stackwise.store import RowOrder
@@ -86,7 +86,7 @@ def rows_of(directory: RunDirectory, config: StackWiseConfig) -> Any:
     with directory.open_store(config) as store:
         masks_RS = store.masks(store.rowset(rowset).mask_ids, config.training.seq_len)
     order = RowOrder(
-        rows, seed=(config.seed, 0, "order"), chunk_rows=order_rows(config, rows), window_chunks=WINDOW_CHUNKS
+        rows, seed=(config.seed, 0, "order"), chunk_rows=order_rows(config, rows), window_chunks=SHUFFLED_CHUNKS
     )
     number = 0
     while True:
