@@ -35,6 +35,10 @@ watch_option = click.option("--watch", is_flag=True, help="Look again every seco
 config_argument = click.argument("config", required=False, metavar="[CONFIG]")
 preset_option = click.option("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}.  [default: {DEFAULT_PRESET}]")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N.")
+model_option = click.option(
+    "--model", metavar="DIR", help="Instead of a run: a pretrained model or an export, as it stands."
+)
+
 
 COUNT = click.IntRange(1, 2**31 - 1)
 """How many of something, within what tensors can count."""
@@ -223,6 +227,16 @@ def naming_options(section: str, **names: str) -> Iterator[None]:
 
         error.message, error.hint = renamed(error.message), error.hint and renamed(error.hint)
         raise
+
+
+def check_one(run: str | None, model: str | None) -> None:
+    """Refuse a run and a model at once.
+
+    Raises:
+        UsageError: Both are given.
+    """
+    if run is not None and model is not None:
+        raise UsageError("--run and --model are two models; give one")
 
 
 def find_run(run: str | None) -> RunDirectory:

@@ -87,12 +87,15 @@ class _Carried:
         return len(list(self._parts()))
 
     def through(self, stage: StageModules, tick: Callable[[], None]) -> Scores:
-        """Take all samples through a stage, and score them with its head; `tick` is called after each batch."""
+        """Take all samples through a stage, and score them with its head, where it has one; `tick` after each batch."""
         way, scores = self.way, Scores.empty(*self.way.ids_NS.shape)
         for part in self._parts():
             segments = None if way.segments_NS is None else tensor(way.segments_NS[part], self.device)
             x_BSD = stage.forward(self.x_NSD[part].to(self.device), segments)
             self.x_NSD[part] = x_BSD.to(self.x_NSD)
+            if stage.head is None:
+                tick()
+                continue
             scored = way.scored_NS[part]
             index_n = torch.from_numpy(np.flatnonzero(scored)).to(self.device)
             targets_n = tensor(way.targets_NS[part][scored], self.device)
@@ -152,6 +155,7 @@ def evaluate(
     width = how.vocab_size or 0
     with evaluating(front), narrow:
         carried = [_Carried(way, front, how) for way in passes]
+    del front  # its memory is the blocks'
     done, of_stage = 0, sum(one.batches for one in carried)
 
     def tick() -> None:
@@ -161,18 +165,22 @@ def evaluate(
             progress(done, of_stage)
 
     for stage in stages:
-        with evaluating(*stage.blocks, *stage.beyond, stage.head), narrow:
+        head = () if stage.head is None else (stage.head,)
+        with evaluating(*stage.blocks, *stage.beyond, *head), narrow:
             if stage.front is not None:
                 with evaluating(stage.front):
                     for one in carried:
                         one.start(stage.front)
             scores = [one.through(stage, tick) for one in carried]
-            width = how.vocab_size or stage.head.weight.shape[0]
+            width = how.vocab_size or (stage.head.weight.shape[0] if stage.head is not None else width)
+        if stage.head is None:
+            del stage, head
+            continue
         for answer, stages_N, score_ in zip(answers, who, scores, strict=True):
             answer.take(score_, slice(None) if stages_N is None else stages_N == len(by_depth))
         by_depth.append({"depth": stage.depth} | _figures(passes, scores, bytes_N, tokens.size))
-        # Out of the loop variable before the next one is loaded.
-        del stage
+        # Out of the variables before the next one is loaded.
+        del stage, head
     result = _figures(passes, answers, bytes_N, tokens.size) if by_depth else {}
     result |= {"samples": len(tokens), "likelihood": objective.likelihood, "stages": by_depth, "baselines": {}}
     if how.unigram_counts is not None:

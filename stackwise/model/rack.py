@@ -280,8 +280,8 @@ class StageModules:
     """Its place in the schedule."""
     blocks: Sequence[nn.Module] = field(repr=False)
     """The blocks it holds, lowest first; only StackWise's own are given the direction and the documents."""
-    head: Head = field(repr=False)
-    """The head it trained with."""
+    head: Head | None = field(repr=False)
+    """The head it trained with; None: rows only go through it."""
     causal: Direction = False
     """The direction of attention that it was trained with."""
     front: Front | None = field(default=None, repr=False)

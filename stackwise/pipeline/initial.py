@@ -15,7 +15,6 @@ from stackwise.config.fields import Section
 from stackwise.config.kinds import Kind
 from stackwise.config.loading import kind_of
 from stackwise.config.model import ArchitectureConfig, ModelConfig
-from stackwise.data import PreparedData
 from stackwise.data.prepared import TOKENIZER
 from stackwise.data.tokenizer import Tokenizer, bytes_tokenizer
 from stackwise.errors import ConfigError, NotFound, UsageError
@@ -37,8 +36,8 @@ class Weights(Protocol):
     objective: str  # the name of the objective that it was trained with, as far as it says
     notes: tuple[str, ...]  # what is to be said of it
 
-    def source(self, part: str) -> Source:
-        """Where a part's weights are, with their digest."""
+    def source(self, part: str, *, hashed: bool = True) -> Source:
+        """Where a part's weights are; with their digest, or where it is not asked for perhaps without."""
         ...
 
 
@@ -53,11 +52,12 @@ class Pretrained:
         self.tokenizer_json, self.notes = self.checkpoint.tokenizer_json, self.checkpoint.notes
         self.objective = "mlm" if description.masked_head else "clm" if description.causal else "mask_diffusion"
 
-    def source(self, part: str) -> Source:
+    def source(self, part: str, *, hashed: bool = True) -> Source:
         """See `Weights.source`; a head that is not there starts fresh."""
         if not (names := self.checkpoint.names(part)):
             return Source()
-        return Source(str(self.checkpoint.directory), self.checkpoint.digest(part), names=names)
+        digest = self.checkpoint.digest(part) if hashed else None
+        return Source(str(self.checkpoint.directory), digest, names=names)
 
 
 class Committed:
@@ -79,7 +79,7 @@ class Committed:
         self.tokenizer_json: Path | None = Path(manifest["data"]["directory"]) / TOKENIZER
         self.objective = "clm" if config.adapts else config.objective.name
 
-    def source(self, part: str) -> Source:
+    def source(self, part: str, *, hashed: bool = True) -> Source:
         """See `Weights.source`."""
         return self._versions[part]
 
@@ -195,12 +195,15 @@ def _tokenizer_faults(config: StackWiseConfig, weights: Weights) -> Iterator[str
             yield f"data.tokenizer: is {kind_of(given)}, and {weights.tokenizer_json} in the checkpoint: leave it out"
 
 
-def initial_sources(config: StackWiseConfig, report: Callable[[int, int], None] | None = None) -> Versions:
+def initial_sources(
+    config: StackWiseConfig, report: Callable[[int, int], None] | None = None, *, hashed: bool = True
+) -> Versions:
     """Where each part of the rack has its first weights; none without `init.weights`.
 
     Args:
         config: The configuration, as `with_checkpoint` returns it.
         report: Called with the parts whose digests are known, and all: hashing takes as long as reading.
+        hashed: Whether digests are asked for: a recipe needs them.
 
     Raises:
         UsageError: See `open_weights`.
@@ -213,7 +216,7 @@ def initial_sources(config: StackWiseConfig, report: Callable[[int, int], None] 
     for number, part in enumerate(parts):
         if report is not None:
             report(number, len(parts))
-        if (source := weights.source(part)).path is not None:
+        if (source := weights.source(part, hashed=hashed)).path is not None:
             sources[part] = source
     # A stage that stands apart from those below it begins with the head as it was, not as another stage left it.
     return sources | ({FIRST_HEAD: sources[HEAD]} if HEAD in sources else {})
@@ -244,13 +247,13 @@ def tokenizer_limit(config: StackWiseConfig) -> int | None:
     return None
 
 
-def settle_mask(config: StackWiseConfig, data: PreparedData) -> str | None:
+def settle_mask(config: StackWiseConfig, tokenizer: Tokenizer) -> str | None:
     """Find the id that stands for masked tokens of a checkpoint, and put one that is reserved into the configuration.
 
     Returns:
         Which it is, in a line, where the checkpoint has no mask token of its own.
     """
-    size, tokenizer = config.model.vocab_size, data.tokenizer
+    size = config.model.vocab_size
     if config.init.weights is None or size is None or not (config.objective.masks and config.objective.shows_mask):
         return None
     if config.training.mask_token_id is not None or config.data.tokenizer in ("bpe", "bytes"):

@@ -10,16 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from stackwise.config import StackWiseConfig
+from stackwise.config import DataConfig, StackWiseConfig
 from stackwise.config.loading import build
-from stackwise.data import PreparedData
+from stackwise.data import PreparedData, prepare
+from stackwise.identity import generator
 from stackwise.pipeline.initial import with_checkpoint
+from stackwise.pipeline.job import committed_stages
+from stackwise.pipeline.parts import load_part
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
+from stackwise.pretrained.checkpoint import Checkpoint
 from stackwise.store import RowOrder
 from stackwise.training.trainer import learning_rate
 from tests.conftest import run
@@ -144,8 +149,6 @@ def loop_of_transformers(weights: Path, directory: RunDirectory, config: StackWi
 
 def weights_of(directory: RunDirectory) -> dict[str, dict[str, torch.Tensor]]:
     """The committed parts of a run's last stage."""
-    from safetensors.torch import load_file
-
     config, manifest = directory.config(), directory.manifest()
     with directory.open_store(config) as store:
         stage = store.stage(manifest["stages"][-1]["recipe"])
@@ -174,3 +177,196 @@ def test_it_stays_with_a_loop_of_transformers(
         ("head", "model.norm.weight", "norm.weight"),
     ):
         torch.testing.assert_close(ours[part][here], theirs[there], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ({"model.d_model": 64}, "model.d_model: is 64, and 32 in the checkpoint"),
+        ({"model.attention": {"kind": "gqa", "kv_heads": 4}}, "model.attention.kv_heads: is 4, and 2 in the"),
+        ({"model.positions": "learned"}, "model.positions: is 'learned', and 'rope' in the checkpoint"),
+        ({"model.architecture.blocks_per_stack": 2}, "model.architecture: 1 stacks of 2 blocks, and 3 blocks in"),
+        ({"model.max_seq_len": 128}, "model.max_seq_len: is 128, and 64 in the checkpoint"),
+        ({"data.tokenizer": "bytes"}, "data.tokenizer: is 'bytes', and"),
+        ({"training.seq_len": 65}, "model.max_seq_len: 64 is less than training.seq_len 65"),
+    ],
+)
+def test_a_setting_that_contradicts_is_refused(more: dict[str, Any], line: str, text: Path, checkpoints: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configuration(checkpoints("llama"), text, **more)
+    assert any(line in fault for fault in caught.value.faults), caught.value.faults
+
+
+def test_settings_that_follow_agree_with_those_that_are_given(text: Path, checkpoints: Any) -> None:
+    more = {"model.d_model": 32, "model.dropout": 0.1, "model.architecture.blocks_per_stack": 3, "model.d_ff": None}
+    config = configuration(checkpoints("llama"), text, **more)
+    assert (config.model.n_blocks, config.model.architecture.n_stacks, config.model.dropout) == (3, 1, 0.1)
+    assert (config.model.kv_heads, config.model.rope_theta, config.objective.name) == (2, 5000.0, "clm")
+    assert with_checkpoint(config) == config
+    assert configuration(checkpoints("bert"), text).objective.name == "mlm"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "mask"),
+    [("llama", 310, 300), ("gpt2", 300, 300), ("bert", 300, 300)],
+    ids=["free", "added", "bert"],
+)
+def test_a_mask_token_is_an_unused_id_or_an_added_one(
+    name: str, size: int, mask: int, tmp_path: Path, text: Path, checkpoints: Any
+) -> None:
+    weights = checkpoints(name, vocab_size=size)
+    more = {"training.objective": "mask_diffusion", "training.steps": 2}
+    events = run(configuration(weights, text, **more), tmp_path / "run")
+    assert any(event["event"] == "note" and f"id {mask}" in event["text"] for event in events)
+    manifest = RunDirectory(tmp_path / "run").manifest()
+    assert manifest["vocabulary"] == {"size": max(size, mask + 1), "mask": mask}
+    assert weights_of(RunDirectory(tmp_path / "run"))["front"]["embedding.weight"].shape[0] == max(size, mask + 1)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "layerwise": {"training.mode": "layerwise"},
+    "blockwise": {"training.mode": {"kind": "blockwise", "block_size": 2}},
+    "independent": {
+        "training.mode": {"kind": "independent", "block_size": 1},
+        "training.objective": "mask_diffusion",
+    },
+    "QLoRA": {
+        "training.progressive.enabled": True,
+        "training.progressive.trunk_strategy": "qlora",
+        "training.progressive.new_stack_precision": "qlora",
+    },
+    "frozen": {"training.progressive.enabled": True, "training.objective": "mlm"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_stage_begins_with_the_weights_of_the_checkpoint(
+    mode: str, tmp_path: Path, text: Path, checkpoints: Any
+) -> None:
+    weights = checkpoints("qwen2")
+    # A rate so low that hardly anything moves: what a stage commits is then what it began with.
+    more = {"training.steps": 1, "training.learning_rate": 1e-9, "training.weight_decay": 0.0} | MODES[mode]
+    run(configuration(weights, text, **more), tmp_path / "run")
+    directory = RunDirectory(tmp_path / "run")
+    parts = committed_stages(directory, directory.config(), directory.manifest())[-1][1]
+    checkpoint = Checkpoint(weights)
+    for part in checkpoint.parts:
+        ours, theirs = load_part(parts[part]), checkpoint.load(part)
+        assert ours is not None
+        for name, tensor in theirs.items():
+            if name in ours and ours[name].is_floating_point():  # else packed in few bits
+                torch.testing.assert_close(ours[name][: len(tensor)], tensor, rtol=0.0, atol=1e-6)
+
+
+def test_two_directories_with_the_same_weights_are_one_and_a_change_is_another(
+    tmp_path: Path, text: Path, checkpoints: Any
+) -> None:
+    weights, more = checkpoints("llama"), {"training.steps": 2, "store.path": str(tmp_path / "store")}
+    run(configuration(weights, text, **more), tmp_path / "first")
+    shutil.copytree(weights, tmp_path / "copy")
+    events = run(configuration(tmp_path / "copy", text, **more), tmp_path / "second")
+    assert not [event for event in events if event["event"] == "step"]
+    file = next((tmp_path / "copy").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors[max(tensors)].view(-1)[0] += 1.0
+    save_file(tensors, file)
+    events = run(configuration(tmp_path / "copy", text, **more), tmp_path / "third")
+    assert [event for event in events if event["event"] == "step"]
+
+
+@pytest.mark.parametrize("swap", ["never", "always"])
+def test_killed_and_resumed_it_ends_with_the_same_weights(
+    swap: str, tmp_path: Path, text: Path, checkpoints: Any
+) -> None:
+    weights, options = checkpoints("llama"), ["-o", f"data.paths=[{text}]", "-o", f"training.swap={swap}"]
+    for key, value in (SETTINGS | {"training.checkpoint_steps": 4, "training.log_every": 1, "seed": 1}).items():
+        options += ["-o", f"{key}={value}"]
+    command = [sys.executable, "-m", "stackwise", "run", "--init", str(weights), *options]
+    with subprocess.Popen(
+        [*command, "--run", str(tmp_path / "killed")], stdout=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        saved = tmp_path / "killed" / "checkpoints"
+        for _ in range(600):
+            if process.poll() is not None or any(path.is_file() for path in saved.rglob("*")):
+                break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    for name in ("killed", "whole"):
+        done = subprocess.run([*command, "--run", str(tmp_path / name)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    status = [RunDirectory(tmp_path / name).manifest()["stages"][0]["weights"] for name in ("killed", "whole")]
+    assert status[0] == status[1]
+
+
+def test_a_run_goes_on_from_another_run(tmp_path: Path, micro: Any, text: Path) -> None:
+    run(micro(training__steps=2), tmp_path / "first")
+    before = RunDirectory(tmp_path / "first")
+    config = configuration(tmp_path / "first", text, **{"training.steps": 1, "training.learning_rate": 1e-9})
+    assert config.objective.name == "mask_diffusion"
+    events = run(config, tmp_path / "second")
+    assert not [event for event in events if event["event"] == "note" and "masked positions" in event["text"]]
+    parts = committed_stages(before, before.config(), before.manifest())[-1][1]
+    after = weights_of(RunDirectory(tmp_path / "second"))
+    for part in ("front", "block.0", "block.1"):
+        for name, tensor in (load_part(parts[part]) or {}).items():
+            torch.testing.assert_close(after[part][name], tensor, rtol=0.0, atol=1e-6)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path, text: Path, checkpoints: Any) -> None:
+    weights = checkpoints("llama", vocab_size=280)
+    with pytest.raises(UsageError, match="has 301 ids, and the embedding of .* 280 rows") as caught:
+        run(configuration(weights, text), tmp_path / "run")
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_torch_comes_into_the_runner(text: Path, checkpoints: Any) -> None:
+    code = (
+        "import sys\nfrom stackwise.config import StackWiseConfig\nfrom stackwise.config.loading import build\n"
+        "from stackwise.pipeline.initial import initial_sources, with_checkpoint\n"
+        "import stackwise.pipeline.runner.runner\n"
+        f"config = with_checkpoint(build(StackWiseConfig, {{}}, {{'init.weights': {str(checkpoints('llama'))!r}}}))\n"
+        "assert initial_sources(config)\nsys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_model_is_scored_and_exported_as_it_stands(tmp_path: Path, text: Path, checkpoints: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    weights = checkpoints("gpt2")
+    run_command = [sys.executable, "-m", "stackwise"]
+    asked = [*run_command, "eval", "--model", str(weights), "--data", str(text), "--json", "--device", "cpu"]
+    result = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+    tokenizer = Tokenizer.load(weights / "tokenizer.json")
+    model = AutoModelForCausalLM.from_pretrained(weights)
+    prepared, _ = prepare(
+        DataConfig(paths=[str(text)], tokenizer=str(weights / "tokenizer.json")),
+        out=tmp_path / "data",
+        all_held_out=True,
+    )
+    split = prepared.held_out
+    chosen = generator(0, "held-out").permutation(split.n_samples(64))[:128]
+    ids = torch.from_numpy(split.samples(np.sort(chosen), 64).astype(np.int64))
+    asked_ids = torch.cat([torch.full((len(ids), 1), tokenizer.separator_id), ids[:, :-1]], 1)
+    with torch.no_grad():
+        nats = F.cross_entropy(model(asked_ids).logits.transpose(1, 2), ids, reduction="sum").item()
+    assert result["likelihood"] == "exact"
+    assert result["bits_per_byte"] == pytest.approx(nats / np.log(2) / result["bytes"], rel=1e-4)
+    asked = [*run_command, "export", "--model", str(weights), "--out", str(tmp_path / "out"), "--json"]
+    assert subprocess.run(asked, capture_output=True, check=True).returncode == 0
+    before = {key: value for file in weights.glob("*.safetensors") for key, value in load_file(file).items()}
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "export"])
+def test_a_run_and_a_model_are_not_both_meant(command: str, tmp_path: Path) -> None:
+    more = ["--out", str(tmp_path / "out")] if command == "export" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "stackwise", command, "--run", "a", "--model", "b", *more],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--run and --model are two models" in done.stderr

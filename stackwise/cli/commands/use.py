@@ -17,8 +17,10 @@ from stackwise.cli.options import (
     Bytes,
     Finite,
     as_json,
+    check_one,
     device_option,
     find_run,
+    model_option,
     naming_options,
     run_option,
 )
@@ -33,25 +35,33 @@ LONGEST = 1 << 24
 
 @click.command(name="eval")
 @run_option
+@model_option
 @click.option("--data", multiple=True, metavar="PATH", help="Other text than the held-out; repeat it for more.")
 @device_option
 @as_json
-def evaluate(run: str | None, data: tuple[str, ...], device: str, as_json: bool) -> None:
+def evaluate(run: str | None, model: str | None, data: tuple[str, ...], device: str, as_json: bool) -> None:
     """Held-out bits per byte, loss and accuracy by depth, beside baselines.
 
     Bits per byte is a bound on the likelihood (the likelihood itself for a causal rack); losses are in nats a
     masked token, at each masked fraction.
     """
-    run_directory = find_run(run)
-    from stackwise.pipeline.committed.use import evaluate_run
+    check_one(run, model)
+    if model is not None and not data:
+        raise UsageError("--model: a model brings no text to be scored on", hint="name some: --data PATH")
+    run_directory = find_run(run) if model is None else None
+    from stackwise.pipeline.committed.use import evaluate_model, evaluate_run
 
     with naming_options("data", paths="--data"):
-        result = evaluate_run(run_directory, data=list(data) or None, device=device)
+        if run_directory is not None:
+            result = evaluate_run(run_directory, data=list(data) or None, device=device)
+        else:
+            result = evaluate_model(str(model), list(data), lambda line: note(f"note: {line}"), device=device)
     print_json(result) if as_json else say_all(held_out_table(result))
 
 
 @click.command()
 @run_option
+@model_option
 @click.argument("text", required=False)
 @click.option(
     "--file", "file", type=click.Path(dir_okay=False), metavar="F", help="Read TEXT from a file; - is standard input."
@@ -81,17 +91,28 @@ def evaluate(run: str | None, data: tuple[str, ...], device: str, as_json: bool)
 @click.option("--causal", is_flag=True, help="Token by token, for a rack trained so; others are refused.")
 @device_option
 @as_json
-def generate(run: str | None, text: str | None, file: str | None, device: str, as_json: bool, **how: Any) -> None:
+def generate(
+    run: str | None,
+    model: str | None,
+    text: str | None,
+    file: str | None,
+    device: str,
+    as_json: bool,
+    **how: Any,
+) -> None:
     """Go on from TEXT, or fill in its holes, the most certain places first.
 
     Holes in TEXT are written [MASK], or [MASK*12] for twelve tokens. A text without holes gets masked positions
     behind it; a causal rack adds one token after another. Without TEXT a held-out passage is masked and filled in.
     """
-    run_directory = find_run(run)
+    check_one(run, model)
+    run_directory = find_run(run) if model is None else None
     given = _text(text, file)
+    if model is not None and given is None:
+        raise UsageError("--model: a model brings no held-out text to fill in", hint="give a TEXT, or --file")
     from stackwise.pipeline.committed.generate import Sampling
     from stackwise.pipeline.committed.generate import generate as make_text
-    from stackwise.pipeline.committed.load import load_rack
+    from stackwise.pipeline.committed.load import load_model, load_rack
     from stackwise.pipeline.device import resolve_device
 
     sampling = Sampling(**how)
@@ -103,7 +124,10 @@ def generate(run: str | None, text: str | None, file: str | None, device: str, a
             made += 1
             update(made, sampling.steps)
 
-        rack = load_rack(run_directory, resolve_device(device))  # refuses a run that is not finished
+        if run_directory is not None:
+            rack = load_rack(run_directory, resolve_device(device))  # refuses a run that is not finished
+        else:
+            rack = load_model(str(model), resolve_device(device), lambda line: note(f"note: {line}"))
         result = make_text(rack, given, sampling, on_step=on_step)
     for line in result["notes"]:
         note(f"note: {line}")
@@ -117,6 +141,7 @@ def generate(run: str | None, text: str | None, file: str | None, device: str, a
 
 @click.command()
 @run_option
+@model_option
 @click.option("--out", required=True, metavar="DIR", help="Where it goes; a new folder.")
 @click.option("--force", is_flag=True, help="Replace an export that is there.")
 @click.option(
@@ -133,11 +158,10 @@ def generate(run: str | None, text: str | None, file: str | None, device: str, a
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the weights. Default: as they are."
 )
 @as_json
-def export(
-    run: str | None, out: str, force: bool, layout: str, shard_size: int, dtype: str | None, as_json: bool
-) -> None:
+def export(run: str | None, model: str | None, out: str, force: bool, as_json: bool, **how: Any) -> None:
     """The fused rack as safetensors with config.json and tokenizer.json, for transformers or for StackWise."""
-    run_directory = find_run(run)
+    check_one(run, model)
+    run_directory = find_run(run) if model is None else None
     target = expanded(out)
     if not force and target.is_dir() and any(target.iterdir()):  # before anything is loaded
         raise UsageError(
@@ -146,14 +170,18 @@ def export(
     import torch
 
     from stackwise.pipeline.committed.load import load_rack
-    from stackwise.pipeline.committed.use import export_rack
+    from stackwise.pipeline.committed.use import export_model, export_rack
     from stackwise.pipeline.device import resolve_device
     from stackwise.pretrained.writing import ExportOptions
 
-    narrow = None if dtype is None else getattr(torch, dtype)
-    options = ExportOptions(dtype=narrow, shard_bytes=shard_size, overwrite=force)
+    narrow = None if how["dtype"] is None else getattr(torch, how["dtype"])
+    layout = how["layout"]
+    options = ExportOptions(dtype=narrow, shard_bytes=how["shard_size"], overwrite=force)
     options = dataclasses.replace(options, native=layout == "native", compressed=layout == "compressed")
-    exported = export_rack(load_rack(run_directory, resolve_device("cpu")), target, options)
+    if run_directory is not None:
+        exported = export_rack(load_rack(run_directory, resolve_device("cpu")), target, options)
+    else:
+        exported = export_model(str(model), target, options, lambda line: note(f"note: {line}"))
     if exported.family == "stackwise" and layout != "native":
         note("note: transformers has no architecture for this rack; it keeps StackWise's own format")
     files = {path.name: path.stat().st_size for path in sorted(target.iterdir()) if path.is_file()}

@@ -216,7 +216,7 @@ class Sweep:
                     prepared[key], _ = prepare(
                         config.data, model_vocab=tokenizer_limit(config), progress=said, columns=columns
                     )
-                settle_mask(config, prepared[key])
+                settle_mask(config, prepared[key].tokenizer)
                 data[member.combination.name] = prepared[key]
                 with planned(config, prepared[key], self.run_directory(member).store_path(config)) as plan:
                     member.decisions = preview(plan).decisions

@@ -145,7 +145,9 @@ def generate(
 
 def _stages(rack: CommittedRack, load: Callable[[], Iterator[StageModules]]) -> Stages:
     """The stages, resident where they fit into half of the free memory; otherwise loaded one by one for each pass."""
-    size = sum(Path(source.path).stat().st_size for source in rack.parts.values() if source.path is not None)
+    paths = {Path(source.path) for source in rack.parts.values() if source.path is not None}
+    files = [file for path in paths for file in (path.glob("*.safetensors") if path.is_dir() else (path,))]
+    size = sum(file.stat().st_size for file in files)
     on_gpu = rack.device.type == "cuda"
     free = torch.cuda.mem_get_info(rack.device)[0] if on_gpu else psutil.virtual_memory().available
     return list(load()) if size <= free // 2 else load

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
 
 from stackwise.config import StackWiseConfig
-from stackwise.data import PreparedData
+from stackwise.config.loading import build
+from stackwise.data import PreparedData, Tokenizer
+from stackwise.data.tokenizer import bytes_tokenizer
 from stackwise.evaluation import StageModules
 from stackwise.model import Front, Head
 from stackwise.objectives import RuntimeObjective
+from stackwise.pipeline.device import describe
+from stackwise.pipeline.initial import initial_sources, settle_mask, with_checkpoint
 from stackwise.pipeline.job import Source, Versions, committed_stages, pruned
 from stackwise.pipeline.parts import dtype_of, load_part, make_block, make_front, make_head, objective_of
 from stackwise.pipeline.rows import assigner
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_parts
+from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_parts, schedule
 from stackwise.training.stage import NARROW
 
 
@@ -81,6 +86,14 @@ class CommittedRack:
                 blocks = self._blocks(parts, self.parts, holders[parts[-1]])
                 yield StageModules(depth, blocks, head, self.objective.causal)
 
+    def whole(self) -> Iterator[StageModules]:
+        """The finished rack, section by section as `modules`; the last alone has the head."""
+        for depth, (first, last) in enumerate(self.config.partition):
+            blocks = self._blocks(block_parts(first, last), self.parts, self.stages[depth])
+            head = self.head() if depth + 1 == self.config.n_sections else None
+            yield StageModules(depth, blocks, head, self.objective.causal)
+            del blocks
+
     def exit_of(self, counts_N: np.ndarray) -> np.ndarray:
         """Where time is depth: of numbers of masked positions, the depth of the stage that trained on them."""
         return assigner(self.config, 0).stage_of(counts_N, self.config.n_sections)
@@ -114,6 +127,39 @@ class CommittedRack:
     def _blocks(self, parts: Iterable[str], versions: Versions, holder: Stage) -> list[nn.Module]:
         made = (make_block(self.config, part, versions, holder.format(part), packed=True) for part in parts)
         return [block.to(self.device).eval() for block in made]
+
+
+class TextFormat:
+    """What stands for the data of a model that brings none: its tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+
+def load_model(weights: str, device: torch.device, report: Callable[[str], None]) -> CommittedRack:
+    """A pretrained model as it stands: a directory of Hugging Face's layout, an export, or a finished run.
+
+    Its blocks are sections of their own, so that one is in memory at a time; its data is its tokenizer alone.
+
+    Args:
+        report: Called with a line on what the model lacks.
+
+    Raises:
+        NotFound: There is nothing there.
+        UsageError: It is no model, one that cannot be taken up exactly, or one without a tokenizer.
+    """
+    values = {"init.weights": weights, "training.mode": "layerwise", "device": device.type}
+    config = with_checkpoint(build(StackWiseConfig, {}, values))
+    config.precision = describe(device)["precision"]
+    tokenizer = bytes_tokenizer() if config.data.tokenizer == "bytes" else Tokenizer.load(Path(config.data.tokenizer))
+    if (line := settle_mask(config, tokenizer)) is not None:
+        report(line)
+    mask = tokenizer.mask_id if config.training.mask_token_id is None else config.training.mask_token_id
+    size = max(config.model.vocab_size or 0, tokenizer.separator_id + 1, mask + 1 if config.objective.masks else 0)
+    stages, parts = schedule(config), initial_sources(config, hashed=False)
+    parts.setdefault(HEAD, Source())
+    data = cast(PreparedData, TextFormat(tokenizer))
+    return CommittedRack(config, data, size, mask, stages, parts, [parts] * len(stages), device)
 
 
 def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) -> CommittedRack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import tempfile
@@ -14,13 +15,14 @@ import torch
 
 from stackwise.batch import MASKS, TOKENS, Batch
 from stackwise.config import DataConfig
-from stackwise.data import Split, prepare, require_samples
-from stackwise.errors import NotFound
-from stackwise.evaluation import HeldOut, Measure, evaluate
+from stackwise.data import PreparedData, Split, prepare, require_samples
+from stackwise.errors import NotFound, UsageError
+from stackwise.evaluation import HeldOut, Measure, StageModules, evaluate
 from stackwise.identity import derive_seed, generator
 from stackwise.model import enter
-from stackwise.pipeline.committed.load import CommittedRack, load_rack
+from stackwise.pipeline.committed.load import CommittedRack, load_model, load_rack
 from stackwise.pipeline.device import resolve_device
+from stackwise.pipeline.initial import open_weights
 from stackwise.pipeline.recipe import forward_specification, trunk_id
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
@@ -47,7 +49,9 @@ def evaluate_rack(
         progress: Called after each batch with (done, total); what it raises ends the evaluation.
     """
     bidirectional, causal = ([s for s in rack.stages if (s.causal_from is None) is both] for both in (True, False))
-    results = [_evaluated(rack, stages, split, progress) for stages in (bidirectional, causal) if stages]
+    results = [
+        _evaluated(rack, rack.exits(stages), stages, split, progress) for stages in (bidirectional, causal) if stages
+    ]
     result = results[-1]
     for before in results[:-1]:  # what the rack was before it was made causal
         for group in (before, result):
@@ -61,7 +65,11 @@ def evaluate_rack(
 
 
 def _evaluated(
-    rack: CommittedRack, stages: Sequence[Stage], split: Split, progress: Callable[[int, int], None] | None
+    rack: CommittedRack,
+    modules: Iterator[StageModules],
+    stages: Sequence[Stage],
+    split: Split,
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     """Figures of some stages that were trained with one objective; those of the last are the rack's."""
     config = rack.config
@@ -81,12 +89,12 @@ def _evaluated(
         seed=derive_seed(config.seed, "evaluation"),
         device=rack.device,
         autocast=rack.autocast,
-        unigram_counts=rack.data.train.counts,
+        unigram_counts=rack.data.train.counts if rack.data.train.counts.any() else None,
         vocab_size=rack.vocab_size,
     )
     return evaluate(
         rack.front(),
-        rack.exits(stages),
+        modules,
         samples,
         rack.objective_of(stages[-1]),
         how,
@@ -109,6 +117,32 @@ def evaluate_run(run: RunDirectory, *, data: list[str] | None = None, device: st
     rack = load_rack(run, resolve_device(device))
     if data is None:
         return evaluate_rack(rack, rack.data.held_out)
+    with _prepared(rack, data) as prepared:
+        return evaluate_rack(rack, prepared.held_out)
+
+
+def evaluate_model(
+    weights: str, data: list[str], report: Callable[[str], None], device: str = "auto"
+) -> dict[str, Any]:
+    """Figures of a pretrained model as it stands, on some text, with one of its parts in memory at a time.
+
+    Args:
+        weights: See `load_model`.
+        data: Files and folders.
+        report: See `load_model`.
+
+    Raises:
+        UsageError: See `load_model`; or the text is shorter than one sample.
+    """
+    rack = load_model(weights, resolve_device(device), report)
+    with _prepared(rack, data) as prepared:
+        rack = dataclasses.replace(rack, data=prepared)
+        return _evaluated(rack, rack.whole(), rack.stages, prepared.held_out, None)
+
+
+@contextlib.contextmanager
+def _prepared(rack: CommittedRack, data: list[str]) -> Iterator[PreparedData]:
+    """Some text as tokens of a rack's tokenizer, all of it held out."""
     with tempfile.TemporaryDirectory(prefix="stackwise-eval-") as directory:
         tokenizer = Path(directory) / "tokenizer.json"
         rack.data.tokenizer.save(tokenizer)
@@ -116,8 +150,7 @@ def evaluate_run(run: RunDirectory, *, data: list[str] | None = None, device: st
         config = DataConfig(
             paths=data, tokenizer=str(tokenizer), text_column=about.text_column, follow_links=about.follow_links
         )
-        prepared, _ = prepare(config, out=Path(directory) / "data", all_held_out=True, columns=columns)
-        return evaluate_rack(rack, prepared.held_out)
+        yield prepare(config, out=Path(directory) / "data", all_held_out=True, columns=columns)[0]
 
 
 def export_rack(rack: CommittedRack, out: Path, options: ExportOptions | None = None) -> Exported:
@@ -132,8 +165,12 @@ def export_rack(rack: CommittedRack, out: Path, options: ExportOptions | None = 
         UsageError: The directory is in use.
         NoSpaceError: The disk is full; nothing is left behind.
     """
+    options = options or ExportOptions()
+    if rack.config.init.weights is not None:
+        with contextlib.suppress(UsageError):  # one that is gone gives nothing along
+            options = dataclasses.replace(options, source=getattr(open_weights(rack.config), "checkpoint", None))
     options = dataclasses.replace(
-        options or ExportOptions(),
+        options,
         tokenizer_json=rack.data.tokenizer.json,
         mask_token_id=rack.mask_token,
         separator_id=rack.data.tokenizer.separator_id,
@@ -237,3 +274,13 @@ def _segments(rack: CommittedRack, samples_B: np.ndarray, seq_len: int) -> torch
     if not rack.config.data.within_documents:
         return None
     return torch.from_numpy(rack.data.train.segments(samples_B, seq_len)).to(rack.device)
+
+
+def export_model(weights: str, out: Path, options: ExportOptions, report: Callable[[str], None]) -> Exported:
+    """Write a pretrained model again: in its own dtype where no other is asked for. See `export_rack`, `load_model`."""
+    rack = load_model(weights, torch.device("cpu"), report)
+    if options.dtype is None:
+        checkpoint = getattr(open_weights(rack.config), "checkpoint", None)
+        narrow = None if checkpoint is None else getattr(torch, checkpoint.dtype)
+        options = dataclasses.replace(options, dtype=narrow)
+    return export_rack(rack, out, options)

@@ -154,7 +154,7 @@ def prepare_data(config: StackWiseConfig, emit: Emit, check: Callable[[], None])
         emit("note", text=f"data.paths: {line}")
     for note in unused_beside_prepared(config.data):
         emit("note", text=note)
-    if (mask := settle_mask(config, data)) is not None:
+    if (mask := settle_mask(config, data.tokenizer)) is not None:
         emit("note", text=mask)
     check_data(config, data)
     return data
