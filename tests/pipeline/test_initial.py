@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from stackwise.config import DataConfig, StackWiseConfig
 from stackwise.config.loading import build
 from stackwise.data import PreparedData, prepare
+from stackwise.data.tokenizer import Tokenizer
+from stackwise.errors import ConfigError, UsageError
 from stackwise.identity import generator
 from stackwise.pipeline.initial import with_checkpoint
 from stackwise.pipeline.job import committed_stages
@@ -225,9 +232,9 @@ def test_a_mask_token_is_an_unused_id_or_an_added_one(
 
 MODES: dict[str, dict[str, Any]] = {
     "layerwise": {"training.mode": "layerwise"},
-    "blockwise": {"training.mode": {"kind": "blockwise", "block_size": 2}},
+    "blockwise": {"training.mode": {"name": "blockwise", "block_size": 2}},
     "independent": {
-        "training.mode": {"kind": "independent", "block_size": 1},
+        "training.mode": {"name": "independent", "block_size": 1},
         "training.objective": "mask_diffusion",
     },
     "QLoRA": {
@@ -314,7 +321,7 @@ def test_a_run_goes_on_from_another_run(tmp_path: Path, micro: Any, text: Path) 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path, text: Path, checkpoints: Any) -> None:
     weights = checkpoints("llama", vocab_size=280)
-    with pytest.raises(UsageError, match="has 301 ids, and the embedding of .* 280 rows") as caught:
+    with pytest.raises(UsageError, match=r"has 301 ids, and the embedding of .* 280 rows") as caught:
         run(configuration(weights, text), tmp_path / "run")
     assert caught.value.exit_code == 2
     assert not (tmp_path / "run").exists()
