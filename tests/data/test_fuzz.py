@@ -91,6 +91,8 @@ def contents(tmp_path: Path) -> dict[str, bytes]:
         made[f"{name}.jsonl"] = "\n".join(map(json.dumps, rows)).encode()
         made[f"{name}.jsonl.gz"] = gzip.compress(made[f"{name}.jsonl"])
         made[f"{name}.jsonl.zst"] = bytes(pa.Codec("zstd").compress(made[f"{name}.jsonl"], asbytes=True))
+    made["texts.html"] = "".join(f"<p class='a'>{row['text']}&amp; <b>more</b><!-- x -->\n" for row in TEXTS).encode()
+    made["texts.ipynb"] = json.dumps({"cells": [{"source": [row["text"]]} for row in TEXTS], "nbformat": 4}).encode()
     return made
 
 
@@ -105,7 +107,9 @@ def test_files_changed_at_random(tmp_path: Path, contents: dict[str, bytes], tri
 
     def file() -> None:
         name = dice.choice(sorted(contents))
-        data = (changed_json if name.endswith(".json") and dice.random() < 0.5 else changed)(contents[name], dice)
+        data = (changed_json if name.endswith((".json", ".ipynb")) and dice.random() < 0.5 else changed)(
+            contents[name], dice
+        )
         (tmp_path / name).write_bytes(data)
         prepare(config(tmp_path / name, columns=["weights"] if name.startswith("tokens") else []))
 
