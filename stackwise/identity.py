@@ -7,7 +7,7 @@ not adversaries. Randomness is a pure function of named parts, so nothing needs 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -67,6 +67,14 @@ def canonical(value: Any) -> bytes:
 def digest(data: bytes | bytearray | memoryview | np.ndarray[Any, Any]) -> Hex:
     """xxh3-128 of raw bytes (any contiguous buffer), as 32 hex digits."""
     return xxhash.xxh3_128_hexdigest(data)  # type: ignore[arg-type]  # numpy says it is a Buffer from 3.12 on
+
+
+def digest_of_pieces(pieces: Iterable[bytes]) -> Hex:
+    """`digest` of bytes that come one piece after another."""
+    hashed = xxhash.xxh3_128()
+    for piece in pieces:
+        hashed.update(piece)
+    return hashed.hexdigest()
 
 
 def content_id(kind: str, value: Any) -> Hex:

@@ -27,7 +27,7 @@ from stackwise import files
 from stackwise.data.preparation import Cache
 from stackwise.durable import write_json
 from stackwise.errors import NotFound, UsageError
-from stackwise.identity import Hex, content_id, digest, is_hex_id
+from stackwise.identity import Hex, content_id, digest, digest_of_pieces, is_hex_id
 from stackwise.pretrained.families import (
     BLOCK,
     FAMILIES,
@@ -168,12 +168,24 @@ class Reader:
         return shape if ref.rows is None else (ref.rows[1] - ref.rows[0], *shape[1:])
 
     def bands(self, ref: TensorRef) -> Iterator[bytes]:
-        """The bytes of a whole tensor as they are in its file, piece by piece."""
+        """The bytes of a tensor that is not turned, piece by piece."""
         stored, path = self.stored(ref), self._directory / ref.file
+        first, last = self._range(ref)
         with io.FileIO(files.open_regular(path), "rb") as file:
-            file.seek(stored.begin)
-            for start in range(0, stored.nbytes, BAND_BYTES):
-                yield file.read(min(BAND_BYTES, stored.nbytes - start))
+            file.seek(stored.begin + first)
+            while first < last:
+                if not (piece := file.read(min(BAND_BYTES, last - first))):
+                    raise UsageError(f"{path} cannot be read: it is cut off", hint=AGAIN)
+                first += len(piece)
+                yield piece
+
+    def _range(self, ref: TensorRef) -> tuple[int, int]:
+        """First and last byte of a tensor that is not turned, counted from that of the file's tensor."""
+        stored = self.stored(ref)
+        if ref.rows is None:
+            return 0, stored.nbytes
+        row = stored.nbytes // max(1, stored.shape[0])
+        return ref.rows[0] * row, ref.rows[1] * row
 
     def read(self, ref: TensorRef) -> np.ndarray[Any, Any]:
         """A tensor as its part has it, in unsigned integers of its dtype's width.
@@ -186,8 +198,7 @@ class Reader:
         path = self._directory / ref.file
         with io.FileIO(files.open_regular(path), "rb") as file:
             if not ref.transpose:
-                width = math.prod(stored.shape[1:]) * values.itemsize if stored.shape else values.itemsize
-                file.seek(stored.begin + (ref.rows[0] * width if ref.rows else 0))
+                file.seek(stored.begin + self._range(ref)[0])
                 _fill(file, values, path)
                 return values
             # Turned in bands of the file's rows: never is the whole of it in memory beside the result.
@@ -201,6 +212,12 @@ class Reader:
                 _fill(file, band, path)
                 values[:, start : start + len(band)] = band[:, first:last].T
         return values
+
+    def digest(self, ref: TensorRef) -> Hex:
+        """The digest of a tensor's bytes, as its part has it."""
+        if ref.transpose:
+            return digest(self.read(ref).reshape(-1).view(np.uint8))
+        return digest_of_pieces(self.bands(ref))
 
     def tensor(self, ref: TensorRef) -> torch.Tensor:
         """The same as a tensor of torch, in the file's dtype."""
@@ -320,10 +337,8 @@ class Checkpoint:
         if part not in memory:
             entries = []
             for name, ref in sorted(self._names[part].items()):
-                values = self._reader.read(ref)
-                dtype = FLOATS[self._reader.stored(ref).dtype][0]
-                entries.append([name, dtype, list(values.shape), digest(values.reshape(-1).view(np.uint8))])
-                del values  # or two tensors would be in memory while the next one is read
+                dtype, shape = FLOATS[self._reader.stored(ref).dtype][0], list(self._reader.shape(ref))
+                entries.append([name, dtype, shape, self._reader.digest(ref)])
             memory[part] = content_id("part", entries)
             if (path := self._memory_path) is not None:
                 with contextlib.suppress(OSError):

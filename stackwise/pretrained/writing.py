@@ -46,6 +46,7 @@ from stackwise.pretrained.families import (
     config_json,
     family_of,
 )
+from stackwise.pretrained.keys import SPECIAL
 
 BUFFER_BYTES = 4 << 20
 """Bytes that are converted, turned and written at once: more than a row of any matrix."""
@@ -375,6 +376,8 @@ def _write(
     config = config_json(family, description if tied else whole) | {"architectures": architectures}
     if integers:
         config["quantization_config"] = quantization_config(integers, ["lm_head"])
+    if source is not None:  # of several ids that end a text, as they were
+        config |= {key: source.raw[key] for key in SPECIAL[:3] if source.raw.get(key) is not None}
     _write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     if description.causal and not family.native:
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

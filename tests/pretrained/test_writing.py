@@ -442,7 +442,7 @@ def test_the_tokens_of_a_source_stay_and_its_files_come_along(tmp_path: Path) ->
     given = {"source": checkpoint, "separator_id": 3, "mask_token_id": 4, "tokenizer_json": tokenizer()}
     export(tmp_path / "out", back.front, stages(back, True), about, **given)
     read = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in JSONS}
-    assert (read["config"]["bos_token_id"], read["config"]["eos_token_id"]) == (7, 8)
+    assert (read["config"]["bos_token_id"], read["config"]["eos_token_id"]) == (7, [8, 9])
     assert read["config"]["stackwise"]["mask_token_id"] == 4
     assert read["tokenizer_config"]["chat_template"] == "x"
     assert read["generation_config"] == {"temperature": 0.6}
