@@ -18,7 +18,7 @@ from stackwise.durable import unusable, write_bytes
 from stackwise.errors import InterruptedRun, StackWiseError, UsageError
 from stackwise.files import read_bytes
 from stackwise.pipeline.events import Emit, Event
-from stackwise.pipeline.initial import settle_mask, tokenizer_limit
+from stackwise.pipeline.initial import open_weights, settle_mask, tokenizer_limit
 from stackwise.pipeline.plan import check_data
 from stackwise.pipeline.run import PREPARING, RunDirectory
 from stackwise.store import ActivationStore
@@ -154,6 +154,8 @@ def prepare_data(config: StackWiseConfig, emit: Emit, check: Callable[[], None])
         emit("note", text=f"data.paths: {line}")
     for note in unused_beside_prepared(config.data):
         emit("note", text=note)
+    for line in open_weights(config).notes if config.init.weights is not None else ():
+        emit("note", text=f"init.weights: {line}")
     if (mask := settle_mask(config, data.tokenizer)) is not None:
         emit("note", text=mask)
     check_data(config, data)
