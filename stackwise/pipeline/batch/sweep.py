@@ -23,7 +23,7 @@ from typing import Any
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.data import PreparedData, prepare
-from stackwise.errors import BusyError, InterruptedRun, NoSpaceError, StackWiseError, UsageError
+from stackwise.errors import BusyError, DamageError, InterruptedRun, NoSpaceError, StackWiseError, UsageError
 from stackwise.identity import content_id
 from stackwise.pipeline.batch.grid import Combination
 from stackwise.pipeline.costs import boundaries_bytes, settle_windows
@@ -201,7 +201,7 @@ class Sweep:
         settled: dict[str, StackWiseConfig] = {}
         prepared: dict[str, PreparedData] = {}
         data: dict[str, PreparedData] = {}  # by the run's name
-        first: UsageError | None = None
+        first: UsageError | DamageError | None = None
         for member in self.members:
             config = member.combination.config
             try:
@@ -221,7 +221,7 @@ class Sweep:
                 with planned(config, prepared[key], self.run_directory(member).store_path(config)) as plan:
                     member.decisions = preview(plan).decisions
                     member.boundaries = boundaries_bytes(plan) if config.windows > 1 else 0
-            except UsageError as error:
+            except (UsageError, DamageError) as error:
                 member.failure, first = error.message, first or error
         if first is not None and all(member.failure is not None for member in self.members):
             raise first
