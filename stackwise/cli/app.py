@@ -28,7 +28,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "stage": ("run:stage", "Train one stage alone; show the schedule."),
         "status": ("look:status", "Show run status."),
         "sweep": ("sweep:sweep", "Run every combination of values; common stages train once."),
-        "compare": ("sweep:compare", "Compare runs: settings that differ, and results."),
+        "compare": ("look:compare", "Compare runs: settings that differ, and results."),
     },
     "Use what was trained": {
         "eval": ("use:evaluate", "Held-out bits per byte, loss and accuracy by depth."),

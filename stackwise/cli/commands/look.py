@@ -1,12 +1,14 @@
-"""Commands that look at a run: `stackwise status`, `report`."""
+"""Commands that look at runs: `stackwise status`, `report`, `compare`."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from stackwise.cli.drawing import show
+from stackwise.cli.drawing import Table, show, state
 from stackwise.cli.options import as_json, find_run, run_option, watch_option
-from stackwise.cli.output import say
+from stackwise.cli.output import Styled, print_json, say, say_all
 from stackwise.cli.tables import status_table
 
 
@@ -31,3 +33,32 @@ def report(run: str | None) -> None:
     from stackwise import report as reports
 
     say(reports.write(find_run(run)))
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN…")
+@as_json
+def compare(runs: tuple[str, ...], as_json: bool) -> None:
+    """A table of runs: the settings that differ, loss by stage, held-out bits a byte, time, stages reused."""
+    from stackwise.report.compare import Entry
+    from stackwise.report.compare import compare as comparison
+
+    value = comparison([Entry(find_run(run)) for run in runs])
+    print_json(value) if as_json else show_comparison(value)
+
+
+def show_comparison(value: dict[str, Any]) -> None:
+    """The table of a comparison, and under it what failed."""
+    from stackwise.report.compare import best, cells, summary
+
+    columns, rows = cells(value)
+    at = columns.index("state")
+    table = Table(*columns, right=range(at + 2, len(columns)))
+    for number, row in enumerate(rows):
+        # The best one stands out.
+        table.add_row(*row[:at], state(row[at]), *row[at + 1 :], style="bold" if number == best(value) else "")
+    say_all(table.lines())
+    for run in value["runs"]:
+        if run["failure"]:
+            say(Styled(f"{run['name']}: {run['failure']}", "red"))
+    say(Styled(summary(value), "dim"))

@@ -1,4 +1,4 @@
-"""`stackwise sweep` and `stackwise compare`."""
+"""`stackwise sweep`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stackwise import words
-from stackwise.cli.drawing import Table, phases, state
-from stackwise.cli.options import RUNS, as_json, config_argument, find_run, load, max_time_option, preset_option
-from stackwise.cli.output import Styled, keep_going_without_output, print_event, print_json, say, say_all
+from stackwise.cli.commands.look import show_comparison
+from stackwise.cli.drawing import Table, phases
+from stackwise.cli.options import RUNS, as_json, config_argument, load, max_time_option, preset_option
+from stackwise.cli.output import keep_going_without_output, print_event, print_json, say, say_all
 from stackwise.cli.views import RunView, watcher
 from stackwise.errors import StackWiseError
 
@@ -83,17 +84,6 @@ def sweep(
         )
 
 
-@click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN…")
-@as_json
-def compare(runs: tuple[str, ...], as_json: bool) -> None:
-    """A table of runs: the settings that differ, loss by stage, held-out bits a byte, time, stages reused."""
-    from stackwise.report.compare import Entry
-    from stackwise.report.compare import compare as comparison
-
-    _show(comparison([Entry(find_run(run)) for run in runs]), as_json)
-
-
 def _carry_out(chosen: Sweep, as_json: bool, max_time: float | None) -> None:
     def show_event(event: Event) -> None:
         if as_json:
@@ -139,27 +129,8 @@ def _show_results(chosen: Sweep, as_json: bool) -> None:
         print_event({"event": "sweep", **value})
         return
     say()
-    _show(value, as_json=False)
+    show_comparison(value)
     say(f"table: {page}")
-
-
-def _show(value: dict[str, Any], as_json: bool) -> None:
-    from stackwise.report.compare import best, cells, summary
-
-    if as_json:
-        print_json(value)
-        return
-    columns, rows = cells(value)
-    at = columns.index("state")
-    table = Table(*columns, right=range(at + 2, len(columns)))
-    for number, row in enumerate(rows):
-        # The best is bold.
-        table.add_row(*row[:at], state(row[at]), *row[at + 1 :], style="bold" if number == best(value) else "")
-    say_all(table.lines())
-    for run in value["runs"]:
-        if run["failure"]:
-            say(Styled(f"{run['name']}: {run['failure']}", "red"))
-    say(Styled(summary(value), "dim"))
 
 
 def _show_outlook(chosen: Sweep, order: list[Member], as_json: bool) -> None:
