@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import errno
-import json
 import os
 import re
 import sys
@@ -177,6 +176,8 @@ def print_event(event: dict[str, Any]) -> None:
 
 
 def _json(value: Any, indent: int | None = None) -> str:
+    import json  # here: `--help` does without
+
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
     text = json.dumps(value, indent=indent, ensure_ascii=not encoding.startswith("utf"))
     # What json leaves as it is, a terminal would obey; within a string any character may be written by its number.
