@@ -1,6 +1,6 @@
 """Capturing hidden states beside the bare forward pass of `transformers`, and reading them beside computing them again.
 
-    python -m benchmarks.capture [--width 512] [--blocks 8] [--rows 64] [--rounds 5]
+    python -m benchmarks.capture [--width 512] [--blocks 8] [--rows 32] [--rounds 5]
 
 A LLaMA of random weights is written as a checkpoint. In each round the same rows go, in batches of the same size,
 through the blocks of `transformers` (whose results are thrown away), and through `stackwise.capture` into a fresh store
@@ -36,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--width", type=positive, default=512, metavar="N", help="d_model, in heads of 64; default 512")
     add("--blocks", type=positive, default=8, metavar="N", help="blocks; default 8")
-    add("--rows", type=positive, default=64, metavar="N", help="rows; default 64")
+    add("--rows", type=positive, default=32, metavar="N", help="rows; default 32")
+    add("--batch-size", type=positive, default=8, metavar="N", help="rows that go forward together; default 8")
     add("--seq-len", type=positive, default=256, metavar="N", help="tokens of a row; default 256")
     add("--codec", default="bf16", help="codec of the boundary; default bf16")
     add("--rounds", type=positive, default=5, metavar="N", help="rounds of all three; default and least 5")
@@ -60,8 +61,7 @@ def measure(options: argparse.Namespace) -> Result:
         if (precision := describe(device)["precision"]) == "bf16":
             model.to(torch.bfloat16)
         race = _Race(options, root, model, device)
-        race.capture("settle")
-        race.forward()
+        race.forward()  # kernels, memory
         rounds = [race.round(number) for number in range(max(5, options.rounds))]
     return {
         "device": describe(device)["name"],
@@ -69,6 +69,7 @@ def measure(options: argparse.Namespace) -> Result:
         "parameters": sum(p.numel() for p in model.parameters()),
         "rows": options.rows,
         "seq_len": options.seq_len,
+        "batch_size": options.batch_size,
         "codec": options.codec,
         "rounds": len(rounds),
         **{key: Spread.of(one[key] for one in rounds).plain() for key in rounds[0]},
@@ -144,6 +145,7 @@ class _Race:
             store=self.root / name,
             rows=options.rows,
             seq_len=options.seq_len,
+            batch_size=options.batch_size,
             codec=options.codec,
             device=options.device,
         )
@@ -153,11 +155,9 @@ class _Race:
         """Seconds of the bare forward pass."""
         import torch
 
-        from stackwise.training.forward import forward_rows
-
         begun = time.perf_counter()
         with torch.inference_mode():
-            for tokens_BS in torch.split(self.rows_BS, forward_rows(self.options.seq_len)):
+            for tokens_BS in torch.split(self.rows_BS, self.options.batch_size):
                 self.model(tokens_BS.to(self.device), use_cache=False)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -185,10 +185,11 @@ def _section(result: Result) -> Section:
     )
     text = (
         f"A LLaMA of {words.count(result['parameters'])} parameters without its head, in {result['precision']}; "
-        f"{result['rows']} rows of {result['seq_len']} tokens through all blocks, stored as {result['codec']} with "
-        f"fsync, read in shuffled order with every digest checked; {result['rounds']} rounds, in each of which all "
-        "three take turns: median (smallest to largest), shares within a round. From call to return counts what does "
-        "not grow with the rows too: opening checkpoint and data, loading the weights, finishing the boundary."
+        f"{result['rows']} rows of {result['seq_len']} tokens through all blocks, {result['batch_size']} at a time, "
+        f"stored as {result['codec']} with fsync, read in shuffled order with every digest checked; "
+        f"{result['rounds']} rounds, in each of which all three take turns: median (smallest to largest), shares "
+        "within a round. From call to return counts what does not grow with the rows too: opening checkpoint and "
+        "data, loading the weights, finishing the boundary."
     )
     return Section("capture", "Capturing hidden states", text, body, result["device"], result)
 

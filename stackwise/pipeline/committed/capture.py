@@ -169,8 +169,8 @@ def capture(
     digests = list[Hex]()
     for part in (FRONT, *map(block_part, range(depths[-1]))):
         _check(halt)
-        report(Progress("reading weights", len(digests), depths[-1] + 1))
         digests.append(checkpoint.digest(part))
+        report(Progress("reading weights", len(digests), depths[-1] + 1))
     batch_rows = options.get("batch_size") or forward_rows(config.training.seq_len)
     forward = _forward(checkpoint, config, batch_rows)
     with contextlib.ExitStack() as stack:
@@ -220,7 +220,8 @@ class _Work:
             while missing := [depth for depth in depths if writers[depth].info.state != "complete"]:
                 self._pass(missing, writers)
             found = {depth: writer.info for depth, writer in writers.items()}
-        for name in self.between:
+        wanted = {name for run in self.store.runs().values() for name in run["boundaries"]}
+        for name in self.between - wanted:  # another capture may have begun one of them for itself
             self.store.drop(name)
         return Captured(self.store.path, found, rows * seq_len, self.computed * seq_len, self.seconds)
 
