@@ -33,7 +33,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Use what was trained": {
         "eval": ("use:evaluate", "Held-out bits per byte, loss and accuracy by depth."),
         "generate": ("use:generate", "Continue a text, or fill in its holes."),
-        "export": ("use:export", "One fused safetensors with its configuration and tokenizer."),
+        "export": ("use:export", "The fused rack as safetensors, for transformers or for StackWise."),
         "capture": ("capture:capture", "Hidden states of a pretrained model, into a store."),
         "report": ("look:report", "Write a run's report.html again."),
     },

@@ -18,6 +18,7 @@ from stackwise.config import DataConfig
 from stackwise.data import PreparedData, Split, prepare, require_samples
 from stackwise.errors import NotFound, UsageError
 from stackwise.evaluation import HeldOut, Measure, StageModules, evaluate
+from stackwise.files import expanded
 from stackwise.identity import derive_seed, generator
 from stackwise.model import enter
 from stackwise.pipeline.committed.load import CommittedRack, load_model, load_rack
@@ -27,7 +28,8 @@ from stackwise.pipeline.recipe import forward_specification, trunk_id
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import HEAD, Stage
-from stackwise.pretrained.writing import Exported, ExportOptions, export
+from stackwise.pretrained import Checkpoint
+from stackwise.pretrained.writing import Exported, ExportOptions, export, export_checkpoint
 from stackwise.store import ActivationStore, BoundaryInfo, Recompute
 from stackwise.training.forward import forward_rows
 
@@ -277,10 +279,21 @@ def _segments(rack: CommittedRack, samples_B: np.ndarray, seq_len: int) -> torch
 
 
 def export_model(weights: str, out: Path, options: ExportOptions, report: Callable[[str], None]) -> Exported:
-    """Write a pretrained model again: in its own dtype where no other is asked for. See `export_rack`, `load_model`."""
-    rack = load_model(weights, torch.device("cpu"), report)
-    if options.dtype is None:
-        checkpoint = getattr(open_weights(rack.config), "checkpoint", None)
-        narrow = None if checkpoint is None else getattr(torch, checkpoint.dtype)
-        options = dataclasses.replace(options, dtype=narrow)
-    return export_rack(rack, out, options)
+    """Write a pretrained model again, its tensors as they are where no other dtype is asked for.
+
+    Args:
+        weights: A directory of Hugging Face's layout, an export, or a finished run.
+        out: The directory to make.
+        options: How.
+        report: Called with a line on what the model lacks.
+
+    Raises:
+        NotFound: There is nothing there.
+        UsageError: It is no model, or the directory is in use.
+    """
+    if RunDirectory(path := expanded(weights).absolute()).manifest_file.exists():
+        return export_rack(load_model(weights, torch.device("cpu"), report), out, options)
+    checkpoint = Checkpoint(path)
+    for line in checkpoint.notes:
+        report(line)
+    return export_checkpoint(out, checkpoint, options)
