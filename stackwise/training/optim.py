@@ -1,4 +1,4 @@
-"""Learning rates, and optimizers as they are made for parameters; the kinds of them are in `optimizers.py`."""
+"""Learning rates, and optimizers as they are made for parameters; the kinds of them are in `kinds.py`."""
 
 from __future__ import annotations
 
