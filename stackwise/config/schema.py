@@ -152,6 +152,26 @@ class InitConfig(Section):
     )
 
 
+class DistillationConfig(Section):
+    """A teacher that the stages are drawn to, beside what they learn by themselves."""
+
+    teacher: Annotated[Text, Field(min_length=1)] | None = Field(
+        None,
+        description="directory of the teacher (a Hugging Face directory or an export), of the same tokens; null: none",
+    )
+    match: Literal["mse", "cosine", "both", "none"] = Field(
+        "mse", description="how a stage of some blocks is drawn to the teacher's hidden states, normed; none: it is not"
+    )
+    at: list[Count] | None = Field(
+        None, description="the teacher's depth (blocks below) for each stage; null: as far up as the stage is"
+    )
+    task_weight: Positive = Field(0.5, description="weight of the objective beside the teacher's")
+    top_k: Annotated[int, Field(ge=1, le=4096)] = Field(
+        64, description="the teacher's likeliest tokens that are kept of each position, for a stage of all blocks"
+    )
+    temperature: Positive = Field(1.0, description="softens both distributions over these tokens")
+
+
 class StageOverrides(Section):
     """What one stage does differently: only the keys that were set count."""
 
@@ -184,6 +204,7 @@ class Settings(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     slurm: SlurmConfig = Field(default_factory=SlurmConfig)
+    distillation: DistillationConfig = Field(default_factory=DistillationConfig)
     stages: dict[Count, StageOverrides] = Field(
         default_factory=dict,
         description="what single stages do differently, as {2: {precision: fp8, training: {learning_rate: 1e-3}}}",

@@ -140,6 +140,8 @@ def unused_settings(config: Settings) -> list[str]:
             ("fuse_passes keep", not stored and f"store.every is {store.every}: none is stored"),
         ],
     )
+    distillation, others = config.distillation, "match at task_weight top_k temperature"
+    lines.section("distillation", distillation, [(others, distillation.teacher is None and "there is no teacher")])
     tracking = config.tracking
     off = not any(tracker.named for tracker in tracking.trackers)  # event files have no projects
     lines.section("tracking", tracking, [("project group name", off and "no tracker in use knows runs by name")])

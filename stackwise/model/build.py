@@ -143,6 +143,14 @@ def build_head(
     return head
 
 
+def build_match(width: int, d_model: int, seed: int) -> nn.Linear:
+    """A fresh layer from the student's width to the teacher's, without a bias: drawn orthogonal, as it keeps sizes."""
+    generator = torch.Generator("cpu").manual_seed(derive_seed(seed, "match", width, d_model))
+    layer = nn.Linear(d_model, width, bias=False, device="meta").to_empty(device="cpu")
+    nn.init.orthogonal_(layer.weight, generator=generator)
+    return layer
+
+
 def build_rack(
     config: ModelConfig,
     vocab_size: int,

@@ -143,6 +143,8 @@ class Head(nn.Module):
         )
         self.register_parameter("projection", projection)
         self.register_parameter("bias", None)
+        self.match: nn.Linear | None = None
+        """From d_model to a teacher's width, where a stage is drawn to hidden states of another width."""
         is_parameter = isinstance(embedding, nn.Parameter)
         self.register_buffer("fixed", None if is_parameter else embedding, persistent=False)
         # In a tuple, where nn.Module does not look for parameters.

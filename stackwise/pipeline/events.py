@@ -197,6 +197,7 @@ EVENTS: dict[str, Kind] = {
     "reused": Kind(lambda event: f"reused ({event['reason']})", shown_by="table"),
     # its boundary
     "writing": Kind(_writing, shown_by="table"),
+    "teacher": Kind(lambda event: f"the teacher {event['model']} goes over its {words.plural(event['rows'], 'row')}"),
     "filling": Kind(_filling),
     "recomputing": Kind(_text),
     "boundary": Kind(shown_by="progress"),

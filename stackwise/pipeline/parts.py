@@ -17,7 +17,7 @@ from stackwise.errors import DamageError
 from stackwise.identity import derive_seed
 from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
 from stackwise.model.block import COMPUTE
-from stackwise.model.build import allocate
+from stackwise.model.build import allocate, build_match
 from stackwise.model.projections import (
     LEARNED,
     PACKED,
@@ -30,6 +30,7 @@ from stackwise.model.projections import (
     train_scales,
 )
 from stackwise.objectives import AdaptationObjective, RuntimeObjective, make_objective
+from stackwise.objectives.distillation import DistillationObjective
 from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat, Stage, adapter_part
 from stackwise.pretrained.checkpoint import read_tensors
@@ -38,6 +39,9 @@ from stackwise.training.checkpoint import TensorFile, reason
 from stackwise.training.stage import StageModel
 
 M = TypeVar("M", bound=nn.Module)
+
+MATCH = "match.weight"
+"""What a head's layer towards a teacher is called in its file."""
 
 RETRAINED = "run again: its stage is retrained"
 ELSEWHERE = "check that the file is that of the model which the configuration describes"
@@ -158,7 +162,13 @@ def make_block(
 
 
 def make_head(
-    config: StackWiseConfig, vocab_size: int, source: Source, embedding_VD: torch.Tensor | None, *, own: bool
+    config: StackWiseConfig,
+    vocab_size: int,
+    source: Source,
+    embedding_VD: torch.Tensor | None,
+    *,
+    own: bool,
+    match: int | None = None,
 ) -> Head:
     """A head.
 
@@ -166,13 +176,20 @@ def make_head(
         source: Its weights; those of a tied head hold no projection.
         embedding_VD: What a tied head projects with: the front's parameter (shared), or a plain tensor.
         own: Give a tied head a projection of its own that starts as a copy.
+        match: The teacher's width, where a layer is to match it; None: there is no such layer.
     """
     tensors = load_part(source, vocab_size)
     if tensors is not None and "projection" in tensors:
         embedding_VD, own = None, False
     head = build_head(config.model, vocab_size, config.seed, embedding_VD).to(dtype_of(config))
     if tensors is not None:
+        if match is None:
+            tensors.pop(MATCH, None)  # of the stage that was drawn to a teacher, and of no use without
+        elif MATCH in tensors:
+            head.match = build_match(match, config.model.d_model, config.seed)
         _fill(head, tensors, source)
+    if match is not None and head.match is None:
+        head.match = build_match(match, config.model.d_model, config.seed)
     if own and embedding_VD is not None:
         head.untie()
     return head
@@ -196,7 +213,7 @@ def stage_model(job: StageJob, config: StackWiseConfig) -> StageModel:
         if config.model.tie_embeddings:
             embedding = front.embedding.weight if front is not None else embedding_of(job, config)
         own = owns_projection(config, stage)
-        head = make_head(config, job.vocab_size, job.initial[HEAD], embedding, own=own)
+        head = make_head(config, job.vocab_size, job.initial[HEAD], embedding, own=own, match=job.match)
     objective = objective_of(config, job.mask_token, job.vocab_size, stage)
     model = StageModel(front, blocks, head, objective, config.precision, beyond)
     for part, module in parts_of(model, job.stage).items():
@@ -234,7 +251,10 @@ def objective_of(config: StackWiseConfig, mask_token: int, vocab_size: int, stag
     """The objective that a stage trains."""
     if stage.causal_from is not None:
         return AdaptationObjective(mask_token, stage.causal_from, config.seed)
-    return make_objective(config.training, mask_token, vocab_size, config.seed)
+    task = make_objective(config.training, mask_token, vocab_size, config.seed)
+    if config.distillation.teacher is None:
+        return task
+    return DistillationObjective(task, config.distillation)
 
 
 def parts_of(model: StageModel, stage: Stage) -> dict[str, nn.Module]:
@@ -356,7 +376,7 @@ class JobParts:
                 if front is None
                 else make_front(config, job.vocab_size, front).embedding.weight.detach()
             )
-        return make_head(config, job.vocab_size, source, embedding_VD, own=self._owns)
+        return make_head(config, job.vocab_size, source, embedding_VD, own=self._owns, match=job.match)
 
 
 def _made_by_its_values(part: nn.Module) -> bool:

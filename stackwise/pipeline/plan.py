@@ -26,6 +26,7 @@ from stackwise.pipeline.recipe import (
 )
 from stackwise.pipeline.rows import HELD_OUT, drawn_rows, put_rows, rows_key
 from stackwise.pipeline.schedule import FRONT, Stage, drawn_and_window, schedule, stage_below
+from stackwise.pipeline.teacher import Teacher
 from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
 
 
@@ -132,6 +133,10 @@ class Plan:
         self.forward = forward_specification(config, self.vocabulary.size, self.vocabulary.mask, data.id)
         self.known_rowsets = known_rowsets if known_rowsets is not None else {}
         self.sources = dict(sources or {})
+        self.teacher = None
+        if config.distillation.teacher is not None:
+            self.teacher = Teacher(config, self.vocabulary.size, self.vocabulary.mask, data.id)
+            self.teacher.check_data(data)
 
     def rowset(self, number: int) -> tuple[str, int]:
         """Id and rows of a rowset; it is put into the store where it is not there yet."""
@@ -182,18 +187,18 @@ class Plan:
             rows,
             {part: source.digest for part, source in starts(stage, versions).items()},
             self.trunk(stage, versions),
-            self._inputs(held_out=heeds),
+            self._inputs(stage, held_out=heeds),
             self.rowset(HELD_OUT)[0] if heeds else None,
         )
         return stage_recipe(self.config, stage, self.forward, self.span(stage), reads)
 
-    def _inputs(self, *, held_out: bool) -> dict[str, str]:
-        """Digests of the columns that the objective needs, and of those of the held-out side where it is heeded."""
+    def _inputs(self, stage: Stage, *, held_out: bool) -> dict[str, str]:
+        """Digests of what the objective needs: columns, those of the held-out side where it is heeded; a teacher."""
         names = self.config.objective.inputs
         inputs = {name: self.data.train.column_digest(name) for name in names}
         if held_out:
             inputs |= {f"held-out {name}": self.data.held_out.column_digest(name) for name in names}
-        return inputs
+        return inputs | (self.teacher.inputs(stage) if self.teacher is not None else {})
 
     def committed(self, recipe: str) -> CommittedStage | None:
         """A committed stage, its files unchecked; None where there is none, or its record is damaged."""
@@ -333,6 +338,7 @@ class Plan:
             held_out=held_out,
             held_out_reads=entry.held_out,
             writes_held_out=writes_held_out,
+            match=self.teacher.match(stage) if train and self.teacher is not None else None,
         )
 
     def _stored(self, rowset: str) -> bool:

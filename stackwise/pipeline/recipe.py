@@ -138,6 +138,9 @@ def stage_settings(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
     rates = {str(block): settings.block_learning_rates[block] for part, block in held.items() if part in stage.holds}
     values = settings.specification(config.precision)
     values["objective"] = config.objective.scoring() | config.objective.code
+    distillation = config.distillation
+    if distillation.teacher is not None:  # which teacher and at what depth, is among the inputs
+        values["distillation"] = distillation.model_dump(include={"match", "task_weight", "temperature"})
     if rates:
         values["block_learning_rates"] = rates
     if settings.divergence.goes_back:  # what a rollback goes back to

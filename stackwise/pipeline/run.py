@@ -288,6 +288,8 @@ def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
     config.tracking.trackers = [tracker.placed(absolute) for tracker in config.tracking.trackers]
     if config.init.weights is not None:
         config.init.weights = absolute(config.init.weights)
+    if config.distillation.teacher is not None:
+        config.distillation.teacher = absolute(config.distillation.teacher)
     return config
 
 

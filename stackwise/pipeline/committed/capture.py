@@ -27,7 +27,7 @@ from stackwise.durable import FileLock
 from stackwise.errors import InterruptedRun, UsageError
 from stackwise.files import expanded
 from stackwise.identity import Hex, content_id
-from stackwise.objectives.objectives import CLMObjective
+from stackwise.objectives import CLMObjective, RuntimeObjective
 from stackwise.pipeline.device import describe, memory, resolve_device
 from stackwise.pipeline.job import Source
 from stackwise.pipeline.parts import make_block, make_front
@@ -182,12 +182,14 @@ def capture(
             opened, opened.rowset(rowset), split, choose_samples(config, split, 0), config.training.seq_len
         )
         trunks = [trunk_id(forward, digests[: depth + 1], {}) for depth in range(depths[-1] + 1)]
-        work = _Work(checkpoint, config, opened, feed, trunks, batch_rows, report, halt, options.get("memory"))
+        work = PartwiseCapture(
+            checkpoint, config, opened, feed, trunks, batch_rows, report, halt, options.get("memory")
+        )
         return work.run(depths)
 
 
 @dataclass
-class _Work:
+class PartwiseCapture:
     """One capture: what it reads, what it writes, and how far it is."""
 
     checkpoint: Checkpoint
@@ -198,7 +200,9 @@ class _Work:
     batch_rows: int
     report: Callable[[Progress], None]
     stop: Callable[[], bool]
-    memory: int | None
+    memory: int | None = None
+    objective: RuntimeObjective | None = None
+    """What is shown of each row, and how attention looks; None: the tokens, in the model's own direction."""
     between: set[Hex] = field(default_factory=set)
     """Boundaries that are there for this capture alone."""
 
@@ -272,8 +276,10 @@ class _Work:
             front = make_front(self.config, about.vocab_size, self._source(FRONT))
         parts = [block_part(index) for index in range(max(0, low), high)]
         blocks = [make_block(self.config, part, {part: self._source(part)}).to(self.device) for part in parts]
-        objective = CLMObjective()
-        objective.causal = about.causal  # what it shows is the tokens themselves, either way
+        objective = self.objective
+        if objective is None:
+            objective = CLMObjective()
+            objective.causal = about.causal  # what it shows is the tokens themselves, either way
         stage = StageModel(front, blocks, None, objective, self.config.precision)
         return stage.requires_grad_(False).eval().to(self.device)
 

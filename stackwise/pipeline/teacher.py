@@ -1,0 +1,134 @@
+"""A teacher beside a run: which of its numbers each stage is drawn to, by content; written before the stage trains.
+
+They are boundaries like any other, of the same rows under the same masks: hidden states at a depth, or the likeliest
+tokens. One that is there is found again by whatever stage, run or sweep asks for it. No torch is imported here before
+something is to be written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.model import ModelConfig
+from stackwise.config.schema import DistillationConfig
+from stackwise.data import PreparedData
+from stackwise.data.prepared import TOKENIZER
+from stackwise.data.tokenizer import Tokenizer
+from stackwise.errors import UsageError
+from stackwise.files import expanded
+from stackwise.identity import Hex, content_id
+from stackwise.pipeline.recipe import forward_specification, trunk_id
+from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_part
+from stackwise.pretrained.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    pass
+
+TEACHER, LOGITS = "teacher", "teacher_logits"
+"""The inputs of a batch (see `stackwise.objectives.distillation`)."""
+
+PROBE = "Stages are trained one at a time; 1,234 tokens are 5% of 24,680. Straße, naïve, 東京, λ(x)\n\tdef f(x): ..."
+"""Text that two tokenizers are compared on."""
+
+
+class Teacher:
+    """The model of `distillation.teacher`.
+
+    Args:
+        config: The run's configuration, its model settled.
+        vocab_size: Ids that the student knows.
+        mask_token: The id shown at masked positions.
+        data: Id of the prepared data.
+
+    Raises:
+        NotFound: There is no model.
+        UsageError: It is none that could teach this run.
+    """
+
+    def __init__(self, config: StackWiseConfig, vocab_size: int, mask_token: int, data: Hex) -> None:
+        path = config.distillation.teacher
+        assert path is not None, "a run with a teacher"
+        self.settings, self._student = config.distillation, config
+        self.checkpoint = Checkpoint(expanded(path), config.data.cache_dir)
+        about = self.checkpoint.description
+        self.n_blocks, self.width, self.vocab_size = about.n_blocks, about.config.d_model, about.vocab_size
+        self.shared_ids = min(vocab_size, about.vocab_size)
+        self._check(mask_token)
+        sizes = {"vocab_size": about.vocab_size, "max_seq_len": about.max_seq_len}
+        model = ModelConfig.model_validate(about.config.model_dump() | sizes)
+        # What the teacher computes is that of a run of its own over these rows.
+        self.config = config.model_copy(update={"model": model, "distillation": DistillationConfig()})
+        self.forward = forward_specification(self.config, about.vocab_size, mask_token, data)
+
+    def _check(self, mask_token: int) -> None:
+        config, about, where = self._student, self.checkpoint.description, self.checkpoint.directory
+        if config.training.seq_len > about.max_seq_len:
+            raise UsageError(
+                f"distillation.teacher: {where} takes at most {about.max_seq_len} tokens, "
+                f"and training.seq_len is {config.training.seq_len}"
+            )
+        if about.causal != config.objective.causal:
+            raise UsageError(
+                f"distillation.teacher: {where} attends {'causally' if about.causal else 'both ways'}, "
+                f"and training.objective {config.objective.name} does not",
+                hint="choose an objective of the teacher's direction: clm for a causal one",
+            )
+        if config.objective.masks and mask_token >= about.vocab_size:
+            raise UsageError(f"distillation.teacher: {where} knows {about.vocab_size} ids, the mask is {mask_token}")
+        if wrong := [depth for depth in self.settings.at or () if depth > self.n_blocks]:
+            raise UsageError(f"distillation.at: {wrong[0]} is above the teacher's {self.n_blocks} blocks")
+
+    def check_data(self, data: PreparedData) -> None:
+        """Refuse data whose ids are not the teacher's.
+
+        Raises:
+            UsageError: They are not.
+        """
+        where = self.checkpoint.directory
+        highest = max(
+            len(split.counts.nonzero()[0]) and int(split.counts.nonzero()[0][-1])
+            for split in (data.train, data.held_out)
+        )
+        if highest >= self.vocab_size:
+            raise UsageError(f"distillation.teacher: {where} knows {self.vocab_size} ids, the data has id {highest}")
+        theirs, ours = self.checkpoint.tokenizer_json, Path(data.directory) / TOKENIZER
+        if theirs is not None and ours.exists():
+            one, other = (list(Tokenizer.load(path).encode_batch([PROBE])[0]) for path in (theirs, ours))
+            if one != other:
+                raise UsageError(
+                    f"distillation.teacher: {where} has another tokenizer than the data",
+                    hint=f"prepare the data with the teacher's: data.tokenizer: {theirs}",
+                )
+
+    @property
+    def top_k(self) -> int:
+        """How many of its likeliest tokens are kept of a position."""
+        return min(self.settings.top_k, self.shared_ids)
+
+    def depth(self, stage: Stage) -> int:
+        """How many of the teacher's blocks are below what a stage is drawn to."""
+        if self.settings.at is not None and stage.depth < len(self.settings.at):
+            return self.settings.at[stage.depth]
+        return max(1, round((stage.last + 1) * self.n_blocks / self._student.model.n_blocks))
+
+    def inputs(self, stage: Stage) -> dict[str, Hex]:
+        """What a stage is drawn to: names of inputs, and the trunks of their boundaries."""
+        whole = stage.first == 0 and stage.last == self._student.model.n_blocks - 1
+        if whole:
+            below = self.trunk(self.n_blocks)
+            head = self.checkpoint.digest(HEAD)
+            about = {"trunk": below, "head": head, "ids": self.shared_ids, "top_k": self.top_k}
+            return {LOGITS: content_id("likeliest", about)}
+        return {} if self.settings.match == "none" else {TEACHER: self.trunk(self.depth(stage))}
+
+    def match(self, stage: Stage) -> int | None:
+        """The width that a stage's hidden states are brought to; None: they have it, or are drawn to nothing."""
+        other = TEACHER in self.inputs(stage) and self.width != self._student.model.d_model
+        return self.width if other else None
+
+    def trunk(self, depth: int) -> Hex:
+        """The trunk whose boundary holds the hidden states that leave so many blocks."""
+        parts = [FRONT, *map(block_part, range(depth))]
+        return trunk_id(self.forward, [self.checkpoint.digest(part) for part in parts], {})

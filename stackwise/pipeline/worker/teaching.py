@@ -1,0 +1,175 @@
+"""A teacher's numbers for the rows of a stage: written where they are missing, then read beside everything else."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stackwise.batch import ACTIVATIONS
+from stackwise.data import PreparedData
+from stackwise.durable import FileLock
+from stackwise.errors import InterruptedRun
+from stackwise.identity import Hex
+from stackwise.model.rack import Head
+from stackwise.objectives import RuntimeObjective, make_objective
+from stackwise.objectives.distillation import likeliest
+from stackwise.pipeline.committed.capture import PartwiseCapture, Progress
+from stackwise.pipeline.job import Source
+from stackwise.pipeline.parts import load_part, make_head
+from stackwise.pipeline.recipe import boundary_chunk_rows
+from stackwise.pipeline.schedule import FRONT, HEAD
+from stackwise.pipeline.teacher import LOGITS, Teacher
+from stackwise.pipeline.worker.training import RESUME, StageContext
+from stackwise.store import BoundarySpec
+from stackwise.training.feed import Feed, RowSource
+from stackwise.training.forward import forward_rows, write_boundary
+from stackwise.training.stage import StageModel
+
+PROGRESS_SECONDS = 0.25  # between two events on how far the teacher is
+
+
+@contextlib.contextmanager
+def beside_teacher(context: StageContext) -> Iterator[StageContext]:
+    """The same work, its feeds bringing what the stage is drawn to.
+
+    The teacher goes over the rows part by part before the stage is in memory, and not again for the same rows.
+
+    Raises:
+        InterruptedRun: Told to stop; what was written stays.
+    """
+    config, job = context.config, context.job
+    if config.distillation.teacher is None or not job.train:
+        yield context
+        return
+    data = PreparedData.open(Path(job.data)).id
+    lesson = _Lesson(context, Teacher(config, job.vocab_size, job.mask_token, data))
+    with contextlib.ExitStack() as stack:
+        feed = lesson.added(stack, context.feed)
+        held_out = None if context.held_out is None else lesson.added(stack, context.held_out)
+        gc.collect()
+        yield replace(context, feed=feed, held_out=held_out)
+
+
+class _Lesson:
+    """One stage's: what of the teacher it needs, and for which rows."""
+
+    def __init__(self, context: StageContext, teacher: Teacher) -> None:
+        self._context, self._teacher = context, teacher
+        self._config = teacher.config.model_copy(update={"device": context.device.type})
+        self._emitted = 0.0
+
+    def added(self, stack: contextlib.ExitStack, feed: Feed) -> Feed:
+        """A feed with the teacher's sources beside its own."""
+        context, teacher = self._context, self._teacher
+        sources = dict(feed.sources)
+        context.event("teacher", model=str(teacher.checkpoint.directory), rows=feed.rowset.rows)
+        for name, trunk in teacher.inputs(context.stage).items():
+            if name == LOGITS:
+                boundary = self._likeliest(feed, trunk)
+            else:
+                boundary = self._hidden(feed, teacher.depth(context.stage))
+            reader = stack.enter_context(context.store.reader(boundary))
+            sources[name] = RowSource(boundary, reader.read)
+        return replace(feed, sources=sources)
+
+    def _hidden(self, feed: Feed, depth: int) -> Hex:
+        """The boundary with the hidden states at a depth."""
+        context, teacher, job = self._context, self._teacher, self._context.job
+        tokens = replace(feed, sources={n: source for n, source in feed.sources.items() if n != ACTIVATIONS})
+        trunks = [teacher.trunk(below) for below in range(depth + 1)]
+        lock = Path(job.store) / "locks" / f"work-{trunks[-1]}.lock"
+        with FileLock(lock, "the same teacher"):
+            work = PartwiseCapture(
+                teacher.checkpoint,
+                self._config,
+                context.store,
+                tokens,
+                trunks,
+                forward_rows(feed.seq_len),
+                self._report,
+                context.stop,
+                objective=self._objective(),
+            )
+            return work.run([depth]).boundaries[depth].id
+
+    def _likeliest(self, feed: Feed, trunk: Hex) -> Hex:
+        """The boundary with the likeliest tokens, made of the last hidden states."""
+        context, teacher, top_k = self._context, self._teacher, self._teacher.top_k
+        store, rowset = context.store, feed.rowset
+        spec = BoundarySpec(
+            trunk=trunk,
+            rowset=rowset.id,
+            depth=teacher.n_blocks + 1,
+            seq_len=feed.seq_len,
+            d_model=2 * top_k,
+            codec="fp32",  # an id must stay whole
+            chunk_rows=boundary_chunk_rows(self._config, rowset.rows),
+        )
+        with store.writer(spec) as writer:
+            store.register_run(f"teacher {writer.info.id}", recipes=[], boundaries=[writer.info.id])
+            if writer.info.state == "complete":
+                return writer.info.id
+            hidden = self._hidden(feed, teacher.n_blocks)
+            head = StageModel(
+                None,
+                [_Likeliest(self._head(), teacher.shared_ids, top_k)],
+                None,
+                self._objective(),
+                self._config.precision,
+            )
+            with store.reader(hidden) as reader:
+                above = feed.above(RowSource(hidden, reader.read, reader.stream))
+                done = write_boundary(
+                    [head.requires_grad_(False).to(context.device)],
+                    above,
+                    writer,
+                    context.device,
+                    progress=lambda done, total: self._report(Progress("the teacher's tokens", done, total)),
+                    stop=context.stop,
+                )
+            if not done.finished:
+                raise InterruptedRun("stopped while a teacher's tokens were written", hint=RESUME)
+        return writer.info.id
+
+    def _objective(self) -> RuntimeObjective:
+        job, config = self._context.job, self._context.config
+        return make_objective(config.training, job.mask_token, self._teacher.vocab_size, config.seed)
+
+    def _head(self) -> Head:
+        checkpoint, config = self._teacher.checkpoint, self._config
+
+        def source(part: str) -> Source:
+            return Source(str(checkpoint.directory), checkpoint.digest(part), names=checkpoint.names(part))
+
+        embedding = None
+        if config.model.tie_embeddings:
+            front = load_part(source(FRONT), self._teacher.vocab_size)
+            assert front is not None
+            embedding = front["embedding.weight"].float()
+        return make_head(config, self._teacher.vocab_size, source(HEAD), embedding, own=False)
+
+    def _report(self, progress: Progress) -> None:
+        if self._context.stop():
+            raise InterruptedRun("stopped while the teacher went over the rows", hint=RESUME)
+        if time.perf_counter() - self._emitted > PROGRESS_SECONDS:
+            self._emitted = time.perf_counter()
+            self._context.event("boundary", done=progress.done, total=progress.total)
+
+
+class _Likeliest(nn.Module):
+    """A head's likeliest tokens among the first ids, which the student knows: from [B, S, D] to [B, S, 2 K]."""
+
+    def __init__(self, head: Head, ids: int, top_k: int) -> None:
+        super().__init__()
+        self.head, self.ids, self.top_k = head, ids, top_k
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Row by row: the logits of one are in memory."""
+        return torch.stack([likeliest(self.head(x_SD)[:, : self.ids], self.top_k) for x_SD in x_BSD])
