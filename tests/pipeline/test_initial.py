@@ -25,7 +25,7 @@ from stackwise.data import PreparedData, prepare
 from stackwise.data.tokenizer import Tokenizer
 from stackwise.errors import ConfigError, UsageError
 from stackwise.identity import generator
-from stackwise.pipeline.initial import with_checkpoint
+from stackwise.pipeline.initial import settle_mask, with_checkpoint
 from stackwise.pipeline.job import committed_stages
 from stackwise.pipeline.parts import load_part
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
@@ -163,12 +163,14 @@ def weights_of(directory: RunDirectory) -> dict[str, dict[str, torch.Tensor]]:
         return {part: load_file(stage.path(part)) for part in stage.record["parts"]}
 
 
-@pytest.mark.parametrize(("name", "swap"), [("llama", "never"), ("llama", "always"), ("llama-biases", "always")])
+@pytest.mark.parametrize(("name", "swap"), [("llama", "never"), ("llama-biases", "always"), ("gpt2", "always")])
 def test_it_stays_with_a_loop_of_transformers(
     name: str, swap: str, tmp_path: Path, text: Path, checkpoints: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LlamaRMSNorm, "forward", wide_norm)
-    weights = checkpoints(name)
+    # A model of transformers in training drops out; the checkpoint's own rates would.
+    still = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if name == "gpt2" else {}
+    weights = checkpoints(name, **still)
     more = {"training.swap_parts": 2} if swap == "always" else {}
     config = configuration(weights, text, precision="fp64", **{"training.swap": swap} | more)
     run(config, tmp_path / "run")
@@ -176,14 +178,12 @@ def test_it_stays_with_a_loop_of_transformers(
     model, losses = loop_of_transformers(weights, directory, directory.config())
     np.testing.assert_allclose(losses_of(directory), losses, rtol=1e-6)  # which are logged in float32
     theirs, ours = model.state_dict(), weights_of(directory)
-    for part, there, here in (
-        ("front", "model.embed_tokens.weight", "embedding.weight"),
-        ("block.1", "model.layers.1.self_attn.k_proj.weight", "attention.k.weight"),
-        ("block.2", "model.layers.2.mlp.down_proj.weight", "ffn.down.weight"),
-        ("block.0", "model.layers.0.post_attention_layernorm.weight", "ffn_norm.weight"),
-        ("head", "model.norm.weight", "norm.weight"),
-    ):
-        torch.testing.assert_close(ours[part][here], theirs[there], rtol=1e-9, atol=1e-11)
+    checkpoint = Checkpoint(weights)
+    for part in checkpoint.parts:
+        for name, ref in checkpoint.names(part).items():
+            tensor = theirs[ref.name].T if ref.transpose else theirs[ref.name]
+            tensor = tensor if ref.rows is None else tensor[slice(*ref.rows)]
+            torch.testing.assert_close(ours[part][name], tensor, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -377,3 +377,22 @@ def test_a_run_and_a_model_are_not_both_meant(command: str, tmp_path: Path) -> N
     )  # fmt: skip
     assert done.returncode == 2
     assert "--run and --model are two models" in done.stderr
+
+
+def test_an_id_that_the_tokenizer_reserves_stands_for_masked_tokens(
+    tmp_path: Path, text: Path, checkpoints: Any
+) -> None:
+    shutil.copytree(checkpoints("llama"), tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"].pop()
+    vocabulary = content["model"]["vocab"]
+    last = vocabulary.pop(max(vocabulary, key=vocabulary.get))
+    reserved = {"id": last, "content": "<|reserved_special_token_0|>", "special": True, "normalized": False}
+    content["added_tokens"].append(reserved | {"single_word": False, "lstrip": False, "rstrip": False})
+    file.write_text(json.dumps(content))
+    config = configuration(tmp_path / "model", text, **{"training.objective": "mask_diffusion"})
+    line = settle_mask(config, Tokenizer.load(file))
+    assert line is not None
+    assert "reserves" in line
+    assert config.training.mask_token_id == last
