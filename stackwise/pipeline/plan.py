@@ -136,7 +136,7 @@ class Plan:
         self.teacher = None
         if config.distillation.teacher is not None:
             self.teacher = Teacher(config, self.vocabulary.size, self.vocabulary.mask, data.id)
-            self.teacher.check_data(data)
+            self.teacher.check(self.stages, data)
 
     def rowset(self, number: int) -> tuple[str, int]:
         """Id and rows of a rowset; it is put into the store where it is not there yet."""

@@ -7,6 +7,7 @@ something is to be written.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,13 +81,18 @@ class Teacher:
         if wrong := [depth for depth in self.settings.at or () if depth > self.n_blocks]:
             raise UsageError(f"distillation.at: {wrong[0]} is above the teacher's {self.n_blocks} blocks")
 
-    def check_data(self, data: PreparedData) -> None:
-        """Refuse data whose ids are not the teacher's.
+    def check(self, stages: Sequence[Stage], data: PreparedData) -> None:
+        """Refuse a stage drawn to tokens that the teacher has no head for, and data whose ids are not the teacher's.
 
         Raises:
-            UsageError: They are not.
+            UsageError: There is one, or they are not.
         """
         where = self.checkpoint.directory
+        if not self.checkpoint.names(HEAD) and any(map(self._is_whole, stages)):
+            raise UsageError(
+                f"distillation.teacher: {where} has no head, and a stage of all blocks is drawn to its tokens",
+                hint="name a teacher with a head, or train in stages of some blocks",
+            )
         highest = max(
             len(split.counts.nonzero()[0]) and int(split.counts.nonzero()[0][-1])
             for split in (data.train, data.held_out)
@@ -115,13 +121,15 @@ class Teacher:
 
     def inputs(self, stage: Stage) -> dict[str, Hex]:
         """What a stage is drawn to: names of inputs, and the trunks of their boundaries."""
-        whole = stage.first == 0 and stage.last == self._student.model.n_blocks - 1
-        if whole:
+        if self._is_whole(stage):
             below = self.trunk(self.n_blocks)
             head = self.checkpoint.digest(HEAD)
             about = {"trunk": below, "head": head, "ids": self.shared_ids, "top_k": self.top_k}
             return {LOGITS: content_id("likeliest", about)}
         return {} if self.settings.match == "none" else {TEACHER: self.trunk(self.depth(stage))}
+
+    def _is_whole(self, stage: Stage) -> bool:
+        return stage.first == 0 and stage.last == self._student.model.n_blocks - 1
 
     def match(self, stage: Stage) -> int | None:
         """The width that a stage's hidden states are brought to; None: they have it, or are drawn to nothing."""

@@ -96,4 +96,8 @@ def test_teachers_that_cannot_teach_are_refused(teacher: Path, micro: Micro, tmp
     ):
         with pytest.raises(UsageError):
             run(micro(**settings(teacher, **wrong)), tmp_path / "run")
+    make("bert", tmp_path / "bert", vocab_size=300).bert.save_pretrained(tmp_path / "headless")
+    masked = {"training__objective": "mlm", "training__mode": "end_to_end"}
+    with pytest.raises(UsageError, match="has no head"):
+        run(micro(distillation__teacher=str(tmp_path / "headless"), **masked), tmp_path / "run")
     assert not (tmp_path / "run").exists()

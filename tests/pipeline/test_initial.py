@@ -22,9 +22,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from stackwise.config import DataConfig, StackWiseConfig
 from stackwise.config.loading import build
 from stackwise.data import PreparedData, prepare
-from stackwise.data.tokenizer import Tokenizer
+from stackwise.data.tokenizer import Tokenizer, bytes_tokenizer
 from stackwise.errors import ConfigError, UsageError
 from stackwise.identity import generator
+from stackwise.pipeline.committed.load import load_model
 from stackwise.pipeline.initial import settle_mask, with_checkpoint
 from stackwise.pipeline.job import committed_stages
 from stackwise.pipeline.parts import load_part
@@ -366,6 +367,13 @@ def test_a_model_is_scored_and_exported_as_it_stands(tmp_path: Path, text: Path,
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_model_with_the_tokenizer_of_another_one_is_refused(tmp_path: Path) -> None:
+    make("llama", tmp_path)  # of 99 ids
+    (tmp_path / "tokenizer.json").write_text(bytes_tokenizer().json)
+    with pytest.raises(UsageError, match="258 ids"):
+        load_model(str(tmp_path), torch.device("cpu"), print)
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "export"])

@@ -20,7 +20,7 @@ from stackwise.evaluation import StageModules
 from stackwise.model import Front, Head
 from stackwise.objectives import RuntimeObjective
 from stackwise.pipeline.device import describe
-from stackwise.pipeline.initial import initial_sources, settle_mask, with_checkpoint
+from stackwise.pipeline.initial import initial_sources, settle_mask, tokenizer_limit, with_checkpoint
 from stackwise.pipeline.job import Source, Versions, committed_stages, pruned
 from stackwise.pipeline.parts import dtype_of, load_part, make_block, make_front, make_head, objective_of
 from stackwise.pipeline.rows import assigner
@@ -146,11 +146,12 @@ def load_model(weights: str, device: torch.device, report: Callable[[str], None]
 
     Raises:
         NotFound: There is nothing there.
-        UsageError: It is no model, one that cannot be taken up exactly, or one without a tokenizer.
+        UsageError: It is no model, one that cannot be taken up exactly, or one without a tokenizer of its ids.
     """
     values = {"init.weights": weights, "training.mode": "layerwise", "device": device.type}
     config = with_checkpoint(build(StackWiseConfig, {}, values))
     config.precision = describe(device)["precision"]
+    tokenizer_limit(config)
     tokenizer = bytes_tokenizer() if config.data.tokenizer == "bytes" else Tokenizer.load(Path(config.data.tokenizer))
     if (line := settle_mask(config, tokenizer)) is not None:
         report(line)
