@@ -25,7 +25,8 @@ from stackwise.data import PreparedData, prepare
 from stackwise.data.tokenizer import Tokenizer, bytes_tokenizer
 from stackwise.errors import ConfigError, UsageError
 from stackwise.identity import generator
-from stackwise.pipeline.committed.load import load_model
+from stackwise.pipeline.committed.load import load_model, load_rack
+from stackwise.pipeline.committed.use import export_rack
 from stackwise.pipeline.initial import settle_mask, with_checkpoint
 from stackwise.pipeline.job import committed_stages
 from stackwise.pipeline.parts import load_part
@@ -374,6 +375,21 @@ def test_a_model_with_the_tokenizer_of_another_one_is_refused(tmp_path: Path) ->
     (tmp_path / "tokenizer.json").write_text(bytes_tokenizer().json)
     with pytest.raises(UsageError, match="258 ids"):
         load_model(str(tmp_path), torch.device("cpu"), print)
+
+
+def test_an_export_has_the_tokens_of_the_model_that_the_run_began_from_and_of_no_other(
+    tmp_path: Path, text: Path, tokenizer_json: Path
+) -> None:
+    rack, ends = None, []
+    for name, eos in (("llama", 7), ("bert", 9)):  # another model in the same place
+        make(name, tmp_path / "model", vocab_size=300, eos_token_id=eos, shard="1GB")
+        shutil.copy(tokenizer_json, tmp_path / "model" / "tokenizer.json")
+        if rack is None:
+            run(configuration(tmp_path / "model", text, **{"training.steps": 1}), tmp_path / "run")
+            rack = load_rack(RunDirectory(tmp_path / "run"), torch.device("cpu"))
+        export_rack(rack, tmp_path / name)
+        ends.append(json.loads((tmp_path / name / "config.json").read_text())["eos_token_id"])
+    assert ends == [7, rack.data.tokenizer.separator_id]
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "export"])

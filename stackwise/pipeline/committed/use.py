@@ -23,7 +23,7 @@ from stackwise.identity import derive_seed, generator
 from stackwise.model import enter
 from stackwise.pipeline.committed.load import CommittedRack, load_model, load_rack
 from stackwise.pipeline.device import resolve_device
-from stackwise.pipeline.initial import open_weights
+from stackwise.pipeline.initial import open_weights, with_checkpoint
 from stackwise.pipeline.recipe import forward_specification, trunk_id
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
@@ -169,7 +169,8 @@ def export_rack(rack: CommittedRack, out: Path, options: ExportOptions | None = 
     """
     options = options or ExportOptions()
     if rack.config.init.weights is not None:
-        with contextlib.suppress(UsageError):  # one that is gone gives nothing along
+        with contextlib.suppress(UsageError):  # one that is gone, or another model by now, gives nothing along
+            with_checkpoint(rack.config)
             options = dataclasses.replace(options, source=getattr(open_weights(rack.config), "checkpoint", None))
     options = dataclasses.replace(
         options,
