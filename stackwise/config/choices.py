@@ -29,6 +29,7 @@ MODES: Registry[type[Any]] = Registry(
         "fused": "Fused",
         "independent": "Independent",
         "end_to_end": "EndToEnd",
+        "in_turn": "InTurn",
     },
 )
 DIVERGENCES: Registry[type[Any]] = Registry(
@@ -70,6 +71,8 @@ class Mode(Kind):
     default: ClassVar[str] = "blockwise"
     apart: ClassVar[bool] = False
     """Whether no section of the rack stands on another: each trains between the front and a head of its own."""
+    whole: ClassVar[bool] = False
+    """Whether each stage holds the whole rack, of which its own blocks train."""
 
     @property
     def grows(self) -> bool:
@@ -161,6 +164,22 @@ class Blockwise(Mode):
         other = self.partition(model) != cut(model.n_blocks, self.block_size or 1)
         yield "block_size", other and "training.mode.n_stages is given"
         yield "trial_steps", not self.finds_size and "training.mode.block_size is a number"
+
+
+class InTurn(Blockwise):
+    """The whole rack's loss, under which one section trains at a time (BAdam, arXiv 2404.02827).
+
+    A round over all sections is a window of the rows (`training.windows`); each section takes up its optimizer's state
+    where its round before left it.
+    """
+
+    whole: ClassVar[bool] = True
+
+    def faults(self, model: ModelConfig) -> Iterator[Fault]:
+        """See `Mode.faults`."""
+        yield from super().faults(model)
+        if self.finds_size:
+            yield "block_size", f"auto: {self.name} stages hold all blocks, whatever the size; give a number"
 
 
 class Fused(Blockwise):

@@ -244,7 +244,12 @@ class Settings(Section):
 
     @property
     def has_windows(self) -> bool:
-        """Whether rows can be trained in windows: where some stage reads a boundary, whose size they are to bound."""
+        """Whether rows can be trained in windows: where some stage reads a boundary, whose size they are to bound.
+
+        Or where sections train in turn: a window is then a round.
+        """
+        if self.training.plan.whole:
+            return self.n_sections > 1
         from_tokens = self.training.progressive.holds_trunk or self.stands_apart or self.grows
         return self.n_sections > 1 and not from_tokens  # else no boundary is written that windows could bound
 

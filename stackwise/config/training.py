@@ -175,6 +175,7 @@ class ProgressiveConfig(Section):
     apart: ClassVar[bool] = False
     grows: ClassVar[bool] = False
     own_rows: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     finds_size: ClassVar[bool] = False
 
     enabled: bool = Field(False, description="grow the rack stack by stack")

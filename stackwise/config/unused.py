@@ -22,14 +22,16 @@ NO_BOUNDARY = "no stage of this schedule reads a boundary"
 
 def reading_depths(config: Settings) -> list[int]:
     """The stages that read a boundary. The schedule says so stage by stage; tests hold the two against each other."""
-    sections = range(1, config.n_sections) if config.has_windows else ()
+    reads = config.has_windows and not config.training.plan.whole
+    sections = range(1, config.n_sections) if reads else ()
     fusions = [] if config.training.progressive.holds_trunk else config.fusions
     return [*sections, *(config.n_sections + k for k, (first, _) in enumerate(fusions) if first > 0)]
 
 
 def has_blocks_above(config: Settings) -> bool:
     """Whether some section of the rack has blocks above it that it could train along."""
-    return config.n_sections > 1 and not config.prepends and not config.stands_apart
+    on_top = not config.prepends and not config.stands_apart and not config.training.plan.whole
+    return config.n_sections > 1 and on_top
 
 
 def trains_heads_apart(config: Settings) -> bool:

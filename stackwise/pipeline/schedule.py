@@ -241,7 +241,8 @@ def _in_its_window(config: StackWiseConfig, stage: Stage) -> Stage:
     states_out = () if whole or stage.window + 1 == config.windows else states
     if not stage.window:
         return dataclasses.replace(stage, states_out=states_out)
-    shared = isinstance(config.training.lookahead, Tail) and stage.depth < config.n_sections
+    tail = isinstance(config.training.lookahead, Tail) and stage.depth < config.n_sections
+    shared = tail or config.training.plan.whole
     starts_from = {HEAD: head_version(stage.depth)} if HEAD in stage.trains and not shared else {}
     # What was fresh in the first window is not in the next; what stands still is committed already.
     return dataclasses.replace(
@@ -257,8 +258,12 @@ def _sections(config: StackWiseConfig) -> Iterator[Stage]:
 
 def _stacked(config: StackWiseConfig) -> Iterator[Stage]:
     """Each section of the rack in turn, above its boundary; or above tokens, with all blocks so far."""
-    grows, holds = config.grows, config.training.progressive.holds_trunk
+    grows, holds, top = config.grows, config.training.progressive.holds_trunk, config.model.n_blocks - 1
     for depth, (first, last) in enumerate(config.partition):
+        if config.training.plan.whole:
+            trains = (*((FRONT,) if depth == 0 else ()), *block_parts(first, last), HEAD)
+            yield Stage(depth, 0, top, trains, False, depth if config.fresh_masks else 0)
+            continue
         low = 0 if grows or holds else first
         reads_boundary = low > 0
         lookahead = _lookahead(config, depth, last)

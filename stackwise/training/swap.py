@@ -175,7 +175,8 @@ class SwappedEngine:
 
     def take_up(self, carried: Mapping[str, State]) -> None:
         """See `Engine.take_up`; with steps on the disk, these have gone on already."""
-        self.log.begin = lambda part: self.loader.begun(part, carried[part]())
+        # A part that stands still has no state.
+        self.log.begin = lambda part: self.loader.begun(part, carried[part]()) if part in carried else {}
         if self.scale is not None and not self.steps_done:
             self.scale.restore(carried[""]())
 

@@ -192,6 +192,7 @@ def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) ->
         vocabulary["mask"],
         [stage for stage, _ in standing],
         left[-1][1],
-        [versions for _, versions in standing],
+        # What a stage held and no stage had trained yet was as it is drawn.
+        [dict.fromkeys(stage.forward_parts, Source()) | versions for stage, versions in standing],
         device,
     )
