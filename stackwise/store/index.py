@@ -96,6 +96,8 @@ _ATTEMPTS = 8
 """Walks of a file that another process commits to meanwhile."""
 _WALKED_BYTES = 16 << 20
 """A walk of an index of this size takes under a second."""
+_READERS = 1022
+"""Readers at once; each takes 64 bytes of `lock.mdb`."""
 _METADATA_BYTES = 1 << 17  # two pages of the largest size that LMDB has
 
 
@@ -425,6 +427,14 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 
 def _open_environment(path: Path, map_size: int, read_only: bool) -> Any:
+    lock = path / "lock.mdb"
+    if not read_only and not os.path.lexists(lock) and hasattr(os, "posix_fallocate"):
+        # LMDB maps this file: a page that finds no room on a full disk would end the process by SIGBUS.
+        fd = files.open_regular(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            os.posix_fallocate(fd, 0, 64 * _READERS)
+        finally:
+            os.close(fd)
     size = map_size
     while True:
         try:
@@ -432,7 +442,7 @@ def _open_environment(path: Path, map_size: int, read_only: bool) -> Any:
                 str(path),
                 map_size=size,
                 max_dbs=len(TABLES),
-                max_readers=1022,
+                max_readers=_READERS,
                 readahead=False,
                 meminit=True,
                 writemap=False,

@@ -82,3 +82,9 @@ def test_a_store_is_opened_read_and_cleaned_on_a_full_disk(small: Path) -> None:
             assert reader.read([2])[0, 0, 0] == 2
         assert store.stage("12" * 16) is not None
         assert store.gc(all=True)["boundaries"] == [boundary]
+
+
+def test_a_store_for_which_there_is_no_room_at_all_is_refused(small: Path) -> None:
+    (small / "ballast").write_bytes(bytes(free_bytes(small)))
+    with pytest.raises(NoSpaceError):
+        ActivationStore(small / "s")
