@@ -151,7 +151,7 @@ def test_all_faults_of_a_file_are_reported_at_once() -> None:
         "modle: unknown key; did you mean model?",
         "learning_rate: unknown key; did you mean training.learning_rate?",
         "training.lerning_rate: unknown key; did you mean training.learning_rate or training.",
-        "training.mode: must be one of layerwise, blockwise, fused, independent, end_to_end, not 'x'",
+        "training.mode: must be one of layerwise, blockwise, fused, independent, end_to_end, in_turn, not 'x'",
         "training.min_mask_fraction: must be more than 0.0, not 0",
         "training.steps: must be a whole number, not '3'",
         "training.batch_size: must be at least 1, not 0",
