@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,15 +111,16 @@ def check_index(index: Path) -> None:
     Raises:
         DamageError: It is not a sound LMDB file, or something else lies at its place.
     """
-    data = index / "data.mdb"
-    for path in (data, index / "lock.mdb"):
-        try:
-            os.close(files.open_regular(path))
-        except FileNotFoundError:
-            if path == data:
-                return
-        except files.IrregularFile as error:
-            raise _refused(data, [error.message]) from error
+    data, lock = index / "data.mdb", index / "lock.mdb"
+    try:
+        os.close(files.open_regular(data))
+    except FileNotFoundError:
+        return
+    except files.IrregularFile as error:
+        raise _refused(data, [error.message]) from error
+    # Not opened: to close it would give up the locks that LMDB has on it in this process.
+    if os.path.lexists(lock) and not stat.S_ISREG(os.lstat(lock).st_mode):
+        raise _refused(data, [f"{lock} is no regular file"])
     key = _key()
     for _ in range(_ATTEMPTS):
         before, digest = _metadata(data), _content_digest(data)

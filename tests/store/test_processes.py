@@ -133,3 +133,11 @@ def test_a_slow_disk_is_a_wait_and_not_a_stall(tmp_path: Path, monkeypatch: pyte
                     next(waiting)
                     time.sleep(0.02)
                 assert 0.2 < waiting.wait_fraction < 0.9
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="Linux lists the locks of processes")
+def test_a_store_that_is_opened_twice_keeps_its_locks(tmp_path: Path) -> None:
+    """Without them another process takes the index for its own, and makes its mutexes and readers anew."""
+    with ActivationStore(tmp_path / "store"), ActivationStore(tmp_path / "store"):
+        inode = (tmp_path / "store" / "index" / "lock.mdb").stat().st_ino
+        assert f":{inode} " in Path("/proc/locks").read_text()
