@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import hmac
+import itertools
 import os
 import secrets
 import stat
@@ -22,8 +23,8 @@ from typing import Any, TypeVar
 import lmdb
 import xxhash
 
-from stackwise import files
-from stackwise.errors import DamageError, NoSpaceError, StackWiseError, UsageError
+from stackwise import durable, files
+from stackwise.errors import DamageError, StackWiseError, UsageError
 from stackwise.store import disk
 
 Transaction = Any
@@ -57,14 +58,11 @@ class Reading:
 
     def keys(self, table: str, prefix: bytes = b"") -> list[bytes]:
         """The keys that begin with `prefix`, in order; their values are not touched."""
-        found = []
         with self._transaction.cursor(db=self._tables[table]) as cursor:
-            if cursor.set_range(prefix) if prefix else cursor.first():
-                for key in cursor.iternext(keys=True, values=False):
-                    if not key.startswith(prefix):
-                        break
-                    found.append(key)
-        return found
+            if not (cursor.set_range(prefix) if prefix else cursor.first()):
+                return []
+            keys = cursor.iternext(keys=True, values=False)
+            return list(itertools.takewhile(lambda key: key.startswith(prefix), keys))
 
     def count(self, table: str) -> int:
         """Number of records."""
@@ -82,14 +80,11 @@ class Writing(Reading):
         """Remove `key`; whether it was there."""
         return bool(self._transaction.delete(key, db=self._tables[table]))
 
-    def delete_prefix(self, table: str, prefix: bytes) -> int:
-        """Remove every key that begins with `prefix`; returns how many."""
-        removed = 0
+    def delete_prefix(self, table: str, prefix: bytes) -> None:
+        """Remove every key that begins with `prefix`."""
         with self._transaction.cursor(db=self._tables[table]) as cursor:
             while cursor.set_range(prefix) and cursor.key().startswith(prefix):
                 cursor.delete()
-                removed += 1
-        return removed
 
 
 _KEY_BYTES = 32
@@ -181,37 +176,29 @@ def find_faults(data: Path) -> list[str]:
         return [str(fault) for fault in verify.verify(str(data), subdir=False)][:20]  # type: ignore[no-untyped-call]
     except verify.VerifyError as error:
         return [str(error)]
-    except (ValueError, IndexError, OverflowError, RecursionError, MemoryError, ArithmeticError, LookupError) as error:
-        return [f"{type(error).__name__}: {error}"]
-    except Exception as error:  # struct.error among others: whatever it stumbles over is a fault
+    except Exception as error:  # whatever it stumbles over (struct.error, RecursionError, …) is a fault
         return [f"{type(error).__name__}: {error}"]
 
 
 def _key() -> bytes | None:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = Path(home) / "stackwise" / "store-key"
-    try:
+    """This user's secret, made where it is missing; None where it can be neither read nor made."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "stackwise" / "store-key"
+    with contextlib.suppress(OSError):
+        if not path.exists() or path.stat().st_size != _KEY_BYTES:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                os.write(fd, secrets.token_bytes(_KEY_BYTES))
+            finally:
+                os.close(fd)
+            # Whoever comes first wins; the others take theirs.
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, path)
+            fresh.unlink()
         key = files.read_bytes(path, limit=_KEY_BYTES)
-        if len(key) == _KEY_BYTES:
-            return key
-    except OSError:
-        pass
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.write(fd, secrets.token_bytes(_KEY_BYTES))
-        finally:
-            os.close(fd)
-        # Whoever comes first wins; the others take theirs.
-        with contextlib.suppress(FileExistsError):
-            os.link(fresh, path)
-        fresh.unlink()
-        key = files.read_bytes(path, limit=_KEY_BYTES)
-    except OSError:
-        return None
-    return key if len(key) == _KEY_BYTES else None
+        return key if len(key) == _KEY_BYTES else None
+    return None
 
 
 def _token(key: bytes, digest: str) -> str:
@@ -320,25 +307,22 @@ class Index:
             code = error.code if isinstance(error, lmdb.Error) else error.errno
             # LMDB calls a write that the full disk cut short an I/O error.
             cut_short = code == errno.EIO and disk.free_bytes(self.path) < _NEARLY_FULL
-            if code in (errno.ENOSPC, errno.EDQUOT) or cut_short:
-                raise NoSpaceError(
-                    f"no space left on the disk that holds {self.path}",
-                    hint="free some space (`stackwise cache gc` works on a full disk), then run the same command again",
-                ) from error
+            if code in durable.FULL or cut_short:
+                raise durable.no_space(self.path) from error
             if isinstance(error, lmdb.Error):
                 raise StackWiseError(f"the index {self.path}: {error}") from error
             raise
 
     @contextlib.contextmanager
-    def read(self, *, buffers: bool = False) -> Iterator[Reading]:
-        """A short read-only view of one state of the index. Values are copies unless `buffers`."""
+    def read(self) -> Iterator[Reading]:
+        """A short read-only view of one state of the index; values are copies."""
         env = self._environment()
         with self._explained():
             while True:
                 with self._gate:
                     self._readers += 1
                 try:
-                    with env.begin(buffers=buffers) as transaction:
+                    with env.begin() as transaction:
                         yield Reading(transaction, self._tables)
                     return
                 except lmdb.MapResizedError:
@@ -388,11 +372,8 @@ class Index:
         """`{"entries", "bytes"}`: records in all tables, and the bytes of the files of the index."""
         with self.read() as view:
             entries = sum(view.count(name) for name in TABLES)
-        size = sum(path.stat().st_size for path in (self.path / "data.mdb",) if path.exists())
-        rowsets = self.path / "rowsets"
-        if rowsets.is_dir():
-            size += sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(rowsets))
-        return {"entries": entries, "bytes": size}
+        paths = [self.path / "data.mdb", *(self.path / "rowsets").glob("*")]
+        return {"entries": entries, "bytes": sum(path.lstat().st_size for path in paths if path.exists())}
 
     def clear_stale_readers(self) -> int:
         """Free the slots of readers that died; returns how many there were."""

@@ -47,8 +47,8 @@ class PartFile:
 
     def plain(self) -> dict[str, Any]:
         """As `stage.json` has it."""
-        known = {"file": self.file, "bytes": self.bytes, "digest": self.digest}
-        return known | ({"pruned": True} if self.pruned else {})
+        plain = {"file": self.file, "bytes": self.bytes, "digest": self.digest}
+        return plain | ({"pruned": True} if self.pruned else {})
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class CommittedStage:
         for part in (part for part in self.parts.values() if not part.pruned):
             path = self.directory / part.file
             try:
-                os.close(open_regular(path))
-                size = path.stat().st_size
+                with open(open_regular(path), "rb", buffering=0) as file:
+                    size = os.fstat(file.fileno()).st_size
                 if size != part.bytes:
                     yield part.file, f"has {size} bytes instead of {part.bytes}"
                 elif file_digest(path) != part.digest:
@@ -123,7 +123,7 @@ class Stages:
         Committing a recipe again replaces what was committed.
 
         Args:
-            recipe_id: Id of the stage's recipe.
+            recipe: Id of the stage's recipe.
             write_parts: For each part ("front", "block.3", "head") a function that writes its safetensors file
                 to the path it is given.
             record: Plain data kept with it, such as the digests of the parts' tensors.
@@ -138,22 +138,15 @@ class Stages:
             if not _PART.fullmatch(part) or part == "stage":
                 raise UsageError(f"{part!r} cannot name a part of a stage")
         text = json.dumps(record)  # fails before anything is written where the record is not plain
-        with (
-            Lease(self._layout.lock(f"stage-{recipe}"), f"stage {recipe}", alone=True),
-            durable.explain_full_disk(final),
-        ):
+        with self._lease(recipe), durable.explain_full_disk(final):
             temporary = durable.temporary(final)
             temporary.mkdir()
             try:
                 parts = {part: _write_part(temporary, part, write) for part, write in write_parts.items()}
-                value = {
-                    "format": 1,
-                    "recipe": recipe,
-                    "parts": {name: part.plain() for name, part in parts.items()},
-                    "record": json.loads(text),
-                }
-                value["digest"] = _record_digest(value)
-                durable.write_json(temporary / "stage.json", value)
+                plain = {name: part.plain() for name, part in parts.items()}
+                value = {"format": 1, "recipe": recipe, "parts": plain, "record": json.loads(text)}
+                # Last: with it the directory is a stage.
+                durable.write_json(temporary / "stage.json", value | {"digest": _record_digest(value)})
                 replaced = final.with_name(f"{temporary.name}-replaced")
                 if final.exists():
                     os.rename(final, replaced)
@@ -169,7 +162,7 @@ class Stages:
         """The committed stage of a recipe; None where it was not committed.
 
         Args:
-            recipe_id: Id of the recipe.
+            recipe: Id of the recipe.
             check: Compare every file's size and digest.
 
         Raises:
@@ -202,7 +195,7 @@ class Stages:
         """Remove the files of some parts of a committed stage; its record stays, and they count as no damage.
 
         Args:
-            recipe_id: Id of the recipe.
+            recipe: Id of the recipe.
             parts: Names of the parts.
 
         Returns:
@@ -212,7 +205,7 @@ class Stages:
             BusyError: Another process is committing the same recipe.
             NoSpaceError: The disk is too full to say so; nothing was changed.
         """
-        with Lease(self._layout.lock(f"stage-{recipe}"), f"stage {recipe}", alone=True):
+        with self._lease(recipe):
             stage = self.get(recipe, check=False)
             if stage is None:
                 return 0
@@ -235,7 +228,7 @@ class Stages:
     def drop(self, recipe: Hex) -> int:
         """Remove a committed stage; returns the bytes freed."""
         final = self._layout.stage(recipe)
-        lease = Lease(self._layout.lock(f"stage-{recipe}"), f"stage {recipe}", alone=True)
+        lease = self._lease(recipe)
         try:
             if not final.exists():
                 return 0
@@ -248,6 +241,9 @@ class Stages:
             return freed
         finally:
             lease.remove()
+
+    def _lease(self, recipe: Hex) -> Lease:
+        return Lease(self._layout.lock(f"stage-{recipe}"), f"stage {recipe}", alone=True)
 
 
 def file_digest(path: Path) -> Hex:
@@ -268,8 +264,8 @@ def _write_part(directory: Path, part: str, write: Callable[[Path], None]) -> Pa
 
 def _record_digest(value: Mapping[str, Any]) -> Hex:
     """The digest of all that a `stage.json` says, which it carries itself."""
-    said = {key: value[key] for key in ("format", "recipe", "parts", "record")}
-    return digest(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
+    content = {key: value[key] for key in ("format", "recipe", "parts", "record")}
+    return digest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _parse(recipe: Hex, directory: Path, value: Any) -> CommittedStage:

@@ -3,23 +3,67 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from stackwise import words
 from stackwise.cli.app import Subcommands
-from stackwise.cli.commands.cache_upkeep import gc, repair, unlock
 from stackwise.cli.drawing import Table, progress, state
-from stackwise.cli.options import find_run
+from stackwise.cli.options import as_json, find_run, run_option
 from stackwise.cli.output import Line, Styled, note, print_json, say, say_all
-from stackwise.cli.stores import opened, where
-from stackwise.errors import DamageError
+from stackwise.errors import DamageError, NotFound, UsageError
+from stackwise.files import expanded
 
 if TYPE_CHECKING:
     from stackwise.config import StackWiseConfig
     from stackwise.pipeline.run import RunDirectory
-    from stackwise.store import ActivationStore, CommittedStage
+    from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage, Recompute
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
+NAMED = 10
+"""Ids that are listed one by one."""
+
+
+def where(command: F) -> F:
+    """The options that name a store: --run, --store, and --json."""
+    for option in (as_json, click.option("--store", metavar="DIR", help="The store's directory."), run_option):
+        command = option(command)
+    return command
+
+
+def store_path(run: str | None, store: str | None) -> Path:
+    """The store that `--store` names, or that of the run.
+
+    Raises:
+        UsageError: Both are given.
+        NotFound: There is no such store.
+    """
+    if run is not None and store is not None:
+        raise UsageError("--run and --store both name a store; give one")
+    path = expanded(store) if store is not None else find_run(run).store_settings()[0]
+    if not path.is_dir():
+        raise NotFound(f"there is no store at {path}", hint="--store DIR names one, --run DIR names a run")
+    return path
+
+
+@contextmanager
+def opened(run: str | None, store: str | None) -> Iterator[ActivationStore]:
+    """The store, open.
+
+    Raises:
+        DamageError: Its index is missing or damaged.
+    """
+    path = store_path(run, store)
+    from stackwise.store import ActivationStore
+
+    with ActivationStore(path, create=False) as opened_store:
+        yield opened_store
 
 
 @click.group(cls=Subcommands, short_help="The activation store: look, check, mend, clean.")
@@ -30,42 +74,38 @@ def cache() -> None:
     """
 
 
-for _command in (repair, gc, unlock):
-    cache.add_command(_command)
-
-
 @cache.command()
 @where
 def inspect(run: str | None, store: str | None, as_json: bool) -> None:
     """What the store holds: masks, boundaries, index; and what the run's next boundary needs."""
     if run is None and store is None:
         run = str(find_run(None).path)
-    with opened(run, store) as it:
-        found, path = it.inspect(), it.path
-        found["planned"] = None if run is None else _planned(find_run(run), it)
+    with opened(run, store) as opened_store:
+        report, path = opened_store.inspect(), opened_store.path
+        report["planned"] = None if run is None else _planned(find_run(run), opened_store)
     if as_json:
-        print_json(found)
+        print_json(report)
         return
-    masks, index = found["masks"], found["index"]
-    say(f"{path}: format {found['format']}")
+    masks, index = report["masks"], report["index"]
+    say(f"{path}: format {report['format']}")
     say(f"masks       {masks['unique']:,} distinct, {masks['referenced']:,} rows name one")
     say(f"index       {index['entries']:,} entries, {words.size(index['bytes'])}")
-    total = sum(boundary["disk_bytes"] for boundary in found["boundaries"])
-    say(f"boundaries  {len(found['boundaries'])}, {words.size(total)} on disk")
-    if found["planned"] is not None:
-        say(f"planned     {_said(found['planned'])}")
-    if found["boundaries"]:
-        say_all(_boundaries(found["boundaries"]))
+    total = sum(boundary["disk_bytes"] for boundary in report["boundaries"])
+    say(f"boundaries  {len(report['boundaries'])}, {words.size(total)} on disk")
+    if report["planned"] is not None:
+        say(f"planned     {_planned_line(report['planned'])}")
+    if report["boundaries"]:
+        say_all(_boundaries(report["boundaries"]))
 
 
 @cache.command(name="ls")
 @where
 def list_entries(run: str | None, store: str | None, as_json: bool) -> None:
     """Every boundary and every committed stage, and the runs that refer to them."""
-    with opened(run, store) as it:
-        boundaries = it.inspect()["boundaries"]
-        stages = _committed(it)
-        runs = it.runs()
+    with opened(run, store) as opened_store:
+        boundaries = opened_store.inspect()["boundaries"]
+        stages = _committed(opened_store)
+        runs = opened_store.runs()
     if as_json:
         print_json({"boundaries": boundaries, "stages": stages, "runs": runs})
         return
@@ -86,15 +126,15 @@ def list_entries(run: str | None, store: str | None, as_json: bool) -> None:
 @where
 def du(run: str | None, store: str | None, as_json: bool) -> None:
     """Bytes by what they are for."""
-    with opened(run, store) as it:
-        found, path = it.usage(), it.path
+    with opened(run, store) as opened_store:
+        report, path = opened_store.usage(), opened_store.path
     if as_json:
-        print_json(found)
+        print_json(report)
         return
     shown = Table("", "bytes", right=(1,))
     for name in ("boundaries", "stages", "index", "reserve", "total", "free"):
         style = "bold" if name == "total" else "dim" if name == "free" else ""
-        shown.add_row("free on this disk" if name == "free" else name, words.size(found[name]), style=style)
+        shown.add_row("free on this disk" if name == "free" else name, words.size(report[name]), style=style)
     say(path)
     say_all(shown.lines())
 
@@ -111,43 +151,164 @@ def verify(
 ) -> None:
     """Compare what lies on disk with what was published. Exit code 3 where something is damaged."""
     try:
-        with opened(run, store) as it, progress("verifying") as tell:
-            found = it.verify(progress=tell, fast=fast, subset=subset, max_duration=max_duration)
+        with opened(run, store) as opened_store, progress("verifying") as on_progress:
+            report = opened_store.verify(progress=on_progress, fast=fast, subset=subset, max_duration=max_duration)
     except DamageError as error:  # it does not even open
         if as_json:
             fault = {"boundary": "index", "chunk": None, "fault": error.message}
             print_json({"checked_chunks": 0, "checked_stages": 0, "damaged": [fault], "orphans": [], "complete": False})
         raise
     if as_json:
-        print_json(found)
+        print_json(report)
     else:
-        _show_verified(found)
-    if found["damaged"]:
+        _show_verified(report)
+    if report["damaged"]:
         raise DamageError(
-            f"{words.plural(len(found['damaged']), 'fault')} found",
+            f"{words.plural(len(report['damaged']), 'fault')} found",
             hint="`stackwise cache repair` mends what can be, `stackwise run` makes again what it needs",
         )
 
 
-def _show_verified(found: dict[str, Any]) -> None:
-    if found["damaged"]:
+def _show_verified(report: dict[str, Any]) -> None:
+    if report["damaged"]:
         shown = Table("boundary", "chunk", "fault")
-        for damage in found["damaged"]:
+        for damage in report["damaged"]:
             chunk = "" if damage["chunk"] is None else str(damage["chunk"])
             shown.add_row(damage["boundary"], chunk, Styled(damage["fault"], "red"))
         say_all(shown.lines())
-    stages = found.get("checked_stages", 0)
-    checked = f"{words.plural(found['checked_chunks'], 'chunk')} and {words.plural(stages, 'committed stage')} checked"
-    verdict = words.plural(len(found["damaged"]), "fault") if found["damaged"] else "no damage"
+    stages = report.get("checked_stages", 0)
+    checked = f"{words.plural(report['checked_chunks'], 'chunk')} and {words.plural(stages, 'committed stage')} checked"
+    verdict = words.plural(len(report["damaged"]), "fault") if report["damaged"] else "no damage"
     say(f"{checked}: {verdict}")
-    for name in found.get("unreadable", ()):
+    for name in report.get("unreadable", ()):
         note(f"not checked, as it may not be read: {name}")
-    if not found.get("complete", True):
+    if not report.get("complete", True):
         note("time ran out before all was checked")
-    if found["orphans"]:
-        note(f"{words.plural(len(found['orphans']), 'orphan')} (files that belong to nothing):")
-        for name in found["orphans"][:10]:
+    if report["orphans"]:
+        note(f"{words.plural(len(report['orphans']), 'orphan')} (files that belong to nothing):")
+        for name in report["orphans"][:10]:
             note(f"  {name}")
+
+
+@cache.command()
+@where
+@dry_run_option
+@click.option("--drop-stages", is_flag=True, help="Remove damaged committed stages; the next run trains them again.")
+def repair(run: str | None, store: str | None, as_json: bool, dry_run: bool, drop_stages: bool) -> None:
+    """Heal what can be healed, say what is gone. Exit code 3 where something is.
+
+    A lost or damaged index is rebuilt from the boundaries. A damaged chunk is computed again from the run's committed
+    weights, and taken out where it does not come out bit for bit as it was (with --store alone: always), so that the
+    next `stackwise run` that needs it makes it again. A damaged committed stage is named, and stays unless
+    --drop-stages is given.
+    """
+    path = store_path(run, store)
+    from stackwise.store import repair_store
+
+    with progress("repairing") as on_progress:
+        recompute = None if store else _recompute(run)
+        report = repair_store(path, recompute, dry_run=dry_run, drop_stages=drop_stages, progress=on_progress)
+    if as_json:
+        print_json(report)
+    else:
+        _show_repaired(report, dry_run)
+    if report["gone"]:
+        gone = words.plural(len(report["gone"]), "thing")
+        raise DamageError(
+            f"{gone} could not be repaired"
+            + (" (nothing was changed)" if dry_run else "; damaged chunks were taken out"),
+            hint="`stackwise run` makes again what it needs",
+        )
+
+
+def _recompute(run: str | None) -> Recompute:
+    """Recomputes from a run's weights; torch and the weights are loaded when a chunk is asked for, not before."""
+
+    def recompute(info: BoundaryInfo, chunks: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        from stackwise.pipeline.committed.use import recomputer
+        from stackwise.store import ActivationStore
+
+        directory = find_run(run)
+        with ActivationStore(directory.store_path(directory.config()), create=False) as store:
+            try:
+                yield from recomputer(directory, store)(info, chunks)
+            except UsageError as error:  # another run's boundary, or a run without weights: it is taken out
+                note(f"boundary {info.id}: {error.message}")
+
+    return recompute
+
+
+def _show_repaired(report: dict[str, Any], dry_run: bool) -> None:
+    would = "would be " if dry_run else ""
+    if report.get("index", "sound") != "sound":
+        say(f"index: {'damaged' if dry_run else 'set aside and rebuilt'}")
+    for name in report["rebuilt"]:
+        say(f"{would}rebuilt: {name}")
+    for item in report["repaired"]:
+        say(f"{would}repaired: {_place(item)}: {item['fault']}")
+    for item in report["gone"]:
+        say(Styled(f"{would}gone", "red"), f": {_place(item)}: {item['fault']}")
+    for name in report["dropped_stages"]:
+        say(f"{would}removed: stage {name}")
+    for name in report["busy"]:
+        note(f"in use, left alone: {name}")
+    if not any(report[key] for key in ("rebuilt", "repaired", "gone")):
+        say(f"{words.plural(report['checked_chunks'], 'chunk')} checked: nothing to repair")
+
+
+def _place(item: dict[str, Any]) -> str:
+    return item["boundary"] if item["chunk"] is None else f"{item['boundary']}, {_chunk(item['chunk'])}"
+
+
+def _chunk(name: int | str) -> str:
+    return f"chunk {name}" if isinstance(name, int) else name
+
+
+@cache.command()
+@where
+@dry_run_option
+@click.option("--all", "everything", is_flag=True, help="Collect even where no run is registered.")
+@click.option(
+    "--forget-missing", is_flag=True, help="Forget the runs whose directory is gone, and collect what was theirs alone."
+)
+def gc(
+    run: str | None, store: str | None, as_json: bool, dry_run: bool, everything: bool, forget_missing: bool
+) -> None:
+    """Remove what no registered run refers to. It works on a full disk."""
+    with opened(run, store) as opened_store, progress("collecting") as on_progress:
+        report = opened_store.gc(dry_run=dry_run, all=everything, forget_missing=forget_missing, progress=on_progress)
+    if as_json:
+        print_json(report)
+        return
+    would = "would go" if dry_run else "removed"
+    shown = Table("", would, right=(1,))
+    for name, value in report.items():
+        if name not in ("dry_run", "busy", "freed", "missing_runs"):
+            shown.add_row(name, f"{value if isinstance(value, int) else len(value):,}")
+    say_all(shown.lines())
+    say(f"{words.size(report['freed'])} {'would be freed' if dry_run else 'freed'}")
+    for name in report["busy"][:NAMED]:
+        note(f"in use, left alone: {name}")
+    for name in report["missing_runs"][:NAMED]:
+        note(f"the directory of this run is gone: {name}")
+    if report["missing_runs"]:
+        forgotten = "they would be forgotten" if dry_run else "they were forgotten"
+        note(forgotten if forget_missing else "`--forget-missing` forgets them, and collects what was theirs alone")
+
+
+@cache.command()
+@where
+def unlock(run: str | None, store: str | None, as_json: bool) -> None:
+    """Free what dead processes left. A living holder's locks stay, and are named."""
+    with opened(run, store) as opened_store:
+        report = opened_store.unlock()
+    if as_json:
+        print_json(report)
+        return
+    removed, readers = len(report["removed"]), report["stale_readers"]
+    say(f"{words.plural(removed, 'lock')} that nobody held and {words.plural(readers, 'stale reader')} removed")
+    for name in report["held"]:
+        note(f"held by a living process: {name}")
 
 
 def _planned(run: RunDirectory, store: ActivationStore) -> dict[str, Any]:
@@ -207,7 +368,7 @@ def _next_boundary(
     return {}
 
 
-def _said(planned: dict[str, Any]) -> str:
+def _planned_line(planned: dict[str, Any]) -> str:
     if planned["stage"] is None:
         return "no boundary is to come"
     needed, free = planned["needed"], planned["free"]
@@ -234,17 +395,17 @@ def _boundaries(boundaries: list[dict[str, Any]]) -> list[Line]:
     return shown.lines()
 
 
-def _committed(opened: ActivationStore) -> list[dict[str, Any]]:
+def _committed(store: ActivationStore) -> list[dict[str, Any]]:
     """The committed stages as plain data; a damaged one is named and left to `verify`."""
-    found = []
-    for recipe in opened.stages():
+    stages = []
+    for recipe in store.stages():
         try:
-            stage = opened.stage(recipe, check=False)
+            stage = store.stage(recipe, check=False)
         except DamageError as error:
             note(error.message)
             continue
         if stage is not None:
             record = {key: stage.record.get(key) for key in ("depth", "blocks", "steps", "seconds", "device")}
             size = sum(part.bytes for part in stage.parts.values() if not part.pruned)
-            found.append({"recipe": recipe, **record, "parts": sorted(stage.parts), "bytes": size})
-    return sorted(found, key=lambda stage: (-1 if stage["depth"] is None else stage["depth"], stage["recipe"]))
+            stages.append({"recipe": recipe, **record, "parts": sorted(stage.parts), "bytes": size})
+    return sorted(stages, key=lambda stage: (-1 if stage["depth"] is None else stage["depth"], stage["recipe"]))
