@@ -156,9 +156,9 @@ def _first_step(root: Path) -> dict[str, Any]:
                     found |= {f"{key}_seconds": time.perf_counter() - begun, "step_memory": event["memory"]}
                     process.send_signal(signal.SIGTERM)
                     break
-            process.communicate()
+            _, why = process.communicate()
         if f"{key}_seconds" not in found:
-            raise UsageError("the run did not come to a step", hint=" ".join(command))
+            raise UsageError(f"the run did not come to a step: {why.strip()[-300:]}", hint=" ".join(command))
         say(f"  to the first step: {found[f'{key}_seconds']:.0f} s")
     return found
 
