@@ -132,7 +132,9 @@ def tree_bytes(path: Path) -> int:
     total = 0
     for file in paths if path.is_dir() and not path.is_symlink() else [path]:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # what vanishes meanwhile takes nothing
-            total += os.lstat(file).st_blocks * 512
+            there = os.lstat(file)
+            # What was just written may have no blocks yet.
+            total += there.st_blocks * 512 or there.st_size
     return total
 
 
