@@ -275,6 +275,7 @@ def _write(
     )
     if not done.finished:
         raise InterruptedRun(f"stage {context.stage.depth} stopped while writing boundary {info.depth}", hint=RESUME)
+    info = writer.info  # as it is now that all is published
     written = {"boundary": info.id, "depth": info.depth, "bytes": info.disk_bytes, "rows": info.rows}
     waits = {"wait_fraction": done.wait_fraction, "blocked_fraction": done.blocked_fraction}
     context.emit({"event": "written", "stage": place, **written, "seconds": time.perf_counter() - begun, **waits})
