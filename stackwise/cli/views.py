@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import sys
 import time
@@ -228,7 +229,7 @@ def watcher(view: RunView, as_json: bool) -> contextlib.AbstractContextManager[C
     return Lines(view, view.config.training.log_every)
 
 
-class _View:
+class _View(abc.ABC):
     """What both views do with an event: keep the run's state, and find its words."""
 
     def __init__(self, view: RunView) -> None:
@@ -240,9 +241,9 @@ class _View:
         self._view.observe(event)
         self.take(event)
 
+    @abc.abstractmethod
     def take(self, event: Event) -> None:
         """Show an event that the state of the run has been brought level with."""
-        raise NotImplementedError
 
     def words_of(self, event: Event) -> str | None:
         """What an event says, with its stage. Where many steps are skipped, only one of a few seconds speaks."""

@@ -7,6 +7,7 @@ R the rotary part of a head; `…` any leading dimensions.
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass, replace
 
 import torch
@@ -177,7 +178,7 @@ class Caches:
         return some
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(nn.Module, abc.ABC):
     """What attentions share: how they are called, which position sees which, where rotary tables come from.
 
     Args:
@@ -227,6 +228,7 @@ class SelfAttention(nn.Module):
         y_BSD: Tensor = self.o(y_BHSE.transpose(1, 2).flatten(2))
         return y_BSD
 
+    @abc.abstractmethod
     def heads_of(
         self, x_BSD: Tensor, tables: tuple[Tensor, Tensor] | None, pattern: AttentionPattern, cache: Cache | None
     ) -> Tensor:
@@ -238,7 +240,6 @@ class SelfAttention(nn.Module):
             pattern: Which position sees which.
             cache: The positions in front, which these join.
         """
-        raise NotImplementedError
 
 
 class SoftmaxAttention(SelfAttention):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,9 +33,9 @@ class Rotary(Family):
     head_dim: ClassVar[int | None] = None
     """`head_dim` where it is left out; None: what the heads leave of the width."""
 
+    @abc.abstractmethod
     def own(self, keys: Keys, blocks: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings of the family: those of the attention beside its heads, and those of the model."""
-        raise NotImplementedError
 
     def read(self, config: Mapping[str, Any]) -> Description:
         """See `Family.read`."""

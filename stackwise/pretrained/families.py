@@ -6,6 +6,7 @@ refused by name and value, never approximated: a key that no family knows is ref
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import re
@@ -104,7 +105,7 @@ class Description:
         return [FRONT, *(f"{BLOCK}{index}" for index in range(self.n_blocks)), HEAD]
 
 
-class Family:
+class Family(abc.ABC):
     """One `model_type`: what its config.json says, and what its files call the tensors of each part.
 
     Names map a tensor of a part, without its last word (`weight`, `bias`), to the file's.
@@ -130,14 +131,15 @@ class Family:
     unused: ClassVar[Sequence[str]] = ()
     """Patterns of tensors that no part uses, such as a pooler; a run says that they are left out."""
 
+    @abc.abstractmethod
     def read(self, config: Mapping[str, Any]) -> Description:
         """What a config.json says.
 
         Raises:
             UsageError: It asks for what cannot be done exactly, or for what cannot be.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
         """The config.json of a rack; None where it is not of the family.
 
@@ -147,7 +149,6 @@ class Family:
             model: The rack's configuration.
             description: Its other facts.
         """
-        raise NotImplementedError
 
     def refs(self, description: Description, part: str, base: str, stored: Iterable[str] = ()) -> dict[str, TensorRef]:
         """Where the tensors of a part are; the file is still empty.

@@ -140,11 +140,8 @@ def loop_of_transformers(weights: Path, directory: RunDirectory, config: StackWi
     for step in range(steps):
         total = torch.zeros((), dtype=torch.float64)
         for _ in range(settings.accumulation):
-            ids_BS, masks_BS = next(rows)
-            if config.objective.causal:
-                total = total + F.cross_entropy(model(ids_BS).logits[:, :-1].transpose(1, 2), ids_BS[:, 1:])
-            else:
-                raise NotImplementedError(masks_BS)
+            ids_BS, _ = next(rows)
+            total = total + F.cross_entropy(model(ids_BS).logits[:, :-1].transpose(1, 2), ids_BS[:, 1:])
         loss = total / settings.accumulation
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
