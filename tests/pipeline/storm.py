@@ -75,6 +75,19 @@ class Command:
             return []
 
 
+def killed(config: Path, directory: Path, *stages: int) -> None:
+    """A run that is killed after the first checkpoint of each of these stages, and comes through in the end."""
+    for stage in stages:
+        command = Command(config, directory)
+        command.until("checkpoint", stage)
+        command.process.kill()
+        command.end()
+    command = Command(config, directory)
+    code, err = command.end()
+    assert code == 0, err
+    assert [event["stage"] for event in command.seen if event["event"] == "resumed"] == [stages[-1]]
+
+
 def kill_worker(config: StackWiseConfig, directory: Path, stage: int, step: int) -> None:
     """Run a configuration until a worker tells of that step, and kill it as soon as it is heard."""
 

@@ -14,7 +14,7 @@ from stackwise.data.tokenizer import bytes_tokenizer
 from stackwise.errors import NotFound, UsageError
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run
-from tests.pipeline.storm import Command
+from tests.pipeline.storm import killed
 from tests.pipeline.test_run import weights
 from tests.pretrained.models import make
 
@@ -76,13 +76,7 @@ def test_a_killed_run_ends_with_the_same_weights(teacher: Path, micro: Micro, tm
     config = micro(**settings(teacher, training__steps=40, training__checkpoint_steps=4))
     run(config, tmp_path / "undisturbed")
     (tmp_path / "stackwise.yaml").write_text(dump(config))
-    for stage in (0, 2):
-        first = Command(tmp_path / "stackwise.yaml", tmp_path / "run")
-        first.until("checkpoint", stage)
-        first.process.kill()
-        first.end()
-    code, err = Command(tmp_path / "stackwise.yaml", tmp_path / "run").end()
-    assert code == 0, err
+    killed(tmp_path / "stackwise.yaml", tmp_path / "run", 0, 2)
     assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")
 
 

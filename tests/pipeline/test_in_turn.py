@@ -8,7 +8,7 @@ from typing import Any
 from stackwise.config.loading import dump
 from stackwise.pipeline.run import RunDirectory
 from tests.conftest import Micro, run
-from tests.pipeline.storm import Command
+from tests.pipeline.storm import killed
 from tests.pipeline.test_run import weights
 
 TURNS: dict[str, Any] = {
@@ -41,11 +41,5 @@ def test_a_killed_run_ends_with_the_same_weights(micro: Micro, tmp_path: Path) -
     config = micro(**TURNS | {"training__steps": 80}, training__checkpoint_steps=4)
     run(config, tmp_path / "undisturbed")
     (tmp_path / "stackwise.yaml").write_text(dump(config))
-    for stage in (1, 2):
-        first = Command(tmp_path / "stackwise.yaml", tmp_path / "run")
-        first.until("checkpoint", stage)
-        first.process.kill()
-        first.end()
-    code, err = Command(tmp_path / "stackwise.yaml", tmp_path / "run").end()
-    assert code == 0, err
+    killed(tmp_path / "stackwise.yaml", tmp_path / "run", 1, 2)
     assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")

@@ -25,7 +25,7 @@ from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import schedule
 from stackwise.pretrained import load_rack as load_export
 from tests.conftest import Micro, run
-from tests.pipeline.storm import Command
+from tests.pipeline.storm import killed
 from tests.pipeline.test_run import named, weights
 
 registry.load_plugins()  # before the environment names a file that is imported here by itself
@@ -60,14 +60,7 @@ def staged(request: pytest.FixtureRequest, micro: Micro, tmp_path_factory: pytes
 def test_a_killed_run_ends_with_the_same_weights(staged: Any, tmp_path: Path) -> None:
     _, config, undisturbed, _ = staged
     (tmp_path / "stackwise.yaml").write_text(dump(config))
-    first = Command(tmp_path / "stackwise.yaml", tmp_path / "run")
-    first.until("checkpoint", 1)
-    first.process.kill()
-    first.end()
-    again = Command(tmp_path / "stackwise.yaml", tmp_path / "run")
-    code, err = again.end()
-    assert code == 0, err
-    assert [event["stage"] for event in again.seen if event["event"] == "resumed"] == [1]
+    killed(tmp_path / "stackwise.yaml", tmp_path / "run", 1)
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 

@@ -13,7 +13,7 @@ from stackwise.config.loading import dump
 from stackwise.errors import ConfigError
 from stackwise.model.formats import format_named
 from tests.conftest import Micro, run
-from tests.pipeline.storm import Command
+from tests.pipeline.storm import killed
 from tests.pipeline.test_run import weights
 
 LEARNED = {"bits": 4, "group": 8, "symmetric": False, "scale": "learned", "activations": 8}
@@ -31,13 +31,7 @@ def test_a_killed_run_ends_with_the_same_weights(micro: Micro, tmp_path: Path) -
     config = micro(training__quantization=LEARNED, training__steps=60, training__checkpoint_steps=4)
     run(config, tmp_path / "undisturbed")
     (tmp_path / "stackwise.yaml").write_text(dump(config))
-    first = Command(tmp_path / "stackwise.yaml", tmp_path / "run")
-    first.until("checkpoint", 1)
-    first.process.kill()
-    first.end()
-    again = Command(tmp_path / "stackwise.yaml", tmp_path / "run")
-    code, err = again.end()
-    assert code == 0, err
+    killed(tmp_path / "stackwise.yaml", tmp_path / "run", 1)
     assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")
 
 
