@@ -3,7 +3,7 @@
     python -m benchmarks.pretrained [--sizes 0.1,1,7] [--limit 4]
 
 For each size a LLaMA of random bf16 weights is written as a checkpoint (7 billion: 13.5 GB on the disk, twice while
-it is exported). Then `stackwise run --init` goes until its first step, one block a stage; `eval --model` scores some
+it is exported). Then `stackwise run --init` goes until its first step, two blocks a stage; `eval --model` scores some
 rows; `export --model` writes the model anew, and its tensors are compared. The last two stand under a limit of memory,
 a control group's (version 1), which counts every process of the command and the page cache too.
 """
@@ -135,13 +135,17 @@ def _checkpoint(directory: Path, width: int, inner: int, blocks: int, heads: int
 
 
 def _first_step(root: Path) -> dict[str, Any]:
-    """Seconds until the first step of a run from the checkpoint, one block a stage, and the worker's peak memory.
+    """Seconds until the first step of a run from the checkpoint, two blocks a stage, and the worker's peak memory.
 
     Twice: weights are hashed the first time, and remembered.
     """
     found: dict[str, Any] = {}
     for key in ("first", "again"):
-        settings = {"training.mode": "layerwise", "training.steps": "3", "training.batch_size": "1"}
+        settings = {
+            "training.mode": "{name: blockwise, block_size: 2}",
+            "training.steps": "3",
+            "training.batch_size": "1",
+        }
         settings |= {"data.paths": f"[{root / 'text.txt'}]", "training.seq_len": str(SEQ_LEN), "precision": "fp32"}
         settings |= {"data.cache_dir": str(root / "cache"), "evaluation.samples": "1", "data.held_out": "0.2"}
         options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
@@ -240,7 +244,7 @@ def _section(result: Result) -> Section:
     limit = f"under a limit of {result['limit']} GiB, page cache included" if limited else "without a limit of memory"
     text = (
         "LLaMA of random bf16 weights. First step: from `stackwise run --init` to the first step of stage 0 (front, "
-        f"one block, head; fp32 with AdamW, one row of {result['seq_len']} tokens), the first time with every weight "
+        f"two blocks, head; fp32 with AdamW, one row of {result['seq_len']} tokens), the first time with every weight "
         f"hashed, then with the digests remembered. `eval --model` of {ROWS} rows and `export --model` {limit}. Equal: "
         "every tensor of the export, name, dtype and bytes."
     )

@@ -95,11 +95,16 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
     ]
     state = max((estimate.state_bytes(gradients=True) for estimate in resident), default=0)
     if needed > free:
+        # What takes most decides what helps.
+        ways = {
+            boundaries: "lower training.rows or training.steps, set store.keep: none or training.windows",
+            weights: "take fewer, larger stages (training.mode.block_size): each keeps a head of its own",
+            checkpoints: "take smaller stages (training.mode.block_size)",
+        }
         raise NoSpaceError(
-            f"the run needs {in_bytes(needed)} of disk ({in_bytes(boundaries)} of them boundaries) and "
-            f"{disk} has {in_bytes(free)} free",
-            hint="lower training.rows or training.steps, set store.keep: none or training.windows, or name a larger "
-            "disk with store.path",
+            f"the run needs {in_bytes(needed)} of disk (boundaries {in_bytes(boundaries)}, committed weights "
+            f"{in_bytes(weights)}, checkpoints {in_bytes(checkpoints)}) and {disk} has {in_bytes(free)} free",
+            hint=f"{ways[max(ways)]}, or name a larger disk with store.path",
         )
     if todo and config.store.max_bytes is not None and allowed is not None and boundary * min(live, 2) > allowed:
         beside = f" beside {in_bytes(weights)} of committed stages" if config.windows > 1 else ""

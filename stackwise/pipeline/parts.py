@@ -64,8 +64,10 @@ def load_part(source: Source, vocab_size: int | None = None) -> dict[str, torch.
         return None
     tensors = _read(Path(source.path)) if source.names is None else read_tensors(source.path, source.names)
     if source.digest is not None and part_digest(tensors) != source.digest:
-        changed = "is not what was committed" if source.names is None else "was changed since the run began"
-        raise DamageError(f"{source.path} {changed}", hint=_hint(source))
+        if source.names is None:
+            raise DamageError(f"{source.path} is not what was committed", hint=RETRAINED)
+        # Its digest is remembered by the files' times, which a change in place may leave.
+        raise DamageError(f"{source.path} was changed since it was hashed", hint="touch its files, and run again")
     if source.names is not None and vocab_size is not None:
         tensors |= {name: _with_rows(tensors[name], vocab_size) for name in VOCABULARY & tensors.keys()}
     return tensors

@@ -255,7 +255,7 @@ def export(
         UsageError: The directory is in use, the tokenizer is no JSON, stages that do not make up the rack.
         NoSpaceError: The disk is full; nothing is left behind.
     """
-    options = options or ExportOptions()
+    options = _known_ids(options or ExportOptions(), front.embedding.num_embeddings)
     remaining = iter(stages)
     first = [stage for _, stage in zip(range(1), remaining, strict=False)]
     causal = options.causal if options.causal is not None else bool(first) and first[0].causal is True
@@ -480,6 +480,19 @@ def _tokenizer(source: Path | str | None) -> str | None:
     except (OSError, ValueError) as error:
         raise UsageError(f"the tokenizer cannot be read: {error}") from None
     return text
+
+
+def _known_ids(options: ExportOptions, size: int) -> ExportOptions:
+    """The options without a mask token that the model has no row for, as one that masks nothing has none."""
+    text, mask = _tokenizer(options.tokenizer_json), options.mask_token_id
+    parsed = None if text is None else parse_json(text)
+    if isinstance(parsed, dict) and isinstance(added := parsed.get("added_tokens"), list):
+        within = [entry for entry in added if not isinstance(entry, dict) or entry.get("id", 0) < size]
+        if len(within) < len(added):
+            text = json.dumps({**parsed, "added_tokens": within}, ensure_ascii=False)
+    return dataclasses.replace(
+        options, tokenizer_json=text, mask_token_id=mask if mask is None or mask < size else None
+    )
 
 
 def _special_tokens(tokenizer: str, separator_id: int | None, mask_id: int | None) -> dict[str, str]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from stackwise.config import DataConfig, StackWiseConfig
@@ -387,6 +388,17 @@ def test_an_export_has_the_tokens_of_the_model_that_the_run_began_from_and_of_no
         export_rack(rack, tmp_path / name)
         ends.append(json.loads((tmp_path / name / "config.json").read_text())["eos_token_id"])
     assert ends == [7, rack.data.tokenizer.separator_id]
+
+
+def test_an_export_names_no_id_that_the_model_has_no_row_for(tmp_path: Path, text: Path, tokenizer_json: Path) -> None:
+    assert Tokenizer.load(tokenizer_json).mask_id == 300, "ours, behind those of the file"
+    make("llama", tmp_path / "model", vocab_size=300, shard="1GB")
+    shutil.copy(tokenizer_json, tmp_path / "model" / "tokenizer.json")
+    run(configuration(tmp_path / "model", text, **{"training.steps": 1}), tmp_path / "run")
+    export_rack(load_rack(RunDirectory(tmp_path / "run"), torch.device("cpu")), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["vocab_size"], config["stackwise"]["mask_token_id"]) == (300, None)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 300
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "export"])
