@@ -161,6 +161,7 @@ def _first_step(root: Path) -> dict[str, Any]:
                     process.send_signal(signal.SIGTERM)
                     break
             _, why = process.communicate()
+        shutil.rmtree(root / key, ignore_errors=True)
         if f"{key}_seconds" not in found:
             raise UsageError(f"the run did not come to a step: {why.strip()[-300:]}", hint=" ".join(command))
         say(f"  to the first step: {found[f'{key}_seconds']:.0f} s")
