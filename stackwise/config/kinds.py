@@ -17,7 +17,7 @@ The built-in kinds are in the rooms of their subjects, in modules that import no
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -234,6 +234,10 @@ class Attention(BlockPart):
 
     def at(self, block: int) -> Attention:
         """Itself as block `block` of the rack has it."""
+        return self
+
+    def chosen(self, blocks: Sequence[int]) -> Attention:
+        """Itself in a rack of some of the blocks: block k of it is block `blocks[k]` of this one."""
         return self
 
     @abc.abstractmethod

@@ -18,6 +18,7 @@ from stackwise.config.fields import (
     PositiveInt,
     Section,
     Size,
+    Small,
     Text,
 )
 from stackwise.config.kinds import Objective, Tracker
@@ -149,6 +150,11 @@ class InitConfig(Section):
         None,
         description="begin from a pretrained model: a Hugging Face directory (config.json, safetensors, "
         "tokenizer.json), an export, or a finished run; model.* and data.tokenizer follow from it; null: fresh weights",
+    )
+    blocks: Small | Annotated[list[Annotated[int, Field(ge=0, lt=1024)]], Field(min_length=1)] | None = Field(
+        None,
+        description="a rack of some of its blocks: every so many-th (2: 0, 2, 4, ...), or a list of their numbers, "
+        "lowest first ([0, 2, 5]); null: all of them",
     )
 
 

@@ -6,7 +6,7 @@ No torch here but where a kind builds something.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -41,6 +41,13 @@ class Windowed(Attention):
             return self
         window = self.window if block in self.window_blocks else None
         return self.model_copy(update={"window": window, "window_blocks": None})
+
+    def chosen(self, blocks: Sequence[int]) -> Attention:
+        """See `Attention.chosen`."""
+        if self.window_blocks is None:
+            return self
+        places = [place for place, block in enumerate(blocks) if block in self.window_blocks]
+        return self.model_copy(update={"window_blocks": places})
 
     def window_specification(self) -> dict[str, Any]:
         """What of the window shapes a forward pass; empty: there is none."""

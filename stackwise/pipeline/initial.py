@@ -6,7 +6,7 @@ No torch is imported here: the runner reads headers and digests; weights are rea
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +21,9 @@ from stackwise.errors import ConfigError, NotFound, UsageError
 from stackwise.files import expanded
 from stackwise.pipeline.job import Source, Versions, committed_stages
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.schedule import ADAPTER, FIRST_HEAD, FRONT, HEAD, block_parts
+from stackwise.pipeline.schedule import ADAPTER, FIRST_HEAD, FRONT, HEAD, block_part, block_parts
 from stackwise.pretrained.checkpoint import Checkpoint
+from stackwise.pretrained.families import BLOCK
 
 FREE = frozenset({"dropout", "init_std"})
 """Settings of `model.*` that are no fact of the weights: the run's own value counts."""
@@ -84,21 +85,49 @@ class Committed:
         return self._versions[part]
 
 
+class Shallower:
+    """Some blocks of another model, with its front and its head: what a student of it begins from.
+
+    Args:
+        whole: The other model.
+        blocks: For each block, the number of that one that it begins as.
+    """
+
+    def __init__(self, whole: Weights, blocks: Sequence[int]) -> None:
+        self._whole, self._blocks = whole, blocks
+        sizes = ArchitectureConfig(n_stacks=len(blocks))
+        attention = whole.model.attention.chosen(blocks)
+        self.model = whole.model.model_copy(update={"architecture": sizes, "attention": attention})
+        self.tokenizer_json, self.objective, self.notes = whole.tokenizer_json, whole.objective, whole.notes
+        self.checkpoint = getattr(whole, "checkpoint", None)
+
+    def source(self, part: str, *, hashed: bool = True) -> Source:
+        """See `Weights.source`."""
+        if part.startswith(BLOCK):
+            part = block_part(self._blocks[int(part.removeprefix(BLOCK))])
+        return self._whole.source(part, hashed=hashed)
+
+
 def open_weights(config: StackWiseConfig) -> Weights:
-    """What `init.weights` names.
+    """What `init.weights` names, and of it the blocks that `init.blocks` does.
 
     Raises:
         NotFound: There is nothing there.
-        UsageError: It is no model, or one that cannot be taken up exactly.
+        UsageError: It is no model, or one that cannot be taken up exactly; or it lacks one of the blocks.
     """
     assert config.init.weights is not None
     path = expanded(config.init.weights).absolute()
     if not path.is_dir():
         raise NotFound(f"init.weights: {path}: there is no such directory", hint="name the directory of a model")
     run = RunDirectory(path)
-    if run.manifest_file.exists():
-        return Committed(run)
-    return Pretrained(path, config.data.cache_dir)
+    weights = Committed(run) if run.manifest_file.exists() else Pretrained(path, config.data.cache_dir)
+    blocks, depth = config.init.blocks, weights.model.n_blocks
+    if blocks is None:
+        return weights
+    wrong = [block for block in ([blocks] if isinstance(blocks, int) else blocks) if block >= depth]
+    if wrong:
+        raise UsageError(f"init.blocks: there is no block {wrong[0]}: {path} has 0 to {depth - 1}")
+    return Shallower(weights, range(0, depth, blocks) if isinstance(blocks, int) else blocks)
 
 
 def with_checkpoint(config: StackWiseConfig) -> StackWiseConfig:
@@ -175,11 +204,13 @@ def _stacks(config: StackWiseConfig, blocks: int) -> ArchitectureConfig:
     if stacks is None:
         stacks = blocks // (size or 1)
     if size is None:
-        size = blocks // stacks
+        size = max(1, blocks // stacks)
     if progressive.enabled and progressive.max_stacks is not None and progressive.max_stacks < stacks:
         stacks = progressive.max_stacks
     if stacks * size != blocks:
-        raise ValueError(f"{stacks} stacks of {size} blocks, and {blocks} blocks in the checkpoint: leave them out")
+        raise ValueError(
+            f"{stacks} stacks of {size} blocks, and {blocks} blocks in what it begins from: leave them out"
+        )
     return ArchitectureConfig(n_stacks=stacks, blocks_per_stack=size)
 
 

@@ -196,6 +196,8 @@ def test_it_stays_with_a_loop_of_transformers(
         ({"model.max_seq_len": 128}, "model.max_seq_len: is 128, and 64 in the checkpoint"),
         ({"data.tokenizer": "bytes"}, "data.tokenizer: is 'bytes', and"),
         ({"training.seq_len": 65}, "model.max_seq_len: 64 is less than training.seq_len 65"),
+        ({"init.blocks": [0, 2], "model.d_model": 64}, "model.d_model: is 64, and 32 in the checkpoint"),
+        ({"init.blocks": [0, 2], "model.architecture.n_stacks": 3}, "model.architecture: 3 stacks of 1 blocks"),
     ],
 )
 def test_a_setting_that_contradicts_is_refused(more: dict[str, Any], line: str, text: Path, checkpoints: Any) -> None:
@@ -263,6 +265,34 @@ def test_every_stage_begins_with_the_weights_of_the_checkpoint(
         for name, tensor in theirs.items():
             if name in ours and ours[name].is_floating_point():  # else packed in few bits
                 torch.testing.assert_close(ours[name][: len(tensor)], tensor, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("blocks", "chosen"), [(2, [0, 2]), ([2, 0, 0], [2, 0, 0])])
+def test_a_rack_of_some_of_the_blocks(
+    blocks: Any, chosen: list[int], tmp_path: Path, text: Path, checkpoints: Any
+) -> None:
+    """Weights as they were, windows with their blocks; what it is exported as is of the checkpoint's family."""
+    weights = checkpoints("qwen2-windows", max_window_layers=2)  # the last one alone has the window
+    more = {"training.steps": 1, "training.learning_rate": 1e-9, "training.weight_decay": 0.0, "init.blocks": blocks}
+    config = configuration(weights, text, **more)
+    assert with_checkpoint(config) == config
+    windows = [config.model.at(block).attention.window for block in range(len(chosen))]  # type: ignore[attr-defined]
+    assert windows == [5 if block == 2 else None for block in chosen]
+    run(config, tmp_path / "run")
+    checkpoint, parts = Checkpoint(weights), weights_of(RunDirectory(tmp_path / "run"))
+    for place, block in enumerate(chosen):
+        for name, tensor in checkpoint.load(f"block.{block}").items():
+            torch.testing.assert_close(parts[f"block.{place}"][name], tensor, rtol=0.0, atol=1e-6)
+    if blocks == 2:  # the layers with windows are the highest ones, as the family has it
+        export_rack(load_rack(RunDirectory(tmp_path / "run"), torch.device("cpu")), tmp_path / "out")
+        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert (written["model_type"], written["num_hidden_layers"]) == ("qwen2", 2)
+
+
+def test_blocks_that_are_not_there_are_refused(text: Path, checkpoints: Any) -> None:
+    for blocks, wrong in (([0, 3], 3), (7, 7)):
+        with pytest.raises(UsageError, match=f"init.blocks: there is no block {wrong}"):
+            configuration(checkpoints("llama"), text, **{"init.blocks": blocks})
 
 
 def test_two_directories_with_the_same_weights_are_one_and_a_change_is_another(
