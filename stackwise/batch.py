@@ -58,6 +58,11 @@ class Batch:
         """Their masks, on the CPU: which positions are scored is then known without waiting for the device."""
         return self.tensors[MASKS]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, but for the masks; pinned tensors travel while the device computes."""
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))

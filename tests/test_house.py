@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "stackwise"
 
 FLOORS = [
     {"errors", "identity", "version"},
-    {"files", "text", "words"},
+    {"files", "host", "text", "words"},
     {"durable", "registry", "batch", "shapes"},
     {"config"},
     {"store", "data", "model", "objectives"},

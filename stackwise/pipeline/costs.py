@@ -8,12 +8,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.fields import changed
 from stackwise.data import PreparedData
 from stackwise.errors import NoSpaceError, UsageError
+from stackwise.host import host_total
 from stackwise.identity import content_id
 from stackwise.pipeline.decisions import Decision, separate_traffic, traffic_of
 from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, WIDE, Estimate, committed_bytes
@@ -76,7 +75,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
         weights = committed_bytes(config, size, plan.drawn(todo[0]))
         allowed = None if allowed is None else max(0, allowed - weights)
         boundary = whole_boundary(config, rows)
-    total = psutil.virtual_memory().total
+    total = host_total()
     limit = min(plan.memory or total, config.training.memory or total)
     swaps = {estimate.stage.depth: estimate.swap(plan.memory or total) for estimate in estimates}
     swapped = {depth: swap for depth, swap in swaps.items() if swap is not None}

@@ -11,19 +11,16 @@ import os
 import re
 import resource
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 import stackwise
 from stackwise.errors import UsageError
+from stackwise.host import Memory, host_memory, host_total, process_bytes
 
 if TYPE_CHECKING:
     import torch
 
-CGROUP = Path("/sys/fs/cgroup")
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "can't start new thread")
 """What a RuntimeError of PyTorch, or of the interpreter, says then."""
 
@@ -69,7 +66,7 @@ def describe(device: torch.device | None) -> dict[str, Any]:
         return {"device": "cuda", "name": properties.name, "memory": properties.total_memory, "precision": precision}
     kind = "cpu" if device is None else device.type
     name = f"{os.cpu_count()} CPU cores" if kind == "cpu" else "Apple GPU"
-    return {"device": kind, "name": name, "memory": psutil.virtual_memory().total, "precision": "fp32"}
+    return {"device": kind, "name": name, "memory": host_total(), "precision": "fp32"}
 
 
 def cpu_alone(device: str) -> bool:
@@ -110,28 +107,18 @@ def warm_up() -> None:
 
 
 def make_deterministic() -> None:
-    """Only kernels that repeat bit for bit, where PyTorch has them; a warning names the others."""
+    """On a GPU only kernels that repeat bit for bit: the others raise (see `cannot_repeat`).
+
+    Only without warnings do flash and memory-efficient attention take their ordered backward passes; cuDNN's has none,
+    and is not chosen then.
+    """
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=False)
     # Every `torch.empty` would be filled with NaN otherwise: it costs bandwidth and changes no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-
-
-@dataclass(frozen=True)
-class Memory:
-    """A limit, and how much of it is used."""
-
-    limit: int  # most bytes that this process can hold
-    used: int  # bytes that it holds, in the same measure
-    what: str  # what is limited, in words
-
-    @property
-    def room(self) -> int:
-        """Bytes left."""
-        return self.limit - self.used
 
 
 def memory(device: torch.device | None = None) -> Memory:
@@ -142,49 +129,12 @@ def memory(device: torch.device | None = None) -> Memory:
         free, _ = torch.cuda.mem_get_info(device)
         reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         return Memory(free + reserved, used, "GPU memory")
-    return min(_host(), key=lambda limit: limit.room)
+    return host_memory()
 
 
-def _host() -> list[Memory]:
-    info = psutil.Process().memory_info()
-    limits = [Memory(info.rss + psutil.virtual_memory().available, info.rss, "memory")]
-    space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if space != resource.RLIM_INFINITY:
-        limits.append(Memory(space, info.vms, "address space (ulimit -v)"))
-    data = resource.getrlimit(resource.RLIMIT_DATA)[0]
-    if data != resource.RLIM_INFINITY and sys.platform == "linux":
-        limits.append(Memory(data, _process_bytes("VmData"), "data memory (ulimit -d)"))
-    if (group := _group_room()) is not None:
-        limits.append(Memory(info.rss + group, info.rss, "memory of its control group"))
-    return limits
-
-
-def _process_bytes(key: str) -> int:
-    """An entry in bytes of what Linux says of this process's memory, such as VmHWM."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def _group_room() -> int | None:
-    """Bytes that the control group has left, what the kernel could drop of it included; None: it has no limit."""
-    try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        used = int((CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        return int(limit) - used + int(stat.get("inactive_file", 0))
-    except (OSError, ValueError):
-        return None
-
-
-def killed_for_memory() -> int:
-    """How many processes of this control group the kernel has killed for want of memory."""
-    try:
-        events = dict(line.split() for line in (CGROUP / "memory.events").read_text().splitlines())
-        return int(events.get("oom_kill", 0))
-    except (OSError, ValueError):
-        return 0
+def cannot_repeat(error: BaseException) -> bool:
+    """Whether an error says that PyTorch has no kernel that repeats bit for bit for something."""
+    return isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -205,7 +155,7 @@ def peak_memory(device: torch.device) -> int:
 
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":  # where `ru_maxrss` would begin with the size of whoever started this process
-        return _process_bytes("VmHWM")
+        return process_bytes("VmHWM")
     else:  # noqa: RET505 - of which mypy knows that it is for other systems
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build, parse_yaml
-from stackwise.pipeline.device import Memory, is_out_of_memory, memory
+from stackwise.host import Memory
+from stackwise.pipeline.device import is_out_of_memory, make_deterministic, memory
 from stackwise.pipeline.schedule import Stage
 
 if TYPE_CHECKING:
@@ -44,8 +45,11 @@ def run_trial(job: TrialJob, device: torch.device) -> dict[str, Any]:
         MemoryError: Not even one row fits.
     """
     config = build(StackWiseConfig, parse_yaml(job.config, "job"))
+    if config.deterministic and device.type == "cuda":  # whose kernels may want other memory
+        make_deterministic()
     before = memory(device)
     engine = _engine(job, config, device)
+    _tried(engine, job, config, 1, device, before)  # the first step makes the moments that all others have beside them
     good, taken, bad, rows = 0, 0, 0, 1
     while rows:
         peak, seconds = _tried(engine, job, config, rows, device, before)
@@ -93,7 +97,7 @@ def _engine(job: TrialJob, config: StackWiseConfig, device: torch.device) -> Res
 def _tried(
     engine: ResidentEngine, job: TrialJob, config: StackWiseConfig, rows: int, device: torch.device, before: Memory
 ) -> tuple[int | None, float]:
-    """One step with so many rows: the most bytes held (None: memory ran out) and its seconds."""
+    """One step with so many rows: the most bytes held (None: memory ran out), and the seconds of a microbatch."""
     import gc
     import time
 
@@ -102,15 +106,17 @@ def _tried(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     begun, short = time.perf_counter(), False
+    # From the second on, a step's gradients are there while a microbatch goes forward; a third takes no more.
+    microbatches = min(2, config.stage_training(job.stage.depth).accumulation)
     try:
-        engine.step([_batch(engine, job, config, rows)], 0, 0.0)
+        engine.step((_batch(engine, job, config, rows) for _ in range(microbatches)), 0, 0.0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         short = True
-    seconds = time.perf_counter() - begun
+    seconds = (time.perf_counter() - begun) / microbatches
     if short:
         engine.model.zero_grad(set_to_none=True)
         gc.collect()

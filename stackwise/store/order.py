@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -143,13 +143,16 @@ class Prefetcher(Generic[T]):
     Args:
         iterator: Whatever yields items. It is closed at the end when it is a generator.
         depth: Items kept ready.
+        most: From the first item, how many may be kept ready: where the consumer has to wait, the depth doubles up to
+            that. None: it stays as it is.
 
     Attributes:
         waited: Seconds that the consumer waited for items.
     """
 
-    def __init__(self, iterator: Iterator[T], depth: int = 2) -> None:
+    def __init__(self, iterator: Iterator[T], depth: int = 2, *, most: Callable[[T], int] | None = None) -> None:
         self.waited = 0.0
+        self._most, self._limit = most, 0  # `_limit`: what `most` said
         self._iterator = iterator
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
         self._stop = threading.Event()
@@ -171,6 +174,8 @@ class Prefetcher(Generic[T]):
     def _work(self) -> None:
         try:
             for item in self._iterator:
+                if self._most is not None and not self._limit:
+                    self._limit = self._most(item)
                 if not self._offer(item):
                     break
         except BaseException as error:
@@ -202,6 +207,9 @@ class Prefetcher(Generic[T]):
         asked = time.perf_counter()
         if self._began is None:
             self._began = asked
+        elif self._queue.maxsize < self._limit and self._queue.empty():  # the first is always waited for
+            with self._queue.mutex:
+                self._queue.maxsize = min(2 * self._queue.maxsize, self._limit)
         item = self._queue.get()
         self.waited += time.perf_counter() - asked
         if item is _END:

@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
 import torch
 import xxhash
 from torch import Tensor
 
 from stackwise import durable, files
 from stackwise.errors import StackWiseError
+from stackwise.host import host_memory
 from stackwise.identity import digest
 from stackwise.training.engine import OPTIMIZER
 from stackwise.training.trainer import Record, Trainer
@@ -245,7 +245,7 @@ class Checkpoints:
         state, step = trainer.engine.state(), trainer.step
         record = json.dumps(asdict(trainer.record))
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        beside = bool(self._buffers) or size < 0.8 * psutil.virtual_memory().available
+        beside = bool(self._buffers) or size < 0.8 * host_memory().room
         if beside:
             state = self._copied(state, trainer.engine.device)
         stopped = time.perf_counter() - begun
@@ -273,7 +273,7 @@ class Checkpoints:
         """
         state = trainer.engine.state()
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        if self._buffers or self.busy or size > 0.8 * psutil.virtual_memory().available:
+        if self._buffers or self.busy or size > 0.8 * host_memory().room:
             return
         gpu = trainer.engine.device.type == "cuda"
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}

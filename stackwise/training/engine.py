@@ -7,7 +7,7 @@ knows where weights, gradients and the optimizer's state are, and nobody asks wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -20,7 +20,7 @@ from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.training.optim import BLOCK, make_optimizer, state_tensors
-from stackwise.training.stage import MeanLoss, Ranks, SingleProcess, StageModel, StepLoss, Tally
+from stackwise.training.stage import MeanLoss, Microbatches, Ranks, SingleProcess, StageModel, StepLoss, Tally
 
 if TYPE_CHECKING:
     from stackwise.training.trainer import Trainer
@@ -65,11 +65,11 @@ class Engine(Protocol):
     checkpoints: str
     """The directory of its checkpoints below the stage's own: one kind of engine cannot take up another's."""
 
-    def step(self, microbatches: Sequence[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
+    def step(self, microbatches: Iterable[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
         """One optimizer step: the gradient of the mean loss over all scored positions of all microbatches.
 
         Args:
-            microbatches: On the CPU, `accumulation` of them.
+            microbatches: On the CPU, `accumulation` of them; each may be made when it is asked for.
             step: Which step this is, from 0; dropout follows from it.
             accept: Asked before anything moves; where it refuses, weights and optimizer stay as they were. None: no
                 figure has to be read off the device.
@@ -153,7 +153,7 @@ class ResidentEngine:
         self._mean = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
         self._trained: dict[str, Tensor] = {}  # what lies under a mean that is committed
 
-    def step(self, microbatches: Sequence[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
+    def step(self, microbatches: Iterable[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
         """See `Engine.step`."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -272,11 +272,12 @@ class ResidentEngine:
             p = self.parameters[name]
             p.data, self._mean[name] = mean, p.data
 
-    def _gradients(self, microbatches: Sequence[Batch], step: int) -> tuple[StepLoss, Tensor]:
+    def _gradients(self, microbatches: Iterable[Batch], step: int) -> tuple[StepLoss, Tensor]:
         """Leave the step's clipped gradient on the parameters; its loss, and its norm before clipping."""
         scale = 1.0 if self.scale is None else self.scale.scale
-        losses = StepLoss(self.model.objective, microbatches, self.device, self.ranks, scale)
-        for number, cpu_batch in enumerate(microbatches):
+        pulled = Microbatches(microbatches)
+        losses = StepLoss(self.model.objective, pulled.following, self.device, self.ranks, scale)
+        for number, cpu_batch in enumerate(pulled):
             batch = cpu_batch.to(self.device)
             torch.manual_seed(derive_seed(*self.seed, step, number, "dropout"))
             with self.model.numerics(self.device):

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from stackwise.batch import ACTIVATIONS, MASKS, SEGMENTS, TOKENS, Batch
+from stackwise.host import host_memory
 from stackwise.store import ActivationStore, BoundaryReader, Prefetcher, RowOrder, Rowset
+
+MOST_AHEAD, AHEAD_SHARE = 128, 0.05  # batches that lie ready at most; the share of the free memory that they may take
 
 
 class Samples(Protocol):
@@ -140,6 +143,13 @@ class Feed:
 
 
 def ahead(batches: Iterator[Batch], device: torch.device, depth: int = 3) -> Prefetcher[Batch]:
-    """The same batches, prepared by a background thread (and pinned, for a GPU) while the device computes."""
+    """The same batches, prepared by a background thread (and pinned, for a GPU) while the device computes.
+
+    More lie ready where the device had to wait for one, as far as a share of the host's free memory allows.
+    """
     ready = (batch.pinned() for batch in batches) if device.type == "cuda" else batches
-    return Prefetcher(ready, depth=depth)
+
+    def most(batch: Batch) -> int:
+        return max(depth, min(MOST_AHEAD, int(AHEAD_SHARE * host_memory().room) // max(1, batch.nbytes)))
+
+    return Prefetcher(ready, depth=depth, most=most)

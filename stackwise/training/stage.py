@@ -6,7 +6,8 @@ Shapes: B rows, S positions, D model width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -162,6 +163,24 @@ class MeanLoss:
     terms: Mapping[str, float] = field(default_factory=dict)  # the means by name, where there are several
 
 
+class Microbatches:
+    """The microbatches of one step, each taken from where it comes from when its turn is: none waits for the last."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._source, self._held = iter(batches), deque[Batch]()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return self._held.popleft() if self._held else next(self._source)
+
+    def following(self) -> Sequence[Batch]:
+        """All those still to come, which are held until their turns."""
+        self._held.extend(self._source)
+        return tuple(self._held)
+
+
 class StepLoss:
     """The loss of one step: what the terms of its microbatches are multiplied by, and what they come to.
 
@@ -170,19 +189,21 @@ class StepLoss:
     and shapes ahead of the passes: so the gradient is that of the sum of their means, however rows are divided.
 
     Args:
+        following: The microbatches after the first; asked for once, where the loss has several terms.
         scale: Factor on the loss while gradients are taken (half precision).
     """
 
     def __init__(
         self,
         objective: RuntimeObjective,
-        microbatches: Sequence[Batch],
+        following: Callable[[], Sequence[Batch]],
         device: torch.device,
         ranks: Ranks,
         scale: float = 1.0,
     ) -> None:
-        self._objective, self._microbatches, self._device = objective, microbatches, device
+        self._objective, self._following, self._device = objective, following, device
         self._ranks, self._scale = ranks, scale
+        self._tokens = 0  # of the newest microbatch
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._weights: dict[str, float] = {}
@@ -190,13 +211,14 @@ class StepLoss:
 
     def root(self, terms: Mapping[str, Term], batch: Batch) -> Tensor:
         """What the gradient of a microbatch is taken of. The first call has every term that there is."""
+        self._tokens = batch.tokens_BS.numel()
         if self._ahead is None:
             self._ahead = self._counted_ahead(terms, batch)
         if self._ahead:
             divided = [term.sum * (term.weight / max(1, self._ahead[name])) for name, term in terms.items()]
             return torch.stack([part.to(divided[0].dtype) for part in divided]).sum() * self._scale
         (term,) = terms.values()
-        return (term.sum if self._scale == 1.0 else term.sum * self._scale) / batch.tokens_BS.numel()
+        return (term.sum if self._scale == 1.0 else term.sum * self._scale) / self._tokens
 
     def add(self, terms: Mapping[str, Term]) -> None:
         """Add up a microbatch's terms, all of them."""
@@ -237,7 +259,7 @@ class StepLoss:
         if self._ahead:
             return None if self._scale == 1.0 else 1.0 / self._scale
         (scored,) = self._counts.values()
-        return self._microbatches[-1].tokens_BS.numel() / scored / self._scale if scored else None
+        return self._tokens / scored / self._scale if scored else None
 
     def means(self) -> dict[str, Tensor]:
         """The mean of each term, in nats, on the device."""
@@ -254,7 +276,7 @@ class StepLoss:
         if len(terms) == 1 and next(iter(terms.values())).weight == 1.0:
             return {}
         counts = dict.fromkeys(terms, 0)
-        for one in self._microbatches:
+        for one in (batch, *self._following()):
             known = self._objective.at(one.step).counts(one)
             for name, term in terms.items():
                 # A block's term counts positions, in every microbatch as many for a token.

@@ -80,7 +80,7 @@ class SwappedEngine:
         """Steps that are published: a kill loses nothing of them."""
         return self.log.committed.step
 
-    def step(self, microbatches: Sequence[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
+    def step(self, microbatches: Iterable[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
         """See `Engine.step`; it is durable when this returns.
 
         Raises:
@@ -89,6 +89,7 @@ class SwappedEngine:
         """
         assert step == self.before + self.steps_done, f"step {step} after {self.before} and {self.steps_done}"
         self.spill.clear()
+        microbatches = list(microbatches)  # every group sees all of them
         norms: dict[str, list[Tensor]] = {}
         losses = self._up(microbatches, step, norms)
         self._down(microbatches, step, losses, norms)
@@ -199,7 +200,7 @@ class SwappedEngine:
                 if top:
                     if losses is None:
                         scale = 1.0 if self.scale is None else self.scale.scale
-                        losses = StepLoss(model.objective, microbatches, self.device, self.ranks, scale)
+                        losses = StepLoss(model.objective, lambda: microbatches[1:], self.device, self.ranks, scale)
                     terms[number] = self._terms(model, batch, terms[number])
                     losses.root(terms[number], batch).backward()  # type: ignore[no-untyped-call]
                     losses.add(terms[number])

@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -174,12 +174,13 @@ class Trainer:
         lowered = self.settings.divergence.lowered(self.carried.rollbacks + self.record.rollbacks)
         return learning_rate(self.settings, self.before + step, self.budget) * lowered
 
-    def train_step(self, microbatches: Sequence[Batch], watch: Watch | None = None) -> Stepped:
+    def train_step(self, microbatches: Iterable[Batch], watch: Watch | None = None) -> Stepped:
         """One optimizer step over `accumulation` microbatches, at the rate that the schedule gives."""
         number = self.before + self.step
-        microbatches = [replace(batch, step=number) for batch in microbatches]
         accept = None if watch is None else watch.accept
-        stepped = self.engine.step(microbatches, number, self.rate(self.step), accept)
+        stepped = self.engine.step(
+            (replace(batch, step=number) for batch in microbatches), number, self.rate(self.step), accept
+        )
         self.step += 1
         return stepped
 
@@ -202,14 +203,20 @@ class Trainer:
         pending: list[tuple[Stepped, bool]] = []
         begun = reported = time.perf_counter()
         waited_before, seconds_before, tokens = self.record.waited, self.record.seconds, 0
+
+        def drawn() -> Iterator[Batch]:
+            nonlocal tokens
+            for _ in range(settings.accumulation):
+                batch = next(batches)
+                tokens += batch.tokens_BS.numel()
+                yield batch
+
         if self._at_anchor():
             hooks.save(wait=False)
         # Of a run that ended between a checkpoint and its evaluation.
         self._evaluate(hooks)
         while not self.finished:
-            microbatches = [next(batches) for _ in range(settings.accumulation)]
-            tokens += sum(batch.tokens_BS.numel() for batch in microbatches)
-            stepped = self.train_step(microbatches, watch)
+            stepped = self.train_step(drawn(), watch)
             refused = watch is not None and watch.verdict is not None
             pending.append((stepped, refused))
             if watch is not None and refused:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from stackwise.batch import Batch
 from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.loading import build, dump, parse_yaml
 from stackwise.errors import ConfigError
@@ -16,7 +19,8 @@ from stackwise.pipeline.job import from_plain
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.auto import settle, wanted
 from stackwise.pipeline.schedule import schedule
-from stackwise.pipeline.trial import TrialJob
+from stackwise.pipeline.trial import TrialJob, run_trial
+from stackwise.training.engine import ResidentEngine, Stepped
 from tests.conftest import Micro, run
 
 
@@ -69,3 +73,23 @@ def test_a_job_is_plain_data(micro: Micro) -> None:
     config = micro(training__batch_size="auto")
     job = TrialJob(dump(config), schedule(config)[1], 258, 257, 100)
     assert from_plain(TrialJob, json.loads(json.dumps(asdict(job)))) == job
+
+
+@pytest.mark.parametrize(("accumulation", "microbatches"), [(1, 1), (4, 2)])
+def test_a_trial_has_the_gradients_of_a_microbatch_beside_the_next(
+    micro: Micro, monkeypatch: pytest.MonkeyPatch, accumulation: int, microbatches: int
+) -> None:
+    config, step = micro(training__batch_size="auto", training__accumulation=accumulation), ResidentEngine.step
+    beside = list[bool]()
+
+    def watched(engine: ResidentEngine, batches: Iterable[Batch], *arguments: Any) -> Stepped:
+        def each() -> Iterator[Batch]:
+            for batch in batches:
+                beside.append(any(p.grad is not None for p in engine.parameters.values()))
+                yield batch
+
+        return step(engine, each(), *arguments)
+
+    monkeypatch.setattr(ResidentEngine, "step", watched)
+    assert run_trial(TrialJob(dump(config), schedule(config)[1], 258, 257, 2), torch.device("cpu"))["rows"] == 2
+    assert beside[:4] == [False, True, False, True] if microbatches == 2 else not any(beside)

@@ -75,3 +75,23 @@ def test_it_stays_no_further_ahead_than_asked() -> None:
         next(ahead)
         time.sleep(0.2)
         assert len(made) <= 5
+
+
+def test_more_lies_ready_where_the_consumer_had_to_wait() -> None:
+    made, go = list[int](), threading.Event()
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            if number >= 2:
+                go.wait(20)
+            made.append(number)
+            yield number
+
+    with Prefetcher(items(), depth=1, most=lambda _: 5) as ahead:
+        threading.Timer(0.05, go.set).start()
+        assert [next(ahead) for _ in range(20)] == list(range(20))
+        until = time.perf_counter() + 5
+        while len(made) < 24 and time.perf_counter() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(made) <= 20 + 5 + 1  # those that lie ready, and the one in hand

@@ -143,6 +143,24 @@ def test_a_stages_gradient_is_that_of_the_objective_written_out_by_hand(tokens: 
     assert stepped.gradient_norm.item() == pytest.approx(norm.item(), rel=1e-4)
 
 
+def test_no_microbatch_waits_for_the_last_one() -> None:
+    one, drawn, seen = trainer(accumulation=4), list[int](), list[int]()
+
+    def source() -> Iterator[Batch]:
+        for number in range(4):
+            drawn.append(number)
+            yield batch(number)
+
+    forward = resident(one).model.register_forward_hook(lambda *_: seen.append(len(drawn)))
+    one.train_step(source())
+    forward.remove()
+    assert seen == [1, 2, 3, 4]
+    other = trainer(accumulation=4)
+    other.train_step([batch(number) for number in range(4)])
+    for name, tensor in one.engine.state().items():
+        assert torch.equal(tensor, other.engine.state()[name])
+
+
 def test_stopped_and_resumed_anywhere_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole = trainer()
     assert fit(whole, Hooks(), batches())

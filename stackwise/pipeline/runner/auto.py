@@ -161,6 +161,8 @@ def conditions(config: StackWiseConfig, job: TrialJob, device: str) -> str:
     values = {"model": config.model.model_dump(), "positions": config.row_positions, "stage": stage, "device": device}
     values |= {"optimizer": settings.optimizer.plain(), "precision": config.precision}
     values |= {"ema": settings.ema, "most": job.most}
+    if settings.accumulation > 1:  # gradients of one microbatch lie beside the next
+        values["microbatches"] = 2
     return content_id("batch size", values | {"objective": config.objective.plain(), "vocabulary": job.vocab_size})
 
 

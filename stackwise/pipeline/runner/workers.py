@@ -20,7 +20,8 @@ from stackwise.config import StackWiseConfig
 from stackwise.durable import is_locked
 from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
 from stackwise.files import open_regular
-from stackwise.pipeline.device import describe, killed_for_memory, python_command
+from stackwise.host import killed_for_memory
+from stackwise.pipeline.device import describe, python_command
 from stackwise.pipeline.estimate import Estimate, oom_advice
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.job import FinishJob, StageJob

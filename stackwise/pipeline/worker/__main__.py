@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 from stackwise.durable import is_full_disk, no_space
 from stackwise.errors import InterruptedRun, StackWiseError
-from stackwise.pipeline.device import Memory, is_out_of_memory, memory
+from stackwise.host import Memory
+from stackwise.pipeline.device import cannot_repeat, is_out_of_memory, memory
 
 
 class _Channel:
@@ -56,6 +57,10 @@ def main(device: str) -> int:
         if is_full_disk(error):
             name = getattr(error, "filename", None)
             return _report(channel, no_space(None if name is None else Path(os.fsdecode(name))))
+        if cannot_repeat(error):
+            what = str(error).split(" ", 1)[0]
+            text = f"{what} has no kernel on this device that repeats bit for bit"
+            return _report(channel, StackWiseError(text, hint="set deterministic: false, or take another kind"))
         with contextlib.suppress(OSError):  # whatever keeps the log from being written, the runner is told
             traceback.print_exc()
         channel.emit({"event": "error", "exit_code": 1, **_explained(error, before[0] if before else memory())})
