@@ -1,0 +1,1 @@
+"""Baselines: BERT, GPT-2 and LLaMA families as Hydra configuration groups over ordinary StackWise runs."""

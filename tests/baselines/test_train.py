@@ -1,0 +1,98 @@
+"""Baselines: groups compose to valid configurations, the command trains them, and a sweep shares stages."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+from baselines.compose import CONFIGS, configuration, experiments, options, register
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "baselines" / "scripts" / "train.py"
+TINY = [
+    "model=decoder/gpt2_family/tiny",
+    "data=files",
+    "data.paths=[text.txt]",
+    "data.tokenizer=bytes",
+    "data.vocab_size=null",
+    "model.d_model=16",
+    "training.steps=4",
+    "training.seq_len=32",
+    "training.batch_size=2",
+    "evaluation.samples=4",
+    "device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def compose():
+    register()
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield hydra.compose
+
+
+def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_every_model_goes_with_every_way_of_training(compose, model):
+    composed = compose("config", [f"model={model}", "~training"])
+    for training in options("training"):
+        # as Hydra merges the group; it takes a tenth of a second for each composition
+        merged = OmegaConf.merge(composed, {"training": OmegaConf.load(CONFIGS / "training" / f"{training}.yaml")})
+        config = configuration(merged, "x")
+        assert config.n_stages >= 1
+        assert config.unused == []
+
+
+@pytest.mark.parametrize("training", options("training"))
+def test_ways_of_training_compose(compose, training):
+    composed = compose("config", ["model=decoder/llama_family/1b", f"training={training}"])
+    base = compose("config", ["model=decoder/llama_family/1b", "~training"])
+    merged = OmegaConf.merge(base, {"training": OmegaConf.load(CONFIGS / "training" / f"{training}.yaml")})
+    assert configuration(composed, "x") == configuration(merged, "x")
+
+
+def test_experiments_compose(compose):
+    for name in experiments():
+        composed = compose(name, ["data.paths=[corpus.txt]"])
+        assert configuration(composed, "x").name != "x"
+
+
+def test_a_sweep_trains_no_stage_twice(tmp_path):
+    (tmp_path / "text.txt").write_text((ROOT / "stackwise" / "cli" / "views.py").read_text())
+    done = train(tmp_path, "--multirun", "training=layerwise,blockwise", *TINY)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("multirun/*/*/*/result.json"))]
+    assert len(results) == 2
+    assert results[0]["evaluation"] == results[1]["evaluation"]  # stages of one block: the same recipes
+    assert len(list((tmp_path / "runs" / "store" / "stages").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["model=encoder/bert_family/tinny"],
+        ["training=growht"],
+        ["model.d_modl=3"],
+        ["training.batch_size=many"],
+        ["data=files"],
+        ["--config-name=experiments/none"],
+        ["tiny"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_wrong_override_is_a_line_and_writes_nothing(tmp_path, arguments):
+    done = train(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) <= 2
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "runs").exists()
