@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from stackwise.config.adapters import adapter_faults
 from stackwise.config.choices import AdaptiveFusion, CausalAdaptation, HierarchicalFusion, NoFusion
 from stackwise.config.fields import AUTO
 from stackwise.config.precision import FORMATS, canonical, stack_adapters, weight_format
@@ -23,7 +24,8 @@ def faults(config: Settings) -> list[Fault]:
     """Every contradiction."""
     if sizes := list(_sizes(config)):
         return sizes  # what follows makes lists of that size
-    return [*_model(config), *_training(config), *_stacks(config), *_fusion(config), *_adaptation(config)]
+    kinds = (_model, _training, _stacks, adapter_faults, _fusion, _adaptation)
+    return [fault for kind in kinds for fault in kind(config)]
 
 
 def _sizes(config: Settings) -> Iterator[Fault]:

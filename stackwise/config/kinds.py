@@ -185,10 +185,6 @@ class BlockPart(Kind):
         layers = self.matrices(model).values()
         return self.other_parameters(model) + sum(m.outputs * m.inputs + m.bias * m.outputs for m in layers)
 
-    def adapter_parameters(self, model: ModelConfig) -> int:
-        """Parameters of adapters of rank 1 on all its matrices that carry them."""
-        return sum(matrix.outputs + matrix.inputs for matrix in self.matrices(model).values() if matrix.narrow)
-
     def narrowest(self, model: ModelConfig) -> int:
         """The highest rank of adapters that all its matrices can carry."""
         # a product of two narrower matrices has no higher rank

@@ -12,13 +12,16 @@ SYNONYMS = {"half": "fp16", "bfloat16": "bf16", "fp4": "nvfp4"}
 FORMATS = {"fp8": "fp8", "nvfp4": "nvfp4", "qlora": "nf4"}
 """Precisions that put weights into a narrow format by themselves, and the format's name."""
 
-BITS = {"fp8": 8.0, "nvfp4": 4.5, "nf4": 4.127}
+HELD_FORMATS = {"held-bf16": "bf16"}
+"""The same of those that only weights which stand still are held in."""
+
+BITS = {"bf16": 16.0, "fp8": 8.0, "nvfp4": 4.5, "nf4": 4.127}
 """Bits of a packed weight in each format, its scales included but for a row's."""
 
 
 def weight_format(precision: str) -> str | None:
     """The name of the narrow format that a precision puts weights into; None: it leaves them as they are."""
-    return precision if Quantization.named(precision) else FORMATS.get(canonical(precision))
+    return precision if Quantization.named(precision) else (FORMATS | HELD_FORMATS).get(canonical(precision))
 
 
 def bits_per_weight(form: str) -> float:

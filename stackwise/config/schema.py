@@ -280,7 +280,15 @@ class Settings(Section):
     @property
     def partition(self) -> list[tuple[int, int]]:
         """First and last block of each part of the rack that becomes new with a stage, lowest first."""
-        return self.training.plan.partition(self.model)
+        spans = self.training.plan.partition(self.model)
+        bottom = self.bottom
+        return [(max(first, bottom), last) for first, last in spans if last >= bottom]
+
+    @property
+    def bottom(self) -> int:
+        """The lowest block of any stage; those below it stand still, and what leaves them is stored."""
+        adapters = self.training.adapters
+        return 0 if adapters is None else min(adapters.above, self.model.n_blocks - 1)
 
     @property
     def finds_block_size(self) -> bool:

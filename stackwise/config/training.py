@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from stackwise.config.adapters import AdaptersConfig
 from stackwise.config.choices import Adaptation, Divergence, Fusion, Lookahead, Mode, Span, cut
 from stackwise.config.fields import (
     AutoInt,
@@ -318,6 +319,11 @@ class TrainingConfig(StageTraining):
     adaptation: Adaptation = choice(Adaptation, "a last stage that turns the trained rack into another")
     save_fused_checkpoints: bool = Field(False, description="export the fused rack into the run directory at the end")
     fusion: Fusion = choice(Fusion, "stages that train sections together, after each was trained alone")
+    adapters: AdaptersConfig | None = Field(
+        None,
+        description="train low-rank adapters beside the weights of init.weights, and nothing else: {rank: 16, "
+        "alpha: 32, targets: [q, v], above: 8, precision: nf4}; null: the weights train",
+    )
     progressive: ProgressiveConfig = Field(default_factory=lambda: ProgressiveConfig())
 
     @property

@@ -22,6 +22,8 @@ NO_BOUNDARY = "no stage of this schedule reads a boundary"
 
 def reading_depths(config: Settings) -> list[int]:
     """The stages that read a boundary. The schedule says so stage by stage; tests hold the two against each other."""
+    if config.bottom:  # what stands still below all of them makes one
+        return list(range(config.n_stages))
     reads = config.has_windows and not config.training.plan.whole
     sections = range(1, config.n_sections) if reads else ()
     fusions = [] if config.training.progressive.holds_trunk else config.fusions
@@ -36,6 +38,8 @@ def has_blocks_above(config: Settings) -> bool:
 
 def trains_heads_apart(config: Settings) -> bool:
     """Whether some stage trains a head while the front that it may be tied to stands still."""
+    if config.training.adapters is not None:  # both do
+        return False
     sections = config.n_sections > 1 and not config.prepends and not config.grows
     return sections or any(first > 0 or config.training.fusion.head_alone for first, _ in config.fusions)
 

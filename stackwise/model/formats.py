@@ -1,4 +1,4 @@
-"""Narrow formats for the weights of linear layers: fp8, nvfp4, nf4, integers. Plain tensor arithmetic on any device.
+"""Narrow formats for the weights of linear layers: bf16, fp8, nvfp4, nf4, integers. Plain tensor arithmetic.
 
 A format packs a matrix into a few named tensors and unpacks them. Packing is a pure function of the matrix: it uses
 exact operations alone (maxima, divisions, roundings, one exactly rounded sum), so neither threads nor devices change a
@@ -63,6 +63,22 @@ class FP8:
     def unpack(self, packed: Mapping[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
         """Codes times scales."""
         return (packed["codes"].float() * packed["scales"]).to(dtype)
+
+
+class BF16:
+    """bfloat16: 16 bits a weight, for those that stand still; a checkpoint's of that dtype are kept exactly."""
+
+    def layout(self, outputs: int, inputs: int) -> Layout:
+        """`codes` bfloat16 [O, I]."""
+        return {"codes": ((outputs, inputs), torch.bfloat16)}
+
+    def pack(self, weight_OI: Tensor) -> Packed:
+        """Round to the nearest, ties to even."""
+        return {"codes": weight_OI.to(torch.bfloat16)}
+
+    def unpack(self, packed: Mapping[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        """The same numbers."""
+        return packed["codes"].to(dtype)
 
 
 class NVFP4:
@@ -285,7 +301,7 @@ def nf4_kernel() -> Callable[[Tensor, Tensor, tuple[int, int], torch.dtype], Ten
     return kernel
 
 
-FORMATS: dict[str, Format] = {"fp8": FP8(), "nvfp4": NVFP4(), "nf4": NF4()}
+FORMATS: dict[str, Format] = {"bf16": BF16(), "fp8": FP8(), "nvfp4": NVFP4(), "nf4": NF4()}
 """The formats by name, but for integers: these are named by their settings (`Quantization.name`)."""
 
 

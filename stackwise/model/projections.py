@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stackwise.config.adapters import AdapterSize
 from stackwise.config.training import Quantization
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
@@ -357,8 +358,9 @@ _MARK = ".adapters."
 class Adapter(nn.Module):
     """scale · B A, with A [R, I] drawn and B [O, R] zero: a fresh adapter changes nothing."""
 
-    def __init__(self, a_RI: Tensor, b_OR: Tensor, scale: float) -> None:
+    def __init__(self, a_RI: Tensor, b_OR: Tensor, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         self.a, self.b = nn.Parameter(a_RI), nn.Parameter(b_OR)
         # In the state dict, so that a file of adapters says all that they do, and so does its digest.
         self.scale: Tensor
@@ -366,6 +368,8 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, I] to […, O]."""
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
         return F.linear(F.linear(x, self.a), self.b) * self.scale
 
     def delta(self) -> Tensor:
@@ -397,35 +401,39 @@ class AdaptedLinear(QuantizedLinear):
 
 
 def add_adapters(module: nn.Module, rank: int, alpha: float, seed: int, part: str, name: str = STACK) -> None:
-    """Put an adapter on every linear layer inside a module, in the dtype and on the device of its weight.
+    """Put an adapter scaled by alpha / rank on every linear layer inside a module: see `put_adapters`."""
+    put_adapters(module, AdapterSize(name, rank, alpha), seed, part)
 
-    A is uniform within ±1/sqrt(I), a pure function of (seed, part, layer, adapter); the scale is alpha / rank.
+
+def put_adapters(module: nn.Module, size: AdapterSize, seed: int, part: str) -> None:
+    """Put adapters on linear layers inside a module, in the dtype and on the device of each one's weight.
+
+    A is uniform within ±1/sqrt(I), a pure function of (seed, part, layer, adapter).
 
     Args:
         module: A block, or a stack; changed in place.
-        rank: Rank of each adapter.
-        alpha: Its scale times the rank.
+        size: Their name, on which layers they are, and how large; a layer may have several.
         seed: The run's seed.
         part: Name of the part, such as "stack.3".
-        name: Name of the adapters; a layer may have several.
 
     Raises:
         UsageError: A rank above a matrix's own, or adapters of that name already there.
     """
-    layers = projections(module)
+    layers = {path: layer for path, layer in projections(module).items() if size.covers(path)}
     for path, layer in layers.items():
         limit = min(layer.in_features, layer.out_features)
-        if rank > limit:
-            raise UsageError(f"adapter rank {rank} is above the rank of {part} {path} ({limit})", hint="lower the rank")
-        if isinstance(layer, AdaptedLinear) and name in layer.adapters:
-            raise UsageError(f"{part} already has adapters named {name}")
+        if size.rank > limit:
+            text = f"adapter rank {size.rank} is above the rank of {part} {path} ({limit})"
+            raise UsageError(text, hint="lower the rank")
+        if isinstance(layer, AdaptedLinear) and size.name in layer.adapters:
+            raise UsageError(f"{part} already has adapters named {size.name}")
     for path, layer in layers.items():
         adapted = layer if isinstance(layer, AdaptedLinear) else AdaptedLinear(layer)
         like, bound = adapted.like, 1.0 / math.sqrt(layer.in_features)
-        generator = torch.Generator("cpu").manual_seed(derive_seed(seed, "adapter", part, path, name))
-        a_RI = torch.empty(rank, layer.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
-        b_OR = torch.zeros(layer.out_features, rank, device=like.device, dtype=like.dtype)
-        adapted.adapters[name] = Adapter(a_RI.to(like), b_OR, alpha / rank)
+        generator = torch.Generator("cpu").manual_seed(derive_seed(seed, "adapter", part, path, size.name))
+        a_RI = torch.empty(size.rank, layer.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
+        b_OR = torch.zeros(layer.out_features, size.rank, device=like.device, dtype=like.dtype)
+        adapted.adapters[size.name] = Adapter(a_RI.to(like), b_OR, size.scale, size.dropout)
         module.set_submodule(path, adapted)
 
 
@@ -452,12 +460,13 @@ def base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if _MARK not in name}
 
 
-def load_adapters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_adapters(module: nn.Module, tensors: Mapping[str, Tensor], dropout: float = 0.0) -> None:
     """Put adapters with given weights on a module's linear layers, in place.
 
     Args:
         module: A block, or a stack, without adapters of these names.
         tensors: What `adapter_state` gave.
+        dropout: Share of what enters them that is dropped in training.
     """
     for key in tensors:
         path, _, rest = key.partition(_MARK)
@@ -471,4 +480,4 @@ def load_adapters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             module.set_submodule(path, layer)
         prefix = f"{path}{_MARK}{name}"
         scale = float(tensors[f"{prefix}.scale"])
-        layer.adapters[name] = Adapter(tensors[key].clone(), tensors[f"{prefix}.b"].clone(), scale)
+        layer.adapters[name] = Adapter(tensors[key].clone(), tensors[f"{prefix}.b"].clone(), scale, dropout)

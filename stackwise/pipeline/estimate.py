@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.adapters import layers
 from stackwise.config.precision import bits_per_weight, weight_format
 from stackwise.pipeline.recipe import stage_steps
-from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, schedule
+from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, adapter_part, schedule
 from stackwise.words import size as in_bytes
 
 WEIGHT_BYTES = 4  # of a weight in training
@@ -48,12 +49,16 @@ class Estimate:
         """Parameters of a part."""
         config, model, stage = self.config, self.config.model, self.stage
         if part.startswith(ADAPTER):
-            sides = model.attention.adapter_parameters(model) + model.ffn.adapter_parameters(model)
-            return sides * sum(size.rank for size in stage.format(part.removeprefix(ADAPTER)).adapters)
+            sides = layers(model)
+            return sum(
+                size.rank * sum(sum(sides[layer]) for layer in sides if size.covers(layer))
+                for size in stage.format(part.removeprefix(ADAPTER)).adapters
+            )
         if part == FRONT:
             return model.front_parameters(self.vocab_size, config.training.seq_len)
         if part == HEAD:
-            shared = model.tie_embeddings and (FRONT in stage.trains or config.training.tied_head == "frozen")
+            moves = HEAD in stage.trains and FRONT not in stage.trains
+            shared = model.tie_embeddings and (not moves or config.training.tied_head == "frozen")
             return model.head_parameters(self.vocab_size, shared=shared)
         return model.block_parameters
 
@@ -73,9 +78,12 @@ class Estimate:
         """Bytes of the weights that it holds and does not train; packed where they are in a narrow format."""
         total = 0.0
         for part in set(self.stage.holds) - set(self.stage.trains):
-            form = weight_format(self.stage.format(part).precision)
-            total += self.parameters(part) * (bits_per_weight(form) / 8 if form else WEIGHT_BYTES)
+            total += self._frozen_bytes(part)
         return round(total)
+
+    def _frozen_bytes(self, part: str) -> float:
+        form = weight_format(self.stage.format(part).precision)
+        return self.parameters(part) * (bits_per_weight(form) / 8 if form else WEIGHT_BYTES)
 
     def state_bytes(self, *, gradients: bool) -> int:
         """Bytes of what it trains and its optimizer state (as a checkpoint holds them), with or without gradients."""
@@ -145,15 +153,25 @@ class Estimate:
             return None
         block = config.model.block_parameters
         state = phase._state_bytes(True)
-        per_parameter = state / phase.trained_parameters
-        ends = max(phase.parameters(part) for part in stage.holds if part in (FRONT, HEAD))
-        most = len((*stage.blocks, *stage.lookahead))
+        per_parameter = state / max(1, phase.trained_parameters)
+
+        def held(part: str) -> float:  # bytes of a part, its adapters included
+            whole = (part, *([adapter_part(part)] if stage.format(part).adapters else []))
+            return sum(
+                per_parameter * phase.parameters(one) if one in stage.trains else phase._frozen_bytes(one)
+                for one in whole
+            )
+
+        blocks_held = (*stage.blocks, *stage.lookahead)
+        ends = max((held(part) for part in stage.holds if part in (FRONT, HEAD)), default=0.0)
+        largest = max(map(held, blocks_held))
+        most = len(blocks_held)
         copies = 0 if config.precision in WIDE else 2 * block
         activations = settings.batch_size * phase.memory_parts()[1] / most + copies
 
         def taken(groups: int) -> int:
             blocks = -(-most // groups)
-            return round(3 * per_parameter * max(ends, blocks * block) + blocks * activations) + LOSS_BYTES
+            return round(3 * max(ends, blocks * largest) + blocks * activations) + LOSS_BYTES
 
         room = SHARE * limit - limit // 4
         groups = training.swap_parts or next((n for n in range(1, most) if taken(n) <= room), most)
@@ -161,7 +179,7 @@ class Estimate:
         tokens = settings.batch_size * settings.accumulation * config.row_positions
         step = tokens * config.model.d_model * (4 if config.precision in WIDE else 2) * (groups + 3)
         kept = min(limit // 4, step)
-        disk = state + round(per_parameter * max(ends, block)) + step - kept
+        disk = state + round(max(ends, largest)) + step - kept
         return Swap(groups, limit // 4, taken(groups) + kept, disk)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.adapters import size_faults
 from stackwise.config.fields import Section
 from stackwise.config.kinds import Kind
 from stackwise.config.loading import kind_of
@@ -151,6 +152,8 @@ def with_checkpoint(config: StackWiseConfig) -> StackWiseConfig:
     if own.max_seq_len is not None:
         model["max_seq_len"] = own.max_seq_len
     config.model = ModelConfig.model_validate(model)
+    if faults := [f"{key}: {text}" for key, text in size_faults(config)]:
+        raise ConfigError(faults, source=f"init.weights {config.init.weights}")
     if weights.tokenizer_json is not None:
         config.data.tokenizer = str(weights.tokenizer_json)
     training = config.training

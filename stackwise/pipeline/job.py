@@ -87,7 +87,12 @@ def with_parts(versions: Versions, committed: CommittedStage) -> Versions:
 
 
 def committed_stages(
-    run: RunDirectory, config: StackWiseConfig, manifest: Mapping[str, Any], *, whole: bool = True
+    run: RunDirectory,
+    config: StackWiseConfig,
+    manifest: Mapping[str, Any],
+    *,
+    whole: bool = True,
+    sources: Versions | None = None,
 ) -> list[tuple[Stage, Versions]]:
     """The stages that a run has committed, from the bottom up without a gap; each with the versions that it left.
 
@@ -96,9 +101,11 @@ def committed_stages(
         config: Its configuration.
         manifest: Its manifest.
         whole: Refuse a run whose last stage is not committed.
+        sources: Where the parts are that no stage of it trained (`initial_sources`), under their digests.
 
     Raises:
-        UsageError: No stage, or (with `whole`) not every stage is committed, or one is no longer in the store.
+        UsageError: No stage, or (with `whole`) not every stage is committed, or one is no longer in the store; or the
+            parts that it did not train are others by now.
         DamageError: A committed file is not what it was.
     """
     stages = schedule(config)
@@ -106,16 +113,31 @@ def committed_stages(
     done = list(itertools.takewhile(lambda entry: entry["state"] == "done", manifest["stages"]))
     if not done or (whole and len(done) < len(stages)):
         raise UsageError(f"{run.path}: {len(done)} of {len(stages)} stages are committed", hint=again)
-    parts: Versions = {}
+    parts: Versions = dict(sources or {})
     left = []
     with run.open_store(config) as store:
         for stage, entry in zip(stages, done, strict=False):
             committed = store.stage(entry["recipe"])
             if committed is None:
                 raise UsageError(f"{run.path}: stage {stage.label} is no longer in the store", hint=again)
+            _check_standing(run, config, stage, parts, committed)
             add_versions(parts, committed)
             left.append((stage, dict(parts)))
     return left
+
+
+def _check_standing(
+    run: RunDirectory, config: StackWiseConfig, stage: Stage, parts: Versions, committed: CommittedStage
+) -> None:
+    """Hold the weights that a stage did not train against those that it was trained beside."""
+    began = committed.record["recipe"]["initial"]
+    for part in stage.holds:
+        now = parts.get(part)
+        if now is not None and not now.recipe and began.get(part) not in (None, now.digest):
+            raise UsageError(
+                f"{run.path}: {part} of {config.init.weights} is not what stage {stage.label} was trained beside",
+                hint="bring the weights back that the run began from, or run again: what changed is trained",
+            )
 
 
 def pruned(sources: Iterable[Source]) -> set[str]:

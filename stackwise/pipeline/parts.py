@@ -23,9 +23,9 @@ from stackwise.model.projections import (
     PACKED,
     adapter_parameters,
     adapter_state,
-    add_adapters,
     base_state,
     load_adapters,
+    put_adapters,
     quantize,
     train_scales,
 )
@@ -157,9 +157,9 @@ def make_block(
     for size in how.adapters:
         own = {key: tensor for key, tensor in adapters.items() if f".{size.name}." in key}
         if own:
-            load_adapters(block, own)
+            load_adapters(block, own, size.dropout)
         else:
-            add_adapters(block, size.rank, size.alpha, config.seed, part, size.name)
+            put_adapters(block, size, config.seed, part)
     return block
 
 

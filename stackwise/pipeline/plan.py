@@ -11,6 +11,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
 from stackwise.data import PreparedData, require_samples
 from stackwise.errors import DamageError, NotFound, UsageError
+from stackwise.identity import content_id
 from stackwise.pipeline.initial import MOST_ADDED
 from stackwise.pipeline.job import Frozen, Source, StageJob, Versions, starts
 from stackwise.pipeline.recipe import (
@@ -319,7 +320,7 @@ class Plan:
             device=self.device,
             checkpoints=str(checkpoints),
             recipe=recipe,
-            recipe_id=recipe_id(recipe) if train else versions[stage.blocks[-1]].recipe,
+            recipe_id=recipe_id(recipe) if train else self._maker(stage, versions),
             forward=self.forward,
             rows=rows,
             rowset=rowset_id,
@@ -340,6 +341,10 @@ class Plan:
             writes_held_out=writes_held_out,
             match=self.teacher.match(stage) if train and self.teacher is not None else None,
         )
+
+    def _maker(self, stage: Stage, versions: Versions) -> str:
+        """What the work on the boundary above a committed stage is known by."""
+        return versions[stage.blocks[-1]].recipe or content_id("standing", self._digests(stage.forward_parts, versions))
 
     def _stored(self, rowset: str) -> bool:
         try:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.adapters import HELD, AdapterSize
 from stackwise.config.choices import Auxiliary, CausalAdaptation, Overlap, Tail
 from stackwise.config.precision import stack_adapters, stack_precision, trunk_precision
 
@@ -67,15 +68,6 @@ def drawn_and_window(config: StackWiseConfig, rowset: int) -> tuple[int, int | N
 
 
 @dataclass(frozen=True)
-class AdapterSize:
-    """Some adapters on the layers of a block: their name, rank and alpha."""
-
-    name: str
-    rank: int
-    alpha: float
-
-
-@dataclass(frozen=True)
 class BlockFormat:
     """How a stage holds a block.
 
@@ -89,10 +81,14 @@ class BlockFormat:
 
     def plain(self) -> dict[str, Any]:
         """As JSON-ready data."""
-        return {"precision": self.precision, "adapters": [dataclasses.asdict(size) for size in self.adapters]}
+        return {"precision": self.precision, "adapters": [size.plain() for size in self.adapters]}
 
 
 PLAIN = BlockFormat()
+
+
+BELOW = -1
+"""The home of blocks below every stage."""
 
 
 def block_format(config: StackWiseConfig, home: int, top: int, trains: bool) -> BlockFormat:
@@ -101,6 +97,8 @@ def block_format(config: StackWiseConfig, home: int, top: int, trains: bool) -> 
     Args:
         trains: Whether the blocks, or else their adapters, train. Under a frozen trunk they then train as they did.
     """
+    if (beside := config.training.adapters) is not None:
+        return BlockFormat(HELD[beside.precision], () if home == BELOW else (beside.size,))
     qlora = config.training.progressive.trunk_strategy == "qlora"
     standing = home < top and config.training.progressive.holds_trunk and (qlora or not trains)
     precision = trunk_precision(config, home) if standing else stack_precision(config, home)
@@ -207,14 +205,23 @@ def schedule(config: StackWiseConfig) -> list[Stage]:
         for depth, (first, last) in enumerate(reversed(partition) if config.prepends else partition)
         for block in block_parts(first, last)
     }
+    homes |= dict.fromkeys(block_parts(0, config.bottom - 1), BELOW)
     stages = (dataclasses.replace(stage, place=place) for place, stage in enumerate(_stages(config)))
     formatted = (_with_formats(config, stage, homes) for stage in stages)
     return [_in_its_window(config, stage) for stage in formatted]
 
 
 def stage_below(stages: list[Stage], stage: Stage) -> Stage:
-    """The stage that makes the boundary which enters `stage`: the newest before it that ends where it begins."""
-    return next(s for s in reversed(stages[: stage.place]) if s.last + 1 == stage.first)
+    """The stage that makes the boundary which enters `stage`: the newest before it that ends where it begins.
+
+    Below the lowest, it is what makes its boundary of blocks that no stage trains: an entry of no schedule.
+    """
+    below = (s for s in reversed(stages[: stage.place]) if s.last + 1 == stage.first)
+    standing = dataclasses.replace(
+        stage, depth=stage.depth - 1, first=0, last=stage.first - 1, trains=(), reads_boundary=False, lookahead=(),
+        states_in=(), states_out=(), fresh=(), commits_frozen=(), starts_from={}, candidates=(),
+    )  # fmt: skip
+    return next(below, standing)
 
 
 def _stages(config: StackWiseConfig) -> Iterator[Stage]:
@@ -259,12 +266,13 @@ def _sections(config: StackWiseConfig) -> Iterator[Stage]:
 def _stacked(config: StackWiseConfig) -> Iterator[Stage]:
     """Each section of the rack in turn, above its boundary; or above tokens, with all blocks so far."""
     grows, holds, top = config.grows, config.training.progressive.holds_trunk, config.model.n_blocks - 1
+    bottom = config.bottom
     for depth, (first, last) in enumerate(config.partition):
         if config.training.plan.whole:
             trains = (*((FRONT,) if depth == 0 else ()), *block_parts(first, last), HEAD)
-            yield Stage(depth, 0, top, trains, False, depth if config.fresh_masks else 0)
+            yield Stage(depth, bottom, top, trains, bottom > 0, depth if config.fresh_masks else 0)
             continue
-        low = 0 if grows or holds else first
+        low = bottom if grows or holds else first
         reads_boundary = low > 0
         lookahead = _lookahead(config, depth, last)
         front = (FRONT,) if grows or depth == 0 else ()
@@ -351,6 +359,9 @@ def _with_formats(config: StackWiseConfig, stage: Stage, homes: Mapping[str, int
         if form.adapters and (whole_trunk or not frozen):
             trains.append(adapter_part(part))
     trains += [HEAD] if HEAD in stage.trains else []
+    if config.training.adapters is not None:
+        trains = [part for part in trains if part.startswith(ADAPTER)]
+        commits_frozen = []  # they stay where they are: among the files of the model
     quantization = config.stage_training(stage.depth).quantization
     alone = quantization is not None and quantization.trains == "scales"
     if alone:  # arXiv 2407.11062, section 3.3: codes, norms, front and head stand still

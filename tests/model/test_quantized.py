@@ -246,5 +246,5 @@ def test_a_block_computes_in_its_own_precision_within_another() -> None:
 
 
 def test_unknown_format() -> None:
-    with pytest.raises(UsageError, match="'int3' is unknown; choose one of fp8, nvfp4, nf4"):
+    with pytest.raises(UsageError, match="'int3' is unknown; choose one of bf16, fp8, nvfp4, nf4"):
         QuantizedLinear(nn.Linear(4, 4), "int3")

@@ -78,6 +78,7 @@ class CommittedRack:
 
     def modules(self) -> Iterator[StageModules]:
         """The finished rack, section by section, each loaded when it is asked for; every one has the last head."""
+        yield from self._standing()
         head = self.head()
         holders = {part: stage for stage in self.stages for part in (*stage.trunk_above, *stage.lookahead)}
         for depth, (first, last) in enumerate(self.config.partition):
@@ -88,11 +89,17 @@ class CommittedRack:
 
     def whole(self) -> Iterator[StageModules]:
         """The finished rack, section by section as `modules`; the last alone has the head."""
+        yield from self._standing()
         for depth, (first, last) in enumerate(self.config.partition):
             blocks = self._blocks(block_parts(first, last), self.parts, self.stages[depth])
             head = self.head() if depth + 1 == self.config.n_sections else None
             yield StageModules(depth, blocks, head, self.objective.causal)
             del blocks
+
+    def _standing(self) -> Iterator[StageModules]:
+        """The blocks below every section, one by one."""
+        for part in block_parts(0, self.config.bottom - 1):
+            yield StageModules(-1, self._blocks((part,), self.parts, self.stages[0]), None, self.objective.causal)
 
     def exit_of(self, counts_N: np.ndarray) -> np.ndarray:
         """Where time is depth: of numbers of masked positions, the depth of the stage that trained on them."""
@@ -176,7 +183,8 @@ def load_rack(run: RunDirectory, device: torch.device, *, whole: bool = True) ->
     """
     config, manifest = run.config(), run.manifest()
     config.device = device.type
-    left = committed_stages(run, config, manifest, whole=whole)
+    standing_still = initial_sources(config) if config.training.adapters is not None else {}
+    left = committed_stages(run, config, manifest, whole=whole, sources=standing_still)
     newest = {stage.depth: (stage, versions) for stage, versions in left}
     # Between two windows, a stage whose weights were pruned cannot be used.
     standing = [

@@ -104,16 +104,21 @@ def _train_and_write(context: StageContext) -> None:
                     train_and_commit(above, engine)
     if not job.writes and not job.writes_held_out:
         return
+    # What stands still has the digest of its file, however it is held.
+    sources = committed_sources(job, context.store.stage(job.recipe_id) if job.train else None)
     outputs: Callable[[Sequence[StageModel]], Sequence[StageModel] | MakeOutputs]
     if model is not None:
         # The head and the optimizer are done with; what remains is forward passes.
         modules = parts_of(model, job.stage)
-        digests = [part_digest(part_state(part, modules[part].state_dict())) for part in job.stage.forward_parts]
+        digests = [
+            sources[part].digest or part_digest(part_state(part, modules[part].state_dict()))
+            for part in job.stage.forward_parts
+        ]
         model.head, model.beyond = None, nn.ModuleList()
         outputs = partial(_above, model)
     else:
         assert swap is not None, "a stage that is not in memory is swapped"
-        parts = JobParts(job, config, committed_sources(job, context.store.stage(job.recipe_id) if job.train else None))
+        parts = JobParts(job, config, sources)
         digests = [parts.digest(part) for part in job.stage.forward_parts]
         row_bytes = 4 * config.row_positions * config.model.d_model
         outputs = partial(grouped_outputs, parts, swap.groups, row_bytes, swap.boundaries)
