@@ -25,6 +25,7 @@ def listing(config: StackWiseConfig) -> list[Row]:
     trains on other rows than the stage below; `precisions` and `adapters` say how blocks are held where that is not
     as the run has it, adapters by their rank.
     """
+    from stackwise.pipeline.recipe import known_steps
     from stackwise.pipeline.rows import stage_fractions
     from stackwise.pipeline.schedule import drawn_and_window, schedule, stage_below
 
@@ -43,7 +44,7 @@ def listing(config: StackWiseConfig) -> list[Row]:
                 "trains": list(stage.trains),
                 "precisions": stage.precisions(stage.holds),
                 "adapters": _adapters(stage),
-                "steps": settings.steps if config.windows == 1 else None,
+                "steps": known_steps(config, stage),
                 "steps_of_all_windows": settings.steps,
                 "causal_from": stage.causal_from,
                 "learning_rate": settings.learning_rate,

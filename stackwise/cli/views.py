@@ -99,11 +99,12 @@ class RunView:
 
     def _plan(self) -> None:
         """The stages as the configuration has them."""
+        from stackwise.pipeline.recipe import known_steps
         from stackwise.pipeline.schedule import schedule
 
         self.stages = []
         for stage in schedule(self.config):
-            steps = self.config.stage_training(stage.depth).steps if self.config.windows == 1 else None
+            steps = known_steps(self.config, stage)
             self.stages.append(StageView(stage.depth, (stage.first, stage.last), stage.window, stage.label, steps))
 
     def observe(self, event: Event) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from stackwise.config.adapters import adapter_faults
 from stackwise.config.choices import AdaptiveFusion, CausalAdaptation, HierarchicalFusion, NoFusion
 from stackwise.config.fields import AUTO
+from stackwise.config.growth import Grown
 from stackwise.config.precision import FORMATS, canonical, stack_adapters, weight_format
 from stackwise.config.schema import Settings
 from stackwise.errors import UsageError
@@ -89,6 +90,7 @@ def _training(config: Settings) -> Iterator[Fault]:
         elif config.time_as_depth:
             yield "training.mode", f"{training.mode.name} gives each stage its own masked fractions, and {nothing}"
     yield from _stages(config)
+    yield from _growth(config)
     yield from _block_size(config)
     yield from _windows(config)
     yield from _mask_windows(config)
@@ -124,6 +126,24 @@ def _stages(config: Settings) -> Iterator[Fault]:
         for block in by_block:
             if block >= n_blocks:
                 yield f"{key}.block_learning_rates", f"there is no block {block}: the rack has 0 to {n_blocks - 1}"
+
+
+def _growth(config: Settings) -> Iterator[Fault]:
+    """How a rack cannot grow, and what cannot grow."""
+    training, key = config.training, "training.growth"
+    if not training.growth:
+        return
+    yield from ((f"{key}.{at}", text) for at, text in Grown(training.growth).faults(config.model.n_blocks))
+    if training.progressive.enabled:
+        how = "adds stacks below those there are" if config.prepends else "grows the rack stack by stack"
+        yield key, f"training.progressive {how}: leave one of both out"
+    elif training.mode.apart or training.mode.whole:
+        yield key, f"{training.mode.name} stages cannot grow into one rack: leave training.mode out, or say end_to_end"
+    if config.init.weights is not None:
+        yield key, "init.weights brings every block already: leave one of both out"
+    for depth, own in config.stages.items():
+        for name in sorted({"steps", "tokens", "epochs_per_layer"} & own.training.model_fields_set):
+            yield f"stages.{depth}.training.{name}", "the phases of training.growth share the budget of training.steps"
 
 
 def _block_size(config: Settings) -> Iterator[Fault]:

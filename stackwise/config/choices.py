@@ -73,6 +73,8 @@ class Mode(Kind):
     """Whether no section of the rack stands on another: each trains between the front and a head of its own."""
     whole: ClassVar[bool] = False
     """Whether each stage holds the whole rack, of which its own blocks train."""
+    joint: ClassVar[bool] = False
+    """Whether its stages are phases of one budget, in which all blocks that there are train."""
 
     @property
     def grows(self) -> bool:

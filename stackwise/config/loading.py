@@ -268,6 +268,8 @@ def resolve(config: Settings) -> None:
     wanted = STACK_PRECISION.get(progressive.new_stack_precision) if progressive.enabled else None
     if wanted is not None and config.precision == "auto":
         config.precision = wanted
+    if config.training.growth and "lr_schedule" not in config.training.model_fields_set:
+        config.training.lr_schedule = "wsd"  # a rate that has fallen early leaves new blocks none to learn with
 
 
 def dump(config: Settings) -> str:
@@ -299,11 +301,13 @@ def _key(written: str) -> Key:
 
 
 def _without(tree: Tree, keys: set[Key], prefix: Key = ()) -> Tree:
-    """The tree less the faulty keys, so that the rest of it can still be checked."""
+    """The tree less the faulty keys, so that the rest of it can still be checked; a list goes with a faulty item."""
+    depth = len(prefix) + 1
+    lists = {key[:depth] for key in keys if len(key) > depth}
     return {
         name: _without(value, keys, (*prefix, name)) if isinstance(value, dict) else value
         for name, value in tree.items()
-        if (*prefix, name) not in keys
+        if (*prefix, name) not in keys and not (isinstance(value, list) and (*prefix, name) in lists)
     }
 
 
@@ -351,7 +355,8 @@ def _present(loc: tuple[str | int, ...], tree: Any) -> Key:
     """The part of an error's location that stands in the tree: pydantic appends the names of union branches."""
     key: list[str | int] = []
     for name in loc:
-        if not isinstance(tree, dict) or name not in tree:
+        in_list = isinstance(tree, list) and isinstance(name, int) and isinstance(tree[name], dict)
+        if not in_list and (not isinstance(tree, dict) or name not in tree):
             break
         tree = tree[name]
         key.append(name)
@@ -420,9 +425,9 @@ def _section_at(key: Key, tree: Tree) -> type[Section] | None:
     """The section that a key leads to: through mappings of sections (`stages.3`), into the kind that is chosen."""
     section, here = Settings, tree  # type: Any, Any
     for name in key:
-        here = here.get(name, {}) if isinstance(here, dict) else {}
-        if typing.get_origin(section) is dict:
-            section = typing.get_args(section)[1]
+        here = here.get(name, {}) if isinstance(here, dict) else here[int(name)] if isinstance(here, list) else {}
+        if typing.get_origin(section) in (dict, list):
+            section = typing.get_args(section)[-1]
         elif isinstance(section, type) and issubclass(section, Section) and name in section.model_fields:
             section = section.model_fields[str(name)].annotation
         else:

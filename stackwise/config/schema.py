@@ -246,7 +246,7 @@ class Settings(Section):
     @property
     def time_as_depth(self) -> bool:
         """Whether stage k trains on its own window of masked fractions alone."""
-        return self.training.mask_schedule_over == "depth" or self.stands_apart
+        return (self.training.mask_schedule_over == "depth" and not self.training.plan.joint) or self.stands_apart
 
     @property
     def has_windows(self) -> bool:
@@ -267,7 +267,7 @@ class Settings(Section):
     @property
     def fresh_masks(self) -> bool:
         """Whether each stage trains on rows of its own."""
-        return self.training.fresh_masks or self.training.plan.own_rows
+        return (self.training.fresh_masks and not self.training.plan.joint) or self.training.plan.own_rows
 
     @property
     def boundary_every(self) -> int:
@@ -304,7 +304,9 @@ class Settings(Section):
     def fusions(self) -> list[tuple[int, int]]:
         """First and last block of each stage that trains sections together afterwards, in order."""
         sections = self.partition
-        return self.training.fusion.groups(sections) if len(sections) > 1 else []  # one section is whole already
+        if len(sections) == 1 or self.training.plan.joint:  # the whole rack has trained already
+            return []
+        return self.training.fusion.groups(sections)
 
     @property
     def n_stages(self) -> int:
@@ -330,6 +332,10 @@ class Settings(Section):
             values["steps"] = adaptation.steps or values["steps"]
         elif depth >= self.n_sections and fusion.budget is not None:  # the budget is shared by the fusion stages
             values["steps"] = max(1, fusion.budget // len(self.fusions))
+        grown = self.training.grown
+        if grown is not None and depth == len(grown.phases) and values["decay"] is None:
+            left = round(1.0 - grown.phases[-1].until, 9)  # nothing falls before the last expansion
+            values["decay"] = left if left < 0.2 else None
         if own is not None:
             # only what was set, so that defaults of the run count
             values |= {name: getattr(own.training, name) for name in own.training.model_fields_set}

@@ -22,6 +22,7 @@ from stackwise.config.fields import (
     Size,
     Small,
 )
+from stackwise.config.growth import Grown, Growth
 from stackwise.config.kinds import Kind, Objective, Optimizer, choice
 
 if TYPE_CHECKING:
@@ -109,7 +110,12 @@ class StageTraining(Section):
         default_factory=dict, description="peak learning rates of single blocks, by their number in the rack: {3: 1e-4}"
     )
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
-        "cosine", description="shape after warm-up; wsd holds, then falls over the last fifth"
+        "cosine", description="shape after warm-up; wsd holds, then falls; with training.growth by default wsd"
+    )
+    decay: Fraction | None = Field(
+        None,
+        description="lr_schedule wsd: share of the steps over which it falls at the end; null: a fifth, with "
+        "training.growth at most what follows the last expansion",
     )
     min_learning_rate: NonNegative = Field(0.1, description="where the schedule ends, as a share of the peak")
     warmup: Share = Field(0.05, description="share of the steps that warm up")
@@ -143,6 +149,7 @@ class StageTraining(Section):
         unused = {"steps", "tokens", "epochs_per_layer", "block_learning_rates", "quantization"}
         unused |= {"loss_scale"} if precision != "fp16" else set()
         unused |= {"min_learning_rate"} if self.lr_schedule == "constant" else set()
+        unused |= {"decay"} if self.lr_schedule != "wsd" or self.decay is None else set()
         unused |= set() if self.heeds_held_out else {"eval_every"}
         values = self.model_dump(exclude=unused)
         kinds = {name: kind for name in values if isinstance(kind := getattr(self, name), Kind)}
@@ -178,6 +185,7 @@ class ProgressiveConfig(Section):
     own_rows: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     finds_size: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
 
     enabled: bool = Field(False, description="grow the rack stack by stack")
     trunk_strategy: Literal["frozen", "qlora"] = Field(
@@ -265,6 +273,11 @@ class TrainingConfig(StageTraining):
     """Mode, objective and masks, and the defaults of every stage's training."""
 
     mode: Mode = choice(Mode, "the schedule: the blocks of each stage, and what it holds, trains and reads")
+    growth: Annotated[list[Growth], Field(max_length=16)] = Field(
+        default_factory=list,
+        description="begin shallow, train end to end, and grow: [{blocks: 2, until: 0.8}] trains 2 blocks for 0.8 of "
+        "the steps, then the whole rack; training.steps are those of all phases",
+    )
     objective: Objective = choice(Objective, "what is predicted, and how it is scored")
     seq_len: Size = Field(512, description="tokens in a sample")
     rows: PositiveInt | None = Field(
@@ -345,6 +358,11 @@ class TrainingConfig(StageTraining):
         self.mode.fusion_mode = below  # type: ignore[attr-defined]
 
     @property
-    def plan(self) -> Mode | ProgressiveConfig:
+    def grown(self) -> Grown | None:
+        """How the rack grows; None: it has its depth from the start."""
+        return Grown(self.growth) if self.growth and not self.progressive.enabled else None
+
+    @property
+    def plan(self) -> Mode | ProgressiveConfig | Grown:
         """What decides the schedule."""
-        return self.progressive if self.progressive.enabled else self.mode
+        return self.progressive if self.progressive.enabled else self.grown or self.mode

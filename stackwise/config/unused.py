@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from stackwise.config.choices import Blockwise, Mode, NoFusion, Overlap, Tail
+from stackwise.config.choices import Blockwise, EndToEnd, Mode, NoFusion, Overlap, Tail
 from stackwise.config.fields import Section, changed
 from stackwise.config.precision import own_adapters, stack_precision
 from stackwise.config.schema import Settings
@@ -17,6 +17,7 @@ OWN_ADAPTERS = (
     *("qlora_rank", "qlora_alpha", "qlora_strategy", "qlora_rank_pattern", "qlora_alpha_pattern", "qlora_configs"),
 )
 """What says of which size a stack's own adapters are."""
+SHARED = "the phases of training.growth share rows and a budget"
 NO_BOUNDARY = "no stage of this schedule reads a boundary"
 
 
@@ -32,7 +33,8 @@ def reading_depths(config: Settings) -> list[int]:
 
 def has_blocks_above(config: Settings) -> bool:
     """Whether some section of the rack has blocks above it that it could train along."""
-    on_top = not config.prepends and not config.stands_apart and not config.training.plan.whole
+    plan = config.training.plan
+    on_top = not config.prepends and not plan.apart and not plan.whole and not plan.joint
     return config.n_sections > 1 and on_top
 
 
@@ -77,12 +79,19 @@ def unused_settings(config: Settings) -> list[str]:
     # A mode that the preset gave, and that divides the rack as the stacks do, is not worth a line.
     other = type(training.mode) is not type(Mode.of(Mode.default)) or training.mode.grows
     other = other or training.mode.partition(config.model) != config.partition
+    joint = training.plan.joint
+    grows = joint and "training.growth is given"
     above = has_blocks_above(config)
     lines.section(
         "training",
         training,
         [
             ("mode", progressive.enabled and other and "training.progressive.enabled is true"),
+            ("mode", not isinstance(training.mode, EndToEnd) and grows),
+            (
+                "fresh_masks mask_schedule_over mask_windows fusion",
+                joint and SHARED,
+            ),
             (
                 "min_mask_fraction max_mask_fraction mask_schedule_type mask_pool mask_token_id",
                 not config.objective.masks and f"{config.objective.name} masks nothing",
@@ -112,7 +121,7 @@ def unused_settings(config: Settings) -> list[str]:
     looks_back = objective.causal or objective.unadaptable() or objective.code or config.adapts
     both = not looks_back and f"with {objective.name} attention sees in both directions"
     lines.section("model.attention", config.model.attention, [("window window_blocks", both)])
-    if not progressive.enabled:
+    if not progressive.enabled and not grows:
         lines.section("training.mode", training.mode, training.mode.unused(config.model))
     _limits(config, lines.lines, above)
     # only there gradients can underflow
@@ -125,6 +134,7 @@ def unused_settings(config: Settings) -> list[str]:
             [
                 ("tokens epochs_per_layer", effective.steps is not None and "steps is given"),
                 ("epochs_per_layer", effective.tokens is not None and "tokens is given"),
+                ("decay", effective.lr_schedule != "wsd" and f"lr_schedule is {effective.lr_schedule}"),
                 ("min_learning_rate", effective.lr_schedule == "constant" and "lr_schedule is constant"),
                 ("loss_scale", not half and f"precision is {config.precision}"),
             ],

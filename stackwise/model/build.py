@@ -104,8 +104,13 @@ def build_block(
     seed: int,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    silent: bool = False,
 ) -> Block:
     """Block `index` of the rack with fresh weights; its residual matrices are scaled by 1/sqrt(2 (index + 1)).
+
+    Args:
+        silent: Let these matrices be zero: the block then hands on what it gets, until it has learnt.
 
     Raises:
         UsageError: Heads that do not divide the width.
@@ -116,7 +121,7 @@ def build_block(
     _materialise(block, device, dtype)
     kinds = {"attention": config.attention, "ffn": config.ffn}
     scaled = {f"{part}.{name}" for part, kind in kinds.items() for name in kind.residual}
-    initialise(block, seed, f"block.{index}", config.init_std, residual_scale(index), scaled)
+    initialise(block, seed, f"block.{index}", config.init_std, 0.0 if silent else residual_scale(index), scaled)
     return block
 
 

@@ -199,7 +199,8 @@ def lost_weights(plan: Plan, stage: Stage, versions: Versions) -> set[str]:
     """Recipes of committed stages whose weights training this one needs, and which a later window's replaced."""
     if plan.config.windows == 1:
         return set()
-    names = {start(stage, part) for part in stage.holds if part not in stage.fresh} | {*stage.states_in}
+    names = {start(stage, part) for part in stage.holds if part not in stage.fresh}
+    names |= {start(stage, state) for state in stage.states_in}
     if stage.reads_boundary and plan.config.model.tie_embeddings:
         names.add(FRONT)
     rowsets = [stage.rowset]

@@ -135,6 +135,16 @@ def _held_out(event: Event) -> str:
     return f"held-out loss {event['nats']:.4f} at step {event['step']:,}{best}"
 
 
+def _grown(event: Event) -> str:
+    before, after = event["before"], event["after"]
+    figures = [
+        f"{name} {before[key]:.4g} → {after[key]:.4g}"
+        for key, name in (("loss", "loss"), ("gradient_norm", "gradient norm"))
+        if before[key] is not None and after[key] is not None
+    ]
+    return ": ".join(filter(None, ["grown from {} to {} blocks".format(*event["blocks"]), ", ".join(figures)]))
+
+
 def _best(event: Event) -> str:
     return f"takes the weights of step {event['step']:,}, held-out loss {event['nats']:.4f}"
 
@@ -187,6 +197,7 @@ EVENTS: dict[str, Kind] = {
     "resumed": Kind(lambda event: f"resumed at step {event['step']:,} of {event['steps']:,}", shown_by="table"),
     "step": Kind(shown_by="progress", figures=STEP_FIGURES),
     "checkpoint": Kind(shown_by="nothing", figures=("seconds", "written_seconds")),
+    "grown": Kind(_grown),
     "held_out": Kind(_held_out, figures=("nats", "best", "seconds")),
     "best": Kind(_best, figures=("nats",)),
     "diverged": Kind(_diverged, "yellow", figures=("to",)),

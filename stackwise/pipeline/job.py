@@ -38,6 +38,7 @@ class Source:
     digest: str | None = None
     recipe: str = ""  # the recipe of the stage that committed it; empty where it comes from elsewhere
     names: dict[str, TensorRef] | None = None
+    silent: bool = False  # fresh, and adding nothing to what passes: what it writes with is zero
 
 
 Versions = dict[str, Source]
@@ -47,9 +48,10 @@ Versions = dict[str, Source]
 def starts(stage: Stage, versions: Versions) -> dict[str, Source]:
     """For each part that a stage holds, the weights that it starts from; for each state that it takes up, its file."""
     parts = {
-        part: Source() if part in stage.fresh else versions.get(start(stage, part), Source()) for part in stage.holds
+        part: Source(silent=part in stage.silent) if part in stage.fresh else versions.get(start(stage, part), Source())
+        for part in stage.holds
     }
-    return parts | {state: versions[state] for state in stage.states_in}
+    return parts | {state: versions[start(stage, state)] for state in stage.states_in}
 
 
 def start(stage: Stage, part: str) -> str:
@@ -60,7 +62,7 @@ def start(stage: Stage, part: str) -> str:
 def needed(stage: Stage) -> set[str]:
     """The versions that a stage's recipe follows from."""
     starting = {start(stage, part) for part in stage.holds if part not in stage.fresh}
-    return starting | {*stage.trunk, *stage.states_in}
+    return starting | {*stage.trunk, *(start(stage, state) for state in stage.states_in)}
 
 
 def produced(stage: Stage) -> list[str]:
@@ -198,7 +200,14 @@ class StageJob:
 
     def order(self, config: StackWiseConfig) -> tuple[int | str, ...]:
         """What its order of rows is drawn by: in each window another."""
+        if self.stage.share is not None:  # one stream of rows for all that share a budget
+            return (config.seed, 0, "order")
         return (*self.seed(config), *((self.stage.window,) if self.stage.window else ()), "order")
+
+    @property
+    def rows_begin(self) -> int:
+        """Steps whose rows lie before its own in its order."""
+        return self.span.first if self.stage.share is not None else 0
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def make_block(
         kind, *numbers = part.split(".")
         # An auxiliary block is drawn apart from those of the rack: nothing of it stays in the model.
         seed = config.seed if kind == "block" else derive_seed(config.seed, part)
-        block = build_block(config.model, int(numbers[-1]), seed).to(dtype_of(config))
+        block = build_block(config.model, int(numbers[-1]), seed, silent=source.silent).to(dtype_of(config))
     else:
         model = config.model.at(int(part.rpartition(".")[2]))
         block = _loaded(lambda: Block(model), source, form, dtype=dtype_of(config))

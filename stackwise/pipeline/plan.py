@@ -269,7 +269,9 @@ class Plan:
         return None
 
     def next_window(self, stage: Stage) -> Stage | None:
-        """The same stage in its next window, where it has one."""
+        """The same stage in its next window, where it has one; what a shared budget commits on its way is kept."""
+        if stage.share is not None:
+            return None
         return next((later for later in self.stages[stage.place + 1 :] if later.depth == stage.depth), None)
 
     def writes_above(self, stage: Stage) -> bool:

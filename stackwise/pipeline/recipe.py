@@ -122,7 +122,8 @@ def stage_recipe(config: StackWiseConfig, stage: Stage, forward: Mapping[str, An
         ({"inputs": dict(reads.inputs)} if reads.inputs else {})
         | ({"held_out": reads.held_out} if reads.held_out is not None else {})
         # Which steps of the budget these are; with the window the order of rows is another.
-        | ({"span": [span.first, span.until], "window": stage.window} if span.length < span.steps else {})
+        | ({"span": [span.first, span.until]} if span.length < span.steps else {})
+        | ({"window": stage.window} if span.length < span.steps and stage.share is None else {})
     )
 
 
@@ -173,6 +174,12 @@ def _plain_stage(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
         "candidates": [list(section) for section in stage.candidates],
         "causal_from": stage.causal_from,
         **({"scales_alone": True} if stage.scales_alone else {}),
+        **({"silent": list(stage.silent)} if stage.silent else {}),
+        **(
+            {"rises": [list(stage.rises.blocks), stage.rises.first, stage.rises.warmup]}
+            if stage.rises is not None
+            else {}
+        ),
         "sections": config.n_sections if stage_fractions(config, stage.depth) is not None else None,
     }
 
@@ -206,6 +213,14 @@ def stage_span(config: StackWiseConfig, stage: Stage, drawn: int) -> Span:
         UsageError: No step is left for the window.
     """
     steps, edges = stage_steps(config, stage.depth, drawn), window_edges(config, drawn)
+    if stage.share is not None:
+        first, until = (round(steps * edge) for edge in stage.share)
+        if first == until:
+            raise UsageError(
+                f"training.growth: no step of {steps} is between {stage.share[0]:g} and {stage.share[1]:g} of them",
+                hint="raise training.steps, or commit less often (training.growth: commit)",
+            )
+        return Span(first, until, steps)
     if drawn_and_window(config, stage.rowset)[1] is None:
         return Span(0, steps, steps)
     first, until = (steps * edge // max(1, drawn) for edge in edges[stage.window : stage.window + 2])
@@ -215,6 +230,15 @@ def stage_span(config: StackWiseConfig, stage: Stage, drawn: int) -> Span:
             hint="lower training.windows, or give the stage more steps",
         )
     return Span(first, until, steps)
+
+
+def known_steps(config: StackWiseConfig, stage: Stage) -> int | None:
+    """Steps of a stage as far as the configuration says; None: its rows say."""
+    steps = config.stage_training(stage.depth).steps
+    if steps is None or config.windows > 1:
+        return None
+    first, until = stage.share or (0.0, 1.0)
+    return round(steps * until) - round(steps * first)
 
 
 def stage_steps(config: StackWiseConfig, depth: int, rows: int) -> int:

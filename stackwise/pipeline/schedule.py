@@ -13,6 +13,7 @@ from typing import Any
 from stackwise.config import StackWiseConfig
 from stackwise.config.adapters import HELD, AdapterSize
 from stackwise.config.choices import Auxiliary, CausalAdaptation, Overlap, Tail
+from stackwise.config.growth import Grown
 from stackwise.config.precision import stack_adapters, stack_precision, trunk_precision
 
 FRONT, HEAD = "front", "head"
@@ -107,6 +108,15 @@ def block_format(config: StackWiseConfig, home: int, top: int, trains: bool) -> 
 
 
 @dataclass(frozen=True)
+class Rise:
+    """Blocks whose learning rates rise from a point on, beside others that go on."""
+
+    blocks: tuple[str, ...]
+    first: float  # the share of the budget at which they begin
+    warmup: float  # the share of the budget over which they rise
+
+
+@dataclass(frozen=True)
 class Stage:
     """One entry of the schedule.
 
@@ -115,6 +125,8 @@ class Stage:
         formats: How it holds its blocks, and how those below are held, where that is not plainly, by part.
         causal_from: The step from which on it trains the rack causally, whatever the stages before it did; None: it
             trains as they did.
+        share: Where it begins and ends in a budget that it has in common with others, as shares of its steps; they
+            go through one stream of rows. None: its budget is its own.
         candidates: First and last block of the sections of which it unfreezes one at a time, the one that gains most;
             none: all that trains does so at once.
     """
@@ -137,6 +149,9 @@ class Stage:
     causal_from: int | None = None
     scales_alone: bool = False  # whether of its blocks' packed weights the scales alone train
     candidates: tuple[tuple[int, int], ...] = ()
+    share: tuple[float, float] | None = None
+    silent: tuple[str, ...] = ()  # fresh blocks that add nothing at first: what they write with is zero
+    rises: Rise | None = None
 
     @property
     def holds(self) -> tuple[str, ...]:
@@ -177,6 +192,11 @@ class Stage:
     def precisions(self, parts: Iterable[str]) -> dict[str, str]:
         """The precision of each of these parts that is not held in the run's."""
         return {part: self.formats[part].precision for part in parts if self.format(part).precision != PLAIN.precision}
+
+    @property
+    def just_grown(self) -> bool:
+        """Whether it is the first of its budget with blocks that the one before had not."""
+        return self.share is not None and self.share[0] > 0 and not self.window
 
     @property
     def label(self) -> str:
@@ -229,6 +249,10 @@ def _stages(config: StackWiseConfig) -> Iterator[Stage]:
 
     A stage after the sections that reads tokens needs no windows: it trains on all rows at once.
     """
+    if config.training.grown is not None:
+        yield from _grown(config, config.training.grown)
+        yield from _adaptation(config)
+        return
     windows = range(config.windows)
     order: list[tuple[Stage, int | None]] = [(stage, window) for window in windows for stage in _sections(config)]
     for stage in (*_fusions(config), *_adaptation(config)):
@@ -243,6 +267,8 @@ def _in_its_window(config: StackWiseConfig, stage: Stage) -> Stage:
     Parts go by name, newest first, as they do from stage to stage; but a head belongs to the depth that it was
     trained at, unless all stages share it with the tail that they have in common.
     """
+    if stage.share is not None:
+        return _in_its_share(config, stage)
     states = state_names(stage.depth, [part.removeprefix(ADAPTER) for part in stage.trains])
     whole = drawn_and_window(config, stage.rowset)[1] is None
     states_out = () if whole or stage.window + 1 == config.windows else states
@@ -255,6 +281,56 @@ def _in_its_window(config: StackWiseConfig, stage: Stage) -> Stage:
     return dataclasses.replace(
         stage, starts_from=starts_from, states_in=states, states_out=states_out, fresh=(), commits_frozen=()
     )
+
+
+def _in_its_share(config: StackWiseConfig, stage: Stage) -> Stage:
+    """A stage of a shared budget with the optimizer states that it takes up, and commits for the one that goes on.
+
+    The states are of the budget, and go by its first stage's number.
+    """
+    grown, first, until = config.training.grown, *(stage.share or (0.0, 1.0))
+    names = state_names(0, [part.removeprefix(ADAPTER) for part in stage.trains])
+    states_in, starts_from = names if first else (), dict(stage.starts_from)
+    if grown is not None and stage.just_grown:
+        kept = grown.inherited(stage.depth, config.model.n_blocks)
+        new = set(stage.blocks + stage.lookahead) - {block_part(block) for block in kept}
+        states_in = state_names(0, [part.removeprefix(ADAPTER) for part in stage.trains if part not in new])
+        moved = {block_part(now): block_part(before) for now, before in kept.items() if now != before}
+        starts_from |= {f"{STATE}0.{now}": f"{STATE}0.{before}" for now, before in moved.items()}
+    states_out = names if until < 1.0 else ()
+    return dataclasses.replace(stage, starts_from=starts_from, states_in=states_in, states_out=states_out)
+
+
+def _grown(config: StackWiseConfig, grown: Grown) -> Iterator[Stage]:
+    """The phases of a rack that grows, each from tokens with all its blocks; an early one in parts, each committed."""
+    top, first, budget = config.model.n_blocks, 0.0, config.training.budget(config.training.seq_len)
+    for depth in range(len(grown.phases) + 1):
+        blocks = grown.blocks(depth, top)
+        last = next(block for block in blocks if block + 1 not in blocks)  # those between the ends are yet to come
+        lookahead = tuple(block_part(block) for block in blocks if block > last)
+        trains = (FRONT, *block_parts(0, last), *lookahead, HEAD)
+        phase = grown.phases[depth] if depth < len(grown.phases) else None
+        ends = phase.commits_at(first, budget) if phase is not None else [1.0]
+        stage = Stage(depth, 0, last, trains, False, 0, lookahead)
+        origins = grown.origins(depth, top) if depth else {}
+        if depth:
+            new = [block for block in blocks if block not in grown.inherited(depth, top)]
+            fresh = tuple(block_part(block) for block in blocks if origins[block] is None)
+            began, rise = grown.phases[depth - 1], grown.phases[depth - 1].warmup
+            stage = dataclasses.replace(
+                stage,
+                rises=Rise(tuple(map(block_part, new)), first, rise) if rise else None,
+                fresh=fresh,
+                silent=fresh if began.new == "identity" else (),
+                starts_from={
+                    block_part(now): block_part(before)
+                    for now, before in origins.items()
+                    if before is not None and before != now
+                },
+            )
+        for window, until in enumerate(ends):
+            yield dataclasses.replace(stage, window=window, share=(first, until))
+            stage, first = dataclasses.replace(stage, fresh=(), silent=(), starts_from={}), until
 
 
 def _sections(config: StackWiseConfig) -> Iterator[Stage]:

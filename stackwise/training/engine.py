@@ -19,7 +19,7 @@ from stackwise.batch import Batch
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
-from stackwise.training.optim import BLOCK, make_optimizer, state_tensors
+from stackwise.training.optim import BLOCK, Rising, make_optimizer, set_rates, state_tensors
 from stackwise.training.stage import MeanLoss, Microbatches, Ranks, SingleProcess, StageModel, StepLoss, Tally
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ class ResidentEngine:
         device: torch.device,
         parts: Mapping[str, nn.Module] | None = None,
         ranks: Ranks | None = None,
+        rising: Rising | None = None,
     ) -> None:
         self.ranks = ranks or SingleProcess()
         self.model, self.settings, self.seed, self.device = model.train(), settings, seed, device
@@ -148,15 +149,15 @@ class ResidentEngine:
         self._places: dict[str, tuple[str, str]] = {}  # for each of `parameters` its part, and its name within it
         by_id = {id(p): (part, name) for part, m in reversed(self.parts.items()) for name, p in m.named_parameters()}
         self._places = {name: by_id[id(p)] for name, p in self.parameters.items()}
-        self.optimizer = make_optimizer([(self._places[name][0], p) for name, p in self.parameters.items()], settings)
+        trained = [(self._places[name][0], p) for name, p in self.parameters.items()]
+        self.optimizer = make_optimizer(trained, settings, rising)
         self.scale = LossScale(settings.loss_scale) if model.in_half else None
         self._mean = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
         self._trained: dict[str, Tensor] = {}  # what lies under a mean that is committed
 
     def step(self, microbatches: Iterable[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
         """See `Engine.step`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
+        set_rates(self.optimizer.param_groups, rate, step)
         losses, norm = self._gradients(microbatches, step)
         loss = losses.total()
         taken, _ = judged(loss, norm, self.scale, accept)
@@ -247,7 +248,7 @@ class ResidentEngine:
         if self.scale is not None:
             self.scale.restore(carried[""]())
         for part in dict.fromkeys(part for part, _ in self._places.values()):
-            state = carried[part]()
+            state = carried[part]() if part in carried else {}  # a new part has none
             for name in (name for name, (of, _) in self._places.items() if of == part):
                 p, within = self.parameters[name], self._places[name][1]
                 if f"{WEIGHT}{within}" in state:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +26,7 @@ def learning_rate(settings: StageTraining, step: int, steps: int) -> float:
 
     Linear warm-up over the share `warmup` of the steps, then the shape that `lr_schedule` names, down to
     `min_learning_rate` times the peak. wsd (warm-up, stable, decay: arXiv 2404.06395) holds the peak until the
-    last fifth of the steps.
+    last fifth of the steps, or as `decay` says.
     """
     warm = math.ceil(settings.warmup * steps)
     if step < warm:
@@ -39,9 +40,29 @@ def learning_rate(settings: StageTraining, step: int, steps: int) -> float:
         case "cosine":
             left = 0.5 * (1.0 + math.cos(math.pi * done))
         case "wsd":
-            left = min(1.0, (1.0 - done) * 5.0)
+            left = min(1.0, (1.0 - done) * 5.0 if settings.decay is None else (1.0 - done) / settings.decay)
     floor = settings.min_learning_rate
     return settings.learning_rate * (floor + (1.0 - floor) * left)
+
+
+@dataclass(frozen=True)
+class Rising:
+    """Parts whose learning rate rises beside others', as they are newer."""
+
+    parts: frozenset[str]
+    first: int  # the step at which they begin
+    steps: int  # over how many it rises
+
+    def share(self, step: int) -> float:
+        """Their share of the rate at a step."""
+        return min(1.0, (step - self.first + 1) / self.steps)
+
+
+def set_rates(groups: Iterable[dict[str, Any]], rate: float, step: int) -> None:
+    """Give each group its share of a step's learning rate."""
+    for group in groups:
+        rising: Rising | None = group["rising"]
+        group["lr"] = rate * group["scale"] * (1.0 if rising is None else rising.share(step))
 
 
 class Stepper(Protocol):
@@ -57,7 +78,9 @@ class Stepper(Protocol):
         """Drop the gradients."""
 
 
-def make_optimizer(trained: Iterable[tuple[str, nn.Parameter]], settings: StageTraining) -> Stepper:
+def make_optimizer(
+    trained: Iterable[tuple[str, nn.Parameter]], settings: StageTraining, rising: Rising | None = None
+) -> Stepper:
     """The optimizer of `training.optimizer`. Its state is plain tensors by parameter, whichever it is.
 
     Weight decay is on matrices alone.
@@ -66,11 +89,12 @@ def make_optimizer(trained: Iterable[tuple[str, nn.Parameter]], settings: StageT
         trained: Parameters, each with its part: front, block.N, head, or the name of a block beyond.
     """
     kind = settings.optimizer
-    groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, float, bool], list[nn.Parameter]] = {}
     for part, p in trained:
         if p.requires_grad:
             family, matrix = kind.family(part, p.dim()), p.dim() >= 2
-            groups.setdefault((family, not matrix, rate_scale(settings, part)), []).append(p)
+            rises = rising is not None and part in rising.parts
+            groups.setdefault((family, not matrix, rate_scale(settings, part), rises), []).append(p)
     made: Stepper = kind.build(
         [
             {
@@ -79,8 +103,9 @@ def make_optimizer(trained: Iterable[tuple[str, nn.Parameter]], settings: StageT
                 "weight_decay": 0.0 if plain else settings.weight_decay,
                 "scale": scale,
                 "family": family,
+                "rising": rising if rises else None,
             }
-            for (family, plain, scale), parameters in sorted(groups.items(), key=lambda item: item[0])
+            for (family, plain, scale, rises), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
     )
     return made

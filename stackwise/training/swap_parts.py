@@ -18,7 +18,7 @@ from stackwise.config import StageTraining
 from stackwise.store import Codec
 from stackwise.training.engine import MEAN, OPTIMIZER, WEIGHT, optimizer_state
 from stackwise.training.forward import MakeOutputs, pass_through
-from stackwise.training.optim import make_optimizer, state_tensors
+from stackwise.training.optim import Rising, make_optimizer, set_rates, state_tensors
 from stackwise.training.stage import Ranks, StageModel
 from stackwise.training.swap_state import RedoLog
 
@@ -104,7 +104,16 @@ def in_turn(load: Callable[[PartGroup], L], groups: Sequence[PartGroup]) -> Iter
 class PartLoader:
     """Brings groups of parts from the disk, updates them, and takes their gradients and states there."""
 
-    def __init__(self, parts: Parts, log: RedoLog, settings: StageTraining, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        log: RedoLog,
+        settings: StageTraining,
+        device: torch.device,
+        ranks: Ranks,
+        rising: Rising | None = None,
+    ) -> None:
+        self.rising = rising
         self.parts, self.log, self.settings, self.device, self.ranks = parts, log, settings, device, ranks
 
     def load(self, group: PartGroup) -> Loaded:
@@ -174,7 +183,7 @@ class PartLoader:
             self.log.write_states({part: {} for part in loaded.gradients})
             loaded.gradients.clear()
             return
-        optimizer = make_optimizer([(part, p) for part, _, p in trained], self.settings)
+        optimizer = make_optimizer([(part, p) for part, _, p in trained], self.settings, self.rising)
         for part, name, p in trained:
             if state := optimizer_state(loaded.states[part], name):
                 optimizer.state[p] = {kind: value.to(p.device) for kind, value in state.items()}
@@ -184,8 +193,7 @@ class PartLoader:
         gradients = [p.grad for _, _, p in trained if p.grad is not None]
         if gradients and commit.clip is not None:
             torch._foreach_mul_(gradients, torch.tensor(commit.clip, dtype=gradients[0].dtype, device=self.device))
-        for group in optimizer.param_groups:
-            group["lr"] = commit.rate * group["scale"]
+        set_rates(optimizer.param_groups, commit.rate, commit.last)
         means: list[Tensor] = []
         for part, name, p in trained if self.settings.ema else ():
             mean = loaded.states[part].get(f"{MEAN}{name}")  # none yet: it begins with the weight itself

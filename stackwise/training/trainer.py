@@ -51,6 +51,7 @@ class Record:
         held_out: (step, mean held-out loss in nats), at each evaluation.
         divergences: What diverged, and what was done: step, why, action; of a rollback the step gone back to.
         terms: Where the loss has several terms, each one's mean in every step; None where it is not known.
+        norms: Gradient norms of the first step and the last, before clipping; None where it is no finite number.
     """
 
     losses: list[float | None] = field(default_factory=list)  # one a step, in nats; None for a step that was refused
@@ -60,6 +61,7 @@ class Record:
     held_out: list[tuple[int, float]] = field(default_factory=list)
     divergences: list[dict[str, Any]] = field(default_factory=list)
     terms: dict[str, list[float | None]] = field(default_factory=dict)
+    norms: list[float | None] = field(default_factory=list)
 
     @property
     def wait_fraction(self) -> float:
@@ -237,6 +239,8 @@ class Trainer:
                         text = f"the loss is no longer a finite number at step {number} of {self.steps}"
                         raise StackWiseError(text, hint=f"{LOWER_RATE}, and run again")
                 rate, norm = self.rate(self.step - 1), float(pending[-1][0].gradient_norm)
+                for value in [float(pending[0][0].gradient_norm)] * (not self.record.norms) + [norm]:
+                    self.record.norms[1:] = [value if math.isfinite(value) else None]
                 speed = tokens / (now - reported)
                 waiting, means = self.record.wait_fraction, {name: _mean(some) for name, some in terms.items()}
                 known = {name: mean for name, mean in means.items() if mean is not None}

@@ -32,9 +32,10 @@ from stackwise.training.checkpoint import Checkpoints, reason
 from stackwise.training.engine import WEIGHT, Engine, ResidentEngine, State
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.forward import forward_rows
+from stackwise.training.optim import Rising
 from stackwise.training.stage import MeanLoss, StageModel
 from stackwise.training.swap import SwappedEngine, SwapSpace
-from stackwise.training.trainer import Carried, Progress, Record, Rollback, Trainer, anchor
+from stackwise.training.trainer import MEMORY, Carried, Progress, Record, Rollback, Trainer, anchor
 
 Emit = Callable[[dict[str, Any]], None]
 Stop = Callable[[], bool]
@@ -97,6 +98,7 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
         seed=job.seed(config),
         device=context.device,
         before=job.span.first,
+        rising=rising(job),
     )
     with contextlib.closing(engine):
         yield engine
@@ -107,7 +109,17 @@ def _resident(context: StageContext, model: StageModel) -> ResidentEngine:
         for block in (*model.blocks, *model.beyond):
             block.compile()
     seed, parts = context.job.seed(context.config), parts_of(model, context.stage)
-    return ResidentEngine(model, context.settings, seed=seed, device=context.device, parts=parts)
+    return ResidentEngine(
+        model, context.settings, seed=seed, device=context.device, parts=parts, rising=rising(context.job)
+    )
+
+
+def rising(job: StageJob) -> Rising | None:
+    """The new blocks of a rack that has grown, whose rate is still to rise."""
+    rise, steps = job.stage.rises, job.span.steps
+    if rise is None:
+        return None
+    return Rising(frozenset(rise.blocks), round(steps * rise.first), max(1, round(steps * rise.warmup)))
 
 
 def part_weights(engine: Engine, part: str) -> dict[str, Tensor]:
@@ -157,7 +169,7 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
     )
     with StageHooks(context, trainer) as hooks:
         while True:
-            start = trainer.step * settings.accumulation
+            start = (job.rows_begin + trainer.step) * settings.accumulation
             try:
                 with ahead(context.feed.shuffled(order, settings.batch_size, start), engine.device) as batches:
                     finished = trainer.fit(iter(batches), waited=lambda: batches.waited, hooks=hooks)
@@ -229,6 +241,8 @@ class StageHooks:
         if not self._prepared:
             self._prepared = True
             self._checkpoints.prepare(self._trainer)
+        if self._context.stage.just_grown and len(self._trainer.record.losses) == len(progress.losses):
+            self._emit_grown()
         taken = [loss for loss in progress.losses if loss is not None]
         self._context.event(
             "step",
@@ -244,6 +258,20 @@ class StageHooks:
             pid=os.getpid(),
             **({"terms": dict(progress.terms)} if progress.terms else {}),
         )
+
+    def _emit_grown(self) -> None:
+        """Emit loss and gradient norm just before the rack grew, and at its first step since."""
+        job, record = self._context.job, self._trainer.record
+        last = self._context.store.stage(job.initial[job.stage.states_in[-1]].recipe, check=False)
+        if last is None:
+            return
+        losses = [loss for loss in last.record["losses"][-MEMORY:] if loss is not None]
+        before = {"loss": statistics.fmean(losses) if losses else None, "gradient_norm": last.record["norms"][-1]}
+        after = {"loss": record.losses[0], "gradient_norm": record.norms[0]}
+        first, until = last.record["blocks"]
+        blocks = [until - first + 1 + len(last.record["recipe"]["stage"]["lookahead"])]
+        blocks.append(len(job.stage.blocks) + len(job.stage.lookahead))
+        self._context.event("grown", blocks=blocks, before=before, after=after)
 
     def checkpoint_due(self, step: int) -> bool:
         """See `Hooks.checkpoint_due`: by `checkpoint_steps`, else by the clock, unless one is on its way."""
@@ -361,7 +389,7 @@ def take_up(job: StageJob, trainer: Trainer) -> None:
 
     carried: dict[str, State] = {}
     for name in job.stage.states_in:
-        part = _part_of_state(job.stage, name)
+        part = _part_of_state(name)
         carried[part] = partial(state, name, part)
     trainer.carried = Carried.from_state(carried[""]())
     trainer.engine.take_up(carried)
@@ -373,9 +401,9 @@ def states_out(stage: Stage, trainer: Trainer) -> dict[str, State]:
         return {}
     carried = trainer.engine.carried()
     carried[""] = partial(dict[str, Tensor], {**carried[""](), **trainer.carry().state()})
-    return {name: carried[_part_of_state(stage, name)] for name in stage.states_out}
+    return {name: carried[_part_of_state(name)] for name in stage.states_out}
 
 
-def _part_of_state(stage: Stage, state: str) -> str:
+def _part_of_state(state: str) -> str:
     """The part that a state is of; an empty name: of the trainer."""
-    return state.removeprefix(f"{STATE}{stage.depth}").removeprefix(".")
+    return state.removeprefix(STATE).partition(".")[2]
