@@ -149,7 +149,14 @@ class InitConfig(Section):
     weights: Annotated[Text, Field(min_length=1)] | None = Field(
         None,
         description="begin from a pretrained model: a Hugging Face directory (config.json, safetensors, "
-        "tokenizer.json), an export, or a finished run; model.* and data.tokenizer follow from it; null: fresh weights",
+        "tokenizer.json), an export, a finished run, or adapters of peft over one of the first two; model.* and "
+        "data.tokenizer follow from it; null: fresh weights",
+    )
+    base: Annotated[Text, Field(min_length=1)] | None = Field(
+        None, description="the model that adapters in init.weights are for; null: as their adapter_config.json says"
+    )
+    adapters: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=64)] = Field(
+        default_factory=list, description="directories of peft's adapters that are merged into the weights, in order"
     )
     blocks: Small | Annotated[list[Annotated[int, Field(ge=0, lt=1024)]], Field(min_length=1)] | None = Field(
         None,

@@ -5,6 +5,7 @@ No torch is imported here: the runner reads headers and digests; weights are rea
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,9 +21,11 @@ from stackwise.data.prepared import TOKENIZER
 from stackwise.data.tokenizer import Tokenizer, bytes_tokenizer
 from stackwise.errors import ConfigError, NotFound, UsageError
 from stackwise.files import expanded
+from stackwise.identity import content_id
 from stackwise.pipeline.job import Source, Versions, committed_stages
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.schedule import ADAPTER, FIRST_HEAD, FRONT, HEAD, block_part, block_parts
+from stackwise.pipeline.schedule import ADAPTER, FIRST_HEAD, FRONT, HEAD, adapter_part, block_part, block_parts
+from stackwise.pretrained.adapters import AdapterDirectory, base_of, is_adapter
 from stackwise.pretrained.checkpoint import Checkpoint
 from stackwise.pretrained.families import BLOCK
 
@@ -109,6 +112,73 @@ class Shallower:
         return self._whole.source(part, hashed=hashed)
 
 
+class Adapted:
+    """A checkpoint with adapters of peft: merged into its weights, or to train on beside them.
+
+    Args:
+        whole: The checkpoint.
+        merged: Those that are added to its weights, in order.
+        continued: Those that train on; None: there are none.
+    """
+
+    def __init__(
+        self, whole: Pretrained, merged: Sequence[AdapterDirectory], continued: AdapterDirectory | None
+    ) -> None:
+        self._whole, self._merged, self.continued = whole, merged, continued
+        self.model, self.tokenizer_json, self.objective = whole.model, whole.tokenizer_json, whole.objective
+        self.notes, self.checkpoint = whole.notes, whole.checkpoint
+
+    def source(self, part: str, *, hashed: bool = True) -> Source:
+        """See `Weights.source`; of a block's adapters too."""
+        block = part.removeprefix(ADAPTER)
+        if block != part:
+            one = self.continued
+            return Source() if one is None or block not in one.pairs else _adapters_of(one, block)
+        base = self._whole.source(part, hashed=hashed)
+        added = [_adapters_of(one, part) for one in self._merged if part in one.pairs]
+        if not added:
+            return base
+        digests = [source.digest for source in (base, *added)]
+        digest = content_id("merged", digests) if hashed else None
+        return dataclasses.replace(base, digest=digest, merged=(base, *added))
+
+    def settle(self, config: StackWiseConfig) -> Iterator[str]:
+        """Let `training.adapters` say what the adapters that train on are; a line for each key that contradicts."""
+        one, own = self.continued, config.training.adapters
+        if one is None or own is None:
+            return
+        theirs: dict[str, Any] = {"rank": one.rank, "rslora": one.rslora, "targets": one.layers}
+        theirs["alpha"] = float(one.settings.get("lora_alpha", 8))
+        for name in sorted(theirs.keys() & own.model_fields_set):
+            if getattr(own, name) != theirs[name]:
+                values = f"is {kind_of(getattr(own, name))}, and {kind_of(theirs[name])} in {one.directory}"
+                yield f"training.adapters.{name}: {values}: leave it out"
+        more: dict[str, Any] = {} if "above" in own.model_fields_set else {"above": one.lowest}
+        if "dropout" not in own.model_fields_set:
+            more["dropout"] = float(one.settings.get("lora_dropout", 0.0))
+        config.training.adapters = own.model_copy(update=theirs | more)
+
+
+def _adapters_of(one: AdapterDirectory, part: str) -> Source:
+    return Source(str(one.directory), one.digest(part), pairs=one.pairs[part])
+
+
+def _adapted(config: StackWiseConfig, path: Path) -> Weights:
+    """A model with the adapters that `init` names."""
+    begun = is_adapter(path)
+    base = base_of(path, config.init.base) if begun else path
+    if RunDirectory(base).manifest_file.exists():
+        raise UsageError(f"init.adapters: {base} is a run; adapters are for a model", hint="export it, and name that")
+    whole = Pretrained(base, config.data.cache_dir)
+    directories = [expanded(name).absolute() for name in config.init.adapters]
+    for directory in directories:
+        if not is_adapter(directory):
+            raise NotFound(f"init.adapters: {directory} holds no adapters", hint="name a directory that peft saved")
+    opened = [AdapterDirectory(one, whole.checkpoint) for one in ([path] if begun else []) + directories]
+    trains_on = begun and config.training.adapters is not None
+    return Adapted(whole, opened[1:] if trains_on else opened, opened[0] if trains_on else None)
+
+
 def open_weights(config: StackWiseConfig) -> Weights:
     """What `init.weights` names, and of it the blocks that `init.blocks` does.
 
@@ -121,10 +191,19 @@ def open_weights(config: StackWiseConfig) -> Weights:
     if not path.is_dir():
         raise NotFound(f"init.weights: {path}: there is no such directory", hint="name the directory of a model")
     run = RunDirectory(path)
-    weights = Committed(run) if run.manifest_file.exists() else Pretrained(path, config.data.cache_dir)
+    weights: Weights
+    if is_adapter(path) or config.init.adapters:
+        weights = _adapted(config, path)
+    else:
+        weights = Committed(run) if run.manifest_file.exists() else Pretrained(path, config.data.cache_dir)
     blocks, depth = config.init.blocks, weights.model.n_blocks
     if blocks is None:
         return weights
+    if getattr(weights, "continued", None) is not None:
+        raise UsageError(
+            f"init.blocks: adapters of {path} train on beside the blocks that they are for, which are all of them",
+            hint="name the model in init.weights and them in init.adapters: merged, they go with their blocks",
+        )
     wrong = [block for block in ([blocks] if isinstance(blocks, int) else blocks) if block >= depth]
     if wrong:
         raise UsageError(f"init.blocks: there is no block {wrong[0]}: {path} has 0 to {depth - 1}")
@@ -144,6 +223,7 @@ def with_checkpoint(config: StackWiseConfig) -> StackWiseConfig:
     config = config.model_copy(deep=True)
     theirs = weights.model
     faults = [*_contradictions(config, theirs), *_tokenizer_faults(config, weights)]
+    faults += weights.settle(config) if isinstance(weights, Adapted) else []
     if faults:
         raise ConfigError(faults, source=f"init.weights {config.init.weights}")
     own = config.model
@@ -245,7 +325,10 @@ def initial_sources(
     if config.init.weights is None:
         return {}
     weights = open_weights(config)
-    parts = [FRONT, *block_parts(0, config.model.n_blocks - 1), HEAD]
+    blocks = block_parts(0, config.model.n_blocks - 1)
+    parts = [FRONT, *blocks, HEAD]
+    if getattr(weights, "continued", None) is not None:
+        parts += [adapter_part(block) for block in blocks[config.bottom :]]
     sources: Versions = {}
     for number, part in enumerate(parts):
         if report is not None:

@@ -19,6 +19,7 @@ from stackwise.errors import UsageError
 from stackwise.pipeline.recipe import Recipe, Span
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import HEAD, Stage, head_version, is_state, schedule
+from stackwise.pretrained.adapters import LowRank
 from stackwise.pretrained.families import TensorRef
 from stackwise.store import CommittedStage
 
@@ -39,6 +40,8 @@ class Source:
     recipe: str = ""  # the recipe of the stage that committed it; empty where it comes from elsewhere
     names: dict[str, TensorRef] | None = None
     silent: bool = False  # fresh, and adding nothing to what passes: what it writes with is zero
+    pairs: dict[str, LowRank] | None = None  # of a block's adapters in peft's layout, by layer; `path`: their directory
+    merged: tuple[Source, ...] = ()  # weights, and the adapters that are added to them; its digest is of all of these
 
 
 Versions = dict[str, Source]

@@ -33,6 +33,7 @@ from stackwise.objectives import AdaptationObjective, RuntimeObjective, make_obj
 from stackwise.objectives.distillation import DistillationObjective
 from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat, Stage, adapter_part
+from stackwise.pretrained.adapters import merged, read_pairs
 from stackwise.pretrained.checkpoint import read_tensors
 from stackwise.store import CommittedStage
 from stackwise.training.checkpoint import TensorFile, reason
@@ -62,6 +63,16 @@ def load_part(source: Source, vocab_size: int | None = None) -> dict[str, torch.
     """
     if source.path is None:
         return None
+    if source.merged:
+        weights, *adapters = (load_part(one) or {} for one in source.merged)
+        for one in adapters:
+            weights = merged(weights, one)
+        return weights
+    if source.pairs is not None:
+        now, tensors = read_pairs(Path(source.path), source.pairs)
+        if source.digest not in (None, now):
+            raise DamageError(f"{source.path} was changed since it was hashed", hint="run again")
+        return tensors
     tensors = _read(Path(source.path)) if source.names is None else read_tensors(source.path, source.names)
     if source.digest is not None and part_digest(tensors) != source.digest:
         if source.names is None:
@@ -155,12 +166,16 @@ def make_block(
     block.compute = COMPUTE.get(how.precision)
     adapters = load_part(sources.get(adapter_part(part), Source())) or {}
     for size in how.adapters:
-        own = {key: tensor for key, tensor in adapters.items() if f".{size.name}." in key}
+        own = {key: _in_dtype(config, key, tensor) for key, tensor in adapters.items() if f".{size.name}." in key}
         if own:
             load_adapters(block, own, size.dropout)
         else:
             put_adapters(block, size, config.seed, part)
     return block
+
+
+def _in_dtype(config: StackWiseConfig, key: str, tensor: Tensor) -> Tensor:
+    return tensor if key.endswith(".scale") else tensor.to(dtype_of(config))
 
 
 def make_head(

@@ -83,6 +83,20 @@ class StoredTensor:
         return math.prod(self.shape) * np.dtype(FLOATS[self.dtype][1]).itemsize if self.dtype in FLOATS else 0
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of itself beside its tensors; empty where it says nothing.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no safetensors file.
+    """
+    with os.fdopen(files.open_regular(path), "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        table = files.parse_json(file.read(length)) if length <= HEADER_BYTES else {}
+    said = table.get("__metadata__") if isinstance(table, dict) else None
+    return said if isinstance(said, dict) else {}
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name, whatever their dtype; the values are not read.
 

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -20,6 +20,7 @@ from typing import IO, Any, Self
 import torch
 from torch import Tensor, nn
 
+from stackwise.config.adapters import AdaptersConfig
 from stackwise.config.model import ModelConfig
 from stackwise.config.training import Quantization
 from stackwise.durable import TEMPORARY, explain_full_disk, fsync_directory
@@ -27,7 +28,9 @@ from stackwise.errors import UsageError
 from stackwise.files import open_to_write, parse_json, read_bytes, read_json, read_text
 from stackwise.model.projections import QuantizedLinear, plain_layers
 from stackwise.model.rack import Front, Head, StageModules
-from stackwise.pretrained.checkpoint import CONFIG_BYTES, FLOATS, INDEX, SINGLE, Checkpoint
+from stackwise.pretrained.adapters import SETTINGS, as_peft, peft_settings, peft_tensors
+from stackwise.pretrained.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from stackwise.pretrained.checkpoint import CONFIG_BYTES, FLOATS, INDEX, SINGLE, Checkpoint, read_metadata
 from stackwise.pretrained.compressed import (
     KINDS,
     PACKED,
@@ -47,6 +50,7 @@ from stackwise.pretrained.families import (
     family_of,
 )
 from stackwise.pretrained.keys import SPECIAL
+from stackwise.version import __version__
 
 BUFFER_BYTES = 4 << 20
 """Bytes that are converted, turned and written at once: more than a row of any matrix."""
@@ -178,6 +182,9 @@ class ShardWriter:
 
 _HEADER = {"__metadata__": {"format": "pt"}}
 
+OURS = "stackwise"
+"""What marks a directory as an export, which another may replace."""
+
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -273,8 +280,19 @@ def export(
     )
 
 
-def export_checkpoint(directory: Path | str, checkpoint: Checkpoint, options: ExportOptions | None = None) -> Exported:
+def export_checkpoint(
+    directory: Path | str,
+    checkpoint: Checkpoint,
+    options: ExportOptions | None = None,
+    load: Callable[[str], Mapping[str, Tensor]] | None = None,
+) -> Exported:
     """Write a checkpoint as an export, one part in memory: where nothing is converted, with the same tensors.
+
+    Args:
+        directory: Where to.
+        checkpoint: The checkpoint.
+        options: How.
+        load: Gives the tensors of a part in place of those of the checkpoint.
 
     Raises:
         UsageError: The directory is in use.
@@ -283,8 +301,46 @@ def export_checkpoint(directory: Path | str, checkpoint: Checkpoint, options: Ex
     options = dataclasses.replace(
         options or ExportOptions(), source=checkpoint, tokenizer_json=checkpoint.tokenizer_json
     )
-    parts = ((part, checkpoint.load(part)) for part in checkpoint.parts)
+    parts = ((part, (load or checkpoint.load)(part)) for part in checkpoint.parts)
     return _publish(Path(directory), parts, checkpoint.description, options, checkpoint.base)
+
+
+def export_adapters(
+    directory: Path | str,
+    checkpoint: Checkpoint,
+    adapters: AdaptersConfig,
+    parts: Iterable[Part],
+    options: ExportOptions,
+) -> Exported:
+    """Write adapters beside a checkpoint as peft has them: PeftModel.from_pretrained loads them over the checkpoint.
+
+    Args:
+        directory: Where to.
+        checkpoint: What they are beside.
+        adapters: Their settings.
+        parts: Each block, and its adapters as its state dict has them.
+        options: How.
+
+    Raises:
+        UsageError: The directory is in use, or no class of transformers loads the checkpoint.
+        NoSpaceError: The disk is full; nothing is left behind.
+    """
+    from safetensors.torch import save_file
+
+    if checkpoint.family.native:
+        raise UsageError(
+            f"{checkpoint.directory} is no model of transformers, and peft has nothing to put adapters on",
+            hint="--format hf merges them",
+        )
+    modules = as_peft(checkpoint, dict(parts))
+    tensors = peft_tensors(modules, options.dtype)
+    settings = peft_settings(checkpoint, modules, rslora=adapters.rslora, dropout=adapters.dropout)
+    with published(Path(directory), options.overwrite) as temporary:
+        save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt", OURS: __version__})
+        _write_json(temporary / SETTINGS, settings)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return Exported(Path(directory), checkpoint.family.model_type, False, (ADAPTER_WEIGHTS,), nbytes, numbers)
 
 
 def _again(first: list[StageModules], remaining: Iterator[StageModules]) -> Iterator[StageModules]:
@@ -319,28 +375,40 @@ def _parts(front: Front, stages: Iterable[StageModules], model: ModelConfig, com
 def _publish(
     directory: Path, parts: Iterable[Part], description: Description, options: ExportOptions, base: str | None = None
 ) -> Exported:
-    """Write everything into a directory beside the target, which then takes its place."""
-    _check_target(directory, options.overwrite)
+    """Write everything that an export has."""
     tokenizer = _tokenizer(options.tokenizer_json)
+    with published(directory, options.overwrite) as temporary:
+        exported = _write(temporary, parts, description, options, base)
+        if options.source is not None:
+            _take_along(options.source.directory, temporary)
+        if tokenizer is not None:
+            _write_json(temporary / "tokenizer.json", tokenizer)
+            special = _special_tokens(tokenizer, options.separator_id, options.mask_token_id)
+            about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": description.max_seq_len}
+            _write_settings(temporary / "tokenizer_config.json", {**about, **special})
+            _write_settings(temporary / "special_tokens_map.json", special)
+    return dataclasses.replace(exported, directory=directory)
+
+
+@contextlib.contextmanager
+def published(directory: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory beside the target to write into, which takes its place when the block ends well.
+
+    Raises:
+        UsageError: The target is in use.
+        NoSpaceError: The disk is full; nothing is left behind.
+    """
+    _check_target(directory, overwrite)
     temporary = directory.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{directory.name}"
     with explain_full_disk(directory):
         temporary.mkdir(parents=True)
         try:
-            exported = _write(temporary, parts, description, options, base)
-            if options.source is not None:
-                _take_along(options.source.directory, temporary)
-            if tokenizer is not None:
-                _write_json(temporary / "tokenizer.json", tokenizer)
-                special = _special_tokens(tokenizer, options.separator_id, options.mask_token_id)
-                about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": description.max_seq_len}
-                _write_settings(temporary / "tokenizer_config.json", {**about, **special})
-                _write_settings(temporary / "special_tokens_map.json", special)
+            yield temporary
             fsync_directory(temporary)
             _replace(temporary, directory)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    return dataclasses.replace(exported, directory=directory)
 
 
 def _write(
@@ -451,12 +519,19 @@ def _check_target(directory: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{directory} is not empty", hint="name another directory, or remove it first")
-    try:
-        config = read_json(directory / "config.json", limit=CONFIG_BYTES)
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict) or not isinstance(config.get("stackwise"), dict):
+    if not _is_export(directory):
         raise UsageError(f"{directory} holds something else than an export: it is not replaced")
+
+
+def _is_export(directory: Path) -> bool:
+    """Whether a directory is an export, of a model or of adapters."""
+    with contextlib.suppress(OSError, ValueError):
+        config = read_json(directory / "config.json", limit=CONFIG_BYTES)
+        if isinstance(config, dict) and isinstance(config.get(OURS), dict):
+            return True
+    with contextlib.suppress(OSError, ValueError):  # peft's own configuration has no place for a mark
+        return OURS in read_metadata(directory / ADAPTER_WEIGHTS)
+    return False
 
 
 def _replace(temporary: Path, directory: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from stackwise.config import DataConfig, StackWiseConfig
@@ -88,13 +88,10 @@ def wide_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     return self.weight * (hidden_states * scale)
 
 
-def loop_of_transformers(weights: Path, directory: RunDirectory, config: StackWiseConfig) -> tuple[Any, list[float]]:
-    """The same rows through a plain loop: AdamW, clipping, the same rates. The model in the end, and its losses."""
-    from transformers import AutoModelForCausalLM
-
+def loop_of_transformers(model: Any, directory: RunDirectory, config: StackWiseConfig) -> list[float]:
+    """The same rows through a plain loop: AdamW, clipping, the same rates. It trains the model; the losses."""
     settings, steps = config.stage_training(0), config.training.steps or 0
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float64).train()
-    parameters = list(model.parameters())
+    parameters = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -117,7 +114,7 @@ def loop_of_transformers(weights: Path, directory: RunDirectory, config: StackWi
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return model, losses
+    return losses
 
 
 def weights_of(directory: RunDirectory) -> dict[str, dict[str, torch.Tensor]]:
@@ -141,7 +138,8 @@ def test_it_stays_with_a_loop_of_transformers(
     config = configuration(weights, text, precision="fp64", **{"training.swap": swap} | more)
     run(config, tmp_path / "run")
     directory = RunDirectory(tmp_path / "run")
-    model, losses = loop_of_transformers(weights, directory, directory.config())
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float64)
+    losses = loop_of_transformers(model, directory, directory.config())
     np.testing.assert_allclose(losses_of(directory), losses, rtol=1e-6)  # which are logged in float32
     theirs, ours = model.state_dict(), weights_of(directory)
     checkpoint = Checkpoint(weights)

@@ -147,11 +147,12 @@ def generate(
 @click.option(
     "--format",
     "layout",
-    type=click.Choice(["hf", "native", "compressed"]),
+    type=click.Choice(["hf", "native", "compressed", "hf-adapters"]),
     default="hf",
     show_default=True,
     help="hf: as transformers loads it, where one of its architectures is the rack's; native: StackWise's own names; "
-    "compressed: hf, with blocks trained for integers as compressed-tensors packs them.",
+    "compressed: hf, with blocks trained for integers as compressed-tensors packs them; hf-adapters: what "
+    "training.adapters trained, as peft loads it over the model.",
 )
 @click.option("--shard-size", type=Bytes(), default="5GB", show_default=True, help="Weights in one file, at most.")
 @click.option(
@@ -170,7 +171,7 @@ def export(run: str | None, model: str | None, out: str, force: bool, as_json: b
     import torch
 
     from stackwise.pipeline.committed.load import load_rack
-    from stackwise.pipeline.committed.use import export_model, export_rack
+    from stackwise.pipeline.committed.use import export_model, export_rack, export_run_adapters
     from stackwise.pipeline.device import resolve_device
     from stackwise.pretrained.writing import ExportOptions
 
@@ -178,8 +179,11 @@ def export(run: str | None, model: str | None, out: str, force: bool, as_json: b
     layout = how["layout"]
     options = ExportOptions(dtype=narrow, shard_bytes=how["shard_size"], overwrite=force)
     options = dataclasses.replace(options, native=layout == "native", compressed=layout == "compressed")
+    if layout == "hf-adapters" and model is not None:
+        raise UsageError("--format hf-adapters: a model has no adapters beside it", hint="name a run: --run DIR")
     if run_directory is not None:
-        exported = export_rack(load_rack(run_directory, resolve_device("cpu")), target, options)
+        write = export_run_adapters if layout == "hf-adapters" else export_rack
+        exported = write(load_rack(run_directory, resolve_device("cpu")), target, options)
     else:
         exported = export_model(str(model), target, options, lambda line: note(f"note: {line}"))
     if exported.family == "stackwise" and layout != "native":

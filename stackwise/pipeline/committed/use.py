@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from stackwise.batch import MASKS, TOKENS, Batch
-from stackwise.config import DataConfig
+from stackwise.config import DataConfig, StackWiseConfig
+from stackwise.config.loading import build
 from stackwise.data import PreparedData, Split, prepare, require_samples
 from stackwise.errors import NotFound, UsageError
 from stackwise.evaluation import HeldOut, Measure, StageModules, evaluate
@@ -23,13 +24,15 @@ from stackwise.identity import derive_seed, generator
 from stackwise.model import enter
 from stackwise.pipeline.committed.load import CommittedRack, load_model, load_rack
 from stackwise.pipeline.device import resolve_device
-from stackwise.pipeline.initial import open_weights, with_checkpoint
+from stackwise.pipeline.initial import Adapted, open_weights, with_checkpoint
+from stackwise.pipeline.parts import load_part
 from stackwise.pipeline.recipe import forward_specification, trunk_id
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.schedule import HEAD, Stage
+from stackwise.pipeline.schedule import ADAPTER, HEAD, Stage
 from stackwise.pretrained import Checkpoint
-from stackwise.pretrained.writing import Exported, ExportOptions, export, export_checkpoint
+from stackwise.pretrained.adapters import is_adapter
+from stackwise.pretrained.writing import Exported, ExportOptions, export, export_adapters, export_checkpoint
 from stackwise.store import ActivationStore, BoundaryInfo, Recompute
 from stackwise.training.forward import forward_rows
 
@@ -182,6 +185,33 @@ def export_rack(rack: CommittedRack, out: Path, options: ExportOptions | None = 
     return export(out, rack.front(), rack.modules(), rack.config.model, options)
 
 
+def export_run_adapters(rack: CommittedRack, out: Path, options: ExportOptions) -> Exported:
+    """Write the adapters that a run trained, as peft has them, for the model that it began from.
+
+    Raises:
+        UsageError: It trained none, or what they are beside is not that model as it stands.
+    """
+    config, hint = rack.config, "--format hf merges them"
+    if config.training.adapters is None:
+        raise UsageError("the run trained no adapters", hint="training.adapters lets some train; or --format hf")
+    weights = open_weights(config)
+    checkpoint = getattr(weights, "checkpoint", None)
+    why = None
+    if checkpoint is None:
+        why = f"{config.init.weights} is a run, and peft puts adapters on a model"
+    elif config.init.blocks is not None:
+        why = "the run trained beside some of the model's blocks (init.blocks)"
+    elif any(source.merged for source in rack.parts.values()):
+        why = "the run trained beside weights with other adapters in them (init.adapters)"
+    elif rack.vocab_size != checkpoint.description.vocab_size:
+        why = "an id was added to the model, and adapters bring no row for it"
+    if why is not None or checkpoint is None:
+        raise UsageError(str(why), hint=hint)
+    names = {part: part.removeprefix(ADAPTER) for part in rack.parts if part.startswith(ADAPTER)}
+    parts = ((block, load_part(rack.parts[part]) or {}) for part, block in names.items())
+    return export_adapters(out, checkpoint, config.training.adapters, parts, options)
+
+
 CHUNKS_AT_ONCE = 16  # chunks that go up together, so that each stage is loaded once for all of them
 
 
@@ -283,7 +313,7 @@ def export_model(weights: str, out: Path, options: ExportOptions, report: Callab
     """Write a pretrained model again, its tensors as they are where no other dtype is asked for.
 
     Args:
-        weights: A directory of Hugging Face's layout, an export, or a finished run.
+        weights: A directory of Hugging Face's layout, an export, a finished run, or adapters of peft, which are merged.
         out: The directory to make.
         options: How.
         report: Called with a line on what the model lacks.
@@ -294,7 +324,15 @@ def export_model(weights: str, out: Path, options: ExportOptions, report: Callab
     """
     if RunDirectory(path := expanded(weights).absolute()).manifest_file.exists():
         return export_rack(load_model(weights, torch.device("cpu"), report), out, options)
-    checkpoint = Checkpoint(path)
-    for line in checkpoint.notes:
+    if not is_adapter(path):
+        checkpoint = Checkpoint(path)
+        for line in checkpoint.notes:
+            report(line)
+        return export_checkpoint(out, checkpoint, options)
+    adapted = open_weights(build(StackWiseConfig, {}, {"init.weights": weights}))
+    assert isinstance(adapted, Adapted), "adapters are opened over their model"
+    for line in adapted.notes:
         report(line)
-    return export_checkpoint(out, checkpoint, options)
+    wide = getattr(torch, adapted.checkpoint.dtype)  # as its model is: merging goes through float32
+    options = dataclasses.replace(options, dtype=options.dtype or wide)
+    return export_checkpoint(out, adapted.checkpoint, options, lambda part: load_part(adapted.source(part)) or {})
