@@ -28,6 +28,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "stage": ("run:stage", "Train one stage alone; show the schedule."),
         "status": ("look:status", "Show run status."),
         "sweep": ("sweep:sweep", "Run every combination of values; common stages train once."),
+        "tune": ("tune:tune", "Search settings; common stages train once."),
         "compare": ("look:compare", "Compare runs: settings that differ, and results."),
     },
     "Use what was trained": {

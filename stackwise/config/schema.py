@@ -24,6 +24,7 @@ from stackwise.config.fields import (
 from stackwise.config.kinds import Objective, Tracker
 from stackwise.config.model import ModelConfig
 from stackwise.config.training import Precision, StackPrecision, StageTraining, TrainingConfig
+from stackwise.config.tune import TuneConfig
 from stackwise.registry import CODECS
 
 
@@ -218,6 +219,7 @@ class Settings(Section):
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     slurm: SlurmConfig = Field(default_factory=SlurmConfig)
     distillation: DistillationConfig = Field(default_factory=DistillationConfig)
+    tune: TuneConfig = Field(default_factory=TuneConfig)
     stages: dict[Count, StageOverrides] = Field(
         default_factory=dict,
         description="what single stages do differently, as {2: {precision: fp8, training: {learning_rate: 1e-3}}}",

@@ -205,6 +205,7 @@ EVENTS: dict[str, Kind] = {
     "unfrozen": Kind(lambda event: f"{_blocks(event)}, which gained most, now trained", figures=GAIN),
     "fused": Kind(_fused, figures=GAIN),
     "committed": Kind(lambda event: "committed", shown_by="table"),
+    "waiting": Kind(_text),
     "reused": Kind(lambda event: f"reused ({event['reason']})", shown_by="table"),
     # its boundary
     "writing": Kind(_writing, shown_by="table"),
@@ -225,8 +226,10 @@ EVENTS: dict[str, Kind] = {
     "fill": Kind(shown_by="nothing"),
     "exported": Kind(lambda event: f"exported to {event.get('path') or event.get('directory')}"),
     "done": Kind(lambda event: f"done in {words.duration(event['seconds'])}", shown_by="table"),
-    # a sweep
+    # a sweep, a search
     "combination": Kind(shown_by="nothing"),
     "combination_ended": Kind(shown_by="nothing"),
+    "trial_begun": Kind(shown_by="nothing"),
+    "trial_ended": Kind(shown_by="nothing"),
 }
 """Every event that a run emits."""

@@ -33,6 +33,11 @@ MADE = ("filled", "right", "wrong")
 def page(facts: Facts) -> str:
     """The whole report as HTML that needs nothing beside it."""
     sections = (_header, _held_out, _training, _passage, _storage, _configuration)
+    return document(f"{facts.config.name} – StackWise", [section(facts) for section in sections])
+
+
+def document(title: str, content: Any) -> str:
+    """A page of some content, with its style and its script in it."""
     now = time.strftime("%Y-%m-%d %H:%M")
     footer = f"Written by StackWise {__version__} on {now}. This file needs nothing beside it."
     return f"""<!doctype html>
@@ -42,12 +47,12 @@ def page(facts: Facts) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
-{tag("title", f"{facts.config.name} – StackWise")}
+{tag("title", title)}
 <style>
 {(_HERE / "style.css").read_text(encoding="utf-8")}</style>
 </head>
 <body>
-{tag("main", [section(facts) for section in sections], tag("footer", footer))}
+{tag("main", content, tag("footer", footer))}
 <div id="tip" hidden></div>
 <script>
 {(_HERE / "script.js").read_text(encoding="utf-8")}</script>

@@ -303,7 +303,7 @@ def committed(config: StackWiseConfig, run: RunDirectory) -> int:
     known = run.config()
     if settled.precision == "auto":
         settled.precision = known.precision
-    unrelated = {"tracking", "slurm"}
+    unrelated = {"tracking", "slurm", "tune"}
     if settled.model_dump(exclude=unrelated) != known.model_dump(exclude=unrelated):
         return 0
     with ActivationStore(path, create=False) as store:

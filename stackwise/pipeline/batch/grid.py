@@ -26,8 +26,12 @@ class Combination:
     config: StackWiseConfig
 
 
-def parse_axes(items: Sequence[str]) -> dict[str, list[Any]]:
+def parse_axes(items: Sequence[str], option: str = "-o") -> dict[str, list[Any]]:
     """`KEY=V1,V2,…` strings as dotted keys with the values to try; a list as one value stands in brackets.
+
+    Args:
+        items: The strings.
+        option: What they were given by.
 
     Raises:
         UsageError: An item has no `=`, or its values are not YAML.
@@ -36,12 +40,12 @@ def parse_axes(items: Sequence[str]) -> dict[str, list[Any]]:
     for item in items:
         key, equals, text = item.partition("=")
         if not equals or not key.strip():
-            raise UsageError(f"-o {item}: needs KEY=VALUE,VALUE,…", hint=EXAMPLE)
+            raise UsageError(f"{option} {item}: needs KEY=VALUE,VALUE,…", hint=EXAMPLE)
         try:
-            values = parse_yaml(f"[{text}]", f"-o {item}")
+            values = parse_yaml(f"[{text}]", f"{option} {item}")
         except ConfigError:  # text that is no list inside brackets may be a value on its own
-            values = [parse_yaml(text, f"-o {item}")]
-        axes[key.strip()] = values or [parse_yaml(text, f"-o {item}")]
+            values = [parse_yaml(text, f"{option} {item}")]
+        axes[key.strip()] = values or [parse_yaml(text, f"{option} {item}")]
     return axes
 
 

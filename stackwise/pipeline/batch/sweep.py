@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ class Sweep:
 
     def __init__(self, combinations: Sequence[Combination], directory: Path, resume_command: str) -> None:
         self.directory, self._resume_command = directory, resume_command
-        self.members = [Member(self._placed(combination)) for combination in combinations]
+        self.members = [Member(replace(one, config=placed(one.config, directory))) for one in combinations]
         self.no_room: str | None = None
         """Why runs in windows cannot keep weights for each other, where they cannot; known after `preview`."""
 
@@ -319,14 +319,6 @@ class Sweep:
         ranked = [(rank(member), member) for member in self.members]
         return [member for _, member in sorted(ranked, key=lambda pair: pair[0])]
 
-    def _placed(self, combination: Combination) -> Combination:
-        config = with_absolute_paths(combination.config)
-        if config.store.path is None:
-            config.store.path = str((self.directory / "store").absolute())
-        if config.tracking.group is None and any(one.named for one in config.tracking.trackers):
-            config.tracking.group = self.directory.name
-        return Combination(combination.name, combination.values, config)
-
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """Between two runs, Ctrl-C and SIGTERM end the sweep as they end a run."""
@@ -343,6 +335,16 @@ class Sweep:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def placed(config: StackWiseConfig, directory: Path) -> StackWiseConfig:
+    """A copy for one of several runs of a directory: over the directory's store, unless `store.path` names another."""
+    config = with_absolute_paths(config)
+    if config.store.path is None:
+        config.store.path = str((directory / "store").absolute())
+    if config.tracking.group is None and any(one.named for one in config.tracking.trackers):
+        config.tracking.group = directory.name
+    return config
 
 
 def _event(kind: str, **values: Any) -> Event:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from stackwise.durable import FileLock, is_locked
-from stackwise.errors import DamageError, NoSpaceError, NotFound, StackWiseError, UsageError
+from stackwise.errors import BusyError, DamageError, NoSpaceError, NotFound, StackWiseError, UsageError
 from stackwise.pipeline.costs import boundary_budget
-from stackwise.pipeline.decisions import Decision, RunPreview, decide
+from stackwise.pipeline.decisions import REUSED, Decision, RunPreview, decide
 from stackwise.pipeline.job import Versions, with_parts
 from stackwise.pipeline.plan import Entry, Plan
 from stackwise.pipeline.recipe import boundary_bytes, codec_name, whole_boundary
@@ -20,11 +22,18 @@ from stackwise.pipeline.runner.manifest import RunContext
 from stackwise.pipeline.schedule import Stage, stage_below
 from stackwise.store import CommittedStage
 
+SECONDS = 0.05  # between two looks at a stage that another run trains
+
 
 class Execution:
-    """Carries a plan out."""
+    """Carries a plan out.
 
-    def __init__(self, context: RunContext, boundaries: Boundaries) -> None:
+    Args:
+        waits: Wait for a stage that another run trains, rather than refuse it.
+    """
+
+    def __init__(self, context: RunContext, boundaries: Boundaries, *, waits: bool = False) -> None:
+        self._waits = waits
         self._run, self._plan, self._history = context.run, context.plan, context.history
         self._manifest = context.manifest
         self._pool, self._emit, self._boundaries = context.pool, context.emit, boundaries
@@ -80,7 +89,9 @@ class Execution:
                 self._emit("warning", stage=stage.place, text=text)
                 self._again |= decision.lost
                 return False
-            committed = self._train(decision) if trains else self._reuse(decision, chosen)
+            with self._turn(decision) if trains else contextlib.nullcontext(decision) as decision:
+                trains = decision.action == "train"
+                committed = self._train(decision) if trains else self._reuse(decision, chosen)
             versions = with_parts(decision.versions, committed)
             self._manifest.committed(stage, committed)
             self._boundaries.retain(stage, versions)
@@ -133,7 +144,6 @@ class Execution:
             trunk=self._plan.trunk(stage, versions),
         )
         writes = self._plan.writes_above(stage)
-        self._refuse_where_busy(stage, key)
         checkpoints = self._run.checkpoints(key)
         for attempt in (1, 2):
             entry = self._boundaries.entry(stage, versions)
@@ -164,6 +174,33 @@ class Execution:
         assert committed is not None, "a worker that ended well has committed its stage"
         self._again.discard(key)
         return committed
+
+    @contextlib.contextmanager
+    def _turn(self, decision: Decision) -> Iterator[Decision]:
+        """Be the one that trains a stage; where another run did meanwhile, it is reused.
+
+        Of runs that wait for each other the first to come holds the stage for as long as its job takes.
+        """
+        stage, key = decision.stage, decision.id
+        if not self._waits:
+            self._refuse_where_busy(stage, key)
+            yield decision
+            return
+        lock, said = FileLock(self._plan.store.path / "locks" / f"turn-{key}.lock", f"stage {stage.depth}"), False
+        while not lock.held:
+            try:
+                lock.acquire()
+            except BusyError:
+                if not said:
+                    self._emit("waiting", stage=stage.place, text="another run over the same store trains it")
+                said = True
+                self._pool.check()
+                time.sleep(SECONDS)
+        with lock:
+            committed = None if decision.again else self._plan.committed(key)
+            if committed is not None:
+                decision = replace(decision, action="reuse", reason=REUSED, committed=committed)
+            yield decision
 
     def _refuse_where_busy(self, stage: Stage, key: str) -> None:
         """A stage that a living run's worker holds is refused at once; a dead run's worker saves and is waited for."""

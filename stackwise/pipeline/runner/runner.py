@@ -46,6 +46,8 @@ class Runner:
     Args:
         max_time: Seconds after which the run has to be over: before that, the step in hand is finished and saved,
             and `InterruptedRun` is raised; None: no limit.
+        waits: Wait for a stage that another run over the same store is training, and take what it comes to; else such
+            a stage is refused.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Runner:
         *,
         resume_command: str = "stackwise run",
         max_time: float | None = None,
+        waits: bool = False,
     ) -> None:
+        self._waits = waits
         self.config, self.run_directory = with_absolute_paths(with_checkpoint(config)), run
         self._observe, self._resume_command = Observers([observe]), resume_command
         self._limit = None if max_time is None else TimeLimit(max_time)
@@ -94,7 +98,7 @@ class Runner:
             # A stage is this run's from its first step on, a boundary from its first chunk: no `cache gc` takes them.
             self._observe.add(lambda new: boundaries.register() if new["event"] in TAKEN_UP else None)
             try:
-                execution = Execution(context, boundaries)
+                execution = Execution(context, boundaries, waits=self._waits)
                 chosen = execution.chosen(only, window)
                 decided = self._preview(context.plan, context.history)
                 execution.begin(decided)
@@ -112,6 +116,12 @@ class Runner:
                 raise
             manifest.save()
             return evaluation or {}
+
+    def stop(self, text: str, *, at_once: bool = False) -> None:
+        """From another thread: have the run save and end, by `InterruptedRun`; `at_once`, it ends without saving."""
+        self._pool.stop(text)
+        if at_once:
+            self._pool.kill()
 
     def _check_stage(self, only: int | None) -> None:
         if only is not None and not 0 <= only < self.config.n_stages:

@@ -340,6 +340,12 @@ class WorkerPool:
         if self._stopping:
             raise self._interrupted("stopped before the next step began")
 
+    def kill(self) -> None:
+        """End every worker at once; what was saved stays."""
+        for worker in (self._busy, self._spare):
+            if worker is not None:
+                worker.kill()
+
     def close(self) -> None:
         """Let go of every worker; one that is at work saves first."""
         for worker in (self._busy, self._spare):
@@ -354,11 +360,9 @@ class WorkerPool:
         def handle(number: int, frame: FrameType | None) -> None:
             self._signals += 1
             if self._signals > 1:
-                for worker in (self._busy, self._spare):
-                    if worker is not None:
-                        worker.kill()
+                self.kill()
                 raise InterruptedRun("stopped at once, at the last checkpoint", hint=self._go_on)
-            if not self._stop("finishing the step in hand and saving (again to stop at once)"):
+            if not self.stop("finishing the step in hand and saving (again to stop at once)"):
                 raise InterruptedRun("stopped", hint=self._go_on)
 
         over = threading.Event()
@@ -384,9 +388,9 @@ class WorkerPool:
         while limit is not None and not over.wait(min(1.0, max(0.02, limit.left))):
             if limit.left <= 0 and not self._stopping:
                 left = f"{limit.seconds:.0f} s before it"
-                self._stop(f"the time limit is near: finishing the step in hand and saving, {left}")
+                self.stop(f"the time limit is near: finishing the step in hand and saving, {left}")
 
-    def _stop(self, text: str) -> bool:
+    def stop(self, text: str) -> bool:
         """Have the worker save and end; returns whether there is one. Called by signals and from another thread."""
         self._stopping, busy = True, self._busy
         if busy is not None:

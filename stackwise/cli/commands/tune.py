@@ -1,0 +1,192 @@
+"""`stackwise tune`."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stackwise import words
+from stackwise.cli.drawing import Table, phases, state
+from stackwise.cli.options import COUNT, RUNS, SEED, as_json, config_argument, load, max_time_option, preset_option
+from stackwise.cli.output import Styled, keep_going_without_output, note, print_json, say, say_all
+from stackwise.config.tune import SAMPLERS
+from stackwise.errors import StackWiseError, UsageError
+
+if TYPE_CHECKING:
+    from stackwise.pipeline.search.record import Trial
+    from stackwise.pipeline.search.study import Study
+
+Event = dict[str, Any]
+SECONDS = 5.0
+"""Between two lines of progress of a trial."""
+
+
+@click.command()
+@config_argument
+@preset_option
+@click.option("--run", "run", metavar="DIR", help="The search's directory. Default: runs/tune-NAME.")
+@click.option("--trials", type=COUNT, metavar="N", help="Runs in all. Default: of a grid all of it.")
+@click.option("--sampler", type=click.Choice(SAMPLERS), help="What is tried next.  [default: tpe]")
+@click.option("-s", "space", metavar="KEY=RANGE", multiple=True, help="1e-4..1e-2:log, 1..8, or a list 0,0.1.")
+@click.option("-o", "overrides", metavar="KEY=VALUE", multiple=True, help="Set a key in all trials.")
+@click.option(
+    "--objective",
+    "objectives",
+    metavar="NAME",
+    multiple=True,
+    help="bits_per_byte, loss, memory, seconds, or MODULE:FUNCTION of a run's directory; several: the Pareto front.",
+)
+@click.option("--pruner", type=click.Choice(["none", "median", "hyperband"]), help="End trials early that are behind.")
+@click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Trials at the same time.  [default: 1]")
+@click.option("--seed", type=SEED, help="Of the sampler. Default: the configuration's.")
+@max_time_option
+@as_json
+def tune(
+    config: str | None,
+    preset: str | None,
+    run: str | None,
+    overrides: tuple[str, ...],
+    max_time: float | None,
+    as_json: bool,
+    **typed: Any,
+) -> None:
+    """Search settings: every trial is a run over one store, and a stage that trials have in common trains once.
+
+    \b
+    stackwise tune config.yaml -s training.learning_rate=1e-4..1e-2:log -s stages.2.training.weight_decay=0,0.1
+
+    The same command goes on with a search that was interrupted, and with more --trials it goes further. The best
+    configuration is kept as best.yaml, everything as tune.html.
+    """
+    from stackwise.config.loading import parse_overrides
+    from stackwise.pipeline.search.begin import BASE, Typed, begin
+
+    if config is None and preset is None and run is not None and (Path(run) / "study.json").is_file():
+        config = str(Path(run) / BASE)  # a search that is there brings its configuration along
+    fixed = parse_overrides(overrides)
+    base = load(config, preset, fixed)
+    place = Path(run) if run is not None else RUNS / f"tune-{base.name}"
+    again = shlex.join(["stackwise", "tune", *_again(config, preset, run, overrides, max_time, typed)])
+    if twice := [key for key in fixed if any(item.partition("=")[0].strip() == key for item in typed["space"])]:
+        raise UsageError(f"{twice[0]} is both fixed (-o) and searched (-s)", hint="give one of the two")
+    with phases() as progress:
+        study, ahead = begin(
+            lambda settings: load(config, preset, {**fixed, **settings}), Typed(**typed), place, again, progress
+        )
+    keep_going_without_output()
+    if not as_json:
+        shared = f", {ahead.shared} of them the same in all" if ahead.shared else ""
+        trials = words.plural(study.search.trials, "trial")
+        say(f"{trials} of {words.plural(ahead.stages, 'stage')}{shared}, in {place}")
+        if ahead.order is not None:
+            say(Styled(ahead.order, "dim"))
+    try:
+        study.run(_Shown(study) if not as_json else lambda trial, event: None, max_time)
+    finally:
+        _show_results(study, as_json)
+    if study.best is None:
+        raise StackWiseError("no trial came to a value", hint="see the failures above, and the trials' logs")
+
+
+def _again(
+    config: str | None,
+    preset: str | None,
+    run: str | None,
+    overrides: tuple[str, ...],
+    max_time: float | None,
+    typed: dict[str, Any],
+) -> list[str]:
+    """The words that were typed."""
+    arguments = [config] if config else []
+    named = {"--preset": preset, "--run": run, "--max-time": None if max_time is None else f"{max_time:g}s"}
+    named |= {f"--{name}": typed[name] for name in ("trials", "sampler", "pruner", "jobs", "seed")}
+    arguments += [word for name, value in named.items() if value is not None for word in (name, str(value))]
+    several = {"-s": typed["space"], "-o": overrides, "--objective": typed["objectives"]}
+    return arguments + [word for name, values in several.items() for value in values for word in (name, value)]
+
+
+class _Shown:
+    """Says when trials begin and end, and now and then how far they are."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._spoke = time.monotonic()
+        self._begun: dict[int, float] = {}
+
+    def __call__(self, trial: Trial, event: Event) -> None:
+        kind, now = event["event"], time.monotonic()
+        if kind == "trial_begun":
+            self._begun[trial.number] = now
+        elif kind == "trial_ended":
+            self._say(f"{outcome(self._study, trial)}, {words.duration(now - self._begun[trial.number])}")
+        elif kind in ("warning", "waiting") and trial.state == "running":
+            self._say(f"trial {trial.number}: {event['text']}")
+        elif kind == "step" and now - self._spoke >= SECONDS:
+            loss = "" if event["loss"] is None else f", loss {event['loss']:.3f}"
+            self._say(f"trial {trial.number}: stage {event['stage']}, step {event['step']:,}/{event['steps']:,}{loss}")
+
+    def _say(self, text: str) -> None:
+        self._spoke = time.monotonic()
+        say(f"{time.strftime('%H:%M:%S')} {text}")
+
+
+def outcome(study: Study, trial: Trial) -> str:
+    """What a trial came to, in a line."""
+    from stackwise.pipeline.batch.grid import label, shown
+
+    settings = ", ".join(f"{label(key)} {shown(value)}" for key, value in trial.settings.items())
+    best = study.best
+    if trial.values is not None:
+        named = zip(study.search.objectives, trial.values, strict=True)
+        came = ", ".join(f"{name} {figure(name, value)}" for name, value in named)
+        came += " (the best so far)" if best is trial else ""
+    else:
+        came = trial.state if trial.failure is None else f"failed: {trial.failure.splitlines()[0]}"
+    stages = f"{words.plural(trial.trained, 'stage')} trained, {trial.reused} reused"
+    return f"trial {trial.number} ({trial.number + 1} of {study.search.trials}): {came}; {settings}; {stages}"
+
+
+def figure(name: str, value: float) -> str:
+    """An objective's value, as people read it."""
+    return words.size(value) if name == "memory" else words.duration(value) if name == "seconds" else f"{value:.4f}"
+
+
+def _show_results(study: Study, as_json: bool) -> None:
+    from stackwise.report.tuning import result, write
+
+    if not study.trials:
+        return
+    value = result(study)
+    page = write(study)
+    if as_json:
+        print_json(value)
+        return
+    objectives = list(study.search.objectives)
+    table = Table(
+        "trial", *objectives, "state", "trained", "reused", "settings", right=(0, *range(1, len(objectives) + 1))
+    )
+    from stackwise.pipeline.batch.grid import label, shown
+
+    for trial in sorted(study.trials, key=lambda one: (one.values is None, one.values or [])):
+        values = [figure(name, value) for name, value in zip(objectives, trial.values or [], strict=False)]
+        values += [""] * (len(objectives) - len(values))
+        settings = ", ".join(f"{label(key)} {shown(of)}" for key, of in trial.settings.items())
+        style = "bold" if trial is study.best else ""
+        table.add_row(
+            str(trial.number), *values, state(trial.state), str(trial.trained), str(trial.reused), settings, style=style
+        )
+    say()
+    say_all(table.lines())
+    for trial in study.trials:
+        if trial.failure is not None:
+            note(f"trial {trial.number} failed: {trial.failure.splitlines()[0]}")
+    if (sharing := value["sharing"])["trained"]:
+        say(
+            f"{words.plural(sharing['trained'], 'stage')} trained for {sharing['stages']} of all trials: "
+            f"{sharing['stages'] / sharing['trained']:.1f} times fewer"
+        )
+    say(f"best: {study.directory / 'best.yaml'}, table: {page}") if study.best is not None else say(f"table: {page}")

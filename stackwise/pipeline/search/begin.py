@@ -1,0 +1,149 @@
+"""From a configuration and what was typed to a search: everything is checked before the first trial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stackwise import durable
+from stackwise.config import StackWiseConfig
+from stackwise.config.loading import dump
+from stackwise.config.tune import SAMPLERS, Sampler, TuneConfig
+from stackwise.durable import write_bytes
+from stackwise.errors import UsageError
+from stackwise.identity import content_id
+from stackwise.pipeline.run import with_absolute_paths
+from stackwise.pipeline.search.effects import Make, Outlook, Progress, outlook
+from stackwise.pipeline.search.objectives import QUALITY, objective
+from stackwise.pipeline.search.record import read_record
+from stackwise.pipeline.search.samplers import Sampling, check_optuna
+from stackwise.pipeline.search.space import Settings, Space, merged, space_of
+from stackwise.pipeline.search.study import Search, Study
+
+BASE = "stackwise.yaml"
+"""In a search's directory: the configuration that its trials are variations of, with its section `tune`."""
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What the command line says of a search; None: what the section `tune` says."""
+
+    space: Sequence[str] = ()
+    sampler: str | None = None
+    trials: int | None = None
+    objectives: Sequence[str] = ()
+    pruner: str | None = None
+    jobs: int | None = None
+    seed: int | None = None
+
+
+def settled(config: StackWiseConfig, typed: Typed) -> TuneConfig:
+    """The section `tune` with what was typed.
+
+    Raises:
+        UsageError: There is no such sampler, or a range is none.
+    """
+    tune = config.tune.model_copy(deep=True)
+    tune.space = merged(typed.space, tune.space)
+    if typed.sampler is not None:
+        tune.sampler = next(name for name in SAMPLERS if name == typed.sampler)
+    if typed.pruner is not None:
+        tune.pruner = typed.pruner  # type: ignore[assignment]  # it is checked on assignment
+    tune.trials = typed.trials or tune.trials
+    tune.jobs = typed.jobs or tune.jobs
+    tune.seed = typed.seed if typed.seed is not None else config.seed if tune.seed is None else tune.seed
+    return tune
+
+
+def begin(
+    make: Make, typed: Typed, directory: Path, resume_command: str, progress: Progress | None = None
+) -> tuple[Study, Outlook]:
+    """A search, ready to go or to go on.
+
+    Args:
+        make: The configuration that some settings come to.
+        directory: Where it is, or will be.
+
+    Raises:
+        UsageError: Something about it cannot be; nothing was written.
+    """
+    if fault := durable.unusable(directory):
+        raise UsageError(f"{directory} cannot be used: {fault}", hint="name another directory with --run")
+    base = make({})
+    tune = settled(base, typed)
+    space = space_of(tune.space)
+    objectives = {name: objective(name) for name in typed.objectives or tune.objectives}
+    check_optuna(tune.sampler)
+    read_record(directory)  # a broken one is refused at once
+    ahead = outlook(space, make, directory, progress)
+    check_effects(ahead, list(objectives))
+    sampling = _sampling(base, tune, space, ahead, len(objectives))
+    plan = _grid(space, ahead) if tune.sampler == "grid" else None
+    trials = tune.trials or (len(plan) if plan is not None else None)
+    if trials is None:
+        raise UsageError("how many trials?", hint="give --trials, or tune.trials in CONFIG")
+    search = Search(
+        make,
+        sampling,
+        objectives,
+        trials if plan is None else min(trials, len(plan)),
+        tune.jobs,
+        plan,
+        {
+            "space": space.plain,
+            "sampler": {"name": "grid"} if plan is not None else {"sampler": tune.sampler, **sampling.description},
+            "objectives": list(objectives),
+            "configuration": _identity(base),
+            "library": "none" if plan is not None else sampling.library,
+        },
+    )
+    study = Study(search, directory, resume_command)
+    base.tune = tune
+    directory.mkdir(parents=True, exist_ok=True)
+    write_bytes(directory / BASE, dump(with_absolute_paths(base)).encode())
+    return study, ahead
+
+
+def check_effects(ahead: Outlook, objectives: Sequence[str]) -> None:
+    """Refuse a key that changes no stage, unless it is time, memory or a function of one's own that is judged.
+
+    Raises:
+        UsageError: There is one.
+    """
+    idle = [effect.key for effect in ahead.effects if effect.stage is None]
+    if idle and all(name in QUALITY for name in objectives):
+        raise UsageError(
+            f"{idle[0]} changes nothing: no stage's result depends on it", hint="search another key; see docs/tune.md"
+        )
+
+
+def _sampling(base: StackWiseConfig, tune: TuneConfig, space: Space, ahead: Outlook, objectives: int) -> Sampling:
+    sampler: Sampler = tune.sampler
+    pruner = "hyperband" if sampler == "hyperband" else tune.pruner
+    every = base.stage_training(0).eval_every
+    if pruner != "none" and every is None:
+        raise UsageError(
+            "trials are ended early by held-out loss within a stage, and none is measured",
+            hint=f"set training.eval_every, as -o training.eval_every={max(1, max(ahead.steps) // 5)}",
+        )
+    if pruner != "none" and objectives > 1:
+        raise UsageError("trials are ended early by one objective, not several", hint="leave out the pruner")
+    return Sampling(space, sampler, pruner, tune.seed or 0, objectives, every or 1, sum(ahead.steps))
+
+
+def _grid(space: Space, ahead: Outlook) -> list[Settings]:
+    """Every point, those that share the most stages beside each other: keys of lower stages change last."""
+    depth = {effect.key: -1 if effect.stage is None else effect.stage for effect in ahead.effects}
+    points = space.grid()
+    keys = sorted((one.key for one in space.keys), key=lambda key: depth[key])
+    places: dict[str, list[str]] = {key: list(dict.fromkeys(repr(point.get(key)) for point in points)) for key in keys}
+    return sorted(points, key=lambda point: [places[key].index(repr(point.get(key))) for key in keys])
+
+
+def _identity(base: StackWiseConfig) -> str:
+    """Names the configuration that trials vary, less what says only where and how they run."""
+    plain = with_absolute_paths(base).model_dump(exclude={"tune", "tracking", "slurm", "device", "name"}, mode="json")
+    plain["data"].pop("cache_dir")
+    plain["store"].pop("path")
+    return content_id("configuration", {**plain, "stages": {str(key): own for key, own in plain["stages"].items()}})

@@ -1,0 +1,216 @@
+"""What is tried next: Optuna's samplers and pruners, asked as pure functions of a seed and the trials before.
+
+A sampler's generator is not kept between two trials: each trial has a sampler of its own, seeded by the search's seed
+and the trial's number, which is told every trial before it. So a search that was killed goes on with the trials that
+it would have had.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stackwise.config.ranges import Interval, same
+from stackwise.errors import UsageError
+from stackwise.identity import derive_seed
+from stackwise.pipeline.search.space import Searched, Settings, Space
+
+STARTUP = 10  # trials drawn at random, at most, before a sampler goes by results
+MEASURABLE = 8  # finished trials before it is said which key matters
+DIGITS = 6  # of a number that is drawn: more say nothing, and these can be read and typed
+
+
+@dataclass
+class Past:
+    """A trial as later ones know it.
+
+    Args:
+        values: Of each objective; None: it is not over, failed, or was ended early.
+        steps: Held-out loss in nats, by the optimizer steps that the trial had taken in all its stages.
+    """
+
+    settings: Settings
+    state: str
+    values: list[float] | None = None
+    steps: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next trial is chosen, and when one is ended early.
+
+    Args:
+        sampler: random, tpe, gp or hyperband (tpe, ended early by Hyperband).
+        pruner: none, median or hyperband.
+        objectives: How many.
+        first, last: Optimizer steps of a trial before its first evaluation, and in all.
+    """
+
+    space: Space
+    sampler: str
+    pruner: str
+    seed: int
+    objectives: int = 1
+    first: int = 1
+    last: int = 1
+
+    @property
+    def startup(self) -> int:
+        """Trials drawn at random first; a function of the space alone, so that more trials change none before."""
+        return min(STARTUP, 2 + 2 * len(self.space.keys))
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The sampler and its seed, as the search's record names them."""
+        with _Quiet() as optuna:
+            named = {"name": type(self._sampler(optuna, 0)).__name__, "seed": self.seed}
+            return named | ({} if self.pruner == "none" else {"pruner": type(self._pruner(optuna)).__name__})
+
+    @property
+    def library(self) -> str:
+        """What draws: its name and version."""
+        with _Quiet() as optuna:
+            return f"optuna {optuna.__version__}"
+
+    def suggest(self, past: Sequence[Past]) -> Settings:
+        """The settings of the next trial.
+
+        Args:
+            past: Every trial before it, in order; those that are still going on count as such.
+        """
+        with _Quiet() as optuna:
+            trial = self._study(optuna, past, len(past)).ask()
+            settings: Settings = {}
+            for one in self.space.keys:
+                if one.active(settings):
+                    settings[one.key] = _suggested(trial, one)
+            return settings
+
+    def prunes(self, past: Sequence[Past], trial: Past) -> bool:
+        """Whether a trial is ended, for what it has come to at its last evaluation is behind."""
+        if self.pruner == "none":
+            return False
+        with _Quiet() as optuna:
+            study = self._study(optuna, [*past, trial], len(past))
+            return bool(study.pruner.prune(study, study.get_trials(deepcopy=False)[-1]))
+
+    def importance(self, past: Sequence[Past]) -> dict[str, float]:
+        """The share of each key in what makes the best tenth of trials differ from all; none where they are too few.
+
+        By PED-ANOVA (2304.10255), of the first objective.
+        """
+        done = [one for one in past if one.state == "done" and one.values]
+        if len(done) < MEASURABLE or importlib.util.find_spec("optuna") is None:
+            return {}
+        with _Quiet() as optuna:
+            study = self._study(optuna, done, 0)
+            always = [one.key for one in self.space.keys if all(one.key in trial.settings for trial in done)]
+            try:
+                return dict(
+                    optuna.importance.get_param_importances(
+                        study,
+                        evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
+                        params=always,
+                        target=None if self.objectives == 1 else lambda trial: trial.values[0],
+                    )
+                )
+            except (ValueError, RuntimeError):  # all values are equal, say
+                return {}
+
+    def _study(self, optuna: Any, past: Sequence[Past], number: int) -> Any:
+        study = optuna.create_study(
+            study_name="stackwise",  # which of Hyperband's brackets a trial is in follows from it
+            sampler=self._sampler(optuna, number),
+            pruner=self._pruner(optuna),
+            directions=["minimize"] * self.objectives,
+        )
+        for one in past:
+            study.add_trial(self._frozen(optuna, one))
+        return study
+
+    def _sampler(self, optuna: Any, number: int) -> Any:
+        seed = derive_seed(self.seed, number, "sampler") & 0xFFFFFFFF
+        if self.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        if self.sampler == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.startup, warn_independent_sampling=False)
+        # Of settings together (multivariate), also where some are searched only beside others (group).
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=self.startup, multivariate=True, group=True)
+
+    def _pruner(self, optuna: Any) -> Any:
+        if self.pruner == "hyperband":
+            return optuna.pruners.HyperbandPruner(min_resource=self.first, max_resource=max(self.first, self.last))
+        if self.pruner == "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=self.startup // 2)
+        return optuna.pruners.NopPruner()
+
+    def _frozen(self, optuna: Any, one: Past) -> Any:
+        states = optuna.trial.TrialState
+        state = {"done": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}.get(one.state, states.RUNNING)
+        active = [key for key in self.space.keys if key.key in one.settings]
+        return optuna.trial.create_trial(
+            state=state,
+            values=one.values if state == states.COMPLETE else None,
+            params={key.key: _parameter(key, one.settings[key.key]) for key in active},
+            distributions={key.key: _distribution(optuna, key) for key in active},
+            intermediate_values=one.steps,
+        )
+
+
+def check_optuna(sampler: str) -> None:
+    """Look whether what a sampler needs is installed.
+
+    Raises:
+        UsageError: It is not; the extra is named.
+    """
+    needed = [] if sampler == "grid" else ["optuna"] + (["scipy"] if sampler == "gp" else [])
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"--sampler {sampler} needs {' and '.join(missing)}, not installed here",
+            hint="pip install 'stackwise[tune]'; --sampler grid needs nothing",
+        )
+
+
+class _Quiet:
+    """Optuna, which says nothing of its own while it is used."""
+
+    def __enter__(self) -> Any:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore")  # of what is experimental there, and of torch's
+        return optuna
+
+    def __exit__(self, *exception: object) -> None:
+        self._warnings.__exit__(*exception)  # type: ignore[arg-type]
+
+
+def _distribution(optuna: Any, one: Searched) -> Any:
+    found = one.range
+    if not isinstance(found, Interval):
+        return optuna.distributions.CategoricalDistribution(tuple(range(len(found.values))))
+    kind = optuna.distributions.IntDistribution if found.integer else optuna.distributions.FloatDistribution
+    return kind(found.low, found.high, log=found.log)
+
+
+def _parameter(one: Searched, value: Any) -> Any:
+    """A setting as Optuna has it: of a list the number of its value, which may be of any type."""
+    if isinstance(one.range, Interval):
+        return value
+    return next(number for number, choice in enumerate(one.range.values) if same(choice, value))
+
+
+def _suggested(trial: Any, one: Searched) -> Any:
+    found = one.range
+    if not isinstance(found, Interval):
+        return found.values[trial.suggest_categorical(one.key, tuple(range(len(found.values))))]
+    if found.integer:
+        return int(trial.suggest_int(one.key, int(found.low), int(found.high), log=found.log))
+    value = trial.suggest_float(one.key, found.low, found.high, log=found.log)
+    return min(max(float(f"{value:.{DIGITS}g}"), found.low), found.high)

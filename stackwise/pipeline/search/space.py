@@ -1,0 +1,182 @@
+"""What a search may try: keys of the configuration with their ranges, and where each is searched at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stackwise.config.loading import parse_overrides
+from stackwise.config.ranges import Choices, Interval, Range, is_interval, parse_range
+from stackwise.config.tune import SearchedKey
+from stackwise.errors import UsageError
+from stackwise.pipeline.batch.grid import parse_axes
+
+EXAMPLE = "for example -s training.learning_rate=1e-4..1e-2:log -s stages.2.training.weight_decay=0,0.1"
+ELSEWHERE = ("tune", "tracking", "slurm", "name")  # sections that shape no trial
+MOST = 100_000  # trials of a grid: beyond that it is a slip
+
+Settings = dict[str, Any]  # values by dotted key
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A key, what is tried for it, and where.
+
+    Args:
+        when: Other keys of the search, and the values of theirs that this one is searched with; empty: with all.
+    """
+
+    key: str
+    range: Range
+    when: Mapping[str, tuple[Any, ...]]
+
+    def active(self, settings: Settings) -> bool:
+        """Whether it is searched beside these values of the keys before it."""
+        return all(key in settings and settings[key] in Choices(values) for key, values in self.when.items())
+
+
+@dataclass(frozen=True)
+class Space:
+    """The keys of a search; a key stands behind those that say whether it is searched."""
+
+    keys: tuple[Searched, ...]
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready data, by which two spaces are compared."""
+        return {
+            one.key: {"range": _plain(one.range), "when": {key: list(values) for key, values in one.when.items()}}
+            for one in self.keys
+        }
+
+    def first(self) -> Settings:
+        """One point of it: the lowest value of each key that is searched there."""
+        settings: Settings = {}
+        for one in self.keys:
+            if one.active(settings):
+                settings[one.key] = one.range.ends[0]
+        return settings
+
+    def with_value(self, key: str, value: Any) -> Settings:
+        """The point nearest to the first one where a key has some value."""
+        wanted = {key: value}
+        searched = {one.key: one for one in self.keys}
+        for name in reversed([one.key for one in self.keys]):  # what decides stands before what it decides on
+            if name in wanted:
+                wanted |= {other: values[0] for other, values in searched[name].when.items() if other not in wanted}
+        settings: Settings = {}
+        for one in self.keys:
+            if one.active(settings):
+                settings[one.key] = wanted.get(one.key, one.range.ends[0])
+        return settings
+
+    def grid(self) -> list[Settings]:
+        """Every point, where the keys have lists or whole numbers.
+
+        Raises:
+            UsageError: A range has no finite number of values, or there are far too many points.
+        """
+        if wide := [one.key for one in self.keys if isinstance(one.range, Interval) and not one.range.integer]:
+            raise UsageError(
+                f"a grid has values to list: {wide[0]} is a range of fractions",
+                hint=f"give a list, as -s {wide[0]}=1e-3,3e-3, or another --sampler",
+            )
+        several = math.prod(len(_values(one.range)) for one in self.keys)
+        if several > MOST:
+            raise UsageError(f"the grid has {several:,} points, more than {MOST:,}", hint="narrow it, or --sampler tpe")
+        return list(_points(self.keys, {}))
+
+
+def _values(values: Range) -> Sequence[Any]:
+    if isinstance(values, Choices):
+        return values.values
+    return range(int(values.low), int(values.high) + 1)
+
+
+def _points(keys: Sequence[Searched], settings: Settings) -> Iterator[Settings]:
+    if not keys:
+        yield dict(settings)
+        return
+    first, *rest = keys
+    for value in _values(first.range) if first.active(settings) else [None]:
+        yield from _points(rest, settings | ({first.key: value} if first.active(settings) else {}))
+
+
+def _plain(values: Range) -> Any:
+    if isinstance(values, Choices):
+        return list(values.values)
+    return {"low": values.low, "high": values.high, "log": values.log}
+
+
+def merged(items: Sequence[str], section: Mapping[str, SearchedKey]) -> dict[str, SearchedKey]:
+    """The section `tune.space` with what the command line adds to it or narrows.
+
+    Args:
+        items: `KEY=RANGE` strings.
+        section: As the configuration has it.
+
+    Raises:
+        UsageError: An item has no range, or an impossible one.
+    """
+    typed: dict[str, SearchedKey] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        key = key.strip()
+        if not equals or not key or not text.strip():
+            raise UsageError(f"-s {item}: needs KEY=RANGE", hint=EXAMPLE)
+        parse_overrides([f"{key}=0"])  # refuses what is no key
+        if key in typed:
+            raise UsageError(f"-s {item}: {key} is searched twice", hint="give all its values in one -s")
+        values = text.strip() if is_interval(text) else parse_axes([item], "-s")[key]
+        try:
+            parse_range(values)
+        except ValueError as error:
+            raise UsageError(f"-s {item}: {error}") from None
+        typed[key] = SearchedKey(range=values, when=section[key].when if key in section else {})
+    return {**section, **typed}
+
+
+def space_of(section: Mapping[str, SearchedKey]) -> Space:
+    """The space of a search.
+
+    Raises:
+        UsageError: Nothing is searched, or a condition is never met.
+    """
+    if not section:
+        raise UsageError("nothing is searched: no key has a range", hint=f"{EXAMPLE}; or tune.space in CONFIG")
+    for key in section:
+        if key.split(".")[0] in ELSEWHERE or key == "store.path":
+            raise UsageError(f"{key} cannot be searched: it says where or how trials run, not what they train")
+        if inner := [other for other in section if other.startswith(f"{key}.")]:
+            raise UsageError(f"{key} and {inner[0]} cannot both be searched: one is a part of the other")
+    found = {
+        key: Searched(key, parse_range(one.range), {k: _several(v) for k, v in one.when.items()})
+        for key, one in section.items()
+    }
+    return Space(tuple(_ordered(found)))
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _ordered(found: Mapping[str, Searched]) -> Iterator[Searched]:
+    """Each behind those that decide on it."""
+    left, done = dict(found), set[str]()
+    for one in found.values():
+        for key, values in one.when.items():
+            if key not in found or key == one.key:
+                raise UsageError(f"tune.space: {one.key} depends on {key}, which is not searched beside it")
+            if never := [value for value in values if value not in found[key].range]:
+                raise UsageError(f"tune.space: {one.key} is searched where {key} is {never[0]}, which it never is")
+    while left:
+        free = [one for one in left.values() if done.issuperset(one.when)]
+        if not free:
+            raise UsageError(
+                f"tune.space: {' and '.join(left)} depend on each other", hint="let one be searched always"
+            )
+        yield free[0]
+        done.add(free[0].key)
+        del left[free[0].key]

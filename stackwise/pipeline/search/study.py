@@ -1,0 +1,315 @@
+"""A search: trials over one store, each an ordinary run with settings of its own, one after another or several at once.
+
+DIR/study.json     the record: every trial, its settings and what came of it
+DIR/trials/0007/   a run's directory each
+DIR/store/         the store of all of them, unless `store.path` says otherwise
+
+The record alone says what is tried next, so a search that was killed goes on with the same trials. Trial n is chosen
+by the results of those up to n - jobs, whatever came in since, so that several at once are the same trials each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.tune import TuneConfig
+from stackwise.durable import FileLock
+from stackwise.errors import BusyError, InterruptedRun, NoSpaceError, StackWiseError
+from stackwise.pipeline.batch.sweep import placed
+from stackwise.pipeline.events import Event, Observer
+from stackwise.pipeline.run import RunDirectory, status
+from stackwise.pipeline.runner.runner import Runner
+from stackwise.pipeline.search.effects import Make
+from stackwise.pipeline.search.objectives import Measured, measure
+from stackwise.pipeline.search.record import StudyRecord, Trial, Watched, logged
+from stackwise.pipeline.search.samplers import Past, Sampling
+from stackwise.pipeline.search.space import Settings
+
+TrialObserver = Callable[[Trial, Event], None]
+BUSY_SECONDS = 0.5  # before a trial tries again what another one holds
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, and how.
+
+    Args:
+        make: The configuration that some settings come to.
+        plan: The settings of every trial, where they are known beforehand; else `sampling` chooses them.
+        objectives: By name, what is made small.
+        trials: How many.
+        jobs: How many at once.
+    """
+
+    make: Make
+    sampling: Sampling
+    objectives: Mapping[str, Measured]
+    trials: int
+    jobs: int = 1
+    plan: Sequence[Settings] | None = None
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Pruned(Exception):
+    """A trial is behind."""
+
+
+class Study:
+    """The search in a directory.
+
+    Args:
+        resume_command: What is typed to go on.
+    """
+
+    def __init__(self, search: Search, directory: Path, resume_command: str) -> None:
+        self.search, self.directory, self._resume_command = search, directory, resume_command
+        self.record = StudyRecord(directory, dict(search.description))
+        self._lock = threading.RLock()  # of the record, and of what is observed
+        self._runners: dict[int, Runner] = {}
+        self._stopping = 0
+        self._ends: float | None = None
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Every trial so far, by number."""
+        return self.record.trials
+
+    def run_directory(self, trial: Trial) -> RunDirectory:
+        """Where a trial's run is."""
+        return RunDirectory(self.directory / "trials" / trial.name)
+
+    def config(self, trial: Trial) -> StackWiseConfig:
+        """The configuration of a trial, over the search's store."""
+        config = placed(self.search.make(trial.settings), self.directory)
+        config.tune = TuneConfig()  # a trial is a run like any other
+        return config
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial whose first objective is lowest; of equal ones the first."""
+        done = [trial for trial in self.trials if trial.values is not None]
+        return min(done, key=lambda trial: trial.values or [], default=None)
+
+    @property
+    def front(self) -> list[Trial]:
+        """Trials that no other is better than in one objective, and as good in all: the Pareto front."""
+        done = [(trial, trial.values) for trial in self.trials if trial.values is not None]
+
+        def beaten(mine: Sequence[float]) -> bool:
+            return any(theirs != mine and all(a <= b for a, b in zip(theirs, mine, strict=True)) for _, theirs in done)
+
+        return [trial for trial, values in done if not beaten(values)]
+
+    def importance(self) -> dict[str, float]:
+        """See `Sampling.importance`."""
+        past = [Past(trial.settings, trial.state, trial.values) for trial in self.trials]
+        return self.search.sampling.importance(past)
+
+    def run(self, observe: TrialObserver, max_time: float | None = None) -> None:
+        """Carry the search out, from where it stands.
+
+        Args:
+            observe: Gets the events of all trials, one at a time, and `trial_begun` and `trial_ended` of each.
+            max_time: Seconds after which it has to be over; None: no limit.
+
+        Raises:
+            InterruptedRun: Told to stop; what was done is saved.
+            BusyError: Another process works on this search.
+            NoSpaceError: The disk is full.
+        """
+        self._ends = None if max_time is None else time.monotonic() + max_time
+        (self.directory / "trials").mkdir(parents=True, exist_ok=True)
+        with FileLock(self.directory / "study.lock", f"the search in {self.directory}"), self._signals():
+            self.record.save()
+            todo = [trial for trial in self.trials if trial.state == "running"]
+            ended: queue.SimpleQueue[tuple[Trial, BaseException | None]] = queue.SimpleQueue()
+            working: dict[int, threading.Thread] = {}
+            failure: BaseException | None = None
+            while True:
+                while failure is None and not self._stopping and len(working) < self.search.jobs:
+                    trial = todo.pop(0) if todo else self._next(working)
+                    if trial is None:
+                        break
+                    thread = threading.Thread(target=self._work, args=(trial, observe, ended), name=trial.name)
+                    working[trial.number] = thread
+                    thread.start()
+                if not working:
+                    break
+                trial, error = _take(ended)
+                working.pop(trial.number).join()
+                if error is not None and failure is None:
+                    failure = error
+                    self._stop("another trial was stopped")
+            if failure is not None:
+                raise failure
+            if self._stopping:
+                raise InterruptedRun("stopped between two trials", hint=f"go on with: {self._resume_command}")
+
+    def _next(self, working: Mapping[int, Any]) -> Trial | None:
+        """The next trial, noted in the record; None: there is none, or it needs the result of one that goes on."""
+        number = len(self.trials)
+        if number >= self.search.trials:
+            return None
+        if self.search.plan is not None:
+            settings = self.search.plan[number]
+        elif any(other <= number - self.search.jobs for other in working):
+            return None
+        else:
+            settings = self.search.sampling.suggest(self._past(number))
+        trial = Trial(number, settings)
+        with self._lock:
+            self.trials.append(trial)
+            self.record.save()
+        return trial
+
+    def _past(self, number: int) -> list[Past]:
+        """The trials before one as it knows them: the last ones, which may go on beside it, without results."""
+        known = number - self.search.jobs
+        return [
+            Past(trial.settings, trial.state, trial.values, dict(trial.steps))
+            if trial.number <= known
+            else Past(trial.settings, "running")
+            for trial in self.trials[:number]
+        ]
+
+    def _work(
+        self, trial: Trial, observe: TrialObserver, ended: queue.SimpleQueue[tuple[Trial, BaseException | None]]
+    ) -> None:
+        """A trial, in a thread of its own."""
+        error: BaseException | None = None
+        try:
+            self._carry_out(trial, observe)
+        except BaseException as raised:
+            error = raised
+        ended.put((trial, error))
+
+    def _carry_out(self, trial: Trial, observe: TrialObserver) -> None:
+        run = self.run_directory(trial)
+
+        def emit(event: Event) -> None:
+            with self._lock:
+                observe(trial, event)
+
+        emit({"event": "trial_begun"})
+        state, failure, values, watched = "done", None, None, Watched(self.directory / "store")
+        try:
+            watched = Watched(run.store_path(self.config(trial)))
+            self._resume(trial, run, watched)
+            self.train(trial, run, self._watching(trial, watched, emit))
+            values = [measure(name, of, run) for name, of in self.search.objectives.items()]
+        except Pruned:
+            state = "pruned"
+        except (InterruptedRun, NoSpaceError, BusyError):
+            raise
+        except StackWiseError as error:
+            state, failure = "failed", error.message
+        stages = status(run)["stages"] if run.manifest_file.exists() else []
+        done = [stage["recipe"] for stage in stages if stage["state"] == "done"]
+        with self._lock:
+            trial.state, trial.failure, trial.values = state, failure, values
+            trial.trained = sum(recipe in watched.trained for recipe in done)
+            trial.reused = len(done) - trial.trained
+            trial.steps = sorted(watched.steps.items())
+            self.record.save()
+        emit({"event": "trial_ended"})
+
+    def train(self, trial: Trial, run: RunDirectory, observe: Observer, only: int | None = None) -> None:
+        """Run a trial, all of it or one stage; what another one holds is waited for.
+
+        Raises:
+            Pruned: It was ended early.
+            InterruptedRun: The search was told to stop.
+        """
+        pruned = threading.Event()
+
+        def seen(event: Event) -> None:
+            try:
+                observe(event)
+            except Pruned:
+                pruned.set()
+                runner.stop("behind the other trials: saving and ending")
+
+        while True:
+            left = None if self._ends is None else max(0.0, self._ends - time.monotonic())
+            runner = Runner(
+                self.config(trial), run, seen, resume_command=self._resume_command, max_time=left, waits=True
+            )
+            with self._lock:
+                self._runners[trial.number] = runner
+                if self._stopping:
+                    raise InterruptedRun("stopped before the trial began", hint=f"go on with: {self._resume_command}")
+            try:
+                runner.run(only)
+            except InterruptedRun:
+                if pruned.is_set() and not self._stopping:
+                    raise Pruned from None
+                raise
+            except BusyError:  # a boundary, say, that another trial writes
+                if len(self._runners) == 1:
+                    raise
+                time.sleep(BUSY_SECONDS)
+                continue
+            finally:
+                with self._lock:
+                    self._runners.pop(trial.number, None)
+            if pruned.is_set():  # it was about to end by itself
+                raise Pruned
+            return
+
+    def _resume(self, trial: Trial, run: RunDirectory, watched: Watched) -> None:
+        """Take up what a trial's log has of sittings before; what was decided in them is decided again."""
+        for event in logged(run):
+            if watched.observe(event):
+                self._judge(trial, watched)
+
+    def _watching(self, trial: Trial, watched: Watched, emit: Observer) -> Observer:
+        def observe(event: Event) -> None:
+            emit(event)
+            if watched.observe(event):
+                self._judge(trial, watched)
+
+        return observe
+
+    def _judge(self, trial: Trial, watched: Watched) -> None:
+        with self._lock:
+            past = self._past(trial.number)
+            if self.search.sampling.prunes(past, Past(trial.settings, "running", None, dict(watched.steps))):
+                raise Pruned
+
+    def _stop(self, text: str, *, at_once: bool = False) -> None:
+        for runner in list(self._runners.values()):
+            runner.stop(text, at_once=at_once)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the trials as they end a run: each saves. A second signal stops at once."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self._stopping += 1
+            self._stop("finishing the step in hand and saving (again to stop at once)", at_once=self._stopping > 1)
+
+        mine = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if mine else ()
+        previous = {number: signal.signal(number, handle) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _take(ended: queue.SimpleQueue[Any]) -> Any:
+    """What comes next; a wait without an end would keep signals from being heard."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return ended.get(timeout=0.2)

@@ -1,0 +1,153 @@
+"""`stackwise tune` as a program: killed and gone on with, the same trials; what is shared; what is refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stackwise.config import StackWiseConfig
+from stackwise.pipeline.run import RunDirectory, status
+from tests.cli.conftest import COMMAND, Cli, stackwise
+
+RATE, DECAY = "stages.1.training.learning_rate", "stages.1.training.weight_decay"
+
+
+@pytest.fixture(scope="module")
+def args(base: list[str]) -> list[str]:
+    small = ["-o", "training.steps=10", "-o", "evaluation.samples=8", "-o", "training.eval_every=5"]
+    return ["tune", *base, *small, "-s", f"{RATE}=1e-3..1e-2:log", "-s", f"{DECAY}=0,0.1", "--jobs", "2"]
+
+
+@pytest.fixture(scope="module")
+def whole(args: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A search of four trials, two at a time, and its result."""
+    place = tmp_path_factory.mktemp("tune") / "whole"
+    done = stackwise(*args, "--trials", "4", "--run", str(place), "--json")
+    assert done.code == 0, done.err
+    return place, json.loads(done.out)
+
+
+def test_stages_in_common_train_once_and_the_best_is_kept(whole: tuple[Path, dict[str, Any]]) -> None:
+    place, value = whole
+    assert [trial["state"] for trial in value["trials"]] == ["done"] * 4
+    # Two begin at once: one trains the lowest stage, the other waits for it.
+    assert sorted((trial["stages_trained"], trial["stages_reused"]) for trial in value["trials"]) == [
+        (1, 1), (1, 1), (1, 1), (2, 0),
+    ]  # fmt: skip
+    assert value["sharing"] == {"trained": 5, "stages": 8}
+    best = min(value["trials"], key=lambda trial: trial["value"])
+    assert value["best"] == {key: best[key] for key in ("value", "settings", "run")}
+    result = RunDirectory(Path(best["run"])).evaluation()
+    assert result is None or result["bits_per_byte"] == best["value"]
+    assert "Parzen" not in (place / "tune.html").read_text()
+    assert "5 for 8 stages" in (place / "tune.html").read_text()
+    chosen = StackWiseConfig.from_yaml(str(place / "best.yaml"))
+    assert chosen.stage_training(1).learning_rate == best["settings"][RATE]
+    assert chosen.store.path == str(place / "store"), "where its stages are"
+
+
+def test_killed_it_goes_on_with_the_same_trials(
+    args: list[str], whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    place = tmp_path / "killed"
+    with subprocess.Popen(
+        [*COMMAND, *args, "--trials", "4", "--run", str(place)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            known = (
+                json.loads((place / "study.json").read_text()) if (place / "study.json").exists() else {"trials": []}
+            )
+            if len(known["trials"]) == 3:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    known = json.loads((place / "study.json").read_text())["trials"]
+    assert "running" in [trial["state"] for trial in known]
+    done = stackwise("tune", "--run", str(place), "--trials", "4", "--json")
+    assert done.code == 0, done.err
+    value = json.loads(done.out)
+
+    def told(found: dict[str, Any]) -> list[Any]:
+        return [(trial["settings"], trial["value"], trial["state"]) for trial in found["trials"]]
+
+    assert told(value) == told(whole[1])
+    assert value["sharing"] == whole[1]["sharing"]
+
+
+def test_interrupted_it_is_saved_and_trials_behind_are_ended(args: list[str], tmp_path: Path) -> None:
+    place = tmp_path / "stopped"
+    command = [*args, "--run", str(place), "--trials", "4", "--jobs", "1", "--pruner", "median", "--sampler", "random"]
+    with subprocess.Popen([*COMMAND, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            if "trial 0 (1 of 4)" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        said = process.stderr.read()
+    assert process.returncode == 75, said
+    assert "go on with: stackwise tune --preset micro" in said
+    done = stackwise(*command, "--json")
+    assert done.code == 0, done.err
+    trials = json.loads(done.out)["trials"]
+    assert "pruned" in [trial["state"] for trial in trials]
+    for trial in trials:
+        if trial["state"] == "pruned":
+            assert trial["value"] is None
+            assert status(RunDirectory(Path(trial["run"])))["stages"][-1]["state"] in ("interrupted", "done")
+
+
+def test_several_objectives_and_a_function_of_ones_own(
+    args: list[str], whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def decay(run):\n    return 1.0 - ('weight_decay: 0.1' in (run / 'stackwise.yaml').read_text())\n"
+    )
+    store = f"store.path={whole[0] / 'store'}"  # everything is there: nothing trains
+    command = [*args[:-6], "-s", f"{DECAY}=0,0.1", "--sampler", "grid", "-o", store, "--run", "front", "--json"]
+    done = stackwise(*command, "--objective", "bits_per_byte", "--objective", "mine:decay", cwd=tmp_path)
+    assert done.code == 0, done.err
+    value = json.loads(done.out)
+    first, second = value["trials"]
+    assert (first["values"]["mine:decay"], second["values"]["mine:decay"]) == (1.0, 0.0)
+    beaten = first["value"] >= second["value"]
+    assert value["front"] == ([1] if beaten else [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--trials", "0", "-s", f"{RATE}=1,2"], "0 is not in the range"),
+        (["--trials", "3"], "nothing is searched"),
+        (["-s", f"{RATE}=1e-3..1e-2"], "how many trials"),
+        (["--trials", "3", "-s", "training.log_every=1,2"], "changes nothing"),
+        (["--trials", "3", "-s", f"{RATE}=1e-3..1e-2", "--sampler", "grid"], "range of fractions"),
+        (["--trials", "3", "-s", f"{RATE}=1e-3..1e-2", "--objective", "speed"], "no such figure"),
+        (["--trials", "3", "-s", f"{RATE}=1e-3..1e-2", "--pruner", "median"], "training.eval_every"),
+        (["--trials", "3", "-s", f"{RATE}=1e-3..1e-2", "-o", f"{RATE}=1e-3"], "both fixed"),
+    ],
+)
+def test_refused_before_anything_is_written(
+    more: list[str], says: str, base: list[str], here: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = cli("tune", *base, *more)
+    assert (done.exit_code, says in done.output) == (2, True), done.output
+    assert not any(here.iterdir())
+
+
+def test_without_optuna_the_extra_is_named(
+    base: list[str], here: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    done = cli("tune", *base, "--trials", "2", "-s", f"{RATE}=1,2")
+    assert done.exit_code == 2
+    assert "stackwise[tune]" in done.output

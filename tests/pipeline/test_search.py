@@ -1,0 +1,137 @@
+"""Searches without training: ranges, spaces, what is drawn, what a key changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stackwise.config.ranges import Choices, Interval, parse_range
+from stackwise.config.tune import SearchedKey
+from stackwise.errors import ConfigError, UsageError
+from stackwise.pipeline.search.effects import outlook
+from stackwise.pipeline.search.record import StudyRecord, Trial
+from stackwise.pipeline.search.samplers import Past, Sampling
+from stackwise.pipeline.search.space import Space, merged, space_of
+from tests.conftest import Micro
+
+RATE, DECAY, STEPS = "training.learning_rate", "stages.1.training.weight_decay", "training.steps"
+
+
+def space(*items: str, **when: dict[str, Any]) -> Space:
+    found = merged(items, {})
+    return space_of(
+        {key: SearchedKey(range=one.range, when=when.get(key.split(".")[-1], {})) for key, one in found.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("1e-4..1e-2:log", Interval(1e-4, 1e-2, True)),
+        ("-1..1.5", Interval(-1.0, 1.5)),
+        ("1..8", Interval(1, 8)),
+        ([0, 0.1, 0], Choices((0, 0.1))),
+        ([True, 1], Choices((True, 1))),
+    ],
+)
+def test_ranges(text: Any, meant: Any) -> None:
+    assert parse_range(text) == meant
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [f"{RATE}=1e-2..1e-4"],
+        [f"{RATE}=1..1"],
+        [f"{RATE}=0..1:log"],
+        [f"{RATE}=1e-3..1e999"],
+        [f"{RATE}=1..2:sqrt"],
+        [f"{RATE}=a..b"],
+        [f"{RATE}="],
+        [RATE],
+        [f"{RATE}=.inf,1"],
+        [f"{RATE}=1,1"],
+        [f"{RATE}=1,2", f"{RATE}=3,4"],
+        ["name=a,b"],
+        ["store.path=a,b"],
+        ["training.optimizer=adamw,sgd", "training.optimizer.name=adamw,sgd"],
+        ["..=1,2"],
+        [],
+    ],
+)
+def test_impossible_spaces_are_refused_in_a_line(items: list[str]) -> None:
+    with pytest.raises(UsageError) as refused:
+        space_of(merged(items, {}))
+    assert "\n" not in refused.value.message
+
+
+def test_conditions_are_met_or_refused() -> None:
+    found = space("a.kind=x,y", "a.low=1,2", "b=1..3", low={"a.kind": "y"})
+    assert found.grid() == [
+        *({"a.kind": "x", "b": b} for b in (1, 2, 3)),
+        *({"a.kind": "y", "a.low": low, "b": b} for low in (1, 2) for b in (1, 2, 3)),
+    ]
+    assert found.with_value("a.low", 2) == {"a.kind": "y", "a.low": 2, "b": 1}
+    for when in ({"c": 1}, {"a.kind": "z"}, {"a.low": 1}):
+        with pytest.raises(UsageError):
+            space("a.kind=x,y", "a.low=1,2", low=when)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])
+def test_what_is_drawn_follows_from_the_seed_and_the_trials_before(sampler: str) -> None:
+    found = space(f"{RATE}=1e-4..1e-2:log", f"{STEPS}=1..8", "a.kind=x,y", "a.low=1,2", low={"a.kind": "y"})
+    sampling = Sampling(found, sampler, "none", seed=3)
+    past: list[Past] = []
+    for _ in range(13):
+        settings = sampling.suggest(past)
+        assert 1e-4 <= settings[RATE] <= 1e-2
+        assert 1 <= settings[STEPS] <= 8
+        assert ("a.low" in settings) == (settings["a.kind"] == "y")
+        past.append(Past(settings, "done", [abs(settings[RATE] - 1e-3) + settings[STEPS]]))
+    past[-1] = Past(past[-1].settings, "running")
+    again = Sampling(found, sampler, "none", seed=3)
+    assert [again.suggest(past[:n]) for n in (0, 5, 12, 13)] == [sampling.suggest(past[:n]) for n in (0, 5, 12, 13)]
+    assert Sampling(found, sampler, "none", seed=4).suggest([]) != past[0].settings
+    if sampler == "tpe":  # the best value of the whole number is soon known
+        assert sampling.importance(past[:-1])[STEPS] > 0
+
+
+def test_a_trial_that_is_behind_is_ended_early() -> None:
+    sampling = Sampling(space(f"{RATE}=1..2"), "tpe", "median", seed=0, first=5, last=20)
+    past = [Past({RATE: 1}, "done", [2.0], {5: 3.0, 10: 2.0 + n / 10}) for n in range(3)]
+    assert sampling.prunes(past, Past({RATE: 2}, "running", None, {5: 2.9, 10: 3.0}))
+    assert not sampling.prunes(past, Past({RATE: 2}, "running", None, {5: 2.9, 10: 2.0}))
+
+
+def test_what_each_key_changes_is_known_before(micro: Micro, tmp_path: Path) -> None:
+    def make(settings: dict[str, Any]) -> Any:
+        return micro(**settings)
+
+    ahead = outlook(space(f"{RATE}=1e-4..1e-2:log", f"{DECAY}=0,0.1", "training.log_every=1,2"), make, tmp_path / "new")
+    assert [(one.key, one.stage) for one in ahead.effects] == [(RATE, 0), (DECAY, 1), ("training.log_every", None)]
+    assert [round(one.share, 3) for one in ahead.effects] == [1.0, 0.5, 0.0]
+    assert ahead.shared == 0
+    assert ahead.order is not None
+    assert ahead.order.startswith(f"search {DECAY} first")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match="did you mean"):
+        outlook(space("training.learnin_rate=1,2"), make, tmp_path)
+    with pytest.raises(ConfigError, match="must be more than"):
+        outlook(space(f"{RATE}=-1..1"), make, tmp_path)
+
+
+def test_a_record_of_another_search_or_a_broken_one_is_refused(tmp_path: Path) -> None:
+    record = StudyRecord(tmp_path, {"space": {"a": 1}, "library": "optuna 5.0.0"})
+    record.trials.append(Trial(0, {"a": 1}, "done", [1.0], steps=[(5, 2.0)]))
+    record.save()
+    assert StudyRecord(tmp_path, {"space": {"a": 1}, "library": "optuna 5.1.0"}).trials[0].values == [1.0]
+    with pytest.raises(UsageError, match="another search: its space differs"):
+        StudyRecord(tmp_path, {"space": {"a": 2}})
+    record.path.write_text(record.path.read_text().replace('"number": 0', '"number": 3'))
+    with pytest.raises(UsageError, match="not numbered from 0"):
+        StudyRecord(tmp_path, {"space": {"a": 1}})
+    record.path.write_text("{")
+    with pytest.raises(UsageError, match="is broken"):
+        StudyRecord(tmp_path, {})
