@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from stackwise.config.fields import Count, PositiveInt, Section, Size, Text
 from stackwise.config.ranges import parse_range
 
-Sampler = Literal["grid", "random", "tpe", "gp", "hyperband"]
+Sampler = Literal["grid", "random", "tpe", "gp", "hyperband", "pbt"]
 Measure = Literal["bits_per_byte", "loss", "memory", "seconds"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
@@ -47,7 +47,9 @@ class TuneConfig(Section):
         "{range: …, when: {KEY: VALUE}}",
     )
     sampler: Sampler = Field(
-        "tpe", description="grid, random, tpe, gp (a Gaussian process), hyperband (tpe with pruning)"
+        "tpe",
+        description="grid, random, tpe, gp (a Gaussian process), hyperband (tpe with pruning), "
+        "pbt (trials are one population, which exchanges stages)",
     )
     trials: PositiveInt | None = Field(None, description="runs in all; null: --trials says it, of a grid all of it")
     objectives: Annotated[list[Measure], Field(min_length=1, max_length=4)] = Field(

@@ -114,7 +114,8 @@ def _front(study: Study) -> Html:
 
 
 def _table(study: Study) -> Html:
-    keys, names = [one.key for one in study.search.sampling.space.keys], list(study.search.objectives)
+    names = list(study.search.objectives)
+    keys = list(dict.fromkeys(key for trial in study.trials for key in trial.settings))
     rows = []
     for trial in sorted(study.trials, key=lambda one: (one.values is None, one.values or [])):
         values = [f"{value:.6g}" for value in trial.values or []] or [""] * len(names)
@@ -131,7 +132,9 @@ def _coordinates(study: Study) -> Html:
     done = [trial for trial in study.trials if trial.values is not None]
     if len(done) < 2:
         return join([])
-    keys = study.search.sampling.space.keys
+    keys = [one for one in study.search.sampling.space.keys if any(one.key in trial.settings for trial in done)]
+    if not keys:  # those of a population differ from stage to stage
+        return join([])
     values = [trial.values[0] for trial in done if trial.values]
     low, high = min(values), max(values)
     name = next(iter(study.search.objectives))

@@ -151,3 +151,31 @@ def test_without_optuna_the_extra_is_named(
     done = cli("tune", *base, "--trials", "2", "-s", f"{RATE}=1,2")
     assert done.exit_code == 2
     assert "stackwise[tune]" in done.output
+
+
+def test_a_population_takes_over_stages_by_their_recipes(base: list[str], here: Path) -> None:
+    small = ["-o", "training.steps=6", "-o", "evaluation.samples=8", "-o", "training.eval_every=6"]
+    command = ["tune", *base, *small, "--sampler", "pbt", "-s", "training.learning_rate=1e-4..1e-1:log"]
+    assert stackwise(*command, "--trials", "3").code == 2
+    assert stackwise(*command, "--trials", "4", "-s", "model.d_model=16,32").code == 2
+    assert not any(here.iterdir())
+    process = subprocess.Popen([*COMMAND, *command, "--trials", "4", "--run", "p"], stdout=subprocess.DEVNULL)
+    record, end = here / "p" / "study.json", time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        if record.exists() and '"scores": []' not in record.read_text():  # the first generation is over
+            break
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    done = stackwise("tune", "--run", "p", "--json")
+    assert done.code == 0, done.err
+    trials = json.loads(record.read_text())["trials"]
+    first = [trial["scores"][0] for trial in trials]
+    best, worst = first.index(min(first)), first.index(max(first))
+    assert [trial["origins"] for trial in trials] == [[best if n == worst else n] for n in range(4)]
+    runs = [status(RunDirectory(here / "p" / "trials" / f"{n:04d}"))["stages"] for n in (best, worst)]
+    assert runs[0][0]["weights"] == runs[1][0]["weights"], "taken over"
+    assert runs[0][1]["weights"] != runs[1][1]["weights"], "and changed above"
+    rates = [trials[n]["settings"]["stages.1.training.learning_rate"] for n in (best, worst)]
+    assert rates[1] / rates[0] == pytest.approx(0.8, rel=1e-4) or rates[1] / rates[0] == pytest.approx(1.25, rel=1e-4)
+    assert json.loads(done.out)["trials"][worst]["stages_reused"] == 1

@@ -184,7 +184,7 @@ def _show_results(study: Study, as_json: bool) -> None:
     for trial in study.trials:
         if trial.failure is not None:
             note(f"trial {trial.number} failed: {trial.failure.splitlines()[0]}")
-    if (sharing := value["sharing"])["trained"]:
+    if (sharing := value["sharing"])["trained"] and study.search.evolve is None:
         say(
             f"{words.plural(sharing['trained'], 'stage')} trained for {sharing['stages']} of all trials: "
             f"{sharing['stages'] / sharing['trained']:.1f} times fewer"

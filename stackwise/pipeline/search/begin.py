@@ -16,6 +16,7 @@ from stackwise.identity import content_id
 from stackwise.pipeline.run import with_absolute_paths
 from stackwise.pipeline.search.effects import Make, Outlook, Progress, outlook
 from stackwise.pipeline.search.objectives import QUALITY, objective
+from stackwise.pipeline.search.population import Population, check_population
 from stackwise.pipeline.search.record import read_record
 from stackwise.pipeline.search.samplers import Sampling, check_optuna
 from stackwise.pipeline.search.space import Settings, Space, merged, space_of
@@ -83,6 +84,10 @@ def begin(
     trials = tune.trials or (len(plan) if plan is not None else None)
     if trials is None:
         raise UsageError("how many trials?", hint="give --trials, or tune.trials in CONFIG")
+    evolve = None
+    if tune.sampler == "pbt":
+        check_population(base, space, trials)
+        evolve = Population(space, ahead.stages, trials, tune.seed or 0).evolve
     search = Search(
         make,
         sampling,
@@ -96,7 +101,9 @@ def begin(
             "objectives": list(objectives),
             "configuration": _identity(base),
             "library": "none" if plan is not None else sampling.library,
+            **({"population": trials} if evolve is not None else {}),
         },
+        evolve,
     )
     study = Study(search, directory, resume_command)
     base.tune = tune
@@ -127,6 +134,8 @@ def _sampling(base: StackWiseConfig, tune: TuneConfig, space: Space, ahead: Outl
             "trials are ended early by held-out loss within a stage, and none is measured",
             hint=f"set training.eval_every, as -o training.eval_every={max(1, max(ahead.steps) // 5)}",
         )
+    if pruner != "none" and sampler == "pbt":
+        raise UsageError("--sampler pbt has no pruner: who is behind takes over another's stages")
     if pruner != "none" and objectives > 1:
         raise UsageError("trials are ended early by one objective, not several", hint="leave out the pruner")
     return Sampling(space, sampler, pruner, tune.seed or 0, objectives, every or 1, sum(ahead.steps))

@@ -48,6 +48,8 @@ class Trial:
         trained, reused: Its stages that it trained itself, and those that it found in the store.
         failure: Why it failed.
         steps: Held-out losses within its stages, in nats, each with the steps taken by then in all of them.
+        scores: In population-based training: held-out loss at the end of each stage; None: it failed.
+        origins: And the trial whose stages it went on from, after each.
     """
 
     number: int
@@ -58,6 +60,8 @@ class Trial:
     reused: int = 0
     failure: str | None = None
     steps: list[tuple[int, float]] = field(default_factory=list)
+    scores: list[float | None] = field(default_factory=list)
+    origins: list[int] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -67,7 +71,9 @@ class Trial:
 
 _TRIAL = record(
     {"number": count, "settings": mapping(anything), "state": one_of(*STATES), "values": optional(array_of(number))},
-    {"trained": count, "reused": count, "failure": optional(text)} | {"steps": array_of(array(count, number))},
+    {"trained": count, "reused": count, "failure": optional(text)}
+    | {"steps": array_of(array(count, number))}
+    | {"scores": array_of(optional(number)), "origins": array_of(count)},
 )
 _RECORD = record({"format": count, "search": mapping(anything), "trials": array_of(_TRIAL)})
 

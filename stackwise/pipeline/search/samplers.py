@@ -108,6 +108,8 @@ class Sampling:
         with _Quiet() as optuna:
             study = self._study(optuna, done, 0)
             always = [one.key for one in self.space.keys if all(one.key in trial.settings for trial in done)]
+            if not always:
+                return {}
             try:
                 return dict(
                     optuna.importance.get_param_importances(
@@ -133,7 +135,7 @@ class Sampling:
 
     def _sampler(self, optuna: Any, number: int) -> Any:
         seed = derive_seed(self.seed, number, "sampler") & 0xFFFFFFFF
-        if self.sampler == "random":
+        if self.sampler in ("random", "pbt"):
             return optuna.samplers.RandomSampler(seed=seed)
         if self.sampler == "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.startup, warn_independent_sampling=False)

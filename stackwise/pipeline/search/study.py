@@ -15,8 +15,9 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,6 +37,7 @@ from stackwise.pipeline.search.samplers import Past, Sampling
 from stackwise.pipeline.search.space import Settings
 
 TrialObserver = Callable[[Trial, Event], None]
+Work = tuple[Trial, Callable[[], None]]
 BUSY_SECONDS = 0.5  # before a trial tries again what another one holds
 
 
@@ -49,6 +51,7 @@ class Search:
         objectives: By name, what is made small.
         trials: How many.
         jobs: How many at once.
+        evolve: What is done with the trials before each is carried out whole; None: nothing.
     """
 
     make: Make
@@ -58,6 +61,7 @@ class Search:
     jobs: int = 1
     plan: Sequence[Settings] | None = None
     description: Mapping[str, Any] = field(default_factory=dict)
+    evolve: Callable[[Study, TrialObserver], None] | None = None
 
 
 class Pruned(Exception):
@@ -131,31 +135,58 @@ class Study:
         (self.directory / "trials").mkdir(parents=True, exist_ok=True)
         with FileLock(self.directory / "study.lock", f"the search in {self.directory}"), self._signals():
             self.record.save()
+            if self.search.evolve is not None:
+                self.search.evolve(self, observe)
             todo = [trial for trial in self.trials if trial.state == "running"]
-            ended: queue.SimpleQueue[tuple[Trial, BaseException | None]] = queue.SimpleQueue()
-            working: dict[int, threading.Thread] = {}
-            failure: BaseException | None = None
-            while True:
-                while failure is None and not self._stopping and len(working) < self.search.jobs:
-                    trial = todo.pop(0) if todo else self._next(working)
-                    if trial is None:
-                        break
-                    thread = threading.Thread(target=self._work, args=(trial, observe, ended), name=trial.name)
-                    working[trial.number] = thread
-                    thread.start()
-                if not working:
-                    break
-                trial, error = _take(ended)
-                working.pop(trial.number).join()
-                if error is not None and failure is None:
-                    failure = error
-                    self._stop("another trial was stopped")
-            if failure is not None:
-                raise failure
-            if self._stopping:
-                raise InterruptedRun("stopped between two trials", hint=f"go on with: {self._resume_command}")
 
-    def _next(self, working: Mapping[int, Any]) -> Trial | None:
+            def following(working: Collection[int]) -> Work | None:
+                trial = todo.pop(0) if todo else self._next(working)
+                return None if trial is None else (trial, partial(self._carry_out, trial, observe))
+
+            self.together(following)
+
+    def together(self, following: Callable[[Collection[int]], Work | None]) -> None:
+        """Work on trials, as many at once as the search has jobs.
+
+        Args:
+            following: The next trial and its work, beside the trials of these numbers; None: none now.
+
+        Raises:
+            InterruptedRun: Told to stop; what was done is saved.
+        """
+        ended: queue.SimpleQueue[tuple[Trial, BaseException | None]] = queue.SimpleQueue()
+        working: dict[int, threading.Thread] = {}
+        failure: BaseException | None = None
+        while True:
+            while failure is None and not self._stopping and len(working) < self.search.jobs:
+                work = following(working)
+                if work is None:
+                    break
+                trial = work[0]
+                working[trial.number] = threading.Thread(target=_apart, args=(*work, ended), name=trial.name)
+                working[trial.number].start()
+            if not working:
+                break
+            trial, error = _take(ended)
+            working.pop(trial.number).join()
+            if error is not None and failure is None:
+                failure = error
+                self._stop("another trial was stopped")
+        if failure is not None:
+            raise failure
+        if self._stopping:
+            raise InterruptedRun("stopped between two trials", hint=f"go on with: {self._resume_command}")
+
+    def note(self, trial: Trial, **values: Any) -> None:
+        """Change what the record has of a trial, and publish it; a trial that is new to it is added."""
+        with self._lock:
+            for name, value in values.items():
+                setattr(trial, name, value)
+            if trial.number == len(self.trials):
+                self.trials.append(trial)
+            self.record.save()
+
+    def _next(self, working: Collection[int]) -> Trial | None:
         """The next trial, noted in the record; None: there is none, or it needs the result of one that goes on."""
         number = len(self.trials)
         if number >= self.search.trials:
@@ -167,9 +198,7 @@ class Study:
         else:
             settings = self.search.sampling.suggest(self._past(number))
         trial = Trial(number, settings)
-        with self._lock:
-            self.trials.append(trial)
-            self.record.save()
+        self.note(trial)
         return trial
 
     def _past(self, number: int) -> list[Past]:
@@ -182,24 +211,10 @@ class Study:
             for trial in self.trials[:number]
         ]
 
-    def _work(
-        self, trial: Trial, observe: TrialObserver, ended: queue.SimpleQueue[tuple[Trial, BaseException | None]]
-    ) -> None:
-        """A trial, in a thread of its own."""
-        error: BaseException | None = None
-        try:
-            self._carry_out(trial, observe)
-        except BaseException as raised:
-            error = raised
-        ended.put((trial, error))
-
     def _carry_out(self, trial: Trial, observe: TrialObserver) -> None:
         run = self.run_directory(trial)
 
-        def emit(event: Event) -> None:
-            with self._lock:
-                observe(trial, event)
-
+        emit = self.emitting(trial, observe)
         emit({"event": "trial_begun"})
         state, failure, values, watched = "done", None, None, Watched(self.directory / "store")
         try:
@@ -215,13 +230,19 @@ class Study:
             state, failure = "failed", error.message
         stages = status(run)["stages"] if run.manifest_file.exists() else []
         done = [stage["recipe"] for stage in stages if stage["state"] == "done"]
-        with self._lock:
-            trial.state, trial.failure, trial.values = state, failure, values
-            trial.trained = sum(recipe in watched.trained for recipe in done)
-            trial.reused = len(done) - trial.trained
-            trial.steps = sorted(watched.steps.items())
-            self.record.save()
+        trained = sum(recipe in watched.trained for recipe in done)
+        came = {"state": state, "failure": failure, "values": values, "steps": sorted(watched.steps.items())}
+        self.note(trial, **came, trained=trained, reused=len(done) - trained)
         emit({"event": "trial_ended"})
+
+    def emitting(self, trial: Trial, observe: TrialObserver) -> Observer:
+        """What passes a trial's events on, one at a time."""
+
+        def emit(event: Event) -> None:
+            with self._lock:
+                observe(trial, event)
+
+        return emit
 
     def train(self, trial: Trial, run: RunDirectory, observe: Observer, only: int | None = None) -> None:
         """Run a trial, all of it or one stage; what another one holds is waited for.
@@ -306,6 +327,16 @@ class Study:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _apart(trial: Trial, work: Callable[[], None], ended: queue.SimpleQueue[Any]) -> None:
+    """Work, in a thread of its own."""
+    error: BaseException | None = None
+    try:
+        work()
+    except BaseException as raised:
+        error = raised
+    ended.put((trial, error))
 
 
 def _take(ended: queue.SimpleQueue[Any]) -> Any:
