@@ -65,7 +65,6 @@ def _measure(options: argparse.Namespace) -> Section:
     setting: Result = {
         "base": base,
         "steps": options.steps,
-        "rates": rates,
         "vocab_size": config.model.vocab_size or prepare(config.data)[0].tokenizer.vocab_size,
     }
     results = Results(options.results, setting, options.dir)

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common import Result, say
 from benchmarks.quality.plain import apart, resting, train_plainly
-from benchmarks.quality.rows import PLAIN, Budget, Row, configuration, flops, updated
+from benchmarks.quality.rows import PLAIN, Budget, Row, configuration, flops, updates
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
@@ -98,7 +98,7 @@ def _run(trial: Trial, setting: Result, directory: str | None) -> Result:
     )
     stages = schedule(config)
     shared = {
-        "updates": sum(updated(stage) * (config.stage_training(stage.depth).steps or 0) for stage in stages),
+        "updates": updates(config),
         "stages": len(stages),
     }
     if trial.row.name == PLAIN:
@@ -122,7 +122,7 @@ def _run(trial: Trial, setting: Result, directory: str | None) -> Result:
 
 
 def _memory(row: Row, setting: Result, directory: str | None) -> int:
-    config = configuration(setting["base"], row, "rows", steps=SHORT, rate=setting["rates"][0], seed=0)
+    config = configuration(setting["base"], row, "rows", steps=SHORT, rate=1e-3, seed=0)
     if row.name == PLAIN:
         return int(apart(train_plainly, config)["peak_memory_bytes"])
     with tempfile.TemporaryDirectory(prefix="stackwise-quality-", dir=directory) as temporary:

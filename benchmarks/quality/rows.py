@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stackwise.config import StackWiseConfig
+from stackwise.pipeline.recipe import known_steps
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage, schedule
 
-Budget = Literal["rows", "fresh"]
+Budget = Literal["rows", "fresh", "steps"]
 
 BUDGETS: dict[Budget, str] = {
     "rows": "equal block updates on equal rows: each stage sees the rows that end to end saw",
     "fresh": "equal block updates: each stage sees rows of its own",
+    "steps": "equal steps on equal rows: a rack that is shallow for a while computes less",
 }
 
 PLAIN = "end to end, plain PyTorch"
@@ -51,14 +53,41 @@ def _fusion(strategy: str) -> dict[str, Any]:
     return _blockwise(2) | {"training.fusion.strategy": strategy}
 
 
+def _grown(blocks: int, until: float, **more: Any) -> dict[str, Any]:
+    return {"training.mode": "end_to_end", "training.growth": [{"blocks": blocks, "until": until} | more]}
+
+
+def _joint(share: float) -> dict[str, Any]:
+    return {"strategy": "trainable", "share": share}
+
+
+GROWS: tuple[Budget, ...] = ("rows", "steps")
+
 ROWS = (
     Row(PLAIN, {"training.mode": "end_to_end"}, ("rows",)),
     Row("end to end", {"training.mode": "end_to_end"}, ("rows",)),
     Row("end to end, swapped", {"training.mode": "end_to_end", "training.swap": "always"}, ("rows",)),
     Row("end to end, 1/t weights", {"training.mode": "end_to_end", "training.loss_weight": "inverse_time"}, ("rows",)),
+    Row("end to end, wsd", {"training.mode": "end_to_end", "training.lr_schedule": "wsd"}, ("rows",)),
+    Row("end to end, Muon", {"training.mode": "end_to_end", "training.optimizer": "muon"}, ("rows",)),
+    *(
+        Row(f"grown from {blocks} at {until:g}", _grown(blocks, until), GROWS)
+        for blocks in (1, 2, 4)
+        for until in (0.5, 0.8)
+    ),
+    Row("grown from 2 at 0.8, copied", _grown(2, 0.8, new="copy"), GROWS),
+    Row("grown from 2 at 0.8, doubled", _grown(2, 0.8, new="double"), GROWS),
+    Row("grown from 2 at 0.8, fresh", _grown(2, 0.8, new="fresh"), GROWS),
+    Row("grown from 2 at 0.8, between the ends", _grown(2, 0.8, ends=True), GROWS),
+    Row("grown from 2 at 0.8, swapped", _grown(2, 0.8) | {"training.swap": "always"}, GROWS),
     Row("stages of 1", _blockwise(1)),
     Row("stages of 2", _blockwise(2)),
     Row("stages of 4", _blockwise(4)),
+    Row("stages of 4, 2, 1, 1", {"training.mode": "blockwise", "training.block_sizes": [4, 2, 1, 1]}),
+    *(
+        Row(f"stages of {size}, then joint for {share:g}", _blockwise(size) | {"training.fusion": _joint(share)})
+        for size, share in ((2, 0.2), (2, 0.5), (4, 0.2))
+    ),
     Row("stages of 1, tail of 1", _blockwise(1, lookahead="tail")),
     Row("stages of 2, tail of 1", _blockwise(2, lookahead="tail")),
     Row("stages of 2, tail of 2", _blockwise(2, lookahead="tail", lookahead_blocks=2)),
@@ -99,14 +128,20 @@ def configuration(
     """
     given = base | row.overrides | {"seed": seed, "training.learning_rate": rate, "training.steps": steps}
     config = StackWiseConfig.from_preset("demo", given)
-    share = config.model.n_blocks / sum(updated(stage) for stage in schedule(config))
-    own = max(1, round(steps * share))
+    # As many block updates as end to end, whatever a step of each stage updates.
+    share = config.model.n_blocks * steps / updates(config)
+    own = steps if budget == "steps" else max(1, round(steps * share))
     batch = config.training.batch_size * config.training.accumulation
-    rows = steps * batch if budget == "rows" else own * batch
+    rows = own * batch if budget == "fresh" else steps * batch
     fresh = budget == "fresh" and config.n_stages > 1
     return StackWiseConfig.from_preset(
         "demo", given | {"training.steps": own, "training.rows": rows, "training.fresh_masks": fresh}
     )
+
+
+def updates(config: StackWiseConfig) -> int:
+    """Updates of blocks that a run makes."""
+    return sum(updated(stage) * (known_steps(config, stage) or 0) for stage in schedule(config))
 
 
 def updated(stage: Stage) -> int:
@@ -125,7 +160,7 @@ def flops(config: StackWiseConfig, vocab_size: int) -> float:
     block, head = config.model.block_parameters, vocab_size * config.model.d_model * masked
     total = 0.0
     for stage in stages:
-        tokens = (config.stage_training(stage.depth).steps or 0) * training.batch_size * training.accumulation
+        tokens = (known_steps(config, stage) or 0) * training.batch_size * training.accumulation
         tokens *= training.seq_len
         inner = [part for part in stage.holds if part not in (FRONT, HEAD)]
         lowest = next((place for place, part in enumerate(inner) if part in stage.trains), len(inner))

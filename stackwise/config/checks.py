@@ -241,6 +241,8 @@ def _fusion(config: Settings) -> Iterator[Fault]:
     fusion, key = config.training.fusion, "training.fusion"
     if isinstance(fusion, NoFusion):
         return
+    if (share := getattr(fusion, "share", None)) is not None:
+        yield from ((f"{key}.share", text) for text in _joint_share(config, share))
     if config.stands_apart:
         yield key, f"{fusion.name}: independent stages do not stand on each other"
     elif isinstance(fusion, HierarchicalFusion) and config.prepends:
@@ -254,6 +256,23 @@ def _fusion(config: Settings) -> Iterator[Fault]:
         ):
             text = f"{steps} leave none beside the probes of {sections} sections in {fusion.rounds} rounds"
             yield f"{key}.steps", f"{text}: raise it, or lower training.fusion.rounds or probe_steps"
+
+
+def _joint_share(config: Settings, share: float) -> Iterator[str]:
+    """Where no part of the stages' budget can be kept for a last one."""
+    training = config.training
+    if training.fusion.budget is not None:
+        yield f"{share:g}, and training.fusion.steps {training.fusion.budget}: give one of both"
+    if len(config.fusions) > 1 or isinstance(training.fusion, AdaptiveFusion):
+        yield f"{training.fusion.name} has a budget of its own: set training.fusion.steps, or strategy: trainable"
+    if training.progressive.enabled or training.plan.whole:
+        what = "training.progressive" if training.progressive.enabled else training.mode.name
+        yield f"the stages of {what} share no schedule with one after them: set training.fusion.steps"
+    if config.has_windows and training.windows != 1:
+        yield "one schedule for all stages goes through the rows once: leave training.windows out"
+    for depth, own in config.stages.items():
+        if {"steps", "tokens", "epochs_per_layer"} & own.training.model_fields_set:
+            yield f"all stages share the budget of training.steps: leave that of stages.{depth} out"
 
 
 def _adaptation(config: Settings) -> Iterator[Fault]:

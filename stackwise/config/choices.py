@@ -131,6 +131,9 @@ class Blockwise(Mode):
 
     block_size: AutoInt = Field(4, description="blocks in a stage; auto: from memory and gain, found by trial")
     n_stages: Small | None = Field(None, description="number of stages instead of block_size")
+    block_sizes: Annotated[list[Small], Field(min_length=1, max_length=1024)] | None = Field(
+        None, description="blocks in each stage, lowest first, instead of block_size: [4, 2, 1, 1]"
+    )
     trial_steps: PositiveInt = Field(
         100, description="block_size auto: steps of each stage of the racks that are tried"
     )
@@ -138,11 +141,14 @@ class Blockwise(Mode):
     @property
     def finds_size(self) -> bool:
         """See `Mode.finds_size`."""
-        return self.block_size == AUTO and self.n_stages is None  # n_stages says the sizes already
+        return self.block_size == AUTO and self.n_stages is None and self.block_sizes is None  # these say the sizes
 
     def partition(self, model: ModelConfig) -> list[Span]:
         """See `Mode.partition`."""
         n_blocks = model.n_blocks
+        if self.block_sizes is not None and sum(self.block_sizes) == n_blocks:  # `faults` reports others
+            ends = list(itertools.accumulate(self.block_sizes))
+            return [(first, end - 1) for first, end in itertools.pairwise([0, *ends])]
         if self.n_stages is None:
             return cut(n_blocks, self.block_size or 1)  # until `auto` is found
         n = min(self.n_stages, n_blocks)  # the fault is reported by `faults`; a list is needed until then
@@ -153,6 +159,10 @@ class Blockwise(Mode):
         """See `Mode.faults`."""
         if self.n_stages is not None and self.n_stages > model.n_blocks:
             yield "n_stages", f"{self.n_stages} stages are more than the {model.n_blocks} blocks of the model"
+        if self.block_sizes is not None and (total := sum(self.block_sizes)) != model.n_blocks:
+            yield "block_sizes", f"{self.block_sizes} are {total} blocks, and the model has {model.n_blocks}"
+        if self.block_sizes is not None and self.n_stages is not None:
+            yield "n_stages", "block_sizes say how many stages there are: leave one of both out"
         if not self.finds_size:
             return
         if self.apart:
@@ -164,7 +174,8 @@ class Blockwise(Mode):
     def unused(self, model: ModelConfig) -> Iterator[tuple[str, str | bool]]:
         """See `Mode.unused`; a size that divides the rack as `n_stages` do is no second opinion."""
         other = self.partition(model) != cut(model.n_blocks, self.block_size or 1)
-        yield "block_size", other and "training.mode.n_stages is given"
+        instead = "block_sizes are" if self.block_sizes is not None else "n_stages is"
+        yield "block_size", other and f"training.mode.{instead} given"
         yield "trial_steps", not self.finds_size and "training.mode.block_size is a number"
 
 
@@ -312,6 +323,11 @@ class TrainableFusion(Fusion):
 
     steps: PositiveInt | None = Field(
         None, description="optimizer steps in all, shared by these stages; null: as many as a stage each"
+    )
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None,
+        description="instead of steps: the share of training.steps that one last stage takes, and every other stage "
+        "leaves to it: all go by one schedule of learning rates; null: it has a schedule of its own",
     )
 
     @property

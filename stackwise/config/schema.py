@@ -318,6 +318,11 @@ class Settings(Section):
         return self.training.fusion.groups(sections)
 
     @property
+    def joint_share(self) -> float | None:
+        """The share of all steps that a last stage takes over, of sections together; None: it has its own."""
+        return getattr(self.training.fusion, "share", None) if len(self.fusions) == 1 else None
+
+    @property
     def n_stages(self) -> int:
         """Stages in the schedule."""
         return self.n_sections + len(self.fusions) + self.adapts

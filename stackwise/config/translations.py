@@ -42,6 +42,7 @@ TABLE = (
     Moved("model.random_features", "model.attention.random_features"),
     Moved("training.block_size", "training.mode.block_size", 4),
     Moved("training.n_stages", "training.mode.n_stages"),
+    Moved("training.block_sizes", "training.mode.block_sizes"),
     Moved("training.trial_steps", "training.mode.trial_steps", 100),
     Moved("training.fusion_mode", "training.mode.fusion_mode", "frozen"),
     Moved("training.beta1", "training.optimizer.beta1", 0.9),

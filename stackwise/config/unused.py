@@ -206,7 +206,7 @@ def _limits(config: Settings, lines: list[str], above: bool) -> None:
     """Numbers of which only so much can be used."""
     training, n_blocks = config.training, config.model.n_blocks
     mode = training.plan
-    given = isinstance(mode, Blockwise) and "block_size" in changed(mode) and not mode.n_stages
+    given = isinstance(mode, Blockwise) and "block_size" in changed(mode) and not (mode.n_stages or mode.block_sizes)
     if given and training.block_size > n_blocks:
         text = f"{training.block_size} is more than the model's blocks: {n_blocks} is used"
         lines.append(f"training.mode.block_size: {text}")

@@ -142,7 +142,7 @@ def _grown(event: Event) -> str:
         for key, name in (("loss", "loss"), ("gradient_norm", "gradient norm"))
         if before[key] is not None and after[key] is not None
     ]
-    return ": ".join(filter(None, ["grown from {} to {} blocks".format(*event["blocks"]), ", ".join(figures)]))
+    return ": ".join(filter(None, ["from {} to {} blocks".format(*event["blocks"]), ", ".join(figures)]))
 
 
 def _best(event: Event) -> str:

@@ -253,9 +253,11 @@ def _stages(config: StackWiseConfig) -> Iterator[Stage]:
         yield from _grown(config, config.training.grown)
         yield from _adaptation(config)
         return
-    windows = range(config.windows)
-    order: list[tuple[Stage, int | None]] = [(stage, window) for window in windows for stage in _sections(config)]
-    for stage in (*_fusions(config), *_adaptation(config)):
+    windows, sections, fusions = range(config.windows), list(_sections(config)), list(_fusions(config))
+    if (share := config.joint_share) is not None:
+        sections, fusions = _under_one_budget(sections, fusions[0], 1.0 - share)
+    order: list[tuple[Stage, int | None]] = [(stage, window) for window in windows for stage in sections]
+    for stage in (*fusions, *_adaptation(config)):
         order += [(stage, window) for window in windows] if stage.reads_boundary else [(stage, None)]
     for stage, window in order:
         yield dataclasses.replace(stage, window=window or 0, rowset=window_rowset(config, stage.rowset, window))
@@ -283,13 +285,22 @@ def _in_its_window(config: StackWiseConfig, stage: Stage) -> Stage:
     )
 
 
+def _under_one_budget(sections: list[Stage], joint: Stage, until: float) -> tuple[list[Stage], list[Stage]]:
+    """Sections that leave the end of their budget to a joint stage, which goes on with each part's optimizer state."""
+    newest = {part: stage.depth for stage in sections for part in stage.trains}
+    states = {f"{STATE}{joint.depth}.{part}": f"{STATE}{newest[part]}.{part}" for part in joint.trains}
+    states |= {f"{STATE}{joint.depth}": f"{STATE}{sections[-1].depth}"}
+    joint = dataclasses.replace(joint, share=(until, 1.0), starts_from=dict(joint.starts_from) | states)
+    return [dataclasses.replace(stage, share=(0.0, until)) for stage in sections], [joint]
+
+
 def _in_its_share(config: StackWiseConfig, stage: Stage) -> Stage:
     """A stage of a shared budget with the optimizer states that it takes up, and commits for the one that goes on.
 
-    The states are of the budget, and go by its first stage's number.
+    The states of a rack that grows go by its first phase's number.
     """
     grown, first, until = config.training.grown, *(stage.share or (0.0, 1.0))
-    names = state_names(0, [part.removeprefix(ADAPTER) for part in stage.trains])
+    names = state_names(0 if grown is not None else stage.depth, [part.removeprefix(ADAPTER) for part in stage.trains])
     states_in, starts_from = names if first else (), dict(stage.starts_from)
     if grown is not None and stage.just_grown:
         kept = grown.inherited(stage.depth, config.model.n_blocks)
