@@ -10,6 +10,7 @@ import pytest
 from stackwise.config.ranges import Choices, Interval, parse_range
 from stackwise.config.tune import SearchedKey
 from stackwise.errors import ConfigError, UsageError
+from stackwise.pipeline.search.begin import Typed, begin
 from stackwise.pipeline.search.effects import outlook
 from stackwise.pipeline.search.record import StudyRecord, Trial
 from stackwise.pipeline.search.samplers import Past, Sampling
@@ -122,12 +123,29 @@ def test_what_each_key_changes_is_known_before(micro: Micro, tmp_path: Path) -> 
         outlook(space(f"{RATE}=-1..1"), make, tmp_path)
 
 
+def test_a_directory_of_something_else_and_trials_of_another_space_are_refused(micro: Micro, tmp_path: Path) -> None:
+    def make(settings: dict[str, Any]) -> Any:
+        return micro(**settings)
+
+    typed = Typed([f"{DECAY}=0,0.1"], "grid")
+    study, _ = begin(make, typed, tmp_path / "new", "again")
+    assert [point[DECAY] for point in study.search.plan or ()] == [0, 0.1]
+    for settings, values in (({"store.path": "/"}, [1.0]), ({DECAY: 0.5}, [1.0]), ({DECAY: 0}, [1.0, 2.0]), ({}, None)):
+        study.record.trials = [Trial(0, settings, "done", values)]
+        study.record.save()
+        with pytest.raises(UsageError, match="is broken"):
+            begin(make, typed, tmp_path / "new", "again")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UsageError, match="no search's"):
+        begin(make, typed, tmp_path, "again")
+
+
 def test_a_record_of_another_search_or_a_broken_one_is_refused(tmp_path: Path) -> None:
     record = StudyRecord(tmp_path, {"space": {"a": 1}, "library": "optuna 5.0.0"})
     record.trials.append(Trial(0, {"a": 1}, "done", [1.0], steps=[(5, 2.0)]))
     record.save()
     assert StudyRecord(tmp_path, {"space": {"a": 1}, "library": "optuna 5.1.0"}).trials[0].values == [1.0]
-    with pytest.raises(UsageError, match="another search: its space differs"):
+    with pytest.raises(UsageError, match="another search, of another space"):
         StudyRecord(tmp_path, {"space": {"a": 2}})
     record.path.write_text(record.path.read_text().replace('"number": 0', '"number": 3'))
     with pytest.raises(UsageError, match="not numbered from 0"):

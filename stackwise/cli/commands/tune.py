@@ -14,7 +14,7 @@ from stackwise.cli.drawing import Table, phases, state
 from stackwise.cli.options import COUNT, RUNS, SEED, as_json, config_argument, load, max_time_option, preset_option
 from stackwise.cli.output import Styled, keep_going_without_output, note, print_json, say, say_all
 from stackwise.config.tune import SAMPLERS
-from stackwise.errors import StackWiseError, UsageError
+from stackwise.errors import BusyError, StackWiseError, UsageError
 
 if TYPE_CHECKING:
     from stackwise.pipeline.search.record import Trial
@@ -86,8 +86,12 @@ def tune(
             say(Styled(ahead.order, "dim"))
     try:
         study.run(_Shown(study) if not as_json else lambda trial, event: None, max_time)
-    finally:
+    except BusyError:  # the search is another process's: its table, too
+        raise
+    except BaseException:
         _show_results(study, as_json)
+        raise
+    _show_results(study, as_json)
     if study.best is None:
         raise StackWiseError("no trial came to a value", hint="see the failures above, and the trials' logs")
 
@@ -124,7 +128,8 @@ class _Shown:
         elif kind == "trial_ended":
             self._say(f"{outcome(self._study, trial)}, {words.duration(now - self._begun[trial.number])}")
         elif kind in ("warning", "waiting") and trial.state == "running":
-            self._say(f"trial {trial.number}: {event['text']}")
+            stage = event.get("stage")
+            self._say(f"trial {trial.number}: {'' if stage is None else f'stage {stage} '}{event['text']}")
         elif kind == "step" and now - self._spoke >= SECONDS:
             loss = "" if event["loss"] is None else f", loss {event['loss']:.3f}"
             self._say(f"trial {trial.number}: stage {event['stage']}, step {event['step']:,}/{event['steps']:,}{loss}")

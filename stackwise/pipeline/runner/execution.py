@@ -192,7 +192,9 @@ class Execution:
                 lock.acquire()
             except BusyError:
                 if not said:
-                    self._emit("waiting", stage=stage.place, text="another run over the same store trains it")
+                    self._emit(
+                        "waiting", stage=stage.place, text="waits for another run over the same store, which trains it"
+                    )
                 said = True
                 self._pool.check()
                 time.sleep(SECONDS)

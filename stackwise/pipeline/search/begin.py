@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from stackwise.errors import UsageError
 from stackwise.identity import content_id
 from stackwise.pipeline.run import with_absolute_paths
 from stackwise.pipeline.search.effects import Make, Outlook, Progress, outlook
-from stackwise.pipeline.search.objectives import QUALITY, objective
+from stackwise.pipeline.search.objectives import MEASURES, QUALITY, objective
 from stackwise.pipeline.search.population import Population, check_population
-from stackwise.pipeline.search.record import read_record
+from stackwise.pipeline.search.record import BROKEN, read_record
 from stackwise.pipeline.search.samplers import Sampling, check_optuna
 from stackwise.pipeline.search.space import Settings, Space, merged, space_of
 from stackwise.pipeline.search.study import Search, Study
 
+STAGED = re.compile(r"^stages\.\d+\.")
 BASE = "stackwise.yaml"
 """In a search's directory: the configuration that its trials are variations of, with its section `tune`."""
 
@@ -51,6 +53,8 @@ def settled(config: StackWiseConfig, typed: Typed) -> TuneConfig:
         tune.sampler = next(name for name in SAMPLERS if name == typed.sampler)
     if typed.pruner is not None:
         tune.pruner = typed.pruner  # type: ignore[assignment]  # it is checked on assignment
+    if typed.objectives and set(typed.objectives) <= set(MEASURES):  # a function is named by the command line alone
+        tune.objectives = list(typed.objectives)  # type: ignore[arg-type]  # it is checked on assignment
     tune.trials = typed.trials or tune.trials
     tune.jobs = typed.jobs or tune.jobs
     tune.seed = typed.seed if typed.seed is not None else config.seed if tune.seed is None else tune.seed
@@ -76,7 +80,10 @@ def begin(
     space = space_of(tune.space)
     objectives = {name: objective(name) for name in typed.objectives or tune.objectives}
     check_optuna(tune.sampler)
-    read_record(directory)  # a broken one is refused at once
+    if read_record(directory) is None:  # a broken one is refused at once
+        taken = [name for name in (BASE, "run.json") if (directory / name).exists()]
+        if taken:
+            raise UsageError(f"{directory} is no search's: it has {taken[0]}", hint="name another directory with --run")
     ahead = outlook(space, make, directory, progress)
     check_effects(ahead, list(objectives))
     sampling = _sampling(base, tune, space, ahead, len(objectives))
@@ -106,6 +113,7 @@ def begin(
         evolve,
     )
     study = Study(search, directory, resume_command)
+    check_trials(study)
     base.tune = tune
     directory.mkdir(parents=True, exist_ok=True)
     write_bytes(directory / BASE, dump(with_absolute_paths(base)).encode())
@@ -123,6 +131,25 @@ def check_effects(ahead: Outlook, objectives: Sequence[str]) -> None:
         raise UsageError(
             f"{idle[0]} changes nothing: no stage's result depends on it", hint="search another key; see docs/tune.md"
         )
+
+
+def check_trials(study: Study) -> None:
+    """Look whether the trials of a record are those of its search: the record may come from elsewhere.
+
+    Raises:
+        UsageError: One has other keys, a value out of its range, or not as many values as there are objectives.
+    """
+    keys, most = {one.key: one for one in study.search.sampling.space.keys}, len(study.search.objectives)
+    for trial in study.trials:
+        fault = None
+        for key, value in trial.settings.items():
+            one = keys.get(STAGED.sub("", key) if study.search.evolve is not None else key)
+            if one is None or value not in one.range:
+                fault = f"its {key} is none of the search's"
+        if (trial.values is not None) != (trial.state == "done") or len(trial.values or [0.0] * most) != most:
+            fault = "its values are not those of the objectives"
+        if fault is not None:
+            raise UsageError(f"{study.record.path} is broken: trial {trial.number}: {fault}", hint=BROKEN)
 
 
 def _sampling(base: StackWiseConfig, tune: TuneConfig, space: Space, ahead: Outlook, objectives: int) -> Sampling:

@@ -36,6 +36,7 @@ from stackwise.shapes import (
 from stackwise.store import ActivationStore
 
 FORMAT = 1
+BROKEN = "remove it: the search begins anew, and finds every stage in the store"
 STATES = ("running", "done", "pruned", "failed")
 
 
@@ -94,7 +95,7 @@ class StudyRecord:
         compared = [key for key in self.search if key != "library"]  # a newer one goes on with the search
         if different := [key for key in compared if known["search"].get(key) != self.search[key]]:
             raise UsageError(
-                f"{directory} holds another search: its {', '.join(different)} differ{'s' * (len(different) == 1)}",
+                f"{directory} holds another search, of another {' and '.join(different)}",
                 hint="name another directory with --run, or give what it was begun with",
             )
         self.trials = [Trial(**entry) for entry in known["trials"]]
@@ -112,7 +113,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     Raises:
         UsageError: It is broken, or of a newer format.
     """
-    path, hint = directory / "study.json", "remove it: the search begins anew, and finds every stage in the store"
+    path, hint = directory / "study.json", BROKEN
     try:
         value = read_json(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -25,7 +25,7 @@ from typing import Any
 from stackwise.config import StackWiseConfig
 from stackwise.config.tune import TuneConfig
 from stackwise.durable import FileLock
-from stackwise.errors import BusyError, InterruptedRun, NoSpaceError, StackWiseError
+from stackwise.errors import BusyError, ConfigError, InterruptedRun, NoSpaceError, StackWiseError
 from stackwise.pipeline.batch.sweep import placed
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.run import RunDirectory, status
@@ -227,7 +227,7 @@ class Study:
         except (InterruptedRun, NoSpaceError, BusyError):
             raise
         except StackWiseError as error:
-            state, failure = "failed", error.message
+            state, failure = "failed", error.faults[0] if isinstance(error, ConfigError) else error.message
         stages = status(run)["stages"] if run.manifest_file.exists() else []
         done = [stage["recipe"] for stage in stages if stage["state"] == "done"]
         trained = sum(recipe in watched.trained for recipe in done)
