@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from benchmarks.common import say
 
-ALL = ("stage", "feed", "depth", "demo", "pipeline", "checkpoint", "swap", "capture", "tune", "pretrained")
+ALL = ("stage", "feed", "depth", "demo", "pipeline", "checkpoint", "swap", "capture", "tune", "pretrained", "adapters")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -119,6 +119,8 @@ def adapter_faults(config: Settings) -> Iterator[Fault]:
         yield key, text
     elif training.mode.apart:
         yield key, f"the frozen blocks of a model stand on each other, and {training.mode.name} takes them apart"
+    if training.growth:
+        yield "training.growth", "blocks that are new with an expansion would stand still: leave it out"
     if training.plan.finds_size:
         yield "training.mode.block_size", "auto tries out fresh racks, and adapters are for a model: give a number"
     if training.fusion.head_alone:

@@ -286,6 +286,11 @@ class Settings(Section):
             return max(self.n_stages, self.store.every)  # a stride beyond the last stage: none is stored
         return self.store.every
 
+    def stores_boundary(self, depth: int) -> bool:
+        """Whether the boundary that enters stage `depth` is one of those that are stored."""
+        number = depth + (self.bottom > 0)  # the lowest is the first, also where it enters stage 0
+        return number % self.boundary_every == 0
+
     @property
     def partition(self) -> list[tuple[int, int]]:
         """First and last block of each part of the rack that becomes new with a stage, lowest first."""

@@ -146,7 +146,7 @@ def unused_settings(config: Settings) -> list[str]:
     reads = reading_depths(config)
     recomputes = progressive.enabled and progressive.cache_activations is False
     # a stage may read a boundary that is recomputed
-    stored = any(depth % config.boundary_every == 0 for depth in reads)
+    stored = any(config.stores_boundary(depth) for depth in reads)
     lines.section(
         "store",
         store,

@@ -213,7 +213,7 @@ def _held_out_bytes(config: StackWiseConfig, data: PreparedData) -> int:
 def _alive(config: StackWiseConfig) -> int:
     """Boundaries of one rowset that live at once: at a handoff two, and those that `store.keep` asks for by number."""
     stages = {stage.depth: stage for stage in schedule(config)}.values()
-    read = sum(stage.reads_boundary and stage.depth % config.boundary_every == 0 for stage in stages)
+    read = sum(stage.reads_boundary and config.stores_boundary(stage.depth) for stage in stages)
     keep = config.store.keep
     return min(read, 2 + (keep if isinstance(keep, int) else 0))
 

@@ -249,7 +249,7 @@ class Plan:
 
     def stores(self, stage: Stage) -> bool:
         """Whether the boundary that enters a stage is one of those that are stored."""
-        return stage.reads_boundary and stage.depth % self.config.boundary_every == 0
+        return stage.reads_boundary and self.config.stores_boundary(stage.depth)
 
     def fuses_passes(self, stage: Stage) -> bool:
         """Whether a stage itself writes the boundary that enters it, while it trains.

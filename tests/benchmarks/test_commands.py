@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import benchmarks.__main__ as everything
-from benchmarks import arithmetic, capture, demo, depth, document, feed, stage, swap
+from benchmarks import adapters, arithmetic, capture, demo, depth, document, feed, stage, swap
 from benchmarks.common import Spread
 
 Capture = pytest.CaptureFixture[str]
@@ -72,6 +72,15 @@ def test_the_profile_of_a_step(tmp_path: Path, capsys: Capture) -> None:
     given = ["--preset", "micro", "--device", "cpu", "--steps", "1", "--store-bytes", "200000", "--json"]
     assert stage.main([*given, "--profile", str(table)]) == 0
     assert "addmm" in table.read_text() or "aten::mm" in table.read_text()
+
+
+def test_adapters_read_what_they_would_compute_again(capsys: Capture) -> None:
+    small = ["--width", "64", "--blocks", "2", "--rows", "8", "--batch-size", "4", "--seq-len", "16", "--epochs", "2"]
+    assert adapters.main([*small, "--device", "cpu", "--json"]) == 0
+    result = printed(capsys)
+    assert result["losses_identical"]
+    assert is_spread(result["ratio"], 0.01, 100)
+    assert adapters.main(["--blocks", "2", "--above", "2", "--device", "cpu"]) == 2
 
 
 def test_the_feed_gives_the_same_losses(capsys: Capture) -> None:
