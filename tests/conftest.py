@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +12,19 @@ import pytest
 
 # One thread a process: the suite runs in several, and threads beyond the cores only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
-
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
+
+
+def pytest_configure() -> None:
+    """Write to memory where there is plenty: half of a small run is waiting for the disk, which is what fsync is for.
+
+    That what is published was synced first is asked in `tests/store/test_faults.py`.
+    """
+    memory = Path("/dev/shm")
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 8 << 30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 
 @pytest.fixture(scope="session", autouse=True)

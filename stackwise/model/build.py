@@ -142,7 +142,7 @@ def build_head(
         with torch.device("meta"):
             head: Head = config.head.build(config, vocab_size)
         _materialise(head, device, dtype)
-    else:  # to_empty would take the values of the given tensor
+    else:  # `allocate` would take the values of the given tensor
         head = config.head.build(config, vocab_size, embedding).to(device=device, dtype=dtype)
     initialise(head, seed, "head", config.init_std)
     return head
@@ -151,7 +151,8 @@ def build_head(
 def build_match(width: int, d_model: int, seed: int) -> nn.Linear:
     """A fresh layer from the student's width to the teacher's, without a bias: drawn orthogonal, as it keeps sizes."""
     generator = torch.Generator("cpu").manual_seed(derive_seed(seed, "match", width, d_model))
-    layer = nn.Linear(d_model, width, bias=False, device="meta").to_empty(device="cpu")
+    layer = nn.Linear(d_model, width, bias=False, device="meta")
+    allocate(layer, "cpu")
     nn.init.orthogonal_(layer.weight, generator=generator)
     return layer
 
@@ -214,7 +215,8 @@ def part_digest(part: nn.Module | Mapping[str, Tensor]) -> Hex:
 
 def allocate(module: nn.Module, device: torch.device | str) -> nn.Module:
     """Give a module from the meta device memory, whose values are still to come, and its tables. Returns the module."""
-    module.to_empty(device=device)
+    # `Module.to_empty` without torch's compiler, which `empty_like` of a meta tensor imports: a second of every worker.
+    module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
     rebuild_tables(module, device)
     return module
 

@@ -134,6 +134,8 @@ def divergence(head: Callable[[Tensor], Tensor], x_nD: Tensor, likeliest_n2K: Te
     likeliest_n2K = likeliest_n2K.to(x_nD.device)
     with torch.no_grad():
         rows = slice_rows(head(x_nD[:1]).shape[-1], x_nD.device)
+    if len(x_nD) <= rows:  # nothing to take in turn; recomputing would have torch import its compiler
+        return part(x_nD, likeliest_n2K)
     parts = [
         cast(Tensor, checkpoint(part, x_nD[i : i + rows], likeliest_n2K[i : i + rows], use_reentrant=False))
         for i in range(0, len(x_nD), rows)

@@ -85,24 +85,18 @@ def _built_for_cpu() -> bool:
     return "cuda" in built and set(built.values()) == {"None"}
 
 
-def prepare_imports() -> torch.optim.Optimizer:
-    """Have torch import what it otherwise imports with the first parameters and the first optimizer.
+def warm_up() -> None:
+    """A first step: what torch makes at its first is there when a job comes.
 
-    That is its compiler's front end, some 800 modules: 1.5 s of a worker that has been given its job, or none of one
-    that waits for it. Nothing is computed, and no GPU is asked for.
+    On the CPU, as nothing is taken of a GPU that another worker uses.
     """
     import torch
 
-    with torch.device("meta"):
-        module = torch.nn.Linear(2, 2)
-    return torch.optim.AdamW(module.to_empty(device="cpu").parameters())
+    from stackwise.training.optim import eager
 
-
-def warm_up() -> None:
-    """`prepare_imports`, and a first step: on the CPU, as nothing is taken of a GPU that another worker uses."""
-    optimizer = prepare_imports()
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.sum().backward()
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = eager(torch.optim.AdamW)([weight])
+    weight.sum().backward()
     optimizer.step()
 
 

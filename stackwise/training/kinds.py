@@ -25,8 +25,10 @@ class AdamW(Optimizer):
         """See `Optimizer.build`: fused where the device has it."""
         import torch
 
+        from stackwise.training.optim import eager
+
         fused = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])
-        return torch.optim.AdamW(groups, betas=(self.beta1, self.beta2), eps=self.eps, fused=fused)
+        return eager(torch.optim.AdamW)(groups, betas=(self.beta1, self.beta2), eps=self.eps, fused=fused)
 
 
 class AdamW8bit(AdamW):
@@ -38,9 +40,9 @@ class AdamW8bit(AdamW):
 
     def build(self, groups: list[dict[str, Any]]) -> Any:
         """See `Optimizer.build`."""
-        from stackwise.training.optim import QuantizedAdamW
+        from stackwise.training.optim import QuantizedAdamW, eager
 
-        return QuantizedAdamW(groups, betas=(self.beta1, self.beta2), eps=self.eps)
+        return eager(QuantizedAdamW)(groups, betas=(self.beta1, self.beta2), eps=self.eps)
 
 
 class Muon(AdamW):
@@ -64,11 +66,11 @@ class Muon(AdamW):
         """See `Optimizer.build`."""
         import torch
 
-        from stackwise.training.optim import Both
+        from stackwise.training.optim import Both, eager
 
         matrices = [group for group in groups if group["family"]]
         rest = [group for group in groups if not group["family"]]
         if not matrices:
             return super().build(rest)
-        muon = torch.optim.Muon(matrices, momentum=self.momentum, adjust_lr_fn="match_rms_adamw")
+        muon = eager(torch.optim.Muon)(matrices, momentum=self.momentum, adjust_lr_fn="match_rms_adamw")
         return Both(muon, super().build(rest)) if rest else muon

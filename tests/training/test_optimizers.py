@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,3 +161,21 @@ def test_a_dynamic_loss_scale_falls_at_an_overflow_and_rises_after_many_good_ste
 def test_half_precision_gives_about_the_gradients_of_single() -> None:
     half, single = (trainer(precision=p, dropout=0.0).train_step([next(batches())]) for p in ("fp16", "fp32"))
     assert float(half.gradient_norm) == pytest.approx(float(single.gradient_norm), rel=0.02)
+
+
+def test_to_begin_a_worker_needs_no_compiler() -> None:
+    program = (
+        "import sys, torch\n"
+        "from stackwise.model.build import build_block\n"
+        "from stackwise.config import ModelConfig, StageTraining\n"
+        "from stackwise.pipeline.worker import jobs\n"
+        "from stackwise.training.optim import make_optimizer\n"
+        "for name in ('adamw', 'adamw8bit', 'muon'):\n"
+        "    block = build_block(ModelConfig(d_model=8, n_heads=2), 0, 0)\n"
+        "    made = make_optimizer([('block.0', p) for p in block.parameters()], StageTraining(optimizer=name))\n"
+        "    block(torch.zeros(1, 4, 8)).sum().backward()\n"
+        "    made.step()\n"
+        "    made.zero_grad()\n"
+        "assert 'torch._dynamo' not in sys.modules and 'sympy' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,9 +1,8 @@
 """Workers forked from a template: a process that has done their imports, and nothing else.
 
-Importing torch takes 3 s of CPU, a fork milliseconds: ten stages of the micro preset take 8 s instead of 40 s
-(docs/decisions.md). A fork breaks what has begun, so the template computes nothing, opens no store, has one thread, and
-is used only where torch has no device but the CPU. Where it does not serve, or with STACKWISE_FORK=0, a worker is
-started by itself, and is the same.
+Importing torch takes 2 to 3 s of CPU, a fork milliseconds (docs/decisions.md). A fork breaks what has begun, so the
+template computes nothing, opens no store, has one thread, and is used only where torch has no device but the CPU. Where
+it does not serve, or with STACKWISE_FORK=0, a worker is started by itself, and is the same.
 
 `python -m stackwise.pipeline.worker.forking FD` is the template. It is asked on the socket FD, a packet a worker: JSON,
 with descriptors of the worker's standard streams and of a control socket, on which it says "pid" with a descriptor of
@@ -175,10 +174,10 @@ def end_template() -> None:
 def serve(channel: socket.socket) -> None:
     """Be the template, until nobody is there to ask."""
     from stackwise.pipeline import trial  # noqa: F401
-    from stackwise.pipeline.device import prepare_imports
     from stackwise.pipeline.worker import __main__, jobs  # noqa: F401
 
-    prepare_imports()
+    if os.environ.get("STACKWISE_PLUGINS"):  # an optimizer from there imports it, in each worker if not here
+        import torch._dynamo  # noqa: F401
     os.chdir("/")
     gc.freeze()  # what is there is not marked in the workers: their pages stay shared
     poller, workers = select.poll(), dict[int, tuple[int, socket.socket]]()
