@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -91,6 +91,21 @@ def create_stack_from_config(
     return stack
 
 
+class PlainSizes(TypedDict, total=False):
+    """What a rack is built from without a configuration, or in place of what that says; all None where not given."""
+
+    vocab_size: int | None
+    """Token ids."""
+    d_model: int | None
+    d_ff: int | None
+    """Width inside the feed-forward."""
+    n_heads: int | None
+    seed: int | None
+    """Of the fresh weights."""
+    max_stacks: int | None
+    """Most stacks: any number, if the configuration says nothing either."""
+
+
 class ProgressiveRackBuilder:
     """Builds a rack by adding stacks, below or above those that are there.
 
@@ -101,13 +116,8 @@ class ProgressiveRackBuilder:
         building_mode: What `add_stack` does: "append" puts the new stack above, "prepend" below. None: the
             configuration's.
         default_precision: Precision of a stack where none is given.
-        vocab_size: Token ids, where the configuration has none.
-        d_model: Width (plain form).
-        d_ff: Width inside the feed-forward (plain form).
-        n_heads: Attention heads (plain form).
-        seed: Of the fresh weights (plain form); None: the configuration's.
-        max_stacks: Most stacks (plain form); None: the configuration's, else any number.
         device: Where the parts live.
+        sizes: See `PlainSizes`.
 
     Raises:
         UsageError: No vocabulary size, or a precision or mode that cannot be.
@@ -119,22 +129,19 @@ class ProgressiveRackBuilder:
         building_mode: Literal["append", "prepend"] | None = None,
         default_precision: str = "full",
         *,
-        vocab_size: int | None = None,
-        d_model: int | None = None,
-        d_ff: int | None = None,
-        n_heads: int | None = None,
-        seed: int | None = None,
-        max_stacks: int | None = None,
         device: torch.device | str | None = None,
+        **sizes: Unpack[PlainSizes],
     ) -> None:
-        given = {"d_model": d_model, "d_ff": d_ff, "n_heads": n_heads}
-        sizes = {name: value for name, value in given.items() if value is not None}
+        if unknown := sizes.keys() - PlainSizes.__annotations__.keys():  # a typing error would otherwise change nothing
+            raise TypeError(f"unexpected keywords: {', '.join(sorted(unknown))}")
+        seed, max_stacks = sizes.get("seed"), sizes.get("max_stacks")
+        widths = {name: value for name in ("d_model", "d_ff", "n_heads") if (value := sizes.get(name)) is not None}
         if config is None:
-            model = ModelConfig(architecture=ArchitectureConfig(n_stacks=max_stacks or 12), **sizes)  # type: ignore[arg-type]
+            model = ModelConfig(architecture=ArchitectureConfig(n_stacks=max_stacks or 12), **widths)  # type: ignore[arg-type]
             config = StackWiseConfig(model=model, seed=seed or 0)
         else:
             config = config.model_copy(deep=True)
-            for name, value in sizes.items():
+            for name, value in widths.items():
                 setattr(config.model, name, value)
             if seed is not None:
                 config.seed = seed
@@ -142,7 +149,7 @@ class ProgressiveRackBuilder:
         self.max_stacks = max_stacks or config.training.progressive.max_stacks
         if config.model.architecture.n_stacks is None:  # residual weights are scaled by the depth of the grown rack
             config.model.architecture.n_stacks = self.max_stacks
-        size = vocab_size or config.model.vocab_size
+        size = sizes.get("vocab_size") or config.model.vocab_size
         if size is None:
             raise UsageError("the vocabulary's size is not known", hint="pass vocab_size, or set model.vocab_size")
         self.vocab_size: int = size

@@ -53,14 +53,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_n: Tensor,
         factors_n: Tensor | None,
-        rows: int,
         needs: bool,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         total = torch.zeros((), dtype=torch.float32, device=h_nD.device)
         want_h, want_weight, want_bias = (needs and needed for needed in ctx.needs_input_grad[:3])
         gradient_h = torch.empty_like(h_nD) if want_h else None
-        wide = torch.promote_types(weight_VD.dtype, torch.float32)
+        wide, rows = torch.promote_types(weight_VD.dtype, torch.float32), slice_rows(len(weight_VD), h_nD.device)
         gradient_weight: Tensor | None = None
         gradient_bias = None if bias_V is None or not want_bias else torch.zeros_like(bias_V, dtype=wide)
         for start in range(0, len(h_nD), rows):
@@ -101,9 +100,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the gradient of this loss was already taken, and freed")
         gradients, ctx.gradients = ctx.gradients, None
         if slope is None:
-            return (None,) * 7
+            return (None,) * 6
         scaled = [None if g is None else g.mul_(slope).to(t) for g, t in zip(gradients, ctx.dtypes, strict=True)]
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None
 
 
 def head_cross_entropy(
@@ -136,11 +135,10 @@ def head_cross_entropy(
             h_nD = h_nD.to(weight_VD.dtype)
         # Half precision keeps its gradients in range by scaling the loss, which gradients made ahead would not see.
         if h_nD.dtype != torch.float16:
-            rows = slice_rows(weight_VD.shape[0], x_nD.device)
             with torch.autocast(x_nD.device.type, enabled=False):
                 apply: Callable[..., Tensor] = _LinearCrossEntropy.apply
                 bias_V = getattr(head, "bias", None)
-                return apply(h_nD, weight_VD, bias_V, targets_n, factors_n, rows, torch.is_grad_enabled())
+                return apply(h_nD, weight_VD, bias_V, targets_n, factors_n, torch.is_grad_enabled())
     return _sliced(head, x_nD, targets_n, factors_n)
 
 

@@ -96,7 +96,7 @@ def warm_up() -> None:
 
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     optimizer = eager(torch.optim.AdamW)([weight])
-    weight.sum().backward()
+    weight.sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
 

@@ -70,7 +70,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return result
 
 
-LEFT, RIGHT, TOP, BOTTOM = 46, 92, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 54, 92, 12, 40
 """Room around the lines, for ticks, names and labels."""
 LABELLED = 10
 """Lines of which each has its name at its end; of more, the first and the last have."""

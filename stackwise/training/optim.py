@@ -138,7 +138,7 @@ def eager(kind: type[torch.optim.Optimizer]) -> type[Any]:
     The first to ask imports it: a third of what a worker takes to begin. Its numbers are the same.
     """
     plain = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad")}
-    return type(kind)(kind.__name__, (kind,), plain | {"step": torch.no_grad()(inspect.unwrap(kind.step))})
+    return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 class Both:

@@ -113,9 +113,9 @@ def test_in_float64_it_stays_with_a_loop_of_pytorchs_own_parts(disk: Path, depth
         [{"params": decayed, "weight_decay": chosen.weight_decay}, {"params": others, "weight_decay": 0.0}],
         betas=(adamw.beta1, adamw.beta2), eps=adamw.eps, foreach=False, fused=False,
     )  # fmt: skip
-    for step in range(20):
+    for step in range(8):
         batches = microbatches(step, 3)
-        rate = learning_rate(chosen, step, 20)
+        rate = learning_rate(chosen, step, 8)
         swapped.step(batches, step, rate)
         total, count = torch.zeros((), dtype=torch.float64), 0
         for one in batches:
