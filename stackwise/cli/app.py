@@ -26,6 +26,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "init": ("prepare:init", "Write a commented stackwise.yaml."),
         "run": ("run:run", "Train every stage, evaluate, report; resumes by itself."),
         "stage": ("run:stage", "Train one stage alone; show the schedule."),
+        "plan": ("plan:plan", "What a run will take, before it runs: memory, disk, time."),
         "status": ("look:status", "Show run status."),
         "sweep": ("sweep:sweep", "Run every combination of values; common stages train once."),
         "tune": ("tune:tune", "Search settings; common stages train once."),

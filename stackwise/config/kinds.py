@@ -198,6 +198,14 @@ class BlockPart(Kind):
         An attention counts the inputs and outputs of both norms of the block too.
         """
 
+    def copied(self, model: ModelConfig) -> int:
+        """Numbers a token that it keeps beside `kept` where it computes in 16 bits: each of its layers that reads what
+        enters the part has a narrow copy of its own.
+        """
+        layers = self.matrices(model).items()
+        readers = sum(m.inputs == model.d_model and f"{name}.weight" not in self.residual for name, m in layers)
+        return max(0, readers - 1) * model.d_model
+
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """What of it shapes a forward pass beside the weights, defaults resolved."""
         return self.plain()

@@ -61,7 +61,9 @@ def initialise(
             with torch.no_grad():  # a setting of the thread
                 parameter.copy_(values)
 
-    matrices = [(name, p) for name, p in module.named_parameters() if p.ndim >= 2]
+    matrices = [
+        (name, p) for name, p in module.named_parameters() if p.ndim >= 2 and not p.is_meta
+    ]  # which hold nothing
     if sum(p.numel() for _, p in matrices) >= LARGE:
         with ThreadPoolExecutor(max_workers=4) as pool:
             list(pool.map(fill, matrices))

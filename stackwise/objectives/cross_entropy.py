@@ -72,6 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nats = log_z - logits.gather(1, targets)
             total = total + (nats if factors is None else nats * factors).sum(dtype=wide)
             if gradient_h is None and gradient_bias is None and not want_weight:
+                del logits  # of two slices only one is alive
                 continue
             slope = logits.sub_(log_z).exp_()
             slope.scatter_(1, targets, slope.gather(1, targets) - 1.0)  # scatter_add_ has no fixed order on a GPU
@@ -89,6 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     gradient_weight.addmm_(narrow.T, h)
                 else:
                     gradient_weight += narrow.T @ h
+            del logits, slope, narrow
         ctx.gradients = (gradient_h, gradient_weight, gradient_bias)
         ctx.dtypes = (h_nD.dtype, weight_VD.dtype, wide if bias_V is None else bias_V.dtype)
         return total

@@ -15,7 +15,7 @@ from stackwise.errors import NoSpaceError, UsageError
 from stackwise.host import host_total
 from stackwise.identity import content_id
 from stackwise.pipeline.decisions import Decision, separate_traffic, traffic_of
-from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, WIDE, Estimate, committed_bytes
+from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, WIDE, Estimate, committed_bytes, kind_of
 from stackwise.pipeline.plan import Plan, check_data
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, boundary_bytes, order_rows, stage_steps, whole_boundary
 from stackwise.pipeline.rows import HELD_OUT, choose_samples, drawn_rows
@@ -59,7 +59,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
         UsageError: The largest stage's weights, gradients and moments alone exceed the memory.
     """
     config, size, todo = plan.config, plan.vocabulary.size, [decision.stage for decision in decisions]
-    estimates = [Estimate(config, size, stage) for stage in todo]
+    estimates = [Estimate(config, size, stage, kind_of(plan.device)) for stage in todo]
     # Rows in windows: those of one window, of the stages whose boundaries are stored.
     kept = [stage for stage in todo if stage.reads_boundary or plan.writes_above(stage)] if config.windows > 1 else todo
     rows = max((plan.rowset(stage.rowset)[1] for stage in kept), default=0)
@@ -77,7 +77,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
         boundary = whole_boundary(config, rows)
     total = host_total()
     limit = min(plan.memory or total, config.training.memory or total)
-    swaps = {estimate.stage.depth: estimate.swap(plan.memory or total) for estimate in estimates}
+    swaps = {estimate.stage.depth: estimate.swap(plan.memory or total, total) for estimate in estimates}
     swapped = {depth: swap for depth, swap in swaps.items() if swap is not None}
     resident = [estimate for estimate in estimates if estimate.stage.depth not in swapped]
     # One more than are kept is written before the oldest goes.

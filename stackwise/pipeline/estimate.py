@@ -16,7 +16,8 @@ from stackwise.words import size as in_bytes
 WEIGHT_BYTES = 4  # of a weight in training
 WIDE = ("fp32", "fp64")  # precisions that are computed in without autocast
 
-LOSS_BYTES = 3 * (32 << 20)  # of the loss: a slice of logits, its gradient and what makes it
+SLICE_BYTES = {"cpu": 32 << 20, "mps": 512 << 20, "cuda": 512 << 20}
+"""Of float32 logits that exist at once (`objectives/cross_entropy.py`, which imports torch)."""
 
 RECORD_BYTES, FILE_BYTES, STEP_BYTES = 6 << 10, 4 << 10, 32
 """Of a committed stage beside its weights, about: its record, the head of each file, and of each step in the record."""
@@ -27,6 +28,11 @@ GROWTH = 1.5
 SHARE = 0.9  # of the memory: what a stage may take of it
 
 
+def kind_of(device: str) -> str:
+    """The kind of a device: cuda of cuda:1."""
+    return device.partition(":")[0]
+
+
 @dataclass(frozen=True)
 class Swap:
     """How a stage that does not fit is swapped."""
@@ -35,6 +41,8 @@ class Swap:
     boundaries: int  # bytes of a step's boundaries that stay in memory
     memory: int  # about the bytes that it takes, boundaries included
     disk: int  # about the bytes of disk: weights, moments and gradients, and what is left of a step's boundaries
+    host: int  # about the bytes that it takes of the host's memory, where the device has its own
+    loss: int  # of `memory`, what the loss takes
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Estimate:
     config: StackWiseConfig
     vocab_size: int
     stage: Stage
+    device: str = "cpu"  # the kind of device that it trains on, which decides about kernels
 
     def parameters(self, part: str) -> int:
         """Parameters of a part."""
@@ -109,39 +118,75 @@ class Estimate:
         """About the bytes that training it takes: its state, and the activations of one microbatch.
 
         What a block keeps for its backward pass, in numbers a token, is what its attention and feed-forward say
-        (`kept`), after Korthikanti et al. (arXiv 2205.05198, section 4.1), without the attention matrix, which fused
-        attention does not keep. Autocast adds a 16-bit copy of every matrix in use. The loss keeps no logits beyond a
-        slice.
+        (`kept`, `copied`), after Korthikanti et al. (arXiv 2205.05198, section 4.1), without the attention matrix,
+        which fused attention does not keep. Autocast adds a 16-bit copy of every matrix in use. The loss keeps no
+        logits beyond a slice. Held to the traced peak within 5% (`planning/trace.py`) for the presets' stages.
         """
         fixed, row = self.memory_parts()
         return int(fixed + self.config.stage_training(self.stage.depth).batch_size * row)
 
     def memory_parts(self, blocks: int | None = None) -> tuple[float, float]:
-        """The terms of `memory`: bytes whatever the batch is, and bytes of each of its rows.
+        """The terms of `memory`: bytes whatever the batch is (the loss's at the batch that it has), and of each row.
 
         Args:
             blocks: Blocks of the stage; None: its own.
         """
         phase = self.largest_phase
         config, model, stage = self.config, self.config.model, phase.stage
+        settings = config.stage_training(stage.depth)
         half = config.precision in ("bf16", "fp16")
         present = stage.last - stage.first + 1
         blocks = present if blocks is None else blocks
-        state = phase._state_bytes(True)
-        state -= round((present - blocks) * state / max(1, phase.trained_parameters) * model.block_parameters)
+        state, without = phase._state_bytes(True), phase._state_bytes(False)
+        left_out = round((present - blocks) / max(1, phase.trained_parameters) * model.block_parameters * state)
         blocks += len(stage.lookahead)
-        copies = 2 * blocks * model.block_parameters if half else 0
-        kept = model.attention.kept(model) + model.ffn.kept(model)
-        fixed = state + phase.frozen_bytes + copies + LOSS_BYTES
-        return fixed, config.row_positions * blocks * kept * (2 if half else 4)
+        projection = self.vocab_size * model.d_model
+        copies = 2 * (blocks * model.block_parameters + projection) if half else 0
+        kept = config.row_positions * blocks * self.kept_bytes
+        scored = config.row_positions * (config.training.max_mask_fraction if config.objective.masks else 1.0)
+        at_head = scored * model.d_model * (10 if half else 16) + config.row_positions * model.d_model * (
+            2 if half else 4
+        )
+        loss = self._loss_bytes(settings.batch_size * scored, half)
+        # In the second microbatch gradients are there from the start; in an only one they come as activations go.
+        gradients = state - without if settings.accumulation > 1 else 0
+        growing, beside = settings.batch_size * (kept + at_head), gradients + copies + loss
+        if growing + beside > state - without + copies + settings.batch_size * kept / max(1, blocks):
+            return without - left_out + phase.frozen_bytes + beside, kept + at_head
+        return state - left_out + phase.frozen_bytes + copies, kept / max(1, blocks)
 
-    def swap(self, memory: int) -> Swap | None:
+    @property
+    def kept_bytes(self) -> float:
+        """Bytes a token that a block keeps for its backward pass."""
+        model, half = self.config.model, self.config.precision not in WIDE
+        kept = model.attention.kept(model) + model.ffn.kept(model)
+        if half:
+            kept += model.attention.copied(model) + model.ffn.copied(model)
+        elif self.device == "cuda" or model.norm == "layernorm":
+            kept -= 2 * model.d_model  # a norm in one kernel keeps what enters it, and no more in between
+        # Behind attention and feed-forward: on a GPU a byte a number, elsewhere its factor.
+        width = 1 if self.device == "cuda" else 2 if half else 4
+        dropped = 2 * model.d_model * width if model.dropout else 0
+        return kept * (2 if half else 4) + dropped
+
+    def _loss_bytes(self, scored: float, half: bool) -> float:
+        """Bytes of the loss beside its vectors: a slice of logits and what is made of it, the projection's gradient."""
+        size, projection = SLICE_BYTES.get(self.device, 512 << 20), self.vocab_size * self.config.model.d_model
+        rows = min(scored, max(16, size // (4 * self.vocab_size)))
+        several = scored > rows
+        made = 4 * projection * (HEAD in self.stage.trains or FRONT in self.stage.trains)
+        products = (2 * projection + 6 * rows * self.vocab_size) if half else 4 * rows * self.vocab_size
+        return max(8 * rows * self.vocab_size + several * made, products + made)
+
+    def swap(self, memory: int, host: int | None = None) -> Swap | None:
         """How it is swapped; None where it is resident. It decides nothing about the result.
 
-        The largest of its groups is in memory three times over: one being written, one computing, one being read.
+        The largest of its groups is in memory three times over: one being written, one computing, one being read. On a
+        GPU the one that computes is there; the others, and the boundaries of a step, are in the host's memory.
 
         Args:
             memory: Bytes of the device, or on a CPU of the machine; `training.memory` comes before it.
+            host: Bytes of the host's memory, where the device has its own; None: as many.
         """
         phase = self.largest_phase
         config, stage = self.config, phase.stage
@@ -151,7 +196,8 @@ class Estimate:
         goes_back = settings.divergence.goes_back or settings.keep_best  # which takes weights of earlier steps
         if training.swap == "never" or (training.swap == "auto" and (fits or goes_back)):
             return None
-        block = config.model.block_parameters
+        block, half, apart = config.model.block_parameters, config.precision not in WIDE, self.device == "cuda"
+        behind = (host or memory) if apart else limit  # what holds groups that do not compute, and boundaries
         state = phase._state_bytes(True)
         per_parameter = state / max(1, phase.trained_parameters)
 
@@ -164,23 +210,27 @@ class Estimate:
 
         blocks_held = (*stage.blocks, *stage.lookahead)
         ends = max((held(part) for part in stage.holds if part in (FRONT, HEAD)), default=0.0)
-        largest = max(map(held, blocks_held))
-        most = len(blocks_held)
-        copies = 0 if config.precision in WIDE else 2 * block
-        activations = settings.batch_size * phase.memory_parts()[1] / most + copies
+        largest, most = max(map(held, blocks_held)), len(blocks_held)
+        activations = settings.batch_size * config.row_positions * phase.kept_bytes + (2 * block if half else 0)
+        loss = round(phase._loss_bytes(settings.batch_size * config.row_positions, half))
+
+        def group(groups: int) -> float:
+            return max(ends, -(-most // groups) * largest)
 
         def taken(groups: int) -> int:
-            blocks = -(-most // groups)
-            return round(3 * max(ends, blocks * largest) + blocks * activations) + LOSS_BYTES
+            return round((1 if apart else 3) * group(groups) + -(-most // groups) * activations + loss)
 
-        room = SHARE * limit - limit // 4
-        groups = training.swap_parts or next((n for n in range(1, most) if taken(n) <= room), most)
-        groups = min(groups, most)
+        def fitting(groups: int) -> bool:
+            held = not apart or 3 * group(groups) <= SHARE * behind - behind // 4
+            return held and taken(groups) <= (SHARE * limit if apart else SHARE * limit - limit // 4)
+
+        groups = min(training.swap_parts or next((n for n in range(1, most) if fitting(n)), most), most)
         tokens = settings.batch_size * settings.accumulation * config.row_positions
-        step = tokens * config.model.d_model * (4 if config.precision in WIDE else 2) * (groups + 3)
-        kept = min(limit // 4, step)
+        step = tokens * config.model.d_model * (2 if half else 4) * (groups + 3)
+        kept = min(behind // 4, step)
         disk = state + round(max(ends, largest)) + step - kept
-        return Swap(groups, limit // 4, taken(groups) + kept, disk)
+        beside = round(3 * group(groups)) + kept if apart else 0
+        return Swap(groups, behind // 4, taken(groups) + (0 if apart else kept), disk, beside, loss)
 
 
 def committed_bytes(config: StackWiseConfig, vocab_size: int, drawn: int, *, windows: int | None = None) -> int:
@@ -196,7 +246,7 @@ def committed_bytes(config: StackWiseConfig, vocab_size: int, drawn: int, *, win
     return sum(sizes) + max(sizes) + records
 
 
-def oom_advice(config: StackWiseConfig, vocab_size: int, stage: Stage, measured: dict[str, Any] | None) -> str:
+def oom_advice(estimate: Estimate, measured: dict[str, Any] | None) -> str:
     """What to change after running out of memory, in a line: each of the changes is enough alone.
 
     What a stage takes is a fixed part (its state, and what the process held before it) and one that grows linearly
@@ -207,8 +257,9 @@ def oom_advice(config: StackWiseConfig, vocab_size: int, stage: Stage, measured:
         measured: `limit`, `base` (bytes held before the stage was built), `peak` and `what`; None: nothing was, half as
             much that grows is aimed at.
     """
+    config, stage = estimate.config, estimate.stage
     settings = config.stage_training(stage.depth)
-    fixed, row = Estimate(config, vocab_size, stage).memory_parts()
+    fixed, row = estimate.memory_parts()
     row *= GROWTH
     if measured is not None:
         limit, base = measured["limit"], measured["base"]
@@ -229,7 +280,7 @@ def oom_advice(config: StackWiseConfig, vocab_size: int, stage: Stage, measured:
     length = config.training.seq_len
     if shorter := _divisor(length, length * room / (row * settings.batch_size)):
         changes.append(f"training.seq_len: {length} → {shorter}")
-    changes += _fewer_blocks(config, vocab_size, stage, row * settings.batch_size, SAFETY * limit - base)
+    changes += _fewer_blocks(estimate, row * settings.batch_size, SAFETY * limit - base)
     peak = ""
     if measured is not None and measured.get("peak"):
         peak = f" (it held {in_bytes(measured['peak'])} of {in_bytes(measured['limit'])} of {measured['what']})"
@@ -238,10 +289,9 @@ def oom_advice(config: StackWiseConfig, vocab_size: int, stage: Stage, measured:
     return f"change {', or '.join(changes)}{peak}"
 
 
-def _fewer_blocks(config: StackWiseConfig, vocab_size: int, stage: Stage, growing: float, room: float) -> list[str]:
+def _fewer_blocks(estimate: Estimate, growing: float, room: float) -> list[str]:
     """The stage with fewer blocks, where that is enough."""
-    blocks = stage.last - stage.first + 1
-    estimate = Estimate(config, vocab_size, stage)
+    config, blocks = estimate.config, estimate.stage.last - estimate.stage.first + 1
     (ends, _), (whole, _) = estimate.memory_parts(0), estimate.memory_parts()
     one = (whole - ends + growing) / blocks
     fewer = min(blocks - 1, math.floor((room - ends) / one))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from stackwise.training.engine import ResidentEngine
+    from stackwise.training.stage import StageModel
 
 SHARE = 0.8  # of the memory, what a stage with the batch that is chosen may have taken in its trial
 
@@ -48,7 +49,7 @@ def run_trial(job: TrialJob, device: torch.device) -> dict[str, Any]:
     if config.deterministic and device.type == "cuda":  # whose kernels may want other memory
         make_deterministic()
     before = memory(device)
-    engine = _engine(job, config, device)
+    engine = make_engine(job, config, make_model(job, config).to(device), device)
     _tried(engine, job, config, 1, device, before)  # the first step makes the moments that all others have beside them
     good, taken, bad, rows = 0, 0, 0, 1
     while rows:
@@ -71,10 +72,19 @@ def run_trial(job: TrialJob, device: torch.device) -> dict[str, Any]:
     return {"rows": good, "peak": taken, "limit": before.limit, "what": before.what}
 
 
-def _engine(job: TrialJob, config: StackWiseConfig, device: torch.device) -> ResidentEngine:
-    from stackwise.pipeline.job import Source
-    from stackwise.pipeline.parts import make_block, make_front, make_head, objective_of, parts_of, require_gradients
+def make_engine(job: TrialJob, config: StackWiseConfig, model: StageModel, device: torch.device) -> ResidentEngine:
+    """The stage's engine."""
+    from stackwise.pipeline.parts import parts_of
     from stackwise.training.engine import ResidentEngine
+
+    settings = config.stage_training(job.stage.depth)
+    return ResidentEngine(model, settings, seed=(0,), device=device, parts=parts_of(model, job.stage))
+
+
+def make_model(job: TrialJob, config: StackWiseConfig) -> StageModel:
+    """The stage's modules, with fresh weights, on torch's default device."""
+    from stackwise.pipeline.job import Source
+    from stackwise.pipeline.parts import make_block, make_front, make_head, objective_of, require_gradients
     from stackwise.training.stage import StageModel
 
     stage, fresh = job.stage, Source()
@@ -89,9 +99,7 @@ def _engine(job: TrialJob, config: StackWiseConfig, device: torch.device) -> Res
     tied = front.embedding.weight if front is not None and config.model.tie_embeddings else None
     head = make_head(config, job.vocab_size, fresh, tied, own=False)
     objective = objective_of(config, job.mask_token, job.vocab_size, stage)
-    model = StageModel(front, blocks, head, objective, config.precision, beyond).to(device)
-    settings = config.stage_training(stage.depth)
-    return ResidentEngine(model, settings, seed=(0,), device=device, parts=parts_of(model, stage))
+    return StageModel(front, blocks, head, objective, config.precision, beyond)
 
 
 def _tried(
@@ -109,7 +117,7 @@ def _tried(
     # From the second on, a step's gradients are there while a microbatch goes forward; a third takes no more.
     microbatches = min(2, config.stage_training(job.stage.depth).accumulation)
     try:
-        engine.step((_batch(engine, job, config, rows) for _ in range(microbatches)), 0, 0.0)
+        engine.step((make_batch(engine, job, config, rows) for _ in range(microbatches)), 0, 0.0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:
@@ -126,7 +134,10 @@ def _tried(
     return _peak(device, before), seconds
 
 
-def _batch(engine: ResidentEngine, job: TrialJob, config: StackWiseConfig, rows: int) -> Any:
+def make_batch(
+    engine: ResidentEngine, job: TrialJob, config: StackWiseConfig, rows: int, *, activations: bool = True
+) -> Any:
+    """A microbatch of so many rows, as many of their positions masked as ever are."""
     import numpy as np
     import torch
 
@@ -137,7 +148,7 @@ def _batch(engine: ResidentEngine, job: TrialJob, config: StackWiseConfig, rows:
     masks_BS[:, : max(1, round(config.training.max_mask_fraction * length))] = config.objective.masks
     tokens_BS = torch.randint(0, min(4, job.vocab_size), (rows, length))
     tensors = {TOKENS: tokens_BS, MASKS: masks_BS} | dict.fromkeys(engine.model.objective.inputs, tokens_BS)
-    if engine.model.front is None:
+    if engine.model.front is None and activations:
         shape = rows, config.row_positions, config.model.d_model
         tensors[ACTIVATIONS] = torch.zeros(shape, dtype=engine.model.stream_dtype)
     if config.data.within_documents:

@@ -79,7 +79,9 @@ def test_each_change_fits_alone(batch: int, length: int, gigabytes: float, expec
     config = StackWiseConfig.from_preset("gpt2-small", {**changes, "precision": "fp32"})
     stage, limit = schedule(config)[1], int(gigabytes * 10**9)
     assert Estimate(config, 50_000, stage).memory > SAFETY * limit
-    said = oom_advice(config, 50_000, stage, {"limit": limit, "base": 0, "peak": limit // 2, "what": "GPU memory"})
+    said = oom_advice(
+        Estimate(config, 50_000, stage), {"limit": limit, "base": 0, "peak": limit // 2, "what": "GPU memory"}
+    )
     assert expected in said, said
     for key, value in re.findall(r"(training\.\w+): \d+ → (\d+)", said):
         config = StackWiseConfig.from_preset("gpt2-small", {**changes, "precision": "fp32", key: int(value)})

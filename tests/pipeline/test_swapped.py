@@ -52,12 +52,12 @@ def test_auto_swaps_what_does_not_fit(micro: Micro) -> None:
     config = micro(training__mode="end_to_end", model__architecture__n_stacks=16, model__d_model=512)
     (stage,) = schedule(config)
     assert Estimate(config, 258, stage).swap(1 << 40) is None
-    swaps = [Estimate(config, 258, stage).swap(memory) for memory in (1 << 30, 1 << 29, 1 << 20)]
+    swaps = [Estimate(config, 258, stage).swap(memory) for memory in (3 << 28, 1 << 29, 1 << 20)]
     groups = [swap.groups for swap in swaps if swap is not None]
     assert groups == sorted(groups)
     assert 1 < groups[0] < groups[-1] == 16
     assert swaps[0] is not None
-    assert swaps[0].memory <= 1 << 30
+    assert swaps[0].memory <= 3 << 28
     config.training.memory = 1 << 29
     assert Estimate(config, 258, stage).swap(1 << 40) == swaps[1]
     config.training.swap = "never"

@@ -51,7 +51,7 @@ def sizes(config: StackWiseConfig, vocab_size: int, data_id: str, device: str, m
     Args:
         memory: Bytes of its memory; `training.memory` comes before it.
     """
-    most = largest_fitting(config, vocab_size, min(memory, config.training.memory or memory))
+    most = largest_fitting(config, vocab_size, min(memory, config.training.memory or memory), device)
     candidates = sorted({*(1 << n for n in range(most.bit_length())), most})
     trial = _small(config, most, most).model_dump(mode="json", exclude={"device", "name", "slurm", "tracking", "data"})
     values = {"trial": trial, "data": data_id, "device": device, "most": most, "numerics": NUMERICS}
@@ -59,14 +59,14 @@ def sizes(config: StackWiseConfig, vocab_size: int, data_id: str, device: str, m
     return Sizes(most, candidates, content_id("block size", values))
 
 
-def largest_fitting(config: StackWiseConfig, vocab_size: int, memory: int) -> int:
+def largest_fitting(config: StackWiseConfig, vocab_size: int, memory: int, device: str = "cpu") -> int:
     """The most blocks a stage can have so that every stage of the schedule fits; 1 where none does."""
     config = config.model_copy(deep=True)
     largest = 1
     for size in range(1, config.model.n_blocks + 1):
         config.training.block_size = size
         stages = schedule(config)[: config.n_sections]
-        if max(Estimate(config, vocab_size, stage).memory for stage in stages) > SHARE * memory:
+        if max(Estimate(config, vocab_size, stage, device).memory for stage in stages) > SHARE * memory:
             break
         largest = size
     return largest

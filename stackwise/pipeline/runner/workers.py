@@ -22,7 +22,7 @@ from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
 from stackwise.files import open_regular
 from stackwise.host import killed_for_memory
 from stackwise.pipeline.device import describe, python_command
-from stackwise.pipeline.estimate import Estimate, oom_advice
+from stackwise.pipeline.estimate import Estimate, kind_of, oom_advice
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.worker import forking
@@ -322,7 +322,9 @@ class WorkerPool:
             with contextlib.suppress(OSError):  # the log cannot be written: what ended the job is what is to be said
                 self._observe({"event": "failed", "stage": place, "text": error.message})
             if isinstance(error, OutOfMemory) and stage is not None:
-                advice = oom_advice(self._config, stage.vocab_size, stage.stage, error.measured)
+                advice = oom_advice(
+                    Estimate(self._config, stage.vocab_size, stage.stage, kind_of(stage.device)), error.measured
+                )
                 error.hint = f"{advice}\n  {error.hint}"
             error.hint = f"{error.hint}; {self._go_on}" if error.hint else self._go_on
             raise

@@ -19,6 +19,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
 from stackwise.durable import FileLock
 from stackwise.errors import InterruptedRun
+from stackwise.host import host_total
 from stackwise.model import part_digest
 from stackwise.pipeline.committed.generate import generate
 from stackwise.pipeline.committed.load import load_rack
@@ -92,7 +93,7 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
 def _train_and_write(context: StageContext) -> None:
     """Train a stage, in memory or swapped; then write boundaries with what it has become."""
     job, config, device = context.job, context.config, context.device
-    swap = Estimate(config, job.vocab_size, job.stage).swap(int(describe(device)["memory"]))
+    swap = Estimate(config, job.vocab_size, job.stage, device.type).swap(int(describe(device)["memory"]), host_total())
     frozen = [frozen_stage(below, job, config).to(device) for below in job.recomputed]
     model = stage_model(job, config).to(device) if swap is None else None
     if job.train:

@@ -87,7 +87,9 @@ def train_stage(context: StageContext, model: StageModel) -> None:
 def engine_of(context: StageContext) -> Iterator[Engine]:
     """The engine of the job's stage: in memory, or swapped where it does not fit."""
     job, config = context.job, context.config
-    swap = Estimate(config, job.vocab_size, job.stage).swap(int(describe(context.device)["memory"]))
+    swap = Estimate(config, job.vocab_size, job.stage, context.device.type).swap(
+        int(describe(context.device)["memory"])
+    )
     if swap is None:
         yield _resident(context, stage_model(job, config).to(context.device))
         return

@@ -1,0 +1,204 @@
+"""What to change where a run does not fit, each change with its figure; and other ways to train the same rack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from stackwise import words
+from stackwise.config import StackWiseConfig
+from stackwise.config.adapters import layers
+from stackwise.config.choices import Mode
+from stackwise.config.precision import bits_per_weight
+from stackwise.config.training import ProgressiveConfig
+from stackwise.errors import StackWiseError
+from stackwise.pipeline.estimate import SHARE, Estimate
+from stackwise.pipeline.planning.forecast import Forecast, forecast
+from stackwise.pipeline.runner.auto import largest_fitting
+from stackwise.pipeline.schedule import schedule
+
+CHINCHILLA = 20  # tokens a parameter (arXiv 2203.15556)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another way: its largest stage's memory, its disk, its time."""
+
+    name: str
+    memory: float
+    live: float
+    written: float
+    seconds: float
+    fits: bool
+
+    def line(self) -> str:
+        """In a line."""
+        fit = "" if self.fits else ", does not fit"
+        return (
+            f"{self.name}: {words.size(self.memory)} of memory, {words.size(self.live)} live and "
+            f"{words.size(self.written)} written on disk, {words.duration(self.seconds)}{fit}"
+        )
+
+
+def alternatives(planned: Forecast) -> Iterator[Alternative]:
+    """Other ways to train the same rack on the same machine, from closed forms; sharding by arithmetic."""
+    config, machine = planned.config, planned.machine
+    most = largest_fitting(_with_mode(config, "blockwise"), planned.vocab_size, int(machine.memory), machine.kind)
+    if config.model.n_blocks > 1:
+        yield from _tried(planned, "resident stages of 1 block", lambda c: _set_mode(c, "layerwise"))
+        if most > 1:
+            yield from _tried(planned, f"resident stages of {most} blocks", lambda c: _blocks(c, most))
+        yield from _tried(planned, "the whole rack end to end, swapped where it must be", _whole)
+    whole = _copy(config)
+    _whole(whole)
+    whole.training.swap = "never"
+    (stage,) = schedule(whole)[:1]
+    estimate = Estimate(whole, planned.vocab_size, stage, machine.kind)
+    yield from _sharded(planned, estimate)
+    yield _adapted(planned, estimate)
+
+
+def _sharded(planned: Forecast, estimate: Estimate) -> Iterator[Alternative]:
+    """Parameters, gradients, moments and 16-bit copies divided (ZeRO-3, arXiv 1910.02054)."""
+    config, machine = estimate.config, planned.machine
+    state, block = estimate.state_bytes(gradients=True), config.model.block_parameters
+    fixed, row = estimate.memory_parts()
+    beside = row + 6.0 * block + max(0.0, fixed - state - 2 * estimate.trained_parameters)
+    room = SHARE * machine.memory - beside
+    if room > 0 and state > room:
+        ranks = 2 ** math.ceil(math.log2(state / room))
+        seconds = _seconds(planned, config) / ranks
+        name = f"the whole rack sharded over {ranks} × {machine.name}, a row each, without the network's time"
+        yield Alternative(name, state / ranks + beside, 3.0 * state, 3.0 * state, seconds, True)
+
+
+RANK = 16  # of the adapters
+
+
+def _adapted(planned: Forecast, estimate: Estimate) -> Alternative:
+    """A pretrained rack in 4 bits under adapters that train (QLoRA, arXiv 2305.14314)."""
+    config, model = estimate.config, estimate.config.model
+    sides = sum(map(sum, layers(model).values()))
+    adapters = 16.0 * RANK * sides * model.n_blocks
+    ends = estimate.trained_parameters - model.n_blocks * model.block_parameters
+    weights = bits_per_weight("nf4") / 8 * model.n_blocks * model.block_parameters + 2 * ends
+    memory = weights + adapters + estimate.memory_parts()[1] + 2 * model.block_parameters
+    # The products that give the weights' gradients fall away.
+    seconds = 2 / 3 * _seconds(planned, config)
+    name = f"QLoRA end to end, a row at a time, adapters of rank {RANK}, from pretrained weights"
+    return Alternative(name, memory, weights + adapters, adapters, seconds, memory <= SHARE * planned.machine.memory)
+
+
+def _seconds(planned: Forecast, config: StackWiseConfig) -> float:
+    """Of a configuration whose stages are held whole, whether they fit or not."""
+    return forecast(config, planned.machine, planned.tokens, trace=False).seconds
+
+
+def advise(planned: Forecast, price: float | None) -> list[str]:
+    """Lines: what does not fit, what to change, what time and money it takes, what else can be done."""
+    lines = planned.misfits()
+    if lines:
+        lines += _changes(planned)
+    lines += planned.notes
+    lines += [f"stage {one.stage.depth} is estimated, not traced: {one.note}" for one in planned.stages if one.note]
+    if planned.written:
+        share = planned.written / planned.machine.disk.endurance
+        drive = words.size(planned.machine.disk.size)
+        lines.append(f"writing {words.size(planned.written)} takes {share:.1%} of what a drive of {drive} is rated for")
+    whole = CHINCHILLA * planned.parameters
+    times = whole / planned.tokens
+    lines.append(
+        f"Chinchilla's count for {words.count(planned.parameters)} parameters is {words.count(whole)} tokens: "
+        f"{times:,.0f} times as many, {_long(times * planned.seconds)}"
+    )
+    if price is not None:
+        cost = price * planned.seconds / 3600
+        lines.append(f"at ${price:g} an hour this costs ${cost:,.0f}, and Chinchilla's count ${times * cost:,.0f}")
+    return lines
+
+
+def _long(seconds: float) -> str:
+    years = seconds / 365.25 / 86400
+    return f"{years:,.3g} years" if years >= 2 else words.duration(seconds)
+
+
+def _changes(planned: Forecast) -> Iterator[str]:
+    """Changes that help, with what they come to."""
+    config, machine = planned.config, planned.machine
+    memory = any(stage.memory["peak"] > machine.memory for stage in planned.stages)
+    settings = config.training
+    options: list[tuple[str, Callable[[StackWiseConfig], object]]] = []
+    if memory:
+        most = largest_fitting(_with_mode(config, "blockwise"), planned.vocab_size, int(machine.memory), machine.kind)
+        options.append((f"training.mode.block_size: {most}", lambda c: _blocks(c, most)))
+        rows = settings.batch_size
+        while rows > 1:
+            rows = max(1, rows // 2)
+            options.append((f"training.batch_size: {rows}", lambda c, rows=rows: _rows(c, rows)))  # type: ignore[misc]
+        options.append(("training.swap: auto", lambda c: setattr(c.training, "swap", "auto")))
+    if planned.live > machine.disk.size:
+        free = machine.disk.size - planned.live + planned.boundaries
+        if config.has_windows and free > 0:
+            windows = math.ceil(planned.boundaries * planned.windows / free)
+            yield (
+                f"training.windows: {windows} leaves {words.size(planned.boundaries * planned.windows / windows)} of "
+                "boundaries at once"
+            )
+        options += [
+            ("store.keep: none", lambda c: setattr(c.store, "keep", "none")),
+            ("store.codec: int8", lambda c: setattr(c.store, "codec", "int8")),
+            ("store.every: 2", lambda c: setattr(c.store, "every", 2)),
+        ]
+    most_now = max(stage.memory["peak"] for stage in planned.stages)
+    for text, change in options:
+        for other in _tried(planned, text, change):
+            less = other.live < 0.98 * planned.live or other.memory < 0.98 * most_now
+            if less:
+                yield other.line()
+    if any(stage.host_memory > machine.ram for stage in planned.stages):
+        need = max(stage.host_memory for stage in planned.stages)
+        yield f"host memory of {words.size(need)}, or fewer blocks a stage (training.mode.block_size)"
+
+
+def _tried(planned: Forecast, name: str, change: Callable[[StackWiseConfig], object]) -> Iterator[Alternative]:
+    """The same with a change; nothing where the configuration does not allow it."""
+    config = _copy(planned.config)
+    try:
+        change(config)
+        config.validate()
+        other = forecast(config, planned.machine, planned.tokens, trace=False)
+    except (StackWiseError, ValueError):
+        return
+    memory = max(stage.memory["peak"] for stage in other.stages)
+    yield Alternative(name, memory, other.live, other.written, other.seconds, other.fits)
+
+
+def _copy(config: StackWiseConfig) -> StackWiseConfig:
+    return config.model_copy(deep=True)
+
+
+def _set_mode(config: StackWiseConfig, name: str) -> None:
+    config.training.progressive = ProgressiveConfig()
+    config.training.mode = Mode.of(name)
+
+
+def _with_mode(config: StackWiseConfig, name: str) -> StackWiseConfig:
+    config = _copy(config)
+    _set_mode(config, name)
+    return config
+
+
+def _blocks(config: StackWiseConfig, blocks: int) -> None:
+    _set_mode(config, "blockwise")
+    config.training.block_size = blocks
+
+
+def _rows(config: StackWiseConfig, rows: int) -> None:
+    config.training.accumulation *= max(1, config.training.batch_size // rows)
+    config.training.batch_size = rows
+
+
+def _whole(config: StackWiseConfig) -> None:
+    _set_mode(config, "end_to_end")
+    config.training.swap = "auto"

@@ -1,0 +1,344 @@
+"""What a run takes on a machine: memory, disk, seconds and what bounds them, stage by stage.
+
+Times are sums over a few terms: products at the rate that the machine reaches, updates at its memory's bandwidth,
+boundaries at the disk's, copies at the bus's. What overlaps in the engines counts as the longest of its terms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stackwise.config import AUTO, StackWiseConfig
+from stackwise.pipeline.decisions import forward_flops
+from stackwise.pipeline.estimate import WEIGHT_BYTES, Estimate, Swap
+from stackwise.pipeline.planning.machines import Machine
+from stackwise.pipeline.planning.trace import PARTS
+from stackwise.pipeline.planning.tracing import Traced, estimated, traced
+from stackwise.pipeline.recipe import whole_boundary
+from stackwise.pipeline.schedule import ADAPTER, HEAD, Stage, schedule
+from stackwise.words import size
+
+DEFAULT_TOKENS = 10**9
+PAGEABLE = 0.3  # of the rate of pinned memory, what copies of other memory reach, which the swapped engine makes
+CACHED = 0.5  # share of the host's memory that files may stay in, to be read from there again
+COMPUTE, READ, WRITE, COPIES = "compute", "disk read", "disk write", "host copies"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Something that takes time.
+
+    Args:
+        terms: Seconds by what they go by; those of one phase overlap.
+    """
+
+    terms: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes."""
+        return max(self.terms.values())
+
+    @property
+    def bound(self) -> str:
+        """What it waits for."""
+        return max(self.terms, key=lambda term: self.terms[term])
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """What a stage takes.
+
+    Args:
+        memory: Bytes of the device by part, and `peak`.
+        train, write: Its training, and the pass that writes the boundary above it.
+        boundary: Bytes of the boundary that it reads; 0: it reads tokens.
+        written: Bytes that it writes beside boundaries: checkpoints, what is committed, what is swapped.
+    """
+
+    stage: Stage
+    parameters: int
+    memory: dict[str, int]
+    host_memory: int
+    swap: Swap | None
+    train: Phase
+    write: Phase | None
+    boundary: int
+    state: int
+    written: float
+    note: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes, the pass above it included."""
+        return self.train.seconds + (self.write.seconds if self.write else 0.0)
+
+    @property
+    def bound(self) -> str:
+        """What its longer phase waits for."""
+        return max((phase for phase in (self.train, self.write) if phase), key=lambda phase: phase.seconds).bound
+
+    def plain(self) -> dict[str, Any]:
+        """As the contract has it."""
+        return {
+            "depth": self.stage.depth,
+            "blocks": [self.stage.first, self.stage.last],
+            "parameters": self.parameters,
+            "memory": {part: self.memory[part] for part in (*PARTS, "peak")},
+            "host_memory": self.host_memory,
+            "seconds": self.seconds,
+            "bound": self.bound,
+        }
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run takes."""
+
+    config: StackWiseConfig
+    machine: Machine
+    vocab_size: int
+    tokens: int  # that each stage trains on
+    stages: Sequence[StageForecast]
+    windows: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole rack."""
+        model, size = self.config.model, self.vocab_size
+        ends = model.front_parameters(size, self.config.training.seq_len)
+        ends += model.head_parameters(size, shared=model.tie_embeddings)
+        return model.n_blocks * model.block_parameters + ends
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def live(self) -> int:
+        """Bytes on the disk at most: boundaries, committed weights, the checkpoints of a stage."""
+        return round(self.boundaries + self.committed + max((stage.state for stage in self.stages), default=0))
+
+    @property
+    def boundaries(self) -> float:
+        """Bytes of the boundaries that live at once."""
+        reads, keep = [stage.boundary for stage in self.stages if stage.boundary], self.config.store.keep
+        alive = len(reads) if keep == "all" else min(len(reads), 2 + (keep if isinstance(keep, int) else 0))
+        return sum(sorted(reads)[-alive:]) / self.windows if alive else 0.0
+
+    @property
+    def committed(self) -> int:
+        """Bytes of weights in the store at the end."""
+        return sum(WEIGHT_BYTES * stage.parameters for stage in self.stages)
+
+    @property
+    def written(self) -> float:
+        """Bytes written to the disk in all."""
+        return sum(stage.boundary + stage.written for stage in self.stages)
+
+    def misfits(self) -> list[str]:
+        """What does not fit, a line each."""
+        machine, lines = self.machine, []
+        for stage in self.stages:
+            name = f"stage {stage.stage.depth}"
+            if stage.memory["peak"] > machine.memory:
+                lines.append(f"{name} takes {size(stage.memory['peak'])} of {size(machine.memory)} of {machine.name}")
+            if stage.host_memory > machine.ram:
+                lines.append(f"{name} takes {size(stage.host_memory)} of {size(machine.ram)} of host memory")
+        if self.live > machine.disk.size:
+            lines.append(f"the disk holds {size(machine.disk.size)}, and {size(self.live)} live on it at once")
+        return lines
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything fits."""
+        return not self.misfits()
+
+
+def forecast(config: StackWiseConfig, machine: Machine, tokens: int | None = None, *, trace: bool = True) -> Forecast:
+    """What a configuration takes on a machine.
+
+    Args:
+        tokens: That each stage trains on; None: as the configuration says, else 10^9.
+        trace: Trace memory, where a stage is held whole; else estimate it.
+
+    Raises:
+        UsageError: Not a block fits, where `training.block_size` is auto.
+    """
+    config, notes = config.model_copy(deep=True), list[str]()
+    vocab_size = (
+        config.model.vocab_size or config.data.vocab_size or (257 if config.data.tokenizer == "bytes" else 4096)
+    )
+    if config.precision == "auto":
+        config.precision = "bf16" if machine.kind == "cuda" else "fp32"
+    _settle(config, machine, vocab_size, notes)
+    first = {stage.depth: stage for stage in reversed(schedule(config))}
+    estimates = [Estimate(config, vocab_size, first[depth], machine.kind) for depth in sorted(first)]
+    swaps = [estimate.swap(int(machine.memory), int(machine.ram)) for estimate in estimates]
+    resident = [estimate for estimate, swap in zip(estimates, swaps, strict=True) if swap is None]
+    found = iter(traced(resident) if trace else [Traced(estimated(estimate)) for estimate in resident])
+    settings = config.stage_training(0)
+    rowed = settings.batch_size * settings.accumulation * config.training.seq_len
+    if tokens is None:
+        tokens = settings.steps * rowed if settings.steps else settings.tokens
+    if tokens is None:
+        tokens = DEFAULT_TOKENS
+        notes.append("training.steps and training.tokens are null: 1 G tokens a stage are taken (--tokens says others)")
+    stages = []
+    for estimate, swap in zip(estimates, swaps, strict=True):
+        memory = _swapped(estimate, swap) if swap is not None else next(found)
+        stages.append(_stage(estimate, swap, memory, machine, tokens, _place(config, first, estimate.stage)))
+    whole = Forecast(config, machine, vocab_size, tokens, stages, config.windows, notes)
+    if config.has_windows and config.training.windows == AUTO and whole.boundaries:
+        limit = min(machine.disk.size, config.store.max_bytes or machine.disk.size) - whole.live + whole.boundaries
+        windows = max(1, math.ceil(whole.boundaries / limit)) if limit > 0 else 1
+        notes.append(f"training.windows: auto is taken as {windows}")
+        return Forecast(config, machine, vocab_size, tokens, stages, windows, notes)
+    return whole
+
+
+def _settle(config: StackWiseConfig, machine: Machine, vocab_size: int, notes: list[str]) -> None:
+    """Give what is `auto` the number that memory allows."""
+    from stackwise.pipeline.runner.auto import largest_fitting
+
+    if config.training.batch_size == AUTO and config.finds_block_size:
+        config.training.batch_size = 1
+    if config.finds_block_size:
+        config.training.block_size = largest_fitting(config, vocab_size, int(machine.memory), machine.kind)
+        notes.append(f"training.block_size: auto is taken as {config.training.block_size}, the most that fits")
+    for section in (config.training, *(own.training for own in config.stages.values())):
+        if section.batch_size == AUTO:
+            section.batch_size = 1
+            stages = schedule(config)
+            while section.batch_size < 1 << 12:
+                section.batch_size *= 2
+                if any(Estimate(config, vocab_size, s, machine.kind).memory > 0.8 * machine.memory for s in stages):
+                    section.batch_size //= 2
+                    break
+            notes.append(f"batch_size: auto is taken as {section.batch_size}")
+
+
+def _place(config: StackWiseConfig, stages: dict[int, Stage], stage: Stage) -> _Place:
+    above = stages.get(stage.depth + 1)
+    writes = above is not None and above.reads_boundary and above.first == stage.last + 1
+    every = config.boundary_every
+    recomputed = stage.depth % every if stage.reads_boundary else 0
+    return _Place(above if writes and above is not None and above.depth % every == 0 else None, recomputed)
+
+
+def _swapped(estimate: Estimate, swap: Swap) -> Traced:
+    """The device's memory of a stage whose groups take turns."""
+    phase = estimate.largest_phase
+    state, without = phase.state_bytes(gradients=True), phase.state_bytes(gradients=False)
+    weights = WEIGHT_BYTES * phase.trained_parameters
+    parts = dict.fromkeys(PARTS, 0)
+    blocks = len((*phase.stage.blocks, *phase.stage.lookahead))
+    share = -(-blocks // swap.groups) / max(1, blocks) * (3 if estimate.device == "cpu" else 1)
+    parts["weights"], parts["gradients"] = round(weights * share), round((state - without) * share)
+    parts["optimizer"] = round((without - weights) * share)
+    parts["head"] = swap.loss
+    parts["activations"] = max(0, swap.memory - sum(parts.values()))
+    return Traced(parts | {"peak": sum(parts.values())})
+
+
+def _flops(estimate: Estimate) -> tuple[float, float]:
+    """Products of a row: of one step's passes, and of a forward pass to the boundary above."""
+    config, stage = estimate.config, estimate.largest_phase.stage
+    trained = {part.removeprefix(ADAPTER) for part in stage.trains}
+    forward = forward_flops(config, stage)
+    block = forward / max(1, stage.last - stage.first + 1)
+    parts = [*stage.blocks, *stage.lookahead]
+    lowest = next((at for at, part in enumerate(parts) if part in trained), len(parts))
+    # Forward; the gradient of what enters each above the lowest that trains; that of the weights that train.
+    passes = sum(1 + (at >= lowest) + (part in trained) for at, part in enumerate(parts))
+    scored = (
+        (config.training.min_mask_fraction + config.training.max_mask_fraction) / 2 if config.objective.masks else 1
+    )
+    head = 2 * scored * config.row_positions * estimate.vocab_size * config.model.d_model
+    return passes * block + (2 + (HEAD in trained)) * head, forward
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a stage stands in its run: the stage above it, and the stages whose output is made as it is asked for."""
+
+    above: Stage | None
+    recomputed: int  # stages between it and the stored boundary below it
+
+
+def _stage(
+    estimate: Estimate, swap: Swap | None, found: Traced, machine: Machine, tokens: int, place: _Place
+) -> StageForecast:
+    config, stage = estimate.config, estimate.stage
+    settings, training = config.stage_training(stage.depth), config.training
+    step_rows = settings.batch_size * settings.accumulation
+    steps = max(1, round(tokens / (step_rows * training.seq_len)))
+    seen = steps * step_rows
+    rows = min(training.rows or seen, seen)
+    boundary = whole_boundary(config, rows)
+    row = boundary / max(1, rows)
+    flops, forward = _flops(estimate)
+    state = estimate.state_bytes(gradients=False)
+    gradients = estimate.state_bytes(gradients=True) - state
+    reads = boundary if stage.reads_boundary and not place.recomputed else 0
+    cold = reads / machine.disk.read * (seen / max(1, rows) if reads > CACHED * machine.ram else 1.0)
+    compute = seen * flops / machine.rate + steps * (2 * state + 3 * gradients) / machine.bandwidth
+    compute += place.recomputed * seen * forward / machine.rate  # of stages as large as this one
+    copies = seen * row / machine.host if stage.reads_boundary and machine.kind == "cuda" else 0.0
+    host, written = machine.base + min(0.05 * machine.ram, 128 * settings.batch_size * row), float(state)
+    moved = 0.0
+    if swap is not None:
+        # Up and down once a step: weights and moments come up, are updated and go; weights and gradients once more.
+        weights = WEIGHT_BYTES * estimate.trained_parameters
+        moved = steps * (2 * state + weights + 2 * gradients)
+        compute += seen * forward / machine.rate  # each group goes forward again on the way down
+        spilled = max(
+            0.0, step_rows * config.row_positions * config.model.d_model * 2 * (swap.groups + 3) - swap.boundaries
+        )
+        copies = moved / (PAGEABLE * machine.host) if machine.kind == "cuda" else 0.0
+        host += swap.host
+        disk_read = cold + (steps * (state + weights + gradients + spilled)) / machine.disk.read
+        disk_write = steps * (state + gradients + spilled) / machine.disk.write
+        written += steps * (state + gradients + spilled)
+        # The engine copies where it computes.
+        terms = {COMPUTE: compute + copies, READ: disk_read, WRITE: disk_write}
+        if copies > compute:
+            terms = {COPIES: compute + copies, READ: disk_read, WRITE: disk_write}
+    else:
+        host += state if machine.kind == "cuda" else state + found.parts["peak"]
+        terms = {COMPUTE: compute, READ: cold, COPIES: copies}
+        seconds = max(terms.values())
+        saves = (
+            steps / training.checkpoint_steps
+            if training.checkpoint_steps
+            else seconds / 60 / training.checkpoint_minutes
+        )
+        written += math.floor(saves) * state
+    write = None
+    if place.above is not None:
+        write = Phase(
+            {
+                COMPUTE: rows * forward / machine.rate,
+                READ: reads / machine.disk.read,
+                WRITE: boundary / machine.disk.write,
+            }
+        )
+    memory = dict(found.parts)
+    return StageForecast(
+        stage=stage,
+        parameters=estimate.trained_parameters,
+        memory=memory,
+        host_memory=round(host),
+        swap=swap,
+        train=Phase(terms),
+        write=write,
+        boundary=reads,
+        state=3 * state if swap is None else swap.disk,
+        written=written,
+        note=found.note,
+    )

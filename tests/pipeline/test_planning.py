@@ -1,0 +1,151 @@
+"""Plans: memory traced on the real modules and engine, closed forms held to it, machines, bad input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from stackwise.cli.app import main
+from stackwise.config import StackWiseConfig
+from stackwise.errors import StackWiseError, UsageError
+from stackwise.pipeline.estimate import Estimate
+from stackwise.pipeline.planning.forecast import forecast
+from stackwise.pipeline.planning.machines import MACHINES, find
+from stackwise.pipeline.planning.trace import PARTS
+from stackwise.pipeline.planning.tracing import traced
+from stackwise.pipeline.schedule import schedule
+
+VOCABULARY = {"micro": 258, "smoke": 258, "demo": 512}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "planning"))
+
+
+def estimates(preset: str, device: str, *depths: int, **settings: object) -> list[Estimate]:
+    config = StackWiseConfig.from_preset(preset, {"precision": "bf16" if device == "cuda" else "fp32", **settings})
+    stages = schedule(config)
+    size = config.model.vocab_size or VOCABULARY[preset]
+    return [Estimate(config, size, stages[depth], device) for depth in depths]
+
+
+def test_the_estimate_of_a_presets_stage_is_within_5_percent_of_its_traced_peak() -> None:
+    cases = [
+        *estimates("micro", "cpu", 0, 1),
+        *estimates("smoke", "cpu", 1),
+        *estimates("demo", "cpu", 1),
+        *estimates("bert-base", "cuda", 0, 1),
+        *estimates("bert-base", "cpu", 1),
+        *estimates("gpt2-small", "cuda", 0),
+        *estimates("gpt2-small", "cpu", 1),
+        *estimates("llama-1b", "cuda", 1),
+    ]
+    for estimate, found in zip(cases, traced(cases), strict=True):
+        assert found.note is None
+        assert sum(found.parts[part] for part in PARTS) == found.parts["peak"]
+        assert estimate.memory == pytest.approx(found.parts["peak"], rel=0.05), estimate.config.name
+
+
+def test_a_stage_of_many_blocks_is_traced_with_few(tmp_path: Path) -> None:
+    settings = {"model.architecture.n_stacks": 12, "model.architecture.blocks_per_stack": 1}
+    (twelve,) = estimates("micro", "cpu", 0, **settings, **{"training.mode": "end_to_end"})
+    (found,) = traced([twelve], cache=tmp_path)
+    assert twelve.memory == pytest.approx(found.parts["peak"], rel=0.05)
+    assert found.parts["weights"] >= 4 * twelve.trained_parameters
+    assert traced([twelve], cache=tmp_path) == [found]  # from the cache
+
+
+@pytest.mark.stress
+def test_a_stage_of_seventy_billion_parameters_is_traced_as_it_is() -> None:
+    cases = estimates("llama-70b", "cuda", 0, 1)
+    first, other = traced(cases)
+    assert first.parts["gradients"] == pytest.approx(4 * cases[0].trained_parameters, rel=1e-3)
+    for estimate, found in zip(cases, (first, other), strict=True):
+        assert estimate.memory == pytest.approx(found.parts["peak"], rel=0.01)
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    done = CliRunner().invoke(main, ["plan", "--json", *arguments], standalone_mode=False)
+    assert done.exception is None, done.exception
+    value: dict[str, Any] = json.loads(done.stdout)
+    return value
+
+
+def test_a_plan_is_what_the_contract_says_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = planned("--preset", "micro", "--gpu", "cpu", "--tokens", "1M", "--price", "2", "--disk", "2GB/s,1GB/s,1TB")
+    assert set(plan) == {"parameters", "fits", "stages", "disk", "seconds", "tokens", "advice"}
+    assert plan["tokens"] == 10**6
+    assert plan["fits"] is True
+    assert [stage["blocks"] for stage in plan["stages"]] == [[0, 0], [1, 1]]
+    for stage in plan["stages"]:
+        assert set(stage) == {"depth", "blocks", "parameters", "memory", "host_memory", "seconds", "bound"}
+        assert sum(stage["memory"][part] for part in PARTS) == stage["memory"]["peak"]
+        assert stage["bound"] in ("compute", "disk read", "disk write", "host copies")
+    assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"]))
+    assert plan["disk"]["written"] >= plan["disk"]["live"] > 0 or plan["disk"]["written"] > 0
+    assert any("an hour this costs" in line for line in plan["advice"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_is_told_with_changes_that_help() -> None:
+    config = StackWiseConfig.from_preset("llama-1b", {"training.mode.block_size": 16, "training.swap": "never"})
+    small = replace(MACHINES["rtx4090"], disk=replace(MACHINES["rtx4090"].disk, size=1e11))
+    whole = forecast(config, small, 10**9, trace=False)
+    assert not whole.fits
+    from stackwise.pipeline.planning.advice import advise, alternatives
+
+    lines = advise(whole, None)
+    assert any(line.startswith("training.mode.block_size: ") for line in lines)
+    assert any(line.startswith("training.swap: auto") for line in lines)
+    others = {other.name.split(",")[0].split(" over")[0]: other for other in alternatives(whole)}
+    assert {"resident stages of 1 block", "the whole rack end to end", "QLoRA end to end"} <= set(others)
+    assert others["resident stages of 1 block"].memory < max(s.memory["peak"] for s in whole.stages)
+
+
+def test_twice_the_disk_s_rate_halves_a_read_that_bounds_a_stage() -> None:
+    config = StackWiseConfig.from_preset("llama-1b", {"training.epochs_per_layer": 1})
+    slow, fast = (
+        forecast(
+            config, replace(MACHINES["h200"], disk=replace(MACHINES["h200"].disk, read=rate, write=rate)), trace=False
+        )
+        for rate in (1e7, 2e7)
+    )
+    assert {stage.bound for stage in slow.stages[1:-1]} <= {"disk read", "disk write"}
+    assert slow.stages[-1].seconds == pytest.approx(2 * fast.stages[-1].seconds, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "h20"], "did you mean h200"),
+        (["--gpu", "mine.yaml"], "No such file"),
+        (["--gpu", "h200", "--disk", "fast"], "is no size"),
+        (["--gpu", "h200", "--disk", "1GB/s,2GB/s,3GB/s"], "one or two rates"),
+        (["--gpu", "h200", "--ram", "-1"], "is no size"),
+        (["--gpu", "h200", "--tokens", "many"], "no number of tokens"),
+        (["--gpu", "h200", "--tokens", "0"], "no number of tokens"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_traced(arguments: list[str], said: str) -> None:
+    done = CliRunner().invoke(main, ["plan", "--preset", "micro", *arguments], standalone_mode=False)
+    assert isinstance(done.exception, StackWiseError)
+    assert done.exception.exit_code == 2
+    assert said in str(done.exception)
+
+
+def test_a_user_s_own_machine_is_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("memory: 48GB\nflops: 100T\nbandwidth: 900GB/s\ndisk: 3GB/s,2TB\n")
+    machine = find(str(path))
+    assert (machine.memory, machine.flops, machine.disk.read, machine.disk.size) == (48e9, 1e14, 3e9, 2e12)
+    path.write_text("memory: lots\nfloops: 3\n")
+    with pytest.raises(UsageError, match=r"floops: there is no such key; flops: it is missing") as raised:
+        find(str(path))
+    assert "memory: 'lots' is no size" in str(raised.value)
