@@ -18,7 +18,7 @@ import click
 
 from stackwise import words
 from stackwise.cli.options import as_json
-from stackwise.cli.output import Styled, print_json, say
+from stackwise.cli.output import Styled, print_json, say, say_all
 from stackwise.errors import StackWiseError
 from stackwise.version import __version__
 
@@ -55,10 +55,20 @@ def needed(name: str, there: object, found: str, hint: str) -> Check:
 
 
 @click.command()
+@click.option(
+    "--measure", "measures", is_flag=True, help="Measure products, copies and this disk, for `stackwise plan`."
+)
 @as_json
-def doctor(as_json: bool) -> None:
-    """Check this machine: packages, devices, memory, disk. Exit code 1 where something needed is missing."""
+def doctor(measures: bool, as_json: bool) -> None:
+    """Check this machine: packages, devices, memory, disk. Exit code 1 where something needed is missing.
+
+    --measure takes some ten seconds and at most 512 MiB of this directory's disk; what comes out is kept in the cache
+    directory, and `stackwise plan` (--gpu auto) goes by it.
+    """
     here = Path.cwd()
+    if measures:
+        _measure(here, as_json)
+        return
     checks = [*_python(), *_packages(), *_devices(), *_memory(), *_disk(here), _cache(), *_extras()]
     missing = [check for check in checks if check.state == "missing"]
     if as_json:
@@ -73,6 +83,31 @@ def doctor(as_json: bool) -> None:
         raise StackWiseError(
             f"{words.plural(len(missing), 'thing')} that StackWise needs: {names}", hint=missing[0].hint
         )
+
+
+def _measure(directory: Path, as_json: bool) -> None:
+    """Measure what the machine reaches, keep it, show it."""
+    from stackwise.cli.drawing import Table, phases
+    from stackwise.pipeline.planning.rates import measure, rates_file
+
+    with phases() as bar:
+        rates = measure(directory, lambda phase: bar(phase, 0, None))
+    if as_json:
+        print_json(rates)
+        return
+    table = Table("measured", "", right=(1,))
+    for name, value in rates.items():
+        if isinstance(value, str):
+            shown = value
+        elif name in ("memory", "base"):
+            shown = words.size(value)
+        else:
+            shown = (
+                f"{value / 1e9:.3g} GFLOP/s" if name.startswith(("products", "training")) else f"{words.size(value)}/s"
+            )
+        table.add_row(name, shown)
+    say_all(table.lines())
+    say(f"kept in {rates_file()}; `stackwise plan` goes by it")
 
 
 def _python() -> Iterator[Check]:

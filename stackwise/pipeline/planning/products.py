@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SECONDS, WIDTH = 0.5, {"cpu": 1536, "cuda": 8192}
-BLOCK = {"cpu": (384, 4, 256), "cuda": (4096, 4, 2048)}
+SECONDS, WIDTH = 0.5, {"cpu": 1024, "cuda": 8192, "mps": 2048}
+NARROW_WIDTH = 256  # of a product in bf16 on a CPU, which may emulate it
+BLOCK = {"cpu": (256, 4, 128), "cuda": (4096, 4, 2048)}
 """Of the block whose training is timed: width, rows, positions."""
 
 
@@ -40,13 +41,13 @@ def measure() -> dict[str, Any]:
     about = describe(device)
     rates: dict[str, Any] = {"device": device.type if device.type == "cuda" else "cpu", "name": about["name"]}
     rates |= {"memory": about["memory"], "base": base}
-    n = WIDTH["cuda" if device.type == "cuda" else "cpu"]
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        n = WIDTH[device.type] if device.type == "cuda" or dtype is torch.float32 else NARROW_WIDTH
         a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
         rates[f"products {name}"] = 2 * n**3 / seconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
-    big = torch.zeros(1 << 26, device=device)
+    big = torch.zeros(1 << 24, device=device)
     rates["memory copies"] = 2 * big.nbytes / seconds(lambda: big.add_(1.0))
-    host = torch.zeros(1 << 26, pin_memory=device.type == "cuda")
+    host = torch.zeros(1 << 24, pin_memory=device.type == "cuda")
     there = torch.empty_like(host, device=device)
     rates["copies"] = host.nbytes / seconds(lambda: there.copy_(host))
     rates["training"] = _training(device, seconds)

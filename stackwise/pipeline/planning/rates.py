@@ -24,7 +24,8 @@ Rates = dict[str, float | str]
 reaches); bytes a second as `copies`, `memory copies`, `disk read`, `disk read cached`, `disk write`; `base`, bytes that
 a worker takes for itself."""
 
-FILE_BYTES, PIECE = 512 << 20, 8 << 20
+FILE_BYTES, PIECE, LONGEST = 512 << 20, 8 << 20, 4.0
+"""Of the file that the disk is measured with: bytes, bytes at a time, and seconds that it may take."""
 
 
 def rates_file() -> Path:
@@ -90,7 +91,7 @@ def measure(directory: Path, progress: Callable[[str], None] = lambda _: None) -
     """Measure this machine and keep what comes out.
 
     Args:
-        directory: On the disk that is measured; a file of 512 MiB is made there, and removed.
+        directory: On the disk that is measured; a file of at most 512 MiB is made there, and removed.
 
     Raises:
         NoSpaceError: The disk is too small for that.
@@ -120,14 +121,16 @@ def _disk(directory: Path) -> dict[str, float]:
     with durable.explain_full_disk(directory):
         try:
             begun = time.perf_counter()
+            size = 0
             with open(path, "xb", buffering=0) as file:
-                for _ in range(FILE_BYTES // PIECE):
-                    file.write(piece)
+                while size < FILE_BYTES and time.perf_counter() - begun < LONGEST:
+                    size += file.write(piece)
+                    if size % (8 * PIECE) == 0:  # what only lies in the cache is not written
+                        os.fsync(file.fileno())
                 os.fsync(file.fileno())
-            written = time.perf_counter() - begun
-            rates = {"disk write": FILE_BYTES / written}
+            rates = {"disk write": size / (time.perf_counter() - begun)}
             for name in ("disk read", "disk read cached"):
-                rates[name] = FILE_BYTES / _read(path, drop=name == "disk read")
+                rates[name] = size / _read(path, drop=name == "disk read")
         finally:
             path.unlink(missing_ok=True)
     return rates
