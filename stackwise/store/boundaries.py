@@ -67,6 +67,7 @@ class Boundaries:
             raw = view.get("boundaries", key)
             if raw is not None:  # begun before: it goes on as it was begun
                 return BoundaryInfo.decode(key, raw)
+            # It is here again: what a reader would be told of its eviction is no longer true.
             view.delete("evicted", key)
             view.put("boundaries", key, info.encode())
             view.put("trunks", bytes.fromhex(info.trunk) + key, b"")
@@ -89,6 +90,7 @@ class Boundaries:
     def _new(self, spec: BoundarySpec) -> BoundaryInfo:
         """The record of a boundary that begins now."""
         checked_id(spec.trunk, "trunk")
+        # Asked of the rowset: a boundary has as many rows, whatever the caller believes.
         rows = self._rows().rowset(spec.rowset).rows
         itemsize = codec_named(spec.codec).arrays[0].numpy.itemsize
         chunk_rows = spec.chunk_rows or default_chunk_rows(spec.seq_len, spec.d_model, itemsize, rows)
@@ -121,6 +123,7 @@ class Boundaries:
         """
         from stackwise.store.reader import BoundaryReader
 
+        # Before it is looked up: between the two it could be removed.
         lease = self._lease(checked_id(boundary_id, "boundary"))
         try:
             return BoundaryReader(self._index, self._files, self.get(boundary_id), lease)
@@ -198,6 +201,7 @@ class Boundaries:
             NotFound: It is not in the store.
         """
         key = bytes.fromhex(checked_id(boundary_id, "boundary"))
+        # Alone: a reader has its files open, and would read what is being removed.
         lease = self._lease(boundary_id, alone=True)
         try:
             info = self.get(boundary_id)
@@ -209,6 +213,7 @@ class Boundaries:
                 if evict:
                     view.put("evicted", key, info.encode())
 
+            # From the index first: after a kill here files are left, which gc removes, and no record without files.
             self._index.update(forget)
             return self._files.remove(boundary_id)
         finally:
@@ -237,6 +242,7 @@ class Boundaries:
             raise UsageError(f"keep is a number from 0 on, `all` or `none`, not {keep!r}")
         infos = {info.id: info for info in sorted(self.all(), key=lambda info: (info.created, info.depth))}
         candidates = [name for name in (infos if boundaries is None else boundaries) if name in infos]
+        # Before they are counted: what is protected is not one of those that are kept.
         candidates = [name for name in candidates if name not in protect]
         doomed = candidates[: max(0, len(candidates) - count)]
         return [name for name in doomed if self._removed(name) is not None]
@@ -263,10 +269,12 @@ class Boundaries:
         for info in sorted(infos, key=lambda info: (info.cost / max(1, info.stored_bytes), info.created, info.id)):
             if left <= allowed:
                 break
+            # One that is in use stays, and the next cheapest goes in its place.
             if info.id in protect or (size := self._removed(info.id, evict=True)) is None:
                 continue
             evicted.append(info.id)
             freed += size
+            # As it was counted above; what the files took may differ by their holes.
             left -= info.stored_bytes
         return {"evicted": evicted, "freed": freed, "bytes": left, "fits": left <= allowed}
 
@@ -290,12 +298,14 @@ class Boundaries:
         except Evicted:
             info, why = self.evicted()[boundary_id], "was evicted"
         with self.writer(info) as writer:
+            # What is left of an interrupted recomputation is not computed again.
             missing = writer.missing
             if say is not None:
                 say(f"boundary {boundary_id} (depth {info.depth}) {why}: recomputing {len(missing)} chunks")
             for chunk, x in recompute(writer.info, missing):
                 writer.submit(chunk, x)
             writer.flush()
+            # Asked of the index, not counted: another process may have written some.
             left = len(writer.missing)
             if left:
                 raise NotFound(f"{left} of the {info.chunks} chunks of boundary {boundary_id} could not be recomputed")

@@ -57,6 +57,7 @@ class Collector:
                 hint="run `stackwise run` (which registers itself), or say that all may go (`--all`)",
             )
         self._forget_missing(runs)
+        # By what runs say that they need: a boundary says nothing of who reads it.
         kept = {boundary for run in runs.values() for boundary in run["boundaries"]}
         needed = {recipe for run in runs.values() for recipe in run["recipes"]}
         doomed = [info for info in boundaries if info.id not in kept]
@@ -79,9 +80,11 @@ class Collector:
 
     def _forget_missing(self, runs: dict[str, dict[str, Any]]) -> None:
         """Name the runs whose directory is gone; where asked to, forget them, and what they alone refer to."""
+        # A relative name is not a directory's: somebody else registered it, and knows whether it is there.
         gone = [key for key in runs if os.path.isabs(key) and not os.path.lexists(key)]
         self._report["missing_runs"] = gone
         for key in gone if self._forget else ():
+            # Also in a dry run: what they alone refer to is then counted.
             del runs[key]
             if not self._dry:
                 self._store._reserve.run(self._store.forget_run, key)
@@ -138,6 +141,7 @@ class Collector:
         if not self._alone():
             return
         store, rows = self._store, self._store._rows
+        # In a dry run they are still there, and would keep their rowsets.
         gone = set(self._report["boundaries"]) if self._dry else set()
         used = {info.rowset for info in store.boundaries() if info.id not in gone}
         doomed = [name for name in rowset_rows(store._index) if name not in used]
@@ -160,6 +164,7 @@ class Collector:
                 view.delete("masks", key)
 
         store._reserve.run(store._index.update, forget)
+        # Else a rowset that was removed would seem to be there to this process.
         rows.forget_cached()
         for path in paths:
             remove_tree(path)
@@ -184,6 +189,7 @@ def free_locks(store: ActivationStore) -> dict[str, Any]:
     """See `ActivationStore.unlock`."""
     held, removed = [], []
     for path in sorted(store._layout.locks.glob("*.lock")):
+        # Every open store holds it, this one too.
         if path == store._layout.presence:
             continue
         if durable.is_locked(path, shared=True):

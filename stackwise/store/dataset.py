@@ -47,6 +47,7 @@ def put_tokens(store: ActivationStore, rowset: Hex, seq_len: int, read: Callable
     ) as writer:
         for chunk in writer.missing:
             tokens_BS = read(np.arange(*writer.chunk_rows_of(chunk)))
+            # Beyond it float32 rounds: another token would come back, and nobody would see it.
             if int(tokens_BS.max()) >= MOST_IDS:
                 raise UsageError(f"token {int(tokens_BS.max())} is beyond the {MOST_IDS:,} that are kept exactly")
             writer.submit(chunk, tokens_BS.to(torch.float32).unsqueeze(-1))
@@ -94,6 +95,7 @@ class BoundaryDataset(IterableDataset[tuple[torch.Tensor, ...]]):
         return self.batches
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        # Every n-th batch to each of n workers: the loader takes from them in turn, which is the one order again.
         worker: Any = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         with contextlib.ExitStack() as stack:
@@ -113,6 +115,7 @@ def tokens_of(store: ActivationStore, info: BoundaryInfo) -> Hex:
         NotFound: They are not: a boundary of a training run has none.
     """
     kept = store.find(trunk=TOKENS, rowset=info.rowset, codec=TOKENS_CODEC)
+    # A capture that was interrupted has kept some of them: a batch with holes is worse than none.
     if kept is None or kept.state != "complete":
         raise NotFound(
             f"the store has no tokens of boundary {info.id}", hint="`stackwise capture` keeps the tokens of its rows"

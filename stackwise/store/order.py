@@ -56,11 +56,13 @@ class RowOrder:
                 sizes[-1] = rest
             self._starts = np.arange(len(sizes), dtype=np.int64) * chunk_rows
         else:
+            # Sorted and each once, whatever was given: the order follows from the set alone.
             chosen = np.unique(np.asarray(select, np.int64))
             if not len(chosen) or chosen[0] < 0 or chosen[-1] >= rows:
                 raise UsageError(f"`select` names at least one row, from 0 to {rows - 1}")
             self._selected = chosen
             self.length = len(chosen)
+            # By chunks of the whole rowset, so that rows that lie together on the disk stay together.
             _, self._starts, sizes = np.unique(chosen // chunk_rows, return_index=True, return_counts=True)
         self._sizes = sizes.astype(np.int64)
         self._lock = threading.Lock()
@@ -84,6 +86,7 @@ class RowOrder:
                 taken = rows[offset - first : offset - first + stop - position]
                 parts.append(taken)
                 position += len(taken)
+        # A copy: the window is kept, and the caller may write into what it gets.
         return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
 
     def window_rows(self, position: int) -> tuple[Rows, int]:
@@ -107,6 +110,7 @@ class RowOrder:
             if self._selected is not None:
                 rows = self._selected[rows]
             rows = rows[_permutation(len(rows), *self.seed, "rows", epoch, window)]
+            # A batch may span windows, and the next is asked for ahead: the same few are asked for again and again.
             if len(self._windows) >= 4:
                 del self._windows[next(iter(self._windows))]
             self._windows[key] = rows
@@ -184,6 +188,7 @@ class Prefetcher(Generic[T]):
             close = getattr(self._iterator, "close", None)
             if close is not None:
                 try:
+                    # Here: another thread cannot close a generator that is running.
                     close()
                 except BaseException as error:
                     self._failure = self._failure or error
@@ -192,6 +197,7 @@ class Prefetcher(Generic[T]):
     def _offer(self, item: Any) -> bool:
         while not self._stop.is_set():
             try:
+                # Not for ever: the consumer may have left without taking anything more.
                 self._queue.put(item, timeout=0.05)
             except queue.Full:
                 continue
@@ -234,6 +240,7 @@ class Prefetcher(Generic[T]):
                 self._queue.get_nowait()
             except queue.Empty:
                 break
+        # A generator that is closed by its own thread cannot wait for itself.
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
 

@@ -94,6 +94,7 @@ class BoundaryReader:
         number, advised, slow = start, -1, False
         while True:
             rows = order.batch(number, batch_size)
+            # One window ahead, once: asking for what lies in memory costs a call a file.
             if slow:
                 advised = self._advise(order, (number + 1) * batch_size, advised)
             before, began = self._rows_read, time.perf_counter()
@@ -102,6 +103,7 @@ class BoundaryReader:
             cold = 2 * (self._rows_read - before) > len(rows) and not whole
             slow = cold and x.nbytes / max(time.perf_counter() - began, 1e-9) < _SLOW
             yield rows, x
+            # The consumer's alone now: the pool gives its memory out again when nobody has it.
             del x
             number += 1
 
@@ -182,9 +184,11 @@ class BoundaryReader:
         mapped = self._maps.rows(chunks, within, part)
         current, opened = -1, None
         for at, (chunk, row) in enumerate(zip(chunks, within, strict=True)):
+            # It was checked when it was mapped, and costs no call.
             if chunk in mapped:
                 places[at] = mapped[chunk][row]
                 continue
+            # Rows of the same chunk, one after the other, look it up once.
             if chunk != current or opened is None:
                 opened, current = self._opened(chunk), chunk
                 file = opened.files[part]
@@ -217,6 +221,7 @@ class BoundaryReader:
         if loaded is None and (mapped := self._maps.whole(chunk)) is not None:
             return mapped
         if loaded is None:
+            # The one that was used longest ago: a window's chunks are used together.
             while len(self._loaded) >= self._loaded_limit:
                 self._loaded.popitem(last=False)
             loaded = self._loaded[chunk] = self._source.load(chunk)
@@ -227,6 +232,7 @@ class BoundaryReader:
     def _opened(self, chunk: int) -> OpenChunk:
         opened = self._open.get(chunk)
         if opened is None:
+            # A process may have only so many files open, and a boundary more chunks than that.
             while len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
             opened = self._open[chunk] = self._source.open(chunk)

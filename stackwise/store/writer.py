@@ -81,6 +81,7 @@ class Publisher:
         info, codec = self._info, self._info.codec_object
         if chunk not in self._prepared:
             batch = range(chunk, min(chunk + _DIRECTORIES, info.chunks))  # those likely to be next, too
+            # Made and synced for many chunks at once: a directory of its own for each would cost each an fsync.
             self._files.prepare([key for number in batch for key in chunk_files(info, number)])
             self._prepared.update(batch)
         sizes, digests, staged = [], [], []
@@ -114,6 +115,7 @@ class Publisher:
         """
         published: list[bool] = []
         try:
+            # Outside the transaction: LMDB has one writer, and every other process would wait for this disk.
             for file in [file for staged in group for file in staged.files]:
                 file.settle()
             published = self._index.update(lambda view: self._publish(view, group, over))
@@ -128,6 +130,7 @@ class Publisher:
         for staged in group:
             key = chunk_key(info.id, staged.chunk)
             old = view.get("chunks", key)
+            # Two writers may have computed the same chunk: the first stays, so that readers see it never change.
             published.append(old is None or over)
             if not published[-1]:
                 continue
@@ -136,6 +139,7 @@ class Publisher:
             if old is None:
                 size = info.stored_bytes + sum(staged.record.sizes)
                 info = replace(info, published=info.published + 1, stored_bytes=size)
+        # Named before the transaction commits: a record never names a file that is not there.
         self._files.install(installed)
         view.put("boundaries", bytes.fromhex(info.id), info.encode())
         return published
@@ -168,6 +172,7 @@ class _Background:
     def put(self, chunk: int, arrays: list[Array]) -> None:
         """Hand over a chunk's encoded arrays; waits while enough chunks wait already."""
         with self._changed:
+            # Bounded: else a slow disk would let activations pile up in memory.
             self._changed.wait_for(lambda: len(self._waiting) < _WAITING or self._error is not None)
             self._raise()
             self._waiting.append((chunk, arrays))
@@ -236,9 +241,11 @@ class _Background:
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
+            # The first is the cause; those after it mostly follow from it.
             self._error = self._error or error
             group, self._ready = self._ready, []
             self._waiting.clear()
+            # Nobody is to wait for what will never be written.
             self._pending = 0
             self._changed.notify_all()
         for staged in group:
@@ -284,6 +291,7 @@ class BoundaryWriter:
         """Indices of the chunks that are not published yet, in order."""
         with self._index.read() as view:
             keys = view.keys("chunks", bytes.fromhex(self._info.id))
+        # A chunk's key is the boundary's id and its number, so that LMDB has them in order.
         have = {int.from_bytes(key[16:], "big") for key in keys}
         return [chunk for chunk in range(self._info.chunks) if chunk not in have]
 
@@ -375,11 +383,13 @@ class BoundaryWriter:
 
         def complete(view: Writing) -> BoundaryInfo:
             now = boundary_now(view, info.id)
+            # A cost that was said at the beginning is kept: it is of the whole, and this writer may have seen a part.
             done = replace(now, state="complete", cost=now.cost or measured)
             view.put("boundaries", bytes.fromhex(info.id), done.encode())
             return done
 
         with self._explained():
+            # Before the state changes: what calls itself complete can be read without the index.
             self._describe(info)
             return self._index.update(complete)
 
