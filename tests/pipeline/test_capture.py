@@ -165,7 +165,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
     whole = captured(llama, data, tmp_path / "whole", [1, 3], **how, memory=1, progress=steps.append)
     passes = sum(step.tokens > 0 for step in steps)
     store = tmp_path / "killed"
-    for after in (3, passes // 4, passes // 4):
+    for after in (3, passes // 3):  # before anything is published, and where some of it was
         done = subprocess.run([sys.executable, "-c", KILLED, llama, data, store, "bf16", str(after)])
         assert done.returncode == -signal.SIGKILL
     with ActivationStore(store) as opened:
