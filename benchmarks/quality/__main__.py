@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.common import Result, overrides, parser, positive, refuse, run_command
 from benchmarks.document import Section
-from benchmarks.quality.page import body, write_plots
+from benchmarks.quality.page import body, gaps, write_gaps, write_plots
 from benchmarks.quality.results import Results, Trial, mean_loss
 from benchmarks.quality.rows import BUDGETS, ROWS, Budget, Row
 from stackwise.config import StackWiseConfig
@@ -76,16 +76,28 @@ def _measure(options: argparse.Namespace) -> Section:
     name = options.results.stem
     if options.write:
         write_plots(DOCS, name, found)
+        write_gaps(DOCS / "quality-gap.svg", gaps(sorted(DOCS.glob("quality*.json"))))
     text = (
         f"{config.model.n_blocks} blocks of width {config.model.d_model}, samples of {config.training.seq_len} tokens, "
         f"{options.steps} updates of each block, batches of {config.training.batch_size}. Losses in nats a masked "
         "token on held-out files at 15, 50 and 90% masked; medians over the seeds, smallest to largest in brackets, "
         "without brackets one seed; against plain seed by seed. Rates from the same grid, the best by the first seed. "
         "Block updates, rows and bytes are of one run. Peak memory is what a process takes beyond what it held before "
-        "its job, in a run of a few updates."
+        "its job, in a run of a few updates." + _unfinished(wanted, found, options.seeds)
     )
     title = f"Modes beside end to end, {options.steps:,} updates of each block"
     return Section(name, title, text, body(name, found), "CPU", {"rows": found})
+
+
+def _unfinished(wanted: list[tuple[Row, Budget]], found: list[Result], seeds: int) -> str:
+    """What is still to be measured, in a sentence; empty: nothing is."""
+    runs = {(row["name"], row["budget"]): len(row["runs"]) for row in found}
+    left = {(row.name, budget): seeds - runs.get((row.name, budget), 0) for row, budget in wanted}
+    none = sorted({name for name, _ in left} - {name for name, _ in runs})
+    some = sorted({name for (name, budget), count in left.items() if count > 0 and (name, budget) in runs})
+    parts = [f"not measured yet: {'; '.join(none)}"] if none else []
+    parts += [f"fewer than {seeds} seeds: {'; '.join(some)}"] if some else []
+    return f" Unfinished: {'. '.join(parts)}." if parts else ""
 
 
 def _chosen(names: str | None) -> list[Row]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import itertools
+import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,75 @@ def write_plots(docs: Path, name: str, found: list[Result]) -> None:
         for what, of, axis, form in PLOTS:
             if _known(rows, of) > 1:
                 _plot(docs / plot_name(name, what, budget), rows, plain, of, axis, form)
+
+
+Gap = tuple[str, int, int, float]
+"""A row, the width of its rack, updates of each block, and its mean loss less that of plain training."""
+
+
+def gaps(files: list[Path]) -> list[Gap]:
+    """Gaps to plain training of rows that are measured at two lengths or more, from files of results."""
+    runs: dict[tuple[str, int, int], dict[int, float]] = {}  # by seed the lowest mean loss of any rate
+    for file in files:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        width, steps = known["setting"]["base"]["model.d_model"], known["setting"]["steps"]
+        for key, run in known["runs"].items():
+            name, budget, _, seed = key.split(" | ")
+            by_seed = runs.setdefault((name if budget == "rows" else f"{name} ({budget})", width, steps), {})
+            by_seed[int(seed)] = min(mean_loss(run), by_seed.get(int(seed), math.inf))
+    found = []
+    for (name, width, steps), by_seed in sorted(runs.items()):
+        plain = runs.get((PLAIN, width, steps), {})
+        apart = [loss - plain[seed] for seed, loss in by_seed.items() if seed in plain]
+        if apart:
+            found.append((name, width, steps, Spread.of(apart).median))
+    lengths = Counter((name, width) for name, width, _, _ in found)
+    return [gap for gap in found if lengths[gap[:2]] > 1]
+
+
+def write_gaps(path: Path, found: list[Gap]) -> None:
+    """The gap to plain training against updates of each block, a line for each row and width, as an SVG file."""
+    if not found:
+        return
+    across = _scale([math.log(steps) for _, _, steps, _ in found], LEFT, WIDTH - RIGHT)
+    up = _scale([gap for *_, gap in found], HEIGHT - BOTTOM, TOP)
+    lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for name, width, steps, gap in found:
+        lines.setdefault((name, width), []).append((steps, gap))
+    parts = _frame(up)
+    for steps in sorted({steps for _, _, steps, _ in found}):
+        x = across(math.log(steps))
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle" fill="#555">{steps:,}</text>')
+    parts.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle" fill="#333">updates of each '
+        "block</text>"
+    )
+    ends = [up(points[-1][1]) for points in lines.values()]
+    for ((name, width), points), place in zip(lines.items(), _labels(ends), strict=True):
+        colour = "#c33" if name == PLAIN else "#357"
+        path_of = "L".join(f"{across(math.log(steps)):.1f} {up(gap):.1f}" for steps, gap in points)
+        label = html.escape(f"{name}, width {width}")
+        parts += [
+            f'<path d="M{path_of}" fill="none" stroke="{colour}" stroke-opacity="0.6"/>',
+            f'<text x="{WIDTH - RIGHT + 24}" y="{place + 4:.1f}" fill="{colour}">{label}</text>',
+        ]
+    path.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
+
+
+def _frame(up: _Scale) -> list[str]:
+    """A plot's page and axes, and the names of its vertical one."""
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+        'font-size="11">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+        f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" stroke="#888"/>',
+        f'<text x="14" y="{HEIGHT / 2}" text-anchor="middle" fill="#333" transform="rotate(-90 14 {HEIGHT / 2})">'
+        "held-out loss against plain training, nats a masked token</text>",
+    ]
+    return parts + [
+        f'<text x="{LEFT - 6}" y="{up(y) + 4:.1f}" text-anchor="end" fill="#555">{y:+.2f}</text>'
+        for y in (up.at(share / 5) for share in range(6))
+    ]
 
 
 def plot_name(name: str, what: str, budget: str) -> str:
@@ -139,23 +210,15 @@ def _plot(
     across = _scale([math.log(x) for x, _, _ in points], LEFT, WIDTH - RIGHT)
     up = _scale([y for _, spread, _ in points for y in (spread.min, spread.max)], HEIGHT - BOTTOM, TOP)
     names = WIDTH - RIGHT + 24
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-        'font-size="11">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-        f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" stroke="#888"/>',
-    ]
+    parts = _frame(up)
     for share in range(6):
-        y, x = up.at(share / 5), math.exp(across.at(share / 5))
+        x = math.exp(across.at(share / 5))
         parts += [
-            f'<text x="{LEFT - 6}" y="{up(y) + 4:.1f}" text-anchor="end" fill="#555">{y:+.2f}</text>',
             f'<text x="{across(math.log(x)):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle" fill="#555">'
             f"{form(x)}</text>",
         ]
     parts += [
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle" fill="#333">{name}</text>',
-        f'<text x="14" y="{HEIGHT / 2}" text-anchor="middle" fill="#333" transform="rotate(-90 14 {HEIGHT / 2})">'
-        "held-out loss against plain training, nats a masked token</text>",
     ]
     heights = [up(spread.median) for _, spread, _ in points]
     for (x, spread, label), height, place in zip(points, heights, _labels(heights), strict=True):
