@@ -112,6 +112,8 @@ def _stages(config: Settings) -> Iterator[Fault]:
             break
         if depth not in config.stages:
             break  # the others are like it
+    if training.swap == "always" and config.parallel.ranks > 1:
+        yield "training.swap", "always, but a swapped stage is trained by one process: set parallel.data: 1"
     if training.swap == "always":
         for depth in range(count):
             settings = config.stage_training(depth)

@@ -290,7 +290,8 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def flat(config: Settings) -> dict[str, Any]:
     """The settings by dotted key, without those that say only where and how it runs; a stage's own ones come last."""
-    found = dict(leaves(config.model_dump(exclude={"tracking", "slurm", "tune", "stages", "name", "init"})))
+    elsewhere = {"tracking", "slurm", "tune", "parallel", "stages", "name", "init"}
+    found = dict(leaves(config.model_dump(exclude=elsewhere)))
     for depth, own in sorted(config.stages.items()):
         found |= leaves(own.model_dump(exclude_unset=True), f"stages.{depth}.")
     return found

@@ -144,6 +144,34 @@ class SlurmConfig(Section):
     )
 
 
+class ParallelConfig(Section):
+    """The processes (ranks) that train each stage together; `stackwise run --engine torchrun`, torchrun, srun, mpirun.
+
+    The same weights come out at any number of ranks, unless `deterministic` is off.
+    """
+
+    data: Small = Field(1, description="ranks that hold the whole stage, each with its share of every step's rows")
+    shard: Literal[1] = Field(1, description="1: no rank holds less than the whole stage")
+    tensor: Literal[1] = Field(1, description="1: no matrix is split over ranks")
+    pipeline: Literal[1] = Field(1, description="1: no rank holds less than all blocks of a stage")
+    deterministic: bool = Field(
+        True,
+        description="gradients are added up in the order of microbatches, as one process does; false: as is fastest, "
+        "and weights depend on the number of ranks",
+    )
+    timeout: Positive = Field(
+        600.0, description="seconds after which a rank that does not answer is given up, and its group with it"
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None, description="TCP port at which ranks meet, on the host of rank 0; null: a free one"
+    )
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return self.data * self.shard * self.tensor * self.pipeline
+
+
 class InitConfig(Section):
     """Where the weights of a run come from."""
 
@@ -220,6 +248,7 @@ class Settings(Section):
     slurm: SlurmConfig = Field(default_factory=SlurmConfig)
     distillation: DistillationConfig = Field(default_factory=DistillationConfig)
     tune: TuneConfig = Field(default_factory=TuneConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     stages: dict[Count, StageOverrides] = Field(
         default_factory=dict,
         description="what single stages do differently, as {2: {precision: fp8, training: {learning_rate: 1e-3}}}",

@@ -63,7 +63,8 @@ def describe(device: torch.device | None) -> dict[str, Any]:
 
         properties = torch.cuda.get_device_properties(device)
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-        return {"device": "cuda", "name": properties.name, "memory": properties.total_memory, "precision": precision}
+        known = {"device": "cuda", "name": properties.name, "memory": properties.total_memory, "precision": precision}
+        return known | {"devices": torch.cuda.device_count()}
     kind = "cpu" if device is None else device.type
     name = f"{os.cpu_count()} CPU cores" if kind == "cpu" else "Apple GPU"
     return {"device": kind, "name": name, "memory": host_total(), "precision": "fp32"}

@@ -194,7 +194,8 @@ class Estimate:
         limit = min(memory, training.memory or memory)
         fits = phase.memory <= SHARE * limit
         goes_back = settings.divergence.goes_back or settings.keep_best  # which takes weights of earlier steps
-        if training.swap == "never" or (training.swap == "auto" and (fits or goes_back)):
+        alone = config.parallel.ranks == 1
+        if training.swap == "never" or (training.swap == "auto" and (fits or goes_back or not alone)):
             return None
         block, half, apart = config.model.block_parameters, config.precision not in WIDE, self.device == "cuda"
         behind = (host or memory) if apart else limit  # what holds groups that do not compute, and boundaries

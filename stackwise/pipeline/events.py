@@ -196,6 +196,7 @@ EVENTS: dict[str, Kind] = {
     ),
     "resumed": Kind(lambda event: f"resumed at step {event['step']:,} of {event['steps']:,}", shown_by="table"),
     "step": Kind(shown_by="progress", figures=STEP_FIGURES),
+    "ranks": Kind(shown_by="progress"),
     "checkpoint": Kind(shown_by="nothing", figures=("seconds", "written_seconds")),
     "grown": Kind(_grown),
     "held_out": Kind(_held_out, figures=("nats", "best", "seconds")),

@@ -146,6 +146,8 @@ def stage_settings(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
         values["block_learning_rates"] = rates
     if settings.divergence.goes_back:  # what a rollback goes back to
         values["checkpoint_steps"] = training.checkpoint_steps
+    if config.parallel.ranks > 1 and not config.parallel.deterministic:  # the order of sums
+        values["ranks"] = config.parallel.ranks
     if training.compile:  # fused kernels round otherwise
         values["compile"] = True
     model: dict[str, Any] = {"dropout": config.model.dropout, "tie_embeddings": config.model.tie_embeddings}

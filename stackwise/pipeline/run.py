@@ -74,6 +74,10 @@ _PARTS = {"stages": array_of(record({}, _FIGURE_SHAPES)), "baselines": mapping(r
 SCORES = record({}, {**_FIGURE_SHAPES, **_PARTS})  # what of an evaluation becomes figures
 _EVALUATION = record({"loss": _FIGURES["loss"], "tokens": count}, {**_FIGURE_SHAPES, **_PARTS})
 _FILL = record({"before": string, "after": string, "spans": array_of(array(string, string))})
+_RANK = {
+    **dict.fromkeys(("step", "pid", "memory"), count),
+    **{key: optional(number) for key in ("tokens_per_second", "wait_fraction", "sync_fraction")},
+}
 _MANIFEST = record(
     {"stages": array_of(record(_STAGE, {
         "held_out": optional(record({"step": count, "nats": optional(number), "best": optional(number)})),
@@ -88,6 +92,7 @@ _MANIFEST = record(
         "store": text,
         "rowsets": mapping(either(array(hex_id, count), array(hex_id, count, count))),
         "auto": mapping(record({"conditions": text}, {"rows": count, "blocks": count, "losses": mapping(number)})),
+        "group": record({"ranks": array_of(record({"rank": count}, _RANK)), "slowest": count}),
         "boundaries": array_of(hex_id),
         "evaluation": optional(record({"key": text, "result": _EVALUATION}, {"fill": optional(_FILL)})),
         PREPARING: record({"phase": text, "done": integer, "total": optional(integer)}, {"failed": text}),
@@ -324,8 +329,10 @@ def status(run: RunDirectory) -> dict[str, Any]:
         state = "done"
     else:
         state = next((s for s in ("failed", "interrupted") if s in states), "pending")
-    # A stage is trained by one rank until something trains it by a group.
-    value: dict[str, Any] = {"run": str(run.path), "state": state, "ranks": 1, "stages": stages}
+    group = manifest.get("group", {"ranks": []})
+    value: dict[str, Any] = {"run": str(run.path), "state": state, "ranks": len(group["ranks"]) or 1, "stages": stages}
+    if group["ranks"]:
+        value["group"] = group
     keys = ("stage", "window", "job", "engine")
     jobs = [{k: job[k] for k in keys if k in job} | {"state": job_state(job_file(run, job))} for job in run.jobs()]
     return value | ({PREPARING: preparing} if preparing else {}) | ({"jobs": jobs} if jobs else {})

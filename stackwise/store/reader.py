@@ -77,13 +77,14 @@ class BoundaryReader:
         """
         return self._gather(self._checked_rows(rows), out, whole=self._codec.compression != "none")
 
-    def stream(self, order: RowOrder, batch_size: int, start: int = 0) -> Iterator[Batch]:
+    def stream(self, order: RowOrder, batch_size: int, start: int = 0, every: int = 1) -> Iterator[Batch]:
         """Endless batches in the given order.
 
         Args:
             order: Which rows, and in which order.
             batch_size: Rows of a batch, B.
             start: Number of the first batch: the whole state of a reader.
+            every: Each so-many-th batch alone, as where several processes share them.
 
         Yields:
             (rows int64 [B], activations [B, seq_len, d_model]); both are the consumer's to keep.
@@ -105,7 +106,7 @@ class BoundaryReader:
             yield rows, x
             # The consumer's alone now: the pool gives its memory out again when nobody has it.
             del x
-            number += 1
+            number += every
 
     def expect(self, order: RowOrder) -> bool:
         """Get ready for reads in this order; whether whole chunks are then kept in memory, and how many, follows."""

@@ -277,6 +277,8 @@ class BoundaryWriter:
     ) -> None:
         self._index, self._files, self._info, self._lease, self._describe = index, files, info, lease, describe
         self._publisher = Publisher(index, files, info)
+        self.share = (0, 1)
+        """(k, n): of every n chunks it writes the k-th alone, as one of n processes do that together."""
         self._background: _Background | None = None
         self._began, self._lacked = time.monotonic(), info.chunks - info.published
 
@@ -288,12 +290,13 @@ class BoundaryWriter:
 
     @property
     def missing(self) -> list[int]:
-        """Indices of the chunks that are not published yet, in order."""
+        """Indices of the chunks of its share that are not published yet, in order."""
         with self._index.read() as view:
             keys = view.keys("chunks", bytes.fromhex(self._info.id))
         # A chunk's key is the boundary's id and its number, so that LMDB has them in order.
         have = {int.from_bytes(key[16:], "big") for key in keys}
-        return [chunk for chunk in range(self._info.chunks) if chunk not in have]
+        first, every = self.share
+        return [chunk for chunk in range(first, self._info.chunks, every) if chunk not in have]
 
     def chunk_rows_of(self, chunk: int) -> tuple[int, int]:
         """(first row, row after the last) of a chunk."""
@@ -364,6 +367,8 @@ class BoundaryWriter:
     def finish(self, cost: float | None = None) -> BoundaryInfo:
         """Make the boundary complete: its columns and Zarr metadata are written, then its state changes.
 
+        A writer of a share makes it so for its chunks; one of the whole does the rest when all have.
+
         Args:
             cost: Seconds that computing it took, where the writer did other things in between; by default the time
                 since the writer was made.
@@ -376,7 +381,7 @@ class BoundaryWriter:
         info, missing = self.info, self.missing
         if missing:
             raise UsageError(f"boundary {info.id} lacks {len(missing)} of its {info.chunks} chunks")
-        if info.state == "complete":
+        if info.state == "complete" or self.share[1] > 1:
             return info
         # What this writer did not write is taken to have cost as much a chunk.
         measured = (time.monotonic() - self._began) * info.chunks / max(1, self._lacked) if cost is None else cost

@@ -20,7 +20,8 @@ from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.training.optim import BLOCK, Rising, make_optimizer, set_rates, state_tensors
-from stackwise.training.stage import MeanLoss, Microbatches, Ranks, SingleProcess, StageModel, StepLoss, Tally
+from stackwise.training.ranks import Ranks, SingleProcess
+from stackwise.training.stage import MeanLoss, Microbatches, StageModel, StepLoss, Tally
 
 if TYPE_CHECKING:
     from stackwise.training.trainer import Trainer
@@ -62,6 +63,7 @@ class Engine(Protocol):
     """
 
     device: torch.device  # where it computes
+    ranks: Ranks  # those that train the stage together
     checkpoints: str
     """The directory of its checkpoints below the stage's own: one kind of engine cannot take up another's."""
 
@@ -69,7 +71,7 @@ class Engine(Protocol):
         """One optimizer step: the gradient of the mean loss over all scored positions of all microbatches.
 
         Args:
-            microbatches: On the CPU, `accumulation` of them; each may be made when it is asked for.
+            microbatches: On the CPU, this rank's share of `accumulation`; each may be made when it is asked for.
             step: Which step this is, from 0; dropout follows from it.
             accept: Asked before anything moves; where it refuses, weights and optimizer stay as they were. None: no
                 figure has to be read off the device.
@@ -151,6 +153,7 @@ class ResidentEngine:
         self._places = {name: by_id[id(p)] for name, p in self.parameters.items()}
         trained = [(self._places[name][0], p) for name, p in self.parameters.items()]
         self.optimizer = make_optimizer(trained, settings, rising)
+        self._reducer = self.ranks.reducer(list(self.parameters.values()))
         self.scale = LossScale(settings.loss_scale) if model.in_half else None
         self._mean = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
         self._trained: dict[str, Tensor] = {}  # what lies under a mean that is committed
@@ -280,16 +283,17 @@ class ResidentEngine:
         losses = StepLoss(self.model.objective, pulled.following, self.device, self.ranks, scale)
         for number, cpu_batch in enumerate(pulled):
             batch = cpu_batch.to(self.device)
-            torch.manual_seed(derive_seed(*self.seed, step, number, "dropout"))
+            torch.manual_seed(derive_seed(*self.seed, step, self.ranks.microbatch(number), "dropout"))
             with self.model.numerics(self.device):
                 terms = self.model(batch)
             losses.root(terms, batch).backward()  # type: ignore[no-untyped-call]
             losses.add(terms)
+            self._reducer.add()
         losses.finish()
+        self._reducer.finish()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if not gradients or not losses.scored:
             return losses, torch.zeros((), device=self.device)
-        self.ranks.sum_tensors(gradients)
         if (share := losses.share) is not None:
             torch._foreach_mul_(gradients, share)
         norm = torch.nn.utils.get_total_norm(gradients)

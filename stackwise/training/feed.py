@@ -53,13 +53,13 @@ class RowSource:
     """One input, by rows.
 
     Args:
-        stream: Endless batches in an order, each with its rows, of so many rows, from a batch number on; None: they
-            are read one by one.
+        stream: Endless batches in an order, each with its rows, of so many rows, from a batch number on, every so
+            many-th; None: they are read one by one.
     """
 
     digest: str  # the content that it reads; a stage's recipe names it
     read: Callable[[np.ndarray], Tensor]  # from row numbers [n] to a tensor on the CPU whose first dimension is n
-    stream: Callable[[RowOrder, int, int], Iterator[tuple[np.ndarray, Tensor]]] | None = None
+    stream: Callable[[RowOrder, int, int, int], Iterator[tuple[np.ndarray, Tensor]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,21 +125,28 @@ class Feed:
         read = {name: source.read(rows_B) for name, source in self.sources.items() if name not in known}
         return Batch(rows_B, self.rowset.sample_ids[rows_B], read | known)
 
-    def shuffled(self, order: RowOrder, batch_size: int, start: int) -> Iterator[Batch]:
-        """Endless batches in `order`, from batch number `start` on."""
+    def shuffled(self, order: RowOrder, batch_size: int, start: int, every: int = 1) -> Iterator[Batch]:
+        """Endless batches in `order`, from batch number `start` on; `every`: each so-many-th alone."""
         activations, number = self.activations, start
         if activations is not None and activations.stream is not None:
-            for rows_B, x_BSD in activations.stream(order, batch_size, start):
+            for rows_B, x_BSD in activations.stream(order, batch_size, start, every):
                 yield self.batch(rows_B, x_BSD)
         while True:
             yield self.batch(order.batch(number, batch_size))
-            number += 1
+            number += every
 
-    def sequential(self, ranges: Sequence[tuple[int, int]], batch_size: int) -> Iterator[Batch]:
-        """The rows of each range in turn, in batches that never cross a range's end."""
+    def sequential(
+        self, ranges: Sequence[tuple[int, int]], batch_size: int, first: int = 0, every: int = 1
+    ) -> Iterator[Batch]:
+        """The rows of each range in turn, in batches that never cross a range's end.
+
+        Args:
+            first: The batch of each range to begin with.
+            every: Each so-many-th batch alone.
+        """
         for start, stop in ranges:
-            for first in range(start, stop, batch_size):
-                yield self.batch(np.arange(first, min(first + batch_size, stop)))
+            for first_row in range(start + first * batch_size, stop, every * batch_size):
+                yield self.batch(np.arange(first_row, min(first_row + batch_size, stop)))
 
 
 def ahead(batches: Iterator[Batch], device: torch.device, depth: int = 3) -> Prefetcher[Batch]:

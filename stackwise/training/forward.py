@@ -326,7 +326,9 @@ class FilledBoundary:
                 self._pieces.clear()
             return x_BSD
 
-    def stream(self, order: RowOrder, batch_size: int, start: int = 0) -> Iterator[tuple[Rows, torch.Tensor]]:
+    def stream(
+        self, order: RowOrder, batch_size: int, start: int = 0, every: int = 1
+    ) -> Iterator[tuple[Rows, torch.Tensor]]:
         """Endless batches in the given order, as `BoundaryReader.stream`; from a complete boundary by that itself."""
         if order.rows != self._rows:
             raise UsageError(f"the order is over {order.rows} rows, the boundary has {self._rows}")
@@ -338,7 +340,7 @@ class FilledBoundary:
                 if self._reader is not None and not self._lacking.any():
                     self._flush()
                     self._pieces.clear()
-                    yield from self._reader.stream(order, batch_size, number)
+                    yield from self._reader.stream(order, batch_size, number, every)
                 with self._lock:
                     window, end = order.window_rows(number * batch_size)
                     if end != window_end:
@@ -348,8 +350,8 @@ class FilledBoundary:
                     x_BSD = self._gathered(rows_B)
                 yield rows_B, x_BSD
                 del x_BSD
-                number += 1
-                left = max(1, -(-(window_end - number * batch_size) // batch_size) + 1)
+                number += every
+                left = max(1, -(-(window_end - number * batch_size) // (every * batch_size)) + 1)
                 share = -(-len(todo) // left)
                 with self._lock:
                     self._compute(todo[:share])

@@ -6,10 +6,10 @@ Shapes: B rows, S positions, D model width.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,37 +19,9 @@ from stackwise.errors import StackWiseError, UsageError
 from stackwise.model import Block, Stack, enter
 from stackwise.objectives import RuntimeObjective
 from stackwise.objectives.objective import Outputs
+from stackwise.training.ranks import Ranks
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the precisions that are computed in by autocast
-
-
-class Ranks(Protocol):
-    """The processes that train one stage together: the same weights, each with rows of its own. Today there is one.
-
-    Engines call this wherever several would add up. Every call is made by all of them, in one order.
-    """
-
-    rank: int  # which of them this process is, from 0
-    size: int  # how many there are
-
-    def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """The sums over all ranks, by name."""
-
-    def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
-        """Let each tensor (losses, gradients) become its sum over all ranks, in place and in a fixed order."""
-
-
-class SingleProcess:
-    """The only rank: sums are what they are."""
-
-    rank, size = 0, 1
-
-    def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """See `Ranks`."""
-        return dict(counts)
-
-    def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
-        """See `Ranks`."""
 
 
 class StageModel(nn.Module):
@@ -204,6 +176,7 @@ class StepLoss:
         self._objective, self._following, self._device = objective, following, device
         self._ranks, self._scale = ranks, scale
         self._tokens = 0  # of the newest microbatch
+        self._values: dict[str, list[Tensor]] = {}  # the sum of each microbatch of this rank
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._weights: dict[str, float] = {}
@@ -223,8 +196,7 @@ class StepLoss:
     def add(self, terms: Mapping[str, Term]) -> None:
         """Add up a microbatch's terms, all of them."""
         for name, term in terms.items():
-            total = self._sums.setdefault(name, torch.zeros((), device=self._device))
-            total += term.sum.detach()
+            self._values.setdefault(name, []).append(term.sum.detach())
             self._counts[name] = self._counts.get(name, 0) + term.count
             self._weights[name] = term.weight
 
@@ -241,7 +213,10 @@ class StepLoss:
                     hint="its `counts` and `loss` must agree",
                 )
         self._counts = self._ranks.sum_counts(self._counts)
-        self._ranks.sum_tensors(list(self._sums.values()))
+        for name, values in self._values.items():
+            total = self._sums[name] = torch.zeros((), device=self._device)
+            for value in self._ranks.in_order(torch.stack(values)):
+                total += value
 
     @property
     def several(self) -> bool:
@@ -286,24 +261,30 @@ class StepLoss:
 
 
 class Tally:
-    """The means of terms over many batches, added up in float64."""
+    """The means of terms over many batches, every N-th of them of one rank; added up in float64, in their order."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, list[float]] = {}
         self._counts: dict[str, int] = {}
         self._weights: dict[str, float] = {}
 
     def add(self, terms: Mapping[str, Term]) -> None:
         """Add a batch's terms."""
         for name, term in terms.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), dtype=torch.float64)) + term.sum.double().cpu()
+            self._sums.setdefault(name, []).append(float(term.sum.double()))
             self._counts[name] = self._counts.get(name, 0) + term.count
             self._weights[name] = term.weight
 
     def mean(self, ranks: Ranks) -> MeanLoss:
-        """What they come to, over the rows of all ranks."""
-        counts = ranks.sum_counts(self._counts)
-        ranks.sum_tensors(list(self._sums.values()))
-        means = {name: float(total) / max(counts[name], 1) for name, total in self._sums.items()}
-        total = sum(mean * self._weights[name] for name, mean in means.items())
+        """What they come to, over the batches of all ranks."""
+        every = ranks.gathered([self._sums, self._counts, self._weights])
+        weights = {name: weight for of_rank in every for name, weight in of_rank[2].items()}
+        means = {}
+        for name in weights:
+            by_batch = itertools.zip_longest(*(of_rank[0].get(name, []) for of_rank in every), fillvalue=0.0)
+            total = 0.0
+            for value in itertools.chain.from_iterable(by_batch):  # `sum` would compensate for rounding
+                total += value
+            means[name] = total / max(sum(of_rank[1].get(name, 0) for of_rank in every), 1)
+        total = sum(mean * weights[name] for name, mean in means.items())
         return MeanLoss(total, means if len(means) > 1 else {})

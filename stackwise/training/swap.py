@@ -26,7 +26,8 @@ from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.training.engine import LOWER_RATE, Accept, LossScale, State, Stepped, judged
 from stackwise.training.optim import Rising
-from stackwise.training.stage import MeanLoss, Ranks, SingleProcess, StageModel, StepLoss, Tally
+from stackwise.training.ranks import Ranks, SingleProcess
+from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
 from stackwise.training.swap_parts import FRONT, PartLoader, Parts, in_turn, make_groups
 from stackwise.training.swap_state import Commit, RedoLog, Spill
 from stackwise.training.trainer import Trainer
@@ -59,16 +60,16 @@ class SwappedEngine:
         seed: tuple[int | str, ...],
         device: torch.device,
         before: int = 0,
-        ranks: Ranks | None = None,
         rising: Rising | None = None,
     ) -> None:
-        self.before, self.ranks = before, ranks or SingleProcess()
+        self.before = before
+        self.ranks: Ranks = SingleProcess()  # its files are of one process
         self.parts, self.settings, self.seed, self.device = parts, settings, seed, device
         self.groups = make_groups(parts, space.groups)
         self.log = RedoLog(space.directory, parts.trains)
         self.log.open(space.warn)
         self.spill = Spill(space.directory / "step", space.memory)
-        self.loader = PartLoader(parts, self.log, settings, device, self.ranks, rising)
+        self.loader = PartLoader(parts, self.log, settings, device, rising)
         self.scale = LossScale(settings.loss_scale) if parts.precision == "fp16" else None
         if self.scale is not None and self.log.committed.scaler is not None:
             self.scale.restore({SCALER: torch.tensor(self.log.committed.scaler, dtype=torch.float64)})

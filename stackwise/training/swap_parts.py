@@ -19,7 +19,7 @@ from stackwise.store import Codec
 from stackwise.training.engine import MEAN, OPTIMIZER, WEIGHT, optimizer_state
 from stackwise.training.forward import MakeOutputs, pass_through
 from stackwise.training.optim import Rising, make_optimizer, set_rates, state_tensors
-from stackwise.training.stage import Ranks, StageModel
+from stackwise.training.stage import StageModel
 from stackwise.training.swap_state import RedoLog
 
 L = TypeVar("L")
@@ -110,11 +110,9 @@ class PartLoader:
         log: RedoLog,
         settings: StageTraining,
         device: torch.device,
-        ranks: Ranks,
         rising: Rising | None = None,
     ) -> None:
-        self.rising = rising
-        self.parts, self.log, self.settings, self.device, self.ranks = parts, log, settings, device, ranks
+        self.parts, self.log, self.settings, self.device, self.rising = parts, log, settings, device, rising
 
     def load(self, group: PartGroup) -> Loaded:
         """A group's parts with their trained weights. In the loader's thread."""
@@ -219,7 +217,6 @@ class PartLoader:
         """Scale a group's gradients by the true count, note their norms by part, and write them, behind."""
         trained = [(part, name, p.grad) for part, name, p in loaded.parameters() if p.grad is not None]
         gradients = [gradient for _, _, gradient in trained]
-        self.ranks.sum_tensors(gradients)
         if gradients and share is not None:
             torch._foreach_mul_(gradients, share)
         by_part: dict[str, dict[str, Tensor]] = {name: {} for name in loaded.group.names if name in self.log.at}

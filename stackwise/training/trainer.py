@@ -177,7 +177,7 @@ class Trainer:
         return learning_rate(self.settings, self.before + step, self.budget) * lowered
 
     def train_step(self, microbatches: Iterable[Batch], watch: Watch | None = None) -> Stepped:
-        """One optimizer step over `accumulation` microbatches, at the rate that the schedule gives."""
+        """One optimizer step over this rank's microbatches, at the rate that the schedule gives."""
         number = self.before + self.step
         accept = None if watch is None else watch.accept
         stepped = self.engine.step(
@@ -199,7 +199,7 @@ class Trainer:
             StackWiseError: The loss is no longer a finite number, or training diverged too often.
             Rollback: It is to go on from the checkpoint that this names.
         """
-        settings = self.settings
+        settings, ranks = self.settings, self.engine.ranks
         policy, losses = settings.divergence, [*self.carried.losses, *self.record.losses]
         watch = Watch(policy, losses) if isinstance(policy, Skip) else None
         pending: list[tuple[Stepped, bool]] = []
@@ -208,9 +208,9 @@ class Trainer:
 
         def drawn() -> Iterator[Batch]:
             nonlocal tokens
-            for _ in range(settings.accumulation):
+            for _ in range(settings.accumulation // ranks.size):
                 batch = next(batches)
-                tokens += batch.tokens_BS.numel()
+                tokens += ranks.size * batch.tokens_BS.numel()
                 yield batch
 
         if self._at_anchor():
@@ -225,7 +225,7 @@ class Trainer:
                 self._refused(watch, hooks)
             now = time.perf_counter()
             evaluating = self._evaluation_due()
-            stopping = hooks.stop() or self.step == self.steps
+            stopping = ranks.agreed("stop", hooks.stop) or self.step == self.steps
             saving = hooks.checkpoint_due(self.step) or stopping or evaluating or self._at_anchor()
             if saving or now - reported >= REPORT_SECONDS:
                 losses, terms = self._read(pending)

@@ -20,6 +20,7 @@ from stackwise.pipeline.runner.manifest import RunContext
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.worker.jobs import run_stage
 from stackwise.store import ActivationStore
+from stackwise.training.ranks import SingleProcess
 from tests.conftest import Micro, run
 from tests.pipeline.storm import kill_worker
 from tests.pipeline.test_run import named, weights
@@ -60,7 +61,13 @@ def run_stages(
             return {}
 
     def work(job: StageJob | FinishJob) -> list[dict[str, Any]]:
-        run_stage(from_plain(StageJob, json.loads(json.dumps(asdict(job)))), runner._observe, lambda: False)
+        run_stage(
+            from_plain(StageJob, json.loads(json.dumps(asdict(job)))),
+            runner._observe,
+            lambda: False,
+            torch.device("cpu"),
+            SingleProcess(),
+        )
         return []
 
     def observe(event: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,34 +27,59 @@ from stackwise.cli.tables import held_out_table, job_name, listing, passage, sch
 from stackwise.cli.views import Lines, RunView, watcher
 from stackwise.errors import StackWiseError, UsageError
 
+if TYPE_CHECKING:
+    from stackwise.config import StackWiseConfig
+
 
 @click.command()
 @configuration
 @click.option(
     "--engine",
-    type=click.Choice(["here", "slurm", "local"]),
+    type=click.Choice(["here", "torchrun", "slurm", "local"]),
     default="here",
     show_default=True,
-    help="slurm: a job a stage (slurm.* says what it asks for); local: the same jobs on this machine.",
+    help="torchrun: --ranks processes on this machine train each stage; slurm: a job a stage (slurm.* says what it "
+    "asks for); local: the same jobs on this machine.",
+)
+@click.option(
+    "--ranks", type=click.IntRange(1, 1024), metavar="N", help="With --engine torchrun; by default those of parallel.*"
 )
 @max_time_option
 @click.option("--dry-run", "dry", is_flag=True, help="Say what is reused or trained, why, what it takes, and stop.")
 @as_json
-def run(engine: str, max_time: float | None, dry: bool, as_json: bool, **named: Any) -> None:
+def run(engine: str, ranks: int | None, max_time: float | None, dry: bool, as_json: bool, **named: Any) -> None:
     """Train every stage, evaluate on held-out text, write report.html.
 
     What is committed is not trained again; what was interrupted resumes. With neither CONFIG nor --preset: the
     configuration of the run that --run names, where there is one, else the preset demo.
     """
-    choice = choose(**named)
+    choice, command = choose(**named), "stackwise run"
+    if ranks is not None:
+        if engine != "torchrun":
+            raise UsageError("--ranks is for --engine torchrun", hint="or set parallel.data")
+        _spread(choice.config, ranks)
+        command += f" --engine torchrun --ranks {ranks}"
     if dry:  # before the engine: a preview submits nothing
         _preview(choice, as_json)
-    elif engine == "here":
-        carry_out(choice, as_json=as_json, command="stackwise run", max_time=max_time)
+    elif engine in ("here", "torchrun"):
+        carry_out(choice, as_json=as_json, command=command, max_time=max_time)
     elif max_time is not None:
         raise UsageError("--max-time is for a run here", hint="slurm.minutes limits a job, which saves and comes back")
     else:
         _submit(choice, engine, as_json)
+
+
+def _spread(config: StackWiseConfig, ranks: int) -> None:
+    """Let a run have so many ranks: as many share the rows as the other kinds of `parallel` leave."""
+    parallel = config.parallel
+    others = parallel.ranks // parallel.data
+    if ranks % others:
+        near = f"{ranks - ranks % others or others} and {ranks - ranks % others + others}"
+        raise UsageError(
+            f"--ranks {ranks}: parallel.shard, tensor and pipeline take {others} together, which do not divide it",
+            hint=f"nearest that do: {near}",
+        )
+    parallel.data = ranks // others
 
 
 def _preview(choice: Choice, as_json: bool) -> None:

@@ -122,6 +122,7 @@ class Manifest:
         self.boundaries: list[str] = list(before.get("boundaries", []))
         """The boundaries that this run wrote and that are still there."""
         self._written = 0.0
+        self._group: dict[str, Any] = {"ranks": [], "slowest": 0}
         self._stages = [self._pending(stage) for stage in plan.stages]
 
     def observe(self, event: Event) -> None:
@@ -136,6 +137,8 @@ class Manifest:
                 stage |= {"recipe": event["recipe"], "trunk": event["trunk"], "weights": None}
                 stage |= {"held_out": None, "divergences": 0}
                 self.save()
+            case "ranks":
+                self._group = {key: event[key] for key in ("ranks", "slowest")}
             case "resumed":
                 stage |= {"step": event["step"], "reason": f"resumed at step {event['step']} of {event['steps']}"}
             case "step":
@@ -213,6 +216,7 @@ class Manifest:
                 "store": str(self._plan.store.path),
                 "rowsets": self._plan.known_rowsets,
                 "auto": self._auto,
+                "group": self._group,
                 "stages": self._stages,
                 "boundaries": self.boundaries,
                 "evaluation": self._known_evaluation,

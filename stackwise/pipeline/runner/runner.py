@@ -21,6 +21,7 @@ from stackwise.errors import NotFound
 from stackwise.identity import content_id
 from stackwise.pipeline.costs import check_fit, planned_notes, settle_windows
 from stackwise.pipeline.decisions import RunPreview, moved_store, preview
+from stackwise.pipeline.division import divide
 from stackwise.pipeline.events import Observer, event
 from stackwise.pipeline.initial import initial_sources, with_checkpoint
 from stackwise.pipeline.job import FinishJob
@@ -87,6 +88,7 @@ class Runner:
                 self._emit("note", text=line)
             self._check_stage(only)
             check_installed(self.config)
+            divide(self.config.model_copy(deep=True), None)  # before data is prepared
             self.run_directory.check()
             check_store(self.run_directory.store_path(self.config))
             if dry:
@@ -178,6 +180,8 @@ class Runner:
 
         auto = settle_block_size(config, data, before.get("auto", {}), machine, small_run, self._emit)
         auto = settle_batches(config, data, auto, device, self._pool.work, self._emit)
+        for line in divide(config, earlier):
+            self._emit("note", text=line)
         for line in settle_windows(config, data, auto):
             self._emit("note", text=line)
 

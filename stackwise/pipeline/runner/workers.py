@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stackwise.config import StackWiseConfig
 from stackwise.durable import is_locked
@@ -28,6 +28,7 @@ from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.worker import forking
 
 if TYPE_CHECKING:
+    from stackwise.pipeline.runner.group import Group
     from stackwise.pipeline.trial import TrialJob
 
 WAITING = {"GOMP_SPINCOUNT": "1000"}
@@ -55,15 +56,26 @@ class OutOfMemory(WorkerFailed):
 _ERRORS = {kind.exit_code: kind for kind in (InterruptedRun, NoSpaceError)}
 
 
+class Mailbox(Protocol):
+    """Where a worker's events go; the last is None."""
+
+    def put(self, event: Event | None) -> None:
+        """Called by the worker's listener, and by signal handlers."""
+
+    def get(self) -> Event | None:
+        """The next one; waits for it."""
+
+
 class Worker:
     """One worker process: started early, given one job."""
 
     def __init__(self, device: str, log: Path) -> None:
         self.log, self._device = log, device
         # Its `put` may be called by a signal handler that interrupts its `get`.
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._events: Mailbox = queue.SimpleQueue()
         self._ready: Event | None = None
-        self._given = self._stopped = False
+        self._job: dict[str, Any] | None = None
+        self._stopped = False
         self._killed_before = killed_for_memory()
         self._start(fork=True)
 
@@ -106,9 +118,20 @@ class Worker:
         if self._ready is None:
             event = self._events.get()
             if event is None or event["event"] != "ready":
-                raise self._failure(event)
+                raise self.failure(event)
             self._ready = event
         return self._ready
+
+    @property
+    def has_job(self) -> bool:
+        """Whether it was given one."""
+        return self._job is not None
+
+    def report_to(self, mailbox: Mailbox) -> None:
+        """Let its events go elsewhere from now on; called when it is ready and has no job yet."""
+        before, self._events = self._events, mailbox
+        if not self._listener.is_alive():
+            mailbox.put(before.get())  # it ended meanwhile
 
     def run(self, job: dict[str, Any]) -> Iterator[Event]:
         """Give it its job and yield its events until it ends.
@@ -117,47 +140,69 @@ class Worker:
             InterruptedRun: It was told to stop, and saved its state.
         """
         self.ready()
-        self._give(job)
+        self.give(job)
         while True:
             event = self._events.get()
-            if event is None and isinstance(self._process, forking.ForkedWorker) and self._process.refused:
-                self._let_go()
-                self._start(fork=False)
-                self._give(job)
-            elif event is None:
+            if event is None:
+                if self.start_again():
+                    continue
                 break
-            elif event["event"] in ("error", "interrupted"):
+            if event["event"] in ("error", "interrupted"):
                 self._process.wait()
-                raise self._failure(event)
-            elif event["event"] != "ready":
+                raise self.failure(event)
+            if event["event"] != "ready":
                 yield event
-        if self._process.wait() != 0:
-            raise self._failure(None)
+        if self.exit_code() != 0:
+            raise self.failure(None)
 
-    def _give(self, job: dict[str, Any]) -> None:
-        self._given = True
+    def start_again(self) -> bool:
+        """Where there never was a process, as a template did not serve: start one by itself, with the same job."""
+        if not (isinstance(self._process, forking.ForkedWorker) and self._process.refused):
+            return False
+        self._let_go()
+        self._start(fork=False)
+        if self._job is not None:
+            self.give(self._job)
+        return True
+
+    def exit_code(self) -> int:
+        """Of its process, once it has ended; waits for that."""
+        return self._process.wait()
+
+    def give(self, job: dict[str, Any]) -> None:
+        """Give it its job."""
+        self._job = job
         with contextlib.suppress(BrokenPipeError):
             self._stdin.write(json.dumps(job) + "\n")
             self._stdin.flush()
 
-    def stop(self, event: Event) -> None:
-        """Ask it to save and end; one without a job has nothing to save. May be called by a signal handler."""
+    def stop(self, event: Event | None) -> None:
+        """Ask it to save and end; one without a job has nothing to save. May be called by a signal handler.
+
+        Args:
+            event: Says so among its events; None: something else does.
+        """
         self._stopped = True
-        self._events.put(event)
-        self._process.send_signal(signal.SIGTERM if self._given else signal.SIGKILL)
+        if event is not None:
+            self._events.put(event)
+        self._process.send_signal(signal.SIGTERM if self.has_job else signal.SIGKILL)
 
     def kill(self) -> None:
         """End it at once."""
         self._process.send_signal(signal.SIGKILL)
 
-    def close(self) -> None:
-        """Let go of it: one without a job ends at once; one with a job saves first."""
-        if not self._given:
+    def end_input(self) -> None:
+        """Let it end: at once without a job; one with a job saves first."""
+        if not self.has_job:
             self.kill()
         with contextlib.suppress(OSError):
             self._stdin.close()
+
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Let go of it, once it has ended; it may take so many seconds."""
+        self.end_input()
         try:
-            self._process.wait(timeout=CLOSE_SECONDS)
+            self._process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             self.kill()
             self._process.wait()
@@ -181,7 +226,8 @@ class Worker:
                     self._events.put(json.loads(line))
         self._events.put(None)
 
-    def _failure(self, event: Event | None) -> StackWiseError:
+    def failure(self, event: Event | None) -> StackWiseError:
+        """What went wrong, by what it said last; None: it said nothing."""
         if event is not None and event["event"] in ("error", "interrupted"):
             code = int(event.get("exit_code", 1))
             if (measured := event.get("memory")) is not None:
@@ -193,7 +239,7 @@ class Worker:
             error: StackWiseError = _ERRORS.get(code, WorkerFailed)(f"{event['message']}{tail}", hint=hint)
             error.exit_code = code
             return error
-        if not self._given:
+        if not self.has_job:
             self.kill()
         code = self._process.wait()
         if self._stopped and code in (0, -signal.SIGTERM, -signal.SIGKILL):
@@ -279,8 +325,8 @@ class WorkerPool:
     ) -> None:
         self._config, self._observe, self._resume_command, self.limit = config, observe, resume_command, limit
         self._log = Path()
-        self._busy: Worker | None = None
-        self._spare: Worker | None = None
+        self._busy: Worker | Group | None = None
+        self._spare: Worker | Group | None = None
         self._stopping = False
         self._signals = 0
 
@@ -291,8 +337,15 @@ class WorkerPool:
             StackWiseError: A worker cannot start here.
         """
         self._log = log
-        self._spare = Worker(self._config.device, log)
+        self._spare = self._hired()
         return self._spare.ready()
+
+    def _hired(self) -> Worker | Group:
+        """A worker; of several ranks as many."""
+        from stackwise.pipeline.runner.group import Group
+
+        parallel, device = self._config.parallel, self._config.device
+        return Worker(device, self._log) if parallel.ranks == 1 else Group(device, self._log, parallel)
 
     def work(self, job: StageJob | FinishJob | TrialJob) -> list[Event]:
         """Have a job done; returns its events, progress aside. Raises InterruptedRun: it was stopped after saving."""
@@ -300,7 +353,7 @@ class WorkerPool:
         if stage is not None:
             self._wait_for_orphan(Path(stage.store) / "locks" / f"work-{stage.recipe_id}.lock")
         self.check()
-        worker = self._busy = self._spare or Worker(self._config.device, self._log)
+        worker = self._busy = self._spare or self._hired()
         self._spare = None
         if self.limit is not None:
             estimate = Estimate(self._config, stage.vocab_size, stage.stage) if stage and stage.train else None
@@ -309,7 +362,7 @@ class WorkerPool:
         try:
             for event in worker.run(asdict(job)):
                 if event["event"] in ("step", "boundary", "resumed") and self._spare is None and not self._stopping:
-                    self._spare = Worker(self._config.device, self._log)  # its imports are done while this one works
+                    self._spare = self._hired()  # its imports are done while this one works
                 if self.limit is not None:
                     self.limit.observe(event)
                 self._observe(event)

@@ -77,6 +77,7 @@ def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], d
     from stackwise.pipeline.device import describe, resolve_device, warm_up
     from stackwise.pipeline.job import FinishJob, StageJob, from_plain
     from stackwise.pipeline.trial import TrialJob, run_trial
+    from stackwise.pipeline.worker.group import joined
     from stackwise.pipeline.worker.jobs import run_finish, run_stage
 
     on = resolve_device(device)
@@ -87,9 +88,11 @@ def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], d
         return 0
     threading.Thread(target=_watch_parent, args=(stopping,), daemon=True).start()
     job = json.loads(line)
+    place = job.pop("ranks", None)
     before.append(memory(on))
     if job["kind"] == "stage":
-        run_stage(from_plain(StageJob, job), channel.emit, stopping.is_set)
+        with joined(place, on, channel.emit) as ranks:
+            run_stage(from_plain(StageJob, job), channel.emit, stopping.is_set, on, ranks)
     elif job["kind"] == "trial":
         channel.emit({"event": "trial", **run_trial(from_plain(TrialJob, job), on)})
     else:

@@ -58,7 +58,8 @@ def fuse_adaptively(context: StageContext) -> None:
     files = {HEAD: job.initial[HEAD]} | fusion.parts
     parts: dict[str, State] = {part: partial(_loaded, files[part]) for part in job.stage.holds if part in files}
     commit_stage(context, parts, fusion.steps, fusion.record, fusion=rounds)
-    checkpoint.remove(Path(job.checkpoints))
+    if context.ranks.main:
+        checkpoint.remove(Path(job.checkpoints))
 
 
 class _AdaptiveFusion:
@@ -127,12 +128,14 @@ class _AdaptiveFusion:
                 nats = held_out_loss(engine, self._held_out).total
                 result = {"nats": nats, "record": asdict(trainer.record), "parts": {}}
                 for part in job.stage.trains if keep else ():
+                    if not self._context.ranks.main:
+                        break
                     weights = part_weights(engine, part)
                     durable.write_durably(self._path(name, part), partial(save_part, weights))
                     result["parts"][part] = part_digest(weights)
             del engine, trainer  # before the next phase builds its own
             gc.collect()
-            self._finish(name, result)
+            result = self._finish(name, result)
             record = Record(**result["record"])
         made, recipe = result["parts"].items(), self._job.recipe_id
         self._trained = {part: Source(str(self._path(name, part)), digest, recipe) for part, digest in made}
@@ -159,6 +162,11 @@ class _AdaptiveFusion:
 
     def _finished(self, name: str) -> dict[str, Any] | None:
         """What a phase came to, where it is done and its files are sound."""
+        ranks = self._context.ranks
+        shared: dict[str, Any] | None = ranks.shared(self._on_disk(name) if ranks.main else None)
+        return shared
+
+    def _on_disk(self, name: str) -> dict[str, Any] | None:
         try:
             result: dict[str, Any] = durable.read_json(self._directory / f"{name}.json")
             for part, digest in result.get("parts", {}).items():
@@ -170,10 +178,15 @@ class _AdaptiveFusion:
             return None
         return result
 
-    def _finish(self, name: str, result: dict[str, Any]) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        durable.write_bytes(self._directory / f"{name}.json", json.dumps(result).encode())
-        checkpoint.remove(self._directory / name)
+    def _finish(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
+        """Note what a phase came to; what the main rank notes is what all go on with."""
+        ranks = self._context.ranks
+        if ranks.main:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            durable.write_bytes(self._directory / f"{name}.json", json.dumps(result).encode())
+            checkpoint.remove(self._directory / name)
+        shared: dict[str, Any] = ranks.shared(result)
+        return shared
 
     def _path(self, name: str, part: str) -> Path:
         self._directory.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from stackwise.batch import SEGMENTS
 from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
 from stackwise.durable import FileLock
-from stackwise.errors import InterruptedRun
+from stackwise.errors import InterruptedRun, UsageError
 from stackwise.host import host_total
 from stackwise.model import part_digest
 from stackwise.pipeline.committed.generate import generate
@@ -54,14 +54,17 @@ from stackwise.pretrained.writing import ExportOptions
 from stackwise.store import ActivationStore, BoundaryReader, BoundaryWriter, codec_named
 from stackwise.training.feed import Feed, RowSource
 from stackwise.training.forward import FilledBoundary, MakeOutputs, write_boundary
+from stackwise.training.ranks import Ranks
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_parts import grouped_outputs
 
 PROGRESS_SECONDS = 0.25  # between two events on how far the evaluation is
 
 
-def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
+def run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, ranks: Ranks) -> None:
     """Do a stage's job, emitting its progress as events. Every step of it can be resumed.
+
+    Of several ranks, each of which calls this, the main one holds the stage, saves and commits.
 
     Raises:
         InterruptedRun: `stop` said so; the state is saved.
@@ -69,16 +72,18 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
         DamageError: Something that the stage reads is not what it was.
         NoSpaceError: The disk is full; everything published stays.
     """
-    config, device = job.settings, torch.device(job.device)
+    config = job.settings
     if config.deterministic and device.type == "cuda":
         make_deterministic()
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(ActivationStore(Path(job.store), create=False))
         lock = Path(job.store) / "locks" / f"work-{job.recipe_id}.lock"
-        stack.enter_context(FileLock(lock, f"stage {job.stage.depth}"))
+        if ranks.main:
+            stack.enter_context(FileLock(lock, f"stage {job.stage.depth}"))
+        _compare_data(job, ranks)
         reader = stack.enter_context(store.reader(job.reads)) if job.reads else None
         context = StageContext(
-            job, config, store, device, emit, stop, _feed(job, config, store, reader, job.rowset_number)
+            job, config, store, device, emit, stop, _feed(job, config, store, reader, job.rowset_number), ranks=ranks
         )
         if job.held_out is not None:
             entering_it = stack.enter_context(store.reader(job.held_out_reads)) if job.held_out_reads else None
@@ -88,6 +93,16 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop) -> None:
             fuse_adaptively(context)
         else:
             _train_and_write(context)
+
+
+def _compare_data(job: StageJob, ranks: Ranks) -> None:
+    """Raises UsageError: a rank has other data at the same place."""
+    for rank, data in enumerate(every := ranks.gathered(PreparedData.open(Path(job.data)).id)):
+        if data != every[0]:
+            raise UsageError(
+                f"data.paths: rank {rank} has other data at {job.data} than rank 0",
+                hint="give every host the same text, or a disk that all of them see",
+            )
 
 
 def _train_and_write(context: StageContext) -> None:
@@ -216,6 +231,7 @@ def entering(context: StageContext, frozen: Sequence[StageModel]) -> Iterator[St
         )
         yield replace(context, feed=below.above(RowSource(info.id, filled.read, filled.stream)))
         writer.flush()
+        context.ranks.wait()  # what others published is not written again
         _write(replace(context, feed=below), place, frozen, writer, begun, filled.seconds)
 
 
@@ -250,7 +266,7 @@ def boundary_writer(context: StageContext, trunk: str, depth: int, blocks: int) 
     store, config, rowset = context.store, context.config, context.feed.rowset
     codec = codec_name(config.store)
     begun = store.find(trunk=trunk, rowset=rowset.id, codec=codec)
-    return store.writer(
+    writer = store.writer(
         trunk=trunk,
         rowset=rowset.id,
         depth=depth,
@@ -260,6 +276,8 @@ def boundary_writer(context: StageContext, trunk: str, depth: int, blocks: int) 
         chunk_rows=begun.chunk_rows if begun is not None else boundary_chunk_rows(config, rowset.rows),
         attributes={"blocks_below": blocks},
     )
+    writer.share = (context.ranks.rank, context.ranks.size)
+    return writer
 
 
 def _write(
@@ -279,8 +297,12 @@ def _write(
     done = write_boundary(
         stages, context.feed, writer, context.device, progress=progress, stop=context.stop, spent=spent
     )
-    if not done.finished:
+    if not context.ranks.every(done.finished):
         raise InterruptedRun(f"stage {context.stage.depth} stopped while writing boundary {info.depth}", hint=RESUME)
+    if context.ranks.main:
+        writer.share = (0, 1)
+        writer.finish(done.seconds)
+    context.ranks.wait()
     info = writer.info  # as it is now that all is published
     written = {"boundary": info.id, "depth": info.depth, "bytes": info.disk_bytes, "rows": info.rows}
     waits = {"wait_fraction": done.wait_fraction, "blocked_fraction": done.blocked_fraction}

@@ -51,8 +51,12 @@ def beside_teacher(context: StageContext) -> Iterator[StageContext]:
     data = PreparedData.open(Path(job.data)).id
     lesson = _Lesson(context, Teacher(config, job.vocab_size, job.mask_token, data))
     with contextlib.ExitStack() as stack:
-        feed = lesson.added(stack, context.feed)
-        held_out = None if context.held_out is None else lesson.added(stack, context.held_out)
+        feed, held_out = context.feed, context.held_out
+        for rank in range(context.ranks.size):  # what the first has written, the others find
+            if rank == context.ranks.rank:
+                feed = lesson.added(stack, feed)
+                held_out = None if held_out is None else lesson.added(stack, held_out)
+            context.ranks.wait()
         gc.collect()
         yield replace(context, feed=feed, held_out=held_out)
 

@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +33,7 @@ from stackwise.training.engine import WEIGHT, Engine, ResidentEngine, State
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.forward import forward_rows
 from stackwise.training.optim import Rising
+from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import MeanLoss, StageModel
 from stackwise.training.swap import SwappedEngine, SwapSpace
 from stackwise.training.trainer import MEMORY, Carried, Progress, Record, Rollback, Trainer, anchor
@@ -55,6 +56,7 @@ class StageContext:
     stop: Stop
     feed: Feed  # what enters the stage; before its boundary is filled, what is stored below it
     held_out: Feed | None = None  # the rows that the stage is evaluated on as it trains; None: none
+    ranks: Ranks = field(default_factory=SingleProcess)  # the processes that do it together
 
     @property
     def stage(self) -> Stage:
@@ -112,7 +114,13 @@ def _resident(context: StageContext, model: StageModel) -> ResidentEngine:
             block.compile()
     seed, parts = context.job.seed(context.config), parts_of(model, context.stage)
     return ResidentEngine(
-        model, context.settings, seed=seed, device=context.device, parts=parts, rising=rising(context.job)
+        model,
+        context.settings,
+        seed=seed,
+        device=context.device,
+        parts=parts,
+        ranks=context.ranks,
+        rising=rising(context.job),
     )
 
 
@@ -138,7 +146,8 @@ def train_and_commit(context: StageContext, engine: Engine) -> None:
         part: partial(part_weights, engine, part) for part in stage.holds if part in stage.commits
     }
     commit_stage(context, parts | states_out(stage, trainer), trainer.step, trainer.record)
-    checkpoint.remove(Path(context.job.checkpoints))
+    if context.ranks.main:
+        checkpoint.remove(Path(context.job.checkpoints))
 
 
 def trained(context: StageContext, engine: Engine) -> Trainer:
@@ -158,7 +167,8 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
         budget=span.steps,
     )
     take_up(job, trainer)
-    checkpoint.restore_latest(Path(job.checkpoints) / engine.checkpoints, trainer, context.warn)
+    ranks, directory = context.ranks, Path(job.checkpoints) / engine.checkpoints
+    restored_together(ranks, trainer, lambda: checkpoint.restore_latest(directory, trainer, context.warn))
     if engine.resume(trainer):
         losses = trainer.record.losses[-REPORTED_AGAIN:]
         context.event("resumed", step=trainer.step, steps=span.length, losses=losses)
@@ -171,9 +181,10 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
     )
     with StageHooks(context, trainer) as hooks:
         while True:
-            start = (job.rows_begin + trainer.step) * settings.accumulation
+            start = ranks.microbatch((job.rows_begin + trainer.step) * (settings.accumulation // ranks.size))
+            shuffled = context.feed.shuffled(order, settings.batch_size, start, ranks.size)
             try:
-                with ahead(context.feed.shuffled(order, settings.batch_size, start), engine.device) as batches:
+                with ahead(shuffled, engine.device) as batches:
                     finished = trainer.fit(iter(batches), waited=lambda: batches.waited, hooks=hooks)
                 break
             except Rollback as back:
@@ -186,8 +197,11 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
 
 
 def commit_stage(context: StageContext, parts: Mapping[str, State], steps: int, record: Record, **more: Any) -> None:
-    """Commit what a stage trained."""
+    """Commit what a stage trained: of several ranks the main one does; it is there when this returns."""
     job, stage = context.job, context.stage
+    if not context.ranks.main:
+        context.ranks.wait()
+        return
     digests = {name: part_digest(state()) for name, state in parts.items()}
     description = {
         "recipe": job.recipe,
@@ -209,12 +223,29 @@ def commit_stage(context: StageContext, parts: Mapping[str, State], steps: int, 
     files = {name: partial(save, state) for name, state in parts.items()}
     context.store.commit_stage(job.recipe_id, files, description | more)
     context.event("committed", recipe=job.recipe_id, parts=digests)
+    context.ranks.wait()
+
+
+def restored_together(ranks: Ranks, trainer: Trainer, restore: Callable[[], bool]) -> bool:
+    """Have the main rank restore its trainer; the others take up what it holds then.
+
+    Returns:
+        Whether anything was restored.
+    """
+    restored: bool = ranks.shared(restore() if ranks.main else None)
+    if ranks.size > 1 and restored:
+        step, record = ranks.shared([trainer.step, asdict(trainer.record)])
+        tensors = ranks.shared_tensors(trainer.engine.state() if ranks.main else None)
+        if not ranks.main:
+            trainer.restore(tensors, step, Record(**record))
+    return restored
 
 
 def held_out_loss(engine: Engine, held_out: Feed) -> MeanLoss:
     """The mean loss of an engine's weights on held-out rows, in nats."""
     batch_size = forward_rows(held_out.seq_len)  # it shapes the sum, so it is not a setting
-    with ahead(held_out.sequential([(0, held_out.rowset.rows)], batch_size), engine.device) as batches:
+    ranks, rows = engine.ranks, [(0, held_out.rowset.rows)]
+    with ahead(held_out.sequential(rows, batch_size, ranks.rank, ranks.size), engine.device) as batches:
         return engine.evaluate(batches)
 
 
@@ -225,9 +256,11 @@ class StageHooks:
         self._context, self._trainer, self.stop = context, trainer, context.stop
         self._directory = Path(context.job.checkpoints) / trainer.engine.checkpoints
         self._checkpoints = Checkpoints(self._directory, context.config.training.keep_checkpoints)
-        self._prepared = False
+        self._ranks = context.ranks
+        self._prepared = not self._ranks.main  # which alone saves
         # A clock that is set back or forward must not matter.
         self._saved = time.monotonic()
+        self._waited = time.perf_counter(), context.ranks.waited
 
     def __enter__(self) -> Self:
         return self
@@ -258,6 +291,7 @@ class StageHooks:
             wait_fraction=progress.wait_fraction,
             memory=peak_memory(self._trainer.engine.device),
             pid=os.getpid(),
+            **({"sync_fraction": self._sync_fraction()} if self._ranks.size > 1 else {}),
             **({"terms": dict(progress.terms)} if progress.terms else {}),
         )
 
@@ -280,11 +314,16 @@ class StageHooks:
         training = self._context.config.training
         if training.checkpoint_steps is not None:
             return step % training.checkpoint_steps == 0
-        waited = time.monotonic() - self._saved
-        return waited >= 60 * training.checkpoint_minutes and not self._checkpoints.busy
+        return self._ranks.agreed("save", self._clock_says)
+
+    def _clock_says(self) -> bool:
+        minutes, waited = self._context.config.training.checkpoint_minutes, time.monotonic() - self._saved
+        return self._ranks.main and waited >= 60 * minutes and not self._checkpoints.busy
 
     def save(self, *, wait: bool) -> None:
         """See `Hooks.save`: beside training; the checkpoints that a decision may go back to stay."""
+        if not self._ranks.main:
+            return
         trainer, protect = self._trainer, set()
         if trainer.anchor is not None:
             protect.add(trainer.step // trainer.anchor * trainer.anchor)
@@ -327,21 +366,30 @@ class StageHooks:
         trainer, before = self._trainer, self._trainer.record
         target = int(str(back.divergence["to"]))
         self._checkpoints.finish()
+        restored_together(self._ranks, trainer, lambda: self._gone_back(target))
+        if trainer.step < target:
+            return
+        record = trainer.record
+        record.divergences = [*before.divergences, back.divergence]
+        record.seconds, record.waited, record.tokens = before.seconds, before.waited, before.tokens
+        if self._ranks.main:
+            checkpoint.remove(self._directory, after=target)
+
+    def _gone_back(self, target: int) -> bool:
+        """Restore the checkpoint of a step, or an earlier one."""
+        trainer = self._trainer
         try:
             checkpoint.restore_step(self._directory, trainer, target)
         except checkpoint.UNREADABLE as error:
             self._context.warn(f"the checkpoint of step {target} is damaged ({reason(error)}); an earlier one is used")
             checkpoint.remove(self._directory, after=target - 1)
             if checkpoint.restore_latest(self._directory, trainer, self._context.warn):
-                return
+                return True
             raise StackWiseError(
                 f"stage {self._context.stage.depth}: no checkpoint to go back to is sound",
                 hint="run again: the stage begins anew, and comes to the same weights",
             ) from error
-        record = trainer.record
-        record.divergences = [*before.divergences, back.divergence]
-        record.seconds, record.waited, record.tokens = before.seconds, before.waited, before.tokens
-        checkpoint.remove(self._directory, after=target)
+        return True
 
     def take_best(self) -> None:
         """Let the engine hold the weights of the best evaluation.
@@ -354,8 +402,13 @@ class StageHooks:
         if ended.best is None or ended.best[0] == trainer.step:
             return
         step = ended.best[0]
+        restored_together(self._ranks, trainer, lambda: self._best_taken(step))
+        trainer.record, trainer.step = ended, last
+        self._context.event("best", step=step, nats=ended.best[1])
+
+    def _best_taken(self, step: int) -> bool:
         try:
-            checkpoint.restore_step(self._directory, trainer, step)
+            checkpoint.restore_step(self._directory, self._trainer, step)
         except checkpoint.UNREADABLE as error:
             checkpoint.remove(self._directory, after=step - 1)
             which = f"the best checkpoint of stage {self._context.stage.depth}, of step {step},"
@@ -363,8 +416,14 @@ class StageHooks:
                 f"{which} is damaged ({reason(error)})",
                 hint="run again: the stage goes on from an earlier one, and comes to the same weights",
             ) from error
-        trainer.record, trainer.step = ended, last
-        self._context.event("best", step=step, nats=ended.best[1])
+        return True
+
+    def _sync_fraction(self) -> float:
+        """Share of the time since the last report that this rank waited for others and for the wire."""
+        now, waited = time.perf_counter(), self._ranks.waited
+        share = (waited - self._waited[1]) / max(now - self._waited[0], 1e-9)
+        self._waited = now, waited
+        return min(1.0, share)
 
     def _emit_saved(self) -> None:
         for saved in self._checkpoints.written():

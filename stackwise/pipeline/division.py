@@ -1,0 +1,87 @@
+"""A step's rows divided over ranks: every rank takes whole microbatches, as many as every other.
+
+Where the ranks do not divide `training.accumulation`, each microbatch is divided into smaller ones. That is a setting
+like any other (`accumulation` and `batch_size`), and written down as such: so no recipe knows of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.schema import StageOverrides
+from stackwise.errors import UsageError
+
+NEAR = 256  # how far from the number of ranks another one that divides is looked for
+
+
+def divide(config: StackWiseConfig, earlier: StackWiseConfig | None) -> list[str]:
+    """Give every rank as many microbatches as any other, in every stage; in place.
+
+    Args:
+        earlier: What the run was before: what it had divided stays so where it can, whatever the number of ranks is by
+            now, so that the run goes on instead of beginning anew.
+
+    Returns:
+        Lines for people.
+
+    Raises:
+        UsageError: The rows of a step do not divide; names the nearest number of ranks that does.
+    """
+    ranks, lines = config.parallel.ranks, []
+    for depth in range(config.n_stages):
+        settings = config.stage_training(depth)
+        before, size = settings.accumulation, settings.batch_size
+        parts = _parts(before, size, ranks)
+        if parts is None:
+            raise UsageError(
+                f"parallel: {ranks} ranks do not divide the {before * size} rows of a step of stage {depth} "
+                f"(training.batch_size {size}, accumulation {before})",
+                hint=f"nearest that do: {_nearest(config, ranks)}; or make training.batch_size a multiple of {ranks}",
+            )
+        kept = _kept(config, earlier, depth)
+        if kept is not None and kept % ranks == 0 and kept > before * parts:
+            parts = kept // before
+        if parts == 1:
+            continue
+        _set(config, depth, before * parts, size // parts)
+        line = (
+            f"a step is {before * parts} microbatches of {size // parts} rows, not {before} of {size}, so that ranks "
+            "have whole ones: as training.accumulation and batch_size it gives the same weights in one process"
+        )
+        lines += [line] if line not in lines else []
+    return lines
+
+
+def _parts(accumulation: int, batch_size: int, ranks: int) -> int | None:
+    """How many smaller ones a microbatch becomes; None: that cannot be."""
+    parts = ranks // math.gcd(accumulation, ranks)
+    return parts if batch_size % parts == 0 else None
+
+
+def _nearest(config: StackWiseConfig, ranks: int) -> str:
+    """The numbers of ranks below and above that divide every stage's rows, in words."""
+    settings = [config.stage_training(depth) for depth in range(config.n_stages)]
+
+    def divides(n: int) -> bool:
+        return all(_parts(one.accumulation, one.batch_size, n) is not None for one in settings)
+
+    below = next((n for n in range(ranks - 1, 0, -1) if divides(n)), 1)
+    above = next((n for n in range(ranks + 1, ranks + NEAR) if divides(n)), None)
+    return f"{below}" if above is None else f"{below} and {above}"
+
+
+def _kept(config: StackWiseConfig, earlier: StackWiseConfig | None, depth: int) -> int | None:
+    """The microbatches that ranks had divided the same step into before; None: they had not."""
+    if earlier is None or earlier.parallel.ranks == 1 or depth >= earlier.n_stages:
+        return None
+    now, was = config.stage_training(depth), earlier.stage_training(depth)
+    rows = now.accumulation * now.batch_size
+    same = was.accumulation * was.batch_size == rows and was.accumulation % now.accumulation == 0
+    return was.accumulation if same else None
+
+
+def _set(config: StackWiseConfig, depth: int, accumulation: int, batch_size: int) -> None:
+    """For one stage alone, as the others may have another step."""
+    settings = config.stages.setdefault(depth, StageOverrides()).training
+    settings.accumulation, settings.batch_size = accumulation, batch_size

@@ -1,0 +1,232 @@
+"""The workers of a stage that several ranks train together: as many processes, which end together.
+
+What the runner sees is one worker: rank 0's events pass, of the others' those that say how they fare. When one rank
+fails, is killed, or does not answer for `parallel.timeout`, the others are ended at once and the error names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stackwise.config.schema import ParallelConfig
+from stackwise.errors import InterruptedRun, StackWiseError, UsageError
+from stackwise.pipeline.events import Event
+from stackwise.pipeline.runner.workers import CLOSE_SECONDS, Worker, WorkerFailed
+
+HERE = "127.0.0.1"
+START_SECONDS = 120.0  # that a rank may take to begin, at least
+GRACE = 1.5  # seconds after the first failure in which the others may say what happened to them
+FIGURES_SECONDS = 1.0  # between two events on how the ranks fare
+FIGURES = ("step", "tokens_per_second", "wait_fraction", "sync_fraction", "memory", "pid")
+LOST = ("connection", "closed by peer", "reset by peer", "timed out", "timeout", "nccl", "socket", "store")
+"""What an error says that another rank's end has caused."""
+
+
+@dataclass
+class Rank:
+    """One of them."""
+
+    number: int
+    worker: Worker
+    heard: float = 0.0  # when it was last heard of, by the monotonic clock
+    lives: bool = False  # whether it was, since it was given its job
+    ended: bool = False
+    figures: dict[str, Any] = field(default_factory=dict)
+    failure: Event | None = None  # what it said of its end; empty: it said nothing
+
+    @property
+    def blame(self) -> int:
+        """How sure it is that the group ended because of this one: least is surest."""
+        if not self.failure:
+            return 0  # it was killed
+        if not self.failure.get("unexpected"):
+            return 1
+        text = str(self.failure["message"]).lower()
+        return 3 if any(said in text for said in LOST) else 2
+
+
+class _Mailbox:
+    """Where a worker's events go, with its rank; a signal handler may put some there."""
+
+    def __init__(self, rank: int, common: queue.SimpleQueue[tuple[int, Event | None]]) -> None:
+        self._rank, self._common = rank, common
+
+    def put(self, event: Event | None) -> None:
+        self._common.put((self._rank, event))
+
+    def get(self) -> Event | None:
+        raise AssertionError("the group listens")
+
+
+class Group:
+    """As many workers as ranks; what is not a stage's training is done by the first of them alone.
+
+    Args:
+        device: As in the configuration.
+        log: Of rank 0; the others' lie beside it.
+        settings: How many ranks there are, and when one is given up.
+    """
+
+    def __init__(self, device: str, log: Path, settings: ParallelConfig) -> None:
+        self._device, self._log, self._settings = device, log, settings
+        self._ranks = [Rank(0, self._started(0))]
+        self._stopped = False
+
+    def _started(self, rank: int) -> Worker:
+        log = self._log if rank == 0 else self._log.with_name(f"rank-{rank}.log")
+        return Worker(self._device if self._device in ("auto", "cpu") else f"cuda:{rank}", log)
+
+    def ready(self) -> Event:
+        """See `Worker.ready`: the others are started as soon as the device is known."""
+        machine = self._ranks[0].worker.ready()
+        if len(self._ranks) < self._settings.ranks:
+            self._check(machine)
+            self._device = "cpu" if machine["device"] == "cpu" else "cuda"
+            self._ranks += [Rank(n, self._started(n)) for n in range(1, self._settings.ranks)]
+        return machine
+
+    def _check(self, machine: Event) -> None:
+        ranks, devices = self._settings.ranks, machine.get("devices")
+        if machine["device"] not in ("cpu", "cuda") or (self._device not in ("auto", "cpu", "cuda") and ranks > 1):
+            raise UsageError(
+                f"parallel: {ranks} ranks need a device each, and device is {self._device}",
+                hint="set device: cuda (a GPU for each rank), cpu or auto",
+            )
+        if devices is not None and devices < ranks:
+            raise UsageError(
+                f"parallel: rank {devices} has no GPU: this machine has {devices}, {ranks} ranks were asked for",
+                hint=f"set parallel.data: {devices}, or device: cpu",
+            )
+
+    def run(self, job: dict[str, Any]) -> Iterator[Event]:
+        """See `Worker.run`."""
+        self.ready()
+        if job["kind"] != "stage":
+            yield from self._ranks[0].worker.run(job)
+            return
+        events: queue.SimpleQueue[tuple[int, Event | None]] = queue.SimpleQueue()
+        for rank in self._ranks:
+            rank.worker.ready()
+            rank.worker.report_to(_Mailbox(rank.number, events))
+            rank.heard = time.monotonic()
+        self._give(0, job, self._settings.port or 0)
+        told = time.monotonic()
+        while not all(rank.ended for rank in self._ranks):
+            try:
+                number, event = events.get(timeout=0.25)
+            except queue.Empty:
+                self._check_alive()
+                continue
+            rank = self._ranks[number]
+            rank.heard, rank.lives = time.monotonic(), True
+            if event is None:
+                if rank.worker.start_again():
+                    continue
+                rank.ended = True
+                if rank.worker.exit_code() != 0 and rank.failure is None:
+                    rank.failure = {}
+            elif event["event"] in ("error", "interrupted"):
+                rank.failure = event
+            elif event["event"] == "meeting":
+                for other in range(1, len(self._ranks)):
+                    self._give(other, job, event["port"])
+            elif event["event"] not in ("ready", "alive"):
+                if event["event"] == "step":
+                    rank.figures = {key: event[key] for key in FIGURES if key in event}
+                if number == 0 or event["event"] == "warning":
+                    yield event
+            if rank.failure is not None and not (rank.failure and rank.failure["event"] == "interrupted"):
+                self._collect(events)
+                raise self._failure()
+            if rank.heard - told >= FIGURES_SECONDS and all(rank.figures for rank in self._ranks):
+                told = rank.heard
+                yield self._fare(job)
+            self._check_alive()
+        if any(rank.failure is not None for rank in self._ranks):
+            raise self._failure()
+        if all(rank.figures for rank in self._ranks):
+            yield self._fare(job)
+
+    def _give(self, rank: int, job: dict[str, Any], port: int) -> None:
+        place = {
+            "rank": rank,
+            "size": len(self._ranks),
+            "address": HERE,
+            "port": port,
+            "timeout": self._settings.timeout,
+            "deterministic": self._settings.deterministic,
+        }
+        self._ranks[rank].worker.give({**job, "ranks": place})
+
+    def _fare(self, job: dict[str, Any]) -> Event:
+        """How the ranks fare; slowest is the one that waits least for the others."""
+        size = len(self._ranks)
+        shown = [
+            {"rank": rank.number, **rank.figures, "tokens_per_second": rank.figures["tokens_per_second"] / size}
+            for rank in self._ranks
+        ]
+        slowest = min(shown, key=lambda one: float(one.get("sync_fraction", 0.0)))["rank"]
+        return {"event": "ranks", "stage": job["stage"]["place"], "ranks": shown, "slowest": slowest}
+
+    def _check_alive(self) -> None:
+        """Raises WorkerFailed: a rank has not been heard of for too long; all are ended."""
+        for rank in self._ranks:
+            limit = self._settings.timeout if rank.lives else max(self._settings.timeout, START_SECONDS)
+            if rank.worker.has_job and not rank.ended and time.monotonic() - rank.heard > limit:
+                self.kill()
+                text = f"rank {rank.number} (process {rank.worker.pid}) has not answered for {limit:g} s"
+                raise WorkerFailed(f"{text} (parallel.timeout)", hint=f"its log: {rank.worker.log}")
+
+    def _collect(self, events: queue.SimpleQueue[tuple[int, Event | None]]) -> None:
+        """After a failure: hear what became of the others, then end them."""
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline and not all(rank.ended for rank in self._ranks):
+            with contextlib.suppress(queue.Empty):
+                number, event = events.get(timeout=0.05)
+                rank = self._ranks[number]
+                if event is None:
+                    rank.ended = True
+                    if rank.worker.exit_code() != 0 and rank.failure is None:
+                        rank.failure = {}
+                elif event["event"] in ("error", "interrupted"):
+                    rank.failure = rank.failure or event
+        self.kill()
+
+    def _failure(self) -> StackWiseError:
+        """Why the group ended."""
+        failed = [rank for rank in self._ranks if rank.failure is not None]
+        interrupted = [rank for rank in failed if rank.failure and rank.failure["event"] == "interrupted"]
+        culprit = min((rank for rank in failed if rank not in interrupted), key=lambda r: r.blame, default=None)
+        if culprit is None:
+            return interrupted[0].worker.failure(interrupted[0].failure)
+        error = culprit.worker.failure(culprit.failure or None)
+        if isinstance(error, InterruptedRun):
+            return error
+        if culprit.number or culprit.blame != 1:
+            error.message = f"rank {culprit.number}: {error.message}"
+            error.hint = error.hint or f"its log: {culprit.worker.log}"
+        return error
+
+    def stop(self, event: Event) -> None:
+        """See `Worker.stop`."""
+        for rank in self._ranks:
+            rank.worker.stop(event if rank.number == 0 else None)
+
+    def kill(self) -> None:
+        """See `Worker.kill`: also what is stopped."""
+        for rank in self._ranks:
+            rank.worker.kill()
+
+    def close(self) -> None:
+        """See `Worker.close`."""
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for rank in self._ranks:
+            rank.worker.end_input()
+        for rank in self._ranks:
+            rank.worker.close(max(0.0, deadline - time.monotonic()))

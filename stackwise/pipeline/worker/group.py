@@ -1,0 +1,100 @@
+"""A worker as one of several ranks: it joins the others, is heard of every second, and leaves with them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+from torch._C._distributed_c10d import TCPStore
+
+from stackwise.errors import StackWiseError, UsageError
+from stackwise.training.communicator import TorchCommunicator
+from stackwise.training.ranks import RankGroup, Ranks, SingleProcess
+from stackwise.version import __version__
+
+Emit = Callable[[dict[str, Any]], None]
+ALIVE_SECONDS = 0.5  # between two signs of life
+MEETING_SECONDS = 120.0  # for all ranks to come together
+
+
+@contextlib.contextmanager
+def joined(place: Mapping[str, Any] | None, device: torch.device, emit: Emit) -> Iterator[Ranks]:
+    """The ranks that a job is done by.
+
+    Args:
+        place: This one's `rank` of `size`, the `address` and `port` of rank 0 (whose port may be 0: it is emitted once
+            known), `timeout` in seconds, and whether sums are `deterministic`; None: it is alone.
+
+    Raises:
+        UsageError: The port is in use; or the ranks are not of the same versions.
+        StackWiseError: The ranks do not come together.
+    """
+    if place is None:
+        yield SingleProcess()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    over = threading.Event()
+    heart = threading.Thread(target=_live, args=(emit, over), name="alive", daemon=True)
+    heart.start()
+    try:
+        store = _meeting_place(place, emit)
+        try:
+            communicator = TorchCommunicator(store, place["rank"], place["size"], device=device)
+        except (RuntimeError, ValueError) as error:
+            raise StackWiseError(f"rank {place['rank']} could not join the others: {_line(error)}") from error
+        ranks = RankGroup(communicator, ordered=place["deterministic"])
+        _compare(ranks)
+        yield ranks
+        communicator.close()
+    finally:
+        over.set()
+
+
+def _live(emit: Emit, over: threading.Event) -> None:
+    while not over.wait(ALIVE_SECONDS):
+        emit({"event": "alive"})
+
+
+def _meeting_place(place: Mapping[str, Any], emit: Emit) -> TCPStore:
+    main, address, port = place["rank"] == 0, place["address"], place["port"]
+    try:
+        store = TCPStore(address, port, None, main, timedelta(seconds=MEETING_SECONDS), wait_for_workers=False)
+    except (RuntimeError, ValueError) as error:
+        if main and any(said in str(error) for said in ("EADDRINUSE", errno.errorcode[errno.EADDRINUSE], "in use")):
+            hint = "set parallel.port to another one, or leave it out: then a free one is taken"
+            raise UsageError(f"parallel.port: {port} is in use on {address}", hint=hint) from None
+        raise StackWiseError(
+            f"rank {place['rank']} does not reach rank 0 at {address}:{port}: {_line(error)}"
+        ) from error
+    if main:
+        emit({"event": "meeting", "port": store.port})
+    return store
+
+
+def _compare(ranks: Ranks) -> None:
+    """Raises UsageError: what shapes numbers is not the same on all ranks."""
+    mine = {
+        "StackWise": __version__,
+        "PyTorch": torch.__version__,
+        "numpy": np.__version__,
+        "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
+    }
+    every = ranks.gathered(mine)
+    for rank, other in enumerate(every):
+        for name, value in other.items():
+            if value != every[0][name]:
+                raise UsageError(
+                    f"rank {rank} has {name} {value}, rank 0 has {every[0][name]}",
+                    hint="ranks have the same versions and numbers of threads, or their numbers differ",
+                )
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

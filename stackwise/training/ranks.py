@@ -1,0 +1,322 @@
+"""The processes that train one stage together: each holds all of its weights and takes its share of every step's rows.
+
+A step has `accumulation` microbatches, numbered in the order of rows; rank r of N takes r, r + N, r + 2 N, …. Gradients
+are added up in the order of microbatches, which is the order in which one process adds them: so the sums, and with them
+the weights, are the same bits at any N. `SingleProcess` is N = 1.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stackwise.training.communicator import Communicator
+
+BUCKET = 1 << 24  # elements of gradients that travel at once: what a reduction takes of memory beside them
+ALIGNED = 128  # elements: where each gradient of a bucket begins, so that kernels take it as they take one by itself
+
+Ask = Callable[[], bool]
+
+
+class Reducer(Protocol):
+    """Adds up the gradients of some parameters over all microbatches of a step, of all ranks."""
+
+    def add(self) -> None:
+        """After each microbatch's backward pass."""
+
+    def finish(self) -> None:
+        """After the last: each parameter's `grad` is the sum; None where no microbatch had one."""
+
+
+class Ranks(Protocol):
+    """The ranks of one stage. Every call is made by all of them, in one order."""
+
+    rank: int  # which of them this process is, from 0
+    size: int  # how many there are
+    waited: float  # seconds that this one waited for others, and for the wire
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that locks, saves and commits."""
+
+    def microbatch(self, number: int) -> int:
+        """Of this rank's microbatch `number` of a step the number among all."""
+
+    def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """The sums over all ranks, by name. Once a step: answers for `agreed` travel along."""
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """One value for each microbatch of this rank [n] to those of all microbatches [n N], in their order."""
+
+    def reducer(self, parameters: Sequence[Tensor]) -> Reducer:
+        """What adds up the gradients of these."""
+
+    def agreed(self, name: str, ask: Ask) -> bool:
+        """Whether `ask` was true on some rank; of several ranks, when the last counts were summed up."""
+
+    def every(self, true: bool) -> bool:
+        """Whether it is true on all ranks."""
+
+    def shared(self, value: Any) -> Any:
+        """The main rank's value, which is made of what JSON can say."""
+
+    def shared_tensors(self, tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        """The main rank's tensors, on the CPU; the others give None."""
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's value, of what JSON can say, by rank."""
+
+    def wait(self) -> None:
+        """Return when every rank has called it."""
+
+
+class SingleProcess:
+    """The only rank: sums are what they are."""
+
+    rank, size, main, waited = 0, 1, True, 0.0
+
+    def microbatch(self, number: int) -> int:
+        """See `Ranks`."""
+        return number
+
+    def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """See `Ranks`."""
+        return dict(counts)
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """See `Ranks`."""
+        return values
+
+    def reducer(self, parameters: Sequence[Tensor]) -> Reducer:
+        """See `Ranks`: the backward pass adds up by itself."""
+        return _Nothing()
+
+    def agreed(self, name: str, ask: Ask) -> bool:
+        """See `Ranks`."""
+        return ask()
+
+    def every(self, true: bool) -> bool:
+        """See `Ranks`."""
+        return true
+
+    def shared(self, value: Any) -> Any:
+        """See `Ranks`."""
+        return value
+
+    def shared_tensors(self, tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        """See `Ranks`."""
+        assert tensors is not None, "the only rank is the main one"
+        return tensors
+
+    def gathered(self, value: Any) -> list[Any]:
+        """See `Ranks`."""
+        return [value]
+
+    def wait(self) -> None:
+        """See `Ranks`."""
+
+
+class _Nothing:
+    def add(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class RankGroup:
+    """Several ranks, over a communicator.
+
+    Args:
+        ordered: Add gradients up in the order of microbatches; otherwise as the communicator does, which is faster and
+            makes weights that depend on the number of ranks.
+    """
+
+    def __init__(self, communicator: Communicator, *, ordered: bool = True) -> None:
+        self.communicator, self.ordered = communicator, ordered
+        self.rank, self.size = communicator.rank, communicator.size
+        self.waited = 0.0
+        self._asked: dict[str, Ask] = {}
+        self._agreed: dict[str, bool] = {}
+
+    @property
+    def main(self) -> bool:
+        """See `Ranks`."""
+        return self.rank == 0
+
+    def microbatch(self, number: int) -> int:
+        """See `Ranks`."""
+        return number * self.size + self.rank
+
+    def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """See `Ranks`."""
+        numbers = torch.tensor([*counts.values(), *(ask() for ask in self._asked.values())], dtype=torch.int64)
+        self._timed(self.communicator.all_reduce, numbers)
+        sums = numbers.tolist()
+        self._agreed = {name: total > 0 for name, total in zip(self._asked, sums[len(counts) :], strict=True)}
+        return dict(zip(counts, sums, strict=False))
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """See `Ranks`."""
+        by_rank: Tensor = self._timed(self.communicator.all_gather, values)
+        return by_rank.T.reshape(-1)
+
+    def reducer(self, parameters: Sequence[Tensor]) -> Reducer:
+        """See `Ranks`."""
+        buckets = list(_buckets(parameters, self.size))
+        return _OrderedSum(self, buckets) if self.ordered else _PlainSum(self, buckets)
+
+    def agreed(self, name: str, ask: Ask) -> bool:
+        """See `Ranks`."""
+        self._asked[name] = ask
+        return self._agreed.get(name, False)
+
+    def every(self, true: bool) -> bool:
+        """See `Ranks`."""
+        flag = torch.tensor([int(true)])
+        self._timed(self.communicator.all_reduce, flag, "min")
+        return bool(flag)
+
+    def shared(self, value: Any) -> Any:
+        """See `Ranks`."""
+        raw = json.dumps(value).encode() if self.main else b""
+        length = torch.tensor([len(raw)])
+        self._timed(self.communicator.broadcast, length)
+        data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if self.main else torch.empty(int(length)).byte()
+        self._timed(self.communicator.broadcast, data)
+        return json.loads(data.numpy().tobytes())
+
+    def shared_tensors(self, tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        """See `Ranks`: one by one, and each rank keeps a copy."""
+        kept: dict[str, Tensor] = {}
+        about = {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in (tensors or {}).items()}
+        for name, (shape, dtype) in self.shared(about).items():
+            tensor = tensors[name].cpu().contiguous() if tensors else torch.empty(shape, dtype=getattr(torch, dtype))
+            self._timed(self.communicator.broadcast, tensor.reshape(-1).view(torch.uint8))
+            kept[name] = tensor
+        return kept
+
+    def gathered(self, value: Any) -> list[Any]:
+        """See `Ranks`."""
+        raw = json.dumps(value).encode()
+        lengths = self._timed(self.communicator.all_gather, torch.tensor([len(raw)])).reshape(-1).tolist()
+        padded = torch.frombuffer(bytearray(raw.ljust(max(lengths))), dtype=torch.uint8)
+        texts = self._timed(self.communicator.all_gather, padded)
+        return [json.loads(text.numpy().tobytes()) for text in texts]
+
+    def wait(self) -> None:
+        """See `Ranks`."""
+        self._timed(self.communicator.barrier)
+
+    def _timed(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return call(*arguments)
+        finally:
+            self.waited += time.perf_counter() - begun
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Some parameters of one dtype, whose gradients travel together, and where each of them begins.
+
+    Behind them stands for each parameter how many microbatches had a gradient of it.
+    """
+
+    parameters: list[Tensor]
+    starts: list[int]
+    flags: int  # where the counts begin
+    length: int  # a multiple of the number of ranks
+
+    def filled(self, has: list[bool]) -> Tensor:
+        """The gradients, which are taken off the parameters."""
+        flat = self.parameters[0].new_zeros(self.length)
+        for at, (p, start) in enumerate(zip(self.parameters, self.starts, strict=True)):
+            if p.grad is not None:
+                has[at] = True
+                flat[start : start + p.numel()].copy_(p.grad.reshape(-1))
+                flat[self.flags + at].fill_(1)
+                p.grad = None
+        return flat
+
+    def give(self, flat: Tensor, has: list[bool]) -> None:
+        """Give the parameters their sums. What this rank had no gradient of, another may have had."""
+        if not all(has):
+            has = (flat[self.flags : self.flags + len(self.parameters)] > 0).tolist()
+        for p, start, there in zip(self.parameters, self.starts, has, strict=True):
+            p.grad = flat[start : start + p.numel()].view_as(p) if there else None
+
+
+def _buckets(parameters: Sequence[Tensor], size: int) -> Iterator[_Bucket]:
+    by_dtype: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for p in parameters:
+        by_dtype.setdefault((p.dtype, p.device), []).append(p)
+    for alike in by_dtype.values():
+        members: list[Tensor] = []
+        starts: list[int] = []
+        end = 0
+        for p in alike:
+            if members and end + p.numel() > BUCKET:
+                yield _bucket(members, starts, end, size)
+                members, starts, end = [], [], 0
+            members.append(p)
+            starts.append(end)
+            end += -(-p.numel() // ALIGNED) * ALIGNED
+        yield _bucket(members, starts, end, size)
+
+
+def _bucket(members: list[Tensor], starts: list[int], end: int, size: int) -> _Bucket:
+    return _Bucket(members, starts, end, -(-(end + len(members)) // (size * ALIGNED)) * size * ALIGNED)
+
+
+class _OrderedSum:
+    """Each rank adds up its slice of all gradients, microbatch by microbatch in their order, and gives it to all.
+
+    Of P elements a rank sends (N - 1) / N · P for each of its microbatches, and as much again at the end: with one
+    microbatch a rank that is what a ring's all-reduce sends, the least there is.
+    """
+
+    def __init__(self, ranks: RankGroup, buckets: list[_Bucket]) -> None:
+        self._ranks, self._buckets = ranks, buckets
+        self._sums: list[Tensor | None] = [None] * len(buckets)
+        self._has = [[False] * len(bucket.parameters) for bucket in buckets]
+
+    def add(self) -> None:
+        """See `Reducer`."""
+        ranks = self._ranks
+        for at, bucket in enumerate(self._buckets):
+            slices = bucket.filled(self._has[at]).view(ranks.size, -1)
+            for one in ranks._timed(ranks.communicator.all_to_all, slices):
+                total = self._sums[at]
+                self._sums[at] = one.clone() if total is None else total.add_(one)
+
+    def finish(self) -> None:
+        """See `Reducer`."""
+        ranks = self._ranks
+        for at, bucket in enumerate(self._buckets):
+            total = self._sums[at]
+            assert total is not None, "a step has microbatches"
+            bucket.give(ranks._timed(ranks.communicator.all_gather, total).reshape(-1), self._has[at])
+            self._sums[at], self._has[at] = None, [False] * len(bucket.parameters)
+
+
+class _PlainSum:
+    """The backward passes of a rank add up its microbatches; one all-reduce adds up the ranks."""
+
+    def __init__(self, ranks: RankGroup, buckets: list[_Bucket]) -> None:
+        self._ranks, self._buckets = ranks, buckets
+
+    def add(self) -> None:
+        """See `Reducer`."""
+
+    def finish(self) -> None:
+        """See `Reducer`."""
+        for bucket in self._buckets:
+            has = [False] * len(bucket.parameters)
+            flat = bucket.filled(has)
+            self._ranks._timed(self._ranks.communicator.all_reduce, flat)
+            bucket.give(flat, has)

@@ -1,0 +1,125 @@
+"""Several ranks train a stage: the same artefacts as one process, and every way in which a rank may end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stackwise.config import StackWiseConfig
+from stackwise.errors import InterruptedRun, StackWiseError, UsageError
+from stackwise.pipeline.run import RunDirectory, status
+from stackwise.pipeline.runner.runner import Runner
+from stackwise.pipeline.runner.workers import WorkerFailed
+from stackwise.store import ActivationStore
+from tests.conftest import Micro, run
+from tests.pipeline.test_modes import committed
+from tests.pipeline.test_run import named, weights
+
+STEP: dict[str, Any] = {"training__batch_size": 4, "training__accumulation": 8, "training__steps": 20}
+SETTINGS: dict[str, Any] = STEP | {
+    "model__dropout": 0.1,
+    "training__checkpoint_steps": 2,
+    "training__eval_every": 5,
+    "training__grad_clip": 0.1,
+    "evaluation__samples": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def alone(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process."""
+    directory = tmp_path_factory.mktemp("alone") / "run"
+    run(micro(**SETTINGS), directory)
+    return directory
+
+
+def boundaries(directory: Path) -> dict[str, str]:
+    with ActivationStore(directory / "store", create=False) as store:
+        assert store.verify()["damaged"] == []
+        return {info.id: info.state for info in store.boundaries()}
+
+
+def stopped(config: StackWiseConfig, directory: Path, rank: int, number: int) -> StackWiseError:
+    """Run until the ranks tell how they fare, send one of them a signal; what the run ends with."""
+    sent: list[float] = []
+
+    def observe(event: dict[str, Any]) -> None:
+        if event["event"] == "ranks" and not sent:
+            sent.append(time.monotonic())
+            os.kill(event["ranks"][rank]["pid"], number)
+
+    with pytest.raises(StackWiseError) as caught:
+        Runner(config, RunDirectory(directory), observe).run()
+    assert time.monotonic() - sent[0] < 20
+    return caught.value
+
+
+def same(directory: Path, alone: Path) -> None:
+    assert weights(directory) == weights(alone)
+    assert boundaries(directory) == boundaries(alone)
+    for here, there in zip(committed(directory), committed(alone), strict=True):
+        assert here.record["losses"] == there.record["losses"]
+        assert here.record["held_out"] == there.record["held_out"]
+
+
+@pytest.mark.parametrize(
+    "ranks", [4, pytest.param(2, marks=pytest.mark.stress), pytest.param(8, marks=pytest.mark.stress)]
+)
+def test_any_number_of_ranks_makes_what_one_process_makes(
+    micro: Micro, alone: Path, tmp_path: Path, ranks: int
+) -> None:
+    events = run(micro(**SETTINGS, parallel__data=ranks), tmp_path)
+    same(tmp_path, alone)
+    fare = named(events, "ranks")[-1]
+    assert [one["rank"] for one in fare["ranks"]] == list(range(ranks))
+    assert all(0 <= one["sync_fraction"] <= 1 and one["memory"] > 0 for one in fare["ranks"])
+    shown = status(RunDirectory(tmp_path))
+    assert shown["ranks"] == ranks
+    assert shown["group"]["slowest"] in range(ranks)
+
+
+def test_a_rank_is_killed_and_another_number_of_ranks_goes_on(micro: Micro, alone: Path, tmp_path: Path) -> None:
+    error = stopped(micro(**SETTINGS, parallel__data=4), tmp_path, 2, signal.SIGKILL)
+    assert "rank 2" in error.message
+    assert str(tmp_path / "logs" / "rank-2.log") in (error.hint or "")
+    events = run(micro(**SETTINGS, parallel__data=2), tmp_path)
+    assert named(events, "resumed") or named(events, "reused")
+    same(tmp_path, alone)
+
+
+def test_a_rank_that_does_not_answer_is_given_up(micro: Micro, tmp_path: Path) -> None:
+    config = micro(**SETTINGS | {"training__steps": 2000}, parallel__data=2, parallel__timeout=2.0)
+    error = stopped(config, tmp_path, 1, signal.SIGSTOP)
+    assert isinstance(error, WorkerFailed)
+    assert error.message.startswith("rank 1 ")
+    assert "parallel.timeout" in error.message
+
+
+def test_a_rank_is_told_to_stop(micro: Micro, tmp_path: Path) -> None:
+    error = stopped(micro(**SETTINGS | {"training__steps": 2000}, parallel__data=2), tmp_path, 1, signal.SIGTERM)
+    assert isinstance(error, InterruptedRun)
+    assert error.exit_code == 75
+
+
+def test_rows_are_divided_where_ranks_do_not_divide_microbatches(micro: Micro, alone: Path, tmp_path: Path) -> None:
+    """The step of 8 microbatches of 4 rows, written as one of 32."""
+    config = micro(**SETTINGS | {"training__batch_size": 16, "training__accumulation": 2}, parallel__data=8)
+    runner = Runner(config, RunDirectory(tmp_path), lambda event: None)
+    with pytest.raises(UsageError, match="nearest that do: 2 and 4"):
+        Runner(micro(**STEP, parallel__data=3), RunDirectory(tmp_path), lambda event: None).run()
+    assert not (tmp_path / "run.json").exists()
+    runner.run(only=0)
+    assert weights(tmp_path)[0] == weights(alone)[0]
+
+
+def test_the_fastest_order_of_sums_is_another_recipe(micro: Micro, alone: Path, tmp_path: Path) -> None:
+    config = micro(**SETTINGS, parallel__data=2, parallel__deterministic=False)
+    run(config, tmp_path, only=0)
+    here, there = committed(tmp_path)[0].record, committed(alone)[0].record
+    assert here["recipe"]["settings"]["training"]["ranks"] == 2
+    assert here["losses"] == pytest.approx(there["losses"], rel=1e-4)
