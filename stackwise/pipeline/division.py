@@ -83,5 +83,6 @@ def _kept(config: StackWiseConfig, earlier: StackWiseConfig | None, depth: int) 
 
 def _set(config: StackWiseConfig, depth: int, accumulation: int, batch_size: int) -> None:
     """For one stage alone, as the others may have another step."""
-    settings = config.stages.setdefault(depth, StageOverrides()).training
-    settings.accumulation, settings.batch_size = accumulation, batch_size
+    own = config.stages.setdefault(depth, StageOverrides())
+    own.training.accumulation, own.training.batch_size = accumulation, batch_size
+    own.training = own.training  # it counts as set, or a file of the configuration would lack it
