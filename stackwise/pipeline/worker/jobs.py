@@ -266,7 +266,7 @@ def boundary_writer(context: StageContext, trunk: str, depth: int, blocks: int) 
     store, config, rowset = context.store, context.config, context.feed.rowset
     codec = codec_name(config.store)
     begun = store.find(trunk=trunk, rowset=rowset.id, codec=codec)
-    writer = store.writer(
+    return store.writer(
         trunk=trunk,
         rowset=rowset.id,
         depth=depth,
@@ -276,8 +276,6 @@ def boundary_writer(context: StageContext, trunk: str, depth: int, blocks: int) 
         chunk_rows=begun.chunk_rows if begun is not None else boundary_chunk_rows(config, rowset.rows),
         attributes={"blocks_below": blocks},
     )
-    writer.share = (context.ranks.rank, context.ranks.size)
-    return writer
 
 
 def _write(
@@ -288,7 +286,8 @@ def _write(
     begun: float,
     spent: float | None = None,
 ) -> None:
-    """Write what a boundary lacks, emitting how far it is, and at the end what it took."""
+    """Write what a boundary lacks, emitting how far it is, and at the end what it took; each rank a share of chunks."""
+    writer.share = (context.ranks.rank, context.ranks.size)
     info = writer.info
 
     def progress(done: int, total: int) -> None:
