@@ -172,10 +172,12 @@ class _Race:
 
     def _write(self, job: Any) -> float:
         """Seconds of writing the boundary, from forward passes to the last fsync."""
+        import torch
+
         from stackwise.pipeline.worker.jobs import run_stage
 
         events: list[dict[str, Any]] = []
-        run_stage(job, events.append, lambda: False)
+        run_stage(job, events.append, lambda: False, torch.device(job.device))
         return float(next(event["seconds"] for event in events if event["event"] == "written"))
 
 

@@ -54,14 +54,14 @@ from stackwise.pretrained.writing import ExportOptions
 from stackwise.store import ActivationStore, BoundaryReader, BoundaryWriter, codec_named
 from stackwise.training.feed import Feed, RowSource
 from stackwise.training.forward import FilledBoundary, MakeOutputs, write_boundary
-from stackwise.training.ranks import Ranks
+from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_parts import grouped_outputs
 
 PROGRESS_SECONDS = 0.25  # between two events on how far the evaluation is
 
 
-def run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, ranks: Ranks) -> None:
+def run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, ranks: Ranks | None = None) -> None:
     """Do a stage's job, emitting its progress as events. Every step of it can be resumed.
 
     Of several ranks, each of which calls this, the main one holds the stage, saves and commits.
@@ -72,7 +72,7 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, ranks
         DamageError: Something that the stage reads is not what it was.
         NoSpaceError: The disk is full; everything published stays.
     """
-    config = job.settings
+    config, ranks = job.settings, ranks or SingleProcess()
     if config.deterministic and device.type == "cuda":
         make_deterministic()
     with contextlib.ExitStack() as stack:
