@@ -23,6 +23,7 @@ from stackwise.words import size
 
 DEFAULT_TOKENS = 10**9
 PAGEABLE = 0.3  # of the rate of pinned memory, what copies of other memory reach, which the swapped engine makes
+AHEAD = 3  # batches that lie ready
 CACHED = 0.5  # share of the host's memory that files may stay in, to be read from there again
 COMPUTE, READ, WRITE, COPIES = "compute", "disk read", "disk write", "host copies"
 
@@ -290,7 +291,7 @@ def _stage(
     compute = seen * flops / machine.rate + steps * (2 * state + 3 * gradients) / machine.bandwidth
     compute += place.recomputed * seen * forward / machine.rate  # of stages as large as this one
     copies = seen * row / machine.host if stage.reads_boundary and machine.kind == "cuda" else 0.0
-    host, written = machine.base + min(0.05 * machine.ram, 128 * settings.batch_size * row), float(state)
+    host, written = machine.base + AHEAD * settings.batch_size * row, float(state)
     moved = 0.0
     if swap is not None:
         # Up and down once a step: weights and moments come up, are updated and go; weights and gradients once more.
