@@ -23,7 +23,14 @@ FLOORS = [
     {"report", "cli", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-PIPELINE = [{"."}, {"committed", "tracking"}, {"worker"}, {"runner", "library"}, {"batch", "planning"}, {"search"}]
+PIPELINE = [
+    {"."},
+    {"committed", "tracking"},
+    {"worker"},
+    {"runner", "library"},
+    {"batch", "planning", "suites"},
+    {"search"},
+]
 """The rooms of the pipeline, "." for the files that both sides share."""
 PIPELINE_FLOOR = {room: number for number, rooms in enumerate(PIPELINE) for room in rooms}
 # Within a floor these may look sideways, in one direction.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from stackwise import words
@@ -211,6 +211,36 @@ def held_out_table(result: Mapping[str, Any]) -> list[Line]:
         style = "dim" if baseline else "bold" if kind == "last" else ""  # what the run came to stands out
         table.add_row(f"baseline: {name}" if baseline else name, *cells, style=style)
     return [*table.lines(), [Styled(footnote(result), "dim")]]
+
+
+def suite_tables(results: Mapping[str, Any]) -> list[Line]:
+    """The figures of suites of tasks, a table each."""
+    lines: list[Line] = []
+    for suite, result in results.items():
+        table = Table(suite, "figure", "value", right=(2,))
+        for task, name, value in _suite_rows(suite, result):
+            table.add_row(task, name, value)
+        lines += [*([[]] if lines else []), *table.lines()]
+    return lines
+
+
+def _suite_rows(suite: str, result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    if suite == "lm":
+        yield from (("", name, _figure(value)) for name, value in result.items() if not isinstance(value, list))
+        return
+    tasks = result["tasks"] if suite == "glue" else result
+    for task, figures in tasks.items():
+        for name, value in figures.get("metrics", figures).items():
+            if isinstance(value, Mapping):  # over seeds
+                yield task, name, f"{value['mean']:.3f} ± {value['std']:.3f}"
+            elif not name.startswith("examples"):
+                yield task, name, _figure(value)
+    if suite == "glue":
+        yield "mean of tasks", "", f"{result['score']:.3f}"
+
+
+def _figure(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def passage(fill: Mapping[str, Any]) -> list[Line]:

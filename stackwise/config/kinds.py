@@ -358,10 +358,15 @@ class Objective(Kind):
     """Whether positions are masked, each row at its share."""
     shows_mask: ClassVar[bool] = True
     """Whether masked positions show the mask token, so that there must be one."""
-    causal: ClassVar[bool] = False
-    """Whether positions see none that follow."""
+    scores_alone: ClassVar[bool] = False
+    """Whether a text's tokens are scored one by one, each masked alone: its loss at few masked shares is no bound."""
     inputs: ClassVar[tuple[str, ...]] = ()
     """What a batch must bring beside tokens and masks."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether positions see none that follow."""
+        return False
 
     def positions(self, seq_len: int) -> int:
         """Positions of a row of activations."""

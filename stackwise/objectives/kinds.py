@@ -60,6 +60,8 @@ class MaskDiffusion(Masking):
 class MLM(Masking):
     """Selected positions are predicted, of which some show a random token or their own (BERT, arXiv 1810.04805)."""
 
+    scores_alone: ClassVar[bool] = True
+
     mask_share: Share = Field(0.8, description="share of selected positions that show the mask token")
     random_share: Share = Field(0.1, description="share of them that show a random token; the rest shows itself")
 
@@ -86,7 +88,11 @@ class CLM(Objective):
 
     masks: ClassVar[bool] = False
     shows_mask: ClassVar[bool] = False
-    causal: ClassVar[bool] = True
+
+    @property
+    def causal(self) -> bool:
+        """See `Objective.causal`."""
+        return True
 
     def specification(self, seed: int) -> dict[str, Any]:
         """It shows the tokens themselves."""
@@ -109,9 +115,22 @@ class Custom(Objective):
     shows_mask: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = ("targets",)
 
+    attention: Literal["both", "causal"] = Field(
+        "both", description="where positions see: both ways, or (causal) themselves and those before"
+    )
+
+    @property
+    def causal(self) -> bool:
+        """See `Objective.causal`."""
+        return self.attention == "causal"
+
     def specification(self, seed: int) -> dict[str, Any]:
-        """It shows the mask token at masked positions."""
+        """It shows the tokens as they are."""
         return {}
+
+    def scoring(self) -> dict[str, Any]:
+        """See `Objective.scoring`; where positions see is in the specification."""
+        return {"name": self.name}
 
     def unadaptable(self) -> str | None:
         """See `Objective.unadaptable`."""
@@ -121,4 +140,4 @@ class Custom(Objective):
         """See `Objective.build`."""
         from stackwise.objectives.objectives import CustomObjective
 
-        return CustomObjective()
+        return CustomObjective(causal=self.causal)

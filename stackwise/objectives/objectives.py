@@ -166,10 +166,16 @@ class CustomObjective(RuntimeObjective):
     """Targets that the caller gives, one for each position; the tokens are shown as they are.
 
     Scored are the masked positions; of a row whose mask is empty, all. Negative targets are never scored.
+
+    Args:
+        causal: Positions see themselves and those before.
     """
 
     name = "custom"
     inputs = ("targets",)
+
+    def __init__(self, causal: bool = False) -> None:
+        self.causal = causal
 
     def shown(self, batch: Batch) -> Tensor:
         """The tokens; masks choose what is scored, not what is shown."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,9 +26,12 @@ from stackwise.cli.options import (
     run_option,
 )
 from stackwise.cli.output import is_live, note, print_json, say, say_all
-from stackwise.cli.tables import held_out_table, passage
+from stackwise.cli.tables import held_out_table, passage, suite_tables
 from stackwise.errors import UsageError
 from stackwise.files import expanded
+
+if TYPE_CHECKING:
+    from stackwise.pipeline.run import RunDirectory
 
 LONGEST = 1 << 24
 """Characters of a text that are read at most: a device has no end."""
@@ -37,18 +41,47 @@ LONGEST = 1 << 24
 @run_option
 @model_option
 @click.option("--data", multiple=True, metavar="PATH", help="Other text than the held-out; repeat it for more.")
+@click.option(
+    "--suite",
+    "suites",
+    multiple=True,
+    type=click.Choice(["lm", "reasoning", "glue", "all"]),
+    help="Tasks instead: lm (perplexity by document), reasoning (lm-evaluation-harness), glue; repeat it for more.",
+)
+@click.option("--tasks", metavar="A,B", help="Suites reasoning and glue: these tasks alone.")
+@click.option("--task-path", type=click.Path(path_type=Path), metavar="DIR", help="The tasks' files; GLUE's folder.")
+@click.option("--stride", type=COUNT, metavar="N", help="Suite lm: tokens between windows; by default half a row.")
+@click.option("--limit", type=COUNT, metavar="N", help="Suites lm and reasoning: documents or rows, at most.")
+@click.option("--seeds", type=COUNT, default=1, metavar="N", help="Suite glue: runs of each task.")
+@click.option("-o", "overrides", metavar="KEY=VALUE", multiple=True, help="Suite glue: a setting of its runs.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Suite glue: where its runs go.")
 @device_option
 @as_json
-def evaluate(run: str | None, model: str | None, data: tuple[str, ...], device: str, as_json: bool) -> None:
-    """Held-out bits per byte, loss and accuracy by depth, beside baselines.
+def evaluate(
+    run: str | None,
+    model: str | None,
+    data: tuple[str, ...],
+    device: str,
+    as_json: bool,
+    suites: tuple[str, ...],
+    **how: Any,
+) -> None:
+    """Held-out bits per byte, loss and accuracy by depth, beside baselines; or suites of tasks.
 
     Bits per byte is a bound on the likelihood (the likelihood itself for a causal rack); losses are in nats a
     masked token, at each masked fraction.
     """
     check_one(run, model)
-    if model is not None and not data:
+    if model is not None and not data and (not suites or "lm" in suites or "all" in suites):
         raise UsageError("--model: a model brings no text to be scored on", hint="name some: --data PATH")
+    unused = [name for name, value in how.items() if value and not (name == "seeds" and value == 1)]
+    if unused and not suites:
+        option = "-o" if unused[0] == "overrides" else f"--{unused[0].replace('_', '-')}"
+        raise UsageError(f"{option} is for suites of tasks", hint="name one: --suite lm, reasoning or glue")
     run_directory = find_run(run) if model is None else None
+    if suites:
+        _evaluate_suites(run_directory, model, suites, data, device, how, as_json)
+        return
     from stackwise.pipeline.committed.use import evaluate_model, evaluate_run
 
     with naming_options("data", paths="--data"):
@@ -57,6 +90,35 @@ def evaluate(run: str | None, model: str | None, data: tuple[str, ...], device: 
         else:
             result = evaluate_model(str(model), list(data), lambda line: note(f"note: {line}"), device=device)
     print_json(result) if as_json else say_all(held_out_table(result))
+
+
+def _evaluate_suites(
+    run: RunDirectory | None,
+    model: str | None,
+    suites: tuple[str, ...],
+    data: tuple[str, ...],
+    device: str,
+    how: dict[str, Any],
+    as_json: bool,
+) -> None:
+    from stackwise.config.loading import parse_overrides
+    from stackwise.pipeline.suites import SUITES, SuiteOptions, run_suites
+
+    options = SuiteOptions(
+        suites=SUITES if "all" in suites else tuple(dict.fromkeys(suites)),
+        data=data,
+        tasks=tuple(filter(None, (how["tasks"] or "").split(","))),
+        task_path=how["task_path"],
+        stride=how["stride"],
+        limit=how["limit"],
+        seeds=how["seeds"],
+        settings=parse_overrides(how["overrides"]),
+        out=how["out"],
+        device=device,
+    )
+    with naming_options("data", paths="--data"):
+        result = run_suites(run, model, options, note)
+    print_json(result) if as_json else say_all(suite_tables(result))
 
 
 @click.command()

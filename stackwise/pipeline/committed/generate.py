@@ -125,7 +125,7 @@ def generate(
         forbidden=forbidden,
         exit_at=exit_at,
     )
-    stages = _stages(rack, rack.modules if exit_at is None else rack.exits)
+    stages = resident_stages(rack, rack.modules if exit_at is None else rack.exits)
     model = LoadedModel(rack.front(), stages, direction, rack.autocast, rack.config.model.keeps_cache)
     canvas, is_hole = (torch.from_numpy(array).to(rack.device) for array in (ids, holes))
     filled = fill(model, canvas, is_hole, how, callback=show)
@@ -143,7 +143,7 @@ def generate(
     }
 
 
-def _stages(rack: CommittedRack, load: Callable[[], Iterator[StageModules]]) -> Stages:
+def resident_stages(rack: CommittedRack, load: Callable[[], Iterator[StageModules]]) -> Stages:
     """The stages, resident where they fit into half of the free memory; otherwise loaded one by one for each pass."""
     paths = {Path(source.path) for source in rack.parts.values() if source.path is not None}
     files = [file for path in paths for file in (path.glob("*.safetensors") if path.is_dir() else (path,))]
@@ -233,7 +233,7 @@ def _continue(
         stop_token_id=tokenizer.separator_id,
     )
     keeps_cache = rack.config.model.keeps_cache
-    model = LoadedModel(rack.front(), _stages(rack, rack.modules), True, rack.autocast, keeps_cache)
+    model = LoadedModel(rack.front(), resident_stages(rack, rack.modules), True, rack.autocast, keeps_cache)
     given = torch.from_numpy(np.asarray(prompt, dtype=np.int64)).to(rack.device)
     ids = sample_causal(model, given, sampling.length or sampling.steps or DEFAULT_LENGTH, how, callback=show)
     before, after = tokenizer.decode(prompt), tokenizer.decode(ids.cpu().numpy())

@@ -122,8 +122,8 @@ def evaluate_run(run: RunDirectory, *, data: list[str] | None = None, device: st
     rack = load_rack(run, resolve_device(device))
     if data is None:
         return evaluate_rack(rack, rack.data.held_out)
-    with _prepared(rack, data) as prepared:
-        return evaluate_rack(rack, prepared.held_out)
+    with prepared(rack, data) as text:
+        return evaluate_rack(rack, text.held_out)
 
 
 def evaluate_model(
@@ -140,13 +140,13 @@ def evaluate_model(
         UsageError: See `load_model`; or the text is shorter than one sample.
     """
     rack = load_model(weights, resolve_device(device), report)
-    with _prepared(rack, data) as prepared:
-        rack = dataclasses.replace(rack, data=prepared)
-        return _evaluated(rack, rack.whole(), rack.stages, prepared.held_out, None)
+    with prepared(rack, data) as text:
+        rack = dataclasses.replace(rack, data=text)
+        return _evaluated(rack, rack.whole(), rack.stages, text.held_out, None)
 
 
 @contextlib.contextmanager
-def _prepared(rack: CommittedRack, data: list[str]) -> Iterator[PreparedData]:
+def prepared(rack: CommittedRack, data: list[str]) -> Iterator[PreparedData]:
     """Some text as tokens of a rack's tokenizer, all of it held out."""
     with tempfile.TemporaryDirectory(prefix="stackwise-eval-") as directory:
         tokenizer = Path(directory) / "tokenizer.json"

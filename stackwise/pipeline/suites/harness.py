@@ -1,0 +1,178 @@
+"""Reasoning and other tasks, by lm-evaluation-harness: a rack as its model."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from stackwise.errors import NotFound, StackWiseError, UsageError
+from stackwise.pipeline.suites.lm import windows
+from stackwise.pipeline.suites.scoring import Continuation, Scorer
+
+REASONING = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "lambada_openai", "boolq", "gsm8k")
+"""The tasks of the suite; their data is asked of a hub, unless a folder of tasks says where it lies."""
+DEFAULT_LENGTH = 256
+"""Tokens that a task gets where it does not say how many."""
+
+
+class RackModel(LM):
+    """A rack as lm-evaluation-harness asks it: log-likelihoods in nats, text until a string."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        self._scorer = scorer
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """See `LM.loglikelihood`; of a rack that is not causal its bound, or its pseudo-likelihood."""
+        asked = [self._continuation(*request.args) for request in requests]
+        return [(-answer.nats, answer.greedy) for answer in self._scorer.answers(asked)]
+
+    def _continuation(self, context: str, continuation: str) -> Continuation:
+        """Blanks at the context's end belong to the continuation, as tokens have them in front."""
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        before, whole = self._scorer.encode(stripped), self._scorer.encode(stripped + continuation)
+        if len(whole) <= len(before):  # the tokens of both together are others than those of each
+            whole_ids = self._scorer.encode(continuation)
+            return Continuation(before, whole_ids[-self._scorer.longest :])
+        return Continuation(whole[: len(before)], whole[len(before) :][-self._scorer.longest :])
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """See `LM.loglikelihood_rolling`."""
+        longest = self._scorer.longest
+        pieces = [list(windows(self._scorer.encode(request.args[0]), longest, longest)) for request in requests]
+        answers = iter(self._scorer.answers([piece for of_request in pieces for piece in of_request]))
+        return [-sum(next(answers).nats for _ in of_request) for of_request in pieces]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """See `LM.generate_until`: the likeliest tokens, whatever a task says of sampling."""
+        texts = []
+        for request in requests:
+            context, settings = request.args
+            until = settings.get("until", [])
+            length = int(settings.get("max_gen_toks", DEFAULT_LENGTH))
+            texts.append(self._scorer.continue_text(context, length, [until] if isinstance(until, str) else until))
+        return texts
+
+
+def run_tasks(
+    scorer: Scorer,
+    tasks: Sequence[str] = REASONING,
+    *,
+    folder: Path | None = None,
+    limit: int | None = None,
+    few_shot: int | None = None,
+) -> dict[str, Any]:
+    """Figures of a rack on tasks of lm-evaluation-harness.
+
+    Args:
+        tasks: Their names.
+        folder: YAML files of tasks beside the harness's own (`dataset_path: json` reads local files).
+        limit: Rows of each task, at most.
+        few_shot: Examples in front of each row; None: as the task says.
+
+    Returns:
+        By task, its metrics by name as the harness has them (`acc`, `acc_norm`, their standard errors), and `samples`.
+
+    Raises:
+        NotFound: A task that is not known, or a folder that is not there.
+        UsageError: Its data cannot be had: no hub is reached, a file or a column is missing.
+    """
+    if folder is not None and not folder.is_dir():
+        raise NotFound(f"--task-path {folder}: there is no such folder")
+    with _quiet():
+        manager = _manager(tasks, folder)
+        results: dict[str, Any] = {}
+        for task in tasks:
+            try:
+                answer = simple_evaluate(
+                    RackModel(scorer),
+                    tasks=[task],
+                    task_manager=manager,
+                    limit=limit,
+                    num_fewshot=few_shot,
+                    bootstrap_iters=1000,
+                    log_samples=False,
+                )
+            except StackWiseError:
+                raise
+            except Exception as error:  # of a task's files or its hub: whatever the libraries below make of it
+                raise UsageError(f"{task}: {_reason(error)}", hint=_data_hint(error)) from error
+            assert answer is not None
+            for name, metrics in answer["results"].items():
+                figures = {key.removesuffix(",none"): value for key, value in metrics.items() if key != "alias"}
+                count = answer.get("n-samples", {}).get(name, {}).get("effective")
+                results[name] = {
+                    key: value
+                    for key, value in figures.items()
+                    if isinstance(value, int | float) and key != "sample_len"
+                }
+                results[name] |= {} if count is None else {"samples": count}
+    return results
+
+
+def _manager(tasks: Sequence[str], folder: Path | None) -> TaskManager:
+    """What finds the tasks; the harness's own, which are thousands, are indexed where they are asked for alone."""
+    if folder is not None:
+        alone = TaskManager(include_path=str(folder), include_defaults=False)
+        if set(tasks) <= set(alone.all_tasks):
+            return alone
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    known = set(manager.all_tasks)
+    for task in tasks:
+        if task not in known:
+            raise NotFound(f"--tasks {task}: there is no such task", hint=_near(task, known))
+    return manager
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of what the harness, its loggers and its commands print on standard error."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)  # git, and handlers that hold the stream, write there past sys.stderr
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _near(task: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(task, sorted(known), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else "tasks of your own: --task-path FOLDER"
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _data_hint(error: Exception) -> str:
+    away = type(error).__name__ in (
+        "ConnectionError",
+        "LocalEntryNotFoundError",
+        "OfflineModeIsEnabled",
+        "MaxRetryError",
+    )
+    away = away or "offline" in str(error).lower() or "hub" in str(error).lower()
+    if away:
+        return "no hub is reached: --task-path FOLDER with a task of `dataset_path: json` reads local files"
+    return "look at the task's file: its data_files, and the columns that its templates name"
