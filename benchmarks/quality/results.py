@@ -127,14 +127,15 @@ def _memory(row: Row, setting: Result, directory: str | None) -> int:
         return int(apart(train_plainly, config)["peak_memory_bytes"])
     with tempfile.TemporaryDirectory(prefix="stackwise-quality-", dir=directory) as temporary:
         run = RunDirectory(Path(temporary) / "run")
-        with _started_by_themselves():
+        with started_by_themselves():
             Runner(config, run, lambda event: None).run()
         peaks: list[int] = [stage["peak_memory_bytes"] for stage in status(run)["stages"]]
         return max(peaks) - apart(resting)
 
 
 @contextlib.contextmanager
-def _started_by_themselves() -> Iterator[None]:
+def started_by_themselves() -> Iterator[None]:
+    """Workers are fresh processes in here, not forked ones."""
     before = os.environ.get("STACKWISE_FORK")
     os.environ["STACKWISE_FORK"] = "0"
     try:

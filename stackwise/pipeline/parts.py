@@ -265,13 +265,18 @@ def owns_projection(config: StackWiseConfig, stage: Stage) -> bool:
 
 
 def objective_of(config: StackWiseConfig, mask_token: int, vocab_size: int, stage: Stage) -> RuntimeObjective:
-    """The objective that a stage trains."""
-    if stage.causal_from is not None:
-        return AdaptationObjective(mask_token, stage.causal_from, config.seed)
-    task = make_objective(config.training, mask_token, vocab_size, config.seed)
-    if config.distillation.teacher is None:
+    """The objective that a stage trains: what it is asked for, and its teacher beside that."""
+    task = task_of(config, mask_token, vocab_size, stage)
+    if config.distillation.teacher is None or stage.causal_from is not None:
         return task
     return DistillationObjective(task, config.distillation)
+
+
+def task_of(config: StackWiseConfig, mask_token: int, vocab_size: int, stage: Stage) -> RuntimeObjective:
+    """What a stage is asked for, by which it is scored."""
+    if stage.causal_from is not None:
+        return AdaptationObjective(mask_token, stage.causal_from, config.seed)
+    return make_objective(config.training, mask_token, vocab_size, config.seed)
 
 
 def parts_of(model: StageModel, stage: Stage) -> dict[str, nn.Module]:

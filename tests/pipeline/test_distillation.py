@@ -39,7 +39,9 @@ def test_a_stage_is_given_what_transformers_computes(teacher: Path, micro: Micro
     from transformers import AutoModelForCausalLM
 
     config = micro(**settings(teacher, store__codec="fp32", store__keep="all"))
-    run(config, tmp_path / "run")
+    done = run(config, tmp_path / "run")[-1]
+    # What a teacher draws is scored as what its objective asks for: a causal rack by its exact likelihood.
+    assert done["evaluation"]["likelihood"] == "exact" and done["evaluation"]["bits_per_byte"] > 0
     model = AutoModelForCausalLM.from_pretrained(teacher).eval()
     with ActivationStore(tmp_path / "run" / "store", create=False) as store:
         infos = {(info.depth, info.shape[-1]): info for info in store.boundaries()}

@@ -22,7 +22,7 @@ from stackwise.objectives import RuntimeObjective
 from stackwise.pipeline.device import describe
 from stackwise.pipeline.initial import initial_sources, settle_mask, tokenizer_limit, with_checkpoint
 from stackwise.pipeline.job import Source, Versions, committed_stages, pruned
-from stackwise.pipeline.parts import dtype_of, load_part, make_block, make_front, make_head, objective_of
+from stackwise.pipeline.parts import dtype_of, load_part, make_block, make_front, make_head, task_of
 from stackwise.pipeline.rows import assigner
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_parts, schedule
@@ -49,7 +49,7 @@ class CommittedRack:
 
     def objective_of(self, stage: Stage) -> RuntimeObjective:
         """The objective that a stage was trained with."""
-        return objective_of(self.config, self.mask_token, self.vocab_size, stage)
+        return task_of(self.config, self.mask_token, self.vocab_size, stage)
 
     def up_to(self, stage: Stage) -> CommittedRack:
         """The rack as it was when a stage had been committed."""
