@@ -17,7 +17,7 @@ from stackwise.errors import DamageError
 from stackwise.identity import derive_seed
 from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
 from stackwise.model.block import COMPUTE
-from stackwise.model.build import allocate, build_match
+from stackwise.model.build import allocate, build_match, rebuild_tables
 from stackwise.model.projections import (
     LEARNED,
     PACKED,
@@ -34,7 +34,7 @@ from stackwise.objectives.distillation import DistillationObjective
 from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat, Stage, adapter_part
 from stackwise.pretrained.adapters import merged, read_pairs
-from stackwise.pretrained.checkpoint import read_tensors
+from stackwise.pretrained.checkpoint import read_part
 from stackwise.store import CommittedStage
 from stackwise.training.checkpoint import TensorFile, reason
 from stackwise.training.stage import StageModel
@@ -48,7 +48,9 @@ RETRAINED = "run again: its stage is retrained"
 ELSEWHERE = "check that the file is that of the model which the configuration describes"
 
 
-def load_part(source: Source, vocab_size: int | None = None) -> dict[str, torch.Tensor] | None:
+def load_part(
+    source: Source, vocab_size: int | None = None, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor] | None:
     """A part's tensors, checked against their digest; None where it is fresh.
 
     Only the tensors that the source names are read: of a checkpoint with a whole model in it, no more than the part.
@@ -56,10 +58,11 @@ def load_part(source: Source, vocab_size: int | None = None) -> dict[str, torch.
     Args:
         vocab_size: Of a front or a head: ids of the model. Where a checkpoint has fewer, rows are added to it, each
             the mean of the others.
+        dtype: Of a checkpoint's tensors, as they are wanted; None: as they are. What was committed stays as it is.
 
     Raises:
         DamageError: A file is missing, broken or not what was committed.
-        UsageError: A checkpoint's file is missing or cut off, or lacks a tensor.
+        UsageError: A checkpoint's file is missing or cut off, lacks a tensor, or has values that are no numbers.
     """
     if source.path is None:
         return None
@@ -67,36 +70,27 @@ def load_part(source: Source, vocab_size: int | None = None) -> dict[str, torch.
         weights, *adapters = (load_part(one) or {} for one in source.merged)
         for one in adapters:
             weights = merged(weights, one)
-        return weights
+        return weights if dtype is None else {name: tensor.to(dtype) for name, tensor in weights.items()}
     if source.pairs is not None:
         now, tensors = read_pairs(Path(source.path), source.pairs)
         if source.digest not in (None, now):
             raise DamageError(f"{source.path} was changed since it was hashed", hint="run again")
         return tensors
-    tensors = _read(Path(source.path)) if source.names is None else read_tensors(source.path, source.names)
-    if source.digest is not None and part_digest(tensors) != source.digest:
-        if source.names is None:
+    if source.names is None:
+        tensors = _read(Path(source.path))
+        if source.digest is not None and part_digest(tensors) != source.digest:
             raise DamageError(f"{source.path} is not what was committed", hint=RETRAINED)
+        return tensors
+    sizes = {} if vocab_size is None else dict.fromkeys(VOCABULARY, vocab_size)
+    tensors, digest = read_part(source.path, source.names, dtype, sizes)
+    if source.digest not in (None, digest):
         # Its digest is remembered by the files' times, which a change in place may leave.
         raise DamageError(f"{source.path} was changed since it was hashed", hint="touch its files, and run again")
-    if source.names is not None and vocab_size is not None:
-        tensors |= {name: _with_rows(tensors[name], vocab_size) for name in VOCABULARY & tensors.keys()}
     return tensors
 
 
 VOCABULARY = frozenset({"embedding.weight", "projection", "bias"})
 """Tensors of a front and a head that have a row for each id."""
-
-
-def _with_rows(tensor_VX: Tensor, size: int) -> Tensor:
-    """A tensor with so many rows; those that it lacks are the mean of the others."""
-    if (missing := size - len(tensor_VX)) <= 0:
-        return tensor_VX
-    total_X = torch.zeros(tensor_VX.shape[1:], dtype=torch.float64)
-    for first in range(0, len(tensor_VX), 1 << 12):  # never the whole of it in float64
-        total_X += tensor_VX[first : first + (1 << 12)].sum(0, dtype=torch.float64)
-    mean_X = (total_X / len(tensor_VX)).to(tensor_VX.dtype)
-    return torch.cat([tensor_VX, mean_X.expand(missing, *mean_X.shape)])
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -123,10 +117,10 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Source) -> N
         if found.shape != expected.shape:
             shapes = f"{list(found.shape)}, not {list(expected.shape)}"
             raise DamageError(f"{source.path}: {name} is {shapes}", hint=hint)
-        narrowed = source.names is not None and found.is_floating_point() and expected.is_floating_point()
-        if found.dtype != expected.dtype and not narrowed:
+        if found.dtype != expected.dtype:
             raise DamageError(f"{source.path}: {name} is {found.dtype}, not {expected.dtype}", hint=hint)
-    module.load_state_dict(tensors)
+    # A checkpoint's tensors were read in the module's dtype, and may be its own: a part is never in memory twice.
+    module.load_state_dict(tensors, assign=source.names is not None)
 
 
 def dtype_of(config: StackWiseConfig) -> torch.dtype:
@@ -195,10 +189,16 @@ def make_head(
         own: Give a tied head a projection of its own that starts as a copy.
         match: The teacher's width, where a layer is to match it; None: there is no such layer.
     """
-    tensors = load_part(source, vocab_size)
+    dtype = dtype_of(config)
+    tensors = load_part(source, vocab_size, dtype)
     if tensors is not None and "projection" in tensors:
         embedding_VD, own = None, False
-    head = build_head(config.model, vocab_size, config.seed, embedding_VD).to(dtype_of(config))
+    if source.names is None:
+        head = build_head(config.model, vocab_size, config.seed, embedding_VD).to(dtype)
+    else:  # without values: the checkpoint has them all
+        with torch.device("meta"):
+            head = config.model.head.build(config.model, vocab_size, embedding_VD).to(dtype=dtype)
+        rebuild_tables(head, "cpu")
     if tensors is not None:
         if match is None:
             tensors.pop(MATCH, None)  # of the stage that was drawn to a teacher, and of no use without
@@ -311,14 +311,18 @@ def _loaded(
     # Made without values: drawing fresh weights only to overwrite them takes seconds for a large block.
     with torch.device("meta"):
         module = make().to(dtype)
-    tensors = load_part(source, vocab_size)
+    tensors = load_part(source, vocab_size, dtype)
     assert tensors is not None
     if form is not None and any(name.endswith(PACKED) for name in tensors):
         quantize(module, form, pack=True)
     elif form is not None and any(name.endswith(LEARNED) for name in tensors):
         quantize(module, form, pack=False)
-    allocate(module, "cpu")
-    _fill(module, tensors, source)
+    if source.names is None:
+        allocate(module, "cpu")
+        _fill(module, tensors, source)
+    else:
+        _fill(module, tensors, source)
+        rebuild_tables(module, "cpu")
     return module
 
 
@@ -326,7 +330,7 @@ def embedding_of(job: StageJob, config: StackWiseConfig) -> torch.Tensor | None:
     """The embedding that a tied head above the front projects with, where the job names one."""
     if job.embedding is None:
         return None
-    tensors = load_part(job.embedding, job.vocab_size)
+    tensors = load_part(job.embedding, job.vocab_size, dtype_of(config))
     return None if tensors is None else tensors["embedding.weight"].to(dtype_of(config))
 
 

@@ -58,6 +58,9 @@ HEADER_BYTES = 32 << 20
 BAND_BYTES = 1 << 20
 """Bytes that are read or written at once where a tensor is turned."""
 
+EXPONENTS = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
+"""The bits that are all set in nan and in infinity alone."""
+
 FLOATS = {"F64": ("float64", "<u8"), "F32": ("float32", "<u4"), "F16": ("float16", "<u2"), "BF16": ("bfloat16", "<u2")}
 """The dtypes that weights may have, as safetensors, torch and (in bits alone) numpy call them."""
 
@@ -191,6 +194,7 @@ class Reader:
                 if not (piece := file.read(min(BAND_BYTES, last - first))):
                     raise UsageError(f"{path} cannot be read: it is cut off", hint=AGAIN)
                 first += len(piece)
+                self._check_finite(ref, np.frombuffer(piece, FLOATS[stored.dtype][1]))
                 yield piece
 
     def _range(self, ref: TensorRef) -> tuple[int, int]:
@@ -214,6 +218,7 @@ class Reader:
             if not ref.transpose:
                 file.seek(stored.begin + self._range(ref)[0])
                 _fill(file, values, path)
+                self._check_finite(ref, values.reshape(-1))
                 return values
             # Turned in bands of the file's rows: never is the whole of it in memory beside the result.
             rows, columns = stored.shape
@@ -225,7 +230,22 @@ class Reader:
                 band = band[: rows - start]
                 _fill(file, band, path)
                 values[:, start : start + len(band)] = band[:, first:last].T
+        self._check_finite(ref, values.reshape(-1))
         return values
+
+    def _check_finite(self, ref: TensorRef, values_N: np.ndarray[Any, Any]) -> None:
+        """Refuse weights that are no numbers, a slice at a time: the slice stays in the processor's cache.
+
+        Raises:
+            UsageError: There is one.
+        """
+        exponent = values_N.dtype.type(EXPONENTS[self.stored(ref).dtype])
+        for first in range(0, len(values_N), BAND_BYTES):
+            if (values_N[first : first + BAND_BYTES] & exponent).max(initial=0) == exponent:
+                raise UsageError(
+                    f"{self._directory / ref.file}: tensor {printable(ref.name)} has values that are nan or infinite",
+                    hint=f"{AGAIN}; no training and no loss can come of it",
+                )
 
     def digest(self, ref: TensorRef) -> Hex:
         """The digest of a tensor's bytes, as its part has it."""
@@ -240,6 +260,47 @@ class Reader:
         values, name = self.read(ref), FLOATS[self.stored(ref).dtype][0]
         signed: torch.Tensor = torch.from_numpy(values.view(values.dtype.str.replace("u", "i")))
         return signed.view(getattr(torch, name))
+
+    def converted(self, ref: TensorRef, dtype: torch.dtype | None, rows: int | None) -> tuple[torch.Tensor, Hex]:
+        """The same in another dtype, and the digest of its bytes in the file: no more of them is in memory than a band.
+
+        Args:
+            rows: Rows that it is to have at least; those that it lacks are the mean of the others.
+        """
+        import torch
+
+        shape = self.shape(ref)
+        count, narrow = math.prod(shape), getattr(torch, FLOATS[self.stored(ref).dtype][0])
+        result = torch.empty((max(rows or 0, shape[0]), *shape[1:]) if shape else (), dtype=dtype or narrow)
+        if ref.transpose:  # its bytes come in another order
+            tensor = self.tensor(ref)
+            result.view(-1)[:count].copy_(tensor.view(-1))
+            hashed = digest(tensor.view(-1).view(torch.uint8).numpy())
+        else:
+            flat, first = result.view(-1), 0
+
+            def pieces() -> Iterator[bytes]:
+                nonlocal first
+                for piece in self.bands(ref):
+                    values = torch.frombuffer(bytearray(piece), dtype=narrow)
+                    flat[first : first + len(values)].copy_(values)
+                    first += len(values)
+                    yield piece
+
+            hashed = digest_of_pieces(pieces())
+        if shape and len(result) > shape[0]:
+            _complete(result, shape[0], narrow)
+        return result, hashed
+
+
+def _complete(result_VX: torch.Tensor, known: int, narrow: torch.dtype) -> None:
+    """Let the rows from `known` on be the mean of those before, as the file's dtype has it."""
+    import torch
+
+    total_X = torch.zeros(result_VX.shape[1:], dtype=torch.float64)
+    for first in range(0, known, 1 << 12):  # never the whole of it in float64
+        total_X += result_VX[first : min(known, first + (1 << 12))].sum(0, dtype=torch.float64)
+    result_VX[known:] = (total_X / known).to(narrow).to(result_VX.dtype)
 
 
 def _empty(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
@@ -259,18 +320,28 @@ def _fill(file: io.FileIO, values: np.ndarray[Any, Any], path: Path) -> None:
         view = view[count:]
 
 
-def read_tensors(directory: Path | str, refs: Mapping[str, TensorRef]) -> dict[str, torch.Tensor]:
-    """The tensors of a part, read one after another; no more of the files is in memory at any time.
+def read_part(
+    directory: Path | str, refs: Mapping[str, TensorRef], dtype: torch.dtype | None, sizes: Mapping[str, int]
+) -> tuple[dict[str, torch.Tensor], Hex]:
+    """The tensors of a part in a dtype, and the part's digest in that of its files.
+
+    They are read one after another, each straight to where it stays: beside the part as it trains, there is no more in
+    memory than a band of one tensor (of one that is turned, as GPT-2's are, the tensor).
 
     Args:
         directory: The checkpoint.
         refs: For each tensor of the part where it is (`Checkpoint.names`).
+        dtype: What they are converted to; None: each stays in its file's.
+        sizes: For tensors with a row for each id, how many rows they are to have: see `Reader.converted`.
 
     Raises:
-        UsageError: A file is missing, cut off, or lacks a tensor.
+        UsageError: A file is missing, cut off, lacks a tensor, or has values that are no numbers.
     """
-    reader = Reader(Path(directory))
-    return {name: reader.tensor(ref) for name, ref in refs.items()}
+    reader, tensors, entries = Reader(Path(directory)), {}, []
+    for name, ref in sorted(refs.items()):
+        tensors[name], hashed = reader.converted(ref, dtype, sizes.get(name))
+        entries.append([name, FLOATS[reader.stored(ref).dtype][0], list(reader.shape(ref)), hashed])
+    return tensors, content_id("part", entries)
 
 
 class Checkpoint:

@@ -41,7 +41,8 @@ def test_a_stage_is_given_what_transformers_computes(teacher: Path, micro: Micro
     config = micro(**settings(teacher, store__codec="fp32", store__keep="all"))
     done = run(config, tmp_path / "run")[-1]
     # What a teacher draws is scored as what its objective asks for: a causal rack by its exact likelihood.
-    assert done["evaluation"]["likelihood"] == "exact" and done["evaluation"]["bits_per_byte"] > 0
+    assert done["evaluation"]["likelihood"] == "exact"
+    assert done["evaluation"]["bits_per_byte"] > 0
     model = AutoModelForCausalLM.from_pretrained(teacher).eval()
     with ActivationStore(tmp_path / "run" / "store", create=False) as store:
         infos = {(info.depth, info.shape[-1]): info for info in store.boundaries()}

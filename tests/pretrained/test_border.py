@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from stackwise.data.tokenizer import bytes_tokenizer
 from stackwise.errors import UsageError
 from stackwise.pretrained import Checkpoint
 from tests.pretrained.models import make
@@ -326,3 +327,49 @@ def test_no_more_than_a_part_is_in_memory(name: str, tmp_path: Path) -> None:
     reading, writing = map(int, done.stdout.split())
     assert reading <= 1.2 * largest
     assert writing <= 1.2 * largest
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_named_before_anything_is_written(
+    value: float, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """While digests are made, which every run needs, and while a part is read, turned or not."""
+    for name, tensor in (("llama", "model.layers.2.mlp.up_proj.weight"), ("gpt2", "transformer.h.1.mlp.c_fc.weight")):
+        directory = copied(models[name], tmp_path / name)
+        (file,) = (path for path in directory.glob("*.safetensors") if tensor in load_file(path))
+        tensors = load_file(file)
+        tensors[tensor][-1, -1] = value
+        file.unlink()
+        save_file(tensors, file)
+        checkpoint = Checkpoint(directory, str(tmp_path / "cache"))
+        part = f"block.{tensor.split('.')[2]}"
+        for read in (checkpoint.digest, checkpoint.load):
+            with pytest.raises(UsageError, match="nan or infinite") as caught:
+                read(part)
+            assert tensor in one_line(caught.value)
+
+
+def test_run_and_eval_name_the_tensor_that_holds_no_numbers(tmp_path: Path) -> None:
+    directory, text, run = tmp_path / "model", tmp_path / "text.txt", tmp_path / "run"
+    make("llama", directory, shard="1GB", vocab_size=258)
+    (directory / "tokenizer.json").write_text(bytes_tokenizer().json)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, directory / "model.safetensors")
+    text.write_text("some words for a model " * 200)
+    settings = (
+        f"data.paths=[{text}]",
+        "training.seq_len=16",
+        "training.steps=1",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    )
+    for words in (
+        ["run", "--init", str(directory), "--run", str(run), *(word for one in settings for word in ("-o", one))],
+        ["eval", "--model", str(directory), "--data", str(text)],
+    ):
+        command = [sys.executable, "-m", "stackwise", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert "tensor model.norm.weight has values that are nan" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not run.exists()

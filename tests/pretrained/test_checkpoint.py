@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stackwise.model import part_digest
-from stackwise.pretrained.checkpoint import Checkpoint, load_rack
+from stackwise.pretrained.checkpoint import Checkpoint, load_rack, read_part
 from tests.pretrained.models import FAMILIES, make
 
 
@@ -33,6 +33,23 @@ def test_digests_are_those_of_the_parts_and_remembered(name: str, tmp_path: Path
     again = Checkpoint(tmp_path / "model", str(tmp_path / "cache"))
     again._reader = None  # type: ignore[assignment] - nothing may be read
     assert {part: again.digest(part) for part in again.parts} == digests
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "gpt2", "bert"])
+def test_a_part_is_read_in_another_dtype_with_rows_added(name: str, tmp_path: Path) -> None:
+    make(name, tmp_path / "model", dtype=torch.bfloat16)
+    checkpoint = Checkpoint(tmp_path / "model", str(tmp_path / "cache"))
+    for part in checkpoint.parts:
+        refs, plain = checkpoint.names(part), checkpoint.load(part)
+        tensors, digest = read_part(checkpoint.directory, refs, torch.float32, {"embedding.weight": 101})
+        assert digest == checkpoint.digest(part) == part_digest(plain)
+        assert tensors.keys() == plain.keys()
+        for key, tensor in tensors.items():
+            expected = plain[key].float()
+            if key == "embedding.weight":
+                mean = plain[key].double().mean(0).bfloat16().float()
+                expected = torch.cat([expected, mean.expand(2, -1)])
+            assert torch.equal(tensor, expected), key
 
 
 def test_opening_imports_no_torch(tmp_path: Path) -> None:

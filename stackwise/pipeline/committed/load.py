@@ -71,8 +71,9 @@ class CommittedRack:
         parts = parts or self.parts
         embedding = None
         if self.config.model.tie_embeddings:
-            tensors = load_part(parts[FRONT], self.vocab_size)
-            embedding = None if tensors is None else tensors["embedding.weight"].to(dtype_of(self.config))
+            dtype = dtype_of(self.config)
+            tensors = load_part(parts[FRONT], self.vocab_size, dtype)
+            embedding = None if tensors is None else tensors["embedding.weight"].to(dtype)
         head = make_head(self.config, self.vocab_size, parts[HEAD], embedding, own=False)
         return head.to(self.device).eval()
 
