@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from stackwise import files
-from stackwise.durable import write_bytes
+from stackwise.durable import write_bytes, write_json
 from stackwise.errors import NotFound, StackWiseError, UsageError
 from stackwise.identity import Hex, digest
 
@@ -26,12 +26,16 @@ SEPARATOR, MASK = "<|endoftext|>", "<|mask|>"
 """The names of the tokens that are added where a tokenizer brings none."""
 
 _SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]", "<sep>")
+CONFIG, END = "config.json", "eos_token_id"
+"""The model's file beside a tokenizer.json, and its key for the id that ends a text."""
+
 _MASKS = (MASK, "<mask>", "[MASK]", "<|mdm_mask|>")
 
 MOST_IDS = 1 << 22
 """Ids are below it: tables of all of them are held. The largest vocabularies in use have about a million."""
 
 _FILE_BYTES = 256 << 20
+_CONFIG_BYTES = 4 << 20
 
 Ids = np.ndarray[Any, np.dtype[np.uint32]]
 Table = np.ndarray[Any, np.dtype[np.int64]]
@@ -59,12 +63,13 @@ class Tokenizer:
     Args:
         backend: The library's tokenizer; it is changed.
         name: What it is called in messages.
+        ends_with: The id that ends a text, as the model says: the separator, where no name says which one is.
 
     Raises:
         UsageError: Its ids have gaps, so that nothing can be added after them.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, name: str = "tokenizer") -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, *, name: str = "tokenizer", ends_with: int | None = None) -> None:
         self.name = name
         self._backend = backend
         backend.no_truncation()
@@ -74,13 +79,17 @@ class Tokenizer:
         backend.encode_special_tokens = True
         # names that the model itself, though not the list of added tokens, takes for the token (Unigram does)
         self._taken: list[str] = []
-        self.separator_id = self._special(_SEPARATORS)
+        named = any(backend.token_to_id(separator) is not None for separator in _SEPARATORS)
+        end = None if named or ends_with is None else backend.id_to_token(ends_with)
+        self.separator_id = self._special(_SEPARATORS if end is None else (end,))
+        self.ends_with = None if end is None else ends_with
+        """The separator's id, where the model says it and no name does."""
         self.mask_id = self._special(_MASKS)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         """All ids, the added ones included."""
 
     @classmethod
-    def from_json(cls, text: str, *, name: str = "tokenizer") -> Self:
+    def from_json(cls, text: str, *, name: str = "tokenizer", ends_with: int | None = None) -> Self:
         """Read the text of a tokenizer.json.
 
         Raises:
@@ -90,18 +99,18 @@ class Tokenizer:
 
         hint = "it is what `save_pretrained` writes beside a model"
         with _library(f"{name}: not a tokenizer.json", hint):
-            return cls(Backend.from_str(text), name=name)
+            return cls(Backend.from_str(text), name=name, ends_with=ends_with)
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a tokenizer.json, or the one in a folder.
+        """Read a tokenizer.json, or the one in a folder; the model's files beside it may say which id ends a text.
 
         Raises:
             NotFound: There is none.
             UsageError: It cannot be read, or is broken.
         """
         path = path / "tokenizer.json" if os.path.isdir(path) else path
-        return cls.from_json(_text(path), name=str(path))
+        return cls.from_json(_text(path), name=str(path), ends_with=_end_of_text(path.parent))
 
     @staticmethod
     def names_in(path: Path) -> dict[str, int]:
@@ -137,7 +146,8 @@ class Tokenizer:
     @cached_property
     def id(self) -> Hex:
         """Fingerprint of everything that it does."""
-        return digest(json.dumps(json.loads(self.json), sort_keys=True).encode())
+        content = json.dumps(json.loads(self.json), sort_keys=True)
+        return digest((content if self.ends_with is None else f"{content} {self.ends_with}").encode())
 
     @cached_property
     def unknown_id(self) -> int | None:
@@ -150,7 +160,9 @@ class Tokenizer:
         return unknown if unknown is not None and unknown < self.vocab_size else None
 
     def save(self, path: Path) -> None:
-        """Write its tokenizer.json, durably and whole."""
+        """Write its tokenizer.json, durably and whole; what its names do not say stands beside it, as in a model."""
+        if self.ends_with is not None:
+            write_json(path.parent / CONFIG, {END: self.ends_with})
         write_bytes(path, self.json.encode())
 
     @cached_property
@@ -234,6 +246,20 @@ def _text(path: Path) -> str:
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"tokenizer {path} cannot be read ({getattr(error, 'message', error)})") from None
+
+
+def _end_of_text(directory: Path) -> int | None:
+    """The id that ends a text, as the model's files in a directory say; of several the first."""
+    for name in (CONFIG, "generation_config.json"):
+        try:
+            content = files.read_json(directory / name, limit=_CONFIG_BYTES)
+        except (OSError, ValueError, StackWiseError):  # whoever reads the model says what is wrong with it
+            continue
+        end = content.get(END) if isinstance(content, dict) else None
+        end = end[0] if isinstance(end, list) and end else end
+        if type(end) is int and 0 <= end < MOST_IDS:
+            return end
+    return None
 
 
 def bytes_tokenizer() -> Tokenizer:

@@ -255,6 +255,30 @@ def test_saved_and_loaded_it_is_the_same(tokenizers: dict[str, Tokenizer], name:
     assert Backend.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() <= first.vocab_size
 
 
+def test_the_separator_is_what_the_model_says_where_no_name_does(tmp_path: Path) -> None:
+    """`config.json` first, then `generation_config.json`, the first of several; a copy keeps it; names go first."""
+    content = json.loads(
+        bytes_tokenizer().json.replace("<|endoftext|>", "<|im_end|>").replace("<|mask|>", "<|im_start|>")
+    )
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    assert Tokenizer.load(path).separator_id == 258  # added
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 257]}))
+    one = Tokenizer.load(tmp_path)
+    assert (one.separator_id, one.mask_id, one.vocab_size) == (256, 258, 259)
+    assert 256 not in one.encode_batch(["a <|im_end|> b"])[0]
+    (tmp_path / "copy").mkdir()
+    one.save(tmp_path / "copy" / "tokenizer.json")
+    copy = Tokenizer.load(tmp_path / "copy")
+    assert (copy.separator_id, copy.id) == (256, one.id)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 257}))
+    other = Tokenizer.load(tmp_path)
+    assert other.separator_id == 257
+    assert other.id != one.id
+    path.write_text(bytes_tokenizer().json)
+    assert Tokenizer.load(tmp_path).id == bytes_tokenizer().id
+
+
 def test_what_is_off_stays_off(tokenizers: dict[str, Tokenizer]) -> None:
     long = tokenizers["gpt2"].encode_batch([SAMPLE[0] * 9, "a"])
     assert len(long[0]) > 8
