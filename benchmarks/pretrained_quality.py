@@ -1,6 +1,6 @@
 """What a pretrained model is worth as a beginning: distillation, integers, blocks in turn, each beside its baselines.
 
-    python -m benchmarks.pretrained_quality [--steps 300] [--seeds 3] [--rates 5e-4,2e-3] [--write]
+    python -m benchmarks.pretrained_quality [--steps 150] [--seeds 3] [--rates 1e-3] [--write]
 
 A teacher is trained first: a rack of 6 blocks that continues Python's standard library, byte by byte. The rows of each
 table begin from it, or from nothing, get as many updates of each block as the table says, and are scored by their exact
@@ -147,8 +147,6 @@ LARGE |= {"training.seq_len": 128, "training.batch_size": 1, "training.steps": 2
 MEMORY: dict[str, dict[str, Any]] = {
     "all parameters": {},
     "4 blocks in turn": {"training.mode": {"name": "in_turn", "block_size": 4}},
-    "1 block in turn": {"training.mode": {"name": "in_turn", "block_size": 1}},
-    "all parameters, swapped": {"training.swap": "always", "training.swap_parts": 1},
 }
 """Runs of a rack of 12 blocks of width 768, whose memory is weights, gradients and moments for the most part."""
 
@@ -236,12 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     made = parser("pretrained_quality", __doc__)
     add = made.add_argument
-    add("--steps", type=positive, default=300, metavar="N", help="updates of each block, but as a table says")
-    add("--teacher-steps", type=positive, default=3000, metavar="N", help="updates of the teacher; default 3000")
+    add("--steps", type=positive, default=150, metavar="N", help="updates of each block, but as a table says")
+    add("--teacher-steps", type=positive, default=1000, metavar="N", help="updates of the teacher; default 1000")
     add("--seeds", type=positive, default=3, metavar="N", help="seeds; default 3")
-    add("--rates", default="5e-4,2e-3", metavar="X,X", help="the grid of learning rates")
+    add("--rates", default="1e-3", metavar="X,X", help="the grid of learning rates")
     add("--results", type=Path, default=DOCS / "pretrained-quality.json", metavar="FILE", help="where results are kept")
-    add("--dir", metavar="DIR", required=True, help="where the teacher stays, and temporary runs go")
+    add("--dir", metavar="DIR", default="runs/pretrained-quality", help="where the teacher stays, and runs for a while")
     add("--report", action="store_true", help="run nothing: tables of what is there")
     return made
 
@@ -281,15 +279,14 @@ def _section(options: argparse.Namespace) -> Section:
     for name, (title, members) in TABLES.items():
         known = {row.name: bench.known(row, best[row.key]) for row in members}
         result[name] = known
-        body.append(f"### {title}\n\n{table(['row', 'bits per byte', 'rate'], _lines(members, known, best))}")
+        body.append(f"### {title}\n\n{table(['row', 'bits per byte', 'rate', 'seeds'], _lines(members, known, best))}")
     memory = _memory(bench)
     header = ["12 blocks of width 768, batch of 1", "peak memory of a worker beyond a resting one"]
     body.append("### Memory\n\n" + table(header, ([name, words.size(size)] for name, size in memory.items())))
     text = (
         f"Racks of width 96 by bytes, samples of 128, batches of 4, {options.steps} steps; the teacher got "
         f"{options.teacher_steps:,} of batches of 8. Bits per byte of held-out files by exact likelihood; medians over "
-        f"{words.plural(options.seeds, 'seed')}, smallest to largest in brackets; without brackets nothing of it is "
-        "drawn. The best of the grid of rates by the first seed."
+        "the seeds of a row, smallest to largest in brackets. Rates: the best of a grid by the first seed."
     )
     title = "A pretrained model as a beginning"
     return Section("pretrained-quality", title, text, "\n\n".join(body), "CPU", result | {"memory": memory})
@@ -300,8 +297,9 @@ def _lines(rows: Sequence[Row], scores: dict[str, list[float]], best: dict[str, 
         if not (known := scores[row.name]):
             continue
         spread = Spread.of(known)
-        shown = f"{spread.median:.3f}" + (f" ({spread.min:.3f} to {spread.max:.3f})" if row.share is not None else "")
-        yield [row.name, shown, words.rate(best[row.key]) if row.share is not None else ""]
+        shown = f"{spread.median:.3f}" + (f" ({spread.min:.3f} to {spread.max:.3f})" if len(known) > 1 else "")
+        drawn = row.share is not None  # what is scored as it stands has neither rate nor seed
+        yield [row.name, shown, words.rate(best[row.key]) if drawn else "", str(len(known)) if drawn else ""]
 
 
 def _memory(bench: Bench) -> dict[str, int]:
