@@ -20,7 +20,16 @@ RATE, DECAY = "stages.1.training.learning_rate", "stages.1.training.weight_decay
 
 @pytest.fixture(scope="module")
 def args(base: list[str]) -> list[str]:
-    small = ["-o", "training.steps=10", "-o", "evaluation.samples=8", "-o", "training.eval_every=5"]
+    small = [
+        "-o",
+        "training.steps=10",
+        "-o",
+        "evaluation.samples=8",
+        "-o",
+        "training.eval_every=5",
+        "-o",
+        "store.keep=none",
+    ]
     return ["tune", *base, *small, "-s", f"{RATE}=1e-3..1e-2:log", "-s", f"{DECAY}=0,0.1", "--jobs", "2"]
 
 
@@ -41,6 +50,10 @@ def test_stages_in_common_train_once_and_the_best_is_kept(whole: tuple[Path, dic
         (1, 1), (1, 1), (1, 1), (2, 0),
     ]  # fmt: skip
     assert value["sharing"] == {"trained": 5, "stages": 8}
+    # The boundary that all of them read is kept, whatever store.keep says.
+    logs = [RunDirectory(Path(trial["run"])).events_file.read_text() for trial in value["trials"]]
+    assert sum(log.count('"written"') for log in logs) == 2, "it, and its held-out rows, once"
+    assert not any('"recomputing"' in log for log in logs)
     best = min(value["trials"], key=lambda trial: trial["value"])
     assert value["best"] == {key: best[key] for key in ("value", "settings", "run")}
     result = RunDirectory(Path(best["run"])).evaluation()
@@ -108,7 +121,8 @@ def test_several_objectives_and_a_function_of_ones_own(
     args: list[str], whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(
-        "def decay(run):\n    return 1.0 - ('weight_decay: 0.1' in (run / 'stackwise.yaml').read_text())\n"
+        "import yaml\n\n\ndef decay(run):\n    config = yaml.safe_load((run / 'stackwise.yaml').read_text())\n"
+        "    return 1.0 - config['stages'][1]['training']['weight_decay']\n"
     )
     store = f"store.path={whole[0] / 'store'}"  # everything is there: nothing trains
     command = [*args[:-6], "-s", f"{DECAY}=0,0.1", "--sampler", "grid", "-o", store, "--run", "front", "--json"]
@@ -116,7 +130,7 @@ def test_several_objectives_and_a_function_of_ones_own(
     assert done.code == 0, done.err
     value = json.loads(done.out)
     first, second = value["trials"]
-    assert (first["values"]["mine:decay"], second["values"]["mine:decay"]) == (1.0, 0.0)
+    assert (first["values"]["mine:decay"], second["values"]["mine:decay"]) == (1.0, 0.9)
     beaten = first["value"] >= second["value"]
     assert value["front"] == ([1] if beaten else [0, 1])
 

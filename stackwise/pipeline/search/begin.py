@@ -110,6 +110,7 @@ def begin(
             "library": "none" if plan is not None else sampling.library,
             **({"population": trials} if evolve is not None else {}),
         },
+        ahead.shared,
         evolve,
     )
     study = Study(search, directory, resume_command)

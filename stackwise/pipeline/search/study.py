@@ -30,6 +30,7 @@ from stackwise.pipeline.batch.sweep import placed
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
+from stackwise.pipeline.search.common import Common
 from stackwise.pipeline.search.effects import Make
 from stackwise.pipeline.search.objectives import Measured, measure
 from stackwise.pipeline.search.record import StudyRecord, Trial, Watched, logged
@@ -51,6 +52,7 @@ class Search:
         objectives: By name, what is made small.
         trials: How many.
         jobs: How many at once.
+        shared: Stages, from the bottom up, that all trials have in common.
         evolve: What is done with the trials before each is carried out whole; None: nothing.
     """
 
@@ -61,6 +63,7 @@ class Search:
     jobs: int = 1
     plan: Sequence[Settings] | None = None
     description: Mapping[str, Any] = field(default_factory=dict)
+    shared: int = 0
     evolve: Callable[[Study, TrialObserver], None] | None = None
 
 
@@ -80,6 +83,7 @@ class Study:
         self.record = StudyRecord(directory, dict(search.description))
         self._lock = threading.RLock()  # of the record, and of what is observed
         self._runners: dict[int, Runner] = {}
+        self._common = Common(str(directory.resolve()), search.shared)
         self._stopping = 0
         self._ends: float | None = None
 
@@ -251,9 +255,11 @@ class Study:
             Pruned: It was ended early.
             InterruptedRun: The search was told to stop.
         """
-        pruned = threading.Event()
+        pruned, store = threading.Event(), run.store_path(self.config(trial))
 
         def seen(event: Event) -> None:
+            with self._lock:
+                self._common.observe(event, store)
             try:
                 observe(event)
             except Pruned:
