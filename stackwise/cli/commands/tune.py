@@ -79,9 +79,9 @@ def tune(
         )
     keep_going_without_output()
     if not as_json:
-        shared = f", {ahead.shared} of them the same in all" if ahead.shared else ""
+        shared = f", {ahead.common} of them the same in all" if ahead.common else ""
         trials = words.plural(study.search.trials, "trial")
-        say(f"{trials} of {words.plural(ahead.stages, 'stage')}{shared}, in {place}")
+        say(f"{trials} of {words.plural(len(ahead.depths), 'stage')}{shared}, in {place}")
         if ahead.order is not None:
             say(Styled(ahead.order, "dim"))
     try:

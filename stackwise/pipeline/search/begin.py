@@ -94,7 +94,7 @@ def begin(
     evolve = None
     if tune.sampler == "pbt":
         check_population(base, space, trials)
-        evolve = Population(space, ahead.stages, trials, tune.seed or 0).evolve
+        evolve = Population(space, base.n_stages, trials, tune.seed or 0).evolve
     search = Search(
         make,
         sampling,

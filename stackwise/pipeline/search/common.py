@@ -18,7 +18,7 @@ class Common:
 
     Args:
         name: The search, as the store knows it.
-        shared: Stages, from the bottom up, that all trials have in common; 0: none.
+        shared: The lowest stage that is not the same in all trials.
     """
 
     def __init__(self, name: str, shared: int) -> None:

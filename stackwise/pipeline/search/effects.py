@@ -38,18 +38,23 @@ class Outlook:
     """What a search will be like.
 
     Args:
-        stages: How many a trial has, at the space's first point.
+        depths: Of the stages of a trial, at the space's first point, in the order of its schedule.
         steps: Optimizer steps of each of them.
     """
 
     effects: list[Effect]
-    stages: int
+    depths: list[int]
     steps: list[int]
 
     @property
     def shared(self) -> int:
-        """Stages, from the bottom up, that all trials have in common."""
-        return min((one.stage for one in self.effects if one.stage is not None), default=self.stages)
+        """The lowest stage that is not the same in all trials."""
+        return min((one.stage for one in self.effects if one.stage is not None), default=max(self.depths) + 1)
+
+    @property
+    def common(self) -> int:
+        """How many stages all trials have in common, each window's counted."""
+        return sum(depth < self.shared for depth in self.depths)
 
     @property
     def order(self) -> str | None:
@@ -89,7 +94,7 @@ def outlook(space: Space, make: Make, directory: Path, progress: Progress | None
         at += len(mine)
         effects.append(_effect(key, mine))
     first = by_name["0"].decisions
-    return Outlook(effects, len(first), [decision.steps for decision in first])
+    return Outlook(effects, [decision.stage.depth for decision in first], [decision.steps for decision in first])
 
 
 def _made(make: Make, settings: Settings, key: str | None) -> StackWiseConfig:
@@ -103,10 +108,15 @@ def _made(make: Make, settings: Settings, key: str | None) -> StackWiseConfig:
 
 def _effect(key: str, members: Sequence[Member]) -> Effect:
     first, *others = members
-    lowest = min((depth for other in others if (depth := _differ(first.keys, other.keys)) is not None), default=None)
-    costs = [_flops(first.combination.config, decision) for decision in first.decisions]
-    share = 0.0 if lowest is None else sum(costs[lowest:]) / (sum(costs) or 1.0)
-    return Effect(key, lowest, share)
+    places = [place for other in others if (place := _differ(first.keys, other.keys)) is not None]
+    if not places:
+        return Effect(key, None, 0.0)
+    config, decisions = first.combination.config, first.decisions
+    # Of a rack that only becomes larger, every stage is the same; the last one is not the last any more.
+    lowest = decisions[min(*places, len(decisions) - 1)].stage.depth
+    costs = [(decision.stage.depth, _flops(config, decision)) for decision in decisions]
+    above = sum(cost for depth, cost in costs if depth >= lowest)
+    return Effect(key, lowest, above / (sum(cost for _, cost in costs) or 1.0))
 
 
 def _differ(one: Sequence[str], other: Sequence[str]) -> int | None:

@@ -52,7 +52,7 @@ class Search:
         objectives: By name, what is made small.
         trials: How many.
         jobs: How many at once.
-        shared: Stages, from the bottom up, that all trials have in common.
+        shared: The lowest stage that is not the same in all trials.
         evolve: What is done with the trials before each is carried out whole; None: nothing.
     """
 
