@@ -25,7 +25,7 @@ from stackwise.identity import content_id
 from stackwise.pipeline.job import Source, Versions, committed_stages
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import ADAPTER, FIRST_HEAD, FRONT, HEAD, adapter_part, block_part, block_parts
-from stackwise.pretrained.adapters import AdapterDirectory, base_of, is_adapter
+from stackwise.pretrained.adapters import AdapterDirectory, base_of, is_adapter, named_layers
 from stackwise.pretrained.checkpoint import Checkpoint
 from stackwise.pretrained.families import BLOCK
 
@@ -232,6 +232,9 @@ def with_checkpoint(config: StackWiseConfig) -> StackWiseConfig:
     if own.max_seq_len is not None:
         model["max_seq_len"] = own.max_seq_len
     config.model = ModelConfig.model_validate(model)
+    adapters, checkpoint = config.training.adapters, getattr(weights, "checkpoint", None)
+    if adapters is not None and checkpoint is not None:
+        adapters.targets = named_layers(checkpoint, adapters.targets)
     if faults := [f"{key}: {text}" for key, text in size_faults(config)]:
         raise ConfigError(faults, source=f"init.weights {config.init.weights}")
     if weights.tokenizer_json is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackwise import files
-from stackwise.config.adapters import LORA, layers
+from stackwise.config.adapters import LORA, is_target, layers
 from stackwise.errors import NotFound, UsageError
 from stackwise.files import expanded
 from stackwise.identity import Hex, content_id
@@ -273,6 +273,18 @@ def targets_of(base: Checkpoint) -> dict[str, list[Target]]:
             module = base.family.base + ref.name.removeprefix(base.base).removesuffix(".weight")
             found.setdefault(module, []).append(Target(part, layer, ref.rows, sides[layer]))
     return found
+
+
+def named_layers(base: Checkpoint, targets: Sequence[str]) -> list[str]:
+    """Targets in our names: one that ends the names of modules of transformers stands for the layers that these are."""
+    modules = targets_of(base)
+    found: list[str] = []
+    for target in targets:
+        ends = (entries for module, entries in modules.items() if f".{module}".endswith(f".{target}"))
+        theirs = sorted({entry.layer for entries in ends for entry in entries})
+        ours = any(is_target(target, entry.layer) for entries in modules.values() for entry in entries)
+        found += [target] if ours or not theirs else theirs
+    return list(dict.fromkeys(found))
 
 
 def digest_of(reader: Reader, pairs: Mapping[str, LowRank]) -> Hex:

@@ -10,6 +10,7 @@ import pytest
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build, dump
 from stackwise.errors import ConfigError
+from stackwise.pipeline.committed.use import recomputer
 from stackwise.pipeline.initial import with_checkpoint
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import schedule
@@ -76,6 +77,28 @@ def test_killed_and_resumed_they_come_to_the_same_weights(checkpoints: Any, text
     run(config, tmp_path / "whole")
     killed(tmp_path / "config.yaml", tmp_path / "killed", 0, 1)
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "killed")
+
+
+def test_a_damaged_boundary_below_them_is_made_again(checkpoints: Any, text: Path, tmp_path: Path) -> None:
+    adapters = SETTINGS["training.adapters"] | {"above": 2}
+    run(configuration(checkpoints("llama"), text, **{"training.adapters": adapters}), tmp_path / "run")
+    directory = RunDirectory(tmp_path / "run")
+    with directory.open_store(directory.config()) as store:
+        (info,) = store.boundaries()
+        chunk = next((store.path / "boundaries" / info.id / "activations").glob("c/*/0/0"))
+    before = chunk.read_bytes()
+    chunk.write_bytes(before[:-1])
+    with directory.open_store(directory.config()) as store:
+        store.repair(recomputer(directory, store, "cpu"))
+        assert not store.verify()["damaged"]
+    assert chunk.read_bytes() == before
+
+
+def test_layers_go_by_the_names_of_transformers_too(checkpoints: Any, text: Path) -> None:
+    named = {"rank": 2, "targets": ["q_proj", "mlp.up_proj", "v"]}
+    targets = configuration(checkpoints("llama"), text, **{"training.adapters": named}).training.adapters
+    assert targets is not None
+    assert targets.targets == ["attention.q", "ffn.up", "v"]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

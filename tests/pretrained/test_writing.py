@@ -206,7 +206,7 @@ def test_transformers_knows_the_special_tokens(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     own = bytes_tokenizer()
-    model = rack(config())
+    model = build_rack(config(), own.mask_id + 1, 3, L)
     given = {"tokenizer_json": own.json, "separator_id": own.separator_id, "mask_token_id": own.mask_id}
     export(tmp_path / "out", model.front, stages(model, True), config(), **given)  # type: ignore[arg-type]
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")

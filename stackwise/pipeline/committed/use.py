@@ -239,6 +239,13 @@ def recomputer(run: RunDirectory, store: ActivationStore, device: str = "auto") 
 def _below(rack: CommittedRack, info: BoundaryInfo) -> CommittedRack:
     """The part of a rack that made a boundary, with the weights of that time."""
     forward = forward_specification(rack.config, rack.vocab_size, rack.mask_token, rack.data.id)
+    standing = rack.stages[0].trunk  # what no stage trains below the lowest
+    if (
+        standing
+        and trunk_id(forward, [str(rack.parts[part].digest) for part in standing], rack.stages[0].precisions(standing))
+        == info.trunk
+    ):
+        return dataclasses.replace(rack, parts={part: rack.parts[part] for part in (*standing, HEAD)})
     for stage, versions in zip(rack.stages, rack.versions, strict=True):
         parts = stage.trunk_above
         if not all(part in versions for part in parts):
@@ -284,7 +291,7 @@ def _raised(
         for place, part in enumerate(rows):
             index = np.arange(part.start, part.stop)
             with narrow:
-                if stage.depth == 0:
+                if len(carried) == place:
                     tokens = torch.from_numpy(rack.data.train.samples(samples_R[index], seq_len)).to(rack.device)
                     shown = torch.from_numpy(store.masks(masks[index], seq_len))
                     ids = store.rowset(info.rowset).sample_ids[index]
@@ -295,8 +302,9 @@ def _raised(
                     entering, times = objective.shown(batch), objective.times(batch)
                     x_BSD = enter(front, entering, times, causal=objective.causal).to(stream)
                     carried.append(torch.empty(0))
-                else:
-                    x_BSD = codec.round_trip(carried[place]).to(rack.device, stream)
+                else:  # between blocks that stand still below the lowest stage nothing is stored
+                    x_BSD = carried[place] if stage.depth < 0 else codec.round_trip(carried[place])
+                    x_BSD = x_BSD.to(rack.device, stream)
                 carried[place] = stage.forward(x_BSD, _segments(rack, samples_R[index], seq_len)).cpu()
     per_chunk = [len(range(start, stop, size)) for start, stop in ranges]
     edges = np.cumsum([0, *per_chunk])
