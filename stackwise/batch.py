@@ -28,12 +28,15 @@ class Batch:
         tensors: By name, rows first: "tokens" [B, S]; "masks" [B, S], bool; "activations" [B, S, D], where the stage
             reads a boundary; "segments" [B, S], where attention stays within documents; and named columns.
         step: The optimizer step that it is taken for: an objective may change as training goes. None: for no training.
+        passes: Passes over the stage's rows when it is read in training, counted from its first step. None: for no
+            training.
     """
 
     rows_B: np.ndarray
     sample_ids_B16: np.ndarray | None
     tensors: Mapping[str, Tensor]
     step: int | None = None
+    passes: float | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         """The input of this name.
@@ -89,7 +92,8 @@ class Term:
     Terms of one name from several blocks are added up.
 
     Args:
-        sum: Sum of the summands, a float32 scalar whose graph leads to what trains.
+        sum: Sum of the summands, a float32 scalar whose graph leads to what trains. A vector, of
+            several sums with one count, is only looked at: it plays no part in the loss.
         count: How many there are. It must follow from masks and shapes alone, as it is asked for ahead of the pass
             (`RuntimeObjective.counts`). A module's term counts the positions that the module saw.
         weight: Factor on the mean.

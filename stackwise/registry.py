@@ -45,13 +45,13 @@ class Registry(Generic[K]):
         sort: What they are called, in messages: "optimizer".
         base: The class that they derive from, as "module:attribute"; empty: any class.
         module: The module of the built-in kinds.
-        builtin: The class of each built-in kind.
+        builtin: The class of each built-in kind, in another module as "module:attribute".
     """
 
     def __init__(self, sort: str, base: str, module: str, builtin: Mapping[str, str]) -> None:
         self.sort = sort
         self._base = base
-        self._builtin = {name: f"{module}:{attribute}" for name, attribute in builtin.items()}
+        self._builtin = {name: at if ":" in at else f"{module}:{at}" for name, at in builtin.items()}
         self._kinds: dict[str, K] = {}
         self._outside: dict[str, Hex] = {}
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.recipe import known_steps
-from stackwise.pipeline.schedule import FRONT, HEAD, Stage, schedule
+from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_number, schedule
 
 Budget = Literal["rows", "fresh", "steps"]
 
@@ -157,7 +157,7 @@ def flops(config: StackWiseConfig, vocab_size: int) -> float:
     """
     training, stages = config.training, schedule(config)
     masked = (training.min_mask_fraction + training.max_mask_fraction) / 2
-    block, head = config.model.block_parameters, vocab_size * config.model.d_model * masked
+    head = vocab_size * config.model.d_model * masked
     total = 0.0
     for stage in stages:
         tokens = (known_steps(config, stage) or 0) * training.batch_size * training.accumulation
@@ -165,10 +165,12 @@ def flops(config: StackWiseConfig, vocab_size: int) -> float:
         inner = [part for part in stage.holds if part not in (FRONT, HEAD)]
         lowest = next((place for place, part in enumerate(inner) if part in stage.trains), len(inner))
         for place, part in enumerate(inner):
+            block = config.model.at(block_number(part)).active_parameters
             total += tokens * block * (2 + 2 * (place >= lowest) + 2 * (part in stage.trains))
         total += tokens * head * (4 + 2 * (HEAD in stage.trains))
         above = stages[stage.place + 1] if stage.place + 1 < len(stages) else None
         if above is not None and above.reads_boundary:
-            passed = above.first if config.fresh_masks else len(stage.blocks)
-            total += (training.rows or 0) * training.seq_len * passed * block * 2
+            passed = range(above.first) if config.fresh_masks else range(stage.first, stage.last + 1)
+            blocks = config.model.total(lambda block: block.active_parameters, passed)
+            total += (training.rows or 0) * training.seq_len * blocks * 2
     return total

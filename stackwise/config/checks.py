@@ -34,8 +34,8 @@ def _sizes(config: Settings) -> Iterator[Fault]:
     model, training = config.model, config.training
     if model.n_blocks > MOST_BLOCKS:
         yield "model.architecture.n_stacks", f"{model.n_blocks} blocks are more than the {MOST_BLOCKS} that a rack has"
-    elif model.n_blocks * model.block_parameters > MOST_PARAMETERS:
-        text = f"{model.n_blocks} blocks of {model.block_parameters:.1e} parameters are beyond any disk"
+    elif (parameters := model.total(lambda block: block.block_parameters)) > MOST_PARAMETERS:
+        text = f"{model.n_blocks} blocks of {parameters / model.n_blocks:.1e} parameters are beyond any disk"
         yield "model.d_model", text
     if (model.vocab_size or 1) * model.d_model > MOST_PARAMETERS // 100:
         yield "model.vocab_size", f"{model.vocab_size} ids of width {model.d_model} are beyond any memory"
@@ -54,6 +54,7 @@ def _model(config: Settings) -> Iterator[Fault]:
         yield key, f"rotary positions need an even head width, not {model.head_dim}"
     else:
         yield from ((f"model.attention.{key}", text) for key, text in model.attention.faults(model))
+        yield from ((f"model.ffn.{key}", text) for key, text in model.ffn.faults(model))
         yield from ((f"model.rope_scaling.{key}", text) for key, text in model.rope_scaling.faults(model))
     if model.position_offset and model.positions != "learned":
         yield "model.position_offset", f"{model.position_offset}, but only learned positions have a table"
@@ -89,6 +90,8 @@ def _training(config: Settings) -> Iterator[Fault]:
             yield "training.mask_schedule_over", f"{nothing}: there are no fractions to spread over depth; leave it out"
         elif config.time_as_depth:
             yield "training.mode", f"{training.mode.name} gives each stage its own masked fractions, and {nothing}"
+    for place, part in (("attention", config.model.attention), ("ffn", config.model.ffn)):
+        yield from ((f"model.{place}.{key}", text) for key, text in part.faults_in(config))
     yield from _stages(config)
     yield from _growth(config)
     yield from _block_size(config)
@@ -208,7 +211,8 @@ def _stacks(config: Settings) -> Iterator[Fault]:
     if progressive.enabled and trunk is not None and canonical(trunk) not in ("full", *FORMATS):
         yield f"{key}.trunk_precision", f"{trunk} is no way to hold a trunk: full, fp8, nvfp4 and qlora are"
     # every adapted matrix must carry the rank
-    limit = min(model.attention.narrowest(model), model.ffn.narrowest(model))
+    blocks = [model.at(block) for block in range(model.n_blocks)]
+    limit = min(min(block.attention.narrowest(block), block.ffn.narrowest(block)) for block in blocks)
     found: dict[str, str] = {}
     integers = [config.stage_training(depth).quantization for depth in range(config.n_stages)]
     for depth, settings in enumerate(integers):

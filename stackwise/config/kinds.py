@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from stackwise.config.model import ModelConfig
+    from stackwise.config.schema import Settings
 
 ATTENTIONS: Registry[type[Attention]] = Registry(
     "attention",
@@ -39,7 +40,10 @@ ATTENTIONS: Registry[type[Attention]] = Registry(
     {"mha": "MultiHead", "gqa": "GroupedQuery", "mla": "Latent", "linear": "Linear"},
 )
 FEED_FORWARDS: Registry[type[FeedForward]] = Registry(
-    "feed-forward", f"{__name__}:FeedForward", "stackwise.model.kinds", {"swiglu": "SwiGLU", "gelu": "GELU"}
+    "feed-forward",
+    f"{__name__}:FeedForward",
+    "stackwise.model.kinds",
+    {"swiglu": "SwiGLU", "gelu": "GELU", "moe": "stackwise.model.moe:MoE"},
 )
 ROPE_SCALINGS: Registry[type[RopeScaling]] = Registry(
     "rope scaling",
@@ -165,12 +169,14 @@ class BlockPart(Kind):
     A module from outside keeps to this: its buffers are made by a method `rebuild(device)` of the module that has them
     (blocks are built without values first); its weights of two and more dimensions are drawn, vectors start at zero,
     and at one where their name ends with "norm.weight". A loss of its own is left in an attribute `terms` (see
-    `stackwise.batch.Term`); generation and evaluation pass it over.
+    `stackwise.batch.Term`); generation and evaluation pass it over. A method `prepare(batch)` is called before each
+    pass of a stage. An attribute `steered` names parameters that no optimizer moves but a rule: each step, by the rate
+    that stands there, up where its gradient is below the mean of all, down where it is above.
     """
 
     tag: ClassVar[str] = "kind"
     residual: ClassVar[tuple[str, ...]] = ()
-    """Its matrices that write into the residual stream: their fresh weights shrink with depth."""
+    """Its matrices that write into the residual stream: their fresh weights shrink with depth. `*` is any name."""
 
     @abc.abstractmethod
     def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
@@ -184,6 +190,10 @@ class BlockPart(Kind):
         """Parameters in one block."""
         layers = self.matrices(model).values()
         return self.other_parameters(model) + sum(m.outputs * m.inputs + m.bias * m.outputs for m in layers)
+
+    def active_parameters(self, model: ModelConfig) -> int:
+        """Parameters that a token goes through."""
+        return self.parameters(model)
 
     def narrowest(self, model: ModelConfig) -> int:
         """The highest rank of adapters that all its matrices can carry."""
@@ -210,8 +220,16 @@ class BlockPart(Kind):
         """What of it shapes a forward pass beside the weights, defaults resolved."""
         return self.plain()
 
+    def training_specification(self, model: ModelConfig) -> dict[str, Any]:
+        """What of it shapes training alone: neither a forward pass without it, nor what is stored of one."""
+        return {}
+
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
         """What of its settings the model cannot have."""
+        yield from ()
+
+    def faults_in(self, config: Settings) -> Iterator[Fault]:
+        """What of its settings the rest of the configuration cannot have."""
         yield from ()
 
 
@@ -236,8 +254,8 @@ class Attention(BlockPart):
         """Width of a head's rotary part; 0 where positions are learned."""
         return model.head_dim if model.positions == "rope" else 0
 
-    def at(self, block: int) -> Attention:
-        """Itself as block `block` of the rack has it."""
+    def in_block(self, block: int) -> Attention:
+        """Itself as block `block` of the rack has it; it may be of another kind there."""
         return self
 
     def chosen(self, blocks: Sequence[int]) -> Attention:
@@ -259,6 +277,10 @@ class FeedForward(BlockPart):
     def width(self, d_model: int) -> int:
         """Its inner width where `model.d_ff` is null."""
         return 4 * d_model
+
+    def in_block(self, block: int) -> FeedForward:
+        """Itself as block `block` of the rack has it; it may be of another kind there."""
+        return self
 
     @abc.abstractmethod
     def build(self, model: ModelConfig) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -135,8 +136,13 @@ class ModelConfig(Section):
 
     @property
     def block_parameters(self) -> int:
-        """Parameters in one block."""
+        """Parameters in one block, resolved (`at`)."""
         return self.attention.parameters(self) + self.ffn.parameters(self) + 2 * self.norm_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters of one block, resolved (`at`), that a token goes through."""
+        return self.block_parameters - self.ffn.parameters(self) + self.ffn.active_parameters(self)
 
     @property
     def norm_parameters(self) -> int:
@@ -171,8 +177,14 @@ class ModelConfig(Section):
         Args:
             block: Its place in the rack, 0 the lowest.
         """
-        attention = self.attention.at(block)
-        return self if attention is self.attention else self.model_copy(update={"attention": attention})
+        attention, ffn = self.attention.in_block(block), self.ffn.in_block(block)
+        if attention is self.attention and ffn is self.ffn:
+            return self
+        return self.model_copy(update={"attention": attention, "ffn": ffn})
+
+    def total(self, fact: Callable[[ModelConfig], int], blocks: Iterable[int] | None = None) -> int:
+        """The sum over blocks, all or some by their places, of what the settings of one come to."""
+        return sum(fact(self.at(block)) for block in (range(self.n_blocks) if blocks is None else blocks))
 
     def specification(self) -> dict[str, Any]:
         """What of it shapes a forward pass beside the weights; settings without effect are left out.

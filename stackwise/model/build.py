@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,8 @@ def build_block(
         block = Block(config)
     _materialise(block, device, dtype)
     kinds = {"attention": config.attention, "ffn": config.ffn}
-    scaled = {f"{part}.{name}" for part, kind in kinds.items() for name in kind.residual}
+    patterns = [f"{part}.{name}" for part, kind in kinds.items() for name in kind.residual]
+    scaled = {name for name, _ in block.named_parameters() if any(fnmatchcase(name, one) for one in patterns)}
     initialise(block, seed, f"block.{index}", config.init_std, 0.0 if silent else residual_scale(index), scaled)
     return block
 

@@ -35,8 +35,8 @@ class Windowed(Attention):
         None, description="the blocks that have the window, 0 the lowest; null: all"
     )
 
-    def at(self, block: int) -> Attention:
-        """See `Attention.at`."""
+    def in_block(self, block: int) -> Attention:
+        """See `Attention.in_block`."""
         if self.window_blocks is None:
             return self
         window = self.window if block in self.window_blocks else None
@@ -288,7 +288,7 @@ class SwiGLU(Biased):
         """See `FeedForward.build`."""
         from stackwise.model import layers
 
-        return layers.SwiGLUFeedForward(model, self)
+        return layers.SwiGLUFeedForward(model.d_model, model.ffn_width, self.has_bias(model))
 
     def kept(self, model: ModelConfig) -> int:
         """What leaves the gate, its SiLU, what leaves `up`, and their product."""

@@ -162,9 +162,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class SwiGLUFeedForward(nn.Module):
     """Gated feed-forward (arXiv 2002.05202): down(silu(gate x) · up x)."""
 
-    def __init__(self, config: ModelConfig, kind: kinds.SwiGLU) -> None:
+    def __init__(self, d: int, f: int, bias: bool = False) -> None:
         super().__init__()
-        d, f, bias = config.d_model, config.ffn_width, kind.has_bias(config)
         self.gate = nn.Linear(d, f, bias=bias)
         self.up = nn.Linear(d, f, bias=bias)
         self.down = nn.Linear(f, d, bias=bias)

@@ -38,7 +38,8 @@ def below_memory(plan: Plan, stage: Stage) -> int:
     weights = sum(Estimate(config, plan.vocabulary.size, other).parameters(part) for part, other in parts)
     positions, size = config.row_positions, 4 if config.precision in WIDE else 2
     # Of each position a few vectors of the stream, and at most what the feed-forward would keep for a backward pass.
-    numbers = 4 * model.d_model + model.ffn.kept(model)
+    each = [model.at(block) for stage in below for block in range(stage.first, stage.last + 1)]
+    numbers = 4 * model.d_model + max(block.ffn.kept(block) for block in each)
     in_hand = max(1, 8192 // config.training.seq_len) * positions * numbers * size
     rows = plan.rowset(stage.rowset)[1]
     shuffled = min(rows, 2 * SHUFFLED_CHUNKS * order_rows(config, rows)) * positions * model.d_model * size

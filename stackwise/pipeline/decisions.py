@@ -217,8 +217,9 @@ def lost_weights(plan: Plan, stage: Stage, versions: Versions) -> set[str]:
 def forward_flops(config: StackWiseConfig, stage: Stage) -> float:
     """FLOPs of taking a row through a stage's blocks: two a parameter and token, and the attention's two products."""
     model, positions = config.model, config.row_positions
-    block = 2 * model.block_parameters * positions + 4 * positions * positions * model.heads_width
-    return float((stage.last - stage.first + 1) * block)
+    blocks = range(stage.first, stage.last + 1)
+    matrices = model.total(lambda block: block.active_parameters, blocks)
+    return float(2 * matrices * positions + len(blocks) * 4 * positions * positions * model.heads_width)
 
 
 class TrafficMeter:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.adapters import layers
+from stackwise.config.model import ModelConfig
 from stackwise.config.precision import bits_per_weight, weight_format
 from stackwise.pipeline.recipe import stage_steps
-from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, adapter_part, schedule
+from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, adapter_part, block_number, schedule
 from stackwise.words import size as in_bytes
 
 WEIGHT_BYTES = 4  # of a weight in training
@@ -58,7 +60,7 @@ class Estimate:
         """Parameters of a part."""
         config, model, stage = self.config, self.config.model, self.stage
         if part.startswith(ADAPTER):
-            sides = layers(model)
+            sides = layers(model, block_number(part))
             return sum(
                 size.rank * sum(sum(sides[layer]) for layer in sides if size.covers(layer))
                 for size in stage.format(part.removeprefix(ADAPTER)).adapters
@@ -69,7 +71,7 @@ class Estimate:
             moves = HEAD in stage.trains and FRONT not in stage.trains
             shared = model.tie_embeddings and (not moves or config.training.tied_head == "frozen")
             return model.head_parameters(self.vocab_size, shared=shared)
-        return model.block_parameters
+        return model.at(block_number(part)).block_parameters
 
     @property
     def trained_parameters(self) -> int:
@@ -100,8 +102,8 @@ class Estimate:
 
     def _state_bytes(self, gradients: bool) -> int:
         settings, trained = self.config.stage_training(self.stage.depth), self.trained_parameters
-        blocks = sum(part not in (FRONT, HEAD) and not part.startswith(ADAPTER) for part in self.stage.trains)
-        blocks *= self.config.model.block_parameters
+        whole = [part for part in self.stage.trains if part not in (FRONT, HEAD) and not part.startswith(ADAPTER)]
+        blocks = sum(self.parameters(part) for part in whole)
         moments = settings.optimizer.state_bytes(blocks, trained - blocks)
         wide = 2 if self.config.precision == "fp64" else 1
         return wide * ((WEIGHT_BYTES * (1 + gradients + bool(settings.ema))) * trained + moments)
@@ -137,12 +139,19 @@ class Estimate:
         half = config.precision in ("bf16", "fp16")
         present = stage.last - stage.first + 1
         blocks = present if blocks is None else blocks
-        state, without = phase._state_bytes(True), phase._state_bytes(False)
-        left_out = round((present - blocks) / max(1, phase.trained_parameters) * model.block_parameters * state)
+        state, without, share = phase._state_bytes(True), phase._state_bytes(False), blocks / present
+        inside = [model.at(block) for block in range(stage.first, stage.last + 1)]
+        beyond = [model.at(block_number(part)) for part in stage.lookahead]
+
+        def total(fact: Callable[[ModelConfig], float]) -> float:
+            return share * sum(map(fact, inside)) + sum(map(fact, beyond))
+
+        parameters = sum(block.block_parameters for block in inside)
+        left_out = round((1 - share) / max(1, phase.trained_parameters) * parameters * state)
         blocks += len(stage.lookahead)
         projection = self.vocab_size * model.d_model
-        copies = 2 * (blocks * model.block_parameters + projection) if half else 0
-        kept = config.row_positions * blocks * self.kept_bytes
+        copies = 2 * (total(lambda block: block.block_parameters) + projection) if half else 0
+        kept = config.row_positions * total(self.kept_bytes)
         scored = config.row_positions * (config.training.max_mask_fraction if config.objective.masks else 1.0)
         at_head = scored * model.d_model * (10 if half else 16) + config.row_positions * model.d_model * (
             2 if half else 4
@@ -155,10 +164,9 @@ class Estimate:
             return without - left_out + phase.frozen_bytes + beside, kept + at_head
         return state - left_out + phase.frozen_bytes + copies, kept / max(1, blocks)
 
-    @property
-    def kept_bytes(self) -> float:
-        """Bytes a token that a block keeps for its backward pass."""
-        model, half = self.config.model, self.config.precision not in WIDE
+    def kept_bytes(self, model: ModelConfig) -> float:
+        """Bytes a token that a block keeps for its backward pass, by the block's settings."""
+        half = self.config.precision not in WIDE
         kept = model.attention.kept(model) + model.ffn.kept(model)
         if half:
             kept += model.attention.copied(model) + model.ffn.copied(model)
@@ -197,7 +205,8 @@ class Estimate:
         alone = config.parallel.ranks == 1
         if training.swap == "never" or (training.swap == "auto" and (fits or goes_back or not alone)):
             return None
-        block, half, apart = config.model.block_parameters, config.precision not in WIDE, self.device == "cuda"
+        block = max(phase.parameters(part) for part in (*stage.blocks, *stage.lookahead))
+        half, apart = config.precision not in WIDE, self.device == "cuda"
         behind = (host or memory) if apart else limit  # what holds groups that do not compute, and boundaries
         state = phase._state_bytes(True)
         per_parameter = state / max(1, phase.trained_parameters)
@@ -212,7 +221,8 @@ class Estimate:
         blocks_held = (*stage.blocks, *stage.lookahead)
         ends = max((held(part) for part in stage.holds if part in (FRONT, HEAD)), default=0.0)
         largest, most = max(map(held, blocks_held)), len(blocks_held)
-        activations = settings.batch_size * config.row_positions * phase.kept_bytes + (2 * block if half else 0)
+        kept = max(phase.kept_bytes(config.model.at(block_number(part))) for part in (*stage.blocks, *stage.lookahead))
+        activations = settings.batch_size * config.row_positions * kept + (2 * block if half else 0)
         loss = round(phase._loss_bytes(settings.batch_size * config.row_positions, half))
 
         def group(groups: int) -> float:

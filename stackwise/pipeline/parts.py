@@ -32,7 +32,7 @@ from stackwise.model.projections import (
 from stackwise.objectives import AdaptationObjective, RuntimeObjective, make_objective
 from stackwise.objectives.distillation import DistillationObjective
 from stackwise.pipeline.job import Frozen, Source, StageJob
-from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat, Stage, adapter_part
+from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat, Stage, adapter_part, block_number
 from stackwise.pretrained.adapters import merged, read_pairs
 from stackwise.pretrained.checkpoint import read_part
 from stackwise.store import CommittedStage
@@ -153,7 +153,7 @@ def make_block(
         seed = config.seed if kind == "block" else derive_seed(config.seed, part)
         block = build_block(config.model, int(numbers[-1]), seed, silent=source.silent).to(dtype_of(config))
     else:
-        model = config.model.at(int(part.rpartition(".")[2]))
+        model = config.model.at(block_number(part))
         block = _loaded(lambda: Block(model), source, form, dtype=dtype_of(config))
     if form is not None:
         quantize(block, form, pack=packed)

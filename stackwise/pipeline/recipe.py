@@ -15,7 +15,7 @@ from stackwise.errors import UsageError
 from stackwise.identity import NUMERICS, Hex, content_id
 from stackwise.pipeline.device import cpu_alone
 from stackwise.pipeline.rows import stage_fractions, window_edges
-from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_part, drawn_and_window
+from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_number, block_part, drawn_and_window
 from stackwise.store import codec_named, default_chunk_rows
 
 Recipe = dict[str, Any]
@@ -156,6 +156,11 @@ def stage_settings(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
     if stage_fractions(config, stage.depth) is not None:  # the rows that it chooses among those of the rowset
         values |= {"mask_schedule_over": "depth", "mask_schedule_type": training.mask_schedule_type}
         values |= {"mask_windows": training.mask_windows}
+    resolved = [config.model.at(block_number(part)) for part in (*stage.blocks, *stage.lookahead)]
+    for place in ("attention", "ffn"):  # of a router its losses: what no forward pass shows
+        trained = [getattr(block, place).training_specification(block) for block in resolved]
+        if alone := next(filter(None, trained), None):
+            model[place] = alone
     if stage.candidates:
         values["fusion"] = training.fusion.model_dump(include={"rounds", "probe_steps"})
     result = {"seed": config.seed, "model": model, "training": values}

@@ -66,6 +66,7 @@ _STAGE = {
     "peak_memory_bytes": optional(count),
 }
 STATUS_KEYS = tuple(_STAGE)
+_USED = record({}, dict.fromkeys(("entropy", "least", "most", "dropped"), number) | {"shares": array_of(number)})
 _FIGURES = {"loss": mapping(optional(number)), "accuracy": mapping(optional(number))}
 _SCORES = {"bits_per_byte": optional(number), "bits_per_byte_error": optional(number), "bytes": count, "depth": count}
 _SCORES |= {"tokens": count, "samples": count, "likelihood": optional(text)}
@@ -83,6 +84,7 @@ _MANIFEST = record(
         "held_out": optional(record({"step": count, "nats": optional(number), "best": optional(number)})),
         "divergences": count,
         "unfrozen": array_of(array(count, count)),
+        "experts": mapping(_USED),
         "last": optional(hex_id),
     }))},
     {
@@ -314,6 +316,8 @@ def status(run: RunDirectory) -> dict[str, Any]:
     stages = []
     for stage in manifest["stages"]:
         shown = {key: stage[key] for key in STATUS_KEYS}
+        if "experts" in stage:  # how a router used them, by block
+            shown["experts"] = stage["experts"]
         if chosen := stage.get("unfrozen"):  # by adaptive fusion
             blocks = (f"{first}" if first == last else f"{first}–{last}" for first, last in chosen)
             shown["reason"] = f"{shown['reason']}; trained blocks {', then '.join(blocks)}"

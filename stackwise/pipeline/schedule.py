@@ -28,6 +28,11 @@ def block_part(index: int) -> str:
     return f"block.{index}"
 
 
+def block_number(part: str) -> int:
+    """The place in the rack that a block's part is made for: its own, or of a block beyond, that of the same number."""
+    return int(part.rpartition(".")[2])
+
+
 def block_parts(first: int, last: int) -> tuple[str, ...]:
     """The parts of blocks `first` to `last`, both included."""
     return tuple(block_part(index) for index in range(first, last + 1))

@@ -32,6 +32,10 @@ class Rotary(Family):
     """`num_key_value_heads` where it is left out; None: all heads."""
     head_dim: ClassVar[int | None] = None
     """`head_dim` where it is left out; None: what the heads leave of the width."""
+    eps: ClassVar[float] = 1e-6
+    """`rms_norm_eps` where it is left out."""
+    kinds: ClassVar[tuple[type[Any], ...]] = (SwiGLU,)
+    """Feed-forwards that it has."""
 
     @abc.abstractmethod
     def own(self, keys: Keys, blocks: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -53,7 +57,7 @@ class Rotary(Family):
             "d_ff": keys.size("intermediate_size"),
             "architecture": {"n_stacks": blocks, "blocks_per_stack": 1},
             "attention": kind | attention,
-            "norm_eps": keys.number("rms_norm_eps", 1e-6, 1.0),
+            "norm_eps": keys.number("rms_norm_eps", self.eps, 1.0),
             "tie_embeddings": keys.flag("tie_word_embeddings", False),
         }
         rope = rope_settings(keys, seq_len)
@@ -73,7 +77,7 @@ class Rotary(Family):
         """See `Family.write`."""
         if model.norm != "rmsnorm" or model.positions != "rope":
             return None
-        if not isinstance(model.attention, MultiHead) or not isinstance(model.ffn, SwiGLU):
+        if not isinstance(model.attention, MultiHead) or not isinstance(model.ffn, self.kinds):
             return None
         scaling, dynamic = model.rope_scaling, model.rope_scaling.name == "dynamic"
         return {

@@ -37,6 +37,9 @@ FAMILIES: Registry[type[Family]] = Registry(
         "mistral": "Mistral",
         "qwen2": "Qwen2",
         "qwen3": "Qwen3",
+        "mixtral": "stackwise.pretrained.mixtures:Mixtral",
+        "qwen2_moe": "stackwise.pretrained.mixtures:Qwen2Moe",
+        "qwen3_moe": "stackwise.pretrained.mixtures:Qwen3Moe",
         "gpt2": "GPT2",
         "bert": "Bert",
         "roberta": "Roberta",
@@ -169,8 +172,12 @@ class Family(abc.ABC):
                 refs[name] = TensorRef("", f"{base}{names[stem]}.{kind}")
             else:
                 prefix = base + self.block.format(part.removeprefix(BLOCK))
-                refs[name] = TensorRef("", f"{prefix}{self.block_names[stem]}.{kind}")
+                refs[name] = TensorRef("", f"{prefix}{self.block_name(stem)}.{kind}")
         return refs
+
+    def block_name(self, stem: str) -> str:
+        """What files call a tensor of a block, without its last word, behind `block`."""
+        return self.block_names[stem]
 
     def own_names(self, part: str, names: Iterable[str]) -> list[str]:
         """What files call tensors of a part that `part_shapes` may not know; those of the native family alone."""

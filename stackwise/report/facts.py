@@ -213,6 +213,7 @@ class StageFacts:
     seconds: float | None = None
     tokens_per_second: float | None = None
     fusion: dict[str, Any] | None = None
+    experts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,7 @@ def collect(run: RunDirectory) -> Facts:
             blocks=(row["blocks"][0], row["blocks"][1]),
             step=row["step"] or 0,
             steps=row["steps"] or 0,
+            experts=row.get("experts", {}),
         )
         for row in state["stages"]
     ]

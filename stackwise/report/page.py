@@ -135,7 +135,7 @@ def _parameters(facts: Facts) -> int:
     model, vocabulary = facts.config.model, facts.vocabulary or facts.config.model.vocab_size or 0
     ends = model.front_parameters(vocabulary, facts.config.training.seq_len)
     ends += model.head_parameters(vocabulary, shared=model.tie_embeddings)
-    return model.n_blocks * model.block_parameters + ends
+    return model.total(lambda block: block.block_parameters) + ends
 
 
 def _held_out(facts: Facts) -> list[Html]:
@@ -226,7 +226,13 @@ def _training(facts: Facts) -> list[Html]:
     """Loss by stage and step, and what each stage did."""
     if not facts.stages:
         return [tag("h2", "Training"), soft("No stage has begun yet.")]
-    return [tag("h2", "Training"), *_curves(facts.stages), *_stages(facts.stages), *_fusions(facts.stages)]
+    return [
+        tag("h2", "Training"),
+        *_curves(facts.stages),
+        *_stages(facts.stages),
+        *_experts(facts.stages),
+        *_fusions(facts.stages),
+    ]
 
 
 def _curves(stages: Sequence[StageFacts]) -> list[Html]:
@@ -284,6 +290,42 @@ def _stages(stages: Sequence[StageFacts]) -> list[Html]:
         data_table([*columns, "why"], lines, text=(0, 1, 2, 9, 10)),
         soft("“Waiting” is the share of its training that a stage waited for data."),
     ]
+
+
+def _experts(stages: Sequence[StageFacts]) -> list[Html]:
+    """How the experts of each block are used: a heat map of their shares, and what they come to."""
+    used = {int(block): figures for stage in stages for block, figures in stage.experts.items()}
+    if not used:
+        return []
+    lines = []
+    for block, figures in sorted(used.items()):
+        numbers = [words.percent(figures[key]) if key in figures else "–" for key in ("least", "most", "dropped")]
+        entropy = f"{figures['entropy']:.3f}" if "entropy" in figures else "–"
+        lines.append(("", [str(block), entropy, *numbers, _shares(figures.get("shares", []))]))
+    text = (
+        "Shares of all choices that the least and the most used expert of a block had; an entropy of 1: all were used "
+        "alike. The map is of held-out rows, the darker the more."
+    )
+    table = data_table(["block", "entropy", "least", "most", "dropped", "experts"], lines, text=(0, 5))
+    return [tag("h3", "Experts"), table, soft(text)]
+
+
+def _shares(shares: Sequence[float]) -> Html:
+    """A row of the heat map: a cell for each expert."""
+    if not shares:
+        return tag("span", "–")
+    side = max(2.0, min(18.0, 320.0 / len(shares)))
+    highest = max(shares) or 1.0
+    cells = [
+        tag(
+            *("rect", tag("title", f"expert {number}: {words.percent(share)}")),
+            **{"x": f"{number * side:.1f}", "y": "0", "width": f"{side - 0.5:.1f}", "height": "18"},
+            **{"fill": "var(--accent)", "fill_opacity": f"{0.06 + 0.94 * share / highest:.3f}"},
+        )
+        for number, share in enumerate(shares)
+    ]
+    width = f"{side * len(shares):.0f}"
+    return tag("svg", cells, width=width, height="18", viewBox=f"0 0 {width} 18", role="img")
 
 
 def _fusions(stages: Sequence[StageFacts]) -> list[Html]:

@@ -43,7 +43,7 @@ class Stepped:
 
     Args:
         taken: Whether the weights moved: not where `accept` refused, nor where gradients overflowed half precision.
-        terms: The mean of each term by name, where the loss has several; `loss` is their weighted sum.
+        terms: The mean of each term by name, where the loss has several; `loss` is the weighted sum of the scalars.
     """
 
     loss: Tensor  # mean loss over the scored positions of all microbatches, in nats
@@ -152,7 +152,7 @@ class ResidentEngine:
         by_id = {id(p): (part, name) for part, m in reversed(self.parts.items()) for name, p in m.named_parameters()}
         self._places = {name: by_id[id(p)] for name, p in self.parameters.items()}
         trained = [(self._places[name][0], p) for name, p in self.parameters.items()]
-        self.optimizer = make_optimizer(trained, settings, rising)
+        self.optimizer = make_optimizer(trained, settings, rising, modules=self.parts.values())
         self._reducer = self.ranks.reducer(list(self.parameters.values()))
         self.scale = LossScale(settings.loss_scale) if model.in_half else None
         self._mean = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}

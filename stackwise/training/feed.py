@@ -128,11 +128,12 @@ class Feed:
     def shuffled(self, order: RowOrder, batch_size: int, start: int, every: int = 1) -> Iterator[Batch]:
         """Endless batches in `order`, from batch number `start` on; `every`: each so-many-th alone."""
         activations, number = self.activations, start
+        streamed: Iterator[tuple[np.ndarray, Tensor | None]] = iter(())
         if activations is not None and activations.stream is not None:
-            for rows_B, x_BSD in activations.stream(order, batch_size, start, every):
-                yield self.batch(rows_B, x_BSD)
+            streamed = iter(activations.stream(order, batch_size, start, every))
         while True:
-            yield self.batch(order.batch(number, batch_size))
+            rows_B, x_BSD = next(streamed, None) or (order.batch(number, batch_size), None)
+            yield replace(self.batch(rows_B, x_BSD), passes=number * batch_size / len(self.rowset.sample_ids))
             number += every
 
     def sequential(

@@ -18,6 +18,7 @@ from stackwise.errors import UsageError
 BLOCK = "block."  # what the name of a block's part begins with; its number in the rack follows
 CODED = 256  # numbers that share a scale, in 8 bits
 SMALL = 4096  # a tensor of fewer numbers keeps float32 moments: biases and norms cost nothing and are sensitive
+EVEN = 1e-6  # share of the mean by which a load may differ from it, and still be even
 SLICE = 1 << 22
 """Numbers that are worked on at once, so that float32 copies stay small beside the weights. A multiple of CODED."""
 
@@ -80,7 +81,11 @@ class Stepper(Protocol):
 
 
 def make_optimizer(
-    trained: Iterable[tuple[str, nn.Parameter]], settings: StageTraining, rising: Rising | None = None
+    trained: Iterable[tuple[str, nn.Parameter]],
+    settings: StageTraining,
+    rising: Rising | None = None,
+    *,
+    modules: Iterable[nn.Module] = (),
 ) -> Stepper:
     """The optimizer of `training.optimizer`. Its state is plain tensors by parameter, whichever it is.
 
@@ -88,11 +93,14 @@ def make_optimizer(
 
     Args:
         trained: Parameters, each with its part: front, block.N, head, or the name of a block beyond.
+        modules: What they are in: a module inside may say that a rule moves some of them (`steered`).
     """
-    kind = settings.optimizer
+    kind, rates, ruled = settings.optimizer, steered_in(modules), list[tuple[nn.Parameter, float]]()
     groups: dict[tuple[str, bool, float, bool], list[nn.Parameter]] = {}
     for part, p in trained:
-        if p.requires_grad:
+        if p.requires_grad and id(p) in rates:
+            ruled.append((p, rates[id(p)]))
+        elif p.requires_grad:
             family, matrix = kind.family(part, p.dim()), p.dim() >= 2
             rises = rising is not None and part in rising.parts
             groups.setdefault((family, not matrix, rate_scale(settings, part), rises), []).append(p)
@@ -109,7 +117,17 @@ def make_optimizer(
             for (family, plain, scale, rises), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
     )
-    return made
+    return Steered(made, ruled) if ruled else made
+
+
+def steered_in(modules: Iterable[nn.Module]) -> dict[int, float]:
+    """By the ids of parameters that a rule moves, how far in a step (see `config.kinds.BlockPart`)."""
+    return {
+        id(child.get_parameter(name)): rate
+        for module in modules
+        for child in module.modules()
+        for name, rate in (getattr(child, "steered", None) or {}).items()
+    }
 
 
 def state_tensors(optimizer: Stepper, p: nn.Parameter) -> dict[str, Tensor]:
@@ -139,6 +157,35 @@ def eager(kind: type[torch.optim.Optimizer]) -> type[Any]:
     """
     plain = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad")}
     return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(inspect.unwrap(kind.step))})
+
+
+class Steered:
+    """An optimizer beside which a rule moves some parameters: no rate, no clipping and no state has a part in it.
+
+    Each goes up by its step where its gradient is below the mean of all, down where it is above (arXiv 2408.15664,
+    algorithm 1, whose loads are the gradient here).
+    """
+
+    def __init__(self, others: Stepper, ruled: Iterable[tuple[nn.Parameter, float]]) -> None:
+        self._others, self._ruled = others, list(ruled)
+        self.param_groups, self.state = others.param_groups, others.state
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take a step with the optimizer and by the rule."""
+        self._others.step()
+        for p, step in self._ruled:
+            if p.grad is not None:
+                load = p.grad.double()
+                below = 1.0 - load / load.mean().clamp(min=torch.finfo(load.dtype).tiny)
+                # An even load is one to the rounding of sums over microbatches: it does not move.
+                p.add_((below.sign() * (below.abs() > EVEN)).to(p.dtype), alpha=step)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        self._others.zero_grad(set_to_none)
+        for p, _ in self._ruled:
+            p.grad = None
 
 
 class Both:

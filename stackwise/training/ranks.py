@@ -52,7 +52,7 @@ class Ranks(Protocol):
         """The sums over all ranks, by name. Once a step: answers for `agreed` travel along."""
 
     def in_order(self, values: Tensor) -> Tensor:
-        """One value for each microbatch of this rank [n] to those of all microbatches [n N], in their order."""
+        """One value for each microbatch of this rank [n, …] to those of all microbatches [n N, …], in their order."""
 
     def reducer(self, parameters: Sequence[Tensor]) -> Reducer:
         """What adds up the gradients of these."""
@@ -163,7 +163,7 @@ class RankGroup:
     def in_order(self, values: Tensor) -> Tensor:
         """See `Ranks`."""
         by_rank: Tensor = self._timed(self.communicator.all_gather, values)
-        return by_rank.T.reshape(-1)
+        return by_rank.transpose(0, 1).flatten(0, 1)
 
     def reducer(self, parameters: Sequence[Tensor]) -> Reducer:
         """See `Ranks`."""

@@ -88,9 +88,12 @@ class StageModel(nn.Module):
         causal, segments_BS = self.objective.at(batch.step).causal, batch.tensors.get(SEGMENTS)
         terms = dict(below)
         for block in blocks:
-            own = isinstance(block, Block | Stack)
+            own, modules = isinstance(block, Block | Stack), list(block.modules())
+            for module in modules:
+                if callable(prepare := getattr(module, "prepare", None)):
+                    prepare(batch)
             x_BSD = block(x_BSD, causal=causal, segments_BS=segments_BS) if own else block(x_BSD)
-            for module in block.modules():
+            for module in modules:
                 if handed_up := getattr(module, "terms", None):
                     module.terms = {}  # type: ignore[assignment]  # its graph must not outlive the step
                     terms = added(terms, _checked(handed_up, x_BSD))
@@ -133,6 +136,7 @@ class MeanLoss:
 
     total: float  # the sum of the terms' means, each times its weight, in nats
     terms: Mapping[str, float] = field(default_factory=dict)  # the means by name, where there are several
+    observed: Mapping[str, Sequence[float]] = field(default_factory=dict)  # means of what is only looked at
 
 
 class Microbatches:
@@ -188,7 +192,8 @@ class StepLoss:
         if self._ahead is None:
             self._ahead = self._counted_ahead(terms, batch)
         if self._ahead:
-            divided = [term.sum * (term.weight / max(1, self._ahead[name])) for name, term in terms.items()]
+            weighed = {name: term for name, term in terms.items() if not term.sum.ndim}
+            divided = [term.sum * (term.weight / max(1, self._ahead[name])) for name, term in weighed.items()]
             return torch.stack([part.to(divided[0].dtype) for part in divided]).sum() * self._scale
         (term,) = terms.values()
         return (term.sum if self._scale == 1.0 else term.sum * self._scale) / self._tokens
@@ -214,7 +219,7 @@ class StepLoss:
                 )
         self._counts = self._ranks.sum_counts(self._counts)
         for name, values in self._values.items():
-            total = self._sums[name] = torch.zeros((), device=self._device)
+            total = self._sums[name] = torch.zeros(values[0].shape, device=self._device)
             for value in self._ranks.in_order(torch.stack(values)):
                 total += value
 
@@ -237,7 +242,7 @@ class StepLoss:
         return self._tokens / scored / self._scale if scored else None
 
     def means(self) -> dict[str, Tensor]:
-        """The mean of each term, in nats, on the device."""
+        """The mean of each term, in nats (of what is only looked at, in its unit), on the device."""
         return {name: total / max(self._counts[name], 1) for name, total in self._sums.items()}
 
     def total(self) -> Tensor:
@@ -245,7 +250,8 @@ class StepLoss:
         means = self.means()
         if not self._ahead:
             return next(iter(means.values()))
-        return torch.stack([mean * self._weights[name] for name, mean in means.items()]).sum()
+        weighed = [mean * self._weights[name] for name, mean in means.items() if not mean.ndim]
+        return torch.stack(weighed).sum()
 
     def _counted_ahead(self, terms: Mapping[str, Term], batch: Batch) -> dict[str, int]:
         if len(terms) == 1 and next(iter(terms.values())).weight == 1.0:
@@ -264,14 +270,14 @@ class Tally:
     """The means of terms over many batches, every N-th of them of one rank; added up in float64, in their order."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}
+        self._sums: dict[str, list[Any]] = {}  # a number of each batch, or a list of them
         self._counts: dict[str, int] = {}
         self._weights: dict[str, float] = {}
 
     def add(self, terms: Mapping[str, Term]) -> None:
         """Add a batch's terms."""
         for name, term in terms.items():
-            self._sums.setdefault(name, []).append(float(term.sum.double()))
+            self._sums.setdefault(name, []).append(term.sum.double().tolist())
             self._counts[name] = self._counts.get(name, 0) + term.count
             self._weights[name] = term.weight
 
@@ -279,12 +285,23 @@ class Tally:
         """What they come to, over the batches of all ranks."""
         every = ranks.gathered([self._sums, self._counts, self._weights])
         weights = {name: weight for of_rank in every for name, weight in of_rank[2].items()}
-        means = {}
+        means: dict[str, float] = {}
+        observed: dict[str, list[float]] = {}
         for name in weights:
-            by_batch = itertools.zip_longest(*(of_rank[0].get(name, []) for of_rank in every), fillvalue=0.0)
-            total = 0.0
-            for value in itertools.chain.from_iterable(by_batch):  # `sum` would compensate for rounding
-                total += value
-            means[name] = total / max(sum(of_rank[1].get(name, 0) for of_rank in every), 1)
+            by_batch = itertools.zip_longest(*(of_rank[0].get(name, []) for of_rank in every))
+            sums = [value for value in itertools.chain.from_iterable(by_batch) if value is not None]
+            count = max(sum(of_rank[1].get(name, 0) for of_rank in every), 1)
+            if isinstance(sums[0], list):  # what is only looked at
+                observed[name] = [_in_order(column) / count for column in zip(*sums, strict=True)]
+            else:
+                means[name] = _in_order(sums) / count
         total = sum(mean * weights[name] for name, mean in means.items())
-        return MeanLoss(total, means if len(means) > 1 else {})
+        return MeanLoss(total, means if len(means) > 1 else {}, observed)
+
+
+def _in_order(values: Iterable[float]) -> float:
+    """Their sum, added one by one: `sum` would compensate for rounding."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total

@@ -181,7 +181,8 @@ class PartLoader:
             self.log.write_states({part: {} for part in loaded.gradients})
             loaded.gradients.clear()
             return
-        optimizer = make_optimizer([(part, p) for part, _, p in trained], self.settings, self.rising)
+        modules = loaded.parts.values()
+        optimizer = make_optimizer([(part, p) for part, _, p in trained], self.settings, self.rising, modules=modules)
         for part, name, p in trained:
             if state := optimizer_state(loaded.states[part], name):
                 optimizer.state[p] = {kind: value.to(p.device) for kind, value in state.items()}

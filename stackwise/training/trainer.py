@@ -31,7 +31,12 @@ LEAST = 8  # losses before which there is no median to go by
 
 @dataclass
 class Progress:
-    """How a stage's training stands; `terms`: where the loss has several, the mean of each since the last report."""
+    """How a stage's training stands.
+
+    Args:
+        terms: Where the loss has several, the mean of each since the last report.
+        observed: Of what is only looked at, the means since the last report.
+    """
 
     step: int
     steps: int
@@ -41,6 +46,7 @@ class Progress:
     tokens_per_second: float
     wait_fraction: float
     terms: Mapping[str, float] = field(default_factory=dict)
+    observed: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -244,7 +250,8 @@ class Trainer:
                 speed = tokens / (now - reported)
                 waiting, means = self.record.wait_fraction, {name: _mean(some) for name, some in terms.items()}
                 known = {name: mean for name, mean in means.items() if mean is not None}
-                hooks.report(Progress(self.step, self.steps, losses, rate, norm, speed, waiting, known))
+                observed = self._observed(pending)
+                hooks.report(Progress(self.step, self.steps, losses, rate, norm, speed, waiting, known, observed))
                 pending, reported, tokens = [], now, 0
                 if saving and (self.step < self.steps or evaluating):
                     # An evaluation never comes before the checkpoint of its step is safe.
@@ -291,10 +298,15 @@ class Trainer:
             values = torch.stack(tensors).tolist()
             return [None if refused else value for value, (_, refused) in zip(values, pending, strict=True)]
 
-        names = pending[0][0].terms
+        names = [name for name, mean in pending[0][0].terms.items() if not mean.ndim]
         return read([stepped.loss for stepped, _ in pending]), {
             name: read([stepped.terms[name] for stepped, _ in pending]) for name in names
         }
+
+    def _observed(self, pending: list[tuple[Stepped, bool]]) -> dict[str, list[float]]:
+        """The means over some steps of what is only looked at."""
+        names = [name for name, mean in pending[0][0].terms.items() if mean.ndim]
+        return {name: torch.stack([stepped.terms[name] for stepped, _ in pending]).mean(0).tolist() for name in names}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

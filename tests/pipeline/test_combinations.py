@@ -132,5 +132,5 @@ def test_what_a_block_keeps_for_its_backward_pass_is_known(model: dict[str, Any]
         x = block(torch.randn(rows, 128, 256, requires_grad=True), causal=False, segments_BS=None)
     taken = sum(tensor.untyped_storage().nbytes() for at, tensor in saved.items() if at not in own)
     assert x.shape == (rows, 128, 256)
-    kept = config.row_positions * Estimate(config, 258, schedule(config)[1]).kept_bytes
+    kept = config.row_positions * Estimate(config, 258, schedule(config)[1]).kept_bytes(config.model)
     assert kept == pytest.approx(taken / rows, rel=0.1)

@@ -130,7 +130,7 @@ def test_what_it_keeps_for_its_backward_pass_is_what_it_says(staged: Any) -> Non
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(torch.randn(rows, 128, 256, requires_grad=True), causal=False, segments_BS=None)
     taken = sum(tensor.untyped_storage().nbytes() for at, tensor in saved.items() if at not in fixed)
-    kept = config.row_positions * Estimate(config, 258, schedule(config)[1]).kept_bytes
+    kept = config.row_positions * Estimate(config, 258, schedule(config)[1]).kept_bytes(config.model)
     assert kept == pytest.approx(taken / rows, rel=0.15)
 
 

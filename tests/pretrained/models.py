@@ -38,6 +38,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
     },
     "qwen3": {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7},
+    "qwen2_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_key_value_heads": 2},
+        **{"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
+    },
+    "qwen3_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_key_value_heads": 2},
+        **{"norm_topk_prob": True, "head_dim": 16},
+    },
     "gpt2": GPT2,
     "gpt2-untied": GPT2 | {"tie_word_embeddings": False, "n_inner": None, "activation_function": "relu"},
     "bert": {"type_vocab_size": 2},

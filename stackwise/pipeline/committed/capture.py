@@ -295,7 +295,7 @@ class PartwiseCapture:
         model = self.config.model
         gc.collect()  # the group before this one
         limit = self.memory or int(memory(self.device).room * SHARE)
-        block, end = 4 * model.block_parameters, first + 1
+        block, end = 4 * max(model.at(place).block_parameters for place in range(model.n_blocks)), first + 1
         if first < 0:
             limit -= 4 * self.checkpoint.description.vocab_size * model.d_model
         end = min(last, max(end, max(0, first) + max(0, limit) // block))

@@ -136,6 +136,7 @@ class Manifest:
                 stage |= {"state": "running", "step": 0, "steps": event["steps"], "reason": event["reason"]}
                 stage |= {"recipe": event["recipe"], "trunk": event["trunk"], "weights": None}
                 stage |= {"held_out": None, "divergences": 0}
+                stage.pop("experts", None)
                 self.save()
             case "ranks":
                 self._group = {key: event[key] for key in ("ranks", "slowest")}
@@ -144,6 +145,7 @@ class Manifest:
             case "step":
                 stage |= {key: event[key] for key in ("step", "steps", "loss", "wait_fraction")}
                 stage["peak_memory_bytes"] = event["memory"]
+                _take_experts(stage, event)
                 if time.monotonic() - self._written > 1:
                     self.save()
             case "writing" | "filling":
@@ -153,6 +155,7 @@ class Manifest:
                 stage["reason"] = event["reason"]
             case "held_out":
                 stage["held_out"] = {key: event[key] for key in ("step", "nats", "best")}
+                _take_experts(stage, event)
             case "diverged":
                 stage["divergences"] += 1
             case "failed":
@@ -231,6 +234,12 @@ class Manifest:
             # What it was last trained by, so that a later run can say what changed.
             "last": before.get("recipe") or before.get("last"),
         }
+
+
+def _take_experts(stage: dict[str, Any], event: Event) -> None:
+    """How a stage's experts are used now; each one's share as the last evaluation had it."""
+    for block, figures in (event.get("experts") or {}).items():
+        stage.setdefault("experts", {}).setdefault(block, {}).update(figures)
 
 
 @dataclass(frozen=True)

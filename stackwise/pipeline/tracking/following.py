@@ -195,6 +195,10 @@ class Taken:
 def _figures(event: Event) -> dict[str, float]:
     """The numbers of an event that are figures."""
     values = {name: event.get(name) for name in EVENTS[event["event"]].figures}
+    experts, terms = event.get("experts"), event.get("terms")
+    for block, figures in experts.items() if isinstance(experts, dict) else ():
+        values |= {f"experts_{block}/{name}": value for name, value in dict(figures).items()}
+    values |= {f"term/{name}": value for name, value in terms.items()} if isinstance(terms, dict) else {}
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 

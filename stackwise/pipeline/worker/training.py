@@ -19,6 +19,7 @@ from torch import Tensor
 from stackwise.config import StackWiseConfig, StageTraining
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.model import part_digest
+from stackwise.model.experts import experts_used
 from stackwise.pipeline.device import describe, peak_memory
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.job import StageJob
@@ -293,6 +294,7 @@ class StageHooks:
             pid=os.getpid(),
             **({"sync_fraction": self._sync_fraction()} if self._ranks.size > 1 else {}),
             **({"terms": dict(progress.terms)} if progress.terms else {}),
+            **experts_used(progress.observed),
         )
 
     def _emit_grown(self) -> None:
@@ -344,7 +346,9 @@ class StageHooks:
         lowest = mean.total if best is None else min(mean.total, best[1])
         terms = {"terms": dict(mean.terms)} if mean.terms else {}
         seconds = time.perf_counter() - begun
-        self._context.event("held_out", step=trainer.step, nats=mean.total, best=lowest, seconds=seconds, **terms)
+        experts = experts_used(mean.observed, shares=True)
+        event: dict[str, Any] = {"step": trainer.step, "nats": mean.total, "best": lowest, "seconds": seconds}
+        self._context.event("held_out", **event, **terms, **experts)
         return mean
 
     def diverged(self, divergence: Mapping[str, Any]) -> None:
