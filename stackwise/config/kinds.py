@@ -282,6 +282,10 @@ class FeedForward(BlockPart):
         """Itself as block `block` of the rack has it; it may be of another kind there."""
         return self
 
+    def chosen(self, blocks: Sequence[int]) -> FeedForward:
+        """Itself in a rack of some of the blocks: block k of it is block `blocks[k]` of this one."""
+        return self
+
     @abc.abstractmethod
     def build(self, model: ModelConfig) -> nn.Module:
         """The module: [..., D] to [..., D]."""

@@ -5,7 +5,7 @@ No torch here but where the kind builds something.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
@@ -114,6 +114,13 @@ class MoE(FeedForward):
         resolved._place = block
         return resolved
 
+    def chosen(self, blocks: Sequence[int]) -> FeedForward:
+        """See `FeedForward.chosen`."""
+        if self.at is None:
+            return self
+        places = [place for place, block in enumerate(blocks) if block in self.at]
+        return self.model_copy(update={"at": places}) if places else SwiGLU.model_validate({})
+
     def width(self, d_model: int) -> int:
         """As that of a dense one; without dense blocks that of an expert."""
         if self.at is None and self.expert_dim is not None:
@@ -193,9 +200,9 @@ class MoE(FeedForward):
 
     def faults_in(self, config: Settings) -> Iterator[Fault]:
         """See `BlockPart.faults_in`."""
-        if self.capacity_factor is None:
-            return
-        for depth in range(config.n_stages):
+        if self.balance == "bias" and config.training.adapters is not None:
+            yield "balance", "bias: under training.adapters the router stands still, and nothing moves it: take none"
+        for depth in range(config.n_stages if self.capacity_factor is not None else 0):
             rows = config.stage_training(depth).batch_size
             tokens = rows * config.row_positions
             if rows and self.capacity(tokens) < 1:

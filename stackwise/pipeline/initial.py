@@ -100,8 +100,8 @@ class Shallower:
     def __init__(self, whole: Weights, blocks: Sequence[int]) -> None:
         self._whole, self._blocks = whole, blocks
         sizes = ArchitectureConfig(n_stacks=len(blocks))
-        attention = whole.model.attention.chosen(blocks)
-        self.model = whole.model.model_copy(update={"architecture": sizes, "attention": attention})
+        attention, ffn = whole.model.attention.chosen(blocks), whole.model.ffn.chosen(blocks)
+        self.model = whole.model.model_copy(update={"architecture": sizes, "attention": attention, "ffn": ffn})
         self.tokenizer_json, self.objective, self.notes = whole.tokenizer_json, whole.objective, whole.notes
         self.checkpoint = getattr(whole, "checkpoint", None)
 
