@@ -316,14 +316,13 @@ def _shares(shares: Sequence[float]) -> Html:
         return tag("span", "–")
     side = max(2.0, min(18.0, 320.0 / len(shares)))
     highest = max(shares) or 1.0
-    cells = [
-        tag(
-            *("rect", tag("title", f"expert {number}: {words.percent(share)}")),
-            **{"x": f"{number * side:.1f}", "y": "0", "width": f"{side - 0.5:.1f}", "height": "18"},
-            **{"fill": "var(--accent)", "fill_opacity": f"{0.06 + 0.94 * share / highest:.3f}"},
+    cells = []
+    for number, share in enumerate(shares):
+        shade, place, wide = f"{0.06 + 0.94 * share / highest:.3f}", f"{number * side:.1f}", f"{side - 0.5:.1f}"
+        name = tag("title", f"expert {number}: {words.percent(share)}")
+        cells.append(
+            tag("rect", name, x=place, y="0", width=wide, height="18", fill="var(--accent)", fill_opacity=shade)
         )
-        for number, share in enumerate(shares)
-    ]
     width = f"{side * len(shares):.0f}"
     return tag("svg", cells, width=width, height="18", viewBox=f"0 0 {width} 18", role="img")
 
