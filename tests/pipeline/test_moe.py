@@ -52,8 +52,9 @@ def test_swapped_and_resident_are_the_same(micro: Micro, tmp_path: Path) -> None
     events = run(micro(**values, training__swap="always", training__swap_parts=2), tmp_path / "swapped")
     assert any("is swapped" in event["text"] for event in named(events, "note"))
     assert weights(tmp_path / "swapped") == weights(tmp_path / "resident")
-    modules = load_rack(RunDirectory(tmp_path / "swapped"), torch.device("cpu")).modules()
-    bias = {name: p.detach() for module in modules for name, p in module.named_parameters()}
+    stages = load_rack(RunDirectory(tmp_path / "swapped"), torch.device("cpu")).modules()
+    blocks = [block for stage in stages for block in stage.blocks]
+    bias = {name: p.detach() for block in blocks for name, p in block.named_parameters()}
     moved = next(value for name, value in bias.items() if name.endswith("ffn.balance")) / 0.01
     assert moved.abs().max() > 0
     torch.testing.assert_close(moved, moved.round(), atol=1e-3, rtol=0)  # whole steps of its rate
