@@ -81,8 +81,9 @@ def _adapted(planned: Forecast, estimate: Estimate) -> Alternative:
     config, model = estimate.config, estimate.config.model
     sides = sum(map(sum, layers(model).values()))
     adapters = 16.0 * RANK * sides * model.n_blocks
-    ends = estimate.trained_parameters - model.n_blocks * model.block_parameters
-    weights = bits_per_weight("nf4") / 8 * model.n_blocks * model.block_parameters + 2 * ends
+    blocks = model.total(lambda block: block.block_parameters)
+    ends = estimate.trained_parameters - blocks
+    weights = bits_per_weight("nf4") / 8 * blocks + 2 * ends
     memory = weights + adapters + estimate.memory_parts()[1] + 2 * model.block_parameters
     # The products that give the weights' gradients fall away.
     seconds = 2 / 3 * _seconds(planned, config)

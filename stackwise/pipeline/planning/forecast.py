@@ -113,7 +113,7 @@ class Forecast:
         model, size = self.config.model, self.vocab_size
         ends = model.front_parameters(size, self.config.training.seq_len)
         ends += model.head_parameters(size, shared=model.tie_embeddings)
-        return model.n_blocks * model.block_parameters + ends
+        return model.total(lambda block: block.block_parameters) + ends
 
     @property
     def seconds(self) -> float:

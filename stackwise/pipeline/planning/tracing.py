@@ -18,7 +18,7 @@ from stackwise.identity import NUMERICS, content_id
 from stackwise.pipeline.device import python_command
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.planning.trace import PARTS, TraceJob
-from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, block_parts
+from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, block_number, block_parts
 
 VERSION = 1  # of what is traced and how: raise it when the engine's memory changes
 WHOLE, FEW = 8, 3
@@ -92,13 +92,14 @@ def _key(config: StackWiseConfig, job: TraceJob) -> str:
     def shape(part: str) -> dict[str, Any]:
         return stage.format(part).plain() | {"trains": part in stage.trains, "packed": stage.packs(part)}
 
+    held = [config.model.at(block_number(part)) for part in (*stage.blocks, *stage.lookahead)]
     values = {
         "version": [VERSION, NUMERICS],
         "model": config.model.model_dump(mode="json", exclude={"architecture"}),
         "blocks": [[shape(part) for part in parts] for parts in (stage.blocks, stage.lookahead)],
         "ends": [stage.reads_boundary, FRONT in stage.trains, HEAD in stage.trains, stage.scales_alone],
         "adapters": sum(part.startswith(ADAPTER) for part in stage.trains),
-        "at": config.model.attention.at(stage.first).plain(),
+        "kinds": [[kind.plain() for kind in (block.attention, block.ffn)] for block in held],
         "positions": [config.row_positions, config.training.seq_len, config.training.max_mask_fraction],
         "objective": config.objective.plain() | config.objective.code,
         "training": [settings.optimizer.plain(), bool(settings.ema), config.precision, config.deterministic],
