@@ -109,6 +109,20 @@ def test_what_does_not_fit_is_told_with_changes_that_help() -> None:
     assert others["resident stages of 1 block"].memory < max(s.memory["peak"] for s in whole.stages)
 
 
+def test_a_rack_that_grows_is_compared_with_those_that_do_not_and_proposed_to_them() -> None:
+    from stackwise.pipeline.planning.advice import advise, alternatives
+
+    machine = replace(MACHINES["cpu"], disk=replace(MACHINES["cpu"].disk, size=1e6))
+    growing = forecast(
+        StackWiseConfig.from_preset("micro", {"training.growth": [{"blocks": 1, "until": 0.5}]}), machine, trace=False
+    )
+    others = {other.name: other for other in alternatives(growing)}
+    assert others["resident stages of 1 block"].memory < max(s.memory["peak"] for s in growing.stages)
+    assert not any(line.startswith("store.") for line in advise(growing, None)), "it stores no boundary"
+    staged = forecast(StackWiseConfig.from_preset("micro"), machine, trace=False)
+    assert any(line.startswith("training.growth: [{blocks: 1, until: 0.8}]") for line in advise(staged, None))
+
+
 def test_twice_the_disk_s_rate_halves_a_read_that_bounds_a_stage() -> None:
     config = StackWiseConfig.from_preset("llama-1b", {"training.epochs_per_layer": 1})
     slow, fast = (

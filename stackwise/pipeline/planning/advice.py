@@ -10,6 +10,7 @@ from stackwise import words
 from stackwise.config import StackWiseConfig
 from stackwise.config.adapters import layers
 from stackwise.config.choices import Mode
+from stackwise.config.growth import Growth
 from stackwise.config.precision import bits_per_weight
 from stackwise.config.training import ProgressiveConfig
 from stackwise.errors import StackWiseError
@@ -19,6 +20,7 @@ from stackwise.pipeline.runner.auto import largest_fitting
 from stackwise.pipeline.schedule import schedule
 
 CHINCHILLA = 20  # tokens a parameter (arXiv 2203.15556)
+GROWS_AT = 0.8  # the share of the steps after which a rack that is proposed to grow is whole
 
 
 @dataclass(frozen=True)
@@ -151,11 +153,14 @@ def _changes(planned: Forecast) -> Iterator[str]:
             ("store.codec: int8", lambda c: setattr(c.store, "codec", "int8")),
             ("store.every: 2", lambda c: setattr(c.store, "every", 2)),
         ]
-    most_now = max(stage.memory["peak"] for stage in planned.stages)
+        if config.model.n_blocks > 1:
+            shallow = max(1, config.model.n_blocks // 4)
+            text = f"training.growth: [{{blocks: {shallow}, until: {GROWS_AT}}}]"
+            options.append((text, lambda c: _grown(c, shallow)))
+    now = next(_tried(planned, "as it is", lambda c: None))  # by closed forms, as the changes are: a trace differs
     for text, change in options:
         for other in _tried(planned, text, change):
-            less = other.live < 0.98 * planned.live or other.memory < 0.98 * most_now
-            if less:
+            if other.live < 0.98 * now.live or other.memory < 0.98 * now.memory:
                 yield other.line()
     if any(stage.host_memory > machine.ram for stage in planned.stages):
         need = max(stage.host_memory for stage in planned.stages)
@@ -181,6 +186,7 @@ def _copy(config: StackWiseConfig) -> StackWiseConfig:
 
 def _set_mode(config: StackWiseConfig, name: str) -> None:
     config.training.progressive = ProgressiveConfig()
+    config.training.growth = []  # a rack that grows has no other mode
     config.training.mode = Mode.of(name)
 
 
@@ -198,6 +204,11 @@ def _blocks(config: StackWiseConfig, blocks: int) -> None:
 def _rows(config: StackWiseConfig, rows: int) -> None:
     config.training.accumulation *= max(1, config.training.batch_size // rows)
     config.training.batch_size = rows
+
+
+def _grown(config: StackWiseConfig, blocks: int) -> None:
+    _whole(config)
+    config.training.growth = [Growth(blocks=blocks, until=GROWS_AT)]
 
 
 def _whole(config: StackWiseConfig) -> None:
