@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from stackwise.config.choices import Span
-from stackwise.config.fields import Fraction, Section, Share, Small
+from stackwise.config.fields import Section, Share, Small
 
 if TYPE_CHECKING:
     from stackwise.config.model import ModelConfig
@@ -33,7 +33,7 @@ class Growth(Section):
         False, description="begin with the lowest and the highest blocks of the rack, and grow between them"
     )
     warmup: Share = Field(0.0, description="share of the steps over which the learning rate of new blocks rises")
-    commit: Fraction | None = Field(
+    commit: Annotated[float, Field(ge=0.001, le=1.0)] | None = Field(  # each commit has a worker: not a million
         None,
         description="commit the phase at every such share of the steps, so that another `until` takes up what is in "
         f"common; null: every tenth, where that is {LEAST_STEPS} steps or more",

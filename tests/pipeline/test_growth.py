@@ -172,6 +172,7 @@ def test_what_the_phases_share_is_named_as_unused(micro: Micro) -> None:
             "training.growth.1.until: 0.5 is not after 0.6",
         ),
         ({"training__growth": [*growth(), {"blocks": 2, "until": 0.7}]}, "training.growth.1.blocks: 2 are no more"),
+        ({"training__growth": growth(commit=1e-9)}, "training.growth.0.commit: must be at least 0.001"),
         ({"training__growth": growth(blocks=4)}, "training.growth.0.blocks: 4 leave nothing to grow"),
         ({"training__growth": growth(blocks=9)}, "training.growth.0.blocks: 9 leave nothing to grow"),
         ({"training__growth": growth(blocks=1, ends=True)}, "training.growth.0.ends: .* two blocks"),
