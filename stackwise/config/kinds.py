@@ -232,6 +232,10 @@ class BlockPart(Kind):
         """What of its settings the rest of the configuration cannot have."""
         yield from ()
 
+    def unused(self) -> Iterator[tuple[str, str | bool]]:
+        """Names of its settings, with blanks between, and why they are unused; False: they are used."""
+        yield from ()
+
 
 class Attention(BlockPart):
     """What queries, keys and values are made of, and how they meet."""

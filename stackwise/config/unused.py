@@ -121,6 +121,7 @@ def unused_settings(config: Settings) -> list[str]:
     looks_back = objective.causal or objective.unadaptable() or objective.code or config.adapts
     both = not looks_back and f"with {objective.name} attention sees in both directions"
     lines.section("model.attention", config.model.attention, [("window window_blocks", both)])
+    lines.section("model.ffn", config.model.ffn, config.model.ffn.unused())
     if not progressive.enabled and not grows:
         lines.section("training.mode", training.mode, training.mode.unused(config.model))
     _limits(config, lines.lines, above)

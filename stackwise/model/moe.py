@@ -210,6 +210,11 @@ class MoE(FeedForward):
                 yield "capacity_factor", f"{share} is less than one token: raise it, or set null (dropless)"
                 return
 
+    def unused(self) -> Iterator[tuple[str, str | bool]]:
+        """See `BlockPart.unused`."""
+        for name, of in (("aux_weight", "loss"), ("balance_rate", "bias")):
+            yield name, self.balance != of and f"model.ffn.balance is {self.balance}"
+
     def capacity(self, tokens: int) -> int:
         """Tokens that an expert takes of a microbatch of so many, where there is a limit."""
         return int((self.capacity_factor or 0.0) * tokens * self.top_k / self.experts)

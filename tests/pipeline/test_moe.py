@@ -11,6 +11,7 @@ import torch
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
+from stackwise.config.unused import unused_settings
 from stackwise.errors import UsageError
 from stackwise.model import build_block
 from stackwise.model.block import evaluating
@@ -146,6 +147,12 @@ def test_bad_input_is_a_line(ffn: dict[str, Any], fault: str, micro: Micro) -> N
         micro(model__ffn=FFN | ffn)
     (line,) = [line for line in str(refused.value).splitlines() if fault in line]
     assert len(line) < 200
+
+
+def test_what_balances_otherwise_is_named_as_unused(micro: Micro) -> None:
+    lines = "\n".join(unused_settings(micro(model__ffn=FFN | {"balance": "bias", "aux_weight": 0.1})))
+    assert "model.ffn.aux_weight is unused" in lines
+    assert not [line for line in unused_settings(micro(model__ffn=FFN)) if "ffn" in line]
 
 
 def test_what_shapes_training_alone_keeps_what_is_stored(micro: Micro) -> None:
