@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from stackwise.cli.app import main
 from stackwise.config import StackWiseConfig
 from stackwise.errors import InterruptedRun, StackWiseError, UsageError
 from stackwise.pipeline.run import RunDirectory, status
@@ -127,3 +130,15 @@ def test_the_fastest_order_of_sums_is_another_recipe(micro: Micro, alone: Path, 
     here, there = stage.record, committed(alone)[0].record
     assert here["recipe"]["settings"]["training"]["ranks"] == 2
     assert here["losses"] == pytest.approx(there["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize("why", ["swapped", "port"])
+def test_what_ranks_cannot_do_is_refused_before_anything_is_written(why: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        option = "training.swap=always" if why == "swapped" else f"parallel.port={port}"
+        arguments = ["run", "--preset", "micro", "--run", str(tmp_path / "run"), "--engine", "torchrun", "--ranks", "2"]
+        done = CliRunner().invoke(main, [*arguments, "-o", option], standalone_mode=False)
+    assert isinstance(done.exception, UsageError)
+    assert option.partition("=")[0] in str(done.exception)
+    assert not (tmp_path / "run").exists()

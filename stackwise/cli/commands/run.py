@@ -80,6 +80,7 @@ def _spread(config: StackWiseConfig, ranks: int) -> None:
             hint=f"nearest that do: {near}",
         )
     parallel.data = ranks // others
+    config.validate()  # what was checked had other ranks
 
 
 def _preview(choice: Choice, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -103,6 +104,14 @@ class Group:
                 f"parallel: rank {devices} has no GPU: this machine has {devices}, {ranks} ranks were asked for",
                 hint=f"set parallel.data: {devices}, or device: cpu",
             )
+        if port := self._settings.port:  # rank 0 would find out too, but only once the run has been written
+            try:
+                socket.create_server(("", port)).close()
+            except OSError as error:
+                raise UsageError(
+                    f"parallel.port: {port}: {error.strerror}",
+                    hint="set parallel.port to another one, or leave it out: then a free one is taken",
+                ) from None
 
     def run(self, job: dict[str, Any]) -> Iterator[Event]:
         """See `Worker.run`."""
