@@ -14,11 +14,20 @@ if TYPE_CHECKING:
     from stackwise.model import ProgressiveRackBuilder, Rack
     from stackwise.objectives import FixedMaskAssigner, MaskDiffusionObjective, MaskScheduler
     from stackwise.pipeline.committed.capture import capture
+    from stackwise.pipeline.experiments import (
+        ExperimentConfig,
+        Trainer,
+        count_parameters,
+        evaluate_success_criteria,
+        get_experiment_configs,
+        run_single_experiment,
+    )
     from stackwise.pipeline.library import StageResult, UnifiedTrainer
     from stackwise.store import ActivationStore
 
 _HOMES = {
     "ActivationStore": "stackwise.store",
+    "ExperimentConfig": "stackwise.pipeline.experiments",
     "FixedMaskAssigner": "stackwise.objectives",
     "MaskDiffusionObjective": "stackwise.objectives",
     "MaskScheduler": "stackwise.objectives",
@@ -26,12 +35,18 @@ _HOMES = {
     "Rack": "stackwise.model",
     "StackWiseConfig": "stackwise.config",
     "StageResult": "stackwise.pipeline.library",
+    "Trainer": "stackwise.pipeline.experiments",
     "UnifiedTrainer": "stackwise.pipeline.library",
     "capture": "stackwise.pipeline.committed.capture",
+    "count_parameters": "stackwise.pipeline.experiments",
+    "evaluate_success_criteria": "stackwise.pipeline.experiments",
+    "get_experiment_configs": "stackwise.pipeline.experiments",
+    "run_single_experiment": "stackwise.pipeline.experiments",
 }
 
 __all__ = [
     "ActivationStore",
+    "ExperimentConfig",
     "FixedMaskAssigner",
     "MaskDiffusionObjective",
     "MaskScheduler",
@@ -39,9 +54,14 @@ __all__ = [
     "Rack",
     "StackWiseConfig",
     "StageResult",
+    "Trainer",
     "UnifiedTrainer",
     "__version__",
     "capture",
+    "count_parameters",
+    "evaluate_success_criteria",
+    "get_experiment_configs",
+    "run_single_experiment",
 ]
 
 
