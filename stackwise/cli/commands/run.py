@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,11 @@ def run(engine: str, ranks: int | None, max_time: float | None, dry: bool, as_js
     What is committed is not trained again; what was interrupted resumes. With neither CONFIG nor --preset: the
     configuration of the run that --run names, where there is one, else the preset demo.
     """
+    launched = _launched()
+    if launched > 1 and engine == "here":
+        if os.environ.get("RANK") != "0":  # the first one starts ranks of its own, that it can watch, and drives them
+            return
+        engine, ranks = "torchrun", launched
     choice, command = choose(**named), "stackwise run"
     if ranks is not None:
         if engine != "torchrun":
@@ -67,6 +73,19 @@ def run(engine: str, ranks: int | None, max_time: float | None, dry: bool, as_js
         raise UsageError("--max-time is for a run here", hint="slurm.minutes limits a job, which saves and comes back")
     else:
         _submit(choice, engine, as_json)
+
+
+def _launched() -> int:
+    """The processes that `torchrun` started this command in; 1 without it. Raises UsageError: on several machines."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 1
+    world, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if world != here:
+        raise UsageError(
+            f"torchrun started {world} processes, {here} of them on this machine: ranks are on one machine",
+            hint="torchrun --nnodes 1",
+        )
+    return int(world)
 
 
 def _spread(config: StackWiseConfig, ranks: int) -> None:
