@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import document
+from benchmarks import document, moe
 from benchmarks.arithmetic import matrix_parameters, work_of
 from benchmarks.common import Spread, shown, table
 from benchmarks.document import Section
@@ -88,3 +89,14 @@ def test_the_document_has_a_place_for_every_section() -> None:
         first, last = document.marks(key)
         assert text.count(first) == text.count(last) == 1
         assert text.index(first) < text.index(last)
+
+
+def test_mixtures_that_are_not_measured_yet_are_unfinished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert moe.main(["--dir", str(tmp_path), "--most", "0", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)["experiments"]
+    assert {name: (entry["done"], entry["wanted"]) for name, entry in entries.items()} == dict.fromkeys(
+        ("baseline", "top2", "strong_reg", "throughput_opt"), (0, 12)
+    )
+    assert all(entry["verdict"] is None for entry in entries.values())
+    (tmp_path / "experiment_results.json").write_text(json.dumps({"base": {"seq_len": 1}, "runs": {}}))
+    assert moe.main(["--dir", str(tmp_path), "--most", "0"]) == 2
