@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import re
@@ -16,7 +17,8 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.fields import Section
 from stackwise.config.kinds import Kind
 from stackwise.config.loading import build, leaves
-from stackwise.errors import UsageError
+from stackwise.errors import NotFound, UsageError
+from stackwise.pipeline.suites import SUITES, SuiteOptions
 from stackwise.text import printable
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -54,6 +56,27 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def suites(composed: DictConfig) -> SuiteOptions | None:
+    """The suites of tasks that follow the run; None: there are none.
+
+    Raises:
+        UsageError: There is no such suite, or its data is not said.
+    """
+    asked: Any = OmegaConf.to_container(composed.suites, resolve=True)
+    names = tuple(asked["names"])
+    for name in names:
+        if name not in SUITES:
+            raise UsageError(f"suites.names: there is no suite {name!r}", hint=_instead(str(name), SUITES))
+    if "glue" in names and asked["task_path"] is None:
+        raise UsageError("suites.task_path: GLUE's folder is not said", hint="for example suites.task_path=glue")
+    path = None if asked["task_path"] is None else Path(asked["task_path"])
+    if path is not None and not path.is_dir():
+        raise NotFound(f"suites.task_path {path}: there is no such folder")
+    options = SuiteOptions(names, (), tuple(asked["tasks"]), path, limit=asked["limit"], seeds=asked["seeds"])
+    settings = dict(leaves(asked["settings"]))
+    return dataclasses.replace(options, settings=settings, device=str(composed.device)) if names else None
+
+
 def configuration(composed: DictConfig, name: str) -> StackWiseConfig:
     """The StackWise configuration that was composed.
 
@@ -66,7 +89,8 @@ def configuration(composed: DictConfig, name: str) -> StackWiseConfig:
         OmegaConfBaseException: An interpolation leads nowhere.
     """
     tree: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    tree.pop("run", None)
+    for own in ("run", "suites"):
+        tree.pop(own, None)
     if tree["data"]["paths"] is None:
         raise UsageError("data.paths: the text to train on is not said", hint="for example data.paths=[corpus.txt]")
     tree["name"] = tree["name"] or name

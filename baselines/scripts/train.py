@@ -24,13 +24,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from baselines.compose import CONFIGS, configuration, refusal, register, run_name
+from baselines.compose import CONFIGS, configuration, refusal, register, run_name, suites
 from stackwise.cli.app import explain
 from stackwise.cli.commands.run import carry_out
 from stackwise.cli.options import RUNS, Choice
-from stackwise.cli.output import open_streams
+from stackwise.cli.output import note, open_streams, say_all
+from stackwise.cli.tables import suite_tables
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.suites import run_suites
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -48,10 +50,14 @@ def train(composed: DictConfig) -> None:
     options = [f"--config-name={job.job.config_name}"] if job.job.config_name != "config" else []
     command = shlex.join(["python", sys.argv[0], *options, *overrides])
     try:
+        asked = suites(composed)
         config = configuration(composed, run_name(job.runtime.choices, overrides))
         run = RunDirectory(Path(composed.run) if composed.run else RUNS / config.name)
         carry_out(Choice(config, run, "the composed configuration", ()), as_json=False, command=command)
-        result = {"run": str(run.path.resolve()), "evaluation": run.evaluation()}
+        result: dict[str, Any] = {"run": str(run.path.resolve()), "evaluation": run.evaluation()}
+        if asked is not None:
+            result["suites"] = run_suites(run, None, asked, note)
+            say_all(suite_tables(result["suites"]))
         (Path(job.runtime.output_dir) / "result.json").write_text(json.dumps(result, indent=2))
     except (KeyboardInterrupt, InterruptedRun):
         raise  # the whole command ends, not one job of a sweep

@@ -69,10 +69,11 @@ def test_experiments_compose(compose):
 
 def test_a_sweep_trains_no_stage_twice(tmp_path):
     (tmp_path / "text.txt").write_text((ROOT / "stackwise" / "cli" / "views.py").read_text())
-    done = train(tmp_path, "--multirun", "training=layerwise,blockwise", *TINY)
+    done = train(tmp_path, "--multirun", "training=layerwise,blockwise", "evaluation=lm", *TINY)
     assert done.returncode == 0, done.stderr
     results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("multirun/*/*/*/result.json"))]
     assert len(results) == 2
+    assert results[0]["suites"]["lm"]["likelihood"] == "exact"
     assert results[0]["evaluation"] == results[1]["evaluation"]  # stages of one block: the same recipes
     assert len(list((tmp_path / "runs" / "store" / "stages").iterdir())) == 2
 
@@ -85,6 +86,8 @@ def test_a_sweep_trains_no_stage_twice(tmp_path):
         ["model.d_modl=3"],
         ["training.batch_size=many"],
         ["data=files"],
+        ["evaluation=glue"],
+        ["evaluation=lm", "suites.names=[ml]"],
         ["--config-name=experiments/none"],
         ["tiny"],
     ],
