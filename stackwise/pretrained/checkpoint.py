@@ -57,6 +57,8 @@ HEADER_BYTES = 32 << 20
 
 BAND_BYTES = 1 << 20
 """Bytes that are read or written at once where a tensor is turned."""
+CHECKED = 1 << 16
+"""Numbers that are looked at together: a few hundred kB beside the tensor."""
 
 EXPONENTS = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
 """The bits that are all set in nan and in infinity alone."""
@@ -240,8 +242,8 @@ class Reader:
             UsageError: There is one.
         """
         exponent = values_N.dtype.type(EXPONENTS[self.stored(ref).dtype])
-        for first in range(0, len(values_N), BAND_BYTES):
-            if (values_N[first : first + BAND_BYTES] & exponent).max(initial=0) == exponent:
+        for first in range(0, len(values_N), CHECKED):
+            if (values_N[first : first + CHECKED] & exponent).max(initial=0) == exponent:
                 raise UsageError(
                     f"{self._directory / ref.file}: tensor {printable(ref.name)} has values that are nan or infinite",
                     hint=f"{AGAIN}; no training and no loss can come of it",

@@ -136,7 +136,7 @@ def test_every_event_that_is_emitted_has_a_row_in_the_table() -> None:
     for path in [*(ROOT / "pipeline" / "runner").glob("*.py"), *(ROOT / "pipeline" / "worker").glob("*.py")]:
         emitted |= set(re.findall(r'"event": "([a-z_]+)"', path.read_text()))
         emitted |= set(re.findall(r'(?:_tell|tell|emit|_emit)\(\s*"([a-z_]+)"', path.read_text()))
-    between_processes = {"ready", "error", "trial", "end"}
+    between_processes = {"ready", "error", "trial", "end", "alive", "meeting"}
     assert len(emitted - between_processes) > 20
     assert emitted - between_processes <= set(EVENTS)
 

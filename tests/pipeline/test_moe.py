@@ -98,7 +98,9 @@ def test_an_export_computes_the_same(staged: Any, tmp_path: Path) -> None:
         {"training__progressive__enabled": True, "training__progressive__trunk_strategy": "qlora"},
         {"training__progressive__enabled": True, "training__progressive__trunk_precision": "nvfp4"},
         {"precision": "bf16", "training__optimizer": "muon", "training__mode": "end_to_end"},
-        {"training__compile": True, "training__mode": "end_to_end", "training__steps": 3},
+        pytest.param(
+            {"training__compile": True, "training__mode": "end_to_end", "training__steps": 3}, marks=pytest.mark.stress
+        ),
     ],
     ids=["adapters", "nvfp4", "muon", "compiled"],
 )

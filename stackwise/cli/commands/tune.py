@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,7 @@ class _Shown:
     def _say(self, text: str) -> None:
         self._spoke = time.monotonic()
         say(f"{time.strftime('%H:%M:%S')} {text}")
+        sys.stdout.flush()  # into a pipe as well: somebody looks at it as it goes
 
 
 def outcome(study: Study, trial: Trial) -> str:
