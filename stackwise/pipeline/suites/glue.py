@@ -329,7 +329,7 @@ def _task(rack: CommittedRack, weights: str, task: Task, options: GlueOptions, s
     submission: list[str] = []
     for seed in options.seeds:
         run = RunDirectory(options.out / task.name / f"seed-{seed}")
-        config = _configuration(rack, weights, path, task, words, train, seed, options)
+        config = _configuration(weights, path, task, words, train, seed, options)
         config.name = f"glue-{task.name}-{seed}"
         say(f"{task.name}, seed {seed}: {len(train):,} examples, run {run.path}")
         Runner(config, run, lambda _: None, resume_command="the same command").run()
@@ -370,7 +370,6 @@ def _write_rows(folder: Path, task: Task, words: Wording, train: Sequence[Exampl
 
 
 def _configuration(
-    rack: CommittedRack,
     weights: str,
     rows: Path,
     task: Task,
