@@ -115,7 +115,12 @@ def read_bytes(path: Path, *, limit: int = METADATA_BYTES, root: Path | None = N
     """
     fd = open_regular(path, root=root)
     with os.fdopen(fd, "rb") as file:
-        data = file.read(limit + 1)
+        # One `read(limit + 1)` would take memory for the limit, not for what is there.
+        size = min(os.fstat(fd).st_size, limit)
+        data = file.read(size + 1)
+        while size < len(data) <= limit:  # it has grown
+            size = len(data)
+            data += file.read(min(size, limit + 1 - size))
     if len(data) > limit:
         raise irregular(path, f"larger than the {limit} bytes that it may have")
     return data

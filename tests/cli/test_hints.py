@@ -70,7 +70,7 @@ def test_options_and_commands_that_messages_name_exist() -> None:
     for message in MESSAGES:
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", message):
             named += 1
-            assert option in every | {"--force-reinstall", "--to"}, message  # of pip and of jupyter
+            assert option in every | {"--force-reinstall", "--to", "--nnodes"}, message  # pip, jupyter, torchrun
         for words in re.findall(r"`(stackwise [^`]*)`", message):
             known = [command for command in options if re.match(rf"{command}(?= |$)", words)]
             command = max(known, key=len)
