@@ -33,6 +33,7 @@ STATES = {
     "writing": "cyan",
     "interrupted": "yellow",
     "not run": "yellow",
+    "pruned": "yellow",
     "failed": "red",
     "damaged": "red",
     "pending": "dim",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from stackwise.config.fields import Section
@@ -331,21 +332,28 @@ class _Translation:
 
     def _assign(self, key: str, value: Any, *, keeps: bool = False) -> None:
         """Set one key; a kind given by its name alone keeps the settings that both kinds have."""
-        parents = key.split(".")[:-1]
         section: Any = self.reading.tree
-        for depth, name in enumerate(parents):
-            place = _at(section, name)
-            if section.get(place) is None:
+        names = key.split(".")
+        for depth, (name, following) in enumerate(pairwise(names), 1):
+            place, above = _at(section, name), ".".join(names[:depth])
+            if isinstance(section, dict) and section.get(place) is None and above != "stages" and following.isdecimal():
+                self.reading.faults.append((key, f"{above} has no list to change item {following} of: give the list"))
+                return
+            if isinstance(section, dict) and section.get(place) is None:
                 section[place] = {}
             section = section[place]
-            if not isinstance(section, dict):
-                self.reading.faults.append((key, f"{'.'.join(parents[: depth + 1])} is a value, not a section"))
+            if isinstance(section, list) and not (following.isdecimal() and int(following) < len(section)):
+                text = f"{above} is a list of {len(section)}: {following} is no item of it, counted from 0"
+                self.reading.faults.append((key, text))
+                return
+            if not isinstance(section, dict | list):
+                self.reading.faults.append((key, f"{above} is a value, not a section"))
                 return
         sort = self.choices.get(_base(key))
         if sort is not None and isinstance(value, dict) and (keeps or sort.tag not in value):
             place = _at(section, key.rpartition(".")[2])
             value = _onto(sort, section.get(place), value)
-        section[_at(section, key.rpartition(".")[2])] = value
+        section[_at(section, key.rpartition(".")[2])] = _copied(value)  # later overrides may change items of it
 
     def complete(self) -> None:
         """Choices that a stage gives in part, or by name alone, have the rest from the run's own."""
@@ -401,8 +409,8 @@ def _spread(key: str, tree: Tree) -> Iterator[str]:
         yield from (f"stages.{stage}.{key}" for stage in stages)
 
 
-def _at(section: Mapping[Any, Any], name: str) -> Any:
-    """A name as the mapping has it: numbers of stages are whole numbers."""
+def _at(section: Any, name: str) -> Any:
+    """A name as the mapping or list has it: numbers of stages, and of a list's items, are whole numbers."""
     return int(name) if name.isdecimal() and name not in section else name
 
 
@@ -453,4 +461,6 @@ def _leaves(tree: Tree, choices: Mapping[str, Any], prefix: str = "") -> Iterato
 
 
 def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
     return {key: _copied(item) for key, item in value.items()} if isinstance(value, Mapping) else value

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from stackwise.config.fields import Count, PositiveInt, Section, Size, Text
 from stackwise.config.ranges import parse_range
 
-Sampler = Literal["grid", "random", "tpe", "gp", "hyperband", "pbt"]
+Sampler = Literal["grid", "random", "tpe", "gp", "gp-ucb", "hyperband", "pbt"]
 Measure = Literal["bits_per_byte", "loss", "memory", "seconds"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
@@ -48,7 +48,8 @@ class TuneConfig(Section):
     )
     sampler: Sampler = Field(
         "tpe",
-        description="grid, random, tpe, gp (a Gaussian process), hyperband (tpe with pruning), "
+        description="grid, random, tpe, gp (a Gaussian process, expected improvement), gp-ucb (of it the upper "
+        "confidence bound), hyperband (tpe with pruning), "
         "pbt (trials are one population, which exchanges stages)",
     )
     trials: PositiveInt | None = Field(None, description="runs in all; null: --trials says it, of a grid all of it")

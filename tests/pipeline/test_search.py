@@ -80,7 +80,7 @@ def test_conditions_are_met_or_refused() -> None:
             space("a.kind=x,y", "a.low=1,2", low=when)
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "gp-ucb"])
 def test_what_is_drawn_follows_from_the_seed_and_the_trials_before(sampler: str) -> None:
     found = space(f"{RATE}=1e-4..1e-2:log", f"{STEPS}=1..8", "a.kind=x,y", "a.low=1,2", low={"a.kind": "y"})
     sampling = Sampling(found, sampler, "none", seed=3)
@@ -153,3 +153,29 @@ def test_a_record_of_another_search_or_a_broken_one_is_refused(tmp_path: Path) -
     record.path.write_text("{")
     with pytest.raises(UsageError, match="is broken"):
         StudyRecord(tmp_path, {})
+
+
+def test_the_live_view_has_every_figure_of_a_search(micro: Micro, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from stackwise.cli.search_view import Live
+
+    study, _ = begin(
+        lambda settings: micro(**settings), Typed([f"{DECAY}=0,0.1,0.2"], "grid"), tmp_path / "new", "again"
+    )
+    with (tmp_path / "screen").open("w") as screen:
+        view = Live(study, Console(file=screen, width=120))
+        trials = [Trial(0, {DECAY: 0}), Trial(1, {DECAY: 0.1})]
+        study.record.trials = trials
+        for trial in trials:
+            view(trial, {"event": "trial_begun"})
+        view(trials[1], {"event": "reused", "stage": 0, "recipe": "a", "reason": "it is there"})
+        view(trials[1], {"event": "step", "stage": 1, "step": 7, "steps": 20, "loss": 3.0})
+        trials[0].state, trials[0].values, trials[0].trained = "done", [5.25], 2
+        view(trials[0], {"event": "trial_ended"})
+        first, *rows, _, summary = view.render().plain.splitlines()[1:]
+        assert first.split() == ["trial", "state", "bits_per_byte", "step", "trained", "shared", "settings"]
+        assert rows[0].split() == ["0", "done", "5.2500", "2", "0", "stage1.weight_decay", "0"]
+        assert rows[1].split() == ["1", "running", "stage", "1", "7/20", "0", "1", "stage1.weight_decay", "0.1"]
+        assert summary.startswith("1 of 3 trials  2 stages trained, 0 shared  best 5.2500, trial 0")
+        assert summary.endswith("left")

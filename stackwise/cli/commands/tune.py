@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from stackwise.pipeline.search.study import Study
 
 Event = dict[str, Any]
-SECONDS = 5.0
-"""Between two lines of progress of a trial."""
 
 
 @click.command()
@@ -44,6 +41,14 @@ SECONDS = 5.0
 @click.option("--pruner", type=click.Choice(["none", "median", "hyperband"]), help="End trials early that are behind.")
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Trials at the same time.  [default: 1]")
 @click.option("--seed", type=SEED, help="Of the sampler. Default: the configuration's.")
+@click.option(
+    "--engine",
+    type=click.Choice(["here", "slurm", "local"]),
+    default="here",
+    show_default=True,
+    help="slurm: each trial is a job (slurm.* says what it asks for), --jobs of them at once; local: the same jobs on "
+    "this machine.",
+)
 @max_time_option
 @as_json
 def tune(
@@ -63,6 +68,7 @@ def tune(
     The same command goes on with a search that was interrupted, and with more --trials it goes further. The best
     configuration is kept as best.yaml, everything as tune.html.
     """
+    from stackwise.cli.search_view import watcher
     from stackwise.config.loading import parse_overrides
     from stackwise.pipeline.search.begin import BASE, Typed, begin
 
@@ -72,6 +78,10 @@ def tune(
     base = load(config, preset, fixed)
     place = Path(run) if run is not None else RUNS / f"tune-{base.name}"
     again = shlex.join(["stackwise", "tune", *_again(config, preset, run, overrides, max_time, typed)])
+    if max_time is not None and typed["engine"] != "here":
+        raise UsageError(
+            "--max-time is for a search here", hint="slurm.minutes limits a job, which saves and comes back"
+        )
     if twice := [key for key in fixed if any(item.partition("=")[0].strip() == key for item in typed["space"])]:
         raise UsageError(f"{twice[0]} is both fixed (-o) and searched (-s)", hint="give one of the two")
     with phases() as progress:
@@ -86,7 +96,8 @@ def tune(
         if ahead.order is not None:
             say(Styled(ahead.order, "dim"))
     try:
-        study.run(_Shown(study) if not as_json else lambda trial, event: None, max_time)
+        with contextlib.nullcontext(_unseen) if as_json else watcher(study) as observe:
+            study.run(observe, max_time)
     except BusyError:  # the search is another process's: its table, too
         raise
     except BaseException:
@@ -109,60 +120,18 @@ def _again(
     arguments = [config] if config else []
     named = {"--preset": preset, "--run": run, "--max-time": None if max_time is None else f"{max_time:g}s"}
     named |= {f"--{name}": typed[name] for name in ("trials", "sampler", "pruner", "jobs", "seed")}
+    named["--engine"] = None if typed["engine"] == "here" else typed["engine"]
     arguments += [word for name, value in named.items() if value is not None for word in (name, str(value))]
     several = {"-s": typed["space"], "-o": overrides, "--objective": typed["objectives"]}
     return arguments + [word for name, values in several.items() for value in values for word in (name, value)]
 
 
-class _Shown:
-    """Says when trials begin and end, and now and then how far they are."""
-
-    def __init__(self, study: Study) -> None:
-        self._study = study
-        self._spoke = time.monotonic()
-        self._begun: dict[int, float] = {}
-
-    def __call__(self, trial: Trial, event: Event) -> None:
-        kind, now = event["event"], time.monotonic()
-        if kind == "trial_begun":
-            self._begun[trial.number] = now
-        elif kind == "trial_ended":
-            self._say(f"{outcome(self._study, trial)}, {words.duration(now - self._begun[trial.number])}")
-        elif kind in ("warning", "waiting") and trial.state == "running":
-            stage = event.get("stage")
-            self._say(f"trial {trial.number}: {'' if stage is None else f'stage {stage} '}{event['text']}")
-        elif kind == "step" and now - self._spoke >= SECONDS:
-            loss = "" if event["loss"] is None else f", loss {event['loss']:.3f}"
-            self._say(f"trial {trial.number}: stage {event['stage']}, step {event['step']:,}/{event['steps']:,}{loss}")
-
-    def _say(self, text: str) -> None:
-        self._spoke = time.monotonic()
-        say(f"{time.strftime('%H:%M:%S')} {text}")
-        sys.stdout.flush()  # into a pipe as well: somebody looks at it as it goes
-
-
-def outcome(study: Study, trial: Trial) -> str:
-    """What a trial came to, in a line."""
-    from stackwise.pipeline.batch.grid import label, shown
-
-    settings = ", ".join(f"{label(key)} {shown(value)}" for key, value in trial.settings.items())
-    best = study.best
-    if trial.values is not None:
-        named = zip(study.search.objectives, trial.values, strict=True)
-        came = ", ".join(f"{name} {figure(name, value)}" for name, value in named)
-        came += " (the best so far)" if best is trial else ""
-    else:
-        came = trial.state if trial.failure is None else f"failed: {trial.failure.splitlines()[0]}"
-    stages = f"{words.plural(trial.trained, 'stage')} trained, {trial.reused} reused"
-    return f"trial {trial.number} ({trial.number + 1} of {study.search.trials}): {came}; {settings}; {stages}"
-
-
-def figure(name: str, value: float) -> str:
-    """An objective's value, as people read it."""
-    return words.size(value) if name == "memory" else words.duration(value) if name == "seconds" else f"{value:.4f}"
+def _unseen(trial: Trial, event: Event) -> None:
+    """Programs look at the result."""
 
 
 def _show_results(study: Study, as_json: bool) -> None:
+    from stackwise.cli.search_view import figure, settings_of
     from stackwise.report.tuning import result, write
 
     if not study.trials:
@@ -176,15 +145,18 @@ def _show_results(study: Study, as_json: bool) -> None:
     table = Table(
         "trial", *objectives, "state", "trained", "reused", "settings", right=(0, *range(1, len(objectives) + 1))
     )
-    from stackwise.pipeline.batch.grid import label, shown
-
     for trial in sorted(study.trials, key=lambda one: (one.values is None, one.values or [])):
         values = [figure(name, value) for name, value in zip(objectives, trial.values or [], strict=False)]
         values += [""] * (len(objectives) - len(values))
-        settings = ", ".join(f"{label(key)} {shown(of)}" for key, of in trial.settings.items())
         style = "bold" if trial is study.best else ""
         table.add_row(
-            str(trial.number), *values, state(trial.state), str(trial.trained), str(trial.reused), settings, style=style
+            str(trial.number),
+            *values,
+            state(trial.state),
+            str(trial.trained),
+            str(trial.reused),
+            settings_of(trial),
+            style=style,
         )
     say()
     say_all(table.lines())

@@ -44,7 +44,7 @@ class JobFailed(StackWiseError):
     """A job's command did not succeed; the batch system runs nothing that depends on it."""
 
 
-class StageJobCommand:
+class JobCommand:
     """A command as a job, with its state in a file that `status` reads.
 
     Args:
@@ -84,7 +84,7 @@ class StageJobCommand:
                 os.kill(self._process.pid, signal.SIGTERM)
             _await_end(self._process.pid)
         self._write_state("submitted", reason="saved, and queued again")
-        return DelayedSubmission(StageJobCommand(self.argv, self.state))
+        return DelayedSubmission(JobCommand(self.argv, self.state))
 
     def _wait(self) -> str:
         assert self.after is not None
@@ -135,15 +135,7 @@ def submit(config: StackWiseConfig, run: RunDirectory, engine: BatchSystem) -> l
         BusyError: Jobs of this run are still there.
         StackWiseError: The batch system refused a job; those submitted before it are cancelled.
     """
-    check_installed(config)
-    check_plain(str(run.path), "run directory")  # it is part of the script, as is the job's name, its last part
-    parameters = _parameters(config, engine)
-    if importlib.util.find_spec("submitit") is None:
-        raise UsageError(f"--engine {engine} needs submitit, not installed here", hint="pip install 'stackwise[slurm]'")
-    if engine == "slurm" and (missing := [name for name in ("sbatch", "srun") if shutil.which(name) is None]):
-        raise UsageError(
-            f"there is no Slurm here: {' and '.join(missing)} not found", hint="--engine local runs the jobs here"
-        )
+    parameters = job_parameters(config, run, engine)
     if config.finds_block_size:
         raise UsageError(
             "training.block_size: auto: how many jobs there are is not known yet",
@@ -162,7 +154,7 @@ def submit(config: StackWiseConfig, run: RunDirectory, engine: BatchSystem) -> l
             _refuse_second(run)
             stages = schedule(config)
             several = config.windows > 1
-            todo = [
+            todo: list[Job] = [
                 {"stage": stage.depth, "window": stage.window if several else None}
                 for stage in stages[committed(config, run) :]
             ]
@@ -170,15 +162,52 @@ def submit(config: StackWiseConfig, run: RunDirectory, engine: BatchSystem) -> l
             if not run.manifest_file.exists():
                 run.write_manifest({"name": config.name, "stages": [_pending(config, stage) for stage in stages]})
             shutil.rmtree(run.job_states, ignore_errors=True)
-        request = {
-            "engine": engine,
-            "run": str(run.path),
-            "stages": [*todo, {"stage": None, "window": None}],
-            "parameters": parameters,
-        }
-        if engine == "slurm":
-            return _submit_all(request)
-        return _submit_apart(request, run)
+        entries = [*todo, {"stage": None, "window": None}]
+        commands = [_command(run, entry["stage"], entry["window"]) for entry in entries]
+        return _handed_over(run, engine, parameters, list(zip(entries, commands, strict=True)))
+
+
+def submit_alone(config: StackWiseConfig, run: RunDirectory, engine: BatchSystem, job: Job, command: list[str]) -> Job:
+    """Submit one job of a run: a command, known as the run's `job`.
+
+    Raises:
+        UsageError, BusyError, StackWiseError: As `submit`.
+    """
+    parameters = job_parameters(config, run, engine)
+    run.create()
+    with FileLock(run.path / "jobs.lock", f"the jobs of {run.path}"):
+        _refuse_second(run)
+        job_file(run, job).unlink(missing_ok=True)
+        write_bytes(run.config_file, dump(config).encode())
+        return _handed_over(run, engine, parameters, [(job, command)])[0]
+
+
+def job_parameters(config: StackWiseConfig, run: RunDirectory, engine: BatchSystem) -> dict[str, Any]:
+    """What a job of a run asks for, as submitit names it.
+
+    Raises:
+        UsageError: See `submit`.
+    """
+    check_installed(config)
+    check_plain(str(run.path), "run directory")  # it is part of the script, as is the job's name, its last part
+    parameters = _parameters(config, engine)
+    if importlib.util.find_spec("submitit") is None:
+        raise UsageError(f"--engine {engine} needs submitit, not installed here", hint="pip install 'stackwise[slurm]'")
+    if engine == "slurm" and (missing := [name for name in ("sbatch", "srun") if shutil.which(name) is None]):
+        raise UsageError(
+            f"there is no Slurm here: {' and '.join(missing)} not found", hint="--engine local runs the jobs here"
+        )
+    return parameters
+
+
+def _handed_over(
+    run: RunDirectory, engine: BatchSystem, parameters: dict[str, Any], jobs: list[tuple[Job, list[str]]]
+) -> list[Job]:
+    """Give jobs, each with its command, to the batch system."""
+    request = {"engine": engine, "run": str(run.path), "jobs": jobs, "parameters": parameters}
+    if engine == "slurm":
+        return _submit_all(request)
+    return _submit_apart(request, run)
 
 
 def _submit_all(request: dict[str, Any]) -> list[Job]:
@@ -193,7 +222,7 @@ def _submit_all(request: dict[str, Any]) -> list[Job]:
     jobs: list[Job] = []
     submitted: list[Any] = []
     try:
-        for entry in request["stages"]:
+        for entry, argv in request["jobs"]:
             stage, window = entry["stage"], entry["window"]
             before = jobs[-1]["job"] if jobs else None
             name = f"{run.path.name}-{'finish' if stage is None else f'stage-{stage}'}"
@@ -204,7 +233,7 @@ def _submit_all(request: dict[str, Any]) -> list[Job]:
                 executor.update_parameters(name=name, **needs)
             elif before is not None:
                 after = (int(before), str(job_file(run, jobs[-1])))
-            command = StageJobCommand(_command(run, stage, window), str(job_file(run, entry)), after)
+            command = JobCommand(argv, str(job_file(run, entry)), after)
             job = executor.submit(command)
             submitted.append(job)
             about = {"stage": stage} if window is None else entry
@@ -277,20 +306,37 @@ def _parameters(config: StackWiseConfig, engine: BatchSystem) -> dict[str, Any]:
     return values
 
 
-def _refuse_second(run: RunDirectory) -> None:
-    """Jobs of this run that still wait or work are let be."""
+def active_jobs(run: RunDirectory) -> list[Job]:
+    """Jobs of a run that still wait or work."""
     jobs: Sequence[Job] = run.jobs()
     left = [job for job in jobs if job_state(job_file(run, job)) in ("submitted", "running")]
-    slurm = [job["job"] for job in left if job["engine"] == "slurm"]
-    active = [job["job"] for job in left if job["engine"] == "local" and is_alive(int(job["job"]))]
+    slurm, queued = [job["job"] for job in left if job["engine"] == "slurm"], set[str]()
     if slurm and shutil.which("squeue") is not None:
         asked = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(slurm)}"]
-        active += subprocess.run(asked, capture_output=True, text=True).stdout.split()
-    if active:
-        stop = "scancel" if slurm else "kill"
+        queued = set(subprocess.run(asked, capture_output=True, text=True).stdout.split())
+    return [job for job in left if (job["job"] in queued if job["engine"] == "slurm" else is_alive(int(job["job"])))]
+
+
+def end_job(job: Job) -> None:
+    """Have a job save and end; one that waits leaves the queue."""
+    import psutil
+
+    if job["engine"] == "slurm":
+        subprocess.run(["scancel", job["job"]], capture_output=True)
+        return
+    with contextlib.suppress(psutil.Error):  # its command is the only child
+        for child in psutil.Process(int(job["job"])).children():
+            child.send_signal(signal.SIGTERM)
+
+
+def _refuse_second(run: RunDirectory) -> None:
+    """Jobs of this run that still wait or work are let be."""
+    if active := active_jobs(run):
+        ids = [job["job"] for job in active]
+        stop = "scancel" if active[0]["engine"] == "slurm" else "kill"
         raise BusyError(
-            f"jobs of {run.path} are still there: {', '.join(active)}",
-            hint=f"`stackwise status --run {run.path}` shows them; `{stop} {' '.join(active)}` ends them",
+            f"jobs of {run.path} are still there: {', '.join(ids)}",
+            hint=f"`stackwise status --run {run.path}` shows them; `{stop} {' '.join(ids)}` ends them",
         )
 
 

@@ -11,9 +11,7 @@ until the last such run has taken them, and what it refers to is not pruned.
 from __future__ import annotations
 
 import contextlib
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,6 +34,7 @@ from stackwise.pipeline.run import RunDirectory, status, with_absolute_paths
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.runner.workers import Worker
 from stackwise.pipeline.schedule import Stage
+from stackwise.pipeline.stopping import stop_signals
 from stackwise.pipeline.tracking.trackers import check_installed
 from stackwise.store import ActivationStore
 from stackwise.words import size as in_bytes
@@ -258,7 +257,7 @@ class Sweep:
         order = self.preview(lambda phase, done, total: emit(_event("preparing", phase=phase, done=done, total=total)))
         if self.no_room:
             emit(_event("note", text=self.no_room))
-        with self._signals():
+        with stop_signals(self._stop):
             finished = {member.combination.name: self._finished(member) for member in order if member.failure is None}
             todo = [member for member in order if not finished.get(member.combination.name, True)]
             key = str(self.directory.resolve())
@@ -275,6 +274,10 @@ class Sweep:
                 emit(_event("combination_ended", name=name, failure=member.failure))
             keeping.begin(None, stores)
         return self.members
+
+    def _stop(self, came: int) -> None:
+        """Between two runs, Ctrl-C and SIGTERM end the sweep as they end a run."""
+        raise InterruptedRun("stopped between two runs", hint=f"go on with: {self._resume_command}")
 
     def _run_one(self, member: Member, keeping: Keeping, watch: Watch, left: float | None) -> None:
         run, config = self.run_directory(member), member.combination.config
@@ -318,23 +321,6 @@ class Sweep:
 
         ranked = [(rank(member), member) for member in self.members]
         return [member for _, member in sorted(ranked, key=lambda pair: pair[0])]
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Between two runs, Ctrl-C and SIGTERM end the sweep as they end a run."""
-
-        def handle(number: int, frame: object) -> None:
-            raise InterruptedRun("stopped between two runs", hint=f"go on with: {self._resume_command}")
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def placed(config: StackWiseConfig, directory: Path) -> StackWiseConfig:

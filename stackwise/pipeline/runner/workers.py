@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stackwise.config import StackWiseConfig
@@ -25,6 +24,7 @@ from stackwise.pipeline.device import describe, python_command
 from stackwise.pipeline.estimate import Estimate, kind_of, oom_advice
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.job import FinishJob, StageJob
+from stackwise.pipeline.stopping import STOPPING, stop_signals
 from stackwise.pipeline.worker import forking
 
 if TYPE_CHECKING:
@@ -328,7 +328,6 @@ class WorkerPool:
         self._busy: Worker | Group | None = None
         self._spare: Worker | Group | None = None
         self._stopping = False
-        self._signals = 0
 
     def start(self, log: Path) -> Event:
         """Start the first worker, its standard error to `log`; returns what `Worker.ready` does.
@@ -412,25 +411,20 @@ class WorkerPool:
     def signals(self) -> Iterator[None]:
         """Ctrl-C, SIGTERM and the end of the time: the worker saves and ends. A second signal stops at once."""
 
-        def handle(number: int, frame: FrameType | None) -> None:
-            self._signals += 1
-            if self._signals > 1:
+        def stop(came: int) -> None:
+            if came > 1:
                 self.kill()
                 raise InterruptedRun("stopped at once, at the last checkpoint", hint=self._go_on)
-            if not self.stop("finishing the step in hand and saving (again to stop at once)"):
+            if not self.stop(STOPPING):
                 raise InterruptedRun("stopped", hint=self._go_on)
 
         over = threading.Event()
         watcher = threading.Thread(target=self._watch_the_time, args=(over,), name="time-limit", daemon=True)
         watcher.start()
-        mine = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if mine else ()
-        previous = {number: signal.signal(number, handle) for number in numbers}
         try:
-            yield
+            with stop_signals(stop):
+                yield
         finally:
-            for before, handler in previous.items():
-                signal.signal(before, handler)
             over.set()
             watcher.join()
 

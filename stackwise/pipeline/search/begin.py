@@ -14,8 +14,10 @@ from stackwise.config.tune import SAMPLERS, Sampler, TuneConfig
 from stackwise.durable import write_bytes
 from stackwise.errors import UsageError
 from stackwise.identity import content_id
-from stackwise.pipeline.run import with_absolute_paths
+from stackwise.pipeline.batch.cluster import job_parameters
+from stackwise.pipeline.run import RunDirectory, with_absolute_paths
 from stackwise.pipeline.search.effects import Make, Outlook, Progress, outlook
+from stackwise.pipeline.search.jobs import Engine
 from stackwise.pipeline.search.objectives import MEASURES, QUALITY, objective
 from stackwise.pipeline.search.population import Population, check_population
 from stackwise.pipeline.search.record import BROKEN, read_record
@@ -39,6 +41,7 @@ class Typed:
     pruner: str | None = None
     jobs: int | None = None
     seed: int | None = None
+    engine: Engine = "here"
 
 
 def settled(config: StackWiseConfig, typed: Typed) -> TuneConfig:
@@ -80,6 +83,8 @@ def begin(
     space = space_of(tune.space)
     objectives = {name: objective(name) for name in typed.objectives or tune.objectives}
     check_optuna(tune.sampler)
+    if typed.engine != "here":
+        job_parameters(base, RunDirectory(directory), typed.engine)
     if read_record(directory) is None:  # a broken one is refused at once
         taken = [name for name in (BASE, "run.json") if (directory / name).exists()]
         if taken:
@@ -111,6 +116,7 @@ def begin(
             **({"population": trials} if evolve is not None else {}),
         },
         ahead.shared,
+        typed.engine,
         evolve,
     )
     study = Study(search, directory, resume_command)
@@ -166,6 +172,8 @@ def _sampling(base: StackWiseConfig, tune: TuneConfig, space: Space, ahead: Outl
         raise UsageError("--sampler pbt has no pruner: who is behind takes over another's stages")
     if pruner != "none" and objectives > 1:
         raise UsageError("trials are ended early by one objective, not several", hint="leave out the pruner")
+    if sampler == "gp-ucb" and objectives > 1:
+        raise UsageError("--sampler gp-ucb goes by one objective, not several", hint="--sampler gp or tpe")
     return Sampling(space, sampler, pruner, tune.seed or 0, objectives, every or 1, sum(ahead.steps))
 
 

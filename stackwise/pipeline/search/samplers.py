@@ -20,6 +20,7 @@ from stackwise.pipeline.search.space import Searched, Settings, Space
 
 STARTUP = 10  # trials drawn at random, at most, before a sampler goes by results
 MEASURABLE = 8  # finished trials before it is said which key matters
+DEVIATIONS = 2.0  # above the mean, that a value may well have: more looks further away from what is known
 DIGITS = 6  # of a number that is drawn: more say nothing, and these can be read and typed
 
 
@@ -43,7 +44,7 @@ class Sampling:
     """How the next trial is chosen, and when one is ended early.
 
     Args:
-        sampler: random, tpe, gp or hyperband (tpe, ended early by Hyperband).
+        sampler: random, tpe, gp, gp-ucb or hyperband (tpe, ended early by Hyperband).
         pruner: none, median or hyperband.
         objectives: How many.
         first, last: Optimizer steps of a trial before its first evaluation, and in all.
@@ -137,8 +138,9 @@ class Sampling:
         seed = derive_seed(self.seed, number, "sampler") & 0xFFFFFFFF
         if self.sampler in ("random", "pbt"):
             return optuna.samplers.RandomSampler(seed=seed)
-        if self.sampler == "gp":
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.startup, warn_independent_sampling=False)
+        if self.sampler in ("gp", "gp-ucb"):
+            kind = optuna.samplers.GPSampler if self.sampler == "gp" else _confidence_bound(optuna)
+            return kind(seed=seed, n_startup_trials=self.startup, warn_independent_sampling=False)
         # Of settings together (multivariate), also where some are searched only beside others (group).
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=self.startup, multivariate=True, group=True)
 
@@ -168,13 +170,39 @@ def check_optuna(sampler: str) -> None:
     Raises:
         UsageError: It is not; the extra is named.
     """
-    needed = [] if sampler == "grid" else ["optuna"] + (["scipy"] if sampler == "gp" else [])
+    needed = [] if sampler == "grid" else ["optuna"] + (["scipy"] if sampler.startswith("gp") else [])
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
             f"--sampler {sampler} needs {' and '.join(missing)}, not installed here",
             hint="pip install 'stackwise[tune]'; --sampler grid needs nothing",
         )
+
+
+def _confidence_bound(optuna: Any) -> Any:
+    """Optuna's sampler by a Gaussian process, whose next point is where the upper confidence bound is highest.
+
+    UCB (0912.3995): the mean and `DEVIATIONS` standard deviations above it, of the value with its sign turned. Trials
+    that still go on count at the mean there, which leaves the mean everywhere and takes their doubt away (GP-BUCB,
+    1206.6402).
+    """
+    import torch
+    from optuna._gp.acqf import UCB
+    from optuna._gp.search_space import SearchSpace
+
+    class GPUCBSampler(optuna.samplers.GPSampler):  # type: ignore[misc]
+        def _sample_relative_impl(self, study: Any, completed: Any, running: Any, search_space: Any) -> Any:
+            self._places = SearchSpace(search_space).get_normalized_params(running)
+            return super()._sample_relative_impl(study, completed, [], search_space)
+
+        def _optimize_acqf(self, acqf: Any, best_params: Any) -> Any:
+            (process,) = self._gprs_cache_list
+            if len(places := torch.from_numpy(self._places)):
+                process.append_running_data(places, process.posterior(places)[0].detach())
+            bound = UCB(process, acqf.search_space, beta=DEVIATIONS**2)
+            return super()._optimize_acqf(bound, best_params)
+
+    return GPUCBSampler
 
 
 class _Quiet:

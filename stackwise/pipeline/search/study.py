@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from stackwise.config import StackWiseConfig
@@ -30,16 +28,17 @@ from stackwise.pipeline.batch.sweep import placed
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
-from stackwise.pipeline.search.common import Common
 from stackwise.pipeline.search.effects import Make
+from stackwise.pipeline.search.jobs import BUSY_SECONDS, Engine, JobRunner
 from stackwise.pipeline.search.objectives import Measured, measure
 from stackwise.pipeline.search.record import StudyRecord, Trial, Watched, logged
 from stackwise.pipeline.search.samplers import Past, Sampling
 from stackwise.pipeline.search.space import Settings
+from stackwise.pipeline.stopping import STOPPING, stop_signals
+from stackwise.store import ActivationStore
 
 TrialObserver = Callable[[Trial, Event], None]
 Work = tuple[Trial, Callable[[], None]]
-BUSY_SECONDS = 0.5  # before a trial tries again what another one holds
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Search:
         trials: How many.
         jobs: How many at once.
         shared: The lowest stage that is not the same in all trials.
+        engine: Where trials train: here, or as jobs of a batch system.
         evolve: What is done with the trials before each is carried out whole; None: nothing.
     """
 
@@ -64,11 +64,49 @@ class Search:
     plan: Sequence[Settings] | None = None
     description: Mapping[str, Any] = field(default_factory=dict)
     shared: int = 0
+    engine: Engine = "here"
     evolve: Callable[[Study, TrialObserver], None] | None = None
 
 
 class Pruned(Exception):
     """A trial is behind."""
+
+
+class Common:
+    """Refers, in the search's own name, to what its trials have in common, as they make it.
+
+    A run drops the boundaries that `store.keep` does not keep, and the weights of windows that are over, once nothing
+    of its own needs them. The stages below the lowest one that is searched, and the boundary that enters that one, are
+    those of every trial to come.
+
+    Args:
+        name: The search, as the store knows it.
+        shared: The lowest stage that is not the same in all trials.
+    """
+
+    def __init__(self, name: str, shared: int) -> None:
+        self._name, self._shared = name, shared
+        self._recipes: set[str] = set()
+        self._boundaries: set[str] = set()
+        self._depths: list[int] = []  # of the stages, by their places in the schedule
+
+    def observe(self, event: Event, store: Path) -> None:
+        """A stage is committed, or a boundary written: where it is common it is kept."""
+        kind, place, before = event["event"], event.get("stage"), (len(self._recipes), len(self._boundaries))
+        if kind == "plan":
+            self._depths = [stage["depth"] for stage in event["stages"]]
+        elif kind in ("committed", "reused") and isinstance(place, int) and place < len(self._depths):
+            if self._depths[place] < self._shared:
+                self._recipes.add(event["recipe"])
+        elif kind == "written" and event["depth"] == self._shared:
+            self._boundaries.add(event["boundary"])
+        if before == (len(self._recipes), len(self._boundaries)) or not (store / "format.json").exists():
+            return
+        with ActivationStore(store, create=False) as opened:
+            known = opened.runs().get(self._name, {"recipes": [], "boundaries": []})  # of sittings before
+            self._recipes |= set(known["recipes"])
+            self._boundaries |= set(known["boundaries"])
+            opened.register_run(self._name, recipes=sorted(self._recipes), boundaries=sorted(self._boundaries))
 
 
 class Study:
@@ -82,7 +120,7 @@ class Study:
         self.search, self.directory, self._resume_command = search, directory, resume_command
         self.record = StudyRecord(directory, dict(search.description))
         self._lock = threading.RLock()  # of the record, and of what is observed
-        self._runners: dict[int, Runner] = {}
+        self._runners: dict[int, Runner | JobRunner] = {}
         self._common = Common(str(directory.resolve()), search.shared)
         self._stopping = 0
         self._ends: float | None = None
@@ -137,7 +175,7 @@ class Study:
         """
         self._ends = None if max_time is None else time.monotonic() + max_time
         (self.directory / "trials").mkdir(parents=True, exist_ok=True)
-        with FileLock(self.directory / "study.lock", f"the search in {self.directory}"), self._signals():
+        with FileLock(self.directory / "study.lock", f"the search in {self.directory}"), stop_signals(self._signalled):
             self.record.save()
             if self.search.evolve is not None:
                 self.search.evolve(self, observe)
@@ -268,9 +306,7 @@ class Study:
 
         while True:
             left = None if self._ends is None else max(0.0, self._ends - time.monotonic())
-            runner = Runner(
-                self.config(trial), run, seen, resume_command=self._resume_command, max_time=left, waits=True
-            )
+            runner = self._runner(trial, run, seen, left)
             with self._lock:
                 self._runners[trial.number] = runner
                 if self._stopping:
@@ -293,6 +329,12 @@ class Study:
                 raise Pruned
             return
 
+    def _runner(self, trial: Trial, run: RunDirectory, observe: Observer, left: float | None) -> Runner | JobRunner:
+        config, again = self.config(trial), self._resume_command
+        if self.search.engine == "here":
+            return Runner(config, run, observe, resume_command=again, max_time=left, waits=True)
+        return JobRunner(config, run, observe, self.search.engine, again)
+
     def _resume(self, trial: Trial, run: RunDirectory, watched: Watched) -> None:
         """Take up what a trial's log has of sittings before; what was decided in them is decided again."""
         for event in logged(run):
@@ -313,26 +355,14 @@ class Study:
             if self.search.sampling.prunes(past, Past(trial.settings, "running", None, dict(watched.steps))):
                 raise Pruned
 
+    def _signalled(self, came: int) -> None:
+        """Ctrl-C and SIGTERM end the trials as they end a run: each saves. A second signal stops at once."""
+        self._stopping = came
+        self._stop(STOPPING, at_once=came > 1)
+
     def _stop(self, text: str, *, at_once: bool = False) -> None:
         for runner in list(self._runners.values()):
             runner.stop(text, at_once=at_once)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the trials as they end a run: each saves. A second signal stops at once."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            self._stopping += 1
-            self._stop("finishing the step in hand and saving (again to stop at once)", at_once=self._stopping > 1)
-
-        mine = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if mine else ()
-        previous = {number: signal.signal(number, handle) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def _apart(trial: Trial, work: Callable[[], None], ended: queue.SimpleQueue[Any]) -> None:
