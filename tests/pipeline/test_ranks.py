@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -144,21 +142,3 @@ def test_what_ranks_cannot_do_is_refused_before_anything_is_written(why: str, tm
     assert isinstance(done.exception, UsageError)
     assert option.partition("=")[0] in str(done.exception)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.stress
-def test_torchrun_s_own_processes_are_the_ranks(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "stackwise", "run"]
-    command += ["--preset", "micro", "-o", "name=launched"]
-    done = subprocess.run(command, cwd=tmp_path, timeout=120, check=False)
-    assert done.returncode == 0
-    state = status(RunDirectory(tmp_path / "runs" / "launched"))
-    assert (state["state"], state["ranks"]) == ("done", 2)
-
-
-def test_torchrun_on_several_machines_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    done = CliRunner().invoke(main, ["run", "--preset", "micro", "--run", str(tmp_path / "a")], standalone_mode=False)
-    assert isinstance(done.exception, UsageError)
-    assert not (tmp_path / "a").exists()

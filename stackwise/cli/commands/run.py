@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,10 @@ from stackwise.cli.views import Lines, RunView, watcher
 from stackwise.errors import StackWiseError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from stackwise.config import StackWiseConfig
+    from stackwise.pipeline.runner.hosts import Hosts
 
 
 @click.command()
@@ -54,52 +56,92 @@ def run(engine: str, ranks: int | None, max_time: float | None, dry: bool, as_js
     What is committed is not trained again; what was interrupted resumes. With neither CONFIG nor --preset: the
     configuration of the run that --run names, where there is one, else the preset demo.
     """
-    launched = _launched()
-    if launched > 1 and engine == "here":
-        if os.environ.get("RANK") != "0":  # the first one starts ranks of its own, that it can watch, and drives them
-            return
-        engine, ranks = "torchrun", launched
     choice, command = choose(**named), "stackwise run"
     if ranks is not None:
         if engine != "torchrun":
             raise UsageError("--ranks is for --engine torchrun", hint="or set parallel.data")
-        _spread(choice.config, ranks)
+        _spread(choice.config, ranks, _asked(named["overrides"]))
         command += f" --engine torchrun --ranks {ranks}"
     if dry:  # before the engine: a preview submits nothing
         _preview(choice, as_json)
     elif engine in ("here", "torchrun"):
-        carry_out(choice, as_json=as_json, command=command, max_time=max_time)
+        with _among(choice) as hosts:
+            carry_out(choice, as_json=as_json, command=command, max_time=max_time, hosts=hosts)
     elif max_time is not None:
         raise UsageError("--max-time is for a run here", hint="slurm.minutes limits a job, which saves and comes back")
     else:
         _submit(choice, engine, as_json)
 
 
-def _launched() -> int:
-    """The processes that `torchrun` started this command in; 1 without it. Raises UsageError: on several machines."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 1
-    world, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if world != here:
-        raise UsageError(
-            f"torchrun started {world} processes, {here} of them on this machine: ranks are on one machine",
-            hint="torchrun --nnodes 1",
-        )
-    return int(world)
+def _asked(overrides: tuple[str, ...]) -> int | None:
+    """What `-o` says of `parallel.data`; None: nothing."""
+    from stackwise.config.loading import parse_overrides
+
+    value = parse_overrides(overrides).get("parallel.data")
+    return value if isinstance(value, int) else None
 
 
-def _spread(config: StackWiseConfig, ranks: int) -> None:
-    """Let a run have so many ranks: as many share the rows as the other kinds of `parallel` leave."""
+def _spread(config: StackWiseConfig, ranks: int, asked: int | None = None, by: str = "--ranks") -> None:
+    """Let a run have so many ranks: as many share the rows as the other kinds of `parallel` leave.
+
+    Args:
+        asked: What the same command says `parallel.data` is; None: it says nothing, and the number of ranks counts.
+        by: Who says so.
+
+    Raises:
+        UsageError: It does not divide, or the command says both, and not the same.
+    """
     parallel = config.parallel
     others = parallel.ranks // parallel.data
+    if asked is not None and asked * others != ranks:
+        raise UsageError(f"{by} {ranks} and -o parallel.data={asked} are two numbers of ranks", hint="give one of them")
     if ranks % others:
         near = f"{ranks - ranks % others or others} and {ranks - ranks % others + others}"
         raise UsageError(
-            f"--ranks {ranks}: parallel.shard, tensor and pipeline take {others} together, which do not divide it",
+            f"{by} {ranks}: parallel.shard, tensor and pipeline take {others} together, which do not divide it",
             hint=f"nearest that do: {near}",
         )
+    if parallel.data not in (1, ranks // others):
+        say(f"parallel.data is {ranks // others} by {by}, not {parallel.data} as configured")
     parallel.data = ranks // others
     config.validate()  # what was checked had other ranks
+
+
+@contextlib.contextmanager
+def _among(choice: Choice) -> Iterator[Hosts | None]:
+    """The other processes of a launcher (torchrun, srun, mpirun), where there are some and this is rank 0.
+
+    Any other rank serves it, and leaves as rank 0 does.
+
+    Raises:
+        SystemExit: This was another rank, and its part is done.
+    """
+    from stackwise.pipeline.runner.hosts import Hosts, exit_code, serve
+    from stackwise.pipeline.runner.launch import launched
+
+    launch = launched(choice.config.parallel.port)
+    if launch is None:
+        yield None
+        return
+    if launch.rank:
+        raise SystemExit(serve(launch, choice.config))
+    hosts = Hosts(launch, choice.config)
+    code = exit_code(RuntimeError())
+    try:
+        asked = [choice.arguments[i + 1] for i, argument in enumerate(choice.arguments) if argument == "-o"]
+        _spread(choice.config, launch.size, _asked(tuple(asked)), launch.launcher)
+        if len(names := set(hosts.names)) > 1:
+            raise UsageError(
+                f"the ranks are on {len(names)} hosts ({', '.join(sorted(names))}), and a store is on one",
+                hint="start all ranks on one host",
+            )
+        yield hosts
+        code = 0
+    except BaseException as error:
+        code = exit_code(error)
+        raise
+    finally:
+        hosts.close(code)
 
 
 def _preview(choice: Choice, as_json: bool) -> None:
@@ -133,6 +175,7 @@ def carry_out(
     only: int | None = None,
     window: int | None = None,
     max_time: float | None = None,
+    hosts: Hosts | None = None,
 ) -> None:
     """Run a configuration, or one stage of it, and show it.
 
@@ -143,6 +186,7 @@ def carry_out(
         only: One stage alone.
         window: Of its windows that one; None: the next to train.
         max_time: Seconds after which it has to be over; None: no limit.
+        hosts: The other processes of a launcher; None: this one was started alone.
     """
     from stackwise import report
     from stackwise.pipeline.run import status
@@ -155,7 +199,7 @@ def carry_out(
     view = RunView(choice.config, str(choice.run.path), earlier)
     try:
         with watcher(view, as_json) as observe:
-            runner = Runner(choice.config, choice.run, observe, resume_command=again, max_time=max_time)
+            runner = Runner(choice.config, choice.run, observe, resume_command=again, max_time=max_time, hosts=hosts)
             runner.run(only, window=window)
         page = report.write(choice.run)  # for a stage alone as well: the page shows any state
     except (KeyboardInterrupt, BrokenPipeError) as error:  # a broken pipe: whoever read this is gone, the worker saves
@@ -202,7 +246,8 @@ def run_stage(depth: int, window: int | None, max_time: float | None, as_json: b
     """
     choice = _choice(**named)
     command = f"stackwise stage run --depth {depth}" + ("" if window is None else f" --window {window}")
-    carry_out(choice, as_json=as_json, command=command, only=depth, window=window, max_time=max_time)
+    with _among(choice) as hosts:
+        carry_out(choice, as_json=as_json, command=command, only=depth, window=window, max_time=max_time, hosts=hosts)
 
 
 @stage.command(name="list")

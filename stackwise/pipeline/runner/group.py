@@ -13,14 +13,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stackwise.config.schema import ParallelConfig
 from stackwise.errors import InterruptedRun, StackWiseError, UsageError
 from stackwise.pipeline.events import Event
+from stackwise.pipeline.runner.launch import HERE
 from stackwise.pipeline.runner.workers import CLOSE_SECONDS, Worker, WorkerFailed
 
-HERE = "127.0.0.1"
+if TYPE_CHECKING:
+    from stackwise.pipeline.runner.hosts import Hosts
+
 START_SECONDS = 120.0  # that a rank may take to begin, at least
 GRACE = 1.5  # seconds after the first failure in which the others may say what happened to them
 FIGURES_SECONDS = 1.0  # between two events on how the ranks fare
@@ -72,15 +75,18 @@ class Group:
         device: As in the configuration.
         log: Of rank 0; the others' lie beside it.
         settings: How many ranks there are, and when one is given up.
+        hosts: The processes of a launcher, one for each rank above 0, that start its workers; None: this one does.
     """
 
-    def __init__(self, device: str, log: Path, settings: ParallelConfig) -> None:
-        self._device, self._log, self._settings = device, log, settings
+    def __init__(self, device: str, log: Path, settings: ParallelConfig, hosts: Hosts | None = None) -> None:
+        self._device, self._log, self._settings, self._hosts = device, log, settings, hosts
         self._ranks = [Rank(0, self._started(0))]
         self._stopped = False
 
     def _started(self, rank: int) -> Worker:
         log = self._log if rank == 0 else self._log.with_name(f"rank-{rank}.log")
+        if rank and self._hosts is not None:
+            return Worker(self._device, log, self._hosts.host(rank))
         return Worker(self._device if self._device in ("auto", "cpu") else f"cuda:{rank}", log)
 
     def ready(self) -> Event:
@@ -99,12 +105,14 @@ class Group:
                 f"parallel: {ranks} ranks need a device each, and device is {self._device}",
                 hint="set device: cuda (a GPU for each rank), cpu or auto",
             )
-        if devices is not None and devices < ranks:
+        if self._hosts is None and devices is not None and devices < ranks:
             raise UsageError(
                 f"parallel: rank {devices} has no GPU: this machine has {devices}, {ranks} ranks were asked for",
                 hint=f"set parallel.data: {devices}, or device: cpu",
             )
-        if port := self._settings.port:  # rank 0 would find out too, but only once the run has been written
+        if (
+            port := self._settings.port
+        ) and self._hosts is None:  # rank 0 would find out too, but only once the run has been written
             try:
                 socket.create_server(("", port)).close()
             except OSError as error:
@@ -121,10 +129,15 @@ class Group:
             return
         events: queue.SimpleQueue[tuple[int, Event | None]] = queue.SimpleQueue()
         for rank in self._ranks:
-            rank.worker.ready()
+            try:
+                rank.worker.ready()
+            except StackWiseError as error:  # such as: it has no GPU
+                error.message = f"rank {rank.number}: {error.message}" if rank.number else error.message
+                raise
             rank.worker.report_to(_Mailbox(rank.number, events))
             rank.heard = time.monotonic()
-        self._give(0, job, self._settings.port or 0)
+        # Of a launcher's ranks the port is where its processes meet.
+        self._give(0, job, 0 if self._hosts is not None else self._settings.port or 0)
         told = time.monotonic()
         while not all(rank.ended for rank in self._ranks):
             try:
@@ -166,7 +179,7 @@ class Group:
         place = {
             "rank": rank,
             "size": len(self._ranks),
-            "address": HERE,
+            "address": HERE if self._hosts is None else self._hosts.launch.address,
             "port": port,
             "timeout": self._settings.timeout,
             "deterministic": self._settings.deterministic,

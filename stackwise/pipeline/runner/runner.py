@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import dump
@@ -37,6 +37,9 @@ from stackwise.pipeline.tracking.following import Trackers
 from stackwise.pipeline.tracking.trackers import check_installed
 from stackwise.words import size as in_bytes
 
+if TYPE_CHECKING:
+    from stackwise.pipeline.runner.hosts import Hosts
+
 TAKEN_UP = ("training", "writing", "filling")  # events after which the store has something new that is this run's
 TRIAL = "trial"  # among the logs, while sizes are tried: the small runs
 
@@ -49,6 +52,7 @@ class Runner:
             and `InterruptedRun` is raised; None: no limit.
         waits: Wait for a stage that another run over the same store is training, and take what it comes to; else such
             a stage is refused.
+        hosts: The other processes of the launcher that started this one; None: it was started alone.
     """
 
     def __init__(
@@ -60,12 +64,13 @@ class Runner:
         resume_command: str = "stackwise run",
         max_time: float | None = None,
         waits: bool = False,
+        hosts: Hosts | None = None,
     ) -> None:
         self._waits = waits
         self.config, self.run_directory = with_absolute_paths(with_checkpoint(config)), run
         self._observe, self._resume_command = Observers([observe]), resume_command
         self._limit = None if max_time is None else TimeLimit(max_time)
-        self._pool = WorkerPool(self.config, self._observe, resume_command, self._limit)
+        self._pool = WorkerPool(self.config, self._observe, resume_command, self._limit, hosts)
 
     def run(self, only: int | None = None, *, window: int | None = None, dry: bool = False) -> dict[str, Any]:
         """Every stage, then the held-out evaluation; or one stage alone.

@@ -29,6 +29,7 @@ from stackwise.pipeline.worker import forking
 
 if TYPE_CHECKING:
     from stackwise.pipeline.runner.group import Group
+    from stackwise.pipeline.runner.hosts import Host, Hosts, RemoteWorker
     from stackwise.pipeline.trial import TrialJob
 
 WAITING = {"GOMP_SPINCOUNT": "1000"}
@@ -67,10 +68,16 @@ class Mailbox(Protocol):
 
 
 class Worker:
-    """One worker process: started early, given one job."""
+    """One worker process: started early, given one job.
 
-    def __init__(self, device: str, log: Path) -> None:
-        self.log, self._device = log, device
+    Args:
+        device: As in the configuration.
+        log: Where its standard error goes.
+        host: The process of the launcher that starts it; None: this one.
+    """
+
+    def __init__(self, device: str, log: Path, host: Host | None = None) -> None:
+        self.log, self._device, self._host = log, device, host
         # Its `put` may be called by a signal handler that interrupts its `get`.
         self._events: Mailbox = queue.SimpleQueue()
         self._ready: Event | None = None
@@ -80,11 +87,22 @@ class Worker:
         self._start(fork=True)
 
     def _start(self, *, fork: bool) -> None:
+        self._process: forking.ForkedWorker | RemoteWorker | subprocess.Popen[str]
+        if self._host is not None:
+            self._process = self._host.start(self._device, self.log)
+        else:
+            self._process = self._started_here(fork=fork)
+        assert self._process.stdin is not None
+        self._stdin = self._process.stdin
+        self._listener = threading.Thread(target=self._listen, name="worker-events", daemon=True)
+        self._listener.start()
+
+    def _started_here(self, *, fork: bool) -> forking.ForkedWorker | subprocess.Popen[str]:
         errors = open_regular(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         environment = {**WAITING, **os.environ}
         try:
             forked = forking.fork(self._device, environment, errors) if fork else None
-            self._process: forking.ForkedWorker | subprocess.Popen[str] = forked or subprocess.Popen(
+            return forked or subprocess.Popen(
                 python_command("stackwise.pipeline.worker", self._device),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -96,10 +114,6 @@ class Worker:
             )
         finally:
             os.close(errors)
-        assert self._process.stdin is not None
-        self._stdin = self._process.stdin
-        self._listener = threading.Thread(target=self._listen, name="worker-events", daemon=True)
-        self._listener.start()
 
     @property
     def pid(self) -> int:
@@ -141,12 +155,7 @@ class Worker:
         """
         self.ready()
         self.give(job)
-        while True:
-            event = self._events.get()
-            if event is None:
-                if self.start_again():
-                    continue
-                break
+        for event in self.events():
             if event["event"] in ("error", "interrupted"):
                 self._process.wait()
                 raise self.failure(event)
@@ -154,6 +163,15 @@ class Worker:
                 yield event
         if self.exit_code() != 0:
             raise self.failure(None)
+
+    def events(self) -> Iterator[Event]:
+        """What it says, until it ends."""
+        while True:
+            event = self._events.get()
+            if event is not None:
+                yield event
+            elif not self.start_again():
+                return
 
     def start_again(self) -> bool:
         """Where there never was a process, as a template did not serve: start one by itself, with the same job."""
@@ -321,8 +339,14 @@ class WorkerPool:
     """Gives jobs to workers, one after the other, and passes on their events."""
 
     def __init__(
-        self, config: StackWiseConfig, observe: Observer, resume_command: str, limit: TimeLimit | None = None
+        self,
+        config: StackWiseConfig,
+        observe: Observer,
+        resume_command: str,
+        limit: TimeLimit | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
+        self._hosts = hosts
         self._config, self._observe, self._resume_command, self.limit = config, observe, resume_command, limit
         self._log = Path()
         self._busy: Worker | Group | None = None
@@ -344,7 +368,7 @@ class WorkerPool:
         from stackwise.pipeline.runner.group import Group
 
         parallel, device = self._config.parallel, self._config.device
-        return Worker(device, self._log) if parallel.ranks == 1 else Group(device, self._log, parallel)
+        return Worker(device, self._log) if parallel.ranks == 1 else Group(device, self._log, parallel, self._hosts)
 
     def work(self, job: StageJob | FinishJob | TrialJob) -> list[Event]:
         """Have a job done; returns its events, progress aside. Raises InterruptedRun: it was stopped after saving."""
