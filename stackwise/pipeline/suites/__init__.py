@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stackwise.errors import UsageError
 from stackwise.files import expanded
-from stackwise.pipeline.committed.load import CommittedRack, load_model, load_rack
 from stackwise.pipeline.device import resolve_device
 from stackwise.pipeline.run import RunDirectory
+
+if TYPE_CHECKING:
+    from stackwise.pipeline.committed.load import CommittedRack
 
 SUITES = ("lm", "reasoning", "glue")
 
@@ -60,6 +62,8 @@ def run_suites(
         NotFound: A run, model, folder or task that is not there.
         UsageError: A suite needs something that is not given, or that the rack cannot do.
     """
+    from stackwise.pipeline.committed.load import load_model, load_rack  # torch comes with it
+
     device = resolve_device(options.device)
     rack = load_rack(run, device) if run is not None else load_model(str(model), device, say)
     results: dict[str, Any] = {}
