@@ -27,6 +27,7 @@ from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.runner.workers import WorkerFailed
 from stackwise.store import ActivationStore
+from tests.conftest import run
 
 MOMENTS = ("start", "preparing", "device", "training", "step", "checkpoint", "committed", "writing", "boundary")
 MOMENTS += ("written", "evaluating", "evaluation", "done")
@@ -75,26 +76,29 @@ class Command:
             return []
 
 
-def killed(config: Path, directory: Path, *stages: int) -> None:
-    """A run that is killed after the first checkpoint of each of these stages, and comes through in the end."""
+def killed(config: StackWiseConfig, directory: Path, *stages: int) -> None:
+    """A run whose worker is killed after the first checkpoint of each of these stages, and comes through in the end.
+
+    Kills of the runner itself, and of both, are in `test_kill`.
+    """
     for stage in stages:
-        command = Command(config, directory)
-        command.until("checkpoint", stage)
-        command.process.kill()
-        command.end()
-    command = Command(config, directory)
-    code, err = command.end()
-    assert code == 0, err
-    assert [event["stage"] for event in command.seen if event["event"] == "resumed"] == [stages[-1]]
+        kill_worker(config, directory, stage)
+    events = run(config, directory)
+    assert [event["stage"] for event in events if event["event"] == "resumed"] == [stages[-1]]
 
 
-def kill_worker(config: StackWiseConfig, directory: Path, stage: int, step: int) -> None:
-    """Run a configuration until a worker tells of that step, and kill it as soon as it is heard."""
+def kill_worker(config: StackWiseConfig, directory: Path, stage: int, step: int | None = None) -> None:
+    """Run a configuration until a worker emits that step, or a first checkpoint, of a stage; kill it then."""
+    workers: list[int] = []
 
     def observe(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["stage"] == stage and event["step"] >= step:
+        if event.get("stage") != stage:
+            return
+        if event["event"] == "step":
+            workers.append(event["pid"])
+        if event["event"] == "checkpoint" if step is None else event["event"] == "step" and event["step"] >= step:
             with contextlib.suppress(ProcessLookupError):  # killed at the step before
-                os.kill(event["pid"], signal.SIGKILL)
+                os.kill(workers[-1], signal.SIGKILL)
 
     with pytest.raises(WorkerFailed, match="was killed by SIGKILL"):
         Runner(config, RunDirectory(directory), observe).run()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import build, dump
+from stackwise.config.loading import build
 from stackwise.errors import ConfigError
 from stackwise.pipeline.committed.use import recomputer
 from stackwise.pipeline.initial import with_checkpoint
@@ -73,9 +73,8 @@ def test_runs_of_other_adapters_share_the_boundary_below_them(checkpoints: Any, 
 def test_killed_and_resumed_they_come_to_the_same_weights(checkpoints: Any, text: Path, tmp_path: Path) -> None:
     more = {"training.mode": "layerwise", "training.steps": 6, "training.checkpoint_steps": 2}
     config = configuration(checkpoints("llama"), text, **more)
-    (tmp_path / "config.yaml").write_text(dump(config))
     run(config, tmp_path / "whole")
-    killed(tmp_path / "config.yaml", tmp_path / "killed", 0, 1)
+    killed(config, tmp_path / "killed", 0, 1)
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "killed")
 
 

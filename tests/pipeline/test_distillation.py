@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from stackwise.config.loading import dump
 from stackwise.data.tokenizer import bytes_tokenizer
 from stackwise.errors import NotFound, UsageError
 from stackwise.store import ActivationStore
@@ -78,8 +77,7 @@ def test_swapped_and_resident_are_the_same_and_nothing_is_trained_twice(
 def test_a_killed_run_ends_with_the_same_weights(teacher: Path, micro: Micro, tmp_path: Path) -> None:
     config = micro(**settings(teacher, training__steps=40, training__checkpoint_steps=4))
     run(config, tmp_path / "undisturbed")
-    (tmp_path / "stackwise.yaml").write_text(dump(config))
-    killed(tmp_path / "stackwise.yaml", tmp_path / "run", 0, 2)
+    killed(config, tmp_path / "run", 0, 2)
     assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")
 
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.growth import Grown, Growth
-from stackwise.config.loading import dump
 from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError
 from stackwise.pipeline.run import RunDirectory, status
@@ -135,8 +134,7 @@ def test_a_rack_that_grows_from_identity_has_the_loss_that_it_had(micro: Micro, 
 def test_killed_after_it_grew_it_ends_with_the_same_weights(micro: Micro, tmp_path: Path) -> None:
     config = micro(**GROWS, training__growth=growth(commit=0.3, new="double"), training__steps=120)
     run(config, tmp_path / "undisturbed")
-    (tmp_path / "stackwise.yaml").write_text(dump(config))
-    killed(tmp_path / "stackwise.yaml", tmp_path / "run", 2)
+    killed(config, tmp_path / "run", 2)
     assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stackwise.config.loading import dump
 from stackwise.pipeline.run import RunDirectory
 from tests.conftest import Micro, run
 from tests.pipeline.storm import killed
@@ -40,6 +39,5 @@ def test_a_round_changes_its_section_alone_and_goes_on_where_the_round_before_le
 def test_a_killed_run_ends_with_the_same_weights(micro: Micro, tmp_path: Path) -> None:
     config = micro(**TURNS | {"training__steps": 80}, training__checkpoint_steps=4)
     run(config, tmp_path / "undisturbed")
-    (tmp_path / "stackwise.yaml").write_text(dump(config))
-    killed(tmp_path / "stackwise.yaml", tmp_path / "run", 1, 2)
+    killed(config, tmp_path / "run", 1, 2)
     assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
 from stackwise.config.unused import unused_settings
 from stackwise.errors import UsageError
 from stackwise.model import build_block
@@ -40,8 +39,7 @@ def staged(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> tuple[Stac
 
 
 def test_a_killed_run_ends_with_the_same_weights(staged: Any, tmp_path: Path) -> None:
-    (tmp_path / "stackwise.yaml").write_text(dump(staged[0]))
-    killed(tmp_path / "stackwise.yaml", tmp_path / "run", 1)
+    killed(staged[0], tmp_path / "run", 1)
     assert weights(tmp_path / "run") == weights(staged[1])
 
 

@@ -59,8 +59,7 @@ def staged(request: pytest.FixtureRequest, micro: Micro, tmp_path_factory: pytes
 
 def test_a_killed_run_ends_with_the_same_weights(staged: Any, tmp_path: Path) -> None:
     _, config, undisturbed, _ = staged
-    (tmp_path / "stackwise.yaml").write_text(dump(config))
-    killed(tmp_path / "stackwise.yaml", tmp_path / "run", 1)
+    killed(config, tmp_path / "run", 1)
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 

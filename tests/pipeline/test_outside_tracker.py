@@ -10,7 +10,7 @@ import yaml
 
 from stackwise.config.loading import dump
 from tests.conftest import Micro
-from tests.pipeline.storm import killed
+from tests.pipeline.storm import Command
 
 TABLE = '''
 import csv
@@ -61,7 +61,12 @@ def test_it_gets_every_step_of_a_run_that_was_killed(
     tree = yaml.safe_load(dump(micro(training__steps=60)))
     tree["tracking"] = {"trackers": [{"kind": "table", "path": str(table)}]}
     (tmp_path / "stackwise.yaml").write_text(yaml.safe_dump(tree))
-    killed(tmp_path / "stackwise.yaml", tmp_path / "run", 1)
+    command = Command(tmp_path / "stackwise.yaml", tmp_path / "run")
+    command.until("checkpoint", 1)
+    command.process.kill()
+    command.end()
+    code, err = Command(tmp_path / "stackwise.yaml", tmp_path / "run").end()
+    assert code == 0, err
     with table.open(newline="") as file:
         losses = {(stage, int(step)) for stage, name, step, _ in csv.reader(file) if name == "loss"}
     assert losses == {(stage, step) for stage in "01" for step in range(1, 61)}

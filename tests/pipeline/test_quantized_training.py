@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
 from stackwise.errors import ConfigError
 from stackwise.model.formats import format_named
 from tests.conftest import Micro, run
@@ -30,8 +29,7 @@ def test_swapped_and_resident_are_the_same(mode: str, micro: Micro, tmp_path: Pa
 def test_a_killed_run_ends_with_the_same_weights(micro: Micro, tmp_path: Path) -> None:
     config = micro(training__quantization=LEARNED, training__steps=60, training__checkpoint_steps=4)
     run(config, tmp_path / "undisturbed")
-    (tmp_path / "stackwise.yaml").write_text(dump(config))
-    killed(tmp_path / "stackwise.yaml", tmp_path / "run", 1)
+    killed(config, tmp_path / "run", 1)
     assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")
 
 
