@@ -6,13 +6,16 @@ plays a part, and a large block's tensors are drawn side by side.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
@@ -22,6 +25,22 @@ from stackwise.model.rack import Front, Head, Rack
 
 LARGE = 1 << 22
 """Elements of a part from which on its tensors are drawn by several threads."""
+
+
+class _NoFills(TorchFunctionMode):
+    """PyTorch's own initialisation is passed over: for a tensor without values it would import PyTorch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules that are made here have shapes and no values."""
+    with torch.device("meta"), _NoFills():
+        yield
 
 
 def draw(shape: torch.Size | tuple[int, ...], std: float, *key: int | str) -> Tensor:
@@ -94,7 +113,7 @@ def build_front(
         device: Where it lives; None: the default device.
         dtype: Of its weights; None: float32.
     """
-    with torch.device("meta"):
+    with on_meta():
         front = Front(config, vocab_size, seq_len)
     _materialise(front, device, dtype)
     initialise(front, seed, "front", config.init_std)
@@ -119,7 +138,7 @@ def build_block(
         UsageError: Heads that do not divide the width.
     """
     config = config.at(index)
-    with torch.device("meta"):
+    with on_meta():
         block = Block(config)
     _materialise(block, device, dtype)
     kinds = {"attention": config.attention, "ffn": config.ffn}
@@ -143,7 +162,7 @@ def build_head(
         UsageError: An embedding of another shape.
     """
     if embedding is None:
-        with torch.device("meta"):
+        with on_meta():
             head: Head = config.head.build(config, vocab_size)
         _materialise(head, device, dtype)
     else:  # `allocate` would take the values of the given tensor

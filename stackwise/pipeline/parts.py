@@ -17,7 +17,7 @@ from stackwise.errors import DamageError
 from stackwise.identity import derive_seed
 from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
 from stackwise.model.block import COMPUTE
-from stackwise.model.build import allocate, build_match, rebuild_tables
+from stackwise.model.build import allocate, build_match, on_meta, rebuild_tables
 from stackwise.model.projections import (
     LEARNED,
     PACKED,
@@ -196,7 +196,7 @@ def make_head(
     if source.names is None:
         head = build_head(config.model, vocab_size, config.seed, embedding_VD).to(dtype)
     else:  # without values: the checkpoint has them all
-        with torch.device("meta"):
+        with on_meta():
             head = config.model.head.build(config.model, vocab_size, embedding_VD).to(dtype=dtype)
         rebuild_tables(head, "cpu")
     if tensors is not None:
@@ -309,7 +309,7 @@ def _loaded(
     vocab_size: int | None = None,
 ) -> M:
     # Made without values: drawing fresh weights only to overwrite them takes seconds for a large block.
-    with torch.device("meta"):
+    with on_meta():
         module = make().to(dtype)
     tensors = load_part(source, vocab_size, dtype)
     assert tensors is not None

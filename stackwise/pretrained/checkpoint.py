@@ -593,15 +593,14 @@ def load_rack(checkpoint: Checkpoint | Path | str, device: torch.device | str = 
         NotFound: There is no checkpoint.
         UsageError: See `Checkpoint`.
     """
-    import torch
 
     from stackwise.model.block import Block, Stack
-    from stackwise.model.build import build_head, rebuild_tables
+    from stackwise.model.build import build_head, on_meta, rebuild_tables
     from stackwise.model.rack import Front, Rack
 
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     about, config = checkpoint.description, checkpoint.description.config
-    with torch.device("meta"):
+    with on_meta():
         front = Front(config, about.vocab_size, about.max_seq_len)
         blocks = [Block(config.at(index)) for index in range(config.n_blocks)]
     for part, module in ((FRONT, front), *((f"{BLOCK}{index}", block) for index, block in enumerate(blocks))):
@@ -613,7 +612,7 @@ def load_rack(checkpoint: Checkpoint | Path | str, device: torch.device | str = 
         shared = embedding if config.tie_embeddings else None
         head = build_head(config, about.vocab_size, seed, shared, device, embedding.dtype)
     else:
-        with torch.device("meta"):
+        with on_meta():
             head = config.head.build(config, about.vocab_size, embedding if config.tie_embeddings else None)
         _take(head, checkpoint, HEAD)
         head.to(device)
