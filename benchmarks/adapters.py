@@ -207,13 +207,15 @@ class _Way:
         from stackwise.pipeline.parts import frozen_stage
         from stackwise.pipeline.rows import choose_samples
         from stackwise.pipeline.worker.jobs import entering
+        from stackwise.pipeline.worker.stores import Place, Stores
         from stackwise.pipeline.worker.training import StageContext
         from stackwise.training.feed import Feed
 
         config, split = race.config, PreparedData.open(Path(job.data)).train
         samples_R, rowset = choose_samples(config, split, 0), store.rowset(job.rowset)
         feed = Feed.stored(store, rowset, split, samples_R, config.training.seq_len, reader=reader)
-        context = StageContext(job, config, store, race.device, lambda event: None, lambda: False, feed)
+        stores = Stores(store, Place(store.path))
+        context = StageContext(job, config, store, race.device, lambda event: None, lambda: False, feed, stores=stores)
         frozen = [frozen_stage(below, job, config).to(race.device) for below in job.recomputed]
         with entering(context, frozen) as above:
             yield cls(race, job, above.feed)

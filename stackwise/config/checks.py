@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from stackwise.config.adapters import adapter_faults
@@ -115,6 +116,9 @@ def _stages(config: Settings) -> Iterator[Fault]:
             break
         if depth not in config.stages:
             break  # the others are like it
+    for name in re.findall(r"\{(.*?)\}", config.store.path or ""):
+        if name not in ("rank", "host"):
+            yield "store.path", f"{{{name}}} stands for nothing; {{rank}} is the number of a rank, {{host}} its host"
     if training.swap == "always" and config.parallel.ranks > 1:
         yield "training.swap", "always, but a swapped stage is trained by one process: set parallel.data: 1"
     if training.swap == "always":

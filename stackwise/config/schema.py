@@ -80,7 +80,11 @@ class DataConfig(Section):
 class StoreConfig(Section):
     """The activation store."""
 
-    path: Text | None = Field(None, description="directory of the store; null: `store` in the run directory")
+    path: Text | None = Field(
+        None,
+        description="directory of the store; null: `store` in the run directory. With {rank} or {host} in it, as of "
+        "ranks on several hosts, each rank or host has a store of its own",
+    )
     keep: Literal["all", "none"] | Count = Field(
         "all", description="boundaries kept beside those being read and written: a number, all, none"
     )

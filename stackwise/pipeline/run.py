@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,6 +120,11 @@ def _check_entries(directory: Path) -> None:
                 raise irregular(Path(entry.path), "a symbolic link" if entry.is_symlink() else "no file")
 
 
+def store_place(path: str, rank: int = 0) -> Path:
+    """Where `store.path` is for a rank, on this host."""
+    return expanded(path.replace("{rank}", str(rank)).replace("{host}", socket.gethostname()))
+
+
 class RunDirectory:
     """The paths and the manifest of one run."""
 
@@ -188,8 +194,8 @@ class RunDirectory:
             return None
 
     def store_path(self, config: StackWiseConfig) -> Path:
-        """Where the run's store is."""
-        return expanded(config.store.path) if config.store.path else self.path / "store"
+        """Where the run's store is: of several ranks' stores the first."""
+        return store_place(config.store.path) if config.store.path else self.path / "store"
 
     def store_settings(self) -> tuple[Path, int | None]:
         """Where the run's store is, and its `store.max_bytes`; the rest of its configuration is not looked at."""

@@ -77,6 +77,11 @@ class BoundaryReader:
         """
         return self._gather(self._checked_rows(rows), out, whole=self._codec.compression != "none")
 
+    def stored(self, chunk: int) -> list[Array]:
+        """The arrays of a whole chunk as they are stored, checked; `BoundaryWriter.put` takes them."""
+        with self._lock:
+            return self._source.load(chunk)
+
     def stream(self, order: RowOrder, batch_size: int, start: int = 0, every: int = 1) -> Iterator[Batch]:
         """Endless batches in the given order.
 

@@ -322,6 +322,11 @@ class BoundaryWriter:
         with self._explained():
             return self._publisher.publish([self._publisher.stage(chunk, arrays)])[0]
 
+    def put(self, chunk: int, arrays: list[Array]) -> bool:
+        """As `write_chunk`, of arrays as they are stored in another store (`BoundaryReader.stored`)."""
+        with self._explained():
+            return self._publisher.publish([self._publisher.stage(chunk, arrays)])[0]
+
     def submit(self, chunk: int, x: torch.Tensor | Array, *, copy: bool = True) -> None:
         """As `write_chunk`, but written behind: a thread writes while the caller computes the next chunk.
 

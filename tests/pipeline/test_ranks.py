@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -142,3 +143,19 @@ def test_what_ranks_cannot_do_is_refused_before_anything_is_written(why: str, tm
     assert isinstance(done.exception, UsageError)
     assert option.partition("=")[0] in str(done.exception)
     assert not (tmp_path / "run").exists()
+
+
+def test_every_rank_has_a_store_of_its_own(micro: Micro, alone: Path, tmp_path: Path) -> None:
+    """The same artefacts in each; one that is lost comes back over the wire, boundaries and weights."""
+    config = micro(**SETTINGS, parallel__data=2, store__path=str(tmp_path / "stores" / "{rank}"))
+    run(config, tmp_path / "run", only=0)
+    shutil.rmtree(tmp_path / "stores" / "1")
+    run(config, tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(alone)
+    with ActivationStore(alone / "store", create=False) as store:
+        whole = {info.id: info.state for info in store.boundaries()}
+    for rank in (0, 1):
+        with ActivationStore(tmp_path / "stores" / str(rank), create=False) as store:
+            assert store.verify()["damaged"] == []
+            assert {info.id: info.state for info in store.boundaries()} == whole
+            assert all(store.stage(stage.recipe) for stage in committed(alone))

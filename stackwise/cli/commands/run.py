@@ -130,10 +130,10 @@ def _among(choice: Choice) -> Iterator[Hosts | None]:
     try:
         asked = [choice.arguments[i + 1] for i, argument in enumerate(choice.arguments) if argument == "-o"]
         _spread(choice.config, launch.size, _asked(tuple(asked)), launch.launcher)
-        if len(names := set(hosts.names)) > 1:
+        if len(names := set(hosts.names)) > 1 and "{" not in (choice.config.store.path or ""):
             raise UsageError(
-                f"the ranks are on {len(names)} hosts ({', '.join(sorted(names))}), and a store is on one",
-                hint="start all ranks on one host",
+                f"store.path: the ranks are on {len(names)} hosts ({', '.join(sorted(names))}), and a store is on one",
+                hint="give each host its own: a path with {host} or {rank} in it, on a local disk of every host",
             )
         yield hosts
         code = 0

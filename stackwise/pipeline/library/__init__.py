@@ -44,6 +44,7 @@ from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.pipeline.run import recent_loss
 from stackwise.pipeline.schedule import HEAD, Stage, schedule
 from stackwise.pipeline.worker.jobs import write_above
+from stackwise.pipeline.worker.stores import Place, Stores
 from stackwise.pipeline.worker.training import StageContext, train_stage
 from stackwise.store import ActivationStore
 from stackwise.training.feed import Feed
@@ -224,7 +225,10 @@ class _Stages:
         reused = committed is not None
         model.to(self.device)
         with self._feed(stage, rowset, trunk) as feed:
-            context = StageContext(job, config, self.store, self.device, self.observe, lambda: False, feed)
+            stores = Stores(self.store, Place(self.store.path))
+            context = StageContext(
+                job, config, self.store, self.device, self.observe, lambda: False, feed, stores=stores
+            )
             if committed is None:
                 train_stage(context, model)
                 committed = self.store.stage(job.recipe_id)

@@ -40,6 +40,7 @@ from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
 from stackwise.pipeline.rows import HELD_OUT, choose_samples
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.worker.adaptive import fuse_adaptively
+from stackwise.pipeline.worker.stores import Stores, place_of
 from stackwise.pipeline.worker.teaching import beside_teacher
 from stackwise.pipeline.worker.training import (
     RESUME,
@@ -76,14 +77,25 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, ranks
     if config.deterministic and device.type == "cuda":
         make_deterministic()
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(ActivationStore(Path(job.store), create=False))
+        place = place_of(job, config, ranks)
+        store = stack.enter_context(ActivationStore(place.path, create=ranks.rank > 0))
         lock = Path(job.store) / "locks" / f"work-{job.recipe_id}.lock"
         if ranks.main:
             stack.enter_context(FileLock(lock, f"stage {job.stage.depth}"))
         _compare_data(job, ranks)
+        stores = Stores(store, place, ranks)
+        job = stores.level(job, config)
         reader = stack.enter_context(store.reader(job.reads)) if job.reads else None
         context = StageContext(
-            job, config, store, device, emit, stop, _feed(job, config, store, reader, job.rowset_number), ranks=ranks
+            job,
+            config,
+            store,
+            device,
+            emit,
+            stop,
+            _feed(job, config, store, reader, job.rowset_number),
+            ranks=ranks,
+            stores=stores,
         )
         if job.held_out is not None:
             entering_it = stack.enter_context(store.reader(job.held_out_reads)) if job.held_out_reads else None
@@ -287,7 +299,8 @@ def _write(
     spent: float | None = None,
 ) -> None:
     """Write what a boundary lacks, emitting how far it is, and at the end what it took; each rank a share of chunks."""
-    writer.share = (context.ranks.rank, context.ranks.size)
+    own = context.stores.place
+    writer.share = own.share
     info = writer.info
 
     def progress(done: int, total: int) -> None:
@@ -298,7 +311,7 @@ def _write(
     )
     if not context.ranks.every(done.finished):
         raise InterruptedRun(f"stage {context.stage.depth} stopped while writing boundary {info.depth}", hint=RESUME)
-    if context.ranks.main:
+    if own.leads:
         writer.share = (0, 1)
         writer.finish(done.seconds)
     context.ranks.wait()

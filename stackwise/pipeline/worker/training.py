@@ -27,6 +27,7 @@ from stackwise.pipeline.parts import JobParts, load_part, part_state, parts_of, 
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
 from stackwise.pipeline.rows import stage_rows
 from stackwise.pipeline.schedule import ADAPTER, STATE, Stage
+from stackwise.pipeline.worker.stores import Stores
 from stackwise.store import ActivationStore, RowOrder
 from stackwise.training import checkpoint
 from stackwise.training.checkpoint import Checkpoints, reason
@@ -58,6 +59,7 @@ class StageContext:
     feed: Feed  # what enters the stage; before its boundary is filled, what is stored below it
     held_out: Feed | None = None  # the rows that the stage is evaluated on as it trains; None: none
     ranks: Ranks = field(default_factory=SingleProcess)  # the processes that do it together
+    stores: Stores = field(kw_only=True)  # theirs
 
     @property
     def stage(self) -> Stage:
@@ -202,6 +204,7 @@ def commit_stage(context: StageContext, parts: Mapping[str, State], steps: int, 
     job, stage = context.job, context.stage
     if not context.ranks.main:
         context.ranks.wait()
+        context.stores.share_stage(job.recipe_id)
         return
     digests = {name: part_digest(state()) for name, state in parts.items()}
     description = {
@@ -225,6 +228,7 @@ def commit_stage(context: StageContext, parts: Mapping[str, State], steps: int, 
     context.store.commit_stage(job.recipe_id, files, description | more)
     context.event("committed", recipe=job.recipe_id, parts=digests)
     context.ranks.wait()
+    context.stores.share_stage(job.recipe_id)
 
 
 def restored_together(ranks: Ranks, trainer: Trainer, restore: Callable[[], bool]) -> bool:
