@@ -59,8 +59,11 @@ def _model(config: Settings) -> Iterator[Fault]:
         yield from ((f"model.rope_scaling.{key}", text) for key, text in model.rope_scaling.faults(model))
     if model.position_offset and model.positions != "learned":
         yield "model.position_offset", f"{model.position_offset}, but only learned positions have a table"
-    if model.max_seq_len is not None and model.max_seq_len < config.training.seq_len:
-        yield "model.max_seq_len", f"{model.max_seq_len} is less than training.seq_len {config.training.seq_len}"
+    needed, each = config.training.seq_len, ""
+    if config.objective.sequences > 1:
+        needed, each = needed // config.objective.sequences, f" by {config.objective.sequences} sequences"
+    if model.max_seq_len is not None and model.max_seq_len < needed:
+        yield "model.max_seq_len", f"{model.max_seq_len} is less than training.seq_len {config.training.seq_len}{each}"
     if model.vocab_size is not None and model.vocab_size < 4:
         yield "model.vocab_size", f"{model.vocab_size} is too small for text, a separator and a mask token"
     if data.vocab_size is not None:
@@ -83,6 +86,11 @@ def _training(config: Settings) -> Iterator[Fault]:
     if not training.progressive.enabled:
         yield from ((f"training.mode.{key}", text) for key, text in training.mode.faults(config.model))
     yield from ((f"training.objective.{key}", text) for key, text in objective.faults(training.seq_len))
+    if objective.reference is not None and config.n_stages > 1 and not training.plan.whole:
+        text = f"{objective.name} compares whole models: stages of some blocks have none; set training.mode: end_to_end"
+        yield "training.objective", text
+    if objective.reference is not None and config.distillation.teacher is not None:
+        yield "distillation.teacher", f"{objective.name} has a reference already: leave one of both out"
     if not objective.masks:
         nothing = f"{objective.name} masks nothing"
         if training.masks_per_sample > 1:

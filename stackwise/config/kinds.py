@@ -70,7 +70,15 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
     "objective",
     f"{__name__}:Objective",
     "stackwise.objectives.kinds",
-    {"mask_diffusion": "MaskDiffusion", "mlm": "MLM", "clm": "CLM", "custom": "Custom"},
+    {
+        "mask_diffusion": "MaskDiffusion",
+        "mlm": "MLM",
+        "clm": "CLM",
+        "custom": "Custom",
+        "sft": "stackwise.objectives.preference_kinds:SFT",
+        "dpo": "stackwise.objectives.preference_kinds:DPO",
+        "reward": "stackwise.objectives.preference_kinds:Reward",
+    },
 )
 TRACKERS: Registry[type[Tracker]] = Registry(
     "tracker",
@@ -392,6 +400,17 @@ class Objective(Kind):
     """Whether a text's tokens are scored one by one, each masked alone: its loss at few masked shares is no bound."""
     inputs: ClassVar[tuple[str, ...]] = ()
     """What a batch must bring beside tokens and masks."""
+    sequences: ClassVar[int] = 1
+    """Sequences in a sample, of one length, which see nothing of each other."""
+    packs: ClassVar[bool] = False
+    """Whether samples hold several documents which must not see each other, unless the configuration says so."""
+    score_width: ClassVar[int | None] = None
+    """Numbers that the head gives of a position beside its logits; None: none."""
+
+    @property
+    def reference(self) -> str | None:
+        """The model whose log-probabilities a batch brings too; empty: that which the run begins from; None: none."""
+        return None
 
     @property
     def causal(self) -> bool:

@@ -268,6 +268,8 @@ def resolve(config: Settings) -> None:
     wanted = STACK_PRECISION.get(progressive.new_stack_precision) if progressive.enabled else None
     if wanted is not None and config.precision == "auto":
         config.precision = wanted
+    if config.objective.packs and "within_documents" not in config.data.model_fields_set:
+        config.data.within_documents = True
     if config.training.growth and "lr_schedule" not in config.training.model_fields_set:
         config.training.lr_schedule = "wsd"  # a rate that has fallen early leaves new blocks none to learn with
 

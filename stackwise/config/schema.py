@@ -38,6 +38,9 @@ def _codec(name: str) -> str:
 
 Codec = Annotated[Text, AfterValidator(_codec)]
 
+CHAT_TEMPLATES = ("chatml", "plain")
+"""Chat templates that are known by name (`stackwise.data.chat`)."""
+
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 PATTERNS = {NAME: "letters, digits, dots and dashes", DEVICE: "one of auto, cuda, cuda:N, mps, cpu"}
@@ -65,6 +68,11 @@ class DataConfig(Section):
         "bpe", description="bpe (byte-level, trained on the text once), bytes, or the path of a tokenizer.json"
     )
     vocab_size: Size | None = Field(None, description="size that bpe is trained to; null: model.vocab_size, else 4096")
+    chat_template: Text | None = Field(
+        None,
+        description="how messages become text: chatml, plain, or the path of a jinja file; null: as the tokenizer's "
+        "own files say",
+    )
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.05, description="share of the documents held out from training, chosen by their content"
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import xxhash
@@ -24,6 +24,12 @@ TARGETS = "targets"
 
 TOKENS, MASK, LABELS = "input_ids", "attention_mask", "labels"
 """Columns of rows that bring tokens instead of text."""
+
+SCORED, PAIR = "completion_mask", "pair_mask"
+"""Columns of conversations: 1 where a token is scored; of pairs 0 and 1 in the chosen side, 2 and 3 in the rejected."""
+
+CHAT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "margin")
+"""Columns of rows that bring conversations, or pairs of answers."""
 
 ABSENT: Any = object()
 UNREAD: Any = object()
@@ -150,6 +156,13 @@ class SkippedFile(Exception):
     """A file that holds no text; its message is the reason."""
 
 
+class Conversations(Protocol):
+    """Makes documents of conversations (`stackwise.data.chat.Chat`)."""
+
+    def document(self, where: str, row: Mapping[str, Any]) -> Document | None:
+        """The document of a row; None: nothing in it can be scored."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How rows become documents.
@@ -157,10 +170,12 @@ class Reading:
     Args:
         column: Holds the text; dots lead into objects (`doc.text`).
         columns: Named columns of one value a token that are kept beside `targets`.
+        chat: What makes documents of conversations, where these are wanted.
     """
 
     column: str = "text"
     columns: tuple[str, ...] = ()
+    chat: Conversations | None = None
 
 
 def as_row(where: str, value: Any) -> Mapping[str, Any]:
@@ -203,7 +218,12 @@ def row_documents(rows: Rows, reading: Reading, *, only_rows: bool = False) -> I
                 raise SkippedFile("JSON that holds no rows") from None
             raise
         value = lookup(row, reading.column)
-        if value is not ABSENT:
+        if reading.chat is not None and TOKENS not in row:
+            if only_rows and first and not any(name in row for name in CHAT_COLUMNS):
+                raise SkippedFile("JSON that holds no rows")
+            if (document := reading.chat.document(where, row)) is not None:
+                yield document
+        elif value is not ABSENT:
             if value is not None and not isinstance(value, str):
                 raise UsageError(f"{where}: column {reading.column!r} holds {_kind(value)}, not text")
             if value:  # null and empty text is no document

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackwise import files
+from stackwise.data.chat import Chat
 from stackwise.data.corpus import Contents, Corpus, Progress, open_memory, scan
-from stackwise.data.documents import MASK, TARGETS, TOKENS, HeldOut, Reading
+from stackwise.data.documents import MASK, PAIR, SCORED, TARGETS, TOKENS, HeldOut, Reading
 from stackwise.data.prepared import (
     META,
     OWN_COLUMNS,
@@ -97,11 +98,13 @@ def prepare(
     choice = Choice.of(config, model_vocab)
     if all_held_out and choice.tokenizer is None:
         raise UsageError("data.tokenizer: bpe has nothing to be trained on where all text is held out")
-    reading = Reading(config.text_column, wanted)
+    reading = Reading(config.text_column, wanted, _chat(config, choice, wanted))
     sources, skipped = find_sources(config.paths, reading, follow_links=config.follow_links)
     cache = Cache(config.cache_dir, optional=out is not None)
     with open_memory(cache.memory) as memory:
         corpus = scan(sources, skipped, reading, max_bytes=config.max_bytes, memory=memory, progress=report)
+    if reading.chat is not None and corpus.contents.documents < 2 and not all_held_out:
+        raise UsageError("data.paths: one row alone: none can be held out from training", hint="add more rows")
     choice = choice.resolve(corpus)
     share = 1.0 if all_held_out else config.held_out
     held_out = HeldOut.everything() if all_held_out else _choose(corpus.contents, share)
@@ -115,6 +118,17 @@ def prepare(
     # the same documents may have been found elsewhere, with other files beside them
     reusable.skipped, reusable.notes = corpus.skipped.to_dict(), _notes(corpus, held_out)
     return reusable, True
+
+
+def _chat(config: DataConfig, choice: Choice, wanted: tuple[str, ...]) -> Chat | None:
+    """What makes documents of conversations, where the columns that are wanted come of these."""
+    if not {SCORED, PAIR} & set(wanted):
+        return None
+    directory = None
+    if config.tokenizer not in ("bpe", "bytes"):
+        path = files.expanded(config.tokenizer)
+        directory = path if path.is_dir() else path.parent
+    return Chat.of(config.chat_template, choice.tokenizer, directory, pairs=PAIR in wanted)
 
 
 def _choose(contents: Contents, share: float) -> HeldOut:

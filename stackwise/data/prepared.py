@@ -63,8 +63,10 @@ class PreparedData:
         """Files that were left out: `count`, `reasons`, the first of the `files`."""
         self.notes: list[str] = [str(note) for note in meta.get("notes") or ()]
         """What was decided about the data, a line each."""
-        self.train = Split(directory / "train", meta["splits"]["train"], self._table)
-        self.held_out = Split(directory / "held_out", meta["splits"]["held_out"], self._table)
+        from stackwise.data.layouts import split_of  # which builds on what is here
+
+        self.train = split_of(directory / "train", meta["splits"]["train"], self._table)
+        self.held_out = split_of(directory / "held_out", meta["splits"]["held_out"], self._table)
 
     @classmethod
     def open(cls, directory: Path | str) -> Self:
@@ -220,6 +222,9 @@ class Split:
         byte_table: Gives the bytes of text that each id stands for, where that is the id's own.
     """
 
+    name = ""
+    """How samples are laid out; empty: as consecutive runs of the stream."""
+
     def __init__(self, directory: Path, meta: Mapping[str, Any], byte_table: Callable[[], Int64s | None]) -> None:
         self.directory = directory
         self._byte_table = byte_table
@@ -318,18 +323,23 @@ class Split:
 
         Computed once for a length and kept beside the set, where that can be written.
         """
-        path = self.directory / f"sample_ids-{seq_len}.bin"
+        path = self.directory / f"sample_ids-{self.name}{seq_len}.bin"
         tokens_digest = bytes.fromhex(self._meta["columns"]["tokens"]["digest"])
         n = self.n_samples(seq_len)
         with contextlib.suppress(OSError):
             data = files.read_bytes(path, limit=16 * (n + 1), root=self.directory)
             if len(data) == 16 * (n + 1) and data[-16:] == _seal(data[:-16], tokens_digest):
                 return np.frombuffer(data, np.uint8, 16 * n).reshape(n, 16)
-        ids = sample_ids(self.tokens[: n * seq_len].reshape(n, seq_len))
+        ids = self._ids(seq_len)
         data = ids.tobytes()
         with contextlib.suppress(OSError):  # a convenience: a read-only or full disk is no fault here
             write_bytes(path, data + _seal(data, tokens_digest))
         return ids
+
+    def _ids(self, seq_len: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        n, block = self.n_samples(seq_len), max(1, _BLOCK_TOKENS // seq_len)
+        parts = [sample_ids(self._rows("tokens", np.arange(i, min(i + block, n)), seq_len)) for i in range(0, n, block)]
+        return np.concatenate(parts) if parts else np.empty((0, 16), np.uint8)
 
     @property
     def nbytes(self) -> int:

@@ -23,6 +23,7 @@ import xxhash
 from stackwise import files
 from stackwise.data.documents import (
     ABSENT,
+    CHAT_COLUMNS,
     LABELS,
     MASK,
     TARGETS,
@@ -179,7 +180,10 @@ def _is_row(head: bytes, reading: Reading) -> bool:
         return False
     with contextlib.suppress(ValueError):
         row = files.parse_json(head.lstrip().split(b"\n", 1)[0].decode())
-        return isinstance(row, dict) and (lookup(row, reading.column) is not ABSENT or TOKENS in row)
+        if not isinstance(row, dict):
+            return False
+        chat = reading.chat is not None and any(name in row for name in CHAT_COLUMNS)
+        return chat or lookup(row, reading.column) is not ABSENT or TOKENS in row
     return False
 
 
@@ -350,6 +354,8 @@ def _wanted(path: Path, reading: Reading, schema: pa.Schema) -> tuple[list[str],
     import pyarrow as pa
 
     names: list[str] = schema.names
+    if reading.chat is not None and TOKENS not in names:
+        return [name for name in CHAT_COLUMNS if name in names], []
     for name in (reading.column, reading.column.partition(".")[0]):
         if name in names:
             return [name], [TOKENS] if TOKENS in names and name != TOKENS else []

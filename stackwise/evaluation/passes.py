@@ -285,8 +285,13 @@ def _own_pass(objective: RuntimeObjective, held_out: HeldOut, key: str, mask_NS:
     scored_NS, times = objective.positions(batch).numpy(), objective.times(batch).double().numpy()
     targets_NS = np.where(scored_NS, objective.targets(batch).numpy(), 0).astype(np.int64)
     shown_NS = objective.shown(batch).numpy()
-    causal = objective.causal
-    return Pass(shown_NS, scored_NS, targets_NS, held_out.segments_NS, {key: scored_NS}, times=times, causal=causal)
+    causal, segments_NS = objective.causal, held_out.segments_NS
+    if objective.sequences > 1:  # each is a row of its own
+        apart = len(mask_NS) * objective.sequences, -1
+        shown_NS, scored_NS, targets_NS = (array.reshape(apart) for array in (shown_NS, scored_NS, targets_NS))
+        segments_NS = None if segments_NS is None else segments_NS.reshape(apart)
+        times = np.repeat(times, objective.sequences, 0)
+    return Pass(shown_NS, scored_NS, targets_NS, segments_NS, {key: scored_NS}, times=times, causal=causal)
 
 
 def _block_passes(

@@ -34,6 +34,7 @@ class DistillationObjective(RuntimeObjective):
     def __init__(self, task: RuntimeObjective, settings: DistillationConfig) -> None:
         self.task, self.settings = task, settings
         self.name, self.causal, self.likelihood, self.inputs = task.name, task.causal, task.likelihood, task.inputs
+        self.sequences = task.sequences
 
     def at(self, step: int | None) -> RuntimeObjective:
         """See `RuntimeObjective.at`."""

@@ -46,6 +46,8 @@ class RuntimeObjective(abc.ABC):
     """The direction of attention."""
     likelihood: Literal["bound", "exact"] | None = None
     """What its loss is of the text's likelihood, as bits per byte have it; None: it is none."""
+    sequences: int = 1
+    """Sequences in a row, of one length, which see nothing of each other and have positions of their own."""
     inputs: tuple[str, ...] = ()
     """The named columns that it needs of each batch, beside tokens and masks."""
 

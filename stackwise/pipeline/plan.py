@@ -27,7 +27,7 @@ from stackwise.pipeline.recipe import (
 )
 from stackwise.pipeline.rows import HELD_OUT, drawn_rows, put_rows, rows_key
 from stackwise.pipeline.schedule import FRONT, Stage, drawn_and_window, schedule, stage_below
-from stackwise.pipeline.teacher import Teacher
+from stackwise.pipeline.teacher import teacher_of
 from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
 
 
@@ -134,9 +134,8 @@ class Plan:
         self.forward = forward_specification(config, self.vocabulary.size, self.vocabulary.mask, data.id)
         self.known_rowsets = known_rowsets if known_rowsets is not None else {}
         self.sources = dict(sources or {})
-        self.teacher = None
-        if config.distillation.teacher is not None:
-            self.teacher = Teacher(config, self.vocabulary.size, self.vocabulary.mask, data.id)
+        self.teacher = teacher_of(config, self.vocabulary.size, self.vocabulary.mask, data.id)
+        if self.teacher is not None:
             self.teacher.check(self.stages, data)
 
     def rowset(self, number: int) -> tuple[str, int]:
@@ -341,8 +340,14 @@ class Plan:
             held_out=held_out,
             held_out_reads=entry.held_out,
             writes_held_out=writes_held_out,
-            match=self.teacher.match(stage) if train and self.teacher is not None else None,
+            match=self._match(stage) if train else None,
         )
+
+    def _match(self, stage: Stage) -> int | None:
+        """The width of the head's layer beside its logits: scores, or a teacher's hidden states."""
+        if (width := self.config.objective.score_width) is not None:
+            return width
+        return None if self.teacher is None else self.teacher.match(stage)
 
     def _maker(self, stage: Stage, versions: Versions) -> str:
         """What the work on the boundary above a committed stage is known by."""

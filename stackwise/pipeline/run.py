@@ -288,6 +288,8 @@ def _read(file: Path, shape: shapes.Shape, hint: str) -> Any:
 def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
     """A copy whose paths do not depend on the current directory, so that a run can be used from anywhere."""
     config = config.model_copy(deep=True)
+    from stackwise.config.schema import CHAT_TEMPLATES
+
     data, store = config.data, config.store
 
     def absolute(path: str) -> str:
@@ -296,11 +298,15 @@ def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
     data.paths = [absolute(path) for path in data.paths]
     if data.tokenizer not in ("bpe", "bytes"):
         data.tokenizer = absolute(data.tokenizer)
+    if data.chat_template is not None and data.chat_template not in CHAT_TEMPLATES:
+        data.chat_template = absolute(data.chat_template)
     data.cache_dir = None if data.cache_dir is None else absolute(data.cache_dir)
     store.path = None if store.path is None else absolute(store.path)
     config.tracking.trackers = [tracker.placed(absolute) for tracker in config.tracking.trackers]
     if config.init.weights is not None:
         config.init.weights = absolute(config.init.weights)
+    if (reference := getattr(config.objective, "reference_model", None)) is not None:
+        config.training.objective = config.objective.model_copy(update={"reference_model": absolute(reference)})
     if config.distillation.teacher is not None:
         config.distillation.teacher = absolute(config.distillation.teacher)
     return config

@@ -452,7 +452,9 @@ def _with_formats(config: StackWiseConfig, stage: Stage, homes: Mapping[str, int
             trains.append(adapter_part(part))
     trains += [HEAD] if HEAD in stage.trains else []
     if config.training.adapters is not None:
-        trains = [part for part in trains if part.startswith(ADAPTER)]
+        # A head that gives scores has a new layer, which must train too.
+        scores = config.objective.score_width is not None
+        trains = [part for part in trains if part.startswith(ADAPTER) or (part == HEAD and scores)]
         commits_frozen = []  # they stay where they are: among the files of the model
     quantization = config.stage_training(stage.depth).quantization
     alone = quantization is not None and quantization.trains == "scales"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.model import ModelConfig
@@ -22,13 +21,14 @@ from stackwise.files import expanded
 from stackwise.identity import Hex, content_id
 from stackwise.pipeline.recipe import forward_specification, trunk_id
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_part
+from stackwise.pretrained.adapters import is_adapter
 from stackwise.pretrained.checkpoint import Checkpoint
 
-if TYPE_CHECKING:
-    pass
+TEACHER, LOGITS, REFERENCE = "teacher", "teacher_logits", "reference"
+"""The inputs of a batch (see `stackwise.objectives.distillation` and `preferences`)."""
 
-TEACHER, LOGITS = "teacher", "teacher_logits"
-"""The inputs of a batch (see `stackwise.objectives.distillation`)."""
+LOSSLESS = {"bf16": "bf16", "fp16": "fp16"}
+"""By precision the codec of exactly the numbers that leave a block; of others fp32."""
 
 PROBE = "Stages are trained one at a time; 1,234 tokens are 5% of 24,680. Straße, naïve, 東京, λ(x)\n\tdef f(x): ..."
 """Text that two tokenizers are compared on."""
@@ -49,8 +49,9 @@ class Teacher:
     """
 
     def __init__(self, config: StackWiseConfig, vocab_size: int, mask_token: int, data: Hex) -> None:
-        path = config.distillation.teacher
+        path, key = self.named(config)
         assert path is not None, "a run with a teacher"
+        self._key = key
         self.settings, self._student = config.distillation, config
         self.checkpoint = Checkpoint(expanded(path), config.data.cache_dir)
         about = self.checkpoint.description
@@ -63,21 +64,26 @@ class Teacher:
         self.config = config.model_copy(update={"model": model, "distillation": DistillationConfig()})
         self.forward = forward_specification(self.config, about.vocab_size, mask_token, data)
 
+    @staticmethod
+    def named(config: StackWiseConfig) -> tuple[str | None, str]:
+        """Where the teacher is, and the key that says so."""
+        return config.distillation.teacher, "distillation.teacher"
+
     def _check(self, mask_token: int) -> None:
         config, about, where = self._student, self.checkpoint.description, self.checkpoint.directory
-        if config.training.seq_len > about.max_seq_len:
+        if (length := config.training.seq_len // config.objective.sequences) > about.max_seq_len:
             raise UsageError(
-                f"distillation.teacher: {where} takes at most {about.max_seq_len} tokens, "
-                f"and training.seq_len is {config.training.seq_len}"
+                f"{self._key}: {where} takes at most {about.max_seq_len} tokens, and a sequence here has {length} "
+                "(training.seq_len)"
             )
         if about.causal != config.objective.causal:
             raise UsageError(
-                f"distillation.teacher: {where} attends {'causally' if about.causal else 'both ways'}, "
+                f"{self._key}: {where} attends {'causally' if about.causal else 'both ways'}, "
                 f"and training.objective {config.objective.name} does not",
                 hint="choose an objective of the teacher's direction: clm for a causal one",
             )
         if config.objective.masks and mask_token >= about.vocab_size:
-            raise UsageError(f"distillation.teacher: {where} knows {about.vocab_size} ids, the mask is {mask_token}")
+            raise UsageError(f"{self._key}: {where} knows {about.vocab_size} ids, the mask is {mask_token}")
         if wrong := [depth for depth in self.settings.at or () if depth > self.n_blocks]:
             raise UsageError(f"distillation.at: {wrong[0]} is above the teacher's {self.n_blocks} blocks")
 
@@ -90,7 +96,7 @@ class Teacher:
         where = self.checkpoint.directory
         if not self.checkpoint.names(HEAD) and any(map(self._is_whole, stages)):
             raise UsageError(
-                f"distillation.teacher: {where} has no head, and a stage of all blocks is drawn to its tokens",
+                f"{self._key}: {where} has no head, and a stage of all blocks is drawn to its tokens",
                 hint="name a teacher with a head, or train in stages of some blocks",
             )
         highest = max(
@@ -98,13 +104,13 @@ class Teacher:
             for split in (data.train, data.held_out)
         )
         if highest >= self.vocab_size:
-            raise UsageError(f"distillation.teacher: {where} knows {self.vocab_size} ids, the data has id {highest}")
+            raise UsageError(f"{self._key}: {where} knows {self.vocab_size} ids, the data has id {highest}")
         theirs, ours = self.checkpoint.tokenizer_json, Path(data.directory) / TOKENIZER
         if theirs is not None and ours.exists():
             one, other = (list(Tokenizer.load(path).encode_batch([PROBE])[0]) for path in (theirs, ours))
             if one != other:
                 raise UsageError(
-                    f"distillation.teacher: {where} has another tokenizer than the data",
+                    f"{self._key}: {where} has another tokenizer than the data",
                     hint=f"prepare the data with the teacher's: data.tokenizer: {theirs}",
                 )
 
@@ -140,3 +146,54 @@ class Teacher:
         """The trunk whose boundary holds the hidden states that leave so many blocks."""
         parts = [FRONT, *map(block_part, range(depth))]
         return trunk_id(self.forward, [self.checkpoint.digest(part) for part in parts], {})
+
+
+class Reference(Teacher):
+    """The model that preferences are measured against: what it says of each answer is kept, once, by content.
+
+    So it is never in memory beside the policy.
+    """
+
+    def __init__(self, config: StackWiseConfig, vocab_size: int, mask_token: int, data: Hex) -> None:
+        super().__init__(config, vocab_size, mask_token, data)
+        # What waits for the head is kept as it was computed: a rounded reference would not be the policy's start.
+        store = self.config.store.model_copy(update={"codec": LOSSLESS.get(self.config.precision, "fp32")})
+        self.config = self.config.model_copy(update={"store": store})
+        self._data = data
+
+    @staticmethod
+    def named(config: StackWiseConfig) -> tuple[str | None, str]:
+        """See `Teacher.named`: the objective's, else what the run begins from."""
+        objective, init = config.objective, config.init
+        if objective.reference:
+            return objective.reference, "training.objective.reference_model"
+        hint = "export what it is to be (stackwise export --format hf), and name that directory"
+        if init.weights is None:
+            raise UsageError(f"training.objective: {objective.name} needs init.weights or reference_model", hint=hint)
+        if init.adapters or is_adapter(expanded(init.weights)) or (expanded(init.weights) / "run.json").exists():
+            what = "adapters" if not (expanded(init.weights) / "run.json").exists() else "a run"
+            raise UsageError(f"training.objective.reference_model: init.weights is {what}, name a model", hint=hint)
+        if init.blocks is not None:
+            raise UsageError("training.objective.reference_model: init.blocks takes some blocks, name a whole model")
+        return init.weights, "init.weights"
+
+    def inputs(self, stage: Stage) -> dict[str, Hex]:
+        """See `Teacher.inputs`."""
+        head = self.checkpoint.digest(HEAD)
+        about = {"trunk": self.trunk(self.n_blocks), "head": head, "ids": self.vocab_size, "data": self._data}
+        return {REFERENCE: content_id("reference log-probabilities", about)}
+
+    def match(self, stage: Stage) -> int | None:
+        """See `Teacher.match`: hidden states are drawn to nothing."""
+        return None
+
+
+def teacher_of(config: StackWiseConfig, vocab_size: int, mask_token: int, data: Hex) -> Teacher | None:
+    """Whoever gives a run's stages numbers by row; None: nobody does.
+
+    Raises:
+        UsageError: See `Teacher`.
+    """
+    if config.objective.reference is not None:
+        return Reference(config, vocab_size, mask_token, data)
+    return None if config.distillation.teacher is None else Teacher(config, vocab_size, mask_token, data)

@@ -151,6 +151,8 @@ def make_batch(
     if engine.model.front is None and activations:
         shape = rows, config.row_positions, config.model.d_model
         tensors[ACTIVATIONS] = torch.zeros(shape, dtype=engine.model.stream_dtype)
+    if config.objective.reference is not None:
+        tensors["reference"] = torch.zeros(rows, config.objective.sequences, 1)
     if config.data.within_documents:
         tensors[SEGMENTS] = torch.zeros(rows, length, dtype=torch.int32)
     return Batch(np.arange(rows), np.zeros((rows, 16), dtype=np.uint8), tensors)

@@ -66,7 +66,10 @@ class StageModel(nn.Module):
         """
         if self.front is not None:
             objective = self.objective.at(batch.step)
-            x_BSD = enter(self.front, objective.shown(batch), objective.times(batch), causal=objective.causal)
+            shown, times, sequences = objective.shown(batch), objective.times(batch), objective.sequences
+            times = times if sequences == 1 else times.repeat_interleave(sequences, 0)
+            x_BSD = enter(self.front, _apart(shown, sequences), times, causal=objective.causal)
+            x_BSD = _together(x_BSD, len(shown))
         else:
             x_BSD = batch[ACTIVATIONS]
         return self._run_blocks(self.blocks, x_BSD.to(self.stream_dtype), batch, terms or {})
@@ -86,8 +89,10 @@ class StageModel(nn.Module):
     def _run_blocks(
         self, blocks: nn.ModuleList, x_BSD: Tensor, batch: Batch, below: Mapping[str, Term]
     ) -> tuple[Tensor, dict[str, Term]]:
-        causal, segments_BS = self.objective.at(batch.step).causal, batch.tensors.get(SEGMENTS)
-        terms = dict(below)
+        objective, segments_BS = self.objective.at(batch.step), batch.tensors.get(SEGMENTS)
+        causal, rows, terms = objective.causal, len(x_BSD), dict(below)
+        x_BSD = _apart(x_BSD, objective.sequences)
+        segments_BS = None if segments_BS is None else _apart(segments_BS, objective.sequences)
         for block in blocks:
             own, modules = isinstance(block, Block | Stack), list(block.modules())
             for module in modules:
@@ -98,13 +103,23 @@ class StageModel(nn.Module):
                 if handed_up := getattr(module, "terms", None):
                     module.terms = {}  # type: ignore[assignment]  # its graph must not outlive the step
                     terms = added(terms, _checked(handed_up, x_BSD))
-        return x_BSD, terms
+        return _together(x_BSD, rows), terms
 
     @contextlib.contextmanager
     def numerics(self, device: torch.device) -> Iterator[None]:
         """The precision that the stage computes in."""
         with torch.autocast(device.type, dtype=NARROW.get(self.precision), enabled=self.precision in NARROW):
             yield
+
+
+def _apart(rows: Tensor, sequences: int) -> Tensor:
+    """The sequences of each row as rows of their own: [B, S, …] to [B n, S / n, …]."""
+    return rows if sequences == 1 else rows.reshape(-1, rows.shape[1] // sequences, *rows.shape[2:])
+
+
+def _together(x_BSD: Tensor, rows: int) -> Tensor:
+    """The other way round."""
+    return x_BSD if len(x_BSD) == rows else x_BSD.reshape(rows, -1, x_BSD.shape[2])
 
 
 def added(some: Mapping[str, Term], more: Mapping[str, Term]) -> dict[str, Term]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from stackwise.batch import ACTIVATIONS
+from stackwise.batch import ACTIVATIONS, Batch
 from stackwise.data import PreparedData
 from stackwise.durable import FileLock
 from stackwise.errors import InterruptedRun
@@ -20,17 +20,21 @@ from stackwise.identity import Hex
 from stackwise.model.rack import Head
 from stackwise.objectives import RuntimeObjective, make_objective
 from stackwise.objectives.distillation import likeliest
+from stackwise.objectives.objective import Outputs
+from stackwise.objectives.preferences import side_log_probabilities
 from stackwise.pipeline.committed.capture import PartwiseCapture, Progress
 from stackwise.pipeline.job import Source
 from stackwise.pipeline.parts import load_part, make_head
 from stackwise.pipeline.recipe import boundary_chunk_rows
 from stackwise.pipeline.schedule import FRONT, HEAD
-from stackwise.pipeline.teacher import LOGITS, Teacher
+from stackwise.pipeline.teacher import LOGITS, REFERENCE, Teacher, teacher_of
 from stackwise.pipeline.worker.training import RESUME, StageContext
 from stackwise.store import BoundarySpec
 from stackwise.training.feed import Feed, RowSource
 from stackwise.training.forward import forward_rows, write_boundary
 from stackwise.training.stage import StageModel
+
+Shape = tuple[int, int]  # positions and numbers at each
 
 PROGRESS_SECONDS = 0.25  # between two events on how far the teacher is
 
@@ -45,11 +49,12 @@ def beside_teacher(context: StageContext) -> Iterator[StageContext]:
         InterruptedRun: Told to stop; what was written stays.
     """
     config, job = context.config, context.job
-    if config.distillation.teacher is None or not job.train:
+    data = PreparedData.open(Path(job.data)).id
+    teacher = teacher_of(config, job.vocab_size, job.mask_token, data) if job.train else None
+    if teacher is None:
         yield context
         return
-    data = PreparedData.open(Path(job.data)).id
-    lesson = _Lesson(context, Teacher(config, job.vocab_size, job.mask_token, data))
+    lesson = _Lesson(context, teacher)
     with contextlib.ExitStack() as stack:
         feed, held_out = context.feed, context.held_out
         for rank in range(context.ranks.size):  # what the first has written, the others find
@@ -65,18 +70,20 @@ class _Lesson:
     """One stage's: what of the teacher it needs, and for which rows."""
 
     def __init__(self, context: StageContext, teacher: Teacher) -> None:
-        self._context, self._teacher = context, teacher
+        self._context, self.teacher = context, teacher
         self._config = teacher.config.model_copy(update={"device": context.device.type})
         self._emitted = 0.0
 
     def added(self, stack: contextlib.ExitStack, feed: Feed) -> Feed:
         """A feed with the teacher's sources beside its own."""
-        context, teacher = self._context, self._teacher
+        context, teacher = self._context, self.teacher
         sources = dict(feed.sources)
         context.event("teacher", model=str(teacher.checkpoint.directory), rows=feed.rowset.rows)
         for name, trunk in teacher.inputs(context.stage).items():
             if name == LOGITS:
-                boundary = self._likeliest(feed, trunk)
+                boundary = self._of_head(feed, trunk, _Likeliest, (feed.seq_len, 2 * teacher.top_k))
+            elif name == REFERENCE:
+                boundary = self._of_head(feed, trunk, _Said, (2, 1))
             else:
                 boundary = self._hidden(feed, teacher.depth(context.stage))
             reader = stack.enter_context(context.store.reader(boundary))
@@ -85,7 +92,7 @@ class _Lesson:
 
     def _hidden(self, feed: Feed, depth: int) -> Hex:
         """The boundary with the hidden states at a depth."""
-        context, teacher, job = self._context, self._teacher, self._context.job
+        context, teacher, job = self._context, self.teacher, self._context.job
         tokens = replace(feed, sources={n: source for n, source in feed.sources.items() if n != ACTIVATIONS})
         trunks = [teacher.trunk(below) for below in range(depth + 1)]
         lock = Path(job.store) / "locks" / f"work-{trunks[-1]}.lock"
@@ -99,20 +106,20 @@ class _Lesson:
                 forward_rows(feed.seq_len),
                 self._report,
                 context.stop,
-                objective=self._objective(),
+                objective=self.objective(),
             )
             return work.run([depth]).boundaries[depth].id
 
-    def _likeliest(self, feed: Feed, trunk: Hex) -> Hex:
-        """The boundary with the likeliest tokens, made of the last hidden states."""
-        context, teacher, top_k = self._context, self._teacher, self._teacher.top_k
+    def _of_head(self, feed: Feed, trunk: Hex, make: Callable[[Head, _Lesson], nn.Module], shape: Shape) -> Hex:
+        """The boundary of a shape a row with what a module above the head says, made of the last hidden states."""
+        context, teacher = self._context, self.teacher
         store, rowset = context.store, feed.rowset
         spec = BoundarySpec(
             trunk=trunk,
             rowset=rowset.id,
             depth=teacher.n_blocks + 1,
-            seq_len=feed.seq_len,
-            d_model=2 * top_k,
+            seq_len=shape[0],
+            d_model=shape[1],
             codec="fp32",  # an id must stay whole
             chunk_rows=boundary_chunk_rows(self._config, rowset.rows),
         )
@@ -121,13 +128,8 @@ class _Lesson:
             if writer.info.state == "complete":
                 return writer.info.id
             hidden = self._hidden(feed, teacher.n_blocks)
-            head = StageModel(
-                None,
-                [_Likeliest(self._head(), teacher.shared_ids, top_k)],
-                None,
-                self._objective(),
-                self._config.precision,
-            )
+            module = make(self._head(), self)
+            head = StageModel(None, [module], None, self.objective(), self._config.precision)
             with store.reader(hidden) as reader:
                 above = feed.above(RowSource(hidden, reader.read, reader.stream))
                 done = write_boundary(
@@ -142,22 +144,22 @@ class _Lesson:
                 raise InterruptedRun("stopped while a teacher's tokens were written", hint=RESUME)
         return writer.info.id
 
-    def _objective(self) -> RuntimeObjective:
+    def objective(self) -> RuntimeObjective:
         job, config = self._context.job, self._context.config
-        return make_objective(config.training, job.mask_token, self._teacher.vocab_size, config.seed)
+        return make_objective(config.training, job.mask_token, self.teacher.vocab_size, config.seed)
 
     def _head(self) -> Head:
-        checkpoint, config = self._teacher.checkpoint, self._config
+        checkpoint, config = self.teacher.checkpoint, self._config
 
         def source(part: str) -> Source:
             return Source(str(checkpoint.directory), checkpoint.digest(part), names=checkpoint.names(part))
 
         embedding = None
         if config.model.tie_embeddings:
-            front = load_part(source(FRONT), self._teacher.vocab_size)
+            front = load_part(source(FRONT), self.teacher.vocab_size)
             assert front is not None
             embedding = front["embedding.weight"].float()
-        return make_head(config, self._teacher.vocab_size, source(HEAD), embedding, own=False)
+        return make_head(config, self.teacher.vocab_size, source(HEAD), embedding, own=False)
 
     def _report(self, progress: Progress) -> None:
         if self._context.stop():
@@ -170,10 +172,30 @@ class _Lesson:
 class _Likeliest(nn.Module):
     """A head's likeliest tokens among the first ids, which the student knows: from [B, S, D] to [B, S, 2 K]."""
 
-    def __init__(self, head: Head, ids: int, top_k: int) -> None:
+    def __init__(self, head: Head, lesson: _Lesson) -> None:
         super().__init__()
-        self.head, self.ids, self.top_k = head, ids, top_k
+        self.head, self.ids, self.top_k = head, lesson.teacher.shared_ids, lesson.teacher.top_k
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Row by row: the logits of one are in memory."""
         return torch.stack([likeliest(self.head(x_SD)[:, : self.ids], self.top_k) for x_SD in x_BSD])
+
+
+class _Said(nn.Module):
+    """The log-probability of each answer: from the sides of pairs [2 B, L, D] to [2 B, 1, 1]."""
+
+    def __init__(self, head: Head, lesson: _Lesson) -> None:
+        super().__init__()
+        self.head, self._objective = head, lesson.objective()
+        self._batch: Batch | None = None
+
+    def prepare(self, batch: Batch) -> None:
+        """Take note of the rows that come next."""
+        self._batch = batch
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """The sum over each side's answer."""
+        assert self._batch is not None, "a stage prepares its modules before each pass"
+        rows = x_BLD.reshape(len(self._batch.tokens_BS), -1, x_BLD.shape[-1])
+        said_B2, _ = side_log_probabilities(self._objective, Outputs(rows, self.head), self._batch)
+        return said_B2.reshape(-1, 1, 1)

@@ -20,6 +20,7 @@ from stackwise.config import StackWiseConfig, StageTraining
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.model import part_digest
 from stackwise.model.experts import experts_used
+from stackwise.objectives.preferences import preferences
 from stackwise.pipeline.device import describe, peak_memory
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.job import StageJob
@@ -297,7 +298,7 @@ class StageHooks:
             memory=peak_memory(self._trainer.engine.device),
             pid=os.getpid(),
             **({"sync_fraction": self._sync_fraction()} if self._ranks.size > 1 else {}),
-            **({"terms": dict(progress.terms)} if progress.terms else {}),
+            **({"terms": terms} if (terms := dict(progress.terms) | preferences(progress.observed)) else {}),
             **experts_used(progress.observed),
         )
 
@@ -348,7 +349,8 @@ class StageHooks:
         mean = held_out_loss(trainer.engine, self._context.held_out)
         best = trainer.record.best
         lowest = mean.total if best is None else min(mean.total, best[1])
-        terms = {"terms": dict(mean.terms)} if mean.terms else {}
+        known = dict(mean.terms) | preferences(mean.observed)
+        terms = {"terms": known} if known else {}
         seconds = time.perf_counter() - begun
         experts = experts_used(mean.observed, shares=True)
         event: dict[str, Any] = {"step": trainer.step, "nats": mean.total, "best": lowest, "seconds": seconds}

@@ -1,0 +1,129 @@
+"""How documents make samples where each stays whole: packed together, or the two sides of a pair next to each other."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stackwise.data.documents import IGNORED, PAIR, SCORED, TARGETS, Array, Int64s
+from stackwise.data.prepared import Split
+
+
+class WholeDocuments(Split):
+    """A split whose samples hold whole documents, cut to the sample's length, and padding after them.
+
+    Padding is the separator, a segment of its own, with nothing scored.
+    """
+
+    name = ""
+
+    def __init__(self, directory: Path, meta: Mapping[str, Any], byte_table: Callable[[], Int64s | None]) -> None:
+        super().__init__(directory, meta, byte_table)
+        self._laid: dict[int, list[list[tuple[int, int, int]]]] = {}
+        self._padding = {"tokens": int(self.tokens[-1]) if len(self.tokens) else 0, TARGETS: IGNORED}
+
+    def places(self, seq_len: int) -> list[list[tuple[int, int, int]]]:
+        """For each sample its runs: where one begins in the sample, where in the stream, how many tokens."""
+        if seq_len not in self._laid:
+            self._laid[seq_len] = self._lay(seq_len)
+        return self._laid[seq_len]
+
+    def n_samples(self, seq_len: int) -> int:
+        """Samples of `seq_len` tokens."""
+        return len(self.places(seq_len))
+
+    def segments(self, indices: Any, seq_len: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """See `Split.segments`; padding is a document of its own."""
+        wanted = self._checked(indices, seq_len)
+        marks = np.zeros((len(wanted), seq_len), np.int32)
+        for row, index in enumerate(wanted):
+            runs = self.places(seq_len)[index]
+            marks[row] = len(runs)
+            for number, (at, _, length) in enumerate(runs):
+                marks[row, at : at + length] = number
+        return marks
+
+    def _rows(self, column: str, indices: Any, seq_len: int) -> Array:
+        values, wanted = self._columns[column], self._checked(indices, seq_len)
+        rows = np.full((len(wanted), seq_len), self._padding.get(column, 0), values.dtype)
+        for row, index in enumerate(wanted):
+            for at, start, length in self.places(seq_len)[index]:
+                rows[row, at : at + length] = values[start : start + length]
+        return rows
+
+    def _edges(self) -> Int64s:
+        return np.append(np.asarray(self.documents, np.int64), self.n_tokens)
+
+    def _lay(self, seq_len: int) -> list[list[tuple[int, int, int]]]:
+        raise TypeError(f"{type(self).__name__} does not say how samples are laid out")
+
+
+class PackedSplit(WholeDocuments):
+    """Documents packed into samples, the longest first, each where the least room is left (best fit, decreasing).
+
+    One of which nothing scored would be left is left out.
+    """
+
+    name = "packed"
+
+    def _lay(self, seq_len: int) -> list[list[tuple[int, int, int]]]:
+        edges, scored = self._edges(), np.flatnonzero(self._columns[SCORED])
+        starts, lengths = edges[:-1], np.minimum(np.diff(edges), seq_len)
+        any_scored = np.searchsorted(scored, starts) < np.searchsorted(scored, starts + lengths)
+        # The number of a document breaks ties: the layout is a function of the documents and the length alone.
+        order = np.lexsort((np.arange(len(starts)), -lengths))
+        samples: list[list[tuple[int, int, int]]] = []
+        room: list[int] = []  # the different amounts of room that are left, sorted
+        with_room: dict[int, list[int]] = {}  # samples by the room that is left, the lowest first
+        for document in order[any_scored[order]].tolist():
+            start, length = int(starts[document]), int(lengths[document])
+            place = bisect_left(room, length)
+            if place == len(room):
+                number, left = len(samples), seq_len
+                samples.append([])
+            else:
+                left = room[place]
+                number = heapq.heappop(with_room[left])
+                if not with_room[left]:
+                    del with_room[left], room[place]
+            samples[number].append((seq_len - left, start, length))
+            if (after := left - length) > 0:
+                if after not in with_room:
+                    insort(room, after)
+                heapq.heappush(with_room.setdefault(after, []), number)
+        return samples
+
+
+class PairSplit(WholeDocuments):
+    """A pair a sample: the chosen side in its first half, the rejected one in its second.
+
+    A pair is left out where a side keeps nothing that is scored.
+    """
+
+    name = "pairs"
+
+    def _lay(self, seq_len: int) -> list[list[tuple[int, int, int]]]:
+        edges, marks, half = self._edges(), np.asarray(self._columns[PAIR]), seq_len // 2
+        samples = []
+        for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            of_pair = marks[start:stop]
+            second = np.flatnonzero(of_pair >= 2)
+            if not len(second):
+                continue
+            at, end = int(second[0]), int(second[-1]) + 1
+            first, last = min(at, half), min(end - at, half)
+            if (of_pair[:first] == 1).any() and (of_pair[at : at + last] == 3).any():
+                samples.append([(0, start, first), (half, start + at, last)])
+        return samples
+
+
+def split_of(directory: Path, meta: Mapping[str, Any], byte_table: Callable[[], Int64s | None]) -> Split:
+    """A side of a prepared set, its samples as its columns say: pairs, packed conversations, or a stream."""
+    columns = meta["columns"]
+    kind = PairSplit if PAIR in columns else PackedSplit if SCORED in columns else Split
+    return kind(directory, meta, byte_table)
