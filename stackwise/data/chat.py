@@ -21,6 +21,7 @@ import numpy as np
 from stackwise import files
 from stackwise.data.documents import CHAT_COLUMNS, PAIR, SCORED, Document, TokenDocument, repair, token_document
 from stackwise.data.tokenizer import Tokenizer
+from stackwise.durable import write_bytes
 from stackwise.errors import NotFound, StackWiseError, UsageError
 from stackwise.identity import digest
 
@@ -286,6 +287,14 @@ def _own_template(directory: Path, config: Mapping[str, Any]) -> str | None:
         named = [one for one in own if isinstance(one, dict) and one.get("name") == "default"]
         own = named[0].get("template") if named else None
     return own if isinstance(own, str) else None
+
+
+def copy_template(tokenizer: Path, directory: Path) -> None:
+    """Put beside a copied tokenizer what its folder says about conversations, where it says something."""
+    home = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if os.path.isfile(home / name):
+            write_bytes(directory / name, _file(home / name).encode())
 
 
 def _file(path: Path) -> str:

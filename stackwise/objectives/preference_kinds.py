@@ -60,11 +60,13 @@ class DPO(_Pairs):
     """Direct preference optimisation (arXiv 2305.18290): likelier answers than a reference finds them, by pairs."""
 
     beta: Positive = Field(0.1, description="how dear it is to leave the reference; of ipo tau")
-    loss: Literal["sigmoid", "ipo"] = Field(
-        "sigmoid", description="sigmoid: of the margin (DPO); ipo: its squared distance from 1/(2 beta), a token"
+    loss: Literal["sigmoid", "robust", "ipo"] = Field(
+        "sigmoid",
+        description="sigmoid: of the margin (DPO); robust: unbiased by labels that are smoothed away; ipo: the squared "
+        "distance of the margin, a token, from 1/(2 beta)",
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
-        0.0, description="share of pairs that are taken to be labelled the wrong way round (sigmoid alone)"
+        0.0, description="share of pairs that are taken to be labelled the wrong way round; of no effect with ipo"
     )
     reference_model: Text | None = Field(
         None,
@@ -79,14 +81,14 @@ class DPO(_Pairs):
 
     def scoring(self) -> dict[str, Any]:
         """See `Objective.scoring`: which reference it is, is among the inputs, by content."""
-        smoothing = {"label_smoothing": self.label_smoothing} if self.loss == "sigmoid" else {}
+        smoothing = {"label_smoothing": self.label_smoothing} if self.loss != "ipo" else {}
         return {"name": self.name, "beta": self.beta, "loss": self.loss} | smoothing
 
     def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
         """See `Objective.build`."""
         from stackwise.objectives.preferences import DPOObjective
 
-        return DPOObjective(self.beta, self.label_smoothing, ipo=self.loss == "ipo")
+        return DPOObjective(self.beta, self.label_smoothing, self.loss)
 
 
 class Reward(_Pairs):

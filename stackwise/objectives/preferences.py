@@ -7,7 +7,7 @@ A pair is a row of two sequences, the chosen side first. Shapes in names: B rows
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -89,12 +89,14 @@ class PairObjective(RuntimeObjective):
 
 
 class DPOObjective(PairObjective):
-    """Direct preference optimisation (arXiv 2305.18290, eq. 7), with label smoothing (cDPO), or IPO (arXiv 2310.12036).
+    """Direct preference optimisation (arXiv 2305.18290, eq. 7), and what follows it.
 
     Args:
         beta: How dear it is to leave the reference; of IPO tau.
-        label_smoothing: Share of pairs taken to be labelled the wrong way round.
-        ipo: The squared distance of the margin, a token, from 1 / (2 beta) (eq. 17).
+        label_smoothing: Share e of pairs taken to be labelled the wrong way round.
+        loss: "sigmoid": of the margin, (1 - e) and e times that of either order (cDPO); "robust": free of the bias
+            that such labels have (arXiv 2403.00409); "ipo": the squared distance of the margin, a token, from
+            1 / (2 beta) (arXiv 2310.12036, eq. 17).
 
     Raises:
         UsageError: A beta that is not above 0, a share that is not below a half.
@@ -102,21 +104,26 @@ class DPOObjective(PairObjective):
 
     name = "dpo"
 
-    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0, *, ipo: bool = False) -> None:
+    def __init__(
+        self, beta: float = 0.1, label_smoothing: float = 0.0, loss: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
+    ) -> None:
         if not beta > 0 or not 0 <= label_smoothing < 0.5:
             raise UsageError(f"beta {beta:g} and label_smoothing {label_smoothing:g}: above 0, and in [0, 0.5)")
-        self.beta, self.label_smoothing, self.ipo = beta, label_smoothing, ipo
+        self.beta, self.label_smoothing, self.kind = beta, label_smoothing, loss
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Term]:
         """See `RuntimeObjective.loss`: one term a pair."""
         said_B2, counts_B2 = side_log_probabilities(self, outputs, batch)
         ratios_B2 = said_B2 - batch[REFERENCE].flatten(1).to(said_B2)
-        if self.ipo:
+        if self.kind == "ipo":
             apart = (ratios_B2 / counts_B2.clamp(min=1)).diff(dim=1).neg().squeeze(1)
             losses_B = (apart - 1.0 / (2.0 * self.beta)) ** 2
         else:
             apart = self.beta * (ratios_B2[:, 0] - ratios_B2[:, 1])
-            losses_B = -(1.0 - self.label_smoothing) * F.logsigmoid(apart) - self.label_smoothing * F.logsigmoid(-apart)
+            wrong = self.label_smoothing if self.kind == "sigmoid" else -self.label_smoothing
+            losses_B = -(1.0 - self.label_smoothing) * F.logsigmoid(apart) - wrong * F.logsigmoid(-apart)
+            if self.kind == "robust":
+                losses_B = losses_B / (1.0 - 2.0 * self.label_smoothing)
         rewards_B2 = self.beta * ratios_B2.detach()
         return self._terms(losses_B, rewards_B2[:, 0], rewards_B2[:, 1])
 

@@ -17,6 +17,7 @@ from stackwise.batch import MASKS, TOKENS, Batch
 from stackwise.config import DataConfig, StackWiseConfig
 from stackwise.config.loading import build
 from stackwise.data import PreparedData, Split, prepare, require_samples
+from stackwise.data.chat import copy_template
 from stackwise.errors import NotFound, UsageError
 from stackwise.evaluation import HeldOut, Measure, StageModules, evaluate
 from stackwise.files import expanded
@@ -152,9 +153,10 @@ def prepared(rack: CommittedRack, data: list[str]) -> Iterator[PreparedData]:
         tokenizer = Path(directory) / "tokenizer.json"
         rack.data.tokenizer.save(tokenizer)
         about, columns = rack.config.data, rack.config.objective.inputs
-        config = DataConfig(
-            paths=data, tokenizer=str(tokenizer), text_column=about.text_column, follow_links=about.follow_links
-        )
+        if about.chat_template is None and about.tokenizer not in ("bpe", "bytes"):
+            copy_template(expanded(about.tokenizer), Path(directory))
+        named = about.model_dump(include={"text_column", "follow_links", "chat_template"})
+        config = DataConfig(paths=data, tokenizer=str(tokenizer), **named)
         yield prepare(config, out=Path(directory) / "data", all_held_out=True, columns=columns)[0]
 
 
