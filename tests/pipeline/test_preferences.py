@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build
@@ -108,12 +107,7 @@ def test_swapped_killed_and_with_the_reference_found(
     events = run(other, tmp_path / "other")
     assert not [event for event in events if event["event"] == "boundary"], "the reference goes over the rows once"
     # What was killed between two checkpoints ends as what was not.
-    tree: dict[str, Any] = {}
-    for key, value in _settings(model, pairs, "dpo").items():
-        section, _, name = key.partition("__")
-        tree.setdefault(section, {})[name] = value
-    (tmp_path / "stackwise.yaml").write_text(yaml.safe_dump(tree))
-    killed(tmp_path / "stackwise.yaml", tmp_path / "killed", 0)
+    killed(_config(_settings(model, pairs, "dpo")), tmp_path / "killed", 0)
     assert weights(tmp_path / "killed") == weights(at / "run")
 
 
