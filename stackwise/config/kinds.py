@@ -404,6 +404,8 @@ class Objective(Kind):
     """Sequences in a sample, of one length, which see nothing of each other."""
     packs: ClassVar[bool] = False
     """Whether samples hold several documents which must not see each other, unless the configuration says so."""
+    continued_as: ClassVar[str | None] = None
+    """The objective that fits what was trained with it, where that is evaluated or begun from; None: itself."""
     score_width: ClassVar[int | None] = None
     """Numbers that the head gives of a position beside its logits; None: none."""
 

@@ -16,6 +16,7 @@ class _Causal(Objective):
 
     masks: ClassVar[bool] = False
     shows_mask: ClassVar[bool] = False
+    continued_as: ClassVar[str | None] = "clm"
 
     @property
     def causal(self) -> bool:

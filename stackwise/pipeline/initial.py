@@ -82,7 +82,7 @@ class Committed:
         sizes["max_seq_len"] = config.model.max_seq_len or config.training.seq_len
         self.model = ModelConfig.model_validate(config.model.model_dump() | sizes)
         self.tokenizer_json: Path | None = Path(manifest["data"]["directory"]) / TOKENIZER
-        self.objective = "clm" if config.adapts else config.objective.name
+        self.objective = "clm" if config.adapts else config.objective.continued_as or config.objective.name
 
     def source(self, part: str, *, hashed: bool = True) -> Source:
         """See `Weights.source`."""

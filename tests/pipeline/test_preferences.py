@@ -149,3 +149,11 @@ def test_what_cannot_be_is_told(model: Path, pairs: Path, tmp_path: Path, more: 
     with pytest.raises(StackWiseError, match=what) as caught:
         run(_config(_settings(model, pairs, "dpo") | more), tmp_path / "run")
     assert caught.value.exit_code == UsageError("").exit_code
+
+
+def test_a_run_over_pairs_is_a_language_model_to_others(dpo: tuple[Path, list[Any]]) -> None:
+    from stackwise.pipeline.committed.load import load_model
+
+    rack = load_model(str(dpo[0] / "run"), torch.device("cpu"), lambda line: None)
+    assert rack.config.objective.name == "clm"
+    assert len(list(rack.modules())) == 2
