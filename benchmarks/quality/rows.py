@@ -153,10 +153,10 @@ def flops(config: StackWiseConfig, vocab_size: int) -> float:
     """Floating-point operations of a run's training and forward passes, of its matrices alone.
 
     Two a parameter and token forward, two for the gradient that goes down, two for the weight's own (Kaplan et al.,
-    arXiv 2001.08361, section 2.1). The head is asked at the masked positions.
+    arXiv 2001.08361, section 2.1). The head is asked at the masked positions, or at all.
     """
     training, stages = config.training, schedule(config)
-    masked = (training.min_mask_fraction + training.max_mask_fraction) / 2
+    masked = (training.min_mask_fraction + training.max_mask_fraction) / 2 if training.objective.masks else 1.0
     head = vocab_size * config.model.d_model * masked
     total = 0.0
     for stage in stages:

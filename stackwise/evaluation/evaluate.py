@@ -18,6 +18,7 @@ from stackwise.evaluation.passes import (
     Measure,
     Pass,
     Scores,
+    by_sample,
     figures,
     make_passes,
     tensor,
@@ -140,7 +141,7 @@ def evaluate(
 
     Returns:
         Plain data: the rack's figures (the last stage's, or by `exit_of`), `stages` (the same by depth), `baselines`,
-        `samples`, `likelihood`.
+        `samples`, `likelihood`, `by_sample` (nats of each sample; see there).
 
     Raises:
         UsageError: No samples, a causal objective without separator, a custom one without targets.
@@ -182,6 +183,8 @@ def evaluate(
         # Out of the variables before the next one is loaded.
         del stage, head
     result = _figures(passes, answers, bytes_N, tokens.size) if by_depth else {}
+    if by_depth:
+        result["by_sample"] = by_sample(passes, answers, bytes_N)
     result |= {"samples": len(tokens), "likelihood": objective.likelihood, "stages": by_depth, "baselines": {}}
     if how.unigram_counts is not None:
         scores = [unigram(how.unigram_counts, way.targets_NS, width) for way in passes]

@@ -104,6 +104,27 @@ def figures(
     }
 
 
+def by_sample(passes: Sequence[Pass], scores: Sequence[Scores], bytes_N: ArrayLike) -> dict[str, Any]:
+    """Nats of each sample and what they are of, for comparisons sample by sample: two racks have the same samples.
+
+    Returns:
+        `{"nats": [N], "of": [N], "unit"}`: of the likelihood or bound, the unit a byte of text (a token where bytes are
+        not known); where a rack has neither, of the positions at the smallest masked fraction, the unit a token.
+    """
+    pairs = list(zip(passes, scores, strict=True))
+    known = [nats_N for way, score in pairs if (nats_N := way.sample_nats(score)) is not None]
+    sizes_N, unit = np.asarray(bytes_N, dtype=np.float64), "byte"
+    if known:
+        nats_N = np.sum(known, axis=0)
+        if not sizes_N.sum():
+            sizes_N, unit = np.full(len(nats_N), float(passes[0].targets_NS.shape[1])), "token"
+    else:
+        by_fraction = [(float(key), score, mask) for way, score in pairs for key, mask in way.fractions.items()]
+        _, score, mask_NS = min(by_fraction, key=lambda one: one[0])
+        nats_N, sizes_N, unit = np.where(mask_NS, score.nats_NS, 0.0).sum(1), mask_NS.sum(1), "token"
+    return {"nats": [round(float(nats), 4) for nats in nats_N], "of": [int(size) for size in sizes_N], "unit": unit}
+
+
 def unigram(counts_V: ArrayLike, targets_NS: NDArray[np.int64], vocab_size: int) -> Scores:
     """What the training side's token frequencies say, each count raised by one.
 

@@ -73,8 +73,9 @@ _SCORES = {"bits_per_byte": optional(number), "bits_per_byte_error": optional(nu
 _SCORES |= {"tokens": count, "samples": count, "likelihood": optional(text)}
 _FIGURE_SHAPES = {**_FIGURES, **_SCORES}
 _PARTS = {"stages": array_of(record({}, _FIGURE_SHAPES)), "baselines": mapping(record({}, _FIGURE_SHAPES))}
+_BY_SAMPLE = record({"nats": array_of(optional(number)), "of": array_of(count), "unit": shapes.one_of("byte", "token")})
 SCORES = record({}, {**_FIGURE_SHAPES, **_PARTS})  # what of an evaluation becomes figures
-_EVALUATION = record({"loss": _FIGURES["loss"], "tokens": count}, {**_FIGURE_SHAPES, **_PARTS})
+_EVALUATION = record({"loss": _FIGURES["loss"], "tokens": count}, {**_FIGURE_SHAPES, **_PARTS, "by_sample": _BY_SAMPLE})
 _FILL = record({"before": string, "after": string, "spans": array_of(array(string, string))})
 _RANK = {
     **dict.fromkeys(("step", "pid", "memory"), count),

@@ -15,6 +15,7 @@ from stackwise.errors import NotFound, StackWiseError
 from stackwise.pipeline.batch.grid import label, shown
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.report.facts import read_history
+from stackwise.report.groups import Measured, group_cells, groups
 from stackwise.text import printable
 
 PLACES = ("store.path", "data.cache_dir")
@@ -43,8 +44,9 @@ def compare(entries: Sequence[Entry]) -> dict[str, Any]:
 
     Returns:
         `{"keys", "runs": [{"name", "run", "state", "failure", "values", "loss", "bits_per_byte", "seconds", "trained",
-        "reused"}]}`: `keys` are those that differ; `loss` is by stage, in nats; `trained` and `reused` count the
-        stages that this run trained itself and those that it found in the store.
+        "reused"}], "groups"}`: `keys` are those that differ; `loss` is by stage, in nats; `trained` and `reused` count
+        the stages that this run trained itself and those that it found in the store. `groups` are the evaluated runs
+        that differ by no more than their seed (`groups.py`).
 
     Raises:
         NotFound: A run that was named is not there.
@@ -57,11 +59,14 @@ def compare(entries: Sequence[Entry]) -> dict[str, Any]:
         if key not in PLACES and len({repr(_value(config, key)) for config in whole}) > 1
     ]
     keys = list(dict.fromkeys([*(key for entry in entries for key in entry.values or ()), *differing]))
-    rows = []
+    rows, measured = [], []
     for entry, config in zip(entries, settings, strict=True):
         values = entry.values or {} if config is None else {key: _value(config, key) for key in differing}
-        rows.append(_row(entry, dict(values)))
-    return {"keys": keys, "runs": rows}
+        row, samples = _row(entry, dict(values))
+        rows.append(row)
+        if samples is not None:
+            measured.append(Measured(row["name"], values, samples))
+    return {"keys": keys, "runs": rows, "groups": groups(measured)}
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
@@ -71,7 +76,8 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
     return config.get(key.split(".", 2)[2])
 
 
-def _row(entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
+def _row(entry: Entry, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A run's row, and its figures by held-out sample."""
     row: dict[str, Any] = {
         "name": entry.name or str(entry.run.path),
         "run": str(entry.run.path),
@@ -89,9 +95,9 @@ def _row(entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
     except NotFound:
         if entry.name is None:  # a run that was named by its directory must be there
             raise
-        return row
+        return row, None
     except StackWiseError as error:
-        return row | {"state": "failed", "failure": entry.failure or error.message}
+        return row | {"state": "failed", "failure": entry.failure or error.message}, None
     history = read_history(entry.run.events_file)
     done = [stage for stage in state["stages"] if stage["state"] == "done"]
     # What the log has steps of was not found in the store.
@@ -106,8 +112,10 @@ def _row(entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
     row["seconds"] = round(sum(history.phases.values()), 3)  # worked on the run, however many sittings it took
     if len(done) == len(state["stages"]):  # an evaluation of before a change is not its own
         with contextlib.suppress(OSError, ValueError):
-            row["bits_per_byte"] = (entry.run.evaluation() or {}).get("bits_per_byte")
-    return row
+            evaluation = entry.run.evaluation() or {}
+            row["bits_per_byte"] = evaluation.get("bits_per_byte")
+            return row, evaluation.get("by_sample")
+    return row, None
 
 
 def cells(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -156,6 +164,9 @@ def markdown(comparison: Mapping[str, Any], title: str) -> str:
     failures = [
         f"- {printable(run['name'])}: {printable(run['failure'])}" for run in comparison["runs"] if run["failure"]
     ]
+    if comparison["groups"]:
+        head, texts = group_cells(comparison["groups"])
+        lines += ["", _line(head), _line(["---"] * len(head)), *map(_line, texts)]
     return "\n".join([*lines, *(["", "Failed:", "", *failures] if failures else []), ""])
 
 

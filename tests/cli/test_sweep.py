@@ -55,9 +55,17 @@ def test_interrupted_a_sweep_goes_on_and_a_failed_run_stops_no_other(text: Path,
     seen = json.loads(cli("sweep", *args, "--dry-run", "--json").stdout)
     assert [run["stages"] for run in seen["runs"]] == [["store", "store"], ["store", "train"], ["store", "store"]]
     # The same table falls out for any runs.
-    value = json.loads(cli("compare", *(str(place / name) for name in names), "--json").stdout)
+    drawing = tmp_path / "held-out.svg"
+    runs = [str(place / name) for name in names]
+    value = json.loads(cli("compare", *runs, "--plot", str(drawing), "--json").stdout)
     assert value["keys"] == ["stages.1.training.learning_rate"]
     assert [run["values"] for run in value["runs"]] == [{value["keys"][0]: 1e-3}, {value["keys"][0]: 2e-3}]
     assert value["runs"][0]["bits_per_byte"] == good[0]["bits_per_byte"]
-    assert "stage1.learning_rate" in cli("compare", *(str(place / name) for name in names)).stdout
+    assert [round(group["held_out"]["mean"], 4) for group in value["groups"]] == [
+        round(run["bits_per_byte"], 4) for run in value["runs"]
+    ]
+    assert value["groups"][1]["against"]["low"] < value["groups"][1]["against"]["high"]
+    assert drawing.read_text().startswith("<svg")
+    assert cli("compare", *runs, "--plot", str(tmp_path / "no" / "x.svg")).exit_code == 2
+    assert "stage1.learning_rate" in cli("compare", *runs).stdout
     assert cli("compare", str(place / "nowhere")).exit_code == 2

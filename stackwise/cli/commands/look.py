@@ -10,6 +10,8 @@ from stackwise.cli.drawing import Table, show, state
 from stackwise.cli.options import as_json, find_run, run_option, watch_option
 from stackwise.cli.output import Styled, print_json, say, say_all
 from stackwise.cli.tables import status_table
+from stackwise.errors import NotFound
+from stackwise.files import expanded
 
 
 @click.command()
@@ -37,19 +39,32 @@ def report(run: str | None) -> None:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN RUN…")
+@click.option("--plot", metavar="FILE", help="Draw the held-out figures and their intervals, as SVG.")
 @as_json
-def compare(runs: tuple[str, ...], as_json: bool) -> None:
-    """A table of runs: the settings that differ, loss by stage, held-out bits a byte, time, stages reused."""
+def compare(runs: tuple[str, ...], plot: str | None, as_json: bool) -> None:
+    """A table of runs: the settings that differ, loss by stage, held-out bits a byte, time, stages reused.
+
+    Runs that differ by no more than their seed are one figure with its 95% interval, and its difference from the first
+    one's by a paired bootstrap over seeds and held-out samples.
+    """
+    from stackwise import durable
     from stackwise.report.compare import Entry
     from stackwise.report.compare import compare as comparison
+    from stackwise.report.groups import plot as drawn
 
     value = comparison([Entry(find_run(run)) for run in runs])
+    if plot is not None:
+        file = expanded(plot)
+        if not file.parent.is_dir():
+            raise NotFound(f"--plot {plot}: there is no folder {file.parent}")
+        durable.write_bytes(file, drawn(value["groups"]).encode())
     print_json(value) if as_json else show_comparison(value)
 
 
 def show_comparison(value: dict[str, Any]) -> None:
     """The table of a comparison, and under it what failed."""
     from stackwise.report.compare import best, cells, summary
+    from stackwise.report.groups import group_cells
 
     columns, rows = cells(value)
     at = columns.index("state")
@@ -58,6 +73,12 @@ def show_comparison(value: dict[str, Any]) -> None:
         # The best one stands out.
         table.add_row(*row[:at], state(row[at]), *row[at + 1 :], style="bold" if number == best(value) else "")
     say_all(table.lines())
+    if value["groups"]:
+        columns, rows = group_cells(value["groups"])
+        table = Table(*columns, right=range(1, 2))
+        for row in rows:
+            table.add_row(*row)
+        say_all(["", *table.lines()])
     for run in value["runs"]:
         if run["failure"]:
             say(Styled(f"{run['name']}: {run['failure']}", "red"))
