@@ -36,7 +36,7 @@ FAMILIES = {
 }
 TRAININGS = {"end to end": "end_to_end", "blockwise": "blockwise", "growth": "growth"}
 PLAIN = "end to end"
-SIZES = {
+SIZES: dict[str, Any] = {
     "model.d_model": 64,
     "model.n_heads": 4,
     "model.architecture.n_stacks": 4,
@@ -131,8 +131,8 @@ def _composed(trial: Trial, training: str, steps: int, store: str) -> StackWiseC
     from baselines.compose import configuration as composed
 
     register()
-    own = {"seed": trial.seed, "training.learning_rate": trial.rate, "training.steps": steps}
-    own |= {"store.path": store, "training.rows": steps * int(SIZES["training.batch_size"])}  # type: ignore[call-overload]
+    own: dict[str, Any] = {"seed": trial.seed, "training.learning_rate": trial.rate, "training.steps": steps}
+    own |= {"store.path": store, "training.rows": steps * SIZES["training.batch_size"]}
     words = [f"model={FAMILIES[trial.family]}", f"training={training}", "data=stdlib"]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return composed(hydra.compose("config", [*words, *(f"{k}={v}" for k, v in (SIZES | own).items())]), "baseline")
