@@ -276,6 +276,11 @@ def _check(corpus: Corpus, sources: int) -> None:
         raise UsageError("data.paths: some rows bring text and some input_ids; a corpus is one or the other")
     for name in dict.fromkeys((*corpus.reading.columns, *contents.columns)):
         bring = contents.columns[name]
+        if bring == 0 and corpus.reading.chat is not None:
+            raise UsageError(
+                f"data.paths: no conversations, and no row of input_ids brings {name}, which the objective needs",
+                hint="name jsonl, json or parquet of messages, prompt and completion, or prompt, chosen and rejected",
+            )
         if bring == 0:
             raise UsageError(
                 f"data.columns: no row brings {name!r}", hint="columns are of rows of input_ids, one value a token"

@@ -97,7 +97,7 @@ def make_model(job: TrialJob, config: StackWiseConfig) -> StageModel:
     for part, block in zip((*stage.blocks, *stage.lookahead), (*blocks, *beyond), strict=True):
         require_gradients(part, block, stage)
     tied = front.embedding.weight if front is not None and config.model.tie_embeddings else None
-    head = make_head(config, job.vocab_size, fresh, tied, own=False)
+    head = make_head(config, job.vocab_size, fresh, tied, own=False, match=config.objective.score_width)
     objective = objective_of(config, job.mask_token, job.vocab_size, stage)
     return StageModel(front, blocks, head, objective, config.precision, beyond)
 
