@@ -25,6 +25,7 @@ class WholeDocuments(Split):
     def __init__(self, directory: Path, meta: Mapping[str, Any], byte_table: Callable[[], Int64s | None]) -> None:
         super().__init__(directory, meta, byte_table)
         self._laid: dict[int, list[list[tuple[int, int, int]]]] = {}
+        self._shortened: dict[int, int] = {}  # by the sample's length, documents of which not all is there
         self._padding = {"tokens": int(self.tokens[-1]) if len(self.tokens) else 0, TARGETS: IGNORED}
 
     def places(self, seq_len: int) -> list[list[tuple[int, int, int]]]:
@@ -36,6 +37,20 @@ class WholeDocuments(Split):
     def n_samples(self, seq_len: int) -> int:
         """Samples of `seq_len` tokens."""
         return len(self.places(seq_len))
+
+    def remarks(self, seq_len: int) -> list[str]:
+        """What samples of a length lack of the documents, a line each."""
+        here = sum(map(self._documents_in, self.places(seq_len)))
+        lines = {
+            "are cut": self._shortened[seq_len],
+            "are left out, as nothing scored is left of them,": self.n_documents - here,
+        }
+        return [
+            f"{count} of {self.n_documents} rows {what} at {seq_len} tokens" for what, count in lines.items() if count
+        ]
+
+    def _documents_in(self, runs: list[tuple[int, int, int]]) -> int:
+        return len(runs)
 
     def segments(self, indices: Any, seq_len: int) -> np.ndarray[Any, np.dtype[np.int32]]:
         """See `Split.segments`; padding is a document of its own."""
@@ -75,6 +90,7 @@ class PackedSplit(WholeDocuments):
         edges, scored = self._edges(), np.flatnonzero(self._columns[SCORED])
         starts, lengths = edges[:-1], np.minimum(np.diff(edges), seq_len)
         any_scored = np.searchsorted(scored, starts) < np.searchsorted(scored, starts + lengths)
+        self._shortened[seq_len] = int((np.diff(edges) > seq_len)[any_scored].sum())
         # The number of a document breaks ties: the layout is a function of the documents and the length alone.
         order = np.lexsort((np.arange(len(starts)), -lengths))
         samples: list[list[tuple[int, int, int]]] = []
@@ -109,7 +125,7 @@ class PairSplit(WholeDocuments):
 
     def _lay(self, seq_len: int) -> list[list[tuple[int, int, int]]]:
         edges, marks, half = self._edges(), np.asarray(self._columns[PAIR]), seq_len // 2
-        samples = []
+        samples, shortened = [], 0
         for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             of_pair = marks[start:stop]
             second = np.flatnonzero(of_pair >= 2)
@@ -119,7 +135,12 @@ class PairSplit(WholeDocuments):
             first, last = min(at, half), min(end - at, half)
             if (of_pair[:first] == 1).any() and (of_pair[at : at + last] == 3).any():
                 samples.append([(0, start, first), (half, start + at, last)])
+                shortened += first + last < end
+        self._shortened[seq_len] = shortened
         return samples
+
+    def _documents_in(self, runs: list[tuple[int, int, int]]) -> int:
+        return 1
 
 
 def split_of(directory: Path, meta: Mapping[str, Any], byte_table: Callable[[], Int64s | None]) -> Split:

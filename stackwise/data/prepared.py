@@ -245,6 +245,10 @@ class Split:
         """Whole samples of `seq_len` tokens."""
         return self.n_tokens // seq_len  # the tail that fills no sample is left
 
+    def remarks(self, seq_len: int) -> list[str]:
+        """What samples of a length lack of the documents, a line each: of a stream nothing."""
+        return []
+
     def samples(self, indices: Any, seq_len: int) -> Int64s:
         """Tokens of samples: int64 [n, seq_len].
 
@@ -419,6 +423,11 @@ def require_samples(split: Split, seq_len: int, name: str) -> int:
     """
     if (n := split.n_samples(seq_len)) > 0:
         return n
+    if split.name:  # samples of whole documents
+        raise UsageError(
+            f"{name}: no row keeps anything that is scored at {seq_len} tokens (training.seq_len)",
+            hint="raise training.seq_len, or add rows" + (", or raise data.held_out" if "held" in name else ""),
+        )
     raise UsageError(
         f"{name}: {split.n_tokens} tokens are fewer than one sample of {seq_len} (training.seq_len)",
         hint=f"add text, set training.seq_len to {split.n_tokens} or less"

@@ -103,6 +103,8 @@ def test_packing_keeps_documents_whole_and_apart(tmp_path: Path, seq_len: int) -
     )
     assert n <= 1.25 * lengths.sum() / seq_len + 1
     assert len(split.sample_ids(seq_len)) == n
+    cut = int((np.diff(edges) > seq_len).sum())
+    assert split.remarks(seq_len) == ([f"{cut} of {split.n_documents} rows are cut at {seq_len} tokens"] if cut else [])
 
 
 def test_pairs_stand_in_halves_with_their_marks(tmp_path: Path) -> None:
@@ -123,6 +125,8 @@ def test_pairs_stand_in_halves_with_their_marks(tmp_path: Path) -> None:
         number = bytes(tokens[row, :8].astype(np.uint8)).split(b" ")[0]
         assert margins[row, 0] == (float(number) / 4 if number.isdigit() else 0)
     assert said == {(b"good", b"bad "), (b"answ", b"no, ")}
+    assert not split.remarks(256)
+    assert len(split.remarks(16)) == 2
     assert split.n_samples(16) < n  # where no answer is left of a side, there is nothing to compare
 
 

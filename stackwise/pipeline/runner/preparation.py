@@ -159,6 +159,8 @@ def prepare_data(config: StackWiseConfig, emit: Emit, check: Callable[[], None])
     if (mask := settle_mask(config, data.tokenizer)) is not None:
         emit("note", text=mask)
     check_data(config, data)
+    for line in data.train.remarks(config.training.seq_len):
+        emit("note", text=f"training.seq_len: {line}")
     return data
 
 
@@ -166,6 +168,6 @@ def unused_beside_prepared(data: DataConfig) -> list[str]:
     """The settings that a prepared data set has settled already."""
     if not any(is_prepared(Path(path)) for path in data.paths):
         return []
-    settled = {"tokenizer", "vocab_size", "held_out", "max_bytes", "text_column", "follow_links"}
+    settled = {"tokenizer", "vocab_size", "held_out", "max_bytes", "text_column", "follow_links", "chat_template"}
     given = sorted(set(changed(data)) & settled)
     return [f"data.{', '.join(given)}: unused, {data.paths[0]} is prepared already"] if given else []
