@@ -195,7 +195,7 @@ def _measure(options: argparse.Namespace) -> Section:
         "held out",
         "against end to end",
         "steps",
-        "EFLOP",
+        "TFLOP",
         "written",
         "seconds",
     )
@@ -205,8 +205,8 @@ def _measure(options: argparse.Namespace) -> Section:
         f"4 blocks of width 64 of each family's own kind, samples of 64 bytes, batches of 8, {options.steps} steps of "
         "end to end; the other rows have as many steps as cost the same: operations of matrices, those of forward "
         "passes between stages among them. Each sample is seen once. Data: this machine's Python standard library, "
-        "held-out files; of BERT the loss at 15% masked, so it is not to be compared with the others. Medians over "
-        "seeds, smallest to largest in brackets. "
+        "held-out files; of BERT the bound of masked diffusion, of the others exact, so it is not to be "
+        "compared with them. Medians over seeds, smallest to largest in brackets. "
         "Against end to end: the mean difference over seeds and held-out samples, and its 95% interval by a paired "
         "bootstrap over both; below 0 is better. Rates: the best of the grid by the first seed. So short a training "
         "says which way learns sooner, not where it ends."
@@ -241,7 +241,7 @@ def _row(cell: tuple[str, str], trial: Trial | None, runs: list[Result], plain: 
         f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f}) {unit}",
         beside,
         str(runs[0]["steps"]),
-        f"{runs[0]['flops'] / 1e18:.2g}",
+        f"{runs[0]['flops'] / 1e12:.2g}",
         f"{runs[0]['written'] / 1e6:.0f} MB",
         f"{statistics.median(run['seconds'] for run in runs):.0f}",
     ]

@@ -6,12 +6,14 @@ import contextlib
 import difflib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
@@ -23,6 +25,7 @@ from stackwise.pipeline.suites.scoring import Continuation, Scorer
 
 REASONING = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "lambada_openai", "boolq", "gsm8k")
 """The tasks of the suite; their data is asked of a hub, unless a folder of tasks says where it lies."""
+_NAMES = re.compile(rb"""^["']?(?:task|group|tag)["']?:[ ]*["']?([\w.+-]+)""", re.MULTILINE)
 DEFAULT_LENGTH = 256
 """Tokens that a task gets where it does not say how many."""
 
@@ -129,12 +132,29 @@ def _manager(tasks: Sequence[str], folder: Path | None) -> TaskManager:
         alone = TaskManager(include_path=str(folder), include_defaults=False)
         if set(tasks) <= set(alone.all_tasks):
             return alone
+    for task in set(tasks) - set(() if folder is None else alone.all_tasks):
+        _check_named(task)
     manager = TaskManager(include_path=None if folder is None else str(folder))
     known = set(manager.all_tasks)
     for task in tasks:
         if task not in known:
             raise NotFound(f"--tasks {task}: there is no such task", hint=_near(task, known))
     return manager
+
+
+def _check_named(task: str) -> None:
+    """Refuse a name that is nowhere in the text of the harness's tasks: its own index reads all of them as YAML first.
+
+    Raises:
+        NotFound: There is no such task.
+    """
+    names: set[bytes] = set()
+    for path in Path(lm_eval.tasks.__file__).parent.rglob("*yaml"):  # what they include has no suffix
+        text = path.read_bytes()
+        if task.encode() in text:
+            return
+        names.update(_NAMES.findall(text))
+    raise NotFound(f"--tasks {task}: there is no such task", hint=_near(task, {name.decode() for name in names}))
 
 
 @contextlib.contextmanager
