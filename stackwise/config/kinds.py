@@ -84,7 +84,13 @@ TRACKERS: Registry[type[Tracker]] = Registry(
     "tracker",
     f"{__name__}:Tracker",
     "stackwise.pipeline.tracking.trackers",
-    {"tensorboard": "TensorBoard", "wandb": "WeightsAndBiases", "mlflow": "MLflow"},
+    {
+        "tensorboard": "TensorBoard",
+        "wandb": "WeightsAndBiases",
+        "mlflow": "MLflow",
+        "clearml": "ClearML",
+        "neptune": "Neptune",
+    },
 )
 
 

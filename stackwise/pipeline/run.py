@@ -46,7 +46,7 @@ FORMAT = 1
 PREPARING = "preparing"
 """In the manifest of a run that has no plan yet: `phase`, `done` of `total`, and what it `failed` by."""
 FILES = ("stackwise.yaml", "run.json", "events.jsonl", "evaluation.json", "report.html", "jobs.json", "run.lock")
-DIRECTORIES = ("logs", "tracking", "tensorboard", "checkpoints", "jobs", "export", "wandb", "suites")
+DIRECTORIES = ("logs", "tracking", "tensorboard", "checkpoints", "jobs", "export", "wandb", "clearml", "suites")
 LINKED = ("jobs", "wandb")  # directories in which packages make links of their own: submitit under `logs`, and W&B
 STATES = ("pending", "running", "done", "failed", "interrupted")
 JOB_STATES = ("submitted", "running", "done", "failed", "interrupted", "not run")

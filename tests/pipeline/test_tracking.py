@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,26 @@ def test_tensorboard_by_default_and_not_where_it_is_off(micro: Micro, tmp_path: 
     before = list((tmp_path / "run" / "tensorboard").rglob("events*"))
     assert not named(run(micro(tracking__tensorboard=False), tmp_path / "run"), "training")
     assert list((tmp_path / "run" / "tensorboard").rglob("events*")) == before
+
+
+def test_a_session_of_clearml_offline_has_every_figure(micro: Micro, tmp_path: Path) -> None:
+    config = micro(training__steps=4, tracking__trackers=[{"kind": "clearml"}, {"kind": "tensorboard"}])
+    seen = run(config, tmp_path / "run")
+    assert not named(seen, "warning")
+    (session,) = (tmp_path / "run" / "clearml" / "offline").glob("offline-*.zip")
+    with zipfile.ZipFile(session) as files:
+        points = [point for line in files.read("metrics.jsonl").splitlines() for point in json.loads(line)]
+        task = json.loads(files.read("task.json"))
+    board = trackers_files.tensorboard(tmp_path / "run")
+    for depth in (0, 1):
+        of_stage = [one for one in points if (one["metric"], one["variant"]) == (f"stage_{depth:03d}", "loss")]
+        shown = sorted((one["iter"], one["value"]) for one in of_stage)
+        assert [step for step, _ in shown] == [1, 2, 3, 4]
+        losses = [value for _, value in board[f"stage-{depth:03d}/loss"]]
+        assert [value for _, value in shown] == pytest.approx(losses, rel=1e-6)
+    assert "training.learning_rate" in json.dumps(task)
+    with pytest.raises(UsageError, match="Neptune's service ended in March 2026"):
+        micro(tracking__trackers=[{"kind": "neptune"}])
 
 
 def test_all_three_after_a_kill_have_every_point_once(micro: Micro, tmp_path: Path) -> None:

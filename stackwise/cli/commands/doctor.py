@@ -32,6 +32,7 @@ FALLBACK = ("click", "lmdb", "numcodecs", "numpy", "psutil", "pydantic", "PyYAML
 EXTRAS = {
     "arrow": "parquet files and Hugging Face data set folders",
     "wandb": "Weights & Biases (tracking.trackers: wandb)",
+    "clearml": "ClearML (tracking.trackers: clearml)",
     "mlflow": "MLflow (tracking.trackers: mlflow)",
     "slurm": "jobs of a batch system (stackwise run --engine slurm)",
 }

@@ -1,4 +1,4 @@
-"""The kinds of tracker, TensorBoard, Weights & Biases, MLflow, and what takes their figures.
+"""The kinds of tracker, TensorBoard, Weights & Biases, MLflow, ClearML, and what takes their figures.
 
 A package is imported when it is used.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.fields import Text
@@ -128,6 +128,35 @@ class MLflow(Tracker):
     def build(self) -> TrackerClient:
         """See `Tracker.build`."""
         return _MLflowRun(self.uri)
+
+
+class ClearML(Tracker):
+    """ClearML."""
+
+    mode: Literal["offline", "online"] = Field(
+        "offline",
+        description="online, or offline: sessions in the run directory, for `clearml-task --import-offline-session`",
+    )
+
+    def packages(self) -> dict[str, str]:
+        """See `Tracker.packages`."""
+        return {"clearml": "stackwise[clearml]"}
+
+    def build(self) -> TrackerClient:
+        """See `Tracker.build`."""
+        return _ClearMLTask(self.mode)
+
+
+class Neptune(Tracker):
+    """Neptune, whose service ended in March 2026: named to be refused."""
+
+    @model_validator(mode="after")
+    def _ended(self) -> Self:
+        raise ValueError("Neptune's service ended in March 2026: take clearml, wandb, mlflow or tensorboard")
+
+    def build(self) -> TrackerClient:
+        """None can be built: the settings are refused."""
+        raise UsageError("Neptune's service ended in March 2026", hint="take clearml, wandb, mlflow or tensorboard")
 
 
 class _EventFiles:
@@ -299,6 +328,62 @@ class _MLflowRun:
         for batch in _batches(params, 100):
             self._client.log_batch(made, params=batch)
         return made
+
+
+class _ClearMLTask:
+    """A task of a ClearML project; offline, a session of its own for each sitting, with all figures from the first on.
+
+    A session of ClearML's offline mode ends with its process, and cannot be gone on with; so the last one has them all.
+    """
+
+    name = "clearml"
+
+    def __init__(self, mode: str) -> None:
+        self._offline = mode == "offline"
+        self._task: Any = None
+
+    def open(self, run: RunInfo, number: int, known: str | None) -> str:
+        """Begin a task, or, online, go on with it."""
+        if self._offline:
+            os.environ["CLEARML_CACHE_DIR"] = str(Path(run.directory) / "clearml")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from clearml import Task
+
+            if self._task is not None:
+                self._task.close()
+            Task.set_offline(self._offline)
+            goes_on = False if self._offline or known is None else known
+            self._task = Task.init(
+                project_name=run.project,
+                task_name=run.name if number == 1 else f"{run.name} ({number})",
+                tags=None if run.group is None else [run.group],
+                reuse_last_task_id=False,
+                continue_last_task=goes_on,
+                auto_connect_arg_parser=False,
+                auto_connect_frameworks=False,
+                auto_connect_streams=False,
+                auto_resource_monitoring=False,
+            )
+            if not goes_on:
+                self._task.connect(dict(run.parameters), name="configuration")
+        return str(self._task.id)
+
+    def log(self, points: list[Point]) -> None:
+        """Report the figures; they are on the disk, or sent, when this returns."""
+        logger = self._task.get_logger()
+        for point in points:
+            title = "held_out_by_depth" if point.stage is None else f"stage_{point.stage:03d}"
+            logger.report_scalar(title, point.name, point.value, point.step)
+        self._task.flush(wait_for_uploads=True)
+
+    def close(self, state: str) -> None:
+        """Say how it ended; a session offline becomes a zip file."""
+        if self._task is not None:
+            if state == "failed":
+                self._task.mark_failed(ignore_errors=True)
+            self._task.close()
+            self._task = None
 
 
 def _batches(items: list[Any], size: int) -> list[list[Any]]:
