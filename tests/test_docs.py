@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,14 @@ def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
             (tmp_path / "config.yaml").write_text(text)
         elif kind == "python":
             exec(compile(text, page.name, "exec"), names)
+
+
+def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, ""), "mkdocs.yml is strict: a warning ends it"
+    assert "Samples.sums" in (tmp_path / "site" / "api" / "index.html").read_text(), "docstrings are in it"
 
 
 CONFIGURATIONS = [pytest.param(text, id=name) for name, text in blocks("yaml")]
