@@ -122,6 +122,10 @@ def _stages(config: Settings) -> Iterator[Fault]:
             which = "patience" if settings.patience is not None else "keep_best"
             yield f"{key}.{which}", "needs held-out losses: set training.eval_every too"
             break
+        if settings.curriculum is not None and config.windows > 1:
+            text = f"its easy rows come from all rows at once, and {config.windows} windows have a part each"
+            yield f"{key}.curriculum", f"{text}: leave it out, or set training.windows: 1"
+            break
         if depth not in config.stages:
             break  # the others are like it
     for name in re.findall(r"\{(.*?)\}", config.store.path or ""):

@@ -92,6 +92,17 @@ class Quantization(Section):
 _INTEGERS = re.compile(r"int([2-8])-(tensor|channel|g[1-9]\d{0,8})(-asym)?(-learned)?(?:-a([2-8])(s)?)?")
 
 
+class Curriculum(Section):
+    """Easy rows first: a step draws from the easiest share of all rows, which grows (arXiv 1903.09848)."""
+
+    by: Literal["rarity", "compression"] = Field(
+        "rarity", description="what makes a row hard: rarity of its tokens, or how little its ids compress"
+    )
+    competence: Literal["sqrt", "linear"] = Field("sqrt", description="how the share of rows grows with steps")
+    start: Fraction = Field(0.1, description="the share of rows, the easiest, that the first step draws from")
+    until: Fraction = Field(0.5, description="share of the steps after which all rows are drawn, as without it")
+
+
 class StageTraining(Section):
     """How one stage trains. Each of these can be set for one stage: `stages.K.training.KEY`."""
 
@@ -137,6 +148,9 @@ class StageTraining(Section):
         None, description="end a stage after so many evaluations without a lower held-out loss; null: never"
     )
     keep_best: bool = Field(False, description="commit the weights of the evaluation with the lowest held-out loss")
+    curriculum: Curriculum | None = Field(
+        None, description="easy rows first: {by: rarity, competence: sqrt, start: 0.1, until: 0.5}; null: random order"
+    )
     divergence: Divergence = choice(Divergence, "at a loss or gradient that is no number, or a loss that explodes")
 
     def specification(self, precision: str) -> dict[str, Any]:
@@ -150,6 +164,7 @@ class StageTraining(Section):
         unused |= {"loss_scale"} if precision != "fp16" else set()
         unused |= {"min_learning_rate"} if self.lr_schedule == "constant" else set()
         unused |= {"decay"} if self.lr_schedule != "wsd" or self.decay is None else set()
+        unused |= {"curriculum"} if self.curriculum is None else set()
         unused |= set() if self.heeds_held_out else {"eval_every"}
         values = self.model_dump(exclude=unused)
         kinds = {name: kind for name in values if isinstance(kind := getattr(self, name), Kind)}

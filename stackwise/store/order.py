@@ -69,6 +69,11 @@ class RowOrder:
         self._epoch: tuple[int, Rows, Rows] = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
         self._windows: dict[tuple[int, int], Rows] = {}
 
+    @property
+    def selected(self) -> Rows:
+        """The rows that it is made of, sorted."""
+        return np.arange(self.rows) if self._selected is None else self._selected
+
     def batch(self, number: int, size: int) -> Rows:
         """Rows int64 [size]: positions [number * size, (number + 1) * size) of the endless sequence."""
         if number < 0 or size < 1:

@@ -32,6 +32,7 @@ from stackwise.pipeline.worker.stores import Stores
 from stackwise.store import ActivationStore, RowOrder
 from stackwise.training import checkpoint
 from stackwise.training.checkpoint import Checkpoints, reason
+from stackwise.training.curriculum import CurriculumOrder, difficulties
 from stackwise.training.engine import WEIGHT, Engine, ResidentEngine, State
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.forward import forward_rows
@@ -183,6 +184,10 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
         window_chunks=SHUFFLED_CHUNKS,
         select=stage_rows(config, context.feed.rowset.sample_ids, stage.depth, stage.rowset),
     )
+    if settings.curriculum is not None:
+        difficulty_N = difficulties(context.feed, order.selected, settings.curriculum.by)
+        step_rows = settings.batch_size * settings.accumulation
+        order = CurriculumOrder(order, difficulty_N, settings.curriculum, step_rows=step_rows, steps=span.steps)
     with StageHooks(context, trainer) as hooks:
         while True:
             start = ranks.microbatch((job.rows_begin + trainer.step) * (settings.accumulation // ranks.size))

@@ -1,0 +1,107 @@
+"""A curriculum: easy rows first, and of the others more as competence grows (Platanios et al., arXiv 1903.09848)."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import numpy as np
+
+from stackwise import identity
+from stackwise.batch import TOKENS
+from stackwise.config.training import Curriculum
+from stackwise.store import RowOrder
+from stackwise.store.order import Rows
+from stackwise.training.feed import Feed
+
+SLICE = 1 << 12  # rows whose tokens are in memory at once
+
+
+def difficulties(feed: Feed, rows_N: np.ndarray, by: str) -> np.ndarray:
+    """How hard rows are, float64 [N]; it follows from their tokens alone.
+
+    Args:
+        by: rarity: the mean over a row of -log p(token), p the token's share of these rows (equation 2 of the paper,
+            by token); compression: bytes that DEFLATE makes of a row's ids, all rows being equally long.
+    """
+    slices = [rows_N[first : first + SLICE] for first in range(0, len(rows_N), SLICE)]
+
+    def tokens(rows: np.ndarray) -> np.ndarray:
+        return np.asarray(feed.sources[TOKENS].read(rows).numpy())
+
+    if by == "compression":
+        return np.array(
+            [len(zlib.compress(row.astype("<u4").tobytes(), 9)) for rows in slices for row in tokens(rows)], np.float64
+        )
+    counts = np.zeros(0, np.int64)
+    for rows in slices:
+        more = np.bincount(tokens(rows).ravel(), minlength=len(counts))
+        more[: len(counts)] += counts
+        counts = more
+    surprise = np.log(counts.sum()) - np.log(np.maximum(counts, 1))
+    return np.concatenate([surprise[tokens(rows)].mean(axis=1) for rows in slices])
+
+
+class CurriculumOrder(RowOrder):
+    """Rows drawn from the easiest ones; once competence is whole, epochs as without a curriculum.
+
+    At step t < T a step's rows are drawn uniformly from the easiest share c(t) of all rows, with
+    c(t) = min(1, (t (1 - c0^p) / T + c0^p)^(1/p)), p = 1 (linear) or 2 (sqrt).
+
+    Args:
+        plain: The order without a curriculum, of the rows that the difficulties are of.
+        difficulty_N: One for each of its rows, in ascending order of rows.
+        curriculum: The settings.
+        step_rows: Rows in a step.
+        steps: The budget; `curriculum.until` is a share of it.
+    """
+
+    def __init__(
+        self, plain: RowOrder, difficulty_N: np.ndarray, curriculum: Curriculum, *, step_rows: int, steps: int
+    ) -> None:
+        super().__init__(
+            plain.rows,
+            seed=plain.seed,
+            chunk_rows=plain.chunk_rows,
+            window_chunks=plain.window_chunks,
+            select=plain.selected,
+        )
+        # Stable: among equally hard rows the number decides.
+        self._easiest_N = self.selected[np.argsort(difficulty_N, kind="stable")]
+        self._curriculum, self._step_rows = curriculum, step_rows
+        self._growing = round(steps * curriculum.until)  # T
+
+    def competence(self, step: int) -> float:
+        """The share of rows, easiest first, that a step draws from."""
+        if step >= self._growing:
+            return 1.0
+        first, done = self._curriculum.start, step / self._growing
+        if self._curriculum.competence == "linear":
+            return min(1.0, done * (1 - first) + first)
+        return min(1.0, math.sqrt(done * (1 - first**2) + first**2))
+
+    def at(self, start: int, stop: int) -> Rows:
+        """Rows int64 [stop - start] at these positions."""
+        border = self._growing * self._step_rows
+        parts: list[Rows] = []
+        while start < min(stop, border):
+            step, offset = divmod(start, self._step_rows)
+            parts.append(self._drawn(step)[offset : offset + stop - start])
+            start += len(parts[-1])
+        if start < stop:
+            parts.append(super().at(start - border, stop - border))
+        return np.concatenate(parts)
+
+    def window_rows(self, position: int) -> tuple[Rows, int]:
+        """The rows of the step that holds `position` (later, of the window), and the position after its last row."""
+        border = self._growing * self._step_rows
+        if position < border:
+            step = position // self._step_rows
+            return self._drawn(step), (step + 1) * self._step_rows
+        rows, end = super().window_rows(position - border)
+        return rows, end + border
+
+    def _drawn(self, step: int) -> Rows:
+        among = max(1, math.ceil(self.competence(step) * self.length))
+        words = identity.generator(*self.seed, "curriculum", step).bit_generator.random_raw(self._step_rows)
+        return self._easiest_N[(np.atleast_1d(words) % np.uint64(among)).astype(np.int64)]
