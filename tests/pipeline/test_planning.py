@@ -20,7 +20,7 @@ from stackwise.pipeline.planning.trace import PARTS
 from stackwise.pipeline.planning.tracing import traced
 from stackwise.pipeline.schedule import schedule
 
-VOCABULARY = {"micro": 258, "smoke": 258, "demo": 512}
+VOCABULARY = {"micro": 258, "smoke": 258, "demo": 4096}
 
 
 @pytest.fixture(autouse=True)
