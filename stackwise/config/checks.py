@@ -9,7 +9,7 @@ from stackwise.config.adapters import adapter_faults
 from stackwise.config.choices import AdaptiveFusion, CausalAdaptation, HierarchicalFusion, NoFusion
 from stackwise.config.fields import AUTO
 from stackwise.config.growth import Grown
-from stackwise.config.precision import FORMATS, canonical, stack_adapters, weight_format
+from stackwise.config.precision import FORMATS, canonical, provider_fault, stack_adapters, weight_format
 from stackwise.config.schema import Settings
 from stackwise.errors import UsageError
 
@@ -237,6 +237,12 @@ def _stacks(config: Settings) -> Iterator[Fault]:
         if depth < config.n_sections or not all(integers[: config.n_sections]):
             text = "scales train alone in a stage above blocks that were trained for integers: set training.fusion"
             yield f"stages.{depth}.training.quantization.trains", text
+    for depth, settings in enumerate(integers):
+        where = f"stages.{depth}.training.quantization" if depth in config.stages else "training.quantization"
+        if settings is None or (text := provider_fault(settings, model)) is None:
+            continue
+        yield f"{where}.provider", text
+        break
     for depth in range(config.n_sections):
         precision = config.stages[depth].precision if depth in config.stages else progressive.new_stack_precision
         if config.stage_training(depth).quantization and precision and weight_format(precision):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+from stackwise.config.adapters import layers
+from stackwise.config.model import ModelConfig
 from stackwise.config.schema import Settings
 from stackwise.config.training import ProgressiveConfig, Quantization
 from stackwise.errors import UsageError
@@ -122,3 +126,20 @@ def _pattern(pattern: str, first: float, stack: int) -> float:
         "constant": 1.0,
     }
     return first * factor[pattern]
+
+
+def provider_fault(settings: Quantization, model: ModelConfig) -> str | None:
+    """Why torchao cannot round a model's weights so, where it is asked to; None: it can, or is not asked."""
+    if settings.provider != "torchao":
+        return None
+    if settings.scale == "learned" or not settings.symmetric or settings.group == "tensor":
+        return "torchao is used for symmetric integers by channel or group that span extremes: leave provider out"
+    if importlib.util.find_spec("torchao") is None:
+        return "torchao is not installed: pip install stackwise[quantization], or leave provider out"
+    for block in range(model.n_blocks):
+        for layer, (_, inputs) in layers(model, block).items():
+            if isinstance(settings.group, int) and (settings.group < 2 or inputs % settings.group):
+                return (
+                    f"torchao needs groups that divide a row, and {settings.group} does not divide {inputs} ({layer})"
+                )
+    return None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stackwise.config.adapters import AdaptersConfig
 from stackwise.config.choices import Adaptation, Divergence, Fusion, Lookahead, Mode, Span, cut
@@ -51,9 +51,30 @@ class Quantization(Section):
         "all", description="what trains: all, or the scales of weights whose codes stand still (and nothing else)"
     )
     activations: Annotated[int, Field(ge=2, le=8)] | None = Field(
-        None, description="bits of what enters a layer, token by token; null: it stays as it is"
+        None, description="bits of what enters a layer; null: it stays as it is"
     )
     activations_symmetric: bool = Field(False, description="zero is the middle of the activations' grid")
+    activations_range: Literal["token", "minmax", "moving_average", "percentile"] = Field(
+        "token",
+        description="what the activations' grid spans: each token's extremes, or a range that is fixed from the first "
+        "batches: all their extremes, a moving average of each batch's, or a percentile",
+    )
+    calibration: Annotated[int, Field(ge=1, le=4096)] = Field(
+        8, description="batches that a fixed range is measured on, before the first step"
+    )
+    averaging: Fraction = Field(0.1, description="moving_average: share of it that a batch's extremes replace")
+    percentile: Annotated[float, Field(gt=50, le=100)] = Field(
+        99.9, description="percentile: share of values, in percent, below the range's end; as many are above its begin"
+    )
+    provider: Literal["stackwise", "torchao"] = Field(
+        "stackwise", description="what rounds weights in training; torchao: symmetric, by channel or group, extremes"
+    )
+
+    @model_validator(mode="after")
+    def _activations_have_a_range(self) -> Self:
+        if self.activations is None and self.activations_range != "token":
+            raise ValueError(f"activations_range: {self.activations_range} without activations: give their bits")
+        return self
 
     @property
     def name(self) -> str:
@@ -62,6 +83,13 @@ class Quantization(Section):
         marks += ["asym"] * (not self.symmetric) + ["learned"] * (self.scale == "learned")
         if self.activations:
             marks.append(f"a{self.activations}{'s' if self.activations_symmetric else ''}")
+            marks += {
+                "token": [],
+                "minmax": [f"minmax{self.calibration}"],
+                "moving_average": [f"average{self.calibration}x{self.averaging:g}"],
+                "percentile": [f"percentile{self.calibration}x{self.percentile:g}"],
+            }[self.activations_range]
+        marks += ["torchao"] * (self.provider == "torchao")
         return "-".join([f"int{self.bits}", *marks])
 
     @classmethod
@@ -70,15 +98,20 @@ class Quantization(Section):
         parts = _INTEGERS.fullmatch(name)
         if parts is None:
             return None
-        bits, group, asymmetric, learned, activations, symmetric = parts.groups()
-        settings = {
+        bits, group, asymmetric, learned, activations, symmetric, measured, batches, number, torchao = parts.groups()
+        settings: dict[str, Any] = {
             "bits": int(bits),
             "group": int(group[1:]) if group[0] == "g" else group,
             "symmetric": not asymmetric,
             "scale": "learned" if learned else "extremes",
             "activations": int(activations) if activations else None,
             "activations_symmetric": bool(symmetric),
+            "provider": "torchao" if torchao else "stackwise",
         }
+        if measured:
+            kinds = {"minmax": "minmax", "average": "moving_average", "percentile": "percentile"}
+            settings |= {"activations_range": kinds[measured], "calibration": int(batches)}
+            settings |= {} if number is None else {"averaging" if measured == "average" else measured: float(number)}
         return cls.model_validate(settings)
 
     @property
@@ -89,7 +122,10 @@ class Quantization(Section):
         return self.bits + shared
 
 
-_INTEGERS = re.compile(r"int([2-8])-(tensor|channel|g[1-9]\d{0,8})(-asym)?(-learned)?(?:-a([2-8])(s)?)?")
+_INTEGERS = re.compile(
+    r"int([2-8])-(tensor|channel|g[1-9]\d{0,8})(-asym)?(-learned)?"
+    r"(?:-a([2-8])(s)?(?:-(minmax|average|percentile)([1-9]\d{0,3})(?:x(\d[\d.e-]*))?)?)?(-torchao)?"
+)
 
 
 class Curriculum(Section):

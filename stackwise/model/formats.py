@@ -214,7 +214,11 @@ class Integers:
     def scales(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and zero points that span the extremes of each group, float32 [G] each, groups in row-major order."""
         groups = self.grouped(weight_OI.float())
-        lowest, highest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        return self.spanning(groups.amin(-1), groups.amax(-1))
+
+    def spanning(self, lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of grids that span ranges, zero among them, float32 [G] each."""
+        lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
         steps = self.high - self.low
         if self.settings.symmetric:
             scales = _scale(torch.maximum(-lowest, highest) * 2, steps)

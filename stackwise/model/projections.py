@@ -1,7 +1,7 @@
 """The linear layers of a block: weights in narrow formats, and low-rank adapters beside them.
 
 A weight in training keeps its full precision, and the forward pass sees it as the format would store it
-(quantization-aware training, arXiv 1712.05877; the gradient passes straight through, arXiv 1308.3432). Packed it gives
+(quantization-aware training: `rounding.py`). Packed it gives
 the same outputs, bit for bit, in the format's few bits: a stack is frozen without changing what it computes.
 
 A layer with adapters (LoRA, arXiv 2106.09685; several to a layer) keeps the names of its weights
@@ -26,11 +26,16 @@ from stackwise.config.training import Quantization
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
 from stackwise.model.formats import Format, Integers, Layout, format_named
+from stackwise.model.observers import Observer
+from stackwise.model.rounding import FakeQuantized, Learned, RoundedTokens, learned_grid, rounded_in_range
+from stackwise.model.torchao import torchao_rounding
 
 PACKED = ".codes"
 """How the names of packed weights end in a state dict."""
 LEARNED = ".steps"
 """How the names of learned scales end."""
+SPAN = ".span"
+"""How the names of activations' fixed ranges end."""
 
 WIDE = "stays_wide"
 """The mark on a linear layer that carries no adapters and no narrow format (see `Matrix.narrow`)."""
@@ -64,17 +69,25 @@ class QuantizedLinear(nn.Linear):
         """The format itself. Looked up once: a compiler cannot follow the look-up."""
         self.rounds: Integers | None = None
         """The grid of what enters; None: it is not rounded."""
+        self.span: Tensor | None
+        """Lowest and highest value of what enters, [2], where its range is fixed; both 0 until it was measured."""
+        self.register_buffer("span", None)
+        self.observer: Observer | None = None
+        """Looks at what enters, which is then not rounded; None: the range is known, or not fixed."""
+        self.rounding: Callable[[Tensor], Tensor] | None = None
+        """What rounds the weight in training, where that is not the format itself."""
         self.steps: nn.Parameter | None = None
         self.offsets: nn.Parameter | None = None
         self.bias = base.bias
         self._names: tuple[str, ...] = ()
         if isinstance(base, QuantizedLinear) and base.packed:
             self.form, self.codec, self.rounds = base.form, base.codec, base.rounds
+            self.span = base.span
             self._hold({name: getattr(base, name) for name in base._names})
         else:
             self.weight = base.weight
             if isinstance(base, QuantizedLinear):
-                self.steps, self.offsets = base.steps, base.offsets
+                self.steps, self.offsets, self.span = base.steps, base.offsets, base.span
             self.put_into(form)
 
     def put_into(self, form: str | None) -> None:
@@ -92,6 +105,11 @@ class QuantizedLinear(nn.Linear):
             return
         if bits := codec.settings.activations:  # a token is a row
             self.rounds = Integers(Quantization(bits=bits, symmetric=codec.settings.activations_symmetric))
+            if codec.settings.activations_range != "token" and self.span is None:
+                self.span = torch.zeros(2, device=self.weight.device)
+        if codec.settings.provider == "torchao":
+            group = codec.settings.group
+            self.rounding = torchao_rounding(codec.settings.bits, group if isinstance(group, int) else None)
         if codec.settings.scale != "learned" or self.steps is not None:
             return
         if self.weight.is_meta:
@@ -125,7 +143,10 @@ class QuantizedLinear(nn.Linear):
         else:
             if self.steps is not None:
                 assert isinstance(self.codec, Integers)
-                made = self.codec.pack_on(weight, *_learned_grid(self.codec, self.steps.detach(), self.offsets))
+                made = self.codec.pack_on(weight, *learned_grid(self.codec, self.steps.detach(), self.offsets))
+            elif self.rounding is not None:
+                assert isinstance(self.codec, Integers)
+                made = self.codec.pack_on(self.rounding(weight), *self.codec.scales(weight))
             else:
                 made = self.codec.pack(weight)
         self._hold(made)
@@ -152,10 +173,12 @@ class QuantizedLinear(nn.Linear):
             return self.codec.unpack(tensors, self.out_features, self.in_features, dtype)
         if self.codec is None:
             weight = self.weight
+        elif self.rounding is not None:
+            weight = self.rounding(self.weight)
         elif self.steps is None:
-            weight = _FakeQuantized.apply(self.weight, self.codec)  # type: ignore[no-untyped-call]
+            weight = FakeQuantized.apply(self.weight, self.codec)  # type: ignore[no-untyped-call]
         else:
-            weight = _Learned.apply(self.weight, self.steps, self.offsets, self.codec)  # type: ignore[no-untyped-call]
+            weight = Learned.apply(self.weight, self.steps, self.offsets, self.codec)  # type: ignore[no-untyped-call]
         assert isinstance(weight, Tensor)
         return weight.to(dtype)
 
@@ -165,8 +188,12 @@ class QuantizedLinear(nn.Linear):
             return super().forward(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        if self.rounds is not None:
-            x = _RoundedTokens.apply(x, self.rounds)  # type: ignore[no-untyped-call]
+        if self.observer is not None:
+            self.observer.add(x)
+        elif self.rounds is not None and self.span is not None:
+            x = rounded_in_range(x, self.span, self.rounds)
+        elif self.rounds is not None:
+            x = RoundedTokens.apply(x, self.rounds)  # type: ignore[no-untyped-call]
         full = self._parameters["bias"]
         bias = None if full is None else full.to(dtype)
         # A compiler decides by itself what to keep for the way back and what to compute anew.
@@ -226,73 +253,6 @@ class _PackedLinear(torch.autograd.Function):
         (grad_y,) = gradients
         grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return grad_y @ ctx.layer.effective(ctx.dtype), None, grad_bias
-
-
-class _FakeQuantized(torch.autograd.Function):
-    """A weight as its format would store it; the gradient passes straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, weight_OI: Tensor, codec: Format) -> Tensor:
-        outputs, inputs = weight_OI.shape
-        return codec.unpack(codec.pack(weight_OI), outputs, inputs, weight_OI.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def _learned_grid(codec: Integers, steps: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The grid that learned scales and zero points stand for: positive scales, whole zero points within the codes."""
-    # A scale that training drives to zero or below would turn the grid around.
-    scales = steps.clamp(min=torch.finfo(torch.float32).tiny)
-    return scales, torch.zeros_like(scales) if zeros is None else zeros.detach().round().clamp(codec.low, codec.high)
-
-
-class _Learned(torch.autograd.Function):
-    """A weight on a grid whose scales and zero points train too (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
-
-    Where w / s + z is within the codes, the weight's gradient passes straight through, and the scale gets
-    round(w / s) - w / s of it; where it is clipped, the weight gets none, the scale q - z, the zero point -s. The
-    scale's is divided by the square root of (weights of the group times the highest code): LSQ's section 2.2.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight_OI: Tensor, steps: Tensor, zeros: Tensor | None, codec: Integers) -> Tensor:
-        scales, whole = _learned_grid(codec, steps, zeros)
-        ctx.save_for_backward(weight_OI, scales, whole)
-        ctx.codec = codec
-        outputs, inputs = weight_OI.shape
-        return codec.unpack(codec.pack_on(weight_OI, scales, whole), outputs, inputs, weight_OI.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        weight_OI, scales, whole = ctx.saved_tensors
-        codec: Integers = ctx.codec
-        groups, gradient = codec.grouped(weight_OI.float()), codec.grouped(gradients[0].float())
-        place = groups / scales[:, None]
-        codes = place.round() + whole[:, None]
-        inside = (codes >= codec.low) & (codes <= codec.high)
-        clipped = codes.clamp(codec.low, codec.high) - whole[:, None]
-        factor = 1.0 / math.sqrt(groups.shape[1] * codec.high)
-        steps = (gradient * torch.where(inside, clipped - place, clipped)).sum(1) * factor
-        zeros = (gradient * torch.where(inside, 0.0, -scales[:, None])).sum(1) if ctx.needs_input_grad[2] else None
-        inside_OI = inside.reshape(len(weight_OI), -1)[:, : weight_OI.shape[1]]
-        return gradients[0] * inside_OI, steps, zeros, None
-
-
-class _RoundedTokens(torch.autograd.Function):
-    """Activations on a grid that spans each token's extremes, so that no row depends on another: straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codec: Integers) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1]).float()
-        scales, zeros = codec.scales(tokens)
-        codes = (tokens / scales[:, None]).round_().add_(zeros[:, None]).clamp_(codec.low, codec.high)
-        return codes.sub_(zeros[:, None]).mul_(scales[:, None]).to(x.dtype).view(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
 
 
 def weight_of(layer: nn.Linear, dtype: torch.dtype) -> Tensor:

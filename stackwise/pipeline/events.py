@@ -194,6 +194,7 @@ EVENTS: dict[str, Kind] = {
     "training": Kind(
         lambda event: f"training, {words.plural(event['steps'], 'step')} ({event['reason']})", shown_by="table"
     ),
+    "measured": Kind(lambda event: f"the ranges of what enters {words.plural(event['layers'], 'layer')} are measured"),
     "resumed": Kind(lambda event: f"resumed at step {event['step']:,} of {event['steps']:,}", shown_by="table"),
     "step": Kind(shown_by="progress", figures=STEP_FIGURES),
     "ranks": Kind(shown_by="progress"),

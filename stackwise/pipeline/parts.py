@@ -21,10 +21,12 @@ from stackwise.model.build import allocate, build_match, on_meta, rebuild_tables
 from stackwise.model.projections import (
     LEARNED,
     PACKED,
+    SPAN,
     adapter_parameters,
     adapter_state,
     base_state,
     load_adapters,
+    projections,
     put_adapters,
     quantize,
     train_scales,
@@ -249,6 +251,13 @@ def require_gradients(part: str, module: nn.Module, stage: Stage) -> None:
         parameter.requires_grad_(adapter_part(part) in stage.trains)
 
 
+def set_spans(module: nn.Module, part: str, spans: Mapping[str, Tensor]) -> None:
+    """Fix the ranges of what enters a part's layers: [2] each, by part and layer, "block.3/attention.q"."""
+    for path, layer in projections(module).items():
+        if (span := spans.get(f"{part}/{path}")) is not None:
+            layer.span.copy_(span)
+
+
 def frozen_stage(below: Frozen, job: StageJob, config: StackWiseConfig) -> StageModel:
     """A committed stage below a job's, on the CPU, without its head: in evaluation mode, nothing requires gradients."""
     stage = below.stage
@@ -315,7 +324,7 @@ def _loaded(
     assert tensors is not None
     if form is not None and any(name.endswith(PACKED) for name in tensors):
         quantize(module, form, pack=True)
-    elif form is not None and any(name.endswith(LEARNED) for name in tensors):
+    elif form is not None and any(name.endswith((LEARNED, SPAN)) for name in tensors):
         quantize(module, form, pack=False)
     if source.names is None:
         allocate(module, "cpu")
@@ -344,8 +353,14 @@ def save_part(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 class JobParts:
     """The parts of a job's stage (see `training.swap_parts.Parts`)."""
 
-    def __init__(self, job: StageJob, config: StackWiseConfig, sources: Mapping[str, Source]) -> None:
-        self._job, self._config, self._sources = job, config, sources
+    def __init__(
+        self,
+        job: StageJob,
+        config: StackWiseConfig,
+        sources: Mapping[str, Source],
+        spans: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._job, self._config, self._sources, self._spans = job, config, sources, spans or {}
         stage = job.stage
         held = [part for part in stage.holds if part in sources and not part.startswith(ADAPTER)]
         self.names: Sequence[str] = held
@@ -366,6 +381,7 @@ class JobParts:
             part.load_state_dict(trained)
             return part
         part = self._made(name, embedding_VD)
+        set_spans(part, name, self._spans)
         require_gradients(name, part, self._job.stage)
         if trained is not None:
             with torch.no_grad():

@@ -26,6 +26,37 @@ def test_swapped_and_resident_are_the_same(mode: str, micro: Micro, tmp_path: Pa
     assert weights(tmp_path / "never") == weights(tmp_path / "always")
 
 
+RANGE = {
+    "bits": 4,
+    "group": 8,
+    "activations": 8,
+    "activations_range": "percentile",
+    "calibration": 2,
+    "percentile": 98.0,
+}
+
+
+def test_fixed_ranges_are_measured_once(micro: Micro, tmp_path: Path) -> None:
+    """Swapped, resident, and killed in between: the same ranges, in what is committed, and the same weights."""
+    settings = {"training__mode": "end_to_end", "training__quantization": RANGE, "training__checkpoint_steps": 4}
+    runs = {
+        name: micro(**settings, training__swap=swap, training__steps=20, store__path=str(tmp_path / name / "store"))
+        for name, swap in (("never", "never"), ("always", "always"), ("killed", "never"))
+    }
+    run(runs["never"], tmp_path / "never")
+    run(runs["always"], tmp_path / "always")
+    killed(runs["killed"], tmp_path / "killed", 0)
+    assert weights(tmp_path / "never") == weights(tmp_path / "always") == weights(tmp_path / "killed")
+    spans = {
+        f"{path.name}/{name}": tensor
+        for path in (tmp_path / "never/store").rglob("block.*.safetensors")
+        for name, tensor in load_file(path).items()
+        if name.endswith(".span")
+    }
+    assert len(spans) >= 8
+    assert all(float(low) < 0 < float(high) for low, high in spans.values())
+
+
 def test_a_killed_run_ends_with_the_same_weights(micro: Micro, tmp_path: Path) -> None:
     config = micro(training__quantization=LEARNED, training__steps=60, training__checkpoint_steps=4)
     run(config, tmp_path / "undisturbed")
@@ -61,6 +92,16 @@ def test_scales_alone_without_integers_below_are_refused() -> None:
         overrides = {depth: {"training": {"quantization": settings}} for depth, settings in stages.items()}
         with pytest.raises(ConfigError):
             StackWiseConfig.from_preset("micro", {"training.fusion": "trainable", "stages": overrides})
+
+
+def test_torchao_trains_blocks(micro: Micro, tmp_path: Path) -> None:
+    """With torchao's rounding blocks train to other weights than with ours: it is in the recipe."""
+    pytest.importorskip("torchao")
+    settings = {"training__mode": "end_to_end", "training__steps": 2, "store__path": str(tmp_path / "store")}
+    bits = {"bits": 2, "group": 8}
+    for name, quantization in (("ours", bits), ("theirs", bits | {"provider": "torchao"})):
+        run(micro(training__quantization=quantization, **settings), tmp_path / name)
+    assert weights(tmp_path / "ours") != weights(tmp_path / "theirs")
 
 
 def test_what_is_above_reads_the_rounded_blocks(micro: Micro, tmp_path: Path) -> None:

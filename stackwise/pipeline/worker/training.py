@@ -24,10 +24,11 @@ from stackwise.objectives.preferences import preferences
 from stackwise.pipeline.device import describe, peak_memory
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.job import StageJob
-from stackwise.pipeline.parts import JobParts, load_part, part_state, parts_of, save_part, stage_model
+from stackwise.pipeline.parts import JobParts, load_part, part_state, parts_of, save_part, set_spans, stage_model
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
 from stackwise.pipeline.rows import stage_rows
 from stackwise.pipeline.schedule import ADAPTER, STATE, Stage
+from stackwise.pipeline.worker.ranges import measured_spans, unmeasured
 from stackwise.pipeline.worker.stores import Stores
 from stackwise.store import ActivationStore, RowOrder
 from stackwise.training import checkpoint
@@ -101,7 +102,7 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
         yield _resident(context, stage_model(job, config).to(context.device))
         return
     engine = SwappedEngine(
-        JobParts(job, config, job.initial),
+        JobParts(job, config, job.initial, measured_spans(context, row_order(context))),
         context.settings,
         SwapSpace(Path(job.checkpoints) / "swap", swap.groups, swap.boundaries, context.warn),
         seed=job.seed(config),
@@ -118,6 +119,10 @@ def _resident(context: StageContext, model: StageModel) -> ResidentEngine:
         for block in (*model.blocks, *model.beyond):
             block.compile()
     seed, parts = context.job.seed(context.config), parts_of(model, context.stage)
+    if any(unmeasured(module) for module in parts.values()):
+        spans = measured_spans(context, row_order(context))
+        for part, module in parts.items():
+            set_spans(module, part, spans)
     return ResidentEngine(
         model,
         context.settings,
@@ -127,6 +132,23 @@ def _resident(context: StageContext, model: StageModel) -> ResidentEngine:
         ranks=context.ranks,
         rising=rising(context.job),
     )
+
+
+def row_order(context: StageContext) -> RowOrder:
+    """The order in which a stage takes its rows."""
+    job, config, settings = context.job, context.config, context.settings
+    order = RowOrder(
+        job.rows,
+        seed=job.order(config),
+        chunk_rows=order_rows(config, job.rows),
+        window_chunks=SHUFFLED_CHUNKS,
+        select=stage_rows(config, context.feed.rowset.sample_ids, context.stage.depth, context.stage.rowset),
+    )
+    if settings.curriculum is None:
+        return order
+    difficulty_N = difficulties(context.feed, order.selected, settings.curriculum.by)
+    step_rows = settings.batch_size * settings.accumulation
+    return CurriculumOrder(order, difficulty_N, settings.curriculum, step_rows=step_rows, steps=job.span.steps)
 
 
 def rising(job: StageJob) -> Rising | None:
@@ -177,17 +199,7 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
     if engine.resume(trainer):
         losses = trainer.record.losses[-REPORTED_AGAIN:]
         context.event("resumed", step=trainer.step, steps=span.length, losses=losses)
-    order = RowOrder(
-        job.rows,
-        seed=job.order(config),
-        chunk_rows=order_rows(config, job.rows),
-        window_chunks=SHUFFLED_CHUNKS,
-        select=stage_rows(config, context.feed.rowset.sample_ids, stage.depth, stage.rowset),
-    )
-    if settings.curriculum is not None:
-        difficulty_N = difficulties(context.feed, order.selected, settings.curriculum.by)
-        step_rows = settings.batch_size * settings.accumulation
-        order = CurriculumOrder(order, difficulty_N, settings.curriculum, step_rows=step_rows, steps=span.steps)
+    order = row_order(context)
     with StageHooks(context, trainer) as hooks:
         while True:
             start = ranks.microbatch((job.rows_begin + trainer.step) * (settings.accumulation // ranks.size))

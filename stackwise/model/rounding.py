@@ -1,0 +1,104 @@
+"""Weights and activations as the forward pass sees them while they train for a format, and their gradients.
+
+Quantization-aware training: arXiv 1712.05877; the gradient passes straight through: arXiv 1308.3432.
+
+Shapes in names: I inputs, O outputs; `…` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stackwise.model.formats import Format, Integers
+
+
+class FakeQuantized(torch.autograd.Function):
+    """A weight as its format would store it; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_OI: Tensor, codec: Format) -> Tensor:
+        """What the class is about."""
+        outputs, inputs = weight_OI.shape
+        return codec.unpack(codec.pack(weight_OI), outputs, inputs, weight_OI.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Its gradient: see the class."""
+        return gradients[0], None
+
+
+def learned_grid(codec: Integers, steps: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The grid that learned scales and zero points stand for: positive scales, whole zero points within the codes."""
+    # A scale that training drives to zero or below would turn the grid around.
+    scales = steps.clamp(min=torch.finfo(torch.float32).tiny)
+    return scales, torch.zeros_like(scales) if zeros is None else zeros.detach().round().clamp(codec.low, codec.high)
+
+
+class Learned(torch.autograd.Function):
+    """A weight on a grid whose scales and zero points train too (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
+
+    Where w / s + z is within the codes, the weight's gradient passes straight through, and the scale gets
+    round(w / s) - w / s of it; where it is clipped, the weight gets none, the scale q - z, the zero point -s. The
+    scale's is divided by the square root of (weights of the group times the highest code): LSQ's section 2.2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_OI: Tensor, steps: Tensor, zeros: Tensor | None, codec: Integers) -> Tensor:
+        """What the class is about."""
+        scales, whole = learned_grid(codec, steps, zeros)
+        ctx.save_for_backward(weight_OI, scales, whole)
+        ctx.codec = codec
+        outputs, inputs = weight_OI.shape
+        return codec.unpack(codec.pack_on(weight_OI, scales, whole), outputs, inputs, weight_OI.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        """Its gradient: see the class."""
+        weight_OI, scales, whole = ctx.saved_tensors
+        codec: Integers = ctx.codec
+        groups, gradient = codec.grouped(weight_OI.float()), codec.grouped(gradients[0].float())
+        place = groups / scales[:, None]
+        codes = place.round() + whole[:, None]
+        inside = (codes >= codec.low) & (codes <= codec.high)
+        clipped = codes.clamp(codec.low, codec.high) - whole[:, None]
+        factor = 1.0 / math.sqrt(groups.shape[1] * codec.high)
+        steps = (gradient * torch.where(inside, clipped - place, clipped)).sum(1) * factor
+        zeros = (gradient * torch.where(inside, 0.0, -scales[:, None])).sum(1) if ctx.needs_input_grad[2] else None
+        inside_OI = inside.reshape(len(weight_OI), -1)[:, : weight_OI.shape[1]]
+        return gradients[0] * inside_OI, steps, zeros, None
+
+
+class RoundedTokens(torch.autograd.Function):
+    """Activations on a grid that spans each token's extremes, so that no row depends on another: straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codec: Integers) -> Tensor:
+        """What the class is about."""
+        tokens = x.reshape(-1, x.shape[-1]).float()
+        scales, zeros = codec.scales(tokens)
+        codes = (tokens / scales[:, None]).round_().add_(zeros[:, None]).clamp_(codec.low, codec.high)
+        return codes.sub_(zeros[:, None]).mul_(scales[:, None]).to(x.dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Its gradient: see the class."""
+        return gradients[0], None
+
+
+def rounded_in_range(x: Tensor, span: Tensor, codec: Integers) -> Tensor:
+    """Activations on one grid for all of them, which spans a fixed range.
+
+    What is outside of the range is clipped, and gets no gradient; what is inside gets it straight through.
+
+    Args:
+        x: Of any shape.
+        span: The lowest and the highest value, [2].
+        codec: Bits and symmetry of the grid.
+    """
+    scales, zeros = codec.spanning(span[:1].float(), span[1:].float())
+    rounded = torch.fake_quantize_per_tensor_affine(x.float(), scales, zeros.int(), codec.low, codec.high)
+    return rounded.to(x.dtype)
