@@ -54,6 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_n: Tensor,
         factors_n: Tensor | None,
         needs: bool,
+        smoothing: float,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         total = torch.zeros((), dtype=torch.float32, device=h_nD.device)
@@ -69,13 +70,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.add_(bias_V)
             log_z = torch.logsumexp(logits, -1, keepdim=True)
             factors = None if factors_n is None else factors_n[start : start + rows, None]
-            nats = log_z - logits.gather(1, targets)
+            aims = logits.gather(1, targets)
+            if smoothing:
+                aims = torch.lerp(aims, logits.mean(-1, keepdim=True), smoothing)
+            nats = log_z - aims
             total = total + (nats if factors is None else nats * factors).sum(dtype=wide)
             if gradient_h is None and gradient_bias is None and not want_weight:
                 del logits  # of two slices only one is alive
                 continue
             slope = logits.sub_(log_z).exp_()
-            slope.scatter_(1, targets, slope.gather(1, targets) - 1.0)  # scatter_add_ has no fixed order on a GPU
+            # scatter_add_ has no fixed order on a GPU
+            slope.scatter_(1, targets, slope.gather(1, targets) - (1.0 - smoothing))
+            if smoothing:
+                slope.sub_(smoothing / slope.shape[-1])
             if factors is not None:
                 slope.mul_(factors)
             if gradient_bias is not None:
@@ -102,13 +109,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the gradient of this loss was already taken, and freed")
         gradients, ctx.gradients = ctx.gradients, None
         if slope is None:
-            return (None,) * 6
+            return (None,) * 7
         scaled = [None if g is None else g.mul_(slope).to(t) for g, t in zip(gradients, ctx.dtypes, strict=True)]
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 def head_cross_entropy(
-    head: Callable[[Tensor], Tensor], x_nD: Tensor, targets_n: Tensor, factors_n: Tensor | None = None
+    head: Callable[[Tensor], Tensor],
+    x_nD: Tensor,
+    targets_n: Tensor,
+    factors_n: Tensor | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Sum over positions of the cross entropy of `head(x)` against targets, in nats.
 
@@ -121,6 +132,7 @@ def head_cross_entropy(
         x_nD: The vectors at the scored positions.
         targets_n: Token ids, int64.
         factors_n: What each position's cross entropy is multiplied by, float32; None: 1.
+        smoothing: Share of each target that is spread evenly over all ids (arXiv 1512.00567, section 7).
 
     Returns:
         A float32 scalar (float64 for float64 inputs); its graph leads to `x_nD` and the head's parameters.
@@ -140,17 +152,19 @@ def head_cross_entropy(
             with torch.autocast(x_nD.device.type, enabled=False):
                 apply: Callable[..., Tensor] = _LinearCrossEntropy.apply
                 bias_V = getattr(head, "bias", None)
-                return apply(h_nD, weight_VD, bias_V, targets_n, factors_n, torch.is_grad_enabled())
-    return _sliced(head, x_nD, targets_n, factors_n)
+                return apply(h_nD, weight_VD, bias_V, targets_n, factors_n, torch.is_grad_enabled(), smoothing)
+    return _sliced(head, x_nD, targets_n, factors_n, smoothing)
 
 
-def _sliced(head: Callable[[Tensor], Tensor], x_nD: Tensor, targets_n: Tensor, factors_n: Tensor | None) -> Tensor:
+def _sliced(
+    head: Callable[[Tensor], Tensor], x_nD: Tensor, targets_n: Tensor, factors_n: Tensor | None, smoothing: float
+) -> Tensor:
     def loss(x: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
         logits = head(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if factors is None:
-            return F.cross_entropy(logits, targets, reduction="sum")
-        return (F.cross_entropy(logits, targets, reduction="none") * factors).sum()
+            return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+        return (F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing) * factors).sum()
 
     def part(values: Tensor | None, start: int) -> Tensor | None:
         return None if values is None else values[start : start + rows]

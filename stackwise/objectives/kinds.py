@@ -89,6 +89,10 @@ class CLM(Objective):
     masks: ClassVar[bool] = False
     shows_mask: ClassVar[bool] = False
 
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="share of a target that training spreads evenly over all ids (arXiv 1512.00567); 0: none"
+    )
+
     @property
     def causal(self) -> bool:
         """See `Objective.causal`."""
@@ -98,6 +102,10 @@ class CLM(Objective):
         """It shows the tokens themselves."""
         return {}
 
+    def scoring(self) -> dict[str, Any]:
+        """See `Objective.scoring`."""
+        return self.model_dump(exclude_defaults=True) | {"name": self.name}
+
     def unadaptable(self) -> str | None:
         """See `Objective.unadaptable`."""
         return "with training.objective clm the rack is causal from the start"
@@ -106,7 +114,7 @@ class CLM(Objective):
         """See `Objective.build`."""
         from stackwise.objectives.objectives import CLMObjective
 
-        return CLMObjective()
+        return CLMObjective(self.label_smoothing)
 
 
 class Custom(Objective):

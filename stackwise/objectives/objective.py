@@ -48,6 +48,8 @@ class RuntimeObjective(abc.ABC):
     """What its loss is of the text's likelihood, as bits per byte have it; None: it is none."""
     sequences: int = 1
     """Sequences in a row, of one length, which see nothing of each other and have positions of their own."""
+    label_smoothing: float = 0.0
+    """Share of a target that is spread evenly over all ids, in training alone: what is held out is scored plainly."""
     inputs: tuple[str, ...] = ()
     """The named columns that it needs of each batch, beside tokens and masks."""
 
@@ -109,7 +111,8 @@ class RuntimeObjective(abc.ABC):
         x_nD = x_BSD.flatten(0, 1).index_select(0, index_n)
         factors_BS = self.factors(batch)
         if factors_BS is None:
-            return Term(head_cross_entropy(outputs.head, x_nD, targets_n), len(index_n))
+            smoothing = self.label_smoothing if torch.is_grad_enabled() else 0.0
+            return Term(head_cross_entropy(outputs.head, x_nD, targets_n, None, smoothing), len(index_n))
         factors_n = factors_BS.to(x_BSD.device).flatten().index_select(0, index_n)
         return Term(head_cross_entropy(outputs.head, x_nD, targets_n, factors_n), batch.masks_BS.numel())
 

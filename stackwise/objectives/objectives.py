@@ -141,11 +141,18 @@ class MLMObjective(MaskDiffusionObjective):
 
 
 class CLMObjective(RuntimeObjective):
-    """Causal language modelling: each position says the next token. The last has none, and is not scored."""
+    """Causal language modelling: each position says the next token. The last has none, and is not scored.
+
+    Args:
+        label_smoothing: See `RuntimeObjective`.
+    """
 
     name = "clm"
     causal = True
     likelihood = "exact"
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
 
     def shown(self, batch: Batch) -> Tensor:
         """The tokens; masks play no part."""

@@ -20,6 +20,8 @@ from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.training.optim import BLOCK, Rising, make_optimizer, set_rates, state_tensors
+from stackwise.training.phases import BACKWARD, FORWARD, PhaseClock
+from stackwise.training.phases import OPTIMIZER as UPDATE
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import MeanLoss, Microbatches, StageModel, StepLoss, Tally
 
@@ -64,6 +66,7 @@ class Engine(Protocol):
 
     device: torch.device  # where it computes
     ranks: Ranks  # those that train the stage together
+    phases: PhaseClock  # the time of its steps
     checkpoints: str
     """The directory of its checkpoints below the stage's own: one kind of engine cannot take up another's."""
 
@@ -155,6 +158,7 @@ class ResidentEngine:
         self.optimizer = make_optimizer(trained, settings, rising, modules=self.parts.values())
         self._reducer = self.ranks.reducer(list(self.parameters.values()))
         self.scale = LossScale(settings.loss_scale) if model.in_half else None
+        self.phases = PhaseClock(device)
         self._mean = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
         self._trained: dict[str, Tensor] = {}  # what lies under a mean that is committed
 
@@ -164,12 +168,13 @@ class ResidentEngine:
         losses, norm = self._gradients(microbatches, step)
         loss = losses.total()
         taken, _ = judged(loss, norm, self.scale, accept)
-        if taken:
-            self.optimizer.step()
-            if self.scale is not None:
-                self.scale.taken()
-            self._average(step)
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.phases(UPDATE):
+            if taken:
+                self.optimizer.step()
+                if self.scale is not None:
+                    self.scale.taken()
+                self._average(step)
+            self.optimizer.zero_grad(set_to_none=True)
         means = losses.means()
         return Stepped(loss, norm, taken, means if len(means) > 1 else {})
 
@@ -284,9 +289,12 @@ class ResidentEngine:
         for number, cpu_batch in enumerate(pulled):
             batch = cpu_batch.to(self.device)
             torch.manual_seed(derive_seed(*self.seed, step, self.ranks.microbatch(number), "dropout"))
-            with self.model.numerics(self.device):
-                terms = self.model(batch)
-            losses.root(terms, batch).backward()  # type: ignore[no-untyped-call]
+            with self.phases(FORWARD):
+                with self.model.numerics(self.device):
+                    terms = self.model(batch)
+                root = losses.root(terms, batch)
+            with self.phases(BACKWARD):
+                root.backward()  # type: ignore[no-untyped-call]
             losses.add(terms)
             self._reducer.add()
         losses.finish()
@@ -294,11 +302,12 @@ class ResidentEngine:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if not gradients or not losses.scored:
             return losses, torch.zeros((), device=self.device)
-        if (share := losses.share) is not None:
-            torch._foreach_mul_(gradients, share)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.settings.grad_clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.grad_clip, norm)
+        with self.phases(UPDATE):
+            if (share := losses.share) is not None:
+                torch._foreach_mul_(gradients, share)
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if self.settings.grad_clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.grad_clip, norm)
         return losses, norm
 
 

@@ -26,6 +26,7 @@ from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.training.engine import LOWER_RATE, Accept, LossScale, State, Stepped, judged
 from stackwise.training.optim import Rising
+from stackwise.training.phases import BACKWARD, FORWARD, OPTIMIZER, PhaseClock
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
 from stackwise.training.swap_parts import FRONT, PartLoader, Parts, in_turn, make_groups
@@ -64,6 +65,7 @@ class SwappedEngine:
     ) -> None:
         self.before = before
         self.ranks: Ranks = SingleProcess()  # its files are of one process
+        self.phases = PhaseClock(device)
         self.parts, self.settings, self.seed, self.device = parts, settings, seed, device
         self.groups = make_groups(parts, space.groups)
         self.log = RedoLog(space.directory, parts.trains)
@@ -195,7 +197,8 @@ class SwappedEngine:
         losses: StepLoss | None = None
         for loaded in in_turn(self.loader.load_to_update, self.groups):
             index = loaded.group.index
-            self.loader.update(loaded)
+            with self.phases(OPTIMIZER):  # of the step before
+                self.loader.update(loaded)
             model, top = self.parts.model(loaded.parts), index + 1 == len(self.groups)
             for number, cpu_batch in enumerate(microbatches):
                 batch = self._entering(index, number, cpu_batch)
@@ -204,13 +207,16 @@ class SwappedEngine:
                     if losses is None:
                         scale = 1.0 if self.scale is None else self.scale.scale
                         losses = StepLoss(model.objective, lambda: microbatches[1:], self.device, self.ranks, scale)
-                    terms[number] = self._terms(model, batch, terms[number])
-                    losses.root(terms[number], batch).backward()  # type: ignore[no-untyped-call]
+                    with self.phases(FORWARD):
+                        terms[number] = self._terms(model, batch, terms[number])
+                        root = losses.root(terms[number], batch)
+                    with self.phases(BACKWARD):
+                        root.backward()  # type: ignore[no-untyped-call]
                     losses.add(terms[number])
                     self._hand_down(index, number, batch)
                 else:
                     # With the graph that the way down needs, so that these are the same operations.
-                    with model.numerics(self.device):
+                    with self.phases(FORWARD), model.numerics(self.device):
                         leaving, handed_up = model.run(batch, terms[number])
                     terms[number] = {name: replace(term, sum=term.sum.detach()) for name, term in handed_up.items()}
                     drawn = generator_state(self.device)
@@ -238,7 +244,7 @@ class SwappedEngine:
                     continue  # nothing above that trains came from it
                 batch = self._entering(index, number, cpu_batch)
                 self._draw(step, index, number)
-                with model.numerics(self.device):
+                with self.phases(BACKWARD), model.numerics(self.device):  # once more, for its gradient's sake
                     leaving, terms = model.run(batch)
                 roots, slopes = [], []
                 if ("g", index, number) in self.spill:
@@ -252,7 +258,8 @@ class SwappedEngine:
                     root = losses.root(terms, batch)
                     roots, slopes = [*roots, root], [*slopes, torch.ones_like(root)]
                 if roots:
-                    torch.autograd.backward(roots, slopes)
+                    with self.phases(BACKWARD):
+                        torch.autograd.backward(roots, slopes)
                     self._hand_down(index, number, batch)
             self.loader.write_gradients(loaded, losses.share, norms)
 

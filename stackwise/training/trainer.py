@@ -36,6 +36,7 @@ class Progress:
     Args:
         terms: Where the loss has several, the mean of each since the last report.
         observed: Of what is only looked at, the means since the last report.
+        phases: Seconds of `forward`, `backward` and `optimizer` since the last report.
     """
 
     step: int
@@ -47,6 +48,7 @@ class Progress:
     wait_fraction: float
     terms: Mapping[str, float] = field(default_factory=dict)
     observed: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    phases: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -251,7 +253,10 @@ class Trainer:
                 waiting, means = self.record.wait_fraction, {name: _mean(some) for name, some in terms.items()}
                 known = {name: mean for name, mean in means.items() if mean is not None}
                 observed = self._observed(pending)
-                hooks.report(Progress(self.step, self.steps, losses, rate, norm, speed, waiting, known, observed))
+                phases = self.engine.phases.take()
+                hooks.report(
+                    Progress(self.step, self.steps, losses, rate, norm, speed, waiting, known, observed, phases)
+                )
                 pending, reported, tokens = [], now, 0
                 if saving and (self.step < self.steps or evaluating):
                     # An evaluation never comes before the checkpoint of its step is safe.

@@ -312,3 +312,22 @@ def test_inverse_time_makes_every_sample_count_the_same() -> None:
     total, count = loss_of(objective, x, Sliced(), given)
     got = torch.autograd.grad(total / count, (x, weight))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_label_smoothing_is_torchs_in_training_alone(sliced: bool) -> None:
+    """Gradients too; what is held out is scored plainly."""
+    tokens, masks, _ = batch()
+    model, objective = rack(tied=False), CLMObjective(0.1)
+    head = (lambda x: model.head(x)) if sliced else model.head  # no ProjectionHead: its slices are recomputed
+    x = torch.randn(B, L, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    wanted = F.cross_entropy(model.head(x)[:, :-1].reshape(-1, V), tokens[:, 1:].flatten(), label_smoothing=0.1)
+    over = [x, *model.head.parameters()]
+    reference = torch.autograd.grad(wanted, over)
+    total, count = loss_of(objective, x, head, batch_of(tokens, masks))
+    torch.testing.assert_close(total / count, wanted)
+    torch.testing.assert_close(torch.autograd.grad(total / count, over), reference)
+    with torch.no_grad():
+        plain, _ = loss_of(objective, x, head, batch_of(tokens, masks))
+        torch.testing.assert_close(plain, loss_of(CLMObjective(), x, head, batch_of(tokens, masks))[0])
+    assert plain != total

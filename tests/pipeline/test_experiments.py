@@ -48,6 +48,7 @@ def test_an_experiment_has_the_metrics_of_its_run(compared: Any) -> None:
     used = metrics["expert_stats_history"][-1]["experts"]["1"]
     assert used["least"] == min(used["shares"])
     assert all(speed > 0 for speed in metrics["tokens_per_sec"])
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in metrics["timing_breakdown"].values())
 
 
 def test_parameters_are_those_of_the_rack(compared: Any) -> None:
@@ -146,6 +147,7 @@ def test_the_experiments_are_those_of_their_names(base: dict[str, Any]) -> None:
     assert {name: ffn["top_k"] for name, ffn in experts.items()} == dict.fromkeys(configs, 1) | {"top2": 2}
     assert configs["throughput_opt"].settings(base).training.batch_size == 32
     assert configs["strong_reg"].to_dict()["weight_decay"] == 1e-3
+    assert configs["strong_reg"].settings(base).training.objective.plain()["label_smoothing"] == 0.1
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_the_experiments_are_those_of_their_names(base: dict[str, Any]) -> None:
         (SMALL, {"hidden": 3}, "hidden"),
         (SMALL, {"moe_layers": [2]}, "model.ffn.at"),
         (ExperimentConfig("x", top_k=5), {}, "model.ffn.top_k"),
-        (ExperimentConfig("x", label_smoothing=0.1), {}, "label_smoothing"),
+        (ExperimentConfig("x", label_smoothing=1.0), {}, "label_smoothing"),
         (ExperimentConfig("x", gating_temp_schedule={"start": 0.0, "end": 1.0, "epochs": 1}), {}, "temperature"),
         (ExperimentConfig("x", early_stopping_patience=-1), {}, "early_stopping_patience"),
         (ExperimentConfig("x", batch_size=4000), {}, "training.batch_size"),

@@ -51,7 +51,7 @@ KEYS = {
     "seed": "seed",
     "device": "device",
 }
-PLAIN = {"training.mode": "end_to_end", "training.objective": "clm", "training.checkpoint_minutes": 2.0}
+PLAIN = {"training.mode": "end_to_end", "training.checkpoint_minutes": 2.0}
 RESULTS = "experiment_results.json"
 
 
@@ -68,7 +68,7 @@ class ExperimentConfig:
         capacity_factor: Tokens that an expert takes in training, as a multiple of its even share; None: all.
         dropout: After attention and feed-forward.
         weight_decay: On matrices.
-        label_smoothing: 0: the objectives here have none, and anything else is refused.
+        label_smoothing: Share of a target that training spreads evenly over all ids; what is held out is not.
         batch_size: Rows in a step.
         early_stopping_patience: See `Trainer`.
         gating_temp_schedule: See `Trainer`.
@@ -98,10 +98,8 @@ class ExperimentConfig:
 
         Raises:
             ConfigError: A setting is faulty.
-            UsageError: There is no such key, or label smoothing is asked for.
+            UsageError: There is no such key.
         """
-        if self.label_smoothing:
-            raise UsageError(f"{self.name}: label_smoothing {self.label_smoothing:g}: no objective has it; set 0")
         base = BASE | dict(base_config)
         for key in base:
             if "." not in key and key not in BASE:
@@ -110,6 +108,7 @@ class ExperimentConfig:
         values = PLAIN | {KEYS[key]: value for key, value in base.items() if key in KEYS}
         values |= {"name": self.name, "model.dropout": self.dropout, "training.weight_decay": self.weight_decay}
         values |= {"training.batch_size": self.batch_size}
+        values["training.objective"] = {"name": "clm", "label_smoothing": self.label_smoothing}
         if base["moe_layers"]:
             values |= {"model.ffn": self._experts(base)}
         values |= {key: value for key, value in base.items() if "." in key}
@@ -126,7 +125,7 @@ def get_experiment_configs() -> dict[str, ExperimentConfig]:
     configs = (
         ExperimentConfig("baseline"),
         ExperimentConfig("top2", top_k=2, capacity_factor=2.5),
-        ExperimentConfig("strong_reg", dropout=0.2, weight_decay=1e-3),
+        ExperimentConfig("strong_reg", dropout=0.2, weight_decay=1e-3, label_smoothing=0.1),
         ExperimentConfig("throughput_opt", batch_size=32),
     )
     return {config.name: config for config in configs}

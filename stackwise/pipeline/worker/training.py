@@ -316,6 +316,7 @@ class StageHooks:
             pid=os.getpid(),
             **({"sync_fraction": self._sync_fraction()} if self._ranks.size > 1 else {}),
             **({"terms": terms} if (terms := dict(progress.terms) | preferences(progress.observed)) else {}),
+            **({"phases": dict(progress.phases)} if progress.phases else {}),
             **experts_used(progress.observed),
         )
 
