@@ -239,9 +239,9 @@ def _stacks(config: Settings) -> Iterator[Fault]:
             yield f"stages.{depth}.training.quantization.trains", text
     for depth, settings in enumerate(integers):
         where = f"stages.{depth}.training.quantization" if depth in config.stages else "training.quantization"
-        if settings is None or (text := provider_fault(settings, model)) is None:
+        if settings is None or (fault := provider_fault(settings, model)) is None:
             continue
-        yield f"{where}.provider", text
+        yield f"{where}.provider", fault
         break
     for depth in range(config.n_sections):
         precision = config.stages[depth].precision if depth in config.stages else progressive.new_stack_precision

@@ -52,12 +52,13 @@ class MovingAverage:
     """
 
     def __init__(self, share: float) -> None:
-        self._share, self._span = share, None
+        self._share = share
+        self._span: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """See `Observer.add`."""
         span = _extremes(x)
-        self._span: Tensor | None = span if self._span is None else torch.lerp(self._span, span, self._share)
+        self._span = span if self._span is None else torch.lerp(self._span, span, self._share)
 
     def span(self) -> Tensor:
         """See `Observer.span`."""

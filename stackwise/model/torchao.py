@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def torchao_rounding(bits: int, group: int | None) -> Callable[[Tensor], Tensor]
         quantize_(holder, QATConfig(weight_config=weights, step="prepare"))
     finally:
         logging.disable(before)
-    quantizer = holder[0].weight_fake_quantizer
+    quantizer: Any = holder[0].weight_fake_quantizer
 
     def rounded(weight_OI: Tensor) -> Tensor:
         rounded_OI: Tensor = quantizer(weight_OI.float())

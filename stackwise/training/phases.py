@@ -27,7 +27,7 @@ class PhaseClock:
     def __call__(self, phase: str) -> Iterator[None]:
         """Count what is done inside for a phase."""
         if self._device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             yield
             end.record()
