@@ -71,7 +71,7 @@ def _ours(objective: RuntimeObjective, pairs: SimpleNamespace) -> tuple[float, l
 
 def _gradients(loss: Tensor, pairs: SimpleNamespace) -> tuple[float, list[Tensor | None]]:
     wanted = [pairs.x, pairs.head.weight, pairs.head.match.weight]
-    return float(loss), list(torch.autograd.grad(loss, wanted, allow_unused=True))
+    return float(loss.detach()), list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
 def _assert_same(one: tuple[float, list[Tensor | None]], other: tuple[float, list[Tensor | None]]) -> None:

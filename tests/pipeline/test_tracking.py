@@ -279,6 +279,7 @@ def test_tensorboard_by_default_and_not_where_it_is_off(micro: Micro, tmp_path: 
     assert list((tmp_path / "run" / "tensorboard").rglob("events*")) == before
 
 
+@pytest.mark.stress  # ClearML takes up to half a minute to write a session
 def test_a_session_of_clearml_offline_has_every_figure(micro: Micro, tmp_path: Path) -> None:
     config = micro(training__steps=4, tracking__trackers=[{"kind": "clearml"}, {"kind": "tensorboard"}])
     seen = run(config, tmp_path / "run")
