@@ -101,11 +101,18 @@ def _training(config: Settings) -> Iterator[Fault]:
             yield "training.mode", f"{training.mode.name} gives each stage its own masked fractions, and {nothing}"
     for place, part in (("attention", config.model.attention), ("ffn", config.model.ffn)):
         yield from ((f"model.{place}.{key}", text) for key, text in part.faults_in(config))
+    yield from _store(config)
     yield from _stages(config)
     yield from _growth(config)
     yield from _block_size(config)
     yield from _windows(config)
     yield from _mask_windows(config)
+
+
+def _store(config: Settings) -> Iterator[Fault]:
+    for name in re.findall(r"\{(.*?)\}", config.store.path or ""):
+        if name not in ("rank", "host"):
+            yield "store.path", f"{{{name}}} stands for nothing; {{rank}} is the number of a rank, {{host}} its host"
 
 
 def _stages(config: Settings) -> Iterator[Fault]:
@@ -128,9 +135,6 @@ def _stages(config: Settings) -> Iterator[Fault]:
             break
         if depth not in config.stages:
             break  # the others are like it
-    for name in re.findall(r"\{(.*?)\}", config.store.path or ""):
-        if name not in ("rank", "host"):
-            yield "store.path", f"{{{name}}} stands for nothing; {{rank}} is the number of a rank, {{host}} its host"
     if training.swap == "always" and config.parallel.ranks > 1:
         yield "training.swap", "always, but a swapped stage is trained by one process: set parallel.data: 1"
     if training.swap == "always":

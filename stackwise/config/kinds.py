@@ -115,6 +115,10 @@ class Kind(Section):
         digest = self.registry.code(self.name)  # built-in code is covered by the numerics version
         return {} if digest is None else {"code": digest}
 
+    def placed(self, absolute: Callable[[str], str]) -> Self:
+        """Itself, its paths independent of the current directory."""
+        return self
+
     def plain(self) -> dict[str, Any]:
         """Name and settings, as a configuration says them."""
         return {self.tag: self.name} | self.model_dump()
@@ -473,10 +477,6 @@ class Tracker(Kind):
     def packages(self) -> dict[str, str]:
         """The modules that it imports, each with what `pip install` is to be given."""
         return {}
-
-    def placed(self, absolute: Callable[[str], str]) -> Self:
-        """Itself, its paths independent of the current directory."""
-        return self
 
     @abc.abstractmethod
     def build(self) -> Any:

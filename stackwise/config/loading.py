@@ -338,10 +338,13 @@ def field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
     """One line a key. A union's branches report one by one; they become one line that names all that is allowed."""
     said: dict[Key, list[str]] = {}
     values: dict[Key, Any] = {}
+    whole: set[Key] = set()
     for item in error.errors(include_url=False):
         key = _present(item["loc"], tree)
         text = _unknown(key, tree) if item["type"] in ("extra_forbidden", "invalid_key") else _allowed(dict(item))
         said.setdefault(key, []).append(text)
+        if item["type"] == "value_error":  # settings that do not go together: the text says which
+            whole.add(key)
         if item["type"] == "kind":  # of a choice its name is at fault, not its settings
             values[key] = item["ctx"]["given"]
     found = {}
@@ -350,7 +353,7 @@ def field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
         allowed = " or ".join(dict.fromkeys(texts))
         if isinstance(value, list) and allowed.startswith("must ") and "a list" not in allowed:
             allowed = f"each item {allowed}"
-        found[key] = allowed if allowed.startswith("unknown") else f"{allowed}, not {kind_of(value)}"
+        found[key] = allowed if key in whole or allowed.startswith("unknown") else f"{allowed}, not {kind_of(value)}"
     return found
 
 
@@ -411,7 +414,7 @@ def _allowed(item: dict[str, Any]) -> str:
             return f"must be {words} {context[bound]}"
     if kind == "string_pattern_mismatch":
         return f"must be {PATTERNS.get(context['pattern'], context['pattern'])}"
-    return str(item["msg"])
+    return str(context["error"] if kind == "value_error" else item["msg"])
 
 
 def sections(model: type[Section], prefix: str = "") -> dict[str, type[Section]]:

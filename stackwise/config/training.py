@@ -86,8 +86,8 @@ class Quantization(Section):
             marks += {
                 "token": [],
                 "minmax": [f"minmax{self.calibration}"],
-                "moving_average": [f"average{self.calibration}x{self.averaging:g}"],
-                "percentile": [f"percentile{self.calibration}x{self.percentile:g}"],
+                "moving_average": [f"average{self.calibration}x{self.averaging!r}"],
+                "percentile": [f"percentile{self.calibration}x{self.percentile!r}"],
             }[self.activations_range]
         marks += ["torchao"] * (self.provider == "torchao")
         return "-".join([f"int{self.bits}", *marks])

@@ -182,9 +182,9 @@ def evaluate(
         by_depth.append({"depth": stage.depth} | _figures(passes, scores, bytes_N, tokens.size))
         # Out of the variables before the next one is loaded.
         del stage, head
-    result = _figures(passes, answers, bytes_N, tokens.size) if by_depth else {}
+    result: dict[str, Any] = {}
     if by_depth:
-        result["by_sample"] = by_sample(passes, answers, bytes_N)
+        result = _figures(passes, answers, bytes_N, tokens.size) | {"by_sample": by_sample(passes, answers, bytes_N)}
     result |= {"samples": len(tokens), "likelihood": objective.likelihood, "stages": by_depth, "baselines": {}}
     if how.unigram_counts is not None:
         scores = [unigram(how.unigram_counts, way.targets_NS, width) for way in passes]

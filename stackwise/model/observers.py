@@ -33,18 +33,19 @@ class MinMax:
 
     def add(self, x: Tensor) -> None:
         """See `Observer.add`."""
-        span = _extremes(x)
-        if self._span is not None:
-            span = torch.stack((torch.minimum(span[0], self._span[0]), torch.maximum(span[1], self._span[1])))
-        self._span = span
+        span = torch.stack(x.detach().float().aminmax())
+        self._span = span if self._span is None else self._joined(self._span, span)
 
     def span(self) -> Tensor:
         """See `Observer.span`."""
         assert self._span is not None
         return self._span
 
+    def _joined(self, before: Tensor, span: Tensor) -> Tensor:
+        return torch.stack((torch.minimum(before[0], span[0]), torch.maximum(before[1], span[1])))
 
-class MovingAverage:
+
+class MovingAverage(MinMax):
     """A moving average of each batch's extremes, which begins with those of the first.
 
     Args:
@@ -52,18 +53,11 @@ class MovingAverage:
     """
 
     def __init__(self, share: float) -> None:
+        super().__init__()
         self._share = share
-        self._span: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
-        """See `Observer.add`."""
-        span = _extremes(x)
-        self._span = span if self._span is None else torch.lerp(self._span, span, self._share)
-
-    def span(self) -> Tensor:
-        """See `Observer.span`."""
-        assert self._span is not None
-        return self._span
+    def _joined(self, before: Tensor, span: Tensor) -> Tensor:
+        return torch.lerp(before, span, self._share)
 
 
 class Percentile:
@@ -112,7 +106,3 @@ def observer(settings: Quantization) -> Observer:
     if settings.activations_range == "percentile":
         return Percentile(settings.percentile, settings.calibration)
     return MinMax()
-
-
-def _extremes(x: Tensor) -> Tensor:
-    return torch.stack(x.detach().float().aminmax())

@@ -27,8 +27,14 @@ from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
 from stackwise.model.formats import Format, Integers, Layout, format_named
 from stackwise.model.observers import Observer
-from stackwise.model.rounding import FakeQuantized, Learned, RoundedTokens, learned_grid, rounded_in_range
-from stackwise.model.torchao import torchao_rounding
+from stackwise.model.rounding import (
+    FakeQuantized,
+    Learned,
+    RoundedTokens,
+    learned_grid,
+    rounded_in_range,
+    torchao_rounding,
+)
 
 PACKED = ".codes"
 """How the names of packed weights end in a state dict."""

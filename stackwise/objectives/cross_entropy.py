@@ -6,7 +6,7 @@ Shapes in names: n scored positions, D d_model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,14 @@ def slice_rows(vocab_size: int, device: torch.device) -> int:
     return max(16, budget // (4 * vocab_size))
 
 
+class _Aims(NamedTuple):
+    """What positions are scored against: token ids, factors of each position (None: 1), and smoothing."""
+
+    targets_n: Tensor
+    factors_n: Tensor | None
+    smoothing: float
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of cross entropies of h Wᵀ; gradients are made in the forward, while a slice's logits are there.
 
@@ -51,11 +59,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         h_nD: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        targets_n: Tensor,
-        factors_n: Tensor | None,
+        aims: _Aims,
         needs: bool,
-        smoothing: float,
     ) -> Tensor:
+        targets_n, factors_n, smoothing = aims
         ctx.set_materialize_grads(False)
         total = torch.zeros((), dtype=torch.float32, device=h_nD.device)
         want_h, want_weight, want_bias = (needs and needed for needed in ctx.needs_input_grad[:3])
@@ -70,10 +77,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.add_(bias_V)
             log_z = torch.logsumexp(logits, -1, keepdim=True)
             factors = None if factors_n is None else factors_n[start : start + rows, None]
-            aims = logits.gather(1, targets)
+            aimed = logits.gather(1, targets)
             if smoothing:
-                aims = torch.lerp(aims, logits.mean(-1, keepdim=True), smoothing)
-            nats = log_z - aims
+                aimed = torch.lerp(aimed, logits.mean(-1, keepdim=True), smoothing)
+            nats = log_z - aimed
             total = total + (nats if factors is None else nats * factors).sum(dtype=wide)
             if gradient_h is None and gradient_bias is None and not want_weight:
                 del logits  # of two slices only one is alive
@@ -109,9 +116,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the gradient of this loss was already taken, and freed")
         gradients, ctx.gradients = ctx.gradients, None
         if slope is None:
-            return (None,) * 7
+            return (None,) * 5
         scaled = [None if g is None else g.mul_(slope).to(t) for g, t in zip(gradients, ctx.dtypes, strict=True)]
-        return *scaled, None, None, None, None
+        return *scaled, None, None
 
 
 def head_cross_entropy(
@@ -152,7 +159,8 @@ def head_cross_entropy(
             with torch.autocast(x_nD.device.type, enabled=False):
                 apply: Callable[..., Tensor] = _LinearCrossEntropy.apply
                 bias_V = getattr(head, "bias", None)
-                return apply(h_nD, weight_VD, bias_V, targets_n, factors_n, torch.is_grad_enabled(), smoothing)
+                aims = _Aims(targets_n, factors_n, smoothing)
+                return apply(h_nD, weight_VD, bias_V, aims, torch.is_grad_enabled())
     return _sliced(head, x_nD, targets_n, factors_n, smoothing)
 
 

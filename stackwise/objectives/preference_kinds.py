@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -79,6 +79,12 @@ class DPO(_Pairs):
     def reference(self) -> str | None:
         """See `Objective.reference`."""
         return self.reference_model or ""
+
+    def placed(self, absolute: Callable[[str], str]) -> Self:
+        """See `Kind.placed`."""
+        if self.reference_model is None:
+            return self
+        return self.model_copy(update={"reference_model": absolute(self.reference_model)})
 
     def scoring(self) -> dict[str, Any]:
         """See `Objective.scoring`: which reference it is, is among the inputs, by content."""

@@ -31,6 +31,15 @@ def codec_name(store: StoreConfig) -> str:
     return store.codec or "bf16"
 
 
+LOSSLESS = ("fp32", "bf16", "fp16")
+"""Precisions of which a codec keeps exactly what was computed, each of its own name."""
+
+
+def lossless_codec(precision: str) -> str:
+    """The codec that keeps exactly the numbers that leave a block; none is wider than fp32."""
+    return precision if precision in LOSSLESS else "fp32"
+
+
 def order_rows(config: StackWiseConfig, rows: int) -> int:
     """Rows that stay together through the order's first permutation.
 

@@ -288,9 +288,9 @@ def _read(file: Path, shape: shapes.Shape, hint: str) -> Any:
 
 def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
     """A copy whose paths do not depend on the current directory, so that a run can be used from anywhere."""
-    config = config.model_copy(deep=True)
-    from stackwise.config.schema import CHAT_TEMPLATES
+    from stackwise.config.schema import CHAT_TEMPLATES  # `status` does without the configuration
 
+    config = config.model_copy(deep=True)
     data, store = config.data, config.store
 
     def absolute(path: str) -> str:
@@ -306,8 +306,8 @@ def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
     config.tracking.trackers = [tracker.placed(absolute) for tracker in config.tracking.trackers]
     if config.init.weights is not None:
         config.init.weights = absolute(config.init.weights)
-    if (reference := getattr(config.objective, "reference_model", None)) is not None:
-        config.training.objective = config.objective.model_copy(update={"reference_model": absolute(reference)})
+    if (objective := config.objective.placed(absolute)) is not config.objective:
+        config.training.objective = objective
     if config.distillation.teacher is not None:
         config.distillation.teacher = absolute(config.distillation.teacher)
     return config

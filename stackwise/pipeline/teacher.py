@@ -19,16 +19,13 @@ from stackwise.data.tokenizer import Tokenizer
 from stackwise.errors import UsageError
 from stackwise.files import expanded
 from stackwise.identity import Hex, content_id
-from stackwise.pipeline.recipe import forward_specification, trunk_id
+from stackwise.pipeline.recipe import forward_specification, lossless_codec, trunk_id
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_part
 from stackwise.pretrained.adapters import is_adapter
 from stackwise.pretrained.checkpoint import Checkpoint
 
 TEACHER, LOGITS, REFERENCE = "teacher", "teacher_logits", "reference"
 """The inputs of a batch (see `stackwise.objectives.distillation` and `preferences`)."""
-
-LOSSLESS = {"bf16": "bf16", "fp16": "fp16"}
-"""By precision the codec of exactly the numbers that leave a block; of others fp32."""
 
 PROBE = "Stages are trained one at a time; 1,234 tokens are 5% of 24,680. Straße, naïve, 東京, λ(x)\n\tdef f(x): ..."
 """Text that two tokenizers are compared on."""
@@ -157,7 +154,7 @@ class Reference(Teacher):
     def __init__(self, config: StackWiseConfig, vocab_size: int, mask_token: int, data: Hex) -> None:
         super().__init__(config, vocab_size, mask_token, data)
         # What waits for the head is kept as it was computed: a rounded reference would not be the policy's start.
-        store = self.config.store.model_copy(update={"codec": LOSSLESS.get(self.config.precision, "fp32")})
+        store = self.config.store.model_copy(update={"codec": lossless_codec(self.config.precision)})
         self.config = self.config.model_copy(update={"store": store})
         self._data = data
 

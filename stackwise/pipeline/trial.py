@@ -142,6 +142,7 @@ def make_batch(
     import torch
 
     from stackwise.batch import ACTIVATIONS, MASKS, SEGMENTS, TOKENS, Batch
+    from stackwise.objectives.preferences import REFERENCE
 
     length = config.training.seq_len
     masks_BS = torch.zeros(rows, length, dtype=torch.bool)
@@ -152,7 +153,7 @@ def make_batch(
         shape = rows, config.row_positions, config.model.d_model
         tensors[ACTIVATIONS] = torch.zeros(shape, dtype=engine.model.stream_dtype)
     if config.objective.reference is not None:
-        tensors["reference"] = torch.zeros(rows, config.objective.sequences, 1)
+        tensors[REFERENCE] = torch.zeros(rows, config.objective.sequences, 1)
     if config.data.within_documents:
         tensors[SEGMENTS] = torch.zeros(rows, length, dtype=torch.int32)
     return Batch(np.arange(rows), np.zeros((rows, 16), dtype=np.uint8), tensors)

@@ -43,6 +43,10 @@ def compressed_part(block: nn.Module, part: str) -> CompressedPart:
             raise UsageError(f"{part} was not trained for integers (training.quantization)", hint=WIDEN)
         if isinstance(layer, AdaptedLinear):
             raise UsageError(f"{part} has adapters beside its integers", hint=WIDEN)
+        if layer.span is not None:
+            raise UsageError(
+                f"{part} rounds activations in fixed ranges, which this format is not written with", hint=WIDEN
+            )
         group = codec.settings.group
         if isinstance(group, int) and layer.in_features % group:
             raise UsageError(f"{part} {path}: groups of {group} do not divide {layer.in_features}", hint=WIDEN)

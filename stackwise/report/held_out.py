@@ -68,7 +68,10 @@ def footnote(result: Mapping[str, Any]) -> str:
     text = f"{words.count(result['tokens'])} tokens" if result.get("tokens") else "held-out text"
     if result.get("bytes"):
         text += f", {words.size(result['bytes'])} of text"
-    exact = result.get("likelihood") == "exact"
+    likelihood = result.get("likelihood", "bound")
+    if likelihood is None:
+        return f"{text}; loss in nats a scored token, which is no likelihood of the text: no bits/byte"
+    exact = likelihood == "exact"
     # A rack that was made causal at last: its earlier stages have a bound, itself the likelihood.
     adapted = exact and any(stage.get("likelihood") == "bound" for stage in result.get("stages") or [])
     token = "token, at the positions that would be masked" if exact and not adapted else "masked token"

@@ -318,9 +318,7 @@ class BoundaryWriter:
             UsageError: Wrong index or shape, or a number that the codec cannot store.
             NoSpaceError: The disk is full; what was published before stays, and a later call goes on.
         """
-        arrays = self._encoded(chunk, x)
-        with self._explained():
-            return self._publisher.publish([self._publisher.stage(chunk, arrays)])[0]
+        return self.put(chunk, self._encoded(chunk, x))
 
     def put(self, chunk: int, arrays: list[Array]) -> bool:
         """As `write_chunk`, of arrays as they are stored in another store (`BoundaryReader.stored`)."""

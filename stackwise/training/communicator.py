@@ -1,4 +1,4 @@
-"""What ranks say to each other: one interface of collectives, over torch.distributed or MPI (`mpi.py`).
+"""What ranks say to each other: one interface of collectives, over torch.distributed.
 
 Every call is made by all ranks, in one order (`send` and `recv` by two). N ranks, numbered from 0.
 """

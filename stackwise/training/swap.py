@@ -156,6 +156,8 @@ class SwappedEngine:
         record.terms = {name: means[:done] for name, means in record.terms.items()}
         held_out = {step: loss for step, loss in (*record.held_out, *self.log.committed.held_out) if step <= done}
         record.held_out = sorted(held_out.items())
+        kept = {name: [one for one in means if one[0] <= done] for name, means in record.held_out_terms.items()}
+        record.held_out_terms = kept
         record.divergences = [entry for entry in record.divergences if entry["step"] <= done]
         recorded = {entry["step"] for entry in record.divergences}
         refused = [number for number, loss in enumerate(record.losses, 1) if loss is None and number not in recorded]

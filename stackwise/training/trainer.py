@@ -59,6 +59,7 @@ class Record:
         held_out: (step, mean held-out loss in nats), at each evaluation.
         divergences: What diverged, and what was done: step, why, action; of a rollback the step gone back to.
         terms: Where the loss has several terms, each one's mean in every step; None where it is not known.
+        held_out_terms: The same of evaluations: (step, mean) by term.
         norms: Gradient norms of the first step and the last, before clipping; None where it is no finite number.
     """
 
@@ -69,6 +70,7 @@ class Record:
     held_out: list[tuple[int, float]] = field(default_factory=list)
     divergences: list[dict[str, Any]] = field(default_factory=list)
     terms: dict[str, list[float | None]] = field(default_factory=dict)
+    held_out_terms: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     norms: list[float | None] = field(default_factory=list)
 
     @property
@@ -277,7 +279,10 @@ class Trainer:
 
     def _evaluate(self, hooks: Hooks) -> None:
         if self._evaluation_due():
-            self.record.held_out.append((self.step, hooks.evaluate().total))
+            mean = hooks.evaluate()
+            self.record.held_out.append((self.step, mean.total))
+            for name, value in mean.terms.items():
+                self.record.held_out_terms.setdefault(name, []).append((self.step, value))
 
     def _refused(self, watch: Watch, hooks: Hooks) -> None:
         """A step was refused: go on without it, or back."""

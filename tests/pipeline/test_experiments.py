@@ -15,6 +15,7 @@ from stackwise.errors import UsageError
 from stackwise.model import build_rack
 from stackwise.pipeline.experiments import main
 from stackwise.pipeline.run import RunDirectory, status
+from stackwise.pipeline.search.record import logged
 from stackwise.pretrained import load_rack
 from tests.pipeline.test_run import weights
 
@@ -49,6 +50,19 @@ def test_an_experiment_has_the_metrics_of_its_run(compared: Any) -> None:
     assert used["least"] == min(used["shares"])
     assert all(speed > 0 for speed in metrics["tokens_per_sec"])
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in metrics["timing_breakdown"].values())
+
+
+def test_a_stage_that_is_reused_has_the_figures_of_its_training(
+    compared: Any, base: dict[str, Any], tmp_path: Path
+) -> None:
+    first = compared[0]["small"]["runs"][0]
+    run = RunDirectory(Path(first["run"]))
+    store = {"store.path": str(run.store_path(run.config())), "seed": 0}
+    result = run_single_experiment(SMALL, base_config=base | store, directory=tmp_path)
+    again = result["metrics"]
+    assert not [event for event in logged(RunDirectory(Path(result["run"]))) if event["event"] == "step"]
+    names = [f"{split}_{kind}" for split in ("train", "val") for kind in ("losses", "ce_losses", "aux_losses")]
+    assert {name: again[name] for name in names} == {name: first["metrics"][name] for name in names}
 
 
 def test_parameters_are_those_of_the_rack(compared: Any) -> None:

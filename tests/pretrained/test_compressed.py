@@ -70,7 +70,9 @@ def test_compressed_tensors_unpacks_the_same_weights(form: str, tmp_path: Path) 
         assert sum(tensor.nbytes for tensor in held.values()) < 4 * weight.numel() * 0.7
 
 
-def test_what_is_no_integer_is_refused(tmp_path: Path) -> None:
+def test_what_the_format_does_not_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="fixed ranges"):
+        exported("int4-channel-a8-minmax8", tmp_path / "out")
     rack = build_rack(MODEL, 99, 0, 64)
     with pytest.raises(UsageError):
         export(tmp_path / "out", rack.front, stages_of(rack, True), MODEL, ExportOptions(compressed=True))

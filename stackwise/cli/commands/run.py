@@ -126,7 +126,7 @@ def _among(choice: Choice) -> Iterator[Hosts | None]:
     if launch.rank:
         raise SystemExit(serve(launch, choice.config))
     hosts = Hosts(launch, choice.config)
-    code = exit_code(RuntimeError())
+    code = 0
     try:
         asked = [choice.arguments[i + 1] for i, argument in enumerate(choice.arguments) if argument == "-o"]
         _spread(choice.config, launch.size, _asked(tuple(asked)), launch.launcher)
@@ -136,7 +136,6 @@ def _among(choice: Choice) -> Iterator[Hosts | None]:
                 hint="give each host its own: a path with {host} or {rank} in it, on a local disk of every host",
             )
         yield hosts
-        code = 0
     except BaseException as error:
         code = exit_code(error)
         raise

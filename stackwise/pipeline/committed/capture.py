@@ -31,7 +31,7 @@ from stackwise.objectives import CLMObjective, RuntimeObjective
 from stackwise.pipeline.device import describe, memory, resolve_device
 from stackwise.pipeline.job import Source
 from stackwise.pipeline.parts import make_block, make_front
-from stackwise.pipeline.recipe import forward_specification, trunk_id
+from stackwise.pipeline.recipe import LOSSLESS, forward_specification, lossless_codec, trunk_id
 from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.pipeline.schedule import FRONT, block_part
 from stackwise.pretrained.checkpoint import Checkpoint
@@ -46,9 +46,6 @@ SEQ_LEN = 512
 
 SHARE = 0.5
 """Of the memory that is free, how much the weights of a group may take."""
-
-LOSSLESS = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
-"""By precision, the codec that keeps exactly what was computed."""
 
 
 class Options(TypedDict, total=False):
@@ -209,7 +206,7 @@ class PartwiseCapture:
     def __post_init__(self) -> None:
         self.device = resolve_device(self.config.device)
         self.codec = self.config.store.codec or "bf16"
-        self.exact = LOSSLESS.get(self.config.precision, "fp32")  # no codec is wider
+        self.exact = lossless_codec(self.config.precision)
         self.computed, self.seconds = 0.0, 0.0
 
     def run(self, depths: list[int]) -> Captured:

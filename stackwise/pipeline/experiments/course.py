@@ -40,8 +40,6 @@ class Course:
         """Take up an event of the log; a step that was taken again after a kill replaces what it was before."""
         step: int = event.get("step", 0)
         match event["event"]:
-            case "training" if event["recipe"] != self.recipe:
-                self.__init__(event["recipe"])  # type: ignore[misc]
             case "step":
                 plain = event.get("terms", {}).get(CROSS_ENTROPY)
                 for number, loss in enumerate(event["losses"], step - len(event["losses"]) + 1):
@@ -55,16 +53,23 @@ class Course:
         self.seconds = record["seconds"]
         self.losses = dict(enumerate(record["losses"], 1))
         self.plain = dict(enumerate(record.get("terms", {}).get(CROSS_ENTROPY, record["losses"]), 1))
-        kept = dict(record["held_out"])
-        self.held_out = {step: self.held_out.get(step, {}) | {"step": step, "nats": n} for step, n in kept.items()}
+        plain = dict(record.get("held_out_terms", {}).get(CROSS_ENTROPY, ()))
+        apart = CROSS_ENTROPY in record.get("terms", {})  # blocks have losses of their own
+        logged, self.held_out = self.held_out, {}
+        for step, nats in record["held_out"]:
+            known = {"terms": {CROSS_ENTROPY: plain.get(step)}} if apart else {}
+            self.held_out[step] = known | logged.get(step, {}) | {"step": step, "nats": nats}
 
 
 def courses(run: RunDirectory) -> list[Course]:
     """The courses of a run's stages, lowest first; of those that have not begun none."""
     by_stage: dict[int, Course] = {}
     for event in logged(run):
-        if isinstance(event.get("stage"), int):
-            by_stage.setdefault(event["stage"], Course()).observe(event)
+        if not isinstance(number := event.get("stage"), int):
+            continue
+        if event["event"] == "training" and event["recipe"] != by_stage.get(number, Course()).recipe:
+            by_stage[number] = Course(event["recipe"])  # what was logged of another one is over
+        by_stage.setdefault(number, Course()).observe(event)
     manifest = run.manifest()
     recipes = {n: stage["recipe"] for n, stage in enumerate(manifest["stages"]) if stage["recipe"] is not None}
     if recipes:

@@ -289,7 +289,7 @@ class Trainer:
             plain = event.get("terms", {}).get(CROSS_ENTROPY, event["nats"])
             self.val_losses.append(event["nats"])
             self.val_ce_losses.append(plain)
-            self.val_aux_losses.append(event["nats"] - plain)
+            self.val_aux_losses.append(None if plain is None else event["nats"] - plain)
             if "experts" in event:
                 self.expert_stats_history.append({"step": event["step"], "experts": event["experts"]})
 

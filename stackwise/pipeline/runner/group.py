@@ -110,9 +110,8 @@ class Group:
                 f"parallel: rank {devices} has no GPU: this machine has {devices}, {ranks} ranks were asked for",
                 hint=f"set parallel.data: {devices}, or device: cpu",
             )
-        if (
-            port := self._settings.port
-        ) and self._hosts is None:  # rank 0 would find out too, but only once the run has been written
+        port = self._settings.port
+        if port and self._hosts is None:  # rank 0 would find out too, but only once the run has been written
             try:
                 socket.create_server(("", port)).close()
             except OSError as error:

@@ -26,6 +26,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.errors import InterruptedRun, StackWiseError, UsageError
 from stackwise.pipeline.runner.launch import Launch
 from stackwise.pipeline.runner.workers import Worker
+from stackwise.pipeline.stopping import stop_signals
 from stackwise.version import __version__
 
 MEETING_SECONDS = 120.0  # for all ranks to come together
@@ -299,24 +300,24 @@ def serve(launch: Launch, config: StackWiseConfig) -> int:
     wire, workers = Wire(_connected(launch)), dict[int, Worker]()
     wire.send(_greeting(launch, config))
 
-    def stop(number: int, frame: object) -> None:  # a launcher ends a job so: this rank's worker tells all others
+    def stop(came: int) -> None:  # a launcher ends a job so: this rank's worker tells all others
         for worker in list(workers.values()):
             if worker.has_job:
                 worker.stop(None)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        for message in wire:
-            if "end" in message:
-                return int(message["end"])
-            _obey(message, workers, wire, launch)
-        raise StackWiseError(f"rank {launch.rank}: the run on {launch.address} ended", hint="see what rank 0 printed")
-    finally:
-        for worker in workers.values():
-            worker.close()
-        wire.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with stop_signals(stop):
+        try:
+            for message in wire:
+                if "end" in message:
+                    return int(message["end"])
+                _obey(message, workers, wire, launch)
+            raise StackWiseError(
+                f"rank {launch.rank}: the run on {launch.address} ended", hint="see what rank 0 printed"
+            )
+        finally:
+            for worker in workers.values():
+                worker.close()
+            wire.close()
 
 
 def _connected(launch: Launch) -> socket.socket:
@@ -371,10 +372,8 @@ def _pass_on(number: int, worker: Worker, wire: Wire) -> None:
     wire.send({"worker": number, "exit": worker.exit_code()})
 
 
-def exit_code(error: BaseException | None) -> int:
+def exit_code(error: BaseException) -> int:
     """What the other ranks end with: what rank 0 ends with."""
-    if error is None:
-        return 0
     if isinstance(error, (KeyboardInterrupt, BrokenPipeError)):
         return InterruptedRun.exit_code
     return error.exit_code if isinstance(error, StackWiseError) else os.EX_SOFTWARE

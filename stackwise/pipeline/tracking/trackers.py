@@ -117,7 +117,7 @@ class MLflow(Tracker):
         )
 
     def placed(self, absolute: Callable[[str], str]) -> Self:
-        """See `Tracker.placed`."""
+        """See `Kind.placed`."""
         scheme, colon, rest = self.uri.partition("://")
         if not colon and scheme != "databricks":
             return self.model_copy(update={"uri": absolute(scheme)})

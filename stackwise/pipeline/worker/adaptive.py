@@ -200,6 +200,8 @@ class _AdaptiveFusion:
         whole.waited += record.waited
         whole.tokens += record.tokens
         whole.held_out += [(self.steps + step, nats) for step, nats in record.held_out]
+        for name, means in record.held_out_terms.items():
+            whole.held_out_terms.setdefault(name, []).extend((self.steps + step, mean) for step, mean in means)
         whole.divergences += [entry | {"step": self.steps + entry["step"]} for entry in record.divergences]
         self.steps += steps
 

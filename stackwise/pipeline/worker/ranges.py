@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,12 +37,12 @@ def unmeasured(module: nn.Module) -> dict[str, QuantizedLinear]:
     return {path: layer for path, layer in layers.items() if layer.span is not None and not layer.span.any()}
 
 
-def measured_spans(context: StageContext, order: RowOrder) -> dict[str, Tensor]:
+def measured_spans(context: StageContext, order: Callable[[], RowOrder]) -> dict[str, Tensor]:
     """The ranges of a stage's layers that were not measured in an earlier stage: [2] each, "block.3/attention.q".
 
     Args:
         context: The stage; its feed gives the batches.
-        order: The order of its rows.
+        order: Gives the order of its rows, where that is needed.
     """
     job, config, path = context.job, context.config, Path(context.job.checkpoints) / FILE
     fixed = {part: settings for part in job.stage.holds if (settings := _fixed(context, part)) is not None}
@@ -54,7 +54,7 @@ def measured_spans(context: StageContext, order: RowOrder) -> dict[str, Tensor]:
     parts = JobParts(job, config, job.initial)
     count = max(settings.calibration for settings in fixed.values())
     start = job.rows_begin * context.settings.accumulation
-    shuffled = context.feed.shuffled(order, context.settings.batch_size, start, 1)
+    shuffled = context.feed.shuffled(order(), context.settings.batch_size, start, 1)
     batches = list(itertools.islice(shuffled, count))
     spans: dict[str, Tensor] = {}
     names = [name for name in parts.names if name != HEAD]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from stackwise.errors import StackWiseError
 from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.rows import HELD_OUT, put_rows
 from stackwise.pipeline.run import store_place
-from stackwise.store import ActivationStore
+from stackwise.store import ActivationStore, BoundarySpec
 from stackwise.training.ranks import Ranks, SingleProcess
 
 PIECE = 64 << 20  # bytes of a file that travel at once
@@ -171,19 +171,7 @@ class Stores:
         """Let every store have the chunks of a boundary that rank 0's has."""
         with contextlib.ExitStack() as stack:
             info = self._store.boundary(boundary) if self._ranks.main else None
-            about = self._ranks.shared(
-                info
-                and {
-                    "trunk": info.trunk,
-                    "rowset": info.rowset,
-                    "depth": info.depth,
-                    "seq_len": info.seq_len,
-                    "d_model": info.d_model,
-                    "codec": info.codec,
-                    "chunk_rows": info.chunk_rows,
-                    "attributes": info.attributes,
-                }
-            )
+            about = self._ranks.shared(info and {one.name: getattr(info, one.name) for one in fields(BoundarySpec)})
             leads = self.place.leads and not self._ranks.main
             writer = stack.enter_context(self._store.writer(**about)) if leads else None
             lacks = set(writer.missing) if writer is not None else set()

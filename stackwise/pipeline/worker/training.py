@@ -102,7 +102,7 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
         yield _resident(context, stage_model(job, config).to(context.device))
         return
     engine = SwappedEngine(
-        JobParts(job, config, job.initial, measured_spans(context, row_order(context))),
+        JobParts(job, config, job.initial, measured_spans(context, partial(row_order, context))),
         context.settings,
         SwapSpace(Path(job.checkpoints) / "swap", swap.groups, swap.boundaries, context.warn),
         seed=job.seed(config),
@@ -120,7 +120,7 @@ def _resident(context: StageContext, model: StageModel) -> ResidentEngine:
             block.compile()
     seed, parts = context.job.seed(context.config), parts_of(model, context.stage)
     if any(unmeasured(module) for module in parts.values()):
-        spans = measured_spans(context, row_order(context))
+        spans = measured_spans(context, partial(row_order, context))
         for part, module in parts.items():
             set_spans(module, part, spans)
     return ResidentEngine(
@@ -233,7 +233,11 @@ def commit_stage(context: StageContext, parts: Mapping[str, State], steps: int, 
         "parts": digests,
         "trunk": job.recipe["reads"] and job.recipe["reads"]["trunk"],
         "steps": steps,
-        **{key: value for key, value in asdict(record).items() if key != "waited" and (key != "terms" or value)},
+        **{
+            key: value
+            for key, value in asdict(record).items()
+            if key != "waited" and (not key.endswith("terms") or value)
+        },
         "wait_fraction": record.wait_fraction,
         "peak_memory_bytes": peak_memory(context.device),
         "device": context.device.type,
