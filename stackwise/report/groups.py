@@ -34,11 +34,14 @@ class Measured:
 def groups(runs: Sequence[Measured]) -> list[dict[str, Any]]:
     """Figures of groups of runs, each with a 95% interval over seeds and held-out samples.
 
+    A run with a sample whose loss is no number is left out.
+
     Returns:
         `[{"name", "values", "runs", "seeds", "unit", "held_out": {"mean", "low", "high"}, "against": None or the same,
         "why_not"}]`: bits a byte, or nats a token where the unit is that; `against` is the difference from the first
         group, by a paired bootstrap over the seeds that both have; `why_not` says why there is none.
     """
+    runs = [run for run in runs if None not in run.samples["nats"]]  # a loss that is no number has no place in a mean
     if not runs:
         return []
     from stackwise.report.paired import Samples, figure  # numpy comes with it
@@ -47,9 +50,9 @@ def groups(runs: Sequence[Measured]) -> list[dict[str, Any]]:
     for run in runs:
         values = {key: value for key, value in run.values.items() if key not in NOT_A_SETTING}
         unit = run.samples["unit"]
-        nats = [0.0 if one is None else one for one in run.samples["nats"]]
-        samples = Samples(nats, run.samples["of"], unit)
-        gathered.setdefault(repr((values, unit)), []).append((run, samples))
+        samples = Samples(run.samples["nats"], run.samples["of"], unit)
+        # Of the same settings, runs may still have been evaluated on other text: files change.
+        gathered.setdefault(repr((values, unit, samples.of)), []).append((run, samples))
     result = []
     first = next(iter(gathered.values()))
     for members in gathered.values():

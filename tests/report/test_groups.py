@@ -71,3 +71,14 @@ def test_runs_group_by_what_is_not_their_seed() -> None:
     assert len(drawing.findall(".//{*}circle")) == 3
     with pytest.raises(UsageError, match="evaluated"):
         plot(groups([]))
+
+
+def test_runs_on_other_text_and_losses_that_are_no_numbers_stay_out_of_a_mean() -> None:
+    settings = {"training.mode": "layerwise", "seed": 0}
+    whole = Measured("whole", settings, vars(samples(0.0)))
+    moved = Measured("moved", {**settings, "seed": 1}, vars(samples(0.0, of=BYTES[:32])))
+    broken = Measured("broken", {**settings, "seed": 2}, vars(samples(0.0)) | {"nats": [None, *[1.0] * 63]})
+    first, second = groups([whole, moved, broken])
+    assert (first["runs"], second["runs"]) == (["whole"], ["moved"])
+    assert second["against"] is None
+    assert groups([broken]) == []
