@@ -26,7 +26,7 @@ def faults(config: Settings) -> list[Fault]:
     """Every contradiction."""
     if sizes := list(_sizes(config)):
         return sizes  # what follows makes lists of that size
-    kinds = (_model, _training, _stacks, adapter_faults, _fusion, _adaptation)
+    kinds = (_model, _training, _stacks, adapter_faults, _fusion, _adaptation, _sharding)
     return [fault for kind in kinds for fault in kind(config)]
 
 
@@ -323,3 +323,32 @@ def _adaptation(config: Settings) -> Iterator[Fault]:
     if steps is not None and adaptation.anneal >= steps:
         text = f"{adaptation.anneal} of {steps} steps: at least one step is needed that is causal"
         yield f"{key}.anneal", text
+
+
+def _sharding(config: Settings) -> Iterator[Fault]:
+    """What a stage that is divided over ranks cannot have."""
+    parallel, training, model = config.parallel, config.training, config.model
+    if not parallel.divides:
+        return
+    divided = f"a stage that is divided over ranks (parallel.shard: {parallel.shard})"
+    stages = [config.stage_training(depth) for depth in range(config.n_stages)]
+    for settings in stages:
+        if not settings.optimizer.divides:
+            yield "training.optimizer", f"{settings.optimizer.name} needs more than a slice of a parameter: take adamw"
+            break
+    if any(settings.ema for settings in stages):
+        yield "training.ema", f"{divided} keeps no mean of its weights"
+    if any(settings.quantization is not None for settings in stages):
+        yield "training.quantization", f"{divided} is not trained for integers"
+    if training.compile:
+        yield "training.compile", f"{divided} is not compiled"
+    if training.adapters is not None:
+        yield "training.adapters", f"{divided} has no adapters: what stands still is packed"
+    if training.progressive.enabled or any(own.precision is not None for own in config.stages.values()):
+        yield "training.progressive.enabled", f"{divided} has all of its blocks in the run's precision"
+    if isinstance(training.fusion, AdaptiveFusion):
+        yield "training.fusion", f"adaptive tries stages, and {divided} cannot be copied"
+    if any(not model.at(block).ffn.divides for block in range(model.n_blocks)):
+        yield "model.ffn", "experts are not divided over ranks: set parallel.shard: 1"
+    if config.precision not in ("auto", "fp32", "fp64", "bf16"):
+        yield "precision", f"{config.precision}: {divided} computes in fp32, bf16 or fp64"

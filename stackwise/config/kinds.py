@@ -295,6 +295,8 @@ class FeedForward(BlockPart):
     registry: ClassVar[Registry[Any]] = FEED_FORWARDS
     default: ClassVar[str] = "swiglu"
     residual: ClassVar[tuple[str, ...]] = ("down.weight",)
+    divides: ClassVar[bool] = True
+    """Whether its weights may be divided over ranks (`parallel.shard`)."""
 
     def width(self, d_model: int) -> int:
         """Its inner width where `model.d_ff` is null."""
@@ -368,6 +370,8 @@ class Optimizer(Kind):
 
     registry: ClassVar[Registry[Any]] = OPTIMIZERS
     default: ClassVar[str] = "adamw"
+    divides: ClassVar[bool] = False
+    """Whether it takes each element by itself, so that a rank may have a slice of a parameter (`parallel.shard`)."""
 
     @abc.abstractmethod
     def state_bytes(self, blocks: int, rest: int) -> int:

@@ -163,13 +163,25 @@ class ParallelConfig(Section):
     """
 
     data: Small = Field(1, description="ranks that hold the whole stage, each with its share of every step's rows")
-    shard: Literal[1] = Field(1, description="1: no rank holds less than the whole stage")
+    shard: Small = Field(
+        1, description="ranks that each copy of a stage is divided over; each has its share of the rows too. See zero"
+    )
+    zero: Literal[1, 2, 3] = Field(
+        3,
+        description="how shard divides, as ZeRO's stages. 3: weights are gathered for each pass of a block; 2: once "
+        "for both passes; 1: as 2, and gradients are divided once a step",
+    )
     tensor: Literal[1] = Field(1, description="1: no matrix is split over ranks")
     pipeline: Literal[1] = Field(1, description="1: no rank holds less than all blocks of a stage")
     deterministic: bool = Field(
         True,
         description="gradients are added up in the order of microbatches, as one process does; false: as is fastest, "
         "and weights depend on the number of ranks",
+    )
+    divided: bool = Field(
+        False,
+        description="weights are those of one process to rounding alone, and of a recipe of their own: true by itself "
+        "where a stage is divided, and stays so in a run that goes on with fewer ranks",
     )
     timeout: Positive = Field(
         600.0, description="seconds after which a rank that does not answer is given up, and its group with it"
@@ -182,6 +194,11 @@ class ParallelConfig(Section):
     def ranks(self) -> int:
         """How many there are."""
         return self.data * self.shard * self.tensor * self.pipeline
+
+    @property
+    def divides(self) -> bool:
+        """Whether a rank holds less than a whole stage."""
+        return self.ranks > self.data
 
 
 class InitConfig(Section):

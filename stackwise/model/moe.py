@@ -50,6 +50,7 @@ class MoE(FeedForward):
     """
 
     residual: ClassVar[tuple[str, ...]] = ("experts.*.down.weight", "shared.down.weight")
+    divides: ClassVar[bool] = False
 
     experts: Small = Field(description="experts in a block")
     top_k: Small = Field(1, description="experts that a token goes to")

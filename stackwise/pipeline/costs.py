@@ -113,7 +113,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
             f"live at once{beside}",
             hint="raise store.max_bytes, set training.windows: auto, or lower training.rows or training.steps",
         )
-    state *= config.parallel.ranks
+    state *= config.parallel.data
     if plan.device == "cpu" and state > total:
         raise UsageError(
             f"the largest stage takes {in_bytes(state)} for weights, gradients and moments alone; "

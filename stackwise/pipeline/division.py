@@ -29,6 +29,7 @@ def divide(config: StackWiseConfig, earlier: StackWiseConfig | None) -> list[str
         UsageError: The rows of a step do not divide; names the nearest number of ranks that does.
     """
     ranks, lines = config.parallel.ranks, []
+    config.parallel.divided |= config.parallel.divides or (earlier is not None and earlier.parallel.divided)
     for depth in range(config.n_stages):
         settings = config.stage_training(depth)
         before, size = settings.accumulation, settings.batch_size

@@ -155,7 +155,9 @@ def stage_settings(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
         values["block_learning_rates"] = rates
     if settings.divergence.goes_back:  # what a rollback goes back to
         values["checkpoint_steps"] = training.checkpoint_steps
-    if config.parallel.ranks > 1 and not config.parallel.deterministic:  # the order of sums
+    if config.parallel.divides or config.parallel.divided:  # sums in any order, at any number of ranks
+        values["ranks"] = "divided"
+    elif config.parallel.ranks > 1 and not config.parallel.deterministic:  # the order of sums
         values["ranks"] = config.parallel.ranks
     if training.compile:  # fused kernels round otherwise
         values["compile"] = True

@@ -22,7 +22,7 @@ from stackwise.identity import derive_seed
 from stackwise.training.optim import BLOCK, Rising, make_optimizer, set_rates, state_tensors
 from stackwise.training.phases import BACKWARD, FORWARD, PhaseClock
 from stackwise.training.phases import OPTIMIZER as UPDATE
-from stackwise.training.ranks import Ranks, SingleProcess
+from stackwise.training.ranks import Ranks, Reducer, SingleProcess
 from stackwise.training.stage import MeanLoss, Microbatches, StageModel, StepLoss, Tally
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Engine(Protocol):
     device: torch.device  # where it computes
     ranks: Ranks  # those that train the stage together
     phases: PhaseClock  # the time of its steps
+    gathers: bool  # whether all ranks have to ask for `state` together, as each has a part of it
     checkpoints: str
     """The directory of its checkpoints below the stage's own: one kind of engine cannot take up another's."""
 
@@ -135,6 +136,7 @@ class ResidentEngine:
     """
 
     checkpoints = ""
+    gathers = False
 
     def __init__(
         self,
@@ -156,7 +158,7 @@ class ResidentEngine:
         self._places = {name: by_id[id(p)] for name, p in self.parameters.items()}
         trained = [(self._places[name][0], p) for name, p in self.parameters.items()]
         self.optimizer = make_optimizer(trained, settings, rising, modules=self.parts.values())
-        self._reducer = self.ranks.reducer(list(self.parameters.values()))
+        self._reducer = self._reducer_of(list(self.parameters.values()))
         self.scale = LossScale(settings.loss_scale) if model.in_half else None
         self.phases = PhaseClock(device)
         self._mean = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
@@ -195,18 +197,19 @@ class ResidentEngine:
 
     def state(self) -> dict[str, Tensor]:
         """Weights as `weight/NAME`, their mean as `mean/NAME`, the optimizer's state as `KIND/NAME`."""
-        tensors = {f"{WEIGHT}{name}": p.detach() for name, p in self.parameters.items()}
+        tensors = {f"{WEIGHT}{name}": self._whole(p.detach()) for name, p in self.parameters.items()}
         tensors |= {f"{MEAN}{name}": mean for name, mean in self._mean.items()}
         if self.scale is not None:
             tensors |= self.scale.state()
         for name, p in self.parameters.items():
-            tensors |= {f"{OPTIMIZER}{k}/{name}": value for k, value in state_tensors(self.optimizer, p).items()}
+            state = state_tensors(self.optimizer, p)
+            tensors |= {f"{OPTIMIZER}{kind}/{name}": self._whole(value) for kind, value in state.items()}
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave, one tensor at a time."""
         for name, p in self.parameters.items():
-            p.data.copy_(tensors[f"{WEIGHT}{name}"])
+            p.detach().copy_(self._slice(tensors[f"{WEIGHT}{name}"], p))
         for name, mean in self._mean.items():
             mean.copy_(tensors[f"{MEAN}{name}"])
         if self.scale is not None:
@@ -219,7 +222,7 @@ class ResidentEngine:
         for name, p in self.parameters.items():
             before = self.optimizer.state.pop(p, {})
             if name in kinds:
-                saved = {kind: tensors[f"{OPTIMIZER}{kind}/{name}"] for kind in kinds[name]}
+                saved = {kind: self._slice(tensors[f"{OPTIMIZER}{kind}/{name}"], p) for kind in kinds[name]}
                 # Into the memory that is there, else into new memory, where the optimizer would have it.
                 self.optimizer.state[p] = {
                     kind: before[kind].copy_(value) if kind in before else value.to(p.device)
@@ -245,7 +248,7 @@ class ResidentEngine:
         for name, (part, within) in self._places.items():
             state = state_tensors(self.optimizer, self.parameters[name])
             kept = by_part.setdefault(part, {})
-            kept |= {f"{OPTIMIZER}{kind}/{within}": value for kind, value in state.items()}
+            kept |= {f"{OPTIMIZER}{kind}/{within}": self._whole(value) for kind, value in state.items()}
             if name in self._trained:
                 kept[f"{WEIGHT}{within}"] = self._trained[name]
         return {part: partial(dict[str, Tensor], tensors) for part, tensors in by_part.items()}
@@ -260,8 +263,10 @@ class ResidentEngine:
             for name in (name for name, (of, _) in self._places.items() if of == part):
                 p, within = self.parameters[name], self._places[name][1]
                 if f"{WEIGHT}{within}" in state:
-                    p.copy_(state[f"{WEIGHT}{within}"])
-                kept = {kind: value.to(p.device) for kind, value in optimizer_state(state, within).items()}
+                    p.copy_(self._slice(state[f"{WEIGHT}{within}"], p))
+                kept = {
+                    kind: self._slice(value, p).to(p.device) for kind, value in optimizer_state(state, within).items()
+                }
                 if kept:
                     self.optimizer.state[p] = kept
 
@@ -281,6 +286,25 @@ class ResidentEngine:
             p = self.parameters[name]
             p.data, self._mean[name] = mean, p.data
 
+    def _reducer_of(self, parameters: list[nn.Parameter]) -> Reducer:
+        """What adds up the gradients of all ranks."""
+        return self.ranks.reducer(parameters)
+
+    def _before_backward(self, number: int) -> None:
+        """Called before the backward pass of this rank's microbatch `number` of a step."""
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """Of what this rank holds of a parameter, or of the state of one, the whole; it may be a view."""
+        return tensor
+
+    def _slice(self, whole: Tensor, p: Tensor) -> Tensor:
+        """The inverse: what this rank holds of a parameter's whole tensor, or of one of its state."""
+        return whole
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of all gradients together."""
+        return torch.nn.utils.get_total_norm(gradients)
+
     def _gradients(self, microbatches: Iterable[Batch], step: int) -> tuple[StepLoss, Tensor]:
         """Leave the step's clipped gradient on the parameters; its loss, and its norm before clipping."""
         scale = 1.0 if self.scale is None else self.scale.scale
@@ -293,6 +317,7 @@ class ResidentEngine:
                 with self.model.numerics(self.device):
                     terms = self.model(batch)
                 root = losses.root(terms, batch)
+            self._before_backward(number)
             with self.phases(BACKWARD):
                 root.backward()  # type: ignore[no-untyped-call]
             losses.add(terms)
@@ -305,7 +330,7 @@ class ResidentEngine:
         with self.phases(UPDATE):
             if (share := losses.share) is not None:
                 torch._foreach_mul_(gradients, share)
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = self._norm(gradients)
             if self.settings.grad_clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.grad_clip, norm)
         return losses, norm

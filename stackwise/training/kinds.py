@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ from stackwise.config.kinds import Optimizer
 
 class AdamW(Optimizer):
     """AdamW (arXiv 1711.05101)."""
+
+    divides: ClassVar[bool] = True
 
     beta1: Probability = Field(0.9, description="decay rate of the mean of gradients")
     beta2: Probability = Field(0.95, description="decay rate of the mean of their squares")
@@ -34,6 +36,8 @@ class AdamW(Optimizer):
 class AdamW8bit(AdamW):
     """AdamW with its moments in 8 bits (arXiv 2110.02861)."""
 
+    divides: ClassVar[bool] = False
+
     def state_bytes(self, blocks: int, rest: int) -> int:
         """Two moments in a byte each."""
         return 2 * (blocks + rest)
@@ -51,6 +55,8 @@ class Muon(AdamW):
     Its updates are scaled to the size of AdamW's, so that learning rate and decay mean the same (arXiv 2502.16982,
     section 2.2).
     """
+
+    divides: ClassVar[bool] = False
 
     momentum: Probability = Field(0.95, description="decay rate of the mean of the matrices' gradients")
 

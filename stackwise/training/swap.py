@@ -50,6 +50,7 @@ class SwappedEngine:
     """Trains a stage group by group; `before`: steps that the stage has taken already, in windows before this one."""
 
     checkpoints = "swap/record"
+    gathers = False
     """Its steps are on the disk as they are taken: a checkpoint holds the trainer's record alone."""
 
     def __init__(

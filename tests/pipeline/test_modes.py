@@ -24,7 +24,8 @@ THREE = {"model__architecture__n_stacks": 3, "training__steps": 8, "training__mo
 def committed(directory: Path) -> list[CommittedStage]:
     """A run's committed stages, lowest first."""
     with ActivationStore(directory / "store", create=False) as store:
-        found = [store.stage(stage["recipe"]) for stage in status(RunDirectory(directory))["stages"]]
+        stages = status(RunDirectory(directory))["stages"]
+        found = [store.stage(stage["recipe"]) for stage in stages if stage["recipe"] is not None]
     assert all(stage is not None for stage in found)
     return [stage for stage in found if stage is not None]
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from stackwise.cli.app import main
 from stackwise.config import StackWiseConfig
@@ -49,11 +51,14 @@ def boundaries(directory: Path) -> dict[str, str]:
 
 
 def stopped(config: StackWiseConfig, directory: Path, rank: int, number: int) -> StackWiseError:
-    """Run until the ranks tell how they fare, send one of them a signal; what the run ends with."""
+    """Run until something is saved and the ranks tell how they fare, send one a signal; what the run ends with."""
     sent: list[float] = []
+    saved: list[int] = []
 
     def observe(event: dict[str, Any]) -> None:
-        if event["event"] == "ranks" and not sent:
+        if event["event"] == "checkpoint":
+            saved.append(event["step"])
+        if event["event"] == "ranks" and saved and not sent:
             sent.append(time.monotonic())
             os.kill(event["ranks"][rank]["pid"], number)
 
@@ -159,3 +164,56 @@ def test_every_rank_has_a_store_of_its_own(micro: Micro, alone: Path, tmp_path: 
             assert store.verify()["damaged"] == []
             assert {info.id: info.state for info in store.boundaries()} == whole
             assert all(store.stage(stage.recipe) for stage in committed(alone))
+
+
+SHARDED: dict[str, Any] = SETTINGS | {"precision": "fp64", "training__steps": 16, "model__tie_embeddings": True}
+
+
+@pytest.fixture(scope="module")
+def in_float64(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("float64") / "run"
+    run(micro(**SHARDED), directory)
+    return directory
+
+
+def to_rounding(directory: Path, alone: Path) -> None:
+    for here, there in zip(committed(directory), committed(alone), strict=True):
+        assert here.record["losses"] == pytest.approx(there.record["losses"], rel=1e-9)
+        assert here.record["held_out"][-1][1] == pytest.approx(there.record["held_out"][-1][1], rel=1e-9)
+        for part in there.parts:
+            ours, theirs = load_file(here.path(part)), load_file(there.path(part))
+            assert all(torch.allclose(ours[name], theirs[name], rtol=1e-9, atol=1e-9) for name in theirs)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(("zero", "shard", "data"), [(3, 2, 1), (2, 2, 2), (1, 4, 1)])
+def test_a_stage_divided_over_ranks_makes_what_one_process_makes_to_rounding(
+    micro: Micro, in_float64: Path, tmp_path: Path, zero: int, shard: int, data: int
+) -> None:
+    mesh = {"parallel__zero": zero, "parallel__shard": shard, "parallel__data": data}
+    error = stopped(micro(**SHARDED, **mesh), tmp_path, 1, signal.SIGKILL)
+    assert "rank 1" in error.message
+    events = run(micro(**SHARDED), tmp_path, only=0)  # whole tensors: one process goes on
+    assert named(events, "resumed") or named(events, "reused")
+    run(micro(**SHARDED, **mesh), tmp_path)
+    to_rounding(tmp_path, in_float64)
+
+
+def test_two_ranks_divide_a_stage(micro: Micro, tmp_path: Path) -> None:
+    settings = SHARDED | {"training__steps": 3, "training__accumulation": 4, "training__eval_every": 3}
+    run(micro(**settings), tmp_path / "alone", only=0)
+    run(micro(**settings, parallel__shard=2, parallel__zero=3), tmp_path / "divided", only=0)
+    to_rounding(tmp_path / "divided", tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ({"optimizer": "muon"}, "training.optimizer"),
+        ({"ema": 0.9}, "training.ema"),
+        ({"compile": True}, "training.compile"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(micro: Micro, setting: dict[str, Any], key: str) -> None:
+    with pytest.raises(UsageError, match=key):
+        micro(parallel__shard=2, **{f"training__{name}": value for name, value in setting.items()})

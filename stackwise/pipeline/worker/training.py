@@ -118,15 +118,21 @@ def _resident(context: StageContext, model: StageModel) -> ResidentEngine:
     if context.config.training.compile:
         for block in (*model.blocks, *model.beyond):
             block.compile()
-    seed, parts = context.job.seed(context.config), parts_of(model, context.stage)
+    parts = parts_of(model, context.stage)
     if any(unmeasured(module) for module in parts.values()):
         spans = measured_spans(context, partial(row_order, context))
         for part, module in parts.items():
             set_spans(module, part, spans)
-    return ResidentEngine(
+    parallel = context.config.parallel
+    make: Callable[..., ResidentEngine] = ResidentEngine
+    if parallel.divides:
+        from stackwise.training.sharding import ShardedEngine  # FSDP takes a second to import
+
+        make = partial(ShardedEngine, shard=parallel.shard, zero=parallel.zero)
+    return make(
         model,
         context.settings,
-        seed=seed,
+        seed=context.job.seed(context.config),
         device=context.device,
         parts=parts,
         ranks=context.ranks,
@@ -284,7 +290,7 @@ class StageHooks:
         self._directory = Path(context.job.checkpoints) / trainer.engine.checkpoints
         self._checkpoints = Checkpoints(self._directory, context.config.training.keep_checkpoints)
         self._ranks = context.ranks
-        self._prepared = not self._ranks.main  # which alone saves
+        self._prepared = not self._ranks.main or trainer.engine.gathers  # the main rank alone saves
         # A clock that is set back or forward must not matter.
         self._saved = time.monotonic()
         self._waited = time.perf_counter(), context.ranks.waited
@@ -352,6 +358,8 @@ class StageHooks:
     def save(self, *, wait: bool) -> None:
         """See `Hooks.save`: beside training; the checkpoints that a decision may go back to stay."""
         if not self._ranks.main:
+            if self._trainer.engine.gathers:
+                self._trainer.engine.state()
             return
         trainer, protect = self._trainer, set()
         if trainer.anchor is not None:
