@@ -36,7 +36,7 @@ from stackwise.objectives.distillation import DistillationObjective
 from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat, Stage, adapter_part, block_number
 from stackwise.pretrained.adapters import merged, read_pairs
-from stackwise.pretrained.checkpoint import read_part
+from stackwise.pretrained.reading import read_part
 from stackwise.store import CommittedStage
 from stackwise.training.checkpoint import TensorFile, reason
 from stackwise.training.stage import StageModel

@@ -22,15 +22,17 @@ from stackwise.config.adapters import LORA, is_target, layers
 from stackwise.errors import NotFound, UsageError
 from stackwise.files import expanded
 from stackwise.identity import Hex, content_id
-from stackwise.pretrained.checkpoint import CONFIG_BYTES, FLOATS, PICKLES, Checkpoint, Reader, read_header
+from stackwise.pretrained.checkpoint import Checkpoint
 from stackwise.pretrained.families import BLOCK, TensorRef
+from stackwise.pretrained.reading import ADAPTER_WEIGHTS as WEIGHTS
+from stackwise.pretrained.reading import CONFIG_BYTES, FLOATS, PICKLES, Reader, read_header
 from stackwise.text import printable
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SETTINGS = "adapter_config.json"
 
 PREFIX = "base_model.model."
 """What the names of all tensors begin with."""

@@ -9,13 +9,10 @@ import contextlib
 import copy
 import dataclasses
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +20,12 @@ from torch import Tensor, nn
 from stackwise.config.adapters import AdaptersConfig
 from stackwise.config.model import ModelConfig
 from stackwise.config.training import Quantization
-from stackwise.durable import TEMPORARY, explain_full_disk, fsync_directory
 from stackwise.errors import UsageError
 from stackwise.files import open_to_write, parse_json, read_bytes, read_json, read_text
 from stackwise.model.projections import QuantizedLinear, plain_layers
 from stackwise.model.rack import Front, Head, StageModules
 from stackwise.pretrained.adapters import SETTINGS, as_peft, peft_settings, peft_tensors
-from stackwise.pretrained.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from stackwise.pretrained.checkpoint import CONFIG_BYTES, FLOATS, INDEX, SINGLE, Checkpoint, read_metadata
+from stackwise.pretrained.checkpoint import Checkpoint
 from stackwise.pretrained.compressed import (
     KINDS,
     PACKED,
@@ -50,13 +45,9 @@ from stackwise.pretrained.families import (
     family_of,
 )
 from stackwise.pretrained.keys import SPECIAL
+from stackwise.pretrained.reading import ADAPTER_WEIGHTS
+from stackwise.pretrained.shards import OURS, SHARD_BYTES, ShardWriter, published, write_content
 from stackwise.version import __version__
-
-BUFFER_BYTES = 4 << 20
-"""Bytes that are converted, turned and written at once: more than a row of any matrix."""
-
-SHARD_BYTES = 5_000_000_000
-"""Weights in one file, about, as Hugging Face has it."""
 
 BESIDE = (
     "tokenizer_config.json",
@@ -71,119 +62,8 @@ BESIDE = (
 )
 """What an export takes over from the checkpoint that it came from, beside the tokenizer itself."""
 
-_DTYPES = {getattr(torch, torch_name): name for name, (torch_name, _) in FLOATS.items()}
-_DTYPES |= {torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
-
 Part = tuple[str, Mapping[str, Tensor]]
 """The name of a part, and its tensors."""
-
-
-class ShardWriter:
-    """Writes tensors one after another into files of safetensors; none is held.
-
-    Args:
-        directory: Where the files go; nobody reads it before `close`.
-        names: The names that will come: so much room is left for the header of each file.
-        shard_bytes: Weights in one file, at most (a single tensor may be more).
-    """
-
-    def __init__(self, directory: Path, names: Iterable[str], shard_bytes: int = SHARD_BYTES) -> None:
-        self.directory, self.shard_bytes = directory, shard_bytes
-        self.total_bytes = self.parameters = 0
-        longest = {"dtype": "BF16", "shape": [1 << 24] * 2, "data_offsets": [1 << 50] * 2}
-        self._room = len(json.dumps(_HEADER | dict.fromkeys(names, longest))) // 8 * 8 + 1024
-        # One for all tensors: of buffers of its own for each, malloc would keep some.
-        self._buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
-        self._file: IO[bytes] | None = None
-        self._table: dict[str, Any] = {}
-        self._place = 0
-        self._files: list[tuple[Path, list[str]]] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def add(self, name: str, pieces: Sequence[Tensor], turned: bool = False, dtype: torch.dtype | None = None) -> None:
-        """Write a tensor, piece by piece.
-
-        Args:
-            name: Its name in the file.
-            pieces: What is below each other in it.
-            turned: The file has the transpose.
-            dtype: Its dtype there; None: as it is.
-        """
-        dtype = dtype or pieces[0].dtype
-        shape = [sum(map(len, pieces)), *pieces[0].shape[1:]] if len(pieces) > 1 else list(pieces[0].shape)
-        shape = shape[::-1] if turned else shape
-        numbers = torch.Size(shape).numel()
-        nbytes = numbers * dtype.itemsize
-        offsets = [self._place, self._place + nbytes]
-        entry = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": offsets}
-        full = self._place + nbytes > self.shard_bytes or len(json.dumps(self._table | {name: entry})) > self._room - 64
-        if self._table and full:
-            self._finish()
-            entry["data_offsets"] = [0, nbytes]
-        if self._file is None:
-            self._file = open_to_write(self.directory / f"part-{len(self._files):05d}")
-            self._file.seek(8 + self._room)
-        for band in self._turned(pieces, dtype) if turned else self._bands(pieces, dtype):
-            self._file.write(band.reshape(-1).view(torch.uint8).numpy().data)
-        self._table[name] = entry
-        self._place += nbytes
-        self.total_bytes += nbytes
-        self.parameters += numbers
-
-    def _bands(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-        """Tensors below each other, piece by piece, in the buffer."""
-        buffer = self._buffer.view(dtype)
-        for tensor in pieces:
-            for part in torch.split(tensor.detach().reshape(-1), len(buffer)):
-                yield buffer[: len(part)].copy_(part)
-
-    def _turned(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-        """The transpose of matrices below each other, some of its rows at a time, in the buffer."""
-        rows = sum(map(len, pieces))
-        buffer = self._buffer.view(dtype)[: len(self._buffer) // dtype.itemsize // rows * rows].view(-1, rows)
-        for start in range(0, pieces[0].shape[1], len(buffer)):
-            part = buffer[: pieces[0].shape[1] - start]
-            for place, tensor in zip(torch.split(part, [len(tensor) for tensor in pieces], 1), pieces, strict=True):
-                place.copy_(tensor.detach()[:, start : start + len(part)].T)
-            yield part
-
-    def _finish(self) -> None:
-        assert self._file is not None
-        header = json.dumps(_HEADER | self._table).encode().ljust(self._room)
-        with self._file as file:
-            file.seek(0)
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.flush()
-            os.fsync(file.fileno())
-        self._files.append((self.directory / f"part-{len(self._files):05d}", list(self._table)))
-        self._file, self._table, self._place = None, {}, 0
-
-    def close(self) -> list[str]:
-        """Finish the last file, give the files their names, and an index if they are several. Returns the names."""
-        if self._table:
-            self._finish()
-        count = len(self._files)
-        names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        for (path, _), name in zip(self._files, names, strict=True):
-            path.rename(path.with_name(name))
-        if count > 1:
-            where = {t: name for (_, held), name in zip(self._files, names, strict=True) for t in held}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(where.items()))}
-            _write_json(self.directory / INDEX, index)
-        fsync_directory(self.directory)
-        return names
-
-
-_HEADER = {"__metadata__": {"format": "pt"}}
-
-OURS = "stackwise"
-"""What marks a directory as an export, which another may replace."""
 
 
 @dataclass(frozen=True)
@@ -337,7 +217,7 @@ def export_adapters(
     settings = peft_settings(checkpoint, modules, rslora=adapters.rslora, dropout=adapters.dropout)
     with published(Path(directory), options.overwrite) as temporary:
         save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt", OURS: __version__})
-        _write_json(temporary / SETTINGS, settings)
+        write_content(temporary / SETTINGS, settings)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return Exported(Path(directory), checkpoint.family.model_type, False, (ADAPTER_WEIGHTS,), nbytes, numbers)
@@ -382,33 +262,12 @@ def _publish(
         if options.source is not None:
             _take_along(options.source.directory, temporary)
         if tokenizer is not None:
-            _write_json(temporary / "tokenizer.json", tokenizer)
+            write_content(temporary / "tokenizer.json", tokenizer)
             special = _special_tokens(tokenizer, options.separator_id, options.mask_token_id)
             about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": description.max_seq_len}
             _write_settings(temporary / "tokenizer_config.json", {**about, **special})
             _write_settings(temporary / "special_tokens_map.json", special)
     return dataclasses.replace(exported, directory=directory)
-
-
-@contextlib.contextmanager
-def published(directory: Path, overwrite: bool) -> Iterator[Path]:
-    """A directory beside the target to write into, which takes its place when the block ends well.
-
-    Raises:
-        UsageError: The target is in use.
-        NoSpaceError: The disk is full; nothing is left behind.
-    """
-    _check_target(directory, overwrite)
-    temporary = directory.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{directory.name}"
-    with explain_full_disk(directory):
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            fsync_directory(temporary)
-            _replace(temporary, directory)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
 
 def _write(
@@ -446,10 +305,10 @@ def _write(
         config["quantization_config"] = quantization_config(integers, ["lm_head"])
     if source is not None:  # of several ids that end a text, as they were
         config |= {key: source.raw[key] for key in SPECIAL[:3] if source.raw.get(key) is not None}
-    _write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    write_content(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     if description.causal and not family.native:
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
+        write_content(directory / "generation_config.json", {"_from_model_config": True, **ids})
     return Exported(directory, family.model_type, tied, tuple(files), writer.total_bytes, writer.parameters)
 
 
@@ -488,15 +347,7 @@ def _write_settings(path: Path, settings: Mapping[str, Any]) -> None:
     except (OSError, ValueError):
         there = {}
     if settings := {**settings, **(there if isinstance(there, dict) else {})}:
-        _write_json(path, settings)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-    with open_to_write(path) as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+        write_content(path, settings)
 
 
 def _merged(block: nn.Module) -> nn.Module:
@@ -506,43 +357,6 @@ def _merged(block: nn.Module) -> nn.Module:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.detach().cpu(), b.detach().cpu())
-
-
-def _check_target(directory: Path, overwrite: bool) -> None:
-    if directory.is_symlink():  # replacing it would leave what it leads to behind
-        raise UsageError(f"{directory} is a symbolic link", hint="name the directory that it leads to")
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise UsageError(f"{directory} is a file, not a directory")
-    if not any(directory.iterdir()):
-        return
-    if not overwrite:
-        raise UsageError(f"{directory} is not empty", hint="name another directory, or remove it first")
-    if not _is_export(directory):
-        raise UsageError(f"{directory} holds something else than an export: it is not replaced")
-
-
-def _is_export(directory: Path) -> bool:
-    """Whether a directory is an export, of a model or of adapters."""
-    with contextlib.suppress(OSError, ValueError):
-        config = read_json(directory / "config.json", limit=CONFIG_BYTES)
-        if isinstance(config, dict) and isinstance(config.get(OURS), dict):
-            return True
-    with contextlib.suppress(OSError, ValueError):  # peft's own configuration has no place for a mark
-        return OURS in read_metadata(directory / ADAPTER_WEIGHTS)
-    return False
-
-
-def _replace(temporary: Path, directory: Path) -> None:
-    if directory.exists():
-        aside = temporary.with_name(f"{temporary.name}.old")
-        directory.rename(aside)
-        temporary.rename(directory)
-        shutil.rmtree(aside)
-    else:
-        temporary.rename(directory)
-    fsync_directory(directory.parent)
 
 
 def _tokenizer(source: Path | str | None) -> str | None:

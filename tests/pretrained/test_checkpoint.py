@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from stackwise.model import part_digest
-from stackwise.pretrained.checkpoint import Checkpoint, load_rack, read_part
+from stackwise.pretrained.checkpoint import Checkpoint, load_rack
+from stackwise.pretrained.reading import read_part
 from tests.pretrained.models import FAMILIES, make
 
 
