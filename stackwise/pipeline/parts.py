@@ -35,7 +35,7 @@ from stackwise.objectives import AdaptationObjective, RuntimeObjective, make_obj
 from stackwise.objectives.distillation import DistillationObjective
 from stackwise.pipeline.job import Frozen, Source, StageJob
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat, Stage, adapter_part, block_number
-from stackwise.pretrained.adapters import merged, read_pairs
+from stackwise.pretrained.adapters import merge, read_pairs
 from stackwise.pretrained.reading import read_part
 from stackwise.store import CommittedStage
 from stackwise.training.checkpoint import TensorFile, reason
@@ -69,10 +69,12 @@ def load_part(
     if source.path is None:
         return None
     if source.merged:
-        weights, *adapters = (load_part(one) or {} for one in source.merged)
-        for one in adapters:
-            weights = merged(weights, one)
-        return weights if dtype is None else {name: tensor.to(dtype) for name, tensor in weights.items()}
+        weights = load_part(source.merged[0]) or {}
+        for one in source.merged[1:]:
+            merge(weights, load_part(one) or {})
+        for name in weights:  # one after another: never are all of them in memory in both dtypes
+            weights[name] = weights[name] if dtype is None else weights[name].to(dtype)
+        return weights
     if source.pairs is not None:
         now, tensors = read_pairs(Path(source.path), source.pairs)
         if source.digest not in (None, now):

@@ -85,10 +85,11 @@ class Teacher:
             raise UsageError(f"distillation.at: {wrong[0]} is above the teacher's {self.n_blocks} blocks")
 
     def check(self, stages: Sequence[Stage], data: PreparedData) -> None:
-        """Refuse a stage drawn to tokens that the teacher has no head for, and data whose ids are not the teacher's.
+        """Refuse stages that the teacher cannot draw to it, and data whose ids are not the teacher's.
 
         Raises:
-            UsageError: There is one, or they are not.
+            UsageError: A stage is drawn to tokens, and it has no head; to hidden states of another width, by a layer
+                that does not train; or an id is not among its own.
         """
         where = self.checkpoint.directory
         if not self.checkpoint.names(HEAD) and any(map(self._is_whole, stages)):
@@ -96,6 +97,14 @@ class Teacher:
                 f"{self._key}: {where} has no head, and a stage of all blocks is drawn to its tokens",
                 hint="name a teacher with a head, or train in stages of some blocks",
             )
+        for stage in stages:
+            if (width := self.match(stage)) is not None and HEAD not in stage.trains:
+                raise UsageError(
+                    f"{self._key}: the hidden states of {where} have width {width}, those of the model "
+                    f"{self._student.model.d_model}; the layer between them would stand still with the head of stage "
+                    f"{stage.depth}, where adapters train alone (training.adapters)",
+                    hint="set distillation.match: none, or training.mode: end_to_end, drawn to the teacher's tokens",
+                )
         highest = max(
             len(split.counts.nonzero()[0]) and int(split.counts.nonzero()[0][-1])
             for split in (data.train, data.held_out)

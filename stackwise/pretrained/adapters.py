@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 SETTINGS = "adapter_config.json"
 
+MERGED = 4 << 20
+"""Numbers that are added to a weight at once."""
+
 PREFIX = "base_model.model."
 """What the names of all tensors begin with."""
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>[\w.]+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -314,18 +317,19 @@ def read_pairs(directory: Path, pairs: Mapping[str, LowRank]) -> tuple[Hex, dict
     return digest_of(reader, pairs), tensors
 
 
-def merged(tensors: dict[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A part's tensors with what adapters add; the layers that have them in float32 at least."""
-    result = dict(tensors)
+def merge(tensors: dict[str, Tensor], adapters: Mapping[str, Tensor]) -> None:
+    """Add to a part's tensors, in place, what adapters add; the layers that have them become float32 at least."""
     for name, a_RI in adapters.items():
         layer, marked, kind = name.partition(f".adapters.{LORA}.")
         if not marked or kind != "a":
             continue
-        weight, prefix = result[f"{layer}.weight"], f"{layer}.adapters.{LORA}"
-        wide = weight if weight.element_size() >= 4 else weight.float()
-        delta = adapters[f"{prefix}.scale"].item() * (adapters[f"{prefix}.b"] @ a_RI)
-        result[f"{layer}.weight"] = wide + delta.to(wide.dtype)
-    return result
+        weight, prefix = tensors.pop(f"{layer}.weight"), f"{layer}.adapters.{LORA}"
+        weight = weight if weight.element_size() >= 4 else weight.float()
+        scale, b_OR = adapters[f"{prefix}.scale"].item(), adapters[f"{prefix}.b"]
+        rows = max(1, MERGED // a_RI.shape[1])  # never all that a large layer's adapter adds, beside the layer
+        for weight_rI, b_rR in zip(weight.split(rows), b_OR.split(rows), strict=True):
+            weight_rI += scale * (b_rR @ a_RI)
+        tensors[f"{layer}.weight"] = weight
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,14 @@ from stackwise.model.formats import Integers
 from stackwise.model.projections import AdaptedLinear, QuantizedLinear, projections
 from stackwise.pretrained.families import TensorRef
 
+FORMAT = "pack-quantized"
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
-KINDS = (PACKED, SCALE, ZERO, SHAPE)
-"""What stands for a layer's `weight`: int32 [O, I b / 32], float [O, G], int32 [O b / 32, G], and both sizes."""
+INPUT_SCALE, INPUT_ZERO = "input_scale", "input_zero_point"
+KINDS = (PACKED, SCALE, ZERO, SHAPE, INPUT_SCALE, INPUT_ZERO)
+"""What stands for a layer's `weight`: int32 [O, I b / 32], float [O, G], int32 [O b / 32, G], and both sizes.
+
+Where what enters is rounded in a fixed range, the grid that spans it, too: float [1], int8 [1].
+"""
 
 WIDEN = "export it with --format hf: its weights are then the rounded ones"
 
@@ -43,10 +48,6 @@ def compressed_part(block: nn.Module, part: str) -> CompressedPart:
             raise UsageError(f"{part} was not trained for integers (training.quantization)", hint=WIDEN)
         if isinstance(layer, AdaptedLinear):
             raise UsageError(f"{part} has adapters beside its integers", hint=WIDEN)
-        if layer.span is not None:
-            raise UsageError(
-                f"{part} rounds activations in fixed ranges, which this format is not written with", hint=WIDEN
-            )
         group = codec.settings.group
         if isinstance(group, int) and layer.in_features % group:
             raise UsageError(f"{part} {path}: groups of {group} do not divide {layer.in_features}", hint=WIDEN)
@@ -90,6 +91,10 @@ def _layer(layer: QuantizedLinear, codec: Integers) -> dict[str, Tensor]:
         SCALE: scales if codec.settings.group != "tensor" else scales.flatten(),
         SHAPE: torch.tensor([outputs, inputs]),
     }
+    if layer.span is not None and layer.rounds is not None:
+        tensors[INPUT_SCALE], zero = layer.rounds.spanning(*layer.span.float().split(1))
+        if not layer.rounds.settings.symmetric:
+            tensors[INPUT_ZERO] = zero.to(torch.int8)
     if "zeros" not in held:
         return tensors
     zeros = held["zeros"].view(rows, columns)
@@ -124,7 +129,7 @@ def quantization_config(layers: Mapping[str, Quantization], others: Iterable[str
         groups.setdefault(settings.name, (settings, []))[1].append(name)
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": FORMAT,
         "quantization_status": "compressed",
         "ignore": sorted(others),
         "config_groups": {
@@ -133,6 +138,8 @@ def quantization_config(layers: Mapping[str, Quantization], others: Iterable[str
                 "weights": _scheme(settings),
                 "input_activations": _activations(settings),
                 "output_activations": None,
+                # Said again: where activations are rounded too, the library would take another form by itself.
+                "format": FORMAT,
             }
             for number, (settings, names) in enumerate(groups.values())
         },
@@ -155,6 +162,6 @@ def _scheme(settings: Quantization) -> dict[str, Any]:
 def _activations(settings: Quantization) -> dict[str, Any] | None:
     if settings.activations is None:
         return None
-    symmetric = settings.activations_symmetric
-    how = {"type": "int", "symmetric": symmetric, "strategy": "token", "dynamic": True}
-    return {"num_bits": settings.activations} | how
+    dynamic = settings.activations_range == "token"
+    how = {"type": "int", "strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
+    return {"num_bits": settings.activations, "symmetric": settings.activations_symmetric} | how

@@ -14,6 +14,7 @@ from stackwise.errors import NotFound, UsageError
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run
 from tests.pipeline.storm import killed
+from tests.pipeline.test_initial import configuration
 from tests.pipeline.test_run import weights
 from tests.pretrained.models import make
 
@@ -81,7 +82,9 @@ def test_a_killed_run_ends_with_the_same_weights(teacher: Path, micro: Micro, tm
     assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")
 
 
-def test_teachers_that_cannot_teach_are_refused(teacher: Path, micro: Micro, tmp_path: Path) -> None:
+def test_teachers_that_cannot_teach_are_refused(
+    teacher: Path, checkpoints: Any, text: Path, micro: Micro, tmp_path: Path
+) -> None:
     with pytest.raises(NotFound):
         run(micro(**settings(tmp_path / "nothing")), tmp_path / "run")
     for wrong in (
@@ -95,4 +98,9 @@ def test_teachers_that_cannot_teach_are_refused(teacher: Path, micro: Micro, tmp
     masked = {"training__objective": "mlm", "training__mode": "end_to_end"}
     with pytest.raises(UsageError, match="has no head"):
         run(micro(distillation__teacher=str(tmp_path / "headless"), **masked), tmp_path / "run")
+    # Beside adapters no head trains: a layer towards another width would stay as it was drawn.
+    wide = checkpoints("llama", hidden_size=64)
+    beside = {"training.adapters": {}, "training.mode": "layerwise", "distillation.teacher": str(wide)}
+    with pytest.raises(UsageError, match="width 64"):
+        run(configuration(checkpoints("llama"), text, **beside), tmp_path / "run")
     assert not (tmp_path / "run").exists()
