@@ -319,6 +319,8 @@ def read_pairs(directory: Path, pairs: Mapping[str, LowRank]) -> tuple[Hex, dict
 
 def merge(tensors: dict[str, Tensor], adapters: Mapping[str, Tensor]) -> None:
     """Add to a part's tensors, in place, what adapters add; the layers that have them become float32 at least."""
+    import torch
+
     for name, a_RI in adapters.items():
         layer, marked, kind = name.partition(f".adapters.{LORA}.")
         if not marked or kind != "a":
@@ -327,7 +329,7 @@ def merge(tensors: dict[str, Tensor], adapters: Mapping[str, Tensor]) -> None:
         weight = weight if weight.element_size() >= 4 else weight.float()
         scale, b_OR = adapters[f"{prefix}.scale"].item(), adapters[f"{prefix}.b"]
         rows = max(1, MERGED // a_RI.shape[1])  # never all that a large layer's adapter adds, beside the layer
-        for weight_rI, b_rR in zip(weight.split(rows), b_OR.split(rows), strict=True):
+        for weight_rI, b_rR in zip(torch.split(weight, rows), torch.split(b_OR, rows), strict=True):
             weight_rI += scale * (b_rR @ a_RI)
         tensors[f"{layer}.weight"] = weight
 

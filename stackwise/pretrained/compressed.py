@@ -92,7 +92,7 @@ def _layer(layer: QuantizedLinear, codec: Integers) -> dict[str, Tensor]:
         SHAPE: torch.tensor([outputs, inputs]),
     }
     if layer.span is not None and layer.rounds is not None:
-        tensors[INPUT_SCALE], zero = layer.rounds.spanning(*layer.span.float().split(1))
+        tensors[INPUT_SCALE], zero = layer.rounds.spanning(*torch.split(layer.span.float(), 1))
         if not layer.rounds.settings.symmetric:
             tensors[INPUT_ZERO] = zero.to(torch.int8)
     if "zeros" not in held:

@@ -209,6 +209,8 @@ MODES: dict[str, dict[str, Any]] = {
         "training.progressive.new_stack_precision": "qlora",
     },
     "frozen": {"training.progressive.enabled": True, "training.objective": "mlm"},
+    "bf16, windows": {"training.mode": "layerwise", "training.windows": 2, "precision": "bf16"},
+    "fp16": {"training.mode": {"name": "blockwise", "block_size": 3}, "precision": "fp16"},
 }
 
 
