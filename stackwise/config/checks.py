@@ -26,7 +26,7 @@ def faults(config: Settings) -> list[Fault]:
     """Every contradiction."""
     if sizes := list(_sizes(config)):
         return sizes  # what follows makes lists of that size
-    kinds = (_model, _training, _stacks, adapter_faults, _fusion, _adaptation, _sharding)
+    kinds = (_model, _data, _training, _stacks, adapter_faults, _fusion, _adaptation, _sharding)
     return [fault for kind in kinds for fault in kind(config)]
 
 
@@ -74,6 +74,16 @@ def _model(config: Settings) -> Iterator[Fault]:
     if model.time_embedding.parameters(1) and not config.objective.masks:
         text = f"{config.objective.name} masks nothing: there is no masked share to take as input"
         yield "model.time_embedding", text
+
+
+def _data(config: Settings) -> Iterator[Fault]:
+    data, names = config.data, [task.name for task in config.data.tasks]
+    if len(names) == 1:
+        yield "data.tasks", f"{names[0]} alone: name two tasks or more, or its paths in data.paths"
+    if doubled := next((name for name in names if names.count(name) > 1), None):
+        yield "data.tasks", f"two tasks are called {doubled}: give each a name of its own"
+    if names and data.paths:
+        yield "data.paths", "data.tasks names what is read already: leave one of both out"
 
 
 def _training(config: Settings) -> Iterator[Fault]:

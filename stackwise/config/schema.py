@@ -47,6 +47,13 @@ PATTERNS = {NAME: "letters, digits, dots and dashes", DEVICE: "one of auto, cuda
 """Patterns of text fields, and what they allow in words."""
 
 
+class TaskConfig(Section):
+    """A data set that is a task of its own (`data.tasks`)."""
+
+    name: str = Field(pattern=NAME, max_length=64, description="what it is called: letters, digits, dots, dashes")
+    paths: list[Annotated[Text, Field(min_length=1)]] = Field(min_length=1, description="its text, as in data.paths")
+
+
 class DataConfig(Section):
     """The text: where it is, how it becomes tokens, what is held out."""
 
@@ -55,6 +62,12 @@ class DataConfig(Section):
         description="files, folders and patterns (*.txt) of text, web pages, notebooks, jsonl, json, parquet (also "
         ".gz, .bz2, .zst), Hugging Face data sets, or one prepared data set; empty: the Python standard library on "
         "this machine",
+    )
+    tasks: Annotated[list[TaskConfig], Field(max_length=256)] = Field(
+        default_factory=list,
+        description="several data sets instead of data.paths, each a task, in the order in which they are learned: "
+        "[{name: english, paths: [en]}, {name: french, paths: [fr]}]; one tokenizer over all, no sample holds two of "
+        "them, and each has documents of its own held out",
     )
     follow_links: bool = Field(False, description="follow links that lead out of a folder of data.paths")
     text_column: Text = Field(
@@ -76,7 +89,9 @@ class DataConfig(Section):
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.05, description="share of the documents held out from training, chosen by their content"
     )
-    max_bytes: PositiveInt | None = Field(None, description="read at most so many bytes of text; null: all of it")
+    max_bytes: PositiveInt | None = Field(
+        None, description="read at most so many bytes of text, of data.tasks of each; null: all of it"
+    )
     within_documents: bool = Field(
         False, description="attention stays within a document; false: a sample is one text, whatever documents it holds"
     )

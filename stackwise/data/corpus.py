@@ -11,15 +11,17 @@ import os
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stackwise.data.documents import (
     DIGESTS,
+    PATHS,
     TARGETS,
     Document,
+    HeldOut,
     Limit,
     Reading,
     SkippedFile,
@@ -145,13 +147,37 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """The parts of a corpus in order."""
+class Task:
+    """The parts of a task in order; of a corpus without tasks all that there is, without a name."""
 
+    name: str
     parts: tuple[Part, ...]
+    contents: Contents
+
+    @property
+    def setting(self) -> str:
+        """What named its documents, for messages."""
+        return task_setting(self.name)
+
+
+def task_setting(name: str) -> str:
+    """The setting that names the documents of a task."""
+    return f"data.tasks: {name}" if name else PATHS
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tasks of a corpus in order: one after another, so that documents of each stand together."""
+
+    tasks: tuple[Task, ...]
     contents: Contents
     reading: Reading
     skipped: Skipped
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The names of its tasks; none where it has no tasks."""
+        return tuple(task.name for task in self.tasks if task.name)
 
     @property
     def has_text(self) -> bool:
@@ -170,14 +196,21 @@ class Corpus:
         """What was brought and not used, a line a reason."""
         return [f"{reason} ({number:,})" for reason, number in sorted(self.contents.remarks.items())]
 
-    def documents(self) -> Iterator[Document]:
-        """Every document in order, read again."""
-        for part in self.parts:
-            yield from part.documents(self.reading)
+    def divided(self, held_out: Sequence[HeldOut]) -> Iterator[tuple[int, int, Document]]:
+        """Every document's parts in order, read again, each with its task's number and its side (`HeldOut.divide`).
+
+        Args:
+            held_out: What is held out of each task.
+        """
+        for number, (task, chosen) in enumerate(zip(self.tasks, held_out, strict=True)):
+            for part in task.parts:
+                for document in part.documents(self.reading):
+                    for side, piece in chosen.divide(document):
+                        yield number, side, piece
 
 
 def scan(
-    sources: list[Source],
+    sources: Mapping[str, list[Source]],
     skipped: Skipped,
     reading: Reading,
     *,
@@ -185,22 +218,37 @@ def scan(
     memory: Memory,
     progress: Progress,
 ) -> Corpus:
-    """Read every source once (or remember it) and add up what there is."""
-    sizes = [_stat_size(source) for source in sources]
-    total, done, left = sum(sizes), 0, max_bytes
-    parts, contents = [], Contents()
-    for source, size in zip(sources, sizes, strict=True):
-        reporter = _Reporter(progress, done, min(done + size, total), total)
-        in_source, was_cut = _scan_one(source, reading, left, memory, skipped, reporter)
-        done += size
-        if in_source.documents:
-            parts.append(Part(source, left, in_source))
-            contents.extend(in_source)
-        if left is not None and (was_cut or (left := left - in_source.size) <= 0):  # max_bytes is used up
-            break
+    """Read every source once (or remember it) and add up what there is.
+
+    Args:
+        sources: The files of each task by its name; without tasks all of them under an empty one.
+        skipped: What is left out, added to.
+        reading: What makes a row.
+        max_bytes: Of each task read at most so many; None: all.
+        memory: What files were found to hold.
+        progress: Called with "reading" and bytes.
+    """
+    sizes = {name: [_stat_size(source) for source in group] for name, group in sources.items()}
+    total, done = sum(map(sum, sizes.values())), 0
+    tasks, contents = [], Contents()
+    for name, group in sources.items():
+        left = max_bytes
+        parts, of_task = [], Contents()
+        for source, size in zip(group, sizes[name], strict=True):
+            reporter = _Reporter(progress, done, min(done + size, total), total)
+            in_source, was_cut = _scan_one(source, reading, left, memory, skipped, reporter)
+            done += size
+            if in_source.documents:
+                parts.append(Part(source, left, in_source))
+                of_task.extend(in_source)
+            if left is not None and (was_cut or (left := left - in_source.size) <= 0):  # max_bytes is used up
+                break
+        tasks.append(Task(name, tuple(parts), of_task))
+        contents.extend(of_task)
+        _check_text(tasks[-1], len(group), skipped)
     progress("reading", total, total)
-    corpus = Corpus(tuple(parts), contents, reading, skipped)
-    _check(corpus, len(sources))
+    corpus = Corpus(tuple(tasks), contents, reading, skipped)
+    _check(corpus)
     return corpus
 
 
@@ -263,15 +311,18 @@ def _read(source: Source, reading: Reading, left: int | None, report: _Reporter)
     return {"contents": dict(vars(contents)), "cut": cut} if contents.documents or cut else {"skip": "empty"}
 
 
-def _check(corpus: Corpus, sources: int) -> None:
-    contents = corpus.contents
-    if not contents.documents:
-        reasons = ", ".join(f"{count} {why}" for why, count in sorted(corpus.skipped.reasons.items()))
+def _check_text(task: Task, sources: int, skipped: Skipped) -> None:
+    if not task.contents.documents:
+        reasons = ", ".join(f"{count} {why}" for why, count in sorted(skipped.reasons.items()))
         raise UsageError(
-            f"data.paths: no text in {sources} file{'s' if sources != 1 else ''}"
+            f"{task.setting}: no text in {sources} file{'s' if sources != 1 else ''}"
             + (f" ({reasons})" if reasons else ""),
             hint="name files or folders of UTF-8 text, jsonl, json, parquet or a Hugging Face data set",
         )
+
+
+def _check(corpus: Corpus) -> None:
+    contents = corpus.contents
     if 0 < contents.texts < contents.documents:  # one tokenizer cannot be asked of both
         raise UsageError("data.paths: some rows bring text and some input_ids; a corpus is one or the other")
     for name in dict.fromkeys((*corpus.reading.columns, *contents.columns)):

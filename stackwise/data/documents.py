@@ -19,6 +19,9 @@ from stackwise.errors import UsageError
 IGNORED = -100
 """A target that no loss counts."""
 
+PATHS = "data.paths"
+"""The setting that names what is read, where nothing else is said."""
+
 TARGETS = "targets"
 """The column that says what each position is to say, for the objective `custom`."""
 
@@ -396,9 +399,11 @@ class HeldOut:
     share: float
     below: int
     single: bool
+    setting: str = PATHS
+    """What named the documents, for messages."""
 
     @classmethod
-    def choose(cls, n: int, lowest: int, highest: int, share: float) -> Self:
+    def choose(cls, n: int, lowest: int, highest: int, share: float, setting: str = PATHS) -> Self:
         """Choose for a corpus.
 
         Args:
@@ -406,12 +411,13 @@ class HeldOut:
             lowest: The lowest of their digests.
             highest: The highest.
             share: Of them, to be held out.
+            setting: What named them.
         """
-        chosen = cls(share, int(share * DIGESTS), n == 1)
+        chosen = cls(share, int(share * DIGESTS), n == 1, setting)
         if chosen.single:
             return chosen
         if lowest == highest:
-            raise UsageError(f"data.paths: all {n} documents are the same; none can be held out from training")
+            raise UsageError(f"{setting}: all {n} documents are the same; none can be held out from training")
         if lowest >= chosen.below:  # by chance none is: the lowest one is taken
             return replace(chosen, below=lowest + 1)
         if highest < chosen.below:  # by chance all are: the highest one trains
@@ -428,14 +434,17 @@ class HeldOut:
         if not self.single:
             return [(int(document.digest < self.below), document)]
         divide: Any = _divide_tokens if isinstance(document, TokenDocument) else _divide_text
-        head, tail = divide(document, self.share)
-        return [(0, head), (1, tail)]
+        if (parts := divide(document, self.share)) is None:
+            raise UsageError(
+                f"{self.setting}: the only document is too short to hold a part of it out", hint="add more text"
+            )
+        return list(enumerate(parts))
 
 
-def _divide_tokens(document: TokenDocument, share: float) -> tuple[Document, Document]:
+def _divide_tokens(document: TokenDocument, share: float) -> tuple[Document, Document] | None:
     n = len(document.tokens)
     if n < 2:  # one token cannot be on both sides
-        raise _too_short()
+        return None
     at = min(max(1, round(n * (1 - share))), n - 1)
 
     def part(where: slice) -> TokenDocument:
@@ -445,8 +454,8 @@ def _divide_tokens(document: TokenDocument, share: float) -> tuple[Document, Doc
     return part(slice(None, at)), part(slice(at, None))
 
 
-def _divide_text(document: TextDocument, share: float) -> tuple[Document, Document]:
-    """Divide at a line end near the share, reading at most up to there."""
+def _divide_text(document: TextDocument, share: float) -> tuple[Document, Document] | None:
+    """Divide at a line end near the share, reading at most up to there; None: it is too short."""
     at, before = min(max(1, round(document.n_bytes * (1 - share))), document.n_bytes - 1), 0
     for piece in document.pieces():
         size = len(piece.encode())
@@ -455,7 +464,7 @@ def _divide_text(document: TextDocument, share: float) -> tuple[Document, Docume
         before += size
     end = before + _line_near(piece.encode(), at - before)
     if not 0 < end < document.n_bytes:
-        raise _too_short()
+        return None
     return (
         TextDocument(document.digest, end, lambda: _slice(document, 0, end)),
         TextDocument(document.digest, document.n_bytes - end, lambda: _slice(document, end, document.n_bytes)),
@@ -483,7 +492,3 @@ def _slice(document: TextDocument, start: int, stop: int) -> Iterator[str]:
         at += len(data)
         if at >= stop:
             return
-
-
-def _too_short() -> UsageError:
-    return UsageError("data.paths: the only document is too short to hold a part of it out", hint="add more text")

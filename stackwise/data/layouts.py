@@ -14,6 +14,35 @@ from stackwise.data.documents import IGNORED, PAIR, SCORED, TARGETS, Array, Int6
 from stackwise.data.prepared import Split
 
 
+class TaskStream(Split):
+    """A stream whose samples never hold two tasks: the tail of each task that fills no sample is left."""
+
+    def __init__(self, directory: Path, meta: Mapping[str, Any], byte_table: Callable[[], Int64s | None]) -> None:
+        super().__init__(directory, meta, byte_table)
+        self._tokens_at = np.append(np.asarray(self.documents, np.int64), self.n_tokens)[self._task_edges]
+
+    def _counts(self, seq_len: int) -> Int64s:
+        """Samples of each task."""
+        return np.diff(self._tokens_at) // seq_len
+
+    def n_samples(self, seq_len: int) -> int:
+        """See `Split.n_samples`."""
+        return int(self._counts(seq_len).sum())
+
+    def sample_tasks(self, seq_len: int) -> Int64s:
+        """See `Split.sample_tasks`."""
+        return np.repeat(np.arange(len(self.tasks)), self._counts(seq_len))
+
+    def _begins(self, samples: Int64s, seq_len: int) -> Int64s:
+        edges = np.append(0, np.cumsum(self._counts(seq_len)))  # at which sample each task begins
+        task = np.searchsorted(edges, samples, side="right") - 1
+        return np.asarray(self._tokens_at[task] + (samples - edges[task]) * seq_len)
+
+    def _rows(self, column: str, indices: Any, seq_len: int) -> Array:
+        begins = self._begins(self._checked(indices, seq_len), seq_len)
+        return np.asarray(self._columns[column][begins[:, None] + np.arange(seq_len)])
+
+
 class WholeDocuments(Split):
     """A split whose samples hold whole documents, cut to the sample's length, and padding after them.
 
@@ -31,8 +60,15 @@ class WholeDocuments(Split):
     def places(self, seq_len: int) -> list[list[tuple[int, int, int]]]:
         """For each sample its runs: where one begins in the sample, where in the stream, how many tokens."""
         if seq_len not in self._laid:
-            self._laid[seq_len] = self._lay(seq_len)
+            self._shortened[seq_len] = 0
+            runs = zip(self._task_edges[:-1].tolist(), self._task_edges[1:].tolist(), strict=True)
+            self._laid[seq_len] = [sample for first, last in runs for sample in self._lay(seq_len, first, last)]
         return self._laid[seq_len]
+
+    def sample_tasks(self, seq_len: int) -> Int64s:
+        """See `Split.sample_tasks`."""
+        begins = np.array([runs[0][1] for runs in self.places(seq_len)], np.int64)
+        return np.searchsorted(np.asarray(self.documents)[self._task_edges[1:-1]], begins, side="right")
 
     def n_samples(self, seq_len: int) -> int:
         """Samples of `seq_len` tokens."""
@@ -74,7 +110,8 @@ class WholeDocuments(Split):
     def _edges(self) -> Int64s:
         return np.append(np.asarray(self.documents, np.int64), self.n_tokens)
 
-    def _lay(self, seq_len: int) -> list[list[tuple[int, int, int]]]:
+    def _lay(self, seq_len: int, first: int, last: int) -> list[list[tuple[int, int, int]]]:
+        """The samples of documents `first` to `last`, the latter excluded: a task's, or all."""
         raise TypeError(f"{type(self).__name__} does not say how samples are laid out")
 
 
@@ -86,11 +123,11 @@ class PackedSplit(WholeDocuments):
 
     name = "packed"
 
-    def _lay(self, seq_len: int) -> list[list[tuple[int, int, int]]]:
-        edges, scored = self._edges(), np.flatnonzero(self._columns[SCORED])
+    def _lay(self, seq_len: int, first: int, last: int) -> list[list[tuple[int, int, int]]]:
+        edges, scored = self._edges()[first : last + 1], np.flatnonzero(self._columns[SCORED])
         starts, lengths = edges[:-1], np.minimum(np.diff(edges), seq_len)
         any_scored = np.searchsorted(scored, starts) < np.searchsorted(scored, starts + lengths)
-        self._shortened[seq_len] = int((np.diff(edges) > seq_len)[any_scored].sum())
+        self._shortened[seq_len] += int((np.diff(edges) > seq_len)[any_scored].sum())
         # The number of a document breaks ties: the layout is a function of the documents and the length alone.
         order = np.lexsort((np.arange(len(starts)), -lengths))
         samples: list[list[tuple[int, int, int]]] = []
@@ -123,8 +160,8 @@ class PairSplit(WholeDocuments):
 
     name = "pairs"
 
-    def _lay(self, seq_len: int) -> list[list[tuple[int, int, int]]]:
-        edges, marks, half = self._edges(), np.asarray(self._columns[PAIR]), seq_len // 2
+    def _lay(self, seq_len: int, first: int, last: int) -> list[list[tuple[int, int, int]]]:
+        edges, marks, half = self._edges()[first : last + 1], np.asarray(self._columns[PAIR]), seq_len // 2
         samples, shortened = [], 0
         for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             of_pair = marks[start:stop]
@@ -132,11 +169,11 @@ class PairSplit(WholeDocuments):
             if not len(second):
                 continue
             at, end = int(second[0]), int(second[-1]) + 1
-            first, last = min(at, half), min(end - at, half)
-            if (of_pair[:first] == 1).any() and (of_pair[at : at + last] == 3).any():
-                samples.append([(0, start, first), (half, start + at, last)])
-                shortened += first + last < end
-        self._shortened[seq_len] = shortened
+            chosen, rejected = min(at, half), min(end - at, half)
+            if (of_pair[:chosen] == 1).any() and (of_pair[at : at + rejected] == 3).any():
+                samples.append([(0, start, chosen), (half, start + at, rejected)])
+                shortened += chosen + rejected < end
+        self._shortened[seq_len] += shortened
         return samples
 
     def _documents_in(self, runs: list[tuple[int, int, int]]) -> int:
@@ -146,5 +183,6 @@ class PairSplit(WholeDocuments):
 def split_of(directory: Path, meta: Mapping[str, Any], byte_table: Callable[[], Int64s | None]) -> Split:
     """A side of a prepared set, its samples as its columns say: pairs, packed conversations, or a stream."""
     columns = meta["columns"]
-    kind = PairSplit if PAIR in columns else PackedSplit if SCORED in columns else Split
+    stream = TaskStream if "tasks" in meta else Split
+    kind = PairSplit if PAIR in columns else PackedSplit if SCORED in columns else stream
     return kind(directory, meta, byte_table)

@@ -7,13 +7,13 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackwise import files
 from stackwise.data.chat import Chat
-from stackwise.data.corpus import Contents, Corpus, Progress, open_memory, scan
+from stackwise.data.corpus import Corpus, Progress, Task, open_memory, scan, task_setting
 from stackwise.data.documents import MASK, PAIR, SCORED, TARGETS, TOKENS, HeldOut, Reading
 from stackwise.data.prepared import (
     META,
@@ -25,7 +25,7 @@ from stackwise.data.prepared import (
     is_column_name,
     is_prepared,
 )
-from stackwise.data.sources import find_sources
+from stackwise.data.sources import Skipped, Source, find_sources
 from stackwise.data.tokenizer import Tokenizer
 from stackwise.data.vocabulary import Choice, check_fit
 from stackwise.data.writing import SIDES, NotExactError, write_splits
@@ -99,15 +99,16 @@ def prepare(
     if all_held_out and choice.tokenizer is None:
         raise UsageError("data.tokenizer: bpe has nothing to be trained on where all text is held out")
     reading = Reading(config.text_column, wanted, _chat(config, choice, wanted))
-    sources, skipped = find_sources(config.paths, reading, follow_links=config.follow_links)
+    sources, skipped = _find(config, reading)
     cache = Cache(config.cache_dir, optional=out is not None)
     with open_memory(cache.memory) as memory:
         corpus = scan(sources, skipped, reading, max_bytes=config.max_bytes, memory=memory, progress=report)
-    if reading.chat is not None and corpus.contents.documents < 2 and not all_held_out:
-        raise UsageError("data.paths: one row alone: none can be held out from training", hint="add more rows")
+    for task in corpus.tasks if reading.chat is not None and not all_held_out else ():
+        if task.contents.documents < 2:
+            raise UsageError(f"{task.setting}: one row alone: none can be held out from training", hint="add more rows")
     choice = choice.resolve(corpus)
     share = 1.0 if all_held_out else config.held_out
-    held_out = HeldOut.everything() if all_held_out else _choose(corpus.contents, share)
+    held_out = [HeldOut.everything() if all_held_out else _choose(task, share) for task in corpus.tasks]
     key = _key(corpus, choice, share)
     directory = out.absolute() if out is not None else cache.prepared(key)
     with explain_full_disk(directory), cache.building(directory, report):
@@ -131,8 +132,29 @@ def _chat(config: DataConfig, choice: Choice, wanted: tuple[str, ...]) -> Chat |
     return Chat.of(config.chat_template, choice.tokenizer, directory, pairs=PAIR in wanted)
 
 
-def _choose(contents: Contents, share: float) -> HeldOut:
-    return HeldOut.choose(contents.documents, contents.lowest, contents.highest, share)
+def _find(config: DataConfig, reading: Reading) -> tuple[dict[str, list[Source]], Skipped]:
+    """The files of each task, by its name; without tasks all of them under an empty one."""
+    if not config.tasks:
+        sources, skipped = find_sources(config.paths, reading, follow_links=config.follow_links)
+        return {"": sources}, skipped
+    skipped, by_task, task_of = Skipped(), dict[str, list[Source]](), dict[str, str]()
+    for task in config.tasks:
+        by_task[task.name], without = find_sources(
+            task.paths, reading, follow_links=config.follow_links, setting=task_setting(task.name)
+        )
+        skipped.extend(without)
+        for source in by_task[task.name]:
+            if (other := task_of.setdefault(os.path.realpath(source.path), task.name)) != task.name:
+                raise UsageError(
+                    f"data.tasks: {source.path} is in {other} and in {task.name}",
+                    hint="leave it out of one of them: what a task holds out, no other may train on",
+                )
+    return by_task, skipped
+
+
+def _choose(task: Task, share: float) -> HeldOut:
+    contents = task.contents
+    return HeldOut.choose(contents.documents, contents.lowest, contents.highest, share, task.setting)
 
 
 def _columns(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -152,6 +174,12 @@ def _check_column(given: PreparedData, name: str) -> None:
 
 def _given(config: DataConfig, out: Path | None) -> PreparedData | None:
     """The prepared set that the paths name."""
+    for task in config.tasks:
+        if ready := next((path for path in map(files.expanded, task.paths) if is_prepared(path)), None):
+            raise UsageError(
+                f"{task_setting(task.name)}: {ready} is a prepared data set, with a tokenizer of its own",
+                hint="name the text itself: all tasks have one tokenizer",
+            )
     named = [path for path in (files.expanded(name) for name in config.paths) if is_prepared(path)]
     if not named:
         return None
@@ -184,13 +212,18 @@ def _key(corpus: Corpus, choice: Choice, share: float) -> Hex:
     """What determines a set. The text column and max_bytes do so through the documents that they select."""
     contents = corpus.contents
     documents = {"n": contents.documents, "sequence": contents.sequence, "text": corpus.has_text}
-    parts = {"version": VERSION, "documents": documents, "tokenizer": choice.spec, "held_out": share}
+    parts: dict[str, Any] = {"version": VERSION, "documents": documents, "tokenizer": choice.spec, "held_out": share}
+    if corpus.task_names:
+        parts["tasks"] = [[task.name, task.contents.documents, task.contents.sequence] for task in corpus.tasks]
     return content_id("prepared data request", parts)
 
 
-def _notes(corpus: Corpus, held_out: HeldOut) -> list[str]:
-    divided = ["the only document was divided: its end is held out"] if held_out.single else []
-    return [*divided, *corpus.notes()]
+def _notes(corpus: Corpus, held_out: Sequence[HeldOut]) -> list[str]:
+    divided = [task for task, chosen in zip(corpus.tasks, held_out, strict=True) if chosen.single]
+    lines = [
+        f"{task.name}: " * bool(task.name) + "the only document was divided: its end is held out" for task in divided
+    ]
+    return [*lines, *corpus.notes()]
 
 
 def _reusable(directory: Path, key: Hex, *, mine: bool) -> PreparedData | None:
@@ -215,7 +248,7 @@ def _reusable(directory: Path, key: Hex, *, mine: bool) -> PreparedData | None:
 
 
 def _build(
-    directory: Path, key: Hex, corpus: Corpus, held_out: HeldOut, tokenizer: Tokenizer, report: Progress
+    directory: Path, key: Hex, corpus: Corpus, held_out: Sequence[HeldOut], tokenizer: Tokenizer, report: Progress
 ) -> tuple[PreparedData, bool]:
     """Make the set under a temporary name, then give it its own. True where another process was faster."""
     temporary = directory.parent / f"{TEMPORARY}{directory.name}-{secrets.token_hex(4)}"
@@ -246,7 +279,7 @@ def _build(
 
 
 def _write(
-    directory: Path, corpus: Corpus, held_out: HeldOut, tokenizer: Tokenizer, report: Progress
+    directory: Path, corpus: Corpus, held_out: Sequence[HeldOut], tokenizer: Tokenizer, report: Progress
 ) -> list[dict[str, Any]]:
     # text lengths of such tokens depend on their place
     measure = corpus.has_text and tokenizer.bytes_per_token() is None

@@ -133,7 +133,8 @@ class PreparedData:
         totals = {key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "bytes")}
         tokenizer = {key: value for key, value in self._meta["tokenizer"].items() if key != "digest"}
         head = {"id": self.id, "directory": str(self.directory), "tokenizer": tokenizer}
-        return {**head, **totals, **splits, "skipped": self.skipped, "notes": self.notes}
+        tasks = {"tasks": list(self.train.tasks)} if self.train.tasks else {}
+        return {**head, **totals, **splits, **tasks, "skipped": self.skipped, "notes": self.notes}
 
 
 def is_prepared(directory: Path) -> bool:
@@ -200,11 +201,14 @@ _BLOCK_TOKENS = 1 << 20
 
 _BLOCK_BYTES = 1 << 20
 
-_TYPES = {"tokens": ("<u2", "<u4"), "documents": ("<i8",), "counts": ("<i8",), "bytes": ("<u4",), "targets": ("<i4",)}
+_TYPES = {
+    **{"tokens": ("<u2", "<u4"), "documents": ("<i8",), "counts": ("<i8",), "bytes": ("<u4",), "targets": ("<i4",)},
+    "tasks": ("<i8",),
+}
 """What columns of a known name may be; others are of rows: int64 or float32."""
 
-OWN_COLUMNS = frozenset({"tokens", "documents", "counts", "bytes"})
-"""What every set has of its own making, beside the columns that rows bring."""
+OWN_COLUMNS = frozenset({"tokens", "documents", "counts", "bytes", "tasks"})
+"""What a set has of its own making, beside the columns that rows bring."""
 
 
 class DamagedColumnError(ValueError):
@@ -240,6 +244,33 @@ class Split:
         self.n_documents = len(self.documents)
         self.n_bytes: int = meta["bytes"]
         """Bytes of source text; 0 where rows brought tokens."""
+        self.tasks: tuple[str, ...] = tuple(meta.get("tasks", ()))
+        """Names of the tasks that documents are of, in order; empty: there are none."""
+        self._task_edges = self._find_tasks()
+
+    @property
+    def task_tokens(self) -> list[int]:
+        """Tokens of each task; without tasks of all."""
+        edges = np.append(np.asarray(self.documents, np.int64), self.n_tokens)[self._task_edges]
+        return [int(n) for n in np.diff(edges)]
+
+    def _find_tasks(self) -> Int64s:
+        """At which document each task begins, and the last one ends: int64 [tasks + 1]; without tasks one run."""
+        if not self.tasks:
+            return np.array([0, self.n_documents])
+        of_documents = np.asarray(self._columns["tasks"])
+        edges = np.searchsorted(of_documents, np.arange(len(self.tasks) + 1))
+        ordered = len(of_documents) == self.n_documents and bool((np.diff(of_documents) >= 0).all())
+        if not ordered or edges[0] or edges[-1] != self.n_documents:
+            raise DamagedColumnError(f"{self.directory.name}/tasks.bin does not fit its documents")
+        return edges
+
+    def sample_tasks(self, seq_len: int) -> Int64s:
+        """The task of each sample, by its place in `tasks`: int64 [n_samples]; without tasks all 0.
+
+        No sample holds documents of two tasks.
+        """
+        return np.zeros(self.n_samples(seq_len), np.int64)
 
     def n_samples(self, seq_len: int) -> int:
         """Whole samples of `seq_len` tokens."""
@@ -312,7 +343,7 @@ class Split:
 
         A separator belongs to the document that it ends.
         """
-        first = self._checked(indices, seq_len) * seq_len
+        first = self._begins(self._checked(indices, seq_len), seq_len)
         low = np.searchsorted(self.documents, first, side="right")
         high = np.searchsorted(self.documents, first + seq_len, side="left")
         marks = np.zeros((len(first), seq_len), np.int32)
@@ -397,6 +428,10 @@ class Split:
         rows: Array = self._columns[column][: n * seq_len].reshape(n, seq_len)
         return rows[self._checked(indices, seq_len)]
 
+    def _begins(self, samples: Int64s, seq_len: int) -> Int64s:
+        """Where samples begin in the stream."""
+        return samples * seq_len
+
     def _checked(self, indices: Any, seq_len: int) -> Int64s:
         array = np.asarray(indices, np.int64)
         if array.size and not 0 <= array.min() <= array.max() < self.n_samples(seq_len):
@@ -422,6 +457,12 @@ def require_samples(split: Split, seq_len: int, name: str) -> int:
         UsageError: It is shorter than one sample.
     """
     if (n := split.n_samples(seq_len)) > 0:
+        for number in set(range(len(split.tasks))) - set(split.sample_tasks(seq_len).tolist()):
+            raise UsageError(
+                f"data.tasks: {split.tasks[number]}: its {name} text is less than one sample of {seq_len} tokens "
+                "(training.seq_len)",
+                hint="add text, or lower training.seq_len" + (", or raise data.held_out" if "held" in name else ""),
+            )
         return n
     if split.name:  # samples of whole documents
         raise UsageError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise import files
-from stackwise.data.documents import Document, Limit, Reading, SkippedFile, row_documents
+from stackwise.data.documents import PATHS, Document, Limit, Reading, SkippedFile, row_documents
 from stackwise.data.markup import html_file, notebook_file
 from stackwise.data.prepared import is_prepared
 from stackwise.data.readers import PACKED, arrow_rows, exceeds, json_rows, jsonl_rows, parquet_rows, text_file
@@ -116,12 +116,19 @@ class Skipped:
         if name and len(self.files) < NAMED:
             self.files.append({"path": os.fsencode(path).decode(errors="replace"), "why": why})
 
+    def extend(self, more: Skipped) -> None:
+        """Count what was left out elsewhere."""
+        self.reasons += more.reasons
+        self.files += more.files[: NAMED - len(self.files)]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `count`, `reasons`, `files`."""
         return {"count": self.reasons.total(), "reasons": dict(sorted(self.reasons.items())), "files": self.files}
 
 
-def find_sources(paths: Sequence[str], reading: Reading, *, follow_links: bool = False) -> tuple[list[Source], Skipped]:
+def find_sources(
+    paths: Sequence[str], reading: Reading, *, follow_links: bool = False, setting: str = PATHS
+) -> tuple[list[Source], Skipped]:
     """The files behind `paths`: folders recursively and sorted, data set folders by their description.
 
     A path may be a pattern (`texts/*.txt`, `**` for any folders between), unless a file of that very name exists.
@@ -130,12 +137,13 @@ def find_sources(paths: Sequence[str], reading: Reading, *, follow_links: bool =
         paths: What to read; none: the Python standard library of the running interpreter.
         reading: What makes a row.
         follow_links: Follow links that lead out of a folder, too. A path that is itself a link is always followed.
+        setting: What named the paths, for messages.
     """
     if not paths:
         if library := list(_standard_library()):
             return library, Skipped()
         raise UsageError("the Python standard library is here without sources", hint="name text with data.paths")
-    finder = _Finder(reading, follow_links)
+    finder = _Finder(reading, follow_links, setting)
     for name in paths:
         path = files.expanded(name)
         if glob.has_magic(name) and not os.path.lexists(path):  # a file may have brackets in its name
@@ -148,11 +156,11 @@ def find_sources(paths: Sequence[str], reading: Reading, *, follow_links: bool =
 class _Finder:
     """Files in the order of the paths, each once, however often it is reached."""
 
-    def __init__(self, reading: Reading, follow_links: bool) -> None:
+    def __init__(self, reading: Reading, follow_links: bool, setting: str) -> None:
         self.skipped = Skipped()
         self.sources: dict[str, Source] = {}
         """By real path."""
-        self._reading, self._follow = reading, follow_links
+        self._reading, self._follow, self._setting = reading, follow_links, setting
         self._folders: set[tuple[int, int]] = set()
 
     def path(self, path: Path) -> None:
@@ -160,21 +168,21 @@ class _Finder:
         try:
             mode = path.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
-            raise NotFound(f"data.paths: {path} does not exist") from None
+            raise NotFound(f"{self._setting}: {path} does not exist") from None
         except (OSError, ValueError) as error:
-            raise UsageError(f"data.paths: {path} cannot be read ({_why(error)})") from None
+            raise UsageError(f"{self._setting}: {path} cannot be read ({_why(error)})") from None
         if stat.S_ISDIR(mode):
             self._root(path)
         elif stat.S_ISREG(mode):
             self._add(Source(path, kind_of(path, named=True), named=True))
         else:
-            raise UsageError(f"data.paths: {path} is neither a file nor a folder")
+            raise UsageError(f"{self._setting}: {path} is neither a file nor a folder")
 
     def pattern(self, pattern: Path) -> None:
         """What fits a pattern, sorted; by it a file is chosen as by its folder, not named."""
         hits = sorted(glob.glob(str(pattern), recursive=True))
         if not hits:
-            raise NotFound(f"data.paths: nothing fits {pattern}")
+            raise NotFound(f"{self._setting}: nothing fits {pattern}")
         parts = pattern.parts
         fixed = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
         for hit in map(Path, hits):
@@ -222,7 +230,7 @@ class _Finder:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             if named:
-                raise UsageError(f"data.paths: {folder} cannot be read ({_why(error)})") from None
+                raise UsageError(f"{self._setting}: {folder} cannot be read ({_why(error)})") from None
             self.skipped.add(folder, "unreadable")
             return
         if (here := (status.st_dev, status.st_ino)) in self._folders:  # links within a folder may go round in circles

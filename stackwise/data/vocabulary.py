@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,22 +72,23 @@ class Choice:
         return self
 
     def make(
-        self, corpus: Corpus, held_out: HeldOut, kept: Callable[[Hex], Path | None], progress: Progress
+        self, corpus: Corpus, held_out: Sequence[HeldOut], kept: Callable[[Hex], Path | None], progress: Progress
     ) -> Tokenizer:
         """The tokenizer: bpe is trained, or found where it was kept when it was trained on this text before.
 
         Args:
             corpus: The documents.
-            held_out: Those that training must not see.
+            held_out: Those of each task that training must not see.
             kept: Where the tokenizer of a key is kept; None: nowhere.
             progress: See `train_bpe`.
         """
         if self.tokenizer is not None:
             return self.tokenizer
+        chosen = [each.share if each.single else each.below for each in held_out]
         trained_on = {
             "documents": corpus.contents.documents,
             "sequence": corpus.contents.sequence,
-            "held_out": held_out.share if held_out.single else held_out.below,
+            "held_out": chosen if corpus.task_names else chosen[0],
         }
         path = kept(content_id("bpe", {**self.spec, **trained_on}))
         if path is not None:
@@ -140,14 +141,14 @@ def check_vocabulary(size: int, key: str) -> None:
         )
 
 
-def train_bpe(corpus: Corpus, held_out: HeldOut, vocab_size: int, progress: Progress) -> Tokenizer:
+def train_bpe(corpus: Corpus, held_out: Sequence[HeldOut], vocab_size: int, progress: Progress) -> Tokenizer:
     """Train byte-level BPE on the training side: the separator is id 0, the mask id 1.
 
     The same documents, in any order, give the same tokenizer. A small text gives fewer ids than asked for.
 
     Args:
         corpus: The documents.
-        held_out: Those that it must not see.
+        held_out: Those of each task that it must not see.
         vocab_size: Ids, at most.
         progress: Told "tokenizer" with bytes of the sample.
     """
@@ -169,23 +170,22 @@ def train_bpe(corpus: Corpus, held_out: HeldOut, vocab_size: int, progress: Prog
     return Tokenizer(backend, name="bpe")
 
 
-def _sample(corpus: Corpus, held_out: HeldOut, total: int, progress: Progress) -> Iterator[list[str]]:
+def _sample(corpus: Corpus, held_out: Sequence[HeldOut], total: int, progress: Progress) -> Iterator[list[str]]:
     share = int(total / corpus.contents.text_bytes * 2**64)
     batch: list[str] = []
     done = size = 0
-    for document in corpus.documents():
-        for side, part in held_out.divide(document):
-            if side or not isinstance(part, TextDocument):  # nothing held out may shape the tokenizer
-                continue
-            for number, piece in enumerate(part.pieces()):
-                # which pieces are drawn depends on the document alone
-                if xxhash.xxh3_64_intdigest(part.digest.to_bytes(16, "big") + number.to_bytes(8, "big")) < share:
-                    batch.append(piece)
-                    size += len(piece)
-                    if size >= _BATCH_BYTES:
-                        progress("tokenizer", min(done, total), total)
-                        yield batch
-                        done, size, batch = done + size, 0, []
+    for _, side, part in corpus.divided(held_out):
+        if side or not isinstance(part, TextDocument):  # nothing held out may shape the tokenizer
+            continue
+        for number, piece in enumerate(part.pieces()):
+            # which pieces are drawn depends on the document alone
+            if xxhash.xxh3_64_intdigest(part.digest.to_bytes(16, "big") + number.to_bytes(8, "big")) < share:
+                batch.append(piece)
+                size += len(piece)
+                if size >= _BATCH_BYTES:
+                    progress("tokenizer", min(done, total), total)
+                    yield batch
+                    done, size, batch = done + size, 0, []
     if batch:
         progress("tokenizer", min(done, total), total)
         yield batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ class NotExactError(Exception):
 class _Piece:
     """A piece of a document's text, or a row of tokens. `ends`: the document's bytes in its last piece, else -1."""
 
+    task: int
     side: int
     content: str | TokenDocument
     size: int
@@ -51,14 +52,20 @@ _Encoded = list[dict[str, Array]]
 
 
 def write_splits(
-    directory: Path, corpus: Corpus, held_out: HeldOut, tokenizer: Tokenizer, *, measure: bool, progress: Progress
+    directory: Path,
+    corpus: Corpus,
+    held_out: Sequence[HeldOut],
+    tokenizer: Tokenizer,
+    *,
+    measure: bool,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Tokenize a corpus into `directory/train` and `directory/held_out`.
 
     Args:
         directory: An existing folder without those two.
         corpus: The documents.
-        held_out: Which are held out.
+        held_out: Which are held out of each task.
         tokenizer: Makes the tokens.
         measure: Store the bytes of every token, instead of relying on the tokenizer's byte table.
         progress: Told "tokenizing" with bytes.
@@ -67,7 +74,7 @@ def write_splits(
         The descriptions of the two splits.
     """
     more = {"bytes": "<u4"} if measure and corpus.has_text else corpus.columns
-    writers = [SplitWriter(directory / side, tokenizer, more) for side in SIDES]
+    writers = [SplitWriter(directory / side, tokenizer, more, corpus.task_names) for side in SIDES]
     done = 0
     try:
         progress("tokenizing", 0, corpus.contents.size)
@@ -79,13 +86,14 @@ def write_splits(
                 if "bytes" in columns and not len(columns["tokens"]):
                     writer.leave(piece.size)
                 if piece.ends >= 0:
-                    writer.end_document(piece.ends)
+                    writer.end_document(piece.ends, piece.task)
                 done += piece.size
             progress("tokenizing", done, corpus.contents.size)
-        wanted = writers if held_out.share < 1 else writers[1:]
-        if not all(writer.n_documents for writer in wanted):
-            # a side without documents cannot be trained or scored
-            raise UsageError("data.paths: too little text to hold some of it out", hint="add more text")
+        wanted = writers if held_out[0].share < 1 else writers[1:]
+        for number, task in enumerate(corpus.tasks):
+            if not all(number in writer.tasks_written for writer in wanted):
+                # a side without documents cannot be trained or scored
+                raise UsageError(f"{task.setting}: too little text to hold some of it out", hint="add more text")
         made = [writer.finish() for writer in writers]
         if corpus.has_text:
             _check_known(tokenizer, writers[0].counts + writers[1].counts)
@@ -108,30 +116,29 @@ def _check_known(tokenizer: Tokenizer, counts: Array) -> None:
     )
 
 
-def _batches(corpus: Corpus, held_out: HeldOut) -> Iterator[list[_Piece]]:
+def _batches(corpus: Corpus, held_out: Sequence[HeldOut]) -> Iterator[list[_Piece]]:
     batch: list[_Piece] = []
     size = 0
-    for document in corpus.documents():
-        for side, part in held_out.divide(document):
-            for piece in _pieces(side, part):
-                batch.append(piece)
-                size += piece.size
-                if size >= BATCH_BYTES or len(batch) >= BATCH_PIECES:
-                    yield batch
-                    batch, size = [], 0
+    for task, side, part in corpus.divided(held_out):
+        for piece in _pieces(task, side, part):
+            batch.append(piece)
+            size += piece.size
+            if size >= BATCH_BYTES or len(batch) >= BATCH_PIECES:
+                yield batch
+                batch, size = [], 0
     if batch:
         yield batch
 
 
-def _pieces(side: int, part: Document) -> Iterator[_Piece]:
+def _pieces(task: int, side: int, part: Document) -> Iterator[_Piece]:
     if not isinstance(part, TextDocument):
-        yield _Piece(side, part, 4 * len(part.tokens), 0)
+        yield _Piece(task, side, part, 4 * len(part.tokens), 0)
         return
     left = part.n_bytes
     for text in part.pieces():
         size = len(text) if text.isascii() else len(text.encode())
         left -= size
-        yield _Piece(side, text, size, -1 if left else part.n_bytes)
+        yield _Piece(task, side, text, size, -1 if left else part.n_bytes)
 
 
 def _in_parallel(
@@ -209,18 +216,25 @@ class _Column:
 class SplitWriter:
     """Writes a split's columns: `tokens`, `documents` (starts), `counts`, and `bytes` or what rows bring.
 
+    Where there are tasks also `tasks`, the number of each document's.
+
     Args:
         directory: Where the files go; made.
         tokenizer: Gives the separator and the size of the vocabulary.
         more: Further columns, with their types.
+        tasks: Names of tasks; none: there are none.
     """
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer, more: Mapping[str, str]) -> None:
+    def __init__(
+        self, directory: Path, tokenizer: Tokenizer, more: Mapping[str, str], tasks: tuple[str, ...] = ()
+    ) -> None:
         directory.mkdir()
         self.directory = directory
         self._tokenizer = tokenizer
         wide = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-        types = {"tokens": wide, "documents": "<i8", **more}
+        self._tasks = tasks
+        by_document = {"documents": "<i8"} | ({"tasks": "<i8"} if tasks else {})
+        types = {"tokens": wide, **by_document, **more}
         self._columns = {name: _Column(directory / f"{name}.bin", types[name]) for name in sorted(types)}
         self._held: dict[str, list[Array]] = {name: [] for name in types}
         self._held_tokens = 0
@@ -228,11 +242,14 @@ class SplitWriter:
         self.n_tokens = self.n_documents = self.n_bytes = 0
         self._start = 0
         self._starts: list[int] = []
+        self._of_tasks: list[int] = []
+        self.tasks_written: set[int] = set()
+        """Numbers of the tasks that have documents here."""
         self._last = -1
         self._unclaimed = 0
         # at a separator nothing is scored: no target, no weight
         fill = {"tokens": tokenizer.separator_id, TARGETS: IGNORED, LABELS: IGNORED}
-        self._end = {name: np.array([fill.get(name, 0)], types[name]) for name in types if name != "documents"}
+        self._end = {name: np.array([fill.get(name, 0)], types[name]) for name in types if name not in by_document}
 
     def add(self, columns: Mapping[str, Array]) -> None:
         """Append a run of the document in hand: its tokens, and a value for each in every other column."""
@@ -255,8 +272,13 @@ class SplitWriter:
         """Text of the document in hand that made no token: the next one stands for it too, at its end the last."""
         self._unclaimed += n_bytes
 
-    def end_document(self, n_bytes: int) -> None:
-        """End the document in hand with a separator, unless it brought one; without tokens it leaves no trace."""
+    def end_document(self, n_bytes: int, task: int = 0) -> None:
+        """End the document in hand with a separator, unless it brought one; without tokens it leaves no trace.
+
+        Args:
+            n_bytes: Of its text.
+            task: The number of its task.
+        """
         left, self._unclaimed = self._unclaimed, 0
         if self.n_tokens == self._start:
             return
@@ -265,13 +287,18 @@ class SplitWriter:
         if self._last != self._tokenizer.separator_id:
             self.add(self._end)
         self._starts.append(self._start)
+        self._of_tasks.append(task)
+        self.tasks_written.add(task)
         self._start = self.n_tokens
         self.n_documents += 1
         self.n_bytes += n_bytes
 
     def _flush(self) -> None:
         self._held["documents"].append(np.array(self._starts, np.int64))
+        if self._tasks:
+            self._held["tasks"].append(np.array(self._of_tasks, np.int64))
         self._starts.clear()
+        self._of_tasks.clear()
         for name, arrays in self._held.items():
             if arrays:
                 whole = np.concatenate(arrays)
@@ -290,7 +317,8 @@ class SplitWriter:
         columns = {name: column.close() for name, column in (*self._columns.items(), ("counts", counts))}
         sums = b"".join(column.sums for _, column in sorted(self._columns.items()))
         write_bytes(self.directory / SUMS, sealed(sums, columns))
-        return {"documents": self.n_documents, "tokens": self.n_tokens, "bytes": self._bytes(), "columns": columns}
+        about = {"documents": self.n_documents, "tokens": self.n_tokens, "bytes": self._bytes(), "columns": columns}
+        return about | ({"tasks": list(self._tasks)} if self._tasks else {})
 
     @property
     def counts(self) -> Array:

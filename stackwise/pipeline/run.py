@@ -297,6 +297,8 @@ def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
         return str(expanded(path).absolute())
 
     data.paths = [absolute(path) for path in data.paths]
+    for task in data.tasks:
+        task.paths = [absolute(path) for path in task.paths]
     if data.tokenizer not in ("bpe", "bytes"):
         data.tokenizer = absolute(data.tokenizer)
     if data.chat_template is not None and data.chat_template not in CHAT_TEMPLATES:

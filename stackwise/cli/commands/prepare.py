@@ -31,7 +31,8 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, metavar="PATH...")
+@click.option("--task", "tasks", multiple=True, metavar="NAME=PATH", help="A task and text of it; repeatable.")
 @click.option("--out", required=True, metavar="DIR", help="Where the prepared data set goes; a new folder.")
 @click.option("--tokenizer", default="bpe", show_default=True, help="bpe, bytes, or the path of a tokenizer.json.")
 @click.option("--vocab-size", type=COUNT, metavar="N", help="Size that bpe is trained to.  [default: 4096]")
@@ -82,6 +83,9 @@ def prepare(as_json: bool, out: str, **options: Any) -> None:
         say(f"  {name}: {documents}, {words.count(split['tokens'])} tokens{size}")
     tokenizer = summary["tokenizer"]
     say(f"  tokenizer: {tokenizer['name']}, {tokenizer['vocab_size']:,} ids")
+    for number, name in enumerate(prepared.train.tasks):
+        sizes = (words.count(split.task_tokens[number]) for split in (prepared.train, prepared.held_out))
+        say("  task {}: {} tokens, {} held out".format(name, *sizes))
     for line in (*_skipped(summary["skipped"]), *summary["notes"]):
         note(f"  {line}")
     # A name with commas or brackets needs quotes.
@@ -103,6 +107,16 @@ def _config(options: dict[str, Any]) -> DataConfig:
     from stackwise.config.loading import build
 
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+    if not given["paths"] and not given["tasks"]:
+        raise UsageError("PATH is missing: name text to prepare, or tasks with --task NAME=PATH")
+    paths_of: dict[str, list[str]] = {}
+    for task in given.pop("tasks"):
+        name, equals, path = task.partition("=")
+        if not equals or not name or not path:
+            raise UsageError(f"--task {task}: is not NAME=PATH", hint="such as --task english=texts/en")
+        paths_of.setdefault(name, []).append(path)
+    if paths_of:
+        given["tasks"] = [{"name": name, "paths": paths} for name, paths in paths_of.items()]
     given = {key: value for key, value in given.items() if value is not None}  # the others keep their defaults
     return build(StackWiseConfig, {"data": given}, source="data prepare").data
 
