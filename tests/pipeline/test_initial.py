@@ -209,7 +209,7 @@ MODES: dict[str, dict[str, Any]] = {
         "training.progressive.new_stack_precision": "qlora",
     },
     "frozen": {"training.progressive.enabled": True, "training.objective": "mlm"},
-    "bf16, windows": {"training.mode": "layerwise", "training.windows": 2, "precision": "bf16"},
+    "bf16, windows": {"training.steps": 2, "training.windows": 2, "precision": "bf16", "training.mode": "layerwise"},
     "fp16": {"training.mode": {"name": "blockwise", "block_size": 3}, "precision": "fp16"},
 }
 
