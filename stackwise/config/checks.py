@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -338,9 +339,10 @@ def _adaptation(config: Settings) -> Iterator[Fault]:
 def _sharding(config: Settings) -> Iterator[Fault]:
     """What a stage that is divided over ranks cannot have."""
     parallel, training, model = config.parallel, config.training, config.model
+    yield from _splitting(config)
     if not parallel.divides:
         return
-    divided = f"a stage that is divided over ranks (parallel.shard: {parallel.shard})"
+    divided = "a stage that is divided over ranks (parallel)"
     stages = [config.stage_training(depth) for depth in range(config.n_stages)]
     for settings in stages:
         if not settings.optimizer.divides:
@@ -362,3 +364,31 @@ def _sharding(config: Settings) -> Iterator[Fault]:
         yield "model.ffn", "experts are not divided over ranks: set parallel.shard: 1"
     if config.precision not in ("auto", "fp32", "fp64", "bf16"):
         yield "precision", f"{config.precision}: {divided} computes in fp32, bf16 or fp64"
+
+
+def _splitting(config: Settings) -> Iterator[Fault]:
+    """What ranks cannot split (`parallel.tensor`)."""
+    model, ranks, counts = config.model, config.parallel.tensor, dict[str, int]()
+    if ranks == 1:
+        if config.parallel.sequence:
+            yield "parallel.sequence", "positions are divided over the ranks of parallel.tensor: set that too"
+        return
+    for block in range(model.n_blocks):
+        here = model.at(block)
+        for key, kind in (("model.attention", here.attention), ("model.ffn", here.ffn)):
+            plan = kind.tensor_plan(here)
+            if plan is None:
+                yield key, f"{kind.name} is not split over ranks: set parallel.tensor: 1, or take another kind"
+                return
+            counts |= plan.counts
+    if config.parallel.sequence:
+        counts["training.seq_len"] = config.row_positions
+        if model.dropout:
+            yield "parallel.sequence", "dropout draws for whole rows: set model.dropout: 0, or parallel.sequence: false"
+    amiss = [f"{key} {count}" for key, count in counts.items() if count % ranks]
+    if amiss:
+        together = math.gcd(*counts.values())
+        near = [n for n in range(1, together + 1) if together % n == 0]
+        below, above = max(n for n in near if n < ranks), min((n for n in near if n > ranks), default=None)
+        nearest = f"{below}" if above is None else f"{below} and {above}"
+        yield "parallel.tensor", f"{ranks} does not divide {', '.join(amiss)}; nearest that do: {nearest}"

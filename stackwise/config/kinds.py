@@ -19,7 +19,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, GetCoreSchemaHandler, SerializationInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -165,6 +165,20 @@ Fault = tuple[str, str]
 
 
 @dataclass(frozen=True)
+class TensorPlan:
+    """How ranks split a part's layers: in pairs, so that a pair is one sum over ranks (arXiv 1909.08053, section 3).
+
+    Args:
+        layers: By their names in the module. column: each rank has some of its outputs; row: some of its inputs; heads:
+            a norm of each head, which every rank has whole.
+        counts: By the name of a setting what the number of ranks has to divide.
+    """
+
+    layers: Mapping[str, Literal["column", "row", "heads"]]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Matrix:
     """A linear layer of a block: an `nn.Linear` in its module.
 
@@ -218,6 +232,10 @@ class BlockPart(Kind):
         # a product of two narrower matrices has no higher rank
         sides = (min(m.outputs, m.inputs) for m in self.matrices(model).values() if m.narrow)
         return min(sides, default=model.d_model)
+
+    def tensor_plan(self, model: ModelConfig) -> TensorPlan | None:
+        """How ranks split its layers (`parallel.tensor`); None: they cannot."""
+        return None
 
     @abc.abstractmethod
     def kept(self, model: ModelConfig) -> int:

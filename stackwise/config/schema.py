@@ -186,7 +186,12 @@ class ParallelConfig(Section):
         description="how shard divides, as ZeRO's stages. 3: weights are gathered for each pass of a block; 2: once "
         "for both passes; 1: as 2, and gradients are divided once a step",
     )
-    tensor: Literal[1] = Field(1, description="1: no matrix is split over ranks")
+    tensor: Small = Field(
+        1, description="ranks that the matrices of a block are split over, by columns and rows; they share their rows"
+    )
+    sequence: bool = Field(
+        False, description="with tensor: between its matrices a block's positions are divided over the same ranks"
+    )
     pipeline: Literal[1] = Field(1, description="1: no rank holds less than all blocks of a stage")
     deterministic: bool = Field(
         True,
@@ -209,6 +214,11 @@ class ParallelConfig(Section):
     def ranks(self) -> int:
         """How many there are."""
         return self.data * self.shard * self.tensor * self.pipeline
+
+    @property
+    def shares(self) -> int:
+        """Over how many of them a step's rows are divided."""
+        return self.data * self.shard
 
     @property
     def divides(self) -> bool:

@@ -265,9 +265,9 @@ class SoftmaxAttention(SelfAttention):
     ) -> Tensor:
         """See `SelfAttention.heads_of`."""
         B, S, _ = x_BSD.shape
-        q_BSHE = self.q(x_BSD).view(B, S, self.heads, self.width)
-        k_BSKE = self.k(x_BSD).view(B, S, self.kv_heads, self.width)
-        v_BSKE = self.v(x_BSD).view(B, S, self.kv_heads, self.width)
+        q_BSHE = self.q(x_BSD).view(B, S, -1, self.width)  # of the heads that this rank has
+        k_BSKE = self.k(x_BSD).view(B, S, -1, self.width)
+        v_BSKE = self.v(x_BSD).view(B, S, -1, self.width)
         if self.q_norm is not None and self.k_norm is not None:
             # Under autocast the norms are float32 and the matrices are not: fused attention wants one dtype.
             q_BSHE, k_BSKE = self.q_norm(q_BSHE).to(v_BSKE.dtype), self.k_norm(k_BSKE).to(v_BSKE.dtype)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from stackwise.config.fields import NonNegative, Positive, Size
-from stackwise.config.kinds import Attention, Fault, FeedForward, HeadKind, Matrix, RopeScaling
+from stackwise.config.kinds import Attention, Fault, FeedForward, HeadKind, Matrix, RopeScaling, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -115,6 +115,13 @@ class MultiHead(Windowed, Projected):
     """Softmax attention with keys and values for each head (arXiv 1706.03762)."""
 
     scales_scores: ClassVar[bool] = True
+
+    def tensor_plan(self, model: ModelConfig) -> TensorPlan:
+        """See `BlockPart.tensor_plan`: whole heads, with their keys and values."""
+        layers: dict[str, Literal["column", "row", "heads"]] = {"q": "column", "k": "column", "v": "column", "o": "row"}
+        norms: dict[str, Literal["heads"]] = {"q_norm": "heads", "k_norm": "heads"} if self.qk_norm else {}
+        counts = {"model.n_heads": model.n_heads, "model.attention.kv_heads": self.key_heads(model)}
+        return TensorPlan(layers | norms, counts)
 
     def build(self, model: ModelConfig) -> nn.Module:
         """See `Attention.build`."""
@@ -266,6 +273,13 @@ class Biased(FeedForward):
         """See `BlockPart.matrices`."""
         d, f, bias = model.d_model, model.ffn_width, self.has_bias(model)
         return {"up": Matrix(f, d, bias), "down": Matrix(d, f, bias)}
+
+    def tensor_plan(self, model: ModelConfig) -> TensorPlan:
+        """See `BlockPart.tensor_plan`."""
+        layers: dict[str, Literal["column", "row"]] = {
+            name: "row" if name == "down" else "column" for name in self.matrices(model)
+        }
+        return TensorPlan(layers, {"model.d_ff": model.ffn_width})
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """See `BlockPart.specification`."""

@@ -28,7 +28,7 @@ def divide(config: StackWiseConfig, earlier: StackWiseConfig | None) -> list[str
     Raises:
         UsageError: The rows of a step do not divide; names the nearest number of ranks that does.
     """
-    ranks, lines = config.parallel.ranks, []
+    ranks, lines = config.parallel.shares, []
     config.parallel.divided |= config.parallel.divides or (earlier is not None and earlier.parallel.divided)
     for depth in range(config.n_stages):
         settings = config.stage_training(depth)
@@ -74,7 +74,7 @@ def _nearest(config: StackWiseConfig, ranks: int) -> str:
 
 def _kept(config: StackWiseConfig, earlier: StackWiseConfig | None, depth: int) -> int | None:
     """The microbatches that ranks had divided the same step into before; None: they had not."""
-    if earlier is None or earlier.parallel.ranks == 1 or depth >= earlier.n_stages:
+    if earlier is None or earlier.parallel.shares == 1 or depth >= earlier.n_stages:
         return None
     now, was = config.stage_training(depth), earlier.stage_training(depth)
     rows = now.accumulation * now.batch_size

@@ -19,7 +19,7 @@ from stackwise.batch import Batch
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
-from stackwise.training.optim import BLOCK, Rising, make_optimizer, set_rates, state_tensors
+from stackwise.training.optim import BLOCK, Rising, make_optimizer, over_ranks, set_rates, state_tensors
 from stackwise.training.phases import BACKWARD, FORWARD, PhaseClock
 from stackwise.training.phases import OPTIMIZER as UPDATE
 from stackwise.training.ranks import Ranks, Reducer, SingleProcess
@@ -329,11 +329,21 @@ class ResidentEngine:
             return losses, torch.zeros((), device=self.device)
         with self.phases(UPDATE):
             if (share := losses.share) is not None:
-                torch._foreach_mul_(gradients, share)
+                for group in alike(gradients):
+                    torch._foreach_mul_(group, share)
             norm = self._norm(gradients)
             if self.settings.grad_clip > 0:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.grad_clip, norm)
+                for group in alike(self.parameters.values()):
+                    torch.nn.utils.clip_grads_with_norm_(group, self.settings.grad_clip, norm)
         return losses, norm
+
+
+def alike(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Those that lie over the same ranks together, as kernels of many tensors want them; in order."""
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(over_ranks(tensor), []).append(tensor)
+    return list(groups.values())
 
 
 def judged(loss: Tensor, norm: Tensor, scale: LossScale | None, accept: Accept | None) -> tuple[bool, bool]:

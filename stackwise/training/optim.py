@@ -96,14 +96,15 @@ def make_optimizer(
         modules: What they are in: a module inside may say that a rule moves some of them (`steered`).
     """
     kind, rates, ruled = settings.optimizer, steered_in(modules), list[tuple[nn.Parameter, float]]()
-    groups: dict[tuple[str, bool, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, float, bool, str], list[nn.Parameter]] = {}
     for part, p in trained:
         if p.requires_grad and id(p) in rates:
             ruled.append((p, rates[id(p)]))
         elif p.requires_grad:
             family, matrix = kind.family(part, p.dim()), p.dim() >= 2
             rises = rising is not None and part in rising.parts
-            groups.setdefault((family, not matrix, rate_scale(settings, part), rises), []).append(p)
+            key = (family, not matrix, rate_scale(settings, part), rises, over_ranks(p))
+            groups.setdefault(key, []).append(p)
     made: Stepper = kind.build(
         [
             {
@@ -114,10 +115,15 @@ def make_optimizer(
                 "family": family,
                 "rising": rising if rises else None,
             }
-            for (family, plain, scale, rises), parameters in sorted(groups.items(), key=lambda item: item[0])
+            for (family, plain, scale, rises, _), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
     )
     return Steered(made, ruled) if ruled else made
+
+
+def over_ranks(tensor: Tensor) -> str:
+    """Which ranks a tensor is divided over: kernels take many tensors at once where these are the same."""
+    return str(getattr(tensor, "device_mesh", ""))
 
 
 def steered_in(modules: Iterable[nn.Module]) -> dict[int, float]:

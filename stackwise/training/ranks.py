@@ -39,6 +39,8 @@ class Ranks(Protocol):
 
     rank: int  # which of them this process is, from 0
     size: int  # how many there are
+    share: int  # which of `shares` of a step's rows it takes, from 0; ranks that split matrices take the same
+    shares: int
     waited: float  # seconds that this one waited for others, and for the wire
 
     @property
@@ -72,6 +74,9 @@ class Ranks(Protocol):
     def gathered(self, value: Any) -> list[Any]:
         """Every rank's value, of what JSON can say, by rank."""
 
+    def of_shares(self, value: Any) -> list[Any]:
+        """The same of one rank for each share of the rows, by share."""
+
     def wait(self) -> None:
         """Return when every rank has called it."""
 
@@ -79,7 +84,7 @@ class Ranks(Protocol):
 class SingleProcess:
     """The only rank: sums are what they are."""
 
-    rank, size, main, waited = 0, 1, True, 0.0
+    rank, size, share, shares, main, waited = 0, 1, 0, 1, True, 0.0
 
     def microbatch(self, number: int) -> int:
         """See `Ranks`."""
@@ -118,6 +123,10 @@ class SingleProcess:
         """See `Ranks`."""
         return [value]
 
+    def of_shares(self, value: Any) -> list[Any]:
+        """See `Ranks`."""
+        return [value]
+
     def wait(self) -> None:
         """See `Ranks`."""
 
@@ -134,11 +143,13 @@ class RankGroup:
     Args:
         ordered: Add gradients up in the order of microbatches; otherwise as the communicator does, which is faster and
             makes weights that depend on the number of ranks.
+        together: How many ranks after each other take the same share of the rows.
     """
 
-    def __init__(self, communicator: Communicator, *, ordered: bool = True) -> None:
-        self.communicator, self.ordered = communicator, ordered
+    def __init__(self, communicator: Communicator, *, ordered: bool = True, together: int = 1) -> None:
+        self.communicator, self.ordered, self._together = communicator, ordered, together
         self.rank, self.size = communicator.rank, communicator.size
+        self.share, self.shares = self.rank // together, self.size // together
         self.waited = 0.0
         self._asked: dict[str, Ask] = {}
         self._agreed: dict[str, bool] = {}
@@ -150,11 +161,12 @@ class RankGroup:
 
     def microbatch(self, number: int) -> int:
         """See `Ranks`."""
-        return number * self.size + self.rank
+        return number * self.shares + self.share
 
     def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
         """See `Ranks`."""
-        numbers = torch.tensor([*counts.values(), *(ask() for ask in self._asked.values())], dtype=torch.int64)
+        counted = counts.values() if self.rank % self._together == 0 else [0] * len(counts)  # each row once
+        numbers = torch.tensor([*counted, *(ask() for ask in self._asked.values())], dtype=torch.int64)
         self._timed(self.communicator.all_reduce, numbers)
         sums = numbers.tolist()
         self._agreed = {name: total > 0 for name, total in zip(self._asked, sums[len(counts) :], strict=True)}
@@ -163,7 +175,7 @@ class RankGroup:
     def in_order(self, values: Tensor) -> Tensor:
         """See `Ranks`."""
         by_rank: Tensor = self._timed(self.communicator.all_gather, values)
-        return by_rank.transpose(0, 1).flatten(0, 1)
+        return by_rank[:: self._together].transpose(0, 1).flatten(0, 1)
 
     def reducer(self, parameters: Sequence[Tensor]) -> Reducer:
         """See `Ranks`."""
@@ -207,6 +219,10 @@ class RankGroup:
         padded = torch.frombuffer(bytearray(raw.ljust(max(lengths))), dtype=torch.uint8)
         texts = self._timed(self.communicator.all_gather, padded)
         return [json.loads(text.numpy().tobytes()) for text in texts]
+
+    def of_shares(self, value: Any) -> list[Any]:
+        """See `Ranks`."""
+        return self.gathered(value)[:: self._together]
 
     def wait(self) -> None:
         """See `Ranks`."""

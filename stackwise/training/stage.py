@@ -228,7 +228,7 @@ class StepLoss:
             StackWiseError: An objective's terms counted otherwise than it said ahead.
         """
         for name, count in (self._ahead or {}).items():
-            if self._ranks.size == 1 and self._counts[name] != count:
+            if self._ranks.shares == 1 and self._counts[name] != count:
                 raise StackWiseError(
                     f"objective {self._objective.name}: its term {name} counted {self._counts[name]}, not {count}",
                     hint="its `counts` and `loss` must agree",
@@ -299,7 +299,7 @@ class Tally:
 
     def mean(self, ranks: Ranks) -> MeanLoss:
         """What they come to, over the batches of all ranks."""
-        every = ranks.gathered([self._sums, self._counts, self._weights])
+        every = ranks.of_shares([self._sums, self._counts, self._weights])
         weights = {name: weight for of_rank in every for name, weight in of_rank[2].items()}
         means: dict[str, float] = {}
         observed: dict[str, list[float]] = {}

@@ -218,9 +218,9 @@ class Trainer:
 
         def drawn() -> Iterator[Batch]:
             nonlocal tokens
-            for _ in range(settings.accumulation // ranks.size):
+            for _ in range(settings.accumulation // ranks.shares):
                 batch = next(batches)
-                tokens += ranks.size * batch.tokens_BS.numel()
+                tokens += ranks.shares * batch.tokens_BS.numel()
                 yield batch
 
         if self._at_anchor():

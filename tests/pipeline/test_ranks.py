@@ -217,3 +217,47 @@ def test_two_ranks_divide_a_stage(micro: Micro, tmp_path: Path) -> None:
 def test_what_cannot_be_divided_is_refused(micro: Micro, setting: dict[str, Any], key: str) -> None:
     with pytest.raises(UsageError, match=key):
         micro(parallel__shard=2, **{f"training__{name}": value for name, value in setting.items()})
+
+
+SPLIT: dict[str, Any] = SHARDED | {
+    "training__steps": 20,
+    "training__accumulation": 4,
+    "training__batch_size": 2,
+    "training__checkpoint_steps": None,
+    "model__attention": {"kind": "gqa", "kv_heads": 2, "qk_norm": True},
+    "model__n_heads": 4,
+    "model__bias": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"model__attention": "mla"}, "model.attention: mla"),
+        ({"model__n_heads": 4, "parallel__tensor": 3}, "parallel.tensor: 3 does not divide .*nearest that do: 2 and 4"),
+        ({"parallel__sequence": True, "model__dropout": 0.1}, "parallel.sequence"),
+        ({"parallel__sequence": True, "parallel__tensor": 1}, "parallel.sequence"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(micro: Micro, settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(UsageError, match=key):
+        micro(**({"parallel__tensor": 2} | settings))
+
+
+def test_ranks_split_the_matrices_of_a_stage(micro: Micro, tmp_path: Path) -> None:
+    run(micro(**SPLIT), tmp_path / "alone", only=0)
+    run(micro(**SPLIT, parallel__tensor=2), tmp_path / "split", only=0)
+    to_rounding(tmp_path / "split", tmp_path / "alone")
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(
+    "mesh",
+    [{"shard": 2}, {"data": 2}, {"data": 2, "shard": 2, "zero": 1}, {"shard": 2, "sequence": True}],
+)
+def test_matrices_are_split_within_slices_and_copies(micro: Micro, tmp_path: Path, mesh: dict[str, Any]) -> None:
+    kind = {"model__ffn": "gelu", "model__norm_place": "post", "model__dropout": 0.0 if "sequence" in mesh else 0.1}
+    parallel = {f"parallel__{name}": value for name, value in (mesh | {"tensor": 2}).items()}
+    run(micro(**SPLIT | kind), tmp_path / "alone")
+    run(micro(**SPLIT | kind, **parallel), tmp_path / "split")
+    to_rounding(tmp_path / "split", tmp_path / "alone")

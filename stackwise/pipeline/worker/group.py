@@ -29,7 +29,8 @@ def joined(place: Mapping[str, Any] | None, device: torch.device, emit: Emit) ->
 
     Args:
         place: This one's `rank` of `size`, the `address` and `port` of rank 0 (whose port may be 0: it is emitted once
-            known), `timeout` in seconds, and whether sums are `deterministic`; None: it is alone.
+            known), `timeout` in seconds, whether sums are `deterministic`, and how many ranks take
+            the same rows `together`; None: it is alone.
 
     Raises:
         UsageError: The port is in use; or the ranks are not of the same versions.
@@ -49,7 +50,7 @@ def joined(place: Mapping[str, Any] | None, device: torch.device, emit: Emit) ->
             communicator = TorchCommunicator(store, place["rank"], place["size"], device=device)
         except (RuntimeError, ValueError) as error:
             raise StackWiseError(f"rank {place['rank']} could not join the others: {_line(error)}") from error
-        ranks = RankGroup(communicator, ordered=place["deterministic"])
+        ranks = RankGroup(communicator, ordered=place["deterministic"], together=place["together"])
         _compare(ranks)
         yield ranks
         communicator.close()

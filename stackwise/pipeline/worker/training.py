@@ -27,7 +27,7 @@ from stackwise.pipeline.job import StageJob
 from stackwise.pipeline.parts import JobParts, load_part, part_state, parts_of, save_part, set_spans, stage_model
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
 from stackwise.pipeline.rows import stage_rows
-from stackwise.pipeline.schedule import ADAPTER, STATE, Stage
+from stackwise.pipeline.schedule import ADAPTER, STATE, Stage, block_number
 from stackwise.pipeline.worker.ranges import measured_spans, unmeasured
 from stackwise.pipeline.worker.stores import Stores
 from stackwise.store import ActivationStore, RowOrder
@@ -126,9 +126,12 @@ def _resident(context: StageContext, model: StageModel) -> ResidentEngine:
     parallel = context.config.parallel
     make: Callable[..., ResidentEngine] = ResidentEngine
     if parallel.divides:
-        from stackwise.training.sharding import ShardedEngine  # FSDP takes a second to import
+        from stackwise.training.sharding import Division, ShardedEngine  # FSDP takes a second to import
 
-        make = partial(ShardedEngine, shard=parallel.shard, zero=parallel.zero)
+        blocks = (*context.stage.blocks, *context.stage.lookahead)[: len(model.blocks) + len(model.beyond)]
+        plans = [_split(context.config, part) for part in blocks] if parallel.tensor > 1 else []
+        division = Division(parallel.shard, parallel.zero, parallel.tensor, plans, parallel.sequence)
+        make = partial(ShardedEngine, division=division)
     return make(
         model,
         context.settings,
@@ -138,6 +141,13 @@ def _resident(context: StageContext, model: StageModel) -> ResidentEngine:
         ranks=context.ranks,
         rising=rising(context.job),
     )
+
+
+def _split(config: StackWiseConfig, part: str) -> dict[str, Mapping[str, str]]:
+    """How ranks split the layers of a block, by the module that they are in."""
+    model = config.model.at(block_number(part))
+    plans = {"attention": model.attention.tensor_plan(model), "ffn": model.ffn.tensor_plan(model)}
+    return {name: plan.layers for name, plan in plans.items() if plan is not None}
 
 
 def row_order(context: StageContext) -> RowOrder:
@@ -208,8 +218,8 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
     order = row_order(context)
     with StageHooks(context, trainer) as hooks:
         while True:
-            start = ranks.microbatch((job.rows_begin + trainer.step) * (settings.accumulation // ranks.size))
-            shuffled = context.feed.shuffled(order, settings.batch_size, start, ranks.size)
+            start = ranks.microbatch((job.rows_begin + trainer.step) * (settings.accumulation // ranks.shares))
+            shuffled = context.feed.shuffled(order, settings.batch_size, start, ranks.shares)
             try:
                 with ahead(shuffled, engine.device) as batches:
                     finished = trainer.fit(iter(batches), waited=lambda: batches.waited, hooks=hooks)
@@ -278,7 +288,7 @@ def held_out_loss(engine: Engine, held_out: Feed) -> MeanLoss:
     """The mean loss of an engine's weights on held-out rows, in nats."""
     batch_size = forward_rows(held_out.seq_len)  # it shapes the sum, so it is not a setting
     ranks, rows = engine.ranks, [(0, held_out.rowset.rows)]
-    with ahead(held_out.sequential(rows, batch_size, ranks.rank, ranks.size), engine.device) as batches:
+    with ahead(held_out.sequential(rows, batch_size, ranks.share, ranks.shares), engine.device) as batches:
         return engine.evaluate(batches)
 
 
