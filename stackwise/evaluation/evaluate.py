@@ -32,7 +32,7 @@ from stackwise.objectives.objective import RuntimeObjective
 
 @torch.no_grad()
 def score(head: nn.Module, x_nD: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Nats and hits of a head at some positions, a bounded slice of logits at a time.
+    """What a head says at some positions, a bounded slice of logits at a time.
 
     Args:
         head: From […, D] to logits […, V].
@@ -40,9 +40,9 @@ def score(head: nn.Module, x_nD: Tensor, targets_n: Tensor) -> tuple[Tensor, Ten
         targets_n: What is right.
 
     Returns:
-        float64 [n] and bool [n], on the CPU.
+        Nats, float64 [n], and the likeliest tokens, int64 [n], on the CPU.
     """
-    nats, hits = [], []
+    nats, likeliest = [], []
     width = head(x_nD[:1]).shape[-1] if len(x_nD) else 1
     rows = slice_rows(width, x_nD.device)
     for start in range(0, len(x_nD), rows):
@@ -50,10 +50,10 @@ def score(head: nn.Module, x_nD: Tensor, targets_n: Tensor) -> tuple[Tensor, Ten
         targets = targets_n[start : start + rows]
         picked = logits.gather(1, targets[:, None]).squeeze(1)
         nats.append((logits.logsumexp(-1).double() - picked.double()).cpu())
-        hits.append((logits.argmax(-1) == targets).cpu())
+        likeliest.append(logits.argmax(-1).cpu())
     if not nats:
-        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
-    return torch.cat(nats), torch.cat(hits)
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    return torch.cat(nats), torch.cat(likeliest)
 
 
 class _Carried:
@@ -101,9 +101,9 @@ class _Carried:
             index_n = torch.from_numpy(np.flatnonzero(scored)).to(self.device)
             targets_n = tensor(way.targets_NS[part][scored], self.device)
             x_BSD = stage.features(x_BSD, segments)
-            nats_n, hits_n = score(stage.head, x_BSD.flatten(0, 1).index_select(0, index_n), targets_n)
+            nats_n, likeliest_n = score(stage.head, x_BSD.flatten(0, 1).index_select(0, index_n), targets_n)
             scores.nats_NS[part][scored] = nats_n.numpy()
-            scores.hits_NS[part][scored] = hits_n.numpy()
+            scores.likeliest_NS[part][scored] = likeliest_n.numpy()
             tick()
         return scores
 
@@ -120,7 +120,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of a rack, and of every stage of it, on held-out samples.
 
-    `loss` and `accuracy` are nats a masked token and the share of them that the likeliest token hits, by fraction.
+    `loss`, `accuracy`, `f1` and `bleu` are by fraction: nats a masked token, the share of them that the likeliest token
+    hits, and see `Scores.over`.
     `bits_per_byte` is, for masked objectives, the bound of masked diffusion: k uniform on 1 … S, exactly k positions
     masked, their cross entropy weighted S/k (LLaDA, arXiv 2502.09992, eq. 6; predictions are factorised given the
     input); for a causal rack the likelihood itself, every token predicted from a separator and what precedes it;
@@ -179,16 +180,16 @@ def evaluate(
             continue
         for answer, stages_N, score_ in zip(answers, who, scores, strict=True):
             answer.take(score_, slice(None) if stages_N is None else stages_N == len(by_depth))
-        by_depth.append({"depth": stage.depth} | _figures(passes, scores, bytes_N, tokens.size))
+        by_depth.append({"depth": stage.depth} | _figures(passes, scores, bytes_N, tokens))
         # Out of the variables before the next one is loaded.
         del stage, head
     result: dict[str, Any] = {}
     if by_depth:
-        result = _figures(passes, answers, bytes_N, tokens.size) | {"by_sample": by_sample(passes, answers, bytes_N)}
+        result = _figures(passes, answers, bytes_N, tokens) | {"by_sample": by_sample(passes, answers, bytes_N)}
     result |= {"samples": len(tokens), "likelihood": objective.likelihood, "stages": by_depth, "baselines": {}}
     if how.unigram_counts is not None:
         scores = [unigram(how.unigram_counts, way.targets_NS, width) for way in passes]
-        base = _figures(passes, scores, bytes_N, tokens.size)
+        base = _figures(passes, scores, bytes_N, tokens)
         exact = None if objective.likelihood is None else unigram(how.unigram_counts, tokens, width).nats_NS.sum(1)
         bits = figures({}, exact, bytes_N, tokens.size)
         base |= {key: bits[key] for key in ("bits_per_byte", "bits_per_byte_error")}
@@ -196,12 +197,15 @@ def evaluate(
     return result
 
 
-def _figures(passes: Sequence[Pass], scores: Sequence[Scores], bytes_N: ArrayLike, tokens: int) -> dict[str, Any]:
-    by_fraction: dict[str, tuple[float, float]] = {}
+def _figures(
+    passes: Sequence[Pass], scores: Sequence[Scores], bytes_N: ArrayLike, tokens_NS: NDArray[np.int64]
+) -> dict[str, Any]:
+    by_fraction: dict[str, dict[str, float]] = {}
     nats_N: NDArray[np.float64] | None = None
     for way, score_ in zip(passes, scores, strict=True):
-        by_fraction |= {key: score_.over(mask) for key, mask in way.fractions.items()}
+        for key, mask in way.fractions.items():
+            by_fraction[key] = score_.over(mask, way.targets_NS, tokens_NS.shape[1])
         of_pass_N = way.sample_nats(score_)
         if of_pass_N is not None:
             nats_N = of_pass_N if nats_N is None else nats_N + of_pass_N
-    return figures(by_fraction, nats_N, bytes_N, tokens)
+    return figures(by_fraction, nats_N, bytes_N, tokens_NS.size)

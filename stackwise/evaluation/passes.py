@@ -6,6 +6,7 @@ One pass for each way of masking. Shapes in names: N samples, S positions, V voc
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,11 @@ from stackwise.objectives.objectives import (
 )
 
 Floats = NDArray[np.float64]
+Tokens = NDArray[np.int64]
+
+
+AT_FRACTIONS = ("loss", "accuracy", "f1", "bleu")
+"""What is measured at each masked fraction."""
 
 
 @dataclass
@@ -36,25 +42,70 @@ class Scores:
 
     Attributes:
         nats_NS: -log probability of the target; only where it was scored.
-        hits_NS: Whether the likeliest token was the target.
+        likeliest_NS: The likeliest token; only where it was scored.
     """
 
     nats_NS: Floats
-    hits_NS: NDArray[np.bool_]
+    likeliest_NS: NDArray[np.int64]
 
     @classmethod
     def empty(cls, samples: int, length: int) -> Scores:
         """Nothing scored yet."""
-        return cls(np.zeros((samples, length)), np.zeros((samples, length), dtype=np.bool_))
+        return cls(np.zeros((samples, length)), np.zeros((samples, length), dtype=np.int64))
 
     def take(self, other: Scores, samples: slice | NDArray[np.bool_]) -> None:
         """Take over some samples' figures."""
-        self.nats_NS[samples], self.hits_NS[samples] = other.nats_NS[samples], other.hits_NS[samples]
+        self.nats_NS[samples], self.likeliest_NS[samples] = other.nats_NS[samples], other.likeliest_NS[samples]
 
-    def over(self, masks_NS: NDArray[np.bool_]) -> tuple[float, float]:
-        """Mean nats and accuracy over the positions of a mask."""
+    def over(self, masks_NS: Bools, targets_NS: Tokens, length: int) -> dict[str, float]:
+        """Figures over the positions of a mask.
+
+        Args:
+            masks_NS: Where.
+            targets_NS: What is right.
+            length: Positions of a sample, the first ones, that are text.
+
+        Returns:
+            `loss` in nats a token; `accuracy`; `f1`, see `macro_f1`; `bleu`, see there, of the text with the likeliest
+            token at these positions, beside the text.
+        """
         count = max(1, int(masks_NS.sum()))
-        return float(self.nats_NS[masks_NS].sum() / count), float(self.hits_NS[masks_NS].sum() / count)
+        right_n, said_n = targets_NS[masks_NS], self.likeliest_NS[masks_NS]
+        filled_NS = np.where(masks_NS, self.likeliest_NS, targets_NS)
+        return {
+            "loss": float(self.nats_NS[masks_NS].sum() / count),
+            "accuracy": float((right_n == said_n).sum() / count),
+            "f1": macro_f1(right_n, said_n),
+            "bleu": bleu(targets_NS[:, :length], filled_NS[:, :length]),
+        }
+
+
+def macro_f1(right_n: NDArray[np.int64], said_n: NDArray[np.int64]) -> float:
+    """F1 of each token that is right or said somewhere, 2 hits / (times right + times said); their mean."""
+    size = 1 + max(right_n.max(initial=0), said_n.max(initial=0))
+    hits_V = np.bincount(right_n[right_n == said_n], minlength=size)
+    either_V = np.bincount(right_n, minlength=size) + np.bincount(said_n, minlength=size)
+    known_V = either_V > 0
+    return float((2 * hits_V[known_V] / either_V[known_V]).mean()) if known_V.any() else 0.0
+
+
+def bleu(right_NS: NDArray[np.int64], said_NS: NDArray[np.int64]) -> float:
+    """BLEU of a corpus, from 0 to 100: its tokens are the words, n-grams of 1 to 4, no smoothing (Papineni, 2002).
+
+    Both sides are as long as each other, so there is no penalty for brevity. Of different tokenizers it is not to be
+    compared.
+    """
+    precisions = []
+    for n in range(1, min(4, right_NS.shape[1]) + 1):
+        matched = total = 0
+        for right_S, said_S in zip(right_NS, said_NS, strict=True):
+            right, said = (
+                Counter(map(tuple, np.lib.stride_tricks.sliding_window_view(row_S, n).tolist()))
+                for row_S in (right_S, said_S)
+            )
+            matched, total = matched + (right & said).total(), total + said.total()
+        precisions.append(matched / max(1, total))
+    return 100 * math.exp(sum(map(math.log, precisions)) / len(precisions)) if all(precisions) else 0.0
 
 
 def bits_per_byte(nats_N: Floats, bytes_N: ArrayLike) -> tuple[float | None, float | None]:
@@ -83,12 +134,12 @@ def bits_per_byte(nats_N: Floats, bytes_N: ArrayLike) -> tuple[float | None, flo
 
 
 def figures(
-    by_fraction: Mapping[str, tuple[float, float]], nats_N: Floats | None, bytes_N: ArrayLike, tokens: int
+    by_fraction: Mapping[str, Mapping[str, float]], nats_N: Floats | None, bytes_N: ArrayLike, tokens: int
 ) -> dict[str, Any]:
     """The shape that every figure of an evaluation has, plain data.
 
     Args:
-        by_fraction: Loss in nats and accuracy, by masked fraction.
+        by_fraction: The figures of `Scores.over`, by masked fraction.
         nats_N: Nats of each sample, of a bound or a likelihood; None where there is neither.
         bytes_N: Bytes of text in each sample.
         tokens: Tokens that the nats are of.
@@ -97,8 +148,7 @@ def figures(
     return {
         "bits_per_byte": bits,
         "bits_per_byte_error": error,
-        "loss": {key: loss for key, (loss, _) in by_fraction.items()},
-        "accuracy": {key: accuracy for key, (_, accuracy) in by_fraction.items()},
+        **{name: {key: values[name] for key, values in by_fraction.items()} for name in AT_FRACTIONS},
         "tokens": tokens,
         "bytes": int(np.sum(bytes_N)),
     }
@@ -137,10 +187,7 @@ def unigram(counts_V: ArrayLike, targets_NS: NDArray[np.int64], vocab_size: int)
     given = np.asarray(counts_V, dtype=np.float64)[:vocab_size]
     counts[: len(given)] = given
     nats_V = math.log(counts.sum() + vocab_size) - np.log(counts + 1.0)
-    return Scores(nats_V[targets_NS], targets_NS == int(counts.argmax()))
-
-
-Tokens = NDArray[np.int64]
+    return Scores(nats_V[targets_NS], np.full_like(targets_NS, counts.argmax()))
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ _STAGE = {
 }
 STATUS_KEYS = tuple(_STAGE)
 _USED = record({}, dict.fromkeys(("entropy", "least", "most", "dropped"), number) | {"shares": array_of(number)})
-_FIGURES = {"loss": mapping(optional(number)), "accuracy": mapping(optional(number))}
+_FIGURES = dict.fromkeys(("loss", "accuracy", "f1", "bleu"), mapping(optional(number)))
 _SCORES = {"bits_per_byte": optional(number), "bits_per_byte_error": optional(number), "bytes": count, "depth": count}
 _SCORES |= {"tokens": count, "samples": count, "likelihood": optional(text)}
 _FIGURE_SHAPES = {**_FIGURES, **_SCORES}

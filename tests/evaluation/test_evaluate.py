@@ -9,13 +9,16 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import sacrebleu
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import f1_score
 
 from stackwise.batch import Batch
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.evaluation import StageModules, bits_per_byte, bound_masks, fraction_masks
+from stackwise.evaluation.passes import bleu, macro_f1
 from stackwise.model import Rack, build_block, build_head, build_rack
 from stackwise.objectives import CLMObjective, CustomObjective, MaskDiffusionObjective, MLMObjective, RuntimeObjective
 from stackwise.objectives.objective import Outputs
@@ -77,6 +80,23 @@ def test_loss_and_accuracy_are_those_written_out() -> None:
     hits = (logits.argmax(-1) == ids)[mask].float().mean().item()
     assert result["accuracy"]["0.5"] == pytest.approx(hits)
     assert list(result["loss"]) == ["0.5"]
+    said = logits.argmax(-1)
+    f1 = f1_score(ids[mask], said[mask], average="macro", zero_division=0)
+    assert result["f1"]["0.5"] == pytest.approx(f1)
+
+
+def test_bleu_and_f1_are_those_of_sacrebleu_and_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    right_NS = rng.integers(0, 5, (4, 30))
+    said_NS = np.where(rng.random((4, 30)) < 0.3, rng.integers(0, 5, (4, 30)), right_NS)
+    said, right = ([" ".join(map(str, row_S)) for row_S in rows_NS] for rows_NS in (said_NS, right_NS))
+    expected = sacrebleu.corpus_bleu(said, [right], tokenize="none", smooth_method="none").score
+    assert 0 < expected < 100
+    assert bleu(right_NS, said_NS) == pytest.approx(expected)
+    assert bleu(right_NS, right_NS) == pytest.approx(100)
+    assert bleu(right_NS, right_NS + 9) == 0
+    expected = f1_score(right_NS.ravel(), said_NS.ravel(), average="macro")
+    assert macro_f1(right_NS.ravel(), said_NS.ravel()) == pytest.approx(expected)
 
 
 def test_the_bound_is_the_one_written_out_and_draws_average() -> None:

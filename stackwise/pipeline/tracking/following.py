@@ -181,7 +181,7 @@ class Taken:
         points = []
         for depth, figures in enumerate(result.get("stages") or [result]):
             shown = {"bits_per_byte": figures.get("bits_per_byte")}
-            for name in ("loss", "accuracy"):
+            for name in ("loss", "accuracy", "f1", "bleu"):
                 values = figures.get(name) or {}
                 shown |= {f"{name}_at_{printable(share)}": value for share, value in values.items()}
             points += [
