@@ -340,6 +340,8 @@ def _sharding(config: Settings) -> Iterator[Fault]:
     """What a stage that is divided over ranks cannot have."""
     parallel, training, model = config.parallel, config.training, config.model
     yield from _splitting(config)
+    if parallel.offload and parallel.shard == 1:
+        yield "parallel.offload", "what is divided waits in the host's memory: set parallel.shard too, or training.swap"
     if not parallel.divides:
         return
     divided = "a stage that is divided over ranks (parallel)"

@@ -186,6 +186,11 @@ class ParallelConfig(Section):
         description="how shard divides, as ZeRO's stages. 3: weights are gathered for each pass of a block; 2: once "
         "for both passes; 1: as 2, and gradients are divided once a step",
     )
+    offload: bool = Field(
+        False,
+        description="with shard, on GPUs: weights, gradients and moments wait in the host's memory, and steps are "
+        "taken there; a block's weights come up for its passes",
+    )
     tensor: Small = Field(
         1, description="ranks that the matrices of a block are split over, by columns and rows; they share their rows"
     )

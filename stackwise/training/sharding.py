@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from stackwise.batch import Batch
+from stackwise.model.layers import LayerNorm, RMSNorm
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.ranks import Reducer
-from stackwise.training.stage import MeanLoss, StageModel
+from stackwise.training.stage import NARROW, MeanLoss, StageModel
 from stackwise.training.tensor import Plan, divide_positions, split
 
 
@@ -33,6 +34,7 @@ class Division:
         shard: Ranks that a copy of the weights is divided over; `shard * tensor` divides the number of ranks.
         zero: 3: weights are gathered for each pass of a block; 2: once a microbatch, for both passes; 1: as 2, and
             gradients are added up whole in each rank and divided once a step, which takes the least of the wire.
+        offload: On a GPU, whether what is divided waits in the host's memory.
         tensor: Ranks that the matrices of a block are split over; they follow each other, and share their rows.
         plans: How, for each block and then each beyond the stage.
         sequence: Whether the positions between matrices are divided over the same ranks.
@@ -40,6 +42,7 @@ class Division:
 
     shard: int = 1
     zero: int = 3
+    offload: bool = False
     tensor: int = 1
     plans: Sequence[Plan] = field(default_factory=tuple)
     sequence: bool = False
@@ -74,9 +77,11 @@ class ShardedEngine(ResidentEngine):
         owner = _owner(model, head.weight) if head is not None and head.tied else None
         # A dimension of one rank would only be another sum.
         copies = mesh["replicate", "shard"] if mesh.size(0) > 1 else mesh["shard"]
+        away = division.offload and options["device"].type == "cuda"  # elsewhere it is there already
+        common: dict[str, Any] = {"mesh": copies, "offload_policy": CPUOffloadPolicy() if away else OffloadPolicy()}
         for block in self._blocks:
-            fully_shard(block, mesh=copies, reshard_after_forward=division.zero == 3)
-        fully_shard(model, mesh=copies, reshard_after_forward=False)
+            _divide(block, NARROW.get(model.precision), common | {"reshard_after_forward": division.zero == 3})
+        fully_shard(model, reshard_after_forward=False, **common)
         if division.sequence and division.tensor > 1:
             divide_positions(self._blocks, mesh["tensor"])
         if owner is not None:  # FSDP puts other tensors in a parameter's place; its own hook, which does, comes first
@@ -159,7 +164,7 @@ class ShardedEngine(ResidentEngine):
     def _slice(self, whole: Tensor, p: Tensor) -> Tensor:
         assert isinstance(p, DTensor)
         if whole.shape != p.shape:  # a count of steps
-            return whole.to(self.device)
+            return whole.to(p.to_local().device)
         here, mesh = p.device_mesh.get_coordinate(), p.device_mesh
         assert here is not None
         local = whole
@@ -168,7 +173,12 @@ class ShardedEngine(ResidentEngine):
                 pieces = local.chunk(mesh.size(at), dimension)
                 local = pieces[here[at]] if here[at] < len(pieces) else local.narrow(dimension, 0, 0)
         return DTensor.from_local(
-            local.to(self.device).contiguous(), mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            local.to(p.to_local().device).contiguous(),
+            mesh,
+            p.placements,
+            run_check=False,
+            shape=p.shape,
+            stride=p.stride(),
         )
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
@@ -198,6 +208,21 @@ def _gathered(tensor: Tensor) -> Tensor:
         there = [Replicate() if number == at else placement for number, placement in enumerate(tensor.placements)]
         tensor = tensor.redistribute(placements=there)
     return tensor.to_local()
+
+
+def _divide(block: nn.Module, narrow: torch.dtype | None, options: dict[str, Any]) -> None:
+    """Divide a block's weights over ranks.
+
+    Args:
+        narrow: What matrices are gathered in, where autocast would narrow them to it anyway: half of the wire, and the
+            same numbers. Norms stay wide, as autocast leaves them, and gradients are added up wide.
+    """
+    if narrow is not None:
+        norms = [module for module in block.modules() if isinstance(module, RMSNorm | LayerNorm)]
+        fully_shard(norms, **options)
+        policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        options = options | {"mp_policy": policy}
+    fully_shard(block, **options)
 
 
 def _without_weights(module: nn.Module) -> nn.Module:

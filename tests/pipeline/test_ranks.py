@@ -219,6 +219,14 @@ def test_what_cannot_be_divided_is_refused(micro: Micro, setting: dict[str, Any]
         micro(parallel__shard=2, **{f"training__{name}": value for name, value in setting.items()})
 
 
+def test_a_divided_stage_in_bf16_makes_what_one_process_makes(micro: Micro, tmp_path: Path) -> None:
+    settings = SHARDED | {"precision": "bf16", "training__steps": 4, "training__eval_every": 4}
+    run(micro(**settings), tmp_path / "alone", only=0)
+    run(micro(**settings, parallel__shard=2), tmp_path / "divided", only=0)
+    here, there = (committed(tmp_path / name)[0].record for name in ("divided", "alone"))
+    assert here["losses"] == pytest.approx(there["losses"], rel=1e-4)
+
+
 SPLIT: dict[str, Any] = SHARDED | {
     "training__steps": 20,
     "training__accumulation": 4,

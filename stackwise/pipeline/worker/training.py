@@ -130,7 +130,14 @@ def _resident(context: StageContext, model: StageModel) -> ResidentEngine:
 
         blocks = (*context.stage.blocks, *context.stage.lookahead)[: len(model.blocks) + len(model.beyond)]
         plans = [_split(context.config, part) for part in blocks] if parallel.tensor > 1 else []
-        division = Division(parallel.shard, parallel.zero, parallel.tensor, plans, parallel.sequence)
+        division = Division(
+            shard=parallel.shard,
+            zero=parallel.zero,
+            offload=parallel.offload,
+            tensor=parallel.tensor,
+            plans=plans,
+            sequence=parallel.sequence,
+        )
         make = partial(ShardedEngine, division=division)
     return make(
         model,
