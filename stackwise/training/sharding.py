@@ -218,7 +218,7 @@ def _divide(block: nn.Module, narrow: torch.dtype | None, options: dict[str, Any
             same numbers. Norms stay wide, as autocast leaves them, and gradients are added up wide.
     """
     if narrow is not None:
-        norms = [module for module in block.modules() if isinstance(module, RMSNorm | LayerNorm)]
+        norms: list[nn.Module] = [module for module in block.modules() if isinstance(module, RMSNorm | LayerNorm)]
         fully_shard(norms, **options)
         policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
         options = options | {"mp_policy": policy}
