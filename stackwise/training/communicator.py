@@ -1,4 +1,4 @@
-"""What ranks say to each other: one interface of collectives, over torch.distributed.
+"""What ranks say to each other: one interface of collectives, here over torch.distributed, in `mpi.py` over MPI.
 
 Every call is made by all ranks, in one order (`send` and `recv` by two). N ranks, numbered from 0.
 """
@@ -100,7 +100,7 @@ class TorchCommunicator:
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """See `Communicator`."""
-        gathered = tensor.new_empty((self.size * max(1, tensor.numel()),))
+        gathered = tensor.new_empty((self.size * tensor.numel(),))
         dist.all_gather_single(gathered, tensor.reshape(-1))
         return gathered.view(self.size, *tensor.shape)
 
