@@ -66,7 +66,22 @@ class FreshParts:
         self.order: Sequence[str] = self.names
         self.trains: Sequence[str] = self.names
 
-    def make(self, name: str, trained: Mapping[str, Tensor] | None, embedding_VD: Tensor | None = None) -> nn.Module:
+    def pieces(self, name: str) -> Sequence[str]:
+        """None (see `Parts.pieces`)."""
+        return ()
+
+    def piece(self, name: str, path: str) -> Mapping[str, Tensor]:
+        """There are none."""
+        raise KeyError(path)
+
+    def make(
+        self,
+        name: str,
+        trained: Mapping[str, Tensor] | None,
+        embedding_VD: Tensor | None = None,
+        *,
+        whole: bool = True,
+    ) -> nn.Module:
         """A part (see `Parts.make`)."""
         import torch
 

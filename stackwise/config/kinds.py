@@ -203,7 +203,9 @@ class BlockPart(Kind):
     and at one where their name ends with "norm.weight". A loss of its own is left in an attribute `terms` (see
     `stackwise.batch.Term`); generation and evaluation pass it over. A method `prepare(batch)` is called before each
     pass of a stage. An attribute `steered` names parameters that no optimizer moves but a rule: each step, by the rate
-    that stands there, up where its gradient is below the mean of all, down where it is above.
+    that stands there, up where its gradient is below the mean of all, down where it is above. Where `pieces` names
+    modules inside, an attribute `lend` is None, or is to be called with each of these before rows go through it;
+    without rows it may have no values: its tensors are then on the meta device.
     """
 
     tag: ClassVar[str] = "kind"
@@ -226,6 +228,10 @@ class BlockPart(Kind):
     def active_parameters(self, model: ModelConfig) -> int:
         """Parameters that a token goes through."""
         return self.parameters(model)
+
+    def pieces(self, model: ModelConfig) -> tuple[str, ...]:
+        """Modules in its module that rows may pass by, by their paths; it has an attribute `lend` (see above)."""
+        return ()
 
     def narrowest(self, model: ModelConfig) -> int:
         """The highest rank of adapters that all its matrices can carry."""

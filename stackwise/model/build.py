@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from typing import Any
@@ -128,11 +128,13 @@ def build_block(
     dtype: torch.dtype | None = None,
     *,
     silent: bool = False,
+    held: Callable[[str], bool] | None = None,
 ) -> Block:
     """Block `index` of the rack with fresh weights; its residual matrices are scaled by 1/sqrt(2 (index + 1)).
 
     Args:
         silent: Let these matrices be zero: the block then hands on what it gets, until it has learnt.
+        held: Says by a parameter's name whether it gets its values, the same as in a whole block; None: all do.
 
     Raises:
         UsageError: Heads that do not divide the width.
@@ -140,7 +142,10 @@ def build_block(
     config = config.at(index)
     with on_meta():
         block = Block(config)
-    _materialise(block, device, dtype)
+    if held is None:
+        _materialise(block, device, dtype)
+    else:
+        allocate_some(block.to(dtype), held, torch.get_default_device() if device is None else device)
     kinds = {"attention": config.attention, "ffn": config.ffn}
     patterns = [f"{part}.{name}" for part, kind in kinds.items() for name in kind.residual]
     scaled = {name for name, _ in block.named_parameters() if any(fnmatchcase(name, one) for one in patterns)}
@@ -240,6 +245,17 @@ def allocate(module: nn.Module, device: torch.device | str) -> nn.Module:
     """Give a module from the meta device memory, whose values are still to come, and its tables. Returns the module."""
     # `Module.to_empty` without torch's compiler, which `empty_like` of a meta tensor imports: a second of every worker.
     module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))  # type: ignore[no-untyped-call]
+    rebuild_tables(module, device)
+    return module
+
+
+def allocate_some(module: nn.Module, held: Callable[[str], bool], device: torch.device | str) -> nn.Module:
+    """As `allocate`, of some parameters, by their names, and all tables; the others stay on the meta device."""
+    for name, parameter in list(module.named_parameters()):
+        if held(name):
+            owner, _, leaf = name.rpartition(".")
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(values, parameter.requires_grad))
     rebuild_tables(module, device)
     return module
 

@@ -6,7 +6,7 @@ Shapes in names: T tokens, D d_model, E experts, K experts of a token, N = T K r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,7 @@ class MixtureFeedForward(nn.Module):
         self.steered = {"balance": kind.balance_rate} if kind.balance == "bias" else {}
         self.temperature = kind.last_temperature
         self.terms: dict[str, Term] = {}
+        self.lend: Callable[[nn.Module], None] | None = None
 
     def prepare(self, batch: Batch) -> None:
         """Take the temperature that the batch is taken at: a function of the step."""
@@ -206,7 +207,7 @@ class MixtureFeedForward(nn.Module):
 
     def _computed(self, x_ND: Tensor, order: Order) -> Tensor:
         """Each expert over its rows."""
-        if x_ND.is_cuda and (products := self._stacked(x_ND)) is not None:
+        if x_ND.is_cuda and self.lend is None and (products := self._stacked(x_ND)) is not None:
             gate_EFD, up_EFD, down_EDF = products
             x_ND = x_ND.to(gate_EFD.dtype)
             gate = F.grouped_mm(x_ND, gate_EFD.transpose(1, 2), offs=order.ends_E)
@@ -215,13 +216,20 @@ class MixtureFeedForward(nn.Module):
         return self.looped(x_ND, order.counts_E.tolist())
 
     def looped(self, x_ND: Tensor, counts: Sequence[int]) -> Tensor:
-        """The experts one after the other: the reference, and what a CPU does. Each takes part, rows or none."""
+        """The experts one after the other: the reference, and what a CPU does.
+
+        Each takes part, rows or none, unless they are lent (see `BlockPart`): then rows alone bring one.
+        """
         made = []
         for expert, x in zip(self.experts, torch.split(x_ND, list(counts)), strict=True):
+            if self.lend is not None and len(x):
+                self.lend(expert)
+            elif next(expert.parameters()).is_meta:
+                continue
             missing = 0 if torch.is_grad_enabled() else -len(x) % TILE
             y = expert(F.pad(x, (0, 0, 0, missing)) if missing else x)
             made.append(y[: len(x)])
-        return torch.cat(made)
+        return torch.cat(made) if made else x_ND
 
     def _stacked(self, x_ND: Tensor) -> list[Tensor] | None:
         """The weights of each layer of all experts as one tensor, in the dtype that is computed in.

@@ -161,6 +161,10 @@ class MoE(FeedForward):
         idle = (self.experts - min(self.top_k, self.experts)) * 3 * model.d_model * self.expert_width(model)
         return self.parameters(model) - idle
 
+    def pieces(self, model: ModelConfig) -> tuple[str, ...]:
+        """See `BlockPart.pieces`."""
+        return tuple(f"experts.{number}" for number in range(self.experts))
+
     def kept(self, model: ModelConfig) -> int:
         """Of each expert of a token its input, what leaves both layers, the SiLU, the product, and what it gives.
 

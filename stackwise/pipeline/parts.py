@@ -17,7 +17,7 @@ from stackwise.errors import DamageError
 from stackwise.identity import derive_seed
 from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
 from stackwise.model.block import COMPUTE
-from stackwise.model.build import allocate, build_match, on_meta, rebuild_tables
+from stackwise.model.build import allocate, allocate_some, build_match, on_meta, rebuild_tables
 from stackwise.model.projections import (
     LEARNED,
     PACKED,
@@ -90,6 +90,23 @@ def load_part(
     if source.digest not in (None, digest):
         # Its digest is remembered by the files' times, which a change in place may leave.
         raise DamageError(f"{source.path} was changed since it was hashed", hint="touch its files, and run again")
+    return tensors
+
+
+def open_part(source: Source) -> Mapping[str, Tensor]:
+    """A committed part, checked as a whole, a tensor at a time; its tensors are read when they are asked for.
+
+    Raises:
+        DamageError: The file is missing, broken or not what was committed.
+    """
+    path = Path(source.path or "")
+    try:
+        tensors = TensorFile(path)
+        now = part_digest(tensors)
+    except (OSError, ValueError) as error:
+        raise DamageError(f"{path} cannot be read: {reason(error)}", hint=RETRAINED) from error
+    if source.digest not in (None, now):
+        raise DamageError(f"{path} is not what was committed", hint=RETRAINED)
     return tensors
 
 
@@ -374,9 +391,59 @@ class JobParts:
         self.tied = config.model.tie_embeddings and not self._owns and FRONT in held and HEAD in held
         self._objective = objective_of(config, job.mask_token, job.vocab_size, stage)
         self._empty: dict[str, nn.Module] = {}
+        self._checked: dict[str, Mapping[str, Tensor]] = {}  # files of parts that are read in pieces
 
-    def make(self, name: str, trained: Mapping[str, Tensor] | None, embedding_VD: Tensor | None = None) -> nn.Module:
+    def pieces(self, name: str) -> Sequence[str]:
+        """The pieces of a part (see `Parts.pieces`); of a block with adapters or narrow weights there are none.
+
+        Nor of one that is compiled, or whose weights are not in one committed file, nor drawn from the seed.
+        """
+        stage, source = self._job.stage, self._sources[name]
+        if name in (FRONT, HEAD) or name not in stage.trains or stage.scales_alone or self._config.training.compile:
+            return ()
+        if stage.format(name) != PLAIN or source.names is not None or source.merged or source.pairs is not None:
+            return ()
+        model = self._config.model.at(block_number(name))
+        kinds = {"attention": model.attention, "ffn": model.ffn}
+        return [f"{part}.{path}" for part, kind in kinds.items() for path in kind.pieces(model)]
+
+    def piece(self, name: str, path: str) -> dict[str, Tensor]:
+        """The parameters of a piece as it starts (see `Parts.piece`)."""
+        block = self._some(name, lambda key: key.startswith(f"{path}."))
+        return {f"{path}.{key}": p.detach() for key, p in block.get_submodule(path).named_parameters()}
+
+    def _some(self, name: str, held: Callable[[str], bool], trained: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """A block of which some parameters, by their names, have values; `trained`: these, not those of its source."""
+        source, dtype = self._sources[name], dtype_of(self._config)
+        if source.path is None and trained is None:
+            seed, number = self._config.seed, block_number(name)
+            return build_block(self._config.model, number, seed, dtype=dtype, silent=source.silent, held=held)
+        with on_meta():
+            block = Block(self._config.model.at(block_number(name))).to(dtype)
+        allocate_some(block, held, "cpu")
+        if trained is None:
+            trained = self._checked.get(name) or self._checked.setdefault(name, open_part(source))
+        with torch.no_grad():
+            for key, parameter in block.named_parameters():
+                if held(key):
+                    parameter.copy_(trained[key])
+        return block
+
+    def make(
+        self,
+        name: str,
+        trained: Mapping[str, Tensor] | None,
+        embedding_VD: Tensor | None = None,
+        *,
+        whole: bool = True,
+    ) -> nn.Module:
         """A part on the CPU (see `Parts.make`)."""
+        if not whole:
+            apart = tuple(f"{path}." for path in self.pieces(name))
+            part = self._some(name, lambda key: not key.startswith(apart), trained)
+            set_spans(part, name, self._spans)
+            require_gradients(name, part, self._job.stage)
+            return part
         if trained is not None and name in self._empty:
             # Made without values: drawing fresh weights only to overwrite them takes seconds for a large block.
             part = allocate(copy.deepcopy(self._empty[name]), "cpu")

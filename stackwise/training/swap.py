@@ -29,8 +29,8 @@ from stackwise.training.optim import Rising
 from stackwise.training.phases import BACKWARD, FORWARD, OPTIMIZER, PhaseClock
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
-from stackwise.training.swap_parts import FRONT, PartLoader, Parts, in_turn, make_groups
-from stackwise.training.swap_state import Commit, RedoLog, Spill
+from stackwise.training.swap_parts import FRONT, PartLoader, Parts, in_turn, make_groups, piece_name, pieces_of
+from stackwise.training.swap_state import RedoLog, Spill, Update
 from stackwise.training.trainer import Trainer
 
 SCALER = "scaler/state"  # what `LossScale` calls its state
@@ -69,7 +69,8 @@ class SwappedEngine:
         self.phases = PhaseClock(device)
         self.parts, self.settings, self.seed, self.device = parts, settings, seed, device
         self.groups = make_groups(parts, space.groups)
-        self.log = RedoLog(space.directory, parts.trains)
+        pieces = [piece_name(part, path) for part, paths in pieces_of(parts).items() for path in paths]
+        self.log = RedoLog(space.directory, parts.trains, pieces)
         self.log.open(space.warn)
         self.spill = Spill(space.directory / "step", space.memory)
         self.loader = PartLoader(parts, self.log, settings, device, rising)
@@ -114,8 +115,8 @@ class SwappedEngine:
         if taken and self.scale is not None:
             self.scale.taken()
         scaler = None if self.scale is None else self.scale.state()[SCALER].tolist()
-        update = Commit(last=step, rate=rate, clip=clip, scaler=scaler)
-        self.log.commit(update, math.nan if refused else float(loss), taken=taken)
+        update = Update(last=step, rate=rate, clip=clip)
+        self.log.commit(update, math.nan if refused else float(loss), scaler, taken=taken)
         self.spill.clear()
         return Stepped(loss, norm, taken, means if len(means) > 1 else {})
 
@@ -170,6 +171,7 @@ class SwappedEngine:
         trained = [group for group in self.groups if set(group.names) & set(self.parts.trains)]
         for loaded in in_turn(self.loader.load_to_update, trained):
             self.loader.update(loaded)
+            self.loader.make_up(loaded.group)
         self.log.flush()
 
     def weights(self, part: str) -> dict[str, Tensor]:
@@ -184,8 +186,7 @@ class SwappedEngine:
 
     def take_up(self, carried: Mapping[str, State]) -> None:
         """See `Engine.take_up`; with steps on the disk, these have gone on already."""
-        # A part that stands still has no state.
-        self.log.begin = lambda part: self.loader.begun(part, carried[part]()) if part in carried else {}
+        self.log.begin = lambda part: self.loader.begun(part, carried)
         if self.scale is not None and not self.steps_done:
             self.scale.restore(carried[""]())
 

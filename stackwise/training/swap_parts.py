@@ -1,13 +1,18 @@
 """The parts of a stage that is swapped: made one at a time, in groups that take turns in memory.
 
 A group is a `StageModel` of its own: the front, some blocks, or the head, above a boundary that lives for one step.
+
+Of a block that has experts, each is a *piece*: it comes when a row reaches it, is brought up to date then, and is
+neither read nor written before. The resident engine moves it by its moments and its decay where its gradient is zero,
+so these updates are made up for, one by one, in their order: the bits are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -16,11 +21,11 @@ from torch import Tensor, nn
 from stackwise.batch import Batch
 from stackwise.config import StageTraining
 from stackwise.store import Codec
-from stackwise.training.engine import MEAN, OPTIMIZER, WEIGHT, optimizer_state
+from stackwise.training.engine import MEAN, OPTIMIZER, WEIGHT, State, optimizer_state
 from stackwise.training.forward import MakeOutputs, pass_through
-from stackwise.training.optim import Rising, make_optimizer, set_rates, state_tensors
+from stackwise.training.optim import Rising, Stepper, make_optimizer, set_rates, state_tensors
 from stackwise.training.stage import StageModel
-from stackwise.training.swap_state import RedoLog
+from stackwise.training.swap_state import RedoLog, Tensors, Update
 
 L = TypeVar("L")
 
@@ -36,13 +41,27 @@ class Parts(Protocol):
     precision: str  # what the stage computes in
     tied: bool  # whether the head projects with the front's embedding, both of them held here
 
-    def make(self, name: str, trained: Mapping[str, Tensor] | None, embedding_VD: Tensor | None = None) -> nn.Module:
+    def pieces(self, name: str) -> Sequence[str]:
+        """The modules in a part that are there only while rows reach them, by their paths: they train, whole."""
+
+    def make(
+        self,
+        name: str,
+        trained: Mapping[str, Tensor] | None,
+        embedding_VD: Tensor | None = None,
+        *,
+        whole: bool = True,
+    ) -> nn.Module:
         """A part on the CPU, gradients required for what trains. Called in threads: it draws from no global generator.
 
         Args:
             trained: Values of its trained parameters; None: it starts as it does in a fresh stage.
             embedding_VD: What a tied head projects with.
+            whole: Otherwise its pieces are without values, and `trained` has none of theirs.
         """
+
+    def piece(self, name: str, path: str) -> Mapping[str, Tensor]:
+        """The parameters of a piece as it starts, by their names in the part."""
 
     def model(self, parts: Mapping[str, nn.Module]) -> StageModel:
         """Some neighbouring parts as the model of a stage, in training mode."""
@@ -77,12 +96,12 @@ class Loaded:
     means: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> None:
-        """Move the parts, in place."""
+        """Move the parts, in place; pieces that are not there stay away."""
         for module in self.parts.values():
-            module.to(device)
+            module._apply(lambda t: t if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
 
     def parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """Part, name and parameter of everything that trains, in the order in which a whole stage has them."""
+        """Part, name and parameter of all that trains, as a whole stage has them in order; on meta: not there."""
         for part, module in self.parts.items():
             for name, p in module.named_parameters():
                 if p.requires_grad:
@@ -101,6 +120,28 @@ def in_turn(load: Callable[[PartGroup], L], groups: Sequence[PartGroup]) -> Iter
             del loaded
 
 
+def pieces_of(parts: Parts) -> dict[str, Sequence[str]]:
+    """The paths of the pieces of each part that trains and has some."""
+    return {name: paths for name in parts.names if name in parts.trains and (paths := parts.pieces(name))}
+
+
+def piece_name(part: str, path: str) -> str:
+    """What a piece is called in the log."""
+    return f"{part}.{path}"
+
+
+def weights_apart(state: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
+    """The weights of a part's state by their names, and the rest of it."""
+    weights = {key.removeprefix(WEIGHT): value for key, value in state.items() if key.startswith(WEIGHT)}
+    return weights, {key: value for key, value in state.items() if not key.startswith(WEIGHT)}
+
+
+def _within(key: str) -> str:
+    """The name in its part of the parameter that a tensor of a state is of."""
+    kind, _, rest = key.partition("/")
+    return rest.partition("/")[2] if f"{kind}/" == OPTIMIZER else rest
+
+
 class PartLoader:
     """Brings groups of parts from the disk, updates them, and takes their gradients and states there."""
 
@@ -113,44 +154,113 @@ class PartLoader:
         rising: Rising | None = None,
     ) -> None:
         self.parts, self.log, self.settings, self.device, self.rising = parts, log, settings, device, rising
+        self.pieces = pieces_of(parts)
+        self.owners = {piece_name(part, path): (part, path) for part, paths in self.pieces.items() for path in paths}
 
     def load(self, group: PartGroup) -> Loaded:
         """A group's parts with their trained weights. In the loader's thread."""
-        return Loaded(group, {name: self.make(name, self.log.read(name, WEIGHT)) for name in group.names})
+        return Loaded(group, {name: self._without_pieces(name, self.log.read(name, WEIGHT)) for name in group.names})
 
     def load_to_update(self, group: PartGroup) -> Loaded:
         """A group's parts; with their moments and gradients where they lack an update. In the loader's thread."""
         loaded = Loaded(group, {})
         for name in group.names:
             if (gradients := self.log.gradients(name)) is None:
-                loaded.parts[name] = self.make(name, self.log.read(name, WEIGHT))
+                loaded.parts[name] = self._without_pieces(name, self.log.read(name, WEIGHT))
                 continue
-            state = self.log.read(name, "") or {}
-            weights = {key.removeprefix(WEIGHT): state.pop(key) for key in list(state) if key.startswith(WEIGHT)}
-            loaded.parts[name] = self.make(name, weights or None)
+            weights, state = weights_apart(self.log.read(name, "") or {})
+            loaded.parts[name] = self._without_pieces(name, weights or None)
             loaded.states[name], loaded.gradients[name] = state, gradients
         return loaded
 
-    def make(self, name: str, trained: dict[str, Tensor] | None) -> nn.Module:
-        """A part; a tied head projects with the front's embedding as it stands."""
+    def make(self, name: str, trained: Mapping[str, Tensor] | None) -> nn.Module:
+        """A part, whole; a tied head projects with the front's embedding as it stands."""
         tied = name == HEAD and self.parts.tied
         return self.parts.make(name, trained, self._embedding(self.log.read(FRONT, WEIGHT)) if tied else None)
 
+    def _without_pieces(self, name: str, trained: dict[str, Tensor] | None) -> nn.Module:
+        if not (pieces := self.pieces.get(name)):
+            return self.make(name, trained)
+        part = self.parts.make(name, trained, whole=False)
+        paths = {id(part.get_submodule(path)): path for path in pieces}
+        for module in part.modules():
+            if hasattr(module, "lend"):
+                setattr(module, "lend", partial(self._lend, name, paths))  # noqa: B010
+        return part
+
+    def _lend(self, name: str, paths: Mapping[int, str], module: nn.Module) -> None:
+        """Let a piece have its values, now that rows reach it: up to date, and on the disk as such."""
+        if not next(module.parameters()).is_meta:
+            return
+        path = paths[id(module)]
+        with torch.autocast(self.device.type, enabled=False):  # an optimizer may multiply matrices
+            tensors = self._current(name, path)
+        for within, parameter in list(module.named_parameters()):
+            owner, _, leaf = within.rpartition(".")
+            # The mean where it is evaluated and one is kept: no training step lends such a piece.
+            key = f"{path}.{within}"
+            value = tensors.get(f"{MEAN}{key}") if not module.training else None
+            value = tensors[f"{WEIGHT}{key}"] if value is None else value
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(value.to(self.device), parameter.requires_grad))
+
+    def _current(self, name: str, path: str) -> dict[str, Tensor]:
+        """The state of a piece, every update that it missed made up for."""
+        piece, log = piece_name(name, path), self.log
+        updates, gradients, state = log.missing(piece), log.gradients(piece), log.read(piece, "") or {}
+        weights, state = weights_apart(state)
+        weights = weights or dict(self.parts.piece(name, path))
+        if updates:
+            trained = [(name, key, nn.Parameter(value.to(self.device))) for key, value in weights.items()]
+            states = self._advance(trained, {name: state}, {name: gradients}, updates)
+            log.write_states({piece: states[name]})
+            return states[name]
+        return state | {f"{WEIGHT}{key}": value for key, value in weights.items()}
+
+    def make_up(self, group: PartGroup) -> None:
+        """Bring the pieces of a group up to the last update, one after the other."""
+        for name in group.names:
+            for path in self.pieces.get(name, ()):
+                if self.log.missing(piece_name(name, path)):
+                    self._current(name, path)
+
+    def _read(self, name: str, prefix: str) -> dict[str, Tensor] | None:
+        """What of the state of a part with its pieces begins with a prefix, without it; None: it is as it was made."""
+        states = [self.log.read(one, prefix) for one in (name, *self._piece_names(name))]
+        if all(state is None for state in states):
+            return None
+        return {key: value for state in states if state is not None for key, value in state.items()}
+
+    def _piece_names(self, name: str) -> list[str]:
+        return [piece_name(name, path) for path in self.pieces.get(name, ())]
+
     def committed(self, name: str) -> dict[str, Tensor] | None:
         """A part's trained weights as they are committed: their mean where one is kept."""
-        return self.log.read(name, MEAN if self.settings.ema else WEIGHT)
+        return self._read(name, MEAN if self.settings.ema else WEIGHT)
 
     def carried(self, name: str) -> dict[str, Tensor]:
         """What going on needs of a part beside what is committed: its moments, and what trains under a mean."""
         kept = OPTIMIZER, *((WEIGHT,) if self.settings.ema else ())
-        return {key: value for key, value in (self.log.read(name, "") or {}).items() if key.startswith(kept)}
+        return {key: value for key, value in (self._read(name, "") or {}).items() if key.startswith(kept)}
 
-    def begun(self, name: str, carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state that a part begins with where it goes on: what was committed is then the mean."""
-        state = dict(carried)
+    def begun(self, name: str, carried: Mapping[str, State]) -> dict[str, Tensor]:
+        """The state that a part or a piece begins with where it goes on: what was committed is then the mean."""
+        part, path = self.owners.get(name, (name, None))
+        if part not in carried:  # it stands still, and has no state
+            return {}
+
+        def mine(key: str) -> bool:
+            if path is not None:
+                return key.startswith(f"{path}.")
+            return not key.startswith(tuple(f"{one}." for one in self.pieces.get(part, ())))
+
+        state = {key: value for key, value in carried[part]().items() if mine(_within(key))}
         if any(key.startswith(WEIGHT) for key in state):
-            committed = self.make(name, None).named_parameters()
-            state |= {f"{MEAN}{key}": p.detach().clone() for key, p in committed if p.requires_grad}
+            committed = dict(self.make(part, None).named_parameters()) if path is None else self.parts.piece(part, path)
+            state |= {
+                f"{MEAN}{key}": value.detach().clone()
+                for key, value in committed.items()
+                if (path is not None or value.requires_grad) and mine(key)
+            }
         return state
 
     @torch.no_grad()
@@ -159,7 +269,7 @@ class PartLoader:
         if not self.settings.ema:
             return
         for name, part in loaded.parts.items():
-            for key, mean in (loaded.means.get(name) or self.committed(name) or {}).items():
+            for key, mean in (loaded.means.get(name) or self.log.read(name, MEAN) or {}).items():
                 # Not copied over the weights, which may be on their way to the disk.
                 part.get_parameter(key).data = mean.to(self.device)
         if HEAD in loaded.parts and self.parts.tied:
@@ -176,55 +286,96 @@ class PartLoader:
         loaded.to(self.device)
         if not loaded.gradients:
             return
-        trained = [(part, name, p) for part, name, p in loaded.parameters() if part in loaded.gradients]
+        trained = [
+            (part, name, p) for part, name, p in loaded.parameters() if part in loaded.gradients and not p.is_meta
+        ]
         if not trained:  # a tied head without a norm has no weight of its own, and no optimizer
             self.log.write_states({part: {} for part in loaded.gradients})
             loaded.gradients.clear()
             return
+        (update,) = self.log.missing(next(iter(loaded.gradients)))  # a part lacks the last one alone
         modules = loaded.parts.values()
-        optimizer = make_optimizer([(part, p) for part, _, p in trained], self.settings, self.rising, modules=modules)
-        for part, name, p in trained:
-            if state := optimizer_state(loaded.states[part], name):
-                optimizer.state[p] = {kind: value.to(p.device) for kind, value in state.items()}
-            if (gradient := loaded.gradients[part].pop(name, None)) is not None:
-                p.grad = gradient.to(p.device)
-        commit = self.log.committed
-        gradients = [p.grad for _, _, p in trained if p.grad is not None]
-        if gradients and commit.clip is not None:
-            torch._foreach_mul_(gradients, torch.tensor(commit.clip, dtype=gradients[0].dtype, device=self.device))
-        set_rates(optimizer.param_groups, commit.rate, commit.last)
-        means: list[Tensor] = []
+        states = self._advance(trained, loaded.states, loaded.gradients, [update], modules)
         for part, name, p in trained if self.settings.ema else ():
-            mean = loaded.states[part].get(f"{MEAN}{name}")  # none yet: it begins with the weight itself
-            means.append(p.detach().clone() if mean is None else mean.to(p.device))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if means:
-            decay = min(self.settings.ema, (1.0 + commit.last) / (10.0 + commit.last))
-            torch._foreach_lerp_(means, [p.detach() for _, _, p in trained], 1.0 - decay)
-        states: dict[str, dict[str, Tensor]] = {part: {} for part in loaded.gradients}
-        for part, name, p in trained:
-            states[part][f"{WEIGHT}{name}"] = p.detach().cpu().contiguous()
-            for kind, value in state_tensors(optimizer, p).items():
-                states[part][f"{OPTIMIZER}{kind}/{name}"] = value.detach().cpu().contiguous()
-        for (part, name, _), mean in zip(trained, means, strict=False):
-            states[part][f"{MEAN}{name}"] = mean.cpu().contiguous()
-            loaded.means.setdefault(part, {})[name] = mean
+            loaded.means.setdefault(part, {})[name] = states[part][f"{MEAN}{name}"].to(p.device)
         loaded.states.clear()
         loaded.gradients.clear()
         self.log.write_states(states)
 
+    def _advance(
+        self,
+        trained: Sequence[tuple[str, str, nn.Parameter]],
+        states: Mapping[str, Mapping[str, Tensor]],
+        gradients: Mapping[str, Tensors | None],
+        updates: Sequence[Update],
+        modules: Iterable[nn.Module] = (),
+    ) -> dict[str, Tensors]:
+        """Parameters moved by updates, in place; the states of their parts after them, on the CPU.
+
+        Args:
+            trained: Part, name, parameter.
+            states: What their parts keep beside weights, before these updates.
+            gradients: Of the first update, by part and name; None: zero, as those of the others are.
+        """
+        optimizer = make_optimizer([(part, p) for part, _, p in trained], self.settings, self.rising, modules=modules)
+        means: list[Tensor] = []
+        for part, name, p in trained:
+            if state := optimizer_state(states[part], name):
+                optimizer.state[p] = {kind: value.to(p.device) for kind, value in state.items()}
+            if self.settings.ema:
+                mean = states[part].get(f"{MEAN}{name}")  # none yet: it begins with the weight itself
+                means.append(p.detach().clone() if mean is None else mean.to(p.device))
+        for number, update in enumerate(updates):
+            for part, name, p in trained:
+                of_part = gradients[part] if not number else None
+                gradient = torch.zeros_like(p) if of_part is None else of_part.get(name)
+                p.grad = None if gradient is None else gradient.to(p.device)
+            self._take(optimizer, [p for _, _, p in trained], means, update)
+        after: dict[str, Tensors] = {part: {} for part in gradients}
+        for part, name, p in trained:
+            after[part][f"{WEIGHT}{name}"] = p.detach().cpu().contiguous()
+            for kind, value in state_tensors(optimizer, p).items():
+                after[part][f"{OPTIMIZER}{kind}/{name}"] = value.detach().cpu().contiguous()
+        for (part, name, _), mean in zip(trained, means, strict=False):
+            after[part][f"{MEAN}{name}"] = mean.cpu().contiguous()
+        return after
+
+    @torch.no_grad()
+    def _take(self, optimizer: Stepper, trained: list[nn.Parameter], means: list[Tensor], update: Update) -> None:
+        """One update by the gradients that are there, and the weights' means after it."""
+        gradients = [p.grad for p in trained if p.grad is not None]
+        if gradients and update.clip is not None:
+            torch._foreach_mul_(gradients, torch.tensor(update.clip, dtype=gradients[0].dtype, device=self.device))
+        set_rates(optimizer.param_groups, update.rate, update.last)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if means:
+            decay = min(self.settings.ema, (1.0 + update.last) / (10.0 + update.last))
+            torch._foreach_lerp_(means, [p.detach() for p in trained], 1.0 - decay)
+
     def write_gradients(self, loaded: Loaded, share: float | None, norms: dict[str, list[Tensor]]) -> None:
         """Scale a group's gradients by the true count, note their norms by part, and write them, behind."""
+        for name in self.pieces.keys() & set(loaded.group.names):
+            if all(p.grad is None for part, _, p in loaded.parameters() if part == name):
+                # Nothing reached the part at all, and so no update moves it: not one by a gradient of zero.
+                for piece in self._piece_names(name):
+                    self._current(*self.owners[piece])
+                self.log.write_gradients({piece: {} for piece in self._piece_names(name)})
         trained = [(part, name, p.grad) for part, name, p in loaded.parameters() if p.grad is not None]
         gradients = [gradient for _, _, gradient in trained]
         if gradients and share is not None:
             torch._foreach_mul_(gradients, share)
         by_part: dict[str, dict[str, Tensor]] = {name: {} for name in loaded.group.names if name in self.log.at}
-        all_norms = torch._foreach_norm(gradients) if trained else []
-        for (part, name, gradient), norm in zip(trained, all_norms, strict=True):
-            norms.setdefault(part, []).append(norm)
-            by_part[part][name] = gradient.detach().cpu().contiguous()
+        all_norms = iter(torch._foreach_norm(gradients) if trained else [])
+        moved = {part for part, _, _ in trained}
+        for part, name, p in loaded.parameters():
+            if p.grad is not None:
+                norms.setdefault(part, []).append(next(all_norms))
+                paths = self.pieces.get(part, ())
+                holder = next((piece_name(part, path) for path in paths if name.startswith(f"{path}.")), part)
+                by_part.setdefault(holder, {})[name] = p.grad.detach().cpu().contiguous()
+            elif p.is_meta and part in moved:  # in its place, as sums go by places
+                norms.setdefault(part, []).append(torch.zeros((), dtype=p.dtype, device=self.device))
         if by_part:
             self.log.write_gradients(by_part)
 

@@ -18,8 +18,19 @@ TURNS: dict[str, Any] = {
 
 
 def test_swapped_and_resident_are_the_same(micro: Micro, tmp_path: Path) -> None:
+    """Experts, a mean of the weights and the optimizer's state go from a round to the next, each from its own file."""
+    ffn = {"kind": "moe", "experts": 8, "expert_dim": 8, "at": [1]}
     for swap in ("never", "always"):
-        run(micro(**TURNS, training__swap=swap, store__path=str(tmp_path / swap / "store")), tmp_path / swap)
+        run(
+            micro(
+                **TURNS,
+                model__ffn=ffn,
+                training__ema=0.9,
+                training__swap=swap,
+                store__path=str(tmp_path / swap / "store"),
+            ),
+            tmp_path / swap,
+        )
     assert weights(tmp_path / "never") == weights(tmp_path / "always")
 
 

@@ -1,6 +1,6 @@
 """Trains swapped in children of its own, killing them with SIGKILL at random moments until one reaches the end.
 
-    python -m tests.training.swap_killed DIRECTORY SEED KILLS STEPS
+    python -m tests.training.swap_killed DIRECTORY SEED KILLS STEPS [experts]
 
 Prints how many were killed in the middle of a step, then the digest of each part.
 """
@@ -17,27 +17,35 @@ from pathlib import Path
 
 import torch
 
+from stackwise.batch import Batch
 from stackwise.model import part_digest
 from stackwise.training.optim import learning_rate
-from tests.training.swapping import RackParts, engine, microbatches
+from tests.training.swapping import RackParts, batch, engine, microbatches
 
-PARTS = RackParts(3, tied=True)
+EXPERTS = {"kind": "moe", "experts": 12, "top_k": 1, "expert_dim": 8, "at": [0, 2]}
 
 
-def train(directory: Path, steps: int) -> None:
+def few(step: int) -> list[Batch]:
+    """Two microbatches of one short row each: most experts have none of their tokens."""
+    return [batch(2 * step + number, rows=1, seq_len=4) for number in range(2)]
+
+
+def train(directory: Path, steps: int, *, experts: bool) -> None:
     """From wherever the directory stands to the end."""
-    one = engine(PARTS, directory / "swap", groups=3)
+    parts = RackParts(3, tied=True, ffn=EXPERTS if experts else "swiglu")
+    one = engine(parts, directory / "swap", groups=3, accumulation=2 if experts else 3)
     for step in range(one.steps_done, steps):
-        one.step(microbatches(step, 3), step, learning_rate(one.settings, step, steps))
+        batches = few(step) if experts else microbatches(step, 3)
+        one.step(batches, step, learning_rate(one.settings, step, steps))
     one.settle()
-    digests = {name: part_digest(one.weights(name)) for name in PARTS.trains}
+    digests = {name: part_digest(one.weights(name)) for name in parts.trains}
     (directory / "digests.json").write_text(json.dumps({"digests": digests, "losses": one.log.losses()}))
     one.close()
 
 
 def main() -> None:
     """Kill, and kill again; then let it end."""
-    directory, seed, kills, steps = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    directory, seed, kills, steps = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     torch.set_num_threads(1)
     draw = random.Random(seed)
     killed = 0
@@ -45,7 +53,7 @@ def main() -> None:
         child = os.fork()
         if not child:
             try:
-                train(directory, steps)
+                train(directory, steps, experts=sys.argv[5:] == ["experts"])
             except BaseException as error:
                 print(error, file=sys.stderr, flush=True)
                 os._exit(1)

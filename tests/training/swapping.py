@@ -48,8 +48,10 @@ class RackParts:
         tokens: bool = True,
         fixed_head: bool = False,
         vocab: int = VOCAB,
+        ffn: Mapping[str, object] | str = "swiglu",
     ) -> None:
         self.config = ModelConfig(
+            ffn=ffn,  # type: ignore[arg-type]
             vocab_size=vocab,
             d_model=width,
             n_heads=2,
@@ -68,7 +70,22 @@ class RackParts:
             vocab,
         )
 
-    def make(self, name: str, trained: Mapping[str, Tensor] | None, embedding_VD: Tensor | None = None) -> nn.Module:
+    def pieces(self, name: str) -> Sequence[str]:
+        model = self.config.at(int(name.partition(".")[2])) if name.startswith("block.") else None
+        return [] if model is None else [f"ffn.{path}" for path in model.ffn.pieces(model)]
+
+    def piece(self, name: str, path: str) -> Mapping[str, Tensor]:
+        module = self.make(name, None).get_submodule(path)
+        return {f"{path}.{key}": p.detach() for key, p in module.named_parameters()}
+
+    def make(
+        self,
+        name: str,
+        trained: Mapping[str, Tensor] | None,
+        embedding_VD: Tensor | None = None,
+        *,
+        whole: bool = True,
+    ) -> nn.Module:
         made: nn.Module
         if name == "front":
             made = build_front(self.config, self.vocab, 0, S)
@@ -82,6 +99,8 @@ class RackParts:
         with torch.no_grad():
             for key, value in (trained or {}).items():
                 made.get_parameter(key).copy_(value)
+        for path in () if whole else self.pieces(name):
+            made.get_submodule(path).to("meta")
         return made.requires_grad_(name in self.trains)
 
     def model(self, parts: Mapping[str, nn.Module]) -> StageModel:
