@@ -33,11 +33,13 @@ from stackwise.pretrained.families import (
     read_description,
     stored_shape,
 )
+from stackwise.pretrained.keys import as_json
 from stackwise.pretrained.reading import (
     AGAIN,
     CONFIG_BYTES,
     COPY,
     FLOATS,
+    FOREIGN,
     INDEX,
     PICKLES,
     SHARD,
@@ -89,13 +91,14 @@ class Checkpoint:
         if not any(name.startswith(self.base) for name in self._stored):
             self.base = ""  # the bare model
         self._names = {part: self._found(part) for part in self.description.parts}
-        unused = self._check()
+        unused, wider = self._check(), self._check_dtypes()
         path = self.directory / "tokenizer.json"
         self.tokenizer_json = path if os.path.lexists(path) else None
         left_out = f"not used: {', '.join(printable(name) for name in unused[:3])}" + (", …" if len(unused) > 3 else "")
         fresh = "it has no head for masked tokens: the head starts with fresh weights"
         headless = self.description.masked_head and not self._names[HEAD]
-        self.notes = (*self.description.notes, *([left_out] if unused else []), *([fresh] if headless else []))
+        notes = [*([left_out] if unused else []), *([fresh] if headless else []), *([wider] if wider else [])]
+        self.notes = (*self.description.notes, *notes)
 
     @property
     def parts(self) -> list[str]:
@@ -199,14 +202,14 @@ class Checkpoint:
         if os.path.lexists(self.directory / SINGLE):
             return [SINGLE], {}
         try:
-            listed = files.read_json(index)["weight_map"]
+            whole = files.read_json(index)
+            listed = whole.get("weight_map") if isinstance(whole, dict) else None
             if not isinstance(listed, dict) or not listed:
-                raise ValueError("its weight_map is no table of tensors")
+                raise ValueError("it has no weight_map, the table of tensors and their files")
         except FileNotFoundError:
             raise self._without_weights() from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            why = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-            raise UsageError(f"{index} cannot be read: {printable(why)}", hint=AGAIN) from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{index} cannot be read: {printable(str(error).splitlines()[0])}", hint=AGAIN) from None
         for name in listed.values():
             # A name is never joined to the directory unless it is a plain one: it could lead out of it.
             if not isinstance(name, str) or not SHARD.fullmatch(name):
@@ -220,6 +223,11 @@ class Checkpoint:
                     return UsageError(
                         f"{self.directory / printable(name)} is a pickle, which runs code when it is opened",
                         hint="convert it where that does no harm: AutoModel.from_pretrained(DIR).save_pretrained(NEW)",
+                    )
+                if name.endswith(FOREIGN):
+                    return UsageError(
+                        f"{self.directory / printable(name)} is no safetensors, which StackWise reads",
+                        hint="get the checkpoint with its safetensors, or convert it: …save_pretrained(NEW)",
                     )
         return UsageError(f"{self.directory / SINGLE} is missing", hint=f"nor is there {INDEX}; {AGAIN}")
 
@@ -276,6 +284,33 @@ class Checkpoint:
                 shown = f"{self.directory}: tensor {printable(name)}"
                 raise UsageError(f"{shown} belongs to no part of the rack that config.json describes", hint=AGAIN)
         return others
+
+    def _check_dtypes(self) -> str | None:
+        """Hold dtypes against the one that config.json says, where it says one; what is to be said of wider tensors."""
+        path, names = self.directory / "config.json", {name: dtype for dtype, (name, _) in FLOATS.items()}
+        said = self.raw.get("dtype") or self.raw.get("torch_dtype") or "auto"
+        said = said.removeprefix("torch.") if isinstance(said, str) else said
+        if said == "auto":
+            return None
+        if not isinstance(said, str) or said not in names:
+            raise UsageError(f"{path}: dtype is {as_json(said)}; StackWise reads {', '.join(names)}")
+        if self.dtype != said:
+            raise UsageError(
+                f"{path}: dtype is {said}, and the weights in the files are {self.dtype}",
+                hint=f"if the files are right, set dtype to {self.dtype} there",
+            )
+        wider = 0
+        for ref in itertools.chain.from_iterable(refs.values() for refs in self._names.values()):
+            stored, (name, bits) = self._stored[ref.name], FLOATS[self._stored[ref.name].dtype]
+            if name != said and bits <= FLOATS[names[said]][1]:
+                what = f"tensor {printable(ref.name)} is {name}, and dtype in config.json {said}"
+                raise UsageError(f"{self.directory / stored.file}: {what}", hint=AGAIN)
+            wider += name != said
+        return (
+            f"{wider} of its tensors are wider than {said}, which config.json says: they are read as they are"
+            if wider
+            else None
+        )
 
     def _check_tied(self) -> None:
         """A head that is tied may stand in the files once more: then it is the embedding."""

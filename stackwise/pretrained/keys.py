@@ -98,11 +98,24 @@ class Keys:
 
     def finish(self) -> None:
         """Refuse what nobody asked for: it might change what the model computes."""
+        self._quantized()
         for key, value in self._config.items():
             if key not in self._asked and value not in (None, False, [], {}):
                 raise UsageError(
                     f"{printable(key)} is {as_json(value)}, which StackWise does not know of this architecture",
                     hint="if it does not change what the model computes, remove it from config.json",
+                )
+
+    def _quantized(self) -> None:
+        """Refuse weights that were packed in few bits, by the name of what packed them."""
+        for key in ("quantization_config", "compression_config"):
+            if value := self.get(key):
+                method = value.get("quant_method") if isinstance(value, dict) else value
+                named = f"by {printable(method):.40}" if isinstance(method, str) else f"as {as_json(value)} says"
+                raise UsageError(
+                    f"{key}: the weights are quantized, {named}, and StackWise reads plain numbers",
+                    hint="get the checkpoint that was quantized, or unpack it where its library is: "
+                    "AutoModel….from_pretrained(DIR).dequantize().save_pretrained(NEW)",
                 )
 
     @staticmethod

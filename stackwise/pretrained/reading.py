@@ -31,6 +31,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CONFIG_BYTES = 4 << 20
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FOREIGN = (".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".ot")
+"""What weights of other formats end with, which run no code, and are not read."""
 
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 """Names of weight files that an index may have: of the directory itself, and of nothing else."""

@@ -167,7 +167,9 @@ def test_a_capture_is_measured(capsys: Capture) -> None:
     assert capture.main(["--width", "64", "--blocks", "1", "--rows", "4", "--seq-len", "16", "--json"]) == 0
     result = printed(capsys)
     assert (result["rows"], result["rounds"], result["codec"]) == (4, 5, "bf16")
+    (model,) = result["models"]
     for name in ("forward", "capture", "read"):
-        assert is_spread(result[name], 1, 1e9)
-    assert is_spread(result["share"], 1e-9, 100)
-    assert result["share_with_start"]["max"] <= result["share"]["max"]
+        assert is_spread(model[name], 1, 1e9)
+    assert is_spread(model["share"], 1e-9, 100)
+    assert is_spread(model["share_of_processor"], 1e-9, 100)
+    assert model["share_with_start"]["max"] <= model["share"]["max"]

@@ -73,7 +73,11 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "turns": 3}}, "turns"),
     ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor"),
-    ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantized, by gptq"),
+    ("llama", {"quantization_config": {"load_in_8bit": True}}, "load_in_8bit"),
+    ("llama", {"dtype": "bfloat16"}, "the weights in the files are float32"),
+    ("llama", {"dtype": "int8"}, "dtype is 'int8'"),
+    ("llama", {"torch_dtype": "float16", "dtype": None}, "dtype is float16"),
     ("llama", {"num_local_experts": 8}, "num_local_experts"),
     ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ("llama", {"hidden_size": 1 << 40}, "hidden_size"),
@@ -154,6 +158,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 FILES: dict[str, tuple[Change, str]] = {
     "a shape": (_rewritten(lambda t: t.update({Q: torch.zeros(32, 31)})), "has shape [32, 31], not [32, 32]"),
     "a dtype": (_rewritten(lambda t: t.update({Q: torch.zeros(32, 32, dtype=torch.int8)})), "I8"),
+    "a narrower one": (_rewritten(lambda t: t.update({Q: t[Q].half()})), f"{Q} is float16"),
     "one missing": (_rewritten(lambda t: t.pop(Q)), f"{Q} is missing"),
     "one too many": (_rewritten(lambda t: t.update({"model.layers.1.x": torch.zeros(1)})), "belongs to no part"),
     "overlapping": (_header(lambda t: t[Q].update(data_offsets=t["lm_head.weight"]["data_offsets"])), "bytes"),
@@ -203,7 +208,16 @@ def test_an_index_is_held_against_its_files(models: dict[str, Path], tmp_path: P
     other = next(name for name in shards if name != where[Q])
     assert "the index says" in indexed(**{Q: other})
     assert "x is missing" in indexed(x=where[Q])
-    for broken in ("{}", "[]", '{"weight_map": []}', '{"weight_map": {}}', "{", "[" * 100_000):
+    for broken in (
+        "{}",
+        "[]",
+        "[1]",
+        '{"weight_map": [1]}',
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        "{",
+        "[" * 100_000,
+    ):
         (directory / INDEX).write_text(broken)
         assert "cannot be read" in refused(directory)
     (directory / INDEX).write_text(json.dumps(index))
@@ -215,6 +229,20 @@ def test_an_index_is_held_against_its_files(models: dict[str, Path], tmp_path: P
     (directory / shards[1]).unlink()
     (directory / shards[1]).write_bytes((tmp_path / "elsewhere").read_bytes()[:-8])
     assert "cut off" in refused(directory)
+
+
+def test_wider_tensors_are_read_as_they_are_and_said(models: dict[str, Path], tmp_path: Path) -> None:
+    directory = copied(models["single"], tmp_path / "model")
+    _rewritten(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].double()}))(directory)
+    checkpoint = Checkpoint(directory, str(tmp_path / "cache"))
+    assert any("1 of its tensors" in note for note in checkpoint.notes)
+    assert checkpoint.load("head")["norm.weight"].dtype == torch.float64
+
+
+def test_weights_of_another_format_are_named(models: dict[str, Path], tmp_path: Path) -> None:
+    directory = copied(models["single"], tmp_path / "model")
+    (directory / "model.safetensors").rename(directory / "model-q4.gguf")
+    assert "model-q4.gguf is no safetensors" in refused(directory)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
