@@ -1,6 +1,6 @@
 """Held-out loss by depth of a staged rack, beside the same rack trained end to end with as many block updates.
 
-    python -m benchmarks.depth [--preset demo] [--repeats 3] [--learning-rate 3e-3] [--whole-learning-rate 3e-3]
+    python -m benchmarks.depth [--preset stages] [--repeats 3] [--learning-rate 3e-3] [--whole-learning-rate 3e-3]
 
 A stage of b blocks that trains s steps makes b x s block updates. End to end every step updates all blocks, so it
 gets the sum over the stages divided by the number of blocks, on the same rows, from the same seed, and is evaluated
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     made = parser("depth", __doc__)
     add = made.add_argument
-    add("--preset", metavar="NAME", default="demo", help="the rack, its data and its stages; default: demo")
+    add("--preset", metavar="NAME", default="stages", help="the rack, its data and its stages; default: stages")
     add("--steps", type=positive, metavar="N", help="steps of a stage; default: the preset's")
     add("--repeats", type=positive, default=3, metavar="N", help="pairs, each with the next seed; default 3")
     add("--learning-rate", type=float, metavar="X", help="of the stages; default: the preset's")

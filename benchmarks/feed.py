@@ -1,6 +1,6 @@
 """Training a stage from the store beside training it on the same tensors in memory, in interleaved rounds.
 
-    python -m benchmarks.feed [--preset demo] [--rounds 7] [--steps 32]
+    python -m benchmarks.feed [--preset stages] [--rounds 7] [--steps 32]
 
 In each round three trainers start from the same weights and take the same batches in the same order: out of memory,
 from the store through a reader that has read every row before, and from the store through a fresh reader, which
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     made = parser("feed", __doc__)
     add = made.add_argument
-    add("--preset", metavar="NAME", default="demo", help="whose stage; default: demo")
+    add("--preset", metavar="NAME", default="stages", help="whose stage; default: stages")
     add("--blocks", type=positive, metavar="N", help="blocks in the stage; default: the preset's")
     add("--rounds", type=positive, default=7, metavar="N", help="rounds of all three; default 7, at least 5")
     add("--steps", type=positive, default=32, metavar="N", help="timed steps of each in a round; default 32")

@@ -1,6 +1,6 @@
 """One stage of any preset, trained from a real activation store on whatever device is there.
 
-    python -m benchmarks.stage                                             # demo on a CPU, llama-70b on a GPU
+    python -m benchmarks.stage                                             # stages on a CPU, llama-70b on a GPU
     python -m benchmarks.stage --preset llama-70b --blocks 1,7 --batch-size 1,8 --write
 
 Rounds of training steps and a large matrix product take turns; then the forward-only pass writes the boundary above.
@@ -48,7 +48,7 @@ def _measure(arguments: Sequence[str]) -> Section:
 def _parser() -> argparse.ArgumentParser:
     made = parser("stage", __doc__)
     add = made.add_argument
-    add("--preset", metavar="NAME", help="whose stage; default: llama-70b on a GPU, demo elsewhere")
+    add("--preset", metavar="NAME", help="whose stage; default: llama-70b on a GPU, stages elsewhere")
     add("--blocks", type=numbers, metavar="N", help="blocks in the stage; default: the preset's")
     add("--steps", type=positive, default=20, metavar="N", help="timed steps in all, in five rounds; default 20")
     add("--batch-size", type=numbers, metavar="B", help="rows in a microbatch; default: the preset's")
@@ -89,7 +89,7 @@ def choose(options: argparse.Namespace) -> Setting:
     from stackwise.pipeline.device import resolve_device
 
     device = resolve_device(options.device)
-    preset = options.preset or ("llama-70b" if device.type == "cuda" else "demo")
+    preset = options.preset or ("llama-70b" if device.type == "cuda" else "stages")
     config = StackWiseConfig.from_preset(preset, overrides(options.overrides))
     training = config.training
     rows = training.batch_size * training.accumulation

@@ -69,7 +69,9 @@ def measure(options: argparse.Namespace) -> Result:
         parts: dict[str, Callable[[], Result]] = {
             "handoff": lambda: _handoff(options, Path(name)),
             "restart": lambda: _restart(options, Path(name)),
-            "disk": lambda: {"speeds": slow_disk.measure("demo", SPEEDS, options.rounds, min(24, options.steps), name)},
+            "disk": lambda: {
+                "speeds": slow_disk.measure("stages", SPEEDS, options.rounds, min(24, options.steps), name)
+            },
             "stages": lambda: _stages(options, Path(name)),
             "fused": lambda: _fused(options, Path(name)),
         }
@@ -257,7 +259,7 @@ def _text(result: Result) -> str:
     if "disk" in result:
         said.append(
             "The slow disk is every read made to last as long as at that bandwidth; the stage is that of the preset "
-            "demo, each row is read once; ahead: prepared by a thread while the stage computes."
+            "stages, each row is read once; ahead: prepared by a thread while the stage computes."
         )
     if "fused" in result:
         said.append(

@@ -61,7 +61,7 @@ def _measure(options: argparse.Namespace) -> Section:
     rows = _chosen(options.rows)
     rates = [float(rate) for rate in options.rates.split(",")]
     base = BASE | overrides(options.overrides)
-    config = StackWiseConfig.from_preset("demo", base)
+    config = StackWiseConfig.from_preset("stages", base)
     setting: Result = {
         "base": base,
         "steps": options.steps,

@@ -127,7 +127,7 @@ def configuration(
         seed: The seed.
     """
     given = base | row.overrides | {"seed": seed, "training.learning_rate": rate, "training.steps": steps}
-    config = StackWiseConfig.from_preset("demo", given)
+    config = StackWiseConfig.from_preset("stages", given)
     # As many block updates as end to end, whatever a step of each stage updates.
     share = config.model.n_blocks * steps / updates(config)
     own = steps if budget == "steps" else max(1, round(steps * share))
@@ -135,7 +135,7 @@ def configuration(
     rows = own * batch if budget == "fresh" else steps * batch
     fresh = budget == "fresh" and config.n_stages > 1
     return StackWiseConfig.from_preset(
-        "demo", given | {"training.steps": own, "training.rows": rows, "training.fresh_masks": fresh}
+        "stages", given | {"training.steps": own, "training.rows": rows, "training.fresh_masks": fresh}
     )
 
 

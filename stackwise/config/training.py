@@ -357,6 +357,11 @@ class TrainingConfig(StageTraining):
     fresh_masks: bool = Field(
         False, description="new samples and masks for each stage, made by forward passes; else the same at every depth"
     )
+    max_passes: Positive | None = Field(
+        None,
+        description="passes over the corpus that steps may come to: on a small one there are fewer steps, and several "
+        "masks for each sample; null: steps as they are",
+    )
     masks_per_sample: Size = Field(1, description="masks that each sample is seen under, at every depth")
     mask_pool: Count = Field(0, description="distinct masks to draw from; 0: a fresh one for each row")
     mask_token_id: Count | None = Field(None, description="id shown at masked positions; null: the tokenizer's")

@@ -58,6 +58,33 @@ def count_rows(config: StackWiseConfig, split: Samples) -> int:
     return most
 
 
+def limit_passes(config: StackWiseConfig, split: Samples) -> str | None:
+    """Keep `training.steps` within `training.max_passes`, and give samples masks enough for a row a step's row.
+
+    A rack that sees a small corpus often knows it by heart, under the same masks soonest.
+
+    Returns:
+        A line for people; None: everything stays as it is.
+    """
+    training = config.training
+    steps, samples = training.budget(training.seq_len), split.n_samples(training.seq_len)
+    if training.max_passes is None or steps is None:
+        return None
+    of_step = training.batch_size * training.accumulation
+    most = max(1, int(training.max_passes * samples / of_step))
+    lines = []
+    if most < steps:
+        lines.append(f"training.steps: {most:,}, not {steps:,}, which are {steps * of_step / samples:.3g} passes")
+        training.steps = most
+    rows = min(training.rows or most * of_step, min(steps, most) * of_step)
+    if config.objective.masks and rows > samples * training.masks_per_sample:
+        training.masks_per_sample = math.ceil(rows / samples)
+        lines.append(f"training.masks_per_sample: {training.masks_per_sample}")
+    if not lines:
+        return None
+    return f"{', '.join(lines)}: the corpus has {samples:,} samples (training.max_passes {training.max_passes:g})"
+
+
 def choose_samples(config: StackWiseConfig, split: Samples, rowset: int) -> np.ndarray:
     """For each row its sample's index in the split, [R]; a pure function of data and configuration.
 

@@ -21,7 +21,7 @@ def test_the_schedule_before_any_run(here: Path, cli: Cli) -> None:
     assert [stage["blocks"] for stage in stages] == [[0, 4], [5, 9], [10, 11]]
     assert stages[0]["reads"] == "tokens"
     assert stages[1]["trains"] == ["block.5", "block.6", "block.7", "block.8", "block.9", "head"]
-    assert "demo: 4 stages" in cli("stage", "list").stdout
+    assert "demo: 2 stages" in cli("stage", "list").stdout
     assert not Path("runs").exists()
 
 
@@ -152,6 +152,6 @@ def test_doctor_names_what_is_missing(here: Path, cli: Cli, monkeypatch: pytest.
 
 
 def test_what_a_stage_trains_is_named_run_by_run(here: Path, cli: Cli) -> None:
-    shown = cli("stage", "list", "--preset", "demo", "-o", "training.lookahead=tail").stdout
+    shown = cli("stage", "list", "--preset", "stages", "-o", "training.lookahead=tail").stdout
     assert "front, blocks 0–1, block 7, head" in shown
     assert "blocks 6–7, head" in shown

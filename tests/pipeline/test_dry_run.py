@@ -12,10 +12,11 @@ import pytest
 from stackwise import registry
 from stackwise.config import StackWiseConfig
 from stackwise.config.kinds import FEED_FORWARDS, OBJECTIVES, OPTIMIZERS
+from stackwise.data import prepare
 from stackwise.errors import NoSpaceError, UsageError
 from stackwise.pipeline.device import cpu_alone
 from stackwise.pipeline.recipe import Reads, Span, forward_specification, stage_recipe
-from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import Micro, run
@@ -250,3 +251,16 @@ def test_what_the_plan_cannot_use_is_said(
     Runner(micro(**settings), RunDirectory(tmp_path / "run"), events.append).run(dry=True)
     notes = [e["text"] for e in events if e["event"] == "note" and not e["text"].startswith("stage ")]
     assert [note[: len(said or "")] for note in notes] == ([said] if said else [])
+
+
+def test_a_small_corpus_limits_steps_and_gives_samples_several_masks(micro: Micro, tmp_path: Path) -> None:
+    config = micro(**{"training.steps": 10_000, "training.max_passes": 2.0, "data.tokenizer": "bytes"})
+    config.data.max_bytes = 3000
+    run(config.validate(), tmp_path / "run")
+    samples = prepare(config.data)[0].train.n_samples(config.training.seq_len)
+    settled = RunDirectory(tmp_path / "run").config().training
+    assert settled.steps == 2 * samples // config.training.batch_size
+    assert settled.masks_per_sample == 2
+    assert {stage["steps"] for stage in status(RunDirectory(tmp_path / "run"))["stages"]} == {settled.steps}
+    again = run(RunDirectory(tmp_path / "run").config(), tmp_path / "run")
+    assert not any(event["event"] == "step" for event in again), "what was settled stays, and nothing trains again"

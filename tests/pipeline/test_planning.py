@@ -20,7 +20,7 @@ from stackwise.pipeline.planning.trace import PARTS
 from stackwise.pipeline.planning.tracing import traced
 from stackwise.pipeline.schedule import schedule
 
-VOCABULARY = {"micro": 258, "smoke": 258, "demo": 4096}
+VOCABULARY = {"micro": 258, "smoke": 258, "stages": 4096}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_the_estimate_of_a_presets_stage_is_within_5_percent_of_its_traced_peak(
     cases = [
         *estimates("micro", "cpu", 0, 1),
         *estimates("smoke", "cpu", 1),
-        *estimates("demo", "cpu", 1),
+        *estimates("stages", "cpu", 1),
         *estimates("bert-base", "cuda", 0, 1),
         *estimates("bert-base", "cpu", 1),
         *estimates("gpt2-small", "cuda", 0),

@@ -27,6 +27,7 @@ from stackwise.pipeline.initial import initial_sources, with_checkpoint
 from stackwise.pipeline.job import FinishJob
 from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.reasons import History
+from stackwise.pipeline.rows import limit_passes
 from stackwise.pipeline.run import RunDirectory, with_absolute_paths
 from stackwise.pipeline.runner.auto import settle_batches, settle_block_size
 from stackwise.pipeline.runner.execution import Boundaries, Execution
@@ -185,6 +186,8 @@ class Runner:
 
         auto = settle_block_size(config, data, before.get("auto", {}), machine, small_run, self._emit)
         auto = settle_batches(config, data, auto, device, self._pool.work, self._emit)
+        if line := limit_passes(config, data.train):
+            self._emit("note", text=line)
         for line in divide(config, earlier):
             self._emit("note", text=line)
         for line in settle_windows(config, data, auto):
