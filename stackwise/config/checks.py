@@ -339,6 +339,12 @@ def _adaptation(config: Settings) -> Iterator[Fault]:
 def _sharding(config: Settings) -> Iterator[Fault]:
     """What a stage that is divided over ranks cannot have."""
     parallel, training, model = config.parallel, config.training, config.model
+    if parallel.compression != "none" and parallel.deterministic and not parallel.divides:
+        text = f"{parallel.compression}: what ranks add up of rounded gradients depends on their number"
+        yield "parallel.compression", f"{text}: set parallel.deterministic: false too"
+    if parallel.compression != "none" and parallel.divides:
+        text = f"{parallel.compression}: gradients of a stage that is divided over ranks travel as they are"
+        yield "parallel.compression", f"{text}: take parallel.data alone"
     yield from _splitting(config)
     if parallel.offload and parallel.shard == 1:
         yield "parallel.offload", "what is divided waits in the host's memory: set parallel.shard too, or training.swap"

@@ -203,6 +203,12 @@ class ParallelConfig(Section):
         description="gradients are added up in the order of microbatches, as one process does; false: as is fastest, "
         "and weights depend on the number of ranks",
     )
+    compression: Literal["none", "fp16", "bf16", "powersgd"] = Field(
+        "none",
+        description="how gradients travel between ranks: as they are, rounded to 16 bits, or each matrix as two of low "
+        "rank (PowerSGD); needs deterministic: false",
+    )
+    compression_rank: Small = Field(4, description="with powersgd: how many columns those two have")
     divided: bool = Field(
         False,
         description="weights are those of one process to rounding alone, and of a recipe of their own: true by itself "
@@ -224,6 +230,14 @@ class ParallelConfig(Section):
     def shares(self) -> int:
         """Over how many of them a step's rows are divided."""
         return self.data * self.shard
+
+    @property
+    def compressed(self) -> dict[str, str | int]:
+        """How gradients are compressed, for recipes; empty: they are not."""
+        if self.compression == "none":
+            return {}
+        kind: dict[str, str | int] = {"compression": self.compression}
+        return kind | ({"compression_rank": self.compression_rank} if self.compression == "powersgd" else {})
 
     @property
     def divides(self) -> bool:

@@ -159,6 +159,7 @@ def stage_settings(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
         values["ranks"] = "divided"
     elif config.parallel.ranks > 1 and not config.parallel.deterministic:  # the order of sums
         values["ranks"] = config.parallel.ranks
+        values |= config.parallel.compressed
     if training.compile:  # fused kernels round otherwise
         values["compile"] = True
     model: dict[str, Any] = {"dropout": config.model.dropout, "tie_embeddings": config.model.tie_embeddings}

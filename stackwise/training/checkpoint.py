@@ -28,7 +28,6 @@ from stackwise import durable, files
 from stackwise.errors import StackWiseError
 from stackwise.host import host_memory
 from stackwise.identity import digest
-from stackwise.training.engine import OPTIMIZER
 from stackwise.training.trainer import Record, Trainer
 
 _DTYPES = {
@@ -397,10 +396,8 @@ def _restore(path: Path, trainer: Trainer) -> None:
         raise ValueError("it is of another step than its name says")
     tensors = TensorFile(path / _STATE, path.parent)
     # Asked before any of it is taken up. The optimizer's state is not there before the first step.
-    for name, tensor in trainer.engine.state().items():
-        if not name.startswith(OPTIMIZER) and (
-            name not in tensors or tensors.shape(name) != list(tensor.shape) or tensors.dtype(name) != tensor.dtype
-        ):
+    for name, tensor in trainer.engine.outline().items():
+        if name not in tensors or tensors.shape(name) != list(tensor.shape) or tensors.dtype(name) != tensor.dtype:
             raise ValueError(f"its {name} is of another shape")
     trainer.restore(tensors, step, record)
 

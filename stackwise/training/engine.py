@@ -93,6 +93,9 @@ class Engine(Protocol):
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint holds beside the step, by name; tensors in use, so copy what must not change."""
 
+    def outline(self) -> Mapping[str, Tensor]:
+        """Tensors like those of `state`, whatever their values; without the optimizer's. One rank may ask for them."""
+
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave, in place.
 
@@ -159,6 +162,7 @@ class ResidentEngine:
         trained = [(self._places[name][0], p) for name, p in self.parameters.items()]
         self.optimizer = make_optimizer(trained, settings, rising, modules=self.parts.values())
         self._reducer = self._reducer_of(list(self.parameters.values()))
+        self.gathers |= self._reducer.gathers
         self.scale = LossScale(settings.loss_scale) if model.in_half else None
         self.phases = PhaseClock(device)
         self._mean = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
@@ -204,7 +208,13 @@ class ResidentEngine:
         for name, p in self.parameters.items():
             state = state_tensors(self.optimizer, p)
             tensors |= {f"{OPTIMIZER}{kind}/{name}": self._whole(value) for kind, value in state.items()}
-        return tensors
+        return tensors | self._reducer.state()
+
+    def outline(self) -> dict[str, Tensor]:
+        """See `Engine.outline`."""
+        tensors = {f"{WEIGHT}{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"{MEAN}{name}": mean for name, mean in self._mean.items()}
+        return tensors | ({} if self.scale is None else self.scale.state()) | self._reducer.outline()
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave, one tensor at a time."""
@@ -214,6 +224,7 @@ class ResidentEngine:
             mean.copy_(tensors[f"{MEAN}{name}"])
         if self.scale is not None:
             self.scale.restore(tensors)
+        self._reducer.restore(tensors)
         kinds: dict[str, list[str]] = {}
         for key in tensors:
             if key.startswith(OPTIMIZER):
@@ -323,12 +334,13 @@ class ResidentEngine:
             losses.add(terms)
             self._reducer.add()
         losses.finish()
-        self._reducer.finish()
+        share = losses.share
+        self._reducer.finish(1.0 if share is None else share)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if not gradients or not losses.scored:
             return losses, torch.zeros((), device=self.device)
         with self.phases(UPDATE):
-            if (share := losses.share) is not None:
+            if share is not None:
                 for group in alike(gradients):
                     torch._foreach_mul_(group, share)
             norm = self._norm(gradients)

@@ -24,14 +24,35 @@ ALIGNED = 128  # elements: where each gradient of a bucket begins, so that kerne
 Ask = Callable[[], bool]
 
 
-class Reducer(Protocol):
-    """Adds up the gradients of some parameters over all microbatches of a step, of all ranks."""
+class Reducer:
+    """Adds up the gradients of some parameters over all microbatches of a step, of all ranks.
+
+    This one leaves it to the backward passes.
+    """
+
+    gathers = False
+    """Whether each rank has a state of its own: then all ask for `state` together."""
 
     def add(self) -> None:
         """After each microbatch's backward pass."""
 
-    def finish(self) -> None:
-        """After the last: each parameter's `grad` is the sum; None where no microbatch had one."""
+    def finish(self, share: float) -> None:
+        """After the last: each parameter's `grad` is the sum; None where no microbatch had one.
+
+        Args:
+            share: What makes the gradient of the step's mean loss of the sum.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next steps follow from, on the main rank, all ranks' of it."""
+        return {}
+
+    def outline(self) -> dict[str, Tensor]:
+        """Tensors like those of `state`, whatever their values."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave."""
 
 
 class Ranks(Protocol):
@@ -100,7 +121,7 @@ class SingleProcess:
 
     def reducer(self, parameters: Sequence[Tensor]) -> Reducer:
         """See `Ranks`: the backward pass adds up by itself."""
-        return _Nothing()
+        return Reducer()
 
     def agreed(self, name: str, ask: Ask) -> bool:
         """See `Ranks`."""
@@ -131,12 +152,6 @@ class SingleProcess:
         """See `Ranks`."""
 
 
-class _Nothing:
-    def add(self) -> None: ...
-
-    def finish(self) -> None: ...
-
-
 class RankGroup:
     """Several ranks, over a communicator.
 
@@ -144,10 +159,19 @@ class RankGroup:
         ordered: Add gradients up in the order of microbatches; otherwise as the communicator does, which is faster and
             makes weights that depend on the number of ranks.
         together: How many ranks after each other take the same share of the rows.
+        compressed: What adds them up instead, in fewer bytes (`compression.py`).
     """
 
-    def __init__(self, communicator: Communicator, *, ordered: bool = True, together: int = 1) -> None:
-        self.communicator, self.ordered, self._together = communicator, ordered, together
+    def __init__(
+        self,
+        communicator: Communicator,
+        *,
+        ordered: bool = True,
+        together: int = 1,
+        compressed: Reducing | None = None,
+    ) -> None:
+        self.communicator, self._together = communicator, together
+        self._reducing = compressed or (OrderedSum if ordered else PlainSum)
         self.rank, self.size = communicator.rank, communicator.size
         self.share, self.shares = self.rank // together, self.size // together
         self.waited = 0.0
@@ -167,20 +191,19 @@ class RankGroup:
         """See `Ranks`."""
         counted = counts.values() if self.rank % self._together == 0 else [0] * len(counts)  # each row once
         numbers = torch.tensor([*counted, *(ask() for ask in self._asked.values())], dtype=torch.int64)
-        self._timed(self.communicator.all_reduce, numbers)
+        self.timed(self.communicator.all_reduce, numbers)
         sums = numbers.tolist()
         self._agreed = {name: total > 0 for name, total in zip(self._asked, sums[len(counts) :], strict=True)}
         return dict(zip(counts, sums, strict=False))
 
     def in_order(self, values: Tensor) -> Tensor:
         """See `Ranks`."""
-        by_rank: Tensor = self._timed(self.communicator.all_gather, values)
+        by_rank: Tensor = self.timed(self.communicator.all_gather, values)
         return by_rank[:: self._together].transpose(0, 1).flatten(0, 1)
 
     def reducer(self, parameters: Sequence[Tensor]) -> Reducer:
         """See `Ranks`."""
-        buckets = list(_buckets(parameters, self.size))
-        return _OrderedSum(self, buckets) if self.ordered else _PlainSum(self, buckets)
+        return self._reducing(self, parameters)
 
     def agreed(self, name: str, ask: Ask) -> bool:
         """See `Ranks`."""
@@ -190,16 +213,16 @@ class RankGroup:
     def every(self, true: bool) -> bool:
         """See `Ranks`."""
         flag = torch.tensor([int(true)])
-        self._timed(self.communicator.all_reduce, flag, "min")
+        self.timed(self.communicator.all_reduce, flag, "min")
         return bool(flag)
 
     def shared(self, value: Any) -> Any:
         """See `Ranks`."""
         raw = json.dumps(value).encode() if self.main else b""
         length = torch.tensor([len(raw)])
-        self._timed(self.communicator.broadcast, length)
+        self.timed(self.communicator.broadcast, length)
         data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if self.main else torch.empty(int(length)).byte()
-        self._timed(self.communicator.broadcast, data)
+        self.timed(self.communicator.broadcast, data)
         return json.loads(data.numpy().tobytes())
 
     def shared_tensors(self, tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
@@ -208,16 +231,16 @@ class RankGroup:
         about = {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in (tensors or {}).items()}
         for name, (shape, dtype) in self.shared(about).items():
             tensor = tensors[name].cpu().contiguous() if tensors else torch.empty(shape, dtype=getattr(torch, dtype))
-            self._timed(self.communicator.broadcast, tensor.reshape(-1).view(torch.uint8))
+            self.timed(self.communicator.broadcast, tensor.reshape(-1).view(torch.uint8))
             kept[name] = tensor
         return kept
 
     def gathered(self, value: Any) -> list[Any]:
         """See `Ranks`."""
         raw = json.dumps(value).encode()
-        lengths = self._timed(self.communicator.all_gather, torch.tensor([len(raw)])).reshape(-1).tolist()
+        lengths = self.timed(self.communicator.all_gather, torch.tensor([len(raw)])).reshape(-1).tolist()
         padded = torch.frombuffer(bytearray(raw.ljust(max(lengths))), dtype=torch.uint8)
-        texts = self._timed(self.communicator.all_gather, padded)
+        texts = self.timed(self.communicator.all_gather, padded)
         return [json.loads(text.numpy().tobytes()) for text in texts]
 
     def of_shares(self, value: Any) -> list[Any]:
@@ -226,9 +249,10 @@ class RankGroup:
 
     def wait(self) -> None:
         """See `Ranks`."""
-        self._timed(self.communicator.barrier)
+        self.timed(self.communicator.barrier)
 
-    def _timed(self, call: Callable[..., Any], *arguments: Any) -> Any:
+    def timed(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call it; the time counts as `waited`."""
         begun = time.perf_counter()
         try:
             return call(*arguments)
@@ -289,50 +313,55 @@ def _bucket(members: list[Tensor], starts: list[int], end: int, size: int) -> _B
     return _Bucket(members, starts, end, -(-(end + len(members)) // (size * ALIGNED)) * size * ALIGNED)
 
 
-class _OrderedSum:
+class OrderedSum(Reducer):
     """Each rank adds up its slice of all gradients, microbatch by microbatch in their order, and gives it to all.
 
     Of P elements a rank sends (N - 1) / N · P for each of its microbatches, and as much again at the end: with one
     microbatch a rank that is what a ring's all-reduce sends, the least there is.
     """
 
-    def __init__(self, ranks: RankGroup, buckets: list[_Bucket]) -> None:
-        self._ranks, self._buckets = ranks, buckets
-        self._sums: list[Tensor | None] = [None] * len(buckets)
-        self._has = [[False] * len(bucket.parameters) for bucket in buckets]
+    def __init__(self, ranks: RankGroup, parameters: Sequence[Tensor]) -> None:
+        self._ranks, self._buckets = ranks, list(_buckets(parameters, ranks.size))
+        self._sums: list[Tensor | None] = [None] * len(self._buckets)
+        self._has = [[False] * len(bucket.parameters) for bucket in self._buckets]
 
     def add(self) -> None:
         """See `Reducer`."""
         ranks = self._ranks
         for at, bucket in enumerate(self._buckets):
             slices = bucket.filled(self._has[at]).view(ranks.size, -1)
-            for one in ranks._timed(ranks.communicator.all_to_all, slices):
+            for one in ranks.timed(ranks.communicator.all_to_all, slices):
                 total = self._sums[at]
                 self._sums[at] = one.clone() if total is None else total.add_(one)
 
-    def finish(self) -> None:
+    def finish(self, share: float) -> None:
         """See `Reducer`."""
         ranks = self._ranks
         for at, bucket in enumerate(self._buckets):
             total = self._sums[at]
             assert total is not None, "a step has microbatches"
-            bucket.give(ranks._timed(ranks.communicator.all_gather, total).reshape(-1), self._has[at])
+            bucket.give(ranks.timed(ranks.communicator.all_gather, total).reshape(-1), self._has[at])
             self._sums[at], self._has[at] = None, [False] * len(bucket.parameters)
 
 
-class _PlainSum:
+class PlainSum(Reducer):
     """The backward passes of a rank add up its microbatches; one all-reduce adds up the ranks."""
 
-    def __init__(self, ranks: RankGroup, buckets: list[_Bucket]) -> None:
-        self._ranks, self._buckets = ranks, buckets
+    def __init__(self, ranks: RankGroup, parameters: Sequence[Tensor]) -> None:
+        self._ranks, self._buckets = ranks, list(_buckets(parameters, ranks.size))
 
-    def add(self) -> None:
-        """See `Reducer`."""
-
-    def finish(self) -> None:
+    def finish(self, share: float) -> None:
         """See `Reducer`."""
         for bucket in self._buckets:
             has = [False] * len(bucket.parameters)
             flat = bucket.filled(has)
-            self._ranks._timed(self._ranks.communicator.all_reduce, flat)
+            self._all_reduce(flat, bucket.flags)
             bucket.give(flat, has)
+
+    def _all_reduce(self, flat: Tensor, gradients: int) -> None:
+        """Let `flat` become the sum of every rank's: gradients first, behind them counts."""
+        self._ranks.timed(self._ranks.communicator.all_reduce, flat)
+
+
+Reducing = Callable[[RankGroup, Sequence[Tensor]], Reducer]
+"""Makes what adds up the gradients of some parameters."""

@@ -153,7 +153,7 @@ class ShardedEngine(ResidentEngine):
                 group.set_requires_gradient_sync(number == self._last, recurse=False)
 
     def _reducer_of(self, parameters: list[nn.Parameter]) -> Reducer:
-        return _Divided()  # FSDP's backward passes do it
+        return Reducer()  # FSDP's backward passes do it
 
     def _whole(self, tensor: Tensor) -> Tensor:
         whole = _gathered(tensor)
@@ -238,9 +238,3 @@ def _owner(model: StageModel, weight: Tensor) -> tuple[nn.Module, str] | None:
     """The module that has a parameter, and its name there; None: none has."""
     places = ((module, name) for module in model.modules() for name in module._parameters)
     return next(((module, name) for module, name in places if module._parameters[name] is weight), None)
-
-
-class _Divided:
-    def add(self) -> None: ...
-
-    def finish(self) -> None: ...

@@ -148,6 +148,10 @@ class SwappedEngine:
         """See `Engine.state`: nothing, as all that it holds is on the disk already, step by step."""
         return {}
 
+    def outline(self) -> dict[str, Tensor]:
+        """See `Engine.outline`."""
+        return {}
+
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Engine.restore`: nothing, as it took up its own directory."""
 

@@ -138,6 +138,29 @@ def test_the_fastest_order_of_sums_is_another_recipe(micro: Micro, alone: Path, 
     assert here["losses"] == pytest.approx(there["losses"], rel=1e-4)
 
 
+def test_what_compression_leaves_out_is_in_the_checkpoint(micro: Micro, tmp_path: Path) -> None:
+    settings = SETTINGS | {"parallel__deterministic": False, "parallel__compression_rank": 2}
+    config = micro(**settings, parallel__data=2, parallel__compression="powersgd")
+    run(config, tmp_path / "whole", only=0)
+    stopped(config, tmp_path / "killed", 1, signal.SIGKILL)
+    events = run(config, tmp_path / "killed", only=0)
+    assert named(events, "resumed")
+    recipe = status(RunDirectory(tmp_path / "whole"))["stages"][0]["recipe"]
+    records = []
+    for name in ("whole", "killed"):
+        with ActivationStore(tmp_path / name / "store", create=False) as store:
+            stage = store.stage(recipe)
+        assert stage is not None
+        records.append(stage.record)
+    assert records[0]["parts"] == records[1]["parts"]
+    assert records[0]["recipe"]["settings"]["training"]["compression"] == "powersgd"
+
+
+def test_compression_is_refused_where_sums_are_to_be_those_of_one_process(micro: Micro) -> None:
+    with pytest.raises(UsageError, match=r"parallel\.deterministic: false"):
+        micro(parallel__data=2, parallel__compression="bf16")
+
+
 @pytest.mark.parametrize("why", ["swapped", "port"])
 def test_what_ranks_cannot_do_is_refused_before_anything_is_written(why: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:

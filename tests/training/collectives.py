@@ -10,12 +10,15 @@ import os
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from stackwise.config import StageTraining
 from stackwise.training.communicator import DTYPES, Communicator, Operation, TorchCommunicator
+from stackwise.training.compression import PowerSGD, compressed
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.ranks import RankGroup, Ranks, SingleProcess
 from tests.training.test_trainer import CPU, batch, model
@@ -89,6 +92,51 @@ def trained(ranks: Ranks) -> dict[str, Tensor]:
     return engine.state()
 
 
+def compressions(communicator: Communicator) -> None:
+    """Rounded sums are those of rounded parts; PowerSGD is torch's, with its errors."""
+    rank, size = communicator.rank, communicator.size
+    gradients = [
+        [torch.randn(24, 40, generator=torch.Generator().manual_seed(10 * step + r)) for r in range(size)]
+        for step in range(5)
+    ]
+    p = torch.nn.Parameter(torch.zeros(24, 40))
+    for name, dtype, scale in (("bf16", torch.bfloat16, 1.0), ("fp16", torch.float16, 1e9)):
+        make = compressed(name, 0)
+        assert make is not None
+        p.grad = gradients[0][rank] * scale  # in fp16 far out of range
+        reducer = make(RankGroup(communicator), [p])
+        reducer.finish(1.0)
+        exact = torch.stack(gradients[0]).sum(0) * scale
+        assert p.grad is not None
+        assert (p.grad - exact).abs().max() < 4 * torch.finfo(dtype).eps * exact.abs().max()
+        assert not torch.equal(p.grad, exact)
+
+    linear = torch.nn.Linear(40, 24, bias=False)
+    oracle = torch.nn.parallel.DistributedDataParallel(linear)
+    state = PowerSGDState(None, matrix_approximation_rank=3, start_powerSGD_iter=2, random_seed=0)
+    oracle.register_comm_hook(state, powerSGD_hook)
+    reducer = PowerSGD(RankGroup(communicator), [p], rank=3)
+    with torch.random.fork_rng():
+        torch.manual_seed(np.random.RandomState(0).randint(1_000_000_000))
+        basis = torch.randn(1, 40, 3)[0]
+    reducer.restore({"compression/error/0": torch.zeros(size, 24, 40), "compression/basis/0": basis})
+    for step, by_rank in enumerate(gradients):
+        linear.zero_grad()
+        (oracle(torch.eye(40)) * by_rank[rank].T).sum().backward()
+        if step < 2:  # torch's first steps are plain
+            continue
+        p.grad = 4 * by_rank[rank]
+        reducer.finish(0.25)
+        assert p.grad is not None
+        assert linear.weight.grad is not None
+        torch.testing.assert_close(p.grad / 4 / size, linear.weight.grad, rtol=1e-4, atol=1e-5)
+    p.grad = torch.full_like(p, torch.inf if rank else 1.0)
+    kept = reducer.outline()["compression/basis/0"].clone()
+    reducer.finish(1.0)
+    assert not p.grad.isfinite().all()
+    assert torch.equal(reducer.outline()["compression/basis/0"], kept)
+
+
 def main(kind: str, *place: str) -> None:
     communicator: Communicator
     torch.set_num_threads(1)
@@ -106,6 +154,8 @@ def main(kind: str, *place: str) -> None:
     together, alone = trained(RankGroup(communicator)), trained(SingleProcess())
     for name, tensor in alone.items():
         assert torch.equal(tensor, together[name]), name
+    if kind == "torch":
+        compressions(communicator)
     assert RankGroup(communicator).gathered(communicator.rank) == list(range(communicator.size))
     communicator.close()
     if kind == "torch":

@@ -182,6 +182,7 @@ class Group:
             "port": port,
             "timeout": self._settings.timeout,
             "deterministic": self._settings.deterministic,
+            "compressed": [self._settings.compression, self._settings.compression_rank],
             "together": self._settings.ranks // self._settings.shares,
         }
         self._ranks[rank].worker.give({**job, "ranks": place})

@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from stackwise.errors import StackWiseError, UsageError
 from stackwise.training.communicator import TorchCommunicator
+from stackwise.training.compression import compressed
 from stackwise.training.ranks import RankGroup, Ranks, SingleProcess
 from stackwise.version import __version__
 
@@ -29,8 +30,8 @@ def joined(place: Mapping[str, Any] | None, device: torch.device, emit: Emit) ->
 
     Args:
         place: This one's `rank` of `size`, the `address` and `port` of rank 0 (whose port may be 0: it is emitted once
-            known), `timeout` in seconds, whether sums are `deterministic`, and how many ranks take
-            the same rows `together`; None: it is alone.
+            known), `timeout` in seconds, whether sums are `deterministic`, how gradients are `compressed` (kind and
+            rank), and how many ranks take the same rows `together`; None: it is alone.
 
     Raises:
         UsageError: The port is in use; or the ranks are not of the same versions.
@@ -50,7 +51,12 @@ def joined(place: Mapping[str, Any] | None, device: torch.device, emit: Emit) ->
             communicator = TorchCommunicator(store, place["rank"], place["size"], device=device)
         except (RuntimeError, ValueError) as error:
             raise StackWiseError(f"rank {place['rank']} could not join the others: {_line(error)}") from error
-        ranks = RankGroup(communicator, ordered=place["deterministic"], together=place["together"])
+        ranks = RankGroup(
+            communicator,
+            ordered=place["deterministic"],
+            together=place["together"],
+            compressed=compressed(*place["compressed"]),
+        )
         _compare(ranks)
         yield ranks
         communicator.close()
