@@ -78,6 +78,12 @@ class Batch:
         """The same rows one stage higher: `x_BSD` is what enters there."""
         return replace(self, tensors={**self.tensors, ACTIVATIONS: x_BSD})
 
+    def part(self, first: int, until: int) -> Batch:
+        """Some of its rows."""
+        ids = None if self.sample_ids_B16 is None else self.sample_ids_B16[first:until]
+        tensors = {name: tensor[first:until] for name, tensor in self.tensors.items()}
+        return replace(self, rows_B=self.rows_B[first:until], sample_ids_B16=ids, tensors=tensors)
+
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         moved = {name: tensor if name == MASKS else move(tensor) for name, tensor in self.tensors.items()}
         return replace(self, tensors=moved)

@@ -10,7 +10,14 @@ from stackwise.config.adapters import adapter_faults
 from stackwise.config.choices import AdaptiveFusion, CausalAdaptation, HierarchicalFusion, NoFusion
 from stackwise.config.fields import AUTO
 from stackwise.config.growth import Grown
-from stackwise.config.precision import FORMATS, canonical, provider_fault, stack_adapters, weight_format
+from stackwise.config.meta_faults import meta_faults
+from stackwise.config.precision import (
+    FORMATS,
+    canonical,
+    provider_fault,
+    stack_adapters,
+    weight_format,
+)
 from stackwise.config.schema import Settings
 from stackwise.errors import UsageError
 
@@ -27,7 +34,7 @@ def faults(config: Settings) -> list[Fault]:
     """Every contradiction."""
     if sizes := list(_sizes(config)):
         return sizes  # what follows makes lists of that size
-    kinds = (_model, _data, _training, _stacks, adapter_faults, _fusion, _adaptation, _sharding)
+    kinds = (_model, _data, _training, _stacks, adapter_faults, _fusion, _adaptation, _sharding, meta_faults)
     return [fault for kind in kinds for fault in kind(config)]
 
 

@@ -24,6 +24,7 @@ from stackwise.config.fields import (
 )
 from stackwise.config.growth import Grown, Growth
 from stackwise.config.kinds import Kind, Objective, Optimizer, choice
+from stackwise.config.meta import Meta
 
 if TYPE_CHECKING:
     from stackwise.config.model import ModelConfig
@@ -187,6 +188,11 @@ class StageTraining(Section):
     curriculum: Curriculum | None = Field(
         None, description="easy rows first: {by: rarity, competence: sqrt, start: 0.1, until: 0.5}; null: random order"
     )
+    meta: Meta | None = Field(
+        None,
+        description="learn to adapt: {method: maml, inner_steps: 3, inner_rate: 0.1, support: 4}; a microbatch is then "
+        "a task; null: no tasks",
+    )
     divergence: Divergence = choice(Divergence, "at a loss or gradient that is no number, or a loss that explodes")
 
     def specification(self, precision: str) -> dict[str, Any]:
@@ -200,10 +206,12 @@ class StageTraining(Section):
         unused |= {"loss_scale"} if precision != "fp16" else set()
         unused |= {"min_learning_rate"} if self.lr_schedule == "constant" else set()
         unused |= {"decay"} if self.lr_schedule != "wsd" or self.decay is None else set()
-        unused |= {"curriculum"} if self.curriculum is None else set()
+        unused |= {name for name in ("curriculum", "meta") if getattr(self, name) is None}
         unused |= set() if self.heeds_held_out else {"eval_every"}
         values = self.model_dump(exclude=unused)
         kinds = {name: kind for name in values if isinstance(kind := getattr(self, name), Kind)}
+        if self.meta is not None:
+            values["meta"] = self.meta.specification(judged=self.heeds_held_out)
         return values | {name: values[name] | kind.code for name, kind in kinds.items()}
 
     @property

@@ -5,7 +5,9 @@ Shapes in names: n scored positions, D d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -15,6 +17,19 @@ from torch.utils.checkpoint import checkpoint
 
 SLICE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 """Bytes of float32 logits that exist at once. On a CPU so small a slice is also the fastest."""
+
+
+_WHOLE: ContextVar[bool] = ContextVar("whole graph", default=False)
+
+
+@contextlib.contextmanager
+def whole_graph() -> Iterator[None]:
+    """Within it the loss is one graph over all logits, which stay in memory: its gradient has a gradient."""
+    token = _WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
 
 
 @runtime_checkable
@@ -147,7 +162,7 @@ def head_cross_entropy(
     if not len(x_nD):
         return x_nD.sum(dtype=torch.promote_types(x_nD.dtype, torch.float32))
     kind: object = head
-    if isinstance(kind, ProjectionHead):
+    if isinstance(kind, ProjectionHead) and not _WHOLE.get():
         h_nD, weight_VD = kind.features(x_nD), kind.weight
         if torch.is_autocast_enabled(h_nD.device.type):
             narrow = torch.get_autocast_dtype(h_nD.device.type)
@@ -177,6 +192,8 @@ def _sliced(
     def part(values: Tensor | None, start: int) -> Tensor | None:
         return None if values is None else values[start : start + rows]
 
+    if _WHOLE.get():
+        return loss(x_nD, targets_n, factors_n)
     # The width of the logits is known after the first row.
     with torch.no_grad():
         rows = slice_rows(head(x_nD[:1]).shape[-1], x_nD.device)

@@ -7,7 +7,7 @@ knows where weights, gradients and the optimizer's state are, and nobody asks wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from stackwise.batch import Batch
+from stackwise.batch import Batch, Term
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
+from stackwise.training.adaptation import Adaptation
 from stackwise.training.optim import BLOCK, Rising, make_optimizer, over_ranks, set_rates, state_tensors
 from stackwise.training.phases import BACKWARD, FORWARD, PhaseClock
 from stackwise.training.phases import OPTIMIZER as UPDATE
@@ -165,6 +166,9 @@ class ResidentEngine:
         self.gathers |= self._reducer.gathers
         self.scale = LossScale(settings.loss_scale) if model.in_half else None
         self.phases = PhaseClock(device)
+        self._adaptation: Adaptation | None = None
+        if settings.meta is not None:
+            self._adaptation = Adaptation(model, settings.meta, self.parameters, device)
         self._mean = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
         self._trained: dict[str, Tensor] = {}  # what lies under a mean that is committed
 
@@ -192,8 +196,12 @@ class ResidentEngine:
         self._exchange()
         try:
             for cpu_batch in batches:
+                batch = cpu_batch.to(self.device)
+                if self._adaptation is not None:
+                    tally.add(self._adaptation.judged(batch))
+                    continue
                 with self.model.numerics(self.device):
-                    tally.add(self.model(cpu_batch.to(self.device)))
+                    tally.add(self.model(batch))
         finally:
             self._exchange()
             self.model.train()
@@ -320,18 +328,11 @@ class ResidentEngine:
         """Leave the step's clipped gradient on the parameters; its loss, and its norm before clipping."""
         scale = 1.0 if self.scale is None else self.scale.scale
         pulled = Microbatches(microbatches)
-        losses = StepLoss(self.model.objective, pulled.following, self.device, self.ranks, scale)
+        losses = StepLoss(self.model.objective, partial(self._scored, pulled), self.device, self.ranks, scale)
         for number, cpu_batch in enumerate(pulled):
             batch = cpu_batch.to(self.device)
             torch.manual_seed(derive_seed(*self.seed, step, self.ranks.microbatch(number), "dropout"))
-            with self.phases(FORWARD):
-                with self.model.numerics(self.device):
-                    terms = self.model(batch)
-                root = losses.root(terms, batch)
-            self._before_backward(number)
-            with self.phases(BACKWARD):
-                root.backward()  # type: ignore[no-untyped-call]
-            losses.add(terms)
+            losses.add(self._gradient(batch, losses, number))
             self._reducer.add()
         losses.finish()
         share = losses.share
@@ -348,6 +349,37 @@ class ResidentEngine:
                 for group in alike(self.parameters.values()):
                     torch.nn.utils.clip_grads_with_norm_(group, self.settings.grad_clip, norm)
         return losses, norm
+
+    def _scored(self, pulled: Microbatches) -> Sequence[Batch]:
+        """The rows that are scored of the microbatches still to come."""
+        adaptation = self._adapting
+        return pulled.following() if adaptation is None else [adaptation.query(task) for task in pulled.following()]
+
+    def _gradient(self, batch: Batch, losses: StepLoss, number: int) -> dict[str, Term]:
+        """Add the gradient of one microbatch to the parameters.
+
+        Args:
+            number: Which one of this rank's in the step.
+
+        Returns:
+            The terms of its loss.
+        """
+        if self._adapting is not None:
+            return self._adapting.gradient(batch, losses, self.phases)
+        with self.phases(FORWARD):
+            with self.model.numerics(self.device):
+                terms = self.model(batch)
+            root = losses.root(terms, batch)
+        self._before_backward(number)
+        with self.phases(BACKWARD):
+            root.backward()  # type: ignore[no-untyped-call]
+        return terms
+
+    @property
+    def _adapting(self) -> Adaptation | None:
+        """What training takes inner steps with; None: it takes none."""
+        meta = self.settings.meta
+        return self._adaptation if meta is not None and meta.adapts else None
 
 
 def alike(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -214,6 +214,11 @@ class StepLoss:
         (term,) = terms.values()
         return (term.sum if self._scale == 1.0 else term.sum * self._scale) / self._tokens
 
+    def portion(self, terms: Mapping[str, Term]) -> float:
+        """What a gradient of the mean loss of the microbatch last given to `root` counts, among the step's."""
+        name, term = next(iter(terms.items()))
+        return self._scale * term.count / (max(1, self._ahead[name]) if self._ahead else self._tokens)
+
     def add(self, terms: Mapping[str, Term]) -> None:
         """Add up a microbatch's terms, all of them."""
         for name, term in terms.items():

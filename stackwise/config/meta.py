@@ -1,0 +1,71 @@
+"""Meta-learning: weights that a few steps on a few rows of a new task adapt (`training.meta`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from stackwise.config.fields import Count, Fraction, Positive, Section, Size, Small
+
+if TYPE_CHECKING:
+    from stackwise.config.training import StageTraining
+
+
+class Meta(Section):
+    """Every microbatch is a task: the weights adapt to its first rows (support), and its other rows (query) judge."""
+
+    method: Literal["maml", "fomaml", "reptile", "joint"] = Field(
+        "fomaml",
+        description="what gradient trains: maml (of the query loss through the inner steps), fomaml (at the adapted "
+        "weights), reptile (all inner steps and the query's, added up), joint (no inner steps: all rows at once)",
+    )
+    inner_steps: Small = Field(3, description="steps of gradient descent on the support rows")
+    inner_rate: Positive = Field(0.1, description="rate of these steps")
+    support: Size = Field(4, description="rows that the weights adapt to; the others of training.batch_size judge")
+    query: Size | None = Field(None, description="rows that judge; null: what training.batch_size leaves")
+    permutations: Annotated[int, Field(ge=2, le=1 << 24)] = Field(
+        64, description="training tasks: in each, other tokens stand for each other"
+    )
+    permuted: Fraction = Field(1.0, description="share of the tokens in use that a task permutes")
+    held_out: Count = Field(8, description="further tasks that training never sees; held-out rows are adapted to them")
+
+    def specification(self, *, judged: bool) -> dict[str, Any]:
+        """What of it shapes a stage's result.
+
+        Args:
+            judged: Whether a stage ends, or is chosen, by the loss on tasks held out.
+        """
+        unused = set() if judged else {"held_out"}
+        if self.method == "joint":
+            unused |= set() if judged else {"inner_steps", "inner_rate", "support"}
+        return self.model_dump(exclude=unused | {"query"})
+
+    @property
+    def adapts(self) -> bool:
+        """Whether training takes inner steps."""
+        return self.method != "joint"
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the gradient goes through the inner steps."""
+        return self.method == "maml"
+
+    @property
+    def adds_steps(self) -> bool:
+        """Whether the inner steps' own gradients are part of the gradient."""
+        return self.method == "reptile"
+
+    def faults(self, settings: StageTraining) -> Iterator[tuple[str, str]]:
+        """What of it cannot be with a stage's other settings, by its own keys."""
+        rows = settings.batch_size
+        if not rows:
+            yield "support", "batch_size: auto finds no size for tasks: set training.batch_size to support + query rows"
+        elif self.support >= rows:
+            text = f"{self.support} rows of a task of {rows} leave none to judge by"
+            yield "support", f"{text}: lower it, or raise training.batch_size"
+        elif self.query is not None and self.support + self.query != rows:
+            wanted = self.support + self.query
+            text = f"support and query are {wanted} rows of a task, and training.batch_size is {rows}"
+            yield "query", f"{text}: set training.batch_size: {wanted}, or leave query out"
