@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from stackwise.config.fields import Count, Fraction, Positive, Section, Size, Small
+from stackwise.config.fields import Fraction, Positive, Section, Size, Small
 
 if TYPE_CHECKING:
     from stackwise.config.training import StageTraining
@@ -29,7 +29,7 @@ class Meta(Section):
         64, description="training tasks: in each, other tokens stand for each other"
     )
     permuted: Fraction = Field(1.0, description="share of the tokens in use that a task permutes")
-    held_out: Count = Field(8, description="further tasks that training never sees; held-out rows are adapted to them")
+    held_out: Small = Field(8, description="further tasks that training never sees; held-out rows are adapted to them")
 
     def specification(self, *, judged: bool) -> dict[str, Any]:
         """What of it shapes a stage's result.
@@ -56,6 +56,20 @@ class Meta(Section):
     def adds_steps(self) -> bool:
         """Whether the inner steps' own gradients are part of the gradient."""
         return self.method == "reptile"
+
+    def rows_kept(self, rows: int) -> float:
+        """The rows of a task whose activations lie in memory at once: in how many such rows its passes come to."""
+        query = rows - self.support
+        if not self.adapts:
+            return rows
+        return query + 2.9 * self.inner_steps * self.support if self.second_order else max(self.support, query)
+
+    @property
+    def weights_kept(self) -> int:
+        """Copies of what trains that lie in memory at once beside it: adapted weights, and inner gradients."""
+        if not self.adapts:
+            return 0
+        return self.inner_steps + 2 if self.second_order else 2 + self.adds_steps
 
     def faults(self, settings: StageTraining) -> Iterator[tuple[str, str]]:
         """What of it cannot be with a stage's other settings, by its own keys."""

@@ -215,6 +215,11 @@ class StageTraining(Section):
         return values | {name: values[name] | kind.code for name, kind in kinds.items()}
 
     @property
+    def evaluates(self) -> bool:
+        """Whether a stage is evaluated on held-out rows as it trains, or at its end."""
+        return self.eval_every is not None or self.meta is not None
+
+    @property
     def heeds_held_out(self) -> bool:
         """Whether what is committed depends on held-out loss."""
         return self.patience is not None or self.keep_best

@@ -41,10 +41,15 @@ def divide(config: StackWiseConfig, earlier: StackWiseConfig | None) -> list[str
                 hint=f"nearest that do: {_nearest(config, ranks)}; or make training.batch_size a multiple of {ranks}",
             )
         kept = _kept(config, earlier, depth)
-        if kept is not None and kept % ranks == 0 and kept > before * parts:
+        if kept is not None and settings.meta is None and kept % ranks == 0 and kept > before * parts:
             parts = kept // before
         if parts == 1:
             continue
+        if settings.meta is not None:  # a microbatch is a task
+            raise UsageError(
+                f"parallel: {ranks} ranks do not divide the {before} tasks of a step of stage {depth}",
+                hint=f"make training.accumulation a multiple of {ranks}",
+            )
         _set(config, depth, before * parts, size // parts)
         line = (
             f"a step is {before * parts} microbatches of {size // parts} rows, not {before} of {size}, so that ranks "

@@ -157,6 +157,14 @@ class Estimate:
             2 if half else 4
         )
         loss = self._loss_bytes(settings.batch_size * scored, half)
+        if (meta := settings.meta) is not None and settings.batch_size:
+            # Of plain attention, whose gradient has a gradient, three matrices of scores stay.
+            matrices = 12.0 * model.n_heads * config.row_positions**2 * blocks if meta.second_order else 0.0
+            several = meta.rows_kept(settings.batch_size) / settings.batch_size
+            kept, at_head = (kept + matrices / 2.9) * several, at_head * several
+            copies += meta.weights_kept * WEIGHT_BYTES * phase.trained_parameters
+            if meta.second_order:  # all logits of all passes
+                loss = 6.0 * settings.batch_size * several * scored * self.vocab_size / 2.9
         # In the second microbatch gradients are there from the start; in an only one they come as activations go.
         gradients = state - without if settings.accumulation > 1 else 0
         growing, beside = settings.batch_size * (kept + at_head), gradients + copies + loss
@@ -203,7 +211,9 @@ class Estimate:
         fits = phase.memory <= SHARE * limit
         goes_back = settings.divergence.goes_back or settings.keep_best  # which takes weights of earlier steps
         alone = config.parallel.ranks == 1
-        if training.swap == "never" or (training.swap == "auto" and (fits or goes_back or not alone)):
+        # Inner steps change every part at once.
+        resident = fits or goes_back or not alone or settings.meta is not None
+        if training.swap == "never" or (training.swap == "auto" and resident):
             return None
         block = max(phase.parameters(part) for part in (*stage.blocks, *stage.lookahead))
         half, apart = config.precision not in WIDE, self.device == "cuda"

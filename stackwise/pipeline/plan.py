@@ -280,7 +280,7 @@ class Plan:
 
     def evaluates(self, stage: Stage) -> bool:
         """Whether a stage is evaluated on held-out rows as it trains."""
-        return self.config.stage_training(stage.depth).eval_every is not None or bool(stage.candidates)
+        return self.config.stage_training(stage.depth).evaluates or bool(stage.candidates)
 
     def writes_held_out(self, stage: Stage) -> bool:
         """Whether a worker that has trained a stage writes the held-out rows' boundary above it."""

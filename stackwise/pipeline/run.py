@@ -87,6 +87,7 @@ _MANIFEST = record(
         "divergences": count,
         "unfrozen": array_of(array(count, count)),
         "experts": mapping(_USED),
+        "adaptation": array_of(number),
         "last": optional(hex_id),
     }))},
     {
@@ -331,8 +332,8 @@ def status(run: RunDirectory) -> dict[str, Any]:
     stages = []
     for stage in manifest["stages"]:
         shown = {key: stage[key] for key in STATUS_KEYS}
-        if "experts" in stage:  # how a router used them, by block
-            shown["experts"] = stage["experts"]
+        # How a router used experts, by block; query loss on tasks held out before the inner steps and after each.
+        shown |= {key: stage[key] for key in ("experts", "adaptation") if key in stage}
         if chosen := stage.get("unfrozen"):  # by adaptive fusion
             blocks = (f"{first}" if first == last else f"{first}–{last}" for first, last in chosen)
             shown["reason"] = f"{shown['reason']}; trained blocks {', then '.join(blocks)}"

@@ -214,6 +214,7 @@ class StageFacts:
     tokens_per_second: float | None = None
     fusion: dict[str, Any] | None = None
     experts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    adaptation: list[float] = field(default_factory=list)  # nats on tasks held out: before inner steps, after each
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,7 @@ def collect(run: RunDirectory) -> Facts:
             step=row["step"] or 0,
             steps=row["steps"] or 0,
             experts=row.get("experts", {}),
+            adaptation=row.get("adaptation", []),
         )
         for row in state["stages"]
     ]

@@ -231,6 +231,7 @@ def _training(facts: Facts) -> list[Html]:
         *_curves(facts.stages),
         *_stages(facts.stages),
         *_experts(facts.stages),
+        *_adaptation(facts.stages),
         *_fusions(facts.stages),
     ]
 
@@ -308,6 +309,18 @@ def _experts(stages: Sequence[StageFacts]) -> list[Html]:
     )
     table = data_table(["block", "entropy", "least", "most", "dropped", "experts"], lines, text=(0, 5))
     return [tag("h3", "Experts"), table, soft(text)]
+
+
+def _adaptation(stages: Sequence[StageFacts]) -> list[Html]:
+    """What inner steps make of the loss on tasks that were held out."""
+    adapting = [stage for stage in stages if stage.adaptation]
+    if not adapting:
+        return []
+    most = max(len(stage.adaptation) for stage in adapting)
+    columns = ["stage", "before", *(f"step {step}" for step in range(1, most))]
+    lines = [("", [str(stage.depth), *(f"{nats:.3f}" for nats in stage.adaptation)]) for stage in adapting]
+    text = "Loss in nats on the query rows of tasks held out, before and after each step on their support rows."
+    return [tag("h3", "Adaptation to tasks held out"), data_table(columns, lines, text=(0,)), soft(text)]
 
 
 def _shares(shares: Sequence[float]) -> Html:

@@ -18,6 +18,7 @@ from torch import Tensor
 from stackwise.batch import ACTIVATIONS, MASKS, SEGMENTS, TOKENS, Batch
 from stackwise.host import host_memory
 from stackwise.store import ActivationStore, BoundaryReader, Prefetcher, RowOrder, Rowset
+from stackwise.training.tasks import PermutedTasks
 
 MOST_AHEAD, AHEAD_SHARE = 128, 0.05  # batches that lie ready at most; the share of the free memory that they may take
 
@@ -69,6 +70,7 @@ class Feed:
     rowset: Rowset
     seq_len: int
     sources: Mapping[str, RowSource]
+    tasks: PermutedTasks | None = None  # what each microbatch's rows are of; None: there are no tasks
 
     @classmethod
     def stored(
@@ -133,7 +135,8 @@ class Feed:
             streamed = iter(activations.stream(order, batch_size, start, every))
         while True:
             rows_B, x_BSD = next(streamed, None) or (order.batch(number, batch_size), None)
-            yield replace(self.batch(rows_B, x_BSD), passes=number * batch_size / len(self.rowset.sample_ids))
+            batch = replace(self.batch(rows_B, x_BSD), passes=number * batch_size / len(self.rowset.sample_ids))
+            yield batch if self.tasks is None else self.tasks.of_microbatch(batch, number)
             number += every
 
     def sequential(

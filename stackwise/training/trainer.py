@@ -20,6 +20,7 @@ from stackwise.batch import Batch
 from stackwise.config import StageTraining
 from stackwise.config.choices import Skip
 from stackwise.errors import StackWiseError
+from stackwise.training.adaptation import ADAPTATION
 from stackwise.training.engine import LOWER_RATE, Engine, Stepped
 from stackwise.training.optim import learning_rate
 from stackwise.training.stage import MeanLoss
@@ -60,6 +61,8 @@ class Record:
         divergences: What diverged, and what was done: step, why, action; of a rollback the step gone back to.
         terms: Where the loss has several terms, each one's mean in every step; None where it is not known.
         held_out_terms: The same of evaluations: (step, mean) by term.
+        adaptation: Of evaluations on tasks held out the query loss before the inner steps and after each: (step,
+            nats).
         norms: Gradient norms of the first step and the last, before clipping; None where it is no finite number.
     """
 
@@ -71,6 +74,7 @@ class Record:
     divergences: list[dict[str, Any]] = field(default_factory=list)
     terms: dict[str, list[float | None]] = field(default_factory=dict)
     held_out_terms: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    adaptation: list[tuple[int, list[float]]] = field(default_factory=list)
     norms: list[float | None] = field(default_factory=list)
 
     @property
@@ -273,14 +277,16 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         every, held_out = self.settings.eval_every, self.record.held_out
-        if every is None or not self.step or (held_out and held_out[-1][0] >= self.step):
+        if not self.settings.evaluates or not self.step or (held_out and held_out[-1][0] >= self.step):
             return False
-        return self.step % every == 0 or self.step == self.steps
+        return self.step == self.steps or (every is not None and self.step % every == 0)
 
     def _evaluate(self, hooks: Hooks) -> None:
         if self._evaluation_due():
             mean = hooks.evaluate()
             self.record.held_out.append((self.step, mean.total))
+            if ADAPTATION in mean.observed:
+                self.record.adaptation.append((self.step, list(mean.observed[ADAPTATION])))
             for name, value in mean.terms.items():
                 self.record.held_out_terms.setdefault(name, []).append((self.step, value))
 

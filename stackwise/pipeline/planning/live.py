@@ -176,7 +176,12 @@ def kernels_of_cuda(*, ordered: bool) -> Iterator[None]:
         ordered: Only kernels that repeat bit for bit.
     """
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    def twice() -> bool:  # a gradient that has a gradient is made of plain operations
+        return not torch.backends.cuda.flash_sdp_enabled()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Tensor:
+        if twice():
+            return kept[0](q, k, v, attn_mask, *rest, **more)
         if torch.is_autocast_enabled("cpu"):
             q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
         if attn_mask is not None and q.shape[1] != k.shape[1]:  # as `attend` has it on a GPU
@@ -185,6 +190,8 @@ def kernels_of_cuda(*, ordered: bool) -> Iterator[None]:
         return result
 
     def norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        if twice():
+            return kept[1](x, shape, weight, eps)
         result: Tensor = _FusedNorm.apply(x, torch.ones(shape) if weight is None else weight)  # type: ignore[no-untyped-call]
         return result
 

@@ -103,6 +103,7 @@ def _key(config: StackWiseConfig, job: TraceJob) -> str:
         "positions": [config.row_positions, config.training.seq_len, config.training.max_mask_fraction],
         "objective": config.objective.plain() | config.objective.code,
         "training": [settings.optimizer.plain(), bool(settings.ema), config.precision, config.deterministic],
+        **({} if settings.meta is None else {"meta": settings.meta.model_dump(mode="json")}),
         "tied": config.training.tied_head,
         "documents": config.data.within_documents,
         "job": [job.vocab_size, job.device, job.rows, job.microbatches],

@@ -136,7 +136,8 @@ class Manifest:
                 stage |= {"state": "running", "step": 0, "steps": event["steps"], "reason": event["reason"]}
                 stage |= {"recipe": event["recipe"], "trunk": event["trunk"], "weights": None}
                 stage |= {"held_out": None, "divergences": 0}
-                stage.pop("experts", None)
+                for name in ("experts", "adaptation"):
+                    stage.pop(name, None)
                 self.save()
             case "ranks":
                 self._group = {key: event[key] for key in ("ranks", "slowest")}
@@ -155,6 +156,8 @@ class Manifest:
                 stage["reason"] = event["reason"]
             case "held_out":
                 stage["held_out"] = {key: event[key] for key in ("step", "nats", "best")}
+                if "adaptation" in event:
+                    stage["adaptation"] = event["adaptation"]
                 _take_experts(stage, event)
             case "diverged":
                 stage["divergences"] += 1
@@ -181,6 +184,8 @@ class Manifest:
             "divergences": len(record.get("divergences", [])),
             "unfrozen": [turn["chosen"] for turn in (record.get("fusion") or {}).get("rounds", []) if turn["kept"]],
         }
+        if adaptation := record.get("adaptation"):
+            entry["adaptation"] = adaptation[-1][1]
         if entry["reason"] in FIRST:  # why it had to train, which is true no more
             entry["reason"] = "trained by this run"
         self.save()

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -58,6 +59,7 @@ from stackwise.training.forward import FilledBoundary, MakeOutputs, write_bounda
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_parts import grouped_outputs
+from stackwise.training.tasks import PermutedTasks
 
 PROGRESS_SECONDS = 0.25  # between two events on how far the evaluation is
 
@@ -172,7 +174,7 @@ def _feed(
     split = data.held_out if held_out else data.train
     objective = objective_of(config, job.mask_token, job.vocab_size, job.stage)
     segments = (SEGMENTS,) if config.data.within_documents else ()
-    return Feed.stored(
+    feed = Feed.stored(
         store,
         store.rowset(rowset),
         split,
@@ -181,6 +183,11 @@ def _feed(
         columns=(*segments, *objective.inputs),
         reader=reader,
     )
+    settings = config.stage_training(job.stage.depth)
+    if settings.meta is None:
+        return feed
+    used_U = np.setdiff1d(np.flatnonzero(data.train.counts), [data.separator_id])
+    return replace(feed, tasks=PermutedTasks(settings.meta, config.seed, settings.batch_size, used_U, job.vocab_size))
 
 
 def run_finish(job: FinishJob, emit: Emit, stop: Stop) -> None:

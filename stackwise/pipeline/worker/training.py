@@ -32,6 +32,7 @@ from stackwise.pipeline.worker.ranges import measured_spans, unmeasured
 from stackwise.pipeline.worker.stores import Stores
 from stackwise.store import ActivationStore, RowOrder
 from stackwise.training import checkpoint
+from stackwise.training.adaptation import ADAPTATION
 from stackwise.training.checkpoint import Checkpoints, reason
 from stackwise.training.curriculum import CurriculumOrder, difficulties
 from stackwise.training.engine import WEIGHT, Engine, ResidentEngine, State
@@ -259,7 +260,7 @@ def commit_stage(context: StageContext, parts: Mapping[str, State], steps: int, 
         **{
             key: value
             for key, value in asdict(record).items()
-            if key != "waited" and (not key.endswith("terms") or value)
+            if key != "waited" and (value or not (key.endswith("terms") or key == ADAPTATION))
         },
         "wait_fraction": record.wait_fraction,
         "peak_memory_bytes": peak_memory(context.device),
@@ -295,7 +296,10 @@ def held_out_loss(engine: Engine, held_out: Feed) -> MeanLoss:
     """The mean loss of an engine's weights on held-out rows, in nats."""
     batch_size = forward_rows(held_out.seq_len)  # it shapes the sum, so it is not a setting
     ranks, rows = engine.ranks, [(0, held_out.rowset.rows)]
-    with ahead(held_out.sequential(rows, batch_size, ranks.share, ranks.shares), engine.device) as batches:
+    some = held_out.sequential(rows, batch_size, ranks.share, ranks.shares)
+    if held_out.tasks is not None:
+        some = held_out.tasks.held_out(held_out, ranks.share, ranks.shares)
+    with ahead(some, engine.device) as batches:
         return engine.evaluate(batches)
 
 
@@ -401,6 +405,8 @@ class StageHooks:
         seconds = time.perf_counter() - begun
         experts = experts_used(mean.observed, shares=True)
         event: dict[str, Any] = {"step": trainer.step, "nats": mean.total, "best": lowest, "seconds": seconds}
+        if ADAPTATION in mean.observed:
+            event[ADAPTATION] = list(mean.observed[ADAPTATION])
         self._context.event("held_out", **event, **terms, **experts)
         return mean
 
