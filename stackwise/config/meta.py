@@ -26,10 +26,14 @@ class Meta(Section):
     support: Size = Field(4, description="rows that the weights adapt to; the others of training.batch_size judge")
     query: Size | None = Field(None, description="rows that judge; null: what training.batch_size leaves")
     permutations: Annotated[int, Field(ge=2, le=1 << 24)] = Field(
-        64, description="training tasks: in each, other tokens stand for each other"
+        64, description="training tasks, where data.tasks names none: in each, tokens stand for other tokens"
     )
     permuted: Fraction = Field(1.0, description="share of the tokens in use that a task permutes")
-    held_out: Small = Field(8, description="further tasks that training never sees; held-out rows are adapted to them")
+    held_out: Small | None = Field(
+        None,
+        description="tasks that training never sees, and that are adapted to on held-out rows: so many further "
+        "permutations, or of data.tasks the last ones; null: 8, or of data.tasks one",
+    )
 
     def specification(self, *, judged: bool) -> dict[str, Any]:
         """What of it shapes a stage's result.
@@ -41,6 +45,10 @@ class Meta(Section):
         if self.method == "joint":
             unused |= set() if judged else {"inner_steps", "inner_rate", "support"}
         return self.model_dump(exclude=unused | {"query"})
+
+    def tasks_held_out(self, *, by_data: bool) -> int:
+        """How many tasks are held out."""
+        return self.held_out or (1 if by_data else 8)
 
     @property
     def adapts(self) -> bool:

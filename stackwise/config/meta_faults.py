@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from stackwise.config.precision import stack_precision
 from stackwise.config.schema import Settings
 from stackwise.config.training import StageTraining
-from stackwise.config.unused import reading_depths
 
 
 def meta_faults(config: Settings) -> Iterator[tuple[str, str]]:
     """Every contradiction."""
-    reads = set(reading_depths(config))
     for depth in range(config.n_stages):
         settings = config.stage_training(depth)
         if (meta := settings.meta) is None:
@@ -22,9 +20,6 @@ def meta_faults(config: Settings) -> Iterator[tuple[str, str]]:
         key = f"stages.{depth}.training.meta" if alone else "training.meta"
         before = [(f"{key}.{name}", text) for name, text in meta.faults(settings)]
         before += [(key, text) for text in _without_inner_steps(config, settings)]
-        if depth in reads:
-            text = f"tokens are permuted, and stage {depth} reads activations of tokens as they are"
-            before.append((key, f"{text}: set training.mode: end_to_end"))
         if before:
             yield from before
             return  # the other stages are like it

@@ -27,6 +27,7 @@ from stackwise.pipeline.recipe import (
 )
 from stackwise.pipeline.rows import HELD_OUT, drawn_rows, put_rows, rows_key
 from stackwise.pipeline.schedule import FRONT, Stage, drawn_and_window, schedule, stage_below
+from stackwise.pipeline.tasks import check_tasks, tasks_digest
 from stackwise.pipeline.teacher import teacher_of
 from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
 
@@ -137,6 +138,7 @@ class Plan:
         self.teacher = teacher_of(config, self.vocabulary.size, self.vocabulary.mask, data.id)
         if self.teacher is not None:
             self.teacher.check(self.stages, data)
+        check_tasks(config, data, self.stages)
 
     def rowset(self, number: int) -> tuple[str, int]:
         """Id and rows of a rowset; it is put into the store where it is not there yet."""
@@ -193,11 +195,13 @@ class Plan:
         return stage_recipe(self.config, stage, self.forward, self.span(stage), reads)
 
     def _inputs(self, stage: Stage, *, held_out: bool) -> dict[str, str]:
-        """Digests of what the objective needs: columns, those of the held-out side where it is heeded; a teacher."""
+        """Digests of what is read: columns, those of the held-out side where it is heeded, of a teacher, of tasks."""
         names = self.config.objective.inputs
         inputs = {name: self.data.train.column_digest(name) for name in names}
         if held_out:
             inputs |= {f"held-out {name}": self.data.held_out.column_digest(name) for name in names}
+        if (meta := self.config.stage_training(stage.depth).meta) is not None:
+            inputs |= {"tasks": tasks_digest(meta, self.data)}
         return inputs | (self.teacher.inputs(stage) if self.teacher is not None else {})
 
     def committed(self, recipe: str) -> CommittedStage | None:

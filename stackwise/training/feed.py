@@ -18,7 +18,7 @@ from torch import Tensor
 from stackwise.batch import ACTIVATIONS, MASKS, SEGMENTS, TOKENS, Batch
 from stackwise.host import host_memory
 from stackwise.store import ActivationStore, BoundaryReader, Prefetcher, RowOrder, Rowset
-from stackwise.training.tasks import PermutedTasks
+from stackwise.training.tasks import Tasks
 
 MOST_AHEAD, AHEAD_SHARE = 128, 0.05  # batches that lie ready at most; the share of the free memory that they may take
 
@@ -70,7 +70,7 @@ class Feed:
     rowset: Rowset
     seq_len: int
     sources: Mapping[str, RowSource]
-    tasks: PermutedTasks | None = None  # what each microbatch's rows are of; None: there are no tasks
+    tasks: Tasks | None = None  # what each microbatch's rows are of; None: there are no tasks
 
     @classmethod
     def stored(

@@ -59,7 +59,7 @@ from stackwise.training.forward import FilledBoundary, MakeOutputs, write_bounda
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_parts import grouped_outputs
-from stackwise.training.tasks import PermutedTasks
+from stackwise.training.tasks import DataTasks, PermutedTasks
 
 PROGRESS_SECONDS = 0.25  # between two events on how far the evaluation is
 
@@ -174,11 +174,12 @@ def _feed(
     split = data.held_out if held_out else data.train
     objective = objective_of(config, job.mask_token, job.vocab_size, job.stage)
     segments = (SEGMENTS,) if config.data.within_documents else ()
+    samples_R = choose_samples(config, split, number)
     feed = Feed.stored(
         store,
         store.rowset(rowset),
         split,
-        choose_samples(config, split, number),
+        samples_R,
         config.training.seq_len,
         columns=(*segments, *objective.inputs),
         reader=reader,
@@ -186,8 +187,12 @@ def _feed(
     settings = config.stage_training(job.stage.depth)
     if settings.meta is None:
         return feed
+    how = settings.meta, config.seed, settings.batch_size
+    if split.tasks:
+        task_R = split.sample_tasks(config.training.seq_len)[samples_R]
+        return replace(feed, tasks=DataTasks(*how, task_R, len(split.tasks)))
     used_U = np.setdiff1d(np.flatnonzero(data.train.counts), [data.separator_id])
-    return replace(feed, tasks=PermutedTasks(settings.meta, config.seed, settings.batch_size, used_U, job.vocab_size))
+    return replace(feed, tasks=PermutedTasks(*how, used_U, job.vocab_size))
 
 
 def run_finish(job: FinishJob, emit: Emit, stop: Stop) -> None:

@@ -168,6 +168,8 @@ def row_order(context: StageContext) -> RowOrder:
         window_chunks=SHUFFLED_CHUNKS,
         select=stage_rows(config, context.feed.rowset.sample_ids, context.stage.depth, context.stage.rowset),
     )
+    if context.feed.tasks is not None:
+        return context.feed.tasks.order(order)
     if settings.curriculum is None:
         return order
     difficulty_N = difficulties(context.feed, order.selected, settings.curriculum.by)
