@@ -7,7 +7,7 @@ Adapted weights are tensors beside the model's own, which it runs with through `
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,9 @@ class Adaptation:
         if not loss.requires_grad:  # no position of these rows is scored
             return {}
         with backward:
-            slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=through, allow_unused=True)
+            slopes: Sequence[Tensor | None] = torch.autograd.grad(
+                loss, list(weights.values()), create_graph=through, allow_unused=True
+            )
         return {name: slope for name, slope in zip(weights, slopes, strict=True) if slope is not None}
 
     def _moved(self, weights: Weights, slopes: Weights) -> dict[str, Tensor]:

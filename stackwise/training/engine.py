@@ -368,7 +368,7 @@ class ResidentEngine:
             return self._adapting.gradient(batch, losses, self.phases)
         with self.phases(FORWARD):
             with self.model.numerics(self.device):
-                terms = self.model(batch)
+                terms: dict[str, Term] = self.model(batch)
             root = losses.root(terms, batch)
         self._before_backward(number)
         with self.phases(BACKWARD):

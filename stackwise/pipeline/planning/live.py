@@ -177,7 +177,7 @@ def kernels_of_cuda(*, ordered: bool) -> Iterator[None]:
     """
 
     def twice() -> bool:  # a gradient that has a gradient is made of plain operations
-        return not torch.backends.cuda.flash_sdp_enabled()
+        return not torch._C._get_flash_sdp_enabled()
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Tensor:
         if twice():
