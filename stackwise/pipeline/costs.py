@@ -14,6 +14,7 @@ from stackwise.data import PreparedData
 from stackwise.errors import NoSpaceError, UsageError
 from stackwise.host import host_total
 from stackwise.identity import content_id
+from stackwise.pipeline.card import check_free
 from stackwise.pipeline.decisions import Decision, separate_traffic, traffic_of
 from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, WIDE, Estimate, committed_bytes, kind_of
 from stackwise.pipeline.plan import Plan, check_data
@@ -57,6 +58,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
 
     Raises:
         NoSpaceError: The disk is too small, or `store.max_bytes` is.
+        BusyError: Other processes hold so much of the GPU that the largest stage does not fit beside them.
         UsageError: The largest stage's weights, gradients and moments alone exceed the memory.
     """
     config, size, todo = plan.config, plan.vocabulary.size, [decision.stage for decision in decisions]
@@ -113,6 +115,8 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
             f"live at once{beside}",
             hint="raise store.max_bytes, set training.windows: auto, or lower training.rows or training.steps",
         )
+    device = config.device if config.device.startswith("cuda") else plan.device
+    check_free(device, max(taken, default=0))
     state *= config.parallel.data
     if plan.device == "cpu" and state > total:
         raise UsageError(

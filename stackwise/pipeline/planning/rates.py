@@ -15,6 +15,7 @@ from pathlib import Path
 from stackwise import durable, files
 from stackwise.errors import StackWiseError
 from stackwise.host import host_total
+from stackwise.pipeline.card import ask
 from stackwise.pipeline.device import python_command
 from stackwise.pipeline.planning.machines import MACHINES, Disk, Machine
 from stackwise.pipeline.planning.tracing import cache_directory
@@ -74,12 +75,9 @@ def this_machine() -> Machine:
 
 def _card() -> Machine | None:
     """The registry's entry of the GPU that the driver names; None: there is none, or it is unknown."""
-    asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        name, memory = (
-            subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.splitlines()[0].split(",")
-        )
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        name, memory = ask("gpu", "name,memory.total")[0]
+    except (ValueError, IndexError):
         return None
     plain = name.lower().replace(" ", "")
     close = [m for m in MACHINES.values() if m.kind == "cuda" and m.name.partition("-")[0] in plain]

@@ -15,7 +15,7 @@ from stackwise.config.fields import changed
 from stackwise.config.loading import dump
 from stackwise.data import WAITING, PreparedData, is_prepared, prepare
 from stackwise.durable import unusable, write_bytes
-from stackwise.errors import InterruptedRun, StackWiseError, UsageError
+from stackwise.errors import BusyError, InterruptedRun, StackWiseError, UsageError
 from stackwise.files import read_bytes
 from stackwise.pipeline.events import Emit, Event
 from stackwise.pipeline.initial import open_weights, settle_mask, tokenizer_limit
@@ -91,7 +91,7 @@ class Preparation:
         if not isinstance(error, StackWiseError) or isinstance(error, InterruptedRun):
             return  # as after a kill: the same command goes on
         with contextlib.suppress(OSError):  # a full disk: what ended the run is what is to be said
-            if isinstance(error, UsageError) or self._before.get("stages"):
+            if isinstance(error, (UsageError, BusyError)) or self._before.get("stages"):
                 self._restore()
             else:
                 self._write(self._preparing | {"failed": error.message})
