@@ -211,8 +211,8 @@ class BlockPart(Kind):
     `stackwise.batch.Term`); generation and evaluation pass it over. A method `prepare(batch)` is called before each
     pass of a stage. An attribute `steered` names parameters that no optimizer moves but a rule: each step, by the rate
     that stands there, up where its gradient is below the mean of all, down where it is above. Where `pieces` names
-    modules inside, an attribute `lend` is None, or is to be called with each of these before rows go through it;
-    without rows it may have no values: its tensors are then on the meta device.
+    modules inside, which draw no random numbers, an attribute `lend` is None, or is called as `lend(module, rows)` in
+    place of each of these; one that has no rows is passed over, and may have no values.
     """
 
     tag: ClassVar[str] = "kind"

@@ -111,6 +111,8 @@ def unused_settings(config: Settings) -> list[str]:
             ("lookahead", not above and "no stage of this schedule has blocks above it"),
             ("fusion", not isinstance(training.fusion, NoFusion) and config.n_sections == 1 and one),
             ("swap_parts", training.swap == "never" and "training.swap is never"),
+            ("swap_experts", training.swap == "never" and "training.swap is never"),
+            ("swap_experts", not config.model.total(lambda m: len(m.ffn.pieces(m))) and "no block has experts"),
             ("memory", training.swap == "never" and not config.finds_block_size and "training.swap is never"),
             ("tied_head", not config.model.tie_embeddings and "model.tie_embeddings is false"),
             ("tied_head", not trains_heads_apart(config) and "no stage trains a head without the front"),

@@ -126,7 +126,7 @@ class MixtureFeedForward(nn.Module):
         self.steered = {"balance": kind.balance_rate} if kind.balance == "bias" else {}
         self.temperature = kind.last_temperature
         self.terms: dict[str, Term] = {}
-        self.lend: Callable[[nn.Module], None] | None = None
+        self.lend: Callable[[nn.Module, Tensor], Tensor] | None = None
 
     def prepare(self, batch: Batch) -> None:
         """Take the temperature that the batch is taken at: a function of the step."""
@@ -222,12 +222,11 @@ class MixtureFeedForward(nn.Module):
         """
         made = []
         for expert, x in zip(self.experts, torch.split(x_ND, list(counts)), strict=True):
-            if self.lend is not None and len(x):
-                self.lend(expert)
-            elif next(expert.parameters()).is_meta:
+            if self.lend is not None and not len(x):
                 continue
             missing = 0 if torch.is_grad_enabled() else -len(x) % TILE
-            y = expert(F.pad(x, (0, 0, 0, missing)) if missing else x)
+            padded = F.pad(x, (0, 0, 0, missing)) if missing else x
+            y = expert(padded) if self.lend is None else self.lend(expert, padded)
             made.append(y[: len(x)])
         return torch.cat(made) if made else x_ND
 

@@ -147,8 +147,9 @@ def planned_notes(plan: Plan, swapped: Collection[int] | None) -> list[str]:
     rows = plan.drawn(plan.stages[0])
     if training.rows is not None and training.rows > rows:
         lines.append(f"training.rows: {training.rows} is more than the corpus gives: {rows} is used")
-    if swapped is not None and not swapped and training.swap == "auto" and "swap_parts" in changed(training):
-        lines.append("training.swap_parts is unused: no stage is swapped (training.swap is auto)")
+    if swapped is not None and not swapped and training.swap == "auto":
+        unused = [key for key in ("swap_parts", "swap_experts") if key in changed(training)]
+        lines += [f"training.{key} is unused: no stage is swapped (training.swap is auto)" for key in unused]
     return lines
 
 

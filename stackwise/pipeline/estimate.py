@@ -45,6 +45,7 @@ class Swap:
     disk: int  # about the bytes of disk: weights, moments and gradients, and what is left of a step's boundaries
     host: int  # about the bytes that it takes of the host's memory, where the device has its own
     loss: int  # of `memory`, what the loss takes
+    pieces: int | None = None  # experts of a block in memory at once; None: all that rows reach
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,17 @@ class Estimate:
         dropped = 2 * model.d_model * width if model.dropout else 0
         return kept * (2 if half else 4) + dropped
 
+    def pieces_apart(self, part: str, most: int) -> int:
+        """Parameters of a part's pieces that are away, where so many are in memory at once."""
+        paths = self.stage.pieces(self.config, part)
+        model = self.config.model.at(block_number(part)) if paths else self.config.model
+        return sum(
+            matrix.outputs * matrix.inputs
+            for path in paths[most:]
+            for name, matrix in model.ffn.matrices(model).items()
+            if f"ffn.{name}".startswith(f"{path}.")
+        )
+
     def _loss_bytes(self, scored: float, half: bool) -> float:
         """Bytes of the loss beside its vectors: a slice of logits and what is made of it, the projection's gradient."""
         size, projection = SLICE_BYTES.get(self.device, 512 << 20), self.vocab_size * self.config.model.d_model
@@ -221,16 +233,18 @@ class Estimate:
         state = phase._state_bytes(True)
         per_parameter = state / max(1, phase.trained_parameters)
 
-        def held(part: str) -> float:  # bytes of a part, its adapters included
+        def held(part: str, pieces: int | None = None) -> float:  # bytes of a part, its adapters included
             whole = (part, *([adapter_part(part)] if stage.format(part).adapters else []))
+            away = 0 if pieces is None else phase.pieces_apart(part, pieces)
             return sum(
-                per_parameter * phase.parameters(one) if one in stage.trains else phase._frozen_bytes(one)
+                per_parameter * (phase.parameters(one) - away) if one in stage.trains else phase._frozen_bytes(one)
                 for one in whole
             )
 
         blocks_held = (*stage.blocks, *stage.lookahead)
         ends = max((held(part) for part in stage.holds if part in (FRONT, HEAD)), default=0.0)
-        largest, most = max(map(held, blocks_held)), len(blocks_held)
+        most, pieces = len(blocks_held), training.swap_experts
+        largest = max(held(part, pieces) for part in blocks_held)
         kept = max(phase.kept_bytes(config.model.at(block_number(part))) for part in (*stage.blocks, *stage.lookahead))
         activations = settings.batch_size * config.row_positions * kept + (2 * block if half else 0)
         loss = round(phase._loss_bytes(settings.batch_size * config.row_positions, half))
@@ -245,13 +259,17 @@ class Estimate:
             held = not apart or 3 * group(groups) <= SHARE * behind - behind // 4
             return held and taken(groups) <= (SHARE * limit if apart else SHARE * limit - limit // 4)
 
+        experts = max(len(stage.pieces(config, part)) for part in blocks_held)
+        while training.swap_experts is None and experts > 1 and not fitting(most):  # not even block by block
+            pieces = experts = experts // 2
+            largest = max(held(part, pieces) for part in blocks_held)
         groups = min(training.swap_parts or next((n for n in range(1, most) if fitting(n)), most), most)
         tokens = settings.batch_size * settings.accumulation * config.row_positions
         step = tokens * config.model.d_model * (2 if half else 4) * (groups + 3)
         kept = min(behind // 4, step)
         disk = state + round(max(ends, largest)) + step - kept
         beside = round(3 * group(groups)) + kept if apart else 0
-        return Swap(groups, behind // 4, taken(groups) + (0 if apart else kept), disk, beside, loss)
+        return Swap(groups, behind // 4, taken(groups) + (0 if apart else kept), disk, beside, loss, pieces)
 
 
 def committed_bytes(config: StackWiseConfig, vocab_size: int, drawn: int, *, windows: int | None = None) -> int:

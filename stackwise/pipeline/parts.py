@@ -394,18 +394,10 @@ class JobParts:
         self._checked: dict[str, Mapping[str, Tensor]] = {}  # files of parts that are read in pieces
 
     def pieces(self, name: str) -> Sequence[str]:
-        """The pieces of a part (see `Parts.pieces`); of a block with adapters or narrow weights there are none.
-
-        Nor of one that is compiled, or whose weights are not in one committed file, nor drawn from the seed.
-        """
-        stage, source = self._job.stage, self._sources[name]
-        if name in (FRONT, HEAD) or name not in stage.trains or stage.scales_alone or self._config.training.compile:
-            return ()
-        if stage.format(name) != PLAIN or source.names is not None or source.merged or source.pairs is not None:
-            return ()
-        model = self._config.model.at(block_number(name))
-        kinds = {"attention": model.attention, "ffn": model.ffn}
-        return [f"{part}.{path}" for part, kind in kinds.items() for path in kind.pieces(model)]
+        """The pieces of a part (see `Parts.pieces`): its weights are fresh, or one committed file."""
+        source = self._sources[name]
+        foreign = source.names is not None or source.merged or source.pairs is not None
+        return () if foreign else self._job.stage.pieces(self._config, name)
 
     def piece(self, name: str, path: str) -> dict[str, Tensor]:
         """The parameters of a piece as it starts (see `Parts.piece`)."""

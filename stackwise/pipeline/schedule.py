@@ -14,6 +14,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.adapters import HELD, AdapterSize
 from stackwise.config.choices import Auxiliary, CausalAdaptation, Overlap, Tail
 from stackwise.config.growth import Grown
+from stackwise.config.kinds import BlockPart
 from stackwise.config.precision import stack_adapters, stack_precision, trunk_precision
 
 FRONT, HEAD = "front", "head"
@@ -211,6 +212,18 @@ class Stage:
     def packs(self, part: str) -> bool:
         """Whether it packs a block's weights where these are in a narrow format: their codes stand still."""
         return self.scales_alone or part not in self.trains
+
+    def pieces(self, config: StackWiseConfig, part: str) -> list[str]:
+        """The modules in a part that can be in memory only while rows go through them, by their paths.
+
+        Not where it has adapters or narrow weights, or is compiled: what is small is then what trains.
+        """
+        whole = part in (FRONT, HEAD) or part.startswith(ADAPTER) or part not in self.trains
+        if whole or self.scales_alone or config.training.compile or self.format(part) != PLAIN:
+            return []
+        model = config.model.at(block_number(part))
+        kinds: dict[str, BlockPart] = {"attention": model.attention, "ffn": model.ffn}
+        return [f"{name}.{path}" for name, kind in kinds.items() for path in kind.pieces(model)]
 
     def format(self, part: str) -> BlockFormat:
         """How a block is held."""

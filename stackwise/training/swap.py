@@ -29,7 +29,8 @@ from stackwise.training.optim import Rising
 from stackwise.training.phases import BACKWARD, FORWARD, OPTIMIZER, PhaseClock
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
-from stackwise.training.swap_parts import FRONT, PartLoader, Parts, in_turn, make_groups, piece_name, pieces_of
+from stackwise.training.swap_parts import FRONT, PartLoader, Parts, in_turn, make_groups, pieces_of
+from stackwise.training.swap_pieces import piece_name
 from stackwise.training.swap_state import RedoLog, Spill, Update
 from stackwise.training.trainer import Trainer
 
@@ -44,6 +45,7 @@ class SwapSpace:
     groups: int  # groups that its blocks make
     memory: int  # bytes of boundaries kept in memory; the rest goes to files
     warn: Callable[[str], None]
+    pieces: int | None = None  # pieces of a part (experts of a block) in memory at once; None: all that rows reach
 
 
 class SwappedEngine:
@@ -73,7 +75,7 @@ class SwappedEngine:
         self.log = RedoLog(space.directory, parts.trains, pieces)
         self.log.open(space.warn)
         self.spill = Spill(space.directory / "step", space.memory)
-        self.loader = PartLoader(parts, self.log, settings, device, rising)
+        self.loader = PartLoader(parts, self.log, settings, device, rising, spill=self.spill, most_pieces=space.pieces)
         self.scale = LossScale(settings.loss_scale) if parts.precision == "fp16" else None
         if self.scale is not None and self.log.committed.scaler is not None:
             self.scale.restore({SCALER: torch.tensor(self.log.committed.scaler, dtype=torch.float64)})

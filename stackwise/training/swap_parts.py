@@ -25,7 +25,8 @@ from stackwise.training.engine import MEAN, OPTIMIZER, WEIGHT, State, optimizer_
 from stackwise.training.forward import MakeOutputs, pass_through
 from stackwise.training.optim import Rising, Stepper, make_optimizer, set_rates, state_tensors
 from stackwise.training.stage import StageModel
-from stackwise.training.swap_state import RedoLog, Tensors, Update
+from stackwise.training.swap_pieces import Lender, piece_name
+from stackwise.training.swap_state import RedoLog, Spill, Tensors, Update
 
 L = TypeVar("L")
 
@@ -125,9 +126,10 @@ def pieces_of(parts: Parts) -> dict[str, Sequence[str]]:
     return {name: paths for name in parts.names if name in parts.trains and (paths := parts.pieces(name))}
 
 
-def piece_name(part: str, path: str) -> str:
-    """What a piece is called in the log."""
-    return f"{part}.{path}"
+def lender_of(part: nn.Module) -> Lender | None:
+    """What lends a part its pieces."""
+    lenders = (getattr(module, "lend", None) for module in part.modules())
+    return next((lender for lender in lenders if lender is not None), None)
 
 
 def weights_apart(state: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
@@ -143,7 +145,12 @@ def _within(key: str) -> str:
 
 
 class PartLoader:
-    """Brings groups of parts from the disk, updates them, and takes their gradients and states there."""
+    """Brings groups of parts from the disk, updates them, and takes their gradients and states there.
+
+    Args:
+        spill: Holds gradients of pieces that are away.
+        most_pieces: Pieces of a part that are in memory at once; None: all that rows have reached.
+    """
 
     def __init__(
         self,
@@ -152,8 +159,12 @@ class PartLoader:
         settings: StageTraining,
         device: torch.device,
         rising: Rising | None = None,
+        *,
+        spill: Spill,
+        most_pieces: int | None = None,
     ) -> None:
         self.parts, self.log, self.settings, self.device, self.rising = parts, log, settings, device, rising
+        self.spill, self.most_pieces = spill, most_pieces
         self.pieces = pieces_of(parts)
         self.owners = {piece_name(part, path): (part, path) for part, paths in self.pieces.items() for path in paths}
 
@@ -179,29 +190,14 @@ class PartLoader:
         return self.parts.make(name, trained, self._embedding(self.log.read(FRONT, WEIGHT)) if tied else None)
 
     def _without_pieces(self, name: str, trained: dict[str, Tensor] | None) -> nn.Module:
-        if not (pieces := self.pieces.get(name)):
+        if not (paths := self.pieces.get(name)):
             return self.make(name, trained)
-        part = self.parts.make(name, trained, whole=False)
-        paths = {id(part.get_submodule(path)): path for path in pieces}
+        part, most = self.parts.make(name, trained, whole=False), self.most_pieces
+        lender = Lender(part, paths, partial(self._current, name), self.spill, self.device, most=most, name=name)
         for module in part.modules():
             if hasattr(module, "lend"):
-                setattr(module, "lend", partial(self._lend, name, paths))  # noqa: B010
+                setattr(module, "lend", lender)  # noqa: B010
         return part
-
-    def _lend(self, name: str, paths: Mapping[int, str], module: nn.Module) -> None:
-        """Let a piece have its values, now that rows reach it: up to date, and on the disk as such."""
-        if not next(module.parameters()).is_meta:
-            return
-        path = paths[id(module)]
-        with torch.autocast(self.device.type, enabled=False):  # an optimizer may multiply matrices
-            tensors = self._current(name, path)
-        for within, parameter in list(module.named_parameters()):
-            owner, _, leaf = within.rpartition(".")
-            # The mean where it is evaluated and one is kept: no training step lends such a piece.
-            key = f"{path}.{within}"
-            value = tensors.get(f"{MEAN}{key}") if not module.training else None
-            value = tensors[f"{WEIGHT}{key}"] if value is None else value
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(value.to(self.device), parameter.requires_grad))
 
     def _current(self, name: str, path: str) -> dict[str, Tensor]:
         """The state of a piece, every update that it missed made up for."""
@@ -230,6 +226,9 @@ class PartLoader:
             return None
         return {key: value for state in states if state is not None for key, value in state.items()}
 
+    def _in_piece(self, part: str, name: str) -> bool:
+        return name.startswith(tuple(f"{path}." for path in self.pieces.get(part, ())))
+
     def _piece_names(self, name: str) -> list[str]:
         return [piece_name(name, path) for path in self.pieces.get(name, ())]
 
@@ -249,9 +248,7 @@ class PartLoader:
             return {}
 
         def mine(key: str) -> bool:
-            if path is not None:
-                return key.startswith(f"{path}.")
-            return not key.startswith(tuple(f"{one}." for one in self.pieces.get(part, ())))
+            return key.startswith(f"{path}.") if path is not None else not self._in_piece(part, key)
 
         state = {key: value for key, value in carried[part]().items() if mine(_within(key))}
         if any(key.startswith(WEIGHT) for key in state):
@@ -355,29 +352,41 @@ class PartLoader:
 
     def write_gradients(self, loaded: Loaded, share: float | None, norms: dict[str, list[Tensor]]) -> None:
         """Scale a group's gradients by the true count, note their norms by part, and write them, behind."""
-        for name in self.pieces.keys() & set(loaded.group.names):
-            if all(p.grad is None for part, _, p in loaded.parameters() if part == name):
-                # Nothing reached the part at all, and so no update moves it: not one by a gradient of zero.
-                for piece in self._piece_names(name):
-                    self._current(*self.owners[piece])
-                self.log.write_gradients({piece: {} for piece in self._piece_names(name)})
-        trained = [(part, name, p.grad) for part, name, p in loaded.parameters() if p.grad is not None]
-        gradients = [gradient for _, _, gradient in trained]
-        if gradients and share is not None:
-            torch._foreach_mul_(gradients, share)
+        norms_of: dict[tuple[str, str], Tensor] = {}
+
+        def scaled(gradients: dict[tuple[str, str], Tensor]) -> None:
+            tensors = list(gradients.values())
+            if tensors and share is not None:
+                torch._foreach_mul_(tensors, share)
+            norms_of.update(zip(gradients, torch._foreach_norm(tensors) if tensors else (), strict=True))
+
+        lenders = {name: lender for name, part in loaded.parts.items() if (lender := lender_of(part)) is not None}
+        own = [(part, name, p) for part, name, p in loaded.parameters() if not self._in_piece(part, name)]
+        gradients = {(part, name): p.grad for part, name, p in own if p.grad is not None}
+        scaled(gradients)
         by_part: dict[str, dict[str, Tensor]] = {name: {} for name in loaded.group.names if name in self.log.at}
-        all_norms = iter(torch._foreach_norm(gradients) if trained else [])
-        moved = {part for part, _, _ in trained}
-        for part, name, p in loaded.parameters():
-            if p.grad is not None:
-                norms.setdefault(part, []).append(next(all_norms))
-                paths = self.pieces.get(part, ())
-                holder = next((piece_name(part, path) for path in paths if name.startswith(f"{path}.")), part)
-                by_part.setdefault(holder, {})[name] = p.grad.detach().cpu().contiguous()
-            elif p.is_meta and part in moved:  # in its place, as sums go by places
-                norms.setdefault(part, []).append(torch.zeros((), dtype=p.dtype, device=self.device))
+        for (part, name), gradient in gradients.items():
+            by_part[part][name] = gradient.detach().cpu().contiguous()
         if by_part:
             self.log.write_gradients(by_part)
+        reached = {part for part, _ in gradients}
+        for part, lender in lenders.items():
+            for path in self.pieces[part]:
+                piece, of_piece = piece_name(part, path), lender.take_gradients(path)
+                if of_piece:
+                    scaled({(part, name): gradient for name, gradient in of_piece.items()})
+                elif part in reached:
+                    continue  # its gradient is zero
+                else:  # nothing reached the part at all, and so no update moves it: not one by a gradient of zero
+                    self._current(part, path)
+                cpu = {name: gradient.detach().cpu().contiguous() for name, gradient in of_piece.items()}
+                self.log.write_gradients({piece: cpu})
+        for part, name, p in loaded.parameters():
+            if (norm := norms_of.get((part, name))) is not None:
+                norms.setdefault(part, []).append(norm)
+            elif part in lenders and part in reached and self._in_piece(part, name):
+                # In its place, as sums go by places.
+                norms.setdefault(part, []).append(torch.zeros((), dtype=p.dtype, device=self.device))
 
     def tied_head(self, loaded: Loaded) -> StageModel:
         """The head above the front's own parameter: its gradient is taken again where the front's is, in one sum."""

@@ -48,7 +48,7 @@ def test_swapped_and_resident_are_the_same(micro: Micro, tmp_path: Path) -> None
     values = {**SMALL, "model__ffn": MIXED | {"at": None}, "training__mode": "end_to_end"}
     values |= {"training__accumulation": 2, "model__dropout": 0.1}
     run(micro(**values, training__swap="never"), tmp_path / "resident")
-    events = run(micro(**values, training__swap="always", training__swap_parts=2), tmp_path / "swapped")
+    events = run(micro(**values, training__swap="always", training__swap_experts=1), tmp_path / "swapped")
     assert any("is swapped" in event["text"] for event in named(events, "note"))
     assert weights(tmp_path / "swapped") == weights(tmp_path / "resident")
     stages = load_rack(RunDirectory(tmp_path / "swapped"), torch.device("cpu")).modules()
@@ -158,3 +158,21 @@ def test_what_balances_otherwise_is_named_as_unused(micro: Micro) -> None:
 def test_what_shapes_training_alone_keeps_what_is_stored(micro: Micro) -> None:
     first, other = (micro(model__ffn=FFN | {"aux_weight": weight}) for weight in (0.01, 0.02))
     assert first.model.specification() == other.model.specification()
+
+
+def test_experts_take_turns_where_not_even_a_block_fits() -> None:
+    shape = {"model.d_model": 256, "model.n_heads": 8, "training.mode": "end_to_end"}
+    experts = {"kind": "moe", "experts": 64, "expert_dim": 1024}
+    config = StackWiseConfig.from_preset("micro", shape | {"model.ffn": experts})
+    (stage,) = schedule(config)
+    estimate, sizes = Estimate(config, 256, stage), list[int]()
+    for memory in (10**12, 2 * 10**9, 5 * 10**8):
+        config.training.swap = "always"
+        swap = estimate.swap(memory)
+        assert swap is not None
+        assert swap.memory <= memory
+        sizes.append(swap.pieces or 64)
+    assert sizes[0] == 64 > sizes[1] > sizes[2]
+    config.training.swap_experts = 3
+    assert estimate.swap(10**12) is not None
+    assert estimate.swap(10**12).pieces == 3  # type: ignore[union-attr]

@@ -142,13 +142,21 @@ def settings(**values: object) -> StageTraining:
     return StageTraining.model_validate({"learning_rate": 1e-2, "accumulation": 3, "grad_clip": 0.5, **values})
 
 
-def engine(parts: RackParts, directory: Path, *, groups: int = 99, memory: int = 0, **values: object) -> SwappedEngine:
+def engine(
+    parts: RackParts,
+    directory: Path,
+    *,
+    groups: int = 99,
+    memory: int = 0,
+    pieces: int | None = None,
+    **values: object,
+) -> SwappedEngine:
     """A swapped engine that complains of nothing."""
 
     def warn(text: str) -> None:
         raise AssertionError(text)
 
-    space = SwapSpace(directory, groups, memory, warn)
+    space = SwapSpace(directory, groups, memory, warn, pieces)
     return SwappedEngine(parts, settings(**values), space, seed=SEED, device=CPU)
 
 

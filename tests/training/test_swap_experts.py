@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stackwise.model import part_digest
+from stackwise.model.experts import MixtureFeedForward
 from stackwise.training import swap_state
 from stackwise.training.checkpoint import TensorFile
 from stackwise.training.engine import ResidentEngine
@@ -41,23 +42,24 @@ def same(found: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor
     "more",
     [
         {"weight_decay": 0.1, "ema": 0.9},
-        {"optimizer": "muon", "ffn": {"balance": "bias", "shared_experts": 1}},
-        {"optimizer": "adamw8bit", "grad_clip": 0.0, "ffn": {"top_k": 2}, "precision": "bf16"},
+        {"pieces": 2, "optimizer": "muon", "ffn": {"balance": "bias", "shared_experts": 1}},
+        {"pieces": 1, "optimizer": "adamw8bit", "grad_clip": 0.0, "ffn": {"top_k": 2}, "precision": "bf16"},
     ],
     ids=["mean", "muon", "8bit"],
 )
 def test_the_bits_are_those_of_training_in_memory(tmp_path: Path, more: dict[str, Any]) -> None:
     """A refused step, an evaluation, an engine made anew before each step: nothing of it shows."""
     more = dict(more)
+    most = more.pop("pieces", None)
     parts = RackParts(3, ffn=FFN | more.pop("ffn", {}), precision=more.pop("precision", "fp32"))
     resident = ResidentEngine(parts.whole(), settings(accumulation=2, **more), seed=SEED, device=CPU)
     for step in range(STEPS):
         accept = None if step != 2 else (lambda loss, norm: False)
-        swapped = engine(parts, tmp_path / "swap", groups=2, accumulation=2, **more)
+        swapped = engine(parts, tmp_path / "swap", groups=2, accumulation=2, pieces=most, **more)
         one = resident.step(few(step), step, 1e-2, accept)
         other = swapped.step(few(step), step, 1e-2, accept)
         assert (one.loss, one.gradient_norm, one.taken) == (other.loss, other.gradient_norm, other.taken)
-        if step in (0, 3):
+        if step == 3:
             assert resident.evaluate(few(9)) == swapped.evaluate(few(9))
         swapped.log.close()
     swapped = engine(parts, tmp_path / "swap", accumulation=2, **more)
@@ -84,8 +86,16 @@ def test_what_rows_do_not_reach_is_neither_read_nor_written(tmp_path: Path, monk
     write_tensors = swap_state.write_tensors
     monkeypatch.setattr(swap_state, "TensorFile", Watched)
     monkeypatch.setattr(swap_state, "write_tensors", write)
+    looped, held = MixtureFeedForward.looped, list[int]()
+
+    def counted(self: MixtureFeedForward, x_ND: Tensor, counts: list[int]) -> Tensor:
+        y_ND = looped(self, x_ND, counts)
+        held.append(sum(not p.is_meta for expert in self.experts for p in (next(expert.parameters()),)))
+        return y_ND
+
+    monkeypatch.setattr(MixtureFeedForward, "looped", counted)
     parts = RackParts(3, ffn=FFN)
-    swapped = engine(parts, tmp_path / "swap", accumulation=2)
+    swapped = engine(parts, tmp_path / "swap", accumulation=2, pieces=1)
     for step in range(STEPS):
         read.clear()
         written.clear()
@@ -102,18 +112,19 @@ def test_what_rows_do_not_reach_is_neither_read_nor_written(tmp_path: Path, monk
         assert 0 < len(experts) < len(swapped.log.pieces) / 2
         assert read & swapped.log.pieces <= experts
         assert written & swapped.log.pieces <= experts
+    assert set(held) == {1}, "experts of a block in memory together"
     swapped.close()
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.training.swap_killed", str(tmp_path), "3", "4", "8", "experts"],
+        [sys.executable, "-W", "error", "-m", "tests.training.swap_killed", str(tmp_path), "3", "3", "6", "experts"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     parts = RackParts(3, ffn=FFN)
     resident = ResidentEngine(parts.whole(), settings(accumulation=2), seed=SEED, device=CPU)
-    losses = [float(resident.step(few(n), n, learning_rate(resident.settings, n, 8)).loss) for n in range(8)]
+    losses = [float(resident.step(few(n), n, learning_rate(resident.settings, n, STEPS)).loss) for n in range(STEPS)]
     result = json.loads(done.stdout)
     assert result["losses"] == losses
     states = state_dicts(resident.model, parts.names)

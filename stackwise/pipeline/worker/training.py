@@ -113,7 +113,7 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
     engine = SwappedEngine(
         JobParts(job, config, job.initial, measured_spans(context, partial(row_order, context))),
         context.settings,
-        SwapSpace(Path(job.checkpoints) / "swap", swap.groups, swap.boundaries, context.warn),
+        SwapSpace(Path(job.checkpoints) / "swap", swap.groups, swap.boundaries, context.warn, swap.pieces),
         seed=job.seed(config),
         device=context.device,
         before=job.span.first,

@@ -1,0 +1,134 @@
+"""Pieces of a part that is swapped: experts that are in memory only while rows go through them.
+
+Where no more than some of a part's pieces may be in memory at once, one that goes leaves its gradient among the
+tensors of the step, and its rows alone behind: on the way back it is brought again, goes forward again from them, and
+so has the gradient that it would have had. A piece draws no random numbers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stackwise.training.engine import MEAN, WEIGHT
+from stackwise.training.swap_state import Spill, Tensors
+
+
+def piece_name(part: str, path: str) -> str:
+    """What a piece is called in the log."""
+    return f"{part}.{path}"
+
+
+class Lender:
+    """Brings the pieces of a part when rows reach them.
+
+    Args:
+        part: The part's module, its pieces without values.
+        paths: Of its pieces.
+        current: Gives the state of a piece, by its path, up to date.
+        spill: Holds the gradients of those that are away.
+        most: Pieces in memory at once; None: all that rows have reached.
+        name: The part's.
+    """
+
+    def __init__(
+        self,
+        part: nn.Module,
+        paths: Sequence[str],
+        current: Callable[[str], Mapping[str, Tensor]],
+        spill: Spill,
+        device: torch.device,
+        *,
+        most: int | None,
+        name: str,
+    ) -> None:
+        self._pieces = {path: part.get_submodule(path) for path in paths}  # not the part: there would be a circle
+        self._paths = {id(module): path for path, module in self._pieces.items()}
+        self._current, self._spill, self._device, self._most, self._name = current, spill, device, most, name
+        self._held: OrderedDict[str, None] = OrderedDict()  # those in memory, the one that waited longest first
+        self._spilled: dict[str, dict[str, Any]] = {}  # of those away that have gradients, the keys of these by name
+        self._anchor = torch.empty(0, requires_grad=True)  # rows that need no gradient reach a piece that does
+
+    def __call__(self, module: nn.Module, rows: Tensor) -> Tensor:
+        """What a piece makes of rows."""
+        kind = rows.device.type
+        numerics: dict[str, Any] = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+        # A cast that is kept would hold the weights of a piece that goes, and add up gradients of its rows in bf16.
+        with torch.autocast(kind, **numerics, cache_enabled=self._most is None):
+            if torch.is_grad_enabled() and self._most is not None:
+                made: Tensor = _Lent.apply(rows, self._anchor, self, module, numerics)  # type: ignore[no-untyped-call]
+            else:
+                made = self.bring(module)(rows)
+        return made
+
+    def bring(self, module: nn.Module) -> nn.Module:
+        """The piece, in memory."""
+        path = self._paths[id(module)]
+        if path not in self._held:
+            while self._most is not None and len(self._held) >= self._most:
+                self._let_go(next(iter(self._held)))
+            with torch.autocast(self._device.type, enabled=False):  # an optimizer may multiply matrices
+                state = self._current(path)
+            keys = self._spilled.pop(path, {})
+            for within, parameter in list(module.named_parameters()):
+                name = f"{path}.{within}"
+                # The mean where it is evaluated and one is kept: no training step brings such a piece.
+                value = state.get(f"{MEAN}{name}") if not module.training else None
+                value = (state[f"{WEIGHT}{name}"] if value is None else value).to(self._device)
+                fresh = nn.Parameter(value, parameter.requires_grad)
+                if within in keys:
+                    fresh.grad = self._spill.take(keys[within]).to(self._device)
+                _put(module, within, fresh)
+        self._held[path] = None
+        self._held.move_to_end(path)
+        return module
+
+    def _let_go(self, path: str) -> None:
+        module = self._pieces[path]
+        for within, parameter in list(module.named_parameters()):
+            if parameter.grad is not None:
+                key = ("gradient", self._name, path, within)
+                self._spill.put(key, parameter.grad)
+                self._spilled.setdefault(path, {})[within] = key
+            _put(module, within, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+        del self._held[path]
+
+    def take_gradients(self, path: str) -> Tensors:
+        """The gradients of a piece by the parameters' names in the part, on the device; it keeps none of them."""
+        taken: Tensors = {}
+        for within, key in self._spilled.pop(path, {}).items():
+            taken[f"{path}.{within}"] = self._spill.take(key).to(self._device)
+        for within, parameter in self._pieces[path].named_parameters():
+            if parameter.grad is not None:
+                taken[f"{path}.{within}"], parameter.grad = parameter.grad, None
+        return taken
+
+
+class _Lent(torch.autograd.Function):
+    """A piece over rows, of which these alone are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, anchor: Tensor, lender: Lender, module: nn.Module, numerics: dict[str, Any]
+    ) -> Tensor:
+        ctx.lender, ctx.module, ctx.rows, ctx.numerics = lender, module, rows.detach(), numerics
+        with torch.enable_grad():  # the same operations as on the way back: kernels may round differently without
+            made: Tensor = lender.bring(module)(ctx.rows.requires_grad_(rows.requires_grad))
+        return made.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows: Tensor = ctx.rows.detach().requires_grad_(ctx.needs_input_grad[0])
+        with torch.enable_grad(), torch.autocast(rows.device.type, **ctx.numerics, cache_enabled=False):
+            made = ctx.lender.bring(ctx.module)(rows)
+        torch.autograd.backward([made], [gradients[0]])
+        return rows.grad, None, None, None, None
+
+
+def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, parameter)
