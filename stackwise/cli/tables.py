@@ -174,12 +174,43 @@ def status_table(value: dict[str, Any]) -> list[Line]:
             stage["reason"] or "",
         )
     lines = [[*line, f"  {done} of {words.plural(len(stages), 'stage')} done"], *table.lines()]
+    if "group" in value:
+        lines += [[], *ranks_table(value["group"])]
     if value.get("jobs"):
         jobs = Table("job", "of", "state")
         for job in value["jobs"]:
             jobs.add_row(f"{job['engine']} {job['job']}", job_name(job), state(job["state"]))
         lines += [[], *jobs.lines()]
     return lines
+
+
+def ranks_table(group: Mapping[str, Any], most: int | None = None) -> list[Line]:
+    """How the ranks of a stage fare, by rank.
+
+    Args:
+        group: As `status` has it; the slowest is the one that waits least for the others.
+        most: Rows; of more ranks the slowest and the first are shown.
+    """
+    table = Table("rank", "tokens/s", "waits for data", "for ranks", "memory", "", right=(0, 1, 2, 3, 4))
+    ranks, slowest = group["ranks"], group["slowest"]
+    if most is not None and len(ranks) > most:
+        first = [rank for rank in ranks if rank["rank"] != slowest][: most - 1]
+        ranks = [rank for rank in ranks if rank["rank"] == slowest or rank in first]
+    for rank in ranks:
+        speed, wait, sync, memory = (
+            rank.get(key) for key in ("tokens_per_second", "wait_fraction", "sync_fraction", "memory")
+        )
+        table.add_row(
+            str(rank["rank"]),
+            words.count(speed) if speed is not None else "",
+            words.percent(wait) if wait is not None else "",
+            words.percent(sync) if sync is not None else "",
+            words.size(memory) if memory is not None else "",
+            "slowest" if rank["rank"] == slowest else "",
+        )
+    if rest := len(group["ranks"]) - len(ranks):
+        table.add_row("…", "", "", "", "", f"{rest} more", style="dim")
+    return table.lines()
 
 
 def job_name(job: dict[str, Any]) -> str:

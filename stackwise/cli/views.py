@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from stackwise import words
 from stackwise.cli.drawing import Table, drawn, state
 from stackwise.cli.output import Line, Styled, is_live, print_event, say
+from stackwise.cli.tables import ranks_table
 from stackwise.pipeline.events import EVENTS, PHASES, wording
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ SECONDS = 5.0
 """Between two lines of progress, and between two lines on skipped steps."""
 ROWS = 16
 """Stages shown at once; of more, those around the running one."""
+RANKS = 8
+"""Ranks shown at once."""
 SMOOTH = {"loss": 0.3, "tokens_per_second": 0.3, "seconds_per_step": 0.12}
 """Weight of the newest of the figures that the live view smooths."""
 
@@ -92,6 +95,8 @@ class RunView:
     total: int | None = None
     evaluation: dict[str, Any] | None = None
     fill: Event | None = None
+    group: Event | None = None
+    """How the ranks of the running stage fare."""
     saved: bool = False
 
     def __post_init__(self) -> None:
@@ -123,6 +128,8 @@ class RunView:
                 self.evaluation = event["result"]
             case "fill":
                 self.fill = event
+            case "ranks":
+                self.group = event
             case "training" | "step":
                 self.current = place
         if kind in ("training", "reused"):
@@ -190,6 +197,14 @@ class RunView:
         """The stage in training."""
         stage = self.stages[self.current] if self.current is not None else None
         return stage if stage is not None and stage.state == "running" else None
+
+    @property
+    def slowest(self) -> list[str]:
+        """Which rank the others wait for, in words; nothing where there is one."""
+        if self.group is None:
+            return []
+        longest = max(rank.get("sync_fraction") or 0.0 for rank in self.group["ranks"])
+        return [f"slowest rank {self.group['slowest']}, others wait up to {words.percent(longest)}"]
 
     @property
     def seconds_left(self) -> float | None:
@@ -293,6 +308,7 @@ class Lines(_View):
             if due or step == event["steps"]:
                 self._shown[place] = step
                 figures = [f"step {step:,}/{event['steps']:,}", *step_figures(event, self._view.stages[place])]
+                figures += self._view.slowest
                 self._say(self.at(place, "  ".join(figures)))
             return
         if kind == "training":
@@ -358,6 +374,8 @@ class Live(_View):
             lines += [[], self._bar(view.done, view.total), [self._activity(view.activity)]]
         elif (stage := view.running) is not None:
             lines += [[], self._bar(stage.step, stage.steps), self._training(stage)]
+            if view.group is not None:
+                lines += [[], *ranks_table(view.group, RANKS)]
         return drawn(lines)
 
     def _stages(self) -> list[Line]:

@@ -150,6 +150,28 @@ def test_the_running_stage_has_a_bar_and_its_figures_under_it(view: RunView) -> 
     assert lines[-1].startswith("stage 1  10/60  loss 2.500  lr 2.1e-3  8,420 tokens/s  wait 1.2%  memory 612 MB  0:")
 
 
+def test_ranks_are_under_the_running_stage_the_slowest_marked(
+    view: RunView, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    live, lines = Live(view, console), Lines(view, every=1)
+    ranks = [
+        {"rank": number, "step": 9, "tokens_per_second": 2100.0, "wait_fraction": 0.02, "memory": 612_000_000}
+        | {"sync_fraction": 0.1 if number == 11 else 0.4}
+        for number in range(12)
+    ]
+    for event in [*EVENTS[:11], {"event": "ranks", "stage": 1, "ranks": ranks, "slowest": 11}, EVENTS[11]]:
+        live(event)
+        lines(event)
+    lines(step(60, stage=1))
+    console.print(live._render())
+    drawn = console.file.getvalue()  # type: ignore[attr-defined]
+    rows = [line.split() for line in drawn.splitlines()]
+    assert ["11", "2,100", "2.0%", "10%", "612", "MB", "slowest"] in rows
+    assert ["…", "4", "more"] in rows
+    assert "slowest rank 11, others wait up to 40%" in capsys.readouterr().out
+
+
 def test_time_left_follows_the_pace(view: RunView, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
