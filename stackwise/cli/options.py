@@ -21,7 +21,18 @@ if TYPE_CHECKING:
     from stackwise.pipeline.run import RunDirectory
 
 F = TypeVar("F", bound=Callable[..., Any])
-PRESETS = ("micro", "smoke", "demo", "stages", "finetune", "gpt2-small", "bert-base", "llama-1b", "llama-70b")
+PRESETS = (
+    "micro",
+    "smoke",
+    "demo",
+    "stages",
+    "finetune",
+    "gpt2-small",
+    "bert-base",
+    "llama-1b",
+    "llama-8b",
+    "llama-70b",
+)
 """The names of the built-in configurations, as help has them: reading their files would import all of config."""
 DEFAULT_PRESET = "demo"
 RUNS = Path("runs")

@@ -30,7 +30,18 @@ C = TypeVar("C", bound=Settings)
 Tree = dict[str, Any]
 Key = tuple[str | int, ...]
 
-PRESETS = ("micro", "smoke", "demo", "stages", "finetune", "gpt2-small", "bert-base", "llama-1b", "llama-70b")
+PRESETS = (
+    "micro",
+    "smoke",
+    "demo",
+    "stages",
+    "finetune",
+    "gpt2-small",
+    "bert-base",
+    "llama-1b",
+    "llama-8b",
+    "llama-70b",
+)
 """The built-in configurations: from seconds on two cores to one H200 for months."""
 
 MOST_BYTES = 256 << 10

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from stackwise.cli.app import main
 from stackwise.config import StackWiseConfig
 from stackwise.errors import StackWiseError, UsageError
-from stackwise.pipeline.estimate import Estimate
+from stackwise.pipeline.estimate import SHARE, Estimate
+from stackwise.pipeline.planning.advice import fit
 from stackwise.pipeline.planning.forecast import forecast
 from stackwise.pipeline.planning.machines import MACHINES, find
 from stackwise.pipeline.planning.trace import PARTS
@@ -92,6 +93,23 @@ def test_a_plan_is_what_the_contract_says_and_writes_nothing(tmp_path: Path, mon
     assert plan["disk"]["written"] >= plan["disk"]["live"] > 0 or plan["disk"]["written"] > 0
     assert any("an hour this costs" in line for line in plan["advice"])
     assert not list(tmp_path.iterdir())
+
+
+def test_sizes_that_fit_are_the_largest_that_do() -> None:
+    machine = MACHINES["rtx4090"]
+
+    def peak(**changes: int) -> int:
+        given = {"training.mode": "blockwise", "training.swap": "never"} | sizes | changes
+        config = StackWiseConfig.from_preset("llama-1b", given)
+        return max(stage.memory["peak"] for stage in forecast(config, machine, trace=False).stages)
+
+    sizes = fit(StackWiseConfig.from_preset("llama-1b"), machine, trace=False)
+    assert sizes["training.batch_size"] * sizes["training.accumulation"] == 4 * 8
+    assert peak() <= SHARE * machine.memory
+    assert peak(**{"training.mode.block_size": sizes["training.mode.block_size"] + 1}) > SHARE * machine.memory
+    assert peak(**{"training.batch_size": 2 * sizes["training.batch_size"]}) > SHARE * machine.memory
+    with pytest.raises(UsageError):
+        fit(StackWiseConfig.from_preset("llama-1b"), replace(machine, memory=1e9), trace=False)
 
 
 def test_what_does_not_fit_is_told_with_changes_that_help() -> None:

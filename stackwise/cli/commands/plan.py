@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--disk", metavar="RATE,SIZE", help="Such as 7GB/s,15TB; with two rates the second is of writing.")
 @click.option("--ram", metavar="SIZE", help="The host's memory, such as 128GB.")
 @click.option("--tokens", metavar="N", help="Tokens that each stage trains on, such as 1B.")
+@click.option("--fit", "fits", is_flag=True, help="Find the blocks of a stage and the rows of a microbatch that fit.")
 @click.option("--price", type=Finite(min=0), metavar="$/h", help="What an hour of the machine costs.")
 @click.option("-o", "overrides", metavar="KEY=VALUE", multiple=True, help="Set a key, such as training.batch_size=2.")
 @as_json
@@ -33,6 +34,7 @@ def plan(
     config: str | None,
     preset: str | None,
     price: float | None,
+    fits: bool,
     overrides: tuple[str, ...],
     as_json: bool,
     **options: Any,
@@ -43,18 +45,22 @@ def plan(
     values.
     """
     from stackwise.config.loading import parse_overrides
-    from stackwise.pipeline.planning.advice import advise, alternatives
+    from stackwise.pipeline.planning.advice import advise, alternatives, fit
     from stackwise.pipeline.planning.forecast import forecast
     from stackwise.pipeline.planning.machines import tokens
 
     machine = _machine(**{key: options[key] for key in ("gpu", "disk", "ram")})
     number = tokens(options["tokens"]) if options["tokens"] is not None else None
-    chosen = load(config, preset, parse_overrides(overrides))
+    chosen, sizes = load(config, preset, parse_overrides(overrides)), None
+    if fits:
+        sizes = fit(chosen, machine)
+        chosen = load(config, preset, parse_overrides(overrides) | {"training.mode": "blockwise"} | sizes)
     planned = forecast(chosen, machine, number)
     lines, others = advise(planned, price), list(alternatives(planned))
     if as_json:
         print_json(
             {
+                **({} if sizes is None else {"settings": sizes}),
                 "parameters": planned.parameters,
                 "fits": planned.fits,
                 "stages": [stage.plain() for stage in planned.stages],
@@ -65,6 +71,8 @@ def plan(
             }
         )
         return
+    if sizes is not None:
+        say_all([["fits with: ", Styled(" ".join(f"-o {key}={value}" for key, value in sizes.items()), "bold")]])
     say_all(_shown(planned, source_name(config, preset), lines, others))
 
 

@@ -13,9 +13,10 @@ from stackwise.config.choices import Mode
 from stackwise.config.growth import Growth
 from stackwise.config.precision import bits_per_weight
 from stackwise.config.training import ProgressiveConfig
-from stackwise.errors import StackWiseError
+from stackwise.errors import StackWiseError, UsageError
 from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.planning.forecast import Forecast, forecast
+from stackwise.pipeline.planning.machines import Machine
 from stackwise.pipeline.runner.auto import largest_fitting
 from stackwise.pipeline.schedule import schedule
 
@@ -209,6 +210,64 @@ def _rows(config: StackWiseConfig, rows: int) -> None:
 def _grown(config: StackWiseConfig, blocks: int) -> None:
     _whole(config)
     config.training.growth = [Growth(blocks=blocks, until=GROWS_AT)]
+
+
+BUSY = 4  # rows of a microbatch from which a card's kernels are busy: one at a time takes up to a third longer
+
+
+def fit(config: StackWiseConfig, machine: Machine, *, trace: bool = True) -> dict[str, int]:
+    """The sizes of resident stages that fit into a machine's memory.
+
+    The rows of a step stay what they are. Stages are as fat as four rows a microbatch allow (fewer where not even one
+    block fits with so many), and then the microbatch as large as it goes.
+
+    Args:
+        trace: The trace has the last word; else closed forms do.
+
+    Returns:
+        Settings by key, for `-o`; `batch_size` of a stage's own stays as it is.
+
+    Raises:
+        UsageError: Not one block fits, a row at a time.
+    """
+    rows = max(1, config.training.batch_size) * config.training.accumulation
+    sizes = [size for size in (1 << n for n in range(rows.bit_length())) if rows % size == 0]
+    order = sorted(sizes, key=lambda size: (size < min(BUSY, rows), abs(size - BUSY)))  # four, more, then fewer
+    for size in order[:1] + [size for size in order[1:] if size < BUSY]:
+        changed = _with_mode(config, "blockwise")
+        _split(changed, rows, size)
+        vocabulary = changed.model.vocab_size or changed.data.vocab_size or 4096
+        blocks = largest_fitting(changed, vocabulary, int(machine.memory), machine.kind)
+        for count in range(blocks, 0, -1):
+            _blocks(changed, count)
+            changed.training.swap = "never"
+            if not _in_memory(changed, machine, trace):
+                continue
+            for larger in sorted(other for other in sizes if other > size):
+                before = changed.training.batch_size
+                _split(changed, rows, larger)
+                if not _in_memory(changed, machine, trace):
+                    _split(changed, rows, before)
+                    break
+            training = changed.training
+            return {
+                "training.mode.block_size": count,
+                "training.batch_size": training.batch_size,
+                "training.accumulation": training.accumulation,
+            }
+    raise UsageError(
+        f"--fit: not one block of {config.name} fits into {words.size(machine.memory)}, a row at a time",
+        hint="plan without it: stages are swapped then; or shorten training.seq_len",
+    )
+
+
+def _split(config: StackWiseConfig, rows: int, size: int) -> None:
+    config.training.batch_size, config.training.accumulation = size, rows // size
+
+
+def _in_memory(config: StackWiseConfig, machine: Machine, trace: bool) -> bool:
+    stages = forecast(config, machine, trace=trace).stages
+    return all(stage.memory["peak"] <= SHARE * machine.memory for stage in stages)
 
 
 def _whole(config: StackWiseConfig) -> None:
