@@ -49,12 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    return make_parser("preferences", __doc__)
-
-
-def make_parser(module: str, about: str | None) -> argparse.ArgumentParser:
-    """The options of a course."""
-    made = parser(module, about)
+    made = parser("preferences", __doc__)
     add = made.add_argument
     add(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="seeds, each a whole course; default 0 1 2"
@@ -71,27 +66,28 @@ def make_parser(module: str, about: str | None) -> argparse.ArgumentParser:
 
 def measure(options: argparse.Namespace) -> Result:
     """Measure it, seed by seed."""
-    lines, by_seed = prompt_lines(options.pairs), []
+    lines = _lines()
+    if len(lines) < options.pairs + HELD_OUT + 100:
+        raise refuse(f"--pairs {options.pairs}: there are {len(lines)} lines", "give a smaller number")
+    by_seed = []
     for seed in options.seeds:
         with tempfile.TemporaryDirectory(prefix="stackwise-bench-", dir=options.dir) as name:
-            by_seed.append(Course(options, Path(name), seed, lines).run())
+            by_seed.append(_Course(options, Path(name), seed, lines).run())
     return {"seeds": options.seeds, "target": options.target, "bound": options.bound, "runs": by_seed}
 
 
-def prompt_lines(pairs: int) -> list[str]:
-    """Different lines of the standard library, of a middle length, enough for so many prompts."""
+def _lines() -> list[str]:
+    """Different lines of the standard library, of a middle length."""
     found: dict[str, None] = {}
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         for line in path.read_text(errors="replace").splitlines():
             text = line.strip()
             if SHORTEST <= len(text) <= LONGEST and text.isascii():
                 found[text] = None
-    if len(found) < pairs + HELD_OUT + 100:
-        raise refuse(f"--pairs {pairs}: there are {len(found)} lines", "give a smaller number")
     return list(found)
 
 
-class Course:
+class _Course:
     """One seed: fine-tuning, pairs, and what each method makes of them."""
 
     def __init__(self, options: argparse.Namespace, root: Path, seed: int, lines: list[str]) -> None:
@@ -104,22 +100,21 @@ class Course:
 
     def run(self) -> Result:
         """Everything."""
-        self.fine_tune()
-        reference = model(self.root / "model")
-        before = self.judged(reference, reference)
+        self._fine_tune()
+        reference = _model(self.root / "model")
+        before = self._judged(reference, reference)
         say(f"seed {self.seed}: fine-tuned: {before}")
-        accuracies, methods = self.make_pairs(reference), {}
+        accuracies, methods = self._pairs(reference), {}
         for number, (name, objective) in enumerate(METHODS.items()):
-            run = self.tuned(f"method{number}", objective, 3e-4)
-            methods[name] = self.judged(model(run), reference) | {"accuracy": ranked(run)}
+            run = self._run(f"method{number}", objective, 3e-4)
+            methods[name] = self._judged(_model(run), reference) | {"accuracy": _ranked(run)}
             say(f"seed {self.seed}: {name}: {methods[name]}")
-        right = ranked(self.tuned("reward", {"name": "reward"}, 1e-3))
-        return {"seed": self.seed, "before": before, "pairs": accuracies, "methods": methods, "reward": right}
+        ranked = _ranked(self._run("reward", {"name": "reward"}, 1e-3))
+        return {"seed": self.seed, "before": before, "pairs": accuracies, "methods": methods, "reward": ranked}
 
-    def fine_tune(self) -> None:
-        """A rack that answers: it is exported to `model`."""
+    def _fine_tune(self) -> None:
         rows = [{"prompt": line[:PROMPT], "completion": line[PROMPT:]} for line in self.lines]
-        self.write("lines", rows)
+        self._write("lines", rows)
         settings = {
             "model.d_model": self.options.width,
             "model.n_heads": self.options.width // 32,
@@ -131,7 +126,7 @@ class Course:
             "training.batch_size": 16,
             "training.learning_rate": 2e-3,
         }
-        run = self.trained("tuned", "lines", settings)
+        run = self._trained("tuned", "lines", settings)
         import torch
 
         from stackwise.pipeline.committed.load import load_rack
@@ -140,7 +135,7 @@ class Course:
 
         export_rack(load_rack(RunDirectory(run), torch.device("cpu")), self.root / "model")
 
-    def make_pairs(self, reference: LoadedModel) -> int:
+    def _pairs(self, reference: LoadedModel) -> int:
         """Answers to the prompts, twice; how many pairs they made."""
         drawn = [self._answers(reference, self.prompts, 1000 * self.seed + 1 + turn) for turn in range(2)]
         rows = []
@@ -148,11 +143,10 @@ class Course:
             better, worse = sorted((one, other), key=self._distance)
             if self._distance(better) < self._distance(worse) and better and worse:
                 rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
-        self.write("pairs", rows)
+        self._write("pairs", rows)
         return len(rows)
 
-    def tuned(self, name: str, objective: dict[str, Any], rate: float) -> Path:
-        """A run over the pairs, from there."""
+    def _run(self, name: str, objective: dict[str, Any], rate: float) -> Path:
         settings = {
             "init.weights": str(self.root / "model"),
             "data.held_out": 0.15,
@@ -164,10 +158,9 @@ class Course:
             "training.eval_every": self.options.preference_steps,
             "evaluation.samples": 512,
         }
-        return self.trained(name, "pairs", settings)
+        return self._trained(name, "pairs", settings)
 
-    def trained(self, name: str, data: str, settings: dict[str, Any]) -> Path:
-        """A run, finished; its directory."""
+    def _trained(self, name: str, data: str, settings: dict[str, Any]) -> Path:
         from stackwise.config import StackWiseConfig
         from stackwise.config.loading import build
         from stackwise.pipeline.run import RunDirectory
@@ -185,8 +178,7 @@ class Course:
         Runner(config, RunDirectory(self.root / name), lambda event: None).run()
         return self.root / name
 
-    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """A file of rows."""
+    def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
         (self.root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def _distance(self, answer: str) -> int:
@@ -195,7 +187,7 @@ class Course:
     def _answers(self, model: LoadedModel, prompts: list[str], seed: int) -> list[str]:
         return [_text(ids) for ids in _drawn(model, prompts, seed)]
 
-    def judged(self, model: LoadedModel, reference: LoadedModel) -> dict[str, float]:
+    def _judged(self, model: LoadedModel, reference: LoadedModel) -> dict[str, float]:
         """The reward on held-out prompts, and the divergence from the reference."""
         import torch
 
@@ -212,7 +204,7 @@ class Course:
 SEPARATOR = 256
 
 
-def model(weights: Path) -> LoadedModel:
+def _model(weights: Path) -> LoadedModel:
     """A model as generation holds it."""
     import torch
 
@@ -257,7 +249,7 @@ def _said(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
     return said[:, PROMPT - 1 :].sum(1)
 
 
-def ranked(run: Path) -> float:
+def _ranked(run: Path) -> float:
     """Share of held-out pairs that a run ranks right at its end."""
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     return float([event for event in events if event["event"] == "held_out"][-1]["terms"]["accuracy"])

@@ -109,8 +109,6 @@ def _training(config: Settings) -> Iterator[Fault]:
         yield "training.objective", text
     if objective.reference is not None and config.distillation.teacher is not None:
         yield "distillation.teacher", f"{objective.name} has a reference already: leave one of both out"
-    if objective.rolls_out:
-        yield from _rollouts(config)
     if not objective.masks:
         nothing = f"{objective.name} masks nothing"
         if training.masks_per_sample > 1:
@@ -202,31 +200,10 @@ def _block_size(config: Settings) -> Iterator[Fault]:
         yield key, "auto: mask_windows are for a known number of stages; give a number, or leave them out"
 
 
-def _rollouts(config: Settings) -> Iterator[Fault]:
-    """What stages that train on their own answers cannot have."""
-    training, name = config.training, config.objective.name
-    if config.n_stages > 1 or training.grown is not None:
-        yield "training.objective", f"{name} draws answers from a whole rack: set training.mode: end_to_end"
-    elif config.bottom:
-        yield "training.adapters.above", f"{name} draws answers from a whole rack, each of its blocks in the stage: 0"
-    if config.distillation.teacher is not None:
-        yield "distillation.teacher", f"{name} has a reference already: leave one of both out"
-    if config.data.within_documents:
-        yield "data.within_documents", f"{name} gives a row to each prompt: leave it out"
-    own = {f"stages.{depth}.training": overrides.training for depth, overrides in config.stages.items()}
-    for key, settings in {"training": training, **own}.items():
-        if settings.eval_every is not None:
-            text = f"{name} has no held-out loss, as its rows are answers of the rack as it is"
-            yield f"{key}.eval_every", f"{text}: leave it out"
-
-
 def _windows(config: Settings) -> Iterator[Fault]:
     """Windows of the corpus: how many cannot be."""
     windows, key = config.training.windows, "training.windows"
     if not config.has_windows:
-        return
-    if config.objective.rolls_out and windows == AUTO:
-        yield key, f"auto bounds boundaries, and {config.objective.name} has none: give the number of its phases"
         return
     if windows == AUTO:
         if config.store.max_bytes is None:
@@ -380,6 +357,8 @@ def _sharding(config: Settings) -> Iterator[Fault]:
         yield "parallel.offload", "what is divided waits in the host's memory: set parallel.shard too, or training.swap"
     if not parallel.divides:
         return
+    if parallel.pipeline > 1 and model.dropout:
+        yield "parallel.pipeline", "dropout draws in one row for all blocks: set model.dropout: 0, or parallel.shard"
     divided = "a stage that is divided over ranks (parallel)"
     stages = [config.stage_training(depth) for depth in range(config.n_stages)]
     for settings in stages:
@@ -390,6 +369,8 @@ def _sharding(config: Settings) -> Iterator[Fault]:
         yield "training.ema", f"{divided} keeps no mean of its weights"
     if any(settings.quantization is not None for settings in stages):
         yield "training.quantization", f"{divided} is not trained for integers"
+    if training.meta is not None:
+        yield "training.meta", f"{divided} takes no inner steps"
     if training.compile:
         yield "training.compile", f"{divided} is not compiled"
     if training.adapters is not None:

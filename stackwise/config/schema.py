@@ -197,7 +197,15 @@ class ParallelConfig(Section):
     sequence: bool = Field(
         False, description="with tensor: between its matrices a block's positions are divided over the same ranks"
     )
-    pipeline: Literal[1] = Field(1, description="1: no rank holds less than all blocks of a stage")
+    pipeline: Small = Field(
+        1,
+        description="ranks that the blocks of a stage are divided over; microbatches go through them one after another",
+    )
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = Field(
+        "1f1b",
+        description="with pipeline, the order of passes. gpipe: forward passes first; 1f1b: backward ones as soon as "
+        "may be, which keeps fewer activations; interleaved: so, and each rank has two parts of the stage",
+    )
     deterministic: bool = Field(
         True,
         description="gradients are added up in the order of microbatches, as one process does; false: as is fastest, "
@@ -363,10 +371,8 @@ class Settings(Section):
     def has_windows(self) -> bool:
         """Whether rows can be trained in windows: where some stage reads a boundary, whose size they are to bound.
 
-        Or where sections train in turn: a window is then a round. Or where each window answers prompts of its own.
+        Or where sections train in turn: a window is then a round.
         """
-        if self.objective.rolls_out:
-            return True
         if self.training.plan.whole:
             return self.n_sections > 1
         from_tokens = self.training.progressive.holds_trunk or self.stands_apart or self.grows

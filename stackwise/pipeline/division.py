@@ -11,6 +11,8 @@ import math
 from stackwise.config import StackWiseConfig
 from stackwise.config.schema import StageOverrides
 from stackwise.errors import UsageError
+from stackwise.pipeline.schedule import schedule
+from stackwise.words import plural
 
 NEAR = 256  # how far from the number of ranks another one that divides is looked for
 
@@ -28,7 +30,9 @@ def divide(config: StackWiseConfig, earlier: StackWiseConfig | None) -> list[str
     Raises:
         UsageError: The rows of a step do not divide; names the nearest number of ranks that does.
     """
-    ranks, lines = config.parallel.shares, []
+    parallel, lines = config.parallel, list[str]()
+    ranks = parallel.shares * parallel.pipeline  # those with other blocks each want a microbatch at a time
+    _check_blocks(config)
     config.parallel.divided |= config.parallel.divides or (earlier is not None and earlier.parallel.divided)
     for depth in range(config.n_stages):
         settings = config.stage_training(depth)
@@ -59,6 +63,27 @@ def divide(config: StackWiseConfig, earlier: StackWiseConfig | None) -> list[str
     return lines
 
 
+def _check_blocks(config: StackWiseConfig) -> None:
+    """Raises UsageError: a stage has no blocks, or none that train, for each part of it (`parallel.pipeline`)."""
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        return
+    each = 2 if parallel.schedule == "interleaved" else 1
+    for stage in schedule(config):
+        blocks = (*stage.blocks, *stage.lookahead)
+        if still := [block for block in blocks if block not in stage.trains]:
+            raise UsageError(
+                f"parallel.pipeline: {still[0]} of stage {stage.depth} does not train; gradients go through all blocks",
+                hint="set parallel.pipeline: 1, or training.fusion.strategy: trainable",
+            )
+        if len(blocks) < parallel.pipeline * each:
+            raise UsageError(
+                f"parallel.pipeline: {parallel.pipeline} ranks with {plural(each, 'part')} each, and stage "
+                f"{stage.depth} has {plural(len(blocks), 'block')}",
+                hint=f"nearest that does: {max(1, len(blocks) // each)}; or make stages larger (training.block_size)",
+            )
+
+
 def _parts(accumulation: int, batch_size: int, ranks: int) -> int | None:
     """How many smaller ones a microbatch becomes; None: that cannot be."""
     parts = ranks // math.gcd(accumulation, ranks)
@@ -79,7 +104,7 @@ def _nearest(config: StackWiseConfig, ranks: int) -> str:
 
 def _kept(config: StackWiseConfig, earlier: StackWiseConfig | None, depth: int) -> int | None:
     """The microbatches that ranks had divided the same step into before; None: they had not."""
-    if earlier is None or earlier.parallel.shares == 1 or depth >= earlier.n_stages:
+    if earlier is None or earlier.parallel.shares * earlier.parallel.pipeline == 1 or depth >= earlier.n_stages:
         return None
     now, was = config.stage_training(depth), earlier.stage_training(depth)
     rows = now.accumulation * now.batch_size

@@ -201,7 +201,7 @@ class ResidentEngine:
                     tally.add(self._adaptation.judged(batch))
                     continue
                 with self.model.numerics(self.device):
-                    tally.add(self.model(batch))
+                    tally.add(self._judged(batch))
         finally:
             self._exchange()
             self.model.train()
@@ -329,11 +329,7 @@ class ResidentEngine:
         scale = 1.0 if self.scale is None else self.scale.scale
         pulled = Microbatches(microbatches)
         losses = StepLoss(self.model.objective, partial(self._scored, pulled), self.device, self.ranks, scale)
-        for number, cpu_batch in enumerate(pulled):
-            batch = cpu_batch.to(self.device)
-            torch.manual_seed(derive_seed(*self.seed, step, self.ranks.microbatch(number), "dropout"))
-            losses.add(self._gradient(batch, losses, number))
-            self._reducer.add()
+        self._passes(pulled, step, losses)
         losses.finish()
         share = losses.share
         self._reducer.finish(1.0 if share is None else share)
@@ -349,6 +345,18 @@ class ResidentEngine:
                 for group in alike(self.parameters.values()):
                     torch.nn.utils.clip_grads_with_norm_(group, self.settings.grad_clip, norm)
         return losses, norm
+
+    def _passes(self, pulled: Microbatches, step: int, losses: StepLoss) -> None:
+        """Both passes of all microbatches of a step: their gradients on the parameters, their terms in `losses`."""
+        for number, cpu_batch in enumerate(pulled):
+            batch = cpu_batch.to(self.device)
+            torch.manual_seed(derive_seed(*self.seed, step, self.ranks.microbatch(number), "dropout"))
+            losses.add(self._gradient(batch, losses, number))
+            self._reducer.add()
+
+    def _judged(self, batch: Batch) -> Mapping[str, Term]:
+        """The terms of a batch's loss, of no training."""
+        return self.model(batch)  # type: ignore[no-any-return]
 
     def _scored(self, pulled: Microbatches) -> Sequence[Batch]:
         """The rows that are scored of the microbatches still to come."""

@@ -158,8 +158,9 @@ class RankGroup:
     Args:
         ordered: Add gradients up in the order of microbatches; otherwise as the communicator does, which is faster and
             makes weights that depend on the number of ranks.
-        together: How many ranks after each other take the same share of the rows.
-        compressed: What adds them up instead, in fewer bytes (`compression.py`).
+        tensor: How many ranks after each other take the same share of the rows, as they split matrices.
+        pipeline: How many times the same shares follow each other, as ranks have other blocks. The last make the loss.
+        compressed: What adds gradients up instead, in fewer bytes (`compression.py`).
     """
 
     def __init__(
@@ -167,13 +168,16 @@ class RankGroup:
         communicator: Communicator,
         *,
         ordered: bool = True,
-        together: int = 1,
+        tensor: int = 1,
+        pipeline: int = 1,
         compressed: Reducing | None = None,
     ) -> None:
-        self.communicator, self._together = communicator, together
+        self.communicator = communicator
         self._reducing = compressed or (OrderedSum if ordered else PlainSum)
         self.rank, self.size = communicator.rank, communicator.size
-        self.share, self.shares = self.rank // together, self.size // together
+        alike = self.size // pipeline  # ranks with the same blocks
+        self.share, self.shares = self.rank % alike // tensor, alike // tensor
+        self._counting = slice(self.size - alike, None, tensor)  # one rank for each share of the rows
         self.waited = 0.0
         self._asked: dict[str, Ask] = {}
         self._agreed: dict[str, bool] = {}
@@ -189,7 +193,9 @@ class RankGroup:
 
     def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
         """See `Ranks`."""
-        counted = counts.values() if self.rank % self._together == 0 else [0] * len(counts)  # each row once
+        counted = (
+            counts.values() if self.rank in range(self.size)[self._counting] else [0] * len(counts)
+        )  # each row once
         numbers = torch.tensor([*counted, *(ask() for ask in self._asked.values())], dtype=torch.int64)
         self.timed(self.communicator.all_reduce, numbers)
         sums = numbers.tolist()
@@ -199,7 +205,7 @@ class RankGroup:
     def in_order(self, values: Tensor) -> Tensor:
         """See `Ranks`."""
         by_rank: Tensor = self.timed(self.communicator.all_gather, values)
-        return by_rank[:: self._together].transpose(0, 1).flatten(0, 1)
+        return by_rank[self._counting].transpose(0, 1).flatten(0, 1)
 
     def reducer(self, parameters: Sequence[Tensor]) -> Reducer:
         """See `Ranks`."""
@@ -245,7 +251,7 @@ class RankGroup:
 
     def of_shares(self, value: Any) -> list[Any]:
         """See `Ranks`."""
-        return self.gathered(value)[:: self._together]
+        return self.gathered(value)[self._counting]
 
     def wait(self) -> None:
         """See `Ranks`."""

@@ -195,29 +195,33 @@ class StepLoss:
     ) -> None:
         self._objective, self._following, self._device = objective, following, device
         self._ranks, self._scale = ranks, scale
-        self._tokens = 0  # of the newest microbatch
+        self.tokens = 0
+        """Those of the newest microbatch."""
         self._values: dict[str, list[Tensor]] = {}  # the sum of each microbatch of this rank
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._weights: dict[str, float] = {}
-        self._ahead: dict[str, int] | None = None  # counts in the whole step of several terms; empty: there is one term
+        self.ahead: dict[str, int] | None = None
+        """The counts in the whole step of several terms; empty: there is one term. None: no term was seen yet."""
+        self.sum_ahead = ranks.sum_counts
+        """What sums up counts over the ranks that call `root`."""
 
     def root(self, terms: Mapping[str, Term], batch: Batch) -> Tensor:
         """What the gradient of a microbatch is taken of. The first call has every term that there is."""
-        self._tokens = batch.tokens_BS.numel()
-        if self._ahead is None:
-            self._ahead = self._counted_ahead(terms, batch)
-        if self._ahead:
+        self.tokens = batch.tokens_BS.numel()
+        if self.ahead is None:
+            self.ahead = self._counted_ahead(terms, batch)
+        if self.ahead:
             weighed = {name: term for name, term in terms.items() if not term.sum.ndim}
-            divided = [term.sum * (term.weight / max(1, self._ahead[name])) for name, term in weighed.items()]
+            divided = [term.sum * (term.weight / max(1, self.ahead[name])) for name, term in weighed.items()]
             return torch.stack([part.to(divided[0].dtype) for part in divided]).sum() * self._scale
         (term,) = terms.values()
-        return (term.sum if self._scale == 1.0 else term.sum * self._scale) / self._tokens
+        return (term.sum if self._scale == 1.0 else term.sum * self._scale) / self.tokens
 
     def portion(self, terms: Mapping[str, Term]) -> float:
         """What a gradient of the mean loss of the microbatch last given to `root` counts, among the step's."""
         name, term = next(iter(terms.items()))
-        return self._scale * term.count / (max(1, self._ahead[name]) if self._ahead else self._tokens)
+        return self._scale * term.count / (max(1, self.ahead[name]) if self.ahead else self.tokens)
 
     def add(self, terms: Mapping[str, Term]) -> None:
         """Add up a microbatch's terms, all of them."""
@@ -232,7 +236,7 @@ class StepLoss:
         Raises:
             StackWiseError: An objective's terms counted otherwise than it said ahead.
         """
-        for name, count in (self._ahead or {}).items():
+        for name, count in (self.ahead or {}).items():
             if self._ranks.shares == 1 and self._counts[name] != count:
                 raise StackWiseError(
                     f"objective {self._objective.name}: its term {name} counted {self._counts[name]}, not {count}",
@@ -247,7 +251,7 @@ class StepLoss:
     @property
     def several(self) -> bool:
         """Whether there are several terms."""
-        return bool(self._ahead)
+        return bool(self.ahead)
 
     @property
     def scored(self) -> bool:
@@ -257,10 +261,10 @@ class StepLoss:
     @property
     def share(self) -> float | None:
         """What the gradients of all microbatches, added up, are multiplied by; None: they stand as they are."""
-        if self._ahead:
+        if self.ahead:
             return None if self._scale == 1.0 else 1.0 / self._scale
         (scored,) = self._counts.values()
-        return self._tokens / scored / self._scale if scored else None
+        return self.tokens / scored / self._scale if scored else None
 
     def means(self) -> dict[str, Tensor]:
         """The mean of each term, in nats (of what is only looked at, in its unit), on the device."""
@@ -269,7 +273,7 @@ class StepLoss:
     def total(self) -> Tensor:
         """The step's loss: the sum of the means, each times its weight."""
         means = self.means()
-        if not self._ahead:
+        if not self.ahead:
             return next(iter(means.values()))
         weighed = [mean * self._weights[name] for name, mean in means.items() if not mean.ndim]
         return torch.stack(weighed).sum()
@@ -284,7 +288,7 @@ class StepLoss:
                 # A block's term counts positions, in every microbatch as many for a token.
                 positions = term.count * one.tokens_BS.numel() // batch.tokens_BS.numel()
                 counts[name] += known.get(name, positions)
-        return self._ranks.sum_counts(counts)
+        return self.sum_ahead(counts)
 
 
 class Tally:

@@ -50,7 +50,9 @@ def boundaries(directory: Path) -> dict[str, str]:
         return {info.id: info.state for info in store.boundaries()}
 
 
-def stopped(config: StackWiseConfig, directory: Path, rank: int, number: int) -> StackWiseError:
+def stopped(
+    config: StackWiseConfig, directory: Path, rank: int, number: int, only: int | None = None
+) -> StackWiseError:
     """Run until something is saved and the ranks tell how they fare, send one a signal; what the run ends with."""
     sent: list[float] = []
     saved: list[int] = []
@@ -63,7 +65,7 @@ def stopped(config: StackWiseConfig, directory: Path, rank: int, number: int) ->
             os.kill(event["ranks"][rank]["pid"], number)
 
     with pytest.raises(StackWiseError) as caught:
-        Runner(config, RunDirectory(directory), observe).run()
+        Runner(config, RunDirectory(directory), observe).run(only=only)
     assert time.monotonic() - sent[0] < 20
     return caught.value
 
@@ -216,16 +218,18 @@ def test_a_stage_divided_over_ranks_makes_what_one_process_makes_to_rounding(
     mesh = {"parallel__zero": zero, "parallel__shard": shard, "parallel__data": data}
     error = stopped(micro(**SHARDED, **mesh), tmp_path, 1, signal.SIGKILL)
     assert "rank 1" in error.message
-    events = run(micro(**SHARDED), tmp_path, only=0)  # whole tensors: one process goes on
+    others = {} if data == 1 else {"parallel__shard": 8}  # whole tensors: any number of ranks goes on
+    events = run(micro(**SHARDED, **others), tmp_path)
     assert named(events, "resumed") or named(events, "reused")
-    run(micro(**SHARDED, **mesh), tmp_path)
     to_rounding(tmp_path, in_float64)
 
 
-def test_two_ranks_divide_a_stage(micro: Micro, tmp_path: Path) -> None:
-    settings = SHARDED | {"training__steps": 3, "training__accumulation": 4, "training__eval_every": 3}
+def test_two_ranks_divide_a_stage_are_killed_and_go_on(micro: Micro, tmp_path: Path) -> None:
+    settings = SHARDED | {"training__batch_size": 2, "training__eval_every": 8}
     run(micro(**settings), tmp_path / "alone", only=0)
-    run(micro(**settings, parallel__shard=2, parallel__zero=3), tmp_path / "divided", only=0)
+    stopped(micro(**settings, parallel__shard=2), tmp_path / "divided", 1, signal.SIGKILL, only=0)
+    events = run(micro(**settings, parallel__shard=2), tmp_path / "divided", only=0)
+    assert named(events, "resumed")
     to_rounding(tmp_path / "divided", tmp_path / "alone")
 
 
@@ -279,6 +283,53 @@ def test_ranks_split_the_matrices_of_a_stage(micro: Micro, tmp_path: Path) -> No
     run(micro(**SPLIT), tmp_path / "alone", only=0)
     run(micro(**SPLIT, parallel__tensor=2), tmp_path / "split", only=0)
     to_rounding(tmp_path / "split", tmp_path / "alone")
+
+
+ROW: dict[str, Any] = SHARDED | {
+    "model__dropout": 0.0,
+    "training__mode": "end_to_end",
+    "model__architecture__n_stacks": 4,
+    "training__steps": 6,
+    "training__accumulation": 4,
+    "training__batch_size": 2,
+    "training__eval_every": 3,
+    "training__checkpoint_steps": None,
+}
+
+
+def test_blocks_of_a_stage_are_divided_over_ranks(micro: Micro, tmp_path: Path) -> None:
+    run(micro(**ROW), tmp_path / "alone")
+    run(micro(**ROW, parallel__pipeline=2), tmp_path / "divided")
+    to_rounding(tmp_path / "divided", tmp_path / "alone")
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"schedule": "gpipe", "data": 2, "zero": 1},
+        {"schedule": "interleaved", "shard": 2},
+        {"schedule": "1f1b", "shard": 2, "tensor": 2},
+    ],
+)
+def test_blocks_divided_over_ranks_are_taken_up_by_others(micro: Micro, tmp_path: Path, mesh: dict[str, Any]) -> None:
+    settings = ROW | {"training__steps": 16, "training__checkpoint_steps": 2, "training__objective": "clm"}
+    parallel = {f"parallel__{name}": value for name, value in (mesh | {"pipeline": 2}).items()}
+    run(micro(**settings), tmp_path / "alone")
+    error = stopped(micro(**settings, **parallel), tmp_path / "divided", 1, signal.SIGKILL)
+    assert "rank 1" in error.message
+    events = run(micro(**settings, parallel__shard=2), tmp_path / "divided")
+    assert named(events, "resumed")
+    to_rounding(tmp_path / "divided", tmp_path / "alone")
+
+
+def test_blocks_that_do_not_divide_are_refused(micro: Micro, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="3 ranks with 2 parts each, and stage 0 has 4 blocks") as caught:
+        run(micro(**ROW, parallel__pipeline=3, parallel__schedule="interleaved"), tmp_path)
+    assert "nearest that does: 2" in (caught.value.hint or "")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UsageError, match=r"parallel\.pipeline: dropout"):
+        micro(parallel__pipeline=2, model__dropout=0.1)
 
 
 @pytest.mark.stress

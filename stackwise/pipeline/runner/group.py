@@ -183,7 +183,8 @@ class Group:
             "timeout": self._settings.timeout,
             "deterministic": self._settings.deterministic,
             "compressed": [self._settings.compression, self._settings.compression_rank],
-            "together": self._settings.ranks // self._settings.shares,
+            "tensor": self._settings.tensor,
+            "pipeline": self._settings.pipeline,
         }
         self._ranks[rank].worker.give({**job, "ranks": place})
 

@@ -31,7 +31,7 @@ def joined(place: Mapping[str, Any] | None, device: torch.device, emit: Emit) ->
     Args:
         place: This one's `rank` of `size`, the `address` and `port` of rank 0 (whose port may be 0: it is emitted once
             known), `timeout` in seconds, whether sums are `deterministic`, how gradients are `compressed` (kind and
-            rank), and how many ranks take the same rows `together`; None: it is alone.
+            rank), and how many ranks take the same rows, by `tensor` and `pipeline`; None: it is alone.
 
     Raises:
         UsageError: The port is in use; or the ranks are not of the same versions.
@@ -54,7 +54,8 @@ def joined(place: Mapping[str, Any] | None, device: torch.device, emit: Emit) ->
         ranks = RankGroup(
             communicator,
             ordered=place["deterministic"],
-            together=place["together"],
+            tensor=place["tensor"],
+            pipeline=place["pipeline"],
             compressed=compressed(*place["compressed"]),
         )
         _compare(ranks)
