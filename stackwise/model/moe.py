@@ -197,6 +197,9 @@ class MoE(FeedForward):
         beyond = [block for block in self.at or () if block >= model.n_blocks]
         if beyond and model.architecture.n_stacks is not None:
             yield "at", f"there is no block {beyond[0]}: the rack has 0 to {model.n_blocks - 1}"
+        twice = next((block for block in self.at or () if (self.at or []).count(block) > 1), None)
+        if twice is not None:
+            yield "at", f"block {twice} is named twice: name each block once"
         if self.at == []:
             yield "at", "no block has experts: name some, or take another model.ffn"
         for key in ("shared_dim", "shared_gate"):

@@ -126,6 +126,17 @@ def pieces_of(parts: Parts) -> dict[str, Sequence[str]]:
     return {name: paths for name in parts.names if name in parts.trains and (paths := parts.pieces(name))}
 
 
+def _as_it_starts(parts: Parts, name: str, path: str) -> dict[str, Tensor]:
+    return {f"{WEIGHT}{key}": value for key, value in parts.piece(name, path).items()}
+
+
+def lend(part: nn.Module, lender: Lender) -> None:
+    """Let a part ask for its pieces when rows reach them."""
+    for module in part.modules():
+        if hasattr(module, "lend"):
+            setattr(module, "lend", lender)  # noqa: B010
+
+
 def lender_of(part: nn.Module) -> Lender | None:
     """What lends a part its pieces."""
     lenders = (getattr(module, "lend", None) for module in part.modules())
@@ -193,10 +204,7 @@ class PartLoader:
         if not (paths := self.pieces.get(name)):
             return self.make(name, trained)
         part, most = self.parts.make(name, trained, whole=False), self.most_pieces
-        lender = Lender(part, paths, partial(self._current, name), self.spill, self.device, most=most, name=name)
-        for module in part.modules():
-            if hasattr(module, "lend"):
-                setattr(module, "lend", lender)  # noqa: B010
+        lend(part, Lender(part, paths, partial(self._current, name), self.spill, self.device, most=most, name=name))
         return part
 
     def _current(self, name: str, path: str) -> dict[str, Tensor]:
@@ -397,25 +405,38 @@ class PartLoader:
 
 
 def grouped_outputs(
-    parts: Parts, groups: int, row_bytes: int, memory: int, below: Sequence[StageModel] = ()
+    parts: Parts,
+    groups: int,
+    row_bytes: int,
+    memory: int,
+    below: Sequence[StageModel] = (),
+    *,
+    most_pieces: int | None = None,
 ) -> MakeOutputs:
     """What makes a stage's outputs (see `forward.outputs`) with one group of its parts in memory, bit for bit the same.
 
-    Batches are gathered until their activations fill the memory; then every group takes its turn.
+    Batches are gathered until their activations fill the memory; then every group takes its turn. A piece that none of
+    their rows reaches is not read.
 
     Args:
         memory: Bytes of activations held at once; a batch is held in any case.
         below: Frozen stages on the device that the rows go through before.
+        most_pieces: See `PartLoader`.
     """
-    turns = make_groups(parts, groups)
+    turns, pieces = make_groups(parts, groups), pieces_of(parts)
 
-    def load(group: PartGroup) -> dict[str, nn.Module]:
-        return {name: parts.make(name, None) for name in group.names}
+    def load(device: torch.device, group: PartGroup) -> Loaded:
+        loaded = Loaded(group, {name: parts.make(name, None, whole=name not in pieces) for name in group.names})
+        for name in pieces.keys() & loaded.parts.keys():
+            part, read = loaded.parts[name], partial(_as_it_starts, parts, name)
+            lend(part, Lender(part, pieces[name], read, None, device, most=most_pieces, name=name))
+        return loaded
 
     def up(batches: list[Batch], device: torch.device) -> list[Tensor]:
         leaving: list[Tensor] = []
-        for loaded in in_turn(load, turns):
-            model = parts.model(loaded).to(device).eval()
+        for loaded in in_turn(partial(load, device), turns):
+            loaded.to(device)
+            model = parts.model(loaded.parts).eval()
             for number, cpu_batch in enumerate(batches):
                 batch = cpu_batch.above(leaving[number]) if len(leaving) > number else cpu_batch
                 with torch.no_grad(), model.numerics(device):

@@ -30,7 +30,7 @@ class Lender:
         part: The part's module, its pieces without values.
         paths: Of its pieces.
         current: Gives the state of a piece, by its path, up to date.
-        spill: Holds the gradients of those that are away.
+        spill: Holds the gradients of those that are away; None: nothing trains.
         most: Pieces in memory at once; None: all that rows have reached.
         name: The part's.
     """
@@ -40,7 +40,7 @@ class Lender:
         part: nn.Module,
         paths: Sequence[str],
         current: Callable[[str], Mapping[str, Tensor]],
-        spill: Spill,
+        spill: Spill | None,
         device: torch.device,
         *,
         most: int | None,
@@ -80,7 +80,7 @@ class Lender:
                 value = state.get(f"{MEAN}{name}") if not module.training else None
                 value = (state[f"{WEIGHT}{name}"] if value is None else value).to(self._device)
                 fresh = nn.Parameter(value, parameter.requires_grad)
-                if within in keys:
+                if within in keys and self._spill is not None:
                     fresh.grad = self._spill.take(keys[within]).to(self._device)
                 _put(module, within, fresh)
         self._held[path] = None
@@ -90,7 +90,7 @@ class Lender:
     def _let_go(self, path: str) -> None:
         module = self._pieces[path]
         for within, parameter in list(module.named_parameters()):
-            if parameter.grad is not None:
+            if parameter.grad is not None and self._spill is not None:
                 key = ("gradient", self._name, path, within)
                 self._spill.put(key, parameter.grad)
                 self._spilled.setdefault(path, {})[within] = key
@@ -100,6 +100,7 @@ class Lender:
     def take_gradients(self, path: str) -> Tensors:
         """The gradients of a piece by the parameters' names in the part, on the device; it keeps none of them."""
         taken: Tensors = {}
+        assert self._spill is not None, "something trains"
         for within, key in self._spilled.pop(path, {}).items():
             taken[f"{path}.{within}"] = self._spill.take(key).to(self._device)
         for within, parameter in self._pieces[path].named_parameters():

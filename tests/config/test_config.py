@@ -167,6 +167,7 @@ def test_all_faults_of_a_file_are_reported_at_once() -> None:
     [
         ({"training__max_mask_fraction": 1.5}, "training.max_mask_fraction: must be at most 1.0, not 1.5"),
         ({"training__min_mask_fraction": 0.95}, "is more than max_mask_fraction"),
+        ({"model__ffn": {"kind": "moe", "experts": 2, "at": [1, 1]}}, "block 1 is named twice"),
         ({"training__n_stages": 9}, "9 stages are more than the 4 blocks"),
         ({"stages": {7: {}}}, "stages.7: there is no such stage: the schedule has 2 (0 to 1)"),
         ({"model__n_kv_heads": 3}, "3 key and value heads do not divide 4 heads"),

@@ -45,12 +45,12 @@ def test_a_killed_run_ends_with_the_same_weights(staged: Any, tmp_path: Path) ->
 
 def test_swapped_and_resident_are_the_same(micro: Micro, tmp_path: Path) -> None:
     """A bias moves once a step, from both microbatches, though a swapped stage goes over its rows twice."""
-    values = {**SMALL, "model__ffn": MIXED | {"at": None}, "training__mode": "end_to_end"}
-    values |= {"training__accumulation": 2, "model__dropout": 0.1}
+    values = {**SMALL, "model__ffn": MIXED | {"at": None}, "training__accumulation": 2, "model__dropout": 0.1}
+    values["training__steps"] = 12
     run(micro(**values, training__swap="never"), tmp_path / "resident")
     events = run(micro(**values, training__swap="always", training__swap_experts=1), tmp_path / "swapped")
     assert any("is swapped" in event["text"] for event in named(events, "note"))
-    assert weights(tmp_path / "swapped") == weights(tmp_path / "resident")
+    assert weights(tmp_path / "swapped") == weights(tmp_path / "resident"), "of stages, and so of what they read"
     stages = load_rack(RunDirectory(tmp_path / "swapped"), torch.device("cpu")).modules()
     blocks = [block for stage in stages for block in stage.blocks]
     bias = {name: p.detach() for block in blocks for name, p in block.named_parameters()}

@@ -151,7 +151,7 @@ def _train_and_write(context: StageContext) -> None:
         parts = JobParts(job, config, sources)
         digests = [parts.digest(part) for part in job.stage.forward_parts]
         row_bytes = 4 * config.row_positions * config.model.d_model
-        outputs = partial(grouped_outputs, parts, swap.groups, row_bytes, swap.boundaries)
+        outputs = partial(grouped_outputs, parts, swap.groups, row_bytes, swap.boundaries, most_pieces=swap.pieces)
     gc.collect()
     if job.writes:
         write_above(context, outputs(frozen), digests)
