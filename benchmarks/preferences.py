@@ -49,7 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = parser("preferences", __doc__)
+    return make_parser("preferences", __doc__)
+
+
+def make_parser(module: str, about: str | None) -> argparse.ArgumentParser:
+    """The options of a course."""
+    made = parser(module, about)
     add = made.add_argument
     add(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="seeds, each a whole course; default 0 1 2"
@@ -66,28 +71,27 @@ def _parser() -> argparse.ArgumentParser:
 
 def measure(options: argparse.Namespace) -> Result:
     """Measure it, seed by seed."""
-    lines = _lines()
-    if len(lines) < options.pairs + HELD_OUT + 100:
-        raise refuse(f"--pairs {options.pairs}: there are {len(lines)} lines", "give a smaller number")
-    by_seed = []
+    lines, by_seed = prompt_lines(options.pairs), []
     for seed in options.seeds:
         with tempfile.TemporaryDirectory(prefix="stackwise-bench-", dir=options.dir) as name:
-            by_seed.append(_Course(options, Path(name), seed, lines).run())
+            by_seed.append(Course(options, Path(name), seed, lines).run())
     return {"seeds": options.seeds, "target": options.target, "bound": options.bound, "runs": by_seed}
 
 
-def _lines() -> list[str]:
-    """Different lines of the standard library, of a middle length."""
+def prompt_lines(pairs: int) -> list[str]:
+    """Different lines of the standard library, of a middle length, enough for so many prompts."""
     found: dict[str, None] = {}
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         for line in path.read_text(errors="replace").splitlines():
             text = line.strip()
             if SHORTEST <= len(text) <= LONGEST and text.isascii():
                 found[text] = None
+    if len(found) < pairs + HELD_OUT + 100:
+        raise refuse(f"--pairs {pairs}: there are {len(found)} lines", "give a smaller number")
     return list(found)
 
 
-class _Course:
+class Course:
     """One seed: fine-tuning, pairs, and what each method makes of them."""
 
     def __init__(self, options: argparse.Namespace, root: Path, seed: int, lines: list[str]) -> None:
@@ -100,21 +104,22 @@ class _Course:
 
     def run(self) -> Result:
         """Everything."""
-        self._fine_tune()
-        reference = _model(self.root / "model")
-        before = self._judged(reference, reference)
+        self.fine_tune()
+        reference = model(self.root / "model")
+        before = self.judged(reference, reference)
         say(f"seed {self.seed}: fine-tuned: {before}")
-        accuracies, methods = self._pairs(reference), {}
+        accuracies, methods = self.make_pairs(reference), {}
         for number, (name, objective) in enumerate(METHODS.items()):
-            run = self._run(f"method{number}", objective, 3e-4)
-            methods[name] = self._judged(_model(run), reference) | {"accuracy": _ranked(run)}
+            run = self.tuned(f"method{number}", objective, 3e-4)
+            methods[name] = self.judged(model(run), reference) | {"accuracy": ranked(run)}
             say(f"seed {self.seed}: {name}: {methods[name]}")
-        ranked = _ranked(self._run("reward", {"name": "reward"}, 1e-3))
-        return {"seed": self.seed, "before": before, "pairs": accuracies, "methods": methods, "reward": ranked}
+        right = ranked(self.tuned("reward", {"name": "reward"}, 1e-3))
+        return {"seed": self.seed, "before": before, "pairs": accuracies, "methods": methods, "reward": right}
 
-    def _fine_tune(self) -> None:
+    def fine_tune(self) -> None:
+        """A rack that answers: it is exported to `model`."""
         rows = [{"prompt": line[:PROMPT], "completion": line[PROMPT:]} for line in self.lines]
-        self._write("lines", rows)
+        self.write("lines", rows)
         settings = {
             "model.d_model": self.options.width,
             "model.n_heads": self.options.width // 32,
@@ -126,7 +131,7 @@ class _Course:
             "training.batch_size": 16,
             "training.learning_rate": 2e-3,
         }
-        run = self._trained("tuned", "lines", settings)
+        run = self.trained("tuned", "lines", settings)
         import torch
 
         from stackwise.pipeline.committed.load import load_rack
@@ -135,7 +140,7 @@ class _Course:
 
         export_rack(load_rack(RunDirectory(run), torch.device("cpu")), self.root / "model")
 
-    def _pairs(self, reference: LoadedModel) -> int:
+    def make_pairs(self, reference: LoadedModel) -> int:
         """Answers to the prompts, twice; how many pairs they made."""
         drawn = [self._answers(reference, self.prompts, 1000 * self.seed + 1 + turn) for turn in range(2)]
         rows = []
@@ -143,10 +148,11 @@ class _Course:
             better, worse = sorted((one, other), key=self._distance)
             if self._distance(better) < self._distance(worse) and better and worse:
                 rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
-        self._write("pairs", rows)
+        self.write("pairs", rows)
         return len(rows)
 
-    def _run(self, name: str, objective: dict[str, Any], rate: float) -> Path:
+    def tuned(self, name: str, objective: dict[str, Any], rate: float) -> Path:
+        """A run over the pairs, from there."""
         settings = {
             "init.weights": str(self.root / "model"),
             "data.held_out": 0.15,
@@ -158,9 +164,10 @@ class _Course:
             "training.eval_every": self.options.preference_steps,
             "evaluation.samples": 512,
         }
-        return self._trained(name, "pairs", settings)
+        return self.trained(name, "pairs", settings)
 
-    def _trained(self, name: str, data: str, settings: dict[str, Any]) -> Path:
+    def trained(self, name: str, data: str, settings: dict[str, Any]) -> Path:
+        """A run, finished; its directory."""
         from stackwise.config import StackWiseConfig
         from stackwise.config.loading import build
         from stackwise.pipeline.run import RunDirectory
@@ -178,7 +185,8 @@ class _Course:
         Runner(config, RunDirectory(self.root / name), lambda event: None).run()
         return self.root / name
 
-    def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
+    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """A file of rows."""
         (self.root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def _distance(self, answer: str) -> int:
@@ -187,7 +195,7 @@ class _Course:
     def _answers(self, model: LoadedModel, prompts: list[str], seed: int) -> list[str]:
         return [_text(ids) for ids in _drawn(model, prompts, seed)]
 
-    def _judged(self, model: LoadedModel, reference: LoadedModel) -> dict[str, float]:
+    def judged(self, model: LoadedModel, reference: LoadedModel) -> dict[str, float]:
         """The reward on held-out prompts, and the divergence from the reference."""
         import torch
 
@@ -204,7 +212,7 @@ class _Course:
 SEPARATOR = 256
 
 
-def _model(weights: Path) -> LoadedModel:
+def model(weights: Path) -> LoadedModel:
     """A model as generation holds it."""
     import torch
 
@@ -249,7 +257,7 @@ def _said(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
     return said[:, PROMPT - 1 :].sum(1)
 
 
-def _ranked(run: Path) -> float:
+def ranked(run: Path) -> float:
     """Share of held-out pairs that a run ranks right at its end."""
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     return float([event for event in events if event["event"] == "held_out"][-1]["terms"]["accuracy"])

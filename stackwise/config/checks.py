@@ -109,6 +109,8 @@ def _training(config: Settings) -> Iterator[Fault]:
         yield "training.objective", text
     if objective.reference is not None and config.distillation.teacher is not None:
         yield "distillation.teacher", f"{objective.name} has a reference already: leave one of both out"
+    if objective.rolls_out:
+        yield from _rollouts(config)
     if not objective.masks:
         nothing = f"{objective.name} masks nothing"
         if training.masks_per_sample > 1:
@@ -200,10 +202,31 @@ def _block_size(config: Settings) -> Iterator[Fault]:
         yield key, "auto: mask_windows are for a known number of stages; give a number, or leave them out"
 
 
+def _rollouts(config: Settings) -> Iterator[Fault]:
+    """What stages that train on their own answers cannot have."""
+    training, name = config.training, config.objective.name
+    if config.n_stages > 1 or training.grown is not None:
+        yield "training.objective", f"{name} draws answers from a whole rack: set training.mode: end_to_end"
+    elif config.bottom:
+        yield "training.adapters.above", f"{name} draws answers from a whole rack, each of its blocks in the stage: 0"
+    if config.distillation.teacher is not None:
+        yield "distillation.teacher", f"{name} has a reference already: leave one of both out"
+    if config.data.within_documents:
+        yield "data.within_documents", f"{name} gives a row to each prompt: leave it out"
+    own = {f"stages.{depth}.training": overrides.training for depth, overrides in config.stages.items()}
+    for key, settings in {"training": training, **own}.items():
+        if settings.eval_every is not None:
+            text = f"{name} has no held-out loss, as its rows are answers of the rack as it is"
+            yield f"{key}.eval_every", f"{text}: leave it out"
+
+
 def _windows(config: Settings) -> Iterator[Fault]:
     """Windows of the corpus: how many cannot be."""
     windows, key = config.training.windows, "training.windows"
     if not config.has_windows:
+        return
+    if config.objective.rolls_out and windows == AUTO:
+        yield key, f"auto bounds boundaries, and {config.objective.name} has none: give the number of its phases"
         return
     if windows == AUTO:
         if config.store.max_bytes is None:

@@ -78,7 +78,14 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
         "sft": "stackwise.objectives.preference_kinds:SFT",
         "dpo": "stackwise.objectives.preference_kinds:DPO",
         "reward": "stackwise.objectives.preference_kinds:Reward",
+        "ppo": "stackwise.objectives.ppo_kind:PPO",
     },
+)
+SCORES: Registry[type[Score]] = Registry(
+    "score",
+    f"{__name__}:Score",
+    "stackwise.objectives.scores",
+    {"length": "Length", "pattern": "Pattern", "model": "RewardModel"},
 )
 TRACKERS: Registry[type[Tracker]] = Registry(
     "tracker",
@@ -446,6 +453,10 @@ class Objective(Kind):
     """The objective that fits what was trained with it, where that is evaluated or begun from; None: itself."""
     score_width: ClassVar[int | None] = None
     """Numbers that the head gives of a position beside its logits; None: none."""
+    watched: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Of terms that are only looked at: the names of their numbers, which say how training goes."""
+    rolls_out: ClassVar[bool] = False
+    """Whether it trains on answers that the rack itself draws to the rows' prompts, anew in each window."""
 
     @property
     def reference(self) -> str | None:
@@ -489,6 +500,42 @@ class Objective(Kind):
     def faults(self, seq_len: int) -> Iterator[Fault]:
         """What of its settings samples of this length cannot have."""
         yield from ()
+
+    def figures(self, observed: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """What was looked at, by the names of `watched`."""
+        pairs = ((self.watched.get(term, ()), values) for term, values in observed.items())
+        return {name: value for names, values in pairs for name, value in zip(names, values, strict=False)}
+
+    def window_rows(self, rows: int) -> int:
+        """Rows that a window draws where its steps read so many."""
+        return rows
+
+    def check_samples(self, split: Any, seq_len: int) -> None:
+        """Hold a side of the data (`stackwise.data.prepared.Split`) against the samples' length.
+
+        Raises:
+            UsageError: It cannot be.
+        """
+        return
+
+
+class Score(Kind):
+    """What an answer is worth, as a number: what reinforcement learning raises."""
+
+    registry: ClassVar[Registry[Any]] = SCORES
+    default: ClassVar[str] = "length"
+
+    @property
+    def run(self) -> str | None:
+        """The directory of the run whose reward model says the scores; None: `scores` does."""
+        return None
+
+    @abc.abstractmethod
+    def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[float]:
+        """The scores of answers to prompts, each without the token that ended it, as many finite numbers.
+
+        It must be a function of its arguments alone: what is drawn or looked up elsewhere is in no recipe.
+        """
 
 
 class Tracker(Kind):

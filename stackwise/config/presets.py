@@ -77,8 +77,25 @@ def _kinds(sort: type[Kind], width: int) -> list[str]:
         kind = sort.registry[name]
         about = (kind.__doc__ or "").strip().partition("\n")[0]
         lines += textwrap.wrap(f"{sort.tag} {name}: {about}", width, initial_indent="  ", subsequent_indent="    ")
-        for key, field in kind.model_fields.items():
-            default = "" if field.is_required() else yaml.safe_dump({key: field.default}).strip().partition(": ")[2]
-            text = f"{key}{f' ({default})' if default else ''}: {field.description or ''}"
-            lines += textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="      ")
+        lines += _fields(kind, width)
     return lines
+
+
+def _fields(model: type[Section], width: int) -> list[str]:
+    """The settings of a kind, or of a section within it, with their defaults and meanings."""
+    lines = []
+    for key, field in model.model_fields.items():
+        value, below = None if field.is_required() else field.get_default(call_default_factory=True), field.annotation
+        within = isinstance(below, type) and issubclass(below, Section)
+        value = value.name if isinstance(value, Kind) else value
+        shown = "" if field.is_required() or isinstance(value, Section) else f" ({_plain(value)})"
+        text = f"{key}{shown}: {field.description or ''}"
+        lines += textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="      ")
+        if isinstance(below, type) and within:
+            inner = _kinds(below, width - 4) if issubclass(below, Kind) else _fields(below, width - 2)
+            lines += [f"{'    ' if issubclass(below, Kind) else '  '}{line}" for line in inner]
+    return lines
+
+
+def _plain(value: object) -> str:
+    return yaml.safe_dump({"": value}).strip().partition(": ")[2]

@@ -371,8 +371,10 @@ class Settings(Section):
     def has_windows(self) -> bool:
         """Whether rows can be trained in windows: where some stage reads a boundary, whose size they are to bound.
 
-        Or where sections train in turn: a window is then a round.
+        Or where sections train in turn: a window is then a round. Or where each window answers prompts of its own.
         """
+        if self.objective.rolls_out:
+            return True
         if self.training.plan.whole:
             return self.n_sections > 1
         from_tokens = self.training.progressive.holds_trunk or self.stands_apart or self.grows

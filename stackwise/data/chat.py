@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stackwise import files
+from stackwise.data import documents
 from stackwise.data.documents import CHAT_COLUMNS, PAIR, SCORED, Document, TokenDocument, repair, token_document
 from stackwise.data.tokenizer import Tokenizer
 from stackwise.durable import write_bytes
@@ -52,21 +53,24 @@ class Chat:
         tokenizer: Makes the tokens; names of special tokens in a template's text are these tokens.
         template: The jinja text; None: there is none, and messages are refused.
         specials: What the template may name, such as `bos_token`.
-        pairs: Rows are pairs: each has a chosen and a rejected side.
+        makes: The column that says what of a row becomes tokens: a conversation with its answers (`SCORED`), a pair's
+            chosen and rejected side (`PAIR`), or a prompt alone (`documents.PROMPT`).
     """
 
     tokenizer: Tokenizer | None
     template: str | None = None
     specials: Mapping[str, str] = field(default_factory=dict)
-    pairs: bool = False
+    makes: str = SCORED
 
     def __repr__(self) -> str:
         """What it does to a row, for identities."""
-        about = [None if self.tokenizer is None else self.tokenizer.id, self.template, dict(self.specials), self.pairs]
+        # That it makes pairs, or conversations, is said as it always was: data prepared before is found again.
+        makes = self.makes == PAIR if self.makes in (PAIR, SCORED) else self.makes
+        about = [None if self.tokenizer is None else self.tokenizer.id, self.template, dict(self.specials), makes]
         return f"chat {digest(json.dumps(about, sort_keys=True).encode())}"
 
     @classmethod
-    def of(cls, setting: str | None, tokenizer: Tokenizer | None, directory: Path | None, *, pairs: bool) -> Chat:
+    def of(cls, setting: str | None, tokenizer: Tokenizer | None, directory: Path | None, *, makes: str) -> Chat:
         """What the settings say.
 
         Args:
@@ -86,7 +90,7 @@ class Chat:
             template = TEMPLATES.get(setting)
             if template is None:
                 template = _file(Path(files.expanded(setting)))
-        chat = cls(tokenizer, template, specials, pairs)
+        chat = cls(tokenizer, template, specials, makes)
         if template is not None:
             _ = chat._compiled  # a fault in it is told before anything is read
         return chat
@@ -102,7 +106,26 @@ class Chat:
                 f"{where}: conversations need a tokenizer that is there before they are read",
                 hint="set data.tokenizer to bytes or the path of a tokenizer.json; init.weights brings its own",
             )
-        return self._pair(where, row) if self.pairs else self._conversation(where, row)
+        if self.makes == documents.PROMPT:
+            return self._prompt(where, row)
+        return self._pair(where, row) if self.makes == PAIR else self._conversation(where, row)
+
+    def _prompt(self, where: str, row: Mapping[str, Any]) -> TokenDocument:
+        """A prompt, up to where its answer begins; messages are one up to the last of the assistant."""
+        assert self.tokenizer is not None
+        prompt = row.get(PROMPT)
+        if prompt is None and row.get(MESSAGES) is not None:
+            messages = _messages(where, MESSAGES, row[MESSAGES])
+            prompt = messages[:-1] if messages[-1]["role"] == ASSISTANT else messages
+        if prompt in (None, "", []):
+            names = ", ".join(sorted(map(str, row))) or "none"
+            raise UsageError(f"{where}: no {PROMPT} or {MESSAGES}; its columns are: {names[:300]}", hint=_ROW)
+        if not isinstance(prompt, str):
+            prompt = self._render(where, _messages(where, PROMPT, prompt), ask=True)
+        tokens, marks = self._encode(repair(prompt), [(0, len(prompt))])
+        if not len(tokens):
+            raise UsageError(f"{where}: {PROMPT} has no token")
+        return token_document(tokens, {documents.PROMPT: np.ones_like(marks)}, {})
 
     def _conversation(self, where: str, row: Mapping[str, Any]) -> TokenDocument | None:
         if row.get(MESSAGES) is not None:

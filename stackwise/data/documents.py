@@ -28,8 +28,9 @@ TARGETS = "targets"
 TOKENS, MASK, LABELS = "input_ids", "attention_mask", "labels"
 """Columns of rows that bring tokens instead of text."""
 
-SCORED, PAIR = "completion_mask", "pair_mask"
-"""Columns of conversations: 1 where a token is scored; of pairs 0 and 1 in the chosen side, 2 and 3 in the rejected."""
+SCORED, PAIR, PROMPT = "completion_mask", "pair_mask", "prompt_mask"
+"""Columns of conversations: 1 where a token is scored; of pairs 0 and 1 in the chosen side, 2 and 3 in the rejected; 1
+where a row is a prompt that is to be answered."""
 
 CHAT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "margin")
 """Columns of rows that bring conversations, or pairs of answers."""

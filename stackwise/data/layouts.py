@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stackwise.data.documents import IGNORED, PAIR, SCORED, TARGETS, Array, Int64s
+from stackwise.data.documents import IGNORED, PAIR, PROMPT, SCORED, TARGETS, Array, Int64s
 from stackwise.data.prepared import Split
 
 
@@ -180,9 +180,29 @@ class PairSplit(WholeDocuments):
         return 1
 
 
+class PromptSplit(WholeDocuments):
+    """A prompt a sample, at its beginning; one that is longer than a sample is cut."""
+
+    name = "prompts"
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt."""
+        marks = np.asarray(self._columns[PROMPT])
+        return int(np.add.reduceat(marks, self.documents).max(initial=0)) if len(marks) else 0
+
+    def _lay(self, seq_len: int, first: int, last: int) -> list[list[tuple[int, int, int]]]:
+        edges = self._edges()[first : last + 1]
+        lengths = np.diff(edges)
+        self._shortened[seq_len] += int((lengths > seq_len).sum())
+        ends = np.minimum(lengths, seq_len).tolist()
+        return [[(0, start, length)] for start, length in zip(edges[:-1].tolist(), ends, strict=True) if length]
+
+
 def split_of(directory: Path, meta: Mapping[str, Any], byte_table: Callable[[], Int64s | None]) -> Split:
-    """A side of a prepared set, its samples as its columns say: pairs, packed conversations, or a stream."""
+    """A side of a prepared set, its samples as its columns say: pairs, packed conversations, prompts, or a stream."""
     columns = meta["columns"]
     stream = TaskStream if "tasks" in meta else Split
-    kind = PairSplit if PAIR in columns else PackedSplit if SCORED in columns else stream
+    kinds = {PAIR: PairSplit, SCORED: PackedSplit, PROMPT: PromptSplit}
+    kind = next((kind for name, kind in kinds.items() if name in columns), stream)
     return kind(directory, meta, byte_table)

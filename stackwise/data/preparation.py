@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stackwise import files
 from stackwise.data.chat import Chat
 from stackwise.data.corpus import Corpus, Progress, Task, open_memory, scan, task_setting
-from stackwise.data.documents import MASK, PAIR, SCORED, TARGETS, TOKENS, HeldOut, Reading
+from stackwise.data.documents import MASK, PAIR, PROMPT, SCORED, TARGETS, TOKENS, HeldOut, Reading
 from stackwise.data.prepared import (
     META,
     OWN_COLUMNS,
@@ -123,13 +123,14 @@ def prepare(
 
 def _chat(config: DataConfig, choice: Choice, wanted: tuple[str, ...]) -> Chat | None:
     """What makes documents of conversations, where the columns that are wanted come of these."""
-    if not {SCORED, PAIR} & set(wanted):
+    makes = next((name for name in (PAIR, PROMPT, SCORED) if name in wanted), None)
+    if makes is None:
         return None
     directory = None
     if config.tokenizer not in ("bpe", "bytes"):
         path = files.expanded(config.tokenizer)
         directory = path if path.is_dir() else path.parent
-    return Chat.of(config.chat_template, choice.tokenizer, directory, pairs=PAIR in wanted)
+    return Chat.of(config.chat_template, choice.tokenizer, directory, makes=makes)
 
 
 def _find(config: DataConfig, reading: Reading) -> tuple[dict[str, list[Source]], Skipped]:

@@ -109,6 +109,26 @@ class LoadedModel:
         Raises:
             UsageError: Stages that were trained another way, or none; a sample too long.
         """
+        with torch.autocast(ids_BS.device.type, self.autocast, enabled=self.autocast is not None):
+            h_BSD, head = self.features(
+                ids_BS, segments_BS=segments_BS, time=time, caches=caches, exit_depth=exit_depth
+            )
+            if not len(index_n):
+                return torch.empty(0, 0, device=ids_BS.device)
+            with evaluating(head):
+                logits_nV: Tensor = head(h_BSD.flatten(0, 1).index_select(0, index_n))
+        return logits_nV.float()
+
+    def features(
+        self,
+        ids_BS: Tensor,
+        *,
+        segments_BS: Tensor | None = None,
+        time: Tensor | None = None,
+        caches: Caches | None = None,
+        exit_depth: int | None = None,
+    ) -> tuple[Tensor, nn.Module]:
+        """What enters the head of the stage that answers, [B, S, D], and that head; see `logits_at`."""
         head: nn.Module | None = None
         causal, autocast, stages = self.direction, self.autocast, self.stages
         first, start = 0, 0 if caches is None else caches.length
@@ -131,12 +151,8 @@ class LoadedModel:
                 if exit_depth is not None and stage.depth >= exit_depth:
                     break
                 del stage
-            assert head is not None
-            if not len(index_n):
-                return torch.empty(0, 0, device=ids_BS.device)
-            with evaluating(head):
-                logits_nV: Tensor = head(h_BSD.flatten(0, 1).index_select(0, index_n))
-        return logits_nV.float()
+        assert head is not None
+        return h_BSD, head
 
 
 def _way_to(stages: Sequence[StageModules], depth: int) -> list[StageModules]:

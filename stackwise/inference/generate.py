@@ -248,9 +248,13 @@ def sample_causal(
     max_new_tokens: int,
     how: Continuing | None = None,
     *,
+    lengths_B: Tensor | None = None,
     callback: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Continue a prompt token by token, going over the new token alone.
+
+    Prompts of several lengths go together without padding: the shortest ends first, and what follows of the others is
+    theirs and not drawn.
 
     Beyond the model's length the latest tokens are the context, which moves on with each token: nothing can be kept
     then, and every token goes over all of it.
@@ -260,6 +264,8 @@ def sample_causal(
         prompt: [S] or [B, S], at least one token.
         max_new_tokens: Most tokens to add.
         how: How they are chosen; None: the likeliest.
+        lengths_B: Tokens of each row's prompt, where they differ; what stands behind them plays no part. Each row gets
+            `max_new_tokens`; behind them it repeats `stop_token_id`.
         callback: Called with the ids after each token.
 
     Returns:
@@ -273,11 +279,17 @@ def sample_causal(
         raise UsageError("a prompt needs at least one token")
     if max_new_tokens < 0 or (how.top_k is not None and how.top_k < 1):
         raise UsageError(f"max_new_tokens {max_new_tokens}, top_k {how.top_k}: out of range")
-    ids_BS = prompt.long().reshape(-1, prompt.shape[-1])
+    given_BS = ids_BS = prompt.long().reshape(-1, prompt.shape[-1])
+    shortest = longest = ids_BS.shape[1]
+    if lengths_B is not None:
+        shortest, longest = int(lengths_B.min()), int(lengths_B.max())
+        if how.stop_token_id is None or not 1 <= shortest <= longest <= ids_BS.shape[1]:
+            raise UsageError("prompts of several lengths need a stop_token_id, and each at least one of their tokens")
+        ids_BS = ids_BS[:, :shortest]
     limit = model.max_seq_len
     caches = Caches() if how.cache and model.keeps_cache and isinstance(model.front, Front) else None
     ended_B = torch.zeros(len(ids_BS), dtype=torch.bool, device=ids_BS.device)
-    for step in range(max_new_tokens):
+    for step in range(longest - shortest + max_new_tokens):
         if caches is not None and limit is not None and ids_BS.shape[1] > limit:
             caches = None
         context_BS = ids_BS if limit is None else ids_BS[:, -limit:]
@@ -291,9 +303,16 @@ def sample_causal(
             least_B1 = logits_BV.topk(how.top_k).values[:, -1:]
             logits_BV.masked_fill_(logits_BV < least_B1, -torch.inf)
         next_B = choose(logits_BV, how.temperature, how.seed, "causal", step)
+        at = ids_BS.shape[1]
         if how.stop_token_id is not None:
+            if lengths_B is not None:
+                ended_B |= at >= lengths_B + max_new_tokens
             next_B = next_B.masked_fill(ended_B, how.stop_token_id)
-            ended_B |= next_B == how.stop_token_id
+            stops_B = next_B == how.stop_token_id
+            if lengths_B is not None and at < longest:
+                next_B = torch.where(at < lengths_B, given_BS[:, at], next_B)
+                stops_B &= at >= lengths_B
+            ended_B |= stops_B
         ids_BS = torch.cat((ids_BS, next_B[:, None]), 1)
         if callback is not None:
             callback(ids_BS.view(-1) if prompt.ndim == 1 else ids_BS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
@@ -11,7 +11,7 @@ from stackwise.config.fields import Positive, Text
 from stackwise.config.kinds import Fault, Objective
 
 
-class _Causal(Objective):
+class Causal(Objective):
     """What these objectives have in common: each position says the next token, and nothing is masked."""
 
     masks: ClassVar[bool] = False
@@ -32,7 +32,7 @@ class _Causal(Objective):
         return f"with training.objective {self.name} the rack is causal from the start"
 
 
-class SFT(_Causal):
+class SFT(Causal):
     """Supervised fine-tuning: the answers of conversations are learnt, what they answer is only read."""
 
     inputs: ClassVar[tuple[str, ...]] = ("completion_mask",)
@@ -45,11 +45,12 @@ class SFT(_Causal):
         return SFTObjective()
 
 
-class _Pairs(_Causal):
+class _Pairs(Causal):
     """Pairs: two answers to one prompt, of which one was preferred."""
 
     inputs: ClassVar[tuple[str, ...]] = ("pair_mask", "margin")
     sequences: ClassVar[int] = 2
+    watched: ClassVar[Mapping[str, tuple[str, ...]]] = {"preference": ("accuracy", "margin", "chosen", "rejected")}
 
     def faults(self, seq_len: int) -> Iterator[Fault]:
         """See `Objective.faults`."""

@@ -6,7 +6,7 @@ A pair is a row of two sequences, the chosen side first. Shapes in names: B rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Literal, cast
 
 import torch
@@ -27,12 +27,7 @@ REFERENCE = "reference"
 
 WATCHED = "preference"
 """The name of what is only looked at: the share of pairs that are ranked right, the margin, the chosen and rejected
-scores; summed over pairs, [4]."""
-
-
-def preferences(observed: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """What was looked at, by name: accuracy, margin, chosen and rejected (of DPO rewards, beta log of the ratio)."""
-    return dict(zip(("accuracy", "margin", "chosen", "rejected"), observed.get(WATCHED, ()), strict=False))
+scores (of DPO rewards, beta log of the ratio); summed over pairs, [4]."""
 
 
 class SFTObjective(RuntimeObjective):

@@ -138,6 +138,11 @@ def _held_out(event: Event) -> str:
     return f"held-out loss {event['nats']:.4f} at step {event['step']:,}{best}"
 
 
+def _rolled_out(event: Event) -> str:
+    figures = f"score {event['score']:.4g}, KL {event['kl']:.3g} nats an answer, {event['length']:.3g} tokens"
+    return f"{words.plural(event['rows'], 'answer')} drawn: {figures}, KL coefficient {event['coefficient']:.3g}"
+
+
 def _grown(event: Event) -> str:
     before, after = event["before"], event["after"]
     figures = [
@@ -198,6 +203,7 @@ EVENTS: dict[str, Kind] = {
         lambda event: f"training, {words.plural(event['steps'], 'step')} ({event['reason']})", shown_by="table"
     ),
     "measured": Kind(lambda event: f"the ranges of what enters {words.plural(event['layers'], 'layer')} are measured"),
+    "rolled_out": Kind(_rolled_out, figures=("score", "kl", "length", "coefficient", "ended", "seconds")),
     "resumed": Kind(lambda event: f"resumed at step {event['step']:,} of {event['steps']:,}", shown_by="table"),
     "step": Kind(shown_by="progress", figures=STEP_FIGURES),
     "ranks": Kind(shown_by="progress"),

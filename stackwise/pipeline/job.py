@@ -189,6 +189,7 @@ class StageJob:
     held_out_reads: str | None = None  # its boundary that enters the stage; None: tokens
     writes_held_out: bool = False  # whether to write its boundary above the stage too
     match: int | None = None  # a teacher's width, where it is another and the stage is drawn to its hidden states
+    reference: dict[str, Source] = field(default_factory=dict)  # the parts that answers are held against, if any
     round: int = 0  # of a stage that trains in rounds, which one it is: rows and dropout follow from it
     kind: str = field(default="stage", init=False)
 

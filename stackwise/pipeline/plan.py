@@ -12,6 +12,7 @@ from stackwise.config.loading import dump
 from stackwise.data import PreparedData, require_samples
 from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.identity import content_id
+from stackwise.pipeline import rollouts
 from stackwise.pipeline.initial import MOST_ADDED
 from stackwise.pipeline.job import Frozen, Source, StageJob, Versions, starts
 from stackwise.pipeline.recipe import (
@@ -102,6 +103,7 @@ def check_data(config: StackWiseConfig, data: PreparedData) -> Vocabulary:
                     f"the {name} data has no column {column}, which training.objective needs",
                     hint="prepare rows of input_ids that bring it, one value a token; data.columns names what is kept",
                 )
+        config.objective.check_samples(split, config.training.seq_len)
     return vocabulary(config, data)
 
 
@@ -136,6 +138,7 @@ class Plan:
         self.known_rowsets = known_rowsets if known_rowsets is not None else {}
         self.sources = dict(sources or {})
         self.teacher = teacher_of(config, self.vocabulary.size, self.vocabulary.mask, data.id)
+        self._score_model = rollouts.score_model(config, data)
         if self.teacher is not None:
             self.teacher.check(self.stages, data)
         check_tasks(config, data, self.stages)
@@ -202,6 +205,8 @@ class Plan:
             inputs |= {f"held-out {name}": self.data.held_out.column_digest(name) for name in names}
         if (meta := self.config.stage_training(stage.depth).meta) is not None:
             inputs |= {"tasks": tasks_digest(meta, self.data)}
+        if self.config.objective.rolls_out:
+            inputs |= rollouts.inputs(stage, self.sources, self._score_model)
         return inputs | (self.teacher.inputs(stage) if self.teacher is not None else {})
 
     def committed(self, recipe: str) -> CommittedStage | None:
@@ -345,6 +350,7 @@ class Plan:
             held_out_reads=entry.held_out,
             writes_held_out=writes_held_out,
             match=self._match(stage) if train else None,
+            reference=rollouts.reference_sources(stage, self.sources) if self.config.objective.rolls_out else {},
         )
 
     def _match(self, stage: Stage) -> int | None:

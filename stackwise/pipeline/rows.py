@@ -54,7 +54,10 @@ def count_rows(config: StackWiseConfig, split: Samples) -> int:
         return min(training.rows, most)
     budget = training.budget(training.seq_len)
     if budget is not None:
-        return min(budget * training.batch_size * training.accumulation, most)
+        rows = budget * training.batch_size * training.accumulation
+        if config.objective.rolls_out:  # each window's are drawn by themselves
+            rows = config.objective.window_rows(rows // config.windows)
+        return min(rows, most)
     return most
 
 
@@ -94,6 +97,9 @@ def choose_samples(config: StackWiseConfig, split: Samples, rowset: int) -> np.n
     if rowset == HELD_OUT:
         return _held_out_samples(config, split)
     drawn, window = drawn_and_window(config, rowset)
+    if config.objective.rolls_out:
+        windows = range(config.windows) if window is None else (window,)
+        return np.concatenate([_drawn_samples(config, split, drawn, one) for one in windows])
     samples_R = _drawn_samples(config, split, drawn)
     if window is None:
         return samples_R
@@ -108,11 +114,11 @@ def window_edges(config: StackWiseConfig, rows: int) -> list[int]:
     return [min(rows, samples * window // windows * per_sample) for window in range(windows + 1)]
 
 
-def _drawn_samples(config: StackWiseConfig, split: Samples, drawn: int) -> np.ndarray:
+def _drawn_samples(config: StackWiseConfig, split: Samples, *drawn: int) -> np.ndarray:
     per_sample = config.training.masks_per_sample
     rows = count_rows(config, split)
     ids = split.sample_ids(config.training.seq_len)
-    order = generator(config.seed, "samples", drawn).permutation(len(ids))
+    order = generator(config.seed, "samples", *drawn).permutation(len(ids))
     wanted = math.ceil(rows / per_sample)
     # A repeated sample would be the same row twice: its mask follows from its id.
     _, first = np.unique(np.ascontiguousarray(ids[order]).view("V16").ravel(), return_index=True)
@@ -122,6 +128,8 @@ def _drawn_samples(config: StackWiseConfig, split: Samples, drawn: int) -> np.nd
 
 def drawn_rows(config: StackWiseConfig, split: Samples, drawn: int) -> int:
     """Rows of all windows together."""
+    if config.objective.rolls_out:
+        return config.windows * len(_drawn_samples(config, split, drawn, 0))
     return len(_drawn_samples(config, split, drawn))
 
 
@@ -161,6 +169,8 @@ def row_settings(config: StackWiseConfig, rowset: int) -> dict[str, Any]:
         training["tokens"] = config.training.tokens
     if drawn_and_window(config, rowset)[1] is not None and config.windows > 1:
         training["windows"] = config.windows
+    if config.objective.rolls_out:  # each window draws its rows anew
+        training["objective"] = {"rolls out": config.objective.window_rows(1 << 20)}
     return settings
 
 

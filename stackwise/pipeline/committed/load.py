@@ -66,15 +66,15 @@ class CommittedRack:
         """The front, of the newest weights or of others."""
         return make_front(self.config, self.vocab_size, (parts or self.parts)[FRONT]).to(self.device).eval()
 
-    def head(self, parts: Versions | None = None) -> Head:
-        """The head, of the newest weights or of others."""
-        parts = parts or self.parts
+    def head(self, parts: Versions | None = None, *, scores: bool = False) -> Head:
+        """The head, of the newest weights or of others; `scores`: with the layer beside its logits."""
+        parts, match = parts or self.parts, self.config.objective.score_width if scores else None
         embedding = None
         if self.config.model.tie_embeddings:
             dtype = dtype_of(self.config)
             tensors = load_part(parts[FRONT], self.vocab_size, dtype)
             embedding = None if tensors is None else tensors["embedding.weight"].to(dtype)
-        head = make_head(self.config, self.vocab_size, parts[HEAD], embedding, own=False)
+        head = make_head(self.config, self.vocab_size, parts[HEAD], embedding, own=False, match=match)
         return head.to(self.device).eval()
 
     def modules(self) -> Iterator[StageModules]:

@@ -41,6 +41,7 @@ from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
 from stackwise.pipeline.rows import HELD_OUT, choose_samples
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.worker.adaptive import fuse_adaptively
+from stackwise.pipeline.worker.rollouts import with_rollout
 from stackwise.pipeline.worker.stores import Stores, place_of
 from stackwise.pipeline.worker.teaching import beside_teacher
 from stackwise.pipeline.worker.training import (
@@ -103,6 +104,7 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, ranks
             entering_it = stack.enter_context(store.reader(job.held_out_reads)) if job.held_out_reads else None
             context = replace(context, held_out=_feed(job, config, store, entering_it, HELD_OUT))
         context = stack.enter_context(beside_teacher(context))
+        context = stack.enter_context(with_rollout(context))
         if job.train and job.stage.candidates:
             fuse_adaptively(context)
         else:

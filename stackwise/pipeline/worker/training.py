@@ -20,7 +20,6 @@ from stackwise.config import StackWiseConfig, StageTraining
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.model import part_digest
 from stackwise.model.experts import experts_used
-from stackwise.objectives.preferences import preferences
 from stackwise.pipeline.device import describe, peak_memory
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.job import StageJob
@@ -51,6 +50,14 @@ RESUME = "its state is saved; the same command goes on from there"
 
 
 @dataclass(frozen=True)
+class RolledOut:
+    """What a stage's answers came to, before it trains on them."""
+
+    figures: Mapping[str, float]  # kept in the stage's record
+    state: Mapping[str, Tensor]  # what its next window takes up of them
+
+
+@dataclass(frozen=True)
 class StageContext:
     """A stage's work, and what it is done with."""
 
@@ -62,6 +69,7 @@ class StageContext:
     stop: Stop
     feed: Feed  # what enters the stage; before its boundary is filled, what is stored below it
     held_out: Feed | None = None  # the rows that the stage is evaluated on as it trains; None: none
+    rolled_out: RolledOut | None = None  # the answers that it trains on; None: its rows are the data's
     ranks: Ranks = field(default_factory=SingleProcess)  # the processes that do it together
     stores: Stores = field(kw_only=True)  # theirs
 
@@ -202,7 +210,9 @@ def train_and_commit(context: StageContext, engine: Engine) -> None:
     parts: dict[str, State] = {
         part: partial(part_weights, engine, part) for part in stage.holds if part in stage.commits
     }
-    commit_stage(context, parts | states_out(stage, trainer), trainer.step, trainer.record)
+    rolled_out = context.rolled_out
+    more = {} if rolled_out is None else {"rollout": dict(rolled_out.figures)}
+    commit_stage(context, parts | states_out(context, trainer), trainer.step, trainer.record, **more)
     if context.ranks.main:
         checkpoint.remove(Path(context.job.checkpoints))
 
@@ -338,6 +348,7 @@ class StageHooks:
             self._checkpoints.prepare(self._trainer)
         if self._context.stage.just_grown and len(self._trainer.record.losses) == len(progress.losses):
             self._emit_grown()
+        terms = dict(progress.terms) | self._context.config.objective.figures(progress.observed)
         taken = [loss for loss in progress.losses if loss is not None]
         self._context.event(
             "step",
@@ -352,7 +363,7 @@ class StageHooks:
             memory=peak_memory(self._trainer.engine.device),
             pid=os.getpid(),
             **({"sync_fraction": self._sync_fraction()} if self._ranks.size > 1 else {}),
-            **({"terms": terms} if (terms := dict(progress.terms) | preferences(progress.observed)) else {}),
+            **({"terms": terms} if terms else {}),
             **({"phases": dict(progress.phases)} if progress.phases else {}),
             **experts_used(progress.observed),
         )
@@ -406,7 +417,7 @@ class StageHooks:
         mean = held_out_loss(trainer.engine, self._context.held_out)
         best = trainer.record.best
         lowest = mean.total if best is None else min(mean.total, best[1])
-        known = dict(mean.terms) | preferences(mean.observed)
+        known = dict(mean.terms) | self._context.config.objective.figures(mean.observed)
         terms = {"terms": known} if known else {}
         seconds = time.perf_counter() - begun
         experts = experts_used(mean.observed, shares=True)
@@ -525,12 +536,14 @@ def take_up(job: StageJob, trainer: Trainer) -> None:
     trainer.engine.take_up(carried)
 
 
-def states_out(stage: Stage, trainer: Trainer) -> dict[str, State]:
+def states_out(context: StageContext, trainer: Trainer) -> dict[str, State]:
     """The states that a stage commits for its next window, by name, once its engine has settled."""
+    stage = context.stage
     if not stage.states_out:
         return {}
+    of_rollout = {} if context.rolled_out is None else context.rolled_out.state
     carried = trainer.engine.carried()
-    carried[""] = partial(dict[str, Tensor], {**carried[""](), **trainer.carry().state()})
+    carried[""] = partial(dict[str, Tensor], {**carried[""](), **trainer.carry().state(), **of_rollout})
     return {name: carried[_part_of_state(name)] for name in stage.states_out}
 
 

@@ -1,0 +1,177 @@
+"""Runs that train on their own answers: resident, swapped, killed, with adapters, scored by a reward model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.loading import build
+from stackwise.data.tokenizer import bytes_tokenizer
+from stackwise.errors import StackWiseError, UsageError
+from stackwise.inference import Continuing, LoadedModel, sample_causal
+from stackwise.inference.answers import draw_answers, likelihoods
+from stackwise.pipeline.committed.load import load_model
+from stackwise.pipeline.rollouts import score_model
+from stackwise.pipeline.run import RunDirectory
+from stackwise.store import ActivationStore
+from tests.conftest import run
+from tests.pipeline.storm import killed
+from tests.pipeline.test_run import named, weights
+from tests.pretrained.models import make
+
+SEPARATOR = 256
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    make("llama", directory, vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=2)
+    (directory / "tokenizer.json").write_text(bytes_tokenizer().json)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "+" * (n % 4) + f"{n} = "}) + "\n" for n in range(30)))
+    return path
+
+
+def _settings(model: Path, prompts: Path, objective: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    kl = {"coefficient": 0.1, "target": 0.5, "horizon": 40}
+    common = {
+        "init__weights": str(model),
+        "data__paths": [str(prompts)],
+        "data__held_out": 0.2,
+        "training__objective": {"name": "ppo", "new_tokens": 6, "passes": 2, "kl": kl} | (objective or {}),
+        "training__mode": "end_to_end",
+        "training__windows": 2,
+        "training__seq_len": 20,
+        "training__batch_size": 4,
+        "training__steps": 8,
+        "training__checkpoint_steps": 2,
+        "training__learning_rate": 1e-2,
+    }
+    return common | more
+
+
+def _config(settings: dict[str, Any]) -> StackWiseConfig:
+    return build(StackWiseConfig, {}, {key.replace("__", "."): value for key, value in settings.items()})
+
+
+@pytest.fixture(scope="module")
+def ppo(model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    directory = tmp_path_factory.mktemp("ppo") / "run"
+    return directory, run(_config(_settings(model, prompts)), directory)
+
+
+def _records(directory: Path) -> list[dict[str, Any]]:
+    recipes = [stage["recipe"] for stage in RunDirectory(directory).manifest()["stages"]]
+    with ActivationStore(directory / "store", create=False) as store:
+        committed = [store.stage(recipe, check=False) for recipe in recipes]
+    return [one.record for one in committed if one is not None]
+
+
+def test_phases_are_windows_and_the_penalty_goes_on(ppo: tuple[Path, list[Any]]) -> None:
+    directory, events = ppo
+    first, second = named(events, "rolled_out")
+    assert first["rows"] == second["rows"] == 8, "4 steps of 4 rows, twice over each"
+    assert first["kl"] == 0.0, "the policy begins as its reference"
+    assert second["kl"] > 0
+    assert second["coefficient"] == pytest.approx(0.1 * (1 - 0.2 * 8 / 40)), "a pure function of the phase before"
+    assert [one["rollout"]["kl"] for one in _records(directory)] == [first["kl"], second["kl"]]
+    steps = named(events, "step")
+    assert {"policy", "values", "clipped", "moved"} <= set(steps[0]["terms"])
+    assert named(events, "done")
+
+
+def test_swapped_and_killed_it_is_the_same(
+    ppo: tuple[Path, list[Any]], model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    swapped = run(_config(_settings(model, prompts, training__swap="always")), tmp_path / "swapped")
+    assert weights(tmp_path / "swapped") == weights(ppo[0])
+    keys = ("score", "kl", "length", "ended", "coefficient")
+    figures = [[event[key] for key in keys] for event in named(swapped, "rolled_out")]
+    assert figures == [[event[key] for key in keys] for event in named(ppo[1], "rolled_out")]
+    killed(_config(_settings(model, prompts)), tmp_path / "killed", 1)
+    assert weights(tmp_path / "killed") == weights(ppo[0])
+
+
+def test_answers_are_drawn_from_the_policy(model: Path) -> None:
+    """Prompts of several lengths at once are as each alone, and what is said of answers is transformers' word."""
+    from transformers import AutoModelForCausalLM
+
+    rack = load_model(str(model), torch.device("cpu"), lambda line: None)
+    ours = LoadedModel(rack.front(), list(rack.modules()), True, rack.autocast, True)
+    texts = ["1 = ", "+++12 = ", "++3 ="]
+    lengths = torch.tensor([len(text) for text in texts])
+    rows = torch.full((3, 16), SEPARATOR)
+    for row, text in enumerate(texts):
+        rows[row, : len(text)] = torch.tensor(list(text.encode()))
+    greedy = draw_answers(ours, rows, lengths, 6, Continuing(stop_token_id=SEPARATOR))
+    for row, length in enumerate(lengths.tolist()):
+        alone = sample_causal(ours, rows[row, :length], 6, Continuing(stop_token_id=SEPARATOR))
+        drawn = int(greedy.drawn_BS[row].sum())
+        assert greedy.ids_BS[row, : length + drawn].tolist() == alone.tolist()[: length + drawn]
+        assert greedy.prompts()[row] == list(texts[row].encode())
+    sampled = draw_answers(ours, rows, lengths, 6, Continuing(temperature=1.0, seed=3, stop_token_id=SEPARATOR))
+    said = likelihoods(ours, sampled)
+    oracle = AutoModelForCausalLM.from_pretrained(model).eval()
+    with torch.no_grad():
+        logits = oracle(sampled.ids_BS).logits.log_softmax(-1)
+    expected = logits.gather(2, sampled.ids_BS.roll(-1, 1)[..., None]).squeeze(2) * sampled.before_BS
+    torch.testing.assert_close(said, expected, atol=2e-5, rtol=0)
+
+
+def test_a_reward_model_scores_a_policy_with_adapters(
+    ppo: tuple[Path, list[Any]], model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{n} = ", "chosen": "aaaa", "rejected": "0000"} for n in range(20)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = _settings(model, pairs) | {"training__objective": "reward", "training__seq_len": 40}
+    run(_config({k: v for k, v in settings.items() if k != "training__windows"}), tmp_path / "reward")
+    score = {"score": {"name": "model", "path": str(tmp_path / "reward")}}
+    settings = _settings(model, prompts, score, training__adapters={"rank": 2}, training__checkpoint_steps=None)
+    events = run(_config(settings), tmp_path / "run")
+    first, second = named(events, "rolled_out")
+    assert np.isfinite([first["score"], second["score"]]).all()
+    assert first["score"] != second["score"]
+    assert first["kl"] == 0.0, "adapters begin as nothing"
+    assert not named(run(_config(settings), tmp_path / "run"), "rolled_out"), "the same one is found again"
+    other: Any = SimpleNamespace(tokenizer_id="another")
+    with pytest.raises(UsageError, match="another tokenizer"):
+        score_model(_config(settings), other)
+    with pytest.raises(UsageError, match="ppo, and gives no scores"):
+        score_model(_config(_settings(model, prompts, {"score": {"name": "model", "path": str(ppo[0])}})), other)
+
+
+@pytest.mark.parametrize(
+    ("objective", "more", "what"),
+    [
+        ({"new_tokens": 0}, {}, "new_tokens"),
+        ({"new_tokens": 20}, {}, "new_tokens"),
+        ({"new_tokens": 14}, {}, "longest prompt"),
+        ({}, {"init__weights": None, "data__tokenizer": "bytes"}, "init.weights"),
+        ({}, {"training__mode": "layerwise"}, "end_to_end"),
+        ({}, {"training__eval_every": 2}, "eval_every"),
+        ({}, {"training__windows": "auto"}, "windows"),
+        ({}, {"training__windows": 9}, "windows"),
+        ({"score": {"name": "model", "path": "/nowhere"}}, {}, "nowhere"),
+        ({"score": {"name": "pattern", "regex": "("}}, {}, "regular expression"),
+    ],
+)
+def test_what_cannot_be_is_told(
+    model: Path, prompts: Path, tmp_path: Path, objective: dict[str, Any], more: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(StackWiseError, match=what) as caught:
+        run(_config(_settings(model, prompts, objective) | more), tmp_path / "run")
+    assert caught.value.exit_code in (UsageError("").exit_code, 2)
+    assert not (tmp_path / "run" / "run.json").exists()
