@@ -176,6 +176,8 @@ def status_table(value: dict[str, Any]) -> list[Line]:
     lines = [[*line, f"  {done} of {words.plural(len(stages), 'stage')} done"], *table.lines()]
     if "group" in value:
         lines += [[], *ranks_table(value["group"])]
+    if value.get("tasks"):
+        lines += [[], *tasks_table(value["tasks"])]
     if value.get("jobs"):
         jobs = Table("job", "of", "state")
         for job in value["jobs"]:
@@ -211,6 +213,20 @@ def ranks_table(group: Mapping[str, Any], most: int | None = None) -> list[Line]
     if rest := len(group["ranks"]) - len(ranks):
         table.add_row("…", "", "", "", "", f"{rest} more", style="dim")
     return table.lines()
+
+
+def tasks_table(value: Mapping[str, Any]) -> list[Line]:
+    """The held-out loss of each task, a line a task that was learned, and what they come to."""
+    names, losses = value["tasks"], value["losses"]
+    table = Table("held-out loss after", *map(printable, names), right=range(1, len(names) + 1))
+    learned = names if len(losses) > 1 else ["all tasks"]
+    for name, row in zip(learned, losses, strict=False):
+        table.add_row(printable(name), *(f"{loss:.4f}" for loss in row))
+    figures = [f"{key.replace('_', ' ')} {value[key]:.4f}" for key in TASK_FIGURES if value[key] is not None]
+    return [*table.lines(), [Styled(", ".join(figures), "dim")]]
+
+
+TASK_FIGURES = ("average_loss", "forgetting", "forward_transfer")
 
 
 def job_name(job: dict[str, Any]) -> str:

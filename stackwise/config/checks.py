@@ -92,6 +92,34 @@ def _data(config: Settings) -> Iterator[Fault]:
         yield "data.tasks", f"two tasks are called {doubled}: give each a name of its own"
     if names and data.paths:
         yield "data.paths", "data.tasks names what is read already: leave one of both out"
+    if config.tasks_in_turn:
+        yield from _continual(config)
+
+
+def _continual(config: Settings) -> Iterator[Fault]:
+    """What tasks that are learned one after the other cannot be combined with."""
+    training, key = config.training, "training.continual"
+    if not config.data.tasks:
+        yield key, f"{training.continual.name} learns tasks one after the other, and data.tasks names none"
+    if training.windows != 1:
+        yield "training.windows", "tasks are the windows: leave training.windows out, or training.continual"
+    if not (config.has_windows or config.n_sections == 1) or training.plan.whole or config.grows:
+        name = "progressive" if training.progressive.enabled else training.mode.name
+        yield key, f"stages of {name} cannot take up the task before; set training.mode to layerwise or end_to_end"
+    if config.fusions or config.adapts or training.growth or config.prepends:
+        yield key, "tasks one after the other go with stages alone: leave fusion, adaptation and growth out"
+    if training.continual.measures and config.precision == "fp16":
+        yield key, f"{training.continual.name} squares gradients, which vanish in fp16: set precision: bf16 or fp32"
+    if config.objective.reference is not None or config.objective.sequences > 1 or config.objective.rolls_out:
+        yield key, f"objective {config.objective.name} is of answers: tasks in turn are of text"
+    if any(config.stage_training(depth).meta is not None for depth in range(config.n_stages)):
+        yield key, "training.meta learns all tasks at once: leave one of both out"
+    if training.continual.name == "lwf" and config.distillation.teacher is not None:
+        yield key, "lwf is its own teacher: leave distillation.teacher out"
+    if training.continual.name == "replay" and any(config.stage_training(d).curriculum for d in range(config.n_stages)):
+        yield key, "replay has an order of rows of its own: leave training.curriculum out"
+    if training.continual.measures and config.parallel.ranks > 1:
+        yield key, f"{training.continual.name} measures weights on one rank: leave parallel out"
 
 
 def _training(config: Settings) -> Iterator[Fault]:

@@ -381,8 +381,15 @@ class Settings(Section):
         return self.n_sections > 1 and not from_tokens  # else no boundary is written that windows could bound
 
     @property
+    def tasks_in_turn(self) -> bool:
+        """Whether tasks are learned one after the other."""
+        return self.training.continual.sequential
+
+    @property
     def windows(self) -> int:
-        """Windows that the rows are trained in; 1 until `auto` is settled."""
+        """Windows that the rows are trained in; 1 until `auto` is settled. Of tasks in turn each is one."""
+        if self.tasks_in_turn:
+            return max(1, len(self.data.tasks))
         return max(1, self.training.windows) if self.has_windows else 1
 
     @property

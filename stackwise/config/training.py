@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from stackwise.config.adapters import AdaptersConfig
 from stackwise.config.choices import Adaptation, Divergence, Fusion, Lookahead, Mode, Span, cut
+from stackwise.config.continual import Continual
 from stackwise.config.fields import (
     AutoInt,
     Count,
@@ -404,6 +405,11 @@ class TrainingConfig(StageTraining):
     adaptation: Adaptation = choice(Adaptation, "a last stage that turns the trained rack into another")
     save_fused_checkpoints: bool = Field(False, description="export the fused rack into the run directory at the end")
     fusion: Fusion = choice(Fusion, "stages that train sections together, after each was trained alone")
+    continual: Continual = choice(
+        Continual,
+        "how data.tasks are learned: none (all at once), or one after the other, each for the budget of a stage: "
+        "naive, or against forgetting replay, ewc, lwf",
+    )
     adapters: AdaptersConfig | None = Field(
         None,
         description="train low-rank adapters beside the weights of init.weights, and nothing else: {rank: 16, "

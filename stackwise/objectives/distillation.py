@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stackwise.batch import Batch, Term
@@ -29,17 +29,18 @@ class DistillationObjective(RuntimeObjective):
     Args:
         task: What the student learns by itself, and what is shown.
         settings: How it is drawn.
+        weight: Of the teacher's terms.
     """
 
-    def __init__(self, task: RuntimeObjective, settings: DistillationConfig) -> None:
-        self.task, self.settings = task, settings
+    def __init__(self, task: RuntimeObjective, settings: DistillationConfig, weight: float = 1.0) -> None:
+        self.task, self.settings, self.weight = task, settings, weight
         self.name, self.causal, self.likelihood, self.inputs = task.name, task.causal, task.likelihood, task.inputs
         self.sequences = task.sequences
 
     def at(self, step: int | None) -> RuntimeObjective:
         """See `RuntimeObjective.at`."""
         task = self.task.at(step)
-        return self if task is self.task else DistillationObjective(task, self.settings)
+        return self if task is self.task else DistillationObjective(task, self.settings, self.weight)
 
     def shown(self, batch: Batch) -> Tensor:
         """See `RuntimeObjective.shown`."""
@@ -76,14 +77,14 @@ class DistillationObjective(RuntimeObjective):
         terms = {name: replace(t, weight=t.weight * weight) for name, t in self.task.loss(outputs, batch).items()}
         if TEACHER in batch:
             total = hidden_distance(self._matched(outputs), batch[TEACHER], self.settings.match)
-            terms["hidden"] = Term(total, batch.masks_BS.numel())
+            terms["hidden"] = Term(total, batch.masks_BS.numel(), self.weight)
         if LOGITS in batch:
             index_n = flat_index(self.positions(batch), outputs.x_BSD.device)
             x_nD, likeliest_n2K = (
                 tensor.flatten(0, 1).index_select(0, index_n) for tensor in (outputs.x_BSD, batch[LOGITS])
             )
             total = divergence(outputs.head, x_nD, likeliest_n2K, self.settings.temperature)
-            terms["logits"] = Term(total, len(index_n))
+            terms["logits"] = Term(total, len(index_n), self.weight)
         return terms
 
     def _matched(self, outputs: Outputs) -> Tensor:
@@ -113,6 +114,24 @@ def likeliest(logits: Tensor, count: int) -> Tensor:
     """The highest logits […, V] and their ids as float32 […, 2 K], logits first: ids below 2^24 are exact."""
     values, ids = logits.float().topk(count, dim=-1)
     return torch.cat([values, ids.float()], -1)
+
+
+class LikeliestTokens(nn.Module):
+    """A head's likeliest tokens among the first ids, in place of its logits: from [B, S, D] to [B, S, 2 K].
+
+    Args:
+        head: The head.
+        top_k: K.
+        ids: How many ids there are to choose among; None: all.
+    """
+
+    def __init__(self, head: nn.Module, top_k: int, ids: int | None = None) -> None:
+        super().__init__()
+        self.head, self.top_k, self.ids = head, top_k, ids
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Row by row: the logits of one are in memory."""
+        return torch.stack([likeliest(self.head(x_SD)[:, : self.ids], self.top_k) for x_SD in x_BSD])
 
 
 def divergence(head: Callable[[Tensor], Tensor], x_nD: Tensor, likeliest_n2K: Tensor, temperature: float) -> Tensor:

@@ -153,6 +153,11 @@ def _grown(event: Event) -> str:
     return ": ".join(filter(None, ["from {} to {} blocks".format(*event["blocks"]), ", ".join(figures)]))
 
 
+def _tasks(event: Event) -> str:
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in event["terms"].items())
+    return f"held-out loss by task: {losses}"
+
+
 def _best(event: Event) -> str:
     return f"takes the weights of step {event['step']:,}, held-out loss {event['nats']:.4f}"
 
@@ -210,6 +215,7 @@ EVENTS: dict[str, Kind] = {
     "checkpoint": Kind(shown_by="nothing", figures=("seconds", "written_seconds")),
     "grown": Kind(_grown),
     "held_out": Kind(_held_out, figures=("nats", "best", "seconds")),
+    "tasks": Kind(_tasks, figures=("average",)),
     "best": Kind(_best, figures=("nats",)),
     "diverged": Kind(_diverged, "yellow", figures=("to",)),
     "probe": Kind(_probe, figures=GAIN),
@@ -221,6 +227,7 @@ EVENTS: dict[str, Kind] = {
     # its boundary
     "writing": Kind(_writing, shown_by="table"),
     "teacher": Kind(lambda event: f"the teacher {event['model']} goes over its {words.plural(event['rows'], 'row')}"),
+    "past": Kind(lambda event: f"as its task before left it, it goes over its {words.plural(event['rows'], 'row')}"),
     "filling": Kind(_filling),
     "recomputing": Kind(_text),
     "boundary": Kind(shown_by="progress"),

@@ -191,6 +191,7 @@ class StageJob:
     match: int | None = None  # a teacher's width, where it is another and the stage is drawn to its hidden states
     reference: dict[str, Source] = field(default_factory=dict)  # the parts that answers are held against, if any
     round: int = 0  # of a stage that trains in rounds, which one it is: rows and dropout follow from it
+    replayed: int = 0  # of its rows those at the end that are of earlier tasks
     kind: str = field(default="stage", init=False)
 
     @property
@@ -198,9 +199,10 @@ class StageJob:
         """The configuration."""
         return build(StackWiseConfig, parse_yaml(self.config, "job"))
 
-    def seed(self, config: StackWiseConfig) -> tuple[int, ...]:
+    def seed(self, config: StackWiseConfig) -> tuple[int | str, ...]:
         """What its dropout follows from, and with its window the order of its rows."""
-        return (config.seed, self.stage.depth, *((self.round,) if self.round else ()))
+        turn = ("task", self.stage.window) if config.tasks_in_turn and self.stage.window else ()
+        return (config.seed, self.stage.depth, *((self.round,) if self.round else ()), *turn)
 
     def order(self, config: StackWiseConfig) -> tuple[int | str, ...]:
         """What its order of rows is drawn by: in each window another."""

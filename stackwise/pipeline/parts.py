@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.continual import LwF
 from stackwise.config.precision import weight_format
+from stackwise.config.schema import DistillationConfig
 from stackwise.errors import DamageError
 from stackwise.identity import derive_seed
 from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
@@ -294,7 +296,10 @@ def owns_projection(config: StackWiseConfig, stage: Stage) -> bool:
 
 def objective_of(config: StackWiseConfig, mask_token: int, vocab_size: int, stage: Stage) -> RuntimeObjective:
     """The objective that a stage trains: what it is asked for, and its teacher beside that."""
-    task = task_of(config, mask_token, vocab_size, stage)
+    task, past = task_of(config, mask_token, vocab_size, stage), config.training.continual
+    if isinstance(past, LwF) and stage.window:
+        settings = DistillationConfig(task_weight=1.0, temperature=past.temperature)
+        return DistillationObjective(task, settings, past.weight)
     if config.distillation.teacher is None or stage.causal_from is not None:
         return task
     return DistillationObjective(task, config.distillation)
@@ -378,8 +383,10 @@ class JobParts:
         config: StackWiseConfig,
         sources: Mapping[str, Source],
         spans: Mapping[str, Tensor] | None = None,
+        attach: Callable[[str, nn.Module], None] = lambda name, part: None,
     ) -> None:
         self._job, self._config, self._sources, self._spans = job, config, sources, spans or {}
+        self._attach = attach  # what a part in training has beside its values
         stage = job.stage
         held = [part for part in stage.holds if part in sources and not part.startswith(ADAPTER)]
         self.names: Sequence[str] = held
@@ -436,6 +443,11 @@ class JobParts:
             set_spans(part, name, self._spans)
             require_gradients(name, part, self._job.stage)
             return part
+        part = self._with_values(name, trained, embedding_VD)
+        self._attach(name, part)
+        return part
+
+    def _with_values(self, name: str, trained: Mapping[str, Tensor] | None, embedding_VD: Tensor | None) -> nn.Module:
         if trained is not None and name in self._empty:
             # Made without values: drawing fresh weights only to overwrite them takes seconds for a large block.
             part = allocate(copy.deepcopy(self._empty[name]), "cpu")

@@ -27,7 +27,7 @@ from stackwise.pipeline.recipe import (
     trunk_id,
 )
 from stackwise.pipeline.rows import HELD_OUT, drawn_rows, put_rows, rows_key
-from stackwise.pipeline.schedule import FRONT, Stage, drawn_and_window, schedule, stage_below
+from stackwise.pipeline.schedule import FRONT, Stage, schedule, stage_below
 from stackwise.pipeline.tasks import check_tasks, tasks_digest
 from stackwise.pipeline.teacher import teacher_of
 from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
@@ -162,7 +162,7 @@ class Plan:
         return self.steps(stage) * settings.batch_size * settings.accumulation
 
     def drawn(self, stage: Stage) -> int:
-        """Rows of all windows of a stage together."""
+        """Rows of all windows of a stage together; of tasks in turn those of its task, without what is replayed."""
         return int(self._rowset(stage.rowset)[-1])
 
     def _rowset(self, number: int) -> list[Any]:
@@ -173,7 +173,7 @@ class Plan:
             split = self.data.held_out if number == HELD_OUT else self.data.train
             entry = list(put_rows(self.config, split, self.store, number))
             if self.config.windows > 1 and number != HELD_OUT:
-                entry.append(drawn_rows(self.config, split, drawn_and_window(self.config, number)[0]))
+                entry.append(drawn_rows(self.config, split, number))
             self.known_rowsets[key] = entry
         return entry
 
@@ -289,7 +289,9 @@ class Plan:
 
     def evaluates(self, stage: Stage) -> bool:
         """Whether a stage is evaluated on held-out rows as it trains."""
-        return self.config.stage_training(stage.depth).evaluates or bool(stage.candidates)
+        return (
+            self.config.stage_training(stage.depth).evaluates or bool(stage.candidates) or bool(self.config.data.tasks)
+        )
 
     def writes_held_out(self, stage: Stage) -> bool:
         """Whether a worker that has trained a stage writes the held-out rows' boundary above it."""
@@ -351,6 +353,7 @@ class Plan:
             writes_held_out=writes_held_out,
             match=self._match(stage) if train else None,
             reference=rollouts.reference_sources(stage, self.sources) if self.config.objective.rolls_out else {},
+            replayed=rows - self.drawn(stage) if train and self.config.tasks_in_turn else 0,
         )
 
     def _match(self, stage: Stage) -> int | None:

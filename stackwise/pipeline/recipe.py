@@ -133,6 +133,7 @@ def stage_recipe(config: StackWiseConfig, stage: Stage, forward: Mapping[str, An
         # Which steps of the budget these are; with the window the order of rows is another.
         | ({"span": [span.first, span.until]} if span.length < span.steps else {})
         | ({"window": stage.window} if span.length < span.steps and stage.share is None else {})
+        | ({"task": stage.window} if config.tasks_in_turn and stage.window else {})
     )
 
 
@@ -173,6 +174,10 @@ def stage_settings(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
         trained = [getattr(block, place).training_specification(block) for block in resolved]
         if alone := next(filter(None, trained), None):
             model[place] = alone
+    method = training.continual
+    shaped = {**(method.later() if stage.window else {}), **(method.earlier() if stage.states_out else {})}
+    if config.tasks_in_turn and shaped:
+        values["continual"] = shaped | method.code
     if stage.candidates:
         values["fusion"] = training.fusion.model_dump(include={"rounds", "probe_steps"})
     result = {"seed": config.seed, "model": model, "training": values}
@@ -232,6 +237,8 @@ def stage_span(config: StackWiseConfig, stage: Stage, drawn: int) -> Span:
         UsageError: No step is left for the window.
     """
     steps, edges = stage_steps(config, stage.depth, drawn), window_edges(config, drawn)
+    if config.tasks_in_turn:  # each task has a budget of its own
+        return Span(0, steps, steps)
     if stage.share is not None:
         first, until = (round(steps * edge) for edge in stage.share)
         if first == until:

@@ -1,11 +1,13 @@
 """Which rows the stages train on: samples chosen once, each under its masks, the same at every depth.
 
 Where rows are trained in windows, each has a slice of them, cut between samples: together they are the rows, and the
-masks, of training in one window.
+masks, of training in one window. Where tasks are learned in turn, a window has the rows of its task, drawn as those of
+a corpus of its own, and after them what is replayed.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.continual import Replay
+from stackwise.data.prepared import Split
 from stackwise.errors import UsageError
 from stackwise.identity import NUMERICS, content_id, derive_seed, generator
 from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler, child, seed_key, uniform_masks
@@ -46,10 +50,10 @@ def assigner(config: StackWiseConfig, rowset: int) -> FixedMaskAssigner:
     )
 
 
-def count_rows(config: StackWiseConfig, split: Samples) -> int:
+def count_rows(config: StackWiseConfig, samples: int) -> int:
     """Rows in every boundary: `training.rows`, else what the steps need, at most every sample under every mask."""
     training = config.training
-    most = split.n_samples(training.seq_len) * training.masks_per_sample
+    most = samples * training.masks_per_sample
     if training.rows is not None:
         return min(training.rows, most)
     budget = training.budget(training.seq_len)
@@ -71,6 +75,8 @@ def limit_passes(config: StackWiseConfig, split: Samples) -> str | None:
     """
     training = config.training
     steps, samples = training.budget(training.seq_len), split.n_samples(training.seq_len)
+    if config.tasks_in_turn and isinstance(split, Split):  # each task has the same steps
+        samples = int(np.bincount(split.sample_tasks(training.seq_len)).min())
     if training.max_passes is None or steps is None:
         return None
     of_step = training.batch_size * training.accumulation
@@ -85,7 +91,9 @@ def limit_passes(config: StackWiseConfig, split: Samples) -> str | None:
         lines.append(f"training.masks_per_sample: {training.masks_per_sample}")
     if not lines:
         return None
-    return f"{', '.join(lines)}: the corpus has {samples:,} samples (training.max_passes {training.max_passes:g})"
+    what = "smallest task" if config.tasks_in_turn else "corpus"
+    passes = f"(training.max_passes {training.max_passes:g})"
+    return f"{', '.join(lines)}: the {what} has {samples:,} samples {passes}"
 
 
 def choose_samples(config: StackWiseConfig, split: Samples, rowset: int) -> np.ndarray:
@@ -100,6 +108,8 @@ def choose_samples(config: StackWiseConfig, split: Samples, rowset: int) -> np.n
     if config.objective.rolls_out:
         windows = range(config.windows) if window is None else (window,)
         return np.concatenate([_drawn_samples(config, split, drawn, one) for one in windows])
+    if config.tasks_in_turn and window is not None:
+        return np.concatenate([_task_samples(config, split, drawn, window), _replayed(config, split, drawn, window)])
     samples_R = _drawn_samples(config, split, drawn)
     if window is None:
         return samples_R
@@ -114,11 +124,52 @@ def window_edges(config: StackWiseConfig, rows: int) -> list[int]:
     return [min(rows, samples * window // windows * per_sample) for window in range(windows + 1)]
 
 
-def _drawn_samples(config: StackWiseConfig, split: Samples, *drawn: int) -> np.ndarray:
+def _task_samples(config: StackWiseConfig, split: Samples, drawn: int, task: int) -> np.ndarray:
+    """The samples of the rows of a task, each under all its masks: what is replayed keeps them."""
+    samples_R = _drawn_samples(config, split, drawn, task=task)
     per_sample = config.training.masks_per_sample
-    rows = count_rows(config, split)
+    return samples_R[: max(1, len(samples_R) // per_sample) * per_sample]
+
+
+def _replayed(config: StackWiseConfig, split: Samples, drawn: int, task: int) -> np.ndarray:
+    """The samples of the rows of earlier tasks that are replayed in a task.
+
+    Every sample has a random key, and those of the lowest keys are kept: a reservoir, as what a longer stream keeps of
+    its beginning is part of what that kept.
+    """
+    replay = config.training.continual
+    if not isinstance(replay, Replay) or not task:
+        return np.empty(0, np.int64)
+    per_sample = config.training.masks_per_sample
+    kept, keys = list[np.ndarray](), list[np.ndarray]()
+    most = replay.buffer if replay.by == "reservoir" else max(1, replay.buffer // task)
+    for before in range(task):
+        samples_N = _task_samples(config, split, drawn, before)[::per_sample]
+        words = generator(config.seed, "replay", drawn, before).bit_generator.random_raw(len(samples_N))
+        lowest = np.argsort(np.atleast_1d(words), kind="stable")[:most]
+        kept.append(samples_N[lowest])
+        keys.append(np.atleast_1d(words)[lowest])
+    chosen = np.concatenate(kept)
+    if replay.by == "reservoir":
+        chosen = chosen[np.argsort(np.concatenate(keys), kind="stable")[:most]]
+    return np.repeat(np.sort(chosen), per_sample)
+
+
+def task_ranges(config: StackWiseConfig, split: Split) -> list[tuple[int, int]]:
+    """For each task its rows of the held-out rowset, from … to."""
+    of_rows = split.sample_tasks(config.training.seq_len)[choose_samples(config, split, HELD_OUT)]
+    edges = np.searchsorted(of_rows, np.arange(len(split.tasks) + 1)).tolist()
+    return list(itertools.pairwise(edges))
+
+
+def _drawn_samples(config: StackWiseConfig, split: Samples, *drawn: int, task: int | None = None) -> np.ndarray:
+    per_sample = config.training.masks_per_sample
     ids = split.sample_ids(config.training.seq_len)
     order = generator(config.seed, "samples", *drawn).permutation(len(ids))
+    if task is not None:
+        assert isinstance(split, Split), "tasks are of prepared data"
+        order = order[split.sample_tasks(config.training.seq_len)[order] == task]
+    rows = count_rows(config, len(order))
     wanted = math.ceil(rows / per_sample)
     # A repeated sample would be the same row twice: its mask follows from its id.
     _, first = np.unique(np.ascontiguousarray(ids[order]).view("V16").ravel(), return_index=True)
@@ -126,8 +177,11 @@ def _drawn_samples(config: StackWiseConfig, split: Samples, *drawn: int) -> np.n
     return np.repeat(chosen, per_sample)[:rows]
 
 
-def drawn_rows(config: StackWiseConfig, split: Samples, drawn: int) -> int:
-    """Rows of all windows together."""
+def drawn_rows(config: StackWiseConfig, split: Samples, rowset: int) -> int:
+    """Rows of all windows of a rowset together; of tasks in turn those of its task, without what is replayed."""
+    drawn, window = drawn_and_window(config, rowset)
+    if config.tasks_in_turn and window is not None:
+        return len(_task_samples(config, split, drawn, window))
     if config.objective.rolls_out:
         return config.windows * len(_drawn_samples(config, split, drawn, 0))
     return len(_drawn_samples(config, split, drawn))
@@ -171,6 +225,9 @@ def row_settings(config: StackWiseConfig, rowset: int) -> dict[str, Any]:
         training["windows"] = config.windows
     if config.objective.rolls_out:  # each window draws its rows anew
         training["objective"] = {"rolls out": config.objective.window_rows(1 << 20)}
+    if config.tasks_in_turn:
+        replay = config.training.continual
+        training["continual"] = replay.model_dump(include={"buffer", "by"}) if isinstance(replay, Replay) else "in turn"
     return settings
 
 
@@ -213,7 +270,13 @@ def _held_out_samples(config: StackWiseConfig, split: Samples) -> np.ndarray:
     """Held-out samples, as the evaluation after the last stage draws them, each distinct one once a fraction, [R]."""
     seq_len = config.training.seq_len
     order = generator(config.seed, "held-out").permutation(split.n_samples(seq_len))
-    chosen = np.sort(order[: config.evaluation.samples])
+    if isinstance(split, Split) and split.tasks and config.training.meta is None:  # as many of each task
+        of_order = split.sample_tasks(seq_len)[order]
+        by_task = [order[of_order == task][: config.evaluation.samples] for task in range(len(split.tasks))]
+        order = np.concatenate(by_task)
+    else:
+        order = order[: config.evaluation.samples]
+    chosen = np.sort(order)
     _, first = np.unique(np.ascontiguousarray(split.sample_ids(seq_len)[chosen]).view("V16").ravel(), return_index=True)
     each = len(set(config.evaluation.fractions)) if config.objective.masks else 1
     return np.repeat(chosen[np.sort(first)], each)

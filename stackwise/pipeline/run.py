@@ -20,6 +20,7 @@ from stackwise import durable, shapes
 from stackwise.durable import FileLock
 from stackwise.errors import NotFound, UsageError
 from stackwise.files import expanded, irregular, open_to_write, read_json, read_text
+from stackwise.pipeline.forgetting import task_figures
 from stackwise.shapes import (
     array,
     array_of,
@@ -81,6 +82,7 @@ _RANK = {
     **dict.fromkeys(("step", "pid", "memory"), count),
     **{key: optional(number) for key in ("tokens_per_second", "wait_fraction", "sync_fraction")},
 }
+_TASKS = record({"names": array_of(text), "after": array_of(number)}, {"before": optional(array_of(number))})
 _MANIFEST = record(
     {"stages": array_of(record(_STAGE, {
         "held_out": optional(record({"step": count, "nats": optional(number), "best": optional(number)})),
@@ -88,6 +90,7 @@ _MANIFEST = record(
         "unfrozen": array_of(array(count, count)),
         "experts": mapping(_USED),
         "adaptation": array_of(number),
+        "tasks": optional(_TASKS),
         "last": optional(hex_id),
     }))},
     {
@@ -332,6 +335,8 @@ def status(run: RunDirectory) -> dict[str, Any]:
     stages = []
     for stage in manifest["stages"]:
         shown = {key: stage[key] for key in STATUS_KEYS}
+        if stage.get("tasks"):  # the held-out loss of each
+            shown["tasks"] = dict(zip(stage["tasks"]["names"], stage["tasks"]["after"], strict=False))
         # How a router used experts, by block; query loss on tasks held out before the inner steps and after each.
         shown |= {key: stage[key] for key in ("experts", "adaptation") if key in stage}
         if chosen := stage.get("unfrozen"):  # by adaptive fusion
@@ -349,10 +354,13 @@ def status(run: RunDirectory) -> dict[str, Any]:
         state = "done"
     else:
         state = next((s for s in ("failed", "interrupted") if s in states), "pending")
+    tasks = task_figures(manifest["stages"])
     group = manifest.get("group", {"ranks": []})
     value: dict[str, Any] = {"run": str(run.path), "state": state, "ranks": len(group["ranks"]) or 1, "stages": stages}
     if group["ranks"]:
         value["group"] = group
+    if tasks is not None:
+        value["tasks"] = tasks
     keys = ("stage", "window", "job", "engine")
     jobs = [{k: job[k] for k in keys if k in job} | {"state": job_state(job_file(run, job))} for job in run.jobs()]
     return value | ({PREPARING: preparing} if preparing else {}) | ({"jobs": jobs} if jobs else {})

@@ -216,8 +216,11 @@ class Stage:
     def pieces(self, config: StackWiseConfig, part: str) -> list[str]:
         """The modules in a part that can be in memory only while rows go through them, by their paths.
 
-        Not where it has adapters or narrow weights, or is compiled: what is small is then what trains.
+        Not where it has adapters or narrow weights, or is compiled: what is small is then what trains. Nor where
+        weights are held, and measured, part by part.
         """
+        if config.training.continual.measures:
+            return []
         whole = part in (FRONT, HEAD) or part.startswith(ADAPTER) or part not in self.trains
         if whole or self.scales_alone or config.training.compile or self.format(part) != PLAIN:
             return []

@@ -230,6 +230,7 @@ class Facts:
     vocabulary: int | None
     history: History
     store_bytes: dict[str, int] | None
+    tasks: dict[str, Any] | None = None  # what learning tasks came to (`pipeline.tasks.task_figures`)
 
 
 _OF_STATUS = (
@@ -281,6 +282,7 @@ def collect(run: RunDirectory) -> Facts:
         vocabulary=(manifest.get("vocabulary") or {}).get("size"),
         history=history,
         store_bytes=usage,
+        tasks=state.get("tasks"),
     )
 
 

@@ -230,6 +230,7 @@ def _training(facts: Facts) -> list[Html]:
         tag("h2", "Training"),
         *_curves(facts.stages),
         *_stages(facts.stages),
+        *_tasks(facts.tasks),
         *_experts(facts.stages),
         *_adaptation(facts.stages),
         *_fusions(facts.stages),
@@ -291,6 +292,25 @@ def _stages(stages: Sequence[StageFacts]) -> list[Html]:
         data_table([*columns, "why"], lines, text=(0, 1, 2, 9, 10)),
         soft("“Waiting” is the share of its training that a stage waited for data."),
     ]
+
+
+def _tasks(tasks: Mapping[str, Any] | None) -> list[Html]:
+    """The held-out loss of each task, a line a task that was learned, and what they come to."""
+    if tasks is None:
+        return []
+    names, losses = tasks["tasks"], tasks["losses"]
+    learned = names if len(losses) > 1 else ["all tasks"]
+    lines = [("", [name, *(f"{loss:.4f}" for loss in row)]) for name, row in zip(learned, losses, strict=False)]
+    meanings = {
+        "average_loss": "after the last one, the mean over all tasks",
+        "forgetting": "what a task's loss has risen by since it was lowest, the mean over all but the last",
+        "forward_transfer": "what a task's loss has fallen by before it was learned, the mean over all but the first",
+    }
+    said = [
+        f"{key.replace('_', ' ')} {tasks[key]:.4f}: {text}" for key, text in meanings.items() if tasks[key] is not None
+    ]
+    table = data_table(["held-out loss after", *names], lines, text=(0,))
+    return [tag("h3", "Tasks"), table, soft("; ".join(said) + ".")]
 
 
 def _experts(stages: Sequence[StageFacts]) -> list[Html]:

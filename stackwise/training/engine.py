@@ -20,6 +20,7 @@ from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.training.adaptation import Adaptation
+from stackwise.training.anchor import Squares, row_loss
 from stackwise.training.optim import BLOCK, Rising, make_optimizer, over_ranks, set_rates, state_tensors
 from stackwise.training.phases import BACKWARD, FORWARD, PhaseClock
 from stackwise.training.phases import OPTIMIZER as UPDATE
@@ -89,6 +90,12 @@ class Engine(Protocol):
         """Mean loss in nats over the scored positions of some batches, under the weights that would be committed now.
 
         Nothing of the training changes by it.
+        """
+
+    def squared_gradients(self, batches: Sequence[Batch]) -> dict[str, dict[str, Tensor]]:
+        """By part and name, the mean over batches of a row of the squared gradient of its loss, without dropout.
+
+        After `settle`; of the weights that are committed.
         """
 
     def state(self) -> dict[str, Tensor]:
@@ -206,6 +213,18 @@ class ResidentEngine:
             self._exchange()
             self.model.train()
         return tally.mean(self.ranks)
+
+    def squared_gradients(self, batches: Sequence[Batch]) -> dict[str, dict[str, Tensor]]:
+        """See `Engine.squared_gradients`."""
+        squares = Squares()
+        self.model.eval()
+        for cpu_batch in batches:
+            with self.model.numerics(self.device):
+                loss = row_loss(self.model(cpu_batch.to(self.device)))
+            loss.backward()  # type: ignore[no-untyped-call]
+            squares.take((*self._places[name], p) for name, p in self.parameters.items())
+        self.model.train()
+        return squares.means(len(batches))
 
     def state(self) -> dict[str, Tensor]:
         """Weights as `weight/NAME`, their mean as `mean/NAME`, the optimizer's state as `KIND/NAME`."""

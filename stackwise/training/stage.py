@@ -20,6 +20,7 @@ from stackwise.errors import StackWiseError, UsageError
 from stackwise.model import Block, Stack, enter
 from stackwise.objectives import RuntimeObjective
 from stackwise.objectives.objective import Outputs
+from stackwise.training.anchor import EWC
 from stackwise.training.ranks import Ranks
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the precisions that are computed in by autocast
@@ -70,6 +71,7 @@ class StageModel(nn.Module):
             times = times if sequences == 1 else times.repeat_interleave(sequences, 0)
             x_BSD = enter(self.front, _apart(shown, sequences), times, causal=objective.causal)
             x_BSD = _together(x_BSD, len(shown))
+            terms = added(terms or {}, of_weights(self.front, x_BSD))
         else:
             x_BSD = batch[ACTIVATIONS]
         return self._run_blocks(self.blocks, x_BSD.to(self.stream_dtype), batch, terms or {})
@@ -84,7 +86,7 @@ class StageModel(nn.Module):
         x_BSD, of_blocks = self.run(batch, terms)
         x_BSD, of_blocks = self._run_blocks(self.beyond, x_BSD, batch, of_blocks)
         scored = self.objective.at(batch.step).loss(Outputs(x_BSD, self.head), batch)
-        return added(scored, of_blocks)
+        return added(scored, added(of_blocks, of_weights(self.head, x_BSD)))
 
     def _run_blocks(
         self, blocks: nn.ModuleList, x_BSD: Tensor, batch: Batch, below: Mapping[str, Term]
@@ -103,6 +105,7 @@ class StageModel(nn.Module):
                 if handed_up := getattr(module, "terms", None):
                     module.terms = {}  # type: ignore[assignment]  # its graph must not outlive the step
                     terms = added(terms, _checked(handed_up, x_BSD))
+            terms = added(terms, of_weights(block, x_BSD))
         return _together(x_BSD, rows), terms
 
     @contextlib.contextmanager
@@ -110,6 +113,14 @@ class StageModel(nn.Module):
         """The precision that the stage computes in."""
         with torch.autocast(device.type, dtype=NARROW.get(self.precision), enabled=self.precision in NARROW):
             yield
+
+
+def of_weights(module: nn.Module, x_BSD: Tensor) -> Mapping[str, Term]:
+    """The loss of a part's weights in training, where it is held to what it was (`anchor.Anchored`)."""
+    anchored = getattr(module, "anchored", None)
+    if anchored is None or not module.training:
+        return {}
+    return {EWC: anchored.term(module, x_BSD.shape[0] * x_BSD.shape[1])}
 
 
 def _apart(rows: Tensor, sequences: int) -> Tensor:

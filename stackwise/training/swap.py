@@ -24,12 +24,13 @@ from stackwise.batch import ACTIVATIONS, Batch, Term
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
+from stackwise.training.anchor import Squares, row_loss
 from stackwise.training.engine import LOWER_RATE, Accept, LossScale, State, Stepped, judged
 from stackwise.training.optim import Rising
 from stackwise.training.phases import BACKWARD, FORWARD, OPTIMIZER, PhaseClock
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
-from stackwise.training.swap_parts import FRONT, PartLoader, Parts, in_turn, make_groups, pieces_of
+from stackwise.training.swap_parts import FRONT, Loaded, PartLoader, Parts, in_turn, make_groups, pieces_of
 from stackwise.training.swap_pieces import piece_name
 from stackwise.training.swap_state import RedoLog, Spill, Update
 from stackwise.training.trainer import Trainer
@@ -145,6 +146,53 @@ class SwappedEngine:
         mean = tally.mean(self.ranks)
         self.log.note_evaluation(mean.total)
         return mean
+
+    def squared_gradients(self, batches: Sequence[Batch]) -> dict[str, dict[str, Tensor]]:
+        """See `Engine.squared_gradients`: up and down once, every row by itself in each group."""
+        squares, top = Squares(), len(self.groups) - 1
+        terms: list[dict[str, Term]] = [{} for _ in batches]
+        self.spill.clear()
+        for loaded in in_turn(self.loader.load, self.groups):
+            index = loaded.group.index
+            model = self._settled(loaded)
+            for number, cpu_batch in enumerate(batches):
+                batch = self._entering(index, number, cpu_batch)
+                if index == top:
+                    row_loss(self._terms(model, batch, terms[number])).backward()  # type: ignore[no-untyped-call]
+                    squares.take(loaded.parameters())
+                    self._hand_down(index, number, batch)
+                    continue
+                with torch.no_grad(), model.numerics(self.device):
+                    leaving, terms[number] = model.run(batch, terms[number])
+                self.spill.put(("x", index + 1, number), leaving)
+        for loaded in in_turn(self.loader.load, self.groups[self.lowest : -1][::-1]):
+            index = loaded.group.index
+            model = self._settled(loaded)
+            head = self.loader.tied_head(loaded) if self.tied and index == 0 else None
+            for number, cpu_batch in enumerate(batches):
+                batch = self._entering(index, number, cpu_batch)
+                with model.numerics(self.device):
+                    leaving, of_blocks = model.run(batch)
+                roots, slopes = [], []
+                if ("g", index, number) in self.spill:
+                    roots, slopes = [leaving], [self.spill.take(("g", index, number)).to(self.device)]
+                if head is not None:
+                    of_blocks = self._terms(head.eval(), self._entering(top, number, cpu_batch, track=False), of_blocks)
+                of_blocks = {name: term for name, term in of_blocks.items() if term.sum.requires_grad}
+                if of_blocks:
+                    roots, slopes = [*roots, row_loss(of_blocks)], [*slopes, torch.ones((), device=self.device)]
+                if roots:
+                    torch.autograd.backward(roots, slopes)
+                    squares.take(loaded.parameters())
+                    self._hand_down(index, number, batch)
+        self.spill.clear()
+        return squares.means(len(batches))
+
+    def _settled(self, loaded: Loaded) -> StageModel:
+        """A group with the weights that are committed, without dropout."""
+        loaded.to(self.device)
+        self.loader.take_mean(loaded)
+        return self.parts.model(loaded.parts).eval()
 
     def state(self) -> dict[str, Tensor]:
         """See `Engine.state`: nothing, as all that it holds is on the disk already, step by step."""

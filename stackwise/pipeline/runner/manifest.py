@@ -136,7 +136,7 @@ class Manifest:
                 stage |= {"state": "running", "step": 0, "steps": event["steps"], "reason": event["reason"]}
                 stage |= {"recipe": event["recipe"], "trunk": event["trunk"], "weights": None}
                 stage |= {"held_out": None, "divergences": 0}
-                for name in ("experts", "adaptation"):
+                for name in ("experts", "adaptation", "tasks"):
                     stage.pop(name, None)
                 self.save()
             case "ranks":
@@ -182,6 +182,7 @@ class Manifest:
             "held_out": held_out
             and {"step": held_out[-1][0], "nats": held_out[-1][1], "best": min(nats for _, nats in held_out)},
             "divergences": len(record.get("divergences", [])),
+            "tasks": record.get("tasks"),
             "unfrozen": [turn["chosen"] for turn in (record.get("fusion") or {}).get("rounds", []) if turn["kept"]],
         }
         if adaptation := record.get("adaptation"):

@@ -41,6 +41,7 @@ from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
 from stackwise.pipeline.rows import HELD_OUT, choose_samples
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.worker.adaptive import fuse_adaptively
+from stackwise.pipeline.worker.past import beside_past
 from stackwise.pipeline.worker.rollouts import with_rollout
 from stackwise.pipeline.worker.stores import Stores, place_of
 from stackwise.pipeline.worker.teaching import beside_teacher
@@ -128,7 +129,7 @@ def _train_and_write(context: StageContext) -> None:
     frozen = [frozen_stage(below, job, config).to(device) for below in job.recomputed]
     model = stage_model(job, config).to(device) if swap is None else None
     if job.train:
-        with entering(context, frozen) as above:
+        with entering(context, frozen) as entered, beside_past(entered, model) as above:
             if model is not None:
                 train_stage(above, model)
             else:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from stackwise.batch import ACTIVATIONS, Batch
@@ -19,7 +18,7 @@ from stackwise.errors import InterruptedRun
 from stackwise.identity import Hex
 from stackwise.model.rack import Head
 from stackwise.objectives import RuntimeObjective, make_objective
-from stackwise.objectives.distillation import likeliest
+from stackwise.objectives.distillation import LikeliestTokens
 from stackwise.objectives.objective import Outputs
 from stackwise.objectives.preferences import side_log_probabilities
 from stackwise.pipeline.committed.capture import PartwiseCapture, Progress
@@ -81,7 +80,7 @@ class _Lesson:
         context.event("teacher", model=str(teacher.checkpoint.directory), rows=feed.rowset.rows)
         for name, trunk in teacher.inputs(context.stage).items():
             if name == LOGITS:
-                boundary = self._of_head(feed, trunk, _Likeliest, (feed.seq_len, 2 * teacher.top_k))
+                boundary = self._of_head(feed, trunk, _likeliest, (feed.seq_len, 2 * teacher.top_k))
             elif name == REFERENCE:
                 boundary = self._of_head(feed, trunk, _Said, (2, 1))
             else:
@@ -169,16 +168,9 @@ class _Lesson:
             self._context.event("boundary", done=progress.done, total=progress.total)
 
 
-class _Likeliest(nn.Module):
-    """A head's likeliest tokens among the first ids, which the student knows: from [B, S, D] to [B, S, 2 K]."""
-
-    def __init__(self, head: Head, lesson: _Lesson) -> None:
-        super().__init__()
-        self.head, self.ids, self.top_k = head, lesson.teacher.shared_ids, lesson.teacher.top_k
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Row by row: the logits of one are in memory."""
-        return torch.stack([likeliest(self.head(x_SD)[:, : self.ids], self.top_k) for x_SD in x_BSD])
+def _likeliest(head: Head, lesson: _Lesson) -> nn.Module:
+    """The likeliest tokens of those that the student knows."""
+    return LikeliestTokens(head, lesson.teacher.top_k, lesson.teacher.shared_ids)
 
 
 class _Said(nn.Module):

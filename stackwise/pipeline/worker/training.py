@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stackwise.config import StackWiseConfig, StageTraining
+from stackwise.config.continual import Replay
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.model import part_digest
 from stackwise.model.experts import experts_used
@@ -26,19 +27,22 @@ from stackwise.pipeline.job import StageJob
 from stackwise.pipeline.parts import JobParts, load_part, part_state, parts_of, save_part, set_spans, stage_model
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
 from stackwise.pipeline.rows import stage_rows
-from stackwise.pipeline.schedule import ADAPTER, STATE, Stage, block_number
+from stackwise.pipeline.schedule import ADAPTER, Stage, block_number
+from stackwise.pipeline.worker.anchoring import anchor_part, part_of_state, with_measures
+from stackwise.pipeline.worker.held_out import held_out_loss, tasks_after, tasks_before
 from stackwise.pipeline.worker.ranges import measured_spans, unmeasured
 from stackwise.pipeline.worker.stores import Stores
 from stackwise.store import ActivationStore, RowOrder
 from stackwise.training import checkpoint
 from stackwise.training.adaptation import ADAPTATION
+from stackwise.training.anchor import FISHER, PLACE
 from stackwise.training.checkpoint import Checkpoints, reason
 from stackwise.training.curriculum import CurriculumOrder, difficulties
 from stackwise.training.engine import WEIGHT, Engine, ResidentEngine, State
 from stackwise.training.feed import Feed, ahead
-from stackwise.training.forward import forward_rows
 from stackwise.training.optim import Rising
 from stackwise.training.ranks import Ranks, SingleProcess
+from stackwise.training.replay import ReplayOrder
 from stackwise.training.stage import MeanLoss, StageModel
 from stackwise.training.swap import SwappedEngine, SwapSpace
 from stackwise.training.trainer import MEMORY, Carried, Progress, Record, Rollback, Trainer, anchor
@@ -111,7 +115,13 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
         yield _resident(context, stage_model(job, config).to(context.device))
         return
     engine = SwappedEngine(
-        JobParts(job, config, job.initial, measured_spans(context, partial(row_order, context))),
+        JobParts(
+            job,
+            config,
+            job.initial,
+            measured_spans(context, partial(row_order, context)),
+            partial(anchor_part, job, config),
+        ),
         context.settings,
         SwapSpace(Path(job.checkpoints) / "swap", swap.groups, swap.boundaries, context.warn, swap.pieces),
         seed=job.seed(config),
@@ -128,6 +138,8 @@ def _resident(context: StageContext, model: StageModel) -> ResidentEngine:
         for block in (*model.blocks, *model.beyond):
             block.compile()
     parts = parts_of(model, context.stage)
+    for part, module in parts.items():
+        anchor_part(context.job, context.config, part, module)
     if any(unmeasured(module) for module in parts.values()):
         spans = measured_spans(context, partial(row_order, context))
         for part, module in parts.items():
@@ -182,10 +194,12 @@ def row_order(context: StageContext) -> RowOrder:
     )
     if context.feed.tasks is not None:
         return context.feed.tasks.order(order)
+    step_rows, replay = settings.batch_size * settings.accumulation, config.training.continual
+    if isinstance(replay, Replay) and job.replayed:
+        return ReplayOrder(order, job.replayed, replay.share, step_rows)
     if settings.curriculum is None:
         return order
     difficulty_N = difficulties(context.feed, order.selected, settings.curriculum.by)
-    step_rows = settings.batch_size * settings.accumulation
     return CurriculumOrder(order, difficulty_N, settings.curriculum, step_rows=step_rows, steps=job.span.steps)
 
 
@@ -205,14 +219,16 @@ def part_weights(engine: Engine, part: str) -> dict[str, Tensor]:
 def train_and_commit(context: StageContext, engine: Engine) -> None:
     """Take an engine from where its stage stands to the last step, and commit the stage."""
     trainer = trained(context, engine)
+    more = tasks_after(context, engine)
     engine.settle()
     stage = context.stage
     parts: dict[str, State] = {
         part: partial(part_weights, engine, part) for part in stage.holds if part in stage.commits
     }
     rolled_out = context.rolled_out
-    more = {} if rolled_out is None else {"rollout": dict(rolled_out.figures)}
-    commit_stage(context, parts | states_out(context, trainer), trainer.step, trainer.record, **more)
+    more |= {} if rolled_out is None else {"rollout": dict(rolled_out.figures)}
+    states = with_measures(context, engine, states_out(context, trainer))
+    commit_stage(context, parts | states, trainer.step, trainer.record, **more)
     if context.ranks.main:
         checkpoint.remove(Path(context.job.checkpoints))
 
@@ -239,6 +255,8 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
     if engine.resume(trainer):
         losses = trainer.record.losses[-REPORTED_AGAIN:]
         context.event("resumed", step=trainer.step, steps=span.length, losses=losses)
+    else:
+        tasks_before(context, engine)
     order = row_order(context)
     with StageHooks(context, trainer) as hooks:
         while True:
@@ -306,17 +324,6 @@ def restored_together(ranks: Ranks, trainer: Trainer, restore: Callable[[], bool
         if not ranks.main:
             trainer.restore(tensors, step, Record(**record))
     return restored
-
-
-def held_out_loss(engine: Engine, held_out: Feed) -> MeanLoss:
-    """The mean loss of an engine's weights on held-out rows, in nats."""
-    batch_size = forward_rows(held_out.seq_len)  # it shapes the sum, so it is not a setting
-    ranks, rows = engine.ranks, [(0, held_out.rowset.rows)]
-    some = held_out.sequential(rows, batch_size, ranks.share, ranks.shares)
-    if held_out.tasks is not None:
-        some = held_out.tasks.held_out(held_out, ranks.share, ranks.shares)
-    with ahead(some, engine.device) as batches:
-        return engine.evaluate(batches)
 
 
 class StageHooks:
@@ -526,11 +533,11 @@ def take_up(job: StageJob, trainer: Trainer) -> None:
         if any(job.initial[other].recipe != source.recipe for other in in_training):
             # Another stage has trained it since: what lay under the mean that was committed is of the past.
             tensors = {key: value for key, value in tensors.items() if not key.startswith(WEIGHT)}
-        return tensors
+        return {key: value for key, value in tensors.items() if not key.startswith((FISHER, PLACE))}
 
     carried: dict[str, State] = {}
     for name in job.stage.states_in:
-        part = _part_of_state(name)
+        part = part_of_state(name)
         carried[part] = partial(state, name, part)
     trainer.carried = Carried.from_state(carried[""]())
     trainer.engine.take_up(carried)
@@ -544,9 +551,4 @@ def states_out(context: StageContext, trainer: Trainer) -> dict[str, State]:
     of_rollout = {} if context.rolled_out is None else context.rolled_out.state
     carried = trainer.engine.carried()
     carried[""] = partial(dict[str, Tensor], {**carried[""](), **trainer.carry().state(), **of_rollout})
-    return {name: carried[_part_of_state(name)] for name in stage.states_out}
-
-
-def _part_of_state(state: str) -> str:
-    """The part that a state is of; an empty name: of the trainer."""
-    return state.removeprefix(STATE).partition(".")[2]
+    return {name: carried[part_of_state(name)] for name in stage.states_out}
