@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     made = make_parser("ppo", __doc__)
     made.add_argument("--phases", type=positive, default=16, metavar="N", help="phases of PPO; default 16")
+    made.add_argument("--answers", type=positive, default=128, metavar="N", help="answers a phase; default 128")
+    made.add_argument("--rate", type=float, default=5e-4, help="learning rate of PPO; default 5e-4")
     return made
 
 
@@ -82,10 +84,10 @@ class _Course(Course):
                 "training.objective": objective | settings,
                 "training.windows": self.options.phases,
                 "training.seq_len": PROMPT + ANSWER + 2,
-                "training.rows": 128,
-                "training.steps": 16 * self.options.phases,
+                "training.rows": self.options.answers,
+                "training.steps": max(1, self.options.answers // 8) * self.options.phases,
                 "training.batch_size": 32,
-                "training.learning_rate": 3e-4,
+                "training.learning_rate": self.options.rate,
                 "training.lr_schedule": "constant",
             },
         )

@@ -455,6 +455,8 @@ class Objective(Kind):
     """Numbers that the head gives of a position beside its logits; None: none."""
     watched: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Of terms that are only looked at: the names of their numbers, which say how training goes."""
+    evaluated: ClassVar[Literal["text", "pairs", "answers"]] = "text"
+    """What its held-out figures are of: the text itself, pairs, or answers that the rack draws to prompts."""
     rolls_out: ClassVar[bool] = False
     """Whether it trains on answers that the rack itself draws to the rows' prompts, anew in each window."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -52,6 +52,7 @@ class PPO(Causal):
     inputs: ClassVar[tuple[str, ...]] = ("prompt_mask",)
     score_width: ClassVar[int | None] = 1
     rolls_out: ClassVar[bool] = True
+    evaluated: ClassVar[Literal["text", "pairs", "answers"]] = "answers"
     watched: ClassVar[Mapping[str, tuple[str, ...]]] = {"ppo": ("clipped", "moved")}
 
     score: Score = choice(Score, "what an answer is worth")

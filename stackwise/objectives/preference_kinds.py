@@ -103,6 +103,7 @@ class Reward(_Pairs):
     """A reward model (Bradley-Terry): a score at an answer's end, higher for the preferred one."""
 
     score_width: ClassVar[int | None] = 1
+    evaluated: ClassVar[Literal["text", "pairs", "answers"]] = "pairs"
 
     margin: bool = Field(True, description="the chosen score is to be ahead by the row's margin (arXiv 2307.09288)")
     centered: Annotated[float, Field(ge=0.0)] = Field(

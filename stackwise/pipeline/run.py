@@ -72,6 +72,7 @@ _USED = record({}, dict.fromkeys(("entropy", "least", "most", "dropped"), number
 _FIGURES = dict.fromkeys(("loss", "accuracy", "f1", "bleu"), mapping(optional(number)))
 _SCORES = {"bits_per_byte": optional(number), "bits_per_byte_error": optional(number), "bytes": count, "depth": count}
 _SCORES |= {"tokens": count, "samples": count, "likelihood": optional(text)}
+_SCORES |= {"figures": mapping(optional(number)), "of": text}
 _FIGURE_SHAPES = {**_FIGURES, **_SCORES}
 _PARTS = {"stages": array_of(record({}, _FIGURE_SHAPES)), "baselines": mapping(record({}, _FIGURE_SHAPES))}
 _BY_SAMPLE = record({"nats": array_of(optional(number)), "of": array_of(count), "unit": shapes.one_of("byte", "token")})

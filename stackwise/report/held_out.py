@@ -12,6 +12,12 @@ _FIRST_STAGE = "first_stage"
 """A baseline that is the first of the stages, and is called so there."""
 
 
+_OF = {
+    "pairs": "pairs; accuracy is the share of them that are ranked right, loss the objective's",
+    "answers": "prompts, each answered once; kl in nats an answer, length in tokens",
+}
+
+
 class Row(NamedTuple):
     """A row: what it is about, its figures as text, and what it is: a stage, the last stage, a baseline."""
 
@@ -45,6 +51,9 @@ def depth_name(depth: int, stages: int) -> str:
 
 def rows(result: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
     """The names of the columns, and a row for each depth and each baseline; what is missing is a dash."""
+    if own := result.get("figures"):  # of pairs, or of answers: by name
+        texts = [f"{value:.4g}" if value is not None else "–" for value in own.values()]
+        return list(own), [Row("the rack", texts, "last")]
     stages = stages_of(result)
     fractions = list(stages[-1].get("loss") or {})
 
@@ -65,6 +74,8 @@ def rows(result: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
 
 def footnote(result: Mapping[str, Any]) -> str:
     """How much text that was, and what its figures mean."""
+    if what := result.get("of"):
+        return f"{words.count(result['samples'])} held-out {_OF.get(what, what)}"
     text = f"{words.count(result['tokens'])} tokens" if result.get("tokens") else "held-out text"
     if result.get("bytes"):
         text += f", {words.size(result['bytes'])} of text"

@@ -115,6 +115,9 @@ def _key_figures(facts: Facts) -> Iterator[tuple[str, str, str]]:
         right = (result.get("accuracy") or {}).get(middle)
         beside = f"{100 * right:.1f}% of tokens right" if right is not None else ""
         yield f"loss at {words.fraction(middle)} masked", f"{result['loss'][middle]:.3f}", beside
+    for name, value in (result.get("figures") or {}).items():
+        if value is not None:
+            yield f"{name}, held out", f"{value:.4g}", ""
     done = sum(stage.state == "done" for stage in stages)
     steps = sum(stage.step for stage in stages)
     yield "stages done", f"{done} of {len(stages) or facts.config.n_stages}", f"{steps:,} steps"
@@ -141,8 +144,12 @@ def _parameters(facts: Facts) -> int:
 def _held_out(facts: Facts) -> list[Html]:
     """Held-out figures; nothing where there is no evaluation."""
     result = facts.evaluation
-    if result is None or not scored(result):
+    if result is None or not (scored(result) or result.get("figures")):
         return []
+    if result.get("figures"):
+        columns, depths = rows(result)
+        figures = data_table(["", *columns], [(kind, [name, *cells]) for name, cells, kind in depths])
+        return [tag("h2", "Held out"), soft(f"No stage was trained on it: {footnote(result)}."), figures]
     stages = stages_of(result)
     columns, depths = rows(result)
     return [

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from stackwise import report
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build
 from stackwise.data.tokenizer import bytes_tokenizer
@@ -89,7 +90,14 @@ def test_phases_are_windows_and_the_penalty_goes_on(ppo: tuple[Path, list[Any]])
     assert [one["rollout"]["kl"] for one in _records(directory)] == [first["kl"], second["kl"]]
     steps = named(events, "step")
     assert {"policy", "values", "clipped", "moved"} <= set(steps[0]["terms"])
-    assert named(events, "done")
+    evaluation = named(events, "done")[0]["evaluation"]
+    assert evaluation["of"] == "answers"
+    assert set(evaluation["figures"]) == {"score", "length", "ended", "kl"}
+    assert evaluation["figures"]["kl"] > 0
+    fill = named(events, "fill")[0]
+    assert fill["after"].startswith(fill["before"])
+    assert fill["before"].endswith(" = "), "a whole prompt"
+    assert "score, held out" in report.write(RunDirectory(directory)).read_text()
 
 
 def test_swapped_and_killed_it_is_the_same(
@@ -123,7 +131,7 @@ def test_answers_are_drawn_from_the_policy(model: Path) -> None:
         assert greedy.prompts()[row] == list(texts[row].encode())
     sampled = draw_answers(ours, rows, lengths, 6, Continuing(temperature=1.0, seed=3, stop_token_id=SEPARATOR))
     said = likelihoods(ours, sampled)
-    oracle = AutoModelForCausalLM.from_pretrained(model).eval()
+    oracle: Any = AutoModelForCausalLM.from_pretrained(model).eval()
     with torch.no_grad():
         logits = oracle(sampled.ids_BS).logits.log_softmax(-1)
     expected = logits.gather(2, sampled.ids_BS.roll(-1, 1)[..., None]).squeeze(2) * sampled.before_BS

@@ -13,6 +13,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build
 from stackwise.data.tokenizer import bytes_tokenizer
 from stackwise.errors import UsageError
+from stackwise.report.held_out import rows
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run
 from tests.pipeline.storm import killed
@@ -117,6 +118,13 @@ def test_a_reward_model_trains_its_score_beside_adapters(model: Path, pairs: Pat
     first, *_, last = [event for event in events if event["event"] == "held_out"]
     assert last["nats"] < first["nats"]
     assert last["terms"]["accuracy"] > 0.5
+    figures = events[-1]["evaluation"]["figures"]
+    assert figures["loss"] == pytest.approx(last["nats"], abs=1e-5), "of the same held-out pairs"
+    assert {name: figures[name] for name in last["terms"] if name in figures} == pytest.approx(last["terms"], abs=1e-5)
+    assert not [event for event in events if event["event"] == "fill"], "scores are no text"
+    table = rows(events[-1]["evaluation"])
+    assert table[0][:2] == ["accuracy", "margin"]
+    assert table[1][0].cells[0] == f"{figures['accuracy']:.4g}"
     swapped = _config(settings | {"training__swap": "always"})
     run(swapped, tmp_path / "swapped")
     assert weights(tmp_path / "swapped") == weights(tmp_path / "run")

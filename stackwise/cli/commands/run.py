@@ -219,8 +219,8 @@ def _conclude(view: RunView) -> None:
     if view.evaluation:
         say_all([[], *held_out_table(view.evaluation)])
     if view.fill is not None:
-        causal = view.evaluation is not None and view.evaluation.get("likelihood") == "exact"
-        title = "a prompt, and its continuation" if causal else "with holes, and as the rack filled them"
+        holes = "[MASK]" in view.fill["before"]
+        title = "with holes, and as the rack filled them" if holes else "a prompt, and its continuation"
         say_all([[], [Styled(f"a held-out passage: {title}", "bold")], *passage(view.fill)])
 
 

@@ -215,7 +215,7 @@ def _continue(
             "this rack was trained causally: it continues a prompt and fills no holes",
             hint="leave the holes out, or train one that fills them with training.objective: mask_diffusion",
         )
-    prompt = _passage(rack)[0][: PASSAGE_TOKENS // 2] if text is None else tokenizer.encode_batch([text])[0]
+    prompt = _prompt(rack) if text is None else tokenizer.encode_batch([text])[0]
     if not len(prompt):
         raise UsageError("the prompt is empty")
     unused = [name for name in ("order", "block", "exit") if getattr(sampling, name) != getattr(Sampling, name)]
@@ -257,6 +257,17 @@ def _passage(rack: CommittedRack) -> tuple[np.ndarray, np.ndarray]:
     holes = np.zeros(length, dtype=bool)
     holes[draw.permutation(length)[: max(1, round(PASSAGE_SHARE * length))]] = True
     return ids, holes
+
+
+def _prompt(rack: CommittedRack) -> np.ndarray:
+    """A prompt of held-out text: one that answers are drawn to, or the beginning of a passage."""
+    objective, seq_len = rack.config.objective, rack.config.training.seq_len
+    if not objective.rolls_out:
+        return _passage(rack)[0][: PASSAGE_TOKENS // 2]
+    require_samples(split := rack.data.held_out, seq_len, "held-out")
+    first = np.array([0])
+    marks = split.column(objective.inputs[0], first, seq_len)[0]
+    return np.asarray(split.samples(first, seq_len)[0][marks > 0])
 
 
 def _render(ids: np.ndarray, holes: np.ndarray, tokenizer: Tokenizer) -> str:

@@ -23,6 +23,7 @@ from stackwise.evaluation import HeldOut, Measure, StageModules, evaluate
 from stackwise.files import expanded
 from stackwise.identity import derive_seed, generator
 from stackwise.model import enter
+from stackwise.pipeline.committed.figures import answer_figures, pair_figures
 from stackwise.pipeline.committed.load import CommittedRack, load_model, load_rack
 from stackwise.pipeline.device import resolve_device
 from stackwise.pipeline.initial import Adapted, open_weights, with_checkpoint
@@ -46,14 +47,26 @@ def held_out_samples(rack: CommittedRack, split: Split) -> np.ndarray:
     return np.sort(order[: config.evaluation.samples])
 
 
+_OWN = {"pairs": pair_figures, "answers": answer_figures}
+
+
 def evaluate_rack(
     rack: CommittedRack, split: Split, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
     """Held-out figures of a rack and of each of its stages, in the shape of `stackwise eval --json`.
 
+    A rack that was trained on pairs or on its own answers has `figures` by name instead, and `of` what they are.
+
     Args:
         progress: Called after each batch with (done, total); what it raises ends the evaluation.
     """
+    if (make := _OWN.get(rack.config.objective.evaluated)) is not None:
+        indices = held_out_samples(rack, split)
+        figures = make(rack, split, indices, progress or (lambda done, total: None))
+        sizes = {"samples": len(indices), "tokens": len(indices) * rack.config.training.seq_len, "bytes": 0}
+        nothing: dict[str, Any] = {"bits_per_byte": None, "bits_per_byte_error": None, "likelihood": None}
+        nothing |= {"loss": {}, "accuracy": {}, "stages": [], "baselines": {}}
+        return nothing | sizes | {"of": rack.config.objective.evaluated, "figures": figures}
     bidirectional, causal = ([s for s in rack.stages if (s.causal_from is None) is both] for both in (True, False))
     results = [
         _evaluated(rack, rack.exits(stages), stages, split, progress) for stages in (bidirectional, causal) if stages

@@ -184,6 +184,7 @@ class Taken:
             for name in ("loss", "accuracy", "f1", "bleu"):
                 values = figures.get(name) or {}
                 shown |= {f"{name}_at_{printable(share)}": value for share, value in values.items()}
+            shown |= (result.get("figures") or {}) if depth == 0 else {}
             points += [
                 Point(None, f"held_out/{name}", depth, float(value), at)
                 for name, value in shown.items()

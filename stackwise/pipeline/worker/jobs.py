@@ -220,7 +220,8 @@ def run_finish(job: FinishJob, emit: Emit, stop: Stop) -> None:
     emit({"event": "evaluation", "reused": False, "result": result, "seconds": time.perf_counter() - begun})
     if stop():
         raise InterruptedRun("stopped after the evaluation", hint="the same command goes on")
-    emit({"event": "fill", **generate(rack, None)})
+    if rack.config.objective.evaluated != "pairs":  # scores are no text
+        emit({"event": "fill", **generate(rack, None)})
     if job.export is not None:
         out = export_rack(rack, Path(job.export), ExportOptions(overwrite=True)).directory
         emit({"event": "exported", "directory": str(out)})
