@@ -136,10 +136,12 @@ class Course:
 
         from stackwise.pipeline.committed.load import load_rack
         from stackwise.pipeline.committed.use import export_rack
-        from stackwise.pretrained.writing import ExportOptions
         from stackwise.pipeline.run import RunDirectory
+        from stackwise.pretrained.writing import ExportOptions
 
-        export_rack(load_rack(RunDirectory(run), torch.device("cpu")), self.root / "model", ExportOptions(overwrite=True))
+        export_rack(
+            load_rack(RunDirectory(run), torch.device("cpu")), self.root / "model", ExportOptions(overwrite=True)
+        )
 
     def make_pairs(self, reference: LoadedModel) -> int:
         """Answers to the prompts, twice; how many pairs they made."""
