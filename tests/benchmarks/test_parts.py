@@ -95,7 +95,7 @@ def test_mixtures_that_are_not_measured_yet_are_unfinished(tmp_path: Path, capsy
     assert moe.main(["--dir", str(tmp_path), "--most", "0", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)["experiments"]
     assert {name: (entry["done"], entry["wanted"]) for name, entry in entries.items()} == dict.fromkeys(
-        ("baseline", "top2", "strong_reg", "throughput_opt"), (0, 12)
+        ("baseline", "top2", "strong_reg", "throughput_opt", "shared"), (0, 12)
     )
     assert all(entry["verdict"] is None for entry in entries.values())
     (tmp_path / "experiment_results.json").write_text(json.dumps({"base": {"seq_len": 1}, "runs": {}}))

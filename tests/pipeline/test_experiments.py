@@ -156,9 +156,14 @@ def test_one_that_has_learned_nothing_is_named(base: dict[str, Any], tmp_path: P
 
 def test_the_experiments_are_those_of_their_names(base: dict[str, Any]) -> None:
     configs = stackwise.get_experiment_configs()
-    assert list(configs) == ["baseline", "top2", "strong_reg", "throughput_opt"]
+    assert list(configs) == ["baseline", "top2", "strong_reg", "throughput_opt", "shared"]
     experts = {name: config.settings(base).model.ffn.plain() for name, config in configs.items()}
     assert {name: ffn["top_k"] for name, ffn in experts.items()} == dict.fromkeys(configs, 1) | {"top2": 2}
+    model = configs["shared"].settings(base).model
+    router = base.get("num_experts", 8) * model.d_model
+    dense = 3 * model.d_model * model.ffn_width
+    assert model.ffn.at is not None
+    assert model.ffn.in_block(model.ffn.at[0]).active_parameters(model) == dense + router, "as many as in a dense rack"
     assert configs["throughput_opt"].settings(base).training.batch_size == 32
     assert configs["strong_reg"].to_dict()["weight_decay"] == 1e-3
     assert configs["strong_reg"].settings(base).training.objective.plain()["label_smoothing"] == 0.1
@@ -170,6 +175,7 @@ def test_the_experiments_are_those_of_their_names(base: dict[str, Any]) -> None:
         (SMALL, {"hidden": 3}, "hidden"),
         (SMALL, {"moe_layers": [2]}, "model.ffn.at"),
         (ExperimentConfig("x", top_k=5), {}, "model.ffn.top_k"),
+        (ExperimentConfig("x", shared=1.0), {}, "shared"),
         (ExperimentConfig("x", label_smoothing=1.0), {}, "label_smoothing"),
         (ExperimentConfig("x", gating_temp_schedule={"start": 0.0, "end": 1.0, "epochs": 1}), {}, "temperature"),
         (ExperimentConfig("x", early_stopping_patience=-1), {}, "early_stopping_patience"),

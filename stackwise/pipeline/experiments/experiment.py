@@ -63,6 +63,8 @@ class ExperimentConfig:
         name: What it is called, and its runs' directories.
         expert_dim: Width inside an expert; None: that of the dense feed-forward, so that a token of top 1 goes through
             as many parameters as in a dense rack.
+        shared: Share of the dense feed-forward's width that a shared expert has; with `expert_dim` None the routed
+            ones of a token have the rest together.
         top_k: Experts that a token goes to.
         aux_weight: Weight of the loss that balances experts.
         capacity_factor: Tokens that an expert takes in training, as a multiple of its even share; None: all.
@@ -76,6 +78,7 @@ class ExperimentConfig:
 
     name: str
     expert_dim: int | None = None
+    shared: float = 0.0
     top_k: int = 1
     aux_weight: float = 0.01
     capacity_factor: float | None = 1.25
@@ -116,17 +119,24 @@ class ExperimentConfig:
 
     def _experts(self, base: Mapping[str, Any]) -> dict[str, Any]:
         own = {"experts": base["num_experts"], "at": base["moe_layers"], "expert_dim": self.expert_dim}
+        if self.shared:
+            if not 0 < self.shared < 1:
+                raise UsageError(f"shared is {self.shared:g}: give a share of the width, below 1")
+            both = max(1, round(base["ffn_dim"] * self.shared))
+            routed = max(1, (base["ffn_dim"] - both) // self.top_k)
+            own |= {"shared_experts": 1, "shared_dim": both, "expert_dim": self.expert_dim or routed}
         own |= {"top_k": self.top_k, "aux_weight": self.aux_weight, "capacity_factor": self.capacity_factor}
         return {"kind": "moe"} | {key: value for key, value in own.items() if value is not None}
 
 
 def get_experiment_configs() -> dict[str, ExperimentConfig]:
-    """The experiments by name: baseline, top2, strong_reg, throughput_opt."""
+    """The experiments by name: baseline, top2, strong_reg, throughput_opt; shared, with an expert of all tokens."""
     configs = (
         ExperimentConfig("baseline"),
         ExperimentConfig("top2", top_k=2, capacity_factor=2.5),
         ExperimentConfig("strong_reg", dropout=0.2, weight_decay=1e-3, label_smoothing=0.1),
         ExperimentConfig("throughput_opt", batch_size=32),
+        ExperimentConfig("shared", shared=0.75, capacity_factor=None, dropout=0.0),
     )
     return {config.name: config for config in configs}
 
