@@ -19,7 +19,7 @@ from stackwise.config.loading import dump
 from stackwise.pipeline import device
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
-from stackwise.pipeline.runner.workers import WAITING, OutOfMemory, Worker
+from stackwise.pipeline.runner.workers import ENVIRONMENT, OutOfMemory, Worker
 from stackwise.pipeline.worker import forking
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run
@@ -91,7 +91,7 @@ def gone(pid: int, seconds: float = 10.0) -> bool:
 
 def said_by(log: Path, job: str = "work\n") -> dict[str, Any]:
     errors = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    process = forking.fork("cpu", {**WAITING, **os.environ}, errors)
+    process = forking.fork("cpu", {**ENVIRONMENT, **os.environ}, errors)
     os.close(errors)
     assert process is not None
     process.stdin.write(job)
@@ -116,7 +116,7 @@ def test_a_worker_finds_what_one_started_by_itself_would(
     monkeypatch.setenv("SOMETHING", "é\udcff")
     monkeypatch.delenv("XDG_CACHE_HOME")
     said = said_by(log, "the job\n")
-    assert said["environment"] == {**WAITING, **os.environ}
+    assert said["environment"] == {**ENVIRONMENT, **os.environ}
     assert said["argv"][1:] == ["cpu"]
     assert said["device"] == "cpu"
     assert said["cwd"] == str(tmp_path / "elsewhere")

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from stackwise.pipeline.runner.hosts import Host, Hosts, RemoteWorker
     from stackwise.pipeline.trial import TrialJob
 
-WAITING = {"GOMP_SPINCOUNT": "1000"}
-"""How a worker's threads wait for each other: a short spin, then asleep. With libgomp's own long spin one of them keeps
-the core that the other needs as soon as anything else runs on the machine (docs/log.md)."""
+ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""What a worker's environment says where the user's does not. Threads wait for each other by a short spin, then asleep:
+with the long spin of libgomp itself one keeps the core that another needs as soon as anything else runs on the machine
+(docs/log.md). A GPU's memory comes in segments that grow, so that stages of odd sizes leave no holes in it."""
 CLOSE_SECONDS = 120.0  # how long a worker that was told to stop may take for the step in hand and its checkpoint
 LOCK_PATIENCE = 20.0  # seconds to wait for the worker of a runner that was killed: it saves and leaves by itself
 PROGRESS = ("step", "boundary", "evaluating")  # events that only say how far a job is
@@ -99,7 +100,9 @@ class Worker:
 
     def _started_here(self, *, fork: bool) -> forking.ForkedWorker | subprocess.Popen[str]:
         errors = open_regular(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        environment = {**WAITING, **os.environ}
+        environment = {**ENVIRONMENT, **os.environ}
+        if "PYTORCH_CUDA_ALLOC_CONF" in os.environ and "PYTORCH_ALLOC_CONF" not in os.environ:
+            del environment["PYTORCH_ALLOC_CONF"]  # its older name: what the user says there counts
         try:
             forked = forking.fork(self._device, environment, errors) if fork else None
             return forked or subprocess.Popen(
