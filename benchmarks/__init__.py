@@ -6,8 +6,8 @@ on shared machines. `python -m benchmarks` runs all of them and writes their tab
 
 import os
 
-from stackwise.pipeline.runner.workers import WAITING
+from stackwise.pipeline.runner.workers import ENVIRONMENT
 
 # What is measured in this process waits as a worker does; it must be said before torch is imported.
-for name, value in WAITING.items():
+for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
