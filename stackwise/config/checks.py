@@ -184,7 +184,7 @@ def _stages(config: Settings) -> Iterator[Fault]:
         if depth not in config.stages:
             break  # the others are like it
     if training.swap == "always" and config.parallel.ranks > 1:
-        yield "training.swap", "always, but a swapped stage is trained by one process: set parallel.data: 1"
+        yield "training.swap", "always, but a swapped stage is trained by one process: leave parallel out"
     if training.swap == "always":
         for depth in range(count):
             settings = config.stage_training(depth)
@@ -422,6 +422,8 @@ def _sharding(config: Settings) -> Iterator[Fault]:
         yield "training.quantization", f"{divided} is not trained for integers"
     if training.meta is not None:
         yield "training.meta", f"{divided} takes no inner steps"
+    if training.continual.measures:
+        yield "training.continual", f"{training.continual.name}: {divided} has no rank that measures whole weights"
     if training.compile:
         yield "training.compile", f"{divided} is not compiled"
     if training.adapters is not None:

@@ -174,7 +174,8 @@ class SlurmConfig(Section):
 class ParallelConfig(Section):
     """The processes (ranks) that train each stage together; `stackwise run --engine torchrun`, torchrun, srun, mpirun.
 
-    The same weights come out at any number of ranks, unless `deterministic` is off.
+    Their number is the product of data, shard, tensor and pipeline. With data alone the same weights come out at any
+    number of ranks, unless `deterministic` is off; of a stage that is divided, the same to rounding.
     """
 
     data: Small = Field(1, description="ranks that hold the whole stage, each with its share of every step's rows")

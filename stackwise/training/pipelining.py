@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from stackwise.batch import Batch, Term
+from stackwise.errors import UsageError
 from stackwise.training.engine import State
 from stackwise.training.phases import BACKWARD
 from stackwise.training.sharding import ShardedEngine
@@ -53,8 +54,20 @@ class _Part(nn.Module):
         self.chunk, self.lent = chunk, lent
 
     def forward(self, batch: Batch) -> Tensor | dict[str, Term]:
-        """What leaves the last block [B, S, D]; of the last part the terms of the loss."""
-        return self.chunk.activations(batch) if self.chunk.head is None else self.chunk(batch)
+        """What leaves the last block [B, S, D]; of the last part the terms of the loss.
+
+        Raises:
+            UsageError: A block below the last part has a loss of its own.
+        """
+        if self.chunk.head is not None:
+            return self.chunk(batch)  # type: ignore[no-any-return]
+        x_BSD, terms = self.chunk.run(batch)
+        if terms:
+            raise UsageError(
+                f"the loss {next(iter(terms))} of a block does not reach the last part of the stage",
+                hint="set parallel.pipeline: 1, and parallel.shard in its place",
+            )
+        return x_BSD
 
 
 class _Scheduled(nn.Module):
