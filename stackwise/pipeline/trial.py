@@ -142,6 +142,7 @@ def make_batch(
     import torch
 
     from stackwise.batch import ACTIVATIONS, MASKS, SEGMENTS, TOKENS, Batch
+    from stackwise.objectives.ppo import ADVANTAGES, ROLLOUT
     from stackwise.objectives.preferences import REFERENCE
 
     length = config.training.seq_len
@@ -154,6 +155,8 @@ def make_batch(
         tensors[ACTIVATIONS] = torch.zeros(shape, dtype=engine.model.stream_dtype)
     if config.objective.reference is not None:
         tensors[REFERENCE] = torch.zeros(rows, config.objective.sequences, 1)
+    if config.objective.rolls_out:
+        tensors |= {ROLLOUT: torch.ones(rows, length, 4), ADVANTAGES: torch.ones(rows, length, 2)}
     if config.data.within_documents:
         tensors[SEGMENTS] = torch.zeros(rows, length, dtype=torch.int32)
     return Batch(np.arange(rows), np.zeros((rows, 16), dtype=np.uint8), tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 
 from stackwise import report
 from stackwise.config import StackWiseConfig
+from stackwise.config.kinds import SCORES, Score
 from stackwise.config.loading import build
 from stackwise.data.tokenizer import bytes_tokenizer
 from stackwise.errors import StackWiseError, UsageError
 from stackwise.inference import Continuing, LoadedModel, sample_causal
-from stackwise.inference.answers import draw_answers, likelihoods
+from stackwise.inference.answers import Answers, draw_answers, likelihoods
 from stackwise.pipeline.committed.load import load_model
+from stackwise.pipeline.committed.scores import make_scorer
 from stackwise.pipeline.rollouts import score_model
 from stackwise.pipeline.run import RunDirectory
 from stackwise.store import ActivationStore
@@ -159,6 +162,23 @@ def test_a_reward_model_scores_a_policy_with_adapters(
         score_model(_config(settings), other)
     with pytest.raises(UsageError, match="ppo, and gives no scores"):
         score_model(_config(_settings(model, prompts, {"score": {"name": "model", "path": str(ppo[0])}})), other)
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [([1.0, float("nan")], "nan"), ([1.0], "1 scores for 2"), (["good", 1], "good"), (7, "int"), (None, "NoneType")],
+)
+def test_scores_that_are_no_numbers_are_told(given: Any, what: str) -> None:
+    class Broken(Score):
+        def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[float]:
+            assert list(answers) == ["b", "bc"], "an answer without its end"
+            return given  # type: ignore[no-any-return]
+
+    SCORES.register(f"broken {what}")(Broken)
+    rows = torch.tensor([[97, 98, SEPARATOR, SEPARATOR], [97, 98, 99, SEPARATOR]])
+    answers = Answers.marked(rows, torch.tensor([1, 1]), 2, SEPARATOR)
+    with pytest.raises(UsageError, match=what):
+        make_scorer(Broken(), bytes_tokenizer(), torch.device("cpu"), whole=True)(answers)
 
 
 @pytest.mark.parametrize(
