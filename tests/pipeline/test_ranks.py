@@ -246,6 +246,7 @@ def test_what_cannot_be_divided_is_refused(micro: Micro, setting: dict[str, Any]
         micro(parallel__shard=2, **{f"training__{name}": value for name, value in setting.items()})
 
 
+@pytest.mark.stress
 def test_a_divided_stage_in_bf16_makes_what_one_process_makes(micro: Micro, tmp_path: Path) -> None:
     settings = SHARDED | {"precision": "bf16", "training__steps": 4, "training__eval_every": 4}
     run(micro(**settings), tmp_path / "alone", only=0)
@@ -256,8 +257,8 @@ def test_a_divided_stage_in_bf16_makes_what_one_process_makes(micro: Micro, tmp_
 
 SPLIT: dict[str, Any] = SHARDED | {
     "training__steps": 20,
-    "training__accumulation": 4,
-    "training__batch_size": 2,
+    "training__accumulation": 2,
+    "training__batch_size": 4,
     "training__checkpoint_steps": None,
     "model__attention": {"kind": "gqa", "kv_heads": 2, "qk_norm": True},
     "model__n_heads": 4,
