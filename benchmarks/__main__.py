@@ -12,7 +12,10 @@ from collections.abc import Sequence
 
 from benchmarks.common import say
 
-ALL = ("stage", "feed", "depth", "demo", "pipeline", "checkpoint", "swap", "capture", "tune", "pretrained", "adapters")
+ALL = (
+    *("stage", "feed", "depth", "demo", "pipeline", "checkpoint", "swap", "capture", "tune", "pretrained", "adapters"),
+    "scaling",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -109,7 +109,7 @@ _MANIFEST = record(
 )  # fmt: skip
 _JOBS = array_of(
     record(
-        {"stage": optional(count), "job": text, "engine": shapes.one_of("slurm", "local")},
+        {"stage": optional(count), "job": text, "engine": shapes.one_of("slurm", "local", "ray")},
         {"window": optional(count), "log": text},
     )
 )
@@ -274,7 +274,7 @@ class RunDirectory:
         hint = "remove it; jobs that are still queued are the batch system's to show"
         jobs: list[dict[str, Any]] = _read(self.jobs_file, _JOBS, hint) or []
         for job in jobs:  # an id becomes part of a command
-            if not job["job"].replace("_", "").isalnum() or (job["engine"] == "local" and not job["job"].isdecimal()):
+            if not job["job"].replace("_", "").isalnum() or (job["engine"] != "slurm" and not job["job"].isdecimal()):
                 raise UsageError(f"{self.jobs_file} is broken: a job's id is none", hint=hint)
         return jobs
 

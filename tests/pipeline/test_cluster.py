@@ -18,9 +18,9 @@ from click.testing import CliRunner
 from stackwise.cli import main
 from stackwise.errors import BusyError, StackWiseError, UsageError
 from stackwise.pipeline.batch import cluster
-from stackwise.pipeline.run import RunDirectory, status, with_absolute_paths
-from tests.conftest import Micro
-from tests.pipeline.test_run import named
+from stackwise.pipeline.run import RunDirectory, job_file, status, with_absolute_paths
+from tests.conftest import Micro, run
+from tests.pipeline.test_run import named, weights
 
 
 def until(look: Callable[[], Any], seconds: float = 300) -> Any:
@@ -177,6 +177,29 @@ def test_without_slurm_or_submitit(micro: Micro, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"stackwise\[slurm\]"):
         cluster.submit(micro(), RunDirectory(tmp_path / "run"), "local")
+    with pytest.raises(UsageError, match=r"stackwise\[ray\]"):
+        cluster.submit(micro(), RunDirectory(tmp_path / "run"), "ray")
     assert not (tmp_path / "run").exists()
     refused = CliRunner().invoke(main, ["run", "--preset", "micro", "--engine", "slurm", "--max-time", "1h"])
     assert refused.exit_code == 2
+
+
+@pytest.mark.stress
+def test_tasks_of_ray_lose_a_worker_and_come_to_the_same_weights(micro: Micro, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    config = micro(training__steps=200, training__checkpoint_steps=5, device="cpu")
+    here, there = tmp_path / "here", RunDirectory(tmp_path / "there")
+    jobs = cluster.submit(config, there, "ray")
+    assert [job["stage"] for job in jobs] == [0, 1, None]
+    with pytest.raises(BusyError):
+        cluster.submit(config, there, "ray")
+    state = job_file(there, jobs[0])
+    until(lambda: there.events_file.exists() and named(events(there), "step"))
+    worker = json.loads(state.read_text())["pid"]
+    os.kill(worker, signal.SIGKILL)
+    run(config, here)
+    until(ended(there))
+    assert states(there) == ["done", "done", "done"]
+    assert json.loads(state.read_text())["pid"] != worker
+    assert named(events(there), "resumed")
+    assert weights(there.path) == weights(here)

@@ -35,6 +35,7 @@ EXTRAS = {
     "clearml": "ClearML (tracking.trackers: clearml)",
     "mlflow": "MLflow (tracking.trackers: mlflow)",
     "slurm": "jobs of a batch system (stackwise run --engine slurm)",
+    "ray": "tasks of a Ray cluster (stackwise run --engine ray)",
 }
 SCRATCH_BYTES = 2 << 30
 """Less free disk than this is worth a word."""

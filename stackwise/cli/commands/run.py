@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from stackwise.config import StackWiseConfig
+    from stackwise.pipeline.batch.cluster import BatchSystem
     from stackwise.pipeline.runner.hosts import Hosts
 
 
@@ -38,11 +39,11 @@ if TYPE_CHECKING:
 @configuration
 @click.option(
     "--engine",
-    type=click.Choice(["here", "torchrun", "slurm", "local"]),
+    type=click.Choice(["here", "torchrun", "slurm", "ray", "local"]),
     default="here",
     show_default=True,
     help="torchrun: --ranks processes on this machine train each stage; slurm: a job a stage (slurm.* says what it "
-    "asks for); local: the same jobs on this machine.",
+    "asks for); ray: the same as tasks of a Ray cluster; local: the same jobs on this machine.",
 )
 @click.option(
     "--ranks", type=click.IntRange(1, 1024), metavar="N", help="With --engine torchrun; by default those of parallel.*"
@@ -157,7 +158,7 @@ def _preview(choice: Choice, as_json: bool) -> None:
 def _submit(choice: Choice, engine: str, as_json: bool) -> None:
     from stackwise.pipeline.batch.cluster import submit
 
-    jobs = submit(choice.config, choice.run, "slurm" if engine == "slurm" else "local")
+    jobs = submit(choice.config, choice.run, cast("BatchSystem", engine))
     if as_json:
         print_json({"run": str(choice.run.path), "jobs": jobs})
         return

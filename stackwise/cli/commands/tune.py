@@ -43,11 +43,11 @@ Event = dict[str, Any]
 @click.option("--seed", type=SEED, help="Of the sampler. Default: the configuration's.")
 @click.option(
     "--engine",
-    type=click.Choice(["here", "slurm", "local"]),
+    type=click.Choice(["here", "slurm", "ray", "local"]),
     default="here",
     show_default=True,
-    help="slurm: each trial is a job (slurm.* says what it asks for), --jobs of them at once; local: the same jobs on "
-    "this machine.",
+    help="slurm: each trial is a job (slurm.* says what it asks for), --jobs of them at once; ray: the same as tasks "
+    "of a Ray cluster; local: the same jobs on this machine.",
 )
 @max_time_option
 @as_json

@@ -33,7 +33,7 @@ from stackwise.pipeline.tracking.trackers import check_installed
 from stackwise.store import ActivationStore
 from stackwise.text import check_plain
 
-BatchSystem = Literal["slurm", "local"]
+BatchSystem = Literal["slurm", "local", "ray"]
 Job = dict[str, Any]
 REQUEUES = 1000  # how often a job may reach its time limit and go on
 SECONDS = 0.2  # between two looks at the job before
@@ -62,10 +62,7 @@ class JobCommand:
             self._write_state("not run", reason=f"the job before it: {before}")
             raise JobFailed(f"not run: the job before it is {before}")
         self._write_state("running")
-        # Slurm's warning goes to every process of a job: it is for this one, which passes it on as SIGTERM.
-        self._process = subprocess.Popen(
-            self.argv, stdin=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        )
+        self._process = self._started()
         _await_end(self._process.pid)
         code = self._process.wait()
         if code == 0:
@@ -74,6 +71,12 @@ class JobCommand:
         saved = code == InterruptedRun.exit_code
         self._write_state("interrupted" if saved else "failed", code=code)
         raise JobFailed("interrupted after saving" if saved else f"the command ended with code {code}")
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        # Slurm's warning goes to every process of a job: it is for this one, which passes it on as SIGTERM.
+        return subprocess.Popen(
+            self.argv, stdin=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        )
 
     def checkpoint(self) -> Any:
         """The time limit is near, or the job is preempted: have the command save, and be queued again."""
@@ -124,7 +127,7 @@ def submit(config: StackWiseConfig, run: RunDirectory, engine: BatchSystem) -> l
     """Submit the jobs of a run: the stages that are not committed, then the evaluation.
 
     Args:
-        engine: `slurm`, or `local`: the same jobs as processes of this machine.
+        engine: `slurm`; `ray`: tasks of a Ray cluster; `local`: the same jobs as processes of this machine.
 
     Returns:
         The jobs in order, each with `stage` (None: the evaluation), `job` (its id), `engine` and `log`.
@@ -191,8 +194,11 @@ def job_parameters(config: StackWiseConfig, run: RunDirectory, engine: BatchSyst
     check_installed(config)
     check_plain(str(run.path), "run directory")  # it is part of the script, as is the job's name, its last part
     parameters = _parameters(config, engine)
-    if importlib.util.find_spec("submitit") is None:
-        raise UsageError(f"--engine {engine} needs submitit, not installed here", hint="pip install 'stackwise[slurm]'")
+    package, extra = ("ray", "ray") if engine == "ray" else ("submitit", "slurm")
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(
+            f"--engine {engine} needs {package}, not installed here", hint=f"pip install 'stackwise[{extra}]'"
+        )
     if engine == "slurm" and (missing := [name for name in ("sbatch", "srun") if shutil.which(name) is None]):
         raise UsageError(
             f"there is no Slurm here: {' and '.join(missing)} not found", hint="--engine local runs the jobs here"
@@ -207,6 +213,12 @@ def _handed_over(
     request = {"engine": engine, "run": str(run.path), "jobs": jobs, "parameters": parameters}
     if engine == "slurm":
         return _submit_all(request)
+    if engine == "ray":
+        from stackwise.pipeline.batch.ray_tasks import hand_over
+
+        if (wrong := hand_over(request, run)) is not None:
+            raise StackWiseError(wrong, hint="see RAY_ADDRESS, slurm.cpus and slurm.gpus; nothing was left queued")
+        return run.jobs()
     return _submit_apart(request, run)
 
 
@@ -277,6 +289,8 @@ def _command(run: RunDirectory, stage: int | None, window: int | None) -> list[s
 def _parameters(config: StackWiseConfig, engine: BatchSystem) -> dict[str, Any]:
     """What a job asks for, as submitit names it."""
     slurm = config.slurm
+    if engine == "ray":
+        return {"cpus": slurm.cpus, "gpus": slurm.gpus, "gpu": config.device != "cpu"}
     gpus = slurm.gpus if slurm.gpus is not None else int(config.device != "cpu")
     if engine == "local":
         return {"timeout_min": slurm.minutes, "gpus_per_node": gpus}
@@ -323,6 +337,10 @@ def end_job(job: Job) -> None:
 
     if job["engine"] == "slurm":
         subprocess.run(["scancel", job["job"]], capture_output=True)
+        return
+    if job["engine"] == "ray":
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(int(job["job"])).send_signal(signal.SIGTERM)
         return
     with contextlib.suppress(psutil.Error):  # its command is the only child
         for child in psutil.Process(int(job["job"])).children():

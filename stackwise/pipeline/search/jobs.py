@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 from stackwise.config import StackWiseConfig
 from stackwise.errors import BusyError, InterruptedRun, StackWiseError
-from stackwise.pipeline.batch.cluster import Job, active_jobs, end_job, submit_alone
+from stackwise.pipeline.batch.cluster import BatchSystem, Job, active_jobs, end_job, submit_alone
 from stackwise.pipeline.device import python_command
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.run import RunDirectory, job_file, job_state
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.text import printable
 
-Engine = Literal["here", "slurm", "local"]
+Engine = Literal["here", "slurm", "ray", "local"]
 BUSY_SECONDS = 0.5  # before a trial tries again what another one holds
 LOOK_SECONDS = 0.2  # between two looks at a job's files
 QUEUE_SECONDS = 10.0  # between two questions to the batch system, whether a silent job is still there
@@ -44,7 +44,7 @@ class JobRunner:
         config: StackWiseConfig,
         run: RunDirectory,
         observe: Observer,
-        engine: Literal["slurm", "local"],
+        engine: BatchSystem,
         resume_command: str,
     ) -> None:
         self._config, self._run, self._observe = config, RunDirectory(run.path.absolute()), observe

@@ -1,0 +1,182 @@
+"""A run's jobs as tasks of Ray: on the cluster that `RAY_ADDRESS` names, or one that runs here, else on this machine.
+
+A process of its own submits them, and stays until all have ended: tasks of Ray end with whoever has submitted them. A
+job's id is that process's. A task whose worker is lost is given to another one, which goes on from what is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from stackwise.durable import write_json
+from stackwise.errors import BusyError, InterruptedRun
+from stackwise.pipeline.batch.cluster import Job, JobCommand, JobFailed
+from stackwise.pipeline.device import python_command
+from stackwise.pipeline.run import RunDirectory, job_file, job_state
+
+RETRIES = 5  # how often a task may lose its worker
+BUSY_SECONDS = 120.0  # that a command waits for the one of a lost worker, which is saving
+PR_SET_PDEATHSIG = 1
+THREADS = "OMP_NUM_THREADS"  # Ray sets it; how many there are shapes sums on a CPU
+MODULE = "stackwise.pipeline.batch.ray_tasks"
+
+
+class RayCommand(JobCommand):
+    """A command as a task.
+
+    Args:
+        log: Where it prints; errors beside it, as `.err`.
+        threads: `OMP_NUM_THREADS` of who submitted it; None: it was not set.
+    """
+
+    def __init__(self, argv: list[str], state: str, log: str, threads: str | None) -> None:
+        super().__init__(argv, state)
+        self._log, self._threads = Path(log), threads
+
+    def __call__(self) -> str:
+        """Run it; a run that another process still holds is waited for."""
+        patience = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                return super().__call__()
+            except JobFailed:
+                busy = self._process is not None and self._process.returncode == BusyError.exit_code
+                if not busy or time.monotonic() > patience:
+                    raise
+                time.sleep(1.0)
+            except KeyboardInterrupt:  # the task is cancelled
+                assert self._process is not None
+                self._process.send_signal(signal.SIGTERM)
+                saved = self._process.wait() == InterruptedRun.exit_code
+                self._write_state("interrupted" if saved else "failed", code=self._process.returncode)
+                raise
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        environment = {key: value for key, value in os.environ.items() if key != THREADS}
+        if self._threads is not None:
+            environment[THREADS] = self._threads
+        with self._log.open("ab") as out, self._log.with_suffix(".err").open("ab") as errors:
+            return subprocess.Popen(
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=errors,
+                env=environment,
+                preexec_fn=_end_together,
+            )
+
+
+def _end_together() -> None:
+    """Let a command be told to save and end where its worker is killed, and hear all signals, which Ray blocks."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def hand_over(request: dict[str, Any], run: RunDirectory) -> str | None:
+    """Start the process that submits the jobs; returns when it has, what was wrong, or None."""
+    with (run.logs / "jobs.log").open("ab") as errors:
+        process = subprocess.Popen(
+            python_command(MODULE),
+            env={**os.environ, "PYTHONSAFEPATH": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin, contextlib.suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(request).encode())
+    with process.stdout:
+        line = process.stdout.readline()
+    if not line:
+        return f"the process that submits the jobs ended: its log is {run.logs / 'jobs.log'}"
+    wrong: str | None = json.loads(line)["wrong"]
+    return wrong
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    run, answer = RunDirectory(Path(request["run"])), sys.stdout
+    stopped: list[int] = []
+    try:
+        ray, cpus, gpus = _connected(request["parameters"])
+    except Exception as error:  # Ray's own, of many kinds
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        _say(answer, f"Ray: {line}")
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+
+    task_of = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(_carry_out)
+    directory = run.logs / "jobs"
+    directory.mkdir(parents=True, exist_ok=True)
+    jobs: list[Job] = []
+    tasks: list[Any] = []
+    for number, (entry, argv) in enumerate(request["jobs"]):
+        log = str(directory / f"ray-{os.getpid()}-{number}.out")
+        before = tasks[-1] if tasks else None
+        tasks.append(task_of.remote(argv, str(job_file(run, entry)), log, os.environ.get(THREADS), before))
+        about = {"stage": entry["stage"]} if entry["window"] is None else entry
+        jobs.append({**about, "job": str(os.getpid()), "engine": "ray", "log": log})
+    write_json(run.jobs_file, jobs)
+    _say(answer, None)
+    left = list(tasks)
+    while left:
+        _, left = ray.wait(left, num_returns=len(left), timeout=1.0)
+        if stopped:
+            stopped.clear()
+            for task in left:
+                ray.cancel(task, force=False)
+    for job, task in zip(jobs, tasks, strict=True):
+        with contextlib.suppress(Exception):
+            ray.get(task)
+            continue
+        path = job_file(run, job)
+        if job_state(path) == "submitted":
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, {"state": "not run", "reason": "the job before it did not succeed"})
+        elif job_state(path) == "running":
+            write_json(path, {"state": "failed", "reason": f"its worker was lost {RETRIES + 1} times"})
+    ray.shutdown()
+
+
+def _carry_out(argv: list[str], state: str, log: str, threads: str | None, before: str | None) -> str:
+    """A task; `before` is what the one before it returned: where that failed, Ray does not begin this one."""
+    return RayCommand(argv, state, log, threads)()
+
+
+def _connected(parameters: dict[str, Any]) -> tuple[Any, float, float]:
+    """Ray, and what a task asks for of its cluster.
+
+    Raises:
+        JobFailed: The cluster has less.
+    """
+    ray: Any = importlib.import_module("ray")
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    there = ray.cluster_resources()
+    cpus, gpus = parameters["cpus"] or 1, parameters["gpus"]
+    if gpus is None:  # one, where there is one
+        gpus = min(1, int(there.get("GPU", 0))) if parameters["gpu"] else 0
+    for name, key, asked in (("CPU", "slurm.cpus", cpus), ("GPU", "slurm.gpus", gpus)):
+        if asked > there.get(name, 0):
+            raise JobFailed(f"the cluster has {there.get(name, 0):g} {name}s, and {key} asks for {asked}")
+    return ray, cpus, gpus
+
+
+def _say(answer: Any, wrong: str | None) -> None:
+    print(json.dumps({"wrong": wrong}), file=answer, flush=True)
+
+
+if __name__ == "__main__":
+    _main()
