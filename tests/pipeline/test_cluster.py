@@ -187,7 +187,7 @@ def test_without_slurm_or_submitit(micro: Micro, tmp_path: Path, monkeypatch: py
 @pytest.mark.stress
 def test_tasks_of_ray_lose_a_worker_and_come_to_the_same_weights(micro: Micro, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    config = micro(training__steps=200, training__checkpoint_steps=5, device="cpu")
+    config = micro(training__steps=60, training__checkpoint_steps=5, device="cpu")
     here, there = tmp_path / "here", RunDirectory(tmp_path / "there")
     jobs = cluster.submit(config, there, "ray")
     assert [job["stage"] for job in jobs] == [0, 1, None]

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from stackwise.durable import write_json
 from stackwise.errors import BusyError, InterruptedRun
@@ -58,8 +58,9 @@ class RayCommand(JobCommand):
             except KeyboardInterrupt:  # the task is cancelled
                 assert self._process is not None
                 self._process.send_signal(signal.SIGTERM)
-                saved = self._process.wait() == InterruptedRun.exit_code
-                self._write_state("interrupted" if saved else "failed", code=self._process.returncode)
+                code = self._process.wait()
+                ends = {0: "done", InterruptedRun.exit_code: "interrupted"}  # it may have ended just then
+                self._write_state(ends.get(code, "failed"), code=code)
                 raise
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -86,29 +87,42 @@ def _end_together() -> None:
 def hand_over(request: dict[str, Any], run: RunDirectory) -> str | None:
     """Start the process that submits the jobs; returns when it has, what was wrong, or None."""
     with (run.logs / "jobs.log").open("ab") as errors:
-        process = subprocess.Popen(
+        done = subprocess.run(
             python_command(MODULE),
-            env={**os.environ, "PYTHONSAFEPATH": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
-            stdin=subprocess.PIPE,
+            # A cluster of its own: commands are not the last in the queue, and see the GPU where none was asked for.
+            env={
+                "RAY_worker_niceness": "0",
+                "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+                **os.environ,
+                "PYTHONSAFEPATH": "1",
+            },
+            input=json.dumps(request).encode(),
             stdout=subprocess.PIPE,
             stderr=errors,
             start_new_session=True,
         )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with process.stdin, contextlib.suppress(BrokenPipeError):
-        process.stdin.write(json.dumps(request).encode())
-    with process.stdout:
-        line = process.stdout.readline()
-    if not line:
+    if not done.stdout:
         return f"the process that submits the jobs ended: its log is {run.logs / 'jobs.log'}"
-    wrong: str | None = json.loads(line)["wrong"]
+    wrong: str | None = json.loads(done.stdout)["wrong"]
     return wrong
 
 
 def _main() -> None:
+    """Read what is to be submitted, leave it to a child that stays, and say what that says."""
     request = json.load(sys.stdin)
-    run, answer = RunDirectory(Path(request["run"])), sys.stdout
+    ours, theirs = os.pipe()
+    if os.fork():
+        os.close(theirs)
+        with os.fdopen(ours) as answer:
+            print(answer.readline(), end="", flush=True)
+        return
+    os.close(ours)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever listens is not to wait for this one
+    _submit(request, os.fdopen(theirs, "w"))
+
+
+def _submit(request: dict[str, Any], answer: TextIO) -> None:
+    run = RunDirectory(Path(request["run"]))
     stopped: list[int] = []
     try:
         ray, cpus, gpus = _connected(request["parameters"])
@@ -174,8 +188,9 @@ def _connected(parameters: dict[str, Any]) -> tuple[Any, float, float]:
     return ray, cpus, gpus
 
 
-def _say(answer: Any, wrong: str | None) -> None:
-    print(json.dumps({"wrong": wrong}), file=answer, flush=True)
+def _say(answer: TextIO, wrong: str | None) -> None:
+    with answer:
+        print(json.dumps({"wrong": wrong}), file=answer)
 
 
 if __name__ == "__main__":
