@@ -25,6 +25,8 @@ from benchmarks.document import Section
 from stackwise import words
 
 VOCABULARY = 4096
+TEXT = Path(__file__).parent.parent / "docs"
+"""What a checkpoint with a tokenizer of its own goes over."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--seq-len", type=positive, default=256, metavar="N", help="tokens of a row; default 256")
     add("--codec", default="bf16", help="codec of the boundary; default bf16")
     add("--rounds", type=positive, default=5, metavar="N", help="rounds of all three; default and least 5")
-    add("--model", action="append", default=[], metavar="DIR", help="another checkpoint to capture; may be repeated")
+    add(
+        "--model",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a checkpoint with a tokenizer.json to capture too; may be repeated",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dir", metavar="DIR", help="where checkpoint and stores go; default: the system's temporary directory")
     return made
@@ -65,8 +73,9 @@ def measure(options: argparse.Namespace) -> Result:
             model = (_written(options, directory) if given is None else _opened(directory)).to(device)
             if precision == "bf16":
                 model.to(torch.bfloat16)
-            _prepared(options, root, model.config.vocab_size)
-            race = _Race(options, root, directory, model, device)
+            root.mkdir(exist_ok=True)
+            data = TEXT if given is not None else _prepared(options, root, model.config.vocab_size)
+            race = _Race(options, root, (directory, data), model, device)
             race.forward()  # kernels, memory
             rounds = [race.round(number) for number in range(max(5, options.rounds))]
             about = {"model": given, "blocks": race.blocks, "parameters": sum(p.numel() for p in model.parameters())}
@@ -111,27 +120,30 @@ def _opened(directory: Path) -> Any:
     return transformers.AutoModel.from_pretrained(directory).eval()
 
 
-def _prepared(options: argparse.Namespace, root: Path, vocab_size: int) -> None:
+def _prepared(options: argparse.Namespace, root: Path, vocab_size: int) -> Path:
     """A prepared set of random tokens."""
     import numpy as np
 
     from stackwise.config import DataConfig
     from stackwise.data import prepare
 
-    root.mkdir(exist_ok=True)
     tokens = np.random.default_rng(0).integers(0, vocab_size - 2, (2 * options.rows + 4, options.seq_len))
     lines = (json.dumps({"input_ids": row.tolist()}) for row in tokens)
     (root / "rows.jsonl").write_text("\n".join(lines))
     prepare(DataConfig(paths=[str(root / "rows.jsonl")], vocab_size=vocab_size), out=root / "data")
+    return root / "data"
 
 
 class _Race:
     """The same rows through `transformers`, through a capture, and out of the store."""
 
-    def __init__(self, options: argparse.Namespace, root: Path, directory: Path, model: Any, device: Any) -> None:
+    def __init__(
+        self, options: argparse.Namespace, root: Path, given: tuple[Path, Path], model: Any, device: Any
+    ) -> None:
         import torch
 
-        self.options, self.root, self.directory, self.model, self.device = options, root, directory, model, device
+        self.options, self.root, self.model, self.device = options, root, model, device
+        self.directory, self.data = given
         self.tokens, self.blocks = options.rows * options.seq_len, int(model.config.num_hidden_layers)
         captured, *_ = self.capture("first")
         with contextlib.closing(iter(captured.dataset(self.blocks, options.rows, batches=1))) as batches:
@@ -168,7 +180,7 @@ class _Race:
 
         captured = stackwise.capture(
             self.directory,
-            [self.root / "data"],
+            [self.data],
             at=[self.blocks],
             store=self.root / name,
             rows=options.rows,
@@ -215,12 +227,13 @@ def _section(result: Result) -> Section:
             ("", "reading what was captured", speed["read"], shown(model["read_share"], lambda v: f"{v:.0f}"), ""),
         ]
     text = (
-        f"Models without their heads, in {result['precision']}; {result['rows']} rows of {result['seq_len']} random "
-        f"tokens through all blocks, {result['batch_size']} at a time, stored as {result['codec']} with fsync, read in "
-        f"shuffled order with every digest checked; {result['rounds']} rounds, in each of which all three take turns: "
-        "median (smallest to largest), shares within a round. From call to return counts what does not grow with the "
-        "rows too: opening checkpoint and data, loading the weights, finishing the boundary. Of processor time counts "
-        "every thread from the first row to the return, and does not depend on what else the machine does."
+        f"Models without their heads, in {result['precision']}; {result['rows']} rows of {result['seq_len']} tokens "
+        f"(random ones; of a named checkpoint those of text) through all blocks, {result['batch_size']} at a time, "
+        f"stored as {result['codec']} with fsync, read in shuffled order with every digest checked; "
+        f"{result['rounds']} rounds, in each of which all three take turns: median (smallest to largest), shares "
+        "within a round. From call to return counts what does not grow with the rows too: opening checkpoint and "
+        "data, loading the weights, finishing the boundary. Of processor time counts every thread from the first row "
+        "to the return, and does not depend on what else the machine does."
     )
     header = ("model, parameters", "what", "tokens", "of the bare forward pass", "of its processor time")
     return Section("capture", "Capturing hidden states", text, table(header, rows), result["device"], result)

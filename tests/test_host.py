@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,24 @@ def test_a_path_of_the_host_s_own_is_read_at_the_root_that_a_container_sees(
     assert host.host_total() == 5 << 20
     monkeypatch.setattr(host, "GROUPS", tmp_path / "gone")
     assert host.host_total() > 5 << 20
+
+
+AGAIN = """
+import resource, torch
+from stackwise.host import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        x = torch.ones(4 << 20)
+        del x
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone is told")
+def test_freed_memory_is_used_again() -> None:
+    done = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 4096, "20 times 16 MB are 81,920 pages of 4 kB"

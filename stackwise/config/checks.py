@@ -34,7 +34,18 @@ def faults(config: Settings) -> list[Fault]:
     """Every contradiction."""
     if sizes := list(_sizes(config)):
         return sizes  # what follows makes lists of that size
-    kinds = (_model, _data, _training, _stacks, adapter_faults, _fusion, _adaptation, _sharding, meta_faults)
+    kinds = (
+        _model,
+        _data,
+        _distillation,
+        _training,
+        _stacks,
+        adapter_faults,
+        _fusion,
+        _adaptation,
+        _sharding,
+        meta_faults,
+    )
     return [fault for kind in kinds for fault in kind(config)]
 
 
@@ -120,6 +131,13 @@ def _continual(config: Settings) -> Iterator[Fault]:
         yield key, "replay has an order of rows of its own: leave training.curriculum out"
     if training.continual.measures and config.parallel.ranks > 1:
         yield key, f"{training.continual.name} measures weights on one rank: leave parallel out"
+
+
+def _distillation(config: Settings) -> Iterator[Fault]:
+    distillation = config.distillation
+    parts = config.n_stages > 1 or not config.training.plan.whole
+    if distillation.teacher is not None and parts and not distillation.task_weight and distillation.match == "none":
+        yield "distillation.task_weight", "0 and match none: a stage of some blocks has nothing to learn: raise one"
 
 
 def _training(config: Settings) -> Iterator[Fault]:

@@ -14,6 +14,7 @@ from stackwise.config.choices import CausalAdaptation
 from stackwise.config.fields import (
     Count,
     Fraction,
+    NonNegative,
     Positive,
     PositiveInt,
     Section,
@@ -289,7 +290,9 @@ class DistillationConfig(Section):
     at: list[Count] | None = Field(
         None, description="the teacher's depth (blocks below) for each stage; null: as far up as the stage is"
     )
-    task_weight: Positive = Field(0.5, description="weight of the objective beside the teacher's")
+    task_weight: NonNegative = Field(
+        0.5, description="weight of the objective beside the teacher's; 0: the teacher's alone is trained to"
+    )
     top_k: Annotated[int, Field(ge=1, le=4096)] = Field(
         64, description="the teacher's likeliest tokens that are kept of each position, for a stage of all blocks"
     )

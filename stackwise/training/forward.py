@@ -21,6 +21,7 @@ import torch
 
 from stackwise.batch import Batch
 from stackwise.errors import UsageError
+from stackwise.host import keep_freed_memory
 from stackwise.store import BoundaryReader, BoundaryWriter, Codec, Prefetcher, RowOrder
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.stage import StageModel
@@ -227,6 +228,7 @@ def _write(
     spent: float | None,
 ) -> Pass:
     """Write every chunk that one of `writers` lacks; for each batch `make` gives what each of them is to hold."""
+    keep_freed_memory()
     lacking = [set(writer.missing) for writer in writers]
     missing, total = sorted(set().union(*lacking)), writers[0].info.chunks
     ranges = [writers[0].chunk_rows_of(chunk) for chunk in missing]
