@@ -72,6 +72,12 @@ class Meta(Section):
             return rows
         return query + 2.9 * self.inner_steps * self.support if self.second_order else max(self.support, query)
 
+    def work(self, rows: int) -> float:
+        """What a task of so many rows takes of compute, in rows of plain training."""
+        query = rows - self.support
+        # The backward pass through an inner step goes through its forward and its backward pass: 2 (1 + 2) beside them.
+        return query + self.support * self.inner_steps * (3 if self.second_order else 1) if self.adapts else rows
+
     @property
     def weights_kept(self) -> int:
         """Copies of what trains that lie in memory at once beside it: adapted weights, and inner gradients."""

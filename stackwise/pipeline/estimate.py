@@ -176,10 +176,12 @@ class Estimate:
     def kept_bytes(self, model: ModelConfig) -> float:
         """Bytes a token that a block keeps for its backward pass, by the block's settings."""
         half = self.config.precision not in WIDE
+        meta = self.config.stage_training(self.stage.depth).meta
+        twice = meta is not None and meta.second_order  # a norm whose gradient has a gradient is plain operations
         kept = model.attention.kept(model) + model.ffn.kept(model)
         if half:
             kept += model.attention.copied(model) + model.ffn.copied(model)
-        elif self.device == "cuda" or model.norm == "layernorm":
+        elif (self.device == "cuda" and not twice) or model.norm == "layernorm":
             kept -= 2 * model.d_model  # a norm in one kernel keeps what enters it, and no more in between
         # Behind attention and feed-forward: on a GPU a byte a number, elsewhere its factor.
         width = 1 if self.device == "cuda" else 2 if half else 4

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stackwise.batch import Batch
-from stackwise.config import StageTraining
+from stackwise.batch import Batch, Term
+from stackwise.config import ModelConfig, StageTraining
 from stackwise.training.adaptation import ADAPTATION
 from stackwise.training.engine import ResidentEngine
 from tests.training.swapping import CPU, SEED, RackParts, batch, settings
@@ -39,7 +39,8 @@ def gradients(parts: RackParts, **meta: Any) -> tuple[Weights, float]:
     def look(*_: Any) -> None:
         seen.update({name: p.grad.clone() for name, p in engine.parameters.items() if p.grad is not None})
 
-    engine.optimizer.register_step_pre_hook(look)
+    optimizer: Any = engine.optimizer
+    optimizer.register_step_pre_hook(look)
     loss = engine.step(iter(tasks()), 0, 1e-3).loss
     return seen, float(loss)
 
@@ -52,12 +53,11 @@ class ByHand:
         self.weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.start = {name: p.detach().clone() for name, p in self.weights.items()}
 
-    def mean(self, some: Batch) -> tuple[Tensor, int]:
-        (term,) = self.model(some).values()
-        return term.sum / term.count, term.count
+    def terms(self, some: Batch) -> dict[str, Term]:
+        return {name: term for name, term in self.model(some).items() if not term.sum.ndim}
 
     def move(self, some: Batch, rate: float) -> Weights:
-        loss, _ = self.mean(some)
+        loss = sum((term.weight * term.sum / term.count for term in self.terms(some).values()), torch.zeros(()))
         slopes = dict(zip(self.weights, torch.autograd.grad(loss, list(self.weights.values())), strict=True))
         with torch.no_grad():
             for name, p in self.weights.items():
@@ -74,12 +74,15 @@ class ByHand:
         return task.part(3, ROWS)
 
     def loss(self, at: Weights | None = None) -> float:
-        """The mean query loss at the adapted weights, over all scored positions of all tasks."""
-        total = scored = 0.0
+        """The query loss at the adapted weights: the mean of each term over all tasks, times its weight."""
+        by_name: dict[str, list[Term]] = {}
         for task in tasks():
-            mean, count = self.mean(self.adapt(task, at))
-            total, scored = total + mean.item() * count, scored + count
-        return total / scored
+            for name, term in self.terms(self.adapt(task, at)).items():
+                by_name.setdefault(name, []).append(term)
+        return sum(
+            terms[0].weight * sum(term.sum.item() for term in terms) / sum(term.count for term in terms)
+            for terms in by_name.values()
+        )
 
     def weighted(self, of_task: Sequence[Weights]) -> Weights:
         """The mean of what each task says, by its scored positions."""
@@ -92,24 +95,38 @@ class ByHand:
         }
 
 
-@pytest.mark.parametrize("values", [{"tied": True}, {"tied": False, "trains": ["block.1", "head"]}])
-def test_maml_against_finite_differences(values: dict[str, Any]) -> None:
+MOE = {"kind": "moe", "experts": 4, "top_k": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "model"),
+    [
+        ({"tied": True}, {}),
+        ({"tied": False, "trains": ["block.1", "head"]}, {"attention": "linear"}),
+        ({"tied": True}, {"attention": "mla", "ffn": "gelu", "norm": "layernorm", "positions": "learned"}),
+        ({"tied": False}, {"ffn": MOE}),
+    ],
+)
+def test_maml_against_finite_differences(values: dict[str, Any], model: dict[str, Any]) -> None:
     parts = rack(**values)
+    parts.config = ModelConfig.model_validate(parts.config.model_dump() | model)
     slopes, loss = gradients(parts, method="maml")
     hand = ByHand(parts)
     assert loss == pytest.approx(hand.loss(), rel=1e-6)
     first, _ = gradients(parts, method="fomaml")
     draw, differs = torch.Generator().manual_seed(0), 0.0
-    for name in [*hand.start, None]:  # each tensor in a random direction, then all of them
+    for part in ("front", "blocks.0", "blocks.1", "head", ""):  # each in a random direction, then all of them
         way = {
-            key: torch.randn(p.shape, generator=draw, dtype=p.dtype) * (name in (key, None))
+            key: torch.randn(p.shape, generator=draw, dtype=p.dtype) * key.startswith(part)
             for key, p in hand.start.items()
         }
+        if not any(one.any() for one in way.values()):
+            continue
         size = 1e-5 / float(sum(one.square().sum() for one in way.values())) ** 0.5
         up, down = ({key: p + sign * size * way[key] for key, p in hand.start.items()} for sign in (1, -1))
         expected = (hand.loss(up) - hand.loss(down)) / (2 * size)
         taken = float(sum((slopes[key] * way[key]).sum() for key in way))
-        assert taken == pytest.approx(expected, rel=1e-5, abs=1e-7), name
+        assert taken == pytest.approx(expected, rel=1e-5, abs=1e-7), part
         differs = max(differs, abs(taken - float(sum((first[key] * way[key]).sum() for key in way))))
     assert differs > 1e-3, "the second order is no rounding"
 
@@ -138,13 +155,8 @@ def test_tasks_are_judged_without_a_trace() -> None:
     curve = mean.observed[ADAPTATION]
     hand = ByHand(parts)
     assert mean.total == pytest.approx(hand.loss()) == pytest.approx(curve[-1])
-    counts, unadapted = zip(*((hand.mean(task.part(3, ROWS))[1], task) for task in tasks()), strict=True)
-    hand.adapt(tasks()[0])
-    with torch.no_grad():
-        for name, p in hand.weights.items():
-            p.copy_(hand.start[name])
-    at_first = sum(hand.mean(task.part(3, ROWS))[0].item() * n for task, n in zip(unadapted, counts, strict=True))
-    assert curve[0] == pytest.approx(at_first / sum(counts))
+    fresh = [next(iter(ByHand(parts).terms(task.part(3, ROWS)).values())) for task in tasks()]
+    assert curve[0] == pytest.approx(sum(term.sum.item() for term in fresh) / sum(term.count for term in fresh))
     assert len(curve) == 3
     for name, p in engine.parameters.items():
         assert torch.equal(p, before[name])

@@ -333,9 +333,10 @@ class UnifiedTrainer:
             UsageError: Data, layers and configuration do not fit each other.
         """
         config, self.heads = self._sized(len(layers)), []
-        if any(config.stage_training(depth).eval_every for depth in range(config.n_stages)):
+        stages = [config.stage_training(depth) for depth in range(config.n_stages)]
+        if key := next((k for k in ("eval_every", "meta") for stage in stages if getattr(stage, k) is not None), None):
             raise UsageError(
-                "training.eval_every: a data loader brings no held-out rows",
+                f"training.{key}: a data loader brings no held-out rows",
                 hint="leave it out here; `stackwise run` evaluates inside its stages",
             )
         self._check_schedule(config)

@@ -284,6 +284,8 @@ def _stage(
     boundary = whole_boundary(config, rows)
     row = boundary / max(1, rows)
     flops, forward = _flops(estimate)
+    if settings.meta is not None:
+        flops *= settings.meta.work(settings.batch_size) / settings.batch_size
     state = estimate.state_bytes(gradients=False)
     gradients = estimate.state_bytes(gradients=True) - state
     reads = boundary if stage.reads_boundary and not place.recomputed else 0
