@@ -131,8 +131,12 @@ def unused_settings(config: Settings) -> list[str]:
     half = "fp16" in (config.precision, *(stack_precision(config, depth) for depth in range(config.n_sections)))
     for depth, own in [(None, training), *((depth, entry.training) for depth, entry in config.stages.items())]:
         effective = training if depth is None else config.stage_training(depth)
+        key = "training" if depth is None else f"stages.{depth}.training"
+        if own.meta is not None:
+            named = bool(config.data.tasks) and "data.tasks names the tasks"
+            lines.section(f"{key}.meta", own.meta, [("permutations permuted", named)])
         lines.section(
-            "training" if depth is None else f"stages.{depth}.training",
+            key,
             own,
             [
                 ("tokens epochs_per_layer", effective.steps is not None and "steps is given"),

@@ -51,8 +51,8 @@ def divide(config: StackWiseConfig, earlier: StackWiseConfig | None) -> list[str
             continue
         if settings.meta is not None:  # a microbatch is a task
             raise UsageError(
-                f"parallel: {ranks} ranks do not divide the {before} tasks of a step of stage {depth}",
-                hint=f"make training.accumulation a multiple of {ranks}",
+                f"parallel: {ranks} ranks do not divide the tasks of a step of stage {depth}",
+                hint=f"make training.accumulation, which is {before}, a multiple of {ranks}",
             )
         _set(config, depth, before * parts, size // parts)
         line = (

@@ -134,7 +134,8 @@ def _held_out(event: Event) -> str:
     best = "" if event["best"] >= event["nats"] else f", best {event['best']:.4f}"
     if curve := event.get("adaptation"):
         ways = " → ".join(f"{nats:.4f}" for nats in curve)
-        return f"loss on tasks held out {ways} by {len(curve) - 1} inner steps, at step {event['step']:,}{best}"
+        steps = words.plural(len(curve) - 1, "inner step")
+        return f"loss on tasks held out {ways} by {steps}, at step {event['step']:,}{best}"
     return f"held-out loss {event['nats']:.4f} at step {event['step']:,}{best}"
 
 
