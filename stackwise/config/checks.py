@@ -115,7 +115,7 @@ def _continual(config: Settings) -> Iterator[Fault]:
     if training.windows != 1:
         yield "training.windows", "tasks are the windows: leave training.windows out, or training.continual"
     if not (config.has_windows or config.n_sections == 1) or training.plan.whole or config.grows:
-        name = "progressive" if training.progressive.enabled else training.mode.name
+        name = training.plan.name
         yield key, f"stages of {name} cannot take up the task before; set training.mode to layerwise or end_to_end"
     if config.fusions or config.adapts or training.growth or config.prepends:
         yield key, "tasks one after the other go with stages alone: leave fusion, adaptation and growth out"
@@ -385,7 +385,7 @@ def _joint_share(config: Settings, share: float) -> Iterator[str]:
     if len(config.fusions) > 1 or isinstance(training.fusion, AdaptiveFusion):
         yield f"{training.fusion.name} has a budget of its own: set training.fusion.steps, or strategy: trainable"
     if training.progressive.enabled or training.plan.whole:
-        what = "training.progressive" if training.progressive.enabled else training.mode.name
+        what = training.plan.name
         yield f"the stages of {what} share no schedule with one after them: set training.fusion.steps"
     if config.has_windows and training.windows != 1:
         yield "one schedule for all stages goes through the rows once: leave training.windows out"

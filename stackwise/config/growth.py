@@ -65,6 +65,7 @@ class Grown:
 
     phases: Sequence[Growth]
 
+    name: ClassVar[str] = "growth"
     apart: ClassVar[bool] = False
     grows: ClassVar[bool] = True
     own_rows: ClassVar[bool] = False

@@ -245,6 +245,7 @@ class ProgressiveConfig(Section):
     It says of the schedule what a `Mode` says.
     """
 
+    name: ClassVar[str] = "progressive"
     apart: ClassVar[bool] = False
     grows: ClassVar[bool] = False
     own_rows: ClassVar[bool] = False

@@ -74,8 +74,7 @@ def _header(facts: Facts) -> Html:
     stages += f" and {words.plural(config.windows, 'window')}" if config.windows > 1 else ""
     blocks = f"{words.plural(model.n_blocks, 'block')} of width {model.d_model}"
     objective = config.objective.name.replace("_", " ") + (", then causal" if config.adapts else "")
-    training = config.training
-    mode = "progressive" if training.progressive.enabled else training.mode.name.replace("_", " ")
+    mode = config.training.plan.name.replace("_", " ")
     rack = f"{blocks}, {words.count(_parameters(facts))} parameters, in {stages} ({mode}, {objective})"
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.history.begun)) if facts.history.begun else "not begun"
     keys = [
