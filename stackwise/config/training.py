@@ -133,8 +133,10 @@ _INTEGERS = re.compile(
 class Curriculum(Section):
     """Easy rows first: a step draws from the easiest share of all rows, which grows (arXiv 1903.09848)."""
 
-    by: Literal["rarity", "compression"] = Field(
-        "rarity", description="what makes a row hard: rarity of its tokens, or how little its ids compress"
+    by: Literal["rarity", "compression", "length"] = Field(
+        "rarity",
+        description="what makes a row hard: rarity of its tokens, how little its ids compress, or the length of its "
+        "documents",
     )
     competence: Literal["sqrt", "linear"] = Field("sqrt", description="how the share of rows grows with steps")
     start: Fraction = Field(0.1, description="the share of rows, the easiest, that the first step draws from")

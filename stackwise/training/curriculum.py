@@ -17,12 +17,14 @@ from stackwise.training.feed import Feed
 SLICE = 1 << 12  # rows whose tokens are in memory at once
 
 
-def difficulties(feed: Feed, rows_N: np.ndarray, by: str) -> np.ndarray:
+def difficulties(feed: Feed, rows_N: np.ndarray, by: str, separator: int) -> np.ndarray:
     """How hard rows are, float64 [N]; it follows from their tokens alone.
 
     Args:
         by: rarity: the mean over a row of -log p(token), p the token's share of these rows (equation 2 of the paper,
-            by token); compression: bytes that DEFLATE makes of a row's ids, all rows being equally long.
+            by token); compression: bytes that DEFLATE makes of a row's ids, all rows being equally long; length: the
+            mean tokens of a document within the row (the paper's sentence length, section 2.1).
+        separator: The id between documents.
     """
     slices = [rows_N[first : first + SLICE] for first in range(0, len(rows_N), SLICE)]
 
@@ -33,6 +35,8 @@ def difficulties(feed: Feed, rows_N: np.ndarray, by: str) -> np.ndarray:
         return np.array(
             [len(zlib.compress(row.astype("<u4").tobytes(), 9)) for rows in slices for row in tokens(rows)], np.float64
         )
+    if by == "length":
+        return np.concatenate([_lengths(tokens(rows) != separator) for rows in slices])
     counts = np.zeros(0, np.int64)
     for rows in slices:
         more = np.bincount(tokens(rows).ravel(), minlength=len(counts))
@@ -40,6 +44,13 @@ def difficulties(feed: Feed, rows_N: np.ndarray, by: str) -> np.ndarray:
         counts = more
     surprise = np.log(counts.sum()) - np.log(np.maximum(counts, 1))
     return np.concatenate([surprise[tokens(rows)].mean(axis=1) for rows in slices])
+
+
+def _lengths(text_NS: np.ndarray) -> np.ndarray:
+    """Mean tokens of a document in each row, float64 [N], by where text is; 0 where none is."""
+    begins_NS = text_NS.copy()
+    begins_NS[:, 1:] &= ~text_NS[:, :-1]
+    return np.asarray(text_NS.sum(axis=1) / np.maximum(begins_NS.sum(axis=1), 1))
 
 
 class CurriculumOrder(RowOrder):

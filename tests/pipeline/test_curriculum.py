@@ -51,9 +51,12 @@ def test_difficulties_follow_from_tokens() -> None:
     tokens[1] = torch.tensor([1, 2] * 32)
     feed = Feed(None, 64, {TOKENS: RowSource("", lambda rows: tokens[rows])})  # type: ignore[arg-type]
     for by in ("rarity", "compression"):
-        hard = difficulties(feed, np.arange(3), by)
+        hard = difficulties(feed, np.arange(3), by, 0)
         assert hard[0] < hard[1] < hard[2]
-        np.testing.assert_array_equal(np.argsort(difficulties(feed, np.array([0, 2]), by)), [0, 1])
+        np.testing.assert_array_equal(np.argsort(difficulties(feed, np.array([0, 2]), by, 0)), [0, 1])
+    tokens = torch.tensor([[5, 0, 5, 5, 5, 0], [5, 5, 5, 5, 5, 5], [0, 5, 0, 0, 5, 0], [0, 0, 0, 0, 0, 0]])
+    feed = Feed(None, 6, {TOKENS: RowSource("", lambda rows: tokens[rows])})  # type: ignore[arg-type]
+    assert difficulties(feed, np.arange(4), "length", 0).tolist() == [2.0, 6.0, 1.0, 0.0]
 
 
 def test_swapped_killed_and_resumed(micro: Micro, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stackwise.config import StackWiseConfig, StageTraining
 from stackwise.config.continual import Replay
+from stackwise.data import PreparedData
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.model import part_digest
 from stackwise.model.experts import experts_used
@@ -199,7 +200,8 @@ def row_order(context: StageContext) -> RowOrder:
         return ReplayOrder(order, job.replayed, replay.share, step_rows)
     if settings.curriculum is None:
         return order
-    difficulty_N = difficulties(context.feed, order.selected, settings.curriculum.by)
+    separator = PreparedData.open(Path(job.data)).separator_id
+    difficulty_N = difficulties(context.feed, order.selected, settings.curriculum.by, separator)
     return CurriculumOrder(order, difficulty_N, settings.curriculum, step_rows=step_rows, steps=job.span.steps)
 
 
