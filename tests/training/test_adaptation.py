@@ -104,7 +104,7 @@ MOE = {"kind": "moe", "experts": 4, "top_k": 2}
         ({"tied": True}, {}),
         ({"tied": False, "trains": ["block.1", "head"]}, {"attention": "linear"}),
         ({"tied": True}, {"attention": "mla", "ffn": "gelu", "norm": "layernorm", "positions": "learned"}),
-        ({"tied": False}, {"ffn": MOE}),
+        pytest.param({"tied": False}, {"ffn": MOE}, marks=pytest.mark.stress),
     ],
 )
 def test_maml_against_finite_differences(values: dict[str, Any], model: dict[str, Any]) -> None:
