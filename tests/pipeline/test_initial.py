@@ -38,6 +38,7 @@ from stackwise.pretrained.checkpoint import Checkpoint
 from stackwise.store import RowOrder
 from stackwise.training.trainer import learning_rate
 from tests.conftest import run
+from tests.pipeline.storm import killed
 from tests.pretrained.models import make
 
 SETTINGS: dict[str, Any] = {
@@ -299,6 +300,33 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
         assert done.returncode == 0, done.stderr
     status = [RunDirectory(tmp_path / name).manifest()["stages"][0]["weights"] for name in ("killed", "whole")]
     assert status[0] == status[1]
+
+
+INTEGERS = {"bits": 4, "group": 8, "symmetric": False}
+WAYS: dict[str, dict[str, Any]] = {
+    "from causal to diffusion": {"training.objective": "mask_diffusion"},
+    "integers block by block, then their scales": {
+        "training.mode": "layerwise",
+        "training.quantization": INTEGERS,
+        "training.fusion.strategy": "trainable",
+        "training.fusion.steps": 40,
+        "stages": {3: {"training": {"quantization": INTEGERS | {"trains": "scales"}}}},
+    },
+}
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_in_its_last_stage_it_ends_with_the_same_weights(
+    way: str, tmp_path: Path, text: Path, checkpoints: Any
+) -> None:
+    more = WAYS[way] | {"training.steps": 40, "training.checkpoint_steps": 4}
+    config = configuration(checkpoints("llama"), text, **more)
+    run(config.model_copy(deep=True), tmp_path / "whole")
+    killed(config, tmp_path / "killed", config.n_stages - 1)
+    assert weights_of(RunDirectory(tmp_path / "killed")).keys() == weights_of(RunDirectory(tmp_path / "whole")).keys()
+    ends = [RunDirectory(tmp_path / name).manifest()["stages"][-1]["weights"] for name in ("killed", "whole")]
+    assert ends[0] == ends[1]
 
 
 def test_a_run_goes_on_from_another_run(tmp_path: Path, micro: Any, text: Path) -> None:
