@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +20,7 @@ from typing import Any
 
 from benchmarks.common import Result, positive, run_command, say, table
 from benchmarks.document import Section
-from benchmarks.preferences import ANSWER, HELD_OUT, PAGE, PROMPT, Course, make_parser, model, prompt_lines
+from benchmarks.preferences import ANSWER, HELD_OUT, PAGE, PROMPT, Course, make_parser, measure, model
 
 BY_MODEL = "reward model, KL to 8 nats"
 METHODS: dict[str, dict[str, Any]] = {
@@ -33,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command("ppo", arguments, lambda given: _section(measure(_parser().parse_args(given))), PAGE)
+    return run_command("ppo", arguments, lambda given: _section(measure(_parser().parse_args(given), _Course)), PAGE)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,15 +41,6 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--answers", type=positive, default=128, metavar="N", help="answers a phase; default 128")
     made.add_argument("--rate", type=float, default=5e-4, help="learning rate of PPO; default 5e-4")
     return made
-
-
-def measure(options: argparse.Namespace) -> Result:
-    """Measure it, seed by seed."""
-    lines, by_seed = prompt_lines(options.pairs), []
-    for seed in options.seeds:
-        with tempfile.TemporaryDirectory(prefix="stackwise-bench-", dir=options.dir) as name:
-            by_seed.append(_Course(options, Path(name), seed, lines).run())
-    return {"seeds": options.seeds, "target": options.target, "bound": options.bound, "runs": by_seed}
 
 
 class _Course(Course):

@@ -69,12 +69,16 @@ def make_parser(module: str, about: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def measure(options: argparse.Namespace) -> Result:
-    """Measure it, seed by seed."""
+def measure(options: argparse.Namespace, course: type[Course] | None = None) -> Result:
+    """Measure it, seed by seed.
+
+    Args:
+        course: What one seed goes through; None: `Course`.
+    """
     lines, by_seed = prompt_lines(options.pairs), []
     for seed in options.seeds:
         with tempfile.TemporaryDirectory(prefix="stackwise-bench-", dir=options.dir) as name:
-            by_seed.append(Course(options, Path(name), seed, lines).run())
+            by_seed.append((course or Course)(options, Path(name), seed, lines).run())
     return {"seeds": options.seeds, "target": options.target, "bound": options.bound, "runs": by_seed}
 
 

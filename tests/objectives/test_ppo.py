@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stackwise.batch import MASKS, TOKENS, Batch
 from stackwise.errors import UsageError
@@ -29,22 +29,10 @@ from stackwise.objectives.ppo import (
 )
 from stackwise.objectives.ppo_kind import KL, PPO
 from stackwise.objectives.scores import Length, Pattern
+from tests.objectives.heads import ScoredHead
 
 B, S, D, V = 3, 9, 6, 11
 PROMPTS, ENDS = (3, 2, 4), (9, 5, 6)  # tokens of each prompt; where its answer ends
-
-
-class _Head(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(V, D, dtype=torch.float64))
-        self.match = nn.Linear(D, 1, bias=False, dtype=torch.float64)
-
-    def features(self, x: Tensor) -> Tensor:
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T
 
 
 @pytest.fixture
@@ -55,7 +43,7 @@ def rollout() -> SimpleNamespace:
     for row, (start, end) in enumerate(zip(PROMPTS, ENDS, strict=True)):
         drawn[row, start - 1 : end - 1] = True  # the positions in front
     x = torch.randn(B, S, D, dtype=torch.float64, requires_grad=True)
-    head = _Head()
+    head = ScoredHead(V, D)
     said = head(x).log_softmax(-1).gather(2, tokens.roll(-1, 1)[..., None]).squeeze(2).detach()
     values = head.match(x).squeeze(2).detach()
     # Ratios on both sides of the clip, and within it.

@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stackwise.batch import MASKS, TOKENS, Batch
 from stackwise.objectives.objective import Outputs, RuntimeObjective
@@ -23,23 +23,9 @@ from stackwise.objectives.preferences import (
     SFTObjective,
     log_probabilities,
 )
+from tests.objectives.heads import ScoredHead
 
 B, L, D, V = 3, 10, 8, 29
-
-
-class _Head(nn.Module):
-    """A head as a stage has it: a projection, and a layer beside it that gives scores."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(V, D, dtype=torch.float64))
-        self.match = nn.Linear(D, 1, bias=False, dtype=torch.float64)
-
-    def features(self, x: Tensor) -> Tensor:
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T
 
 
 @pytest.fixture
@@ -59,7 +45,11 @@ def pairs() -> SimpleNamespace:
     # TRL's batch: the chosen sides, then the rejected ones.
     apart = lambda t: torch.cat([t[:, :L], t[:, L:]])  # noqa: E731
     return SimpleNamespace(
-        batch=Batch(np.arange(B), None, tensors), x=x, head=_Head(), apart=apart, ends=torch.tensor(lengths).T.flatten()
+        batch=Batch(np.arange(B), None, tensors),
+        x=x,
+        head=ScoredHead(V, D),
+        apart=apart,
+        ends=torch.tensor(lengths).T.flatten(),
     )
 
 
