@@ -6,7 +6,6 @@ One pass for each way of masking. Shapes in names: N samples, S positions, V voc
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,16 +94,19 @@ def bleu(right_NS: NDArray[np.int64], said_NS: NDArray[np.int64]) -> float:
     Both sides are as long as each other, so there is no penalty for brevity. Of different tokenizers it is not to be
     compared.
     """
-    precisions = []
-    for n in range(1, min(4, right_NS.shape[1]) + 1):
-        matched = total = 0
-        for right_S, said_S in zip(right_NS, said_NS, strict=True):
-            right, said = (
-                Counter(map(tuple, np.lib.stride_tricks.sliding_window_view(row_S, n).tolist()))
-                for row_S in (right_S, said_S)
-            )
-            matched, total = matched + (right & said).total(), total + said.total()
-        precisions.append(matched / max(1, total))
+    if not right_NS.size:
+        return 0.0
+    samples, length = right_NS.shape
+    both_NS = np.concatenate([right_NS, said_NS])
+    place_N1 = np.tile(np.arange(samples), 2)[:, None]  # n-grams are matched within their sample
+    grams_NS, precisions = np.repeat(place_N1, length, 1), []
+    for n in range(1, min(4, length) + 1):  # an n-gram's number: that of its first n - 1 tokens with the last one's
+        kept = length - n + 1
+        pairs_NS = grams_NS[:, :kept] * (1 + both_NS.max()) + both_NS[:, n - 1 :]
+        names, numbers = np.unique(pairs_NS, return_inverse=True)
+        grams_NS = numbers.reshape(pairs_NS.shape)
+        right, said = (np.bincount(half_NS.ravel(), minlength=len(names)) for half_NS in np.split(grams_NS, 2))
+        precisions.append(float(np.minimum(right, said).sum() / (samples * kept)))
     return 100 * math.exp(sum(map(math.log, precisions)) / len(precisions)) if all(precisions) else 0.0
 
 
