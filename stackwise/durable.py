@@ -30,7 +30,7 @@ def temporary(path: Path) -> Path:
 
 def unusable(path: Path) -> str | None:
     """Why a directory cannot be written, or made where it is missing; None where it can."""
-    there = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.lexists(parent))
     if not there.is_dir():
         return f"{there} is not a directory" if there != path.absolute() else "it is not a directory"
     if not os.access(there, os.W_OK | os.X_OK):  # also false on a file system that is mounted read-only

@@ -57,11 +57,11 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666, *, roo
         if parent is not None:
             os.close(parent)
     try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise irregular(path, _kind(found.st_mode))
-        if flags & (os.O_WRONLY | os.O_RDWR) and found.st_nlink > 1:
-            raise irregular(path, f"a file with {found.st_nlink} names (hard links), which would change with it")
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise irregular(path, _kind(status.st_mode))
+        if flags & (os.O_WRONLY | os.O_RDWR) and status.st_nlink > 1:
+            raise irregular(path, f"a file with {status.st_nlink} names (hard links), which would change with it")
         os.set_blocking(fd, True)
     except BaseException:
         os.close(fd)

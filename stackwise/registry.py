@@ -171,13 +171,15 @@ def _fault(kind: Any, base: type) -> str | None:
     if lacks:
         return f"{kind.__name__} has no {', '.join(lacks)}"
     for name, method in inspect.getmembers(base, inspect.isfunction):
-        own = getattr(kind, name)
-        if own is method or not method.__module__.startswith(__package__) or not callable(own):
+        member = getattr(kind, name)
+        if member is method or not method.__module__.startswith(__package__) or not callable(member):
             continue
         parameters = inspect.signature(method).parameters.values()
-        by_name = {one.name: None for one in parameters if one.kind is one.KEYWORD_ONLY}
+        by_name = {parameter.name: None for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
         try:
-            inspect.signature(own).bind(*(one for one in parameters if one.name not in by_name), **by_name)
+            inspect.signature(member).bind(
+                *(parameter for parameter in parameters if parameter.name not in by_name), **by_name
+            )
         except TypeError as error:
             return f"{kind.__name__}.{name} cannot be called as {name}{inspect.signature(method)}: {error}"
     return None

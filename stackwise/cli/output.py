@@ -109,9 +109,9 @@ def open_streams() -> Standard:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # a stream put there by a test
             stream.reconfigure(errors="stackwise")  # type: ignore[union-attr]
-    made = Standard(sys.stdout)
-    sys.stdout = cast("TextIO", made)
-    return made
+    standard = Standard(sys.stdout)
+    sys.stdout = cast("TextIO", standard)
+    return standard
 
 
 def keep_going_without_output() -> None:

@@ -160,7 +160,7 @@ class Live:
         study, names = self._study, list(self._study.search.objectives)
         with self._lock:
             going, trials, best = dict(self._going), list(study.trials), study.best
-        newest = sorted({*([] if best is None else [best.number]), *(one.number for one in trials[-ROWS:])})[
+        newest = sorted({*([] if best is None else [best.number]), *(entry.number for entry in trials[-ROWS:])})[
             -ROWS - 1 :
         ]
         figures = range(2, 2 + len(names))

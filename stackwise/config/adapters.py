@@ -132,8 +132,8 @@ def adapter_faults(config: Settings) -> Iterator[Fault]:
             text = "weights that stand still are not trained for integers: training.adapters.precision packs them"
             yield f"stages.{depth}.training.quantization" if depth in config.stages else "training.quantization", text
             break
-    for depth, own in config.stages.items():
-        if own.precision is not None:
+    for depth, overrides in config.stages.items():
+        if overrides.precision is not None:
             text = "the blocks stand still beside adapters: training.adapters.precision says how all of them are held"
             yield f"stages.{depth}.precision", text
             break

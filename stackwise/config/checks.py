@@ -78,11 +78,11 @@ def _model(config: Settings) -> Iterator[Fault]:
         yield from ((f"model.rope_scaling.{key}", text) for key, text in model.rope_scaling.faults(model))
     if model.position_offset and model.positions != "learned":
         yield "model.position_offset", f"{model.position_offset}, but only learned positions have a table"
-    needed, each = config.training.seq_len, ""
+    needed, by = config.training.seq_len, ""
     if config.objective.sequences > 1:
-        needed, each = needed // config.objective.sequences, f" by {config.objective.sequences} sequences"
+        needed, by = needed // config.objective.sequences, f" by {config.objective.sequences} sequences"
     if model.max_seq_len is not None and model.max_seq_len < needed:
-        yield "model.max_seq_len", f"{model.max_seq_len} is less than training.seq_len {config.training.seq_len}{each}"
+        yield "model.max_seq_len", f"{model.max_seq_len} is less than training.seq_len {config.training.seq_len}{by}"
     if model.vocab_size is not None and model.vocab_size < 4:
         yield "model.vocab_size", f"{model.vocab_size} is too small for text, a separator and a mask token"
     if data.vocab_size is not None:
@@ -212,7 +212,10 @@ def _stages(config: Settings) -> Iterator[Fault]:
                 yield "training.swap", f"{text}, or set swap: auto where the stage fits"
                 break
     rates = [("training", training.block_learning_rates)]
-    rates += [(f"stages.{depth}.training", own.training.block_learning_rates) for depth, own in config.stages.items()]
+    rates += [
+        (f"stages.{depth}.training", overrides.training.block_learning_rates)
+        for depth, overrides in config.stages.items()
+    ]
     for key, by_block in rates:
         for block in by_block:
             if block >= n_blocks:
@@ -232,8 +235,8 @@ def _growth(config: Settings) -> Iterator[Fault]:
         yield key, f"{training.mode.name} stages cannot grow into one rack: leave training.mode out, or say end_to_end"
     if config.init.weights is not None:
         yield key, "init.weights brings every block already: leave one of both out"
-    for depth, own in config.stages.items():
-        for name in sorted({"steps", "tokens", "epochs_per_layer"} & own.training.model_fields_set):
+    for depth, overrides in config.stages.items():
+        for name in sorted({"steps", "tokens", "epochs_per_layer"} & overrides.training.model_fields_set):
             yield f"stages.{depth}.training.{name}", "the phases of training.growth share the budget of training.steps"
 
 
@@ -259,8 +262,8 @@ def _rollouts(config: Settings) -> Iterator[Fault]:
         yield "distillation.teacher", f"{name} has a reference already: leave one of both out"
     if config.data.within_documents:
         yield "data.within_documents", f"{name} gives a row to each prompt: leave it out"
-    own = {f"stages.{depth}.training": overrides.training for depth, overrides in config.stages.items()}
-    for key, settings in {"training": training, **own}.items():
+    by_section = {f"stages.{depth}.training": overrides.training for depth, overrides in config.stages.items()}
+    for key, settings in {"training": training, **by_section}.items():
         if settings.eval_every is not None:
             text = f"{name} has no held-out loss, as its rows are answers of the rack as it is"
             yield f"{key}.eval_every", f"{text}: leave it out"
@@ -296,8 +299,8 @@ def _mask_windows(config: Settings) -> Iterator[Fault]:
     if not config.time_as_depth or config.finds_block_size or windows is None:
         return
     if len(windows) != config.n_sections:
-        given = f"{len(windows)} window" + ("s" if len(windows) > 1 else "")
-        yield key, f"{given} for {config.n_sections} stages: give a [from, to] for each"
+        count = f"{len(windows)} window" + ("s" if len(windows) > 1 else "")
+        yield key, f"{count} for {config.n_sections} stages: give a [from, to] for each"
         return
     reached = training.min_mask_fraction
     for low, high in sorted(map(tuple, windows)):
@@ -320,7 +323,7 @@ def _stacks(config: Settings) -> Iterator[Fault]:
     # every adapted matrix must carry the rank
     blocks = [model.at(block) for block in range(model.n_blocks)]
     limit = min(min(block.attention.narrowest(block), block.ffn.narrowest(block)) for block in blocks)
-    found: dict[str, str] = {}
+    faults: dict[str, str] = {}
     integers = [config.stage_training(depth).quantization for depth in range(config.n_stages)]
     for depth, settings in enumerate(integers):
         if settings is None or settings.trains != "scales":
@@ -342,7 +345,7 @@ def _stacks(config: Settings) -> Iterator[Fault]:
             # Adapters that come with the stacks above are alike: those of the next one stand for all.
             adapters = stack_adapters(config, depth, min(depth + 1, config.n_sections - 1))
         except UsageError as error:
-            found.setdefault(f"{key}.qlora_configs", error.message)  # one line, whatever the number of stacks
+            faults.setdefault(f"{key}.qlora_configs", error.message)  # one line, whatever the number of stacks
             continue
         for name, (rank, _) in adapters.items():
             if rank > limit:
@@ -351,8 +354,8 @@ def _stacks(config: Settings) -> Iterator[Fault]:
                 changing = progressive.qlora_strategy == "progressive" and progressive.qlora_rank_pattern != "constant"
                 pattern = f", by the pattern {progressive.qlora_rank_pattern}" if name == "stack" and changing else ""
                 text = f"adapters of rank {rank} (stack {depth}{pattern}) are above the rank of the matrices"
-                found.setdefault(f"{key}.{place}", f"{text}: at most {limit}")
-    yield from found.items()
+                faults.setdefault(f"{key}.{place}", f"{text}: at most {limit}")
+    yield from faults.items()
 
 
 def _fusion(config: Settings) -> Iterator[Fault]:
@@ -389,8 +392,8 @@ def _joint_share(config: Settings, share: float) -> Iterator[str]:
         yield f"the stages of {what} share no schedule with one after them: set training.fusion.steps"
     if config.has_windows and training.windows != 1:
         yield "one schedule for all stages goes through the rows once: leave training.windows out"
-    for depth, own in config.stages.items():
-        if {"steps", "tokens", "epochs_per_layer"} & own.training.model_fields_set:
+    for depth, overrides in config.stages.items():
+        if {"steps", "tokens", "epochs_per_layer"} & overrides.training.model_fields_set:
             yield f"all stages share the budget of training.steps: leave that of stages.{depth} out"
 
 
@@ -446,7 +449,7 @@ def _sharding(config: Settings) -> Iterator[Fault]:
         yield "training.compile", f"{divided} is not compiled"
     if training.adapters is not None:
         yield "training.adapters", f"{divided} has no adapters: what stands still is packed"
-    if training.progressive.enabled or any(own.precision is not None for own in config.stages.values()):
+    if training.progressive.enabled or any(overrides.precision is not None for overrides in config.stages.values()):
         yield "training.progressive.enabled", f"{divided} has all of its blocks in the run's precision"
     if isinstance(training.fusion, AdaptiveFusion):
         yield "training.fusion", f"adaptive tries stages, and {divided} cannot be copied"

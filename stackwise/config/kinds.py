@@ -139,15 +139,15 @@ class Kind(Section):
         """
         if isinstance(value, cls):  # assigned by a library user
             return value
-        given = {cls.tag: value} if isinstance(value, str) else value  # a name alone
-        if not isinstance(given, Mapping):
+        plain = {cls.tag: value} if isinstance(value, str) else value  # a name alone
+        if not isinstance(plain, Mapping):
             raise PydanticCustomError("kind_type", "must be a name, or a mapping with {tag}", {"tag": cls.tag})
-        name = given.get(cls.tag)
+        name = plain.get(cls.tag)
         if not isinstance(name, str) or name not in cls.registry:
             names = ", ".join(cls.registry.names())
             raise PydanticCustomError("kind", "must be one of {names}", {"names": names, "given": name})
         kind: type[Self] = cls.registry[name]
-        return kind.model_validate({key: setting for key, setting in given.items() if key != cls.tag})
+        return kind.model_validate({key: setting for key, setting in plain.items() if key != cls.tag})
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

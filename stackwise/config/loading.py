@@ -226,7 +226,7 @@ def build(cls: type[C], tree: Tree, overrides: Mapping[str, Any] | None = None, 
         ConfigError: With every fault: unknown keys (and the key meant), wrong types, contradictions.
     """
     reading = translate(cls, tree, overrides or {})
-    tree, found = reading.tree, {_key(key): text for key, text in reading.faults}
+    tree, faults = reading.tree, {_key(key): text for key, text in reading.faults}
     for name in sections(cls):  # a section whose keys are all commented out
         parent: Any = tree
         *above, last = name.split(".")
@@ -237,13 +237,13 @@ def build(cls: type[C], tree: Tree, overrides: Mapping[str, Any] | None = None, 
     try:
         config = cls.model_validate(tree)
     except ValidationError as error:
-        found |= field_faults(error, tree)
+        faults |= field_faults(error, tree)
         # What is left may hold contradictions of its own: report them now, not after the next try.
-        config = _what_is_left(cls, tree, set(found))
+        config = _what_is_left(cls, tree, set(faults))
     resolve(config)
     config.unused = reading.unused
-    wrong = {dotted(key) for key in found}
-    lines = [f"{dotted(key)}: {text}" for key, text in found.items()]
+    wrong = {dotted(key) for key in faults}
+    lines = [f"{dotted(key)}: {text}" for key, text in faults.items()]
     if model_is_known(config):
         lines += [f"{key}: {text}" for key, text in contradictions(config) if key not in wrong]
     if lines:
@@ -276,9 +276,9 @@ def resolve(config: Settings) -> None:
         architecture.n_stacks = (progressive.max_stacks if progressive.enabled else None) or 1
     elif progressive.enabled and progressive.max_stacks is not None:
         architecture.n_stacks = min(architecture.n_stacks, progressive.max_stacks)
-    wanted = STACK_PRECISION.get(progressive.new_stack_precision) if progressive.enabled else None
-    if wanted is not None and config.precision == "auto":
-        config.precision = wanted
+    precision = STACK_PRECISION.get(progressive.new_stack_precision) if progressive.enabled else None
+    if precision is not None and config.precision == "auto":
+        config.precision = precision
     if config.objective.packs and "within_documents" not in config.data.model_fields_set:
         config.data.within_documents = True
     if config.training.growth and "lr_schedule" not in config.training.model_fields_set:
@@ -288,7 +288,7 @@ def resolve(config: Settings) -> None:
 def dump(config: Settings) -> str:
     """A configuration as YAML, every setting resolved, that `load` reads back as an equal one."""
     plain = config.model_dump(exclude={"stages"})
-    plain["stages"] = {k: own.model_dump(exclude_unset=True) for k, own in sorted(config.stages.items())}
+    plain["stages"] = {k: overrides.model_dump(exclude_unset=True) for k, overrides in sorted(config.stages.items())}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -304,10 +304,10 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def flat(config: Settings) -> dict[str, Any]:
     """The settings by dotted key, without those that say only where and how it runs; a stage's own ones come last."""
     elsewhere = {"tracking", "slurm", "tune", "parallel", "stages", "name", "init"}
-    found = dict(leaves(config.model_dump(exclude=elsewhere)))
-    for depth, own in sorted(config.stages.items()):
-        found |= leaves(own.model_dump(exclude_unset=True), f"stages.{depth}.")
-    return found
+    values = dict(leaves(config.model_dump(exclude=elsewhere)))
+    for depth, overrides in sorted(config.stages.items()):
+        values |= leaves(overrides.model_dump(exclude_unset=True), f"stages.{depth}.")
+    return values
 
 
 def _key(written: str) -> Key:
@@ -347,25 +347,25 @@ def dotted(key: Key) -> str:
 
 def field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
     """One line a key. A union's branches report one by one; they become one line that names all that is allowed."""
-    said: dict[Key, list[str]] = {}
+    messages: dict[Key, list[str]] = {}
     values: dict[Key, Any] = {}
     whole: set[Key] = set()
     for item in error.errors(include_url=False):
         key = _present(item["loc"], tree)
         text = _unknown(key, tree) if item["type"] in ("extra_forbidden", "invalid_key") else _allowed(dict(item))
-        said.setdefault(key, []).append(text)
+        messages.setdefault(key, []).append(text)
         if item["type"] == "value_error":  # settings that do not go together: the text says which
             whole.add(key)
         if item["type"] == "kind":  # of a choice its name is at fault, not its settings
             values[key] = item["ctx"]["given"]
-    found = {}
-    for key, texts in said.items():
+    faults = {}
+    for key, texts in messages.items():
         value = values.get(key, _at(tree, key))
         allowed = " or ".join(dict.fromkeys(texts))
         if isinstance(value, list) and allowed.startswith("must ") and "a list" not in allowed:
             allowed = f"each item {allowed}"
-        found[key] = allowed if key in whole or allowed.startswith("unknown") else f"{allowed}, not {kind_of(value)}"
-    return found
+        faults[key] = allowed if key in whole or allowed.startswith("unknown") else f"{allowed}, not {kind_of(value)}"
+    return faults
 
 
 def _present(loc: tuple[str | int, ...], tree: Any) -> Key:
@@ -430,12 +430,12 @@ def _allowed(item: dict[str, Any]) -> str:
 
 def sections(model: type[Section], prefix: str = "") -> dict[str, type[Section]]:
     """Every section by its dotted name; choices, whose settings depend on what is chosen, are none."""
-    found = {prefix: model}
+    by_prefix = {prefix: model}
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section) and not issubclass(kind, Kind):
-            found |= sections(kind, f"{prefix}.{name}" if prefix else name)
-    return found
+            by_prefix |= sections(kind, f"{prefix}.{name}" if prefix else name)
+    return by_prefix
 
 
 def _section_at(key: Key, tree: Tree) -> type[Section] | None:
@@ -463,8 +463,8 @@ def _unknown(key: Key, tree: Tree) -> str:
         kinds = {name: here.registry[name] for name in here.registry.names()}
         having = [name for name, kind in kinds.items() if key[-1] in kind.model_fields]
         if having:
-            own = next(name for name, kind in kinds.items() if kind is here)
-            return f"unknown key; {own} has no {key[-1]}: it is a setting of {', '.join(having)}"
+            last = next(name for name, kind in kinds.items() if kind is here)
+            return f"unknown key; {last} has no {key[-1]}: it is a setting of {', '.join(having)}"
     meant = [dotted((*key[:-1], name)) for name in difflib.get_close_matches(str(key[-1]), names, n=3, cutoff=0.7)]
     if not meant:
         everywhere = {
@@ -474,7 +474,7 @@ def _unknown(key: Key, tree: Tree) -> str:
         }
         near = difflib.get_close_matches(str(key[-1]), sorted(set(everywhere.values())), n=3, cutoff=0.75)
         meant = [full for full, name in everywhere.items() if name == key[-1]]
-        meant = meant or [full for name in near for full, own in everywhere.items() if own == name]
+        meant = meant or [full for name in near for full, last in everywhere.items() if last == name]
     if not meant:  # nothing is near: what the section has, where that is short enough to read
         loose = names if len(names) <= 8 else difflib.get_close_matches(str(key[-1]), names, n=3, cutoff=0.0)
         return f"unknown key; {dotted(key[:-1]) or 'the top level'} has {', '.join(sorted(loose)) or 'no settings'}" + (
@@ -516,6 +516,6 @@ class StackWiseConfig(Settings):
             ConfigError: They do not; every fault is named.
         """
         resolve(self)
-        if model_is_known(self) and (found := contradictions(self)):
-            raise ConfigError([f"{key}: {text}" for key, text in found])
+        if model_is_known(self) and (faults := contradictions(self)):
+            raise ConfigError([f"{key}: {text}" for key, text in faults])
         return self

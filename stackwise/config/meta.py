@@ -94,6 +94,6 @@ class Meta(Section):
             text = f"{self.support} rows of a task of {rows} leave none to judge by"
             yield "support", f"{text}: lower it, or raise training.batch_size"
         elif self.query is not None and self.support + self.query != rows:
-            wanted = self.support + self.query
-            text = f"support and query are {wanted} rows of a task, and training.batch_size is {rows}"
-            yield "query", f"{text}: set training.batch_size: {wanted}, or leave query out"
+            needed = self.support + self.query
+            text = f"support and query are {needed} rows of a task, and training.batch_size is {rows}"
+            yield "query", f"{text}: set training.batch_size: {needed}, or leave query out"

@@ -15,8 +15,8 @@ def meta_faults(config: Settings) -> Iterator[tuple[str, str]]:
         settings = config.stage_training(depth)
         if (meta := settings.meta) is None:
             continue
-        own = config.stages.get(depth)
-        alone = own is not None and "meta" in own.training.model_fields_set
+        overrides = config.stages.get(depth)
+        alone = overrides is not None and "meta" in overrides.training.model_fields_set
         key = f"stages.{depth}.training.meta" if alone else "training.meta"
         before = [(f"{key}.{name}", text) for name, text in meta.faults(settings)]
         before += [(key, text) for text in _without_inner_steps(config, settings)]

@@ -191,19 +191,19 @@ class ModelConfig(Section):
 
         So are those that came later, at their defaults: recipes of what was trained before them stay.
         """
-        own = self.model_dump(
+        spec = self.model_dump(
             include={"d_model", "n_heads", "norm", "norm_eps", "positions", "bias"}
             | ({"max_seq_len"} if self.positions == "learned" else {"rope_theta"})
         )
-        own |= {"d_ff": self.ffn_width}
-        own |= {
+        spec |= {"d_ff": self.ffn_width}
+        spec |= {
             "attention": self.attention.specification(self) | self.attention.code,
             "ffn": self.ffn.specification(self) | self.ffn.code,
         }
-        own |= {"time_embedding": self.time_embedding.plain()}
+        spec |= {"time_embedding": self.time_embedding.plain()}
         if self.heads_width != self.d_model:
-            own["head_size"] = self.head_dim
+            spec["head_size"] = self.head_dim
         later = self.model_dump(include={"norm_place", "position_offset", "embedding_norm", "token_types"})
-        own |= {key: value for key, value in later.items() if value != type(self).model_fields[key].default}
-        own |= {"rope_scaling": scaling} if (scaling := self.rope_scaling.specification()) else {}
-        return own | ({"head": head} if (head := self.head.specification()) else {})
+        spec |= {key: value for key, value in later.items() if value != type(self).model_fields[key].default}
+        spec |= {"rope_scaling": scaling} if (scaling := self.rope_scaling.specification()) else {}
+        return spec | ({"head": head} if (head := self.head.specification()) else {})

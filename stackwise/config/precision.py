@@ -43,8 +43,10 @@ def stack_precision(config: Settings, depth: int) -> str:
     """The precision of the blocks that are new with a stage, by its canonical name; full where it is the run's own."""
     if integers := config.stage_training(depth).quantization:
         return integers.name
-    own, progressive = config.stages.get(depth), config.training.progressive
-    name = (own.precision if own else None) or (progressive.new_stack_precision if progressive.enabled else "full")
+    overrides, progressive = config.stages.get(depth), config.training.progressive
+    name = (overrides.precision if overrides else None) or (
+        progressive.new_stack_precision if progressive.enabled else "full"
+    )
     return "full" if canonical(name) == config.precision else canonical(name)  # the same arithmetic is the same recipe
 
 
@@ -53,9 +55,9 @@ def trunk_precision(config: Settings, depth: int) -> str:
 
     Weights that were trained in a narrow format stay in it: no second rounding.
     """
-    progressive, own = config.training.progressive, stack_precision(config, depth)
-    wanted = progressive.trunk_precision or ("qlora" if progressive.trunk_strategy == "qlora" else "full")
-    return own if weight_format(own) or wanted == "full" else canonical(wanted)
+    progressive, precision = config.training.progressive, stack_precision(config, depth)
+    strategy = progressive.trunk_precision or ("qlora" if progressive.trunk_strategy == "qlora" else "full")
+    return precision if weight_format(precision) or strategy == "full" else canonical(strategy)
 
 
 def stack_adapters(config: Settings, depth: int, top: int) -> dict[str, tuple[int, float]]:
@@ -64,22 +66,22 @@ def stack_adapters(config: Settings, depth: int, top: int) -> dict[str, tuple[in
     `stack` came with the blocks; `trunk_K` came when stage K was added (`progressive_qlora`). A QLoRA trunk for which
     neither kind is asked has the first.
     """
-    progressive, found = config.training.progressive, {}
+    progressive, adapters = config.training.progressive, {}
     qlora = progressive.holds_trunk and progressive.trunk_strategy == "qlora"
     if own_adapters(config, depth):
-        found["stack"] = adapter_sizes(progressive, depth, config.n_sections)
+        adapters["stack"] = adapter_sizes(progressive, depth, config.n_sections)
     if qlora and progressive.progressive_qlora:
         sizes = progressive.progressive_qlora_rank, progressive.progressive_qlora_alpha
-        found |= {trunk_adapters(above): sizes for above in range(depth + 1, top + 1)}
-    return found
+        adapters |= {trunk_adapters(above): sizes for above in range(depth + 1, top + 1)}
+    return adapters
 
 
 def own_adapters(config: Settings, depth: int) -> bool:
     """Whether the blocks of stage `depth` come with adapters."""
     progressive = config.training.progressive
     qlora = progressive.holds_trunk and progressive.trunk_strategy == "qlora"
-    wanted = progressive.qlora_enabled or not progressive.progressive_qlora  # a trunk without either could not learn
-    return (qlora and wanted) or stack_precision(config, depth) == "qlora"
+    enabled = progressive.qlora_enabled or not progressive.progressive_qlora  # a trunk without either could not learn
+    return (qlora and enabled) or stack_precision(config, depth) == "qlora"
 
 
 def trunk_adapters(stack: int) -> str:
@@ -103,12 +105,12 @@ def adapter_sizes(progressive: ProgressiveConfig, stack: int, max_stacks: int) -
         UsageError: `variable` without an entry for this stack.
     """
     if progressive.qlora_strategy == "variable":
-        own = progressive.qlora_configs.get(stack)
-        if own is None:
+        sizes = progressive.qlora_configs.get(stack)
+        if sizes is None:
             raise UsageError(
                 f"no entry for stack {stack}: give entries 0 to {max_stacks - 1}, or set qlora_strategy: simplified"
             )
-        return own.rank, own.alpha
+        return sizes.rank, sizes.alpha
     rank, alpha = progressive.qlora_rank, progressive.qlora_alpha
     if progressive.qlora_strategy == "simplified":
         return rank, alpha

@@ -19,15 +19,15 @@ __all__ = ["PRESETS", "commented"]
 def commented(preset: str, name: str | None = None) -> str:
     """A preset as a file to edit: every setting with its meaning, those the preset leaves alone commented out."""
     text = preset_path(preset).read_text(encoding="utf-8")
-    own = parse_yaml(text, preset)
+    settings = parse_yaml(text, preset)
     if name is not None:
-        own["name"] = name
+        settings["name"] = name
     lines = [
         f"# StackWise configuration, from the preset {preset}. Run it: stackwise run stackwise.yaml",
         "# A setting that is commented out shows its default. -o KEY=VALUE overrides any of them for one run.",
         *(f"# {line}" for line in _about(text)),
         "",
-        *_section(Settings, own, 0),
+        *_section(Settings, settings, 0),
         "",
     ]
     return "\n".join(lines)

@@ -467,7 +467,7 @@ class Settings(Section):
 
     def stage_training(self, depth: int) -> StageTraining:
         """How stage `depth` trains: the defaults of `training`, with its own overrides."""
-        own = self.stages.get(depth)
+        overrides = self.stages.get(depth)
         values = {name: getattr(self.training, name) for name in StageTraining.model_fields}
         adaptation, fusion = self.training.adaptation, self.training.fusion
         if isinstance(adaptation, CausalAdaptation) and depth == self.n_stages - 1:
@@ -478,9 +478,9 @@ class Settings(Section):
         if grown is not None and depth == len(grown.phases) and values["decay"] is None:
             left = round(1.0 - grown.phases[-1].until, 9)  # nothing falls before the last expansion
             values["decay"] = left if left < 0.2 else None
-        if own is not None:
+        if overrides is not None:
             # only what was set, so that defaults of the run count
-            values |= {name: getattr(own.training, name) for name in own.training.model_fields_set}
+            values |= {name: getattr(overrides.training, name) for name in overrides.training.model_fields_set}
         return StageTraining(**values)
 
     @property

@@ -212,21 +212,23 @@ class _Translation:
 
     def _progressive(self, tree: Tree, base: Tree) -> None:
         """What progressive training said in words of its own, and what came before what `training` and `model` say."""
-        given = {key: _drop(tree, key) for key in (_OBJECTIVE, _TIME, _MAPPING) if _has(tree, key)}
+        removed = {key: _drop(tree, key) for key in (_OBJECTIVE, _TIME, _MAPPING) if _has(tree, key)}
         enabled = _get(tree, "training.progressive.enabled")
         enabled = _get(base, "training.progressive.enabled") if enabled is None else enabled
-        for key in given.copy():
-            if (given[key] is None or not enabled) and given.pop(key) is not None:
+        for key in removed.copy():
+            if (removed[key] is None or not enabled) and removed.pop(key) is not None:
                 self.reading.unused.append(f"{key} is unused: training.progressive.enabled is false")
-        objective, interpretation, mapping = (given.get(key) for key in (_OBJECTIVE, _TIME, _MAPPING))
+        objective, interpretation, mapping = (removed.get(key) for key in (_OBJECTIVE, _TIME, _MAPPING))
         if objective is not None:
             name = _tag(_get(tree, "training.objective"), "name")
             if name not in (None, objective):  # of another objective: its settings have no place
                 _drop(tree, "training.objective")
             self._wins(tree, "training.objective", objective, None if name == "mask_diffusion" else name, _OBJECTIVE)
         if interpretation == "input":
-            own = _tag(_get(tree, "model.time_embedding"), "kind") or _tag(_get(base, "model.time_embedding"), "kind")
-            if own in (None, "none"):
+            embedding = _tag(_get(tree, "model.time_embedding"), "kind") or _tag(
+                _get(base, "model.time_embedding"), "kind"
+            )
+            if embedding in (None, "none"):
                 kind = _get(tree, "training.progressive.time_encoding_type") or "sinusoidal"
                 width = _get(tree, "training.progressive.time_embedding_dim") or 512
                 _set(tree, "model.time_embedding", {"kind": kind, "width": width})
@@ -275,14 +277,14 @@ class _Translation:
         heads = _get(tree, "model.n_kv_heads")
         if not _has(tree, "model.n_kv_heads"):
             return
-        said, before = _get(tree, "model.attention"), _get(base, "model.attention")
-        name = _tag(said or before, "kind")
-        if heads is None and name == "gqa" and not said:
+        attention, before = _get(tree, "model.attention"), _get(base, "model.attention")
+        name = _tag(attention or before, "kind")
+        if heads is None and name == "gqa" and not attention:
             _set(tree, "model.attention", {"kind": "mha"})
         # it says what is so anyway
         if heads is None or (name == "mha" and heads == (_get(tree, "model.n_heads") or 4)):
             _drop(tree, "model.n_kv_heads")
-        elif name is None or (name == "mha" and not said):
+        elif name is None or (name == "mha" and not attention):
             _set(tree, "model.attention", {"kind": "gqa"})
         elif name == "mha":
             text = f"mha has as many key and value heads as heads; n_kv_heads {heads} means gqa"
@@ -294,13 +296,15 @@ class _Translation:
             if not _has(tree, f"tracking.{name}"):
                 continue
             value = _drop(tree, f"tracking.{name}")
-            given = _get(tree, "tracking.trackers")
-            given = _get(base, "tracking.trackers") if given is None else given
-            given = ["tensorboard"] if given is None else given
+            trackers = _get(tree, "tracking.trackers")
+            trackers = _get(base, "tracking.trackers") if trackers is None else trackers
+            trackers = ["tensorboard"] if trackers is None else trackers
             # a tracker is in the list once
-            others = [one for one in given if _tag(one, "kind") != name] if isinstance(given, list) else []
-            own = {} if setting is None or value is True else {setting: value}
-            _set(tree, "tracking.trackers", others if value in (False, None) else [*others, {"kind": name} | own])
+            others = (
+                [tracker for tracker in trackers if _tag(tracker, "kind") != name] if isinstance(trackers, list) else []
+            )
+            options = {} if setting is None or value is True else {setting: value}
+            _set(tree, "tracking.trackers", others if value in (False, None) else [*others, {"kind": name} | options])
 
     def override(self, written: str, value: Any) -> None:
         """Apply one override."""

@@ -60,13 +60,13 @@ class _Lines:
             section: The section.
             reasons: Names with blanks between, and why they are unused; None or False: they are used.
         """
-        given, found = changed(section), dict[str, list[str]]()
+        changes, by_reason = changed(section), dict[str, list[str]]()
         for names, why in reasons:
-            hit = [name for name in names.split() if name in given]
+            hit = [name for name in names.split() if name in changes]
             if why and hit:  # the first reason counts
-                found.setdefault(str(why), []).extend(hit)
-                given = [name for name in given if name not in hit]
-        for why, names_of in found.items():
+                by_reason.setdefault(str(why), []).extend(hit)
+                changes = [name for name in changes if name not in hit]
+        for why, names_of in by_reason.items():
             many = len(names_of) > 1
             self.lines.append(f"{path}.{', '.join(sorted(names_of))}{': unused,' if many else ' is unused:'} {why}")
 
@@ -74,7 +74,8 @@ class _Lines:
 def unused_settings(config: Settings) -> list[str]:
     """One line for each reason why settings that were given are not used, or not whole."""
     lines = _Lines()
-    training, progressive, store, one = config.training, config.training.progressive, config.store, "there is one stage"
+    training, progressive, store = config.training, config.training.progressive, config.store
+    alone = "there is one stage"
     lines.lines += config.unused
     # A mode that the preset gave, and that divides the rack as the stacks do, is not worth a line.
     other = type(training.mode) is not type(Mode.of(Mode.default)) or training.mode.grows
@@ -96,7 +97,7 @@ def unused_settings(config: Settings) -> list[str]:
                 "min_mask_fraction max_mask_fraction mask_schedule_type mask_pool mask_token_id",
                 not config.objective.masks and f"{config.objective.name} masks nothing",
             ),
-            ("mask_schedule_over", training.mask_schedule_over == "depth" and config.n_sections == 1 and one),
+            ("mask_schedule_over", training.mask_schedule_over == "depth" and config.n_sections == 1 and alone),
             (
                 "mask_schedule_over",
                 training.mask_schedule_over == "time"
@@ -105,11 +106,11 @@ def unused_settings(config: Settings) -> list[str]:
                 and "independent stages go over depth, each alone",
             ),
             ("mask_windows", not config.time_as_depth and "fractions go over time (training.mask_schedule_over)"),
-            ("mask_windows", config.n_sections == 1 and one),
-            ("fresh_masks", config.n_stages == 1 and one),
+            ("mask_windows", config.n_sections == 1 and alone),
+            ("fresh_masks", config.n_stages == 1 and alone),
             ("windows", not config.has_windows and NO_BOUNDARY),
             ("lookahead", not above and "no stage of this schedule has blocks above it"),
-            ("fusion", not isinstance(training.fusion, NoFusion) and config.n_sections == 1 and one),
+            ("fusion", not isinstance(training.fusion, NoFusion) and config.n_sections == 1 and alone),
             ("swap_parts", training.swap == "never" and "training.swap is never"),
             ("swap_experts", training.swap == "never" and "training.swap is never"),
             ("swap_experts", not config.model.total(lambda m: len(m.ffn.pieces(m))) and "no block has experts"),
@@ -129,15 +130,15 @@ def unused_settings(config: Settings) -> list[str]:
     _limits(config, lines.lines, above)
     # only there gradients can underflow
     half = "fp16" in (config.precision, *(stack_precision(config, depth) for depth in range(config.n_sections)))
-    for depth, own in [(None, training), *((depth, entry.training) for depth, entry in config.stages.items())]:
+    for depth, section in [(None, training), *((depth, entry.training) for depth, entry in config.stages.items())]:
         effective = training if depth is None else config.stage_training(depth)
         key = "training" if depth is None else f"stages.{depth}.training"
-        if own.meta is not None:
+        if section.meta is not None:
             named = bool(config.data.tasks) and "data.tasks names the tasks"
-            lines.section(f"{key}.meta", own.meta, [("permutations permuted", named)])
+            lines.section(f"{key}.meta", section.meta, [("permutations permuted", named)])
         lines.section(
             key,
-            own,
+            section,
             [
                 ("tokens epochs_per_layer", effective.steps is not None and "steps is given"),
                 ("epochs_per_layer", effective.tokens is not None and "tokens is given"),
@@ -175,7 +176,7 @@ def unused_settings(config: Settings) -> list[str]:
 
 
 def _progressive(config: Settings, progressive: ProgressiveConfig) -> list[tuple[str, str | bool | None]]:
-    own = any(own_adapters(config, depth) for depth in range(config.n_sections))
+    has_adapters = any(own_adapters(config, depth) for depth in range(config.n_sections))
     frozen, disabled = progressive.trunk_strategy == "frozen", "training.progressive.enabled is false"
     qlora_only = not frozen and not progressive.progressive_qlora
     learns = "a QLoRA trunk learns by its adapters (trunk_strategy: frozen has none)" if qlora_only else None
@@ -186,7 +187,7 @@ def _progressive(config: Settings, progressive: ProgressiveConfig) -> list[tuple
     further = "progressive_qlora_rank progressive_qlora_alpha"
     return [
         (others, not progressive.enabled and disabled),
-        (" ".join(OWN_ADAPTERS), not progressive.enabled and not own and disabled),
+        (" ".join(OWN_ADAPTERS), not progressive.enabled and not has_adapters and disabled),
         ("max_stacks", (progressive.max_stacks or 0) > stacks and f"there are {stacks} stacks"),
         ("cache_activations", not frozen and "a QLoRA trunk changes with every step, so nothing of it is stored"),
         ("cache_activations", config.prepends and "with stacks added below, every stage reads tokens"),
@@ -194,12 +195,14 @@ def _progressive(config: Settings, progressive: ProgressiveConfig) -> list[tuple
             "trunk_precision",
             not progressive.holds_trunk and "a stage reads activations, and holds no trunk",
         ),
-        ("qlora_enabled", bool(progressive.qlora_enabled) and not own and without),
+        ("qlora_enabled", bool(progressive.qlora_enabled) and not has_adapters and without),
         (
             "qlora_enabled",
-            not progressive.qlora_enabled and own and (learns or "weights in precision qlora learn by their adapters"),
+            not progressive.qlora_enabled
+            and has_adapters
+            and (learns or "weights in precision qlora learn by their adapters"),
         ),
-        (" ".join(OWN_ADAPTERS), not own and without),
+        (" ".join(OWN_ADAPTERS), not has_adapters and without),
         (f"progressive_qlora {further}", frozen and "the trunk is frozen"),
         (further, not progressive.progressive_qlora and "training.progressive.progressive_qlora is false"),
         (f"progressive_qlora {further}", config.n_sections == 1 and "there is one stack"),
@@ -213,8 +216,8 @@ def _limits(config: Settings, lines: list[str], above: bool) -> None:
     """Numbers of which only so much can be used."""
     training, n_blocks = config.training, config.model.n_blocks
     mode = training.plan
-    given = isinstance(mode, Blockwise) and "block_size" in changed(mode) and not (mode.n_stages or mode.block_sizes)
-    if given and training.block_size > n_blocks:
+    is_set = isinstance(mode, Blockwise) and "block_size" in changed(mode) and not (mode.n_stages or mode.block_sizes)
+    if is_set and training.block_size > n_blocks:
         text = f"{training.block_size} is more than the model's blocks: {n_blocks} is used"
         lines.append(f"training.mode.block_size: {text}")
     lookahead, most = training.lookahead, n_blocks - 1 - config.partition[0][1]

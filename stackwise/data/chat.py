@@ -305,11 +305,11 @@ def _own_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     """The template of a tokenizer's folder: a file of its own, or an entry of its configuration."""
     if os.path.isfile(path := directory / "chat_template.jinja"):
         return _file(path)
-    own = config.get("chat_template")
-    if isinstance(own, list):  # several, by name
-        named = [one for one in own if isinstance(one, dict) and one.get("name") == "default"]
-        own = named[0].get("template") if named else None
-    return own if isinstance(own, str) else None
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) else None
 
 
 def copy_template(tokenizer: Path, directory: Path) -> None:

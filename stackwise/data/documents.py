@@ -328,8 +328,8 @@ def _numbers(where: str, name: str, value: Any, *, fractions: bool = False) -> A
     kinds = set(map(type, value)) if isinstance(value, list | tuple) else {type(value)}
     plain = {int} if name in (TOKENS, TARGETS, LABELS) else {int, bool}  # true is no token
     if not isinstance(value, list | tuple) or not kinds <= (plain | {float} if fractions else plain):
-        wanted = "a list of numbers" if fractions else "a list of integers"
-        raise UsageError(f"{where}: column {name!r} holds {_kind(value)}, not {wanted}")
+        expected = "a list of numbers" if fractions else "a list of integers"
+        raise UsageError(f"{where}: column {name!r} holds {_kind(value)}, not {expected}")
     try:
         if float not in kinds:
             return np.array(value, np.int64)

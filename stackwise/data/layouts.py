@@ -90,9 +90,9 @@ class WholeDocuments(Split):
 
     def segments(self, indices: Any, seq_len: int) -> np.ndarray[Any, np.dtype[np.int32]]:
         """See `Split.segments`; padding is a document of its own."""
-        wanted = self._checked(indices, seq_len)
-        marks = np.zeros((len(wanted), seq_len), np.int32)
-        for row, index in enumerate(wanted):
+        samples = self._checked(indices, seq_len)
+        marks = np.zeros((len(samples), seq_len), np.int32)
+        for row, index in enumerate(samples):
             runs = self.places(seq_len)[index]
             marks[row] = len(runs)
             for number, (at, _, length) in enumerate(runs):
@@ -100,9 +100,9 @@ class WholeDocuments(Split):
         return marks
 
     def _rows(self, column: str, indices: Any, seq_len: int) -> Array:
-        values, wanted = self._columns[column], self._checked(indices, seq_len)
-        rows = np.full((len(wanted), seq_len), self._padding.get(column, 0), values.dtype)
-        for row, index in enumerate(wanted):
+        values, samples = self._columns[column], self._checked(indices, seq_len)
+        rows = np.full((len(samples), seq_len), self._padding.get(column, 0), values.dtype)
+        for row, index in enumerate(samples):
             for at, start, length in self.places(seq_len)[index]:
                 rows[row, at : at + length] = values[start : start + length]
         return rows

@@ -84,21 +84,21 @@ def prepare(
         NoSpaceError: The disk is full. Nothing is left behind.
     """
     report: Progress = progress or (lambda phase, done, total: None)
-    wanted = _columns((*config.columns, *columns))
-    given = _given(config, None if all_held_out else out)
-    if given is not None:
-        check_fit(given.vocab_size, f"the tokenizer of {given.directory}", model_vocab)
+    columns_kept = _columns((*config.columns, *columns))
+    source = _given(config, None if all_held_out else out)
+    if source is not None:
+        check_fit(source.vocab_size, f"the tokenizer of {source.directory}", model_vocab)
         if all_held_out:
-            _check_tokenizer(given, Choice.of(config, model_vocab))
-        for name in wanted:
-            _check_column(given, name)
-        return given, True
+            _check_tokenizer(source, Choice.of(config, model_vocab))
+        for name in columns_kept:
+            _check_column(source, name)
+        return source, True
     if out is not None:
         _check_out(out)
     choice = Choice.of(config, model_vocab)
     if all_held_out and choice.tokenizer is None:
         raise UsageError("data.tokenizer: bpe has nothing to be trained on where all text is held out")
-    reading = Reading(config.text_column, wanted, _chat(config, choice, wanted))
+    reading = Reading(config.text_column, columns_kept, _chat(config, choice, columns_kept))
     sources, skipped = _find(config, reading)
     cache = Cache(config.cache_dir, optional=out is not None)
     with open_memory(cache.memory) as memory:

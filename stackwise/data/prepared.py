@@ -327,14 +327,14 @@ class Split:
         Over all tokens they add up to the documents' bytes; a separator stands for none. All 0 where rows brought
         tokens of a tokenizer whose tokens have no length of their own.
         """
-        wanted = self._checked(indices, seq_len)
-        sums = np.zeros(len(wanted), np.int64)
+        samples = self._checked(indices, seq_len)
+        sums = np.zeros(len(samples), np.int64)
         column, table = ("bytes", None) if "bytes" in self._columns else ("tokens", self._byte_table())
         if column == "tokens" and table is None:
             return sums
         block = max(1, _BLOCK_TOKENS // seq_len)
-        for start in range(0, len(wanted), block):
-            rows = self._rows(column, wanted[start : start + block], seq_len)
+        for start in range(0, len(samples), block):
+            rows = self._rows(column, samples[start : start + block], seq_len)
             sums[start : start + block] = (rows if table is None else table[rows]).sum(axis=1, dtype=np.int64)
         return sums
 

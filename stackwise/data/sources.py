@@ -192,7 +192,7 @@ class _Finder:
         before = set(self.sources)
         self._folder(folder, os.path.realpath(folder), named=True)
         within = [(key, source) for key, source in self.sources.items() if key not in before]
-        about = [each for each in within if each[1].path.name.lower().partition(".")[0] in _ABOUT]
+        about = [entry for entry in within if entry[1].path.name.lower().partition(".")[0] in _ABOUT]
         # beside rows they describe the data set; beside texts they are texts
         if about and any(self._holds_rows(source) for _, source in within):
             for key, source in about:

@@ -84,7 +84,7 @@ class Choice:
         """
         if self.tokenizer is not None:
             return self.tokenizer
-        chosen = [each.share if each.single else each.below for each in held_out]
+        chosen = [split.share if split.single else split.below for split in held_out]
         trained_on = {
             "documents": corpus.contents.documents,
             "sequence": corpus.contents.sequence,

@@ -89,15 +89,15 @@ def write_splits(
                     writer.end_document(piece.ends, piece.task)
                 done += piece.size
             progress("tokenizing", done, corpus.contents.size)
-        wanted = writers if held_out[0].share < 1 else writers[1:]
+        kept_writers = writers if held_out[0].share < 1 else writers[1:]
         for number, task in enumerate(corpus.tasks):
-            if not all(number in writer.tasks_written for writer in wanted):
+            if not all(number in writer.tasks_written for writer in kept_writers):
                 # a side without documents cannot be trained or scored
                 raise UsageError(f"{task.setting}: too little text to hold some of it out", hint="add more text")
-        made = [writer.finish() for writer in writers]
+        splits = [writer.finish() for writer in writers]
         if corpus.has_text:
             _check_known(tokenizer, writers[0].counts + writers[1].counts)
-        return made
+        return splits
     finally:
         for writer in writers:
             writer.abandon()

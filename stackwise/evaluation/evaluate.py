@@ -158,7 +158,7 @@ def evaluate(
     with evaluating(front), narrow:
         carried = [_Carried(way, front, how) for way in passes]
     del front  # its memory is the blocks'
-    done, of_stage = 0, sum(one.batches for one in carried)
+    done, of_stage = 0, sum(pass_.batches for pass_ in carried)
 
     def tick() -> None:
         nonlocal done
@@ -171,9 +171,9 @@ def evaluate(
         with evaluating(*stage.blocks, *stage.beyond, *head), narrow:
             if stage.front is not None:
                 with evaluating(stage.front):
-                    for one in carried:
-                        one.start(stage.front)
-            scores = [one.through(stage, tick) for one in carried]
+                    for pass_ in carried:
+                        pass_.start(stage.front)
+            scores = [pass_.through(stage, tick) for pass_ in carried]
             width = how.vocab_size or (stage.head.weight.shape[0] if stage.head is not None else width)
         if stage.head is None:
             del stage, head

@@ -105,8 +105,8 @@ def bleu(right_NS: NDArray[np.int64], said_NS: NDArray[np.int64]) -> float:
         pairs_NS = grams_NS[:, :kept] * (1 + both_NS.max()) + both_NS[:, n - 1 :]
         names, numbers = np.unique(pairs_NS, return_inverse=True)
         grams_NS = numbers.reshape(pairs_NS.shape)
-        right, said = (np.bincount(half_NS.ravel(), minlength=len(names)) for half_NS in np.split(grams_NS, 2))
-        precisions.append(float(np.minimum(right, said).sum() / (samples * kept)))
+        right, total = (np.bincount(half_NS.ravel(), minlength=len(names)) for half_NS in np.split(grams_NS, 2))
+        precisions.append(float(np.minimum(right, total).sum() / (samples * kept)))
     return 100 * math.exp(sum(map(math.log, precisions)) / len(precisions)) if all(precisions) else 0.0
 
 
@@ -186,8 +186,8 @@ def unigram(counts_V: ArrayLike, targets_NS: NDArray[np.int64], vocab_size: int)
         vocab_size: Token ids that share the probability.
     """
     counts = np.zeros(vocab_size)
-    given = np.asarray(counts_V, dtype=np.float64)[:vocab_size]
-    counts[: len(given)] = given
+    frequencies = np.asarray(counts_V, dtype=np.float64)[:vocab_size]
+    counts[: len(frequencies)] = frequencies
     nats_V = math.log(counts.sum() + vocab_size) - np.log(counts + 1.0)
     return Scores(nats_V[targets_NS], np.full_like(targets_NS, counts.argmax()))
 

@@ -41,15 +41,15 @@ def sees(direction: Direction, q: Tensor, k: Tensor, length: int, window: int | 
     """
     if isinstance(direction, BlockCausal):
         half = length // 2 if direction.paired else length
-        asks, asked = q % half // direction.size, k % half // direction.size
-        before = asked < asks
+        asks, key_block = q % half // direction.size, k % half // direction.size
+        before = key_block < asks
         if window is not None:
             before = before & (q % half - k % half < window)
         if not direction.paired:
-            return (asks == asked) | before
+            return (asks == key_block) | before
         # Clean positions (the second half) are seen by blocks above, and by their own block's clean copy.
-        own = (asks == asked) & ((q >= half) == (k >= half))
-        return own | ((k >= half) & before)
+        same_half = (asks == key_block) & ((q >= half) == (k >= half))
+        return same_half | ((k >= half) & before)
     if direction is False:
         return torch.ones_like(q == k)
     back = k <= q if window is None else (k <= q) & (q - k < window)

@@ -148,7 +148,7 @@ def build_block(
         allocate_some(block.to(dtype), held, torch.get_default_device() if device is None else device)
     kinds = {"attention": config.attention, "ffn": config.ffn}
     patterns = [f"{part}.{name}" for part, kind in kinds.items() for name in kind.residual]
-    scaled = {name for name, _ in block.named_parameters() if any(fnmatchcase(name, one) for one in patterns)}
+    scaled = {name for name, _ in block.named_parameters() if any(fnmatchcase(name, pattern) for pattern in patterns)}
     initialise(block, seed, f"block.{index}", config.init_std, 0.0 if silent else residual_scale(index), scaled)
     return block
 

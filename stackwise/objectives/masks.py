@@ -307,9 +307,9 @@ class FixedMaskAssigner:
 
     def assign(self, sample_ids: NDArray[np.uint8]) -> Bools:
         """All masks of each sample, bool [n, masks_per_sample, seq_len]."""
-        n, each = len(sample_ids), self.masks_per_sample
-        rows = self.masks(np.repeat(sample_ids, each, axis=0), np.tile(np.arange(each), n))
-        return rows.reshape(n, each, self.seq_len)
+        n, per_sample = len(sample_ids), self.masks_per_sample
+        rows = self.masks(np.repeat(sample_ids, per_sample, axis=0), np.tile(np.arange(per_sample), n))
+        return rows.reshape(n, per_sample, self.seq_len)
 
     def in_window(self, counts: ArrayLike, stage: int, n_stages: int) -> Bools:
         """Where time is depth: whether a stage trains on rows with so many masked positions.

@@ -39,8 +39,8 @@ def below_memory(plan: Plan, stage: Stage) -> int:
     weights = sum(Estimate(config, plan.vocabulary.size, other).parameters(part) for part, other in parts)
     positions, size = config.row_positions, 4 if config.precision in WIDE else 2
     # Of each position a few vectors of the stream, and at most what the feed-forward would keep for a backward pass.
-    each = [model.at(block) for stage in below for block in range(stage.first, stage.last + 1)]
-    numbers = 4 * model.d_model + max(block.ffn.kept(block) for block in each)
+    by_block = [model.at(block) for stage in below for block in range(stage.first, stage.last + 1)]
+    numbers = 4 * model.d_model + max(block.ffn.kept(block) for block in by_block)
     in_hand = max(1, 8192 // config.training.seq_len) * positions * numbers * size
     rows = plan.rowset(stage.rowset)[1]
     shuffled = min(rows, 2 * SHUFFLED_CHUNKS * order_rows(config, rows)) * positions * model.d_model * size
@@ -90,7 +90,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
     )
     needed = boundaries + weights + checkpoints
     free = shutil.disk_usage(next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())).free
-    taken = [
+    lines = [
         (estimate.memory if (swap := swaps[estimate.stage.depth]) is None else swap.memory)
         + below_memory(plan, estimate.stage)
         for estimate in estimates
@@ -116,7 +116,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
             hint="raise store.max_bytes, set training.windows: auto, or lower training.rows or training.steps",
         )
     device = config.device if config.device.startswith("cuda") else plan.device
-    check_free(device, max(taken, default=0))
+    check_free(device, max(lines, default=0))
     state *= config.parallel.data
     if plan.device == "cpu" and state > total:
         raise UsageError(
@@ -127,7 +127,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
     return {
         "disk_needed": needed,
         "disk_free": free,
-        "memory_needed": max(taken, default=0),
+        "memory_needed": max(lines, default=0),
         "memory_total": total,
         "swapped": {depth: swap.groups for depth, swap in swapped.items()},
         "tight": {depth: swap.memory for depth, swap in swapped.items() if swap.memory > limit},

@@ -176,15 +176,15 @@ def decide(
             committed = plan.committed(key)  # it may have been carried out
         if committed is not None:
             add_versions(versions, committed)
-            made = {part: source for part, source in versions.items() if source.recipe == key}
+            new = {part: source for part, source in versions.items() if source.recipe == key}
         else:
             pending[key] = stage.depth if below is None else below
             digests = {part: content_id("to come", {"recipe": key, "part": part}) for part in produced(stage)}
-            made = {part: Source(None, digest, key) for part, digest in digests.items()}
+            new = {part: Source(None, digest, key) for part, digest in digests.items()}
         if key in replaced and not repeated and plan.next_window(stage) is not None:
             nowhere = str(plan.store.path / "stages" / "replaced" / key)
-            made = {part: Source(nowhere, source.digest, key) for part, source in made.items()}
-        versions |= made
+            new = {part: Source(nowhere, source.digest, key) for part, source in new.items()}
+        versions |= new
 
 
 def _committed(plan: Plan, recipe: str, *, check: bool) -> tuple[CommittedStage | None, str | None]:

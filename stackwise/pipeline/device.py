@@ -137,7 +137,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError | OSError) and any(said in text for said in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError | OSError) and any(phrase in text for phrase in OUT_OF_MEMORY)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -68,7 +68,7 @@ def _check_blocks(config: StackWiseConfig) -> None:
     parallel = config.parallel
     if parallel.pipeline == 1:
         return
-    each = 2 if parallel.schedule == "interleaved" else 1
+    per_rank = 2 if parallel.schedule == "interleaved" else 1
     for stage in schedule(config):
         blocks = (*stage.blocks, *stage.lookahead)
         if still := [block for block in blocks if block not in stage.trains]:
@@ -76,11 +76,12 @@ def _check_blocks(config: StackWiseConfig) -> None:
                 f"parallel.pipeline: {still[0]} of stage {stage.depth} does not train; gradients go through all blocks",
                 hint="set parallel.pipeline: 1, or training.fusion.strategy: trainable",
             )
-        if len(blocks) < parallel.pipeline * each:
+        if len(blocks) < parallel.pipeline * per_rank:
             raise UsageError(
-                f"parallel.pipeline: {parallel.pipeline} ranks with {plural(each, 'part')} each, and stage "
+                f"parallel.pipeline: {parallel.pipeline} ranks with {plural(per_rank, 'part')} each, and stage "
                 f"{stage.depth} has {plural(len(blocks), 'block')}",
-                hint=f"nearest that does: {max(1, len(blocks) // each)}; or make stages larger (training.block_size)",
+                hint=f"nearest that does: {max(1, len(blocks) // per_rank)}; "
+                "or make stages larger (training.block_size)",
             )
 
 
@@ -95,7 +96,7 @@ def _nearest(config: StackWiseConfig, ranks: int) -> str:
     settings = [config.stage_training(depth) for depth in range(config.n_stages)]
 
     def divides(n: int) -> bool:
-        return all(_parts(one.accumulation, one.batch_size, n) is not None for one in settings)
+        return all(_parts(section.accumulation, section.batch_size, n) is not None for section in settings)
 
     below = next((n for n in range(ranks - 1, 0, -1) if divides(n)), 1)
     above = next((n for n in range(ranks + 1, ranks + NEAR) if divides(n)), None)
@@ -114,6 +115,6 @@ def _kept(config: StackWiseConfig, earlier: StackWiseConfig | None, depth: int) 
 
 def _set(config: StackWiseConfig, depth: int, accumulation: int, batch_size: int) -> None:
     """For one stage alone, as the others may have another step."""
-    own = config.stages.setdefault(depth, StageOverrides())
-    own.training.accumulation, own.training.batch_size = accumulation, batch_size
-    own.training = own.training  # it counts as set, or a file of the configuration would lack it
+    overrides = config.stages.setdefault(depth, StageOverrides())
+    overrides.training.accumulation, overrides.training.batch_size = accumulation, batch_size
+    overrides.training = overrides.training  # it counts as set, or a file of the configuration would lack it

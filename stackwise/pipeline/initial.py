@@ -132,10 +132,10 @@ class Adapted:
         """See `Weights.source`; of a block's adapters too."""
         block = part.removeprefix(ADAPTER)
         if block != part:
-            one = self.continued
-            return Source() if one is None or block not in one.pairs else _adapters_of(one, block)
+            checkpoint = self.continued
+            return Source() if checkpoint is None or block not in checkpoint.pairs else _adapters_of(checkpoint, block)
         base = self._whole.source(part, hashed=hashed)
-        added = [_adapters_of(one, part) for one in self._merged if part in one.pairs]
+        added = [_adapters_of(checkpoint, part) for checkpoint in self._merged if part in checkpoint.pairs]
         if not added:
             return base
         digests = [source.digest for source in (base, *added)]
@@ -144,19 +144,19 @@ class Adapted:
 
     def settle(self, config: StackWiseConfig) -> Iterator[str]:
         """Let `training.adapters` say what the adapters that train on are; a line for each key that contradicts."""
-        one, own = self.continued, config.training.adapters
-        if one is None or own is None:
+        checkpoint, adapters = self.continued, config.training.adapters
+        if checkpoint is None or adapters is None:
             return
-        theirs: dict[str, Any] = {"rank": one.rank, "rslora": one.rslora, "targets": one.layers}
-        theirs["alpha"] = float(one.settings.get("lora_alpha", 8))
-        for name in sorted(theirs.keys() & own.model_fields_set):
-            if getattr(own, name) != theirs[name]:
-                values = f"is {kind_of(getattr(own, name))}, and {kind_of(theirs[name])} in {one.directory}"
+        theirs: dict[str, Any] = {"rank": checkpoint.rank, "rslora": checkpoint.rslora, "targets": checkpoint.layers}
+        theirs["alpha"] = float(checkpoint.settings.get("lora_alpha", 8))
+        for name in sorted(theirs.keys() & adapters.model_fields_set):
+            if getattr(adapters, name) != theirs[name]:
+                values = f"is {kind_of(getattr(adapters, name))}, and {kind_of(theirs[name])} in {checkpoint.directory}"
                 yield f"training.adapters.{name}: {values}: leave it out"
-        more: dict[str, Any] = {} if "above" in own.model_fields_set else {"above": one.lowest}
-        if "dropout" not in own.model_fields_set:
-            more["dropout"] = float(one.settings.get("lora_dropout", 0.0))
-        config.training.adapters = own.model_copy(update=theirs | more)
+        more: dict[str, Any] = {} if "above" in adapters.model_fields_set else {"above": checkpoint.lowest}
+        if "dropout" not in adapters.model_fields_set:
+            more["dropout"] = float(checkpoint.settings.get("lora_dropout", 0.0))
+        config.training.adapters = adapters.model_copy(update=theirs | more)
 
 
 def _adapters_of(one: AdapterDirectory, part: str) -> Source:
@@ -174,7 +174,7 @@ def _adapted(config: StackWiseConfig, path: Path) -> Weights:
     for directory in directories:
         if not is_adapter(directory):
             raise NotFound(f"init.adapters: {directory} holds no adapters", hint="name a directory that peft saved")
-    opened = [AdapterDirectory(one, whole.checkpoint) for one in ([path] if begun else []) + directories]
+    opened = [AdapterDirectory(folder, whole.checkpoint) for folder in ([path] if begun else []) + directories]
     trains_on = begun and config.training.adapters is not None
     return Adapted(whole, opened[1:] if trains_on else opened, opened[0] if trains_on else None)
 
@@ -226,11 +226,11 @@ def with_checkpoint(config: StackWiseConfig) -> StackWiseConfig:
     faults += weights.settle(config) if isinstance(weights, Adapted) else []
     if faults:
         raise ConfigError(faults, source=f"init.weights {config.init.weights}")
-    own = config.model
-    model = theirs.model_dump() | {name: getattr(own, name) for name in FREE & own.model_fields_set}
+    configured = config.model
+    model = theirs.model_dump() | {name: getattr(configured, name) for name in FREE & configured.model_fields_set}
     model["architecture"] = _stacks(config, theirs.n_blocks).model_dump()
-    if own.max_seq_len is not None:
-        model["max_seq_len"] = own.max_seq_len
+    if configured.max_seq_len is not None:
+        model["max_seq_len"] = configured.max_seq_len
     config.model = ModelConfig.model_validate(model)
     adapters, checkpoint = config.training.adapters, getattr(weights, "checkpoint", None)
     if adapters is not None and checkpoint is not None:
@@ -250,31 +250,32 @@ def with_checkpoint(config: StackWiseConfig) -> StackWiseConfig:
 
 def _contradictions(config: StackWiseConfig, theirs: ModelConfig) -> Iterator[str]:
     """A line for each setting of `model.*` that was given and that the checkpoint has otherwise."""
-    own = config.model
-    for key, given, there in _differences("model", own, theirs):
-        yield f"{key}: is {kind_of(given)}, and {kind_of(there)} in the checkpoint: leave it out"
+    model = config.model
+    for key, value, there in _differences("model", model, theirs):
+        yield f"{key}: is {kind_of(value)}, and {kind_of(there)} in the checkpoint: leave it out"
     try:
         _stacks(config, theirs.n_blocks)
     except ValueError as error:
         yield f"model.architecture: {error}"
-    if own.max_seq_len is not None and theirs.max_seq_len is not None:
+    if model.max_seq_len is not None and theirs.max_seq_len is not None:
         learned = theirs.positions == "learned"
-        if own.max_seq_len > theirs.max_seq_len or (learned and own.max_seq_len != theirs.max_seq_len):
+        if model.max_seq_len > theirs.max_seq_len or (learned and model.max_seq_len != theirs.max_seq_len):
             where = f"and {theirs.max_seq_len} in the checkpoint"
-            yield f"model.max_seq_len: is {own.max_seq_len}, {where}: leave it out{'' if learned else ', or lower it'}"
+            remedy = "leave it out" if learned else "leave it out, or lower it"
+            yield f"model.max_seq_len: is {model.max_seq_len}, {where}: {remedy}"
 
 
 def _differences(key: str, own: Section, theirs: Section) -> Iterator[tuple[str, Any, Any]]:
     """Settings that were given and differ: their keys, and both values. What is null was left to follow."""
     for name in sorted(own.model_fields_set - FREE - {"architecture", "max_seq_len"}):
-        given, there = getattr(own, name), getattr(theirs, name)
-        if isinstance(given, Kind) and isinstance(there, Kind):
-            if type(given) is type(there):
-                yield from _differences(f"{key}.{name}", given, there)
+        value, there = getattr(own, name), getattr(theirs, name)
+        if isinstance(value, Kind) and isinstance(there, Kind):
+            if type(value) is type(there):
+                yield from _differences(f"{key}.{name}", value, there)
             else:
-                yield f"{key}.{name}", given.name, there.name
-        elif given is not None and given != there:
-            yield f"{key}.{name}", given, there
+                yield f"{key}.{name}", value.name, there.name
+        elif value is not None and value != there:
+            yield f"{key}.{name}", value, there
 
 
 def _stacks(config: StackWiseConfig, blocks: int) -> ArchitectureConfig:
@@ -283,10 +284,10 @@ def _stacks(config: StackWiseConfig, blocks: int) -> ArchitectureConfig:
     Raises:
         ValueError: They do not.
     """
-    own, progressive = config.model.architecture, config.training.progressive
-    given = own.model_fields_set
-    stacks = own.n_stacks if own.n_stacks is not None else progressive.max_stacks if progressive.enabled else None
-    size = own.blocks_per_stack if "blocks_per_stack" in given else None
+    model, progressive = config.model.architecture, config.training.progressive
+    changed = model.model_fields_set
+    stacks = model.n_stacks if model.n_stacks is not None else progressive.max_stacks if progressive.enabled else None
+    size = model.blocks_per_stack if "blocks_per_stack" in changed else None
     if stacks is None:
         stacks = blocks // (size or 1)
     if size is None:
@@ -302,14 +303,16 @@ def _stacks(config: StackWiseConfig, blocks: int) -> ArchitectureConfig:
 
 def _tokenizer_faults(config: StackWiseConfig, weights: Weights) -> Iterator[str]:
     """Where the ids of the data would not be those of the weights."""
-    given = config.data.tokenizer if "tokenizer" in config.data.model_fields_set else None
+    tokenizer = config.data.tokenizer if "tokenizer" in config.data.model_fields_set else None
     if weights.tokenizer_json is None:
-        if given in (None, "bpe"):
+        if tokenizer in (None, "bpe"):
             yield "data.tokenizer: the checkpoint has no tokenizer.json: name the one that its ids are of"
-    elif given is not None and expanded(given).absolute() != weights.tokenizer_json.absolute():
+    elif tokenizer is not None and expanded(tokenizer).absolute() != weights.tokenizer_json.absolute():
         theirs = Tokenizer.load(weights.tokenizer_json).id
-        if given == "bpe" or (bytes_tokenizer() if given == "bytes" else Tokenizer.load(expanded(given))).id != theirs:
-            yield f"data.tokenizer: is {kind_of(given)}, and {weights.tokenizer_json} in the checkpoint: leave it out"
+        ours = bytes_tokenizer if tokenizer == "bytes" else lambda: Tokenizer.load(expanded(tokenizer))
+        if tokenizer == "bpe" or ours().id != theirs:
+            where = f"{weights.tokenizer_json} in the checkpoint"
+            yield f"data.tokenizer: is {kind_of(tokenizer)}, and {where}: leave it out"
 
 
 def initial_sources(

@@ -72,8 +72,8 @@ def load_part(
         return None
     if source.merged:
         weights = load_part(source.merged[0]) or {}
-        for one in source.merged[1:]:
-            merge(weights, load_part(one) or {})
+        for addition in source.merged[1:]:
+            merge(weights, load_part(addition) or {})
         for name in weights:  # one after another: never are all of them in memory in both dtypes
             weights[name] = weights[name] if dtype is None else weights[name].to(dtype)
         return weights
@@ -131,17 +131,17 @@ def _hint(source: Source) -> str:
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Source) -> None:
     """Let a module have the weights of its source."""
     hint = _hint(source)
-    wanted = module.state_dict()
-    for name in sorted({*wanted, *tensors}):
-        if name not in tensors or name not in wanted:
-            what = "lacks" if name in wanted else "has beside the weights of its part"
+    state = module.state_dict()
+    for name in sorted({*state, *tensors}):
+        if name not in tensors or name not in state:
+            what = "lacks" if name in state else "has beside the weights of its part"
             raise DamageError(f"{source.path} {what} {name}", hint=hint)
-        found, expected = tensors[name], wanted[name]
-        if found.shape != expected.shape:
-            shapes = f"{list(found.shape)}, not {list(expected.shape)}"
+        tensor, expected = tensors[name], state[name]
+        if tensor.shape != expected.shape:
+            shapes = f"{list(tensor.shape)}, not {list(expected.shape)}"
             raise DamageError(f"{source.path}: {name} is {shapes}", hint=hint)
-        if found.dtype != expected.dtype:
-            raise DamageError(f"{source.path}: {name} is {found.dtype}, not {expected.dtype}", hint=hint)
+        if tensor.dtype != expected.dtype:
+            raise DamageError(f"{source.path}: {name} is {tensor.dtype}, not {expected.dtype}", hint=hint)
     # A checkpoint's tensors were read in the module's dtype, and may be its own: a part is never in memory twice.
     module.load_state_dict(tensors, assign=source.names is not None)
 
@@ -183,9 +183,9 @@ def make_block(
     block.compute = COMPUTE.get(how.precision)
     adapters = load_part(sources.get(adapter_part(part), Source())) or {}
     for size in how.adapters:
-        own = {key: _in_dtype(config, key, tensor) for key, tensor in adapters.items() if f".{size.name}." in key}
-        if own:
-            load_adapters(block, own, size.dropout)
+        by_key = {key: _in_dtype(config, key, tensor) for key, tensor in adapters.items() if f".{size.name}." in key}
+        if by_key:
+            load_adapters(block, by_key, size.dropout)
         else:
             put_adapters(block, size, config.seed, part)
     return block
@@ -201,7 +201,7 @@ def make_head(
     source: Source,
     embedding_VD: torch.Tensor | None,
     *,
-    own: bool,
+    projects: bool,
     match: int | None = None,
 ) -> Head:
     """A head.
@@ -215,7 +215,7 @@ def make_head(
     dtype = dtype_of(config)
     tensors = load_part(source, vocab_size, dtype)
     if tensors is not None and "projection" in tensors:
-        embedding_VD, own = None, False
+        embedding_VD, projects = None, False
     if source.names is None:
         head = build_head(config.model, vocab_size, config.seed, embedding_VD).to(dtype)
     else:  # without values: the checkpoint has them all
@@ -230,7 +230,7 @@ def make_head(
         _fill(head, tensors, source)
     if match is not None and head.match is None:
         head.match = build_match(match, config.model.d_model, config.seed)
-    if own and embedding_VD is not None:
+    if projects and embedding_VD is not None:
         head.untie()
     return head
 
@@ -252,8 +252,8 @@ def stage_model(job: StageJob, config: StackWiseConfig) -> StageModel:
         embedding: torch.Tensor | None = None
         if config.model.tie_embeddings:
             embedding = front.embedding.weight if front is not None else embedding_of(job, config)
-        own = owns_projection(config, stage)
-        head = make_head(config, job.vocab_size, job.initial[HEAD], embedding, own=own, match=job.match)
+        projects = owns_projection(config, stage)
+        head = make_head(config, job.vocab_size, job.initial[HEAD], embedding, projects=projects, match=job.match)
     objective = objective_of(config, job.mask_token, job.vocab_size, stage)
     model = StageModel(front, blocks, head, objective, config.precision, beyond)
     for part, module in parts_of(model, job.stage).items():
@@ -314,18 +314,18 @@ def task_of(config: StackWiseConfig, mask_token: int, vocab_size: int, stage: St
 
 def parts_of(model: StageModel, stage: Stage) -> dict[str, nn.Module]:
     """A stage's modules by part name, in forward order; a block's adapters are in the block (see `part_state`)."""
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     if model.front is not None:
-        found[FRONT] = model.front
+        modules[FRONT] = model.front
     # None is beyond where the stage only hands on.
     for part, block in (
         *zip(stage.blocks, model.blocks, strict=True),
         *zip(stage.lookahead, model.beyond, strict=False),
     ):
-        found |= dict.fromkeys(stage.with_adapters((part,)), block)
+        modules |= dict.fromkeys(stage.with_adapters((part,)), block)
     if model.head is not None:
-        found[HEAD] = model.head
-    return found
+        modules[HEAD] = model.head
+    return modules
 
 
 def part_state(part: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -491,7 +491,7 @@ class JobParts:
                 if front is None
                 else make_front(config, job.vocab_size, front).embedding.weight.detach()
             )
-        return make_head(config, job.vocab_size, source, embedding_VD, own=self._owns, match=job.match)
+        return make_head(config, job.vocab_size, source, embedding_VD, projects=self._owns, match=job.match)
 
 
 def _made_by_its_values(part: nn.Module) -> bool:

@@ -77,8 +77,8 @@ class History:
         """Why a stage trains whose trunk will be another: `below` is the lowest stage that is trained."""
         if self.last_recipe(stage) is None:
             return NEW
-        own = [c for c in changed_settings(self.config, plan.config, stage.depth) if c.key.startswith("stages.")]
-        return f"stage {below} below it is trained" + (f"; {words(own)}" if own else "")
+        staged = [c for c in changed_settings(self.config, plan.config, stage.depth) if c.key.startswith("stages.")]
+        return f"stage {below} below it is trained" + (f"; {words(staged)}" if staged else "")
 
     def reason(self, plan: Plan, stage: Stage, recipe: Recipe) -> str:
         """Why a stage trains: what changed since it was last trained here, or that it never was."""
@@ -267,8 +267,8 @@ def _is_setting(config: StackWiseConfig, path: str, stage: Stage) -> bool:
 def _own_key(path: str, config: StackWiseConfig, earlier: StackWiseConfig | None, stage: Stage) -> str:
     """The key of a setting: that of the single stage where this is where it was set."""
     top, _, rest = path.partition(".")
-    own = _own_settings(config, stage.depth) | (_own_settings(earlier, stage.depth) if earlier is not None else set())
-    return f"stages.{stage.depth}.{path}" if top == "training" and rest.partition(".")[0] in own else path
+    keys = _own_settings(config, stage.depth) | (_own_settings(earlier, stage.depth) if earlier is not None else set())
+    return f"stages.{stage.depth}.{path}" if top == "training" and rest.partition(".")[0] in keys else path
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -107,7 +107,7 @@ def choose_samples(config: StackWiseConfig, split: Samples, rowset: int) -> np.n
     drawn, window = drawn_and_window(config, rowset)
     if config.objective.rolls_out:
         windows = range(config.windows) if window is None else (window,)
-        return np.concatenate([_drawn_samples(config, split, drawn, one) for one in windows])
+        return np.concatenate([_drawn_samples(config, split, drawn, number) for number in windows])
     if config.tasks_in_turn and window is not None:
         return np.concatenate([_task_samples(config, split, drawn, window), _replayed(config, split, drawn, window)])
     samples_R = _drawn_samples(config, split, drawn)
@@ -170,10 +170,10 @@ def _drawn_samples(config: StackWiseConfig, split: Samples, *drawn: int, task: i
         assert isinstance(split, Split), "tasks are of prepared data"
         order = order[split.sample_tasks(config.training.seq_len)[order] == task]
     rows = count_rows(config, len(order))
-    wanted = math.ceil(rows / per_sample)
+    needed = math.ceil(rows / per_sample)
     # A repeated sample would be the same row twice: its mask follows from its id.
     _, first = np.unique(np.ascontiguousarray(ids[order]).view("V16").ravel(), return_index=True)
-    chosen = order[np.sort(first)[:wanted]]
+    chosen = order[np.sort(first)[:needed]]
     return np.repeat(chosen, per_sample)[:rows]
 
 
@@ -278,8 +278,8 @@ def _held_out_samples(config: StackWiseConfig, split: Samples) -> np.ndarray:
         order = order[: config.evaluation.samples]
     chosen = np.sort(order)
     _, first = np.unique(np.ascontiguousarray(split.sample_ids(seq_len)[chosen]).view("V16").ravel(), return_index=True)
-    each = len(set(config.evaluation.fractions)) if config.objective.masks else 1
-    return np.repeat(chosen[np.sort(first)], each)
+    per_sample = len(set(config.evaluation.fractions)) if config.objective.masks else 1
+    return np.repeat(chosen[np.sort(first)], per_sample)
 
 
 def _masks(config: StackWiseConfig, rowset: int) -> Callable[[np.ndarray, int], np.ndarray]:

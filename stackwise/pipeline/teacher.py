@@ -113,8 +113,8 @@ class Teacher:
             raise UsageError(f"{self._key}: {where} knows {self.vocab_size} ids, the data has id {highest}")
         theirs, ours = self.checkpoint.tokenizer_json, Path(data.directory) / TOKENIZER
         if theirs is not None and ours.exists():
-            one, other = (list(Tokenizer.load(path).encode_batch([PROBE])[0]) for path in (theirs, ours))
-            if one != other:
+            ids, other = (list(Tokenizer.load(path).encode_batch([PROBE])[0]) for path in (theirs, ours))
+            if ids != other:
                 raise UsageError(
                     f"{self._key}: {where} has another tokenizer than the data",
                     hint=f"prepare the data with the teacher's: data.tokenizer: {theirs}",

@@ -51,25 +51,27 @@ def run_trial(job: TrialJob, device: torch.device) -> dict[str, Any]:
     before = memory(device)
     engine = make_engine(job, config, make_model(job, config).to(device), device)
     _tried(engine, job, config, 1, device, before)  # the first step makes the moments that all others have beside them
-    good, taken, bad, rows = 0, 0, 0, 1
+    good, used, bad, rows = 0, 0, 0, 1
     while rows:
         peak, seconds = _tried(engine, job, config, rows, device, before)
         if peak is not None and peak <= SHARE * before.limit:
-            good, taken = rows, peak
+            good, used = rows, peak
         else:
             bad = rows
         following = min(2 * good, job.most) if not bad else good + (bad - good) // 2
         # What a row takes is seen: a batch that would not fit by that is not tried where trying is dangerous.
-        each = (taken - before.used) / good if good else 0
-        if device.type != "cuda" and before.used + each * following > SHARE * before.limit:
+        per_row = (used - before.used) / good if good else 0
+        if device.type != "cuda" and before.used + per_row * following > SHARE * before.limit:
             bad = bad or following
-            following = good + (bad - good) // 2 if each == 0 else int((SHARE * before.limit - before.used) / each)
+            following = (
+                good + (bad - good) // 2 if per_row == 0 else int((SHARE * before.limit - before.used) / per_row)
+            )
         done = following <= good or (bad and bad - good <= max(1, good // 8)) or following >= (bad or following + 1)
         rows = 0 if done or (seconds > SLOW and not bad) else following
     if not good:
         raise MemoryError(f"a batch of one row does not fit into {SHARE:.0%} of {before.limit} bytes of {before.what}")
     good = good // 8 * 8 if good >= 16 else good
-    return {"rows": good, "peak": taken, "limit": before.limit, "what": before.what}
+    return {"rows": good, "peak": used, "limit": before.limit, "what": before.what}
 
 
 def make_engine(job: TrialJob, config: StackWiseConfig, model: StageModel, device: torch.device) -> ResidentEngine:
@@ -97,7 +99,7 @@ def make_model(job: TrialJob, config: StackWiseConfig) -> StageModel:
     for part, block in zip((*stage.blocks, *stage.lookahead), (*blocks, *beyond), strict=True):
         require_gradients(part, block, stage)
     tied = front.embedding.weight if front is not None and config.model.tie_embeddings else None
-    head = make_head(config, job.vocab_size, fresh, tied, own=False, match=config.objective.score_width)
+    head = make_head(config, job.vocab_size, fresh, tied, projects=False, match=config.objective.score_width)
     objective = objective_of(config, job.mask_token, job.vocab_size, stage)
     return StageModel(front, blocks, head, objective, config.precision, beyond)
 

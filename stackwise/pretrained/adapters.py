@@ -86,15 +86,15 @@ def base_of(directory: Path, given: str | None) -> Path:
         NotFound: There is nothing there.
     """
     named = given if given is not None else read_settings(directory).get("base_model_name_or_path")
-    said = "init.base" if given is not None else f"{directory / SETTINGS}: base_model_name_or_path"
+    source = "init.base" if given is not None else f"{directory / SETTINGS}: base_model_name_or_path"
     if not isinstance(named, str) or not named:
-        raise NotFound(f"{said} names no model", hint="name the model that the adapter is for: init.base")
+        raise NotFound(f"{source} names no model", hint="name the model that the adapter is for: init.base")
     places = [expanded(named).absolute(), (directory / named).absolute()]
     for place in places if given is None else places[:1]:
         if place.is_dir():
             return place
     raise NotFound(
-        f"{said}: {printable(named)}: there is no such directory", hint="name where the model is: init.base=DIR"
+        f"{source}: {printable(named)}: there is no such directory", hint="name where the model is: init.base=DIR"
     )
 
 
@@ -199,7 +199,7 @@ class AdapterDirectory:
         return UsageError(f"{self.directory / WEIGHTS} is missing", hint="get the adapter again")
 
     def _pairs(self, base: Checkpoint) -> dict[str, dict[str, LowRank]]:
-        targets, found = targets_of(base), dict[str, dict[str, LowRank]]()
+        targets, by_layer = targets_of(base), dict[str, dict[str, LowRank]]()
         modules: dict[str, set[str]] = {}
         for name in self._table:
             match = _TENSOR.fullmatch(name)
@@ -231,8 +231,8 @@ class AdapterDirectory:
             scale = self._scale(module, rank)
             for entry in entries:
                 pair = LowRank(a, dataclasses.replace(b, rows=entry.rows), scale)
-                found.setdefault(entry.part, {})[entry.layer] = pair
-        return found
+                by_layer.setdefault(entry.part, {})[entry.layer] = pair
+        return by_layer
 
     def _ref(self, module: str, side: str) -> TensorRef:
         plain = f"{PREFIX}{module}.lora_{side}.weight"
@@ -266,7 +266,7 @@ def _plain_pattern(pattern: str) -> bool:
 
 def targets_of(base: Checkpoint) -> dict[str, list[Target]]:
     """The modules of transformers that are layers of blocks: what of each is which layer of ours."""
-    found: dict[str, list[Target]] = {}
+    targets: dict[str, list[Target]] = {}
     for part in base.parts:
         if not part.startswith(BLOCK):
             continue
@@ -276,20 +276,20 @@ def targets_of(base: Checkpoint) -> dict[str, list[Target]]:
             if kind != "weight" or layer not in sides:
                 continue
             module = base.family.base + ref.name.removeprefix(base.base).removesuffix(".weight")
-            found.setdefault(module, []).append(Target(part, layer, ref.rows, sides[layer]))
-    return found
+            targets.setdefault(module, []).append(Target(part, layer, ref.rows, sides[layer]))
+    return targets
 
 
 def named_layers(base: Checkpoint, targets: Sequence[str]) -> list[str]:
     """Targets in our names: one that ends the names of modules of transformers stands for the layers that these are."""
     modules = targets_of(base)
-    found: list[str] = []
+    layers: list[str] = []
     for target in targets:
         ends = (entries for module, entries in modules.items() if f".{module}".endswith(f".{target}"))
         theirs = sorted({entry.layer for entries in ends for entry in entries})
         ours = any(is_target(target, entry.layer) for entries in modules.values() for entry in entries)
-        found += [target] if ours or not theirs else theirs
-    return list(dict.fromkeys(found))
+        layers += [target] if ours or not theirs else theirs
+    return list(dict.fromkeys(layers))
 
 
 def digest_of(reader: Reader, pairs: Mapping[str, LowRank]) -> Hex:
@@ -355,7 +355,7 @@ def as_peft(base: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]]) -> dict
     """
     import torch
 
-    found: dict[str, Written] = {}
+    tensors: dict[str, Written] = {}
     for module, entries in targets_of(base).items():
         pairs = list(_pairs_of(entries, parts))
         if not pairs:
@@ -363,17 +363,17 @@ def as_peft(base: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]]) -> dict
         scale = pairs[0][3]
         if len(entries) == 1:
             _, a, b, _ = pairs[0]
-            found[module] = Written(a, b, scale)
+            tensors[module] = Written(a, b, scale)
             continue
         outputs = max(entry.rows[1] for entry in entries if entry.rows)
         wide = torch.zeros(outputs, sum(len(a) for _, a, _, _ in pairs), dtype=pairs[0][2].dtype)
         column = 0
-        for entry, _, b, own in pairs:
+        for entry, _, b, variant in pairs:
             assert entry.rows is not None
-            wide[entry.rows[0] : entry.rows[1], column : column + b.shape[1]] = b * (own / scale)
+            wide[entry.rows[0] : entry.rows[1], column : column + b.shape[1]] = b * (variant / scale)
             column += b.shape[1]
-        found[module] = Written(torch.cat([a for _, a, _, _ in pairs]), wide, scale)
-    return found
+        tensors[module] = Written(torch.cat([a for _, a, _, _ in pairs]), wide, scale)
+    return tensors
 
 
 def _pairs_of(

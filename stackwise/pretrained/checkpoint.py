@@ -181,9 +181,9 @@ class Checkpoint:
     def _family(self) -> Family:
         kind = self.raw.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
-            said = printable(f"{kind!r:.60}") if kind is not None else "nothing"
+            described = printable(f"{kind!r:.60}") if kind is not None else "nothing"
             raise UsageError(
-                f"{self.directory / 'config.json'}: model_type is {said}, which StackWise does not know",
+                f"{self.directory / 'config.json'}: model_type is {described}, which StackWise does not know",
                 hint=f"it reads {', '.join(FAMILIES.names())}",
             )
         return FAMILIES[kind]()
@@ -239,8 +239,8 @@ class Checkpoint:
                 if name in stored:
                     raise UsageError(f"{self.directory}: tensor {printable(name)} is in two files", hint=AGAIN)
                 if listed and listed.get(name) != tensor.file:
-                    said = "nothing" if name not in listed else printable(listed[name])
-                    what = f"tensor {printable(name)} is in {tensor.file}, the index says {said}"
+                    described = "nothing" if name not in listed else printable(listed[name])
+                    what = f"tensor {printable(name)} is in {tensor.file}, the index says {described}"
                     raise UsageError(f"{self.directory}: {what}", hint=AGAIN)
                 stored[name] = tensor
         if missing := sorted(set(listed) - set(stored)):
@@ -260,11 +260,11 @@ class Checkpoint:
 
     def _check(self) -> list[str]:
         """Hold the headers against config.json; the names of tensors that no part uses."""
-        wanted: set[str] = set()
+        names: set[str] = set()
         for part, refs in self._names.items():
             shapes = part_shapes(self.description, part)
             for name, ref in refs.items():
-                wanted.add(ref.name)
+                names.add(ref.name)
                 shown = f"{self.directory}: tensor {printable(ref.name)}"
                 if (tensor := self._stored.get(ref.name)) is None:
                     raise UsageError(f"{shown} is missing", hint=AGAIN)
@@ -278,7 +278,7 @@ class Checkpoint:
                     raise UsageError(f"{shown} has shape {list(tensor.shape)}, not {list(whole)}", hint=AGAIN)
         self._check_tied()
         ignored = [*self.family.ignored, *self.family.tied(self.description)]
-        others = [name for name in sorted(self._stored) if name not in wanted and not matches(ignored, name)]
+        others = [name for name in sorted(self._stored) if name not in names and not matches(ignored, name)]
         for name in others:
             if not matches(self.family.unused, name):
                 shown = f"{self.directory}: tensor {printable(name)}"
@@ -288,26 +288,26 @@ class Checkpoint:
     def _check_dtypes(self) -> str | None:
         """Hold dtypes against the one that config.json says, where it says one; what is to be said of wider tensors."""
         path, names = self.directory / "config.json", {name: dtype for dtype, (name, _) in FLOATS.items()}
-        said = self.raw.get("dtype") or self.raw.get("torch_dtype") or "auto"
-        said = said.removeprefix("torch.") if isinstance(said, str) else said
-        if said == "auto":
+        stated = self.raw.get("dtype") or self.raw.get("torch_dtype") or "auto"
+        stated = stated.removeprefix("torch.") if isinstance(stated, str) else stated
+        if stated == "auto":
             return None
-        if not isinstance(said, str) or said not in names:
-            raise UsageError(f"{path}: dtype is {as_json(said)}; StackWise reads {', '.join(names)}")
-        if self.dtype != said:
+        if not isinstance(stated, str) or stated not in names:
+            raise UsageError(f"{path}: dtype is {as_json(stated)}; StackWise reads {', '.join(names)}")
+        if self.dtype != stated:
             raise UsageError(
-                f"{path}: dtype is {said}, and the weights in the files are {self.dtype}",
+                f"{path}: dtype is {stated}, and the weights in the files are {self.dtype}",
                 hint=f"if the files are right, set dtype to {self.dtype} there",
             )
         wider = 0
         for ref in itertools.chain.from_iterable(refs.values() for refs in self._names.values()):
             stored, (name, bits) = self._stored[ref.name], FLOATS[self._stored[ref.name].dtype]
-            if name != said and bits <= FLOATS[names[said]][1]:
-                what = f"tensor {printable(ref.name)} is {name}, and dtype in config.json {said}"
+            if name != stated and bits <= FLOATS[names[stated]][1]:
+                what = f"tensor {printable(ref.name)} is {name}, and dtype in config.json {stated}"
                 raise UsageError(f"{self.directory / stored.file}: {what}", hint=AGAIN)
-            wider += name != said
+            wider += name != stated
         return (
-            f"{wider} of its tensors are wider than {said}, which config.json says: they are read as they are"
+            f"{wider} of its tensors are wider than {stated}, which config.json says: they are read as they are"
             if wider
             else None
         )
@@ -366,12 +366,12 @@ def load_rack(checkpoint: Checkpoint | Path | str, device: torch.device | str = 
 
 def _take(module: torch.nn.Module, checkpoint: Checkpoint, part: str) -> None:
     """Let a module from the meta device have its part's tensors."""
-    tensors, wanted = checkpoint.load(part), module.state_dict()
-    for name in sorted({*wanted, *tensors}):
-        if name not in tensors or name not in wanted:
-            what = "is missing" if name in wanted else "belongs to no part of the rack"
+    tensors, state = checkpoint.load(part), module.state_dict()
+    for name in sorted({*state, *tensors}):
+        if name not in tensors or name not in state:
+            what = "is missing" if name in state else "belongs to no part of the rack"
             raise UsageError(f"{checkpoint.directory}: {part}'s tensor {printable(name)} {what}", hint=AGAIN)
-        if tensors[name].shape != wanted[name].shape:
-            shapes = f"{list(tensors[name].shape)}, not {list(wanted[name].shape)}"
+        if tensors[name].shape != state[name].shape:
+            shapes = f"{list(tensors[name].shape)}, not {list(state[name].shape)}"
             raise UsageError(f"{checkpoint.directory}: {part}'s tensor {name} has shape {shapes}", hint=AGAIN)
     module.load_state_dict(tensors, assign=True)

@@ -202,8 +202,8 @@ def read_description(family: Family, config: Mapping[str, Any]) -> Description:
     entry = config.get("stackwise")
     if isinstance(entry, dict) and not family.native:
         check_format(entry)
-        own = {"mask_token_id": Keys(entry).token("mask_token_id")}
-        description = dataclasses.replace(description, special_ids={**description.special_ids, **own})
+        tokens = {"mask_token_id": Keys(entry).token("mask_token_id")}
+        description = dataclasses.replace(description, special_ids={**description.special_ids, **tokens})
     try:
         description.config  # noqa: B018 - the settings are checked here, once
     except ValidationError as error:

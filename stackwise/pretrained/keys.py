@@ -237,8 +237,8 @@ def rope_keys(model: ModelConfig) -> dict[str, Any]:
     if scaling.name == "none":
         rope = {"rope_type": "default", "rope_theta": model.rope_theta}
         return {"rope_parameters": rope, "rope_theta": model.rope_theta}
-    given = {key: value for key, value in scaling.plain().items() if value is not None and key != "kind"}
+    settings = {key: value for key, value in scaling.plain().items() if value is not None and key != "kind"}
     if scaling.name == "dynamic":
-        given.pop(ORIGINAL)  # which is max_position_embeddings
-    rope = {"rope_type": scaling.name, **given, "rope_theta": model.rope_theta}
+        settings.pop(ORIGINAL)  # which is max_position_embeddings
+    rope = {"rope_type": scaling.name, **settings, "rope_theta": model.rope_theta}
     return {"rope_parameters": rope, "rope_theta": model.rope_theta}

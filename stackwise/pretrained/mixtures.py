@@ -26,9 +26,9 @@ class Mixture(Rotary):
 
     def block_name(self, stem: str) -> str:
         """See `Family.block_name`."""
-        if (found := _EXPERT.fullmatch(stem)) is None:
+        if (match := _EXPERT.fullmatch(stem)) is None:
             return super().block_name(stem)
-        return f"{self.expert_base}experts.{found[1]}.{self.expert_names[found[2]]}"
+        return f"{self.expert_base}experts.{match[1]}.{self.expert_names[match[2]]}"
 
     @staticmethod
     def router(keys: Keys, experts: str) -> dict[str, Any]:
@@ -38,12 +38,12 @@ class Mixture(Rotary):
             keys.number("rope_theta", None)  # families differ in what is meant where it is left out
         weight = keys.get("router_aux_loss_coef", 0.001)
         known = type(weight) in (int, float) and 0 <= weight <= 1e15
-        own = {
+        settings = {
             "kind": "moe",
             "experts": keys.size(experts, keys.get("num_local_experts")),
             "top_k": keys.size("num_experts_per_tok"),
         }
-        return own | {"aux_weight": float(weight) if known else 0.001}
+        return settings | {"aux_weight": float(weight) if known else 0.001}
 
     @staticmethod
     def router_keys(kind: MoE) -> dict[str, Any]:
@@ -99,9 +99,9 @@ class QwenMixture(Mixture, Qwen2):
         places = [place for place in range(blocks) if place not in dense and (place + 1) % every == 0]
         if not places:
             raise keys.refusal("mlp_only_layers", dense, "blocks of which some are left with experts")
-        own = self.router(keys, "num_experts") | {"expert_dim": keys.size("moe_intermediate_size")}
-        own |= {"normalize": keys.flag("norm_topk_prob", False)}
-        return own | ({} if len(places) == blocks else {"at": places})
+        settings = self.router(keys, "num_experts") | {"expert_dim": keys.size("moe_intermediate_size")}
+        settings |= {"normalize": keys.flag("norm_topk_prob", False)}
+        return settings | ({} if len(places) == blocks else {"at": places})
 
     @staticmethod
     def window(keys: Keys, blocks: int) -> dict[str, Any]:

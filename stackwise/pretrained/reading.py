@@ -81,8 +81,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     with os.fdopen(files.open_regular(path), "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         table = files.parse_json(file.read(length)) if length <= HEADER_BYTES else {}
-    said = table.get("__metadata__") if isinstance(table, dict) else None
-    return said if isinstance(said, dict) else {}
+    metadata = table.get("__metadata__") if isinstance(table, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

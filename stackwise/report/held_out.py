@@ -51,9 +51,9 @@ def depth_name(depth: int, stages: int) -> str:
 
 def rows(result: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
     """The names of the columns, and a row for each depth and each baseline; what is missing is a dash."""
-    if own := result.get("figures"):  # of pairs, or of answers: by name
-        texts = [f"{value:.4g}" if value is not None else "–" for value in own.values()]
-        return list(own), [Row("the rack", texts, "last")]
+    if by_name := result.get("figures"):  # of pairs, or of answers: by name
+        texts = [f"{value:.4g}" if value is not None else "–" for value in by_name.values()]
+        return list(by_name), [Row("the rack", texts, "last")]
     stages = stages_of(result)
     fractions = list(stages[-1].get("loss") or {})
 
@@ -65,11 +65,11 @@ def rows(result: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
 
     columns = ["bits/byte", *(f"{name} {words.fraction(f)}" for name in ("loss", "accuracy") for f in fractions)]
     last = len(stages) - 1
-    made = [
+    lines = [
         Row(depth_name(depth, len(stages)), cells(stage), "last" if depth == last else "stage")
         for depth, stage in enumerate(stages)
     ]
-    return columns, made + [Row(name, cells(figures), "baseline") for name, figures in baselines_of(result).items()]
+    return columns, lines + [Row(name, cells(figures), "baseline") for name, figures in baselines_of(result).items()]
 
 
 def footnote(result: Mapping[str, Any]) -> str:

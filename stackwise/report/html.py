@@ -28,9 +28,9 @@ def tag(name: str, *children: Any, cls: str = "", **attributes: Any) -> Html:
         cls: Its class.
         attributes: Others, with `_` for `-`; those that are None or empty are left out.
     """
-    given = {"class": cls, **attributes}
+    present = {"class": cls, **attributes}
     shown = "".join(
-        f' {key.replace("_", "-")}="{escape(str(value))}"' for key, value in given.items() if value not in (None, "")
+        f' {key.replace("_", "-")}="{escape(str(value))}"' for key, value in present.items() if value not in (None, "")
     )
     return Html(f"<{name}{shown}/>" if name in _EMPTY else f"<{name}{shown}>{join(children)}</{name}>")
 

@@ -312,11 +312,11 @@ def _tasks(tasks: Mapping[str, Any] | None) -> list[Html]:
         "forgetting": "what a task's loss has risen by since it was lowest, the mean over all but the last",
         "forward_transfer": "what a task's loss has fallen by before it was learned, the mean over all but the first",
     }
-    said = [
+    rows = [
         f"{key.replace('_', ' ')} {tasks[key]:.4f}: {text}" for key, text in meanings.items() if tasks[key] is not None
     ]
     table = data_table(["held-out loss after", *names], lines, text=(0,))
-    return [tag("h3", "Tasks"), table, soft("; ".join(said) + ".")]
+    return [tag("h3", "Tasks"), table, soft("; ".join(rows) + ".")]
 
 
 def _experts(stages: Sequence[StageFacts]) -> list[Html]:

@@ -81,13 +81,13 @@ def _page(study: Study) -> str:
 def _header(study: Study, value: dict[str, Any]) -> Html:
     names, best, sharing = list(study.search.objectives), study.best, value["sharing"]
     sampler = study.record.search["sampler"]
-    how = ", ".join(f"{key} {shown(one)}" for key, one in sampler.items())
+    how = ", ".join(f"{key} {shown(entry)}" for key, entry in sampler.items())
     states = [trial.state for trial in study.trials]
     keys = []
     if best is not None and best.values:
-        settings = ", ".join(f"{label(key)} {shown(one)}" for key, one in best.settings.items())
+        settings = ", ".join(f"{label(key)} {shown(entry)}" for key, entry in best.settings.items())
         keys.append((f"best {names[0]}", f"{best.values[0]:.4f}", f"trial {best.number}: {settings}"))
-    counts = ", ".join(f"{states.count(one)} {one}" for one in dict.fromkeys(states))
+    counts = ", ".join(f"{states.count(entry)} {entry}" for entry in dict.fromkeys(states))
     keys.append(("trials", f"{len(states)} of {study.search.trials}", counts))
     if sharing["trained"]:
         factor = f"{sharing['stages'] / sharing['trained']:.1f}×"
@@ -132,7 +132,11 @@ def _coordinates(study: Study) -> Html:
     done = [trial for trial in study.trials if trial.values is not None]
     if len(done) < 2:
         return join([])
-    keys = [one for one in study.search.sampling.space.keys if any(one.key in trial.settings for trial in done)]
+    keys = [
+        searched
+        for searched in study.search.sampling.space.keys
+        if any(searched.key in trial.settings for trial in done)
+    ]
     if not keys:  # those of a population differ from stage to stage
         return join([])
     values = [trial.values[0] for trial in done if trial.values]
@@ -141,7 +145,10 @@ def _coordinates(study: Study) -> Html:
     gap = (WIDTH - 120) / len(keys)
     parts: list[Html] = []
     for trial, value in sorted(zip(done, values, strict=True), key=lambda pair: -pair[1]):
-        heights = [_height(one, trial.settings[one.key]) if one.key in trial.settings else None for one in keys]
+        heights = [
+            _height(searched, trial.settings[searched.key]) if searched.key in trial.settings else None
+            for searched in keys
+        ]
         heights.append((value - low) / (high - low) if high > low else 0.5)
         at = [
             f"{60 + number * gap:.1f},{BASE - (BASE - TOP) * height:.1f}"
@@ -166,11 +173,11 @@ def _height(one: Searched, value: Any) -> float:
     """Where a value stands on its key's axis, from 0 to 1."""
     import math
 
-    found = one.range
-    if not isinstance(found, Interval):
-        choices: Sequence[Any] = found.values
+    range_ = one.range
+    if not isinstance(range_, Interval):
+        choices: Sequence[Any] = range_.values
         return next(number for number, choice in enumerate(choices) if same(choice, value)) / (len(choices) - 1)
-    low, high, at = (math.log(x) if found.log else x for x in (found.low, found.high, value))
+    low, high, at = (math.log(x) if range_.log else x for x in (range_.low, range_.high, value))
     return float((at - low) / (high - low))
 
 

@@ -159,14 +159,14 @@ class ChunkMaps:
             By chunk: its bytes uint8 [rows, row_bytes], of which the rows asked for may be taken.
         """
         row_bytes = self._source.row_bytes[part]
-        wanted: dict[int, list[int]] = {}
+        by_chunk: dict[int, list[int]] = {}
         for chunk, row in zip(chunks, within, strict=True):
-            if chunk in wanted:
-                wanted[chunk].append(row)
+            if chunk in by_chunk:
+                by_chunk[chunk].append(row)
             else:
-                wanted[chunk] = [row]
+                by_chunk[chunk] = [row]
         mapped = {}
-        for chunk, rows in wanted.items():
+        for chunk, rows in by_chunk.items():
             checked = self._source.checked.get(chunk)
             if checked is not None and all(map(checked.__getitem__, rows)):
                 data = self._get(chunk, part, min(rows) * row_bytes, (max(rows) + 1) * row_bytes)

@@ -88,9 +88,9 @@ class RowOrder:
             while position < stop:
                 epoch, offset = divmod(position, self.length)
                 _window, first, rows = self._window_at(epoch, offset)
-                taken = rows[offset - first : offset - first + stop - position]
-                parts.append(taken)
-                position += len(taken)
+                part = rows[offset - first : offset - first + stop - position]
+                parts.append(part)
+                position += len(part)
         # A copy: the window is kept, and the caller may write into what it gets.
         return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
 
@@ -215,14 +215,14 @@ class Prefetcher(Generic[T]):
     def __next__(self) -> T:
         if self._done:
             raise StopIteration
-        asked = time.perf_counter()
+        asked_at = time.perf_counter()
         if self._began is None:
-            self._began = asked
+            self._began = asked_at
         elif self._queue.maxsize < self._limit and self._queue.empty():  # the first is always waited for
             with self._queue.mutex:
                 self._queue.maxsize = min(2 * self._queue.maxsize, self._limit)
         item = self._queue.get()
-        self.waited += time.perf_counter() - asked
+        self.waited += time.perf_counter() - asked_at
         if item is _END:
             self._finish()
             if self._failure is not None:

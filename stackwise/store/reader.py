@@ -128,9 +128,9 @@ class BoundaryReader:
     def _window_chunks(self, order: RowOrder) -> int:
         """Chunks on disk that two windows of the order touch, as far as memory allows."""
         touched = -(-order.chunk_rows // self.info.chunk_rows) + 1  # chunks on disk that one of the order touches
-        wanted = 2 * order.window_chunks * touched + 2
+        chunks = 2 * order.window_chunks * touched + 2
         chunk_bytes = sum(self._source.row_bytes) * self.info.chunk_rows
-        return max(2, min(wanted, _CACHED_BYTES // max(1, chunk_bytes), self.info.chunks))
+        return max(2, min(chunks, _CACHED_BYTES // max(1, chunk_bytes), self.info.chunks))
 
     def _checked_rows(self, rows: npt.ArrayLike) -> Rows:
         numbers = np.asarray(rows)

@@ -286,20 +286,20 @@ class Rowset:
 
     def find(self, sample_ids: Ids, mask_ids: Ids) -> Numbers:
         """Numbers int64 [n] of pairs uint8 [n, 16] and [n, 16]; -1 where a pair is not in the rowset."""
-        wanted = np.concatenate([sample_ids, mask_ids], axis=1, dtype=np.uint8)
-        at = (_hash(wanted) >> np.uint64(self._shift)).astype(np.int64)
-        found = np.full(len(wanted), -1, np.int64)
-        keys, have = wanted.view(np.uint64), self._pairs.view(np.uint64)
-        active = np.arange(len(wanted))
+        searched = np.concatenate([sample_ids, mask_ids], axis=1, dtype=np.uint8)
+        at = (_hash(searched) >> np.uint64(self._shift)).astype(np.int64)
+        places = np.full(len(searched), -1, np.int64)
+        keys, have = searched.view(np.uint64), self._pairs.view(np.uint64)
+        active = np.arange(len(searched))
         while len(active):
             rows = self._table[at[active]].astype(np.int64)
             active, rows = active[rows < self.rows], rows[rows < self.rows]  # an empty slot ends the search
             hit = (have[rows] == keys[active]).all(axis=1)
-            found[active[hit]] = rows[hit]
+            places[active[hit]] = rows[hit]
             active = active[~hit]
             at[active] += 1
             active = active[at[active] < len(self._table)]
-        return found
+        return places
 
     def _small(self) -> dict[bytes, int]:
         if not self._dictionary:

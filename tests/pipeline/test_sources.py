@@ -101,4 +101,4 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, state: dict[str, torch.Te
 def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
     save_part({"norm.weight": torch.ones(3), "projection": torch.zeros(5, 3)}, tmp_path / "head")
     with pytest.raises(DamageError, match="is"):
-        make_head(CONFIG, 64, Source(str(tmp_path / "head")), None, own=False)
+        make_head(CONFIG, 64, Source(str(tmp_path / "head")), None, projects=False)

@@ -161,7 +161,7 @@ def test_a_stage_goes_on_as_if_it_had_never_stopped(micro: Micro, tmp_path: Path
     fresh = {"front": Source(), "block.0": Source(), "head": Source()}
     front = make_front(config, vocabulary["size"], Source())
     block = make_block(config, "block.0", fresh)
-    head = make_head(config, vocabulary["size"], Source(), front.embedding.weight, own=False)
+    head = make_head(config, vocabulary["size"], Source(), front.embedding.weight, projects=False)
     objective = make_objective(config.training, vocabulary["mask"], vocabulary["size"], config.seed)
     model = StageModel(front, [block], head, objective, "fp32")
     stages = [stage for stage in schedule(config) if stage.depth == 0]

@@ -372,11 +372,11 @@ def _planned_line(planned: dict[str, Any]) -> str:
     if planned["stage"] is None:
         return "no boundary is to come"
     needed, free = planned["needed"], planned["free"]
-    said = f"the next boundary (for stage {planned['stage']}) needs "
-    said += "what its rows will take: they are not chosen yet" if needed is None else words.size(needed)
+    line = f"the next boundary (for stage {planned['stage']}) needs "
+    line += "what its rows will take: they are not chosen yet" if needed is None else words.size(needed)
     allowed = "" if planned["allowed"] is None else f" of {words.size(planned['allowed'])} allowed"
-    said += f"; the store has {words.size(planned['stored'])}{allowed}, the disk {words.size(free)} free"
-    return f"{said}: too little" if needed is not None and needed > free else said
+    line += f"; the store has {words.size(planned['stored'])}{allowed}, the disk {words.size(free)} free"
+    return f"{line}: too little" if needed is not None and needed > free else line
 
 
 def _boundaries(boundaries: list[dict[str, Any]]) -> list[Line]:

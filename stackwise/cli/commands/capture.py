@@ -68,13 +68,13 @@ def capture(model: str, paths: tuple[str, ...], at: list[int], store: str, as_js
     MODEL is a directory in Hugging Face's layout, or an export. What is in the store already is not computed again;
     a capture that was stopped or killed goes on where it was. Train on it with `ActivationStore.dataset`.
     """
-    given: Any = {name: value for name, value in options.items() if value is not None}
+    settings: Any = {name: value for name, value in options.items() if value is not None}
     with naming_options("data"), naming_options("training"), naming_options("store"), _stopping() as stop:
         with _progress() as progress:
             from stackwise.pipeline.committed.capture import capture as capture_states
 
             try:
-                captured = capture_states(model, paths, at=at, store=store, progress=progress, stop=stop, **given)
+                captured = capture_states(model, paths, at=at, store=store, progress=progress, stop=stop, **settings)
             except InterruptedRun:
                 raise stopped_after_saving(shlex.join(["stackwise", *sys.argv[1:]])) from None
     result = captured.plain()
@@ -93,18 +93,18 @@ def capture(model: str, paths: tuple[str, ...], at: list[int], store: str, as_js
 @contextlib.contextmanager
 def _stopping() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM ask to stop, which is what is yielded; a second one stops at once."""
-    asked = 0
+    requests = 0
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked += 1
-        if asked > 1:
+        nonlocal requests
+        requests += 1
+        if requests > 1:
             raise KeyboardInterrupt
         note("finishing the chunk in hand (again to stop at once)")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked > 0
+        yield lambda: requests > 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -120,16 +120,16 @@ def _python() -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
-    for name, wanted in _requirements():
+    for name, required in _requirements():
         try:
             version = importlib.metadata.version(name)
             # Present is not enough: a broken binary shows only when it is imported.
             importlib.import_module(MODULES.get(name.lower(), name.lower().replace("-", "_")))
         except importlib.metadata.PackageNotFoundError:
-            yield Check(name, "missing", "not installed", f"pip install '{name}{wanted}'")
+            yield Check(name, "missing", "not installed", f"pip install '{name}{required}'")
         except Exception as error:  # whatever a broken package raises
-            found = f"{version}, but it does not import: {(str(error).splitlines() or [''])[0]}"
-            yield Check(name, "missing", found, f"pip install --force-reinstall {name}")
+            state = f"{version}, but it does not import: {(str(error).splitlines() or [''])[0]}"
+            yield Check(name, "missing", state, f"pip install --force-reinstall {name}")
         else:
             yield Check(name, "ok", version)
 
@@ -140,14 +140,14 @@ def _requirements(extra: str | None = None) -> list[tuple[str, str]]:
         lines = importlib.metadata.requires("stackwise") or []
     except importlib.metadata.PackageNotFoundError:
         return [(name, "") for name in FALLBACK] if extra is None else []
-    wanted = []
+    requirements = []
     for line in lines:
         requirement, _, marker = line.partition(";")
         of = re.search(r"extra\s*==\s*['\"]([^'\"]+)", marker)
         match = re.match(r"\s*([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*(.*)", requirement)
         if match and (of[1] if of else None) == extra:
-            wanted.append((match[1], match[2].strip().strip("()")))
-    return wanted
+            requirements.append((match[1], match[2].strip().strip("()")))
+    return requirements
 
 
 def _devices() -> Iterator[Check]:
@@ -205,8 +205,8 @@ def _cache() -> Check:
     while not existing.exists() and existing != existing.parent:  # what there is of it decides who may write
         existing = existing.parent
     writable = os.access(existing, os.W_OK)
-    found = str(directory) if writable else f"{directory} cannot be written"
-    return needed("cache directory", writable, found, "set XDG_CACHE_HOME, or data.cache_dir")
+    state = str(directory) if writable else f"{directory} cannot be written"
+    return needed("cache directory", writable, state, "set XDG_CACHE_HOME, or data.cache_dir")
 
 
 def _extras() -> Iterator[Check]:

@@ -115,18 +115,18 @@ def _shown(planned: Forecast, source: str, lines: Iterable[str], others: Iterabl
         "stage", "blocks", "trains", "memory", "state", "activations", "host", "time", "bound by", right=range(2, 8)
     )
     for stages in _alike(planned.stages):
-        one, last = stages[0], stages[-1]
-        state = one.memory["weights"] + one.memory["gradients"] + one.memory["optimizer"]
+        first, last = stages[0], stages[-1]
+        state = first.memory["weights"] + first.memory["gradients"] + first.memory["optimizer"]
         table.add_row(
-            words.span(one.stage.depth, last.stage.depth),
-            words.span(one.stage.first, last.stage.last),
-            words.count(one.parameters),
-            words.size(one.memory["peak"]) + (" swapped" if one.swap else ""),
+            words.span(first.stage.depth, last.stage.depth),
+            words.span(first.stage.first, last.stage.last),
+            words.count(first.parameters),
+            words.size(first.memory["peak"]) + (" swapped" if first.swap else ""),
             words.size(state),
-            words.size(one.memory["peak"] - state),
-            words.size(one.host_memory),
-            words.duration(one.seconds) + (" each" if len(stages) > 1 else ""),
-            ", ".join(_phases(one)),
+            words.size(first.memory["peak"] - state),
+            words.size(first.host_memory),
+            words.duration(first.seconds) + (" each" if len(stages) > 1 else ""),
+            ", ".join(_phases(first)),
         )
     yield from table.lines()
     yield [

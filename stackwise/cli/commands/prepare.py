@@ -106,19 +106,19 @@ def _config(options: dict[str, Any]) -> DataConfig:
     from stackwise.config import StackWiseConfig
     from stackwise.config.loading import build
 
-    given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-    if not given["paths"] and not given["tasks"]:
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+    if not settings["paths"] and not settings["tasks"]:
         raise UsageError("PATH is missing: name text to prepare, or tasks with --task NAME=PATH")
     paths_of: dict[str, list[str]] = {}
-    for task in given.pop("tasks"):
+    for task in settings.pop("tasks"):
         name, equals, path = task.partition("=")
         if not equals or not name or not path:
             raise UsageError(f"--task {task}: is not NAME=PATH", hint="such as --task english=texts/en")
         paths_of.setdefault(name, []).append(path)
     if paths_of:
-        given["tasks"] = [{"name": name, "paths": paths} for name, paths in paths_of.items()]
-    given = {key: value for key, value in given.items() if value is not None}  # the others keep their defaults
-    return build(StackWiseConfig, {"data": given}, source="data prepare").data
+        settings["tasks"] = [{"name": name, "paths": paths} for name, paths in paths_of.items()]
+    settings = {key: value for key, value in settings.items() if value is not None}  # the others keep their defaults
+    return build(StackWiseConfig, {"data": settings}, source="data prepare").data
 
 
 @click.command(short_help="Write a commented stackwise.yaml.")

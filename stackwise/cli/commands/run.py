@@ -129,8 +129,8 @@ def _among(choice: Choice) -> Iterator[Hosts | None]:
     hosts = Hosts(launch, choice.config)
     code = 0
     try:
-        asked = [choice.arguments[i + 1] for i, argument in enumerate(choice.arguments) if argument == "-o"]
-        _spread(choice.config, launch.size, _asked(tuple(asked)), launch.launcher)
+        overrides = [choice.arguments[i + 1] for i, argument in enumerate(choice.arguments) if argument == "-o"]
+        _spread(choice.config, launch.size, _asked(tuple(overrides)), launch.launcher)
         if len(names := set(hosts.names)) > 1 and "{" not in (choice.config.store.path or ""):
             raise UsageError(
                 f"store.path: the ranks are on {len(names)} hosts ({', '.join(sorted(names))}), and a store is on one",

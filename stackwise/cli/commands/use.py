@@ -169,8 +169,8 @@ def generate(
     """
     check_one(run, model)
     run_directory = find_run(run) if model is None else None
-    given = _text(text, file)
-    if model is not None and given is None:
+    prompt = _text(text, file)
+    if model is not None and prompt is None:
         raise UsageError("--model: a model brings no held-out text to fill in", hint="give a TEXT, or --file")
     from stackwise.pipeline.committed.generate import Sampling
     from stackwise.pipeline.committed.generate import generate as make_text
@@ -179,23 +179,23 @@ def generate(
 
     sampling = Sampling(**how)
     with progress("filling in") as update:
-        made = 0
+        written = 0
 
         def on_step(_: str) -> None:
-            nonlocal made
-            made += 1
-            update(made, sampling.steps)
+            nonlocal written
+            written += 1
+            update(written, sampling.steps)
 
         if run_directory is not None:
             rack = load_rack(run_directory, resolve_device(device))  # refuses a run that is not finished
         else:
             rack = load_model(str(model), resolve_device(device), lambda line: note(f"note: {line}"))
-        result = make_text(rack, given, sampling, on_step=on_step)
+        result = make_text(rack, prompt, sampling, on_step=on_step)
     for line in result["notes"]:
         note(f"note: {line}")
     if as_json:
         print_json(result)
-    elif given is not None and not is_live(sys.stdout):  # a pipe gets the text alone
+    elif prompt is not None and not is_live(sys.stdout):  # a pipe gets the text alone
         say(result["after"])
     else:
         say_all(passage(result))
@@ -266,11 +266,11 @@ def _text(text: str | None, file: str | None) -> str | None:
         return text
     try:
         with contextlib.nullcontext(sys.stdin) if file == "-" else open(file, encoding="utf-8") as source:
-            given = source.read(LONGEST)
+            content = source.read(LONGEST)
     except FileNotFoundError:
         raise UsageError(f"{file}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: cannot be read as text: {error}") from None
-    if len(given) == LONGEST:  # there is more, which would be left out in silence
+    if len(content) == LONGEST:  # there is more, which would be left out in silence
         raise UsageError(f"{file}: longer than any rack takes", hint="give a shorter text")
-    return given
+    return content

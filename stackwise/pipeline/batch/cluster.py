@@ -254,8 +254,8 @@ def _submit_all(request: dict[str, Any]) -> list[Job]:
     except Exception as error:  # submitit's own, and what sbatch says
         for job in submitted:
             job.cancel(check=False)
-        said = getattr(error, "stderr", None) or str(error)
-        line = (str(said).strip().splitlines() or [type(error).__name__])[-1]
+        message = getattr(error, "stderr", None) or str(error)
+        line = (str(message).strip().splitlines() or [type(error).__name__])[-1]
         raise StackWiseError(
             f"{engine} refused a job: {line}", hint="see slurm.* in the configuration; nothing was left queued"
         ) from error
@@ -326,8 +326,8 @@ def active_jobs(run: RunDirectory) -> list[Job]:
     left = [job for job in jobs if job_state(job_file(run, job)) in ("submitted", "running")]
     slurm, queued = [job["job"] for job in left if job["engine"] == "slurm"], set[str]()
     if slurm and shutil.which("squeue") is not None:
-        asked = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(slurm)}"]
-        queued = set(subprocess.run(asked, capture_output=True, text=True).stdout.split())
+        command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(slurm)}"]
+        queued = set(subprocess.run(command, capture_output=True, text=True).stdout.split())
     return [job for job in left if (job["job"] in queued if job["engine"] == "slurm" else is_alive(int(job["job"])))]
 
 

@@ -59,14 +59,14 @@ def combinations(axes: dict[str, list[Any]], make: Callable[[dict[str, Any]], St
     varied = [key for key, values in axes.items() if len(values) > 1]
     if not varied:
         raise UsageError("a sweep needs a key with several values", hint=EXAMPLE)
-    found: dict[str, Combination] = {}
+    by_name: dict[str, Combination] = {}
     for values in itertools.product(*axes.values()):
         overrides = dict(zip(axes, values, strict=True))
-        own = {key: overrides[key] for key in varied}
-        name = _name(own)
-        if name not in found:
-            found[name] = Combination(name, own, make(overrides))
-    return list(found.values())
+        varied_values = {key: overrides[key] for key in varied}
+        name = _name(varied_values)
+        if name not in by_name:
+            by_name[name] = Combination(name, varied_values, make(overrides))
+    return list(by_name.values())
 
 
 def label(key: str) -> str:

@@ -67,15 +67,15 @@ def sources(members: Sequence[Member], *, kept: bool = True) -> dict[str, list[s
 
     `again`: weights of it that the run needs are gone, for a later window's took their place: it is trained once more.
     """
-    made: dict[str, str] = {}
+    names: dict[str, str] = {}
 
     def source(name: str, stage: Decision) -> str:
         if stage.committed is not None and not stage.again:
             return STORE
-        first = made.setdefault(stage.id, name) == name
+        first = names.setdefault(stage.id, name) == name
         if first or (stage.again and not kept):
             return AGAIN if stage.again else TRAIN
-        return made[stage.id]
+        return names[stage.id]
 
     return {m.combination.name: [source(m.combination.name, stage) for stage in m.decisions] for m in members}
 
@@ -179,7 +179,9 @@ class Sweep:
 
     def __init__(self, combinations: Sequence[Combination], directory: Path, resume_command: str) -> None:
         self.directory, self._resume_command = directory, resume_command
-        self.members = [Member(replace(one, config=placed(one.config, directory))) for one in combinations]
+        self.members = [
+            Member(replace(combination, config=placed(combination.config, directory))) for combination in combinations
+        ]
         self.no_room: str | None = None
         """Why runs in windows cannot keep weights for each other, where they cannot; known after `preview`."""
 
@@ -211,9 +213,9 @@ class Sweep:
                 columns, vocabulary = config.objective.inputs, config.model.vocab_size
                 key = content_id("data", [config.data.model_dump(), vocabulary, list(columns)])
                 if key not in prepared:
-                    said = progress or (lambda phase, done, total: None)
+                    report = progress or (lambda phase, done, total: None)
                     prepared[key], _ = prepare(
-                        config.data, model_vocab=tokenizer_limit(config), progress=said, columns=columns
+                        config.data, model_vocab=tokenizer_limit(config), progress=report, columns=columns
                     )
                 settle_mask(config, prepared[key].tokenizer)
                 data[member.combination.name] = prepared[key]
@@ -328,7 +330,7 @@ def placed(config: StackWiseConfig, directory: Path) -> StackWiseConfig:
     config = with_absolute_paths(config)
     if config.store.path is None:
         config.store.path = str((directory / "store").absolute())
-    if config.tracking.group is None and any(one.named for one in config.tracking.trackers):
+    if config.tracking.group is None and any(tracker.named for tracker in config.tracking.trackers):
         config.tracking.group = directory.name
     return config
 

@@ -110,10 +110,10 @@ class Captured:
     def plain(self) -> dict[str, Any]:
         """As `stackwise capture --json` prints it."""
         keys = ("id", "rows", "shape", "codec", "logical_bytes", "disk_bytes")
-        found = {at: info.as_dict() for at, info in self.boundaries.items()}
+        boundaries = {at: info.as_dict() for at, info in self.boundaries.items()}
         return {
             "store": str(self.store),
-            "boundaries": [{"at": at} | {key: about[key] for key in keys} for at, about in found.items()],
+            "boundaries": [{"at": at} | {key: about[key] for key in keys} for at, about in boundaries.items()],
             "tokens": self.tokens,
             "tokens_per_second": self.computed / self.seconds if self.computed else 0.0,
         }
@@ -220,11 +220,11 @@ class PartwiseCapture:
             self.store.register_run(f"capture {content_id('capture', ids)}", recipes=[], boundaries=ids)
             while missing := [depth for depth in depths if writers[depth].info.state != "complete"]:
                 self._pass(missing, writers)
-            found = {depth: writer.info for depth, writer in writers.items()}
-        wanted = {name for run in self.store.runs().values() for name in run["boundaries"]}
-        for name in self.between - wanted:  # another capture may have begun one of them for itself
+            infos = {depth: writer.info for depth, writer in writers.items()}
+        used = {name for run in self.store.runs().values() for name in run["boundaries"]}
+        for name in self.between - used:  # another capture may have begun one of them for itself
             self.store.drop(name)
-        return Captured(self.store.path, found, rows * seq_len, self.computed * seq_len, self.seconds)
+        return Captured(self.store.path, infos, rows * seq_len, self.computed * seq_len, self.seconds)
 
     def _pass(self, missing: list[int], writers: dict[int, BoundaryWriter]) -> None:
         """All rows through one group of parts, from the highest depth that is there in full."""
@@ -354,8 +354,8 @@ def _checked_depths(at: Iterable[int], n_blocks: int) -> list[int]:
     depths = sorted(set(at))
     wrong = [depth for depth in depths if isinstance(depth, bool) or not 0 <= depth <= n_blocks]
     if wrong or not depths:
-        said = f"the model has no depth {wrong[0]}" if wrong else "no depth is named"
-        raise UsageError(f"--at: {said}", hint=f"depths go from 0, the embedding, to {n_blocks}, above the last block")
+        fault = f"the model has no depth {wrong[0]}" if wrong else "no depth is named"
+        raise UsageError(f"--at: {fault}", hint=f"depths go from 0, the embedding, to {n_blocks}, above the last block")
     return depths
 
 
@@ -398,14 +398,14 @@ def _samples(
         _check(stop)
         report(Progress(phase, done, total))
 
-    given, known = any(map(is_prepared, map(expanded, config.data.paths))), checkpoint.tokenizer_json is not None
-    if not known and not given:
+    is_ready, known = any(map(is_prepared, map(expanded, config.data.paths))), checkpoint.tokenizer_json is not None
+    if not known and not is_ready:
         raise UsageError(
             f"{checkpoint.directory} has no tokenizer.json to make tokens of text",
             hint="put one there, or name a prepared data set (`stackwise data prepare --tokenizer FILE`)",
         )
     prepared, _ = prepare(config.data, progress=progress, all_held_out=known)
-    split = prepared.train if given else prepared.held_out
+    split = prepared.train if is_ready else prepared.held_out
     used = np.flatnonzero(split.counts)
     if len(used) and used[-1] >= checkpoint.description.vocab_size:
         raise UsageError(

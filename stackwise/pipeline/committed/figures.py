@@ -80,7 +80,7 @@ def answer_figures(rack: CommittedRack, split: Split, samples_N: np.ndarray, pro
     figures = {"score": scores_N.mean(), "length": drawn_N.mean(), "ended": ended_N.mean()}
     if (reference := _reference(rack)) is not None:
         apart = [said_BS - likelihoods(reference, answers, kind.temperature) for answers, said_BS in every]
-        figures["kl"] = torch.cat([one.double().sum(1).cpu() for one in apart]).mean()
+        figures["kl"] = torch.cat([differences.double().sum(1).cpu() for differences in apart]).mean()
     return {name: float(value) for name, value in figures.items()}
 
 

@@ -234,8 +234,8 @@ def _continue(
     )
     keeps_cache = rack.config.model.keeps_cache
     model = LoadedModel(rack.front(), resident_stages(rack, rack.modules), True, rack.autocast, keeps_cache)
-    given = torch.from_numpy(np.asarray(prompt, dtype=np.int64)).to(rack.device)
-    ids = sample_causal(model, given, sampling.length or sampling.steps or DEFAULT_LENGTH, how, callback=show)
+    prompt_ids = torch.from_numpy(np.asarray(prompt, dtype=np.int64)).to(rack.device)
+    ids = sample_causal(model, prompt_ids, sampling.length or sampling.steps or DEFAULT_LENGTH, how, callback=show)
     before, after = tokenizer.decode(prompt), tokenizer.decode(ids.cpu().numpy())
     new = tokenizer.decode(ids.cpu().numpy()[len(prompt) :])
     return {

@@ -74,7 +74,7 @@ class CommittedRack:
             dtype = dtype_of(self.config)
             tensors = load_part(parts[FRONT], self.vocab_size, dtype)
             embedding = None if tensors is None else tensors["embedding.weight"].to(dtype)
-        head = make_head(self.config, self.vocab_size, parts[HEAD], embedding, own=False, match=match)
+        head = make_head(self.config, self.vocab_size, parts[HEAD], embedding, projects=False, match=match)
         return head.to(self.device).eval()
 
     def modules(self) -> Iterator[StageModules]:
@@ -133,8 +133,8 @@ class CommittedRack:
             left = [*below, *(versions[part] for part in stage.forward_parts)]
 
     def _blocks(self, parts: Iterable[str], versions: Versions, holder: Stage) -> list[nn.Module]:
-        made = (make_block(self.config, part, versions, holder.format(part), packed=True) for part in parts)
-        return [block.to(self.device).eval() for block in made]
+        blocks = (make_block(self.config, part, versions, holder.format(part), packed=True) for part in parts)
+        return [block.to(self.device).eval() for block in blocks]
 
 
 class TextFormat:

@@ -276,10 +276,10 @@ def _below(rack: CommittedRack, info: BoundaryInfo) -> CommittedRack:
 def _samples(rack: CommittedRack, store: ActivationStore, info: BoundaryInfo) -> np.ndarray:
     """For each row its sample in the run's data."""
     split, seq_len = rack.data.train, rack.config.training.seq_len
-    wanted = store.rowset(info.rowset).sample_ids
+    sample_ids = store.rowset(info.rowset).sample_ids
     for number in sorted({stage.rowset for stage in rack.stages}):
         samples_R = choose_samples(rack.config, split, number)
-        if len(samples_R) == len(wanted) and (split.sample_ids(seq_len)[samples_R] == wanted).all():
+        if len(samples_R) == len(sample_ids) and (split.sample_ids(seq_len)[samples_R] == sample_ids).all():
             return samples_R
     raise NotFound(f"boundary {info.id} is of other rows than this run's")
 

@@ -280,9 +280,9 @@ class _Describer:
             raise Undescribed(f"an object of {kind.__module__}.{kind.__qualname__}") from error
         if isinstance(reduced, str):
             return ("global", kind.__module__, reduced)
-        made, arguments, *state = reduced
+        callable_, arguments, *state = reduced
         parts = [list(part) if isinstance(part, Iterator) else part for part in state]
-        return ("object", self._class(kind), self.of(made), self.of(arguments), *map(self.of, parts))
+        return ("object", self._class(kind), self.of(callable_), self.of(arguments), *map(self.of, parts))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -350,9 +350,9 @@ def probe(
                     returned = module(x_BSD)
             except Exception as error:
                 line = (str(error).strip().splitlines() or [""])[0]
-                given = f"{str(x_BSD.dtype).removeprefix('torch.')} {list(x_BSD.shape)}"
+                described = f"{str(x_BSD.dtype).removeprefix('torch.')} {list(x_BSD.shape)}"
                 raise UsageError(
-                    f"{name} raises {type(error).__name__} where it is given {given}: {line}",
+                    f"{name} raises {type(error).__name__} where it is given {described}: {line}",
                     hint="a layer takes activations [batch, seq, d_model] in the run's precision, on the run's device",
                 ) from error
             if changes:

@@ -138,14 +138,14 @@ def wanted(config: StackWiseConfig) -> dict[str, Stage]:
     def takes(stage: Stage) -> float:
         return sum(Estimate(config, size, stage).memory_parts())
 
-    own = {k for k, each in config.stages.items() if "batch_size" in each.training.model_fields_set}
-    rest = [stage for stage in stages if stage.depth not in own]
-    found = {"training.batch_size": max(rest, key=takes)} if rest and config.training.batch_size == AUTO else {}
-    for depth in sorted(own):
+    with_size = {k for k, overrides in config.stages.items() if "batch_size" in overrides.training.model_fields_set}
+    rest = [stage for stage in stages if stage.depth not in with_size]
+    searched = {"training.batch_size": max(rest, key=takes)} if rest and config.training.batch_size == AUTO else {}
+    for depth in sorted(with_size):
         if config.stages[depth].training.batch_size == AUTO:
             mine = max((stage for stage in stages if stage.depth == depth), key=takes)
-            found[f"stages.{depth}.training.batch_size"] = mine
-    return found
+            searched[f"stages.{depth}.training.batch_size"] = mine
+    return searched
 
 
 def settle(config: StackWiseConfig, key: str, rows: int) -> None:

@@ -186,16 +186,16 @@ class Execution:
             self._refuse_where_busy(stage, key)
             yield decision
             return
-        lock, said = FileLock(self._plan.store.path / "locks" / f"turn-{key}.lock", f"stage {stage.depth}"), False
+        lock, reported = FileLock(self._plan.store.path / "locks" / f"turn-{key}.lock", f"stage {stage.depth}"), False
         while not lock.held:
             try:
                 lock.acquire()
             except BusyError:
-                if not said:
+                if not reported:
                     self._emit(
                         "waiting", stage=stage.place, text="waits for another run over the same store, which trains it"
                     )
-                said = True
+                reported = True
                 self._pool.check()
                 time.sleep(SECONDS)
         with lock:

@@ -52,7 +52,7 @@ class Rank:
         if not self.failure.get("unexpected"):
             return 1
         text = str(self.failure["message"]).lower()
-        return 3 if any(said in text for said in LOST) else 2
+        return 3 if any(phrase in text for phrase in LOST) else 2
 
 
 class _Mailbox:
@@ -137,7 +137,7 @@ class Group:
             rank.heard = time.monotonic()
         # Of a launcher's ranks the port is where its processes meet.
         self._give(0, job, 0 if self._hosts is not None else self._settings.port or 0)
-        told = time.monotonic()
+        last_report = time.monotonic()
         while not all(rank.ended for rank in self._ranks):
             try:
                 number, event = events.get(timeout=0.25)
@@ -165,8 +165,8 @@ class Group:
             if rank.failure is not None and not (rank.failure and rank.failure["event"] == "interrupted"):
                 self._collect(events)
                 raise self._failure()
-            if rank.heard - told >= FIGURES_SECONDS and all(rank.figures for rank in self._ranks):
-                told = rank.heard
+            if rank.heard - last_report >= FIGURES_SECONDS and all(rank.figures for rank in self._ranks):
+                last_report = rank.heard
                 yield self._fare(job)
             self._check_alive()
         if any(rank.failure is not None for rank in self._ranks):

@@ -169,5 +169,5 @@ def unused_beside_prepared(data: DataConfig) -> list[str]:
     if not any(is_prepared(Path(path)) for path in data.paths):
         return []
     settled = {"tokenizer", "vocab_size", "held_out", "max_bytes", "text_column", "follow_links", "chat_template"}
-    given = sorted(set(changed(data)) & settled)
-    return [f"data.{', '.join(given)}: unused, {data.paths[0]} is prepared already"] if given else []
+    keys = sorted(set(changed(data)) & settled)
+    return [f"data.{', '.join(keys)}: unused, {data.paths[0]} is prepared already"] if keys else []

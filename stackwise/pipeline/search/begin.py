@@ -86,9 +86,11 @@ def begin(
     if typed.engine != "here":
         job_parameters(base, RunDirectory(directory), typed.engine)
     if read_record(directory) is None:  # a broken one is refused at once
-        taken = [name for name in (BASE, "run.json") if (directory / name).exists()]
-        if taken:
-            raise UsageError(f"{directory} is no search's: it has {taken[0]}", hint="name another directory with --run")
+        present = [name for name in (BASE, "run.json") if (directory / name).exists()]
+        if present:
+            raise UsageError(
+                f"{directory} is no search's: it has {present[0]}", hint="name another directory with --run"
+            )
     ahead = outlook(space, make, directory, progress)
     check_effects(ahead, list(objectives))
     sampling = _sampling(base, tune, space, ahead, len(objectives))
@@ -146,12 +148,12 @@ def check_trials(study: Study) -> None:
     Raises:
         UsageError: One has other keys, a value out of its range, or not as many values as there are objectives.
     """
-    keys, most = {one.key: one for one in study.search.sampling.space.keys}, len(study.search.objectives)
+    keys, most = {searched.key: searched for searched in study.search.sampling.space.keys}, len(study.search.objectives)
     for trial in study.trials:
         fault = None
         for key, value in trial.settings.items():
-            one = keys.get(STAGED.sub("", key) if study.search.evolve is not None else key)
-            if one is None or value not in one.range:
+            searched = keys.get(STAGED.sub("", key) if study.search.evolve is not None else key)
+            if searched is None or value not in searched.range:
                 fault = f"its {key} is none of the search's"
         if (trial.values is not None) != (trial.state == "done") or len(trial.values or [0.0] * most) != most:
             fault = "its values are not those of the objectives"
@@ -181,7 +183,7 @@ def _grid(space: Space, ahead: Outlook) -> list[Settings]:
     """Every point, those that share the most stages beside each other: keys of lower stages change last."""
     depth = {effect.key: -1 if effect.stage is None else effect.stage for effect in ahead.effects}
     points = space.grid()
-    keys = sorted((one.key for one in space.keys), key=lambda key: depth[key])
+    keys = sorted((searched.key for searched in space.keys), key=lambda key: depth[key])
     places: dict[str, list[str]] = {key: list(dict.fromkeys(repr(point.get(key)) for point in points)) for key in keys}
     return sorted(points, key=lambda point: [places[key].index(repr(point.get(key))) for key in keys])
 
@@ -191,4 +193,6 @@ def _identity(base: StackWiseConfig) -> str:
     plain = with_absolute_paths(base).model_dump(exclude={"tune", "tracking", "slurm", "device", "name"}, mode="json")
     plain["data"].pop("cache_dir")
     plain["store"].pop("path")
-    return content_id("configuration", {**plain, "stages": {str(key): own for key, own in plain["stages"].items()}})
+    return content_id(
+        "configuration", {**plain, "stages": {str(key): overrides for key, overrides in plain["stages"].items()}}
+    )

@@ -49,7 +49,7 @@ class Outlook:
     @property
     def shared(self) -> int:
         """The lowest stage that is not the same in all trials."""
-        return min((one.stage for one in self.effects if one.stage is not None), default=max(self.depths) + 1)
+        return min((effect.stage for effect in self.effects if effect.stage is not None), default=max(self.depths) + 1)
 
     @property
     def common(self) -> int:
@@ -59,10 +59,12 @@ class Outlook:
     @property
     def order(self) -> str | None:
         """Which keys to search first, in a line; None where all cost the same."""
-        ranked = sorted((one for one in self.effects if one.stage is not None), key=lambda one: one.share)
+        ranked = sorted(
+            (effect for effect in self.effects if effect.stage is not None), key=lambda effect: effect.share
+        )
         if not ranked or ranked[0].share == ranked[-1].share:
             return None
-        costs = [f"{one.key} costs {words.percent(one.share)} of a run's training" for one in ranked]
+        costs = [f"{effect.key} costs {words.percent(effect.share)} of a run's training" for effect in ranked]
         return f"search {ranked[0].key} first, with the others fixed: a new value of {', of '.join(costs)}"
 
 
@@ -76,10 +78,10 @@ def outlook(space: Space, make: Make, directory: Path, progress: Progress | None
     """
     base = space.first()
     points: dict[str, list[Settings]] = {}
-    for one in space.keys:
-        points[one.key] = [space.with_value(one.key, value) for value in one.range.ends]
-        for settings in points[one.key]:
-            _made(make, settings, one.key)
+    for searched in space.keys:
+        points[searched.key] = [space.with_value(searched.key, value) for value in searched.range.ends]
+        for settings in points[searched.key]:
+            _made(make, settings, searched.key)
     planned = [base, *(point for some in points.values() for point in some[:FEW])]
     named = [Combination(str(number), point, _made(make, point, None)) for number, point in enumerate(planned)]
     members = Sweep(named, directory, "stackwise tune").preview(progress)

@@ -87,7 +87,7 @@ class JobRunner:
 
     def _follow(self, job: Job) -> str:
         """Pass on what the run logs until the job ends; returns its state, `gone` where the batch system lost it."""
-        ending, asked = False, time.monotonic()
+        ending, asked_at = False, time.monotonic()
         while True:
             state = job_state(job_file(self._run, job))
             for event in self._news():
@@ -97,10 +97,10 @@ class JobRunner:
             if state not in ("submitted", "running"):
                 return state
             if self._stopped.is_set() and not ending:
-                ending, asked = True, 0.0
+                ending, asked_at = True, 0.0
                 end_job(job)
-            if time.monotonic() - asked >= (1.0 if ending else QUEUE_SECONDS):
-                asked = time.monotonic()
+            if time.monotonic() - asked_at >= (1.0 if ending else QUEUE_SECONDS):
+                asked_at = time.monotonic()
                 if job not in active_jobs(self._run) and job_state(job_file(self._run, job)) == state:
                     return "gone"
             time.sleep(LOOK_SECONDS)

@@ -37,15 +37,15 @@ def check_population(config: StackWiseConfig, space: Space, trials: int) -> None
     """
     if trials < LEAST:
         raise UsageError(f"--sampler pbt trains a population: at least {LEAST} trials", hint=f"--trials {LEAST}")
-    for one in space.keys:
-        name = one.key.removeprefix(PREFIX).split(".")[0]
-        if not one.key.startswith(PREFIX) or name not in StageTraining.model_fields:
+    for searched in space.keys:
+        name = searched.key.removeprefix(PREFIX).split(".")[0]
+        if not searched.key.startswith(PREFIX) or name not in StageTraining.model_fields:
             raise UsageError(
-                f"--sampler pbt changes settings from stage to stage, and {one.key} is none of a single stage",
+                f"--sampler pbt changes settings from stage to stage, and {searched.key} is none of a single stage",
                 hint="search keys such as training.learning_rate, training.weight_decay",
             )
-        if one.when:
-            raise UsageError(f"--sampler pbt has no conditions: {one.key} is searched only beside others")
+        if searched.when:
+            raise UsageError(f"--sampler pbt has no conditions: {searched.key} is searched only beside others")
     if config.windows > 1:
         raise UsageError("--sampler pbt trains each stage once: training.windows is more than 1")
     unmeasured = [depth for depth in range(config.n_stages) if config.stage_training(depth).eval_every is None]
@@ -134,15 +134,15 @@ def _worth(score: float | None) -> float:
 
 def _explored(one: Searched, value: Any, rng: Any) -> Any:
     """A value near another one: a number larger or smaller, of a list a neighbour."""
-    found, up = one.range, bool(rng.integers(2))
-    if not isinstance(found, Interval):
-        at = found.values.index(value) + (1 if up else -1)
-        return found.values[min(max(at, 0), len(found.values) - 1)]
-    near = value * FACTORS[up] if found.log else value + (1 if up else -1) * FURTHER * (found.high - found.low)
-    if found.integer:
+    range_, up = one.range, bool(rng.integers(2))
+    if not isinstance(range_, Interval):
+        at = range_.values.index(value) + (1 if up else -1)
+        return range_.values[min(max(at, 0), len(range_.values) - 1)]
+    near = value * FACTORS[up] if range_.log else value + (1 if up else -1) * FURTHER * (range_.high - range_.low)
+    if range_.integer:
         near = max(round(near), value + 1) if up else min(round(near), value - 1)
-        return int(min(max(near, found.low), found.high))
-    return min(max(float(f"{near:.{DIGITS}g}"), found.low), found.high)
+        return int(min(max(near, range_.low), range_.high))
+    return min(max(float(f"{near:.{DIGITS}g}"), range_.low), range_.high)
 
 
 def held_out_loss(run: RunDirectory, config: StackWiseConfig, depth: int) -> float:

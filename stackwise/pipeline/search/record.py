@@ -125,8 +125,8 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         raise UsageError(f"{path} is of a newer format ({value['format']})")
     if [entry["number"] for entry in value["trials"]] != list(range(len(value["trials"]))):
         raise UsageError(f"{path} is broken: its trials are not numbered from 0", hint=hint)
-    found: dict[str, Any] = value
-    return found
+    record: dict[str, Any] = value
+    return record
 
 
 def logged(run: RunDirectory) -> Iterator[dict[str, Any]]:

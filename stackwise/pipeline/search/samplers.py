@@ -85,9 +85,9 @@ class Sampling:
         with _Quiet() as optuna:
             trial = self._study(optuna, past, len(past)).ask()
             settings: Settings = {}
-            for one in self.space.keys:
-                if one.active(settings):
-                    settings[one.key] = _suggested(trial, one)
+            for searched in self.space.keys:
+                if searched.active(settings):
+                    settings[searched.key] = _suggested(trial, searched)
             return settings
 
     def prunes(self, past: Sequence[Past], trial: Past) -> bool:
@@ -103,12 +103,12 @@ class Sampling:
 
         By PED-ANOVA (2304.10255), of the first objective.
         """
-        done = [one for one in past if one.state == "done" and one.values]
+        done = [entry for entry in past if entry.state == "done" and entry.values]
         if len(done) < MEASURABLE or importlib.util.find_spec("optuna") is None:
             return {}
         with _Quiet() as optuna:
             study = self._study(optuna, done, 0)
-            always = [one.key for one in self.space.keys if all(one.key in trial.settings for trial in done)]
+            always = [entry.key for entry in self.space.keys if all(entry.key in trial.settings for trial in done)]
             if not always:
                 return {}
             try:
@@ -130,8 +130,8 @@ class Sampling:
             pruner=self._pruner(optuna),
             directions=["minimize"] * self.objectives,
         )
-        for one in past:
-            study.add_trial(self._frozen(optuna, one))
+        for trial in past:
+            study.add_trial(self._frozen(optuna, trial))
         return study
 
     def _sampler(self, optuna: Any, number: int) -> Any:
@@ -222,11 +222,11 @@ class _Quiet:
 
 
 def _distribution(optuna: Any, one: Searched) -> Any:
-    found = one.range
-    if not isinstance(found, Interval):
-        return optuna.distributions.CategoricalDistribution(tuple(range(len(found.values))))
-    kind = optuna.distributions.IntDistribution if found.integer else optuna.distributions.FloatDistribution
-    return kind(found.low, found.high, log=found.log)
+    range_ = one.range
+    if not isinstance(range_, Interval):
+        return optuna.distributions.CategoricalDistribution(tuple(range(len(range_.values))))
+    kind = optuna.distributions.IntDistribution if range_.integer else optuna.distributions.FloatDistribution
+    return kind(range_.low, range_.high, log=range_.log)
 
 
 def _parameter(one: Searched, value: Any) -> Any:
@@ -237,10 +237,10 @@ def _parameter(one: Searched, value: Any) -> Any:
 
 
 def _suggested(trial: Any, one: Searched) -> Any:
-    found = one.range
-    if not isinstance(found, Interval):
-        return found.values[trial.suggest_categorical(one.key, tuple(range(len(found.values))))]
-    if found.integer:
-        return int(trial.suggest_int(one.key, int(found.low), int(found.high), log=found.log))
-    value = trial.suggest_float(one.key, found.low, found.high, log=found.log)
-    return min(max(float(f"{value:.{DIGITS}g}"), found.low), found.high)
+    range_ = one.range
+    if not isinstance(range_, Interval):
+        return range_.values[trial.suggest_categorical(one.key, tuple(range(len(range_.values))))]
+    if range_.integer:
+        return int(trial.suggest_int(one.key, int(range_.low), int(range_.high), log=range_.log))
+    value = trial.suggest_float(one.key, range_.low, range_.high, log=range_.log)
+    return min(max(float(f"{value:.{DIGITS}g}"), range_.low), range_.high)

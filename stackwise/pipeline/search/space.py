@@ -47,29 +47,32 @@ class Space:
     def plain(self) -> dict[str, Any]:
         """As JSON-ready data, by which two spaces are compared."""
         return {
-            one.key: {"range": _plain(one.range), "when": {key: list(values) for key, values in one.when.items()}}
-            for one in self.keys
+            searched.key: {
+                "range": _plain(searched.range),
+                "when": {key: list(values) for key, values in searched.when.items()},
+            }
+            for searched in self.keys
         }
 
     def first(self) -> Settings:
         """One point of it: the lowest value of each key that is searched there."""
         settings: Settings = {}
-        for one in self.keys:
-            if one.active(settings):
-                settings[one.key] = one.range.ends[0]
+        for searched in self.keys:
+            if searched.active(settings):
+                settings[searched.key] = searched.range.ends[0]
         return settings
 
     def with_value(self, key: str, value: Any) -> Settings:
         """The point nearest to the first one where a key has some value."""
-        wanted = {key: value}
-        searched = {one.key: one for one in self.keys}
-        for name in reversed([one.key for one in self.keys]):  # what decides stands before what it decides on
-            if name in wanted:
-                wanted |= {other: values[0] for other, values in searched[name].when.items() if other not in wanted}
+        chosen = {key: value}
+        by_key = {searched.key: searched for searched in self.keys}
+        for name in reversed([searched.key for searched in self.keys]):  # what decides stands before what it decides on
+            if name in chosen:
+                chosen |= {other: values[0] for other, values in by_key[name].when.items() if other not in chosen}
         settings: Settings = {}
-        for one in self.keys:
-            if one.active(settings):
-                settings[one.key] = wanted.get(one.key, one.range.ends[0])
+        for searched in self.keys:
+            if searched.active(settings):
+                settings[searched.key] = chosen.get(searched.key, searched.range.ends[0])
         return settings
 
     def grid(self) -> list[Settings]:
@@ -78,12 +81,16 @@ class Space:
         Raises:
             UsageError: A range has no finite number of values, or there are far too many points.
         """
-        if wide := [one.key for one in self.keys if isinstance(one.range, Interval) and not one.range.integer]:
+        if wide := [
+            searched.key
+            for searched in self.keys
+            if isinstance(searched.range, Interval) and not searched.range.integer
+        ]:
             raise UsageError(
                 f"a grid has values to list: {wide[0]} is a range of fractions",
                 hint=f"give a list, as -s {wide[0]}=1e-3,3e-3, or another --sampler",
             )
-        several = math.prod(len(_values(one.range)) for one in self.keys)
+        several = math.prod(len(_values(searched.range)) for searched in self.keys)
         if several > MOST:
             raise UsageError(f"the grid has {several:,} points, more than {MOST:,}", hint="narrow it, or --sampler tpe")
         return list(_points(self.keys, {}))
@@ -151,28 +158,28 @@ def space_of(section: Mapping[str, SearchedKey]) -> Space:
             raise UsageError(f"{key} cannot be searched: it says where or how trials run, not what they train")
         if inner := [other for other in section if other.startswith(f"{key}.")]:
             raise UsageError(f"{key} and {inner[0]} cannot both be searched: one is a part of the other")
-    found = {
-        key: Searched(key, parse_range(one.range), {k: _several(v) for k, v in one.when.items()})
-        for key, one in section.items()
+    by_key = {
+        key: Searched(key, parse_range(entry.range), {k: _several(v) for k, v in entry.when.items()})
+        for key, entry in section.items()
     }
-    return Space(tuple(_ordered(found)))
+    return Space(tuple(_ordered(by_key)))
 
 
 def _several(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-def _ordered(found: Mapping[str, Searched]) -> Iterator[Searched]:
+def _ordered(by_key: Mapping[str, Searched]) -> Iterator[Searched]:
     """Each behind those that decide on it."""
-    left, done = dict(found), set[str]()
-    for one in found.values():
-        for key, values in one.when.items():
-            if key not in found or key == one.key:
-                raise UsageError(f"tune.space: {one.key} depends on {key}, which is not searched beside it")
-            if never := [value for value in values if value not in found[key].range]:
-                raise UsageError(f"tune.space: {one.key} is searched where {key} is {never[0]}, which it never is")
+    left, done = dict(by_key), set[str]()
+    for searched in by_key.values():
+        for key, values in searched.when.items():
+            if key not in by_key or key == searched.key:
+                raise UsageError(f"tune.space: {searched.key} depends on {key}, which is not searched beside it")
+            if never := [value for value in values if value not in by_key[key].range]:
+                raise UsageError(f"tune.space: {searched.key} is searched where {key} is {never[0]}, which it never is")
     while left:
-        free = [one for one in left.values() if done.issuperset(one.when)]
+        free = [searched for searched in left.values() if done.issuperset(searched.when)]
         if not free:
             raise UsageError(
                 f"tune.space: {' and '.join(left)} depend on each other", hint="let one be searched always"

@@ -110,5 +110,5 @@ def _glue(
     out = options.out or (
         run.path / "suites" / "glue" if run is not None else Path("runs") / f"{Path(weights).name}-glue"
     )
-    given = GlueOptions(options.task_path, out, options.tasks, tuple(range(options.seeds)), options.settings)
-    return glue(rack, weights, dataclasses.replace(given, device=options.device), say)
+    glue_options = GlueOptions(options.task_path, out, options.tasks, tuple(range(options.seeds)), options.settings)
+    return glue(rack, weights, dataclasses.replace(glue_options, device=options.device), say)

@@ -345,8 +345,8 @@ def _task(rack: CommittedRack, weights: str, task: Task, options: GlueOptions, s
                 values.setdefault(key, []).append(value)
         if not submission:
             submission = _submit(reader, words, task, options)
-        said = ", ".join(f"{key} {of_key[-1]:.3f}" for key, of_key in values.items())
-        say(f"{task.name}, seed {seed}: {said}")
+        figures = ", ".join(f"{key} {of_key[-1]:.3f}" for key, of_key in values.items())
+        say(f"{task.name}, seed {seed}: {figures}")
     metrics = {key: {"mean": float(np.mean(v)), "std": float(np.std(v)), "values": v} for key, v in values.items()}
     counts = {"train": len(train)} | {part: len(examples or ()) for part, examples in devs.items()}
     return {"metrics": metrics, "examples": counts, "submission": submission}
@@ -456,8 +456,8 @@ def _submit(reader: RackReader, words: Wording, task: Task, options: GlueOptions
         if not examples:
             continue
         answers = _answers(reader, words, task, examples)
-        said = [f"{a:.3f}" if task.is_score else task.labels[int(a)] for a in answers.tolist()]
-        lines = ["index\tprediction", *(f"{number}\t{answer}" for number, answer in enumerate(said))]
+        predictions = [f"{a:.3f}" if task.is_score else task.labels[int(a)] for a in answers.tolist()]
+        lines = ["index\tprediction", *(f"{number}\t{answer}" for number, answer in enumerate(predictions))]
         path = options.out / "submission" / f"{name}.tsv"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, ("\n".join(lines) + "\n").encode())

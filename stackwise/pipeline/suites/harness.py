@@ -39,8 +39,8 @@ class RackModel(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """See `LM.loglikelihood`; of a rack that is not causal its bound, or its pseudo-likelihood."""
-        asked = [self._continuation(*request.args) for request in requests]
-        return [(-answer.nats, answer.greedy) for answer in self._scorer.answers(asked)]
+        questions = [self._continuation(*request.args) for request in requests]
+        return [(-answer.nats, answer.greedy) for answer in self._scorer.answers(questions)]
 
     def _continuation(self, context: str, continuation: str) -> Continuation:
         """Blanks at the context's end belong to the continuation, as tokens have them in front."""

@@ -51,10 +51,10 @@ def language_modelling(
         raise UsageError("the text has no documents", hint="name other text: --data PATH")
     nats, sizes, tokens, done = [], [], 0, 0
     for group in _groups(documents):
-        asked = [(place, window) for place, ids in enumerate(group) for window in windows(ids, longest, stride)]
-        answers = scorer.answers([window for _, window in asked])
+        questions = [(place, window) for place, ids in enumerate(group) for window in windows(ids, longest, stride)]
+        answers = scorer.answers([window for _, window in questions])
         of_group = np.zeros(len(group))
-        for (place, _), answer in zip(asked, answers, strict=True):
+        for (place, _), answer in zip(questions, answers, strict=True):
             of_group[place] += answer.nats
         nats += of_group.tolist()
         sizes += [len(scorer.decode(ids).encode()) for ids in group]

@@ -178,7 +178,7 @@ class Scorer(RackReader):
         Raises:
             UsageError: A continuation that is empty, or longer than a row.
         """
-        rows = [row for number, asked in enumerate(continuations) for row in self._rows(number, asked)]
+        rows = [row for number, texts in enumerate(continuations) for row in self._rows(number, texts)]
         nats, greedy = np.zeros(len(continuations)), np.ones(len(continuations), dtype=np.bool_)
         done = 0
         for batch in self.batches(rows):
@@ -246,11 +246,11 @@ class Scorer(RackReader):
         tokenizer, device = self.rack.data.tokenizer, self.rack.device
         forbidden = {self.rack.mask_token, *range(tokenizer.vocab_size, self.rack.vocab_size)}
         length = min(length, self.longest - 1)
-        given = self.encode(prompt)[-(self.longest - length) :]
-        if not len(given):
-            given = np.array([tokenizer.separator_id])
-        start = len(given)
-        ids_S = torch.from_numpy(given).to(device)
+        prompt_ids = self.encode(prompt)[-(self.longest - length) :]
+        if not len(prompt_ids):
+            prompt_ids = np.array([tokenizer.separator_id])
+        start = len(prompt_ids)
+        ids_S = torch.from_numpy(prompt_ids).to(device)
         if self.likelihood == "exact":
             how = Continuing(forbidden=forbidden, stop_token_id=tokenizer.separator_id)
             ids_S = _until(self.model, ids_S, length, how, lambda ids: self._ended(ids[start:], until))
@@ -269,9 +269,9 @@ class Scorer(RackReader):
 
     def _text(self, ids: torch.Tensor) -> str:
         """The text up to the separator."""
-        made = ids.cpu().numpy()
-        ends = np.flatnonzero(made == self.rack.data.tokenizer.separator_id)
-        return self.decode(made[: ends[0]] if len(ends) else made)
+        tokens = ids.cpu().numpy()
+        ends = np.flatnonzero(tokens == self.rack.data.tokenizer.separator_id)
+        return self.decode(tokens[: ends[0]] if len(ends) else tokens)
 
 
 class _Ended(Exception):

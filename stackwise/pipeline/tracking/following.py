@@ -459,13 +459,13 @@ class Trackers:
 def followers(trackers: dict[str, Any], info: RunInfo, warn: Callable[[str], None]) -> list[Follower]:
     """A started follower for each tracker."""
     run = RunDirectory(Path(info.directory))
-    made = [
+    started = [
         Follower(Tracker.of(value).build(), info, run.events_file, run.tracking / f"{kind}.json", warn)
         for kind, value in trackers.items()
     ]
-    for follower in made:
+    for follower in started:
         follower.start()
-    return made
+    return started
 
 
 def main() -> int:

@@ -323,11 +323,11 @@ class _MLflowRun:
         if run.group is not None:
             tags["group"] = run.group
         name = run.name if number == 1 else f"{run.name} ({number})"
-        made = str(self._client.create_run(key, run_name=name, tags=tags).info.run_id)
+        run_id = str(self._client.create_run(key, run_name=name, tags=tags).info.run_id)
         params = [Param(key, str(value)[:500]) for key, value in run.parameters.items()]
         for batch in _batches(params, 100):
-            self._client.log_batch(made, params=batch)
-        return made
+            self._client.log_batch(run_id, params=batch)
+        return run_id
 
 
 class _ClearMLTask:

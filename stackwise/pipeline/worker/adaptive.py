@@ -137,8 +137,8 @@ class _AdaptiveFusion:
             gc.collect()
             result = self._finish(name, result)
             record = Record(**result["record"])
-        made, recipe = result["parts"].items(), self._job.recipe_id
-        self._trained = {part: Source(str(self._path(name, part)), digest, recipe) for part, digest in made}
+        parts, recipe = result["parts"].items(), self._job.recipe_id
+        self._trained = {part: Source(str(self._path(name, part)), digest, recipe) for part, digest in parts}
         self._add(record, steps)
         return float(result["nats"])
 

@@ -136,8 +136,8 @@ def fork(device: str, environment: dict[str, str], errors: int) -> ForkedWorker 
                     end_template()
                     _template.append((key, *_start(environment, errors)))
                 request = {"device": device, "environment": environment, "directory": os.getcwd()}
-                given = [inner_in, inner_out, errors, theirs.fileno()]
-                socket.send_fds(_template[0][1], [json.dumps(request).encode()], given)
+                descriptors = [inner_in, inner_out, errors, theirs.fileno()]
+                socket.send_fds(_template[0][1], [json.dumps(request).encode()], descriptors)
                 return ForkedWorker(control, outer_in, outer_out)
             end_template()
         for left in (control.detach(), outer_in, outer_out):

@@ -75,7 +75,7 @@ def _meeting_place(place: Mapping[str, Any], emit: Emit) -> TCPStore:
     try:
         store = TCPStore(address, port, None, main, timedelta(seconds=MEETING_SECONDS), wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
-        if main and any(said in str(error) for said in ("EADDRINUSE", errno.errorcode[errno.EADDRINUSE], "in use")):
+        if main and any(phrase in str(error) for phrase in ("EADDRINUSE", errno.errorcode[errno.EADDRINUSE], "in use")):
             hint = "set parallel.port to another one, or leave it out: then a free one is taken"
             raise UsageError(f"parallel.port: {port} is in use on {address}", hint=hint) from None
         raise StackWiseError(

@@ -315,8 +315,8 @@ def _write(
     spent: float | None = None,
 ) -> None:
     """Write what a boundary lacks, emitting how far it is, and at the end what it took; each rank a share of chunks."""
-    own = context.stores.place
-    writer.share = own.share
+    store_place = context.stores.place
+    writer.share = store_place.share
     info = writer.info
 
     def progress(done: int, total: int) -> None:
@@ -327,7 +327,7 @@ def _write(
     )
     if not context.ranks.every(done.finished):
         raise InterruptedRun(f"stage {context.stage.depth} stopped while writing boundary {info.depth}", hint=RESUME)
-    if own.leads:
+    if store_place.leads:
         writer.share = (0, 1)
         writer.finish(done.seconds)
     context.ranks.wait()

@@ -118,7 +118,7 @@ def _by_groups(context: StageContext, top_k: int) -> MakeOutputs:
     def outputs(batches: Iterator[Batch], codec: Codec, device: torch.device) -> Generator[Tensor]:
         for x_BSD in make(batches, codec, device):
             with torch.no_grad(), below.model({}).numerics(device):
-                said: Tensor = says(x_BSD.to(device)).cpu()
-            yield said
+                answers: Tensor = says(x_BSD.to(device)).cpu()
+            yield answers
 
     return outputs

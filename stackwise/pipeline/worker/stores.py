@@ -161,9 +161,9 @@ class Stores:
 
     def _rows(self, job: StageJob, config: StackWiseConfig) -> None:
         data = PreparedData.open(Path(job.data))
-        wanted = [(data.train, job.rowset_number, job.rowset)] if job.rowset_number != HELD_OUT else []
-        wanted += [(data.held_out, HELD_OUT, rowset)] if (rowset := _held_out(job)) is not None else []
-        for split, number, rowset in wanted:
+        needed = [(data.train, job.rowset_number, job.rowset)] if job.rowset_number != HELD_OUT else []
+        needed += [(data.held_out, HELD_OUT, rowset)] if (rowset := _held_out(job)) is not None else []
+        for split, number, rowset in needed:
             if put_rows(config, split, self._store, number)[0] != rowset:
                 raise StackWiseError(f"rank {self._ranks.rank} has other rows than rank 0, from the same data")
 

@@ -158,7 +158,7 @@ class _Lesson:
             front = load_part(source(FRONT), self.teacher.vocab_size)
             assert front is not None
             embedding = front["embedding.weight"].float()
-        return make_head(config, self.teacher.vocab_size, source(HEAD), embedding, own=False)
+        return make_head(config, self.teacher.vocab_size, source(HEAD), embedding, projects=False)
 
     def _report(self, progress: Progress) -> None:
         if self._context.stop():

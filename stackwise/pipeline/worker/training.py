@@ -358,13 +358,13 @@ class StageHooks:
         if self._context.stage.just_grown and len(self._trainer.record.losses) == len(progress.losses):
             self._emit_grown()
         terms = dict(progress.terms) | self._context.config.objective.figures(progress.observed)
-        taken = [loss for loss in progress.losses if loss is not None]
+        losses = [loss for loss in progress.losses if loss is not None]
         self._context.event(
             "step",
             step=progress.step,
             steps=progress.steps,
             losses=progress.losses,
-            loss=statistics.fmean(taken) if taken else None,
+            loss=statistics.fmean(losses) if losses else None,
             learning_rate=progress.learning_rate,
             gradient_norm=progress.gradient_norm if math.isfinite(progress.gradient_norm) else None,
             tokens_per_second=progress.tokens_per_second,
