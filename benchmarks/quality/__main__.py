@@ -47,12 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     made = parser("quality", __doc__)
     add = made.add_argument
     add("--rows", metavar="NAMES", help="rows by name, commas between; default: all")
-    add("--budget", choices=tuple(BUDGETS), help="one of the budgets; default: both")
+    add("--budget", choices=tuple(BUDGETS), help="one of the budgets; default: all")
     add("--seeds", type=positive, default=3, metavar="N", help="seeds; default 3")
     add("--rates", default="7.5e-4,1.5e-3,3e-3", metavar="X,X", help="the grid of learning rates")
     add("--steps", type=positive, default=800, metavar="N", help="updates of each block; default 800")
     add("--results", type=Path, default=DOCS / "quality.json", metavar="FILE", help="where results are kept")
     add("--dir", metavar="DIR", help="where the temporary runs go; default: the system's temporary directory")
+    add("--store", metavar="DIR", help="one store for all runs: rows that grow share their shallow phases")
     add("--report", action="store_true", help="run nothing: tables of what is there")
     return made
 
@@ -67,7 +68,7 @@ def _measure(options: argparse.Namespace) -> Section:
         "steps": options.steps,
         "vocab_size": config.model.vocab_size or prepare(config.data)[0].tokenizer.vocab_size,
     }
-    results = Results(options.results, setting, options.dir)
+    results = Results(options.results, setting, options.dir, options.store)
     budgets: list[Budget] = [options.budget] if options.budget else list(BUDGETS)
     wanted = [(row, budget) for budget in budgets for row in rows if budget in row.budgets]
     found = [one for row, budget in wanted if (one := _row(results, row, budget, rates, options)) is not None]

@@ -45,10 +45,11 @@ class Results:
         path: Where it is.
         setting: What all runs share; results of another setting are refused.
         directory: Where the temporary runs go; None: the system's temporary directory.
+        store: One for all runs, which then share what they have in common; None: each has its own.
     """
 
-    def __init__(self, path: Path, setting: Result, directory: str | None = None) -> None:
-        self.path, self.setting, self.directory = path, setting, directory
+    def __init__(self, path: Path, setting: Result, directory: str | None = None, store: str | None = None) -> None:
+        self.path, self.setting, self.directory, self.store = path, setting, directory, store
         self.runs: dict[str, Result] = {}
         self.memory: dict[str, int] = {}
         if path.exists():
@@ -61,7 +62,7 @@ class Results:
         """A trial's result; it is run where it is not there yet."""
         if trial.key not in self.runs:
             say(trial.key)
-            self.runs[trial.key] = _run(trial, self.setting, self.directory)
+            self.runs[trial.key] = _run(trial, self.setting, self.directory, self.store)
             self._save()
         return self.runs[trial.key]
 
@@ -92,7 +93,7 @@ def mean_loss(result: Result) -> float:
     return sum(losses) / len(losses)
 
 
-def _run(trial: Trial, setting: Result, directory: str | None) -> Result:
+def _run(trial: Trial, setting: Result, directory: str | None, store: str | None) -> Result:
     config = configuration(
         setting["base"], trial.row, trial.budget, steps=setting["steps"], rate=trial.rate, seed=trial.seed
     )
@@ -107,6 +108,7 @@ def _run(trial: Trial, setting: Result, directory: str | None) -> Result:
         own = {key: plain[key] for key in ("seconds", "rows")} | {"written": 0, "read": 0}
         return shared | own | _figures(figures) | {"flops": flops(config, setting["vocab_size"])}
     with tempfile.TemporaryDirectory(prefix="stackwise-quality-", dir=directory) as temporary:
+        config.store.path = store
         run = RunDirectory(Path(temporary) / "run")
         events: list[dict[str, Any]] = []
         figures = Runner(config, run, events.append).run()

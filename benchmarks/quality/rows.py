@@ -9,12 +9,13 @@ from stackwise.config import StackWiseConfig
 from stackwise.pipeline.recipe import known_steps
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_number, schedule
 
-Budget = Literal["rows", "fresh", "steps"]
+Budget = Literal["rows", "fresh", "steps", "half"]
 
 BUDGETS: dict[Budget, str] = {
     "rows": "equal block updates on equal rows: each stage sees the rows that end to end saw",
     "fresh": "equal block updates: each stage sees rows of its own",
     "steps": "equal steps on equal rows: a rack that is shallow for a while computes less",
+    "half": "half the block updates on equal rows: half of the compute of end to end",
 }
 
 PLAIN = "end to end, plain PyTorch"
@@ -53,15 +54,16 @@ def _fusion(strategy: str) -> dict[str, Any]:
     return _blockwise(2) | {"training.fusion.strategy": strategy}
 
 
-def _grown(blocks: int, until: float, **more: Any) -> dict[str, Any]:
-    return {"training.mode": "end_to_end", "training.growth": [{"blocks": blocks, "until": until} | more]}
+def _grown(*phases: tuple[int, float], **more: Any) -> dict[str, Any]:
+    growth = [{"blocks": blocks, "until": until} | more for blocks, until in phases]
+    return {"training.mode": "end_to_end", "training.growth": growth}
 
 
 def _joint(share: float) -> dict[str, Any]:
     return {"strategy": "trainable", "share": share}
 
 
-GROWS: tuple[Budget, ...] = ("rows", "steps")
+GROWS: tuple[Budget, ...] = ("rows", "steps", "half")
 
 ROWS = (
     Row(PLAIN, {"training.mode": "end_to_end"}, ("rows",)),
@@ -71,15 +73,19 @@ ROWS = (
     Row("end to end, wsd", {"training.mode": "end_to_end", "training.lr_schedule": "wsd"}, ("rows",)),
     Row("end to end, Muon", {"training.mode": "end_to_end", "training.optimizer": "muon"}, ("rows",)),
     *(
-        Row(f"grown from {blocks} at {until:g}", _grown(blocks, until), GROWS)
+        Row(f"grown from {blocks} at {until:g}", _grown((blocks, until)), GROWS)
         for blocks in (1, 2, 4)
         for until in (0.5, 0.8)
     ),
-    Row("grown from 2 at 0.8, copied", _grown(2, 0.8, new="copy"), GROWS),
-    Row("grown from 2 at 0.8, doubled", _grown(2, 0.8, new="double"), GROWS),
-    Row("grown from 2 at 0.8, fresh", _grown(2, 0.8, new="fresh"), GROWS),
-    Row("grown from 2 at 0.8, between the ends", _grown(2, 0.8, ends=True), GROWS),
-    Row("grown from 2 at 0.8, swapped", _grown(2, 0.8) | {"training.swap": "always"}, GROWS),
+    Row("grown from 2 at 0.65", _grown((2, 0.65)), GROWS),
+    Row("grown from 2 at 0.5 and 4 at 0.8", _grown((2, 0.5), (4, 0.8)), GROWS),
+    Row("grown from 2 at 0.8, Muon", _grown((2, 0.8)) | {"training.optimizer": "muon"}, GROWS),
+    Row("grown from 2 at 0.8, new blocks warmed up", _grown((2, 0.8), warmup=0.05), GROWS),
+    Row("grown from 2 at 0.8, copied", _grown((2, 0.8), new="copy"), GROWS),
+    Row("grown from 2 at 0.8, doubled", _grown((2, 0.8), new="double"), GROWS),
+    Row("grown from 2 at 0.8, fresh", _grown((2, 0.8), new="fresh"), GROWS),
+    Row("grown from 2 at 0.8, between the ends", _grown((2, 0.8), ends=True), GROWS),
+    Row("grown from 2 at 0.8, swapped", _grown((2, 0.8)) | {"training.swap": "always"}, GROWS),
     Row("stages of 1", _blockwise(1)),
     Row("stages of 2", _blockwise(2)),
     Row("stages of 4", _blockwise(4)),
@@ -130,7 +136,7 @@ def configuration(
     config = StackWiseConfig.from_preset("stages", given)
     # As many block updates as end to end, whatever a step of each stage updates.
     share = config.model.n_blocks * steps / updates(config)
-    own = steps if budget == "steps" else max(1, round(steps * share))
+    own = steps if budget == "steps" else max(1, round(steps * share * (0.5 if budget == "half" else 1.0)))
     batch = config.training.batch_size * config.training.accumulation
     rows = own * batch if budget == "fresh" else steps * batch
     fresh = budget == "fresh" and config.n_stages > 1

@@ -23,7 +23,7 @@ def test_every_row_spends_as_many_block_updates(row: Row, budget: Budget) -> Non
         assert config.training.steps == 300
         assert updates(config) <= 300 * 8
     else:
-        assert updates(config) == pytest.approx(300 * 8, rel=0.01)
+        assert updates(config) == pytest.approx(300 * (4 if budget == "half" else 8), rel=0.01)
     assert {stage.rowset for stage in stages} == (set(range(len(stages))) if config.fresh_masks else {0})
     if budget != "fresh":
         assert config.training.rows == 300 * config.training.batch_size
