@@ -98,8 +98,6 @@ ROWS = (
     Row("stages of 2, tail of 1", _blockwise(2, lookahead="tail")),
     Row("stages of 2, tail of 2", _blockwise(2, lookahead="tail", lookahead_blocks=2)),
     Row("stages of 4, tail of 1", _blockwise(4, lookahead="tail")),
-    Row("stages of 1, overlapping by 1", _blockwise(1, lookahead="overlap")),
-    Row("stages of 2, overlapping by 1", _blockwise(2, lookahead="overlap")),
     Row("stages of 1, auxiliary head of 1", _blockwise(1, lookahead="auxiliary")),
     Row("stages of 2, auxiliary head of 1", _blockwise(2, lookahead="auxiliary")),
     Row("stages of 2, own head", _blockwise(2) | {"model.tie_embeddings": False}),

@@ -42,7 +42,7 @@ LOOKAHEADS: Registry[type[Any]] = Registry(
     "lookahead",
     f"{__name__}:Lookahead",
     __name__,
-    {"none": "NoLookahead", "auxiliary": "Auxiliary", "overlap": "Overlap", "tail": "Tail"},
+    {"none": "NoLookahead", "auxiliary": "Auxiliary", "tail": "Tail"},
 )
 FUSIONS: Registry[type[Any]] = Registry(
     "fusion strategy",
@@ -274,10 +274,6 @@ class Auxiliary(Lookahead):
     """Blocks that are thrown away after the stage."""
 
     blocks: Small = Field(1, description="how many")
-
-
-class Overlap(Auxiliary):
-    """Those of the next stage, which trains them again."""
 
 
 class Tail(Auxiliary):

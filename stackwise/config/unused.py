@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from stackwise.config.choices import Blockwise, EndToEnd, Mode, NoFusion, Overlap, Tail
+from stackwise.config.choices import Blockwise, EndToEnd, Mode, NoFusion, Tail
 from stackwise.config.fields import Section, changed
 from stackwise.config.precision import own_adapters, stack_precision
 from stackwise.config.schema import Settings
@@ -221,6 +221,6 @@ def _limits(config: Settings, lines: list[str], above: bool) -> None:
         text = f"{training.block_size} is more than the model's blocks: {n_blocks} is used"
         lines.append(f"training.mode.block_size: {text}")
     lookahead, most = training.lookahead, n_blocks - 1 - config.partition[0][1]
-    if isinstance(lookahead, Overlap | Tail) and above and lookahead.blocks > most:
+    if isinstance(lookahead, Tail) and above and lookahead.blocks > most:
         text = f"{lookahead.blocks} is more than the blocks above the lowest stage: {most} is used"
         lines.append(f"training.lookahead.blocks: {text}")

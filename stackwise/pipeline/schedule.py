@@ -12,7 +12,7 @@ from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.adapters import HELD, AdapterSize
-from stackwise.config.choices import Auxiliary, CausalAdaptation, Overlap, Tail
+from stackwise.config.choices import Auxiliary, CausalAdaptation, Tail
 from stackwise.config.growth import Grown
 from stackwise.config.kinds import BlockPart
 from stackwise.config.precision import stack_adapters, stack_precision, trunk_precision
@@ -438,8 +438,6 @@ def _lookahead(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...
     match config.training.lookahead:
         case Tail(blocks=count):
             return block_parts(max(last, top - count) + 1, top)
-        case Overlap(blocks=count):
-            return block_parts(last + 1, min(last + count, top))
         case Auxiliary(blocks=count):
             return tuple(auxiliary_part(depth, index) for index in range(count))
     return ()

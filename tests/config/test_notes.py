@@ -114,10 +114,6 @@ def test_a_setting_that_is_not_used_has_one_line(base: dict[str, Any], name: str
             "training.lookahead.blocks: 9 is more than the blocks above the lowest stage: 3 is used",
         ),
         (
-            {"training.lookahead": "overlap", "training.lookahead_blocks": 3, "training.block_size": 2},
-            "training.lookahead.blocks: 3 is more than the blocks above the lowest stage: 2 is used",
-        ),
-        (
             {**P, "training.block_size": 2, "training.n_stages": 2},
             "training.mode is unused: training.progressive.enabled is true",
         ),
@@ -199,5 +195,5 @@ def test_what_settings_are_for_is_what_the_schedule_does(base: dict[str, Any], f
     stages = schedule(made)
     assert reading_depths(made) == [stage.depth for stage in stages if stage.reads_boundary]
     assert trains_heads_apart(made) == any({FRONT, HEAD} & set(stage.trains) == {HEAD} for stage in stages)
-    looking = schedule(config({**base, "training.fusion.strategy": fusion, "training.lookahead": "overlap"}))
+    looking = schedule(config({**base, "training.fusion.strategy": fusion, "training.lookahead": "auxiliary"}))
     assert has_blocks_above(made) == any(stage.lookahead for stage in looking)

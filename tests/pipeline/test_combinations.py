@@ -68,7 +68,6 @@ def test_a_qlora_rack_generates(over_qlora: Path, micro: Micro, tmp_path: Path) 
         {"training__lookahead": "auxiliary", "training__eval_every": 2},
         QLORA | {"training__eval_every": 2},
         pytest.param({"training__lookahead": "tail", "model__architecture__n_stacks": 3}, marks=pytest.mark.stress),
-        pytest.param({"training__lookahead": "overlap", "model__architecture__n_stacks": 3}, marks=pytest.mark.stress),
         pytest.param(QLORA | {"training__fusion__strategy": "hierarchical"}, marks=pytest.mark.stress),
         pytest.param({"training__eval_every": 2, "model__attention": "mla"}, marks=pytest.mark.stress),
     ],

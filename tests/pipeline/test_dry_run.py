@@ -122,7 +122,7 @@ def test_the_key_that_decides_is_named(
         ("training.objective", "clm", [0, 1]),
         ("training.objective", {"name": "mask_diffusion", "weight": "inverse_time"}, [0, 1]),
         ("training.tied_head", "frozen", [1]),
-        ("training.lookahead", "overlap", [0, 1]),
+        ("training.lookahead", "auxiliary", [0, 1]),
         ("training.seq_len", 16, [0, 1]),
         ("model.attention", "linear", [0, 1]),
         ("model.init_std", 0.03, [0, 1]),

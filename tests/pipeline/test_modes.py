@@ -61,17 +61,6 @@ def test_a_shared_tail_trains_along_with_every_stage(ran: Any) -> None:
     assert [stage.record["recipe"]["initial"]["block.2"] for stage in stages] == [None, *digests[:2]]
 
 
-def test_overlapping_stages_train_a_block_twice_and_hand_on_the_lower_one(ran: Any) -> None:
-    directory = ran(training__lookahead="overlap")
-    stages = committed(directory)
-    assert set(stages[0].record["parts"]) == {"front", "block.0", "block.1", "head"}
-    assert stages[1].record["recipe"]["initial"]["block.1"] == stages[0].record["parts"]["block.1"]
-    assert stages[1].record["parts"]["block.1"] != stages[0].record["parts"]["block.1"]
-    with ActivationStore(directory / "store", create=False) as store:
-        below = sorted(info.depth for info in store.boundaries())
-    assert below == [1, 2]
-
-
 def test_an_auxiliary_head_stays_with_its_stage(ran: Any, tmp_path: Path) -> None:
     from stackwise.pipeline.committed.use import export_rack
 

@@ -330,8 +330,7 @@ def test_swapped_stages_go_on_like_resident_ones(micro: Micro, tmp_path: Path, e
 @pytest.mark.parametrize(
     "mode",
     [
-        {"training.lookahead": "tail"},
-        {"training.lookahead": "overlap", "training.ema": 0.9},
+        {"training.lookahead": "tail", "training.ema": 0.9},
         {"training.lookahead": "auxiliary", "training.fresh_masks": True},
         {"training.fusion.strategy": "trainable"},
         {"training.fusion.strategy": "frozen"},
