@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "stackwise"
 
 FLOORS = [
-    {"errors", "identity", "version"},
+    {"errors", "identity", "presets", "version"},
     {"files", "host", "text", "words"},
     {"durable", "registry", "batch", "shapes"},
     {"config"},

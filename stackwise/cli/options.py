@@ -14,6 +14,7 @@ import click
 
 from stackwise.cli.output import note
 from stackwise.errors import ConfigError, NotFound, StackWiseError, UsageError
+from stackwise.presets import DEFAULT_PRESET, FINETUNE, PRESETS
 from stackwise.text import check_plain
 
 if TYPE_CHECKING:
@@ -21,24 +22,8 @@ if TYPE_CHECKING:
     from stackwise.pipeline.run import RunDirectory
 
 F = TypeVar("F", bound=Callable[..., Any])
-PRESETS = (
-    "micro",
-    "smoke",
-    "demo",
-    "stages",
-    "finetune",
-    "gpt2-small",
-    "bert-base",
-    "llama-1b",
-    "llama-8b",
-    "llama-70b",
-)
-"""The names of the built-in configurations, as help has them: reading their files would import all of config."""
-DEFAULT_PRESET = "demo"
 RUNS = Path("runs")
 """Where runs are by default."""
-FINETUNE = "finetune"
-"""The preset of a run from a pretrained model, where no other is named."""
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
 run_option = click.option("--run", "run", metavar="DIR", help="The run's directory. Default: the latest under runs/.")

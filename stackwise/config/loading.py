@@ -24,25 +24,12 @@ from stackwise.config.training import STACK_PRECISION
 from stackwise.config.translations import translate
 from stackwise.errors import ConfigError, NotFound, UsageError
 from stackwise.files import IrregularFile, read_bytes
+from stackwise.presets import PRESETS
 from stackwise.text import has_control, printable
 
 C = TypeVar("C", bound=Settings)
 Tree = dict[str, Any]
 Key = tuple[str | int, ...]
-
-PRESETS = (
-    "micro",
-    "smoke",
-    "demo",
-    "stages",
-    "finetune",
-    "gpt2-small",
-    "bert-base",
-    "llama-1b",
-    "llama-8b",
-    "llama-70b",
-)
-"""The built-in configurations: from seconds on two cores to one H200 for months."""
 
 MOST_BYTES = 256 << 10
 """Bytes of a configuration file, at most."""

@@ -9,11 +9,9 @@ import yaml
 
 from stackwise.config.fields import Section
 from stackwise.config.kinds import Kind
-from stackwise.config.loading import PRESETS, parse_yaml, preset_path
+from stackwise.config.loading import parse_yaml, preset_path
 from stackwise.config.schema import Settings
 from stackwise.registry import Registry
-
-__all__ = ["PRESETS", "commented"]
 
 
 def commented(preset: str, name: str | None = None) -> str:

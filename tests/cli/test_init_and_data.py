@@ -7,15 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from stackwise.cli import options
 from stackwise.config import StackWiseConfig
-from stackwise.config.presets import PRESETS
 from stackwise.data import PreparedData
+from stackwise.presets import PRESETS
 from tests.cli.conftest import Cli
-
-
-def test_help_names_the_presets() -> None:
-    assert options.PRESETS == PRESETS
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -9,9 +9,10 @@ import pytest
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build, dump, parse_overrides, parse_yaml
-from stackwise.config.presets import PRESETS, commented
+from stackwise.config.presets import commented
 from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError, NotFound, UsageError
+from stackwise.presets import PRESETS
 
 SEED_YAML = """
 model:

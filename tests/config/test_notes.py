@@ -8,10 +8,10 @@ import pytest
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build, dump, parse_yaml
-from stackwise.config.presets import PRESETS
 from stackwise.config.unused import has_blocks_above, reading_depths, trains_heads_apart, unused_settings
 from stackwise.errors import ConfigError
 from stackwise.pipeline.schedule import FRONT, HEAD, schedule
+from stackwise.presets import PRESETS
 
 P = {"training.progressive.enabled": True}
 Q = {**P, "training.progressive.trunk_strategy": "qlora", "training.progressive.qlora_rank": 4}

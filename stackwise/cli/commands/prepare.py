@@ -14,10 +14,11 @@ import click
 from stackwise import words
 from stackwise.cli.app import Subcommands
 from stackwise.cli.drawing import phases
-from stackwise.cli.options import COUNT, DEFAULT_PRESET, as_json, naming_options, preset_option
+from stackwise.cli.options import COUNT, as_json, naming_options, preset_option
 from stackwise.cli.output import note, print_json, say
 from stackwise.errors import UsageError
 from stackwise.files import expanded
+from stackwise.presets import DEFAULT_PRESET
 
 if TYPE_CHECKING:
     from stackwise.config import DataConfig
