@@ -16,20 +16,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import Result, overrides, parser, positive, run_command, say, table
 from benchmarks.document import Section
 from stackwise.config import StackWiseConfig
+from stackwise.pipeline.committed.load import load_rack
+from stackwise.pipeline.committed.use import export_rack
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
+from stackwise.pretrained.writing import ExportOptions
 
 RANDOM = "random"
+MODEL = "loss of a model, sqrt"
 ORDERS: dict[str, dict[str, str] | None] = {
     RANDOM: None,
     "rarity, sqrt": {"by": "rarity", "competence": "sqrt"},
     "rarity, linear": {"by": "rarity", "competence": "linear"},
     "compression, sqrt": {"by": "compression", "competence": "sqrt"},
     "length, sqrt": {"by": "length", "competence": "sqrt"},
+    MODEL: {"by": "model", "competence": "sqrt"},
+    "self-paced, sqrt": {"by": "loss", "competence": "sqrt"},
 }
+WINDOWS = 6
+"""Of the self-paced order: at the end of each the rack says how hard the rows of the next one are."""
 PACKAGES = ("asyncio", "email", "json", "unittest", "xml")
 
 
@@ -64,8 +74,35 @@ def _measured(options: argparse.Namespace, here: Path) -> Result:
 
 
 def _bits_per_byte(here: Path, order: str, seed: int, options: argparse.Namespace) -> float:
+    run = RunDirectory(here / f"{order.replace(', ', '-').replace(' ', '-')}-{seed}")
+    values = _values(seed, options) | {"training.curriculum": ORDERS[order]}
+    if order == MODEL:
+        values["training.curriculum"] = {**(ORDERS[order] or {}), "model": str(_judge(here, seed, options))}
+    if order.startswith("self-paced"):
+        values["training.windows"] = WINDOWS
+    _trained(values, run)
+    evaluation = run.evaluation()
+    assert evaluation is not None
+    return float(evaluation["bits_per_byte"])
+
+
+def _judge(here: Path, seed: int, options: argparse.Namespace) -> Path:
+    """A model of half the width that saw half the steps, in random order."""
+    run, model = RunDirectory(here / f"judge-{seed}"), here / f"judge-{seed}-model"
+    if not model.exists():
+        values = _values(seed, options)
+        _trained(values | {"model.d_model": 32, "training.steps": max(1, options.steps // 2)}, run)
+        export_rack(load_rack(run, torch.device("cpu")), model, ExportOptions())
+    return model
+
+
+def _trained(values: dict[str, Any], run: RunDirectory) -> None:
+    Runner(StackWiseConfig.from_preset("micro", values), run, lambda event: None).run()
+
+
+def _values(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     library = Path(sysconfig.get_path("stdlib"))
-    values: dict[str, Any] = {
+    return {
         "data.paths": [str(library / part) for part in PACKAGES],
         "seed": seed,
         "training.objective": "clm",
@@ -73,17 +110,11 @@ def _bits_per_byte(here: Path, order: str, seed: int, options: argparse.Namespac
         "training.steps": options.steps,
         "training.batch_size": 8,
         "training.seq_len": 128,
-        "training.curriculum": ORDERS[order],
         "model.d_model": 64,
         "model.architecture.n_stacks": 2,
         "tracking.trackers": [],
         **overrides(options.overrides),
     }
-    run = RunDirectory(here / f"{order.replace(', ', '-')}-{seed}")
-    Runner(StackWiseConfig.from_preset("micro", values), run, lambda event: None).run()
-    evaluation = run.evaluation()
-    assert evaluation is not None
-    return float(evaluation["bits_per_byte"])
 
 
 def _section(found: Result) -> Section:

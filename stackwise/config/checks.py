@@ -19,6 +19,7 @@ from stackwise.config.precision import (
     weight_format,
 )
 from stackwise.config.schema import Settings
+from stackwise.config.training import Curriculum
 from stackwise.errors import UsageError
 
 Fault = tuple[str, str]
@@ -181,6 +182,19 @@ def _store(config: Settings) -> Iterator[Fault]:
             yield "store.path", f"{{{name}}} stands for nothing; {{rank}} is the number of a rank, {{host}} its host"
 
 
+def _curriculum(config: Settings, curriculum: Curriculum, depth: int) -> Iterator[str]:
+    """What rows cannot be ordered by."""
+    objective, by = config.objective, curriculum.by
+    if objective.rolls_out:
+        yield f"{objective.name} trains on answers, which have no order: leave it out"
+    if by == "model" and curriculum.model is None:
+        yield "by: model needs model: DIR, a Hugging Face directory or an export"
+    if by in ("model", "loss") and objective.sequences > 1:
+        yield f"by: {by} goes by the loss of a row, and {objective.name} compares two answers: set by: length or rarity"
+    if by == "loss" and (config.windows == 1 or depth >= config.n_sections):
+        yield "by: loss goes by a stage's loss at the end of its window before: set training.windows, or by: model"
+
+
 def _stages(config: Settings) -> Iterator[Fault]:
     """What single stages cannot have."""
     training, n_blocks, count = config.training, config.model.n_blocks, config.n_stages
@@ -195,9 +209,8 @@ def _stages(config: Settings) -> Iterator[Fault]:
             which = "patience" if settings.patience is not None else "keep_best"
             yield f"{key}.{which}", "needs held-out losses: set training.eval_every too"
             break
-        if settings.curriculum is not None and config.windows > 1:
-            text = f"its easy rows come from all rows at once, and {config.windows} windows have a part each"
-            yield f"{key}.curriculum", f"{text}: leave it out, or set training.windows: 1"
+        if settings.curriculum is not None and (faults := list(_curriculum(config, settings.curriculum, depth))):
+            yield from ((f"{key}.curriculum", fault) for fault in faults)
             break
         if depth not in config.stages:
             break  # the others are like it

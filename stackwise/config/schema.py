@@ -375,10 +375,14 @@ class Settings(Section):
     def has_windows(self) -> bool:
         """Whether rows can be trained in windows: where some stage reads a boundary, whose size they are to bound.
 
-        Or where sections train in turn: a window is then a round. Or where each window answers prompts of its own.
+        Or where sections train in turn: a window is then a round. Or where each window answers prompts of its own, or
+        has its rows ordered by what the stage says of them when it begins.
         """
         if self.objective.rolls_out:
             return True
+        curriculum = self.training.curriculum
+        if curriculum is not None and curriculum.by == "loss" and self.n_sections == 1 and not self.grows:
+            return not (self.training.plan.whole or self.fresh_masks)
         if self.training.plan.whole:
             return self.n_sections > 1
         from_tokens = self.training.progressive.holds_trunk or self.stands_apart or self.grows

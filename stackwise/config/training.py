@@ -22,6 +22,7 @@ from stackwise.config.fields import (
     Share,
     Size,
     Small,
+    Text,
 )
 from stackwise.config.growth import Grown, Growth
 from stackwise.config.kinds import Kind, Objective, Optimizer, choice
@@ -133,14 +134,22 @@ _INTEGERS = re.compile(
 class Curriculum(Section):
     """Easy rows first: a step draws from the easiest share of all rows, which grows (arXiv 1903.09848)."""
 
-    by: Literal["rarity", "compression", "length"] = Field(
+    by: Literal["rarity", "compression", "length", "model", "loss"] = Field(
         "rarity",
-        description="what makes a row hard: rarity of its tokens, how little its ids compress, or the length of its "
-        "documents",
+        description="what makes a row hard: rarity of its tokens, how little its ids compress, the length of its "
+        "documents, its loss by a model, or its loss by the stage itself at the end of the window before (self-paced)",
+    )
+    model: Annotated[Text, Field(min_length=1)] | None = Field(
+        None, description="by: model: its directory (a Hugging Face directory or an export), of the same tokens"
     )
     competence: Literal["sqrt", "linear"] = Field("sqrt", description="how the share of rows grows with steps")
     start: Fraction = Field(0.1, description="the share of rows, the easiest, that the first step draws from")
     until: Fraction = Field(0.5, description="share of the steps after which all rows are drawn, as without it")
+
+    @property
+    def specification(self) -> dict[str, Any]:
+        """What of it is in a recipe as a setting: which model says how hard rows are, is among what a stage reads."""
+        return self.model_dump(exclude={"model"})
 
 
 class StageTraining(Section):
@@ -213,6 +222,8 @@ class StageTraining(Section):
         unused |= set() if self.heeds_held_out else {"eval_every"}
         values = self.model_dump(exclude=unused)
         kinds = {name: kind for name in values if isinstance(kind := getattr(self, name), Kind)}
+        if self.curriculum is not None:
+            values["curriculum"] = self.curriculum.specification
         if self.meta is not None:
             values["meta"] = self.meta.specification(judged=self.heeds_held_out)
         return values | {name: values[name] | kind.code for name, kind in kinds.items()}

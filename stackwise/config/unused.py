@@ -133,6 +133,9 @@ def unused_settings(config: Settings) -> list[str]:
     for depth, section in [(None, training), *((depth, entry.training) for depth, entry in config.stages.items())]:
         effective = training if depth is None else config.stage_training(depth)
         key = "training" if depth is None else f"stages.{depth}.training"
+        if section.curriculum is not None:
+            by = section.curriculum.by
+            lines.section(f"{key}.curriculum", section.curriculum, [("model", by != "model" and f"by is {by}")])
         if section.meta is not None:
             named = bool(config.data.tasks) and "data.tasks names the tasks"
             lines.section(f"{key}.meta", section.meta, [("permutations permuted", named)])

@@ -228,7 +228,7 @@ EVENTS: dict[str, Kind] = {
     # its boundary
     "writing": Kind(_writing, shown_by="table"),
     "teacher": Kind(lambda event: f"the teacher {event['model']} goes over its {words.plural(event['rows'], 'row')}"),
-    "past": Kind(lambda event: f"as its task before left it, it goes over its {words.plural(event['rows'], 'row')}"),
+    "past": Kind(lambda event: f"as its window before left it, it goes over its {words.plural(event['rows'], 'row')}"),
     "filling": Kind(_filling),
     "recomputing": Kind(_text),
     "boundary": Kind(shown_by="progress"),

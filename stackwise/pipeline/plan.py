@@ -29,7 +29,7 @@ from stackwise.pipeline.recipe import (
 from stackwise.pipeline.rows import HELD_OUT, drawn_rows, put_rows, rows_key
 from stackwise.pipeline.schedule import FRONT, Stage, schedule, stage_below
 from stackwise.pipeline.tasks import check_tasks, tasks_digest
-from stackwise.pipeline.teacher import teacher_of
+from stackwise.pipeline.teacher import Judge, judge_of, teacher_of
 from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
 
 
@@ -141,6 +141,12 @@ class Plan:
         self._score_model = rollouts.score_model(config, data)
         if self.teacher is not None:
             self.teacher.check(self.stages, data)
+        self._judges: dict[int, Judge] = {}
+        for stage in self.stages:  # its windows have the same
+            judge = judge_of(config, stage, self.vocabulary.size, self.vocabulary.mask, data.id)
+            if judge is not None and stage.depth not in self._judges:
+                judge.check_ids(data)
+                self._judges[stage.depth] = judge
         check_tasks(config, data, self.stages)
 
     def rowset(self, number: int) -> tuple[str, int]:
@@ -207,6 +213,8 @@ class Plan:
             inputs |= {"tasks": tasks_digest(meta, self.data)}
         if self.config.objective.rolls_out:
             inputs |= rollouts.inputs(stage, self.sources, self._score_model)
+        if (judge := self._judges.get(stage.depth)) is not None:
+            inputs |= judge.inputs(stage)
         return inputs | (self.teacher.inputs(stage) if self.teacher is not None else {})
 
     def committed(self, recipe: str) -> CommittedStage | None:

@@ -317,6 +317,9 @@ def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
         config.training.objective = objective
     if config.distillation.teacher is not None:
         config.distillation.teacher = absolute(config.distillation.teacher)
+    for settings in (config.training, *(entry.training for entry in config.stages.values())):
+        if settings.curriculum is not None and settings.curriculum.model is not None:
+            settings.curriculum.model = absolute(settings.curriculum.model)
     return config
 
 

@@ -24,8 +24,8 @@ from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_part
 from stackwise.pretrained.adapters import is_adapter
 from stackwise.pretrained.checkpoint import Checkpoint
 
-TEACHER, LOGITS, REFERENCE = "teacher", "teacher_logits", "reference"
-"""The inputs of a batch (see `stackwise.objectives.distillation` and `preferences`)."""
+TEACHER, LOGITS, REFERENCE, DIFFICULTY = "teacher", "teacher_logits", "reference", "difficulty"
+"""The inputs of a batch (see `objectives.distillation`, `objectives.preferences`, `training.curriculum`)."""
 
 PROBE = "Stages are trained one at a time; 1,234 tokens are 5% of 24,680. Straße, naïve, 東京, λ(x)\n\tdef f(x): ..."
 """Text that two tokenizers are compared on."""
@@ -61,8 +61,7 @@ class Teacher:
         self.config = config.model_copy(update={"model": model, "distillation": DistillationConfig()})
         self.forward = forward_specification(self.config, about.vocab_size, mask_token, data)
 
-    @staticmethod
-    def named(config: StackWiseConfig) -> tuple[str | None, str]:
+    def named(self, config: StackWiseConfig) -> tuple[str | None, str]:
         """Where the teacher is, and the key that says so."""
         return config.distillation.teacher, "distillation.teacher"
 
@@ -105,6 +104,15 @@ class Teacher:
                     f"{stage.depth}, where adapters train alone (training.adapters)",
                     hint="set distillation.match: none, or training.mode: end_to_end, drawn to the teacher's tokens",
                 )
+        self.check_ids(data)
+
+    def check_ids(self, data: PreparedData) -> None:
+        """Refuse data whose ids are not the teacher's.
+
+        Raises:
+            UsageError: They are of another tokenizer, or one is not among its own.
+        """
+        where = self.checkpoint.directory
         highest = max(
             len(split.counts.nonzero()[0]) and int(split.counts.nonzero()[0][-1])
             for split in (data.train, data.held_out)
@@ -167,8 +175,7 @@ class Reference(Teacher):
         self.config = self.config.model_copy(update={"store": store})
         self._data = data
 
-    @staticmethod
-    def named(config: StackWiseConfig) -> tuple[str | None, str]:
+    def named(self, config: StackWiseConfig) -> tuple[str | None, str]:
         """See `Teacher.named`: the objective's, else what the run begins from."""
         objective, init = config.objective, config.init
         if objective.reference:
@@ -192,6 +199,50 @@ class Reference(Teacher):
     def match(self, stage: Stage) -> int | None:
         """See `Teacher.match`: hidden states are drawn to nothing."""
         return None
+
+
+class Judge(Reference):
+    """The model that says how hard rows are (`training.curriculum.model`): its loss of each is kept, once, by content.
+
+    Args:
+        path: Its directory.
+        others: As of `Teacher`.
+
+    Raises:
+        UsageError: It has no head, or see `Teacher`.
+    """
+
+    def __init__(self, path: str, config: StackWiseConfig, vocab_size: int, mask_token: int, data: Hex) -> None:
+        self._path = path
+        super().__init__(config.model_copy(update={"distillation": DistillationConfig()}), vocab_size, mask_token, data)
+        if not self.checkpoint.names(HEAD):
+            raise UsageError(f"{self._key}: {self.checkpoint.directory} has no head, so it has no loss")
+
+    def named(self, config: StackWiseConfig) -> tuple[str | None, str]:
+        """See `Teacher.named`."""
+        key = "training.curriculum.model"
+        if (expanded(self._path) / "run.json").exists():
+            hint = f"export it (stackwise export --run {self._path} --format hf --out DIR), and name that directory"
+            raise UsageError(f"{key}: {self._path} is a run, name a model", hint=hint)
+        return self._path, key
+
+    def inputs(self, stage: Stage) -> dict[str, Hex]:
+        """See `Teacher.inputs`."""
+        objective = self._student.objective
+        about = {"trunk": self.trunk(self.n_blocks), "head": self.checkpoint.digest(HEAD), "data": self._data}
+        return {DIFFICULTY: content_id("losses of rows", about | {"objective": objective.scoring() | objective.code})}
+
+
+def judge_of(config: StackWiseConfig, stage: Stage, vocab_size: int, mask_token: int, data: Hex) -> Judge | None:
+    """Whoever says how hard a stage's rows are; None: no model does.
+
+    Raises:
+        UsageError: See `Judge`.
+    """
+    curriculum = config.stage_training(stage.depth).curriculum
+    if curriculum is None or curriculum.by != "model" or curriculum.model is None:
+        return None
+    return Judge(curriculum.model, config, vocab_size, mask_token, data)
 
 
 def teacher_of(config: StackWiseConfig, vocab_size: int, mask_token: int, data: Hex) -> Teacher | None:

@@ -6,24 +6,32 @@ import math
 import zlib
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from stackwise import identity
-from stackwise.batch import TOKENS
+from stackwise.batch import TOKENS, Batch
 from stackwise.config.training import Curriculum
+from stackwise.objectives.objective import Outputs, RuntimeObjective
 from stackwise.store import RowOrder
 from stackwise.store.order import Rows
+from stackwise.training.anchor import row_loss
 from stackwise.training.feed import Feed
 
+DIFFICULTY = "difficulty"
+"""The input of a batch that says how hard its rows are, [B, 1, 1], where a model or the stage itself says so."""
 SLICE = 1 << 12  # rows whose tokens are in memory at once
 
 
 def difficulties(feed: Feed, rows_N: np.ndarray, by: str, separator: int) -> np.ndarray:
-    """How hard rows are, float64 [N]; it follows from their tokens alone.
+    """How hard rows are, float64 [N].
 
     Args:
+        feed: Their tokens; of `model` and `loss` their losses, under `DIFFICULTY`.
         by: rarity: the mean over a row of -log p(token), p the token's share of these rows (equation 2 of the paper,
             by token); compression: bytes that DEFLATE makes of a row's ids, all rows being equally long; length: the
-            mean tokens of a document within the row (the paper's sentence length, section 2.1).
+            mean tokens of a document within the row (the paper's sentence length, section 2.1); model, loss: the
+            loss that was recorded of a row.
         separator: The id between documents.
     """
     slices = [rows_N[first : first + SLICE] for first in range(0, len(rows_N), SLICE)]
@@ -31,6 +39,9 @@ def difficulties(feed: Feed, rows_N: np.ndarray, by: str, separator: int) -> np.
     def tokens(rows: np.ndarray) -> np.ndarray:
         return np.asarray(feed.sources[TOKENS].read(rows).numpy())
 
+    if by in ("model", "loss"):
+        recorded = [feed.sources[DIFFICULTY].read(rows).flatten() for rows in slices]
+        return torch.cat(recorded).double().numpy()
     if by == "compression":
         return np.array(
             [len(zlib.compress(row.astype("<u4").tobytes(), 9)) for rows in slices for row in tokens(rows)], np.float64
@@ -53,6 +64,31 @@ def _lengths(text_NS: np.ndarray) -> np.ndarray:
     return np.asarray(text_NS.sum(axis=1) / np.maximum(begins_NS.sum(axis=1), 1))
 
 
+class RowLosses(nn.Module):
+    """The loss of each row by itself, in nats a scored position, in place of logits: from [B, S, D] to [B, 1, 1].
+
+    Args:
+        head: The head.
+        objective: What is scored, as it is when training is done.
+    """
+
+    def __init__(self, head: nn.Module, objective: RuntimeObjective) -> None:
+        super().__init__()
+        self.head, self._objective = head, objective.at(None)
+        self._batch: Batch | None = None
+
+    def prepare(self, batch: Batch) -> None:
+        """Take note of the rows that come next."""
+        self._batch = batch
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Row by row: the logits of one are in memory."""
+        assert self._batch is not None, "a stage prepares its modules before each pass"
+        parts = [(x_BSD[row : row + 1], self._batch.part(row, row + 1)) for row in range(len(x_BSD))]
+        losses = [row_loss(self._objective.loss(Outputs(x_1SD, self.head), batch)) for x_1SD, batch in parts]
+        return torch.stack(losses).reshape(-1, 1, 1)
+
+
 class CurriculumOrder(RowOrder):
     """Rows drawn from the easiest ones; once competence is whole, epochs as without a curriculum.
 
@@ -65,10 +101,18 @@ class CurriculumOrder(RowOrder):
         curriculum: The settings.
         step_rows: Rows in a step.
         steps: The budget; `curriculum.until` is a share of it.
+        begun: Steps that the windows before have taken of it; the order is of those that follow.
     """
 
     def __init__(
-        self, plain: RowOrder, difficulty_N: np.ndarray, curriculum: Curriculum, *, step_rows: int, steps: int
+        self,
+        plain: RowOrder,
+        difficulty_N: np.ndarray,
+        curriculum: Curriculum,
+        *,
+        step_rows: int,
+        steps: int,
+        begun: int = 0,
     ) -> None:
         super().__init__(
             plain.rows,
@@ -80,37 +124,37 @@ class CurriculumOrder(RowOrder):
         # Stable: among equally hard rows the number decides.
         self._easiest_N = self.selected[np.argsort(difficulty_N, kind="stable")]
         self._curriculum, self._step_rows = curriculum, step_rows
-        self._growing = round(steps * curriculum.until)  # T
+        self._growing, self._begun = round(steps * curriculum.until), begun  # T
+        self._border = max(0, self._growing - begun) * step_rows
+        """The position from which on all rows are drawn."""
 
     def competence(self, step: int) -> float:
         """The share of rows, easiest first, that a step draws from."""
-        if step >= self._growing:
+        if (taken := step + self._begun) >= self._growing:
             return 1.0
-        first, done = self._curriculum.start, step / self._growing
+        first, done = self._curriculum.start, taken / self._growing
         if self._curriculum.competence == "linear":
             return min(1.0, done * (1 - first) + first)
         return min(1.0, math.sqrt(done * (1 - first**2) + first**2))
 
     def at(self, start: int, stop: int) -> Rows:
         """Rows int64 [stop - start] at these positions."""
-        border = self._growing * self._step_rows
         parts: list[Rows] = []
-        while start < min(stop, border):
+        while start < min(stop, self._border):
             step, offset = divmod(start, self._step_rows)
             parts.append(self._drawn(step)[offset : offset + stop - start])
             start += len(parts[-1])
         if start < stop:
-            parts.append(super().at(start - border, stop - border))
+            parts.append(super().at(start - self._border, stop - self._border))
         return np.concatenate(parts)
 
     def window_rows(self, position: int) -> tuple[Rows, int]:
         """The rows of the step that holds `position` (later, of the window), and the position after its last row."""
-        border = self._growing * self._step_rows
-        if position < border:
+        if position < self._border:
             step = position // self._step_rows
             return self._drawn(step), (step + 1) * self._step_rows
-        rows, end = super().window_rows(position - border)
-        return rows, end + border
+        rows, end = super().window_rows(position - self._border)
+        return rows, end + self._border
 
     def _drawn(self, step: int) -> Rows:
         among = max(1, math.ceil(self.competence(step) * self.length))

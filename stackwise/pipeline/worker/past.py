@@ -1,17 +1,20 @@
-"""Learning without forgetting: what a stage as its task before left it says of the new rows, written before it trains.
+"""What a stage as its window before left it says of its new rows, written before it trains on them.
 
-Its likeliest tokens are a boundary like a teacher's: found again by the same stage, and gone with its commit.
+Learning without forgetting asks it for its likeliest tokens, a self-paced curriculum for its loss of each row. What it
+says is a boundary like a teacher's: found again by the same stage, and gone with its commit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stackwise.batch import Batch
 from stackwise.config.continual import LwF
@@ -22,17 +25,53 @@ from stackwise.model.rack import Head
 from stackwise.objectives.distillation import LOGITS, LikeliestTokens
 from stackwise.pipeline.device import describe
 from stackwise.pipeline.estimate import Estimate
-from stackwise.pipeline.parts import JobParts
+from stackwise.pipeline.parts import JobParts, task_of
 from stackwise.pipeline.recipe import boundary_chunk_rows
 from stackwise.pipeline.schedule import FRONT, HEAD
 from stackwise.pipeline.worker.training import RESUME, StageContext
 from stackwise.store import BoundarySpec, Codec
+from stackwise.training.curriculum import DIFFICULTY, RowLosses
 from stackwise.training.feed import RowSource
 from stackwise.training.forward import MakeOutputs, write_boundary
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_parts import grouped_outputs
 
 PROGRESS_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a stage is asked for of each row.
+
+    Args:
+        name: The input that a batch has it as.
+        trunk: What makes it, and what of that shapes the numbers.
+        shape: Positions of a row, and numbers at each.
+        above: The module in place of the head.
+    """
+
+    name: str
+    trunk: tuple[str, dict[str, Any]]
+    shape: tuple[int, int]
+    above: Callable[[Head], nn.Module]
+
+
+def _asked(context: StageContext) -> list[_Asked]:
+    job, config = context.job, context.config
+    asked, method, curriculum = list[_Asked](), config.training.continual, context.settings.curriculum
+    if not job.train or not context.stage.window:  # in its first window a stage has no past
+        return asked
+    if isinstance(method, LwF):
+        top_k = min(method.top_k, job.vocab_size)
+        shape = config.row_positions, 2 * top_k
+        asked.append(_Asked(LOGITS, ("past", {"top_k": top_k}), shape, lambda head: LikeliestTokens(head, top_k)))
+    if curriculum is not None and curriculum.by == "loss":
+        objective = task_of(config, job.mask_token, job.vocab_size, job.stage)
+        scored = config.objective.scoring() | config.objective.code
+        asked.append(
+            _Asked(DIFFICULTY, ("past losses", {"objective": scored}), (1, 1), lambda head: RowLosses(head, objective))
+        )
+    return asked
 
 
 @contextlib.contextmanager
@@ -46,32 +85,31 @@ def beside_past(context: StageContext, model: StageModel | None) -> Iterator[Sta
     Raises:
         InterruptedRun: Told to stop; what was written stays.
     """
-    method = context.config.training.continual
-    if not isinstance(method, LwF) or not context.stage.window or not context.job.train:
-        yield context
-        return
-    boundary = ""
-    for rank in range(context.ranks.size):  # what the first has written, the others find
+    asked, boundaries = _asked(context), list[Hex]()
+    for rank in range(context.ranks.size if asked else 0):  # what the first has written, the others find
         if rank == context.ranks.rank:
-            boundary = _written(context, model, min(method.top_k, context.job.vocab_size))
+            boundaries = [_written(context, model, one) for one in asked]
         context.ranks.wait()
-    with context.store.reader(boundary) as reader:
-        sources = {**context.feed.sources, LOGITS: RowSource(boundary, reader.read)}
-        yield replace(context, feed=replace(context.feed, sources=sources))
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(context.store.reader(boundary)) for boundary in boundaries]
+        more = {one.name: RowSource(reader.info.id, reader.read) for one, reader in zip(asked, readers, strict=True)}
+        yield replace(context, feed=replace(context.feed, sources={**context.feed.sources, **more}))
     if context.ranks.main:
-        context.store.drop(boundary)
+        for boundary in boundaries:
+            context.store.drop(boundary)
 
 
-def _written(context: StageContext, model: StageModel | None, top_k: int) -> Hex:
-    """The boundary with the stage's likeliest tokens at every position of its rows."""
+def _written(context: StageContext, model: StageModel | None, asked: _Asked) -> Hex:
+    """The boundary with what a stage is asked for of its rows."""
     job, config, rowset, begun = context.job, context.config, context.feed.rowset, time.perf_counter()
-    about = {"initial": job.recipe["initial"], "reads": job.recipe["reads"], "forward": job.forward, "top_k": top_k}
+    name, shaped = asked.trunk
+    about = {"initial": job.recipe["initial"], "reads": job.recipe["reads"], "forward": job.forward}
     spec = BoundarySpec(
-        trunk=content_id("past", about),
+        trunk=content_id(name, about | shaped),
         rowset=rowset.id,
         depth=context.stage.depth + 1,
-        seq_len=config.row_positions,
-        d_model=2 * top_k,
+        seq_len=asked.shape[0],
+        d_model=asked.shape[1],
         codec="fp32",  # an id must stay whole
         chunk_rows=boundary_chunk_rows(config, rowset.rows),
     )
@@ -86,7 +124,7 @@ def _written(context: StageContext, model: StageModel | None, top_k: int) -> Hex
     with context.store.writer(spec) as writer:
         if writer.info.state != "complete":
             context.event("past", rows=rowset.rows)
-            stages = _by_groups(context, top_k) if model is None else [_saying(model, top_k)]
+            stages = _by_groups(context, asked) if model is None else [_saying(model, asked)]
             done = write_boundary(stages, context.feed, writer, context.device, progress=progress, stop=context.stop)
             if not done.finished:
                 raise InterruptedRun("stopped while a stage went over its new rows", hint=RESUME)
@@ -94,14 +132,14 @@ def _written(context: StageContext, model: StageModel | None, top_k: int) -> Hex
     return writer.info.id
 
 
-def _saying(model: StageModel, top_k: int) -> StageModel:
-    """A stage that gives its likeliest tokens, of the same modules."""
+def _saying(model: StageModel, asked: _Asked) -> StageModel:
+    """A stage that says what it is asked for, of the same modules."""
     assert isinstance(model.head, Head), "a stage that trains has a head"
-    blocks = [*model.blocks, *model.beyond, LikeliestTokens(model.head, top_k)]
+    blocks = [*model.blocks, *model.beyond, asked.above(model.head)]
     return StageModel(model.front, blocks, None, model.objective, model.precision)
 
 
-def _by_groups(context: StageContext, top_k: int) -> MakeOutputs:
+def _by_groups(context: StageContext, asked: _Asked) -> MakeOutputs:
     """The same of a stage of which one group is in memory at a time, and the head."""
     job, config, device = context.job, context.config, context.device
     swap = Estimate(config, job.vocab_size, job.stage, device.type).swap(int(describe(device)["memory"]), host_total())
@@ -111,12 +149,22 @@ def _by_groups(context: StageContext, top_k: int) -> MakeOutputs:
     embedding_VD = whole.make(FRONT, None).get_parameter("embedding.weight").detach() if whole.tied else None
     head = whole.make(HEAD, None, embedding_VD)
     assert isinstance(head, Head)
-    says = LikeliestTokens(head, top_k).to(device).eval()
+    says = asked.above(head).to(device).eval()
     row_bytes = 4 * config.row_positions * config.model.d_model
     make = grouped_outputs(below, swap.groups, row_bytes, swap.boundaries)
 
     def outputs(batches: Iterator[Batch], codec: Codec, device: torch.device) -> Generator[Tensor]:
-        for x_BSD in make(batches, codec, device):
+        waiting: deque[Batch] = deque()
+
+        def noted() -> Iterator[Batch]:
+            for batch in batches:
+                waiting.append(batch)
+                yield batch
+
+        for x_BSD in make(noted(), codec, device):
+            batch = waiting.popleft()
+            if callable(prepare := getattr(says, "prepare", None)):
+                prepare(batch.to(device))
             with torch.no_grad(), below.model({}).numerics(device):
                 answers: Tensor = says(x_BSD.to(device)).cpu()
             yield answers

@@ -26,9 +26,10 @@ from stackwise.pipeline.job import Source
 from stackwise.pipeline.parts import load_part, make_head
 from stackwise.pipeline.recipe import boundary_chunk_rows
 from stackwise.pipeline.schedule import FRONT, HEAD
-from stackwise.pipeline.teacher import LOGITS, REFERENCE, Teacher, teacher_of
+from stackwise.pipeline.teacher import DIFFICULTY, LOGITS, REFERENCE, Teacher, judge_of, teacher_of
 from stackwise.pipeline.worker.training import RESUME, StageContext
 from stackwise.store import BoundarySpec
+from stackwise.training.curriculum import RowLosses
 from stackwise.training.feed import Feed, RowSource
 from stackwise.training.forward import forward_rows, write_boundary
 from stackwise.training.stage import StageModel
@@ -50,16 +51,20 @@ def beside_teacher(context: StageContext) -> Iterator[StageContext]:
     config, job = context.config, context.job
     data = PreparedData.open(Path(job.data)).id
     teacher = teacher_of(config, job.vocab_size, job.mask_token, data) if job.train else None
-    if teacher is None:
+    judge = judge_of(config, job.stage, job.vocab_size, job.mask_token, data) if job.train else None
+    if teacher is None and judge is None:
         yield context
         return
-    lesson = _Lesson(context, teacher)
     with contextlib.ExitStack() as stack:
         feed, held_out = context.feed, context.held_out
         for rank in range(context.ranks.size):  # what the first has written, the others find
             if rank == context.ranks.rank:
-                feed = lesson.added(stack, feed)
-                held_out = None if held_out is None else lesson.added(stack, held_out)
+                if judge is not None:  # held-out rows have no order
+                    feed = _Lesson(context, judge).added(stack, feed)
+                if teacher is not None:
+                    lesson = _Lesson(context, teacher)
+                    feed = lesson.added(stack, feed)
+                    held_out = None if held_out is None else lesson.added(stack, held_out)
             context.ranks.wait()
         gc.collect()
         yield replace(context, feed=feed, held_out=held_out)
@@ -83,6 +88,8 @@ class _Lesson:
                 boundary = self._of_head(feed, trunk, _likeliest, (feed.seq_len, 2 * teacher.top_k))
             elif name == REFERENCE:
                 boundary = self._of_head(feed, trunk, _Said, (2, 1))
+            elif name == DIFFICULTY:
+                boundary = self._of_head(feed, trunk, _losses, (1, 1))
             else:
                 boundary = self._hidden(feed, teacher.depth(context.stage))
             reader = stack.enter_context(context.store.reader(boundary))
@@ -171,6 +178,11 @@ class _Lesson:
 def _likeliest(head: Head, lesson: _Lesson) -> nn.Module:
     """The likeliest tokens of those that the student knows."""
     return LikeliestTokens(head, lesson.teacher.top_k, lesson.teacher.shared_ids)
+
+
+def _losses(head: Head, lesson: _Lesson) -> nn.Module:
+    """The loss of each row."""
+    return RowLosses(head, lesson.objective())
 
 
 class _Said(nn.Module):

@@ -38,7 +38,7 @@ from stackwise.training import checkpoint
 from stackwise.training.adaptation import ADAPTATION
 from stackwise.training.anchor import FISHER, PLACE
 from stackwise.training.checkpoint import Checkpoints, reason
-from stackwise.training.curriculum import CurriculumOrder, difficulties
+from stackwise.training.curriculum import DIFFICULTY, CurriculumOrder, difficulties
 from stackwise.training.engine import WEIGHT, Engine, ResidentEngine, State
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.optim import Rising
@@ -198,11 +198,14 @@ def row_order(context: StageContext) -> RowOrder:
     step_rows, replay = settings.batch_size * settings.accumulation, config.training.continual
     if isinstance(replay, Replay) and job.replayed:
         return ReplayOrder(order, job.replayed, replay.share, step_rows)
-    if settings.curriculum is None:
-        return order
+    if settings.curriculum is None or (settings.curriculum.by == "loss" and DIFFICULTY not in context.feed.sources):
+        return order  # by its own loss only a stage that has been trained can say what is hard
     separator = PreparedData.open(Path(job.data)).separator_id
     difficulty_N = difficulties(context.feed, order.selected, settings.curriculum.by, separator)
-    return CurriculumOrder(order, difficulty_N, settings.curriculum, step_rows=step_rows, steps=job.span.steps)
+    begun = job.span.first - job.rows_begin  # positions that go on from window to window count it already
+    return CurriculumOrder(
+        order, difficulty_N, settings.curriculum, step_rows=step_rows, steps=job.span.steps, begun=begun
+    )
 
 
 def rising(job: StageJob) -> Rising | None:
