@@ -33,6 +33,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.getbasetemp() / "cache"
     path.mkdir(exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = str(path)
+    # Runs that tests start as processes of their own have their workers forked from one template: its imports, of 2 to
+    # 3 s, are theirs once and not for each.
+    (templates := path / "t").mkdir(mode=0o700, exist_ok=True)
+    os.environ["STACKWISE_TEMPLATES"] = str(templates)
     return path
 
 

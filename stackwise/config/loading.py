@@ -6,6 +6,7 @@ is nested without end is refused here, in a line, before anything is built from 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import typing
@@ -39,11 +40,22 @@ MOST_DIGITS = 18
 """Digits of a whole number, at most: what 64 bits hold."""
 
 
+_LibYAML: Any = getattr(yaml, "CBaseLoader", None)
+"""libyaml's parser, several times as fast as the one in Python; PyYAML may have been built without it."""
+_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class _Dumper(_SafeDumper):  # type: ignore[misc]
+    """YAML that `_Loader` reads back as it was: a text that it would take for a number is quoted."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML of plain data: 1e-3 is a number (as YAML 1.2 has it), and what is no plain data is a fault."""
 
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
+    def __init__(self, text: str, events: Any = None) -> None:
+        super().__init__(text)
+        if events is not None:
+            vars(self).update({name: getattr(events, name) for name in ("check_event", "peek_event", "get_event")})
         self._depth = self._nodes = 0
         self._sizes: dict[str, int] = {}
 
@@ -77,11 +89,12 @@ def _fault(text: str, place: Any) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, text, place.start_mark)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def _whole(loader: _Loader, node: yaml.ScalarNode) -> int | str:
@@ -147,8 +160,12 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     if len(text) > MOST_BYTES:
         raise ConfigError([f"it is longer than {MOST_BYTES} characters"], source=source)
+    if _LibYAML is not None:
+        # What it stumbles on is read again in Python, which says more exactly what is wrong where.
+        with contextlib.suppress(yaml.YAMLError, ValueError, OverflowError):
+            return _Loader(text, _LibYAML(text)).get_single_data()
     try:
-        return yaml.load(text, _Loader)
+        return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -276,7 +293,8 @@ def dump(config: Settings) -> str:
     """A configuration as YAML, every setting resolved, that `load` reads back as an equal one."""
     plain = config.model_dump(exclude={"stages"})
     plain["stages"] = {k: overrides.model_dump(exclude_unset=True) for k, overrides in sorted(config.stages.items())}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return text
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -61,6 +61,7 @@ forking.serve(socket.socket(fileno=int(sys.argv[1])))
 def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A template of the test's own, gone after it."""
     monkeypatch.setattr(forking, "_template", [])
+    monkeypatch.delenv(forking.SHARED)
     yield
     forking.end_template()
 
@@ -219,7 +220,7 @@ def test_weights_are_those_of_workers_started_by_themselves(
     assert all(forked[:2])
 
 
-def test_a_runner_that_is_killed_leaves_a_worker_that_saves(micro: Micro, tmp_path: Path) -> None:
+def test_a_runner_that_is_killed_leaves_a_worker_that_saves(own: None, micro: Micro, tmp_path: Path) -> None:
     config = micro(training__steps=100_000, training__rows=500, training__checkpoint_steps=None)
     (tmp_path / "stackwise.yaml").write_text(dump(config))
     command = Command(tmp_path / "stackwise.yaml", tmp_path / "run")
@@ -234,7 +235,7 @@ def test_a_runner_that_is_killed_leaves_a_worker_that_saves(micro: Micro, tmp_pa
         assert store.verify()["damaged"] == []
 
 
-def test_the_end_of_a_python_process_is_its_templates(tmp_path: Path) -> None:
+def test_the_end_of_a_python_process_is_its_templates(own: None, tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from stackwise.pipeline.worker import forking\n"
         "from stackwise.pipeline.runner.workers import Worker\n"

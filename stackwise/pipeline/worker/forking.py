@@ -7,6 +7,9 @@ it does not serve, or with STACKWISE_FORK=0, a worker is started by itself, and 
 `python -m stackwise.pipeline.worker.forking FD` is the template. It is asked on the socket FD, a packet a worker: JSON,
 with descriptors of the worker's standard streams and of a control socket, on which it says "pid" with a descriptor of
 the process, then "ended" with the exit status. It ends with whoever started it; its workers do not notice.
+
+Where STACKWISE_TEMPLATES names a directory of the user's own, its templates listen there, each on a socket called by
+what its users must agree in. They serve every command that names the directory, and end some time after the last.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import hashlib
 import json
 import os
 import re
@@ -38,6 +42,9 @@ READ_AT_IMPORT = re.compile(
     "MALLOC|GLIBC|ZARR|NUMCODECS|LC_|LANG|TZ|STACKWISE"
 )
 """Variables of the environment that modules, libraries or the interpreter read once, when they are loaded."""
+SHARED = "STACKWISE_TEMPLATES"
+IDLE_SECONDS = 20.0
+"""How long a template that is shared waits for another user."""
 
 
 def _readable(socket: socket.socket, seconds: float) -> bool:
@@ -109,8 +116,8 @@ class ForkedWorker:
             os.close(self._itself)
 
 
-_template: list[tuple[tuple[Any, ...], socket.socket, subprocess.Popen[bytes]]] = []
-"""The one template, with what its workers have of it: see `fork`."""
+_template: list[tuple[tuple[Any, ...], socket.socket, subprocess.Popen[bytes] | None]] = []
+"""The one template, with what its workers have of it (see `fork`), and its process, unless it is shared."""
 _lock = threading.Lock()
 
 
@@ -125,7 +132,7 @@ def fork(device: str, environment: dict[str, str], errors: int) -> ForkedWorker 
     # What a process has of its parent and cannot always change: a template serves those that agree in it.
     limits = [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")]
     status = re.findall(r"^(?:Umask|Uid|Gid|Groups|CapEff|NoNewPrivs):.*$", Path("/proc/self/status").read_text(), re.M)
-    variables = sorted(pair for pair in environment.items() if READ_AT_IMPORT.match(pair[0]))
+    variables = sorted(pair for pair in environment.items() if READ_AT_IMPORT.match(pair[0]) and pair[0] != SHARED)
     key = (os.getpid(), sys.executable, os.nice(0), *os.sched_getaffinity(0), *limits, *status, *variables)
     control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     (inner_in, outer_in), (outer_out, inner_out) = os.pipe(), os.pipe()
@@ -134,7 +141,10 @@ def fork(device: str, environment: dict[str, str], errors: int) -> ForkedWorker 
             with _lock, contextlib.suppress(OSError):  # the template is gone, the packet would be too large, …
                 if not _template or _template[0][0] != key:
                     end_template()
-                    _template.append((key, *_start(environment, errors)))
+                    channel, process = _shared(environment, errors, key[1:]), None
+                    if channel is None:
+                        channel, process = _start(environment, errors)
+                    _template.append((key, channel, process))
                 request = {"device": device, "environment": environment, "directory": os.getcwd()}
                 descriptors = [inner_in, inner_out, errors, theirs.fileno()]
                 socket.send_fds(_template[0][1], [json.dumps(request).encode()], descriptors)
@@ -149,15 +159,48 @@ def fork(device: str, environment: dict[str, str], errors: int) -> ForkedWorker 
 
 
 def _start(environment: dict[str, str], errors: int) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """A template of this process's own."""
     channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        return channel, _started(environment, errors, theirs)
+
+
+def _shared(environment: dict[str, str], errors: int, key: tuple[Any, ...]) -> socket.socket | None:
+    """A channel to the template that is shared by all that agree in `key`, started if need be; None: none is shared.
+
+    Raises:
+        OSError: There is no such directory, or a template in it ended just now.
+    """
+    if not (directory := environment.get(SHARED)):
+        return None
+    status = os.stat(directory)
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:  # who writes there could pose as the template
+        return None
+    path = os.path.join(directory, hashlib.sha256(repr(key).encode()).hexdigest()[:16])
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            channel.connect(path)
+            return channel
+        except ConnectionRefusedError:  # left by one that was killed
+            os.unlink(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, contextlib.suppress(OSError):
+        listener.bind(path)  # else another process was faster
+        listener.listen()
+        # It outlives this process: nobody waits for it.
+        _started(environment, errors, listener).returncode = 0
+    channel.connect(path)
+    return channel
+
+
+def _started(environment: dict[str, str], errors: int, end: socket.socket) -> subprocess.Popen[bytes]:
     # numpy's BLAS would start threads; no worker uses it, torch has its own.
     environment = environment | {"OPENBLAS_NUM_THREADS": "1"}
-    with theirs, Path(os.devnull).open("r+b") as null:
-        command, fd = python_command(MODULE, str(theirs.fileno())), theirs.fileno()
-        process = subprocess.Popen(
-            command, stdin=null, stdout=null, stderr=errors, env=environment, pass_fds=[fd], start_new_session=True
-        )
-    return channel, process
+    with Path(os.devnull).open("r+b") as null:
+        return subprocess.Popen(
+            python_command(MODULE, str(end.fileno())),
+            stdin=null, stdout=null, stderr=errors, env=environment, pass_fds=[end.fileno()], start_new_session=True,
+        )  # fmt: skip
 
 
 @atexit.register
@@ -166,13 +209,17 @@ def end_template() -> None:
     while _template:
         key, channel, process = _template.pop()
         channel.close()
-        if key[0] == os.getpid():  # else this is a copy of the process whose template it is
+        if process is not None and key[0] == os.getpid():  # else this is a copy of the process whose template it is
             process.kill()
             process.wait()
 
 
-def serve(channel: socket.socket) -> None:
-    """Be the template, until nobody is there to ask."""
+def serve(end: socket.socket) -> None:
+    """Be the template, until nobody is there to ask.
+
+    Args:
+        end: What its one user asks on; or where its users connect, which ends it when none has been there for a while.
+    """
     from stackwise.pipeline import trial  # noqa: F401
     from stackwise.pipeline.worker import __main__, jobs  # noqa: F401
 
@@ -180,11 +227,17 @@ def serve(channel: socket.socket) -> None:
         import torch._dynamo  # noqa: F401
     os.chdir("/")
     gc.freeze()  # what is there is not marked in the workers: their pages stay shared
+    shared = bool(end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    channels = dict[int, socket.socket]() if shared else {end.fileno(): end}
     poller, workers = select.poll(), dict[int, tuple[int, socket.socket]]()
-    poller.register(channel, select.POLLIN)
+    poller.register(end, select.POLLIN)
     while True:
-        for descriptor, _ in poller.poll():
-            if descriptor != channel.fileno():
+        ready = poller.poll(None if channels or workers else 1000 * IDLE_SECONDS)
+        if not ready:
+            os.unlink(end.getsockname())
+            return
+        for descriptor, _ in ready:
+            if descriptor in workers:
                 pid, control = workers.pop(descriptor)
                 poller.unregister(descriptor)
                 os.close(descriptor)
@@ -192,12 +245,24 @@ def serve(channel: socket.socket) -> None:
                 with control, contextlib.suppress(OSError):  # whoever asked is gone
                     control.send(b"ended %d" % code)
                 continue
-            message, ends, _, _ = socket.recv_fds(channel, 1 << 20, 4)
+            if descriptor not in channels:
+                user, _ = end.accept()
+                channels[user.fileno()] = user
+                poller.register(user, select.POLLIN)
+                continue
+            try:
+                message, ends, _, _ = socket.recv_fds(channels[descriptor], 1 << 20, 4)
+            except ConnectionResetError:
+                message = b""
+            if not message and shared:
+                poller.unregister(descriptor)
+                channels.pop(descriptor).close()
+                continue
             if not message or len(os.listdir("/proc/self/task")) > 1:  # a fork beside threads could hang
                 return
             control = socket.socket(fileno=ends[3])
             if (pid := os.fork()) == 0:
-                _become(json.loads(message), ends[:3], control, [channel.fileno(), *workers])
+                _become(json.loads(message), ends[:3], control, [*{end.fileno(), *channels}, *workers])
             itself = os.pidfd_open(pid)
             try:
                 socket.send_fds(control, [b"pid %d" % pid], [itself])
@@ -205,8 +270,8 @@ def serve(channel: socket.socket) -> None:
                 signal.pidfd_send_signal(itself, signal.SIGKILL)
             workers[itself] = pid, control
             poller.register(itself, select.POLLIN)
-            for end in ends[:3]:
-                os.close(end)
+            for stream in ends[:3]:
+                os.close(stream)
 
 
 def _become(request: dict[str, Any], streams: list[int], control: socket.socket, others: list[int]) -> NoReturn:
