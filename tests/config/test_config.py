@@ -94,7 +94,8 @@ def test_presets_are_valid_and_their_commented_files_say_the_same(name: str) -> 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_resolved_configuration_reads_back_as_itself(name: str) -> None:
-    config = StackWiseConfig.from_preset(name, {"stages.0.training.learning_rate": 1e-3})
+    paths = ["1e3", "no", "0x1F", "é 🙂/a: b", "- x"]
+    config = StackWiseConfig.from_preset(name, {"stages.0.training.learning_rate": 1e-3, "data.paths": paths})
     again = build(StackWiseConfig, parse_yaml(dump(config), "dump"))
     assert again.model_dump() == config.model_dump()
     assert again.stage_training(0).learning_rate == 1e-3

@@ -259,3 +259,33 @@ def test_where_a_worker_may_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.cpu_alone("cpu"), "no GPU is asked for"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not device.cpu_alone("cpu")
+
+
+def test_commands_share_a_template_where_its_place_is_theirs_alone(
+    own: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place := tmp_path / "t").mkdir(mode=0o700)
+    monkeypatch.setenv(forking.SHARED, str(place))
+    code = (
+        "import os, sys, time; from pathlib import Path; from stackwise.pipeline.runner.workers import Worker\n"
+        "worker = Worker('cpu', Path(sys.argv[1]))\n"
+        "while not worker.pid: time.sleep(0.01)\n"
+        "print(Path(f'/proc/{worker.pid}/stat').read_text().rpartition(')')[2].split()[1]); worker.close()"
+    )
+
+    def template_of_a_command() -> int:
+        command = [sys.executable, "-W", "error", "-c", code, str(tmp_path / "log")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        return int(done.stdout)
+
+    first = template_of_a_command()
+    assert template_of_a_command() == first
+    os.kill(first, signal.SIGKILL)
+    assert gone(first)
+    second = template_of_a_command()
+    assert second not in (first, os.getpid())
+    os.kill(second, signal.SIGKILL)
+    place.chmod(0o777)
+    third = template_of_a_command()
+    assert gone(third), "others could pose as the template there: it was the command's own"
