@@ -5,6 +5,7 @@ Shapes in names: B rows, S positions.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,24 @@ from stackwise.errors import UsageError
 
 TOKENS, MASKS, ACTIVATIONS, SEGMENTS = "tokens", "masks", "activations", "segments"
 """Inputs that every stage knows. All others are named columns of the data, such as "targets"."""
+
+
+_HOST = "stackwise_host"
+"""The attribute of a tensor on a device that has what it was copied from."""
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A tensor's values on the CPU; of a batch's tokens, without waiting for the device."""
+    host: Tensor = getattr(tensor, _HOST, tensor)
+    return host.cpu()
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; what comes from the CPU travels by itself, and nothing is waited for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        with contextlib.suppress(RuntimeError):  # where nothing can be pinned, the copy is waited for
+            tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -86,6 +105,8 @@ class Batch:
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         moved = {name: tensor if name == MASKS else move(tensor) for name, tensor in self.tensors.items()}
+        if (tokens_BS := moved.get(TOKENS)) is not None and tokens_BS.device.type != "cpu":
+            setattr(tokens_BS, _HOST, self.tensors[TOKENS])  # a slice of it, or a cast, has none
         return replace(self, tensors=moved)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model import kinds
 
+FUSED_NORMS = {"cuda"}
+"""Kinds of device on which a norm under autocast gives what the layers behind it take, and keeps what it was given."""
+
 
 class RMSNorm(nn.RMSNorm):
     """Root mean square norm (arXiv 1910.07467): computed in the wider of input and weight, given in the weight's dtype.
@@ -26,20 +29,61 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D] in the weight's dtype."""
-        wide = torch.promote_types(x.dtype, self.weight.dtype)
-        y = F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
-        return y.to(self.weight.dtype)
+        """[..., D] to [..., D] in the weight's dtype; see `FUSED_NORMS`."""
+        return _normed(x, self.weight, None, self._wide)
+
+    def _wide(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
     """Layer norm (arXiv 1607.06450) with weight and bias, with the dtypes of `RMSNorm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D] in the weight's dtype."""
-        wide = torch.promote_types(x.dtype, self.weight.dtype)
-        y = F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
-        return y.to(self.weight.dtype)
+        """[..., D] to [..., D] in the weight's dtype; see `FUSED_NORMS`."""
+        return _normed(x, self.weight, self.bias, self._wide)
+
+    def _wide(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+Normalize = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _normed(x: Tensor, weight: Tensor, bias: Tensor | None, normalize: Normalize) -> Tensor:
+    wide, kind = torch.promote_types(x.dtype, weight.dtype), x.device.type
+    if kind in FUSED_NORMS and x.dtype != wide and torch.is_autocast_enabled(kind):
+        # A compiler decides by itself what to keep.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return normalize(x.to(wide), weight, bias).to(x.dtype)
+        y: Tensor = _NarrowNorm.apply(x, weight, bias, normalize)  # type: ignore[no-untyped-call]
+        return y
+    y = normalize(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return y.to(weight.dtype)
+
+
+class _NarrowNorm(torch.autograd.Function):
+    """A norm from and to 16 bits, computed in the weight's dtype, that keeps its 16-bit input alone.
+
+    The wide copies of input and output live while it runs; the way back makes them anew. Its gradient has a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, normalize: Normalize) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.normalize = normalize
+        return normalize(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()  # a gradient of this gradient is wanted
+        wanted = list(zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True))
+        with torch.enable_grad():
+            x, weight, bias = (t if again or t is None else t.detach().requires_grad_(need) for t, need in wanted)
+            y = ctx.normalize(x.to(weight.dtype), weight, bias).to(x.dtype)
+            inputs = [t for t, (_, need) in zip((x, weight, bias), wanted, strict=True) if need]
+            gradients = iter(torch.autograd.grad(y, inputs, slopes, create_graph=again))
+        return *(next(gradients) if need else None for _, need in wanted), None
 
 
 def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:

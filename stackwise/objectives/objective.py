@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stackwise.batch import Batch, Term
+from stackwise.batch import Batch, Term, sent
 from stackwise.config.direction import Direction
 from stackwise.objectives.cross_entropy import head_cross_entropy
 
@@ -126,5 +126,4 @@ class RuntimeObjective(abc.ABC):
 
 def flat_index(positions_BS: Tensor, device: torch.device) -> Tensor:
     """Indices into the flattened positions that are True, int64 [n]."""
-    index_n = positions_BS.flatten().nonzero().squeeze(1)
-    return index_n.to(device, non_blocking=True)
+    return sent(positions_BS.flatten().nonzero().squeeze(1), device)

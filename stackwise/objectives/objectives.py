@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stackwise.batch import MASKS, Batch
+from stackwise.batch import MASKS, Batch, on_host, sent
 from stackwise.config.direction import Annealed, BlockCausal
 from stackwise.config.training import TrainingConfig
 from stackwise.errors import UsageError
@@ -43,7 +43,7 @@ class MaskDiffusionObjective(RuntimeObjective):
 
     def shown(self, batch: Batch) -> Tensor:
         """The tokens, with the mask token at masked positions."""
-        return batch.tokens_BS.long().masked_fill(batch.masks_BS.to(batch.tokens_BS.device), self.mask_token_id)
+        return batch.tokens_BS.long().masked_fill(sent(batch.masks_BS, batch.tokens_BS.device), self.mask_token_id)
 
     def factors(self, batch: Batch) -> Tensor | None:
         """1/t of each sample, where it is asked for."""
@@ -129,7 +129,7 @@ class MLMObjective(MaskDiffusionObjective):
     def shown(self, batch: Batch) -> Tensor:
         """The corrupted tokens: a pure function of (seed, sample, mask)."""
         shown = corrupt(
-            batch.tokens_BS.cpu().long().numpy(),
+            on_host(batch.tokens_BS).long().numpy(),
             batch.masks_BS.cpu().numpy(),
             batch.sample_ids_B16,
             mask_token_id=self.mask_token_id,
@@ -137,7 +137,7 @@ class MLMObjective(MaskDiffusionObjective):
             shares=(self.mask_share, self.random_share),
             seed=self.seed,
         )
-        return torch.from_numpy(shown).to(batch.tokens_BS.device)
+        return sent(torch.from_numpy(shown), batch.tokens_BS.device)
 
 
 class CLMObjective(RuntimeObjective):

@@ -179,10 +179,12 @@ class Estimate:
         meta = self.config.stage_training(self.stage.depth).meta
         twice = meta is not None and meta.second_order  # a norm whose gradient has a gradient is plain operations
         kept = model.attention.kept(model) + model.ffn.kept(model)
-        if half:
+        # A norm in one kernel keeps what enters it, and no more in between; under autocast what leaves it is narrow.
+        fused = self.device == "cuda" and not twice
+        if half and not fused:
             kept += model.attention.copied(model) + model.ffn.copied(model)
-        elif (self.device == "cuda" and not twice) or model.norm == "layernorm":
-            kept -= 2 * model.d_model  # a norm in one kernel keeps what enters it, and no more in between
+        elif fused or model.norm == "layernorm":
+            kept -= 2 * model.d_model
         # Behind attention and feed-forward: on a GPU a byte a number, elsewhere its factor.
         width = 1 if self.device == "cuda" else 2 if half else 4
         dropped = 2 * model.d_model * width if model.dropout else 0

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ from stackwise import durable, files
 from stackwise.errors import StackWiseError
 from stackwise.host import host_memory
 from stackwise.identity import digest
+from stackwise.training.pinned import HostCopy
 from stackwise.training.trainer import Record, Trainer
 
 _DTYPES = {
@@ -209,9 +211,9 @@ class Checkpoints:
     the disk instead. The copy's memory (what a checkpoint takes) is kept for the next one.
     """
 
-    def __init__(self, directory: Path, keep: int = KEPT) -> None:
-        self.directory, self._keep = directory, keep
-        self._buffers: dict[str, Tensor] = {}
+    def __init__(self, directory: Path, keep: int = KEPT, warn: Callable[[str], object] = lambda _: None) -> None:
+        self.directory, self._keep, self._warn = directory, keep, warn
+        self._copy: HostCopy | None = None
         self._thread: threading.Thread | None = None
         self._done: list[Saved] = []
         self._error: BaseException | None = None
@@ -221,7 +223,9 @@ class Checkpoints:
 
     def __exit__(self, kind: object, *error: object) -> None:
         self._join()
-        self._buffers = {}
+        if self._copy is not None:
+            self._copy.close()
+            self._copy = None
         if kind is None:
             self._raise()
 
@@ -243,8 +247,7 @@ class Checkpoints:
         self.finish()
         state, step = trainer.engine.state(), trainer.step
         record = json.dumps(asdict(trainer.record))
-        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        beside = bool(self._buffers) or size < 0.8 * host_memory().room
+        beside = self._taken(state, trainer.engine.device)
         if beside:
             state = self._copied(state, trainer.engine.device)
         stopped = time.perf_counter() - begun
@@ -270,19 +273,11 @@ class Checkpoints:
 
         Best after the first step, when the optimizer's state is there. Where memory is short it is left alone.
         """
-        state = trainer.engine.state()
-        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        if self._buffers or self.busy or size > 0.8 * host_memory().room:
-            return
-        gpu = trainer.engine.device.type == "cuda"
-        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-
-        def take() -> None:
-            with contextlib.suppress(MemoryError, RuntimeError):  # then each checkpoint sees for itself
-                self._buffers = {n: torch.zeros(shape, dtype=d, pin_memory=gpu) for n, (shape, d) in shapes.items()}
-
-        self._thread = threading.Thread(target=take, name="checkpoint-memory", daemon=True)
-        self._thread.start()
+        state, device = trainer.engine.state(), trainer.engine.device
+        if self._copy is None and not self.busy:
+            take = partial(self._taken, state, device)
+            self._thread = threading.Thread(target=take, name="checkpoint-memory", daemon=True)
+            self._thread.start()
 
     def written(self) -> list[Saved]:
         """Those that have reached the disk since the last call."""
@@ -305,18 +300,26 @@ class Checkpoints:
         if error is not None:
             raise error
 
+    def _taken(self, state: Mapping[str, Tensor], device: torch.device) -> bool:
+        """Whether there is memory of our own for the state; it is taken where there is room."""
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+        if self._copy is not None and self._copy.shapes == shapes:
+            return True
+        if self._copy is not None:
+            self._copy.close()
+            self._copy = None
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        if size < 0.8 * host_memory().room:
+            with contextlib.suppress(MemoryError, RuntimeError):  # then training waits for the disk
+                self._copy = HostCopy(shapes, pin=device.type == "cuda", warn=self._warn)
+        return self._copy is not None
+
     def _copied(self, state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """The state in memory of our own (pinned for a GPU, so that it comes at the bus's full speed)."""
-        gpu = device.type == "cuda"
-        copies = {}
-        for name, tensor in state.items():
-            copy = self._buffers.get(name)
-            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=gpu)
-            copies[name] = copy.copy_(tensor, non_blocking=gpu)
-        if gpu:
+        assert self._copy is not None
+        copies = {name: self._copy[name].copy_(tensor, non_blocking=True) for name, tensor in state.items()}
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
-        self._buffers = copies
         return copies
 
 

@@ -24,8 +24,9 @@ from stackwise.training.anchor import Squares, row_loss
 from stackwise.training.optim import BLOCK, Rising, make_optimizer, over_ranks, set_rates, state_tensors
 from stackwise.training.phases import BACKWARD, FORWARD, PhaseClock
 from stackwise.training.phases import OPTIMIZER as UPDATE
+from stackwise.training.pinned import Arrivals
 from stackwise.training.ranks import Ranks, Reducer, SingleProcess
-from stackwise.training.stage import MeanLoss, Microbatches, StageModel, StepLoss, Tally
+from stackwise.training.stage import MeanLoss, Microbatches, StageModel, StepLoss, Tally, casts_held
 
 if TYPE_CHECKING:
     from stackwise.training.trainer import Trainer
@@ -172,7 +173,7 @@ class ResidentEngine:
         self._reducer = self._reducer_of(list(self.parameters.values()))
         self.gathers |= self._reducer.gathers
         self.scale = LossScale(settings.loss_scale) if model.in_half else None
-        self.phases = PhaseClock(device)
+        self.phases, self._arrivals = PhaseClock(device), Arrivals(device)
         self._adaptation: Adaptation | None = None
         if settings.meta is not None:
             self._adaptation = Adaptation(model, settings.meta, self.parameters, device)
@@ -348,7 +349,8 @@ class ResidentEngine:
         scale = 1.0 if self.scale is None else self.scale.scale
         pulled = Microbatches(microbatches)
         losses = StepLoss(self.model.objective, partial(self._scored, pulled), self.device, self.ranks, scale)
-        self._passes(pulled, step, losses)
+        with casts_held(self.device):
+            self._passes(pulled, step, losses)
         losses.finish()
         share = losses.share
         self._reducer.finish(1.0 if share is None else share)
@@ -367,8 +369,7 @@ class ResidentEngine:
 
     def _passes(self, pulled: Microbatches, step: int, losses: StepLoss) -> None:
         """Both passes of all microbatches of a step: their gradients on the parameters, their terms in `losses`."""
-        for number, cpu_batch in enumerate(pulled):
-            batch = cpu_batch.to(self.device)
+        for number, batch in enumerate(self._arrivals.each(pulled)):
             torch.manual_seed(derive_seed(*self.seed, step, self.ranks.microbatch(number), "dropout"))
             losses.add(self._gradient(batch, losses, number))
             self._reducer.add()

@@ -18,6 +18,7 @@ from torch import Tensor
 from stackwise.batch import ACTIVATIONS, MASKS, SEGMENTS, TOKENS, Batch
 from stackwise.host import host_memory
 from stackwise.store import ActivationStore, BoundaryReader, Prefetcher, RowOrder, Rowset
+from stackwise.training.pinned import Warn, pinned
 from stackwise.training.tasks import Tasks
 
 MOST_AHEAD, AHEAD_SHARE = 128, 0.05  # batches that lie ready at most; the share of the free memory that they may take
@@ -153,12 +154,15 @@ class Feed:
                 yield self.batch(np.arange(first_row, min(first_row + batch_size, stop)))
 
 
-def ahead(batches: Iterator[Batch], device: torch.device, depth: int = 3) -> Prefetcher[Batch]:
+def ahead(
+    batches: Iterator[Batch], device: torch.device, depth: int = 3, warn: Warn = lambda _: None
+) -> Prefetcher[Batch]:
     """The same batches, prepared by a background thread (and pinned, for a GPU) while the device computes.
 
-    More lie ready where the device had to wait for one, as far as a share of the host's free memory allows.
+    More lie ready where the device had to wait for one, as far as a share of the host's free memory allows. `warn` is
+    told where the system pins none.
     """
-    ready = (batch.pinned() for batch in batches) if device.type == "cuda" else batches
+    ready = pinned(batches, warn) if device.type == "cuda" else batches
 
     def most(batch: Batch) -> int:
         return max(depth, min(MOST_AHEAD, int(AHEAD_SHARE * host_memory().room) // max(1, batch.nbytes)))

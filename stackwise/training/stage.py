@@ -115,6 +115,16 @@ class StageModel(nn.Module):
             yield
 
 
+@contextlib.contextmanager
+def casts_held(device: torch.device) -> Iterator[None]:
+    """Within it, autocast casts a weight once, whatever the number of passes; the weights must stay as they are.
+
+    Autocast keeps its copies until the outermost context is left: this is one, which itself casts nothing.
+    """
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
 def of_weights(module: nn.Module, x_BSD: Tensor) -> Mapping[str, Term]:
     """The loss of a part's weights in training, where it is held to what it was (`anchor.Anchored`)."""
     anchored = getattr(module, "anchored", None)

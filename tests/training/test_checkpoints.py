@@ -81,11 +81,11 @@ def test_memory_that_was_taken_ahead_is_used(tmp_path: Path) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.prepare(one)
         checkpoints.finish()
-        places = {name: copy.data_ptr() for name, copy in checkpoints._buffers.items()}
+        places = {name: copy.data_ptr() for name, copy in checkpoints._copy.items()}
         assert places.keys() == one.engine.state().keys()
         checkpoints.save(one)
         checkpoints.finish()
-        assert {name: copy.data_ptr() for name, copy in checkpoints._buffers.items()} == places
+        assert {name: copy.data_ptr() for name, copy in checkpoints._copy.items()} == places
     other = trainer()
     assert checkpoint.restore_latest(tmp_path, other, pytest.fail)
     assert other.step == 1

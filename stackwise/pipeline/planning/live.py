@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stackwise.model import Head
+from stackwise.model import Head, layers
 from stackwise.objectives import cross_entropy
 from stackwise.training.stage import StageModel
 
@@ -202,7 +202,9 @@ def kernels_of_cuda(*, ordered: bool) -> Iterator[None]:
     kept = F.scaled_dot_product_attention, F.rms_norm, F.dropout, cross_entropy.SLICE_BYTES["cpu"]
     F.scaled_dot_product_attention, F.rms_norm, F.dropout = attention, norm, dropout  # type: ignore[assignment]
     cross_entropy.SLICE_BYTES["cpu"] = cross_entropy.SLICE_BYTES["cuda"]
+    layers.FUSED_NORMS.add("cpu")
     try:
         yield
     finally:
+        layers.FUSED_NORMS.discard("cpu")
         F.scaled_dot_product_attention, F.rms_norm, F.dropout, cross_entropy.SLICE_BYTES["cpu"] = kept

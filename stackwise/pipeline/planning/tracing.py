@@ -20,7 +20,7 @@ from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.planning.trace import PARTS, TraceJob
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, block_number, block_parts
 
-VERSION = 1  # of what is traced and how: raise it when the engine's memory changes
+VERSION = 2  # of what is traced and how: raise it when the engine's memory changes
 WHOLE, FEW = 8, 3
 """Blocks up to which a stage is traced as it is; with more, what FEW of them and one more take is carried on."""
 

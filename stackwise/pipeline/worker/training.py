@@ -268,7 +268,7 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
             start = ranks.microbatch((job.rows_begin + trainer.step) * (settings.accumulation // ranks.shares))
             shuffled = context.feed.shuffled(order, settings.batch_size, start, ranks.shares)
             try:
-                with ahead(shuffled, engine.device) as batches:
+                with ahead(shuffled, engine.device, warn=context.warn) as batches:
                     finished = trainer.fit(iter(batches), waited=lambda: batches.waited, hooks=hooks)
                 break
             except Rollback as back:
@@ -337,7 +337,7 @@ class StageHooks:
     def __init__(self, context: StageContext, trainer: Trainer) -> None:
         self._context, self._trainer, self.stop = context, trainer, context.stop
         self._directory = Path(context.job.checkpoints) / trainer.engine.checkpoints
-        self._checkpoints = Checkpoints(self._directory, context.config.training.keep_checkpoints)
+        self._checkpoints = Checkpoints(self._directory, context.config.training.keep_checkpoints, context.warn)
         self._ranks = context.ranks
         self._prepared = not self._ranks.main or trainer.engine.gathers  # the main rank alone saves
         # A clock that is set back or forward must not matter.
