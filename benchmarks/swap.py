@@ -9,6 +9,7 @@ measured in processes of their own, each part of the rack a group of its own and
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -65,6 +66,7 @@ class FreshParts:
         self.names: Sequence[str] = ["front", *(f"block.{index}" for index in range(blocks)), "head"]
         self.order: Sequence[str] = self.names
         self.trains: Sequence[str] = self.names
+        self._empty: dict[str, nn.Module] = {}  # without values: those that come from the disk are put into a copy
 
     def pieces(self, name: str) -> Sequence[str]:
         """None (see `Parts.pieces`)."""
@@ -86,8 +88,13 @@ class FreshParts:
         import torch
 
         from stackwise.model import build_block, build_front, build_head
+        from stackwise.model.build import allocate
 
         part: nn.Module
+        if trained and name in self._empty:
+            part = copy.deepcopy(self._empty[name])
+            part.load_state_dict(trained, assign=True)
+            return allocate(part, "cpu")
         if name == "front":
             part = build_front(self.config, VOCAB, 0, self.seq_len)
         elif name == "head":
@@ -97,6 +104,8 @@ class FreshParts:
         with torch.no_grad():
             for key, value in (trained or {}).items():
                 part.get_parameter(key).copy_(value)
+        if embedding_VD is None:
+            self._empty.setdefault(name, copy.deepcopy(part).to("meta"))
         return part
 
     def model(self, parts: Mapping[str, nn.Module]) -> StageModel:

@@ -242,9 +242,11 @@ def part_digest(part: nn.Module | Mapping[str, Tensor]) -> Hex:
 
 
 def allocate(module: nn.Module, device: torch.device | str) -> nn.Module:
-    """Give a module from the meta device memory, whose values are still to come, and its tables. Returns the module."""
+    """Give what of a module is on the meta device memory, whose values are still to come, and tables. Returns it."""
     # `Module.to_empty` without torch's compiler, which `empty_like` of a meta tensor imports: a second of every worker.
-    module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))  # type: ignore[no-untyped-call]
+    module._apply(  # type: ignore[no-untyped-call]
+        lambda t: torch.empty(t.shape, dtype=t.dtype, device=device) if t.is_meta else t
+    )
     rebuild_tables(module, device)
     return module
 

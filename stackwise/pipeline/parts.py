@@ -450,9 +450,9 @@ class JobParts:
     def _with_values(self, name: str, trained: Mapping[str, Tensor] | None, embedding_VD: Tensor | None) -> nn.Module:
         if trained is not None and name in self._empty:
             # Made without values: drawing fresh weights only to overwrite them takes seconds for a large block.
-            part = allocate(copy.deepcopy(self._empty[name]), "cpu")
-            part.load_state_dict(trained)
-            return part
+            part = copy.deepcopy(self._empty[name])
+            part.load_state_dict(trained, assign=True)  # these values themselves, not a copy
+            return allocate(part, "cpu")
         part = self._made(name, embedding_VD)
         set_spans(part, name, self._spans)
         require_gradients(name, part, self._job.stage)

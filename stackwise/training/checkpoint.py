@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,8 @@ import secrets
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, wait
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ from stackwise import durable, files
 from stackwise.errors import StackWiseError
 from stackwise.host import host_memory
 from stackwise.identity import digest
-from stackwise.training.pinned import HostCopy
+from stackwise.training.pinned import ALIGNED, HostCopy
 from stackwise.training.trainer import Record, Trainer
 
 _DTYPES = {
@@ -80,8 +82,11 @@ def file_digest(path: Path, root: Path | None = None) -> str:
     return hashed.hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], threads: Executor | None = None) -> str:
     """Write a safetensors file, flushed to the disk; one tensor at a time is copied off its device.
+
+    Args:
+        threads: Write large tensors, while this thread takes their digest; None: it does both.
 
     Returns:
         xxh3-128 of the whole file.
@@ -96,16 +101,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     header += b" " * (-len(header) % 8)
     hashed = xxhash.xxh3_128()
     with path.open("wb", buffering=0) as file:
-        for data in (struct.pack("<Q", len(header)), header):
-            hashed.update(data)
-            file.write(data)
+        head = struct.pack("<Q", len(header)) + header
+        hashed.update(head)
+        _write_at(file.fileno(), memoryview(head), 0)
+        place, writing = len(head), list[Future[None]]()
         for tensor in tensors.values():
             view = memoryview(_bytes(tensor.detach().cpu().contiguous()))
-            while view.nbytes:
-                hashed.update(view[:_PIECE])
-                view = view[file.write(view[:_PIECE]) :]
+            for begin in range(0, view.nbytes, _PIECE):
+                piece = view[begin : begin + _PIECE]
+                if threads is not None and view.nbytes > _PIECE:
+                    writing.append(threads.submit(_write_at, file.fileno(), piece, place))
+                    hashed.update(piece)
+                else:
+                    hashed.update(piece)
+                    _write_at(file.fileno(), piece, place)
+                place += piece.nbytes
+        wait(writing)  # all of them, before the file is closed
+        for piece_written in writing:
+            piece_written.result()
         os.fsync(file.fileno())
     return hashed.hexdigest()
+
+
+def _write_at(fd: int, view: memoryview, place: int) -> None:
+    while view.nbytes:
+        count = os.pwrite(fd, view, place)
+        view, place = view[count:], place + count
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -157,6 +178,56 @@ class TensorFile(Mapping[str, Tensor]):
                     raise ValueError(f"{self._path} is cut off")
                 view = view[count:]
         return tensor
+
+    def read(
+        self, names: Sequence[str], lend: Callable[[int], Tensor], threads: Executor | None = None
+    ) -> dict[str, Tensor]:
+        """Some of its tensors, in one piece of memory.
+
+        Args:
+            lend: Gives memory, uint8 of so many bytes.
+            threads: Read large tensors, several pieces at once; None: this thread does.
+        """
+        ends = list(itertools.accumulate(-(-self._size(name) // ALIGNED) * ALIGNED for name in names))
+        memory, tensors = lend(ends[-1] if ends else 0), dict[str, Tensor]()
+        pieces: list[tuple[int, list[memoryview]]] = []  # what one call reads: where in the file, and to where
+        end = -1
+        for name, begin in zip(names, [0, *ends], strict=False):
+            dtype, shape, place = self._table[name]
+            flat = memory[begin : begin + self._size(name)]
+            tensors[name] = flat.view(dtype).view(shape)
+            view, place = memoryview(_bytes(flat)), self._begin + place
+            for at in range(0, view.nbytes, _PIECE):
+                piece = view[at : at + _PIECE]
+                if place + at != end or sum(map(len, pieces[-1][1])) + len(piece) > _PIECE or len(pieces[-1][1]) > 500:
+                    pieces.append((place + at, []))
+                pieces[-1][1].append(piece)
+                end = place + at + len(piece)
+        with self._opened() as file:
+            fill = partial(self._fill, file.fileno())
+            if threads is None or len(pieces) < 2:
+                for one in pieces:
+                    fill(*one)
+            else:
+                reading = [threads.submit(fill, *one) for one in pieces]
+                wait(reading)  # all of them, before the file is closed
+                for piece_read in reading:
+                    piece_read.result()
+        return tensors
+
+    def _fill(self, fd: int, place: int, views: list[memoryview]) -> None:
+        while views:
+            if not (count := os.preadv(fd, views, place)):
+                raise ValueError(f"{self._path} is cut off")
+            place += count
+            while views and count >= len(views[0]):
+                count -= len(views.pop(0))
+            if count:
+                views[0] = views[0][count:]
+
+    def _size(self, name: str) -> int:
+        dtype, shape, _ = self._table[name]
+        return math.prod(shape) * dtype.itemsize
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._table)

@@ -11,6 +11,7 @@ The bits are those of `ResidentEngine`: the same operations on the same tensors 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.training.anchor import Squares, row_loss
 from stackwise.training.engine import LOWER_RATE, Accept, LossScale, State, Stepped, judged
+from stackwise.training.lanes import lane_to
 from stackwise.training.optim import Rising
 from stackwise.training.phases import BACKWARD, FORWARD, OPTIMIZER, PhaseClock
 from stackwise.training.ranks import Ranks, SingleProcess
@@ -73,9 +75,10 @@ class SwappedEngine:
         self.parts, self.settings, self.seed, self.device = parts, settings, seed, device
         self.groups = make_groups(parts, space.groups)
         pieces = [piece_name(part, path) for part, paths in pieces_of(parts).items() for path in paths]
-        self.log = RedoLog(space.directory, parts.trains, pieces)
+        self.lane = lane_to(device)
+        self.log = RedoLog(space.directory, parts.trains, pieces, self.lane)
         self.log.open(space.warn)
-        self.spill = Spill(space.directory / "step", space.memory)
+        self.spill = Spill(space.directory / "step", space.memory, self.lane)
         self.loader = PartLoader(parts, self.log, settings, device, rising, spill=self.spill, most_pieces=space.pieces)
         self.scale = LossScale(settings.loss_scale) if parts.precision == "fp16" else None
         if self.scale is not None and self.log.committed.scaler is not None:
@@ -101,8 +104,14 @@ class SwappedEngine:
         self.spill.clear()
         microbatches = list(microbatches)  # every group sees all of them
         norms: dict[str, list[Tensor]] = {}
-        losses = self._up(microbatches, step, norms)
-        self._down(microbatches, step, losses, norms)
+        below = self.groups[self.lowest : -1][::-1]
+        up, down = (
+            [partial(load, group) for group in groups]
+            for load, groups in ((self.loader.load_to_update, self.groups), (self.loader.load, below))
+        )
+        turns = in_turn([*up, *down])
+        losses = self._up(itertools.islice(turns, len(up)), microbatches, step, norms)
+        self._down(turns, microbatches, step, losses, norms)
         loss, means = losses.total(), losses.means()
         in_order = [norm for name in self.parts.order for norm in norms.get(name, [])]
         norm, clip, limit = torch.zeros((), device=self.device), None, self.settings.grad_clip
@@ -129,7 +138,7 @@ class SwappedEngine:
         held, tally = list(batches), Tally()
         terms: list[dict[str, Term]] = [{} for _ in held]
         self.spill.clear()
-        for loaded in in_turn(self.loader.load_to_update, self.groups):
+        for loaded in in_turn([partial(self.loader.load_to_update, group) for group in self.groups]):
             index = loaded.group.index
             self.loader.update(loaded)
             self.loader.take_mean(loaded)
@@ -143,6 +152,7 @@ class SwappedEngine:
                     with model.numerics(self.device):
                         leaving, terms[number] = model.run(batch, terms[number])
                     self.spill.put(("x", index + 1, number), leaving)
+            del loaded, model
         mean = tally.mean(self.ranks)
         self.log.note_evaluation(mean.total)
         return mean
@@ -152,7 +162,7 @@ class SwappedEngine:
         squares, top = Squares(), len(self.groups) - 1
         terms: list[dict[str, Term]] = [{} for _ in batches]
         self.spill.clear()
-        for loaded in in_turn(self.loader.load, self.groups):
+        for loaded in in_turn([partial(self.loader.load, group) for group in self.groups]):
             index = loaded.group.index
             model = self._settled(loaded)
             for number, cpu_batch in enumerate(batches):
@@ -165,7 +175,7 @@ class SwappedEngine:
                 with torch.no_grad(), model.numerics(self.device):
                     leaving, terms[number] = model.run(batch, terms[number])
                 self.spill.put(("x", index + 1, number), leaving)
-        for loaded in in_turn(self.loader.load, self.groups[self.lowest : -1][::-1]):
+        for loaded in in_turn([partial(self.loader.load, group) for group in self.groups[self.lowest : -1][::-1]]):
             index = loaded.group.index
             model = self._settled(loaded)
             head = self.loader.tied_head(loaded) if self.tied and index == 0 else None
@@ -175,7 +185,7 @@ class SwappedEngine:
                     leaving, of_blocks = model.run(batch)
                 roots, slopes = [], []
                 if ("g", index, number) in self.spill:
-                    roots, slopes = [leaving], [self.spill.take(("g", index, number)).to(self.device)]
+                    roots, slopes = [leaving], [self.spill.take(("g", index, number))]
                 if head is not None:
                     of_blocks = self._terms(head.eval(), self._entering(top, number, cpu_batch, track=False), of_blocks)
                 of_blocks = {name: term for name, term in of_blocks.items() if term.sum.requires_grad}
@@ -190,7 +200,7 @@ class SwappedEngine:
 
     def _settled(self, loaded: Loaded) -> StageModel:
         """A group with the weights that are committed, without dropout."""
-        loaded.to(self.device)
+        self.lane.use(loaded.tensors())
         self.loader.take_mean(loaded)
         return self.parts.model(loaded.parts).eval()
 
@@ -223,9 +233,10 @@ class SwappedEngine:
     def settle(self) -> None:
         """Bring every part up to the last step published."""
         trained = [group for group in self.groups if set(group.names) & set(self.parts.trains)]
-        for loaded in in_turn(self.loader.load_to_update, trained):
+        for loaded in in_turn([partial(self.loader.load_to_update, group) for group in trained]):
             self.loader.update(loaded)
             self.loader.make_up(loaded.group)
+            del loaded
         self.log.flush()
 
     def weights(self, part: str) -> dict[str, Tensor]:
@@ -247,13 +258,15 @@ class SwappedEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self.log.close()
-        self.spill.clear()
+        self.spill.close()
 
-    def _up(self, microbatches: Sequence[Batch], step: int, norms: dict[str, list[Tensor]]) -> StepLoss:
+    def _up(
+        self, turns: Iterable[Loaded], microbatches: Sequence[Batch], step: int, norms: dict[str, list[Tensor]]
+    ) -> StepLoss:
         """Everything forward, the loss at the top and its gradient."""
         terms: list[dict[str, Term]] = [{} for _ in microbatches]
         losses: StepLoss | None = None
-        for loaded in in_turn(self.loader.load_to_update, self.groups):
+        for loaded in turns:
             index = loaded.group.index
             with self.phases(OPTIMIZER):  # of the step before
                 self.loader.update(loaded)
@@ -287,14 +300,22 @@ class SwappedEngine:
                 assert losses is not None, "a step has microbatches"
                 losses.finish()
                 self.loader.write_gradients(loaded, losses.share, norms)
+            del loaded, model
         assert losses is not None, "a stage has a head"
         return losses
 
-    def _down(self, microbatches: Sequence[Batch], step: int, losses: StepLoss, norms: dict[str, list[Tensor]]) -> None:
+    def _down(
+        self,
+        turns: Iterable[Loaded],
+        microbatches: Sequence[Batch],
+        step: int,
+        losses: StepLoss,
+        norms: dict[str, list[Tensor]],
+    ) -> None:
         """Group by group from the top, each forward again and backward, to the lowest that trains."""
-        for loaded in in_turn(self.loader.load, self.groups[self.lowest : -1][::-1]):
+        for loaded in turns:
             index = loaded.group.index
-            loaded.to(self.device)
+            self.lane.use(loaded.tensors())
             model = self.parts.model(loaded.parts)
             head = self.loader.tied_head(loaded) if self.tied and index == 0 else None
             for number, cpu_batch in enumerate(microbatches):
@@ -306,7 +327,7 @@ class SwappedEngine:
                     leaving, terms = model.run(batch)
                 roots, slopes = [], []
                 if ("g", index, number) in self.spill:
-                    roots, slopes = [leaving], [self.spill.take(("g", index, number)).to(self.device)]
+                    roots, slopes = [leaving], [self.spill.take(("g", index, number))]
                 if head is not None:  # once more, for the gradient that reaches the front's embedding
                     above = self._entering(len(self.groups) - 1, number, cpu_batch, track=False)
                     self._draw(step, len(self.groups) - 1, number)
@@ -320,6 +341,7 @@ class SwappedEngine:
                         torch.autograd.backward(roots, slopes)
                     self._hand_down(index, number, batch)
             self.loader.write_gradients(loaded, losses.share, norms)
+            del loaded, model, head
 
     def _terms(self, model: StageModel, batch: Batch, of_blocks: Mapping[str, Term]) -> dict[str, Term]:
         """The terms of the loss at the top, with those that the blocks below handed up."""
@@ -331,6 +353,8 @@ class SwappedEngine:
         """A microbatch as it enters a group, on the device; `track`: its gradient is taken if a part below trains."""
         if index:
             batch = batch.above(self.spill.get(("x", index, number)))
+            self.spill.bring(("x", index, number + 1))
+        self.spill.bring(("g", index, number + 1))
         batch = batch.to(self.device)
         if track and index > self.lowest:
             batch = batch.above(batch[ACTIVATIONS].detach().requires_grad_())
@@ -349,7 +373,7 @@ class SwappedEngine:
         torch.manual_seed(derive_seed(*self.seed, step, number, "dropout"))
         seeded = generator_state(self.device)
         if ("draw", index, number) in self.spill:
-            set_generator(self.device, self.spill.get(("draw", index, number)))
+            set_generator(self.device, self.spill.held(("draw", index, number)))
         return seeded
 
 

@@ -97,9 +97,19 @@ class Loaded:
     means: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> None:
-        """Move the parts, in place; pieces that are not there stay away."""
+        """Move the parts and what an update needs, in place; pieces that are not there stay away."""
         for module in self.parts.values():
-            module._apply(lambda t: t if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
+            module._apply(lambda t: t if t.is_meta else t.to(device, non_blocking=True))  # type: ignore[no-untyped-call]
+        for tensors in (*self.states.values(), *self.gradients.values()):
+            for name, tensor in tensors.items():
+                tensors[name] = tensor.to(device, non_blocking=True)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it has on the device."""
+        for module in self.parts.values():
+            yield from (t for t in (*module.parameters(), *module.buffers()) if not t.is_meta)
+        for tensors in (*self.states.values(), *self.gradients.values()):
+            yield from tensors.values()
 
     def parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """Part, name and parameter of all that trains, as a whole stage has them in order; on meta: not there."""
@@ -109,14 +119,17 @@ class Loaded:
                     yield part, name, p
 
 
-def in_turn(load: Callable[[PartGroup], L], groups: Sequence[PartGroup]) -> Iterator[L]:
-    """Each group loaded; the next one is being loaded, in a thread, while the caller works with one."""
+def in_turn(turns: Sequence[Callable[[], L]]) -> Iterator[L]:
+    """Each turn's group loaded; the next one is being loaded, in a thread, while the caller works with one.
+
+    Whoever works with one lets go of it before asking for the next: three would be in memory otherwise.
+    """
     with ThreadPoolExecutor(1, "swap-loader") as pool:
-        following = pool.submit(load, groups[0]) if groups else None
-        for place in range(len(groups)):
+        following = pool.submit(turns[0]) if turns else None
+        for place in range(len(turns)):
             assert following is not None
             loaded = following.result()
-            following = pool.submit(load, groups[place + 1]) if place + 1 < len(groups) else None
+            following = pool.submit(turns[place + 1]) if place + 1 < len(turns) else None
             yield loaded
             del loaded
 
@@ -175,24 +188,29 @@ class PartLoader:
         most_pieces: int | None = None,
     ) -> None:
         self.parts, self.log, self.settings, self.device, self.rising = parts, log, settings, device, rising
-        self.spill, self.most_pieces = spill, most_pieces
+        self.spill, self.most_pieces, self.lane = spill, most_pieces, log.lane
         self.pieces = pieces_of(parts)
         self.owners = {piece_name(part, path): (part, path) for part, paths in self.pieces.items() for path in paths}
 
     def load(self, group: PartGroup) -> Loaded:
-        """A group's parts with their trained weights. In the loader's thread."""
-        return Loaded(group, {name: self._without_pieces(name, self.log.read(name, WEIGHT)) for name in group.names})
+        """A group's parts with their trained weights, on the device. In the loader's thread."""
+        return self._sent(
+            Loaded(group, {name: self._without_pieces(name, self.log.read(name, WEIGHT)) for name in group.names})
+        )
 
     def load_to_update(self, group: PartGroup) -> Loaded:
-        """A group's parts; with their moments and gradients where they lack an update. In the loader's thread."""
+        """The same; with their moments and gradients where they lack an update. In the loader's thread."""
         loaded = Loaded(group, {})
         for name in group.names:
-            if (gradients := self.log.gradients(name)) is None:
-                loaded.parts[name] = self._without_pieces(name, self.log.read(name, WEIGHT))
-                continue
-            weights, state = weights_apart(self.log.read(name, "") or {})
-            loaded.parts[name] = self._without_pieces(name, weights or None)
-            loaded.states[name], loaded.gradients[name] = state, gradients
+            gradients = self.log.gradients(name)
+            loaded.parts[name] = self._without_pieces(name, self.log.read(name, WEIGHT) or None)
+            if gradients is not None:
+                loaded.states[name], loaded.gradients[name] = self.log.beside(name, WEIGHT), gradients
+        return self._sent(loaded)
+
+    def _sent(self, loaded: Loaded) -> Loaded:
+        with self.lane.sending():
+            loaded.to(self.device)
         return loaded
 
     def make(self, name: str, trained: Mapping[str, Tensor] | None) -> nn.Module:
@@ -287,8 +305,8 @@ class PartLoader:
         return self.parts.make(FRONT, None).get_parameter("embedding.weight").detach()
 
     def update(self, loaded: Loaded) -> None:
-        """Move a group to the device, apply the last step to the parts that lack it, write their state, behind."""
-        loaded.to(self.device)
+        """Apply the last step to the parts of a group that lack it, and write their state, behind."""
+        self.lane.use(loaded.tensors())
         if not loaded.gradients:
             return
         trained = [
@@ -315,7 +333,7 @@ class PartLoader:
         updates: Sequence[Update],
         modules: Iterable[nn.Module] = (),
     ) -> dict[str, Tensors]:
-        """Parameters moved by updates, in place; the states of their parts after them, on the CPU.
+        """Parameters moved by updates, in place; the states of their parts after them, on the device.
 
         Args:
             trained: Part, name, parameter.
@@ -337,12 +355,13 @@ class PartLoader:
                 p.grad = None if gradient is None else gradient.to(p.device)
             self._take(optimizer, [p for _, _, p in trained], means, update)
         after: dict[str, Tensors] = {part: {} for part in gradients}
+        for part, name, p in trained:  # weights first: most readings are of them alone
+            after[part][f"{WEIGHT}{name}"] = p.detach()
         for part, name, p in trained:
-            after[part][f"{WEIGHT}{name}"] = p.detach().cpu().contiguous()
             for kind, value in state_tensors(optimizer, p).items():
-                after[part][f"{OPTIMIZER}{kind}/{name}"] = value.detach().cpu().contiguous()
+                after[part][f"{OPTIMIZER}{kind}/{name}"] = value.detach()
         for (part, name, _), mean in zip(trained, means, strict=False):
-            after[part][f"{MEAN}{name}"] = mean.cpu().contiguous()
+            after[part][f"{MEAN}{name}"] = mean
         return after
 
     @torch.no_grad()
@@ -374,7 +393,7 @@ class PartLoader:
         scaled(gradients)
         by_part: dict[str, dict[str, Tensor]] = {name: {} for name in loaded.group.names if name in self.log.at}
         for (part, name), gradient in gradients.items():
-            by_part[part][name] = gradient.detach().cpu().contiguous()
+            by_part[part][name] = gradient.detach()
         if by_part:
             self.log.write_gradients(by_part)
         reached = {part for part, _ in gradients}
@@ -387,8 +406,7 @@ class PartLoader:
                     continue  # its gradient is zero
                 else:  # nothing reached the part at all, and so no update moves it: not one by a gradient of zero
                     self._current(part, path)
-                cpu = {name: gradient.detach().cpu().contiguous() for name, gradient in of_piece.items()}
-                self.log.write_gradients({piece: cpu})
+                self.log.write_gradients({piece: of_piece})
         for part, name, p in loaded.parameters():
             if (norm := norms_of.get((part, name))) is not None:
                 norms.setdefault(part, []).append(norm)
@@ -434,7 +452,7 @@ def grouped_outputs(
 
     def up(batches: list[Batch], device: torch.device) -> list[Tensor]:
         leaving: list[Tensor] = []
-        for loaded in in_turn(partial(load, device), turns):
+        for loaded in in_turn([partial(load, device, group) for group in turns]):
             loaded.to(device)
             model = parts.model(loaded.parts).eval()
             for number, cpu_batch in enumerate(batches):
@@ -442,6 +460,7 @@ def grouped_outputs(
                 with torch.no_grad(), model.numerics(device):
                     x_BSD = model.activations(batch.to(device)).cpu()
                 leaving[number : number + 1] = [x_BSD]
+            del loaded, model
         return leaving
 
     def outputs(batches: Iterator[Batch], codec: Codec, device: torch.device) -> Generator[Tensor]:

@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,11 +31,14 @@ from torch import Tensor
 
 from stackwise import durable, files
 from stackwise.training.checkpoint import TensorFile, file_digest, reason, sealed, unsealed, write_tensors
+from stackwise.training.lanes import Lane
 
 STATE, GRADIENTS = "state", "gradients"
 FORMAT = 2  # of the record and of what a state's tensors are called
+THREADS = 3  # that write, that read or write pieces of files, that spill
 _COMMIT, _LOSSES, _UPDATES = "commit.json", "losses", "updates"
 Tensors = dict[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,25 +62,30 @@ class Commit:
 
 
 class RedoLog:
-    """The files of one stage. Writing happens behind, in one thread, with at most one call's files waiting.
+    """The files of one stage. Writing happens behind, in threads, with at most one call's files waiting.
 
     Args:
         pieces: What of parts is updated only where rows reach it, each as a part of its own.
+        lane: The way to the device, from which what is written comes; None: it is on the CPU.
 
     Attributes:
         at: The update that each part's state is after.
         begin: Gives the state that a part has before its first update; nothing of it where it is as it was made.
     """
 
-    def __init__(self, directory: Path, parts: Sequence[str], pieces: Sequence[str] = ()) -> None:
+    def __init__(
+        self, directory: Path, parts: Sequence[str], pieces: Sequence[str] = (), lane: Lane | None = None
+    ) -> None:
         self.directory, self.parts, self.pieces = directory, tuple(parts), frozenset(pieces)
+        self.lane = lane or Lane(torch.device("cpu"))
         self.committed = Commit()
         self.at = dict.fromkeys((*self.parts, *pieces), 0)
         self._reached: set[str] = set()  # pieces with gradients of the step in hand
         self._updates: list[Update] = []
         self.begin: Callable[[str], Mapping[str, Tensor]] = lambda part: {}
-        self._pool = ThreadPoolExecutor(1, "swap-writer")
-        self._writing: tuple[Future[None], frozenset[str]] | None = None
+        self._pool = ThreadPoolExecutor(THREADS, "swap-writer")
+        self._pieces_pool = ThreadPoolExecutor(THREADS, "swap-pieces")  # of large tensors, both ways
+        self._writing: dict[str, Future[None]] = {}  # by part, the newest call's
         self._digests: dict[str, str] = {}  # of the files that are there, by their paths below `directory`
 
     def open(self, warn: Callable[[str], None]) -> None:
@@ -92,13 +103,22 @@ class RedoLog:
     def close(self) -> None:
         """Wait for the writer, and let it go."""
         self._pool.shutdown()
+        self._pieces_pool.shutdown()
 
     def read(self, part: str, prefix: str) -> Tensors | None:
         """What of a part's state begins with a prefix, without it; None where the part is as it was made."""
         if self.at.get(part):
-            return self._read(STATE, part, self.at[part], prefix)
+            state = self._read(STATE, part, self.at[part], lambda name: name.startswith(prefix))
+            return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
         begun = self.begin(part)
         return {key.removeprefix(prefix): begun[key].clone() for key in begun if key.startswith(prefix)} or None
+
+    def beside(self, part: str, prefix: str) -> Tensors:
+        """What of a part's state does not begin with a prefix."""
+        if self.at.get(part):
+            return self._read(STATE, part, self.at[part], lambda name: not name.startswith(prefix))
+        begun = self.begin(part)
+        return {key: begun[key].clone() for key in begun if not key.startswith(prefix)}
 
     def missing(self, part: str) -> list[Update]:
         """The updates that a part's state still lacks, in their order."""
@@ -123,11 +143,10 @@ class RedoLog:
         before = {part: self.at[part] for part in states}
         self.at |= dict.fromkeys(states, step)
 
-        def write() -> None:
-            for part, tensors in states.items():
-                self._write(STATE, part, step, tensors)
-                self._remove(STATE, part, before[part])  # not before the new one is there
-                self._remove(GRADIENTS, part, before[part] + 1)
+        def write(part: str, tensors: Tensors) -> None:
+            self._write(STATE, part, tensors, step)
+            self._remove(STATE, part, before[part])  # not before the new one is there
+            self._remove(GRADIENTS, part, before[part] + 1)
 
         self._behind(write, states)
 
@@ -136,17 +155,13 @@ class RedoLog:
         step = self.committed.updates + 1
         self._reached |= self.pieces & set(gradients)
 
-        def write() -> None:
-            for part, tensors in gradients.items():
-                self._write(GRADIENTS, part, step, tensors)
-
-        self._behind(write, gradients)
+        self._behind(partial(self._write, GRADIENTS, step=step), gradients)
 
     def flush(self) -> None:
         """Wait until everything handed in is on the disk. Raises NoSpaceError: the disk is full."""
-        if self._writing is not None:
-            self._writing[0].result()
-            self._writing = None  # not before: the loader waits for it too
+        for part in list(self._writing):
+            self._writing[part].result()
+            del self._writing[part]  # not before: the loader waits for it too
 
     def commit(self, update: Update, loss: float, scaler: list[float] | None = None, *, taken: bool = True) -> None:
         """Publish the step in hand, whose gradients are all handed in.
@@ -260,9 +275,9 @@ class RedoLog:
     def _path(self, kind: str, part: str, step: int) -> Path:
         return self.directory / kind / f"{part}-{step:08d}.safetensors"
 
-    def _write(self, kind: str, part: str, step: int, tensors: Tensors) -> None:
-        path, digests = self._path(kind, part, step), list[str]()
-        durable.write_durably(path, lambda temporary: digests.append(write_tensors(temporary, tensors)))
+    def _write(self, kind: str, part: str, tensors: Tensors, step: int) -> None:
+        path, digests, threads = self._path(kind, part, step), list[str](), self._pieces_pool
+        durable.write_durably(path, lambda temporary: digests.append(write_tensors(temporary, tensors, threads)))
         self._digests[f"{kind}/{path.name}"] = digests[0]
 
     def _remove(self, kind: str, part: str, step: int) -> None:
@@ -270,15 +285,20 @@ class RedoLog:
         path.unlink(missing_ok=True)
         self._digests.pop(f"{kind}/{path.name}", None)
 
-    def _behind(self, write: Callable[[], None], parts: Iterable[str]) -> None:
+    def _behind(self, write: Callable[[str, Tensors], None], tensors: Mapping[str, Tensors]) -> None:
         self.flush()
-        self._writing = self._pool.submit(write), frozenset(parts)
+        mark = self.lane.mark()
 
-    def _read(self, kind: str, part: str, step: int, prefix: str = "") -> Tensors:
-        if (writing := self._writing) is not None and part in writing[1]:
-            writing[0].result()
+        def behind(part: str) -> None:
+            write(part, self.lane.down(tensors[part], mark))
+
+        self._writing = {part: self._pool.submit(behind, part) for part in tensors}
+
+    def _read(self, kind: str, part: str, step: int, wanted: Callable[[str], bool] = lambda name: True) -> Tensors:
+        if (writing := self._writing.get(part)) is not None:
+            writing.result()
         file = TensorFile(self._path(kind, part, step), self.directory)
-        return {name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)}
+        return file.read([name for name in file if wanted(name)], self.lane.buffers.lend, self._pieces_pool)
 
 
 def _number(value: float | None) -> float:
@@ -288,53 +308,75 @@ def _number(value: float | None) -> float:
 class Spill:
     """Holds tensors that live for one step: in memory up to `budget` bytes, beyond it in files that nothing syncs.
 
-    A crash loses them, and the next one empties the directory.
+    A crash loses them, and the next one empties the directory. Threads write and read: what is handed in leaves the
+    device while that computes, and what is asked for ahead (`bring`) is there when it is needed.
     """
 
-    def __init__(self, directory: Path, budget: int) -> None:
-        self.directory, self.budget = directory, budget
+    def __init__(self, directory: Path, budget: int, lane: Lane | None = None) -> None:
+        self.directory, self.budget, self.lane = directory, budget, lane or Lane(torch.device("cpu"))
         self.bytes_in_memory = 0
         self.bytes_on_disk = 0
-        self._memory: dict[Hashable, Tensor] = {}
-        self._files: dict[Hashable, tuple[Path, torch.dtype, torch.Size]] = {}
+        self._memory: dict[Hashable, Tensor | Future[Tensor]] = {}
+        self._files: dict[Hashable, tuple[Path, torch.dtype, torch.Size, Future[None]]] = {}
+        self._sizes: dict[Hashable, int] = {}  # of what is in memory
+        self._brought: dict[Hashable, Future[Tensor]] = {}
+        self._leaving: deque[Future[Any]] = deque()  # what is still handed over, the oldest first
         self._made = 0
+        self._pool = ThreadPoolExecutor(THREADS, "swap-spill")
         self.clear()
 
     def clear(self) -> None:
         """Drop everything."""
-        self._memory.clear()
-        self._files.clear()
-        self.bytes_in_memory = self.bytes_on_disk = 0
+        for key in [*self._memory, *self._files]:
+            self.drop(key)
+        self._leaving.clear()
         files.remove_tree(self.directory)
+
+    def close(self) -> None:
+        """Drop everything, and let the threads go."""
+        self.clear()
+        self._pool.shutdown()
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._memory or key in self._files
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Hold a tensor in place of what was under the key; raises NoSpaceError where the disk is full."""
+        """Hold a tensor in place of what was under the key; it must not be written to any more.
+
+        Raises:
+            NoSpaceError: The disk is full (at a later call too).
+        """
         self.drop(key)
-        tensor = tensor.detach().cpu()
+        tensor, on_host = tensor.detach(), tensor.device.type == "cpu"
+        mark = self.lane.mark()
         if self.bytes_in_memory + tensor.nbytes <= self.budget:
-            # A view would keep all of what it is a view of.
-            self._memory[key] = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+            self._sizes[key] = tensor.nbytes
             self.bytes_in_memory += tensor.nbytes
+            if on_host:  # a view would keep all of what it is a view of
+                self._memory[key] = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+            else:
+                self._memory[key] = self._left(self._pool.submit(self._down, tensor, mark))
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / str(self._made)
         self._made += 1
-        with durable.explain_full_disk(path), path.open("wb", buffering=0) as file:
-            left = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            while left:
-                left = left[file.write(left) :]
-        self._files[key] = path, tensor.dtype, tensor.shape
+        written = self._left(self._pool.submit(self._write, path, tensor, mark))
+        self._files[key] = path, tensor.dtype, tensor.shape, written
         self.bytes_on_disk += tensor.nbytes
 
+    def bring(self, key: Hashable) -> None:
+        """Begin to bring what is under a key to the device, if anything is: `get` will ask for it soon."""
+        if key in self and key not in self._brought and not self._is_there(key):
+            self._brought[key] = self._pool.submit(self._sent, key)
+
     def get(self, key: Hashable) -> Tensor:
-        """The tensor under a key, on the CPU. It must not be written to."""
-        if key in self._memory:
-            return self._memory[key]
-        path, dtype, shape = self._files[key]
-        return torch.from_numpy(np.fromfile(path, dtype=np.uint8)).view(dtype).reshape(shape)
+        """The tensor under a key, on the device. It must not be written to."""
+        if self._is_there(key):
+            return self.held(key)
+        brought = self._brought.pop(key, None)
+        tensor = self._sent(key) if brought is None else brought.result()
+        self.lane.use([tensor])
+        return tensor
 
     def take(self, key: Hashable) -> Tensor:
         """The tensor under a key, which is then dropped."""
@@ -344,9 +386,52 @@ class Spill:
 
     def drop(self, key: Hashable) -> None:
         """Forget what is under a key, if anything is."""
-        if (tensor := self._memory.pop(key, None)) is not None:
-            self.bytes_in_memory -= tensor.nbytes
+        if (brought := self._brought.pop(key, None)) is not None:
+            wait([brought])
+        if self._memory.pop(key, None) is not None:
+            self.bytes_in_memory -= self._sizes.pop(key)
         if (entry := self._files.pop(key, None)) is not None:
-            path, dtype, shape = entry
+            path, dtype, shape, written = entry
+            wait([written])
             self.bytes_on_disk -= shape.numel() * dtype.itemsize
             path.unlink(missing_ok=True)
+
+    def _is_there(self, key: Hashable) -> bool:
+        return key in self._memory and self.lane.device.type == "cpu"
+
+    def _left(self, leaving: Future[T]) -> Future[T]:
+        """Let no more than a few tensors be on their way; what went wrong with one is raised here."""
+        self._leaving.append(leaving)
+        while len(self._leaving) > 2 * THREADS or (self._leaving and self._leaving[0].done()):
+            self._leaving.popleft().result()
+        return leaving
+
+    def _down(self, tensor: Tensor, mark: Any) -> Tensor:
+        return self.lane.down({"": tensor}, mark)[""]
+
+    def _write(self, path: Path, tensor: Tensor, mark: Any) -> None:
+        data = self._down(tensor, mark)
+        with durable.explain_full_disk(path), path.open("wb", buffering=0) as file:
+            left = memoryview(data.reshape(-1).view(torch.uint8).numpy().data)
+            while left:
+                left = left[file.write(left) :]
+
+    def held(self, key: Hashable) -> Tensor:
+        """What is under a key, in the host's memory."""
+        if (held := self._memory.get(key)) is not None:
+            return held if isinstance(held, Tensor) else held.result()
+        path, dtype, shape, written = self._files[key]
+        written.result()
+        data = self.lane.buffers.lend(shape.numel() * dtype.itemsize)
+        with path.open("rb", buffering=0) as file:
+            left = memoryview(data.numpy().data)
+            while left:
+                if not (count := file.readinto(left)):
+                    raise ValueError(f"{path} is cut off")
+                left = left[count:]
+        return data.view(dtype).view(shape)
+
+    def _sent(self, key: Hashable) -> Tensor:
+        held = self.held(key)
+        with self.lane.sending():
+            return held.to(self.lane.device, non_blocking=True)
