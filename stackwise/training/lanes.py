@@ -113,7 +113,7 @@ class CudaLane(Lane):
         self._down: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def _buffers(self) -> Buffers:
-        return Buffers(_pinned, lambda address: torch.cuda.cudart().cudaHostUnregister(address))
+        return Buffers(_pinned, _unpinned)
 
     @contextlib.contextmanager
     def sending(self) -> Iterator[None]:
@@ -159,4 +159,10 @@ def lane_to(device: torch.device) -> Lane:
 
 def _pinned(address: int, size: int) -> bool:
     # Of exactly this size: PyTorch's own pinned memory is rounded up to a power of two. Portable: for every device.
-    return int(torch.cuda.cudart().cudaHostRegister(address, size, 1)) == 0
+    cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    return int(cuda.cudaHostRegister(address, size, 1)) == 0
+
+
+def _unpinned(address: int) -> None:
+    cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    cuda.cudaHostUnregister(address)

@@ -32,6 +32,7 @@ from stackwise.training.optim import Rising
 from stackwise.training.phases import BACKWARD, FORWARD, OPTIMIZER, PhaseClock
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
+from stackwise.training.swap_kept import KeptPasses, Pass, keepable
 from stackwise.training.swap_parts import FRONT, Loaded, PartLoader, Parts, in_turn, make_groups, pieces_of
 from stackwise.training.swap_pieces import piece_name
 from stackwise.training.swap_state import RedoLog, Spill, Update
@@ -49,6 +50,7 @@ class SwapSpace:
     memory: int  # bytes of boundaries kept in memory; the rest goes to files
     warn: Callable[[str], None]
     pieces: int | None = None  # pieces of a part (experts of a block) in memory at once; None: all that rows reach
+    passes: int = 0  # bytes of the device that passes may take which wait for the way down
 
 
 class SwappedEngine:
@@ -79,7 +81,10 @@ class SwappedEngine:
         self.log = RedoLog(space.directory, parts.trains, pieces, self.lane)
         self.log.open(space.warn)
         self.spill = Spill(space.directory / "step", space.memory, self.lane)
-        self.loader = PartLoader(parts, self.log, settings, device, rising, spill=self.spill, most_pieces=space.pieces)
+        self.kept = KeptPasses(space.passes)
+        self.loader = PartLoader(
+            parts, self.log, settings, device, rising, spill=self.spill, most_pieces=space.pieces, kept=self.kept
+        )
         self.scale = LossScale(settings.loss_scale) if parts.precision == "fp16" else None
         if self.scale is not None and self.log.committed.scaler is not None:
             self.scale.restore({SCALER: torch.tensor(self.log.committed.scaler, dtype=torch.float64)})
@@ -102,6 +107,7 @@ class SwappedEngine:
         """
         assert step == self.before + self.steps_done, f"step {step} after {self.before} and {self.steps_done}"
         self.spill.clear()
+        self.kept.clear()
         microbatches = list(microbatches)  # every group sees all of them
         norms: dict[str, list[Tensor]] = {}
         below = self.groups[self.lowest : -1][::-1]
@@ -270,7 +276,7 @@ class SwappedEngine:
             index = loaded.group.index
             with self.phases(OPTIMIZER):  # of the step before
                 self.loader.update(loaded)
-            model, top = self.parts.model(loaded.parts), index + 1 == len(self.groups)
+            model, top, last = self.parts.model(loaded.parts), index + 1 == len(self.groups), len(microbatches) - 1
             for number, cpu_batch in enumerate(microbatches):
                 batch = self._entering(index, number, cpu_batch)
                 seeded = self._draw(step, index, number)
@@ -286,9 +292,8 @@ class SwappedEngine:
                     losses.add(terms[number])
                     self._hand_down(index, number, batch)
                 else:
-                    # With the graph that the way down needs, so that these are the same operations.
-                    with self.phases(FORWARD), model.numerics(self.device):
-                        leaving, handed_up = model.run(batch, terms[number])
+                    with self.phases(FORWARD):
+                        leaving, handed_up = self._through(loaded, model, batch, terms[number], number, last)
                     terms[number] = {name: replace(term, sum=term.sum.detach()) for name, term in handed_up.items()}
                     drawn = generator_state(self.device)
                     if not torch.equal(drawn, seeded):  # else the group above begins as this one did
@@ -300,6 +305,7 @@ class SwappedEngine:
                 assert losses is not None, "a step has microbatches"
                 losses.finish()
                 self.loader.write_gradients(loaded, losses.share, norms)
+            self.kept.put_away(index, loaded.parts)
             del loaded, model
         assert losses is not None, "a stage has a head"
         return losses
@@ -321,10 +327,13 @@ class SwappedEngine:
             for number, cpu_batch in enumerate(microbatches):
                 if ("g", index, number) not in self.spill and not losses.several:
                     continue  # nothing above that trains came from it
-                batch = self._entering(index, number, cpu_batch)
-                self._draw(step, index, number)
-                with self.phases(BACKWARD), model.numerics(self.device):  # once more, for its gradient's sake
-                    leaving, terms = model.run(batch)
+                if (kept := self.kept.take(index, number)) is not None:
+                    batch, leaving, terms = kept.batch, kept.leaving, dict(kept.terms)
+                else:
+                    batch = self._entering(index, number, cpu_batch)
+                    self._draw(step, index, number)
+                    with self.phases(BACKWARD), model.numerics(self.device):  # once more, for its gradient's sake
+                        leaving, terms = model.run(batch)
                 roots, slopes = [], []
                 if ("g", index, number) in self.spill:
                     roots, slopes = [leaving], [self.spill.take(("g", index, number))]
@@ -340,8 +349,26 @@ class SwappedEngine:
                     with self.phases(BACKWARD):
                         torch.autograd.backward(roots, slopes)
                     self._hand_down(index, number, batch)
+                del kept, batch, leaving, terms, roots
             self.loader.write_gradients(loaded, losses.share, norms)
             del loaded, model, head
+
+    def _through(
+        self, loaded: Loaded, model: StageModel, batch: Batch, below: Mapping[str, Term], number: int, last: int
+    ) -> tuple[Tensor, dict[str, Term]]:
+        """A microbatch up through a group; its pass is kept where there is room.
+
+        Where it is not, its graph is what the way down will make too, so that both are the same operations.
+        """
+        index = loaded.group.index
+        following = (len(self.groups) - 2 - index) * (last + 1) + last - number
+        if index < self.lowest or not keepable([*loaded.parts.values()]) or not self.kept.room(following):
+            with model.numerics(self.device):
+                return model.run(batch, below)
+        with self.kept.counting(loaded.parts) as count, model.numerics(self.device):
+            leaving, terms = model.run(batch, below)
+        self.kept.put(index, number, Pass(batch, leaving, terms, count.nbytes))
+        return leaving, terms
 
     def _terms(self, model: StageModel, batch: Batch, of_blocks: Mapping[str, Term]) -> dict[str, Term]:
         """The terms of the loss at the top, with those that the blocks below handed up."""

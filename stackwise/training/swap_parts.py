@@ -25,6 +25,7 @@ from stackwise.training.engine import MEAN, OPTIMIZER, WEIGHT, State, optimizer_
 from stackwise.training.forward import MakeOutputs, pass_through
 from stackwise.training.optim import Rising, Stepper, make_optimizer, set_rates, state_tensors
 from stackwise.training.stage import StageModel
+from stackwise.training.swap_kept import KeptPasses
 from stackwise.training.swap_pieces import Lender, piece_name
 from stackwise.training.swap_state import RedoLog, Spill, Tensors, Update
 
@@ -174,6 +175,7 @@ class PartLoader:
     Args:
         spill: Holds gradients of pieces that are away.
         most_pieces: Pieces of a part that are in memory at once; None: all that rows have reached.
+        kept: Has the parts of groups that wait without their weights; None: none wait.
     """
 
     def __init__(
@@ -186,7 +188,9 @@ class PartLoader:
         *,
         spill: Spill,
         most_pieces: int | None = None,
+        kept: KeptPasses | None = None,
     ) -> None:
+        self.kept = kept
         self.parts, self.log, self.settings, self.device, self.rising = parts, log, settings, device, rising
         self.spill, self.most_pieces, self.lane = spill, most_pieces, log.lane
         self.pieces = pieces_of(parts)
@@ -194,9 +198,19 @@ class PartLoader:
 
     def load(self, group: PartGroup) -> Loaded:
         """A group's parts with their trained weights, on the device. In the loader's thread."""
-        return self._sent(
-            Loaded(group, {name: self._without_pieces(name, self.log.read(name, WEIGHT)) for name in group.names})
-        )
+        waiting = self.kept.parts(group.index) if self.kept is not None else None
+        parts = {}
+        for name in group.names:
+            weights = self.log.read(name, WEIGHT)
+            if waiting is None:
+                parts[name] = self._without_pieces(name, weights)
+                continue
+            parts[name] = waiting[name]
+            if weights is None:
+                weights = {key: p.detach() for key, p in self.make(name, None).named_parameters()}
+            for key, value in weights.items():
+                parts[name].get_parameter(key).data = value
+        return self._sent(Loaded(group, parts))
 
     def load_to_update(self, group: PartGroup) -> Loaded:
         """The same; with their moments and gradients where they lack an update. In the loader's thread."""

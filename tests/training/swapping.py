@@ -149,6 +149,7 @@ def engine(
     groups: int = 99,
     memory: int = 0,
     pieces: int | None = None,
+    passes: int = 0,
     **values: object,
 ) -> SwappedEngine:
     """A swapped engine that complains of nothing."""
@@ -156,7 +157,7 @@ def engine(
     def warn(text: str) -> None:
         raise AssertionError(text)
 
-    space = SwapSpace(directory, groups, memory, warn, pieces)
+    space = SwapSpace(directory, groups, memory, warn, pieces, passes)
     return SwappedEngine(parts, settings(**values), space, seed=SEED, device=CPU)
 
 

@@ -22,6 +22,7 @@ from stackwise.model import part_digest
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.kinds import AdamW
 from stackwise.training.optim import learning_rate
+from stackwise.training.stage import StageModel
 from stackwise.training.swap import SwappedEngine, SwapSpace
 from stackwise.training.swap_state import Spill
 from tests.training.swapping import (
@@ -49,14 +50,14 @@ def disk() -> Iterator[Path]:
 
 SHAPES: list[dict[str, Any]] = [
     {"depth": 1, "tied": True},
-    {"depth": 3, "tied": True, "groups": 2},
-    {"depth": 4, "tied": False, "groups": 3, "memory": 1 << 30},
-    {"depth": 3, "tied": True, "groups": 3, "precision": "bf16"},
+    {"depth": 3, "tied": True, "groups": 2, "passes": 1 << 30},
+    {"depth": 4, "tied": False, "groups": 3, "memory": 1 << 30, "passes": 300_000},
+    {"depth": 3, "tied": True, "groups": 3, "precision": "bf16", "passes": 1 << 30},
     {"depth": 3, "tied": True, "groups": 2, "dropout": 0.0, "accumulation": 1},
     {"depth": 3, "tied": False, "groups": 2, "grad_clip": 0.0},
     {"depth": 3, "tokens": False, "groups": 2, "tied": False},
     {"depth": 3, "tokens": False, "groups": 3, "tied": True, "fixed_head": True},
-    {"depth": 4, "tied": True, "groups": 4, "trains": ["block.2", "block.3", "head"]},
+    {"depth": 4, "tied": True, "groups": 4, "trains": ["block.2", "block.3", "head"], "passes": 1 << 30},
     {"depth": 3, "tied": True, "groups": 3, "trains": ["front", "block.1"]},
 ]
 RACK = ("depth", "tied", "dropout", "precision", "dtype", "trains", "tokens", "fixed_head")
@@ -240,6 +241,27 @@ def test_a_spill_holds_what_it_is_given_in_memory_and_in_files(tmp_path: Path) -
     assert all(torch.equal(spill.get(number), tensor) for number, tensor in tensors.items())
     assert all(torch.equal(spill.take(number), tensor) for number, tensor in tensors.items())
     assert (spill.bytes_in_memory, spill.bytes_on_disk, list(spill.directory.iterdir())) == (0, 0, [])
+
+
+def test_passes_that_wait_are_not_computed_again(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what waits is no more than it may, without any weight."""
+    runs: list[int] = []
+    run = StageModel.run
+    monkeypatch.setattr(StageModel, "run", lambda self, *given: runs.append(len(self.blocks)) or run(self, *given))
+    counts, largest = [], 0
+    for budget in (0, 1, 150_000, 1 << 30):
+        swapped = engine(RackParts(3), disk / str(budget), groups=3, passes=budget)
+        for step in range(2):
+            runs.clear()
+            swapped.step(microbatches(step, 3), step, 1e-3)
+            largest = max(largest, swapped.kept.largest)
+            assert swapped.kept.nbytes == 0
+        counts.append(sum(runs))
+        swapped.close()
+    assert counts[0] == counts[1] == 2 * 3 * 3  # blocks, microbatches, up and down
+    assert counts[3] == 3 * 3
+    assert counts[2] == 2 * 3 * 3 - 150_000 // largest
+    assert largest < 150_000
 
 
 def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
