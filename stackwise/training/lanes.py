@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PAGE = 4096
-ALIGNED = 64  # bytes; kernels may take another way, and round otherwise, where tensors lie elsewhere
+from stackwise.training.pinned import PAGE, pin_memory, unpin_memory
 
 Pin = Callable[[int, int], bool]  # makes so many bytes at an address ones that a GPU copies by itself; whether it could
 
@@ -113,7 +112,7 @@ class CudaLane(Lane):
         self._down: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def _buffers(self) -> Buffers:
-        return Buffers(_pinned, _unpinned)
+        return Buffers(pin_memory, unpin_memory)
 
     @contextlib.contextmanager
     def sending(self) -> Iterator[None]:
@@ -155,14 +154,3 @@ class CudaLane(Lane):
 def lane_to(device: torch.device) -> Lane:
     """The way to a device."""
     return CudaLane(device) if device.type == "cuda" else Lane(device)
-
-
-def _pinned(address: int, size: int) -> bool:
-    # Of exactly this size: PyTorch's own pinned memory is rounded up to a power of two. Portable: for every device.
-    cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    return int(cuda.cudaHostRegister(address, size, 1)) == 0
-
-
-def _unpinned(address: int) -> None:
-    cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    cuda.cudaHostUnregister(address)

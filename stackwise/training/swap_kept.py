@@ -34,7 +34,7 @@ class _Weight:
     parameter: nn.Parameter
     shape: torch.Size
     stride: tuple[int, ...]
-    offset: int  # in the parameter
+    offset: int | torch.SymInt  # in the parameter
     dtype: torch.dtype
 
     def tensor(self) -> Tensor:
