@@ -30,15 +30,19 @@ def library_texts() -> list[str]:
     return [text for file in files if (text := file.read_text(encoding="utf-8"))]
 
 
-@pytest.fixture
-def corpus(tmp_path: Path, library_texts: list[str]) -> Path:
-    """A folder of real sources, some deeper, with text beyond ASCII."""
-    folder = tmp_path / "corpus"
-    for number, text in enumerate(library_texts):
+def written(folder: Path, texts: list[str]) -> Path:
+    """A folder of these texts, some deeper, with text beyond ASCII."""
+    for number, text in enumerate(texts):
         file = folder / f"part{number % 3}" / f"{number:03}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text + FOREIGN * (number % 2), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, library_texts: list[str]) -> Path:
+    """A folder of real sources."""
+    return written(tmp_path / "corpus", library_texts)
 
 
 def all_text(folder: Path) -> dict[str, bytes]:

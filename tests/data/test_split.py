@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,23 @@ import xxhash
 
 from stackwise.config import DataConfig
 from stackwise.data import PreparedData, Split, prepare, sample_ids
+from tests.data.conftest import written
 
-Settings = Callable[..., DataConfig]
+
+@pytest.fixture(scope="module")
+def prepared(library_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared set; not to be changed."""
+    home = tmp_path_factory.mktemp("split")
+    corpus = written(home / "corpus", library_texts)
+    return prepare(DataConfig(paths=[str(corpus)], cache_dir=str(home / "cache"), vocab_size=900, held_out=0.2))[
+        0
+    ].directory
 
 
 @pytest.fixture
-def data(corpus: Path, settings: Settings) -> PreparedData:
-    return prepare(settings(corpus, vocab_size=900, held_out=0.2))[0]
+def data(prepared: Path, tmp_path: Path) -> PreparedData:
+    """A copy of it, to do anything with."""
+    return PreparedData.open(Path(shutil.copytree(prepared, tmp_path / "data")))
 
 
 def test_samples_are_the_stream(data: PreparedData) -> None:

@@ -280,7 +280,15 @@ def test_sizes_seeds_and_narrow_streams(kind: str) -> None:
     torch.testing.assert_close(y.float(), made(x), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("kind", ["mla", "elu", "performer", "window"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "mla",
+        "elu",
+        pytest.param("performer", marks=pytest.mark.stress),
+        pytest.param("window", marks=pytest.mark.stress),
+    ],
+)
 def test_kinds_compile_without_breaks(kind: str) -> None:
     torch._dynamo.reset()
     made = build_block(config(kind), 0, 0)

@@ -44,7 +44,9 @@ def weights_of(directory: Path) -> list[str]:
     return [stage["weights"] for stage in RunDirectory(directory).manifest()["stages"]]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [mode if mode == "layerwise" else pytest.param(mode, marks=pytest.mark.stress) for mode in MODES]
+)
 def test_swapped_they_come_to_the_same_weights(checkpoints: Any, text: Path, tmp_path: Path, mode: str) -> None:
     more = {"training.mode": mode, "store.path": str(tmp_path / "store")} | MODES[mode]
     resident = configuration(checkpoints("llama"), text, **more)

@@ -128,7 +128,7 @@ def test_what_is_there_is_not_computed_again(llama: Path, data: str, tmp_path: P
         assert opened.gc(dry_run=True)["boundaries"] == []
 
 
-@pytest.mark.parametrize("codec", ["bf16", "int8", "fp32"])
+@pytest.mark.parametrize("codec", ["int8", "fp32", pytest.param("bf16", marks=pytest.mark.stress)])
 def test_one_part_at_a_time_gives_the_same_bytes(llama: Path, data: str, tmp_path: Path, codec: str) -> None:
     whole = captured(llama, data, tmp_path / "whole", [1, 3], codec=codec)
     parts = captured(llama, data, tmp_path / "parts", [1, 3], codec=codec, memory=1)

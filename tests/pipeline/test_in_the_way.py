@@ -152,7 +152,9 @@ MOMENTS: dict[str, list[tuple[str, int]]] = {"run": [("step", 0)], "store": [("w
 """After which event of which stage the disk is filled, by what lies on it: a checkpoint, a boundary, a stage fails."""
 
 
-@pytest.mark.parametrize("place", MOMENTS)
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=pytest.mark.stress if place == "run" else ()) for place in MOMENTS]
+)
 def test_a_disk_that_fills_up_in_the_middle(
     micro: Micro, disk: Path, tmp_path: Path, undisturbed: list[str], place: str
 ) -> None:

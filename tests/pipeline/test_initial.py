@@ -278,7 +278,7 @@ def test_two_directories_with_the_same_weights_are_one_and_a_change_is_another(
     assert [event for event in events if event["event"] == "step"]
 
 
-@pytest.mark.parametrize("swap", ["never", "always"])
+@pytest.mark.parametrize("swap", [pytest.param("never", marks=pytest.mark.stress), "always"])
 def test_killed_and_resumed_it_ends_with_the_same_weights(
     swap: str, tmp_path: Path, text: Path, checkpoints: Any
 ) -> None:

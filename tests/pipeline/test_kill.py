@@ -43,7 +43,7 @@ def goes_on(config: Path, directory: Path, expected: list[str]) -> list[dict[str
 @pytest.mark.parametrize(
     ("event", "stage"),
     [
-        ("training", 0),
+        pytest.param("training", 0, marks=pytest.mark.stress),
         pytest.param("checkpoint", 0, marks=pytest.mark.stress),
         ("writing", 0),
         ("checkpoint", 1),
@@ -74,7 +74,7 @@ def test_the_worker_killed(reference: tuple[Path, list[str]], tmp_path: Path) ->
     assert [e["step"] for e in seen if e["event"] == "resumed"] in [[step] for step in range(10, 120, 10)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.stress)], ids=str)
 def test_told_to_stop(reference: tuple[Path, list[str]], tmp_path: Path, number: signal.Signals) -> None:
     config, expected = reference
     first = Command(config, tmp_path / "run")

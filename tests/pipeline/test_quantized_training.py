@@ -18,7 +18,7 @@ from tests.pipeline.test_run import weights
 LEARNED = {"bits": 4, "group": 8, "symmetric": False, "scale": "learned", "activations": 8}
 
 
-@pytest.mark.parametrize("mode", ["blockwise", "end_to_end"])
+@pytest.mark.parametrize("mode", [pytest.param("blockwise", marks=pytest.mark.stress), "end_to_end"])
 def test_swapped_and_resident_are_the_same(mode: str, micro: Micro, tmp_path: Path) -> None:
     settings = {"training__mode": mode, "training__quantization": LEARNED}
     for swap in ("never", "always"):

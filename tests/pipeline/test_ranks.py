@@ -79,7 +79,7 @@ def same(directory: Path, alone: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "ranks", [4, pytest.param(2, marks=pytest.mark.stress), pytest.param(8, marks=pytest.mark.stress)]
+    "ranks", [2, pytest.param(4, marks=pytest.mark.stress), pytest.param(8, marks=pytest.mark.stress)]
 )
 def test_any_number_of_ranks_makes_what_one_process_makes(
     micro: Micro, alone: Path, tmp_path: Path, ranks: int

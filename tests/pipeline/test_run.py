@@ -16,7 +16,6 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.unused import unused_settings
 from stackwise.errors import BusyError, NoSpaceError, UsageError
 from stackwise.pipeline.committed.load import CommittedRack, load_rack
-from stackwise.pipeline.committed.use import evaluate_rack
 from stackwise.pipeline.recipe import codec_name
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory, status
@@ -258,34 +257,3 @@ def test_masks_hit_the_schedule_and_differ_between_samples(finished: tuple[Stack
 def test_depth_as_time_gives_each_stage_its_own_fractions(micro: Micro, tmp_path: Path) -> None:
     events = run(micro(training__mask_schedule_over="depth"), tmp_path / "run")
     assert len(named(events, "committed")) == 2
-
-
-@pytest.mark.parametrize(
-    "mode",
-    [
-        {"training.mode": "layerwise"},
-        {"training.mode": "fused", "training.fusion_mode": "frozen"},
-        {"training.mode": "fused", "training.fusion_mode": "trainable"},
-        {"training.mode": "end_to_end"},
-        {"training.objective": "clm"},
-        {"training.objective": "mlm"},
-        {"training.progressive.enabled": True},
-        {"training.mode": "independent", "training.loss_weight": "inverse_time"},
-        {"training.lookahead": "tail"},
-    ],
-    ids=str,
-)
-def test_nothing_is_learnt_from_uniformly_random_tokens(mode: dict[str, Any], tmp_path: Path) -> None:
-    """On noise the held-out loss stays at ln(vocabulary): nothing leaks from what is masked, in any mode."""
-    draws = np.random.default_rng(0).integers(0, 32, (60, 400))
-    rows = [json.dumps({"input_ids": row.tolist(), "targets": row.tolist()}) for row in draws]
-    (tmp_path / "noise.jsonl").write_text("\n".join(rows))
-    overrides = {"data.paths": [str(tmp_path / "noise.jsonl")], "model.vocab_size": 258, "data.max_bytes": None}
-    config = StackWiseConfig.from_preset("micro", {**overrides, "training.steps": 60, **mode})
-    run(config, tmp_path / "run")
-    rack = rack_of(tmp_path / "run")
-    for depth in evaluate_rack(rack, rack.data.held_out)["stages"]:
-        losses = [value for value in depth["loss"].values() if value is not None]
-        assert losses
-        assert all(loss > np.log(32) - 0.05 for loss in losses)
-    assert all(loss < np.log(258) for loss in losses)

@@ -83,7 +83,11 @@ def test_what_was_evaluated_and_what_diverged_is_told(
 
 @pytest.mark.parametrize(
     ("event", "stage", "at"),
-    [("held_out", 0, 20), ("diverged", 1, 0), pytest.param("held_out", 1, 20, marks=pytest.mark.stress)],
+    [
+        ("held_out", 0, 20),
+        pytest.param("diverged", 1, 0, marks=pytest.mark.stress),
+        pytest.param("held_out", 1, 20, marks=pytest.mark.stress),
+    ],
 )
 def test_a_run_that_decides_and_is_killed_ends_the_same(
     reference: tuple[Path, list[str], list[dict[str, Any]]], tmp_path: Path, event: str, stage: int, at: int

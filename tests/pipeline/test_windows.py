@@ -141,7 +141,12 @@ def test_learning_rates_run_over_all_windows(finished: Finished) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{}, {"training.ema": 0.9}, {"training.optimizer": "muon"}, {"training.optimizer": "adamw8bit"}],
+    [
+        {"training.ema": 0.9},
+        {"training.optimizer": "adamw8bit"},
+        pytest.param({}, marks=pytest.mark.stress),
+        pytest.param({"training.optimizer": "muon"}, marks=pytest.mark.stress),
+    ],
     ids=str,
 )
 def test_a_stage_goes_on_as_if_it_had_never_stopped(micro: Micro, tmp_path: Path, setting: dict[str, Any]) -> None:
@@ -222,7 +227,16 @@ class Killed(Exception):
     """Stands for a kill: nothing is saved beyond what is."""
 
 
-@pytest.mark.parametrize("moment", [(4, "step"), (4, "committed"), (5, "written"), (5, "training"), (3, "committed")])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        (4, "step"),
+        (5, "written"),
+        pytest.param((4, "committed"), marks=pytest.mark.stress),
+        pytest.param((5, "training"), marks=pytest.mark.stress),
+        pytest.param((3, "committed"), marks=pytest.mark.stress),
+    ],
+)
 def test_a_run_that_ends_inside_or_between_windows_comes_to_the_same_weights(
     micro: Micro, finished: Finished, tmp_path: Path, moment: tuple[int, str]
 ) -> None:
@@ -319,7 +333,7 @@ def test_a_last_weight_that_is_damaged_is_trained_anew_from_the_first_window(
     assert weights(directory) == before
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("ema", [0.9, pytest.param(0.0, marks=pytest.mark.stress)])
 def test_swapped_stages_go_on_like_resident_ones(micro: Micro, tmp_path: Path, ema: float) -> None:
     settings = {**SMALL, "training.windows": 2, "training.steps": 4, "training.ema": ema}
     run_stages(micro(**settings), tmp_path / "resident")
@@ -330,10 +344,10 @@ def test_swapped_stages_go_on_like_resident_ones(micro: Micro, tmp_path: Path, e
 @pytest.mark.parametrize(
     "mode",
     [
-        {"training.lookahead": "tail", "training.ema": 0.9},
+        pytest.param({"training.lookahead": "tail", "training.ema": 0.9}, marks=pytest.mark.stress),
         {"training.lookahead": "auxiliary", "training.fresh_masks": True},
-        {"training.fusion.strategy": "trainable"},
-        {"training.fusion.strategy": "frozen"},
+        pytest.param({"training.fusion.strategy": "trainable"}, marks=pytest.mark.stress),
+        pytest.param({"training.fusion.strategy": "frozen"}, marks=pytest.mark.stress),
         {"training.progressive.enabled": True, "training.progressive.new_stack_precision": "qlora"},
         {"store.fuse_passes": True},
         {"training.eval_every": 1, "training.keep_best": True},
