@@ -5,10 +5,10 @@ BIN := .venv/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format stress bench docs clean
+.PHONY: help demo test test-gpu lint format stress bench docs clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 
 .venv/.run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -36,6 +36,9 @@ format: .venv/.dev ## let ruff put things in order
 
 stress: .venv/.dev ## the long tests: many kills, many rows
 	$(BIN)/python -m pytest -q -m stress
+
+test-gpu: .venv/.dev ## the tests of what a GPU must keep; skipped where there is none
+	$(BIN)/python -m pytest -q -rs tests/training/test_cuda.py
 
 bench: .venv/.dev ## the benchmarks whose tables are in docs/benchmarks.md
 	$(BIN)/python -m benchmarks
