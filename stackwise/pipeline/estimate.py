@@ -46,6 +46,9 @@ class Swap:
     host: int  # about the bytes that it takes of the host's memory, where the device has its own
     loss: int  # of `memory`, what the loss takes
     pieces: int | None = None  # experts of a block in memory at once; None: all that rows reach
+    passes: int = 0  # of `memory`, bytes of passes that wait for the way down, and are not computed again
+    share: float = 0.0  # of a step's passes, those that do
+    alive: int = 3  # groups on the device at once: those that come and go, or the one that computes alone
 
 
 @dataclass(frozen=True)
@@ -213,8 +216,10 @@ class Estimate:
     def swap(self, memory: int, host: int | None = None) -> Swap | None:
         """How it is swapped; None where it is resident. It decides nothing about the result.
 
-        The largest of its groups is in memory three times over: one being written, one computing, one being read. On a
-        GPU the one that computes is there; the others, and the boundaries of a step, are in the host's memory.
+        The largest of its groups is in memory three times over: one leaving, one computing, one arriving. On a GPU they
+        are there if they fit, else the one that computes alone; the host's memory has what comes from the disk and goes
+        there, and of the boundaries of a step as many as fit. What is left of the device's memory is for passes that
+        wait for the way down, half of it: what else takes memory is not known.
 
         Args:
             memory: Bytes of the device, or on a CPU of the machine; `training.memory` comes before it.
@@ -256,24 +261,43 @@ class Estimate:
         def group(groups: int) -> float:
             return max(ends, -(-most // groups) * largest)
 
-        def taken(groups: int) -> int:
-            return round((1 if apart else 3) * group(groups) + -(-most // groups) * activations + loss)
+        def taken(groups: int, alive: int = 3) -> int:
+            return round(alive * group(groups) + -(-most // groups) * activations + loss)
 
-        def fitting(groups: int) -> bool:
+        def fitting(groups: int, alive: int = 3) -> bool:
             held = not apart or 3 * group(groups) <= SHARE * behind - behind // 4
-            return held and taken(groups) <= (SHARE * limit if apart else SHARE * limit - limit // 4)
+            return held and taken(groups, alive) <= (SHARE * limit if apart else SHARE * limit - limit // 4)
 
+        least = 1 if apart else 3
         experts = max(len(stage.pieces(config, part)) for part in blocks_held)
-        while training.swap_experts is None and experts > 1 and not fitting(most):  # not even block by block
+        while training.swap_experts is None and experts > 1 and not fitting(most, least):  # not even block by block
             pieces = experts = experts // 2
             largest = max(held(part, pieces) for part in blocks_held)
-        groups = min(training.swap_parts or next((n for n in range(1, most) if fitting(n)), most), most)
+        alive = 3 if fitting(min(training.swap_parts or most, most)) else least
+        groups = min(training.swap_parts or next((n for n in range(1, most) if fitting(n, alive)), most), most)
         tokens = settings.batch_size * settings.accumulation * config.row_positions
         step = tokens * config.model.d_model * (2 if half else 4) * (groups + 3)
-        kept = min(behind // 4, step)
+        boundaries = behind // 4
+        if apart:
+            boundaries = max(boundaries, round(SHARE * behind - 3 * group(groups)))
+        kept = min(boundaries, step)
+        memory = taken(groups, alive) + (0 if apart else kept)
+        waiting = round(settings.accumulation * most * activations)
+        passes = min(waiting, max(0, round(SHARE * limit) - memory) // 2)
         disk = state + round(max(ends, largest)) + step - kept
         beside = round(3 * group(groups)) + kept if apart else 0
-        return Swap(groups, behind // 4, taken(groups) + (0 if apart else kept), disk, beside, loss, pieces)
+        return Swap(
+            groups,
+            boundaries,
+            memory + passes,
+            disk,
+            beside,
+            loss,
+            pieces,
+            passes=passes,
+            share=passes / max(1, waiting),
+            alive=alive,
+        )
 
 
 def committed_bytes(config: StackWiseConfig, vocab_size: int, drawn: int, *, windows: int | None = None) -> int:

@@ -51,6 +51,7 @@ class SwapSpace:
     warn: Callable[[str], None]
     pieces: int | None = None  # pieces of a part (experts of a block) in memory at once; None: all that rows reach
     passes: int = 0  # bytes of the device that passes may take which wait for the way down
+    ahead: bool = True  # whether the device has room for groups that come and go, beside the one that computes
 
 
 class SwappedEngine:
@@ -85,6 +86,7 @@ class SwappedEngine:
         self.loader = PartLoader(
             parts, self.log, settings, device, rising, spill=self.spill, most_pieces=space.pieces, kept=self.kept
         )
+        self.loader.ahead = space.ahead
         self.scale = LossScale(settings.loss_scale) if parts.precision == "fp16" else None
         if self.scale is not None and self.log.committed.scaler is not None:
             self.scale.restore({SCALER: torch.tensor(self.log.committed.scaler, dtype=torch.float64)})
@@ -206,7 +208,7 @@ class SwappedEngine:
 
     def _settled(self, loaded: Loaded) -> StageModel:
         """A group with the weights that are committed, without dropout."""
-        self.lane.use(loaded.tensors())
+        self.loader.receive(loaded)
         self.loader.take_mean(loaded)
         return self.parts.model(loaded.parts).eval()
 
@@ -321,7 +323,7 @@ class SwappedEngine:
         """Group by group from the top, each forward again and backward, to the lowest that trains."""
         for loaded in turns:
             index = loaded.group.index
-            self.lane.use(loaded.tensors())
+            self.loader.receive(loaded)
             model = self.parts.model(loaded.parts)
             head = self.loader.tied_head(loaded) if self.tied and index == 0 else None
             for number, cpu_batch in enumerate(microbatches):

@@ -190,7 +190,8 @@ class PartLoader:
         most_pieces: int | None = None,
         kept: KeptPasses | None = None,
     ) -> None:
-        self.kept = kept
+        self.kept, self.ahead = kept, True
+        """Whether groups come to the device while another one computes; else when it has gone."""
         self.parts, self.log, self.settings, self.device, self.rising = parts, log, settings, device, rising
         self.spill, self.most_pieces, self.lane = spill, most_pieces, log.lane
         self.pieces = pieces_of(parts)
@@ -223,9 +224,17 @@ class PartLoader:
         return self._sent(loaded)
 
     def _sent(self, loaded: Loaded) -> Loaded:
-        with self.lane.sending():
-            loaded.to(self.device)
+        if self.ahead:
+            with self.lane.sending():
+                loaded.to(self.device)
         return loaded
+
+    def receive(self, loaded: Loaded) -> None:
+        """Have a group that was loaded on the device. In the thread that computes."""
+        if not self.ahead:
+            self.log.wait_for_copies()  # of the group before, whose memory it takes
+            loaded.to(self.device)
+        self.lane.use(loaded.tensors())
 
     def make(self, name: str, trained: Mapping[str, Tensor] | None) -> nn.Module:
         """A part, whole; a tied head projects with the front's embedding as it stands."""
@@ -320,7 +329,7 @@ class PartLoader:
 
     def update(self, loaded: Loaded) -> None:
         """Apply the last step to the parts of a group that lack it, and write their state, behind."""
-        self.lane.use(loaded.tensors())
+        self.receive(loaded)
         if not loaded.gradients:
             return
         trained = [

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -86,6 +87,7 @@ class RedoLog:
         self._pool = ThreadPoolExecutor(THREADS, "swap-writer")
         self._pieces_pool = ThreadPoolExecutor(THREADS, "swap-pieces")  # of large tensors, both ways
         self._writing: dict[str, Future[None]] = {}  # by part, the newest call's
+        self._left: dict[str, threading.Event] = {}  # of the newest call, by part
         self._digests: dict[str, str] = {}  # of the files that are there, by their paths below `directory`
 
     def open(self, warn: Callable[[str], None]) -> None:
@@ -162,6 +164,11 @@ class RedoLog:
         for part in list(self._writing):
             self._writing[part].result()
             del self._writing[part]  # not before: the loader waits for it too
+
+    def wait_for_copies(self) -> None:
+        """Wait until everything handed in has left the device."""
+        for left in self._left.values():
+            left.wait()
 
     def commit(self, update: Update, loss: float, scaler: list[float] | None = None, *, taken: bool = True) -> None:
         """Publish the step in hand, whose gradients are all handed in.
@@ -287,10 +294,17 @@ class RedoLog:
 
     def _behind(self, write: Callable[[str, Tensors], None], tensors: Mapping[str, Tensors]) -> None:
         self.flush()
-        mark = self.lane.mark()
+        mark, leaving = self.lane.mark(), dict(tensors)
+        self._left = {part: threading.Event() for part in tensors}
+        left = self._left
 
         def behind(part: str) -> None:
-            write(part, self.lane.down(tensors[part], mark))
+            try:
+                landed = self.lane.down(leaving[part], mark)
+            finally:
+                del leaving[part]  # the device's memory is free from here on
+                left[part].set()
+            write(part, landed)
 
         self._writing = {part: self._pool.submit(behind, part) for part in tensors}
 

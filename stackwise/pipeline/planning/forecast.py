@@ -15,6 +15,7 @@ from stackwise.config import AUTO, StackWiseConfig
 from stackwise.pipeline.decisions import forward_flops
 from stackwise.pipeline.estimate import WEIGHT_BYTES, Estimate, Swap
 from stackwise.pipeline.planning.machines import Machine
+from stackwise.pipeline.planning.streaming import streamed
 from stackwise.pipeline.planning.trace import PARTS
 from stackwise.pipeline.planning.tracing import Traced, estimated, traced
 from stackwise.pipeline.recipe import whole_boundary
@@ -22,7 +23,6 @@ from stackwise.pipeline.schedule import ADAPTER, HEAD, Stage, schedule
 from stackwise.words import size
 
 DEFAULT_TOKENS = 10**9
-PAGEABLE = 0.3  # of the rate of pinned memory, what copies of other memory reach, which the swapped engine makes
 AHEAD = 3  # batches that lie ready
 CACHED = 0.5  # share of the host's memory that files may stay in, to be read from there again
 COMPUTE, READ, WRITE, COPIES = "compute", "disk read", "disk write", "host copies"
@@ -71,6 +71,7 @@ class StageForecast:
     state: int
     written: float
     note: str | None = None
+    reached: float | None = None  # of a stage that is streamed, its speed over what it would be in memory
 
     @property
     def seconds(self) -> float:
@@ -194,6 +195,9 @@ def forecast(config: StackWiseConfig, machine: Machine, tokens: int | None = Non
     for estimate, swap in zip(estimates, swaps, strict=True):
         memory = _swapped(estimate, swap) if swap is not None else next(found)
         stages.append(_stage(estimate, swap, memory, machine, tokens, _place(config, first, estimate.stage)))
+    if speeds := [stage.reached for stage in stages if stage.reached is not None]:
+        of_step = f"{rowed:,} tokens a step"
+        notes.append(f"what is streamed reaches {min(speeds):.0%} of its speed in memory, with {of_step}")
     whole = Forecast(config, machine, vocab_size, tokens, stages, config.windows, notes)
     if config.has_windows and config.training.windows == AUTO and whole.boundaries:
         limit = min(machine.disk.size, config.store.max_bytes or machine.disk.size) - whole.live + whole.boundaries
@@ -239,7 +243,7 @@ def _swapped(estimate: Estimate, swap: Swap) -> Traced:
     weights = WEIGHT_BYTES * phase.trained_parameters
     parts = dict.fromkeys(PARTS, 0)
     blocks = len((*phase.stage.blocks, *phase.stage.lookahead))
-    share = -(-blocks // swap.groups) / max(1, blocks) * (3 if estimate.device == "cpu" else 1)
+    share = -(-blocks // swap.groups) / max(1, blocks) * swap.alive
     parts["weights"], parts["gradients"] = round(weights * share), round((state - without) * share)
     parts["optimizer"] = round((without - weights) * share)
     parts["head"] = swap.loss
@@ -294,24 +298,21 @@ def _stage(
     compute += place.recomputed * seen * forward / machine.rate  # of stages as large as this one
     copies = seen * row / machine.host if stage.reads_boundary and machine.kind == "cuda" else 0.0
     host, written = machine.base + AHEAD * settings.batch_size * row, float(state)
-    moved = 0.0
+    reached = None
     if swap is not None:
-        # Up and down once a step: weights and moments come up, are updated and go; weights and gradients once more.
-        weights = WEIGHT_BYTES * estimate.trained_parameters
-        moved = steps * (2 * state + weights + 2 * gradients)
-        compute += seen * forward / machine.rate  # each group goes forward again on the way down
-        spilled = max(
-            0.0, step_rows * config.row_positions * config.model.d_model * 2 * (swap.groups + 3) - swap.boundaries
-        )
-        copies = moved / (PAGEABLE * machine.host) if machine.kind == "cuda" else 0.0
+        moved, resident = streamed(estimate, swap), compute
+        # Each group goes forward again on the way down, but for passes that wait.
+        compute += seen * forward / machine.rate * (1 - swap.share)
         host += swap.host
-        disk_read = cold + (steps * (state + weights + gradients + spilled)) / machine.disk.read
-        disk_write = steps * (state + gradients + spilled) / machine.disk.write
-        written += steps * (state + gradients + spilled)
-        # The engine copies where it computes.
-        terms = {COMPUTE: compute + copies, READ: disk_read, WRITE: disk_write}
-        if copies > compute:
-            terms = {COPIES: compute + copies, READ: disk_read, WRITE: disk_write}
+        terms = {
+            COMPUTE: compute,
+            READ: cold + steps * moved.read / machine.disk.read,
+            WRITE: steps * moved.written / machine.disk.write,
+            COPIES: steps * max(moved.up, moved.down) / machine.host if machine.kind == "cuda" else 0.0,
+        }
+        terms = {name: term + steps * moved.edges(machine) for name, term in terms.items()}
+        reached = resident / max(terms.values())
+        written += steps * moved.written
     else:
         host += state if machine.kind == "cuda" else state + found.parts["peak"]
         terms = {COMPUTE: compute, READ: cold, COPIES: copies}
@@ -344,4 +345,5 @@ def _stage(
         state=3 * state if swap is None else swap.disk,
         written=written,
         note=found.note,
+        reached=reached,
     )

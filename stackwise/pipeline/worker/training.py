@@ -20,6 +20,7 @@ from stackwise.config import StackWiseConfig, StageTraining
 from stackwise.config.continual import Replay
 from stackwise.data import PreparedData
 from stackwise.errors import InterruptedRun, StackWiseError
+from stackwise.host import host_total
 from stackwise.model import part_digest
 from stackwise.model.experts import experts_used
 from stackwise.pipeline.device import describe, peak_memory
@@ -110,7 +111,7 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
     """The engine of the job's stage: in memory, or swapped where it does not fit."""
     job, config = context.job, context.config
     swap = Estimate(config, job.vocab_size, job.stage, context.device.type).swap(
-        int(describe(context.device)["memory"])
+        int(describe(context.device)["memory"]), host_total()
     )
     if swap is None:
         yield _resident(context, stage_model(job, config).to(context.device))
@@ -124,7 +125,15 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
             partial(anchor_part, job, config),
         ),
         context.settings,
-        SwapSpace(Path(job.checkpoints) / "swap", swap.groups, swap.boundaries, context.warn, swap.pieces),
+        SwapSpace(
+            Path(job.checkpoints) / "swap",
+            swap.groups,
+            swap.boundaries,
+            context.warn,
+            swap.pieces,
+            passes=swap.passes,
+            ahead=swap.alive > 1,
+        ),
         seed=job.seed(config),
         device=context.device,
         before=job.span.first,
