@@ -1,9 +1,10 @@
 """Swapped training beside resident training: seconds a step by microbatches a step, and peak memory by depth.
 
-    python -m benchmarks.swap [--width 128] [--blocks 8] [--microbatches 1,4,16] [--depths 4,16,64]
+    python -m benchmarks.swap [--width 256] [--blocks 8] [--microbatches 1,2,4,8,16] [--depths 4,16,64]
 
-One rack, both engines, the same microbatches, in turns; the weights of both are then compared bit for bit. Memory is
-measured in processes of their own, each part of the rack a group of its own and no boundary kept in memory.
+One rack, three engines, the same microbatches, in turns: in memory; swapped, every pass computed twice; swapped, with
+memory in which passes wait for the way down. The weights of all are then compared bit for bit. Memory is measured in
+processes of their own, each part of the rack a group of its own and no boundary kept in memory.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from stackwise.training.swap import SwappedEngine
 
 VOCAB, SEED, RATE = 512, (0, 0), 1e-3
+KINDS = ("resident", "swapped", "waiting")
+WAITING = 1 << 40  # bytes that passes may take which wait for the way down: all of them do
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     made = parser("swap", __doc__)
     add = made.add_argument
-    add("--width", type=positive, default=128, metavar="D", help="of the rack; default 128")
+    add("--width", type=positive, default=256, metavar="D", help="of the rack; default 256")
     add("--blocks", type=positive, default=8, metavar="N", help="of the rack whose steps are timed; default 8")
-    add("--rows", type=positive, default=8, metavar="B", help="rows of a microbatch; default 8")
+    add("--rows", type=positive, default=4, metavar="B", help="rows of a microbatch; default 4")
     add("--seq-len", type=positive, default=128, metavar="S", help="tokens in a row; default 128")
-    add("--microbatches", type=numbers, default=[1, 4, 16], metavar="M", help="a step; default 1,4,16")
+    add("--microbatches", type=numbers, default=[1, 2, 4, 8, 16], metavar="M", help="a step; default 1,2,4,8,16")
     add("--depths", type=numbers, default=[4, 16, 64], metavar="N", help="blocks, for memory; default 4,16,64")
     add("--repeats", type=positive, default=5, metavar="N", help="timed steps of each; default 5")
     add("--dir", metavar="DIR", help="where the temporary state goes; default: the system's temporary directory")
@@ -137,7 +140,8 @@ def engines(options: argparse.Namespace, blocks: int, directory: Path, *kinds: s
         if kind == "resident":
             engine = ResidentEngine(parts.whole(), settings, seed=SEED, device=device)
         else:
-            engine = SwappedEngine(parts, settings, SwapSpace(directory, blocks, 0, say), seed=SEED, device=device)
+            space = SwapSpace(directory / kind, blocks, 0, say, passes=WAITING if kind == "waiting" else 0)
+            engine = SwappedEngine(parts, settings, space, seed=SEED, device=device)
         made.append({"kind": kind, "engine": engine, "parts": parts})
     return made
 
@@ -175,22 +179,33 @@ def measure(options: argparse.Namespace) -> Result:
 
 
 def _timed(options: argparse.Namespace, count: int) -> Result:
-    """Seconds a step of both engines with so many microbatches, in turns after a step that does not count."""
-    seconds: dict[str, list[float]] = {"resident": [], "swapped": []}
+    """Seconds a step of the engines with so many microbatches, in turns after a step that does not count.
+
+    Beside them the processor's seconds of the thread that computes, which a busy machine changes little.
+    """
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    worked: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory(prefix="stackwise-bench-", dir=options.dir) as name:
-        made = engines(options, options.blocks, Path(name) / "swap", *seconds)
+        made = engines(options, options.blocks, Path(name) / "swap", *KINDS)
         for step in range(options.repeats + 1):
             say(f"microbatches a step: {count}; step {step} of {options.repeats}")
             given = batches(options, step, count)
             for one in made if step % 2 else reversed(made):
-                begun = time.perf_counter()
+                begun, work = time.perf_counter(), time.thread_time()
                 one["engine"].step(given, step, RATE)
                 seconds[one["kind"]].append(time.perf_counter() - begun)
-        same = _same(*made)
-        made[1]["engine"].close()
-    ratio = [a / b for a, b in zip(seconds["swapped"][1:], seconds["resident"][1:], strict=True)]
-    spreads = {kind: Spread.of(found[1:]).plain() for kind, found in seconds.items()}
-    return {"microbatches": count, **spreads, "ratio": Spread.of(ratio).plain(), "same_weights": same}
+                worked[one["kind"]].append(time.thread_time() - work)
+        same = all(_same(made[0], one) for one in made[1:])
+        waited = made[2]["engine"].kept.largest * options.blocks * count
+        for one in made[1:]:
+            one["engine"].close()
+    result: Result = {"microbatches": count, "same_weights": same, "passes_bytes": waited}
+    for kind, times in seconds.items():
+        ratio = [a / b for a, b in zip(times[1:], seconds["resident"][1:], strict=True)]
+        work = sum(worked[kind][1:]) / sum(worked["resident"][1:])
+        result[kind] = Spread.of(times[1:]).plain()
+        result[f"{kind}_ratio"], result[f"{kind}_work"] = Spread.of(ratio).plain(), work
+    return result
 
 
 def _same(resident: Result, swapped: Result) -> bool:
@@ -237,25 +252,26 @@ def _section(result: Result) -> Section:
     def seconds(value: float) -> str:
         return f"{value:.3g} s"
 
-    rows = [
-        [
-            str(one["microbatches"]),
-            shown(one["resident"], seconds),
-            shown(one["swapped"], seconds),
-            shown(one["ratio"], lambda value: f"{value:.2f}"),
-            "bit for bit" if one["same_weights"] else "differ",
-        ]
-        for one in result["timed"]
-    ]
-    steps = table(["microbatches a step", "resident", "swapped", "swapped / resident", "weights after"], rows)
+    rows = []
+    for one in result["timed"]:
+        row = [str(one["microbatches"]), shown(one["resident"], seconds)]
+        for kind in KINDS[1:]:
+            row += [shown(one[f"{kind}_ratio"], lambda value: f"{value:.2f}"), f"{one[f'{kind}_work']:.2f}"]
+        rows.append([*row, words.size(one["passes_bytes"]), "bit for bit" if one["same_weights"] else "differ"])
+    heads = ["microbatches a step", "resident", "swapped / resident", "its processor time"]
+    heads += ["passes wait / resident", "its processor time", "bytes that wait", "weights after"]
+    steps = table(heads, rows)
     kinds = [[str(one["blocks"]), words.size(one["resident"]), words.size(one["swapped"])] for one in result["peaks"]]
     memory = table(["blocks", "resident", "swapped"], kinds)
     text = (
         f"A rack of width {result['width']} with a tied head, in float32; a microbatch is {result['rows']} rows of "
         f"{result['seq_len']} tokens. Above: seconds a step of {words.plural(result['blocks'], 'block')}, medians of "
-        f"{result['repeats']} steps, smallest to largest in brackets; the ratio is taken step by step. Swapped, every "
-        "block takes its turn alone, boundaries go to files, and each step is durable when it ends. Below: what two "
-        "steps of four microbatches, and importing PyTorch, add to the largest resident size of a process of their own."
+        f"{result['repeats']} steps, smallest to largest in brackets; ratios are taken step by step, and those of "
+        "processor time are of the thread that computes. Swapped, every block takes its turn alone, boundaries go to "
+        "files, and each step is durable when it ends. A group's forward pass is computed again on the way down, which "
+        "is a third more work than in memory; where passes wait in memory (SwapSpace.passes, here as many bytes as "
+        "they need), it is not. Below: what two steps of four microbatches, and importing PyTorch, add to the largest "
+        "resident size of a process of their own."
     )
     return Section("swap", "Swapped stages", text, f"{steps}\n\n{memory}", "CPU", result)
 

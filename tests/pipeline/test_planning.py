@@ -17,6 +17,7 @@ from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.planning.advice import fit
 from stackwise.pipeline.planning.forecast import forecast
 from stackwise.pipeline.planning.machines import MACHINES, find
+from stackwise.pipeline.planning.streaming import streamed
 from stackwise.pipeline.planning.trace import PARTS
 from stackwise.pipeline.planning.tracing import traced
 from stackwise.pipeline.schedule import schedule
@@ -181,3 +182,49 @@ def test_a_user_s_own_machine_is_read_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"floops: there is no such key; flops: it is missing") as raised:
         find(str(path))
     assert "memory: 'lots' is no size" in str(raised.value)
+
+
+def test_what_a_step_of_a_streamed_stage_moves_is_what_its_plan_says(tmp_path: Path) -> None:
+    """The bytes that the engine reads and writes, counted by the system."""
+    from tests.training.swapping import RackParts, engine, microbatches
+
+    config = StackWiseConfig.from_preset(
+        "micro",
+        {"training.mode": "end_to_end", "training.swap": "always", "training.accumulation": 3, "training.batch_size": 4,
+         "training.seq_len": 12, "model.d_model": 256, "model.n_heads": 2, "model.architecture.n_stacks": 3},
+    )  # fmt: skip
+    (stage,) = schedule(config)
+    estimate = Estimate(config, 24, stage)
+    swap = estimate.swap(1 << 20)
+    assert swap is not None
+    assert (swap.groups, swap.passes) == (3, 0)
+    swapped = engine(RackParts(3, width=256), tmp_path / "swap", groups=3, memory=0)
+    done: list[tuple[int, int]] = []
+    for step in range(4):
+        swapped.step(microbatches(step, 3), step, 1e-3)
+        counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        done.append((int(counts["rchar"]), int(counts["wchar"])))
+    swapped.close()
+    moved = streamed(estimate, replace(swap, boundaries=0))
+    read, written = (after - before for before, after in zip(done[2], done[3], strict=True))
+    assert read == pytest.approx(moved.read, rel=0.05)
+    assert written == pytest.approx(moved.written, rel=0.05)
+
+
+def test_70b_streams_at_more_than_60_percent_of_its_speed_in_memory() -> None:
+    """Half a million tokens a step, a card with 128 GB beside it, a disk of 7 GB/s; with few tokens it does not."""
+    machine = replace(MACHINES["h200"], ram=128e9, disk=replace(MACHINES["h200"].disk, read=7e9, write=7e9))
+    speeds = []
+    for accumulation in (32, 4):
+        config = StackWiseConfig.from_preset(
+            "llama-70b",
+            {"training.mode": "end_to_end", "training.batch_size": 8, "training.accumulation": accumulation},
+        )
+        (stage,) = forecast(config, machine, trace=False).stages
+        assert stage.swap is not None
+        assert stage.memory["peak"] < machine.memory
+        assert stage.host_memory < machine.ram
+        speeds.append(stage.reached or 0.0)
+        slower = forecast(config, replace(machine, host=machine.host / 40), trace=False).stages[0]
+        assert slower.bound == "host copies"
+    assert speeds[0] > 0.6 > speeds[1]

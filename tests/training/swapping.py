@@ -150,6 +150,7 @@ def engine(
     memory: int = 0,
     pieces: int | None = None,
     passes: int = 0,
+    ahead: bool = True,
     **values: object,
 ) -> SwappedEngine:
     """A swapped engine that complains of nothing."""
@@ -157,7 +158,7 @@ def engine(
     def warn(text: str) -> None:
         raise AssertionError(text)
 
-    space = SwapSpace(directory, groups, memory, warn, pieces, passes)
+    space = SwapSpace(directory, groups, memory, warn, pieces, passes, ahead)
     return SwappedEngine(parts, settings(**values), space, seed=SEED, device=CPU)
 
 
