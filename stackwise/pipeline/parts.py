@@ -464,6 +464,17 @@ class JobParts:
             self._empty.setdefault(name, _empty_twin(part))
         return part
 
+    def outline(self, name: str) -> nn.Module:
+        """A part on the meta device (see `training.sharding.DividedParts`)."""
+        if name not in (FRONT, HEAD):
+            with on_meta():
+                block = Block(self._config.model.at(block_number(name))).to(dtype_of(self._config))
+            require_gradients(name, block, self._job.stage)
+            return block
+        shape = self._job.vocab_size, self._config.model.d_model
+        empty = torch.empty(shape, dtype=dtype_of(self._config), device="meta")
+        return _empty_twin(self._made(name, nn.Parameter(empty) if self.tied and name == HEAD else None))
+
     def model(self, parts: Mapping[str, nn.Module]) -> StageModel:
         """Some neighbouring parts as the model of a stage, in training mode."""
         blocks = [module for name, module in parts.items() if name not in (FRONT, HEAD)]

@@ -32,6 +32,7 @@ from stackwise.errors import StackWiseError
 from stackwise.host import host_memory
 from stackwise.identity import digest
 from stackwise.training.pinned import ALIGNED, HostCopy
+from stackwise.training.ranks import outlined
 from stackwise.training.trainer import Record, Trainer
 
 _DTYPES = {
@@ -40,6 +41,7 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL",
 }  # fmt: skip
 _NAMES = {name: dtype for dtype, name in _DTYPES.items()}
+_WAITING = 16  # pieces that may wait for the disk
 _PIECE = 16 << 20  # bytes that go to the file at once: hashing them and writing them leave the interpreter to others
 
 
@@ -93,7 +95,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], threads: Executor |
     """
     table: dict[str, Any] = {}
     offset = 0
-    for name, tensor in tensors.items():
+    for name, tensor in outlined(tensors).items():
         end = offset + tensor.numel() * tensor.element_size()
         table[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
@@ -116,6 +118,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], threads: Executor |
                     hashed.update(piece)
                     _write_at(file.fileno(), piece, place)
                 place += piece.nbytes
+            wait(writing[:-_WAITING])  # a tensor that is made for this goes once it is written
         wait(writing)  # all of them, before the file is closed
         for piece_written in writing:
             piece_written.result()
@@ -158,6 +161,11 @@ class TensorFile(Mapping[str, Tensor]):
         self._table: dict[str, tuple[torch.dtype, list[int], int]] = {}
         for name, entry in table.items():
             self._table[name] = self._checked(name, entry, size - self._begin)
+
+    @property
+    def outline(self) -> dict[str, Tensor]:
+        """Tensors of the same shapes and dtypes on the meta device."""
+        return {name: torch.empty(s, dtype=d, device="meta") for name, (d, s, _) in self._table.items()}
 
     def shape(self, name: str) -> list[int]:
         """The shape of a tensor, which is not read."""
@@ -373,13 +381,13 @@ class Checkpoints:
 
     def _taken(self, state: Mapping[str, Tensor], device: torch.device) -> bool:
         """Whether there is memory of our own for the state; it is taken where there is room."""
-        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in outlined(state).items()}
         if self._copy is not None and self._copy.shapes == shapes:
             return True
         if self._copy is not None:
             self._copy.close()
             self._copy = None
-        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in outlined(state).values())
         if size < 0.8 * host_memory().room:
             with contextlib.suppress(MemoryError, RuntimeError):  # then training waits for the disk
                 self._copy = HostCopy(shapes, pin=device.type == "cuda", warn=self._warn)
@@ -394,8 +402,15 @@ class Checkpoints:
         return copies
 
 
-def restore_latest(directory: Path, trainer: Trainer, warn: Callable[[str], None]) -> bool:
+Take = Callable[[Mapping[str, Tensor], int, Record], None]
+"""Takes up what a checkpoint holds: the engine's state, the step and the trainer's record."""
+
+
+def restore_latest(directory: Path, trainer: Trainer, warn: Callable[[str], None], take: Take | None = None) -> bool:
     """Restore the newest sound checkpoint; one that is damaged is named, and the one before it is used.
+
+    Args:
+        take: Takes it up; None: the trainer does.
 
     Returns:
         Whether there was one.
@@ -408,7 +423,7 @@ def restore_latest(directory: Path, trainer: Trainer, warn: Callable[[str], None
     paths = _complete(directory)
     for place, path in reversed(list(enumerate(paths))):
         try:
-            _restore(path, trainer)
+            _restore(path, trainer, take)
         except UNREADABLE as error:
             following = f"{paths[place - 1].name} is used" if place else "the stage begins again"
             warn(f"checkpoint {path} is damaged ({reason(error)}); {following}")
@@ -417,13 +432,13 @@ def restore_latest(directory: Path, trainer: Trainer, warn: Callable[[str], None
     return False
 
 
-def restore_step(directory: Path, trainer: Trainer, step: int) -> None:
-    """Restore the checkpoint of one step.
+def restore_step(directory: Path, trainer: Trainer, step: int, take: Take | None = None) -> None:
+    """Restore the checkpoint of one step (`take`: see `restore_latest`).
 
     Raises:
         OSError, ValueError, KeyError, TypeError, RuntimeError: It is not there, or damaged.
     """
-    _restore(_path(directory, step), trainer)
+    _restore(_path(directory, step), trainer, take)
 
 
 def remove(directory: Path, after: int | None = None) -> None:
@@ -461,7 +476,7 @@ def _remove_old(directory: Path, keep: int, protect: Collection[int]) -> None:
             files.remove_tree(old)
 
 
-def _restore(path: Path, trainer: Trainer) -> None:
+def _restore(path: Path, trainer: Trainer, take: Take | None) -> None:
     meta = unsealed(files.read_json(path / _META, root=path.parent), FORMAT)
     if file_digest(path / _STATE, path.parent) != meta["digest"]:
         raise ValueError("its digest differs")
@@ -473,7 +488,7 @@ def _restore(path: Path, trainer: Trainer) -> None:
     for name, tensor in trainer.engine.outline().items():
         if name not in tensors or tensors.shape(name) != list(tensor.shape) or tensors.dtype(name) != tensor.dtype:
             raise ValueError(f"its {name} is of another shape")
-    trainer.restore(tensors, step, record)
+    (take or trainer.restore)(tensors, step, record)
 
 
 def _complete(directory: Path) -> list[Path]:

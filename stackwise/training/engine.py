@@ -7,7 +7,7 @@ knows where weights, gradients and the optimizer's state are, and nobody asks wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -99,14 +99,21 @@ class Engine(Protocol):
         After `settle`; of the weights that are committed.
         """
 
-    def state(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds beside the step, by name; tensors in use, so copy what must not change."""
+    def state(self) -> Mapping[str, Tensor]:
+        """All that a checkpoint holds beside the step, by name; tensors in use, so copy what must not change.
+
+        Where ranks have parts of them (`gathers`), each tensor becomes whole as it is looked up, by all of them in one
+        order, and once.
+        """
 
     def outline(self) -> Mapping[str, Tensor]:
         """Tensors like those of `state`, whatever their values; without the optimizer's. One rank may ask for them."""
 
+    def keeps(self, name: str, whole: Tensor) -> Tensor | None:
+        """Of a tensor of `state` what `restore` wants of it on this rank, in memory of its own; None: nothing."""
+
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what `state` gave, in place.
+        """Take up what `state` gave, in place, or what is kept of it.
 
         Args:
             tensors: Looked up one by one: a look-up may read from disk, so nothing is asked for twice.
@@ -123,7 +130,10 @@ class Engine(Protocol):
         """Called once after the last step: from then on its `weights` are what is committed."""
 
     def weights(self, part: str) -> dict[str, Tensor]:
-        """The state dict of the front, a block with its adapters, or the head, as committed; after `settle`."""
+        """The state dict of the front, a block with its adapters, or the head, as committed; after `settle`.
+
+        Where the engine `gathers`, all ranks ask together, and the main one gets it.
+        """
 
     def carried(self) -> dict[str, State]:
         """By part, what going on with the stage at another time needs beside the weights committed; after `settle`.
@@ -203,13 +213,15 @@ class ResidentEngine:
         self.model.eval()
         self._exchange()
         try:
-            for cpu_batch in batches:
+            for cpu_batch, counts in self._judging(batches):
                 batch = cpu_batch.to(self.device)
                 if self._adaptation is not None:
                     tally.add(self._adaptation.judged(batch))
                     continue
                 with self.model.numerics(self.device):
-                    tally.add(self._judged(batch))
+                    terms = self._judged(batch)
+                if counts:
+                    tally.add(terms)
         finally:
             self._exchange()
             self.model.train()
@@ -227,7 +239,7 @@ class ResidentEngine:
         self.model.train()
         return squares.means(len(batches))
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Mapping[str, Tensor]:
         """Weights as `weight/NAME`, their mean as `mean/NAME`, the optimizer's state as `KIND/NAME`."""
         tensors = {f"{WEIGHT}{name}": self._whole(p.detach()) for name, p in self.parameters.items()}
         tensors |= {f"{MEAN}{name}": mean for name, mean in self._mean.items()}
@@ -243,6 +255,10 @@ class ResidentEngine:
         tensors = {f"{WEIGHT}{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"{MEAN}{name}": mean for name, mean in self._mean.items()}
         return tensors | ({} if self.scale is None else self.scale.state()) | self._reducer.outline()
+
+    def keeps(self, name: str, whole: Tensor) -> Tensor | None:
+        """See `Engine.keeps`: all of it."""
+        return whole
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave, one tensor at a time."""
@@ -373,6 +389,10 @@ class ResidentEngine:
             torch.manual_seed(derive_seed(*self.seed, step, self.ranks.microbatch(number), "dropout"))
             losses.add(self._gradient(batch, losses, number))
             self._reducer.add()
+
+    def _judging(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+        """The batches of an evaluation, each with whether it counts."""
+        return ((batch, True) for batch in batches)
 
     def _judged(self, batch: Batch) -> Mapping[str, Term]:
         """The terms of a batch's loss, of no training."""

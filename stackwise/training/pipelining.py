@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +19,14 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from stackwise.batch import Batch, Term
 from stackwise.errors import UsageError
-from stackwise.training.engine import State
 from stackwise.training.phases import BACKWARD
+from stackwise.training.ranks import Gathering
 from stackwise.training.sharding import ShardedEngine
 from stackwise.training.stage import Microbatches, StageModel, StepLoss
+from stackwise.training.swap_parts import FRONT, HEAD
 
 PARTS = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 """How many parts of a stage each rank has, which do not follow each other, by `parallel.schedule`."""
-
-_SEPARATOR = "\0"  # between a part's name and that of a tensor in it
 
 
 @dataclass
@@ -105,49 +103,46 @@ class PipelinedEngine(ShardedEngine):
     A tied embedding is with both; each adds up both gradients, and so takes the same steps.
     """
 
-    def _held(self, model: StageModel) -> StageModel:
-        """See `ShardedEngine._held`."""
+    def _place_blocks(self) -> None:
+        """See `ShardedEngine._place_blocks`."""
         division, line = self._division, self._mesh["pipeline"]
         self._line, self._place = line.get_group(), line.get_local_rank()
-        blocks = [*model.blocks, *model.beyond]
-        count = division.pipeline * PARTS[division.schedule]
-        bounds = [round(len(blocks) * at / count) for at in range(count + 1)]
-        self._count = count
+        self._count = count = division.pipeline * PARTS[division.schedule]
+        self._bounds = [round(len(self._blocks) * at / count) for at in range(count + 1)]
         self._schedule: Any = None
         self._current: _Step | None = None
-        self._owners = [at % division.pipeline for at in range(count) for _ in range(bounds[at], bounds[at + 1])]
-        self._within = len(model.blocks)
-        self._parts: dict[int, tuple[_Part, slice]] = {}
-        mine = set(range(self._place, count, division.pipeline))
-        first, last = 0 in mine, count - 1 in mine
-        embedding = None if self._tied is None else model.get_submodule(self._tied.rpartition(".")[0])
-        lent = embedding if last else None
-        for at in sorted(mine):
-            some = slice(bounds[at], bounds[at + 1])
-            chunk = StageModel(
-                model.front if at == 0 else None,
-                blocks[some],
-                model.head if at == count - 1 else None,
-                model.objective,
-                model.precision,
-            )
-            self._parts[at] = _Part(chunk, lent if at == count - 1 else None), some
-        held = [
-            block if owner == self._place else nn.Identity() for owner, block in zip(self._owners, blocks, strict=True)
-        ]
-        front = model.front
-        if not first and front is not None:
-            front = nn.Module()
-            if lent is not None:
-                front.embedding = lent
-        head = model.head if last else None
-        objective, beyond = model.objective, held[self._within :]
-        return StageModel(front, held[: self._within], head, objective, model.precision, beyond)
+        places = [at % division.pipeline for at in range(count) for _ in range(self._bounds[at], self._bounds[at + 1])]
+        self._owners = dict(zip(self._blocks, places, strict=True)) | {FRONT: 0, HEAD: division.pipeline - 1}
+
+    def _has(self, name: str) -> bool:
+        """See `ShardedEngine._has`: the last rank has a tied embedding too."""
+        return self._owners[name] == self._place or (name == FRONT and self._tied is not None and self._last_place)
+
+    @property
+    def _last_place(self) -> bool:
+        return self._place == self._division.pipeline - 1
+
+    def _held(self, here: Mapping[str, nn.Module], bare: StageModel) -> StageModel:
+        """See `ShardedEngine._held`."""
+        count, blocks = self._count, [here.get(name) for name in self._blocks]
+        lent = here[FRONT].get_submodule("embedding") if self._tied is not None and self._last_place else None
+        self._parts: dict[int, _Part] = {}
+        for at in range(self._place, count, self._division.pipeline):
+            some: list[Any] = blocks[self._bounds[at] : self._bounds[at + 1]]
+            ends = here.get(FRONT) if at == 0 else None, here.get(HEAD) if at == count - 1 else None
+            chunk = StageModel(ends[0], some, ends[1], bare.objective, bare.precision)
+            self._parts[at] = _Part(chunk, lent if at == count - 1 else None)
+        held: dict[str, nn.Module | None] = {name: here.get(name, nn.Identity()) for name in self._blocks}
+        held[FRONT], held[HEAD] = here.get(FRONT), here.get(HEAD)
+        if self._place and lent is not None:
+            front = held[FRONT] = nn.Module()
+            front.embedding = lent
+        return self._assembled(held, bare)
 
     def _divide(self, held: StageModel) -> None:
         """See `ShardedEngine._divide`: each part by itself."""
-        for part, some in self._parts.values():
-            self._divide_over(part, [*part.chunk.blocks], self._division.plans[some], part.lent)
+        for part in self._parts.values():
+            self._divide_ends(part, [*part.chunk.blocks], part.lent)
 
     @property
     def current(self) -> _Step:
@@ -161,16 +156,6 @@ class PipelinedEngine(ShardedEngine):
             for group in part.modules():
                 if isinstance(group, FSDPModule):
                     group.set_requires_gradient_sync(last, recurse=False)
-
-    def carried(self) -> dict[str, State]:
-        """See `Engine.carried`: of all parts on the main rank, of none elsewhere."""
-        mine = super().carried()
-        flat = {f"{part}{_SEPARATOR}{name}": t for part, state in mine.items() for name, t in state().items()}
-        by_part: dict[str, dict[str, Tensor]] = {part: {} for part in ("", *self.parts)}
-        for key, tensor in self._to_main(flat).items():
-            part, _, name = key.partition(_SEPARATOR)
-            by_part[part][name] = tensor
-        return {part: partial(dict[str, Tensor], state) for part, state in by_part.items()}
 
     def _passes(self, pulled: Microbatches, step: int, losses: StepLoss) -> None:
         """See `ResidentEngine._passes`: both passes of all microbatches, in the order of the schedule."""
@@ -203,7 +188,7 @@ class PipelinedEngine(ShardedEngine):
             if at:
                 x_BSD = self._received(here - 1 if here else self._division.pipeline - 1)
                 batch = batch.above(x_BSD)
-            y: Any = self._parts[at][0](batch)
+            y: Any = self._parts[at](batch)
             if isinstance(y, dict):
                 return y
             self._send(y, above)
@@ -225,10 +210,10 @@ class PipelinedEngine(ShardedEngine):
         shape: list[int] | None = None
         if self._place == 0:  # whose parts alone a batch says it all to
             with torch.no_grad(), self.model.numerics(self.device):
-                shape = [*self._parts[0][0](batch).shape]
+                shape = [*self._parts[0](batch).shape]
         shape = self.ranks.shared(shape)
         stages: list[Any] = []
-        for at, (part, _) in self._parts.items():
+        for at, part in self._parts.items():
             between = torch.empty(shape, dtype=self.model.stream_dtype, device="meta", requires_grad=True)
             inputs = torch.empty(1, dtype=torch.int64, device="meta") if at == 0 else between
             outputs = torch.empty(1, device="meta", requires_grad=True) if at == self._count - 1 else between
@@ -289,41 +274,29 @@ class PipelinedEngine(ShardedEngine):
         dist.all_reduce(total, group=self._line)
         return total
 
-    def _all_weights(self) -> dict[str, Tensor]:
-        """See `ShardedEngine._all_weights`: each from the ranks that have it."""
-        mine, kept = super()._all_weights(), dict[str, Tensor]()
-        for name, bare in self._stage.state_dict().items():
-            owner = self._owner(name)
-            held = owner == self._place
-            kept[name] = mine[name].contiguous() if held else torch.empty_like(bare, device=self.device)
-            dist.broadcast(kept[name], group=self._line, group_src=owner)
-        return kept
-
-    def _owner(self, name: str) -> int:
-        """The place of the ranks that a tensor of the stage is with."""
-        where, number, *_ = name.split(".")
-        if where == "blocks":
-            return self._owners[int(number)]
-        if where == "beyond":
-            return self._owners[self._within + int(number)]
-        return 0 if where == "front" else self._division.pipeline - 1
-
-    def _to_main(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `ShardedEngine._to_main`: from one rank of each place."""
-
-        def lent(key: str) -> bool:  # the first place has it too
-            return self._tied is not None and (key.endswith(f"/{self._tied}") or key.startswith(f"front{_SEPARATOR}"))
-
-        sends = self._saves and not self.ranks.main
-        about = {k: [[*t.shape], str(t.dtype)] for k, t in tensors.items() if not lent(k)} if sends else {}
+    def _gathering(self, tensors: Mapping[str, Tensor]) -> Gathering:
+        """See `ShardedEngine._gathering`: each from the ranks that have it."""
+        mine = {name: t for name, t in tensors.items() if not (self._place and self._lent(name))}
+        about = {name: [[*t.shape], str(t.dtype)] for name, t in mine.items()} if self._saves else {}
+        outline, owners = dict[str, Tensor](), dict[str, int]()
         for rank, theirs in enumerate(self.ranks.gathered(about)):
-            for key, (shape, dtype) in theirs.items():
-                if self.ranks.main:
-                    tensors[key] = torch.empty(shape, dtype=_dtype(dtype))
-                    dist.recv(tensors[key], rank)
-                elif rank == self.ranks.rank:
-                    dist.send(tensors[key].cpu().contiguous(), 0)
-        return tensors
+            for name, (shape, dtype) in theirs.items():
+                outline[name], owners[name] = torch.empty(shape, dtype=_dtype(dtype), device="meta"), rank
+
+        def whole(name: str) -> Tensor:
+            t = self._gathered(mine[name]) if name in mine else torch.empty(0)
+            if owners[name] and self.ranks.main:
+                t = torch.empty(outline[name].shape, dtype=outline[name].dtype)
+                dist.recv(t, owners[name])
+            elif owners[name] and owners[name] == self.ranks.rank:
+                dist.send(t.contiguous(), 0)
+            return t
+
+        return Gathering(outline, whole)
+
+    def _lent(self, name: str) -> bool:
+        """Whether a tensor of the model or its state is that of a tied embedding, which the first place has too."""
+        return self._tied is not None and name.rpartition("/")[2] == self._tied
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -22,6 +22,36 @@ BUCKET = 1 << 24  # elements of gradients that travel at once: what a reduction 
 ALIGNED = 128  # elements: where each gradient of a bucket begins, so that kernels take it as they take one by itself
 
 Ask = Callable[[], bool]
+Keep = Callable[[str, Tensor], Tensor | None]
+
+
+class Gathering(Mapping[str, Tensor]):
+    """Tensors of which ranks have parts: each becomes whole on the main rank when it is looked up, and stays nowhere.
+
+    All ranks look up the same, in one order.
+
+    Args:
+        outline: Tensors like them, without values.
+        whole: By a name, the whole tensor on the main rank; on others anything.
+    """
+
+    def __init__(self, outline: Mapping[str, Tensor], whole: Callable[[str], Tensor]) -> None:
+        self.outline, self._whole = outline, whole
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._whole(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outline)
+
+    def __len__(self) -> int:
+        return len(self.outline)
+
+
+def outlined(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of the same shapes and dtypes, for which nothing is read and nothing travels."""
+    outline: Mapping[str, Tensor] = getattr(tensors, "outline", tensors)
+    return outline
 
 
 class Reducer:
@@ -89,8 +119,12 @@ class Ranks(Protocol):
     def shared(self, value: Any) -> Any:
         """The main rank's value, which is made of what JSON can say."""
 
-    def shared_tensors(self, tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-        """The main rank's tensors, on the CPU; the others give None."""
+    def shared_tensors(self, tensors: Mapping[str, Tensor] | None, keep: Keep = lambda _, t: t) -> Mapping[str, Tensor]:
+        """The main rank's tensors, on the CPU; the others give None.
+
+        Args:
+            keep: What a rank keeps of one, by its name; one after another, so that only what is kept adds up.
+        """
 
     def gathered(self, value: Any) -> list[Any]:
         """Every rank's value, of what JSON can say, by rank."""
@@ -135,7 +169,7 @@ class SingleProcess:
         """See `Ranks`."""
         return value
 
-    def shared_tensors(self, tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    def shared_tensors(self, tensors: Mapping[str, Tensor] | None, keep: Keep = lambda _, t: t) -> Mapping[str, Tensor]:
         """See `Ranks`."""
         assert tensors is not None, "the only rank is the main one"
         return tensors
@@ -231,14 +265,17 @@ class RankGroup:
         self.timed(self.communicator.broadcast, data)
         return json.loads(data.numpy().tobytes())
 
-    def shared_tensors(self, tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-        """See `Ranks`: one by one, and each rank keeps a copy."""
+    def shared_tensors(self, tensors: Mapping[str, Tensor] | None, keep: Keep = lambda _, t: t) -> Mapping[str, Tensor]:
+        """See `Ranks`."""
         kept: dict[str, Tensor] = {}
-        about = {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in (tensors or {}).items()}
+        about = {
+            name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in outlined(tensors or {}).items()
+        }
         for name, (shape, dtype) in self.shared(about).items():
             tensor = tensors[name].cpu().contiguous() if tensors else torch.empty(shape, dtype=getattr(torch, dtype))
             self.timed(self.communicator.broadcast, tensor.reshape(-1).view(torch.uint8))
-            kept[name] = tensor
+            if (mine := keep(name, tensor)) is not None:
+                kept[name] = mine
         return kept
 
     def gathered(self, value: Any) -> list[Any]:

@@ -220,6 +220,10 @@ class SwappedEngine:
         """See `Engine.outline`."""
         return {}
 
+    def keeps(self, name: str, whole: Tensor) -> Tensor | None:
+        """See `Engine.keeps`."""
+        return whole
+
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Engine.restore`: nothing, as it took up its own directory."""
 

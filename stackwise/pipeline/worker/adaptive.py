@@ -28,12 +28,12 @@ from stackwise.pipeline.job import Source, StageJob
 from stackwise.pipeline.parts import load_part, save_part
 from stackwise.pipeline.recipe import Span
 from stackwise.pipeline.schedule import HEAD
+from stackwise.pipeline.worker.engines import engine_of
 from stackwise.pipeline.worker.held_out import held_out_loss
 from stackwise.pipeline.worker.training import (
     REPORTED_AGAIN,
     StageContext,
     commit_stage,
-    engine_of,
     part_weights,
     trained,
 )

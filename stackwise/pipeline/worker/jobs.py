@@ -41,6 +41,7 @@ from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
 from stackwise.pipeline.rows import HELD_OUT, choose_samples
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.worker.adaptive import fuse_adaptively
+from stackwise.pipeline.worker.engines import engine_of
 from stackwise.pipeline.worker.past import beside_past
 from stackwise.pipeline.worker.rollouts import with_rollout
 from stackwise.pipeline.worker.stores import Stores, place_of
@@ -50,7 +51,6 @@ from stackwise.pipeline.worker.training import (
     Emit,
     StageContext,
     Stop,
-    engine_of,
     train_and_commit,
     train_stage,
 )
@@ -123,11 +123,13 @@ def _compare_data(job: StageJob, ranks: Ranks) -> None:
 
 
 def _train_and_write(context: StageContext) -> None:
-    """Train a stage, in memory or swapped; then write boundaries with what it has become."""
+    """Train a stage, in memory, swapped or divided; then write boundaries with what it has become."""
     job, config, device = context.job, context.config, context.device
-    swap = Estimate(config, job.vocab_size, job.stage, device.type).swap(int(describe(device)["memory"]), host_total())
+    turns = Estimate(config, job.vocab_size, job.stage, device.type).turns(
+        int(describe(device)["memory"]), host_total()
+    )
     frozen = [frozen_stage(below, job, config).to(device) for below in job.recomputed]
-    model = stage_model(job, config).to(device) if swap is None else None
+    model = stage_model(job, config).to(device) if turns is None else None
     if job.train:
         with entering(context, frozen) as entered, beside_past(entered, model) as above:
             if model is not None:
@@ -150,11 +152,11 @@ def _train_and_write(context: StageContext) -> None:
         model.head, model.beyond = None, nn.ModuleList()
         outputs = partial(_above, model)
     else:
-        assert swap is not None, "a stage that is not in memory is swapped"
+        assert turns is not None, "parts of a stage that is not in memory take turns"
         parts = JobParts(job, config, sources)
         digests = [parts.digest(part) for part in job.stage.forward_parts]
         row_bytes = 4 * config.row_positions * config.model.d_model
-        outputs = partial(grouped_outputs, parts, swap.groups, row_bytes, swap.boundaries, most_pieces=swap.pieces)
+        outputs = partial(grouped_outputs, parts, turns.groups, row_bytes, turns.boundaries, most_pieces=turns.pieces)
     gc.collect()
     if job.writes:
         write_above(context, outputs(frozen), digests)

@@ -80,7 +80,8 @@ def beside_past(context: StageContext, model: StageModel | None) -> Iterator[Sta
 
     Args:
         context: The stage's work, what enters it ready.
-        model: The stage with the weights that it starts from; None: it is swapped, and goes over rows group by group.
+        model: The stage with the weights that it starts from; None: it is not in memory, and goes over rows group by
+            group.
 
     Raises:
         InterruptedRun: Told to stop; what was written stays.
@@ -142,8 +143,10 @@ def _saying(model: StageModel, asked: _Asked) -> StageModel:
 def _by_groups(context: StageContext, asked: _Asked) -> MakeOutputs:
     """The same of a stage of which one group is in memory at a time, and the head."""
     job, config, device = context.job, context.config, context.device
-    swap = Estimate(config, job.vocab_size, job.stage, device.type).swap(int(describe(device)["memory"]), host_total())
-    assert swap is not None, "a stage that is not in memory is swapped"
+    turns = Estimate(config, job.vocab_size, job.stage, device.type).turns(
+        int(describe(device)["memory"]), host_total()
+    )
+    assert turns is not None, "parts of a stage that is not in memory take turns"
     below = JobParts(job, config, {part: source for part, source in job.initial.items() if part != HEAD})
     whole = JobParts(job, config, job.initial)
     embedding_VD = whole.make(FRONT, None).get_parameter("embedding.weight").detach() if whole.tied else None
@@ -151,7 +154,7 @@ def _by_groups(context: StageContext, asked: _Asked) -> MakeOutputs:
     assert isinstance(head, Head)
     says = asked.above(head).to(device).eval()
     row_bytes = 4 * config.row_positions * config.model.d_model
-    make = grouped_outputs(below, swap.groups, row_bytes, swap.boundaries)
+    make = grouped_outputs(below, turns.groups, row_bytes, turns.boundaries)
 
     def outputs(batches: Iterator[Batch], codec: Codec, device: torch.device) -> Generator[Tensor]:
         waiting: deque[Batch] = deque()

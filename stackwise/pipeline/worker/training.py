@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,19 +19,17 @@ from stackwise.config import StackWiseConfig, StageTraining
 from stackwise.config.continual import Replay
 from stackwise.data import PreparedData
 from stackwise.errors import InterruptedRun, StackWiseError
-from stackwise.host import host_total
 from stackwise.model import part_digest
 from stackwise.model.experts import experts_used
-from stackwise.pipeline.device import describe, peak_memory
-from stackwise.pipeline.estimate import Estimate
+from stackwise.pipeline.device import peak_memory
 from stackwise.pipeline.job import StageJob
-from stackwise.pipeline.parts import JobParts, load_part, part_state, parts_of, save_part, set_spans, stage_model
+from stackwise.pipeline.parts import load_part, part_state, save_part
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
 from stackwise.pipeline.rows import stage_rows
-from stackwise.pipeline.schedule import ADAPTER, Stage, block_number
-from stackwise.pipeline.worker.anchoring import anchor_part, part_of_state, with_measures
+from stackwise.pipeline.schedule import ADAPTER, Stage
+from stackwise.pipeline.worker.anchoring import part_of_state, with_measures
+from stackwise.pipeline.worker.engines import resident
 from stackwise.pipeline.worker.held_out import held_out_loss, tasks_after, tasks_before
-from stackwise.pipeline.worker.ranges import measured_spans, unmeasured
 from stackwise.pipeline.worker.stores import Stores
 from stackwise.store import ActivationStore, RowOrder
 from stackwise.training import checkpoint
@@ -40,13 +37,11 @@ from stackwise.training.adaptation import ADAPTATION
 from stackwise.training.anchor import FISHER, PLACE
 from stackwise.training.checkpoint import Checkpoints, reason
 from stackwise.training.curriculum import DIFFICULTY, CurriculumOrder, difficulties
-from stackwise.training.engine import WEIGHT, Engine, ResidentEngine, State
+from stackwise.training.engine import WEIGHT, Engine, State
 from stackwise.training.feed import Feed, ahead
-from stackwise.training.optim import Rising
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.replay import ReplayOrder
 from stackwise.training.stage import MeanLoss, StageModel
-from stackwise.training.swap import SwappedEngine, SwapSpace
 from stackwise.training.trainer import MEMORY, Carried, Progress, Record, Rollback, Trainer, anchor
 
 Emit = Callable[[dict[str, Any]], None]
@@ -103,93 +98,7 @@ REPORTED_AGAIN = 1000  # losses reported again on resuming: the last ones before
 
 def train_stage(context: StageContext, model: StageModel) -> None:
     """Train a stage that is in memory from its newest checkpoint, or from the start, and commit it."""
-    train_and_commit(context, _resident(context, model))
-
-
-@contextlib.contextmanager
-def engine_of(context: StageContext) -> Iterator[Engine]:
-    """The engine of the job's stage: in memory, or swapped where it does not fit."""
-    job, config = context.job, context.config
-    swap = Estimate(config, job.vocab_size, job.stage, context.device.type).swap(
-        int(describe(context.device)["memory"]), host_total()
-    )
-    if swap is None:
-        yield _resident(context, stage_model(job, config).to(context.device))
-        return
-    engine = SwappedEngine(
-        JobParts(
-            job,
-            config,
-            job.initial,
-            measured_spans(context, partial(row_order, context)),
-            partial(anchor_part, job, config),
-        ),
-        context.settings,
-        SwapSpace(
-            Path(job.checkpoints) / "swap",
-            swap.groups,
-            swap.boundaries,
-            context.warn,
-            swap.pieces,
-            passes=swap.passes,
-            ahead=swap.alive > 1,
-        ),
-        seed=job.seed(config),
-        device=context.device,
-        before=job.span.first,
-        rising=rising(job),
-    )
-    with contextlib.closing(engine):
-        yield engine
-
-
-def _resident(context: StageContext, model: StageModel) -> ResidentEngine:
-    if context.config.training.compile:
-        for block in (*model.blocks, *model.beyond):
-            block.compile()
-    parts = parts_of(model, context.stage)
-    for part, module in parts.items():
-        anchor_part(context.job, context.config, part, module)
-    if any(unmeasured(module) for module in parts.values()):
-        spans = measured_spans(context, partial(row_order, context))
-        for part, module in parts.items():
-            set_spans(module, part, spans)
-    parallel = context.config.parallel
-    make: Callable[..., ResidentEngine] = ResidentEngine
-    if parallel.divides:
-        # FSDP takes a second to import.
-        from stackwise.training.pipelining import PipelinedEngine
-        from stackwise.training.sharding import Division, ShardedEngine
-
-        blocks = (*context.stage.blocks, *context.stage.lookahead)[: len(model.blocks) + len(model.beyond)]
-        plans = [_split(context.config, part) for part in blocks] if parallel.tensor > 1 else []
-        division = Division(
-            shard=parallel.shard,
-            zero=parallel.zero,
-            offload=parallel.offload,
-            tensor=parallel.tensor,
-            plans=plans,
-            sequence=parallel.sequence,
-            pipeline=parallel.pipeline,
-            schedule=parallel.schedule,
-        )
-        make = partial(PipelinedEngine if parallel.pipeline > 1 else ShardedEngine, division=division)
-    return make(
-        model,
-        context.settings,
-        seed=context.job.seed(context.config),
-        device=context.device,
-        parts=parts,
-        ranks=context.ranks,
-        rising=rising(context.job),
-    )
-
-
-def _split(config: StackWiseConfig, part: str) -> dict[str, Mapping[str, str]]:
-    """How ranks split the layers of a block, by the module that they are in."""
-    model = config.model.at(block_number(part))
-    plans = {"attention": model.attention.tensor_plan(model), "ffn": model.ffn.tensor_plan(model)}
-    return {name: plan.layers for name, plan in plans.items() if plan is not None}
+    train_and_commit(context, resident(context, model))
 
 
 def row_order(context: StageContext) -> RowOrder:
@@ -217,14 +126,6 @@ def row_order(context: StageContext) -> RowOrder:
     )
 
 
-def rising(job: StageJob) -> Rising | None:
-    """The new blocks of a rack that has grown, whose rate is still to rise."""
-    rise, steps = job.stage.rises, job.span.steps
-    if rise is None:
-        return None
-    return Rising(frozenset(rise.blocks), round(steps * rise.first), max(1, round(steps * rise.warmup)))
-
-
 def part_weights(engine: Engine, part: str) -> dict[str, Tensor]:
     """The weights of a part as they are committed: a block's adapters are a part of their own."""
     return part_state(part, engine.weights(part.removeprefix(ADAPTER)))
@@ -242,7 +143,7 @@ def train_and_commit(context: StageContext, engine: Engine) -> None:
     rolled_out = context.rolled_out
     more |= {} if rolled_out is None else {"rollout": dict(rolled_out.figures)}
     states = with_measures(context, engine, states_out(context, trainer))
-    commit_stage(context, parts | states, trainer.step, trainer.record, **more)
+    commit_stage(context, parts | states, trainer.step, trainer.record, gathers=engine.gathers, **more)
     if context.ranks.main:
         checkpoint.remove(Path(context.job.checkpoints))
 
@@ -265,7 +166,7 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
     )
     take_up(job, trainer)
     ranks, directory = context.ranks, Path(job.checkpoints) / engine.checkpoints
-    restored_together(ranks, trainer, lambda: checkpoint.restore_latest(directory, trainer, context.warn))
+    restored_together(ranks, trainer, partial(checkpoint.restore_latest, directory, trainer, context.warn))
     if engine.resume(trainer):
         losses = trainer.record.losses[-REPORTED_AGAIN:]
         context.event("resumed", step=trainer.step, steps=span.length, losses=losses)
@@ -289,10 +190,25 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
     return trainer
 
 
-def commit_stage(context: StageContext, parts: Mapping[str, State], steps: int, record: Record, **more: Any) -> None:
-    """Commit what a stage trained: of several ranks the main one does; it is there when this returns."""
+def commit_stage(
+    context: StageContext,
+    parts: Mapping[str, State],
+    steps: int,
+    record: Record,
+    *,
+    gathers: bool = False,
+    **more: Any,
+) -> None:
+    """Commit what a stage trained: of several ranks the main one does; it is there when this returns.
+
+    Args:
+        gathers: Whether parts become whole by all ranks (`Engine.gathers`).
+    """
     job, stage = context.job, context.stage
     if not context.ranks.main:
+        for _ in range(2 * gathers):  # for the digests, and for the files
+            for state in parts.values():
+                state()
         context.ranks.wait()
         context.stores.share_stage(job.recipe_id)
         return
@@ -325,18 +241,25 @@ def commit_stage(context: StageContext, parts: Mapping[str, State], steps: int, 
     context.stores.share_stage(job.recipe_id)
 
 
-def restored_together(ranks: Ranks, trainer: Trainer, restore: Callable[[], bool]) -> bool:
-    """Have the main rank restore its trainer; the others take up what it holds then.
+def restored_together(ranks: Ranks, trainer: Trainer, restore: Callable[[checkpoint.Take], bool]) -> bool:
+    """Have the main rank find a checkpoint; all ranks take up what they keep of it.
+
+    Args:
+        restore: Gives what it finds to what takes it up, and says whether anything was there.
 
     Returns:
         Whether anything was restored.
     """
-    restored: bool = ranks.shared(restore() if ranks.main else None)
-    if ranks.size > 1 and restored:
-        step, record = ranks.shared([trainer.step, asdict(trainer.record)])
-        tensors = ranks.shared_tensors(trainer.engine.state() if ranks.main else None)
-        if not ranks.main:
-            trainer.restore(tensors, step, Record(**record))
+    if ranks.size == 1:
+        return restore(trainer.restore)
+    chosen: list[tuple[Mapping[str, Tensor], int, Record]] = []
+    restored: bool = ranks.shared(restore(lambda *state: chosen.append(state)) if ranks.main else None)
+    if restored:
+        tensors, about = None, None
+        if chosen:
+            tensors, about = chosen[-1][0], [chosen[-1][1], asdict(chosen[-1][2])]
+        step, record = ranks.shared(about)
+        trainer.restore(ranks.shared_tensors(tensors, trainer.engine.keeps), step, Record(**record))
     return restored
 
 
@@ -418,7 +341,8 @@ class StageHooks:
         """See `Hooks.save`: beside training; the checkpoints that a decision may go back to stay."""
         if not self._ranks.main:
             if self._trainer.engine.gathers:
-                self._trainer.engine.state()
+                for _ in self._trainer.engine.state().values():
+                    pass
             return
         trainer, protect = self._trainer, set()
         if trainer.anchor is not None:
@@ -467,7 +391,7 @@ class StageHooks:
         trainer, before = self._trainer, self._trainer.record
         target = int(str(back.divergence["to"]))
         self._checkpoints.finish()
-        restored_together(self._ranks, trainer, lambda: self._gone_back(target))
+        restored_together(self._ranks, trainer, partial(self._gone_back, target))
         if trainer.step < target:
             return
         record = trainer.record
@@ -476,15 +400,15 @@ class StageHooks:
         if self._ranks.main:
             checkpoint.remove(self._directory, after=target)
 
-    def _gone_back(self, target: int) -> bool:
+    def _gone_back(self, target: int, take: checkpoint.Take) -> bool:
         """Restore the checkpoint of a step, or an earlier one."""
         trainer = self._trainer
         try:
-            checkpoint.restore_step(self._directory, trainer, target)
+            checkpoint.restore_step(self._directory, trainer, target, take)
         except checkpoint.UNREADABLE as error:
             self._context.warn(f"the checkpoint of step {target} is damaged ({reason(error)}); an earlier one is used")
             checkpoint.remove(self._directory, after=target - 1)
-            if checkpoint.restore_latest(self._directory, trainer, self._context.warn):
+            if checkpoint.restore_latest(self._directory, trainer, self._context.warn, take):
                 return True
             raise StackWiseError(
                 f"stage {self._context.stage.depth}: no checkpoint to go back to is sound",
@@ -503,13 +427,13 @@ class StageHooks:
         if ended.best is None or ended.best[0] == trainer.step:
             return
         step = ended.best[0]
-        restored_together(self._ranks, trainer, lambda: self._best_taken(step))
+        restored_together(self._ranks, trainer, partial(self._best_taken, step))
         trainer.record, trainer.step = ended, last
         self._context.event("best", step=step, nats=ended.best[1])
 
-    def _best_taken(self, step: int) -> bool:
+    def _best_taken(self, step: int, take: checkpoint.Take) -> bool:
         try:
-            checkpoint.restore_step(self._directory, self._trainer, step)
+            checkpoint.restore_step(self._directory, self._trainer, step, take)
         except checkpoint.UNREADABLE as error:
             checkpoint.remove(self._directory, after=step - 1)
             which = f"the best checkpoint of stage {self._context.stage.depth}, of step {step},"
