@@ -75,7 +75,6 @@ class PowerSGD(Reducer):
         self._rest = PlainSum(ranks, [p for p in parameters if id(p) not in narrowed])
         self._errors = [torch.zeros_like(_matrix(p), dtype=torch.float32) for p in self._narrowed]
         self._bases = [self._first(number, p, rank) for number, p in enumerate(self._narrowed)]
-        self._restored: dict[str, Tensor] = {}
 
     @staticmethod
     def _first(number: int, p: Tensor, rank: int) -> Tensor:
@@ -111,9 +110,6 @@ class PowerSGD(Reducer):
 
     def state(self) -> dict[str, Tensor]:
         """See `Reducer`: the errors of all ranks [N, n, m], and what the next matrices are first multiplied by."""
-        if self._restored:  # the main rank has them
-            state, self._restored = self._restored, {}
-            return state
         ranks, talk = self._ranks, self._ranks.communicator
         state = {f"{BASIS}{number}": basis for number, basis in enumerate(self._bases)}
         for number, error in enumerate(self._errors):
@@ -138,13 +134,10 @@ class PowerSGD(Reducer):
         return shapes | {f"{BASIS}{number}": basis for number, basis in enumerate(self._bases)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Reducer`. The main rank gives what it took to the others, by `state`, right after."""
-        state = {name: tensors[name] for name in tensors if name.startswith((ERROR, BASIS))}
+        """See `Reducer`."""
         for number, (error, basis) in enumerate(zip(self._errors, self._bases, strict=True)):
-            self._errors[number] = state[f"{ERROR}{number}"][self._ranks.rank].to(error.device)
-            self._bases[number] = state[f"{BASIS}{number}"].to(basis.device)
-        if self._ranks.main:
-            self._restored = state
+            self._errors[number] = tensors[f"{ERROR}{number}"][self._ranks.rank].to(error.device)
+            self._bases[number] = tensors[f"{BASIS}{number}"].to(basis.device)
 
     def _summed(self, tensors: list[Tensor]) -> list[Tensor]:
         """The sum of every rank's, of all of them at once."""
