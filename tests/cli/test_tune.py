@@ -94,6 +94,7 @@ def test_killed_it_goes_on_with_the_same_trials(
     assert value["sharing"] == whole[1]["sharing"]
 
 
+@pytest.mark.stress
 def test_interrupted_it_is_saved_and_trials_behind_are_ended(args: list[str], tmp_path: Path) -> None:
     place = tmp_path / "stopped"
     command = [*args, "--run", str(place), "--trials", "4", "--jobs", "1", "--pruner", "median", "--sampler", "random"]

@@ -175,6 +175,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
     assert contents(store, resumed) == contents(tmp_path / "whole", whole)
 
 
+@pytest.mark.stress
 def test_sigterm_saves_and_ends_with_75(llama: Path, data: str, tmp_path: Path) -> None:
     slow = SMALL_CHUNKS + (
         "from stackwise.training.stage import StageModel\n"

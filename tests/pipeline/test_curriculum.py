@@ -70,7 +70,7 @@ def test_difficulties_follow_from_tokens() -> None:
 
 
 def test_swapped_killed_and_resumed(micro: Micro, tmp_path: Path) -> None:
-    values: dict[str, Any] = {"training__steps": 30, "training__curriculum": {"by": "compression"}}
+    values: dict[str, Any] = {"training__steps": 16, "training__curriculum": {"by": "compression"}}
     resident = run(micro(**values, training__swap="never"), tmp_path / "resident")
     kill_worker(micro(**values, training__swap="always"), tmp_path / "killed", 1, 4)
     run(micro(**values, training__swap="always"), tmp_path / "killed")

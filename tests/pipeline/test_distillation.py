@@ -65,13 +65,19 @@ def test_swapped_and_resident_are_the_same_and_nothing_is_trained_twice(
     teacher: Path, micro: Micro, tmp_path: Path
 ) -> None:
     for swap in ("never", "always"):
-        config = micro(**settings(teacher, training__swap=swap, store__path=str(tmp_path / swap / "store")))
+        config = micro(
+            **settings(teacher, training__swap=swap, training__steps=8, store__path=str(tmp_path / swap / "store"))
+        )
         run(config, tmp_path / swap)
     assert weights(tmp_path / "never") == weights(tmp_path / "always")
-    config = micro(**settings(teacher, store__path=str(tmp_path / "never" / "store")))
+    config = micro(**settings(teacher, training__steps=8, store__path=str(tmp_path / "never" / "store")))
     events = run(config, tmp_path / "again")
     assert [event["stage"] for event in events if event["event"] == "reused"] == [0, 1, 2]
-    other = micro(**settings(teacher, store__path=str(tmp_path / "never" / "store"), distillation__match="cosine"))
+    other = micro(
+        **settings(
+            teacher, training__steps=8, store__path=str(tmp_path / "never" / "store"), distillation__match="cosine"
+        )
+    )
     assert not [event for event in run(other, tmp_path / "other") if event["event"] == "reused"]
 
 

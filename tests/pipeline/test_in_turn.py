@@ -23,7 +23,7 @@ def test_swapped_and_resident_are_the_same(micro: Micro, tmp_path: Path) -> None
     for swap in ("never", "always"):
         run(
             micro(
-                **TURNS,
+                **TURNS | {"training__steps": 8},
                 model__ffn=ffn,
                 training__ema=0.9,
                 training__swap=swap,

@@ -46,7 +46,7 @@ def test_a_killed_run_ends_with_the_same_weights(staged: Any, tmp_path: Path) ->
 def test_swapped_and_resident_are_the_same(micro: Micro, tmp_path: Path) -> None:
     """A bias moves once a step, from both microbatches, though a swapped stage goes over its rows twice."""
     values = {**SMALL, "model__ffn": MIXED | {"at": None}, "training__accumulation": 2, "model__dropout": 0.1}
-    values["training__steps"] = 12
+    values["training__steps"] = 6
     run(micro(**values, training__swap="never"), tmp_path / "resident")
     events = run(micro(**values, training__swap="always", training__swap_experts=1), tmp_path / "swapped")
     assert any("is swapped" in event["text"] for event in named(events, "note"))

@@ -20,7 +20,7 @@ LEARNED = {"bits": 4, "group": 8, "symmetric": False, "scale": "learned", "activ
 
 @pytest.mark.parametrize("mode", [pytest.param("blockwise", marks=pytest.mark.stress), "end_to_end"])
 def test_swapped_and_resident_are_the_same(mode: str, micro: Micro, tmp_path: Path) -> None:
-    settings = {"training__mode": mode, "training__quantization": LEARNED}
+    settings = {"training__mode": mode, "training__quantization": LEARNED, "training__steps": 8}
     for swap in ("never", "always"):
         run(micro(**settings, training__swap=swap, store__path=str(tmp_path / swap / "store")), tmp_path / swap)
     assert weights(tmp_path / "never") == weights(tmp_path / "always")
@@ -69,6 +69,7 @@ def test_scales_train_alone_over_codes_that_stand_still(micro: Micro, tmp_path: 
     bits = {"bits": 2, "group": 8, "symmetric": False}
     settings = {
         "training__quantization": bits,
+        "training__steps": 8,
         "training__fusion": "trainable",
         "stages": {2: {"training": {"quantization": bits | {"trains": "scales"}}}},
     }

@@ -116,6 +116,7 @@ def test_what_rows_do_not_reach_is_neither_read_nor_written(tmp_path: Path, monk
     swapped.close()
 
 
+@pytest.mark.stress
 def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.training.swap_killed", str(tmp_path), "3", "3", "6", "experts"],
