@@ -6,7 +6,7 @@ Shapes in names: B batch, S sequence, D d_model, H heads, E width of a head, F f
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -84,6 +84,33 @@ class _NarrowNorm(torch.autograd.Function):
             inputs = [t for t, (_, need) in zip((x, weight, bias), wanted, strict=True) if need]
             gradients = iter(torch.autograd.grad(y, inputs, slopes, create_graph=again))
         return *(next(gradients) if need else None for _, need in wanted), None
+
+
+class _Root(torch.autograd.Function):
+    """A scalar zero whose gradient in a tensor is what is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
+        ctx.slope = slope
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        return ctx.slope, None
+
+
+def pull(roots: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
+    """`torch.autograd.backward` from tensors with their gradients, of the same shapes, as they come.
+
+    From scalars: with gradients given, torch checks their shapes by its compiler's symbols, whose import (sympy) is
+    half a second of CPU in every worker.
+    """
+    with torch.enable_grad():
+        scalars = [
+            _Root.apply(root, slope)  # type: ignore[no-untyped-call]
+            for root, slope in zip(roots, slopes, strict=True)
+        ]
+    torch.autograd.backward(scalars)
 
 
 def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:

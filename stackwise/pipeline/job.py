@@ -5,6 +5,7 @@ The newest weights of each part go by name as the schedule goes on: a stage star
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -232,4 +233,11 @@ J = TypeVar("J")
 def from_plain(kind: type[J], data: Mapping[str, Any]) -> J:
     """The inverse of `dataclasses.asdict`, also through JSON: a job, or a part of one."""
     known = {key: value for key, value in data.items() if key != "kind"}  # which is a job's own
-    return TypeAdapter(kind).validate_python(known)
+    job: J = adapter(kind).validate_python(known)  # type: ignore[arg-type]
+    return job
+
+
+@functools.cache
+def adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    """What reads jobs of a kind; to make it takes longer than to use it."""
+    return TypeAdapter(kind)

@@ -250,7 +250,7 @@ def file_digest(path: Path) -> Hex:
     """xxh3-128 of a file's bytes, read in pieces."""
     state = xxhash.xxh3_128()
     with open(open_regular(path), "rb", buffering=0) as file:
-        buffer = memoryview(bytearray(_READ))
+        buffer = memoryview(bytearray(max(1, min(_READ, os.fstat(file.fileno()).st_size))))
         while count := file.readinto(buffer):
             state.update(buffer[:count])
     return state.hexdigest()

@@ -25,6 +25,7 @@ from stackwise.batch import ACTIVATIONS, Batch, Term
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
+from stackwise.model.layers import pull
 from stackwise.training.anchor import Squares, row_loss
 from stackwise.training.engine import LOWER_RATE, Accept, LossScale, State, Stepped, judged
 from stackwise.training.lanes import lane_to
@@ -200,7 +201,7 @@ class SwappedEngine:
                 if of_blocks:
                     roots, slopes = [*roots, row_loss(of_blocks)], [*slopes, torch.ones((), device=self.device)]
                 if roots:
-                    torch.autograd.backward(roots, slopes)
+                    pull(roots, slopes)
                     squares.take(loaded.parameters())
                     self._hand_down(index, number, batch)
         self.spill.clear()
@@ -353,7 +354,7 @@ class SwappedEngine:
                     roots, slopes = [*roots, root], [*slopes, torch.ones_like(root)]
                 if roots:
                     with self.phases(BACKWARD):
-                        torch.autograd.backward(roots, slopes)
+                        pull(roots, slopes)
                     self._hand_down(index, number, batch)
                 del kept, batch, leaving, terms, roots
             self.loader.write_gradients(loaded, losses.share, norms)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stackwise.model.layers import pull
 from stackwise.training.engine import MEAN, WEIGHT
 from stackwise.training.swap_state import Spill, Tensors
 
@@ -126,7 +127,7 @@ class _Lent(torch.autograd.Function):
         rows: Tensor = ctx.rows.detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad(), torch.autocast(rows.device.type, **ctx.numerics, cache_enabled=False):
             made = ctx.lender.bring(ctx.module)(rows)
-        torch.autograd.backward([made], [gradients[0]])
+        pull([made], [gradients[0]])
         return rows.grad, None, None, None, None
 
 

@@ -220,9 +220,15 @@ def serve(end: socket.socket) -> None:
     Args:
         end: What its one user asks on; or where its users connect, which ends it when none has been there for a while.
     """
-    from stackwise.pipeline import trial  # noqa: F401
-    from stackwise.pipeline.worker import __main__, jobs  # noqa: F401
+    import safetensors.torch  # noqa: F401
 
+    from stackwise.pipeline import trial  # noqa: F401
+    from stackwise.pipeline.job import FinishJob, StageJob, adapter
+    from stackwise.pipeline.worker import __main__, jobs  # noqa: F401
+    from stackwise.store import metadata  # noqa: F401
+
+    for kind in (StageJob, FinishJob):
+        adapter(kind)
     if os.environ.get("STACKWISE_PLUGINS"):  # an optimizer from there imports it, in each worker if not here
         import torch._dynamo  # noqa: F401
     os.chdir("/")
