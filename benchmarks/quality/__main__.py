@@ -17,25 +17,11 @@ from pathlib import Path
 from benchmarks.common import Result, overrides, parser, positive, refuse, run_command
 from benchmarks.document import Section
 from benchmarks.quality.page import body, gaps, write_gaps, write_plots
-from benchmarks.quality.results import Results, Trial, mean_loss
-from benchmarks.quality.rows import BUDGETS, ROWS, Budget, Row
+from benchmarks.quality.results import Results, Trial, mean_loss, setting_of
+from benchmarks.quality.rows import BASE, BUDGETS, ROWS, Budget, Row
 from stackwise.config import StackWiseConfig
-from stackwise.data import prepare
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
-
-BASE = {
-    "model.d_model": 96,
-    "model.n_heads": 4,
-    "model.init_std": 0.1,
-    "model.architecture.n_stacks": 8,
-    "model.architecture.blocks_per_stack": 1,
-    "data.tokenizer": "bytes",
-    "training.batch_size": 4,
-    "training.checkpoint_minutes": 60.0,
-    "device": "cpu",
-}
-"""The rack: 8 blocks of width 96 on the demo's corpus, by bytes, and its samples of 128 tokens."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,12 +49,7 @@ def _measure(options: argparse.Namespace) -> Section:
     rates = [float(rate) for rate in options.rates.split(",")]
     base = BASE | overrides(options.overrides)
     config = StackWiseConfig.from_preset("stages", base)
-    setting: Result = {
-        "base": base,
-        "steps": options.steps,
-        "vocab_size": config.model.vocab_size or prepare(config.data)[0].tokenizer.vocab_size,
-    }
-    results = Results(options.results, setting, options.dir, options.store)
+    results = Results(options.results, setting_of(base, options.steps), options.dir, options.store)
     budgets: list[Budget] = [options.budget] if options.budget else list(BUDGETS)
     wanted = [(row, budget) for budget in budgets for row in rows if budget in row.budgets]
     found = [one for row, budget in wanted if (one := _row(results, row, budget, rates, options)) is not None]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.common import Result, Spread, table
 from benchmarks.quality.results import mean_loss
-from benchmarks.quality.rows import BUDGETS, PLAIN
+from benchmarks.quality.rows import BASE, BUDGETS, PLAIN
 from stackwise import words
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 500, 64, 300, 20, 56
@@ -63,11 +63,17 @@ Gap = tuple[str, int, int, float]
 
 
 def gaps(files: list[Path]) -> list[Gap]:
-    """Gaps to plain training of rows that are measured at two lengths or more, from files of results."""
+    """Gaps to plain training of rows that are measured at two lengths or more, from files of results.
+
+    Files of other text, or of racks that differ by more than their width, are left out.
+    """
     runs: dict[tuple[str, int, int], dict[int, float]] = {}  # by seed the lowest mean loss of any rate
     for file in files:
         known = json.loads(file.read_text(encoding="utf-8"))
-        width, steps = known["setting"]["base"]["model.d_model"], known["setting"]["steps"]
+        base, steps = known["setting"]["base"], known["setting"]["steps"]
+        width = base["model.d_model"]
+        if base != BASE | {"model.d_model": width}:
+            continue
         for key, run in known["runs"].items():
             name, budget, _, seed = key.split(" | ")
             by_seed = runs.setdefault((name if budget == "rows" else f"{name} ({budget})", width, steps), {})

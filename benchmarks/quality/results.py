@@ -15,6 +15,7 @@ from benchmarks.common import Result, say
 from benchmarks.quality.plain import apart, resting, train_plainly
 from benchmarks.quality.rows import PLAIN, Budget, Row, configuration, flops, updates
 from stackwise.config import StackWiseConfig
+from stackwise.data import prepare
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.schedule import schedule
@@ -85,6 +86,13 @@ class Results:
         text = json.dumps({"setting": self.setting, "memory": self.memory, "runs": self.runs}, indent=1)
         temporary.write_text(text + "\n")
         temporary.replace(self.path)
+
+
+def setting_of(base: dict[str, Any], steps: int) -> Result:
+    """What the runs of a file share: rack, data and batch as dotted keys, updates of each block, the vocabulary."""
+    config = StackWiseConfig.from_preset("stages", base)
+    vocab_size = config.model.vocab_size or prepare(config.data)[0].tokenizer.vocab_size
+    return {"base": base, "steps": steps, "vocab_size": vocab_size}
 
 
 def mean_loss(result: Result) -> float:

@@ -20,6 +20,19 @@ BUDGETS: dict[Budget, str] = {
 
 PLAIN = "end to end, plain PyTorch"
 
+BASE: dict[str, Any] = {
+    "model.d_model": 96,
+    "model.n_heads": 4,
+    "model.init_std": 0.1,
+    "model.architecture.n_stacks": 8,
+    "model.architecture.blocks_per_stack": 1,
+    "data.tokenizer": "bytes",
+    "training.batch_size": 4,
+    "training.checkpoint_minutes": 60.0,
+    "device": "cpu",
+}
+"""The rack: 8 blocks of width 96 on the demo's corpus, by bytes, and its samples of 128 tokens."""
+
 
 @dataclass(frozen=True)
 class Row:

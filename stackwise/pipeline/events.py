@@ -82,6 +82,8 @@ def _traffic(event: Event) -> str:
 
 def _data(event: Event) -> str:
     splits = f"{words.plural(event['documents'], 'document')}, {words.count(event['tokens'])} tokens"
+    if size := event.get("tokenizer", {}).get("vocab_size"):
+        splits += f" of {words.plural(size, 'kind')}"
     if event.get("bytes"):
         splits += f", {words.size(event['bytes'])}"
     how = "reused, unchanged" if event["reused"] else f"prepared in {words.duration(event['seconds'])}"

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality.__main__ import BASE, main
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.page import body, gaps, write_gaps, write_plots
-from benchmarks.quality.rows import BUDGETS, PLAIN, ROWS, Budget, Row, configuration, flops, updates
+from benchmarks.quality.rates import steps_apart
+from benchmarks.quality.rows import BASE, BUDGETS, PLAIN, ROWS, Budget, Row, configuration, flops, updates
 from stackwise.pipeline.schedule import schedule
 
 TRIALS = [(row, budget) for row in ROWS for budget in row.budgets]
@@ -71,12 +72,20 @@ def test_gaps_are_of_rows_that_are_measured_at_several_lengths(tmp_path: Path) -
         runs = {f"{name} | rows | 0.001 | 0": {"loss": {"0.5": of}} for name, of in ((PLAIN, 1.0), ("grown", loss))}
         runs["once | rows | 0.001 | 0"] = {"loss": {"0.5": 1.0}} if steps == 10 else runs[f"{PLAIN} | rows | 0.001 | 0"]
         runs = {key: run for key, run in runs.items() if steps == 10 or not key.startswith("once")}
-        setting = {"base": {"model.d_model": 96}, "steps": steps}
+        setting = {"base": BASE, "steps": steps}
         (tmp_path / f"{steps}.json").write_text(json.dumps({"setting": setting, "runs": runs}))
+    shallow = {"base": BASE | {"model.architecture.n_stacks": 2}, "steps": 40}
+    (tmp_path / "shallow.json").write_text(json.dumps({"setting": shallow, "runs": runs}))
     found = gaps(sorted(tmp_path.glob("*.json")))
     assert [gap for gap in found if gap[0] != PLAIN] == [("grown", 96, 10, 1.0), ("grown", 96, 40, 0.5)]
     write_gaps(tmp_path / "gaps.svg", found)
     assert "grown, width 96" in (tmp_path / "gaps.svg").read_text()
+
+
+def test_best_rates_are_compared_by_their_places_in_the_grid() -> None:
+    grid = [7.5e-4, 1.5e-3, 3e-3]
+    assert steps_apart(grid, {7.5e-4: 2.0, 1.5e-3: 1.0}, {1.5e-3: 1.0, 3e-3: 2.0}) == 0
+    assert steps_apart(grid, {7.5e-4: 1.0, 1.5e-3: 2.0}, {1.5e-3: 2.0, 3e-3: 1.0}) == 2
 
 
 def test_a_directory_that_is_not_there_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
