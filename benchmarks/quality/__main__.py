@@ -18,7 +18,7 @@ from benchmarks.common import Result, overrides, parser, positive, refuse, run_c
 from benchmarks.document import Section
 from benchmarks.quality.page import body, gaps, write_gaps, write_plots
 from benchmarks.quality.results import Results, Trial, mean_loss, setting_of
-from benchmarks.quality.rows import BASE, BUDGETS, ROWS, Budget, Row
+from benchmarks.quality.rows import BASE, BUDGETS, ROWS, Budget, Row, configuration, whole_share
 from stackwise.config import StackWiseConfig
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -64,8 +64,9 @@ def _measure(options: argparse.Namespace) -> Section:
         f"{options.steps} updates of each block, batches of {config.training.batch_size}. Losses in nats a masked "
         "token on held-out files at 15, 50 and 90% masked; medians over the seeds, smallest to largest in brackets, "
         "without brackets one seed; against plain seed by seed. Rates from the same grid, the best by the first seed. "
-        "Block updates, rows and bytes are of one run. Peak memory is what a process takes beyond what it held before "
-        "its job, in a run of a few updates." + _unfinished(wanted, found, options.seeds)
+        "Block updates, rows and bytes are of one run. Whole rack held: the share of the operations during which every "
+        "block is in memory at once. Peak memory is what a process takes beyond what it held before its job, in a run "
+        "of a few updates, by phase where the rack grows." + _unfinished(wanted, found, options.seeds)
     )
     title = f"Modes beside end to end, {options.steps:,} updates of each block"
     return Section(name, title, text, body(name, found), "CPU", {"rows": found})
@@ -112,7 +113,10 @@ def _row(results: Results, row: Row, budget: Budget, rates: list[float], options
     grid = {f"{trial.rate:g}": mean_loss(results.of(trial)) for trial in trials}
     known = not options.report or row.name in results.memory
     memory = results.memory_of(row) if known else None
-    return {"name": row.name, "budget": budget, "rate": best.rate, "grid": grid, "memory": memory, "runs": runs}
+    shape = configuration(results.setting["base"], row, budget, steps=options.steps, rate=best.rate, seed=0)
+    whole = whole_share(shape, results.setting["vocab_size"])
+    head = {"name": row.name, "budget": budget, "rate": best.rate, "grid": grid}
+    return head | {"whole": whole, "memory": memory, "runs": runs}
 
 
 if __name__ == "__main__":

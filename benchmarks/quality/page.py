@@ -38,7 +38,7 @@ def body(name: str, found: list[Result]) -> str:
         shown = _ordered(rows, plain)
         header = [
             "mode", "at 15%", "at 50%", "at 90%", "mean", "against plain", "bits per byte", "rate",
-            "block updates", "rows", "FLOPs", "peak memory", "written", "read",
+            "block updates", "rows", "FLOPs", "whole rack held", "peak memory", "written", "read",
         ]  # fmt: skip
         lines = (_cells(row, plain) for row in shown)
         pictures = "\n".join(
@@ -171,7 +171,8 @@ def _cells(row: Result, plain: list[Result]) -> list[str]:
         f"{first['updates']:,}",
         f"{first['rows']:,}",
         words_flops(first["flops"]),
-        "–" if (memory := _memory(row)) is None else words.size(memory),
+        f"{row['whole']:.0%}",
+        ", then ".join(map(words.size, row["memory"] or [])) or "–",
         words.size(first["written"]),
         words.size(first["read"]),
     ]
@@ -190,8 +191,7 @@ def _flops(row: Result) -> float:
 
 
 def _memory(row: Result) -> float | None:
-    memory: float | None = row["memory"]
-    return memory
+    return max(row["memory"], default=None) if row["memory"] else None
 
 
 def _known(rows: list[Result], of: Callable[[Result], float | None]) -> int:

@@ -52,7 +52,7 @@ class Results:
     def __init__(self, path: Path, setting: Result, directory: str | None = None, store: str | None = None) -> None:
         self.path, self.setting, self.directory, self.store = path, setting, directory, store
         self.runs: dict[str, Result] = {}
-        self.memory: dict[str, int] = {}
+        self.memory: dict[str, list[int]] = {}
         if path.exists():
             known = json.loads(path.read_text(encoding="utf-8"))
             if known["setting"] != setting:
@@ -67,8 +67,10 @@ class Results:
             self._save()
         return self.runs[trial.key]
 
-    def memory_of(self, row: Row) -> int:
-        """Most bytes that a process of this row holds beyond what it held before its job; a short run where not known.
+    def memory_of(self, row: Row) -> list[int]:
+        """By phase the most bytes that a process holds beyond what it held before its job; a short run where not known.
+
+        Phases are depths of the schedule; where each takes as much, or only the largest is known, there is one figure.
 
         Short, as what a process holds is there after some steps; what grows are the mapped pages of a boundary that it
         has read, which the system takes back at will. Workers are started by themselves, as the plain loop's process
@@ -131,16 +133,18 @@ def _run(trial: Trial, setting: Result, directory: str | None, store: str | None
     return shared | own | _figures(figures) | {"flops": flops(config, setting["vocab_size"])}
 
 
-def _memory(row: Row, setting: Result, directory: str | None) -> int:
+def _memory(row: Row, setting: Result, directory: str | None) -> list[int]:
     config = configuration(setting["base"], row, "rows", steps=SHORT, rate=1e-3, seed=0)
     if row.name == PLAIN:
-        return int(apart(train_plainly, config)["peak_memory_bytes"])
+        return [int(apart(train_plainly, config)["peak_memory_bytes"])]
     with tempfile.TemporaryDirectory(prefix="stackwise-quality-", dir=directory) as temporary:
         run = RunDirectory(Path(temporary) / "run")
         with started_by_themselves():
             Runner(config, run, lambda event: None).run()
-        peaks: list[int] = [stage["peak_memory_bytes"] for stage in status(run)["stages"]]
-        return max(peaks) - apart(resting)
+        rested, peaks = apart(resting), dict[int, int]()
+        for stage in status(run)["stages"]:
+            peaks[stage["depth"]] = max(peaks.get(stage["depth"], 0), stage["peak_memory_bytes"] - rested)
+        return list(peaks.values()) if config.training.growth else [max(peaks.values())]
 
 
 @contextlib.contextmanager

@@ -172,22 +172,40 @@ def flops(config: StackWiseConfig, vocab_size: int) -> float:
     Two a parameter and token forward, two for the gradient that goes down, two for the weight's own (Kaplan et al.,
     arXiv 2001.08361, section 2.1). The head is asked at the masked positions, or at all.
     """
+    return sum(_flops_by_stage(config, vocab_size))
+
+
+def whole_share(config: StackWiseConfig, vocab_size: int) -> float:
+    """The share of a run's operations during which every block of the rack is in memory at once."""
+    if config.training.swap == "always":
+        return 0.0
+    by_stage = _flops_by_stage(config, vocab_size)
+    whole = (len(_blocks(stage)) == config.model.n_blocks for stage in schedule(config))
+    return sum(count for count, all_blocks in zip(by_stage, whole, strict=True) if all_blocks) / sum(by_stage)
+
+
+def _blocks(stage: Stage) -> list[str]:
+    return [part for part in stage.holds if part not in (FRONT, HEAD)]
+
+
+def _flops_by_stage(config: StackWiseConfig, vocab_size: int) -> list[float]:
     training, stages = config.training, schedule(config)
     masked = (training.min_mask_fraction + training.max_mask_fraction) / 2 if training.objective.masks else 1.0
     head = vocab_size * config.model.d_model * masked
-    total = 0.0
+    counts = []
     for stage in stages:
         tokens = (known_steps(config, stage) or 0) * training.batch_size * training.accumulation
         tokens *= training.seq_len
-        inner = [part for part in stage.holds if part not in (FRONT, HEAD)]
+        inner = _blocks(stage)
         lowest = next((place for place, part in enumerate(inner) if part in stage.trains), len(inner))
+        total = tokens * head * (4 + 2 * (HEAD in stage.trains))
         for place, part in enumerate(inner):
             block = config.model.at(block_number(part)).active_parameters
             total += tokens * block * (2 + 2 * (place >= lowest) + 2 * (part in stage.trains))
-        total += tokens * head * (4 + 2 * (HEAD in stage.trains))
         above = stages[stage.place + 1] if stage.place + 1 < len(stages) else None
         if above is not None and above.reads_boundary:
             passed = range(above.first) if config.fresh_masks else range(stage.first, stage.last + 1)
             blocks = config.model.total(lambda block: block.active_parameters, passed)
             total += (training.rows or 0) * training.seq_len * blocks * 2
-    return total
+        counts.append(total)
+    return counts

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.page import body, gaps, write_gaps, write_plots
 from benchmarks.quality.rates import steps_apart
-from benchmarks.quality.rows import BASE, BUDGETS, PLAIN, ROWS, Budget, Row, configuration, flops, updates
+from benchmarks.quality.rows import BASE, BUDGETS, PLAIN, ROWS, Budget, Row, configuration, flops, updates, whole_share
 from stackwise.pipeline.schedule import schedule
 
 TRIALS = [(row, budget) for row in ROWS for budget in row.budgets]
@@ -39,6 +39,16 @@ def test_operations_of_end_to_end_training_are_six_a_parameter_and_token() -> No
     assert flops(config, 512) == pytest.approx(6 * (blocks + head) * tokens)
 
 
+def test_the_share_with_the_whole_rack_in_memory_is_of_operations() -> None:
+    def share(name: str, budget: Budget = "rows") -> float:
+        row = next(row for row in ROWS if row.name == name)
+        return whole_share(configuration(BASE, row, budget, steps=100, rate=1e-3, seed=0), 0)
+
+    assert share("end to end") == 1.0
+    assert share("end to end, swapped") == share("stages of 4") == 0.0
+    assert share("grown from 2 at 0.8", "steps") == pytest.approx(0.2 * 8 / (0.8 * 2 + 0.2 * 8))
+
+
 def test_tables_and_plots_name_every_row(tmp_path: Path) -> None:
     run = {
         "loss": {"0.15": 1.0, "0.5": 2.0, "0.9": 3.0},
@@ -55,7 +65,8 @@ def test_tables_and_plots_name_every_row(tmp_path: Path) -> None:
             "budget": budget,
             "rate": 1e-3,
             "grid": {},
-            "memory": 10**8,
+            "memory": [10**8],
+            "whole": 0.5,
             "runs": [run, {**run, "flops": 2e12}],
         }
         for row, budget in TRIALS
