@@ -1,6 +1,6 @@
 """Whether the rate that is best for a shallow rack is best for a deep one, with AdamW and with Muon.
 
-    python -m benchmarks.quality.rates [--depths 2,8] [--rates 7.5e-4,1.5e-3,3e-3,6e-3] [--write]
+    python -m benchmarks.quality.rates [--depths 2,8] [--width 96] [--rates 7.5e-4,1.5e-3,3e-3,6e-3] [--write]
 
 A rack that grows keeps its rate as it gets deeper, so the best rate must not move with depth. The racks, the data, the
 steps and the files of results are those of `benchmarks.quality`, whose 8 blocks are here beside other depths.
@@ -9,9 +9,12 @@ steps and the files of results are those of `benchmarks.quality`, whose 8 blocks
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import Result, numbers, parser, positive, refuse, run_command, table
 from benchmarks.document import Section
@@ -20,10 +23,32 @@ from benchmarks.quality.results import Results, Trial, mean_loss, setting_of
 from benchmarks.quality.rows import BASE, PLAIN, ROWS
 from stackwise import words
 
+WIDTH = BASE["model.d_model"]
+
 OPTIMIZERS = {"AdamW": PLAIN, "Muon": "end to end, Muon"}
 """The row of each optimizer: both train the whole rack in a cosine of rates."""
 
 DEPTH = "model.architecture.n_stacks"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the racks of a table have in common: their width, and the updates of each block."""
+
+    width: int
+    steps: int
+
+    def base(self, depth: int) -> dict[str, Any]:
+        """The rack of so many blocks, the data and the batch; fresh weights of 1/sqrt(width)."""
+        narrow = {} if self.width == WIDTH else {"model.d_model": self.width, "model.init_std": self.width**-0.5}
+        return BASE | narrow | {DEPTH: depth}
+
+    def file(self, docs: Path, depth: int) -> Path:
+        """Where results are: of 8 blocks those of `benchmarks.quality`."""
+        parts = [str(self.steps)] if self.steps != 800 else []
+        parts += [f"width-{self.width}"] if self.width != WIDTH else []
+        parts += [f"{depth}-blocks"] if depth != BASE[DEPTH] else []
+        return docs / ("-".join(["quality", *parts]) + ".json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,30 +61,29 @@ def _parser() -> argparse.ArgumentParser:
     made = parser("quality.rates", __doc__)
     add = made.add_argument
     add("--depths", type=numbers, default=[2, BASE[DEPTH]], metavar="N,N", help="blocks; default 2,8")
+    add("--width", type=positive, default=WIDTH, metavar="N", help=f"width of the racks; default {WIDTH}")
     add("--rates", default="7.5e-4,1.5e-3,3e-3,6e-3", metavar="X,X", help="the grid of learning rates")
+    add("--optimizer", choices=tuple(OPTIMIZERS), help="one of them; default: both")
     add("--steps", type=positive, default=800, metavar="N", help="updates of each block; default 800")
     add("--dir", metavar="DIR", help="where the temporary runs go; default: the system's temporary directory")
     add("--report", action="store_true", help="run nothing: the table of what is there")
     return made
 
 
-def results_file(docs: Path, depth: int, steps: int) -> Path:
-    """Where results of a depth and length are: for 8 blocks those of `benchmarks.quality`."""
-    blocks = [] if depth == BASE[DEPTH] else [f"{depth}-blocks"]
-    return docs / ("-".join(["quality", *([] if steps == 800 else [str(steps)]), *blocks]) + ".json")
-
-
-def grids(docs: Path, depths: Sequence[int], rates: Sequence[float], steps: int) -> Result:
+def grids(docs: Path, size: Size, depths: Sequence[int], rates: Sequence[float]) -> Result:
     """By optimizer and depth the mean held-out losses of the rates that are measured, by rate."""
-    found: Result = {}
+    losses: Result = {}
     for optimizer, name in OPTIMIZERS.items():
-        row = next(row for row in ROWS if row.name == name)
         for depth in depths:
-            results = Results(results_file(docs, depth, steps), setting_of(BASE | {DEPTH: depth}, steps))
-            trials = {rate: Trial(row, "rows", rate, 0) for rate in rates}
+            results = Results(size.file(docs, depth), setting_of(size.base(depth), size.steps))
+            trials = {rate: _trial(name, rate) for rate in rates}
             known = {rate: mean_loss(results.runs[one.key]) for rate, one in trials.items() if one.key in results.runs}
-            found.setdefault(optimizer, {})[depth] = known
-    return found
+            losses.setdefault(optimizer, {})[depth] = known
+    return losses
+
+
+def _trial(name: str, rate: float) -> Trial:
+    return Trial(next(row for row in ROWS if row.name == name), "rows", rate, 0)
 
 
 def steps_apart(grid: Sequence[float], first: dict[float, float], second: dict[float, float]) -> int:
@@ -69,37 +93,33 @@ def steps_apart(grid: Sequence[float], first: dict[float, float], second: dict[f
 
 
 def _measure(options: argparse.Namespace) -> Section:
-    rates = [float(rate) for rate in options.rates.split(",")]
-    if not options.report:
-        for name in OPTIMIZERS.values():
-            row = next(row for row in ROWS if row.name == name)
-            for depth in options.depths:
-                setting = setting_of(BASE | {DEPTH: depth}, options.steps)
-                results = Results(results_file(DOCS, depth, options.steps), setting, options.dir)
-                for rate in rates:
-                    results.of(Trial(row, "rows", rate, 0))
-    found = grids(DOCS, options.depths, rates, options.steps)
+    rates, size = [float(rate) for rate in options.rates.split(",")], Size(options.width, options.steps)
+    names = [OPTIMIZERS[options.optimizer]] if options.optimizer else list(OPTIMIZERS.values())
+    for name, depth in itertools.product([] if options.report else names, options.depths):
+        results = Results(size.file(DOCS, depth), setting_of(size.base(depth), size.steps), options.dir)
+        for rate in rates:
+            results.of(_trial(name, rate))
+    losses_of = grids(DOCS, size, options.depths, rates)
     lines, verdicts = [], []
-    for optimizer, by_depth in found.items():
-        for depth, losses in by_depth.items():
-            cells = [_cell(rate, losses) for rate in rates]
-            lines.append([optimizer, str(depth), *cells])
+    for optimizer, by_depth in losses_of.items():
         measured = {depth: losses for depth, losses in by_depth.items() if len(losses) > 1}
+        for depth, losses in measured.items():
+            lines.append([optimizer, str(depth), *(_cell(rate, losses) for rate in rates)])
         if len(measured) > 1:
             low, high = measured[min(measured)], measured[max(measured)]
             apart = words.plural(steps_apart(rates, low, high), "step")
             verdicts.append(
-                f"with {optimizer} the best rates of {min(measured)} and {max(measured)} blocks are {apart} of "
+                f"With {optimizer} the best rates of {min(measured)} and {max(measured)} blocks are {apart} of "
                 "the grid apart"
             )
     if not verdicts:
         raise refuse("there are no results of two depths yet", "leave --report out")
     text = (
         f"Mean held-out losses in nats a masked token after {options.steps:,} updates of each block, width "
-        f"{BASE['model.d_model']}, one seed, the best of each line in bold; –: not measured. {'; '.join(verdicts)}."
+        f"{size.width}, one seed, the best of each line in bold; –: not measured. {'. '.join(verdicts)}."
     )
     body = table(["optimizer", "blocks", *(words.rate(rate) for rate in rates)], lines)
-    return Section("quality-rates", "The best rate over depth", text, body, "CPU", found)
+    return Section("quality-rates", "The best rate over depth", text, body, "CPU", losses_of)
 
 
 def _cell(rate: float, losses: dict[float, float]) -> str:

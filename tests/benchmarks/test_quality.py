@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality.__main__ import main
+from benchmarks.quality.__main__ import DOCS, main
 from benchmarks.quality.page import body, gaps, write_gaps, write_plots
-from benchmarks.quality.rates import steps_apart
+from benchmarks.quality.rates import Size, grids, steps_apart
 from benchmarks.quality.rows import BASE, BUDGETS, PLAIN, ROWS, Budget, Row, configuration, flops, updates, whole_share
 from stackwise.pipeline.schedule import schedule
 
@@ -97,6 +97,13 @@ def test_best_rates_are_compared_by_their_places_in_the_grid() -> None:
     grid = [7.5e-4, 1.5e-3, 3e-3]
     assert steps_apart(grid, {7.5e-4: 2.0, 1.5e-3: 1.0}, {1.5e-3: 1.0, 3e-3: 2.0}) == 0
     assert steps_apart(grid, {7.5e-4: 1.0, 1.5e-3: 2.0}, {1.5e-3: 2.0, 3e-3: 1.0}) == 2
+
+
+def test_the_best_rate_of_two_blocks_is_that_of_eight_within_a_step_of_the_grid() -> None:
+    rates = [7.5e-4, 1.5e-3, 3e-3, 6e-3]
+    by_depth = grids(DOCS, Size(96, 800), (2, 8), rates)["AdamW"]
+    assert list(by_depth[2]) == list(by_depth[8]) == rates, "all of them are measured"
+    assert steps_apart(rates, by_depth[2], by_depth[8]) <= 1
 
 
 def test_a_directory_that_is_not_there_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
