@@ -135,8 +135,13 @@ class Estimate:
         What a block keeps for its backward pass, in numbers a token, is what its attention and feed-forward say
         (`kept`, `copied`), after Korthikanti et al. (arXiv 2205.05198, section 4.1), without the attention matrix,
         which fused attention does not keep. Autocast adds a 16-bit copy of every matrix in use. The loss keeps no
-        logits beyond a slice. Held to the traced peak within 5% (`planning/trace.py`) for the presets' stages.
+        logits beyond a slice. Held to the traced peak within 5% (`planning/trace.py`) for the presets' stages. Of a
+        stage that ranks divide: what the rank takes that takes most (`divided.py`).
         """
+        if self.config.parallel.divides:
+            from stackwise.pipeline.divided import rank_bytes
+
+            return rank_bytes(self)["peak"]
         fixed, row = self.memory_parts()
         return int(fixed + self.config.stage_training(self.stage.depth).batch_size * row)
 
@@ -169,7 +174,7 @@ class Estimate:
         at_head = scored * model.d_model * (10 if half else 16) + config.row_positions * model.d_model * (
             2 if half else 4
         )
-        loss = self._loss_bytes(settings.batch_size * scored, half)
+        loss = self.loss_bytes(settings.batch_size * scored, half)
         if (meta := settings.meta) is not None and settings.batch_size:
             # Of plain attention, whose gradient has a gradient, three matrices of scores stay.
             matrices = 12.0 * model.n_heads * config.row_positions**2 * blocks if meta.second_order else 0.0
@@ -213,7 +218,7 @@ class Estimate:
             if f"ffn.{name}".startswith(f"{path}.")
         )
 
-    def _loss_bytes(self, scored: float, half: bool) -> float:
+    def loss_bytes(self, scored: float, half: bool) -> float:
         """Bytes of the loss beside its vectors: a slice of logits and what is made of it, the projection's gradient."""
         size, projection = SLICE_BYTES.get(self.device, 512 << 20), self.vocab_size * self.config.model.d_model
         rows = min(scored, max(16, size // (4 * self.vocab_size)))
@@ -279,7 +284,7 @@ class Estimate:
         largest = max(held(part, pieces) for part in blocks_held)
         kept = max(phase.kept_bytes(config.model.at(block_number(part))) for part in (*stage.blocks, *stage.lookahead))
         activations = settings.batch_size * config.row_positions * kept + (2 * block if half else 0)
-        loss = round(phase._loss_bytes(settings.batch_size * config.row_positions, half))
+        loss = round(phase.loss_bytes(settings.batch_size * config.row_positions, half))
 
         def group(groups: int) -> float:
             return max(ends, -(-most // groups) * largest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -121,6 +123,53 @@ def test_torchrun_s_own_processes_are_the_ranks(tmp_path: Path, nodes: int) -> N
     assert [agent.wait(120) for agent in agents] == [0] * nodes
     state = status(RunDirectory(tmp_path / "runs" / "launched"))
     assert (state["state"], state["ranks"]) == ("done", 2)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("meets", [True, False])
+def test_a_node_of_an_elastic_group_is_lost(tmp_path: Path, meets: bool) -> None:
+    """Three agents, as on three nodes; one is killed with all below it. `meets`: the others' rendezvous is not its own.
+
+    Those that are left go on from the last checkpoint. Without whoever holds the rendezvous none can; the same command,
+    given anew to two, does.
+    """
+    meeting = port()
+
+    def agent() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:3", "--nproc-per-node", "1"]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{meeting}", "--rdzv-id", "elastic"]
+        command += ["--max-restarts", "3", "--rdzv-conf", "last_call_timeout=5,keep_alive_interval=1"]
+        options = {"name": "elastic", "training.steps": 240, "training.accumulation": 6, "training.batch_size": 2}
+        options |= {"training.checkpoint_steps": 20}
+        what = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+        command += ["-m", "stackwise", "run", "--preset", "micro", *what]
+        with (tmp_path / f"{len(agents)}.log").open("ab") as log:
+            return subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+
+    agents: list[subprocess.Popen[bytes]] = []
+    for _ in range(3):
+        agents.append(agent())
+        time.sleep(0.5)  # the first holds the rendezvous
+    directory = tmp_path / "runs" / "elastic"
+    deadline = time.monotonic() + 120
+    while not list(directory.glob("checkpoints/*/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    lost = agents.pop(2 if meets else 0)
+    node = psutil.Process(lost.pid)
+    for process in [*node.children(recursive=True), node]:
+        process.kill()
+    lost.wait()
+    codes = [one.wait(240) for one in agents]
+    if not meets:
+        assert 0 not in codes
+        meeting, agents = port(), []
+        agents += [agent(), agent()]
+        codes = [one.wait(240) for one in agents]
+    assert codes == [0, 0], [path.read_text()[-2000:] for path in tmp_path.glob("*.log")]
+    state = status(RunDirectory(directory))
+    assert (state["state"], state["ranks"]) == ("done", 2)
+    events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    assert [event for event in events if event["event"] == "resumed"]
 
 
 def test_what_launchers_say() -> None:

@@ -229,3 +229,23 @@ def test_70b_streams_at_more_than_60_percent_of_its_speed_in_memory() -> None:
         slower = forecast(config, replace(machine, host=machine.host / 40), trace=False).stages[0]
         assert slower.bound == "host copies"
     assert speeds[0] > 0.6 > speeds[1]
+
+
+def test_of_a_divided_stage_the_rank_that_takes_most_is_planned(tmp_path: Path) -> None:
+    """State by slices; front and head with one place each; no more activations than microbatches between their passes."""
+    whole = estimates("llama-8b", "cuda", 1)[0]
+    state = whole.state_bytes(gradients=True)
+
+    def planned(**parallel: object) -> dict[str, int]:
+        one = estimates("llama-8b", "cuda", 1, parallel=parallel)[0]
+        parts = traced([one], cache=tmp_path)[0].parts
+        assert parts["peak"] == one.memory
+        return parts
+
+    quarter = planned(shard=4)
+    assert sum(quarter[part] for part in ("weights", "gradients", "optimizer")) == pytest.approx(state / 4, rel=0.01)
+    assert quarter["peak"] < whole.memory
+    assert planned(shard=4, zero=2)["buffers"] >= quarter["buffers"]
+    assert planned(shard=4, zero=1)["buffers"] > planned(shard=4, zero=2)["buffers"]
+    assert planned(tensor=2)["activations"] == pytest.approx(quarter["activations"] / 2, rel=0.01)
+    assert not list(tmp_path.iterdir())  # nothing was traced

@@ -16,6 +16,7 @@ from stackwise.config.loading import dump
 from stackwise.errors import StackWiseError
 from stackwise.identity import NUMERICS, content_id
 from stackwise.pipeline.device import python_command
+from stackwise.pipeline.divided import rank_bytes
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.planning.trace import PARTS, TraceJob
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, block_number, block_parts
@@ -51,7 +52,7 @@ def traced(estimates: Sequence[Estimate], *, cache: Path | None = None) -> list[
     directory = cache_directory() if cache is None else cache
     wanted: dict[str, TraceJob] = {}
     names: list[list[str]] = []
-    for estimate in estimates:
+    for estimate in (estimate for estimate in estimates if not estimate.config.parallel.divides):
         jobs = {_key(estimate.config, job): job for job in _jobs(estimate)}
         wanted |= jobs
         names.append(list(jobs))
@@ -61,7 +62,13 @@ def traced(estimates: Sequence[Estimate], *, cache: Path | None = None) -> list[
         for key, result in zip(missing, _trace([wanted[key] for key in missing]), strict=True):
             known[key] = {"fault": result} if isinstance(result, str) else result
             _keep(directory / f"{key}.json", known[key])
-    return [_combined(estimate, [known[key] for key in keys]) for estimate, keys in zip(estimates, names, strict=True)]
+    keys = iter(names)
+    return [
+        Traced(estimated(estimate))
+        if estimate.config.parallel.divides
+        else _combined(estimate, [known[key] for key in next(keys)])
+        for estimate in estimates
+    ]
 
 
 def _jobs(estimate: Estimate) -> list[TraceJob]:
@@ -139,6 +146,8 @@ def _combined(estimate: Estimate, found: list[dict[str, Any]]) -> Traced:
 
 def estimated(estimate: Estimate) -> dict[str, int]:
     """A stage's memory by part from closed forms."""
+    if estimate.config.parallel.divides:
+        return rank_bytes(estimate)
     weights = 4 * estimate.trained_parameters + estimate.frozen_bytes
     state, without = estimate.state_bytes(gradients=True), estimate.state_bytes(gradients=False)
     peak = estimate.memory
