@@ -232,7 +232,7 @@ def test_70b_streams_at_more_than_60_percent_of_its_speed_in_memory() -> None:
 
 
 def test_of_a_divided_stage_the_rank_that_takes_most_is_planned(tmp_path: Path) -> None:
-    """State by slices; front and head with one place each; no more activations than microbatches between their passes."""
+    """State by slices; front and head with one place each."""
     whole = estimates("llama-8b", "cuda", 1)[0]
     state = whole.state_bytes(gradients=True)
 
