@@ -58,6 +58,7 @@ class Swap:
     passes: int = 0  # of `memory`, bytes of passes that wait for the way down, and are not computed again
     share: float = 0.0  # of a step's passes, those that do
     alive: int = 3  # groups on the device at once: those that come and go, or the one that computes alone
+    early: bool = False  # whether groups are updated on the way down, where no clipping needs the whole gradient
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,10 @@ class Estimate:
         memory = taken(groups, alive) + (0 if apart else kept)
         waiting = round(settings.accumulation * most * activations)
         passes = min(waiting, max(0, round(SHARE * limit) - memory) // 2)
-        disk = state + round(max(ends, largest)) + step - kept
+        early = settings.grad_clip == 0 and not any(stage.pieces(config, part) for part in blocks_held)
+        # Updated early, states before and after a step are there until it is published, and no gradients.
+        disk = 2 * phase._state_bytes(False) if early else state + round(max(ends, largest))
+        disk += step - kept
         beside = round(3 * group(groups)) + kept if apart else 0
         return Swap(
             groups,
@@ -325,6 +329,7 @@ class Estimate:
             passes=passes,
             share=passes / max(1, waiting),
             alive=alive,
+            early=early,
         )
 
 

@@ -3,8 +3,9 @@
 Groups of its parts take turns. Up: group by group, all microbatches of the step go forward, each group leaving its
 boundary. At the top the loss. Down: group by group, each goes forward again from the boundary below it, with the same
 dropout, takes the gradient from above, and writes its own gradients. One record then publishes the step, with the
-scale that clipping gives; each part is updated when it is next loaded, on the next way up. Weights and moments so move
-once a step, whatever the number of microbatches (compare layer-to-layer execution, arXiv 2002.05645).
+scale that clipping gives; each part is updated when it is next loaded, on the next way up. Without clipping a group is
+updated on the way down, and no gradient is written. Weights and moments so move once a step, whatever the number of
+microbatches (compare layer-to-layer execution, arXiv 2002.05645).
 
 The bits are those of `ResidentEngine`: the same operations on the same tensors in the same order of microbatches.
 """
@@ -39,6 +40,7 @@ from stackwise.training.swap_pieces import piece_name
 from stackwise.training.swap_state import RedoLog, Spill, Update
 from stackwise.training.trainer import Trainer
 
+Leave = Callable[[Loaded, float | None], None]
 SCALER = "scaler/state"  # what `LossScale` calls its state
 
 
@@ -93,6 +95,9 @@ class SwappedEngine:
             self.scale.restore({SCALER: torch.tensor(self.log.committed.scaler, dtype=torch.float64)})
         trained = [group.index for group in self.groups if set(group.names) & set(parts.trains)]
         self.lowest = min(trained, default=len(self.groups))
+        # Nothing of the whole gradient decides about an update then, so that a group is moved where its gradient is.
+        # Pieces are moved when rows reach them, by gradients that wait on the disk.
+        self.early = settings.grad_clip == 0 and not self.loader.pieces
         # The gradient of a tied projection arrives at the front from the head too, so the front waits for it.
         self.tied = parts.tied and FRONT in parts.trains
 
@@ -113,14 +118,15 @@ class SwappedEngine:
         self.kept.clear()
         microbatches = list(microbatches)  # every group sees all of them
         norms: dict[str, list[Tensor]] = {}
-        below = self.groups[self.lowest : -1][::-1]
-        up, down = (
-            [partial(load, group) for group in groups]
-            for load, groups in ((self.loader.load_to_update, self.groups), (self.loader.load, below))
-        )
-        turns = in_turn([*up, *down])
-        losses = self._up(itertools.islice(turns, len(up)), microbatches, step, norms)
-        self._down(turns, microbatches, step, losses, norms)
+        ways: list[Callable[[], Loaded]] = [partial(self.loader.load_to_update, group) for group in self.groups]
+        if self.early:
+            ways[-1] = partial(self.loader.load, self.groups[-1], moments=True)
+        down = self.groups[self.lowest : -1][::-1]
+        turns = in_turn([*ways, *(partial(self.loader.load, group, moments=self.early) for group in down)])
+        update = Update(last=step, rate=rate)
+        leave = partial(self.loader.update_ahead, update=update) if self.early else self.loader.write_gradients
+        losses = self._up(itertools.islice(turns, len(self.groups)), microbatches, step, partial(leave, norms=norms))
+        self._down(turns, microbatches, step, losses, partial(leave, norms=norms))
         loss, means = losses.total(), losses.means()
         in_order = [norm for name in self.parts.order for norm in norms.get(name, [])]
         norm, clip, limit = torch.zeros((), device=self.device), None, self.settings.grad_clip
@@ -136,8 +142,7 @@ class SwappedEngine:
         if taken and self.scale is not None:
             self.scale.taken()
         scaler = None if self.scale is None else self.scale.state()[SCALER].tolist()
-        update = Update(last=step, rate=rate, clip=clip)
-        self.log.commit(update, math.nan if refused else float(loss), scaler, taken=taken)
+        self.log.commit(replace(update, clip=clip), math.nan if refused else float(loss), scaler, taken=taken)
         self.spill.clear()
         return Stepped(loss, norm, taken, means if len(means) > 1 else {})
 
@@ -273,10 +278,12 @@ class SwappedEngine:
         self.log.close()
         self.spill.close()
 
-    def _up(
-        self, turns: Iterable[Loaded], microbatches: Sequence[Batch], step: int, norms: dict[str, list[Tensor]]
-    ) -> StepLoss:
-        """Everything forward, the loss at the top and its gradient."""
+    def _up(self, turns: Iterable[Loaded], microbatches: Sequence[Batch], step: int, leave: Leave) -> StepLoss:
+        """Everything forward, the loss at the top and its gradient.
+
+        Args:
+            leave: Called with a group that has its gradients, and their share.
+        """
         terms: list[dict[str, Term]] = [{} for _ in microbatches]
         losses: StepLoss | None = None
         for loaded in turns:
@@ -311,7 +318,7 @@ class SwappedEngine:
             if top:  # the true count is known only now
                 assert losses is not None, "a step has microbatches"
                 losses.finish()
-                self.loader.write_gradients(loaded, losses.share, norms)
+                leave(loaded, losses.share)
             self.kept.put_away(index, loaded.parts)
             del loaded, model
         assert losses is not None, "a stage has a head"
@@ -323,7 +330,7 @@ class SwappedEngine:
         microbatches: Sequence[Batch],
         step: int,
         losses: StepLoss,
-        norms: dict[str, list[Tensor]],
+        leave: Leave,
     ) -> None:
         """Group by group from the top, each forward again and backward, to the lowest that trains."""
         for loaded in turns:
@@ -357,7 +364,7 @@ class SwappedEngine:
                         pull(roots, slopes)
                     self._hand_down(index, number, batch)
                 del kept, batch, leaving, terms, roots
-            self.loader.write_gradients(loaded, losses.share, norms)
+            leave(loaded, losses.share)
             del loaded, model, head
 
     def _through(

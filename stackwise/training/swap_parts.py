@@ -197,8 +197,12 @@ class PartLoader:
         self.pieces = pieces_of(parts)
         self.owners = {piece_name(part, path): (part, path) for part, paths in self.pieces.items() for path in paths}
 
-    def load(self, group: PartGroup) -> Loaded:
-        """A group's parts with their trained weights, on the device. In the loader's thread."""
+    def load(self, group: PartGroup, *, moments: bool = False) -> Loaded:
+        """A group's parts with their trained weights, on the device. In the loader's thread.
+
+        Args:
+            moments: And with what else their update needs.
+        """
         waiting = self.kept.parts(group.index) if self.kept is not None else None
         parts = {}
         for name in group.names:
@@ -211,7 +215,8 @@ class PartLoader:
                 weights = {key: p.detach() for key, p in self.make(name, None).named_parameters()}
             for key, value in weights.items():
                 parts[name].get_parameter(key).data = value
-        return self._sent(Loaded(group, parts))
+        states = {name: self.log.beside(name, WEIGHT) for name in group.names if moments and name in self.log.at}
+        return self._sent(Loaded(group, parts, states))
 
     def load_to_update(self, group: PartGroup) -> Loaded:
         """The same; with their moments and gradients where they lack an update. In the loader's thread."""
@@ -399,6 +404,33 @@ class PartLoader:
         if means:
             decay = min(self.settings.ema, (1.0 + update.last) / (10.0 + update.last))
             torch._foreach_lerp_(means, [p.detach() for p in trained], 1.0 - decay)
+
+    def update_ahead(self, loaded: Loaded, share: float | None, norms: dict[str, list[Tensor]], update: Update) -> None:
+        """Update a group that has its gradients and `moments`, and write what it becomes if the step is published."""
+        gradients = self._scaled(loaded, share, norms)
+        trained = [(part, name, p) for part, name, p in loaded.parameters()]
+        by_part: dict[str, Tensors] = {name: {} for name in loaded.group.names if name in self.log.at}
+        for (part, name), gradient in gradients.items():
+            by_part[part][name] = gradient
+        if not by_part:
+            return
+        if not trained:  # a tied head without a norm
+            self.log.write_ahead({part: {} for part in by_part})
+            return
+        self.log.write_ahead(self._advance(trained, loaded.states, by_part, [update], loaded.parts.values()))
+        loaded.states.clear()
+
+    def _scaled(
+        self, loaded: Loaded, share: float | None, norms: dict[str, list[Tensor]]
+    ) -> dict[tuple[str, str], Tensor]:
+        """A group's gradients by part and name, scaled by the true count; their norms are noted by part."""
+        gradients = {(part, name): p.grad for part, name, p in loaded.parameters() if p.grad is not None}
+        tensors = list(gradients.values())
+        if tensors and share is not None:
+            torch._foreach_mul_(tensors, share)
+        for (part, _), norm in zip(gradients, torch._foreach_norm(tensors) if tensors else (), strict=True):
+            norms.setdefault(part, []).append(norm)
+        return gradients
 
     def write_gradients(self, loaded: Loaded, share: float | None, norms: dict[str, list[Tensor]]) -> None:
         """Scale a group's gradients by the true count, note their norms by part, and write them, behind."""

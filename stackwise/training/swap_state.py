@@ -6,11 +6,13 @@
     swap/state/PART-<n>.safetensors      weights and moments after n updates
     swap/gradients/PART-<n>.safetensors  the gradients that make update n of the state after n-1
 
-A part's state may be one update behind the commit: the gradients then bring it up. A *piece* of a part (an expert) that
-rows did not reach is left as it is, any number of updates behind: its gradient was zero in all of them but the first,
-which is on the disk where rows reached it then. Every file is written under another name, synced and renamed; gradients
-stand before the commit that counts on them, a state before the files that it replaces go. So a kill, wherever it falls,
-loses the step in hand and nothing else.
+Where no figure of the whole gradient decides about the update, there are no gradients: states after the step in hand
+are written beside those before it, and the record says which ones count. Else a part's state may be one update behind
+the commit: the gradients then bring it up. A *piece* of a part (an expert) that rows did not reach is left as it is,
+any number of updates behind: its gradient was zero in all of them but the first, which is on the disk where rows
+reached it then. Every file is written under another name, synced and renamed; gradients stand before the commit that
+counts on them, a state before the files that it replaces go. So a kill, wherever it falls, loses the step in hand and
+nothing else.
 """
 
 from __future__ import annotations
@@ -81,6 +83,7 @@ class RedoLog:
         self.lane = lane or Lane(torch.device("cpu"))
         self.committed = Commit()
         self.at = dict.fromkeys((*self.parts, *pieces), 0)
+        self._ahead: set[str] = set()  # parts whose state after the step in hand is handed in
         self._reached: set[str] = set()  # pieces with gradients of the step in hand
         self._updates: list[Update] = []
         self.begin: Callable[[str], Mapping[str, Tensor]] = lambda part: {}
@@ -159,6 +162,11 @@ class RedoLog:
 
         self._behind(partial(self._write, GRADIENTS, step=step), gradients)
 
+    def write_ahead(self, states: Mapping[str, Tensors]) -> None:
+        """Write parts' states after the step in hand, behind; until it is published those before it are read."""
+        self._ahead |= set(states)
+        self._behind(partial(self._write, STATE, step=self.committed.updates + 1), states)
+
     def flush(self) -> None:
         """Wait until everything handed in is on the disk. Raises NoSpaceError: the disk is full."""
         for part in list(self._writing):
@@ -191,10 +199,15 @@ class RedoLog:
         self._publish(record)
         if taken:
             self._updates.append(update)
+            for part in self._ahead:
+                old, self.at[part] = self.at[part], record.updates
+                self._remove(STATE, part, old)
         else:  # a piece that the next step does not reach would keep them
             for piece in self._reached:
                 self._remove(GRADIENTS, piece, before.updates + 1)
-        self._reached = set()
+            for part in self._ahead:
+                self._remove(STATE, part, before.updates + 1)
+        self._reached, self._ahead = set(), set()
 
     def note_evaluation(self, loss: float) -> None:
         """Keep the held-out loss after the steps done."""
@@ -277,7 +290,7 @@ class RedoLog:
         for kind in (STATE, GRADIENTS):
             (self.directory / kind).mkdir(parents=True)
         self.committed, self.at, self._digests = Commit(), dict.fromkeys(self.at, 0), {}
-        self._updates, self._reached = [], set()
+        self._updates, self._reached, self._ahead = [], set(), set()
 
     def _path(self, kind: str, part: str, step: int) -> Path:
         return self.directory / kind / f"{part}-{step:08d}.safetensors"

@@ -185,21 +185,23 @@ def test_a_user_s_own_machine_is_read_from_a_file(tmp_path: Path) -> None:
     assert "memory: 'lots' is no size" in str(raised.value)
 
 
-def test_what_a_step_of_a_streamed_stage_moves_is_what_its_plan_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clip", [0.5, 0.0])
+def test_what_a_step_of_a_streamed_stage_moves_is_what_its_plan_says(tmp_path: Path, clip: float) -> None:
     """The bytes that the engine reads and writes, counted by the system."""
     from tests.training.swapping import RackParts, engine, microbatches
 
     config = StackWiseConfig.from_preset(
         "micro",
         {"training.mode": "end_to_end", "training.swap": "always", "training.accumulation": 3, "training.batch_size": 4,
-         "training.seq_len": 12, "model.d_model": 256, "model.n_heads": 2, "model.architecture.n_stacks": 3},
+         "training.grad_clip": clip, "training.seq_len": 12, "model.d_model": 256, "model.n_heads": 2,
+         "model.architecture.n_stacks": 3},
     )  # fmt: skip
     (stage,) = schedule(config)
     estimate = Estimate(config, 24, stage)
     swap = estimate.swap(1 << 20)
     assert swap is not None
     assert (swap.groups, swap.passes) == (3, 0)
-    swapped = engine(RackParts(3, width=256), tmp_path / "swap", groups=3, memory=0)
+    swapped = engine(RackParts(3, width=256), tmp_path / "swap", groups=3, grad_clip=clip)
     done: list[tuple[int, int]] = []
     for step in range(4):
         swapped.step(microbatches(step, 3), step, 1e-3)

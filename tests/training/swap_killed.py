@@ -1,6 +1,6 @@
 """Trains swapped in children of its own, killing them with SIGKILL at random moments until one reaches the end.
 
-    python -m tests.training.swap_killed DIRECTORY SEED KILLS STEPS [experts]
+    python -m tests.training.swap_killed DIRECTORY SEED KILLS STEPS [experts|early]
 
 Prints how many were killed in the middle of a step, then the digest of each part.
 """
@@ -30,10 +30,11 @@ def few(step: int) -> list[Batch]:
     return [batch(2 * step + number, rows=1, seq_len=4) for number in range(2)]
 
 
-def train(directory: Path, steps: int, *, experts: bool) -> None:
-    """From wherever the directory stands to the end."""
+def train(directory: Path, steps: int, kind: str) -> None:
+    """From wherever the directory stands to the end; `kind`: see above."""
+    experts, clip = kind == "experts", 0.0 if kind == "early" else 0.5
     parts = RackParts(3, tied=True, ffn=EXPERTS if experts else "swiglu")
-    one = engine(parts, directory / "swap", groups=3, accumulation=2 if experts else 3)
+    one = engine(parts, directory / "swap", groups=3, accumulation=2 if experts else 3, grad_clip=clip)
     for step in range(one.steps_done, steps):
         batches = few(step) if experts else microbatches(step, 3)
         one.step(batches, step, learning_rate(one.settings, step, steps))
@@ -53,7 +54,7 @@ def main() -> None:
         child = os.fork()
         if not child:
             try:
-                train(directory, steps, experts=sys.argv[5:] == ["experts"])
+                train(directory, steps, "".join(sys.argv[5:]))
             except BaseException as error:
                 print(error, file=sys.stderr, flush=True)
                 os._exit(1)

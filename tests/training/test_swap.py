@@ -81,7 +81,10 @@ def test_gradients_and_weights_are_those_of_plain_training_bit_for_bit(disk: Pat
     for step in range(4):
         batches = microbatches(step, swapped.settings.accumulation, width)
         stepped = swapped.step(batches, step, learning_rate(swapped.settings, step, 4))
-        if step == 0:
+        if not swapped.settings.grad_clip:  # updated where its gradient is, which then goes nowhere
+            assert not list((disk / "gradients").iterdir())
+            assert len(list((disk / "state").iterdir())) == len(parts.trains)
+        elif step == 0:
             found = {name: load_file(disk / "gradients" / f"{name}-00000001.safetensors") for name in parts.trains}
             names = [
                 (part, key)
@@ -160,15 +163,16 @@ def test_it_goes_on_after_every_step_and_in_other_groups(disk: Path) -> None:
     assert not (disk / "step").exists()
 
 
+@pytest.mark.parametrize("kind", ["clipped", pytest.param("early", marks=pytest.mark.stress)])
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.stress) for seed in range(2, 12))])
-def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path, seed: int) -> None:
+def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path, seed: int, kind: str) -> None:
+    """Also where groups are updated on the way down."""
     steps = 8
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.training.swap_killed", str(tmp_path), str(seed), "4", str(steps)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-W", "error", "-m", "tests.training.swap_killed"]
+    command += [str(tmp_path), str(seed), "4", str(steps), kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    plain = Plain(RackParts(3, tied=True))
+    plain = Plain(RackParts(3, tied=True), grad_clip=0.0 if kind == "early" else 0.5)
     losses = [plain.step(microbatches(step, 3), step, steps) for step in range(steps)]
     result = json.loads(done.stdout)
     assert result["losses"] == losses
@@ -282,6 +286,7 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     [
         ({}, {"ema": 0.9, "optimizer": "muon"}),
         ({"tied": False}, {"optimizer": "adamw8bit", "block_learning_rates": {1: 1e-4}}),
+        ({}, {"ema": 0.9, "grad_clip": 0.0}),
         ({"precision": "fp16"}, {"loss_scale": "dynamic", "ema": 0.5}),
     ],
     ids=str,

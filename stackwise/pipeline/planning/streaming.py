@@ -32,12 +32,13 @@ class Streamed:
 
 
 def streamed(estimate: Estimate, swap: Swap) -> Streamed:
-    """What a step moves, with the update on the way up and clipping by the step's own norm.
+    """What a step moves.
 
     Up: weights, moments and gradients come, are updated, and weights and moments go. Down: weights come once more, and
-    gradients go. A boundary goes down to the host, comes up for the group above, and on the way down for its own again,
-    where the gradient of it goes and comes beside. What of boundaries does not stay in the host's memory is written
-    once and read twice.
+    gradients go. Where nothing is clipped, weights alone come up; on the way down they come with their moments, are
+    updated, and go. A boundary goes down to the host, comes up for the group above, and again on the way down, where
+    its gradient goes and comes beside. What of boundaries does not stay in the host's memory is written once and read
+    twice.
     """
     config, phase = estimate.config, estimate.largest_phase
     settings = config.stage_training(estimate.stage.depth)
@@ -52,11 +53,13 @@ def streamed(estimate: Estimate, swap: Swap) -> Streamed:
     ends = [part for part in estimate.stage.trains if part in (FRONT, HEAD)]
     lowest = max((phase.parameters(part) for part in ends), default=weights / WEIGHT_BYTES / swap.groups)
     each = 1 / max(1, phase.trained_parameters)
+    if swap.early:
+        gradients = 0
     return Streamed(
         up=state + gradients + weights + between * (2 + again),
         down=state + gradients + 2 * between,
         read=state + gradients + weights + spilled * (1 + again),
         written=state + gradients + spilled,
-        first=(state + gradients) * lowest * each,
-        last=gradients * lowest * each,
+        first=(weights if swap.early else state + gradients) * lowest * each,
+        last=(state if swap.early else gradients) * lowest * each,
     )
