@@ -122,7 +122,8 @@ class SwappedEngine:
         if self.early:
             ways[-1] = partial(self.loader.load, self.groups[-1], moments=True)
         down = self.groups[self.lowest : -1][::-1]
-        turns = in_turn([*ways, *(partial(self.loader.load, group, moments=self.early) for group in down)])
+        ways += [partial(self.loader.load, group, moments=self.early) for group in down]
+        turns = in_turn(ways)
         update = Update(last=step, rate=rate)
         leave = partial(self.loader.update_ahead, update=update) if self.early else self.loader.write_gradients
         losses = self._up(itertools.islice(turns, len(self.groups)), microbatches, step, partial(leave, norms=norms))
