@@ -181,6 +181,11 @@ class StageTraining(Section):
     warmup: Share = Field(0.05, description="share of the steps that warm up")
     weight_decay: NonNegative = Field(0.1, description="weight decay, on matrices alone")
     grad_clip: NonNegative = Field(1.0, description="largest global gradient norm; 0: no clipping")
+    clip_by: Literal["step", "last"] = Field(
+        "step",
+        description="the norm that clips: the step's own; or that of the step before, which is not exact, and spares a "
+        "swapped stage the gradients' way to the disk and back",
+    )
     loss_scale: Literal["dynamic"] | Positive = Field(
         "dynamic", description="precision fp16: factor on the loss before gradients are taken; dynamic finds it"
     )
@@ -216,6 +221,7 @@ class StageTraining(Section):
         # Quantization is in the recipe as the format of the blocks.
         unused = {"steps", "tokens", "epochs_per_layer", "block_learning_rates", "quantization"}
         unused |= {"loss_scale"} if precision != "fp16" else set()
+        unused |= {"clip_by"} if self.clip_by == "step" or not self.grad_clip else set()
         unused |= {"min_learning_rate"} if self.lr_schedule == "constant" else set()
         unused |= {"decay"} if self.lr_schedule != "wsd" or self.decay is None else set()
         unused |= {name for name in ("curriculum", "meta") if getattr(self, name) is None}

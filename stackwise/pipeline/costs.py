@@ -147,6 +147,13 @@ def planned_notes(plan: Plan, swapped: Collection[int] | None) -> list[str]:
     rows = plan.drawn(plan.stages[0])
     if training.rows is not None and training.rows > rows:
         lines.append(f"training.rows: {training.rows} is more than the corpus gives: {rows} is used")
+    stages = {stage.depth: plan.config.stage_training(stage.depth) for stage in plan.stages}
+    late = [str(depth) for depth, one in stages.items() if one.clip_by == "last" and one.grad_clip]
+    if late:
+        lines.append(
+            f"training.clip_by is last (stages {', '.join(late)}): the clipped gradient is not exact, as a step is "
+            "clipped by the norm of the one before"
+        )
     if swapped is not None and not swapped and training.swap == "auto":
         unused = [key for key in ("swap_parts", "swap_experts") if key in changed(training)]
         lines += [f"training.{key} is unused: no stage is swapped (training.swap is auto)" for key in unused]

@@ -313,7 +313,8 @@ class Estimate:
         memory = taken(groups, alive) + (0 if apart else kept)
         waiting = round(settings.accumulation * most * activations)
         passes = min(waiting, max(0, round(SHARE * limit) - memory) // 2)
-        early = settings.grad_clip == 0 and not any(stage.pieces(config, part) for part in blocks_held)
+        unclipped = settings.grad_clip == 0 or settings.clip_by == "last"  # by the step's own norm
+        early = unclipped and not any(stage.pieces(config, part) for part in blocks_held)
         # Updated early, states before and after a step are there until it is published, and no gradients.
         disk = 2 * phase._state_bytes(False) if early else state + round(max(ends, largest))
         disk += step - kept

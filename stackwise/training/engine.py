@@ -183,6 +183,7 @@ class ResidentEngine:
         self._reducer = self._reducer_of(list(self.parameters.values()))
         self.gathers |= self._reducer.gathers
         self.scale = LossScale(settings.loss_scale) if model.in_half else None
+        self.last = LastNorm() if settings.clip_by == "last" and settings.grad_clip > 0 else None
         self.phases, self._arrivals = PhaseClock(device), Arrivals(device)
         self._adaptation: Adaptation | None = None
         if settings.meta is not None:
@@ -201,6 +202,8 @@ class ResidentEngine:
                 self.optimizer.step()
                 if self.scale is not None:
                     self.scale.taken()
+                if self.last is not None:
+                    self.last.norm = norm.detach()
                 self._average(step)
             self.optimizer.zero_grad(set_to_none=True)
         means = losses.means()
@@ -243,8 +246,7 @@ class ResidentEngine:
         """Weights as `weight/NAME`, their mean as `mean/NAME`, the optimizer's state as `KIND/NAME`."""
         tensors = {f"{WEIGHT}{name}": self._whole(p.detach()) for name, p in self.parameters.items()}
         tensors |= {f"{MEAN}{name}": mean for name, mean in self._mean.items()}
-        if self.scale is not None:
-            tensors |= self.scale.state()
+        tensors |= self._figures()
         for name, p in self.parameters.items():
             state = state_tensors(self.optimizer, p)
             tensors |= {f"{OPTIMIZER}{kind}/{name}": self._whole(value) for kind, value in state.items()}
@@ -254,7 +256,12 @@ class ResidentEngine:
         """See `Engine.outline`."""
         tensors = {f"{WEIGHT}{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"{MEAN}{name}": mean for name, mean in self._mean.items()}
-        return tensors | ({} if self.scale is None else self.scale.state()) | self._reducer.outline()
+        return tensors | self._figures() | self._reducer.outline()
+
+    def _figures(self) -> dict[str, Tensor]:
+        """What steps hand on beside weights and moments."""
+        kept = [one.state() for one in (self.scale, self.last) if one is not None]
+        return {key: value for state in kept for key, value in state.items()}
 
     def keeps(self, name: str, whole: Tensor) -> Tensor | None:
         """See `Engine.keeps`: all of it."""
@@ -266,8 +273,9 @@ class ResidentEngine:
             p.detach().copy_(self._slice(tensors[f"{WEIGHT}{name}"], p))
         for name, mean in self._mean.items():
             mean.copy_(tensors[f"{MEAN}{name}"])
-        if self.scale is not None:
-            self.scale.restore(tensors)
+        for figure in (self.scale, self.last):
+            if figure is not None:
+                figure.restore(tensors)
         self._reducer.restore(tensors)
         kinds: dict[str, list[str]] = {}
         for key in tensors:
@@ -299,7 +307,7 @@ class ResidentEngine:
 
     def carried(self) -> dict[str, State]:
         """See `Engine.carried`."""
-        by_part: dict[str, dict[str, Tensor]] = {"": self.scale.state() if self.scale is not None else {}}
+        by_part: dict[str, dict[str, Tensor]] = {"": self._figures()}
         for name, (part, within) in self._places.items():
             state = state_tensors(self.optimizer, self.parameters[name])
             kept = by_part.setdefault(part, {})
@@ -311,8 +319,9 @@ class ResidentEngine:
     @torch.no_grad()
     def take_up(self, carried: Mapping[str, State]) -> None:
         """See `Engine.take_up`."""
-        if self.scale is not None:
-            self.scale.restore(carried[""]())
+        for figure in (self.scale, self.last):
+            if figure is not None:
+                figure.restore(carried[""]())
         for part in dict.fromkeys(part for part, _ in self._places.values()):
             state = carried[part]() if part in carried else {}  # a new part has none
             for name in (name for name, (of, _) in self._places.items() if of == part):
@@ -379,8 +388,9 @@ class ResidentEngine:
                     torch._foreach_mul_(group, share)
             norm = self._norm(gradients)
             if self.settings.grad_clip > 0:
+                by = norm if self.last is None else self.last.instead_of(norm)
                 for group in alike(self.parameters.values()):
-                    torch.nn.utils.clip_grads_with_norm_(group, self.settings.grad_clip, norm)
+                    torch.nn.utils.clip_grads_with_norm_(group, self.settings.grad_clip, by)
         return losses, norm
 
     def _passes(self, pulled: Microbatches, step: int, losses: StepLoss) -> None:
@@ -466,6 +476,30 @@ def optimizer_state(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]
 def _parts(model: StageModel) -> dict[str, nn.Module]:
     named = {"front": model.front, **{f"{BLOCK}{i}": block for i, block in enumerate((*model.blocks, *model.beyond))}}
     return {name: module for name, module in (*named.items(), ("head", model.head)) if module is not None}
+
+
+class LastNorm:
+    """The gradient norm of the last step taken, which clips the next one (`training.clip_by`: last).
+
+    An update is then known before the whole gradient is. It is not exact: a gradient that grows suddenly is clipped a
+    step late. The first step is clipped by its own norm.
+    """
+
+    def __init__(self) -> None:
+        self.norm: Tensor | None = None
+
+    def instead_of(self, norm: Tensor) -> Tensor:
+        """What clips a step that has this norm."""
+        return norm if self.norm is None else self.norm.to(norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {"clip/last": torch.tensor(math.nan if self.norm is None else float(self.norm), dtype=torch.float64)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave."""
+        norm = tensors["clip/last"]
+        self.norm = None if math.isnan(float(norm)) else norm.clone()
 
 
 class LossScale:

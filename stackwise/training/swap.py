@@ -28,14 +28,14 @@ from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.model.layers import pull
 from stackwise.training.anchor import Squares, row_loss
-from stackwise.training.engine import LOWER_RATE, Accept, LossScale, State, Stepped, judged
+from stackwise.training.engine import LOWER_RATE, Accept, LastNorm, LossScale, State, Stepped, judged
 from stackwise.training.lanes import lane_to
 from stackwise.training.optim import Rising
 from stackwise.training.phases import BACKWARD, FORWARD, OPTIMIZER, PhaseClock
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
 from stackwise.training.swap_kept import KeptPasses, Pass, keepable
-from stackwise.training.swap_parts import FRONT, Loaded, PartLoader, Parts, in_turn, make_groups, pieces_of
+from stackwise.training.swap_parts import FRONT, Loaded, PartGroup, PartLoader, Parts, in_turn, make_groups, pieces_of
 from stackwise.training.swap_pieces import piece_name
 from stackwise.training.swap_state import RedoLog, Spill, Update
 from stackwise.training.trainer import Trainer
@@ -91,13 +91,13 @@ class SwappedEngine:
         )
         self.loader.ahead = space.ahead
         self.scale = LossScale(settings.loss_scale) if parts.precision == "fp16" else None
+        self.last = LastNorm() if settings.clip_by == "last" and settings.grad_clip > 0 else None
+        if self.last is not None and self.log.committed.norm is not None:
+            self.last.norm = torch.tensor(self.log.committed.norm, dtype=torch.float64)
         if self.scale is not None and self.log.committed.scaler is not None:
             self.scale.restore({SCALER: torch.tensor(self.log.committed.scaler, dtype=torch.float64)})
         trained = [group.index for group in self.groups if set(group.names) & set(parts.trains)]
         self.lowest = min(trained, default=len(self.groups))
-        # Nothing of the whole gradient decides about an update then, so that a group is moved where its gradient is.
-        # Pieces are moved when rows reach them, by gradients that wait on the disk.
-        self.early = settings.grad_clip == 0 and not self.loader.pieces
         # The gradient of a tied projection arrives at the front from the head too, so the front waits for it.
         self.tied = parts.tied and FRONT in parts.trains
 
@@ -105,6 +105,15 @@ class SwappedEngine:
     def steps_done(self) -> int:
         """Steps that are published: a kill loses nothing of them."""
         return self.log.committed.step
+
+    @property
+    def early(self) -> bool:
+        """Whether groups are moved where their gradients are: nothing of the whole gradient decides about the update.
+
+        Pieces are moved when rows reach them, by gradients that wait on the disk.
+        """
+        known = self.last is not None and self.last.norm is not None
+        return (self.settings.grad_clip == 0 or known) and not self.loader.pieces
 
     def step(self, microbatches: Iterable[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
         """See `Engine.step`; it is durable when this returns.
@@ -119,21 +128,26 @@ class SwappedEngine:
         microbatches = list(microbatches)  # every group sees all of them
         norms: dict[str, list[Tensor]] = {}
         ways: list[Callable[[], Loaded]] = [partial(self.loader.load_to_update, group) for group in self.groups]
-        if self.early:
+        early, limit, clip = self.early, self.settings.grad_clip, None
+        if early:
+            if self.last is not None and self.last.norm is not None:
+                clip = _factor(limit, self.last.norm.to(torch.float32))
+            self._catch_up([self.groups[-1]])  # where the step before was another
             ways[-1] = partial(self.loader.load, self.groups[-1], moments=True)
         down = self.groups[self.lowest : -1][::-1]
-        ways += [partial(self.loader.load, group, moments=self.early) for group in down]
+        ways += [partial(self.loader.load, group, moments=early) for group in down]
         turns = in_turn(ways)
-        update = Update(last=step, rate=rate)
-        leave = partial(self.loader.update_ahead, update=update) if self.early else self.loader.write_gradients
+        update = Update(last=step, rate=rate, clip=clip)
+        leave = partial(self.loader.update_ahead, update=update) if early else self.loader.write_gradients
         losses = self._up(itertools.islice(turns, len(self.groups)), microbatches, step, partial(leave, norms=norms))
         self._down(turns, microbatches, step, losses, partial(leave, norms=norms))
         loss, means = losses.total(), losses.means()
         in_order = [norm for name in self.parts.order for norm in norms.get(name, [])]
-        norm, clip, limit = torch.zeros((), device=self.device), None, self.settings.grad_clip
+        norm = torch.zeros((), device=self.device)
         if in_order and losses.scored:  # from the norms of the tensors, as `clip_grad_norm_` has it
             norm = torch.linalg.vector_norm(torch.stack(in_order))
-            clip = float(torch.clamp(limit / (norm + 1e-6), max=1.0)) if limit > 0 else None
+            if limit > 0 and not early:
+                clip = _factor(limit, norm if self.last is None else self.last.instead_of(norm))
         taken, refused = judged(loss, norm, self.scale, accept)
         if accept is None and taken and not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
             raise StackWiseError(
@@ -142,8 +156,13 @@ class SwappedEngine:
             )
         if taken and self.scale is not None:
             self.scale.taken()
+        if taken and self.last is not None:
+            self.last.norm = norm
         scaler = None if self.scale is None else self.scale.state()[SCALER].tolist()
-        self.log.commit(replace(update, clip=clip), math.nan if refused else float(loss), scaler, taken=taken)
+        known = None if self.last is None or self.last.norm is None else float(self.last.norm)
+        self.log.commit(
+            replace(update, clip=clip), math.nan if refused else float(loss), scaler, taken=taken, norm=known
+        )
         self.spill.clear()
         return Stepped(loss, norm, taken, means if len(means) > 1 else {})
 
@@ -251,12 +270,15 @@ class SwappedEngine:
 
     def settle(self) -> None:
         """Bring every part up to the last step published."""
-        trained = [group for group in self.groups if set(group.names) & set(self.parts.trains)]
-        for loaded in in_turn([partial(self.loader.load_to_update, group) for group in trained]):
+        self._catch_up([group for group in self.groups if set(group.names) & set(self.parts.trains)])
+        self.log.flush()
+
+    def _catch_up(self, groups: Sequence[PartGroup]) -> None:
+        lacking = [group for group in groups if any(self.log.missing(name) for name in self.loader.named(group))]
+        for loaded in in_turn([partial(self.loader.load_to_update, group) for group in lacking]):
             self.loader.update(loaded)
             self.loader.make_up(loaded.group)
             del loaded
-        self.log.flush()
 
     def weights(self, part: str) -> dict[str, Tensor]:
         """See `Engine.weights`."""
@@ -264,15 +286,16 @@ class SwappedEngine:
 
     def carried(self) -> dict[str, State]:
         """See `Engine.carried`."""
-        scale = {} if self.scale is None else self.scale.state()
+        kept = [one.state() for one in (self.scale, self.last) if one is not None]
         carried: dict[str, State] = {part: partial(self.loader.carried, part) for part in self.log.parts}
-        return carried | {"": lambda: scale}
+        return carried | {"": lambda: {key: value for state in kept for key, value in state.items()}}
 
     def take_up(self, carried: Mapping[str, State]) -> None:
         """See `Engine.take_up`; with steps on the disk, these have gone on already."""
         self.log.begin = lambda part: self.loader.begun(part, carried)
-        if self.scale is not None and not self.steps_done:
-            self.scale.restore(carried[""]())
+        for kept in (self.scale, self.last):
+            if kept is not None and not self.steps_done:
+                kept.restore(carried[""]())
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -417,6 +440,11 @@ class SwappedEngine:
         if ("draw", index, number) in self.spill:
             set_generator(self.device, self.spill.held(("draw", index, number)))
         return seeded
+
+
+def _factor(limit: float, norm: Tensor) -> float:
+    """What gradients are multiplied by, as `clip_grads_with_norm_` has it."""
+    return float(torch.clamp(limit / (norm + 1e-6), max=1.0))
 
 
 def generator_state(device: torch.device) -> Tensor:

@@ -266,6 +266,11 @@ class PartLoader:
             return states[name]
         return state | {f"{WEIGHT}{key}": value for key, value in weights.items()}
 
+    def named(self, group: PartGroup) -> list[str]:
+        """What of a group the log knows: parts that train, and their pieces."""
+        names = [one for name in group.names for one in (name, *self._piece_names(name))]
+        return [name for name in names if name in self.log.at]
+
     def make_up(self, group: PartGroup) -> None:
         """Bring the pieces of a group up to the last update, one after the other."""
         for name in group.names:

@@ -61,6 +61,7 @@ class Commit:
     updates: int = 0  # those of them that moved the weights
     reached: Mapping[str, int] = field(default_factory=dict)  # of a piece, the last update that it has gradients of
     scaler: list[float] | None = None  # the state of the loss scale, where there is one
+    norm: float | None = None  # the gradient norm that clips the next step, where a step's own does not
     held_out: Sequence[tuple[int, float]] = ()  # held-out losses, each with the steps done before it
 
 
@@ -178,11 +179,20 @@ class RedoLog:
         for left in self._left.values():
             left.wait()
 
-    def commit(self, update: Update, loss: float, scaler: list[float] | None = None, *, taken: bool = True) -> None:
+    def commit(
+        self,
+        update: Update,
+        loss: float,
+        scaler: list[float] | None = None,
+        *,
+        taken: bool = True,
+        norm: float | None = None,
+    ) -> None:
         """Publish the step in hand, whose gradients are all handed in.
 
         Args:
             scaler: The state of the loss scale after it, where there is one.
+            norm: What clips the next step, where its own norm does not.
 
         Raises:
             NoSpaceError: The disk is full; the step is not published.
@@ -190,7 +200,7 @@ class RedoLog:
         self.flush()
         before = self.committed
         self._put(_LOSSES, before.step, (loss,))
-        record = replace(before, step=before.step + 1, scaler=scaler)
+        record = replace(before, step=before.step + 1, scaler=scaler, norm=norm)
         if taken:
             updates = before.updates + 1
             self._put(_UPDATES, before.updates, (update.last, update.rate, _number(update.clip)))

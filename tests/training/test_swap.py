@@ -287,6 +287,8 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         ({}, {"ema": 0.9, "optimizer": "muon"}),
         ({"tied": False}, {"optimizer": "adamw8bit", "block_learning_rates": {1: 1e-4}}),
         ({}, {"ema": 0.9, "grad_clip": 0.0}),
+        ({"precision": "bf16"}, {"clip_by": "last", "grad_clip": 0.05}),
+        ({"ffn": {"kind": "moe", "experts": 4, "top_k": 1, "expert_dim": 8}}, {"clip_by": "last", "grad_clip": 0.05}),
         ({"precision": "fp16"}, {"loss_scale": "dynamic", "ema": 0.5}),
     ],
     ids=str,
