@@ -31,6 +31,7 @@ from stackwise.training.stage import MeanLoss, Microbatches, StageModel, StepLos
 if TYPE_CHECKING:
     from stackwise.training.trainer import Trainer
 
+FIGURES = SCALER, CLIP = "scaler/state", "clip/last"  # what an engine's state has beside tensors of parameters
 WEIGHT, MEAN, OPTIMIZER = "weight/", "mean/", "optimizer/"  # what names in an engine's state begin with
 
 State = Callable[[], Mapping[str, Tensor]]
@@ -494,11 +495,11 @@ class LastNorm:
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint."""
-        return {"clip/last": torch.tensor(math.nan if self.norm is None else float(self.norm), dtype=torch.float64)}
+        return {CLIP: torch.tensor(math.nan if self.norm is None else float(self.norm), dtype=torch.float64)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave."""
-        norm = tensors["clip/last"]
+        norm = tensors[CLIP]
         self.norm = None if math.isnan(float(norm)) else norm.clone()
 
 
@@ -533,9 +534,9 @@ class LossScale:
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint."""
-        return {"scaler/state": torch.tensor([self.scale, self._good, self._bad], dtype=torch.float64)}
+        return {SCALER: torch.tensor([self.scale, self._good, self._bad], dtype=torch.float64)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave."""
-        scale, good, bad = tensors["scaler/state"].tolist()
+        scale, good, bad = tensors[SCALER].tolist()
         self.scale, self._good, self._bad = scale, int(good), int(bad)

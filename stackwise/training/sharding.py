@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from stackwise.batch import Batch
 from stackwise.model.layers import LayerNorm, RMSNorm
-from stackwise.training.engine import OPTIMIZER, WEIGHT, ResidentEngine, State
+from stackwise.training.engine import FIGURES, OPTIMIZER, WEIGHT, ResidentEngine, State
 from stackwise.training.optim import state_tensors
 from stackwise.training.ranks import Gathering, Reducer
 from stackwise.training.stage import NARROW, StageModel
@@ -119,6 +119,8 @@ class ShardedEngine(ResidentEngine):
 
     def keeps(self, name: str, whole: Tensor) -> Tensor | None:
         """See `Engine.keeps`: its slice, of what is here."""
+        if name in FIGURES:
+            return whole
         p = self.parameters.get(name.rpartition("/")[2])
         return None if p is None else self._slice(whole, p)
 

@@ -28,7 +28,7 @@ from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.model.layers import pull
 from stackwise.training.anchor import Squares, row_loss
-from stackwise.training.engine import LOWER_RATE, Accept, LastNorm, LossScale, State, Stepped, judged
+from stackwise.training.engine import LOWER_RATE, SCALER, Accept, LastNorm, LossScale, State, Stepped, judged
 from stackwise.training.lanes import lane_to
 from stackwise.training.optim import Rising
 from stackwise.training.phases import BACKWARD, FORWARD, OPTIMIZER, PhaseClock
@@ -41,7 +41,6 @@ from stackwise.training.swap_state import RedoLog, Spill, Update
 from stackwise.training.trainer import Trainer
 
 Leave = Callable[[Loaded, float | None], None]
-SCALER = "scaler/state"  # what `LossScale` calls its state
 
 
 @dataclass(frozen=True)
