@@ -35,7 +35,7 @@ SIZES: dict[str, Any] = {
     "moe_layers": [1, 3],
     "num_epochs": 1,
     "learning_rate": 3e-3,
-    "training.rows": 19_200,
+    "training.rows": 6_400,
 }
 OWN = "experts"
 SIDES = {"flops": "equal FLOPs", "active": "equal active parameters", "clock": "equal wall clock"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,8 @@ class Verdict:
 
     Args:
         loss: Mean held-out cross entropy over its seeds, in nats; dense: that of the dense racks.
-        spread: The larger range over seeds, of its own and of the dense ones; None: one seed has none.
+        gains: By seed how far it is below the dense rack of that seed, in nats; empty: they are not paired.
+        spread: The gains' standard deviation over seeds; None: one seed has none.
         learned_nothing: Its loss is within noise of a uniform guess, ln V.
         reason: Why it passes or fails.
         least_used: Share of the least used expert, the lowest over blocks and seeds; None: not known.
@@ -36,6 +38,7 @@ class Verdict:
     reason: str
     loss: float
     dense: float
+    gains: tuple[float, ...]
     spread: float | None
     learned_nothing: bool
     least_used: float | None
@@ -52,13 +55,14 @@ def evaluate_success_criteria(
 ) -> dict[str, Verdict]:
     """Judge experiments, and print how each stands.
 
-    An experiment passes where the mean of its held-out losses over seeds is below that of the dense racks by more than
-    the spread of the seeds, and its training took no more products than theirs. Anything that is not known (one seed,
-    no products) lets it fail, as does a rack, its own or the dense one, that has learned nothing.
+    Both are compared seed by seed: a seed draws weights and rows for both alike, and what it does to both says nothing
+    of either. An experiment passes where it is below the dense rack with every seed, in the mean by more than the
+    standard deviation of these gains, and its training took no more products. Anything that is not known (one seed, no
+    products) lets it fail, as does a rack, its own or the dense one, that has learned nothing.
 
     Args:
         results: By name what `run_single_experiment` gave, of one seed or several.
-        dense_baseline_loss: Held-out cross entropy of the dense rack in nats, of each seed.
+        dense_baseline_loss: Held-out cross entropy of the dense rack in nats, of the same seeds in the same order.
         dense_flops: Products of the dense rack's training.
         quiet: Print nothing.
 
@@ -82,8 +86,8 @@ def evaluate_success_criteria(
 def _verdict(runs: Sequence[Result], dense: Sequence[float], dense_flops: float | None) -> Verdict:
     losses = [math.nan if run["loss"] is None else float(run["loss"]) for run in runs]
     loss, other = sum(losses) / len(losses), sum(dense) / len(dense)
-    several = len(losses) > 1 and len(dense) > 1
-    spread = max(max(losses) - min(losses), max(dense) - min(dense)) if several else None
+    gains = tuple(o - one for one, o in zip(losses, dense, strict=True)) if len(losses) == len(dense) else ()
+    spread = statistics.stdev(gains) if len(gains) > 1 and all(map(math.isfinite, gains)) else None
     uniform = math.log(runs[0]["vocab_size"])
     flops = [run.get("flops") for run in runs]
 
@@ -99,17 +103,23 @@ def _verdict(runs: Sequence[Result], dense: Sequence[float], dense_flops: float 
         reason = f"the dense rack has learned nothing ({other:.4f}, and {guess}): to be ahead of it says nothing"
     elif not gain > 0:
         reason = f"its loss {loss:.4f} is not below the dense rack's {other:.4f}"
+    elif not gains:
+        reason = f"{len(losses)} seeds beside {len(dense)} of the dense rack: run both with the same seeds"
     elif spread is None:
         reason = f"{gain:.4f} below the dense rack, but one seed has no spread to judge that by: run several"
+    elif not min(gains) > 0:
+        behind = sum(not one > 0 for one in gains)
+        reason = f"{gain:.4f} below the dense rack in the mean, but not with {behind} of {len(gains)} seeds"
     elif not gain > spread:
-        reason = f"{gain:.4f} below the dense rack, no more than the seeds' spread of {spread:.4f}"
+        reason = f"{gain:.4f} below the dense rack, no more than the gains' spread of {spread:.4f}"
     elif dense_flops is None or any(value is None for value in flops):
         reason = f"{gain:.4f} below the dense rack, but what training took is not known (flops): not to be compared"
     elif max(map(float, flops)) > (1 + FLOPS) * dense_flops:  # type: ignore[arg-type]
         ratio = max(map(float, flops)) / dense_flops  # type: ignore[arg-type]
         reason = f"{gain:.4f} below the dense rack, but its training took {ratio:.2f} times the products"
     else:
-        passed, reason = True, f"{gain:.4f} below the dense rack, more than the seeds' spread of {spread:.4f}"
+        passed = True
+        reason = f"below the dense rack with every seed, by {gain:.4f}, more than the gains' spread of {spread:.4f}"
     used = [block for run in runs for block in _used(run)]
     speeds = [speed for run in runs for speed in run["metrics"].get("tokens_per_sec", []) if speed]
     return Verdict(
@@ -117,6 +127,7 @@ def _verdict(runs: Sequence[Result], dense: Sequence[float], dense_flops: float 
         reason=reason,
         loss=loss,
         dense=other,
+        gains=gains,
         spread=spread,
         learned_nothing=nothing(loss),
         least_used=min((block["least"] for block in used), default=None),
