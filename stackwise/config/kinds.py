@@ -328,6 +328,8 @@ class FeedForward(BlockPart):
     residual: ClassVar[tuple[str, ...]] = ("down.weight",)
     divides: ClassVar[bool] = True
     """Whether its weights may be divided over ranks (`parallel.shard`)."""
+    upcycles: ClassVar[bool] = False
+    """Whether it begins as dense feed-forwards that it is made of (`init.experts`)."""
 
     def width(self, d_model: int) -> int:
         """Its inner width where `model.d_ff` is null."""
@@ -340,6 +342,21 @@ class FeedForward(BlockPart):
     def chosen(self, blocks: Sequence[int]) -> FeedForward:
         """Itself in a rack of some of the blocks: block k of it is block `blocks[k]` of this one."""
         return self
+
+    def upcycling_faults(self, model: ModelConfig, dense: ModelConfig, models: int) -> Iterator[str]:
+        """Why it cannot begin as the feed-forwards of dense models; a dense one begins as their mean.
+
+        Args:
+            model: The rack's configuration, as the block has it.
+            dense: That of the dense models, as they have the block.
+            models: How many they are.
+        """
+        if self.specification(model) != dense.ffn.specification(dense):
+            yield f"model.ffn: {self.name} is none that begins as {dense.ffn.name}: set it to {{kind: moe, experts: 8}}"
+
+    def upcycled(self, model: ModelConfig, dense: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What it begins as, by the names of its parameters; what is left out stays as it was drawn (`upcycles`)."""
+        raise TypeError(f"{self.name} begins as no others")
 
     @abc.abstractmethod
     def build(self, model: ModelConfig) -> nn.Module:

@@ -270,6 +270,12 @@ class InitConfig(Section):
     adapters: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=64)] = Field(
         default_factory=list, description="directories of peft's adapters that are merged into the weights, in order"
     )
+    experts: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=1023)] | None = Field(
+        None,
+        description="let the experts of model.ffn begin as the feed-forwards of init.weights and of these further "
+        "models like it, in turn; everything else begins as the mean of all. []: of init.weights alone (upcycling); "
+        "null: no expert begins as anything",
+    )
     blocks: Small | Annotated[list[Annotated[int, Field(ge=0, lt=1024)]], Field(min_length=1)] | None = Field(
         None,
         description="a rack of some of its blocks: every so many-th (2: 0, 2, 4, ...), or a list of their numbers, "

@@ -169,7 +169,7 @@ def unused_settings(config: Settings) -> list[str]:
     )
     distillation, others = config.distillation, "match at task_weight top_k temperature"
     lines.section(
-        "init", config.init, [("blocks base adapters", config.init.weights is None and "the weights are fresh")]
+        "init", config.init, [("blocks base adapters experts", config.init.weights is None and "the weights are fresh")]
     )
     lines.section("distillation", distillation, [(others, distillation.teacher is None and "there is no teacher")])
     tracking = config.tracking

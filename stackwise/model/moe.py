@@ -5,7 +5,7 @@ No torch here but where the kind builds something.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
@@ -16,7 +16,7 @@ from stackwise.config.kinds import Fault, FeedForward, Matrix
 from stackwise.model.kinds import SwiGLU
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from stackwise.config.model import ModelConfig
     from stackwise.config.schema import Settings
@@ -43,6 +43,12 @@ def _temperature(value: Any) -> Any:
     return float(value)
 
 
+def _cut(name: str, dense: Mapping[str, Any], columns: slice, weight: float) -> dict[str, Tensor]:
+    """Some of a gated feed-forward's inner width as one of its own, what it gives times `weight`."""
+    state = {f"{name}.{side}.weight": dense[f"{side}.weight"][columns] for side in ("gate", "up")}
+    return state | {f"{name}.down.weight": dense["down.weight"][:, columns] * weight}
+
+
 class MoE(FeedForward):
     """A mixture of experts (arXiv 1701.06538; Switch, 2101.03961): each token goes to the best of many feed-forwards.
 
@@ -51,6 +57,7 @@ class MoE(FeedForward):
 
     residual: ClassVar[tuple[str, ...]] = ("experts.*.down.weight", "shared.down.weight")
     divides: ClassVar[bool] = False
+    upcycles: ClassVar[bool] = True
 
     experts: Small = Field(description="experts in a block")
     top_k: Small = Field(1, description="experts that a token goes to")
@@ -217,6 +224,34 @@ class MoE(FeedForward):
                 share = f"{self.capacity_factor:g} of an even share of {tokens} tokens over {self.experts} experts"
                 yield "capacity_factor", f"{share} is less than one token: raise it, or set null (dropless)"
                 return
+
+    def upcycling_faults(self, model: ModelConfig, dense: ModelConfig, models: int) -> Iterator[str]:
+        """See `FeedForward.upcycling_faults`: a dense one is cut into its shared width and that of an expert."""
+        theirs, width = dense.ffn.matrices(dense), self.shared_width(model) + self.expert_width(model)
+        if {*theirs} != {"gate", "up", "down"} or any(matrix.bias for matrix in theirs.values()):
+            yield f"experts are gated and without biases, and the feed-forwards of init.weights ({dense.ffn.name}) are not"
+        elif theirs["down"].inputs != width:
+            there = f"the feed-forwards of init.weights are {theirs['down'].inputs} wide"
+            yield f"expert_dim and shared experts make {width}, and {there}: they have to be the same"
+        if models > self.experts:
+            yield f"{models} models for {self.experts} experts: name at most {self.experts}"
+
+    def upcycled(self, model: ModelConfig, dense: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """See `FeedForward.upcycled`: expert i begins as the model i, and again from the first one.
+
+        A shared expert takes the first columns of their mean. What the router would weaken at first, where a token's
+        weights add up to less than 1, is made up for (arXiv 2410.07524, section 3.3): the whole begins close to the
+        dense model.
+        """
+        shared, width = self.shared_width(model), self.expert_width(model)
+        weight = 1.0 if self.normalizes else self.experts / self.top_k
+        state: dict[str, Tensor] = {}
+        for number in range(self.experts):
+            state |= _cut(f"experts.{number}", dense[number % len(dense)], slice(shared, shared + width), weight)
+        if shared:
+            mean = {name: sum((one[name] for one in dense[1:]), dense[0][name]) / len(dense) for name in dense[0]}
+            state |= _cut("shared", mean, slice(shared), 2.0 if self.shared_gate else 1.0)  # its gate opens half
+        return state
 
     def unused(self) -> Iterator[tuple[str, str | bool]]:
         """See `BlockPart.unused`."""

@@ -25,6 +25,7 @@ from stackwise.identity import content_id
 from stackwise.pipeline.job import Source, Versions, committed_stages
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import ADAPTER, FIRST_HEAD, FRONT, HEAD, adapter_part, block_part, block_parts
+from stackwise.pipeline.upcycled import Upcycled
 from stackwise.pretrained.adapters import AdapterDirectory, base_of, is_adapter, named_layers
 from stackwise.pretrained.checkpoint import Checkpoint
 from stackwise.pretrained.families import BLOCK
@@ -187,9 +188,20 @@ def open_weights(config: StackWiseConfig) -> Weights:
         UsageError: It is no model, or one that cannot be taken up exactly; or it lacks one of the blocks.
     """
     assert config.init.weights is not None
-    path = expanded(config.init.weights).absolute()
+    weights = _opened(config, "init.weights", config.init.weights)
+    if config.init.experts is None:
+        return weights
+    if isinstance(weights, Adapted):
+        raise UsageError("init.experts: experts begin as whole models: export what has adapters, and name the export")
+    further = [_opened(config, "init.experts", name) for name in config.init.experts]
+    return Upcycled([weights, *further], config.model.ffn, config.seed)
+
+
+def _opened(config: StackWiseConfig, key: str, name: str) -> Weights:
+    """The model of a directory, of it the blocks that `init.blocks` says."""
+    path = expanded(name).absolute()
     if not path.is_dir():
-        raise NotFound(f"init.weights: {path}: there is no such directory", hint="name the directory of a model")
+        raise NotFound(f"{key}: {path}: there is no such directory", hint="name the directory of a model")
     run = RunDirectory(path)
     weights: Weights
     if is_adapter(path) or config.init.adapters:

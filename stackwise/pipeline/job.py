@@ -43,6 +43,7 @@ class Source:
     silent: bool = False  # fresh, and adding nothing to what passes: what it writes with is zero
     pairs: dict[str, LowRank] | None = None  # of a block's adapters in peft's layout, by layer; `path`: their directory
     merged: tuple[Source, ...] = ()  # weights, and the adapters that are added to them; its digest is of all of these
+    upcycled: tuple[Source, ...] = ()  # the same part of dense models that it begins as; its digest is of all of these
 
 
 Versions = dict[str, Source]

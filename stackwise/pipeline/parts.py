@@ -70,6 +70,8 @@ def load_part(
     """
     if source.path is None:
         return None
+    if source.upcycled:
+        return mean_of([load_part(one, vocab_size, dtype) or {} for one in source.upcycled])
     if source.merged:
         weights = load_part(source.merged[0]) or {}
         for addition in source.merged[1:]:
@@ -93,6 +95,11 @@ def load_part(
         # Its digest is remembered by the files' times, which a change in place may leave.
         raise DamageError(f"{source.path} was changed since it was hashed", hint="touch its files, and run again")
     return tensors
+
+
+def mean_of(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of the tensors of several parts alike, in their order."""
+    return {name: sum((one[name] for one in states[1:]), states[0][name]) / len(states) for name in states[0]}
 
 
 def open_part(source: Source) -> Mapping[str, Tensor]:
@@ -175,6 +182,8 @@ def make_block(
         # An auxiliary block is drawn apart from those of the rack: nothing of it stays in the model.
         seed = config.seed if kind == "block" else derive_seed(config.seed, part)
         block = build_block(config.model, int(numbers[-1]), seed, silent=source.silent).to(dtype_of(config))
+    elif source.upcycled:
+        block = _upcycled(config, part, source)
     else:
         model = config.model.at(block_number(part))
         block = _loaded(lambda: Block(model), source, form, dtype=dtype_of(config))
@@ -188,6 +197,25 @@ def make_block(
             load_adapters(block, by_key, size.dropout)
         else:
             put_adapters(block, size, config.seed, part)
+    return block
+
+
+FEED_FORWARD = "ffn."
+"""What the names of a feed-forward's tensors begin with in its block."""
+
+
+def _upcycled(config: StackWiseConfig, part: str, source: Source) -> Block:
+    """A block that begins as the same block of dense models; what they have not, a router, is drawn from the seed."""
+    number, dtype = block_number(part), dtype_of(config)
+    model = config.model.at(number)
+    if not model.ffn.upcycles:
+        return _loaded(lambda: Block(model), source, dtype=dtype)
+    states = [load_part(one, dtype=dtype) or {} for one in source.upcycled]
+    inner = [{k.removeprefix(FEED_FORWARD): v for k, v in one.items() if k.startswith(FEED_FORWARD)} for one in states]
+    outer = mean_of([{k: v for k, v in one.items() if not k.startswith(FEED_FORWARD)} for one in states])
+    state = outer | {f"{FEED_FORWARD}{name}": tensor for name, tensor in model.ffn.upcycled(model, inner).items()}
+    block = build_block(config.model, number, config.seed).to(dtype)
+    _fill(block, block.state_dict() | {name: tensor.to(dtype) for name, tensor in state.items()}, source)
     return block
 
 
@@ -403,7 +431,7 @@ class JobParts:
     def pieces(self, name: str) -> Sequence[str]:
         """The pieces of a part (see `Parts.pieces`): its weights are fresh, or one committed file."""
         source = self._sources[name]
-        foreign = source.names is not None or source.merged or source.pairs is not None
+        foreign = source.names is not None or source.merged or source.upcycled or source.pairs is not None
         return () if foreign else self._job.stage.pieces(self._config, name)
 
     def piece(self, name: str, path: str) -> dict[str, Tensor]:

@@ -313,6 +313,7 @@ def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
     config.tracking.trackers = [tracker.placed(absolute) for tracker in config.tracking.trackers]
     if config.init.weights is not None:
         config.init.weights = absolute(config.init.weights)
+    config.init.experts = None if config.init.experts is None else [absolute(path) for path in config.init.experts]
     if (objective := config.objective.placed(absolute)) is not config.objective:
         config.training.objective = objective
     if config.distillation.teacher is not None:
