@@ -18,11 +18,13 @@ from typing import Any
 
 from benchmarks.common import Result, overrides, parser, positive, refuse, run_command, say, table
 from benchmarks.document import Section
+from benchmarks.mixtures import relative_cost, run_begun, run_stagewise
 from stackwise.durable import write_json
 from stackwise.pipeline.device import describe, resolve_device
 from stackwise.pipeline.experiments import ExperimentConfig, get_experiment_configs, run_single_experiment
 from stackwise.pipeline.experiments.criteria import Verdict, evaluate_success_criteria
 from stackwise.pipeline.experiments.experiment import BASE, RESULTS, run_dense, save_dense
+from stackwise.pipeline.run import RunDirectory
 from stackwise.shapes import finite
 
 PAGE = Path(__file__).parent.parent / "docs" / "moe.md"
@@ -39,7 +41,11 @@ SIZES: dict[str, Any] = {
 }
 OWN = "experts"
 SIDES = {"flops": "equal FLOPs", "active": "equal active parameters", "clock": "equal wall clock"}
-"""The dense racks; that of equal wall clock is reckoned from the one of equal FLOPs."""
+"""The dense racks; that of equal wall clock follows from the one of equal FLOPs and the processor time of a step."""
+WAYS = {"stagewise": "stage-wise", "upcycled": "begun as a dense rack", "disco": "begun as a dense rack an expert"}
+"""Other ways to train the mixture, of equal FLOPs."""
+WAYS_OF = ("shared", "baseline")
+"""The experiments whose mixture is trained so too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,10 +115,14 @@ class Kept:
             if not round(more):
                 return self.runs[f"{config.name} | flops | {seed}"]  # the same rack; the router's products apart
             return run_dense(config, mine, base | {"ffn_dim": round(wide + more)}, directory=place, epochs=epochs)
-        beside = self.runs[f"{config.name} | flops | {seed}"]
-        speed = beside["metrics"]["current_step"] / beside["seconds"]
-        share = mine["seconds"] * speed / mine["metrics"]["current_step"]
-        return run_dense(config, mine, base, directory=place, epochs=share * epochs)
+        if side == "stagewise":
+            return run_stagewise(config, mine["flops"], base, place)
+        if side in WAYS:
+            models = 1 if side == "upcycled" else (BASE | base)["num_experts"]
+            data = Path(RunDirectory(Path(mine["run"])).manifest()["data"]["directory"])
+            return run_begun(config, mine["flops"], base, place / str(seed), data, models=models)
+        dense = Path(self.runs[f"{config.name} | flops | {seed}"]["run"])
+        return run_dense(config, mine, base, directory=place, epochs=epochs * relative_cost(Path(mine["run"]), dense))
 
 
 def _measure(options: argparse.Namespace) -> Result:
@@ -123,21 +133,23 @@ def _measure(options: argparse.Namespace) -> Result:
     kept = Kept(options.dir, base, options.most)
     seeds, configs = range(options.seeds), get_experiment_configs()
     # What the verdict needs first; all experiments of a seed before the next: what is there is then comparable.
-    for sides in ((OWN, "flops"), ("active", "clock")):
+    for sides in ((OWN, "flops"), tuple(WAYS), ("active", "clock")):
         for seed in seeds:
             for name in options.experiments:
-                kept.measure(configs[name], seed, sides)
+                if sides != tuple(WAYS) or name in WAYS_OF:
+                    kept.measure(configs[name], seed, sides)
     experiments: dict[str, Any] = {}
     for name in options.experiments:
+        ways = {way: kept.of(name, way, seeds) for way in WAYS if name in WAYS_OF}
         runs = {side: kept.of(name, side, seeds) for side in (OWN, *SIDES)}
         done, wanted = sum(map(len, runs.values())), len(runs) * len(seeds)
         verdict: Verdict | None = None
-        if done == wanted:
+        if len(runs[OWN]) == len(runs["flops"]) == len(seeds):
             losses = [run["loss"] for run in runs["flops"]]
             products = min(run["flops"] for run in runs["flops"])
             verdict = evaluate_success_criteria({name: runs[OWN]}, losses, products, quiet=True)[name]
         plain = None if verdict is None else dataclasses.asdict(verdict)
-        experiments[name] = {"runs": runs, "done": done, "wanted": wanted, "verdict": plain}
+        experiments[name] = {"runs": runs, "ways": ways, "done": done, "wanted": wanted, "verdict": plain}
     if first := next((entry["runs"]["flops"] for entry in experiments.values() if entry["runs"]["flops"]), None):
         save_dense(Path(first[0]["run"]), options.dir / "dense_model")
     return {"base": base, "seeds": options.seeds, "experiments": experiments}
@@ -150,11 +162,21 @@ def _loss(runs: Sequence[Result]) -> str:
     return f"{statistics.fmean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
 
 
+def _ways(found: Result) -> str:
+    """The table of `WAYS`."""
+    lines = [
+        [name, _loss(entry["runs"][OWN]), *(_loss(entry["ways"][way]) for way in WAYS), _loss(entry["runs"]["flops"])]
+        for name, entry in found["experiments"].items()
+        if entry["ways"]
+    ]
+    return table(["experiment", "end to end", *WAYS.values(), "dense"], lines)
+
+
 def _section(found: Result) -> Section:
     lines, unfinished = [], []
     for name, entry in found["experiments"].items():
         runs, verdict = entry["runs"], entry["verdict"]
-        if verdict is None:
+        if entry["done"] < entry["wanted"]:
             unfinished.append(f"{name} ({entry['done']} of {entry['wanted']} runs)")
         says = "unfinished" if verdict is None else "passed" if verdict["passed"] else "failed"
         used, speed = "–", "–"
@@ -164,6 +186,7 @@ def _section(found: Result) -> Section:
         lines.append([name, _loss(runs[OWN]), *(_loss(runs[side]) for side in SIDES), used, speed, says])
     header = ["experiment", "experts", *(f"dense, {side}" for side in SIDES.values())]
     text = table([*header, "least used expert", "tokens/s", "criteria"], lines)
+    text += "\n\nThe same mixture, trained otherwise for the same products:\n\n" + _ways(found)
     reasons = [f"{n}: {e['verdict']['reason']}." for n, e in found["experiments"].items() if e["verdict"] is not None]
     about = [f"Held-out cross entropy in nats, mean of up to {found['seeds']} seeds (smallest to largest)."]
     about += [f"Unfinished: {', '.join(unfinished)}."] if unfinished else []

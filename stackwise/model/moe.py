@@ -229,7 +229,7 @@ class MoE(FeedForward):
         """See `FeedForward.upcycling_faults`: a dense one is cut into its shared width and that of an expert."""
         theirs, width = dense.ffn.matrices(dense), self.shared_width(model) + self.expert_width(model)
         if {*theirs} != {"gate", "up", "down"} or any(matrix.bias for matrix in theirs.values()):
-            yield f"experts are gated and without biases, and the feed-forwards of init.weights ({dense.ffn.name}) are not"
+            yield f"experts are gated and have no biases, unlike the feed-forwards of init.weights ({dense.ffn.name})"
         elif theirs["down"].inputs != width:
             there = f"the feed-forwards of init.weights are {theirs['down'].inputs} wide"
             yield f"expert_dim and shared experts make {width}, and {there}: they have to be the same"

@@ -41,7 +41,9 @@ class Upcycled:
             if other.model.specification() != first.model.specification():
                 raise UsageError(f"init.experts: model {number} is not of the shape of init.weights: take runs alike")
             if _tokens(other) != _tokens(first):
-                raise UsageError(f"init.experts: model {number} has another tokenizer than init.weights: take runs alike")
+                raise UsageError(
+                    f"init.experts: model {number} has another tokenizer than init.weights: take runs alike"
+                )
         dense = first.model
         self.model = dense.model_copy(update={"ffn": ffn, "d_ff": dense.ffn_width})
         for block in range(dense.n_blocks):

@@ -86,9 +86,7 @@ def test_experts_begin_as_several_models_and_the_rest_as_their_mean(
         ({"model__ffn": "gelu"}, "init.experts: block 0: model.ffn: gelu"),
     ],
 )
-def test_bad_input_is_a_line(
-    more: dict[str, Any], fault: str, dense: list[Path], micro: Micro, tmp_path: Path
-) -> None:
+def test_bad_input_is_a_line(more: dict[str, Any], fault: str, dense: list[Path], micro: Micro, tmp_path: Path) -> None:
     with pytest.raises(StackWiseError, match=fault):
         run(micro(**STILL | begun(dense) | more), tmp_path / "run")
     assert not (tmp_path / "run").exists()
