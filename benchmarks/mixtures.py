@@ -10,7 +10,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def relative_cost(one: Path, other: Path, repeats: int = 7) -> float:
     return statistics.median(seconds[0]) / statistics.median(seconds[1])
 
 
-def _stepper(run: RunDirectory) -> Any:
+def _stepper(run: RunDirectory) -> Callable[[], None]:
     """A step of a run's first stage, from fresh weights, on random tokens."""
     import torch
 
@@ -134,4 +134,8 @@ def _stepper(run: RunDirectory) -> Any:
         name: tokens_BS for name in batch.tensors if batch.tensors[name].dtype == torch.int64
     }
     batch = dataclasses.replace(batch, tensors=inputs)
-    return lambda: engine.step(iter([batch]), 0, 1e-3)
+
+    def step() -> None:
+        engine.step(iter([batch]), 0, 1e-3)
+
+    return step
