@@ -1,7 +1,7 @@
 """Other ways to train a mixture of experts for the same products, and what a step of a rack costs.
 
 Dense racks first, then the mixture that they make (`init.experts`): one rack (sparse upcycling, arXiv 2212.05055), or
-one an expert, each on a cluster of the data (MoE-DisCo, arXiv 2601.06857, sections 3.2 and 3.3).
+one an expert, each on a cluster of the data (as MoE-DisCo, arXiv 2601.06857).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def clusters(data: Path, directory: Path, number: int, seed: int) -> list[Path]:
     for cluster, path in enumerate(paths):
         lines = [json.dumps({"input_ids": tokens_S.tolist()}) for tokens_S in tokens_NS[cluster_N == cluster]]
         text = "\n".join(lines) + "\n"
-        write_durably(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+        write_durably(path, partial(Path.write_text, data=text, encoding="utf-8"))
     return paths
 
 

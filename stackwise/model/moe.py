@@ -240,7 +240,7 @@ class MoE(FeedForward):
         """See `FeedForward.upcycled`: expert i begins as the model i, and again from the first one.
 
         A shared expert takes the first columns of their mean. What the router would weaken at first, where a token's
-        weights add up to less than 1, is made up for (arXiv 2410.07524, section 3.3): the whole begins close to the
+        weights add up to less than 1, is made up for (arXiv 2410.07524): the whole begins close to the
         dense model.
         """
         shared, width = self.shared_width(model), self.expert_width(model)

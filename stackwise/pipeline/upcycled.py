@@ -1,7 +1,7 @@
 """A mixture of experts that begins as dense models: of one (sparse upcycling, arXiv 2212.05055), or of several.
 
-Several, each trained on a part of the data, whose feed-forwards become the experts and whose mean everything else is,
-are MoE-DisCo (arXiv 2601.06857, sections 3.2 and 3.3). No torch is imported here.
+Several, each trained on a cluster of the data, whose feed-forwards become the experts, are the way of MoE-DisCo (arXiv
+2601.06857); everything else is their mean here. No torch is imported.
 """
 
 from __future__ import annotations
