@@ -38,7 +38,7 @@ stress: .venv/.dev ## the long tests: many kills, many rows
 	$(BIN)/python -m pytest -q -m stress
 
 test-gpu: .venv/.dev ## the tests of what a GPU must keep; skipped where there is none
-	$(BIN)/python -m pytest -q -rs tests/training/test_cuda.py
+	$(BIN)/python -m pytest -q -rs tests/training/test_cuda.py tests/training/test_lanes.py
 
 bench: .venv/.dev ## the benchmarks whose tables are in docs/benchmarks.md
 	$(BIN)/python -m benchmarks
