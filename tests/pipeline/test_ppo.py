@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -24,6 +27,7 @@ from stackwise.pipeline.committed.load import load_model
 from stackwise.pipeline.committed.scores import make_scorer
 from stackwise.pipeline.rollouts import score_model
 from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.runner.runner import Runner
 from stackwise.store import ActivationStore
 from tests.conftest import run
 from tests.pipeline.storm import killed
@@ -113,6 +117,45 @@ def test_swapped_and_killed_it_is_the_same(
     assert figures == [[event[key] for key in keys] for event in named(ppo[1], "rolled_out")]
     killed(_config(_settings(model, prompts)), tmp_path / "killed", 1)
     assert weights(tmp_path / "killed") == weights(ppo[0])
+
+
+@pytest.mark.stress
+def test_ranks_draw_and_train_as_one_process(model: Path, prompts: Path, tmp_path: Path) -> None:
+    settings = _settings(model, prompts, training__accumulation=2)
+    run(_config(settings), tmp_path / "alone")
+    run(_config(settings | {"parallel__data": 2}), tmp_path / "ranks")
+    assert weights(tmp_path / "ranks") == weights(tmp_path / "alone")
+
+
+def _die_drawing(config: StackWiseConfig, directory: Path) -> None:
+    """Run until a first chunk of the second phase's answers is there; then kill the workers, and this process."""
+
+    def observe(event: dict[str, Any]) -> None:
+        if event["event"] == "boundary" and event["stage"] == 1 and event["done"]:
+            this = psutil.Process()
+            for process in (*this.children(recursive=True), this):
+                process.kill()
+
+    Runner(config, RunDirectory(directory), observe).run()
+
+
+@pytest.mark.stress
+def test_killed_while_answers_are_drawn(model: Path, tmp_path: Path) -> None:
+    """A kill costs a chunk of the second phase's answers: those that are published are not drawn again."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{n} = "}) + "\n" for n in range(600)))
+    objective = {"new_tokens": 50, "passes": 1}
+    more = {"training__seq_len": 64, "training__batch_size": 200, "training__steps": 4}
+    config = _config(_settings(model, prompts, objective, **more))
+    run(config, tmp_path / "whole")
+    process = multiprocessing.get_context("spawn").Process(target=_die_drawing, args=(config, tmp_path / "killed"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    events = run(config, tmp_path / "killed")
+    begun = [event["done"] for event in named(events, "boundary") if event["stage"] == 1]
+    assert begun[0] > 0, "it goes on behind the chunks that are there"
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
 
 
 def test_answers_are_drawn_from_the_policy(model: Path) -> None:
