@@ -127,7 +127,7 @@ def test_ranks_draw_and_train_as_one_process(model: Path, prompts: Path, tmp_pat
     assert weights(tmp_path / "ranks") == weights(tmp_path / "alone")
 
 
-def _die_drawing(config: StackWiseConfig, directory: Path) -> None:
+def _die_drawing(settings: dict[str, Any], directory: Path) -> None:
     """Run until a first chunk of the second phase's answers is there; then kill the workers, and this process."""
 
     def observe(event: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ def _die_drawing(config: StackWiseConfig, directory: Path) -> None:
             for process in (*this.children(recursive=True), this):
                 process.kill()
 
-    Runner(config, RunDirectory(directory), observe).run()
+    Runner(_config(settings), RunDirectory(directory), observe).run()
 
 
 @pytest.mark.stress
@@ -146,9 +146,10 @@ def test_killed_while_answers_are_drawn(model: Path, tmp_path: Path) -> None:
     prompts.write_text("".join(json.dumps({"prompt": f"{n} = "}) + "\n" for n in range(600)))
     objective = {"new_tokens": 50, "passes": 1}
     more = {"training__seq_len": 64, "training__batch_size": 200, "training__steps": 4}
-    config = _config(_settings(model, prompts, objective, **more))
+    settings = _settings(model, prompts, objective, **more)
+    config = _config(settings)
     run(config, tmp_path / "whole")
-    process = multiprocessing.get_context("spawn").Process(target=_die_drawing, args=(config, tmp_path / "killed"))
+    process = multiprocessing.get_context("spawn").Process(target=_die_drawing, args=(settings, tmp_path / "killed"))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
