@@ -77,6 +77,8 @@ def _model(config: Settings) -> Iterator[Fault]:
         yield from ((f"model.attention.{key}", text) for key, text in model.attention.faults(model))
         yield from ((f"model.ffn.{key}", text) for key, text in model.ffn.faults(model))
         yield from ((f"model.rope_scaling.{key}", text) for key, text in model.rope_scaling.faults(model))
+    if not model.first_norm and model.norm_place != "pre":
+        yield "model.first_norm", f"false, but with norm_place {model.norm_place} no norm comes first: leave it out"
     if model.position_offset and model.positions != "learned":
         yield "model.position_offset", f"{model.position_offset}, but only learned positions have a table"
     needed, by = config.training.seq_len, ""
@@ -240,7 +242,7 @@ def _growth(config: Settings) -> Iterator[Fault]:
     training, key = config.training, "training.growth"
     if not training.growth:
         return
-    yield from ((f"{key}.{at}", text) for at, text in Grown(training.growth).faults(config.model.n_blocks))
+    yield from ((f"{key}.{at}", text) for at, text in Grown(training.growth).faults(config.model))
     if training.progressive.enabled:
         how = "adds stacks below those there are" if config.prepends else "grows the rack stack by stack"
         yield key, f"training.progressive {how}: leave one of both out"

@@ -109,8 +109,12 @@ class Grown:
             return {now[-(-place * size // short)]: block for place, block in enumerate(before)}
         return {now[place if place < low else size - short + place]: block for place, block in enumerate(before)}
 
-    def faults(self, depth: int) -> Iterator[tuple[str, str]]:
-        """What of it cannot be in a rack of `depth` blocks: the key within `training.growth`, and why."""
+    def faults(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
+        """What of it cannot be in a rack: the key within `training.growth`, and why."""
+        amiss = list(self._shape_faults(model.n_blocks))
+        yield from amiss or self._other_layers(model)
+
+    def _shape_faults(self, depth: int) -> Iterator[tuple[str, str]]:
         blocks, until = 0, 0.0
         for number, phase in enumerate(self.phases):
             if phase.blocks >= depth:
@@ -122,3 +126,12 @@ class Grown:
             if phase.ends and phase.blocks < 2:
                 yield f"{number}.ends", "the lowest and the highest are two blocks: set blocks to 2 or more"
             blocks, until = phase.blocks, phase.until
+
+    def _other_layers(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
+        """New blocks that would begin as a block whose layers are others."""
+        for number, phase in enumerate(self.phases):
+            for block, origin in self.origins(number + 1, model.n_blocks).items():
+                if origin is not None and not model.alike(block, origin):
+                    text = f"{phase.new}, but block {block} has other layers than block {origin}, as which it would begin"
+                    yield f"{number}.new", f"{text}: take identity or fresh"
+                    break

@@ -43,12 +43,12 @@ FEED_FORWARDS: Registry[type[FeedForward]] = Registry(
     "feed-forward",
     f"{__name__}:FeedForward",
     "stackwise.model.kinds",
-    {"swiglu": "SwiGLU", "gelu": "GELU", "moe": "stackwise.model.moe:MoE"},
+    {"swiglu": "SwiGLU", "geglu": "GeGLU", "gelu": "GELU", "moe": "stackwise.model.moe:MoE"},
 )
 ROPE_SCALINGS: Registry[type[RopeScaling]] = Registry(
     "rope scaling",
     f"{__name__}:RopeScaling",
-    "stackwise.model.kinds",
+    "stackwise.model.scalings",
     {
         "none": "Unscaled",
         "linear": "LinearScaling",
@@ -306,6 +306,10 @@ class Attention(BlockPart):
     def rotary_width(self, model: ModelConfig) -> int:
         """Width of a head's rotary part; 0 where positions are learned."""
         return model.head_dim if model.positions == "rope" else 0
+
+    def rope_theta(self, model: ModelConfig) -> float:
+        """Base of the rotary wavelengths of a block, of which this is resolved (`in_block`)."""
+        return model.rope_theta
 
     def in_block(self, block: int) -> Attention:
         """Itself as block `block` of the rack has it; it may be of another kind there."""

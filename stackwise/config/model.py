@@ -82,6 +82,10 @@ class ModelConfig(Section):
         "pre", description="norms before attention and feed-forward, or (post) after each is added: norm(x + f(x))"
     )
     norm_eps: Positive = Field(1e-5, description="added to the variance inside a norm")
+    norm_bias: bool = Field(True, description="norm layernorm: biases in its norms")
+    first_norm: bool = Field(
+        True, description="the norm before the lowest block's attention; false: none (ModernBERT norms its embeddings)"
+    )
     positions: Literal["rope", "learned"] = Field("rope", description="rotary, or a learned table added by the front")
     position_offset: Annotated[int, Field(ge=0, le=1 << 16)] = Field(
         0, description="rows of the learned table before that of position 0 (RoBERTa: 2)"
@@ -137,7 +141,7 @@ class ModelConfig(Section):
     @property
     def block_parameters(self) -> int:
         """Parameters in one block, resolved (`at`)."""
-        return self.attention.parameters(self) + self.ffn.parameters(self) + 2 * self.norm_parameters
+        return self.attention.parameters(self) + self.ffn.parameters(self) + (1 + self.first_norm) * self.norm_parameters
 
     @property
     def active_parameters(self) -> int:
@@ -147,7 +151,7 @@ class ModelConfig(Section):
     @property
     def norm_parameters(self) -> int:
         """Parameters of one norm over d_model."""
-        return self.d_model * (2 if self.norm == "layernorm" else 1)
+        return self.d_model * (2 if self.norm == "layernorm" and self.norm_bias else 1)
 
     def front_parameters(self, vocab_size: int, seq_len: int) -> int:
         """Parameters of the front.
@@ -177,10 +181,15 @@ class ModelConfig(Section):
         Args:
             block: Its place in the rack, 0 the lowest.
         """
-        attention, ffn = self.attention.in_block(block), self.ffn.in_block(block)
-        if attention is self.attention and ffn is self.ffn:
+        attention, ffn, normed = self.attention.in_block(block), self.ffn.in_block(block), self.first_norm or block > 0
+        if attention is self.attention and ffn is self.ffn and normed == self.first_norm:
             return self
-        return self.model_copy(update={"attention": attention, "ffn": ffn})
+        return self.model_copy(update={"attention": attention, "ffn": ffn, "first_norm": normed})
+
+    def alike(self, block: int, other: int) -> bool:
+        """Whether two blocks, by their places, have the same layers, so that one may have the other's weights."""
+        layers = [(here.first_norm, type(here.attention), type(here.ffn)) for here in (self.at(block), self.at(other))]
+        return layers[0] == layers[1]
 
     def total(self, fact: Callable[[ModelConfig], int], blocks: Iterable[int] | None = None) -> int:
         """The sum over blocks, all or some by their places, of what the settings of one come to."""
@@ -203,7 +212,8 @@ class ModelConfig(Section):
         spec |= {"time_embedding": self.time_embedding.plain()}
         if self.heads_width != self.d_model:
             spec["head_size"] = self.head_dim
-        later = self.model_dump(include={"norm_place", "position_offset", "embedding_norm", "token_types"})
+        later = self.model_dump(include={"norm_place", "position_offset", "embedding_norm", "token_types", "first_norm"})
+        later |= {"norm_bias": self.norm_bias or self.norm != "layernorm"}
         spec |= {key: value for key, value in later.items() if value != type(self).model_fields[key].default}
         spec |= {"rope_scaling": scaling} if (scaling := self.rope_scaling.specification()) else {}
         return spec | ({"head": head} if (head := self.head.specification()) else {})

@@ -123,7 +123,11 @@ def unused_settings(config: Settings) -> list[str]:
     # an objective from outside says only when it is built which way attention looks
     looks_back = objective.causal or objective.unadaptable() or objective.code or config.adapts
     both = not looks_back and f"with {objective.name} attention sees in both directions"
-    lines.section("model.attention", config.model.attention, [("window window_blocks", both)])
+    attention = config.model.attention
+    both = getattr(attention, "window_sides", None) != "both" and both
+    norm = config.model.norm
+    lines.section("model", config.model, [("norm_bias", norm != "layernorm" and f"model.norm is {norm}")])
+    lines.section("model.attention", attention, [("window window_blocks", both)])
     lines.section("model.ffn", config.model.ffn, config.model.ffn.unused())
     if not progressive.enabled and not grows:
         lines.section("training.mode", training.mode, training.mode.unused(config.model))

@@ -25,12 +25,15 @@ from stackwise.model.projections import weight_of
 _LOW = 0xFFFFFFFF
 
 
-def sees(direction: Direction, q: Tensor, k: Tensor, length: int, window: int | None = None) -> Tensor:
+def sees(
+    direction: Direction, q: Tensor, k: Tensor, length: int, window: int | None = None, both: bool = False
+) -> Tensor:
     """Whether position q sees position k, bool in the shape that the two broadcast to.
 
-    A window limits how far back a causal position sees. What is seen in both directions has no window: a block of
-    block-causal attention as a whole, and the share that annealed attention sees whatever its place. So attention that
-    is annealed from bidirectional to causal, or whose blocks grow to the row, ends where the other one is.
+    A window limits how far back a causal position sees. Of one that looks back alone, what is seen in both directions
+    has none: a block of block-causal attention as a whole, and the share that annealed attention sees whatever its
+    place. So attention that is annealed from bidirectional to causal, or whose blocks grow to the row, ends where the
+    other one is. So does a window to both sides, which limits everything that is seen.
 
     Args:
         direction: The rule.
@@ -38,7 +41,11 @@ def sees(direction: Direction, q: Tensor, k: Tensor, length: int, window: int | 
         k: int64 positions that are asked.
         length: Positions of the row; of a paired row, both copies together.
         window: Positions that one sees back, itself among them; None: all.
+        both: The window limits what is ahead as well.
     """
+    if both and window is not None:
+        half = length // 2 if is_paired(direction) else length
+        return sees(direction, q, k, length) & ((q % half - k % half).abs() < window)
     if isinstance(direction, BlockCausal):
         half = length // 2 if direction.paired else length
         asks, key_block = q % half // direction.size, k % half // direction.size
@@ -75,19 +82,26 @@ class AttentionPattern:
         segments_BS: Integers; a position sees only those with its own value. None: no such limit.
         start: Positions in front of the S that ask, whose keys are kept.
         window: How far back a position sees (see `sees`); None: all the way.
+        both: The window limits what is ahead as well.
     """
 
     direction: Direction
     segments_BS: Tensor | None = None
     start: int = 0
     window: int | None = None
+    both: bool = False
 
     @property
     def plain(self) -> bool:
         """Whether a fused kernel needs no mask: all, or causal from the first position on."""
         if self.segments_BS is not None or self.direction is False:
-            return self.segments_BS is None
+            return self.segments_BS is None and not self._local
         return self.direction is True and self.start == 0 and self.window is None
+
+    @property
+    def _local(self) -> bool:
+        """Whether a window limits what is seen in both directions."""
+        return self.both and self.window is not None
 
     def mask(self, length: int, device: torch.device) -> Tensor | None:
         """Bool [B or 1, 1, S, T]; None where every position sees all T.
@@ -104,9 +118,10 @@ class AttentionPattern:
             if mask_BSS is None:
                 mask_BSS = torch.ones((1, length, length), dtype=torch.bool, device=device)
             return mask_BSS.tril()[:, None]
-        if self.direction is not False and not (looks_back and length == 1):
+        if (self.direction is not False or self._local) and not (looks_back and length == 1):
             places = torch.arange(self.start + length, device=device)
-            rule = sees(self.direction, places[self.start :, None], places[None], len(places), self.window)[None]
+            asks, asked = places[self.start :, None], places[None]
+            rule = sees(self.direction, asks, asked, len(places), self.window, self.both)[None]
             mask_BSS = rule if mask_BSS is None else mask_BSS & rule
         return None if mask_BSS is None else mask_BSS[:, None]
 
@@ -200,9 +215,10 @@ class SelfAttention(nn.Module, abc.ABC):
         if self.heads % self.kv_heads:
             raise UsageError(f"model.attention.kv_heads {self.kv_heads} does not divide model.n_heads {self.heads}")
         self.window = kind.window if isinstance(kind, Windowed) else None
+        self.both_sides = isinstance(kind, Windowed) and kind.window_sides == "both"
         turned = kind.rotary_width(config)
         scaling = config.rope_scaling
-        self.rotary = Rotary(turned, config.rope_theta, config.max_seq_len, scaling) if turned else None
+        self.rotary = Rotary(turned, kind.rope_theta(config), config.max_seq_len, scaling) if turned else None
 
     def forward(
         self,
@@ -223,8 +239,9 @@ class SelfAttention(nn.Module, abc.ABC):
         S, start = x_BSD.shape[1], 0 if cache is None else cache.length
         # A window as wide as the row is none, and leaves the kernel without a mask.
         window = None if self.window is None or self.window >= start + S else self.window
+        pattern = AttentionPattern(causal, segments_BS, start, window, self.both_sides)
         tables = None if self.rotary is None else self.rotary.copies(S, start, is_paired(causal))
-        y_BHSE = self.heads_of(x_BSD, tables, AttentionPattern(causal, segments_BS, start, window), cache)
+        y_BHSE = self.heads_of(x_BSD, tables, pattern, cache)
         y_BSD: Tensor = self.o(y_BHSE.transpose(1, 2).flatten(2))
         return y_BSD
 
@@ -336,7 +353,7 @@ def flex(
     segments_BS, length = pattern.segments_BS, q_BHSE.shape[2]
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = sees(pattern.direction, q, k, length, pattern.window)
+        seen = sees(pattern.direction, q, k, length, pattern.window, pattern.both)
         return seen if segments_BS is None else seen & (segments_BS[b, q] == segments_BS[b, k])
 
     batch = None if segments_BS is None else len(q_BHSE)

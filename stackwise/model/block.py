@@ -67,7 +67,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config)
+        # a norm that is not there has no parameters, and no place in files
+        self.attention_norm = make_norm(config) if config.first_norm else nn.Identity()
         self.attention = config.attention.build(config)
         self.ffn_norm = make_norm(config)
         self.ffn = config.ffn.build(config)
@@ -117,14 +118,14 @@ class Block(nn.Module):
             y_BSD = self.ffn_norm(x_BSD + self._drop(y_BSD).to(x_BSD.dtype))
             out_BSD: Tensor = y_BSD.to(x_BSD.dtype)
             return out_BSD
-        y_BSD = self.attention(self.attention_norm(x_BSD), causal=causal, segments_BS=segments_BS, cache=cache)
+        y_BSD = self.attention(self._narrow(self.attention_norm(x_BSD)), causal=causal, segments_BS=segments_BS, cache=cache)
         x_BSD = x_BSD + self._drop(y_BSD).to(x_BSD.dtype)
         y_BSD = self.ffn(self.ffn_norm(x_BSD))
         return x_BSD + self._drop(y_BSD).to(x_BSD.dtype)
 
     def _narrow(self, x_BSD: Tensor) -> Tensor:
         """The residual stream in the weights' dtype, in which a norm gives it where norms come first."""
-        return x_BSD.to(self.attention_norm.weight.dtype)
+        return x_BSD.to(self.ffn_norm.weight.dtype)
 
     def _drop(self, y_BSD: Tensor) -> Tensor:
         return F.dropout(y_BSD, self.dropout) if self.training and self.dropout else y_BSD

@@ -175,11 +175,13 @@ class ProgressiveRackBuilder:
         """Add a stack below those that are there; otherwise as `append_stack`.
 
         Raises:
-            UsageError: As `append_stack`; or windows of single blocks, whose places each stack below would move.
+            UsageError: As `append_stack`; or settings of single blocks, whose places each stack below would move.
         """
-        if self.config.model.at(0) is not self.config.model:
+        model = self.config.model
+        if any(model.at(block) is not model for block in (0, 1)):
+            key = "first_norm" if model.first_norm != model.at(1).first_norm else "attention.window_blocks"
             raise UsageError(
-                "model.attention.window_blocks counts from the lowest block, which prepending moves",
+                f"model.{key} counts from the lowest block, which prepending moves",
                 hint="leave it out, or append stacks",
             )
         stack = self._make(n_blocks, precision)

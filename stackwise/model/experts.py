@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackwise.batch import Batch, Term
-from stackwise.model.layers import SwiGLUFeedForward
+from stackwise.model.layers import GatedFeedForward
 from stackwise.model.moe import Annealing
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ class MixtureFeedForward(nn.Module):
         self.kind = kind
         self.router = nn.Linear(model.d_model, kind.experts, bias=False)
         width = kind.expert_width(model)
-        self.experts = nn.ModuleList(SwiGLUFeedForward(model.d_model, width) for _ in range(kind.experts))
-        self.shared = SwiGLUFeedForward(model.d_model, kind.shared_width(model)) if kind.shared_experts else None
+        self.experts = nn.ModuleList(GatedFeedForward(model.d_model, width) for _ in range(kind.experts))
+        self.shared = GatedFeedForward(model.d_model, kind.shared_width(model)) if kind.shared_experts else None
         self.shared_gate = nn.Linear(model.d_model, 1, bias=False) if kind.shared_gate else None
         if kind.balance == "bias":
             self.balance = nn.Parameter(torch.empty(kind.experts))

@@ -1,18 +1,17 @@
-"""The kinds of attention, feed-forward, head and rope scaling: their settings and facts.
+"""The kinds of attention, feed-forward and head: their settings and facts.
 
 No torch here but where a kind builds something.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stackwise.config.fields import NonNegative, Positive, Size
-from stackwise.config.kinds import Attention, Fault, FeedForward, HeadKind, Matrix, RopeScaling, TensorPlan
+from stackwise.config.fields import Positive, Size
+from stackwise.config.kinds import Attention, Fault, FeedForward, HeadKind, Matrix, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,18 +28,26 @@ class Windowed(Attention):
     window: Size | None = Field(
         None,
         description="positions that one sees where attention looks back, itself among them; null: all. Attention that "
-        "sees in both directions has none",
+        "sees in both directions has none, unless window_sides is both",
+    )
+    window_sides: Literal["back", "both"] = Field(
+        "back",
+        description="back: the window limits what is behind a position alone; both: what is ahead of it as well, so "
+        "that attention in both directions is local (ModernBERT)",
     )
     window_blocks: list[Annotated[int, Field(ge=0, lt=1024)]] | None = Field(
         None, description="the blocks that have the window, 0 the lowest; null: all"
+    )
+    window_rope_theta: Positive | None = Field(
+        None, description="base of the rotary wavelengths in blocks that have the window; null: model.rope_theta"
     )
 
     def in_block(self, block: int) -> Attention:
         """See `Attention.in_block`."""
         if self.window_blocks is None:
             return self
-        window = self.window if block in self.window_blocks else None
-        return self.model_copy(update={"window": window, "window_blocks": None})
+        own = {} if block in self.window_blocks else dict.fromkeys(("window", "window_rope_theta"))
+        return self.model_copy(update={**own, "window_blocks": None})
 
     def chosen(self, blocks: Sequence[int]) -> Attention:
         """See `Attention.chosen`."""
@@ -53,13 +60,24 @@ class Windowed(Attention):
         """What of the window shapes a forward pass; empty: there is none."""
         if self.window is None or self.window_blocks == []:
             return {}
-        blocks = {} if self.window_blocks is None else {"window_blocks": sorted(set(self.window_blocks))}
-        return {"window": self.window} | blocks
+        own: dict[str, Any] = {} if self.window_sides == "back" else {"window_sides": self.window_sides}
+        own |= {} if self.window_blocks is None else {"window_blocks": sorted(set(self.window_blocks))}
+        own |= {} if self.window_rope_theta is None else {"window_rope_theta": self.window_rope_theta}
+        return {"window": self.window} | own
+
+    def rope_theta(self, model: ModelConfig) -> float:
+        """See `Attention.rope_theta`."""
+        return self.window_rope_theta or super().rope_theta(model)
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
         """See `Attention.faults`."""
-        if self.window_blocks is not None and self.window is None:
-            yield "window_blocks", "there is no window: set model.attention.window too"
+        if self.window is None:
+            fields = type(self).model_fields
+            for key in ("window_blocks", "window_sides", "window_rope_theta"):
+                if getattr(self, key) != fields[key].default:
+                    yield key, "there is no window: set model.attention.window too"
+        if self.window_rope_theta is not None and model.positions != "rope":
+            yield "window_rope_theta", f"model.positions is {model.positions}: there are no wavelengths"
         beyond = [block for block in self.window_blocks or () if block >= model.n_blocks]
         if beyond and model.architecture.n_stacks is not None:
             yield "window_blocks", f"there is no block {beyond[0]}: the rack has 0 to {model.n_blocks - 1}"
@@ -287,8 +305,8 @@ class Biased(FeedForward):
         return {"kind": self.name} | own
 
 
-class SwiGLU(Biased):
-    """A gated feed-forward (arXiv 2002.05202)."""
+class Gated(Biased):
+    """A gated feed-forward (arXiv 2002.05202): down(activation(gate x) · up x)."""
 
     def width(self, d_model: int) -> int:
         """8/3 of d_model, rounded up to a multiple of 32."""
@@ -298,15 +316,35 @@ class SwiGLU(Biased):
         """See `BlockPart.matrices`."""
         return {"gate": Matrix(model.ffn_width, model.d_model, self.has_bias(model))} | super().matrices(model)
 
+    def kept(self, model: ModelConfig) -> int:
+        """What leaves the gate, its activation, what leaves `up`, and their product."""
+        return 4 * model.ffn_width
+
+
+class SwiGLU(Gated):
+    """Its activation is SiLU."""
+
     def build(self, model: ModelConfig) -> nn.Module:
         """See `FeedForward.build`."""
         from stackwise.model import layers
 
-        return layers.SwiGLUFeedForward(model.d_model, model.ffn_width, self.has_bias(model))
+        return layers.GatedFeedForward(model.d_model, model.ffn_width, bias=self.has_bias(model))
 
-    def kept(self, model: ModelConfig) -> int:
-        """What leaves the gate, its SiLU, what leaves `up`, and their product."""
-        return 4 * model.ffn_width
+
+class GeGLU(Gated):
+    """Its activation is GELU (ModernBERT, arXiv 2412.13663), or one of its kin."""
+
+    activation: Activation = Field("gelu", description=ACTIVATIONS)
+
+    def build(self, model: ModelConfig) -> nn.Module:
+        """See `FeedForward.build`."""
+        from stackwise.model import layers
+
+        return layers.GatedFeedForward(model.d_model, model.ffn_width, self.activation, bias=self.has_bias(model))
+
+    def specification(self, model: ModelConfig) -> dict[str, Any]:
+        """See `BlockPart.specification`."""
+        return super().specification(model) | {"activation": self.activation}
 
 
 class GELU(Biased):
@@ -354,168 +392,22 @@ class TransformHead(HeadKind):
     """BERT's masked-LM head (arXiv 1810.04805): a layer, an activation, a norm, the projection with a bias."""
 
     activation: Activation = Field("gelu", description=ACTIVATIONS)
+    input_norm: bool = Field(False, description="a norm before the layer, for blocks whose norms come first")
+    layer_bias: bool = Field(True, description="a bias of the layer")
+    bias: bool = Field(True, description="a bias of the projection")
 
     def parameters(self, model: ModelConfig, vocab_size: int) -> int:
         """See `HeadKind.parameters`."""
-        return model.d_model * (model.d_model + 1) + model.norm_parameters + vocab_size
+        layer = model.d_model * (model.d_model + self.layer_bias)
+        return layer + (1 + self.input_norm) * model.norm_parameters + self.bias * vocab_size
+
+    def specification(self) -> dict[str, Any]:
+        """See `HeadKind.specification`; settings that came later are left out at their defaults."""
+        later = {key: type(self).model_fields[key].default for key in ("input_norm", "layer_bias", "bias")}
+        return {key: value for key, value in super().specification().items() if later.get(key) != value}
 
     def build(self, model: ModelConfig, vocab_size: int, embedding: Tensor | None = None) -> nn.Module:
         """See `HeadKind.build`."""
         from stackwise.model.rack import TransformHead
 
-        return TransformHead(model, vocab_size, embedding, self.activation)
-
-
-class Unscaled(RopeScaling):
-    """Wavelengths from 2 pi to 2 pi theta (RoFormer, arXiv 2104.09864)."""
-
-    def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
-        """See `RopeScaling.frequencies`."""
-        return _frequencies(width, theta), 1.0
-
-    def specification(self) -> dict[str, Any]:
-        """See `RopeScaling.specification`."""
-        return {}
-
-
-class Scaled(RopeScaling):
-    """A scaling of rotary positions, by the formulas of Hugging Face's `modeling_rope_utils`."""
-
-    factor: Annotated[float, Field(ge=1.0, le=1e6)] = Field(description="how many times longer rows may be")
-
-    def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `RopeScaling.faults`."""
-        if model.positions != "rope":
-            yield "kind", f"{self.name}: model.positions is {model.positions}: there is nothing to scale"
-
-
-class LinearScaling(Scaled):
-    """Positions are divided by the factor (position interpolation, arXiv 2306.15595)."""
-
-    def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
-        """See `RopeScaling.frequencies`."""
-        return _frequencies(width, theta) / self.factor, 1.0
-
-
-class DynamicScaling(Scaled):
-    """NTK-aware scaling, by the length of the row: up to the original length nothing is scaled.
-
-    A row's frequencies depend on its length (padding and all documents in it included), so earlier positions cannot be
-    kept while a row grows: generation goes over all of them.
-    """
-
-    original_max_position_embeddings: Size = Field(description="longest row of the model's first training")
-
-    def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
-        """See `RopeScaling.frequencies`."""
-        import torch
-
-        # in float32 as transformers has it, so that the tables are the same to the last bit
-        reach = torch.tensor(self.reach(length), device="cpu")
-        stretch = self.factor * reach / self.original_max_position_embeddings - (self.factor - 1)
-        return _frequencies(width, theta * stretch ** (width / (width - 2))), 1.0
-
-    def reach(self, length: int) -> int:
-        """See `RopeScaling.reach`."""
-        return max(length, self.original_max_position_embeddings)
-
-    def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `RopeScaling.faults`."""
-        yield from super().faults(model)
-        if model.attention.rotary_width(model) == 2:
-            yield "kind", "dynamic: a rotary part of width 2 has a single wavelength, which it cannot stretch"
-
-
-class Llama3Scaling(Scaled):
-    """LLaMA 3.1's: long wavelengths are stretched, short ones stay, and those between go from one to the other."""
-
-    original_max_position_embeddings: Size = Field(description="longest row of the model's first training")
-    low_freq_factor: Positive = Field(1.0, description="wavelengths above original / this are stretched whole")
-    high_freq_factor: Positive = Field(4.0, description="wavelengths below original / this are not stretched")
-
-    def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
-        """See `RopeScaling.frequencies`."""
-        import torch
-
-        plain, original = _frequencies(width, theta), self.original_max_position_embeddings
-        low, high = self.low_freq_factor, self.high_freq_factor
-        wavelength = 2 * math.pi / plain
-        share = (original / wavelength - low) / (high - low)
-        between = (1 - share) * plain / self.factor + share * plain
-        scaled = torch.where(wavelength > original / low, plain / self.factor, plain)
-        medium = (wavelength >= original / high) & (wavelength <= original / low)
-        return torch.where(medium, between, scaled), 1.0
-
-    def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `RopeScaling.faults`."""
-        yield from super().faults(model)
-        if self.high_freq_factor <= self.low_freq_factor:
-            yield "high_freq_factor", f"{self.high_freq_factor:g} is not above low_freq_factor {self.low_freq_factor:g}"
-
-
-class YarnScaling(Scaled):
-    """YaRN (arXiv 2309.00071): as llama3's by the number of turns in the original length, with a factor on scores."""
-
-    original_max_position_embeddings: Size = Field(description="longest row of the model's first training")
-    beta_fast: Positive = Field(32.0, description="dimensions with more turns than this are not stretched")
-    beta_slow: Positive = Field(1.0, description="dimensions with fewer turns than this are stretched whole")
-    attention_factor: Positive | None = Field(
-        None, description="factor on queries and keys; null: from factor, mscale and mscale_all_dim"
-    )
-    mscale: NonNegative | None = Field(None, description="weight of log(factor) above the attention factor's line")
-    mscale_all_dim: NonNegative | None = Field(None, description="weight of log(factor) below it")
-    truncate: bool = Field(True, description="round the bounds of the dimensions between to whole ones")
-
-    @property
-    def scores(self) -> float:
-        """The factor on queries and keys, resolved."""
-        if self.attention_factor is not None:
-            return self.attention_factor
-
-        def scale(weight: float) -> float:
-            return 0.1 * weight * math.log(self.factor) + 1.0
-
-        if self.mscale and self.mscale_all_dim:
-            return scale(self.mscale) / scale(self.mscale_all_dim)
-        return scale(1.0)
-
-    def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
-        """See `RopeScaling.frequencies`."""
-        import torch
-
-        def dimension(turns: float) -> float:
-            """The dimension that turns so often over the original length."""
-            lengths = self.original_max_position_embeddings / (turns * 2 * math.pi)
-            return width * math.log(lengths) / (2 * math.log(theta))
-
-        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, width - 1)
-        ramp = (torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / ((high - low) or 0.001)
-        stays, wavelengths = 1 - ramp.clamp(0, 1), _wavelengths(width, theta)
-        return 1.0 / (self.factor * wavelengths) * (1 - stays) + 1.0 / wavelengths * stays, self.scores
-
-    def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `RopeScaling.faults`."""
-        yield from super().faults(model)
-        if self.beta_fast <= self.beta_slow:
-            yield "beta_fast", f"{self.beta_fast:g} is not above beta_slow {self.beta_slow:g}"
-        if model.rope_theta <= 1.0:
-            yield "kind", f"yarn: model.rope_theta is {model.rope_theta:g}, and it needs wavelengths that grow"
-        if self.scores != 1.0 and not model.attention.scales_scores:
-            text = f"{model.attention.name} attention has no place for a factor on all scores ({self.scores:g})"
-            yield "attention_factor", f"{text}: set it to 1, or choose another kind"
-
-
-def _wavelengths(width: int, theta: float | Tensor) -> Tensor:
-    """Positions in which each pair of dimensions turns by a radian."""
-    import torch
-
-    # Always computed on the CPU in float32: the same on every device, and LLaMA's to the last bit.
-    powers: Tensor = theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
-    return powers
-
-
-def _frequencies(width: int, theta: float | Tensor) -> Tensor:
-    return 1.0 / _wavelengths(width, theta)
+        return TransformHead(model, self, vocab_size, embedding)

@@ -17,6 +17,7 @@ from stackwise.config.kinds import RopeScaling
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model import kinds
+from stackwise.model.scalings import Unscaled
 
 FUSED_NORMS = {"cuda"}
 """Kinds of device on which a norm under autocast gives what the layers behind it take, and keeps what it was given."""
@@ -37,7 +38,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm (arXiv 1607.06450) with weight and bias, with the dtypes of `RMSNorm`."""
+    """Layer norm (arXiv 1607.06450), with or without a bias, with the dtypes of `RMSNorm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D] in the weight's dtype; see `FUSED_NORMS`."""
@@ -115,8 +116,9 @@ def pull(roots: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
 
 def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     """The norm that the configuration names, over d_model."""
-    kind = RMSNorm if config.norm == "rmsnorm" else LayerNorm
-    return kind(config.d_model, eps=config.norm_eps)
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.d_model, eps=config.norm_eps)
+    return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.norm_bias)
 
 
 MOST_POSITIONS = 1 << 16
@@ -146,7 +148,7 @@ class Rotary(nn.Module):
         if width % 2:
             raise UsageError(f"rotary positions need heads of even width, not {width}")
         self.width, self.theta, self.max_positions = width, theta, max_positions
-        self.scaling = scaling or kinds.Unscaled()
+        self.scaling = scaling or Unscaled()
         self.reach = self.scaling.reach(1)
         """What the tables were made for (see `RopeScaling.reach`)."""
         device = torch.get_default_device()
@@ -226,22 +228,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "silu": F.silu,
 }
-"""By the names that `kinds.Activation` lists."""
+"""By the names that `kinds.Activation` lists, and SwiGLU's."""
 
 
-class SwiGLUFeedForward(nn.Module):
-    """Gated feed-forward (arXiv 2002.05202): down(silu(gate x) · up x)."""
+class GatedFeedForward(nn.Module):
+    """Gated feed-forward (arXiv 2002.05202): down(activation(gate x) · up x); by default with SiLU, SwiGLU."""
 
-    def __init__(self, d: int, f: int, bias: bool = False) -> None:
+    def __init__(self, d: int, f: int, activation: str = "silu", *, bias: bool = False) -> None:
         super().__init__()
         self.gate = nn.Linear(d, f, bias=bias)
         self.up = nn.Linear(d, f, bias=bias)
         self.down = nn.Linear(f, d, bias=bias)
+        self.activation = activation
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        y_BSD: Tensor = self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD))
+        y_BSD: Tensor = self.down(ACTIVATIONS[self.activation](self.gate(x_BSD)) * self.up(x_BSD))
         return y_BSD
 
 

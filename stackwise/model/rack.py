@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from stackwise.config.direction import Direction
 from stackwise.config.model import TIME_KNOTS, LearnedTime, ModelConfig, Sinusoidal
 from stackwise.errors import UsageError
+from stackwise.model import kinds
 from stackwise.model.attention import Cache, is_paired
 from stackwise.model.block import Block, Stack
-from stackwise.model.kinds import LinearHead
 from stackwise.model.layers import ACTIVATIONS, make_norm, too_long
 
 
@@ -136,7 +136,7 @@ class Head(nn.Module):
         shape = (vocab_size, config.d_model)
         if embedding is not None and tuple(embedding.shape) != shape:
             raise UsageError(f"an embedding of shape {tuple(embedding.shape)} cannot be a head of shape {shape}")
-        plain = not isinstance(config.head, LinearHead) or config.head.norm
+        plain = not isinstance(config.head, kinds.LinearHead) or config.head.norm
         self.norm = make_norm(config) if plain else nn.Identity()
         projection = (
             nn.Parameter(nn.init.normal_(torch.empty(shape), std=config.init_std)) if embedding is None else None
@@ -187,24 +187,28 @@ class Head(nn.Module):
 
 
 class TransformHead(Head):
-    """BERT's masked-LM head: a layer, an activation, a norm, and the projection with a bias.
+    """BERT's masked-LM head: a layer, an activation, a norm, and the projection with a bias; perhaps a norm before all.
 
     Args:
         config: The rack's configuration.
+        kind: The head's settings.
         vocab_size: Width of the logits.
         embedding: The projection [V, D] to share; None: a projection of its own.
-        activation: Its name, a key of `ACTIVATIONS`.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, embedding: Tensor | None, activation: str) -> None:
+    def __init__(
+        self, config: ModelConfig, kind: kinds.TransformHead, vocab_size: int, embedding: Tensor | None
+    ) -> None:
         super().__init__(config, vocab_size, embedding)
-        self.dense = nn.Linear(config.d_model, config.d_model)
-        self.activation = activation
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.input_norm = make_norm(config) if kind.input_norm else nn.Identity()
+        self.dense = nn.Linear(config.d_model, config.d_model, bias=kind.layer_bias)
+        self.activation = kind.activation
+        self.bias = nn.Parameter(torch.zeros(vocab_size)) if kind.bias else None
 
     def features(self, x: Tensor) -> Tensor:
         """See `Head.features`."""
-        normed: Tensor = self.norm(ACTIVATIONS[self.activation](self.dense(x.to(self.dense.weight.dtype))))
+        inner: Tensor = self.input_norm(x).to(self.dense.weight.dtype)
+        normed: Tensor = self.norm(ACTIVATIONS[self.activation](self.dense(inner)))
         return normed
 
 

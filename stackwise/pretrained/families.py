@@ -43,6 +43,7 @@ FAMILIES: Registry[type[Family]] = Registry(
         "gpt2": "GPT2",
         "bert": "Bert",
         "roberta": "Roberta",
+        "modernbert": "stackwise.pretrained.modernbert:ModernBert",
         "stackwise": "StackWise",
     },
 )
@@ -275,10 +276,12 @@ def part_shapes(description: Description, part: str) -> dict[str, tuple[int, ...
     if part == HEAD:
         shapes = {} if model.tie_embeddings else {"projection": (vocabulary, width)}
         if isinstance(model.head, TransformHead):
-            shapes |= {"dense.weight": (width, width), "dense.bias": (width,), "bias": (vocabulary,)}
+            shapes |= {"dense.weight": (width, width)} | ({"dense.bias": (width,)} if model.head.layer_bias else {})
+            shapes |= {"bias": (vocabulary,)} if model.head.bias else {}
+            shapes |= _norm(model, "input_norm") if model.head.input_norm else {}
         return shapes | (_norm(model, "norm") if getattr(model.head, "norm", True) else {})
     model = model.at(int(part.removeprefix(BLOCK)))
-    shapes = _norm(model, "attention_norm") | _norm(model, "ffn_norm")
+    shapes = (_norm(model, "attention_norm") if model.first_norm else {}) | _norm(model, "ffn_norm")
     for place, kind in (("attention", model.attention), ("ffn", model.ffn)):
         for name, matrix in kind.matrices(model).items():
             shapes[f"{place}.{name}.weight"] = (matrix.outputs, matrix.inputs)
@@ -303,7 +306,7 @@ def stored_shape(shape: tuple[int, ...], refs: Iterable[TensorRef], ref: TensorR
 
 
 def _norm(model: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
-    names = ("weight", "bias") if model.norm == "layernorm" else ("weight",)
+    names = ("weight", "bias") if model.norm == "layernorm" and model.norm_bias else ("weight",)
     return {f"{name}.{kind}": (model.d_model,) for kind in names}
 
 

@@ -52,6 +52,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {"type_vocab_size": 2},
     "bert-untied": {"tie_word_embeddings": False, "hidden_act": "gelu_new"},
     "roberta": {"type_vocab_size": 1, "pad_token_id": 1},
+    "modernbert": {"local_attention": 8, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0},
+    "modernbert-biases": {
+        **{"local_attention": 6, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0, "norm_bias": True},
+        **{"attention_bias": True, "classifier_bias": True, "decoder_bias": False, "tie_word_embeddings": False},
+        **{"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+    },
 }
 """Settings of each; what follows a dash tells several of one family apart."""
 
@@ -75,7 +81,7 @@ def make(
     kind = name.partition("-")[0]
     common = {"vocab_size": 99} if kind == "gpt2" else COMMON
     config = AutoConfig.for_model(kind, **(common | FAMILIES[name] | settings))
-    auto = AutoModelForMaskedLM if kind in ("bert", "roberta") else AutoModelForCausalLM
+    auto = AutoModelForMaskedLM if kind in ("bert", "roberta", "modernbert") else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = auto.from_config(config).eval()
