@@ -1,6 +1,6 @@
 """Families of baselines × ways of training them, at equal compute, several seeds: the table of docs/baselines.md.
 
-    python -m benchmarks.baselines [--seeds 3] [--steps 200] [--rates 3e-3] [--write]
+    python -m benchmarks.baselines [--seeds 3] [--steps 200] [--rates 1e-3,3e-3,1e-2] [--write]
 
 Each cell is composed as `baselines/scripts/train.py` composes it. Its learning rate is the best of the grid on the
 first seed. Results are kept in a file run by run; what is there is not run again. The table says what is unfinished.
@@ -31,6 +31,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 FAMILIES = {
     "BERT": "encoder/bert_family/tiny",
+    "ModernBERT": "encoder/modernbert/tiny",
     "GPT-2": "decoder/gpt2_family/tiny",
     "LLaMA": "decoder/llama_family/tiny",
 }
@@ -154,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--seeds", type=positive, default=3, metavar="N", help="seeds; default 3")
     add("--steps", type=positive, default=200, metavar="N", help="steps of end to end; default 200")
-    add("--rates", default="3e-3", metavar="X,X", help="the grid of learning rates; default 3e-3")
+    add("--rates", default="1e-3,3e-3,1e-2", metavar="X,X", help="the grid of learning rates")
     add("--results", type=Path, default=DOCS / "baselines.json", metavar="FILE", help="where results are kept")
     add("--dir", metavar="DIR", help="where the temporary runs go; default: the system's temporary directory")
     add("--report", action="store_true", help="run nothing: the table of what is there")
@@ -205,16 +206,16 @@ def _measure(options: argparse.Namespace) -> Section:
         f"4 blocks of width 64 of each family's own kind, samples of 64 bytes, batches of 8, {options.steps} steps of "
         "end to end; the other rows have as many steps as cost the same: operations of matrices, those of forward "
         "passes between stages among them. Each sample is seen once. Data: this machine's Python standard library, "
-        "held-out files; of BERT the bound of masked diffusion, of the others exact, so it is not to be "
-        "compared with them. Medians over seeds, smallest to largest in brackets. "
+        "held-out files; of both encoders the bound of masked diffusion, of the others exact, so it is not "
+        "to be compared with them. Medians over seeds, smallest to largest in brackets. "
         "Against end to end: the mean difference over seeds and held-out samples, and its 95% interval by a paired "
-        "bootstrap over both; below 0 is better. BERT learns at 15% masked alone, and its bound asks it at all shares. "
-        f"Rates: the best of {options.rates} by the first seed; of one alone none was tuned. Dropout is 0, and fresh "
+        "bootstrap over both; below 0 is better. BERT learns at 15% masked alone, ModernBERT at 30%, and their bound asks all shares. "
+        f"Rates: the best of {options.rates} by the first seed. Dropout is 0, and fresh "
         "weights are wider than the families' own. So short a training says which way learns sooner, not where it ends."
         + (f" Unfinished: {missing} of {len(cells) * options.seeds} runs are not there yet." if missing else "")
     )
     return Section(
-        "baselines", "Three families at equal compute", text, table(header, rows), "CPU", {"runs": results.runs}
+        "baselines", "Four families at equal compute", text, table(header, rows), "CPU", {"runs": results.runs}
     )
 
 
