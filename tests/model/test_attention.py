@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, object]] = {
     "performer": {"attention": {"kind": "linear", "feature_map": "performer", "random_features": 12}},
     "window": {"attention": {"kind": "gqa", "kv_heads": 2, "window": 5, "qk_norm": True, "bias": "qkv"}},
     "wide-heads": {"attention": {"kind": "mha", "bias": "all"}, "head_size": 12, "norm_place": "post"},
+    "local": {"attention": {"kind": "mha", "window": 5, "window_sides": "both", "window_rope_theta": 50.0}},
     "mla-window": {"attention": {"kind": "mla", "window": 6}, "head_size": 12},
     "elu-norm": {"attention": {"kind": "linear", "qk_norm": True, "bias": "qkv"}, "head_size": 6},
 }
@@ -66,8 +67,11 @@ def documents(length: int) -> Tensor:
     return (torch.arange(length)[None, :, None] >= edges[:, None]).sum(-1)
 
 
-def visible(direction: Direction, q: int, k: int, length: int, window: int | None) -> bool:
+def visible(direction: Direction, q: int, k: int, length: int, window: int | None, both: bool = False) -> bool:
     """Which position sees which, said again in other words."""
+    if both and window is not None:
+        places = length // 2 if isinstance(direction, BlockCausal) and direction.paired else length
+        return abs(q % places - k % places) < window and visible(direction, q, k, length, None)
     if direction is False:
         return True
     back = length if window is None else window
