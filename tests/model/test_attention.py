@@ -131,7 +131,8 @@ def reference(module: Any, x: Tensor, direction: Direction, segments: Tensor | N
             seen = [
                 j
                 for j in range(S)
-                if visible(direction, i, j, S, a.window) and (segments is None or segments[b, i] == segments[b, j])
+                if visible(direction, i, j, S, a.window, getattr(a, "both_sides", False))
+                and (segments is None or segments[b, i] == segments[b, j])
             ]
             if isinstance(a, LinearAttention):
                 phi_q, phi_k = features(a, q[b, i], True), features(a, k[b, seen], False)
@@ -223,7 +224,7 @@ def test_the_latent_cache_holds_the_latent_alone() -> None:
     assert [list(t.shape) for t in cache.kept] == [[2, H, E, E + 1]], "a state, whatever the length"
 
 
-@pytest.mark.parametrize("kind", ["mha", "window"])
+@pytest.mark.parametrize("kind", ["mha", "window", "local"])
 def test_annealing_runs_from_both_ways_to_one(kind: str) -> None:
     made, x = block(kind), stream(40)
     torch.testing.assert_close(made(x, causal=Annealed(1.0, 3)), made(x))

@@ -172,6 +172,10 @@ def test_what_the_phases_share_is_named_as_unused(micro: Micro) -> None:
         ({"training__growth": [*growth(), {"blocks": 2, "until": 0.7}]}, "training.growth.1.blocks: 2 are no more"),
         ({"training__growth": growth(commit=1e-9)}, "training.growth.0.commit: must be at least 0.001"),
         ({"training__growth": growth(blocks=4)}, "training.growth.0.blocks: 4 leave nothing to grow"),
+        (
+            {"training__growth": growth(blocks=1, new="copy"), "model__first_norm": False},
+            "training.growth.0.new: copy, but block 1 has other layers than block 0",
+        ),
         ({"training__growth": growth(blocks=9)}, "training.growth.0.blocks: 9 leave nothing to grow"),
         ({"training__growth": growth(blocks=1, ends=True)}, "training.growth.0.ends: .* two blocks"),
         ({"training__growth": growth(), "training__mode": "independent"}, "training.growth: independent stages"),
