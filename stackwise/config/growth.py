@@ -132,6 +132,8 @@ class Grown:
         for number, phase in enumerate(self.phases):
             for block, origin in self.origins(number + 1, model.n_blocks).items():
                 if origin is not None and not model.alike(block, origin):
-                    text = f"{phase.new}, but block {block} has other layers than block {origin}, as which it would begin"
+                    text = (
+                        f"{phase.new}, but block {block} has other layers than block {origin}, as which it would begin"
+                    )
                     yield f"{number}.new", f"{text}: take identity or fresh"
                     break

@@ -141,7 +141,9 @@ class ModelConfig(Section):
     @property
     def block_parameters(self) -> int:
         """Parameters in one block, resolved (`at`)."""
-        return self.attention.parameters(self) + self.ffn.parameters(self) + (1 + self.first_norm) * self.norm_parameters
+        return (
+            self.attention.parameters(self) + self.ffn.parameters(self) + (1 + self.first_norm) * self.norm_parameters
+        )
 
     @property
     def active_parameters(self) -> int:
@@ -212,7 +214,9 @@ class ModelConfig(Section):
         spec |= {"time_embedding": self.time_embedding.plain()}
         if self.heads_width != self.d_model:
             spec["head_size"] = self.head_dim
-        later = self.model_dump(include={"norm_place", "position_offset", "embedding_norm", "token_types", "first_norm"})
+        later = self.model_dump(
+            include={"norm_place", "position_offset", "embedding_norm", "token_types", "first_norm"}
+        )
         later |= {"norm_bias": self.norm_bias or self.norm != "layernorm"}
         spec |= {key: value for key, value in later.items() if value != type(self).model_fields[key].default}
         spec |= {"rope_scaling": scaling} if (scaling := self.rope_scaling.specification()) else {}

@@ -118,7 +118,9 @@ class Block(nn.Module):
             y_BSD = self.ffn_norm(x_BSD + self._drop(y_BSD).to(x_BSD.dtype))
             out_BSD: Tensor = y_BSD.to(x_BSD.dtype)
             return out_BSD
-        y_BSD = self.attention(self._narrow(self.attention_norm(x_BSD)), causal=causal, segments_BS=segments_BS, cache=cache)
+        y_BSD = self.attention(
+            self._narrow(self.attention_norm(x_BSD)), causal=causal, segments_BS=segments_BS, cache=cache
+        )
         x_BSD = x_BSD + self._drop(y_BSD).to(x_BSD.dtype)
         y_BSD = self.ffn(self.ffn_norm(x_BSD))
         return x_BSD + self._drop(y_BSD).to(x_BSD.dtype)

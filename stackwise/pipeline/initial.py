@@ -102,7 +102,12 @@ class Shallower:
         self._whole, self._blocks = whole, blocks
         sizes = ArchitectureConfig(n_stacks=len(blocks))
         attention, ffn = whole.model.attention.chosen(blocks), whole.model.ffn.chosen(blocks)
-        own = {"architecture": sizes, "attention": attention, "ffn": ffn, "first_norm": whole.model.at(blocks[0]).first_norm}
+        own = {
+            "architecture": sizes,
+            "attention": attention,
+            "ffn": ffn,
+            "first_norm": whole.model.at(blocks[0]).first_norm,
+        }
         self.model = whole.model.model_copy(update=own)
         self.tokenizer_json, self.objective, self.notes = whole.tokenizer_json, whole.objective, whole.notes
         self.checkpoint = getattr(whole, "checkpoint", None)
