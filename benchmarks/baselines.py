@@ -209,7 +209,8 @@ def _measure(options: argparse.Namespace) -> Section:
         "held-out files; of both encoders the bound of masked diffusion, of the others exact, so it is not "
         "to be compared with them. Medians over seeds, smallest to largest in brackets. "
         "Against end to end: the mean difference over seeds and held-out samples, and its 95% interval by a paired "
-        "bootstrap over both; below 0 is better. BERT learns at 15% masked alone, ModernBERT at 30%, and their bound asks all shares. "
+        "bootstrap over both; below 0 is better. BERT learns at 15% masked alone, ModernBERT at 30%, and their bound "
+        "asks all shares. "
         f"Rates: the best of {options.rates} by the first seed. Dropout is 0, and fresh "
         "weights are wider than the families' own. So short a training says which way learns sooner, not where it ends."
         + (f" Unfinished: {missing} of {len(cells) * options.seeds} runs are not there yet." if missing else "")
