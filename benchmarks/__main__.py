@@ -14,7 +14,7 @@ from benchmarks.common import say
 
 ALL = (
     *("stage", "feed", "depth", "demo", "pipeline", "checkpoint", "swap", "capture", "tune", "pretrained", "adapters"),
-    "scaling",
+    *("scaling", "plan"),
 )
 
 

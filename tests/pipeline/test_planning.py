@@ -161,6 +161,7 @@ def test_twice_the_disk_s_rate_halves_a_read_that_bounds_a_stage() -> None:
         (["--gpu", "h20"], "did you mean h200"),
         (["--gpu", "mine.yaml"], "No such file"),
         (["--gpu", "h200", "--disk", "fast"], "is no size"),
+        (["--gpu", "h200", "--disk", "7"], "holds nothing"),
         (["--gpu", "h200", "--disk", "1GB/s,2GB/s,3GB/s"], "one or two rates"),
         (["--gpu", "h200", "--ram", "-1"], "is no size"),
         (["--gpu", "h200", "--tokens", "many"], "no number of tokens"),

@@ -161,7 +161,8 @@ def _changes(planned: Forecast) -> Iterator[str]:
     now = next(_tried(planned, "as it is", lambda c: None))  # by closed forms, as the changes are: a trace differs
     for text, change in options:
         for other in _tried(planned, text, change):
-            if other.live < 0.98 * now.live or other.memory < 0.98 * now.memory:
+            wears = planned.live > machine.disk.size and other.written < 0.98 * now.written
+            if other.live < 0.98 * now.live or other.memory < 0.98 * now.memory or wears:
                 yield other.line()
     if any(stage.host_memory > machine.ram for stage in planned.stages):
         need = max(stage.host_memory for stage in planned.stages)

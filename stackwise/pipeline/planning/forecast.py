@@ -24,6 +24,8 @@ from stackwise.words import size
 
 DEFAULT_TOKENS = 10**9
 AHEAD = 3  # batches that lie ready
+HOLES = 0.5
+"""On a CPU, of what comes and goes in a step, what the heap of glibc takes beside it (docs/log.md)."""
 CACHED = 0.5  # share of the host's memory that files may stay in, to be read from there again
 COMPUTE, READ, WRITE, COPIES = "compute", "disk read", "disk write", "host copies"
 
@@ -314,7 +316,9 @@ def _stage(
         reached = resident / max(terms.values())
         written += steps * moved.written
     else:
-        host += state if machine.kind == "cuda" else state + found.parts["peak"]
+        host += state
+        if machine.kind != "cuda":
+            host += found.parts["peak"] + HOLES * (found.parts["activations"] + found.parts["head"])
         terms = {COMPUTE: compute, READ: cold, COPIES: copies}
         seconds = max(terms.values())
         saves = (

@@ -163,6 +163,10 @@ def amount(text: str, per: str = "") -> float:
     return value
 
 
+SMALLEST = 1e6
+"""Bytes of a disk that means something: a number without its unit is one that does not."""
+
+
 def disk(text: str, where: str = "--disk") -> Disk:
     """A disk in words: rates and a size with commas between: 7GB/s,15TB; with two rates the second is of writing.
 
@@ -177,6 +181,8 @@ def disk(text: str, where: str = "--disk") -> Disk:
         raise UsageError(f"{where} {text}: {error}", hint="give rates and a size: 7GB/s,5GB/s,15TB") from None
     if len(rates) > 2 or len(sizes) > 1 or not parts:
         raise UsageError(f"{where} {text}: one or two rates and a size", hint="such as 7GB/s,15TB")
+    if sizes and sizes[0] < SMALLEST:
+        raise UsageError(f"{where} {text}: a disk of {sizes[0]:.0f} bytes holds nothing", hint="such as 7GB/s,15TB")
     known = Disk()
     read = rates[0] if rates else known.read
     return Disk(read, rates[1] if len(rates) > 1 else read if rates else known.write, sizes[0] if sizes else known.size)

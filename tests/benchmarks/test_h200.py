@@ -1,0 +1,68 @@
+"""The one command for a rented card: what was measured is kept, a part that fails is said, the rest goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import document, h200
+
+
+@pytest.fixture(autouse=True)
+def own_document(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    path = tmp_path / "benchmarks.md"
+    monkeypatch.setenv(document.VARIABLE, str(path))
+    return path
+
+
+def test_results_are_kept_and_the_same_command_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_document: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    fails = {"swapped", "loss"}
+
+    def faked(bench: h200.Bench) -> dict[str, Callable[[float], Any]]:
+        def part(name: str) -> Callable[[float], Any]:
+            def take(seconds: float) -> Any:
+                asked.append(name)
+                if name in fails:
+                    raise ValueError("out of luck") if name == "swapped" else subprocess.TimeoutExpired("it", 1)
+                return {"same weights": True}
+
+            return take
+
+        return {name: part(name) for name in ("smoke", "swapped", "loss", "peers")}
+
+    monkeypatch.setattr(h200, "parts", faked)
+    given = ["--device", "cpu", "--out", str(tmp_path / "out"), "--skip", "peers", "--write"]
+    assert h200.main(given) == 0
+    assert asked == ["smoke", "swapped", "loss"]
+    kept = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert kept["parts"]["smoke"]["result"] == {"same weights": True}
+    assert [kept["parts"][name]["fault"] for name in ("swapped", "loss")] == ["out of luck", "the time was up"]
+    assert "out of luck" in own_document.read_text()
+
+    asked.clear()
+    fails.clear()
+    assert h200.main(given[:4]) == 0
+    assert asked == ["swapped", "loss", "peers"]
+    capsys.readouterr()
+    assert h200.main([*given[:4], "--only", "nothing"]) == 2
+    assert "smoke" in capsys.readouterr().err
+    kept["device"] = "another"
+    (tmp_path / "out" / "results.json").write_text(json.dumps(kept))
+    assert h200.main(given[:4]) == 2
+
+
+def test_every_device_has_a_shape_and_every_part_a_command() -> None:
+    assert [shape.least for shape in h200.SHAPES] == sorted((shape.least for shape in h200.SHAPES), reverse=True)
+    assert h200.SHAPES[-1].least == 0
+    for shape in h200.SHAPES:
+        assert {"smoke", "block", "stages", "swapped", "peers"} <= set(
+            h200.parts(h200.Bench(shape, "", "cuda", Path()))
+        )
