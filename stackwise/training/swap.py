@@ -85,10 +85,8 @@ class SwappedEngine:
         self.log.open(space.warn)
         self.spill = Spill(space.directory / "step", space.memory, self.lane)
         self.kept = KeptPasses(space.passes)
-        self.loader = PartLoader(
-            parts, self.log, settings, device, rising, spill=self.spill, most_pieces=space.pieces, kept=self.kept
-        )
-        self.loader.ahead = space.ahead
+        self.loader = PartLoader(parts, self.log, settings, device, rising, spill=self.spill, most_pieces=space.pieces)
+        self.loader.kept, self.loader.ahead = self.kept, space.ahead
         self.scale = LossScale(settings.loss_scale) if parts.precision == "fp16" else None
         self.last = LastNorm() if settings.clip_by == "last" and settings.grad_clip > 0 else None
         if self.last is not None and self.log.committed.norm is not None:

@@ -9,7 +9,7 @@ so these updates are made up for, one by one, in their order: the bits are the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,11 +18,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stackwise.batch import Batch
 from stackwise.config import StageTraining
-from stackwise.store import Codec
 from stackwise.training.engine import MEAN, OPTIMIZER, WEIGHT, State, optimizer_state
-from stackwise.training.forward import MakeOutputs, pass_through
 from stackwise.training.optim import Rising, Stepper, make_optimizer, set_rates, state_tensors
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_kept import KeptPasses
@@ -140,10 +137,6 @@ def pieces_of(parts: Parts) -> dict[str, Sequence[str]]:
     return {name: paths for name in parts.names if name in parts.trains and (paths := parts.pieces(name))}
 
 
-def _as_it_starts(parts: Parts, name: str, path: str) -> dict[str, Tensor]:
-    return {f"{WEIGHT}{key}": value for key, value in parts.piece(name, path).items()}
-
-
 def lend(part: nn.Module, lender: Lender) -> None:
     """Let a part ask for its pieces when rows reach them."""
     for module in part.modules():
@@ -175,7 +168,6 @@ class PartLoader:
     Args:
         spill: Holds gradients of pieces that are away.
         most_pieces: Pieces of a part that are in memory at once; None: all that rows have reached.
-        kept: Has the parts of groups that wait without their weights; None: none wait.
     """
 
     def __init__(
@@ -188,9 +180,10 @@ class PartLoader:
         *,
         spill: Spill,
         most_pieces: int | None = None,
-        kept: KeptPasses | None = None,
     ) -> None:
-        self.kept, self.ahead = kept, True
+        self.kept = KeptPasses(0)
+        """Has the parts of groups that wait without their weights."""
+        self.ahead = True
         """Whether groups come to the device while another one computes; else when it has gone."""
         self.parts, self.log, self.settings, self.device, self.rising = parts, log, settings, device, rising
         self.spill, self.most_pieces, self.lane = spill, most_pieces, log.lane
@@ -203,7 +196,7 @@ class PartLoader:
         Args:
             moments: And with what else their update needs.
         """
-        waiting = self.kept.parts(group.index) if self.kept is not None else None
+        waiting = self.kept.parts(group.index)
         parts = {}
         for name in group.names:
             weights = self.log.read(name, WEIGHT)
@@ -480,61 +473,3 @@ class PartLoader:
         embedding = front.get_parameter("embedding.weight")
         head = self.parts.make(HEAD, self.log.read(HEAD, WEIGHT), embedding)
         return self.parts.model({HEAD: head.requires_grad_(False).to(self.device)})
-
-
-def grouped_outputs(
-    parts: Parts,
-    groups: int,
-    row_bytes: int,
-    memory: int,
-    below: Sequence[StageModel] = (),
-    *,
-    most_pieces: int | None = None,
-) -> MakeOutputs:
-    """What makes a stage's outputs (see `forward.outputs`) with one group of its parts in memory, bit for bit the same.
-
-    Batches are gathered until their activations fill the memory; then every group takes its turn. A piece that none of
-    their rows reaches is not read.
-
-    Args:
-        memory: Bytes of activations held at once; a batch is held in any case.
-        below: Frozen stages on the device that the rows go through before.
-        most_pieces: See `PartLoader`.
-    """
-    turns, pieces = make_groups(parts, groups), pieces_of(parts)
-
-    def load(device: torch.device, group: PartGroup) -> Loaded:
-        loaded = Loaded(group, {name: parts.make(name, None, whole=name not in pieces) for name in group.names})
-        for name in pieces.keys() & loaded.parts.keys():
-            part, read = loaded.parts[name], partial(_as_it_starts, parts, name)
-            lend(part, Lender(part, pieces[name], read, None, device, most=most_pieces, name=name))
-        return loaded
-
-    def up(batches: list[Batch], device: torch.device) -> list[Tensor]:
-        leaving: list[Tensor] = []
-        for loaded in in_turn([partial(load, device, group) for group in turns]):
-            loaded.to(device)
-            model = parts.model(loaded.parts).eval()
-            for number, cpu_batch in enumerate(batches):
-                batch = cpu_batch.above(leaving[number]) if len(leaving) > number else cpu_batch
-                with torch.no_grad(), model.numerics(device):
-                    x_BSD = model.activations(batch.to(device)).cpu()
-                leaving[number : number + 1] = [x_BSD]
-            del loaded, model
-        return leaving
-
-    def outputs(batches: Iterator[Batch], codec: Codec, device: torch.device) -> Generator[Tensor]:
-        gathered: list[Batch] = []
-        held = 0
-        for batch in batches:
-            with torch.no_grad():
-                x_BSD = codec.round_trip(pass_through(below, batch.to(device), codec)).cpu() if below else None
-            gathered.append(batch if x_BSD is None else batch.above(x_BSD))
-            held += row_bytes * len(batch.rows_B)
-            if held >= memory:
-                yield from up(gathered, device)
-                gathered, held = [], 0
-        if gathered:
-            yield from up(gathered, device)
-
-    return outputs

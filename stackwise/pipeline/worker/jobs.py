@@ -60,7 +60,7 @@ from stackwise.training.feed import Feed, RowSource
 from stackwise.training.forward import FilledBoundary, MakeOutputs, write_boundary
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import StageModel
-from stackwise.training.swap_parts import grouped_outputs
+from stackwise.training.swap_outputs import grouped_outputs
 from stackwise.training.tasks import DataTasks, PermutedTasks
 
 PROGRESS_SECONDS = 0.25  # between two events on how far the evaluation is

@@ -34,7 +34,7 @@ from stackwise.training.curriculum import DIFFICULTY, RowLosses
 from stackwise.training.feed import RowSource
 from stackwise.training.forward import MakeOutputs, write_boundary
 from stackwise.training.stage import StageModel
-from stackwise.training.swap_parts import grouped_outputs
+from stackwise.training.swap_outputs import grouped_outputs
 
 PROGRESS_SECONDS = 0.25
 
