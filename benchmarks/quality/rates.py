@@ -92,6 +92,13 @@ def steps_apart(grid: Sequence[float], first: dict[float, float], second: dict[f
     return abs(order.index(min(first, key=first.__getitem__)) - order.index(min(second, key=second.__getitem__)))
 
 
+def settled(grid: Sequence[float], losses: dict[float, float]) -> bool:
+    """Whether the rates beside the best one are measured: at an edge of what is measured it may lie beyond."""
+    order = sorted(grid)
+    place = order.index(min(losses, key=losses.__getitem__))
+    return 0 < place < len(order) - 1 and order[place - 1] in losses and order[place + 1] in losses
+
+
 def _measure(options: argparse.Namespace) -> Section:
     rates, size = [float(rate) for rate in options.rates.split(",")], Size(options.width, options.steps)
     names = [OPTIMIZERS[options.optimizer]] if options.optimizer else list(OPTIMIZERS.values())
@@ -107,11 +114,10 @@ def _measure(options: argparse.Namespace) -> Section:
             lines.append([optimizer, str(depth), *(_cell(rate, losses) for rate in rates)])
         if len(measured) > 1:
             low, high = measured[min(measured)], measured[max(measured)]
-            apart = words.plural(steps_apart(rates, low, high), "step")
-            verdicts.append(
-                f"With {optimizer} the best rates of {min(measured)} and {max(measured)} blocks are {apart} of "
-                "the grid apart"
-            )
+            between = f"With {optimizer} the best rates of {min(measured)} and {max(measured)} blocks are"
+            apart = f"{words.plural(steps_apart(rates, low, high), 'step')} of the grid apart"
+            sure = settled(rates, low) and settled(rates, high)
+            verdicts.append(f"{between} {apart if sure else 'at an edge of what is measured: nothing follows yet'}")
     if not verdicts:
         raise refuse("there are no results of two depths yet", "leave --report out")
     text = (
@@ -119,7 +125,9 @@ def _measure(options: argparse.Namespace) -> Section:
         f"{size.width}, one seed, the best of each line in bold; –: not measured. {'. '.join(verdicts)}."
     )
     body = table(["optimizer", "blocks", *(words.rate(rate) for rate in rates)], lines)
-    return Section("quality-rates", "The best rate over depth", text, body, "CPU", losses_of)
+    key = size.file(Path(), BASE[DEPTH]).stem + "-rates"
+    title = f"The best rate over depth, width {size.width}"
+    return Section(key, title, text, body, "CPU", losses_of)
 
 
 def _cell(rate: float, losses: dict[float, float]) -> str:

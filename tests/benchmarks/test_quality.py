@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.quality.__main__ import DOCS, main
 from benchmarks.quality.page import body, gaps, write_gaps, write_plots
-from benchmarks.quality.rates import Size, grids, steps_apart
+from benchmarks.quality.rates import Size, grids, settled, steps_apart
 from benchmarks.quality.rows import BASE, BUDGETS, PLAIN, ROWS, Budget, Row, configuration, flops, updates, whole_share
 from stackwise.pipeline.schedule import schedule
 
@@ -104,6 +104,9 @@ def test_the_best_rate_of_two_blocks_is_that_of_eight_within_a_step_of_the_grid(
     by_depth = grids(DOCS, Size(96, 800), (2, 8), rates)["AdamW"]
     assert list(by_depth[2]) == list(by_depth[8]) == rates, "all of them are measured"
     assert steps_apart(rates, by_depth[2], by_depth[8]) <= 1
+    assert settled(rates, by_depth[2])
+    assert settled(rates, by_depth[8])
+    assert not settled([*rates, 1.2e-2], {3e-3: 2.0, 6e-3: 1.0}), "the best may lie beyond"
 
 
 def test_a_directory_that_is_not_there_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
