@@ -33,6 +33,7 @@ MEETING_SECONDS = 120.0  # for all ranks to come together
 END_SECONDS = 10.0  # for the last words to reach the others
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 """Seconds until a silent connection is asked for, between two questions, and how many go unanswered."""
+KILLED_SECONDS = 5.0  # that a worker of another host, which was killed, is waited for
 
 Message = dict[str, Any]
 
@@ -131,6 +132,12 @@ class RemoteWorker:
     def send_signal(self, number: int) -> None:
         """Send it a signal."""
         self._say(signal=int(number))
+        if number == signal.SIGKILL:  # which may not come through to it, nor its end back
+            threading.Thread(target=self._given_up, name="killed", daemon=True).start()
+
+    def _given_up(self) -> None:
+        if not self._over.wait(KILLED_SECONDS):
+            self._host.lost(self)
 
     def poll(self) -> int | None:
         """Its exit code, where it has ended."""
@@ -165,7 +172,7 @@ class Host:
         with self._lock:
             gone, self._workers[number] = self._gone, worker
         if gone:
-            self._lost(worker)
+            self.lost(worker)
         else:
             self.wire.send({"worker": number, "start": device, "log": str(log)})
         return worker
@@ -178,9 +185,10 @@ class Host:
         with self._lock:
             self._gone = True
         for worker in self._workers.values():
-            self._lost(worker)
+            self.lost(worker)
 
-    def _lost(self, worker: RemoteWorker) -> None:
+    def lost(self, worker: RemoteWorker) -> None:
+        """Take a worker for ended, where it has not said so itself."""
         if worker.poll() is None:
             text = f"the process of rank {self.rank} on {self.name} is gone, or the network to it"
             worker.hear({"event": {"event": "error", "exit_code": 1, "message": text}})
