@@ -67,6 +67,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.without_norm = not config.first_norm
         # a norm that is not there has no parameters, and no place in files
         self.attention_norm = make_norm(config) if config.first_norm else nn.Identity()
         self.attention = config.attention.build(config)
@@ -118,9 +119,9 @@ class Block(nn.Module):
             y_BSD = self.ffn_norm(x_BSD + self._drop(y_BSD).to(x_BSD.dtype))
             out_BSD: Tensor = y_BSD.to(x_BSD.dtype)
             return out_BSD
-        y_BSD = self.attention(
-            self._narrow(self.attention_norm(x_BSD)), causal=causal, segments_BS=segments_BS, cache=cache
-        )
+        # not behind a norm: on a GPU under autocast it gives 16 bits, which must not be widened again
+        normed_BSD = self._narrow(x_BSD) if self.without_norm else self.attention_norm(x_BSD)
+        y_BSD = self.attention(normed_BSD, causal=causal, segments_BS=segments_BS, cache=cache)
         x_BSD = x_BSD + self._drop(y_BSD).to(x_BSD.dtype)
         y_BSD = self.ffn(self.ffn_norm(x_BSD))
         return x_BSD + self._drop(y_BSD).to(x_BSD.dtype)

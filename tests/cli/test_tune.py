@@ -178,7 +178,7 @@ def test_trials_as_jobs_of_slurm_which_go_on_when_the_search_is_killed(
     command = [*args, "--trials", "2", "--engine", "slurm", "--run", str(place), "-o", "device=cpu"]
     with subprocess.Popen([*COMMAND, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         end = time.monotonic() + 60
-        while time.monotonic() < end and len(list(queue.glob("pid-*"))) < 2:
+        while time.monotonic() < end and len(list(place.glob("trials/*/jobs.json"))) < 2:  # both known as queued
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     done = stackwise(*command, "--json")
