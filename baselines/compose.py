@@ -140,11 +140,26 @@ def refusal(error: Exception) -> UsageError:
     if group_key := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
         return UsageError(f"{group_key[1]}: there is no such group", hint=_instead(group_key[1], groups()))
     if key := re.search(r"Could not override '([^']+)'", text):
-        keys = [name for name, _ in leaves(defaults())]
-        return UsageError(f"{key[1]}: unknown key", hint=_instead(key[1], [*keys, *groups()]))
+        return UsageError(f"{key[1]}: unknown key", hint=_key_instead(key[1]))
     if override := re.search(r"Error parsing override '([^']*)'", text):
         return UsageError(f"{override[1]}: cannot be read", hint="GROUP=OPTION, or KEY=VALUE such as seed=1")
     return UsageError(text[:300], hint="`--cfg job` prints what is composed; HYDRA_FULL_ERROR=1 shows the traceback")
+
+
+def _key_instead(key: str) -> str:
+    """What StackWise says of a key that Hydra does not have: a choice's settings are no part of the defaults."""
+    tree: Any = None
+    for name in reversed(key.split(".")):
+        tree = {name: tree}
+    try:
+        build(StackWiseConfig, tree, source="")
+    except UsageError as error:
+        _, unknown, meant = str(error).partition(f"{key}: unknown key; ")
+        if unknown and "the top level" not in meant:
+            return meant
+        if unknown or f"{key}: " not in str(error):  # a part of it is no section
+            return _instead(key, [*(name for name, _ in leaves(defaults())), *groups()])
+    return f"a setting of the choice {key.rpartition('.')[0]}: add it with +{key}=…"
 
 
 def groups() -> list[str]:
@@ -168,5 +183,6 @@ def _names(folder: Path) -> list[str]:
 
 
 def _instead(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    begun = [full for full in names if full.startswith(name)]  # the first part of a path is what is remembered
+    near = begun[:5] or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names[:40])}"

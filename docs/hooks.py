@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -18,3 +21,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     text = f"{INTRODUCTION}\n```yaml\n{commented('micro')}\n```\n"
     files.append(File.generated(config, "settings.md", content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Write a line's end that is kept (a backslash behind code, as GitHub reads it) as this generator reads it."""
+    return re.sub(r"(?m)^(`[^`\n]+`)\\$", r"\1<br>", markdown)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import hydra
 import pytest
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from baselines.compose import CONFIGS, configuration, experiments, options, register
+from baselines.compose import CONFIGS, configuration, experiments, options, refusal, register
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "baselines" / "scripts" / "train.py"
@@ -76,6 +77,29 @@ def test_a_sweep_trains_no_stage_twice(tmp_path):
     assert results[0]["suites"]["lm"]["likelihood"] == "exact"
     assert results[0]["evaluation"] == results[1]["evaluation"]  # stages of one block: the same recipes
     assert len(list((tmp_path / "runs" / "store" / "stages").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("model.attention.windw", "model.attention.window"),
+        ("model.attention.window", "+model.attention.window"),
+        ("model.attention.kv_heads", "gqa"),
+        ("seeed", "seed"),
+        ("seed.x", "seed"),
+        ("xyz.a", "model.d_model"),
+    ],
+)
+def test_a_wrong_key_names_what_there_is_settings_of_choices_too(compose, key, named):
+    with pytest.raises(HydraException) as raised:
+        compose("config", [f"{key}=3"])
+    assert named in str(refusal(raised.value).hint)
+
+
+def test_the_first_part_of_a_path_names_what_begins_so(compose):
+    with pytest.raises(HydraException) as raised:
+        compose("experiments/bert")
+    assert "experiments/bert_reproduction/bert_base_glue" in str(refusal(raised.value).hint)
 
 
 @pytest.mark.parametrize(

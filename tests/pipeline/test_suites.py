@@ -114,7 +114,7 @@ def test_language_modelling_scores_every_token_once(weights, tmp_path):
     assert result["bits_per_byte"] == pytest.approx(math.log2(result["perplexity"]), rel=1e-6)
 
 
-def test_tasks_of_the_harness_are_read_from_local_files(weights, tmp_path):
+def test_tasks_of_the_harness_are_read_from_local_files(weights, tmp_path, capsys):
     rows = [
         {"context": "ab", "choices": ["c", "dd"], "label": 0},
         {"context": "ba", "choices": ["x", "yy"], "label": 1},
@@ -150,6 +150,7 @@ def test_tasks_of_the_harness_are_read_from_local_files(weights, tmp_path):
         (tmp_path / f"{more['task']}.yaml").write_text(json.dumps(task | more))  # JSON is YAML
     options = SuiteOptions(("reasoning",), tasks=("pick", "make", "roll"), task_path=tmp_path, device="cpu")
     result = run_suites(None, str(weights), options, lambda _: None)["reasoning"]
+    assert capsys.readouterr().out == ""  # JSON of the figures, and nothing else, goes there
     scorer = Scorer(load_model(str(weights), CPU, lambda _: None))
     picked = []
     for row in rows:
@@ -160,6 +161,9 @@ def test_tasks_of_the_harness_are_read_from_local_files(weights, tmp_path):
     nats = [scorer.answers([Continuation(ids(""), ids(row["context"]))])[0].nats for row in rows]
     assert result["roll"]["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / 4, rel=1e-4)
     assert 0 <= result["make"]["exact_match"] <= 1
+    (tmp_path / "lack.yaml").write_text(json.dumps(task | choice | {"task": "lack", "doc_to_choice": "{{[a, b]}}"}))
+    with pytest.raises(UsageError, match="column"):
+        run_suites(None, str(weights), dataclasses.replace(options, tasks=("lack",)), lambda _: None)
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(UsageError):
         run_suites(None, str(weights), dataclasses.replace(options, tasks=("pick",)), lambda _: None)

@@ -1,7 +1,9 @@
 """Training of layers of one's own, stage by stage and in this process: trainer, store and recipes of `stackwise run`.
 
+```python
 trainer = UnifiedTrainer(config)
 trainer.train_all_layers(dataloader, layers)
+```
 """
 
 from __future__ import annotations

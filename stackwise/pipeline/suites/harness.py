@@ -159,14 +159,14 @@ def _check_named(task: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing of what the harness, its loggers and its commands print on standard error."""
+    """Nothing of what the harness, its loggers and its commands print: standard output is the figures' alone."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)  # git, and handlers that hold the stream, write there past sys.stderr
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -182,6 +182,10 @@ def _near(task: str, known: set[str]) -> str:
 
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
+    if (
+        isinstance(error, ValueError) and lines and lines[0].startswith("malformed node")
+    ):  # of a column that is not there
+        return "its doc_to_choice gives no list of choices: a column that it names is missing"
     return lines[0][:300] if lines else type(error).__name__
 
 
