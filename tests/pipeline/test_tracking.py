@@ -107,6 +107,15 @@ def test_every_step_once_though_steps_are_repeated_after_a_kill(log: Log) -> Non
     assert log.tracker.steps("run-1", 0, "checkpoint/seconds") == [30]
 
 
+def test_a_sitting_that_finds_nothing_new_says_how_the_run_ended(log: Log) -> None:
+    log.add("start", run="r")
+    log.train(0, 1, 3, "a")
+    log.add("done", seconds=1.0)
+    log.follow()  # of a killed run, behind the one that went on from it
+    log.follow()
+    assert log.tracker.closed == ["done", "done"]
+
+
 def test_skipped_steps_have_no_loss_and_steps_after_a_rollback_are_sent_anew(log: Log) -> None:
     log.add("training", stage=0, recipe="a", steps=100)
     log.add(

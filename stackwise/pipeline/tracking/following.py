@@ -73,6 +73,7 @@ _LINES = {
 }
 """Lines of the log that figures follow from; one that is not like this is passed over."""
 STANDS = ("plan", "training", "reused")  # events that say what the stages are now
+OUTCOMES = ("start", "done", "failed", "interrupted")  # events that say how the run ended, or that it goes on
 
 
 @dataclass
@@ -297,8 +298,11 @@ class Follower:
         size = self._log.stat().st_size if self._log.exists() else 0
         if recorded is None or taken.id != recorded:
             taken = Taken(taken.number, taken.id, size)
-        for event, _ in self._events(0, taken.offset, STANDS):
-            if event["event"] == "plan":
+        for event, _ in self._events(0, taken.offset, (*STANDS, *OUTCOMES)):
+            if event["event"] in OUTCOMES:
+                # the process of a run that was killed may have taken all that the next run logged, its end too
+                self._note(event)
+            elif event["event"] == "plan":
                 taken.plan(event)
             elif taken.id != recorded:
                 taken.recipes[str(event["stage"])] = event["recipe"]
@@ -324,7 +328,7 @@ class Follower:
 
     def _note(self, event: Event) -> None:
         """Keep in mind how the run ended."""
-        if event["event"] in ("done", "failed", "interrupted", "start"):
+        if event["event"] in OUTCOMES:
             self._outcome = "interrupted" if event["event"] == "start" else event["event"]
 
     def _send(self, taken: Taken, points: list[Point]) -> None:
