@@ -142,9 +142,12 @@ class Kind(Section):
         plain = {cls.tag: value} if isinstance(value, str) else value  # a name alone
         if not isinstance(plain, Mapping):
             raise PydanticCustomError("kind_type", "must be a name, or a mapping with {tag}", {"tag": cls.tag})
-        name = plain.get(cls.tag)
+        names = ", ".join(cls.registry.names())
+        if cls.tag not in plain:
+            context = {"tag": cls.tag, "names": names, "given": dict(plain)}
+            raise PydanticCustomError("kind", "must have {tag}, one of {names}", context)
+        name = plain[cls.tag]
         if not isinstance(name, str) or name not in cls.registry:
-            names = ", ".join(cls.registry.names())
             raise PydanticCustomError("kind", "must be one of {names}", {"names": names, "given": name})
         kind: type[Self] = cls.registry[name]
         return kind.model_validate({key: setting for key, setting in plain.items() if key != cls.tag})

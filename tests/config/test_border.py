@@ -70,6 +70,7 @@ HOSTILE = {
     "two documents": ("name: a\n---\nname: b", "another document"),
     "a kind that is a list": ("training: {optimizer: [1]}", "training.optimizer"),
     "a kind whose name is none": ("training: {optimizer: {name: [1]}}", "must be one of adamw"),
+    "a kind in a list without its name": ("tracking: {trackers: [{name: mlflow, uri: x}]}", "must have kind, one of"),
     "a kind with a key that is a number": ("training: {optimizer: {1: 2}}", "training.optimizer.1"),
     "a kind without what it requires": ("model: {attention: gqa}", "needs kv_heads"),
     "an old key with a faulty value": ("model: {n_kv_heads: [1]}", "model.attention.kv_heads"),
