@@ -127,6 +127,21 @@ def memory(device: torch.device | None = None) -> Memory:
     return host_memory()
 
 
+def gpu_use(device: torch.device) -> float | None:
+    """The share of the driver's last sample, a second or less, in which a GPU computed.
+
+    None: it is no GPU, or its driver is not asked (nvidia-ml-py, in the extra `gpu`).
+    """
+    if device.type != "cuda":
+        return None
+    import torch
+
+    try:
+        return torch.cuda.utilization(device) / 100
+    except Exception:  # whatever the driver's library comes up with: a figure is not worth a stage
+        return None
+
+
 def cannot_repeat(error: BaseException) -> bool:
     """Whether an error says that PyTorch has no kernel that repeats bit for bit for something."""
     return isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error)

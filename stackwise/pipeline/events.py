@@ -193,7 +193,7 @@ def _dropped(event: Event) -> str:
 
 
 GAIN = ("gain", "nats")
-STEP_FIGURES = ("learning_rate", "gradient_norm", "tokens_per_second", "wait_fraction", "memory")
+STEP_FIGURES = ("learning_rate", "gradient_norm", "tokens_per_second", "wait_fraction", "memory", "gpu_use")
 
 EVENTS: dict[str, Kind] = {
     # before there is a plan

@@ -26,7 +26,7 @@ from stackwise.batch import Batch
 from stackwise.config.loading import dump
 from stackwise.model import Block, layers
 from stackwise.objectives import MaskDiffusionObjective
-from stackwise.pipeline.device import cannot_repeat, make_deterministic
+from stackwise.pipeline.device import cannot_repeat, gpu_use, make_deterministic
 from stackwise.pipeline.library import LoadedSamples
 from stackwise.pipeline.run import RunDirectory
 from stackwise.store import ActivationStore, RowOrder
@@ -263,3 +263,11 @@ def test_what_cannot_repeat_is_refused_and_attention_repeats(card: torch.device)
 
     first = gradient()
     assert all(torch.equal(first, gradient()) for _ in range(4))
+
+
+def test_how_busy_a_gpu_is_said_where_its_driver_is_asked(device: torch.device) -> None:
+    share = gpu_use(device)
+    if device.type == "cpu":
+        assert share is None
+    else:
+        assert share is None or 0 <= share <= 1

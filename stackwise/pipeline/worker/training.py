@@ -21,7 +21,7 @@ from stackwise.data import PreparedData
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.model import part_digest
 from stackwise.model.experts import experts_used
-from stackwise.pipeline.device import peak_memory
+from stackwise.pipeline.device import gpu_use, peak_memory
 from stackwise.pipeline.job import StageJob
 from stackwise.pipeline.parts import load_part, part_state, save_part
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
@@ -306,6 +306,7 @@ class StageHooks:
             wait_fraction=progress.wait_fraction,
             memory=peak_memory(self._trainer.engine.device),
             pid=os.getpid(),
+            **({} if (use := gpu_use(self._trainer.engine.device)) is None else {"gpu_use": use}),
             **({"sync_fraction": self._sync_fraction()} if self._ranks.size > 1 else {}),
             **({"terms": terms} if terms else {}),
             **({"phases": dict(progress.phases)} if progress.phases else {}),
