@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 
 from stackwise.config.ranges import Choices, Interval, parse_range
 from stackwise.config.tune import SearchedKey
-from stackwise.errors import ConfigError, UsageError
+from stackwise.errors import ConfigError, StackWiseError, UsageError
+from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.search.begin import Typed, begin
 from stackwise.pipeline.search.effects import outlook
+from stackwise.pipeline.search.objectives import objective
 from stackwise.pipeline.search.record import StudyRecord, Trial
 from stackwise.pipeline.search.samplers import Past, Sampling
 from stackwise.pipeline.search.space import Space, merged, space_of
@@ -104,6 +107,18 @@ def test_a_trial_that_is_behind_is_ended_early() -> None:
     past = [Past({RATE: 1}, "done", [2.0], {5: 3.0, 10: 2.0 + n / 10}) for n in range(3)]
     assert sampling.prunes(past, Past({RATE: 2}, "running", None, {5: 2.9, 10: 3.0}))
     assert not sampling.prunes(past, Past({RATE: 2}, "running", None, {5: 2.9, 10: 2.0}))
+
+
+@pytest.mark.parametrize(("value", "said"), [("'good'", "str 'good'"), ("float('nan')", "float nan"), ("[]", "list")])
+def test_a_function_that_returns_no_number_is_named_with_what_it_returned(
+    value: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "judging.py").write_text(f"def verdict(run):\n    return {value}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "judging", raising=False)
+    measured = objective("judging:verdict")
+    with pytest.raises(StackWiseError, match=f"judging:verdict returned {said}, which is no finite number"):
+        measured(RunDirectory(tmp_path))
 
 
 def test_what_each_key_changes_is_known_before(micro: Micro, tmp_path: Path) -> None:

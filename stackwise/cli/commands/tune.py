@@ -105,7 +105,9 @@ def tune(
         raise
     _show_results(study, as_json)
     if study.best is None:
-        raise StackWiseError("no trial came to a value", hint="see the failures above, and the trials' logs")
+        why = next((trial for trial in study.trials if trial.failure is not None), None)
+        first = "" if why is None else f"; trial {why.number}: {why.failure}"
+        raise StackWiseError(f"no trial came to a value{first}", hint=f"each trial's failure and logs: {place}")
 
 
 def _again(

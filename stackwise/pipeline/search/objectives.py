@@ -14,6 +14,7 @@ from stackwise.config.tune import Measure
 from stackwise.errors import StackWiseError, UsageError
 from stackwise.pipeline.run import RunDirectory
 from stackwise.store import ActivationStore
+from stackwise.text import printable
 
 Measured = Callable[[RunDirectory], float]
 
@@ -48,10 +49,21 @@ def objective(name: str) -> Measured:
 
     def measured(run: RunDirectory) -> float:
         try:
-            return float(call(run.path))
+            value = call(run.path)
         except Exception as error:
             line = (str(error).splitlines() or [""])[0]
             raise StackWiseError(f"objective {name}: {type(error).__name__}: {line}") from error
+        try:
+            number = float(value)
+        except Exception:
+            number = math.nan
+        if not math.isfinite(number):
+            shown = printable(f"{value!r:.60}") if isinstance(value, str | int | float | None) else ""
+            raise StackWiseError(
+                f"objective {name} returned {f'{type(value).__name__} {shown}'.strip()}, which is no finite number",
+                hint="let it return a number: the lower, the better",
+            )
+        return number
 
     return measured
 
