@@ -60,5 +60,8 @@ class TuneConfig(Section):
     pruner: Literal["none", "median", "hyperband"] = Field(
         "none", description="end a trial early where its held-out loss within a stage is behind (training.eval_every)"
     )
+    warmup_steps: Count = Field(
+        0, description="pruner median: optimizer steps of a trial, in all its stages, before it may be ended early"
+    )
     jobs: Size = Field(1, description="trials at the same time")
     seed: Count | None = Field(None, description="of the sampler; null: the run's seed")

@@ -97,12 +97,12 @@ def test_killed_it_goes_on_with_the_same_trials(
 @pytest.mark.stress
 def test_interrupted_it_is_saved_and_trials_behind_are_ended(args: list[str], tmp_path: Path) -> None:
     place = tmp_path / "stopped"
-    command = [*args, "--run", str(place), "--trials", "4", "--jobs", "1", "--pruner", "median", "--sampler", "random"]
+    command = [*args, "--run", str(place), "--trials", "9", "--jobs", "1", "--pruner", "median", "--sampler", "random"]
     with subprocess.Popen([*COMMAND, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         for line in process.stdout:
-            if "trial 0 (1 of 4)" in line:
+            if "trial 0 (1 of 9)" in line:
                 process.send_signal(signal.SIGINT)
                 break
         said = process.stderr.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,12 @@ def test_what_is_drawn_follows_from_the_seed_and_the_trials_before(sampler: str)
 
 def test_a_trial_that_is_behind_is_ended_early() -> None:
     sampling = Sampling(space(f"{RATE}=1..2"), "tpe", "median", seed=0, first=5, last=20)
-    past = [Past({RATE: 1}, "done", [2.0], {5: 3.0, 10: 2.0 + n / 10}) for n in range(3)]
-    assert sampling.prunes(past, Past({RATE: 2}, "running", None, {5: 2.9, 10: 3.0}))
+    past = [Past({RATE: 1}, "done", [2.0], {5: 3.0, 10: 2.0 + n / 10}) for n in range(5)]
+    behind = Past({RATE: 2}, "running", None, {5: 2.9, 10: 3.0})
+    assert sampling.prunes(past, behind)
     assert not sampling.prunes(past, Past({RATE: 2}, "running", None, {5: 2.9, 10: 2.0}))
+    assert not sampling.prunes(past[:4], behind), "too few are over"
+    assert not replace(sampling, warmup=11).prunes(past, behind), "it has only begun"
 
 
 @pytest.mark.parametrize(("value", "said"), [("'good'", "str 'good'"), ("float('nan')", "float nan"), ("[]", "list")])

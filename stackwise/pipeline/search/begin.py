@@ -174,9 +174,15 @@ def _sampling(base: StackWiseConfig, tune: TuneConfig, space: Space, ahead: Outl
         raise UsageError("--sampler pbt has no pruner: who is behind takes over another's stages")
     if pruner != "none" and objectives > 1:
         raise UsageError("trials are ended early by one objective, not several", hint="leave out the pruner")
+    if tune.warmup_steps and pruner != "median":
+        raise UsageError(
+            f"tune.warmup_steps is for the pruner median, and the pruner is {pruner}",
+            hint="leave it out, or --pruner median",
+        )
     if sampler == "gp-ucb" and objectives > 1:
         raise UsageError("--sampler gp-ucb goes by one objective, not several", hint="--sampler gp or tpe")
-    return Sampling(space, sampler, pruner, tune.seed or 0, objectives, every or 1, sum(ahead.steps))
+    steps = sum(ahead.steps)
+    return Sampling(space, sampler, pruner, tune.seed or 0, objectives, every or 1, steps, tune.warmup_steps)
 
 
 def _grid(space: Space, ahead: Outlook) -> list[Settings]:

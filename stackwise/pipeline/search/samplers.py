@@ -20,6 +20,7 @@ from stackwise.pipeline.search.space import Searched, Settings, Space
 
 STARTUP = 10  # trials drawn at random, at most, before a sampler goes by results
 MEASURABLE = 8  # finished trials before it is said which key matters
+FINISHED = 5  # trials over before the median of what they came to ends another, as Optuna has it by default
 DEVIATIONS = 2.0  # above the mean, that a value may well have: more looks further away from what is known
 DIGITS = 6  # of a number that is drawn: more say nothing, and these can be read and typed
 
@@ -48,6 +49,7 @@ class Sampling:
         pruner: none, median or hyperband.
         objectives: How many.
         first, last: Optimizer steps of a trial before its first evaluation, and in all.
+        warmup: Optimizer steps of a trial before the median may end it.
     """
 
     space: Space
@@ -57,6 +59,7 @@ class Sampling:
     objectives: int = 1
     first: int = 1
     last: int = 1
+    warmup: int = 0
 
     @property
     def startup(self) -> int:
@@ -68,7 +71,9 @@ class Sampling:
         """The sampler and its seed, as the search's record names them."""
         with _Quiet() as optuna:
             named = {"name": type(self._sampler(optuna, 0)).__name__, "seed": self.seed}
-            return named | ({} if self.pruner == "none" else {"pruner": type(self._pruner(optuna)).__name__})
+            if self.pruner != "none":
+                named["pruner"] = type(self._pruner(optuna)).__name__
+            return named | ({"warmup_steps": self.warmup} if self.warmup else {})
 
     @property
     def library(self) -> str:
@@ -148,7 +153,7 @@ class Sampling:
         if self.pruner == "hyperband":
             return optuna.pruners.HyperbandPruner(min_resource=self.first, max_resource=max(self.first, self.last))
         if self.pruner == "median":
-            return optuna.pruners.MedianPruner(n_startup_trials=self.startup // 2)
+            return optuna.pruners.MedianPruner(n_startup_trials=FINISHED, n_warmup_steps=self.warmup)
         return optuna.pruners.NopPruner()
 
     def _frozen(self, optuna: Any, one: Past) -> Any:
