@@ -115,8 +115,10 @@ def test_swapped_and_killed_it_is_the_same(
     keys = ("score", "kl", "length", "ended", "coefficient")
     figures = [[event[key] for key in keys] for event in named(swapped, "rolled_out")]
     assert figures == [[event[key] for key in keys] for event in named(ppo[1], "rolled_out")]
-    killed(_config(_settings(model, prompts)), tmp_path / "killed", 1)
-    assert weights(tmp_path / "killed") == weights(ppo[0])
+    longer = _settings(model, prompts, training__steps=24)  # a kill at the first checkpoint has to come in time
+    run(_config(longer), tmp_path / "whole")
+    killed(_config(longer), tmp_path / "killed", 1)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
 
 
 @pytest.mark.stress
