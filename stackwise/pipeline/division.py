@@ -7,6 +7,8 @@ like any other (`accumulation` and `batch_size`), and written down as such: so n
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.schema import StageOverrides
@@ -61,6 +63,24 @@ def divide(config: StackWiseConfig, earlier: StackWiseConfig | None) -> list[str
         )
         lines += [line] if line not in lines else []
     return lines
+
+
+def check_alike(ranks: Sequence[Mapping[str, Any]]) -> None:
+    """Look whether ranks compute alike.
+
+    Args:
+        ranks: Of each, what shapes its numbers, by name.
+
+    Raises:
+        UsageError: One differs from the first.
+    """
+    for rank, other in enumerate(ranks):
+        for name, value in other.items():
+            if value != ranks[0][name]:
+                raise UsageError(
+                    f"rank {rank} has {name} {value}, rank 0 has {ranks[0][name]}",
+                    hint="ranks have the same versions and numbers of threads, or their numbers differ",
+                )
 
 
 def _check_blocks(config: StackWiseConfig) -> None:

@@ -111,6 +111,21 @@ def test_ranks_with_other_settings_are_refused(configured: tuple[StackWiseConfig
 
 
 @pytest.mark.stress
+def test_ranks_with_other_numbers_of_threads_leave_nothing_behind(
+    configured: tuple[StackWiseConfig, Path], tmp_path: Path
+) -> None:
+    mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_PORT": str(port())}
+    ranks = [
+        started(configured[1], tmp_path / "run", {**mpi, "OMPI_COMM_WORLD_RANK": f"{rank}", "OMP_NUM_THREADS": threads})
+        for rank, threads in enumerate("12")
+    ]
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert "rank 1 has threads (OMP_NUM_THREADS) 2, rank 0 has 1" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.stress
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_torchrun_s_own_processes_are_the_ranks(tmp_path: Path, nodes: int) -> None:
     meeting = str(port())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stackwise.config.schema import ParallelConfig
 from stackwise.errors import InterruptedRun, StackWiseError, UsageError
+from stackwise.pipeline.division import check_alike
 from stackwise.pipeline.events import Event
 from stackwise.pipeline.runner.launch import HERE
 from stackwise.pipeline.runner.workers import CLOSE_SECONDS, Worker, WorkerFailed
@@ -53,6 +54,12 @@ class Rank:
             return 1
         text = str(self.failure["message"]).lower()
         return 3 if any(phrase in text for phrase in LOST) else 2
+
+
+def _of_rank(rank: Rank, error: StackWiseError) -> StackWiseError:
+    """An error that names the rank that it is of; rank 0's are the run's."""
+    error.message = f"rank {rank.number}: {error.message}" if rank.number else error.message
+    return error
 
 
 class _Mailbox:
@@ -96,7 +103,26 @@ class Group:
             self._check(machine)
             self._device = "cpu" if machine["device"] == "cpu" else "cuda"
             self._ranks += [Rank(n, self._started(n)) for n in range(1, self._settings.ranks)]
+            if self._hosts is not None:  # here all ranks are alike
+                self._compare()
         return machine
+
+    def _compare(self) -> None:
+        """Wait for every rank, each on a host of its own perhaps; while the run has not been written yet.
+
+        Raises:
+            StackWiseError: One cannot begin (it has no GPU), or computes otherwise than rank 0.
+        """
+        failure: StackWiseError | None = None
+        numerics: list[dict[str, Any]] = []
+        for rank in self._ranks:  # of all of them: what one leaves in the run's directory is there when it is removed
+            try:
+                numerics.append(rank.worker.ready(itself=True)["numerics"])
+            except StackWiseError as error:
+                failure = failure or _of_rank(rank, error)
+        if failure is not None:
+            raise failure
+        check_alike(numerics)
 
     def _check(self, machine: Event) -> None:
         ranks, devices = self._settings.ranks, machine.get("devices")
@@ -131,8 +157,7 @@ class Group:
             try:
                 rank.worker.ready()
             except StackWiseError as error:  # such as: it has no GPU
-                error.message = f"rank {rank.number}: {error.message}" if rank.number else error.message
-                raise
+                raise _of_rank(rank, error) from None
             rank.worker.report_to(_Mailbox(rank.number, events))
             rank.heard = time.monotonic()
         # Of a launcher's ranks the port is where its processes meet.

@@ -91,7 +91,8 @@ class Preparation:
         if not isinstance(error, StackWiseError) or isinstance(error, InterruptedRun):
             return  # as after a kill: the same command goes on
         with contextlib.suppress(OSError):  # a full disk: what ended the run is what is to be said
-            if isinstance(error, (UsageError, BusyError)) or self._before.get("stages"):
+            # By its code: what a worker refuses (a device that is not there) is a worker's failure by its class.
+            if error.exit_code in (UsageError.exit_code, BusyError.exit_code) or self._before.get("stages"):
                 self._restore()
             else:
                 self._write(self._preparing | {"failed": error.message})

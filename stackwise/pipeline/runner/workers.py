@@ -124,16 +124,19 @@ class Worker:
         self._process.poll()
         return self._process.pid
 
-    def ready(self) -> Event:
+    def ready(self, *, itself: bool = False) -> Event:
         """The device, its name, memory and default precision; waits where only the worker can tell.
+
+        Args:
+            itself: Wait for what it says itself, which also has `numerics`: what shapes its numbers.
 
         Raises:
             StackWiseError: It could not start, or the device is not there.
         """
-        if self._ready is None and isinstance(self._process, forking.ForkedWorker):
+        if self._ready is None and isinstance(self._process, forking.ForkedWorker) and not itself:
             self._ready = describe(None)  # it is forked where there is the CPU alone
-        if self._ready is None:
-            event = self._events.get()
+        if self._ready is None or (itself and "numerics" not in self._ready):
+            event = next(self.events(), None)
             if event is None or event["event"] != "ready":
                 raise self.failure(event)
             self._ready = event

@@ -77,11 +77,11 @@ def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], d
     from stackwise.pipeline.device import describe, resolve_device, warm_up
     from stackwise.pipeline.job import FinishJob, StageJob, from_plain
     from stackwise.pipeline.trial import TrialJob, run_trial
-    from stackwise.pipeline.worker.group import joined
+    from stackwise.pipeline.worker.group import joined, numerics
     from stackwise.pipeline.worker.jobs import run_finish, run_stage
 
     on = resolve_device(device)
-    channel.emit({"event": "ready", **describe(on)})
+    channel.emit({"event": "ready", **describe(on), "numerics": numerics()})
     warm_up()  # while the runner plans, or the worker before this one trains
     line = sys.stdin.readline()
     if not line:

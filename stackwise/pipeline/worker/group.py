@@ -14,6 +14,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from stackwise.errors import StackWiseError, UsageError
+from stackwise.pipeline.division import check_alike
 from stackwise.training.communicator import TorchCommunicator
 from stackwise.training.compression import compressed
 from stackwise.training.ranks import RankGroup, Ranks, SingleProcess
@@ -58,7 +59,7 @@ def joined(place: Mapping[str, Any] | None, device: torch.device, emit: Emit) ->
             pipeline=place["pipeline"],
             compressed=compressed(*place["compressed"]),
         )
-        _compare(ranks)
+        check_alike(ranks.gathered(numerics()))
         yield ranks
         communicator.close()
     finally:
@@ -86,22 +87,14 @@ def _meeting_place(place: Mapping[str, Any], emit: Emit) -> TCPStore:
     return store
 
 
-def _compare(ranks: Ranks) -> None:
-    """Raises UsageError: what shapes numbers is not the same on all ranks."""
-    mine = {
+def numerics() -> dict[str, Any]:
+    """What shapes the numbers of this process, beside its job: the same on all ranks."""
+    return {
         "StackWise": __version__,
         "PyTorch": torch.__version__,
         "numpy": np.__version__,
         "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
     }
-    every = ranks.gathered(mine)
-    for rank, other in enumerate(every):
-        for name, value in other.items():
-            if value != every[0][name]:
-                raise UsageError(
-                    f"rank {rank} has {name} {value}, rank 0 has {every[0][name]}",
-                    hint="ranks have the same versions and numbers of threads, or their numbers differ",
-                )
 
 
 def _line(error: BaseException) -> str:
