@@ -6,7 +6,8 @@ traceback; a library user catches them by class (each also inherits the builtin 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 
 class StackWiseError(Exception):
@@ -75,3 +76,13 @@ class InterruptedRun(StackWiseError):
     """Work was stopped after its state was saved; the same command goes on."""
 
     exit_code = 75
+
+
+@contextlib.contextmanager
+def under(key: str) -> Iterator[None]:
+    """Let what is raised here begin with the setting that it follows from; its class and exit code stay."""
+    try:
+        yield
+    except StackWiseError as error:
+        error.message = f"{key}: {error.message}"
+        raise

@@ -19,7 +19,7 @@ from stackwise.config.loading import kind_of
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.data.prepared import TOKENIZER
 from stackwise.data.tokenizer import Tokenizer, bytes_tokenizer
-from stackwise.errors import ConfigError, NotFound, UsageError
+from stackwise.errors import ConfigError, NotFound, UsageError, under
 from stackwise.files import expanded
 from stackwise.identity import content_id
 from stackwise.pipeline.job import Source, Versions, committed_stages
@@ -76,7 +76,7 @@ class Committed:
         self._versions = committed_stages(run, config, manifest)[-1][1]
         if any(name.startswith(ADAPTER) for name in self._versions):
             raise UsageError(
-                f"init.weights: {run.path} ends with adapters beside its weights",
+                f"{run.path} ends with adapters beside its weights",
                 hint=f"merge them: `stackwise export --run {run.path} --out DIR`, and begin from DIR",
             )
         sizes = {"vocab_size": manifest["vocabulary"]["size"]}
@@ -176,7 +176,8 @@ def _adapted(config: StackWiseConfig, path: Path) -> Weights:
     base = base_of(path, config.init.base) if begun else path
     if RunDirectory(base).manifest_file.exists():
         raise UsageError(f"init.adapters: {base} is a run; adapters are for a model", hint="export it, and name that")
-    whole = Pretrained(base, config.data.cache_dir)
+    with under("init.weights" if config.init.base is None else "init.base"):
+        whole = Pretrained(base, config.data.cache_dir)
     directories = [expanded(name).absolute() for name in config.init.adapters]
     for directory in directories:
         if not is_adapter(directory):
@@ -213,7 +214,8 @@ def _opened(config: StackWiseConfig, key: str, name: str) -> Weights:
     if is_adapter(path) or config.init.adapters:
         weights = _adapted(config, path)
     else:
-        weights = Committed(run) if run.manifest_file.exists() else Pretrained(path, config.data.cache_dir)
+        with under(key):
+            weights = Committed(run) if run.manifest_file.exists() else Pretrained(path, config.data.cache_dir)
     blocks, depth = config.init.blocks, weights.model.n_blocks
     if blocks is None:
         return weights

@@ -13,7 +13,7 @@ from typing import Any
 from stackwise.config import StackWiseConfig
 from stackwise.config.kinds import Score
 from stackwise.data import PreparedData
-from stackwise.errors import UsageError
+from stackwise.errors import UsageError, under
 from stackwise.files import expanded
 from stackwise.identity import Hex, content_id
 from stackwise.pipeline.job import Source, Versions
@@ -58,7 +58,8 @@ def score_model(config: StackWiseConfig, data: PreparedData) -> Hex | None:
     if kind.run is None:
         return None
     key, run = "training.objective.score", RunDirectory(expanded(kind.run))
-    theirs, manifest = run.config(), run.manifest()
+    with under(key):
+        theirs, manifest = run.config(), run.manifest()
     if theirs.objective.name != "reward":
         raise UsageError(
             f"{key}: {run.path} was trained with {theirs.objective.name}, and gives no scores",

@@ -16,7 +16,7 @@ from stackwise.config.schema import DistillationConfig
 from stackwise.data import PreparedData
 from stackwise.data.prepared import TOKENIZER
 from stackwise.data.tokenizer import Tokenizer
-from stackwise.errors import NotFound, UsageError
+from stackwise.errors import UsageError, under
 from stackwise.files import expanded
 from stackwise.identity import Hex, content_id
 from stackwise.pipeline.recipe import forward_specification, lossless_codec, trunk_id
@@ -50,10 +50,8 @@ class Teacher:
         assert path is not None, "a run with a teacher"
         self._key = key
         self.settings, self._student = config.distillation, config
-        try:
+        with under(key):
             self.checkpoint = Checkpoint(expanded(path), config.data.cache_dir)
-        except NotFound as error:
-            raise NotFound(f"{key}: {error.message}", hint=error.hint) from None
         about = self.checkpoint.description
         self.n_blocks, self.width, self.vocab_size = about.n_blocks, about.config.d_model, about.vocab_size
         self.shared_ids = min(vocab_size, about.vocab_size)

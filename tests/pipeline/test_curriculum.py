@@ -20,6 +20,7 @@ from stackwise.pipeline.committed.load import load_rack
 from stackwise.pipeline.committed.use import export_rack
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.teacher import Judge
 from stackwise.pretrained.writing import ExportOptions
 from stackwise.store import ActivationStore, RowOrder
 from stackwise.training.curriculum import CurriculumOrder, difficulties
@@ -164,3 +165,8 @@ def test_self_paced_killed_and_resumed(micro: Micro, tmp_path: Path) -> None:
 def test_refused(micro: Micro, values: dict[str, Any], line: str) -> None:
     with pytest.raises(UsageError, match=line):
         micro(**values)
+
+
+def test_a_model_that_is_not_there_is_named_with_its_key(micro: Micro, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"training\.curriculum\.model: .*gone holds no checkpoint"):
+        Judge(str(tmp_path / "gone"), micro(**CAUSAL), 300, 299, "0" * 32)

@@ -91,7 +91,7 @@ def test_a_killed_run_ends_with_the_same_weights(teacher: Path, micro: Micro, tm
 def test_teachers_that_cannot_teach_are_refused(
     teacher: Path, checkpoints: Any, text: Path, micro: Micro, tmp_path: Path
 ) -> None:
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match=r"distillation\.teacher: .*nothing"):
         run(micro(**settings(tmp_path / "nothing")), tmp_path / "run")
     for wrong in (
         {"training__objective": "mask_diffusion"},

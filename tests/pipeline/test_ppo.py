@@ -206,6 +206,9 @@ def test_a_reward_model_scores_a_policy_with_adapters(
     other: Any = SimpleNamespace(tokenizer_id="another")
     with pytest.raises(UsageError, match="another tokenizer"):
         score_model(_config(settings), other)
+    gone = {"score": {"name": "model", "path": str(tmp_path / "gone")}}
+    with pytest.raises(UsageError, match=r"training\.objective\.score: .*gone: there is no run here"):
+        score_model(_config(_settings(model, prompts, gone)), other)
     with pytest.raises(UsageError, match="ppo, and gives no scores"):
         score_model(_config(_settings(model, prompts, {"score": {"name": "model", "path": str(ppo[0])}})), other)
 

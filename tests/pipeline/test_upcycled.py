@@ -81,6 +81,8 @@ def test_experts_begin_as_several_models_and_the_rest_as_their_mean(
     ("more", "fault"),
     [
         ({"model__ffn": "swiglu", "init__experts": ["gone"]}, "init.experts: .*gone: there is no such directory"),
+        ({"model__ffn": "swiglu", "init__experts": ["/"]}, "init.experts: / holds no checkpoint"),
+        ({"init__weights": "/"}, "init.weights: / holds no checkpoint"),
         ({"model__ffn": MIXTURE | {"expert_dim": 8}}, "init.experts: block 1: expert_dim .* make 8"),
         ({"model__ffn": MIXTURE | {"experts": 1}}, "2 models for 1 experts"),
         ({"model__ffn": "gelu"}, "init.experts: block 0: model.ffn: gelu"),
