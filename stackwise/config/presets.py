@@ -41,12 +41,12 @@ def _about(text: str) -> list[str]:
     return lines
 
 
-def _section(model: type[Section], own: dict[str, object], depth: int) -> list[str]:
+def _section(model: type[Section], settings: dict[str, object], depth: int) -> list[str]:
     pad, lines = "  " * depth, []
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section) and not issubclass(kind, Kind):
-            below = own.get(name)
+            below = settings.get(name)
             inner = _section(kind, below if isinstance(below, dict) else {}, depth + 1)
             used = isinstance(below, dict) and bool(below)
             title = (kind.__doc__ or "").strip().splitlines()[0]
@@ -58,13 +58,13 @@ def _section(model: type[Section], own: dict[str, object], depth: int) -> list[s
         kind = next(iter(get_args(kind)), kind) if get_origin(kind) is list else kind
         if isinstance(kind, type) and issubclass(kind, Kind):
             lines += [f"{pad}# {line}" for line in _kinds(kind, 100 - len(pad))]
-        value = own[name] if name in own else field.get_default(call_default_factory=True)
+        value = settings[name] if name in settings else field.get_default(call_default_factory=True)
         value = value.name if isinstance(value, Kind) else value
         if isinstance(value, list):
             value = [item.name if isinstance(item, Kind) else item for item in value]
         # One key in flow style is "{key: value}": the value stays on its line, the braces go.
         shown = yaml.safe_dump({name: value}, default_flow_style=True, sort_keys=False, width=10**6).strip()[1:-1]
-        lines.append(f"{pad}{shown}" if name in own else f"{pad}# {shown}")
+        lines.append(f"{pad}{shown}" if name in settings else f"{pad}# {shown}")
     return lines
 
 

@@ -121,9 +121,9 @@ def prepare(
     return reusable, True
 
 
-def _chat(config: DataConfig, choice: Choice, wanted: tuple[str, ...]) -> Chat | None:
+def _chat(config: DataConfig, choice: Choice, columns: tuple[str, ...]) -> Chat | None:
     """What makes documents of conversations, where the columns that are wanted come of these."""
-    makes = next((name for name in (PAIR, PROMPT, SCORED) if name in wanted), None)
+    makes = next((name for name in (PAIR, PROMPT, SCORED) if name in columns), None)
     if makes is None:
         return None
     directory = None
@@ -165,10 +165,10 @@ def _columns(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(set(names) - {TARGETS}))  # targets are kept wherever they are
 
 
-def _check_column(given: PreparedData, name: str) -> None:
-    if name not in given.train.columns:
+def _check_column(source: PreparedData, name: str) -> None:
+    if name not in source.train.columns:
         raise UsageError(
-            f"{given.directory}: prepared without the column {name!r}",
+            f"{source.directory}: prepared without the column {name!r}",
             hint="prepare its rows again with data.columns naming it, or name the rows themselves in data.paths",
         )
 
@@ -191,10 +191,10 @@ def _given(config: DataConfig, out: Path | None) -> PreparedData | None:
     return PreparedData.open(named[0])
 
 
-def _check_tokenizer(given: PreparedData, choice: Choice) -> None:
-    if choice.tokenizer is not None and choice.tokenizer.id != given.tokenizer_id:
+def _check_tokenizer(source: PreparedData, choice: Choice) -> None:
+    if choice.tokenizer is not None and choice.tokenizer.id != source.tokenizer_id:
         raise UsageError(
-            f"{given.directory}: prepared with another tokenizer",
+            f"{source.directory}: prepared with another tokenizer",
             hint="name the text itself instead of the prepared set",
         )
 

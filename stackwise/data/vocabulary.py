@@ -35,12 +35,12 @@ class Choice:
     @classmethod
     def of(cls, config: DataConfig, model_vocab: int | None) -> Choice:
         """What the settings choose, before the corpus is read."""
-        wanted = config.vocab_size or model_vocab
+        entries = config.vocab_size or model_vocab
         if config.tokenizer == "bpe":
-            size = wanted or DEFAULT_VOCABULARY
+            size = entries or DEFAULT_VOCABULARY
             check_vocabulary(size, "data.vocab_size" if config.vocab_size else "model.vocab_size")
             check_fit(size, "the tokenizer (data.vocab_size)", model_vocab)
-            return cls({"kind": "bpe", "size": size, "trainer": TRAINER}, None, size, model_vocab, wanted)
+            return cls({"kind": "bpe", "size": size, "trainer": TRAINER}, None, size, model_vocab, entries)
         if config.tokenizer == "bytes":
             return cls._known("bytes", bytes_tokenizer(), model_vocab)
         return cls._known("file", Tokenizer.load(files.expanded(config.tokenizer)), model_vocab)

@@ -40,20 +40,20 @@ def each_stage(stages: Stages, direction: Direction) -> Iterator[StageModules]:
         raise UsageError("there are no stages to run")
 
 
-def _check(trained: Direction, wanted: Direction) -> None:
-    if trained is True and wanted is not True:
+def _check(trained: Direction, direction: Direction) -> None:
+    if trained is True and direction is not True:
         raise UsageError(
             "this rack was trained with causal attention: it cannot fill holes",
             hint="continue a prompt instead, or train it with training.objective: mask_diffusion",
         )
-    if wanted is True and trained is not True:
+    if direction is True and trained is not True:
         raise UsageError(
             "this rack was trained with bidirectional attention: it cannot continue a prompt token by token",
             hint="fill masked positions behind the prompt instead, or adapt it with training.adaptation: causal",
         )
     blocks = (trained.size if isinstance(trained, BlockCausal) else None) if trained is not True else None
-    if blocks != (wanted.size if isinstance(wanted, BlockCausal) else None):
-        raise UsageError(f"this rack was trained in {_said(trained)}, not in {_said(wanted)}")
+    if blocks != (direction.size if isinstance(direction, BlockCausal) else None):
+        raise UsageError(f"this rack was trained in {_said(trained)}, not in {_said(direction)}")
 
 
 def _said(direction: Direction) -> str:

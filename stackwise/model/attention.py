@@ -120,8 +120,8 @@ class AttentionPattern:
             return mask_BSS.tril()[:, None]
         if (self.direction is not False or self._local) and not (looks_back and length == 1):
             places = torch.arange(self.start + length, device=device)
-            asks, asked = places[self.start :, None], places[None]
-            rule = sees(self.direction, asks, asked, len(places), self.window, self.both)[None]
+            asks, keys = places[self.start :, None], places[None]
+            rule = sees(self.direction, asks, keys, len(places), self.window, self.both)[None]
             mask_BSS = rule if mask_BSS is None else mask_BSS & rule
         return None if mask_BSS is None else mask_BSS[:, None]
 

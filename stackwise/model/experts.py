@@ -220,15 +220,15 @@ class MixtureFeedForward(nn.Module):
 
         Each takes part, rows or none, unless they are lent (see `BlockPart`): then rows alone bring one.
         """
-        made = []
+        outputs = []
         for expert, x in zip(self.experts, torch.split(x_ND, list(counts)), strict=True):
             if self.lend is not None and not len(x):
                 continue
             missing = 0 if torch.is_grad_enabled() else -len(x) % TILE
             padded = F.pad(x, (0, 0, 0, missing)) if missing else x
             y = expert(padded) if self.lend is None else self.lend(expert, padded)
-            made.append(y[: len(x)])
-        return torch.cat(made) if made else x_ND
+            outputs.append(y[: len(x)])
+        return torch.cat(outputs) if outputs else x_ND
 
     def _stacked(self, x_ND: Tensor) -> list[Tensor] | None:
         """The weights of each layer of all experts as one tensor, in the dtype that is computed in.

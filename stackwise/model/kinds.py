@@ -46,8 +46,8 @@ class Windowed(Attention):
         """See `Attention.in_block`."""
         if self.window_blocks is None:
             return self
-        own = {} if block in self.window_blocks else dict.fromkeys(("window", "window_rope_theta"))
-        return self.model_copy(update={**own, "window_blocks": None})
+        unset = {} if block in self.window_blocks else dict.fromkeys(("window", "window_rope_theta"))
+        return self.model_copy(update={**unset, "window_blocks": None})
 
     def chosen(self, blocks: Sequence[int]) -> Attention:
         """See `Attention.chosen`."""
@@ -60,10 +60,10 @@ class Windowed(Attention):
         """What of the window shapes a forward pass; empty: there is none."""
         if self.window is None or self.window_blocks == []:
             return {}
-        own: dict[str, Any] = {} if self.window_sides == "back" else {"window_sides": self.window_sides}
-        own |= {} if self.window_blocks is None else {"window_blocks": sorted(set(self.window_blocks))}
-        own |= {} if self.window_rope_theta is None else {"window_rope_theta": self.window_rope_theta}
-        return {"window": self.window} | own
+        spec: dict[str, Any] = {} if self.window_sides == "back" else {"window_sides": self.window_sides}
+        spec |= {} if self.window_blocks is None else {"window_blocks": sorted(set(self.window_blocks))}
+        spec |= {} if self.window_rope_theta is None else {"window_rope_theta": self.window_rope_theta}
+        return {"window": self.window} | spec
 
     def rope_theta(self, model: ModelConfig) -> float:
         """See `Attention.rope_theta`."""
@@ -125,8 +125,8 @@ class Projected(Attention):
     def projected_specification(self, model: ModelConfig) -> dict[str, Any]:
         """What of biases and norms differs from what `model.bias` alone says."""
         biases = self.biases(model)
-        own: dict[str, Any] = {} if biases == (model.bias, model.bias) else {"bias": self.bias}
-        return own | ({"qk_norm": True} if self.qk_norm else {})
+        spec: dict[str, Any] = {} if biases == (model.bias, model.bias) else {"bias": self.bias}
+        return spec | ({"qk_norm": True} if self.qk_norm else {})
 
 
 class MultiHead(Windowed, Projected):
@@ -149,8 +149,8 @@ class MultiHead(Windowed, Projected):
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """The same for mha and for gqa with as many heads of keys and values: they compute the same."""
-        own = {"kind": "softmax", "kv_heads": self.key_heads(model)}
-        return own | self.projected_specification(model) | self.window_specification()
+        spec = {"kind": "softmax", "kv_heads": self.key_heads(model)}
+        return spec | self.projected_specification(model) | self.window_specification()
 
 
 class GroupedQuery(MultiHead):
@@ -220,9 +220,9 @@ class Latent(Windowed):
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """See `Attention.specification`."""
-        own = {"kind": self.name, "q_rank": self.q_rank}
-        own |= {"kv_rank": self.latent_rank(model), "rope_head_dim": self.rotary_width(model)}
-        return own | self.window_specification()
+        spec = {"kind": self.name, "q_rank": self.q_rank}
+        spec |= {"kv_rank": self.latent_rank(model), "rope_head_dim": self.rotary_width(model)}
+        return spec | self.window_specification()
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
         """See `Attention.faults`."""
@@ -264,8 +264,8 @@ class Linear(Projected):
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """See `Attention.specification`."""
-        own = {"kind": self.name, "kv_heads": self.key_heads(model), "feature_map": self.feature_map}
-        return own | {"random_features": self.features(model)} | self.projected_specification(model)
+        spec = {"kind": self.name, "kv_heads": self.key_heads(model), "feature_map": self.feature_map}
+        return spec | {"random_features": self.features(model)} | self.projected_specification(model)
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
         """See `Attention.faults`."""
@@ -301,8 +301,8 @@ class Biased(FeedForward):
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """See `BlockPart.specification`."""
-        own = {"bias": self.bias} if self.has_bias(model) != model.bias else {}
-        return {"kind": self.name} | own
+        spec = {"bias": self.bias} if self.has_bias(model) != model.bias else {}
+        return {"kind": self.name} | spec
 
 
 class Gated(Biased):
@@ -364,8 +364,8 @@ class GELU(Biased):
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """See `BlockPart.specification`."""
-        own = super().specification(model)
-        return own if self.activation == "gelu" else own | {"activation": self.activation}
+        spec = super().specification(model)
+        return spec if self.activation == "gelu" else spec | {"activation": self.activation}
 
 
 class LinearHead(HeadKind):

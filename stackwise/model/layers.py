@@ -78,13 +78,15 @@ class _NarrowNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         again = torch.is_grad_enabled()  # a gradient of this gradient is wanted
-        wanted = list(zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True))
+        inputs_needed = list(zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True))
         with torch.enable_grad():
-            x, weight, bias = (t if again or t is None else t.detach().requires_grad_(need) for t, need in wanted)
+            x, weight, bias = (
+                t if again or t is None else t.detach().requires_grad_(need) for t, need in inputs_needed
+            )
             y = ctx.normalize(x.to(weight.dtype), weight, bias).to(x.dtype)
-            inputs = [t for t, (_, need) in zip((x, weight, bias), wanted, strict=True) if need]
+            inputs = [t for t, (_, need) in zip((x, weight, bias), inputs_needed, strict=True) if need]
             gradients = iter(torch.autograd.grad(y, inputs, slopes, create_graph=again))
-        return *(next(gradients) if need else None for _, need in wanted), None
+        return *(next(gradients) if need else None for _, need in inputs_needed), None
 
 
 class _Root(torch.autograd.Function):

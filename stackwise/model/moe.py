@@ -151,13 +151,13 @@ class MoE(FeedForward):
             sides = {"gate": (width, d), "up": (width, d), "down": (d, width)}
             return {f"{name}.{key}": Matrix(*side) for key, side in sides.items()}
 
-        found = {"router": Matrix(self.experts, d, narrow=False)}
+        layers = {"router": Matrix(self.experts, d, narrow=False)}
         for number in range(self.experts):
-            found |= gated(f"experts.{number}", self.expert_width(model))
+            layers |= gated(f"experts.{number}", self.expert_width(model))
         if self.shared_experts:
-            found |= gated("shared", self.shared_width(model))
-            found |= {"shared_gate": Matrix(1, d, narrow=False)} if self.shared_gate else {}
-        return found
+            layers |= gated("shared", self.shared_width(model))
+            layers |= {"shared_gate": Matrix(1, d, narrow=False)} if self.shared_gate else {}
+        return layers
 
     def other_parameters(self, model: ModelConfig) -> int:
         """The bias on the choice."""
@@ -182,15 +182,15 @@ class MoE(FeedForward):
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
         """What shapes a forward pass that trains nothing; what shapes training alone is in `training_specification`."""
-        own: dict[str, Any] = {"kind": self.name, "experts": self.experts, "top_k": self.top_k}
-        own |= {"expert_dim": self.expert_width(model), "normalize": self.normalizes}
+        spec: dict[str, Any] = {"kind": self.name, "experts": self.experts, "top_k": self.top_k}
+        spec |= {"expert_dim": self.expert_width(model), "normalize": self.normalizes}
         if self.shared_experts:
-            own |= {"shared": self.shared_width(model), "shared_gate": self.shared_gate}
+            spec |= {"shared": self.shared_width(model), "shared_gate": self.shared_gate}
         if self.last_temperature != 1.0:
-            own["temperature"] = self.last_temperature
-        own |= {"bias": True} if self.balance == "bias" else {}
+            spec["temperature"] = self.last_temperature
+        spec |= {"bias": True} if self.balance == "bias" else {}
         every = self.at is None or set(self.at) >= set(range(model.n_blocks))
-        return own if every else own | {"at": sorted(set(self.at or ()))}
+        return spec if every else spec | {"at": sorted(set(self.at or ()))}
 
     def training_specification(self, model: ModelConfig) -> dict[str, Any]:
         """See `BlockPart.training_specification`."""

@@ -143,19 +143,19 @@ class QuantizedLinear(nn.Linear):
             return
         weight = self.weight.detach()
         if weight.is_meta:
-            made = {
+            packed = {
                 name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in self.layout.items()
             }
         else:
             if self.steps is not None:
                 assert isinstance(self.codec, Integers)
-                made = self.codec.pack_on(weight, *learned_grid(self.codec, self.steps.detach(), self.offsets))
+                packed = self.codec.pack_on(weight, *learned_grid(self.codec, self.steps.detach(), self.offsets))
             elif self.rounding is not None:
                 assert isinstance(self.codec, Integers)
-                made = self.codec.pack_on(self.rounding(weight), *self.codec.scales(weight))
+                packed = self.codec.pack_on(self.rounding(weight), *self.codec.scales(weight))
             else:
-                made = self.codec.pack(weight)
-        self._hold(made)
+                packed = self.codec.pack(weight)
+        self._hold(packed)
 
     def _hold(self, tensors: dict[str, Tensor]) -> None:
         self.register_parameter("weight", None)
@@ -223,14 +223,14 @@ class QuantizedLinear(nn.Linear):
 
     def plain(self) -> nn.Linear:
         """A plain linear layer that computes the same, in the weight's dtype (packed: float32)."""
-        made = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         with torch.no_grad():
             total = self.whole(torch.float32)
-            made.weight = nn.Parameter(
+            linear.weight = nn.Parameter(
                 total.to(self.like.dtype), requires_grad=not self.packed and self.weight.requires_grad
             )
-        made.bias = self.bias
-        return made
+        linear.bias = self.bias
+        return linear
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: getattr(self, name) for name in self._names}

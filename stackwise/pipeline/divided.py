@@ -50,7 +50,7 @@ def _place(estimate: Estimate, place: int) -> dict[str, int]:
     kept = sum(estimate.kept_bytes(config.model.at(block_number(name))) for name in mine) / parallel.tensor
     scored = rows * (config.training.max_mask_fraction if config.objective.masks else 1.0)
     at_head = scored * config.model.d_model * (10 if half else 16) + rows * config.model.d_model * (2 if half else 4)
-    taken = {
+    by_part = {
         "weights": wide * held,
         "gradients": wide * held,
         "optimizer": moments * held,
@@ -58,5 +58,5 @@ def _place(estimate: Estimate, place: int) -> dict[str, int]:
         "head": at_head + estimate.loss_bytes(scored, half) if HEAD in ends else 0,
         "buffers": gathered,
     }
-    sizes = {name: int(size) for name, size in taken.items()}
+    sizes = {name: int(size) for name, size in by_part.items()}
     return sizes | {"peak": sum(sizes.values())}

@@ -224,9 +224,9 @@ class Estimate:
         size, projection = SLICE_BYTES.get(self.device, 512 << 20), self.vocab_size * self.config.model.d_model
         rows = min(scored, max(16, size // (4 * self.vocab_size)))
         several = scored > rows
-        made = 4 * projection * (HEAD in self.stage.trains or FRONT in self.stage.trains)
+        gradient = 4 * projection * (HEAD in self.stage.trains or FRONT in self.stage.trains)
         products = (2 * projection + 6 * rows * self.vocab_size) if half else 4 * rows * self.vocab_size
-        return max(8 * rows * self.vocab_size + several * made, products + made)
+        return max(8 * rows * self.vocab_size + several * gradient, products + gradient)
 
     def turns(self, memory: int, host: int | None = None) -> Turns | None:
         """How passes without training hold the stage; None: whole, as it is in training. See `swap`."""

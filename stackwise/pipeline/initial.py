@@ -102,13 +102,13 @@ class Shallower:
         self._whole, self._blocks = whole, blocks
         sizes = ArchitectureConfig(n_stacks=len(blocks))
         attention, ffn = whole.model.attention.chosen(blocks), whole.model.ffn.chosen(blocks)
-        own = {
+        moved = {
             "architecture": sizes,
             "attention": attention,
             "ffn": ffn,
             "first_norm": whole.model.at(blocks[0]).first_norm,
         }
-        self.model = whole.model.model_copy(update=own)
+        self.model = whole.model.model_copy(update=moved)
         self.tokenizer_json, self.objective, self.notes = whole.tokenizer_json, whole.objective, whole.notes
         self.checkpoint = getattr(whole, "checkpoint", None)
 
@@ -285,10 +285,10 @@ def _contradictions(config: StackWiseConfig, theirs: ModelConfig) -> Iterator[st
             yield f"model.max_seq_len: is {model.max_seq_len}, {where}: {remedy}"
 
 
-def _differences(key: str, own: Section, theirs: Section) -> Iterator[tuple[str, Any, Any]]:
+def _differences(key: str, ours: Section, theirs: Section) -> Iterator[tuple[str, Any, Any]]:
     """Settings that were given and differ: their keys, and both values. What is null was left to follow."""
-    for name in sorted(own.model_fields_set - FREE - {"architecture", "max_seq_len"}):
-        value, there = getattr(own, name), getattr(theirs, name)
+    for name in sorted(ours.model_fields_set - FREE - {"architecture", "max_seq_len"}):
+        value, there = getattr(ours, name), getattr(theirs, name)
         if isinstance(value, Kind) and isinstance(there, Kind):
             if type(value) is type(there):
                 yield from _differences(f"{key}.{name}", value, there)

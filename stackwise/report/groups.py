@@ -91,10 +91,10 @@ def _seed(run: Measured) -> str:
     return repr(run.values.get(SEED))
 
 
-def group_cells(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def group_cells(groups: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """The groups as a table."""
     rows = []
-    for number, group in enumerate(found):
+    for number, group in enumerate(groups):
         beside = "–" if number == 0 else group["why_not"] or _said(group["against"], "+.3f")
         unit = "bits/byte" if group["unit"] == "byte" else "nats/token"
         rows.append([group["name"], str(group["seeds"]), _said(group["held_out"], ".3f"), unit, beside])
@@ -108,15 +108,15 @@ def _said(interval: Mapping[str, float], form: str) -> str:
 WIDTH, ROW, NAMES, TOP, BOTTOM = 860, 30, 340, 16, 48
 
 
-def plot(found: Sequence[Mapping[str, Any]]) -> Html:
+def plot(groups: Sequence[Mapping[str, Any]]) -> Html:
     """The groups as points with their intervals, an SVG; those of the first one's unit.
 
     Raises:
         UsageError: No run was evaluated.
     """
-    if not found:
+    if not groups:
         raise UsageError("no run here has been evaluated", hint="`stackwise eval --run RUN`, or finish the runs")
-    drawn = [group for group in found if group["unit"] == found[0]["unit"]]
+    drawn = [group for group in groups if group["unit"] == groups[0]["unit"]]
     low = min(group["held_out"]["low"] for group in drawn)
     high = max(group["held_out"]["high"] for group in drawn)
     room = 0.06 * (high - low) or 0.1

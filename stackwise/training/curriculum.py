@@ -130,9 +130,9 @@ class CurriculumOrder(RowOrder):
 
     def competence(self, step: int) -> float:
         """The share of rows, easiest first, that a step draws from."""
-        if (taken := step + self._begun) >= self._growing:
+        if (steps := step + self._begun) >= self._growing:
             return 1.0
-        first, done = self._curriculum.start, taken / self._growing
+        first, done = self._curriculum.start, steps / self._growing
         if self._curriculum.competence == "linear":
             return min(1.0, done * (1 - first) + first)
         return min(1.0, math.sqrt(done * (1 - first**2) + first**2))

@@ -94,18 +94,18 @@ def _landed(
     leaving: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     on_the_way: deque[tuple[list[torch.Tensor], Any]] = deque()
     for batch in batches:
-        made = [
+        states = [
             x_BSD.to(torch.bfloat16) if codec.direct and codec.decoded == "bfloat16" else x_BSD
             for x_BSD, codec in zip(run(batch.to(device)), codecs, strict=True)
         ]
         leaving.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(leaving):
-            landed = [torch.empty(x_BSD.shape, dtype=x_BSD.dtype, pin_memory=True) for x_BSD in made]
-            for target, x_BSD in zip(landed, made, strict=True):
+            landed = [torch.empty(x_BSD.shape, dtype=x_BSD.dtype, pin_memory=True) for x_BSD in states]
+            for target, x_BSD in zip(landed, states, strict=True):
                 target.copy_(x_BSD, non_blocking=True)
             arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(leaving)
-        for x_BSD in made:
+        for x_BSD in states:
             x_BSD.record_stream(leaving)  # its memory is not given away while it travels
         on_the_way.append((landed, arrived))
         if len(on_the_way) > ON_THE_WAY:
@@ -239,9 +239,9 @@ def _write(
             if stop():
                 finished = False
                 break
-            made = [next(source) for _ in range(first, last, batch_rows)]
+            chunk_states = [next(source) for _ in range(first, last, batch_rows)]
             handed = time.perf_counter()
-            for writer, lacks, x_BSDs in zip(writers, lacking, zip(*made, strict=True), strict=True):
+            for writer, lacks, x_BSDs in zip(writers, lacking, zip(*chunk_states, strict=True), strict=True):
                 if chunk in lacks:
                     writer.submit(chunk, torch.cat(x_BSDs), copy=False)
             blocked += time.perf_counter() - handed
@@ -409,7 +409,7 @@ class FilledBoundary:
             spans = [
                 p for chunk in dict.fromkeys(n // self._chunk_rows for n in needed) for p in self._pieces_of(chunk)
             ]
-        wanted = {*needed, *(self._kept or ())}
+        starts = {*needed, *(self._kept or ())}
         stream = torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
         parts: list[torch.Tensor] = []
         with stream:
@@ -420,7 +420,7 @@ class FilledBoundary:
                     continue
                 parts.append(x_RSD)
                 if last == self._rows or last % self._chunk_rows == 0:
-                    self._publish(first // self._chunk_rows, torch.cat(parts), wanted)
+                    self._publish(first // self._chunk_rows, torch.cat(parts), starts)
                     parts = []
         self.rows_computed += sum(last - first for first, last in spans)
         self.seconds += time.perf_counter() - began
@@ -437,7 +437,7 @@ class FilledBoundary:
             batch = below.batch(np.arange(first, last))
             yield batch.pinned() if self._device.type == "cuda" else batch
 
-    def _publish(self, chunk: int, x_RSD: torch.Tensor, wanted: set[int]) -> None:
+    def _publish(self, chunk: int, x_RSD: torch.Tensor, starts: set[int]) -> None:
         """Hand a computed chunk to the writer, and keep what of it is wanted soon."""
         assert self._writer is not None
         self._writer.submit(chunk, x_RSD, copy=False)
@@ -445,9 +445,9 @@ class FilledBoundary:
         self._unflushed.add(chunk)
         stored, start = self._codec.round_trip(x_RSD), chunk * self._chunk_rows
         spans = self._pieces_of(chunk)
-        whole = all(first in wanted for first, _ in spans)
+        whole = all(first in starts for first, _ in spans)
         for first, last in spans:
-            if first in wanted:
+            if first in starts:
                 piece = stored[first - start : last - start]
                 # A view would keep all of the chunk in memory.
                 self._pieces[first] = piece if whole else piece.clone()

@@ -105,7 +105,7 @@ def make_optimizer(
             rises = rising is not None and part in rising.parts
             key = (family, not matrix, rate_scale(settings, part), rises, over_ranks(p))
             groups.setdefault(key, []).append(p)
-    made: Stepper = kind.build(
+    optimizer: Stepper = kind.build(
         [
             {
                 "params": parameters,
@@ -118,7 +118,7 @@ def make_optimizer(
             for (family, plain, scale, rises, _), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
     )
-    return Steered(made, ruled) if ruled else made
+    return Steered(optimizer, ruled) if ruled else optimizer
 
 
 def over_ranks(tensor: Tensor) -> str:
@@ -151,8 +151,8 @@ def state_tensors(optimizer: Stepper, p: nn.Parameter) -> dict[str, Tensor]:
 def rate_scale(settings: StageTraining, part: str) -> float:
     """A part's share of the stage's learning rate, by `training.block_learning_rates`."""
     number = part.removeprefix(BLOCK)
-    own = settings.block_learning_rates.get(int(number)) if number.isdigit() else None
-    return 1.0 if own is None else own / settings.learning_rate
+    rate = settings.block_learning_rates.get(int(number)) if number.isdigit() else None
+    return 1.0 if rate is None else rate / settings.learning_rate
 
 
 @functools.cache

@@ -43,9 +43,9 @@ class PhaseClock:
             self._marks[-1][2].synchronize()
         for phase, begin, end in self._marks:
             self._seconds[phase] += begin.elapsed_time(end) / 1000
-        taken, self._marks = self._seconds, []
-        self._seconds = dict.fromkeys(taken, 0.0)
-        return taken
+        seconds, self._marks = self._seconds, []
+        self._seconds = dict.fromkeys(seconds, 0.0)
+        return seconds
 
     def _now(self) -> float:
         if self._device.type == "mps":

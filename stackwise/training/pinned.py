@@ -33,7 +33,7 @@ class HostCopy(Mapping[str, Tensor]):
     Args:
         shapes: The shape and dtype of each.
         pin: Let a GPU copy from and to it by itself; where the system refuses that, it is ordinary memory.
-        warn: Told so.
+        warn: Called with a line about that.
 
     Raises:
         MemoryError: There is too little memory.

@@ -234,13 +234,13 @@ class PipelinedEngine(ShardedEngine):
             [[name, t.sum.detach().tolist(), str(t.sum.dtype), t.count, t.weight] for name, t in terms[at].items()]
             for at in sorted(terms)
         ]
-        losses.ahead, told = self.ranks.of_shares([losses.ahead, mine])[self.ranks.share]
-        for batch, microbatch in zip(self.current.batches, told, strict=True):
-            made = {
+        losses.ahead, scored = self.ranks.of_shares([losses.ahead, mine])[self.ranks.share]
+        for batch, microbatch in zip(self.current.batches, scored, strict=True):
+            shared_terms = {
                 name: Term(_tensor(value, dtype, self.device), count, weight)
                 for name, value, dtype, count, weight in microbatch
             }
-            losses.add(made)
+            losses.add(shared_terms)
             losses.tokens = batch.tokens_BS.numel()
 
     def _sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:

@@ -96,11 +96,11 @@ class StageModel(nn.Module):
         x_BSD = _apart(x_BSD, objective.sequences)
         segments_BS = None if segments_BS is None else _apart(segments_BS, objective.sequences)
         for block in blocks:
-            own, modules = isinstance(block, Block | Stack), list(block.modules())
+            is_block, modules = isinstance(block, Block | Stack), list(block.modules())
             for module in modules:
                 if callable(prepare := getattr(module, "prepare", None)):
                     prepare(batch)
-            x_BSD = block(x_BSD, causal=causal, segments_BS=segments_BS) if own else block(x_BSD)
+            x_BSD = block(x_BSD, causal=causal, segments_BS=segments_BS) if is_block else block(x_BSD)
             for module in modules:
                 if handed_up := getattr(module, "terms", None):
                     module.terms = {}  # type: ignore[assignment]  # its graph must not outlive the step

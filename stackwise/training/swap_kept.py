@@ -66,10 +66,10 @@ class _Count:
         """The group's parameter that a tensor is, or is a cast of."""
         if (parameter := self.parameters.get(id(whole))) is not None:
             return parameter
-        made: Any = whole.grad_fn
-        if made is None or made.name() != "ToCopyBackward0":
+        cast: Any = whole.grad_fn
+        if cast is None or cast.name() != "ToCopyBackward0":
             return None
-        return self.parameters.get(id(getattr(made.next_functions[0][0], "variable", None)))
+        return self.parameters.get(id(getattr(cast.next_functions[0][0], "variable", None)))
 
 
 class KeptPasses:

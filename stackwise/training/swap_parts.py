@@ -441,8 +441,8 @@ class PartLoader:
             norms_of.update(zip(gradients, torch._foreach_norm(tensors) if tensors else (), strict=True))
 
         lenders = {name: lender for name, part in loaded.parts.items() if (lender := lender_of(part)) is not None}
-        own = [(part, name, p) for part, name, p in loaded.parameters() if not self._in_piece(part, name)]
-        gradients = {(part, name): p.grad for part, name, p in own if p.grad is not None}
+        parameters = [(part, name, p) for part, name, p in loaded.parameters() if not self._in_piece(part, name)]
+        gradients = {(part, name): p.grad for part, name, p in parameters if p.grad is not None}
         scaled(gradients)
         by_part: dict[str, dict[str, Tensor]] = {name: {} for name in loaded.group.names if name in self.log.at}
         for (part, name), gradient in gradients.items():

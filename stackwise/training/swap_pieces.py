@@ -61,10 +61,10 @@ class Lender:
         # A cast that is kept would hold the weights of a piece that goes, and add up gradients of its rows in bf16.
         with torch.autocast(kind, **numerics, cache_enabled=self._most is None):
             if torch.is_grad_enabled() and self._most is not None:
-                made: Tensor = _Lent.apply(rows, self._anchor, self, module, numerics)  # type: ignore[no-untyped-call]
+                outputs: Tensor = _Lent.apply(rows, self._anchor, self, module, numerics)  # type: ignore[no-untyped-call]
             else:
-                made = self.bring(module)(rows)
-        return made
+                outputs = self.bring(module)(rows)
+        return outputs
 
     def bring(self, module: nn.Module) -> nn.Module:
         """The piece, in memory."""
@@ -100,14 +100,14 @@ class Lender:
 
     def take_gradients(self, path: str) -> Tensors:
         """The gradients of a piece by the parameters' names in the part, on the device; it keeps none of them."""
-        taken: Tensors = {}
+        gradients: Tensors = {}
         assert self._spill is not None, "something trains"
         for within, key in self._spilled.pop(path, {}).items():
-            taken[f"{path}.{within}"] = self._spill.take(key).to(self._device)
+            gradients[f"{path}.{within}"] = self._spill.take(key).to(self._device)
         for within, parameter in self._pieces[path].named_parameters():
             if parameter.grad is not None:
-                taken[f"{path}.{within}"], parameter.grad = parameter.grad, None
-        return taken
+                gradients[f"{path}.{within}"], parameter.grad = parameter.grad, None
+        return gradients
 
 
 class _Lent(torch.autograd.Function):
@@ -119,15 +119,15 @@ class _Lent(torch.autograd.Function):
     ) -> Tensor:
         ctx.lender, ctx.module, ctx.rows, ctx.numerics = lender, module, rows.detach(), numerics
         with torch.enable_grad():  # the same operations as on the way back: kernels may round differently without
-            made: Tensor = lender.bring(module)(ctx.rows.requires_grad_(rows.requires_grad))
-        return made.detach()
+            outputs: Tensor = lender.bring(module)(ctx.rows.requires_grad_(rows.requires_grad))
+        return outputs.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows: Tensor = ctx.rows.detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad(), torch.autocast(rows.device.type, **ctx.numerics, cache_enabled=False):
-            made = ctx.lender.bring(ctx.module)(rows)
-        pull([made], [gradients[0]])
+            outputs = ctx.lender.bring(ctx.module)(rows)
+        pull([outputs], [gradients[0]])
         return rows.grad, None, None, None, None
 
 

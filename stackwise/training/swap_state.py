@@ -262,17 +262,17 @@ class RedoLog:
         digests: dict[str, str] = record.pop("files", {})
         commit = Commit(**record)
         commit = replace(commit, held_out=[(int(step), float(loss)) for step, loss in commit.held_out])
-        at, wanted = {}, set[Path]()
+        at, paths = {}, set[Path]()
         newest = self._newest(commit.updates)
         for part in self.at:
             # What it has gradients of; where its state is not after them, they bring it up.
             last = commit.reached.get(part, 0) if part in self.pieces else commit.updates
             at[part] = max(newest.get(part, 0), last - 1)
             if at[part] < last:
-                wanted.add(self._path(GRADIENTS, part, last))
+                paths.add(self._path(GRADIENTS, part, last))
             if at[part]:
-                wanted.add(self._path(STATE, part, at[part]))
-        for path in wanted:
+                paths.add(self._path(STATE, part, at[part]))
+        for path in paths:
             TensorFile(path, self.directory)  # its header says how long it must be
         self.committed, self.at, self._digests = commit, at, digests
         self.losses()
@@ -280,7 +280,7 @@ class RedoLog:
         self._updates = [Update(int(last), rate, None if math.isnan(clip) else clip) for last, rate, clip in rows]
         for kind in (STATE, GRADIENTS):
             for path in (self.directory / kind).iterdir():
-                if path not in wanted:
+                if path not in paths:
                     path.unlink()
                 # What was written after the last step was published has no digest in its record.
                 elif digests.get(f"{kind}/{path.name}", "") not in ("", file_digest(path, self.directory)):

@@ -326,8 +326,8 @@ class Trainer:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    taken = [value for value in values if value is not None]
-    return sum(taken) / len(taken) if taken else None
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 class Rollback(Exception):

@@ -82,7 +82,7 @@ def _asked(overrides: tuple[str, ...]) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _spread(config: StackWiseConfig, ranks: int, asked: int | None = None, by: str = "--ranks") -> None:
+def _spread(config: StackWiseConfig, ranks: int, requested: int | None = None, by: str = "--ranks") -> None:
     """Let a run have so many ranks: as many share the rows as the other kinds of `parallel` leave.
 
     Args:
@@ -94,8 +94,10 @@ def _spread(config: StackWiseConfig, ranks: int, asked: int | None = None, by: s
     """
     parallel = config.parallel
     others = parallel.ranks // parallel.data
-    if asked is not None and asked * others != ranks:
-        raise UsageError(f"{by} {ranks} and -o parallel.data={asked} are two numbers of ranks", hint="give one of them")
+    if requested is not None and requested * others != ranks:
+        raise UsageError(
+            f"{by} {ranks} and -o parallel.data={requested} are two numbers of ranks", hint="give one of them"
+        )
     if ranks % others:
         near = f"{ranks - ranks % others or others} and {ranks - ranks % others + others}"
         raise UsageError(

@@ -228,8 +228,8 @@ def _submit_all(request: dict[str, Any]) -> list[Job]:
 
     run, engine = RunDirectory(Path(request["run"])), request["engine"]
     # -P: files that lie in the current directory are not ours to import.
-    own = {f"{engine}_max_num_timeout": REQUEUES, f"{engine}_python": f"{shlex.quote(sys.executable)} -P"}
-    executor = submitit.AutoExecutor(folder=run.logs / "jobs" / "%j", cluster=engine, **own)
+    engine_parameters = {f"{engine}_max_num_timeout": REQUEUES, f"{engine}_python": f"{shlex.quote(sys.executable)} -P"}
+    executor = submitit.AutoExecutor(folder=run.logs / "jobs" / "%j", cluster=engine, **engine_parameters)
     executor.update_parameters(**request["parameters"])
     jobs: list[Job] = []
     submitted: list[Any] = []

@@ -182,9 +182,9 @@ def _connected(parameters: dict[str, Any]) -> tuple[Any, float, float]:
     cpus, gpus = parameters["cpus"] or 1, parameters["gpus"]
     if gpus is None:  # one, where there is one
         gpus = min(1, int(there.get("GPU", 0))) if parameters["gpu"] else 0
-    for name, key, asked in (("CPU", "slurm.cpus", cpus), ("GPU", "slurm.gpus", gpus)):
-        if asked > there.get(name, 0):
-            raise JobFailed(f"the cluster has {there.get(name, 0):g} {name}s, and {key} asks for {asked}")
+    for name, key, needed in (("CPU", "slurm.cpus", cpus), ("GPU", "slurm.gpus", gpus)):
+        if needed > there.get(name, 0):
+            raise JobFailed(f"the cluster has {there.get(name, 0):g} {name}s, and {key} asks for {needed}")
     return ray, cpus, gpus
 
 

@@ -70,11 +70,11 @@ def _of_tokens(path: str, device: torch.device, *, whole: bool) -> Callable[[Ans
     return judge
 
 
-def _checked(name: str, given: Any, count: int) -> Tensor:
+def _checked(name: str, scores: Any, count: int) -> Tensor:
     try:
-        values = list(given)
+        values = list(scores)
     except TypeError:
-        raise UsageError(f"score {name}: it gives {type(given).__name__}, not a list of numbers") from None
+        raise UsageError(f"score {name}: it gives {type(scores).__name__}, not a list of numbers") from None
     if len(values) != count:
         raise UsageError(f"score {name}: {len(values)} scores for {count} answers", hint="give each answer one")
     for value in values:

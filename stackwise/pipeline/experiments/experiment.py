@@ -118,15 +118,15 @@ class ExperimentConfig:
         return build(StackWiseConfig, {}, values, source=f"experiment {self.name}")
 
     def _experts(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        own = {"experts": base["num_experts"], "at": base["moe_layers"], "expert_dim": self.expert_dim}
+        settings = {"experts": base["num_experts"], "at": base["moe_layers"], "expert_dim": self.expert_dim}
         if self.shared:
             if not 0 < self.shared < 1:
                 raise UsageError(f"shared is {self.shared:g}: give a share of the width, below 1")
             both = max(1, round(base["ffn_dim"] * self.shared))
             routed = max(1, (base["ffn_dim"] - both) // self.top_k)
-            own |= {"shared_experts": 1, "shared_dim": both, "expert_dim": self.expert_dim or routed}
-        own |= {"top_k": self.top_k, "aux_weight": self.aux_weight, "capacity_factor": self.capacity_factor}
-        return {"kind": "moe"} | {key: value for key, value in own.items() if value is not None}
+            settings |= {"shared_experts": 1, "shared_dim": both, "expert_dim": self.expert_dim or routed}
+        settings |= {"top_k": self.top_k, "aux_weight": self.aux_weight, "capacity_factor": self.capacity_factor}
+        return {"kind": "moe"} | {key: value for key, value in settings.items() if value is not None}
 
 
 def get_experiment_configs() -> dict[str, ExperimentConfig]:

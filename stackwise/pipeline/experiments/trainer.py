@@ -271,10 +271,10 @@ class Trainer:
 
     def _add(self, course: Course) -> None:
         """A stage's epochs; the last one may be shorter."""
-        length, taken = self.steps_per_epoch, len(course.losses)
-        self.current_step += taken
-        for first in range(1, taken + 1, length):
-            steps = range(first, min(first + length, taken + 1))
+        length, done = self.steps_per_epoch, len(course.losses)
+        self.current_step += done
+        for first in range(1, done + 1, length):
+            steps = range(first, min(first + length, done + 1))
             total, plain = mean(course.losses.get(n) for n in steps), mean(course.plain.get(n) for n in steps)
             self.train_losses.append(total)
             self.train_ce_losses.append(plain)

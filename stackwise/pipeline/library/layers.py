@@ -364,12 +364,12 @@ def probe(
     return changing
 
 
-def _wrong(returned: Any, given: torch.Tensor, narrow: torch.dtype | None, *, first: bool) -> str | None:
+def _wrong(returned: Any, entered: torch.Tensor, narrow: torch.dtype | None, *, first: bool) -> str | None:
     """What is wrong with a layer's output, as the end of a sentence."""
     if not isinstance(returned, torch.Tensor):
         return f"returns {type(returned).__name__}, not a tensor"
-    if returned.ndim != 3 or returned.shape[:2] != given.shape[:2] or (not first and returned.shape != given.shape):
-        return f"returns the shape {list(returned.shape)} where it is given {list(given.shape)}"
+    if returned.ndim != 3 or returned.shape[:2] != entered.shape[:2] or (not first and returned.shape != entered.shape):
+        return f"returns the shape {list(returned.shape)} where it is given {list(entered.shape)}"
     if returned.dtype not in (torch.float32, narrow):
         return f"returns {returned.dtype} where the run computes in {narrow or torch.float32}"
     if not returned.isfinite().all():

@@ -185,7 +185,7 @@ def forecast(config: StackWiseConfig, machine: Machine, tokens: int | None = Non
     estimates = [Estimate(config, vocab_size, first[depth], machine.kind) for depth in sorted(first)]
     swaps = [estimate.swap(int(machine.memory), int(machine.ram)) for estimate in estimates]
     resident = [estimate for estimate, swap in zip(estimates, swaps, strict=True) if swap is None]
-    found = iter(traced(resident) if trace else [Traced(estimated(estimate)) for estimate in resident])
+    traces = iter(traced(resident) if trace else [Traced(estimated(estimate)) for estimate in resident])
     settings = config.stage_training(0)
     rowed = settings.batch_size * settings.accumulation * config.training.seq_len
     if tokens is None:
@@ -195,7 +195,7 @@ def forecast(config: StackWiseConfig, machine: Machine, tokens: int | None = Non
         notes.append("training.steps and training.tokens are null: 1 G tokens a stage are taken (--tokens says others)")
     stages = []
     for estimate, swap in zip(estimates, swaps, strict=True):
-        memory = _swapped(estimate, swap) if swap is not None else next(found)
+        memory = _swapped(estimate, swap) if swap is not None else next(traces)
         stages.append(_stage(estimate, swap, memory, machine, tokens, _place(config, first, estimate.stage)))
     if speeds := [stage.reached for stage in stages if stage.reached is not None]:
         of_step = f"{rowed:,} tokens a step"
@@ -218,7 +218,7 @@ def _settle(config: StackWiseConfig, machine: Machine, vocab_size: int, notes: l
     if config.finds_block_size:
         config.training.block_size = largest_fitting(config, vocab_size, int(machine.memory), machine.kind)
         notes.append(f"training.block_size: auto is taken as {config.training.block_size}, the most that fits")
-    for section in (config.training, *(own.training for own in config.stages.values())):
+    for section in (config.training, *(overrides.training for overrides in config.stages.values())):
         if section.batch_size == AUTO:
             section.batch_size = 1
             stages = schedule(config)
@@ -279,7 +279,7 @@ class _Place:
 
 
 def _stage(
-    estimate: Estimate, swap: Swap | None, found: Traced, machine: Machine, tokens: int, place: _Place
+    estimate: Estimate, swap: Swap | None, trace: Traced, machine: Machine, tokens: int, place: _Place
 ) -> StageForecast:
     config, stage = estimate.config, estimate.stage
     settings, training = config.stage_training(stage.depth), config.training
@@ -318,7 +318,7 @@ def _stage(
     else:
         host += state
         if machine.kind != "cuda":
-            host += found.parts["peak"] + HOLES * (found.parts["activations"] + found.parts["head"])
+            host += trace.parts["peak"] + HOLES * (trace.parts["activations"] + trace.parts["head"])
         terms = {COMPUTE: compute, READ: cold, COPIES: copies}
         seconds = max(terms.values())
         saves = (
@@ -336,7 +336,7 @@ def _stage(
                 WRITE: boundary / machine.disk.write,
             }
         )
-    memory = dict(found.parts)
+    memory = dict(trace.parts)
     return StageForecast(
         stage=stage,
         parameters=estimate.trained_parameters,
@@ -348,6 +348,6 @@ def _stage(
         boundary=reads,
         state=3 * state if swap is None else swap.disk,
         written=written,
-        note=found.note,
+        note=trace.note,
         reached=reached,
     )

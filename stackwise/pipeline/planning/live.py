@@ -70,12 +70,12 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.empty((max(1, inputs[0].numel() // 2), inputs[0].dim()), dtype=torch.int64)
         if packet is torch.ops.aten.logsumexp:  # whose kernel holds the exponentials; they die at once
             self._add(torch.empty_like(inputs[0]), self.tag)
-        made = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         cast = packet is torch.ops.aten._to_copy and self._names.get(inputs[0].untyped_storage()._cdata) == "weights"
-        for leaf in tree_leaves(made):
+        for leaf in tree_leaves(result):
             if isinstance(leaf, FakeTensor):
                 self._add(leaf, "copies" if cast else self.tag)
-        return made
+        return result
 
     def _add(self, tensor: Tensor, tag: str) -> None:
         storage = tensor.untyped_storage()
@@ -96,19 +96,19 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def without_values(model: StageModel) -> None:
     """Let a model from the meta device have tensors without values in its place, which count. In a `FakeTensorMode`."""
-    made: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
 
     def one(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:  # a tied one is one
-            made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return made[id(tensor)]
+        if id(tensor) not in copies:  # a tied one is one
+            copies[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return copies[id(tensor)]
 
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
                 value = one(p)
                 if not isinstance(value, nn.Parameter):
-                    value = made[id(p)] = nn.Parameter(value, requires_grad=p.requires_grad)
+                    value = copies[id(p)] = nn.Parameter(value, requires_grad=p.requires_grad)
                 module._parameters[name] = value
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else one(buffer)
@@ -135,9 +135,9 @@ class _FlashAttention(torch.autograd.Function):
         splits = max(1, -(-MULTIPROCESSORS // (B * H))) if ctx.ordered else 1
         wide = [k.new_empty(B, k.shape[2], H, E), v.new_empty(B, v.shape[2], H, E)] if k.shape[1] != H else []
         sums = q.new_empty((splits, B, S, H, E), dtype=torch.float32), q.new_empty((B, H, S), dtype=torch.float32)
-        made = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         del wide, sums
-        return *made, None
+        return *gradients, None
 
 
 class _FusedDropout(torch.autograd.Function):

@@ -50,12 +50,12 @@ def this_machine() -> Machine:
     rates = known_rates()
     if rates is None:
         cores = os.cpu_count() or 1
-        found = replace(MACHINES["cpu"], name=f"this machine ({cores} cores)", flops=cores * 5e10)
+        machine = replace(MACHINES["cpu"], name=f"this machine ({cores} cores)", flops=cores * 5e10)
         source = "not measured: `stackwise doctor --measure` does"
         if card := _card():
-            found = replace(card, source=f"{card.source}; {source}")
-            return replace(found, ram=host_total(), disk=replace(Disk(), size=free))
-        return replace(found, source=source, ram=host_total(), memory=host_total(), disk=replace(Disk(), size=free))
+            machine = replace(card, source=f"{card.source}; {source}")
+            return replace(machine, ram=host_total(), disk=replace(Disk(), size=free))
+        return replace(machine, source=source, ram=host_total(), memory=host_total(), disk=replace(Disk(), size=free))
     number = {key: float(value) for key, value in rates.items() if not isinstance(value, str)}
     kind = str(rates["device"])
     return Machine(

@@ -52,7 +52,7 @@ def streamed(estimate: Estimate, swap: Swap) -> Streamed:
     spilled = max(0.0, boundary * (swap.groups + 3) - swap.boundaries)
     ends = [part for part in estimate.stage.trains if part in (FRONT, HEAD)]
     lowest = max((phase.parameters(part) for part in ends), default=weights / WEIGHT_BYTES / swap.groups)
-    each = 1 / max(1, phase.trained_parameters)
+    per_parameter = 1 / max(1, phase.trained_parameters)
     if swap.early:
         gradients = 0
     return Streamed(
@@ -60,6 +60,6 @@ def streamed(estimate: Estimate, swap: Swap) -> Streamed:
         down=state + gradients + 2 * between,
         read=state + gradients + weights + spilled * (1 + again),
         written=state + gradients + spilled,
-        first=(weights if swap.early else state + gradients) * lowest * each,
-        last=(state if swap.early else gradients) * lowest * each,
+        first=(weights if swap.early else state + gradients) * lowest * per_parameter,
+        last=(state if swap.early else gradients) * lowest * per_parameter,
     )

@@ -60,8 +60,8 @@ def trace(job: TraceJob) -> dict[str, int]:
         engine = make_engine(trial, config, model, device)
         live.own("weights", *model.parameters(), *model.buffers())
         for p in engine.parameters.values():
-            made: Any = p.register_post_accumulate_grad_hook
-            made(lambda p: live.own("gradients", p.grad))
+            hook: Any = p.register_post_accumulate_grad_hook
+            hook(lambda p: live.own("gradients", p.grad))
 
         def now(tag: str) -> Any:
             def note(*_: Any) -> None:

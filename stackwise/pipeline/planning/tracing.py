@@ -50,16 +50,16 @@ def traced(estimates: Sequence[Estimate], *, cache: Path | None = None) -> list[
     What cannot be traced (a layer from outside that needs values) is estimated.
     """
     directory = cache_directory() if cache is None else cache
-    wanted: dict[str, TraceJob] = {}
+    todo: dict[str, TraceJob] = {}
     names: list[list[str]] = []
     for estimate in (estimate for estimate in estimates if not estimate.config.parallel.divides):
         jobs = {_key(estimate.config, job): job for job in _jobs(estimate)}
-        wanted |= jobs
+        todo |= jobs
         names.append(list(jobs))
-    known = {key: found for key in wanted if (found := _read(directory / f"{key}.json")) is not None}
-    missing = [key for key in wanted if key not in known]
+    known = {key: kept for key in todo if (kept := _read(directory / f"{key}.json")) is not None}
+    missing = [key for key in todo if key not in known]
     if missing:
-        for key, result in zip(missing, _trace([wanted[key] for key in missing]), strict=True):
+        for key, result in zip(missing, _trace([todo[key] for key in missing]), strict=True):
             known[key] = {"fault": result} if isinstance(result, str) else result
             _keep(directory / f"{key}.json", known[key])
     keys = iter(names)
@@ -131,14 +131,14 @@ def _trace(jobs: Sequence[TraceJob]) -> list[dict[str, int] | str]:
     return results
 
 
-def _combined(estimate: Estimate, found: list[dict[str, Any]]) -> Traced:
+def _combined(estimate: Estimate, traces: list[dict[str, Any]]) -> Traced:
     """A stage from what was traced of it."""
-    faults = [one["fault"] for one in found if "fault" in one]
+    faults = [one["fault"] for one in traces if "fault" in one]
     if faults:
         return Traced(estimated(estimate), str(faults[0]))
-    if len(found) == 1:
-        return Traced({part: int(found[0][part]) for part in (*PARTS, "peak")})
-    few, more = found
+    if len(traces) == 1:
+        return Traced({part: int(traces[0][part]) for part in (*PARTS, "peak")})
+    few, more = traces
     beyond = estimate.largest_phase.stage.last - estimate.largest_phase.stage.first + 1 - FEW
     parts = {part: int(few[part] + beyond * (more[part] - few[part])) for part in PARTS}
     return Traced(parts | {"peak": sum(parts.values())})
@@ -161,16 +161,16 @@ def estimated(estimate: Estimate) -> dict[str, int]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = files.read_json(path)
+        trace = files.read_json(path)
     except (OSError, ValueError, StackWiseError):
         return None
-    whole = isinstance(found, dict) and ("fault" in found or all(isinstance(found.get(part), int) for part in PARTS))
-    return found if whole else None
+    whole = isinstance(trace, dict) and ("fault" in trace or all(isinstance(trace.get(part), int) for part in PARTS))
+    return trace if whole else None
 
 
-def _keep(path: Path, found: dict[str, Any]) -> None:
+def _keep(path: Path, trace: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_json(path, found)
+        durable.write_json(path, trace)
     except (OSError, StackWiseError):
         pass  # it is traced again next time

@@ -190,29 +190,29 @@ class Scorer(RackReader):
                 progress(done, len(rows))
         return [Answer(float(a), bool(b)) for a, b in zip(nats, greedy, strict=True)]
 
-    def _rows(self, number: int, asked: Continuation) -> Iterator[_Row]:
+    def _rows(self, number: int, continuation: Continuation) -> Iterator[_Row]:
         """The rows whose weighted nats add up to those of a continuation."""
-        length = len(asked.ids)
+        length = len(continuation.ids)
         room = self.longest - length + (self.likelihood == "exact")  # its last token is said, and enters no row
         if not length or room < (self.likelihood == "exact"):
             raise UsageError(
                 f"a text of {length} tokens cannot be scored: this rack takes 1 to {self.longest}",
                 hint="shorten it, or train with a longer training.seq_len",
             )
-        context = asked.context[-room:] if room else asked.context[:0]
+        context = continuation.context[-room:] if room else continuation.context[:0]
         if self.likelihood == "exact":
             if not len(context):
                 context = np.array([self.rack.data.tokenizer.separator_id])
-            ids = np.concatenate((context, asked.ids))
+            ids = np.concatenate((context, continuation.ids))
             places = np.arange(len(context) - 1, len(ids) - 1)
-            yield _Row(ids[:-1], places, answer=number, targets=asked.ids)
+            yield _Row(ids[:-1], places, answer=number, targets=continuation.ids)
             return
-        ids, start = np.concatenate((context, asked.ids)), len(context)
+        ids, start = np.concatenate((context, continuation.ids)), len(context)
         if self.likelihood == "pseudo":
             holes = [np.array([place]) for place in range(length)]
             weights = [1.0] * length
         else:
-            draw = generator(derive_seed(self.seed, "suite", len(ids), *asked.ids[:8].tolist()), "masks")
+            draw = generator(derive_seed(self.seed, "suite", len(ids), *continuation.ids[:8].tolist()), "masks")
             # strata of k, so that few draws cover short and long masks alike
             counts = np.ceil((np.arange(DRAWS) + draw.random(DRAWS)) / DRAWS * length).astype(int).clip(1, length)
             holes = [np.sort(draw.permutation(length)[:count]) for count in counts]
@@ -221,7 +221,7 @@ class Scorer(RackReader):
             shown = ids.copy()
             shown[start + places] = self.rack.mask_token
             share = len(places) / len(ids)
-            yield _Row(shown, start + places, share, number, asked.ids[places], weight)
+            yield _Row(shown, start + places, share, number, continuation.ids[places], weight)
 
     def _scored(self, batch: Sequence[_Row]) -> Iterator[tuple[float, bool]]:
         """For each row the nats of its targets together, and whether all were the likeliest."""

@@ -58,20 +58,20 @@ class _Asked:
 
 def _asked(context: StageContext) -> list[_Asked]:
     job, config = context.job, context.config
-    asked, method, curriculum = list[_Asked](), config.training.continual, context.settings.curriculum
+    passes, method, curriculum = list[_Asked](), config.training.continual, context.settings.curriculum
     if not job.train or not context.stage.window:  # in its first window a stage has no past
-        return asked
+        return passes
     if isinstance(method, LwF):
         top_k = min(method.top_k, job.vocab_size)
         shape = config.row_positions, 2 * top_k
-        asked.append(_Asked(LOGITS, ("past", {"top_k": top_k}), shape, lambda head: LikeliestTokens(head, top_k)))
+        passes.append(_Asked(LOGITS, ("past", {"top_k": top_k}), shape, lambda head: LikeliestTokens(head, top_k)))
     if curriculum is not None and curriculum.by == "loss":
         objective = task_of(config, job.mask_token, job.vocab_size, job.stage)
         scored = config.objective.scoring() | config.objective.code
-        asked.append(
+        passes.append(
             _Asked(DIFFICULTY, ("past losses", {"objective": scored}), (1, 1), lambda head: RowLosses(head, objective))
         )
-    return asked
+    return passes
 
 
 @contextlib.contextmanager
@@ -86,31 +86,31 @@ def beside_past(context: StageContext, model: StageModel | None) -> Iterator[Sta
     Raises:
         InterruptedRun: Told to stop; what was written stays.
     """
-    asked, boundaries = _asked(context), list[Hex]()
-    for rank in range(context.ranks.size if asked else 0):  # what the first has written, the others find
+    passes, boundaries = _asked(context), list[Hex]()
+    for rank in range(context.ranks.size if passes else 0):  # what the first has written, the others find
         if rank == context.ranks.rank:
-            boundaries = [_written(context, model, one) for one in asked]
+            boundaries = [_written(context, model, one) for one in passes]
         context.ranks.wait()
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(context.store.reader(boundary)) for boundary in boundaries]
-        more = {one.name: RowSource(reader.info.id, reader.read) for one, reader in zip(asked, readers, strict=True)}
+        more = {one.name: RowSource(reader.info.id, reader.read) for one, reader in zip(passes, readers, strict=True)}
         yield replace(context, feed=replace(context.feed, sources={**context.feed.sources, **more}))
     if context.ranks.main:
         for boundary in boundaries:
             context.store.drop(boundary)
 
 
-def _written(context: StageContext, model: StageModel | None, asked: _Asked) -> Hex:
+def _written(context: StageContext, model: StageModel | None, past: _Asked) -> Hex:
     """The boundary with what a stage is asked for of its rows."""
     job, config, rowset, begun = context.job, context.config, context.feed.rowset, time.perf_counter()
-    name, shaped = asked.trunk
+    name, shaped = past.trunk
     about = {"initial": job.recipe["initial"], "reads": job.recipe["reads"], "forward": job.forward}
     spec = BoundarySpec(
         trunk=content_id(name, about | shaped),
         rowset=rowset.id,
         depth=context.stage.depth + 1,
-        seq_len=asked.shape[0],
-        d_model=asked.shape[1],
+        seq_len=past.shape[0],
+        d_model=past.shape[1],
         codec="fp32",  # an id must stay whole
         chunk_rows=boundary_chunk_rows(config, rowset.rows),
     )
@@ -125,7 +125,7 @@ def _written(context: StageContext, model: StageModel | None, asked: _Asked) -> 
     with context.store.writer(spec) as writer:
         if writer.info.state != "complete":
             context.event("past", rows=rowset.rows)
-            stages = _by_groups(context, asked) if model is None else [_saying(model, asked)]
+            stages = _by_groups(context, past) if model is None else [_saying(model, past)]
             done = write_boundary(stages, context.feed, writer, context.device, progress=progress, stop=context.stop)
             if not done.finished:
                 raise InterruptedRun("stopped while a stage went over its new rows", hint=RESUME)
@@ -133,14 +133,14 @@ def _written(context: StageContext, model: StageModel | None, asked: _Asked) -> 
     return writer.info.id
 
 
-def _saying(model: StageModel, asked: _Asked) -> StageModel:
+def _saying(model: StageModel, past: _Asked) -> StageModel:
     """A stage that says what it is asked for, of the same modules."""
     assert isinstance(model.head, Head), "a stage that trains has a head"
-    blocks = [*model.blocks, *model.beyond, asked.above(model.head)]
+    blocks = [*model.blocks, *model.beyond, past.above(model.head)]
     return StageModel(model.front, blocks, None, model.objective, model.precision)
 
 
-def _by_groups(context: StageContext, asked: _Asked) -> MakeOutputs:
+def _by_groups(context: StageContext, past: _Asked) -> MakeOutputs:
     """The same of a stage of which one group is in memory at a time, and the head."""
     job, config, device = context.job, context.config, context.device
     turns = Estimate(config, job.vocab_size, job.stage, device.type).turns(
@@ -152,7 +152,7 @@ def _by_groups(context: StageContext, asked: _Asked) -> MakeOutputs:
     embedding_VD = whole.make(FRONT, None).get_parameter("embedding.weight").detach() if whole.tied else None
     head = whole.make(HEAD, None, embedding_VD)
     assert isinstance(head, Head)
-    says = asked.above(head).to(device).eval()
+    says = past.above(head).to(device).eval()
     row_bytes = 4 * config.row_positions * config.model.d_model
     make = grouped_outputs(below, turns.groups, row_bytes, turns.boundaries)
 
