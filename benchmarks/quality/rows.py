@@ -90,8 +90,10 @@ ROWS = (
         for blocks in (1, 2, 4)
         for until in (0.5, 0.8)
     ),
-    Row("grown from 2 at 0.65", _grown((2, 0.65)), GROWS),
+    *(Row(f"grown from 2 at {until:g}", _grown((2, until)), GROWS) for until in (0.65, 0.9)),
     Row("grown from 2 at 0.5 and 4 at 0.8", _grown((2, 0.5), (4, 0.8)), GROWS),
+    Row("grown from 1 at 0.5 and 2 at 0.8", _grown((1, 0.5), (2, 0.8)), GROWS),
+    Row("grown from 2 at 0.8, decay 0.1", _grown((2, 0.8)) | {"training.decay": 0.1}, GROWS),
     Row("grown from 2 at 0.8, Muon", _grown((2, 0.8)) | {"training.optimizer": "muon"}, GROWS),
     Row("grown from 2 at 0.8, new blocks warmed up", _grown((2, 0.8), warmup=0.05), GROWS),
     Row("grown from 2 at 0.8, copied", _grown((2, 0.8), new="copy"), GROWS),

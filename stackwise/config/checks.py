@@ -247,7 +247,7 @@ def _growth(config: Settings) -> Iterator[Fault]:
         how = "adds stacks below those there are" if config.prepends else "grows the rack stack by stack"
         yield key, f"training.progressive {how}: leave one of both out"
     elif training.mode.apart or training.mode.whole:
-        yield key, f"{training.mode.name} stages cannot grow into one rack: leave training.mode out, or say end_to_end"
+        yield key, f"{training.mode.name} stages cannot grow into one rack: leave one of both out (training.growth: [])"
     if config.init.weights is not None:
         yield key, "init.weights brings every block already: leave one of both out"
     for depth, overrides in config.stages.items():

@@ -244,7 +244,7 @@ def stage_span(config: StackWiseConfig, stage: Stage, drawn: int) -> Span:
         if first == until:
             raise UsageError(
                 f"training.growth: no step of {steps} is between {stage.share[0]:g} and {stage.share[1]:g} of them",
-                hint="raise training.steps, or commit less often (training.growth: commit)",
+                hint="raise training.steps, or set until (or commit) of training.growth further from its neighbours",
             )
         return Span(first, until, steps)
     if drawn_and_window(config, stage.rowset)[1] is None:

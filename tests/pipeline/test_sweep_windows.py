@@ -114,6 +114,19 @@ def test_nothing_is_trained_twice(micro: Micro, tmp_path: Path) -> None:
     assert (trained[fourth], trained[fifth]) == ([0, 1, 2, 5], [2, 5])
 
 
+def test_values_of_until_cost_one_shallow_phase(micro: Micro, tmp_path: Path) -> None:
+    untils = [0.4, 0.6, 0.8]
+    phases = [[{"blocks": 1, "until": until, "commit": 0.2}] for until in untils]
+    shape = SMALL | {"training.growth": phases, "training.steps": [20]}
+    axes = {key: value if isinstance(value, list) else [value] for key, value in shape.items()}
+    carried_out(Sweep(combinations(axes, lambda overrides: micro(**overrides)), tmp_path, "again"))
+    assert not [event for events in Quick.events.values() for event in named(events, "warning")]
+    # Each trains its own deep phase, and of the shallow one what no run before it did: 0.8 of the steps in all.
+    runs = Quick.events.values()
+    assert [[event["steps"] for event in named(events, "training")] for events in runs] == [[4, 4, 12], [4, 8], [4, 4]]
+    assert [len(named(events, "reused")) for events in runs] == [0, 2, 3]
+
+
 def test_where_there_is_no_room_it_is_said_before_what_is_trained_again(micro: Micro, tmp_path: Path) -> None:
     roomy = made(micro, tmp_path / "roomy", [1e-3, 2e-3], **{"store.max_bytes": 1 << 40})
     order = roomy.preview()

@@ -29,6 +29,7 @@ from stackwise.pipeline.decisions import Decision, preview
 from stackwise.pipeline.estimate import RECORD_BYTES
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.initial import initial_sources, settle_mask, tokenizer_limit
+from stackwise.pipeline.job import start
 from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.run import RunDirectory, status, with_absolute_paths
 from stackwise.pipeline.runner.runner import Runner
@@ -166,12 +167,16 @@ class Keeping:
                 stage, recipe = decision.stage, self._recipes.get(decision.id)
                 if not stage.states_out or recipe is None or origin in (TRAIN, AGAIN):
                     continue
-                following = next(
-                    later.stage for later in member.decisions[stage.place + 1 :] if later.stage.depth == stage.depth
-                )
+                following = _takes_up(stage, member.decisions)  # its next window, or what a rack grows into
                 takes_up = origins[following.place] in (TRAIN, AGAIN) or needed.get(recipe, (stage, False))[1]
                 needed[recipe] = (stage, takes_up)
         return needed
+
+
+def _takes_up(stage: Stage, decisions: Sequence[Decision]) -> Stage:
+    """The stage that goes on with the optimizer states that this one commits."""
+    after = (decision.stage for decision in decisions[stage.place + 1 :])
+    return next(later for later in after if {start(later, name) for name in later.states_in} & {*stage.states_out})
 
 
 class Sweep:
