@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Result
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.data import PreparedData
 from stackwise.data.prepared import TOKENIZER
 from stackwise.durable import write_durably

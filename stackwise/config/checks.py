@@ -10,7 +10,7 @@ from stackwise.config.adapters import adapter_faults
 from stackwise.config.choices import AdaptiveFusion, CausalAdaptation, HierarchicalFusion, NoFusion
 from stackwise.config.fields import AUTO
 from stackwise.config.growth import Grown
-from stackwise.config.meta_faults import meta_faults
+from stackwise.config.meta import meta_faults
 from stackwise.config.precision import (
     FORMATS,
     canonical,

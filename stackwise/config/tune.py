@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from stackwise.config.fields import Count, PositiveInt, Section, Size, Text
-from stackwise.config.ranges import parse_range
 
 Sampler = Literal["grid", "random", "tpe", "gp", "gp-ucb", "hyperband", "pbt"]
 Measure = Literal["bits_per_byte", "loss", "memory", "seconds"]
@@ -65,3 +68,102 @@ class TuneConfig(Section):
     )
     jobs: Size = Field(1, description="trials at the same time")
     seed: Count | None = Field(None, description="of the sampler; null: the run's seed")
+
+
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+
+
+INTERVAL = re.compile(rf"\s*({NUMBER})\s*\.\.\s*({NUMBER})\s*(?::\s*(\w+)\s*)?")
+
+
+WHOLE = re.compile(r"[+-]?\d+")
+
+
+EXAMPLE = "as 1e-4..1e-2:log, 1..8, or a list 0,0.1"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A list of values, of any type that YAML has."""
+
+    values: tuple[Any, ...]
+
+    def __contains__(self, value: Any) -> bool:
+        return any(same(value, choice) for choice in self.values)
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """The values to try a setting at: all of them."""
+        return self.values
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Numbers from `low` to `high`, both among them; with `log`, evenly spread by their order of magnitude."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @property
+    def integer(self) -> bool:
+        """Whether whole numbers alone are meant."""
+        return isinstance(self.low, int)
+
+    def __contains__(self, value: Any) -> bool:
+        number = isinstance(value, int) and not isinstance(value, bool)
+        return (number or (isinstance(value, float) and not self.integer)) and self.low <= value <= self.high
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """The values to try a setting at: the lowest and the highest."""
+        return self.low, self.high
+
+
+Range = Choices | Interval
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are the same setting: `true` is no 1."""
+    return type(one) is type(other) and one == other
+
+
+def is_interval(text: str) -> bool:
+    """Whether text is meant as a range of numbers, which it may still be no good one of."""
+    return re.fullmatch(r"[^,\[\]'\"/]*[^,\[\]'\"/.]\.\.[^,\[\]'\"/.][^,\[\]'\"/]*", text.strip()) is not None
+
+
+def parse_range(value: str | Sequence[Any]) -> Range:
+    """A range as text, or a list of values.
+
+    Raises:
+        ValueError: There is nothing to choose from, or no such range; one line says why.
+    """
+    if isinstance(value, str):
+        interval = INTERVAL.fullmatch(value)
+        if interval is None:
+            raise ValueError(f"{value!r} is no range of numbers; {EXAMPLE}")
+        return _interval(*interval.groups())
+    different: list[Any] = []
+    for choice in value:
+        if isinstance(choice, float) and not math.isfinite(choice):
+            raise ValueError(f"{choice} is no finite number")
+        if not any(same(choice, other) for other in different):
+            different.append(choice)
+    if len(different) < 2:
+        raise ValueError(f"nothing to choose from: {len(different) or 'no'} value; {EXAMPLE}")
+    return Choices(tuple(different))
+
+
+def _interval(low: str, high: str, scale: str | None) -> Interval:
+    if scale not in (None, "log", "linear"):
+        raise ValueError(f"{scale!r} is no scale of a range: log, or none")
+    whole = WHOLE.fullmatch(low) and WHOLE.fullmatch(high)
+    first, last = (int(low), int(high)) if whole else (float(low), float(high))
+    if not (math.isfinite(first) and math.isfinite(last)):
+        raise ValueError(f"{low}..{high}: its ends must be finite numbers")
+    if first >= last:
+        raise ValueError(f"the range {low}..{high} is empty: it must go from a lower to a higher number")
+    if scale == "log" and first <= 0:
+        raise ValueError(f"{low}..{high}:log has no logarithm at {low}: begin above 0")
+    return Interval(first, last, scale == "log")

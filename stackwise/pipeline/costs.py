@@ -14,8 +14,8 @@ from stackwise.data import PreparedData
 from stackwise.errors import NoSpaceError, UsageError
 from stackwise.host import host_total
 from stackwise.identity import content_id
-from stackwise.pipeline.card import check_free
 from stackwise.pipeline.decisions import Decision, separate_traffic, traffic_of
+from stackwise.pipeline.device import check_free
 from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, WIDE, Estimate, committed_bytes, kind_of
 from stackwise.pipeline.plan import Plan, check_data
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, boundary_bytes, order_rows, stage_steps, whole_boundary

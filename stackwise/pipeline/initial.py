@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from stackwise.config import StackWiseConfig
 from stackwise.config.adapters import size_faults
 from stackwise.config.fields import Section
-from stackwise.config.kinds import Kind
+from stackwise.config.kinds import FeedForward, Kind
 from stackwise.config.loading import kind_of
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.data.prepared import TOKENIZER
@@ -24,8 +24,16 @@ from stackwise.files import expanded
 from stackwise.identity import content_id
 from stackwise.pipeline.job import Source, Versions, committed_stages
 from stackwise.pipeline.run import RunDirectory
-from stackwise.pipeline.schedule import ADAPTER, FIRST_HEAD, FRONT, HEAD, adapter_part, block_part, block_parts
-from stackwise.pipeline.upcycled import Upcycled
+from stackwise.pipeline.schedule import (
+    ADAPTER,
+    FIRST_HEAD,
+    FRONT,
+    HEAD,
+    adapter_part,
+    block_number,
+    block_part,
+    block_parts,
+)
 from stackwise.pretrained.adapters import AdapterDirectory, base_of, is_adapter, named_layers
 from stackwise.pretrained.checkpoint import Checkpoint
 from stackwise.pretrained.families import BLOCK
@@ -412,3 +420,55 @@ def settle_mask(config: StackWiseConfig, tokenizer: Tokenizer) -> str | None:
         return f"masked positions show id {reserved}, which the checkpoint's tokenizer reserves"
     added = f"id {tokenizer.mask_id} is added to the model for masked positions"
     return f"{added}: its row of embedding and head is the mean of the others"
+
+
+class Upcycled:
+    """Dense models as one with experts: of one (sparse upcycling, arXiv 2212.05055), or of several.
+
+    Several, each trained on a cluster of the data, whose feed-forwards become the experts, are the way of MoE-DisCo
+    (arXiv 2601.06857); everything else is their mean here.
+
+    Args:
+        models: The models, alike but for their values.
+        ffn: The feed-forward that takes the place of theirs.
+        seed: What is in no dense model, a router, is drawn from it.
+
+    Raises:
+        UsageError: They are not alike, or the feed-forward cannot begin as theirs.
+    """
+
+    def __init__(self, models: Sequence[Weights], ffn: FeedForward, seed: int) -> None:
+        first = models[0]
+        for number, other in enumerate(models[1:]):
+            if other.model.specification() != first.model.specification():
+                raise UsageError(f"init.experts: model {number} is not of the shape of init.weights: take runs alike")
+            if _tokens(other) != _tokens(first):
+                raise UsageError(
+                    f"init.experts: model {number} has another tokenizer than init.weights: take runs alike"
+                )
+        dense = first.model
+        self.model = dense.model_copy(update={"ffn": ffn, "d_ff": dense.ffn_width})
+        for block in range(dense.n_blocks):
+            mine = self.model.at(block)
+            fault = next(mine.ffn.upcycling_faults(mine, dense.at(block), len(models)), None)
+            if fault is not None:
+                raise UsageError(f"init.experts: block {block}: {fault}")
+        self._models, self._seed = models, seed
+        self.tokenizer_json, self.objective, self.notes = first.tokenizer_json, first.objective, first.notes
+
+    def source(self, part: str, *, hashed: bool = True) -> Source:
+        """See `Weights.source`."""
+        sources = tuple(model.source(part, hashed=hashed) for model in self._models)
+        changed = part.startswith(BLOCK) and self.model.at(block_number(part)).ffn.upcycles
+        if any(source.path is None for source in sources):
+            return Source()
+        if not changed and len(sources) == 1:
+            return sources[0]
+        digests = [source.digest for source in sources]
+        digest = content_id("upcycled", [*([str(self._seed)] if changed else []), *digests]) if hashed else None
+        return dataclasses.replace(sources[0], digest=digest, recipe="", names=None, upcycled=sources)
+
+
+def _tokens(weights: Weights) -> str | None:
+    path: Path | None = weights.tokenizer_json
+    return None if path is None else Tokenizer.load(path).id

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import build, parse_yaml
+from stackwise.config.loading import build
+from stackwise.config.yaml_files import parse_yaml
 from stackwise.errors import UsageError
 from stackwise.pipeline.recipe import Recipe, Span
 from stackwise.pipeline.run import RunDirectory

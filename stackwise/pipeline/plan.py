@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.data import PreparedData, require_samples
 from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.identity import content_id
@@ -26,9 +26,8 @@ from stackwise.pipeline.recipe import (
     stage_span,
     trunk_id,
 )
-from stackwise.pipeline.rows import HELD_OUT, drawn_rows, put_rows, rows_key
+from stackwise.pipeline.rows import HELD_OUT, check_tasks, drawn_rows, put_rows, rows_key, tasks_digest
 from stackwise.pipeline.schedule import FRONT, Stage, schedule, stage_below
-from stackwise.pipeline.tasks import check_tasks, tasks_digest
 from stackwise.pipeline.teacher import Judge, judge_of, teacher_of
 from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import build, parse_yaml
+from stackwise.config.loading import build
+from stackwise.config.yaml_files import parse_yaml
 from stackwise.host import Memory
 from stackwise.pipeline.device import is_out_of_memory, make_deterministic, memory
 from stackwise.pipeline.schedule import Stage

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise import words
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.report.charts import Axes, Line, Points, line_chart, padded_range, settled_range, smooth, thin
 from stackwise.report.facts import BoundaryFacts, Facts, StageFacts
 from stackwise.report.held_out import baselines_of, depth_name, footnote, rows, scored, stages_of

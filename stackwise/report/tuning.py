@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from stackwise import durable, words
-from stackwise.config.loading import dump
-from stackwise.config.ranges import Interval, same
+from stackwise.config.tune import Interval, same
+from stackwise.config.yaml_files import dump
 from stackwise.pipeline.batch.grid import label, shown
 from stackwise.pipeline.search.record import Trial
 from stackwise.pipeline.search.space import Searched

@@ -1,4 +1,7 @@
-"""A curriculum: easy rows first, and of the others more as competence grows (Platanios et al., arXiv 1903.09848)."""
+"""Orders of rows: easy ones first, and earlier tasks' among new ones.
+
+A curriculum takes of the others more as competence grows (Platanios et al., arXiv 1903.09848).
+"""
 
 from __future__ import annotations
 
@@ -160,3 +163,45 @@ class CurriculumOrder(RowOrder):
         among = max(1, math.ceil(self.competence(step) * self.length))
         words = identity.generator(*self.seed, "curriculum", step).bit_generator.random_raw(self._step_rows)
         return self._easiest_N[(np.atleast_1d(words) % np.uint64(among)).astype(np.int64)]
+
+
+class ReplayOrder(RowOrder):
+    """Replay: steps of rows of two orders, new rows in epochs of their own, after them in each step the replayed ones.
+
+    Args:
+        plain: The order of all the rows, whose seed and groups of rows both take over.
+        replayed: Rows at the end of the rowset that are replayed.
+        share: Of a step's rows so many are replayed, at least one, and at least one is new.
+        step_rows: Rows in a step.
+    """
+
+    def __init__(self, plain: RowOrder, replayed: int, share: float, step_rows: int) -> None:
+        super().__init__(plain.rows, seed=plain.seed, chunk_rows=plain.chunk_rows, window_chunks=plain.window_chunks)
+
+        def of(name: str, first: int, last: int) -> RowOrder:
+            seed, rows = (*plain.seed, name), np.arange(first, last)
+            groups = plain.chunk_rows, plain.window_chunks
+            return RowOrder(plain.rows, seed=seed, chunk_rows=groups[0], window_chunks=groups[1], select=rows)
+
+        new = plain.rows - replayed
+        self._new, self._earlier = of("new", 0, new), of("replay", new, plain.rows)
+        self._step_rows = step_rows
+        self._replayed = min(max(1, round(share * step_rows)), step_rows - 1)
+
+    def at(self, start: int, stop: int) -> Rows:
+        """Rows int64 [stop - start] at these positions."""
+        parts: list[Rows] = []
+        while start < stop:
+            step, offset = divmod(start, self._step_rows)
+            parts.append(self._step(step)[offset : offset + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
+
+    def window_rows(self, position: int) -> tuple[Rows, int]:
+        """The rows of the step that holds `position`, and the position after its last row."""
+        step = position // self._step_rows
+        return self._step(step), (step + 1) * self._step_rows
+
+    def _step(self, step: int) -> Rows:
+        new = self._step_rows - self._replayed
+        return np.concatenate([self._new.batch(step, new), self._earlier.batch(step, self._replayed)])

@@ -25,9 +25,10 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from stackwise.batch import Batch
 from stackwise.model.layers import LayerNorm, RMSNorm
-from stackwise.training.engine import FIGURES, OPTIMIZER, WEIGHT, ResidentEngine, State
+from stackwise.training.engine import OPTIMIZER, WEIGHT, ResidentEngine, State
 from stackwise.training.optim import state_tensors
 from stackwise.training.ranks import Gathering, Reducer
+from stackwise.training.scaling import FIGURES
 from stackwise.training.stage import NARROW, StageModel
 from stackwise.training.swap_parts import FRONT, HEAD, Parts
 from stackwise.training.tensor import Plan, divide_positions, split

@@ -28,11 +28,12 @@ from stackwise.errors import StackWiseError
 from stackwise.identity import derive_seed
 from stackwise.model.layers import pull
 from stackwise.training.anchor import Squares, row_loss
-from stackwise.training.engine import LOWER_RATE, SCALER, Accept, LastNorm, LossScale, State, Stepped, judged
+from stackwise.training.engine import LOWER_RATE, Accept, State, Stepped
 from stackwise.training.lanes import lane_to
 from stackwise.training.optim import Rising
 from stackwise.training.phases import BACKWARD, FORWARD, OPTIMIZER, PhaseClock
 from stackwise.training.ranks import Ranks, SingleProcess
+from stackwise.training.scaling import SCALER, LastNorm, LossScale, judged
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
 from stackwise.training.swap_kept import KeptPasses, Pass, keepable
 from stackwise.training.swap_parts import FRONT, Loaded, PartGroup, PartLoader, Parts, in_turn, make_groups, pieces_of

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import build, dump, leaves, parse_overrides, parse_yaml
+from stackwise.config.loading import build, leaves, parse_overrides
 from stackwise.config.translations import TABLE
 from stackwise.config.unused import unused_settings
+from stackwise.config.yaml_files import dump, parse_yaml
 from stackwise.errors import ConfigError, UsageError
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import build, dump, parse_overrides, parse_yaml
-from stackwise.config.presets import commented
+from stackwise.config.loading import build, parse_overrides
 from stackwise.config.unused import unused_settings
+from stackwise.config.yaml_files import commented, dump, parse_yaml
 from stackwise.errors import ConfigError, NotFound, UsageError
 from stackwise.presets import PRESETS
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import build, dump, parse_yaml
+from stackwise.config.loading import build
 from stackwise.config.unused import has_blocks_above, reading_depths, trains_heads_apart, unused_settings
+from stackwise.config.yaml_files import dump, parse_yaml
 from stackwise.errors import ConfigError
 from stackwise.pipeline.schedule import FRONT, HEAD, schedule
 from stackwise.presets import PRESETS

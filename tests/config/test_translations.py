@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import build, dump, parse_yaml
+from stackwise.config.loading import build
 from stackwise.config.translations import TABLE
 from stackwise.config.unused import unused_settings
+from stackwise.config.yaml_files import dump, parse_yaml
 from stackwise.errors import ConfigError
 
 SEEDS = (

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from stackwise.cli.commands.look import status as status_command
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.errors import BusyError, InterruptedRun, StackWiseError, UsageError
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner import runner as room

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stackwise.errors import BusyError
-from stackwise.pipeline.card import check_free
+from stackwise.pipeline.device import check_free
 
 GB = 10**9
 

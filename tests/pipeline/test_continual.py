@@ -14,13 +14,12 @@ from torch import nn
 from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData, prepare
 from stackwise.errors import ConfigError
-from stackwise.pipeline.forgetting import task_figures
 from stackwise.pipeline.rows import HELD_OUT, choose_samples, drawn_rows, task_ranges
-from stackwise.pipeline.run import RunDirectory, status
+from stackwise.pipeline.run import RunDirectory, status, task_figures
 from stackwise.pipeline.schedule import schedule
 from stackwise.store import ActivationStore, RowOrder
 from stackwise.training.anchor import FISHER, PLACE, Anchored, consolidated
-from stackwise.training.replay import ReplayOrder
+from stackwise.training.curriculum import ReplayOrder
 from tests.pipeline.test_passes import run_stages
 from tests.pipeline.test_run import named, weights
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.pipeline import device
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner

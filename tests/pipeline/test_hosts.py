@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.durable import FileLock, is_locked, write_durably
 from stackwise.errors import BusyError, NoSpaceError, UsageError
 from stackwise.pipeline.parts import save_part

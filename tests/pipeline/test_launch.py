@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 from stackwise.cli.app import main
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.errors import UsageError
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.launch import first_host, launched

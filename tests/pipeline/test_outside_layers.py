@@ -14,7 +14,7 @@ import torch
 
 from stackwise import registry
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.errors import UsageError
 from stackwise.model import Cache, add_adapters, build_block
 from stackwise.pipeline.committed.generate import Sampling, generate

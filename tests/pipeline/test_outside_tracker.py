@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from tests.conftest import Micro
 from tests.pipeline.storm import Command
 

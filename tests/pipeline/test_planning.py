@@ -15,11 +15,9 @@ from stackwise.config import StackWiseConfig
 from stackwise.errors import StackWiseError, UsageError
 from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.planning.advice import fit
-from stackwise.pipeline.planning.forecast import forecast
+from stackwise.pipeline.planning.forecast import forecast, streamed
 from stackwise.pipeline.planning.machines import MACHINES, find
-from stackwise.pipeline.planning.streaming import streamed
-from stackwise.pipeline.planning.trace import PARTS
-from stackwise.pipeline.planning.tracing import traced
+from stackwise.pipeline.planning.trace import PARTS, traced
 from stackwise.pipeline.schedule import schedule
 
 VOCABULARY = {"micro": 258, "smoke": 258, "stages": 4096}

@@ -23,8 +23,8 @@ from stackwise.data.tokenizer import bytes_tokenizer
 from stackwise.errors import StackWiseError, UsageError
 from stackwise.inference import Continuing, LoadedModel, sample_causal
 from stackwise.inference.answers import Answers, draw_answers, likelihoods
+from stackwise.pipeline.committed.figures import make_scorer
 from stackwise.pipeline.committed.load import load_model
-from stackwise.pipeline.committed.scores import make_scorer
 from stackwise.pipeline.rollouts import score_model
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner

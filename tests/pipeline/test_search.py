@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from stackwise.config.ranges import Choices, Interval, parse_range
-from stackwise.config.tune import SearchedKey
+from stackwise.config.tune import Choices, Interval, SearchedKey, parse_range
 from stackwise.errors import ConfigError, StackWiseError, UsageError
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.search.begin import Typed, begin

@@ -10,8 +10,9 @@ from click.testing import CliRunner
 
 from stackwise.cli.commands.run import list_stages
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import build, dump, parse_yaml
+from stackwise.config.loading import build
 from stackwise.config.unused import unused_settings
+from stackwise.config.yaml_files import dump, parse_yaml
 from stackwise.errors import ConfigError
 from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.run import RunDirectory, status

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from stackwise.config.loading import dump
 from stackwise.config.unused import unused_settings
+from stackwise.config.yaml_files import dump
 from stackwise.errors import ConfigError, UsageError
 from stackwise.pipeline.library import UnifiedTrainer
 from stackwise.pipeline.run import RunDirectory, status

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from stackwise.config.loading import dump
 from stackwise.config.unused import unused_settings
+from stackwise.config.yaml_files import dump
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import Micro, run

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
 from stackwise.config.unused import unused_settings
+from stackwise.config.yaml_files import dump
 from stackwise.errors import UsageError
 from stackwise.pipeline.run import with_absolute_paths
 from stackwise.pipeline.tracking import trackers
+from stackwise.pipeline.tracking.event_file import EventFile
 from stackwise.pipeline.tracking.following import Follower
-from stackwise.pipeline.tracking.trackers import EventFile, Point, RunInfo
+from stackwise.pipeline.tracking.trackers import Point, RunInfo
 from tests.conftest import Micro, run
 from tests.pipeline import trackers_files
 from tests.pipeline.test_kill import Command

@@ -13,7 +13,8 @@ import torch
 
 from stackwise.batch import Batch
 from stackwise.config import AUTO, StackWiseConfig
-from stackwise.config.loading import build, dump, parse_yaml
+from stackwise.config.loading import build
+from stackwise.config.yaml_files import dump, parse_yaml
 from stackwise.errors import ConfigError
 from stackwise.pipeline.job import from_plain
 from stackwise.pipeline.run import RunDirectory, status

@@ -300,7 +300,8 @@ def test_the_store_stays_within_its_budget_throughout(micro: Micro, tmp_path: Pa
 
 
 def test_a_change_above_trains_again_what_gave_way(copy: tuple[StackWiseConfig, Path]) -> None:
-    from stackwise.config.loading import build, dump, parse_yaml
+    from stackwise.config.loading import build
+    from stackwise.config.yaml_files import dump, parse_yaml
 
     _, directory = copy
     before = {(row["depth"], row["window"]): row["weights"] for row in status(RunDirectory(directory))["stages"]}
@@ -459,7 +460,7 @@ def test_the_schedule_and_the_state_name_windows(finished: Finished) -> None:
 def test_workers_and_runners_killed_inside_and_between_windows(
     micro: Micro, tmp_path: Path, place: int, event: str
 ) -> None:
-    from stackwise.config.loading import dump
+    from stackwise.config.yaml_files import dump
     from tests.conftest import run
     from tests.pipeline.storm import Command
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.pipeline.run import RunDirectory
 
 RECIPES = [f"{depth:032x}" for depth in range(200)]

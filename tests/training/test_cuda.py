@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from stackwise.batch import Batch
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.model import Block, layers
 from stackwise.objectives import MaskDiffusionObjective
 from stackwise.pipeline.device import cannot_repeat, gpu_use, make_deterministic

@@ -16,8 +16,8 @@ import torch
 from stackwise.batch import Batch
 from stackwise.errors import StackWiseError
 from stackwise.training import checkpoint
-from stackwise.training.engine import GROWTH_STEPS, MOST_OVERFLOWS, LossScale
 from stackwise.training.optim import CODED, QuantizedAdamW, codebook, dequantize, quantize
+from stackwise.training.scaling import GROWTH_STEPS, MOST_OVERFLOWS, LossScale
 from tests.training.test_trainer import CPU, Hooks, batches, fit, resident, trainer
 
 WAYS: list[dict[str, Any]] = [

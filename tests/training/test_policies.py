@@ -15,7 +15,7 @@ from stackwise.batch import Batch
 from stackwise.config.choices import Skip
 from stackwise.errors import StackWiseError
 from stackwise.training import checkpoint
-from stackwise.training.engine import LossScale, judged
+from stackwise.training.scaling import LossScale, judged
 from stackwise.training.trainer import LEAST, Rollback, Trainer, Watch, anchor
 from tests.training.test_trainer import Hooks, batch, fit, resident, save, trainer
 

@@ -132,7 +132,7 @@ def init(directory: str, preset: str | None, force: bool) -> None:
     Every setting is in it with its meaning; those that the preset leaves alone are commented out.
     """
     from stackwise import durable
-    from stackwise.config.presets import commented
+    from stackwise.config.yaml_files import commented
 
     folder, preset = expanded(directory), preset or DEFAULT_PRESET
     path = folder / FILE

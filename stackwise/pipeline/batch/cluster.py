@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stackwise.config import AUTO, StackWiseConfig
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.durable import FileLock, write_bytes, write_json
 from stackwise.errors import BusyError, InterruptedRun, StackWiseError, UsageError
 from stackwise.pipeline.device import python_command

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import parse_yaml
+from stackwise.config.yaml_files import parse_yaml
 from stackwise.errors import ConfigError, UsageError
 from stackwise.identity import content_id
 

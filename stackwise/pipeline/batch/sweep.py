@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.data import PreparedData, prepare
 from stackwise.errors import BusyError, DamageError, InterruptedRun, NoSpaceError, StackWiseError, UsageError
 from stackwise.identity import content_id

@@ -23,7 +23,7 @@ from torch import nn
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.fields import changed
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.data import sample_ids
 from stackwise.errors import UsageError
 from stackwise.identity import digest

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stackwise import files
-from stackwise.config.loading import parse_yaml
+from stackwise.config.yaml_files import parse_yaml
 from stackwise.errors import UsageError
 
 GB, TB = 10**9, 10**12

@@ -15,10 +15,9 @@ from pathlib import Path
 from stackwise import durable, files
 from stackwise.errors import StackWiseError
 from stackwise.host import host_total
-from stackwise.pipeline.card import ask
-from stackwise.pipeline.device import python_command
+from stackwise.pipeline.device import ask, python_command
 from stackwise.pipeline.planning.machines import MACHINES, Disk, Machine
-from stackwise.pipeline.planning.tracing import cache_directory
+from stackwise.pipeline.planning.trace import cache_directory
 
 Rates = dict[str, float | str]
 """By name: `device`, `name`, `memory`; FLOP/s as `products fp32`, `products bf16`, `training` (what a block in training

@@ -16,8 +16,8 @@ from typing import Any
 
 from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.choices import Blockwise, NoAdaptation, NoFusion
-from stackwise.config.loading import dump
 from stackwise.config.schema import StoreConfig, TrackingConfig
+from stackwise.config.yaml_files import dump
 from stackwise.data import PreparedData
 from stackwise.identity import NUMERICS, content_id
 from stackwise.pipeline.estimate import SHARE, Estimate

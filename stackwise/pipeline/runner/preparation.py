@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from stackwise.config import DataConfig, StackWiseConfig
 from stackwise.config.fields import changed
-from stackwise.config.loading import dump
+from stackwise.config.yaml_files import dump
 from stackwise.data import WAITING, PreparedData, is_prepared, prepare
 from stackwise.durable import unusable, write_bytes
 from stackwise.errors import BusyError, InterruptedRun, StackWiseError, UsageError

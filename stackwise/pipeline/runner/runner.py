@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
 from stackwise.config.unused import unused_settings
+from stackwise.config.yaml_files import dump
 from stackwise.data import PreparedData
 from stackwise.durable import write_bytes
 from stackwise.errors import NotFound

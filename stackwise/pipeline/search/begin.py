@@ -9,8 +9,8 @@ from pathlib import Path
 
 from stackwise import durable
 from stackwise.config import StackWiseConfig
-from stackwise.config.loading import dump
 from stackwise.config.tune import SAMPLERS, Sampler, TuneConfig
+from stackwise.config.yaml_files import dump
 from stackwise.durable import write_bytes
 from stackwise.errors import UsageError
 from stackwise.identity import content_id

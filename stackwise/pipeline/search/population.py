@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from stackwise.config import StackWiseConfig, StageTraining
-from stackwise.config.ranges import Interval
+from stackwise.config.tune import Interval
 from stackwise.errors import BusyError, InterruptedRun, NoSpaceError, StackWiseError, UsageError
 from stackwise.identity import generator
 from stackwise.pipeline.run import RunDirectory

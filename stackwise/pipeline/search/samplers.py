@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stackwise.config.ranges import Interval, same
+from stackwise.config.tune import Interval, same
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
 from stackwise.pipeline.search.space import Searched, Settings, Space

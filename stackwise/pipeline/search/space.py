@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stackwise.config.loading import parse_overrides
-from stackwise.config.ranges import Choices, Interval, Range, is_interval, parse_range
-from stackwise.config.tune import SearchedKey
+from stackwise.config.tune import Choices, Interval, Range, SearchedKey, is_interval, parse_range
 from stackwise.errors import UsageError
 from stackwise.pipeline.batch.grid import parse_axes
 

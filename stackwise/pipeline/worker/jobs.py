@@ -28,20 +28,13 @@ from stackwise.pipeline.committed.use import evaluate_rack, export_rack
 from stackwise.pipeline.device import describe, make_deterministic
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.job import FinishJob, StageJob
-from stackwise.pipeline.parts import (
-    JobParts,
-    committed_sources,
-    frozen_stage,
-    objective_of,
-    part_state,
-    parts_of,
-    stage_model,
-)
+from stackwise.pipeline.parts import committed_sources, frozen_stage, objective_of, part_state, parts_of, stage_model
 from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
 from stackwise.pipeline.rows import HELD_OUT, choose_samples
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.worker.adaptive import fuse_adaptively
 from stackwise.pipeline.worker.engines import engine_of
+from stackwise.pipeline.worker.job_parts import JobParts
 from stackwise.pipeline.worker.past import beside_past
 from stackwise.pipeline.worker.rollouts import with_rollout
 from stackwise.pipeline.worker.stores import Stores, place_of

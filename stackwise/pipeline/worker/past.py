@@ -25,9 +25,10 @@ from stackwise.model.rack import Head
 from stackwise.objectives.distillation import LOGITS, LikeliestTokens
 from stackwise.pipeline.device import describe
 from stackwise.pipeline.estimate import Estimate
-from stackwise.pipeline.parts import JobParts, task_of
+from stackwise.pipeline.parts import task_of
 from stackwise.pipeline.recipe import boundary_chunk_rows
 from stackwise.pipeline.schedule import FRONT, HEAD
+from stackwise.pipeline.worker.job_parts import JobParts
 from stackwise.pipeline.worker.training import RESUME, StageContext
 from stackwise.store import BoundarySpec, Codec
 from stackwise.training.curriculum import DIFFICULTY, RowLosses

@@ -36,11 +36,10 @@ from stackwise.training import checkpoint
 from stackwise.training.adaptation import ADAPTATION
 from stackwise.training.anchor import FISHER, PLACE
 from stackwise.training.checkpoint import Checkpoints, reason
-from stackwise.training.curriculum import DIFFICULTY, CurriculumOrder, difficulties
+from stackwise.training.curriculum import DIFFICULTY, CurriculumOrder, ReplayOrder, difficulties
 from stackwise.training.engine import WEIGHT, Engine, State
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.ranks import Ranks, SingleProcess
-from stackwise.training.replay import ReplayOrder
 from stackwise.training.stage import MeanLoss, StageModel
 from stackwise.training.trainer import MEMORY, Carried, Progress, Record, Rollback, Trainer, anchor
 
