@@ -197,6 +197,21 @@ def _curriculum(config: Settings, curriculum: Curriculum, depth: int) -> Iterato
         yield "by: loss goes by a stage's loss at the end of its window before: set training.windows, or by: model"
 
 
+def _routes(config: Settings, depth: int) -> Iterator[str]:
+    """What has no routes, or has an order of rows already."""
+    settings, objective = config.stage_training(depth), config.objective
+    if not config.model.total(lambda model: len(model.ffn.pieces(model))):
+        yield "no block has experts: set model.ffn: {kind: moe, experts: 8}, or leave it out"
+    if objective.rolls_out or objective.sequences > 1:
+        yield f"{objective.name} is of answers, whose routes are not counted: leave it out"
+    if not isinstance(config.training.fusion, NoFusion):
+        yield "training.fusion chooses blocks while it trains: leave one of both out"
+    others = {"curriculum": settings.curriculum is not None, "meta": settings.meta is not None}
+    others["continual: replay"] = config.training.continual.name == "replay"
+    for name in [name for name, there in others.items() if there and settings.routes == "order"]:
+        yield f"order, but training.{name} orders rows too: set routes: count, or leave one of both out"
+
+
 def _stages(config: Settings) -> Iterator[Fault]:
     """What single stages cannot have."""
     training, n_blocks, count = config.training, config.model.n_blocks, config.n_stages
@@ -213,6 +228,9 @@ def _stages(config: Settings) -> Iterator[Fault]:
             break
         if settings.curriculum is not None and (faults := list(_curriculum(config, settings.curriculum, depth))):
             yield from ((f"{key}.curriculum", fault) for fault in faults)
+            break
+        if settings.routes is not None and (faults := list(_routes(config, depth))):
+            yield from ((f"{key}.routes", fault) for fault in faults)
             break
         if depth not in config.stages:
             break  # the others are like it

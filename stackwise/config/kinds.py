@@ -215,7 +215,9 @@ class BlockPart(Kind):
     pass of a stage. An attribute `steered` names parameters that no optimizer moves but a rule: each step, by the rate
     that stands there, up where its gradient is below the mean of all, down where it is above. Where `pieces` names
     modules inside, which draw no random numbers, an attribute `lend` is None, or is called as `lend(module, rows)` in
-    place of each of these; one that has no rows is passed over, and may have no values.
+    place of each of these; one that has no rows is passed over, and may have no values. An attribute `routed` is None
+    there, or is called as `routed(block, choices)` with the number of the piece that each of a row's choices goes to,
+    int64 [rows, choices].
     """
 
     tag: ClassVar[str] = "kind"

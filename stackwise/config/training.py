@@ -205,6 +205,12 @@ class StageTraining(Section):
     curriculum: Curriculum | None = Field(
         None, description="easy rows first: {by: rarity, competence: sqrt, start: 0.1, until: 0.5}; null: random order"
     )
+    routes: Literal["count", "order"] | None = Field(
+        None,
+        description="as a stage with experts begins, its rows go over it once, and what a step will reach is said "
+        "beforehand (count); rows that reach the same experts then stand together, so that a swapped stage reads fewer "
+        "(order); null: neither",
+    )
     meta: Meta | None = Field(
         None,
         description="learn to adapt: {method: maml, inner_steps: 3, inner_rate: 0.1, support: 4}; a microbatch is then "
@@ -225,6 +231,7 @@ class StageTraining(Section):
         unused |= {"min_learning_rate"} if self.lr_schedule == "constant" else set()
         unused |= {"decay"} if self.lr_schedule != "wsd" or self.decay is None else set()
         unused |= {name for name in ("curriculum", "meta") if getattr(self, name) is None}
+        unused |= set() if self.routes == "order" else {"routes"}  # to count changes nothing
         unused |= set() if self.heeds_held_out else {"eval_every"}
         values = self.model_dump(exclude=unused)
         kinds = {name: kind for name in values if isinstance(kind := getattr(self, name), Kind)}

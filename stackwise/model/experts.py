@@ -127,6 +127,7 @@ class MixtureFeedForward(nn.Module):
         self.temperature = kind.last_temperature
         self.terms: dict[str, Term] = {}
         self.lend: Callable[[nn.Module, Tensor], Tensor] | None = None
+        self.routed: Callable[[int, Tensor], None] | None = None
 
     def prepare(self, batch: Batch) -> None:
         """Take the temperature that the batch is taken at: a function of the step."""
@@ -137,6 +138,8 @@ class MixtureFeedForward(nn.Module):
         """[..., D] to [..., D]."""
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         routing = self.route(x_TD)
+        if self.routed is not None:  # [rows, choices] of each row's tokens
+            self.routed(self.kind.place or 0, routing.experts_TK.reshape(len(x_BSD), -1))
         order = Order.of(routing.experts_TK, self.kind.experts)
         weights_TK, dropped = self._limited(routing, order)
         y_ND = self._computed(_spread(x_TD, order, self.kind.top_k), order)

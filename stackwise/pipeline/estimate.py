@@ -116,12 +116,22 @@ class Estimate:
         return self.largest_phase._state_bytes(gradients)
 
     def _state_bytes(self, gradients: bool) -> int:
-        settings, trained = self.config.stage_training(self.stage.depth), self.trained_parameters
         whole = [part for part in self.stage.trains if part not in (FRONT, HEAD) and not part.startswith(ADAPTER)]
         blocks = sum(self.parameters(part) for part in whole)
-        moments = settings.optimizer.state_bytes(blocks, trained - blocks)
+        return self._state_of(blocks, self.trained_parameters - blocks, gradients)
+
+    def _state_of(self, blocks: int, rest: int, gradients: bool = False) -> int:
+        """Bytes of the state of so many trained parameters: of blocks, and others."""
+        settings = self.config.stage_training(self.stage.depth)
+        moments = settings.optimizer.state_bytes(blocks, rest)
         wide = 2 if self.config.precision == "fp64" else 1
-        return wide * ((WEIGHT_BYTES * (1 + gradients + bool(settings.ema))) * trained + moments)
+        return wide * ((WEIGHT_BYTES * (1 + gradients + bool(settings.ema))) * (blocks + rest) + moments)
+
+    @property
+    def pieces_bytes(self) -> int:
+        """Bytes of the state of all pieces that a swapped stage has (`Stage.pieces`)."""
+        blocks = (*self.stage.blocks, *self.stage.lookahead)
+        return self._state_of(sum(self.pieces_apart(part, 0) for part in blocks), 0)
 
     @property
     def files_bytes(self) -> int:

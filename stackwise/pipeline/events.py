@@ -146,6 +146,13 @@ def _rolled_out(event: Event) -> str:
     return f"{words.plural(event['rows'], 'answer')} drawn: {figures}, KL coefficient {event['coefficient']:.3g}"
 
 
+def _routes(event: Event) -> str:
+    reached = f"a step's rows reach {event['reached']:.1f} of {words.plural(event['of'], 'expert')}"
+    chance = "" if event["by_chance"] is None else f" ({event['by_chance']:.1f} in an order by chance)"
+    read = "" if event["bytes"] is None else f", {words.size(event['bytes'])} of weights and moments"
+    return f"as the stage begins, {reached}{chance}{read}; its first step {event['first']}; then its routers move"
+
+
 def _grown(event: Event) -> str:
     before, after = event["before"], event["after"]
     figures = [
@@ -231,6 +238,8 @@ EVENTS: dict[str, Kind] = {
     "writing": Kind(_writing, shown_by="table"),
     "teacher": Kind(lambda event: f"the teacher {event['model']} goes over its {words.plural(event['rows'], 'row')}"),
     "past": Kind(lambda event: f"as its window before left it, it goes over its {words.plural(event['rows'], 'row')}"),
+    "routing": Kind(lambda event: f"as it begins, it routes its {words.plural(event['rows'], 'row')} to its experts"),
+    "routes": Kind(_routes, figures=("first", "reached", "by_chance")),
     "filling": Kind(_filling),
     "recomputing": Kind(_text),
     "boundary": Kind(shown_by="progress"),

@@ -68,6 +68,10 @@ _STAGE = {
 }
 STATUS_KEYS = tuple(_STAGE)
 _USED = record({}, dict.fromkeys(("entropy", "least", "most", "dropped"), number) | {"shares": array_of(number)})
+_ROUTES = record(
+    {"first": count, "reached": number, "of": count, "by_chance": optional(number), "bytes": optional(count)}
+)
+_READ = record({"reached": number, "bytes": number})
 _FIGURES = dict.fromkeys(("loss", "accuracy", "f1", "bleu"), mapping(optional(number)))
 _SCORES = {"bits_per_byte": optional(number), "bits_per_byte_error": optional(number), "bytes": count, "depth": count}
 _SCORES |= {"tokens": count, "samples": count, "likelihood": optional(text)}
@@ -89,6 +93,8 @@ _MANIFEST = record(
         "divergences": count,
         "unfrozen": array_of(array(count, count)),
         "experts": mapping(_USED),
+        "routes": _ROUTES,
+        "pieces": _READ,
         "adaptation": array_of(number),
         "tasks": optional(_TASKS),
         "last": optional(hex_id),
@@ -341,8 +347,9 @@ def status(run: RunDirectory) -> dict[str, Any]:
         shown = {key: stage[key] for key in STATUS_KEYS}
         if stage.get("tasks"):  # the held-out loss of each
             shown["tasks"] = dict(zip(stage["tasks"]["names"], stage["tasks"]["after"], strict=False))
-        # How a router used experts, by block; query loss on tasks held out before the inner steps and after each.
-        shown |= {key: stage[key] for key in ("experts", "adaptation") if key in stage}
+        # How a router used experts, by block; what a step was foretold to reach, and of a swapped stage what one reads;
+        # query loss on tasks held out before the inner steps and after each.
+        shown |= {key: stage[key] for key in ("experts", "routes", "pieces", "adaptation") if key in stage}
         if chosen := stage.get("unfrozen"):  # by adaptive fusion
             blocks = (f"{first}" if first == last else f"{first}–{last}" for first, last in chosen)
             shown["reason"] = f"{shown['reason']}; trained blocks {', then '.join(blocks)}"

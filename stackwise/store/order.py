@@ -115,11 +115,16 @@ class RowOrder:
             if self._selected is not None:
                 rows = self._selected[rows]
             rows = rows[_permutation(len(rows), *self.seed, "rows", epoch, window)]
+            rows = self._arranged(rows, epoch * self.length + first)
             # A batch may span windows, and the next is asked for ahead: the same few are asked for again and again.
             if len(self._windows) >= 4:
                 del self._windows[next(iter(self._windows))]
             self._windows[key] = rows
         return window, first, rows
+
+    def _arranged(self, rows: Rows, position: int) -> Rows:
+        """The rows of a window that begins at `position`, shuffled, in the order in which they come."""
+        return rows
 
     def _epoch_of(self, epoch: int) -> tuple[Rows, Rows]:
         """Chunks in the epoch's order, and the position after the last row of each of its windows."""

@@ -41,6 +41,8 @@ from stackwise.training.swap_pieces import piece_name
 from stackwise.training.swap_state import RedoLog, Spill, Update
 from stackwise.training.trainer import Trainer
 
+PIECES = "pieces"
+"""The name in a step's terms of how many pieces its rows reached, and the bytes of pieces that were read from files."""
 Leave = Callable[[Loaded, float | None], None]
 
 
@@ -157,12 +159,18 @@ class SwappedEngine:
         if taken and self.last is not None:
             self.last.norm = norm
         scaler = None if self.scale is None else self.scale.state()[SCALER].tolist()
+        reached = self.log.reached
         known = None if self.last is None or self.last.norm is None else float(self.last.norm)
         self.log.commit(
             replace(update, clip=clip), math.nan if refused else float(loss), scaler, taken=taken, norm=known
         )
         self.spill.clear()
-        return Stepped(loss, norm, taken, means if len(means) > 1 else {})
+        return Stepped(loss, norm, taken, (means if len(means) > 1 else {}) | self._read(reached))
+
+    def _read(self, reached: int) -> dict[str, Tensor]:
+        """What the step in hand took of the pieces, to be looked at, under `PIECES`."""
+        read, self.loader.read_bytes = self.loader.read_bytes, 0
+        return {PIECES: torch.tensor([reached, read], dtype=torch.float64)} if self.loader.pieces else {}
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> MeanLoss:

@@ -188,6 +188,8 @@ class PartLoader:
         self.parts, self.log, self.settings, self.device, self.rising = parts, log, settings, device, rising
         self.spill, self.most_pieces, self.lane = spill, most_pieces, log.lane
         self.pieces = pieces_of(parts)
+        self.read_bytes = 0
+        """Bytes of pieces that were read from files."""
         self.owners = {piece_name(part, path): (part, path) for part, paths in self.pieces.items() for path in paths}
 
     def load(self, group: PartGroup, *, moments: bool = False) -> Loaded:
@@ -250,6 +252,7 @@ class PartLoader:
         """The state of a piece, every update that it missed made up for."""
         piece, log = piece_name(name, path), self.log
         updates, gradients, state = log.missing(piece), log.gradients(piece), log.read(piece, "") or {}
+        self.read_bytes += sum(tensor.nbytes for tensors in (gradients or {}, state) for tensor in tensors.values())
         weights, state = weights_apart(state)
         weights = weights or dict(self.parts.piece(name, path))
         if updates:

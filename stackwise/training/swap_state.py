@@ -111,6 +111,11 @@ class RedoLog:
         self._pool.shutdown()
         self._pieces_pool.shutdown()
 
+    @property
+    def reached(self) -> int:
+        """Pieces with gradients of the step in hand."""
+        return len(self._reached)
+
     def read(self, part: str, prefix: str) -> Tensors | None:
         """What of a part's state begins with a prefix, without it; None where the part is as it was made."""
         if self.at.get(part):

@@ -136,9 +136,11 @@ class Manifest:
                 stage |= {"state": "running", "step": 0, "steps": event["steps"], "reason": event["reason"]}
                 stage |= {"recipe": event["recipe"], "trunk": event["trunk"], "weights": None}
                 stage |= {"held_out": None, "divergences": 0}
-                for name in ("experts", "adaptation", "tasks"):
+                for name in ("experts", "routes", "pieces", "adaptation", "tasks"):
                     stage.pop(name, None)
                 self.save()
+            case "routes":
+                stage["routes"] = {key: event[key] for key in ("first", "reached", "of", "by_chance", "bytes")}
             case "ranks":
                 self._group = {key: event[key] for key in ("ranks", "slowest")}
             case "resumed":
@@ -147,6 +149,8 @@ class Manifest:
                 stage |= {key: event[key] for key in ("step", "steps", "loss", "wait_fraction")}
                 stage["peak_memory_bytes"] = event["memory"]
                 _take_experts(stage, event)
+                if "pieces" in event:
+                    stage["pieces"] = event["pieces"]
                 if time.monotonic() - self._written > 1:
                     self.save()
             case "writing" | "filling":

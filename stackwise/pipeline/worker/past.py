@@ -1,18 +1,22 @@
-"""What a stage as its window before left it says of its new rows, written before it trains on them.
+"""What a stage says of its rows before it trains on them, with the weights that it begins with.
 
-Learning without forgetting asks it for its likeliest tokens, a self-paced curriculum for its loss of each row. What it
-says is a boundary like a teacher's: found again by the same stage, and gone with its commit.
+Learning without forgetting asks it, as its window before left it, for its likeliest tokens, a self-paced curriculum for
+its loss of each row; `training.routes` asks it for the experts that each row goes to. What it says is a boundary like a
+teacher's: found again by the same stage, and gone with its commit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,17 +31,20 @@ from stackwise.pipeline.device import describe
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.parts import task_of
 from stackwise.pipeline.recipe import boundary_chunk_rows
-from stackwise.pipeline.schedule import FRONT, HEAD
+from stackwise.pipeline.schedule import FRONT, HEAD, block_number
 from stackwise.pipeline.worker.job_parts import JobParts
-from stackwise.pipeline.worker.training import RESUME, StageContext
+from stackwise.pipeline.worker.training import RESUME, StageContext, row_order
 from stackwise.store import BoundarySpec, Codec
 from stackwise.training.curriculum import DIFFICULTY, RowLosses
 from stackwise.training.feed import RowSource
 from stackwise.training.forward import MakeOutputs, write_boundary
+from stackwise.training.routes import RouteCounts, Routes
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_outputs import grouped_outputs
 
 PROGRESS_SECONDS = 0.25
+ROUTES = "routes"
+"""The name of the experts that each row goes to, among what a stage says."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,15 @@ class _Asked:
     trunk: tuple[str, dict[str, Any]]
     shape: tuple[int, int]
     above: Callable[[Head], nn.Module]
+    emits: str = "past"
 
 
 def _asked(context: StageContext) -> list[_Asked]:
     job, config = context.job, context.config
     passes, method, curriculum = list[_Asked](), config.training.continual, context.settings.curriculum
+    if job.train and context.settings.routes is not None and (pieces := _pieces(context)):
+        trunk, shape = ("routes", {"recipe": job.recipe_id}), (1, sum(pieces.values()))
+        passes.append(_Asked(ROUTES, trunk, shape, lambda head: RouteCounts(pieces), emits="routing"))
     if not job.train or not context.stage.window:  # in its first window a stage has no past
         return passes
     if isinstance(method, LwF):
@@ -73,6 +84,15 @@ def _asked(context: StageContext) -> list[_Asked]:
             _Asked(DIFFICULTY, ("past losses", {"objective": scored}), (1, 1), lambda head: RowLosses(head, objective))
         )
     return passes
+
+
+def _pieces(context: StageContext) -> dict[int, int]:
+    """Of each block of the stage with experts, how many."""
+    stage, counts = context.stage, dict[int, int]()
+    for number in map(block_number, (*stage.blocks, *stage.lookahead)):
+        model = context.config.model.at(number)
+        counts[number] = len(model.ffn.pieces(model))
+    return {number: count for number, count in counts.items() if count}
 
 
 @contextlib.contextmanager
@@ -95,10 +115,34 @@ def beside_past(context: StageContext, model: StageModel | None) -> Iterator[Sta
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(context.store.reader(boundary)) for boundary in boundaries]
         more = {one.name: RowSource(reader.info.id, reader.read) for one, reader in zip(passes, readers, strict=True)}
-        yield replace(context, feed=replace(context.feed, sources={**context.feed.sources, **more}))
+        source, routes = more.pop(ROUTES, None), None  # rows are ordered by it; batches need none of it
+        if source is not None:
+            routes = Routes(partial(_reached, source), sum(_pieces(context).values()))
+        entered = replace(context, routes=routes, feed=replace(context.feed, sources={**context.feed.sources, **more}))
+        if routes is not None and context.ranks.main:
+            _foretell(entered, routes, swapped=model is None)
+        yield entered
     if context.ranks.main:
         for boundary in boundaries:
             context.store.drop(boundary)
+
+
+def _reached(source: RowSource, rows_N: np.ndarray) -> np.ndarray:
+    return np.asarray(source.read(rows_N).flatten(1).numpy() > 0)
+
+
+def _foretell(context: StageContext, routes: Routes, *, swapped: bool) -> None:
+    """Emit how many experts a step's rows reach together, with the weights that the stage begins with."""
+    job, settings, order = context.job, context.settings, row_order(context)
+    step_rows = settings.batch_size * settings.accumulation
+    of = partial(routes.of_steps, first=job.rows_begin, steps=job.span.length, step_rows=step_rows)
+    counts, by_chance = of(order), None
+    reached = statistics.fmean(counts)
+    if settings.routes == "order":
+        by_chance = statistics.fmean(of(row_order(replace(context, routes=None))))
+    state = Estimate(context.config, job.vocab_size, context.stage, context.device.type).pieces_bytes
+    read = round(reached * state / routes.pieces) if swapped and state else None
+    context.event("routes", first=counts[0], reached=reached, of=routes.pieces, by_chance=by_chance, bytes=read)
 
 
 def _written(context: StageContext, model: StageModel | None, past: _Asked) -> Hex:
@@ -125,9 +169,11 @@ def _written(context: StageContext, model: StageModel | None, past: _Asked) -> H
 
     with context.store.writer(spec) as writer:
         if writer.info.state != "complete":
-            context.event("past", rows=rowset.rows)
+            context.event(past.emits, rows=rowset.rows)
             stages = _by_groups(context, past) if model is None else [_saying(model, past)]
             done = write_boundary(stages, context.feed, writer, context.device, progress=progress, stop=context.stop)
+            if model is not None:
+                _watch(None, model)
             if not done.finished:
                 raise InterruptedRun("stopped while a stage went over its new rows", hint=RESUME)
             writer.finish(done.seconds)
@@ -137,8 +183,29 @@ def _written(context: StageContext, model: StageModel | None, past: _Asked) -> H
 def _saying(model: StageModel, past: _Asked) -> StageModel:
     """A stage that says what it is asked for, of the same modules."""
     assert isinstance(model.head, Head), "a stage that trains has a head"
-    blocks = [*model.blocks, *model.beyond, past.above(model.head)]
+    above = past.above(model.head)
+    _watch(above, model)
+    blocks = [*model.blocks, *model.beyond, above]
     return StageModel(model.front, blocks, None, model.objective, model.precision)
+
+
+def _watch(above: nn.Module | None, part: nn.Module) -> None:
+    """Have the routers of a part say what they choose, where that is asked for, and no more where it is not."""
+    for module in part.modules():
+        if hasattr(module, "routed"):
+            setattr(module, "routed", above.note if isinstance(above, RouteCounts) else None)  # noqa: B010
+
+
+class _WatchedParts(JobParts):
+    """Parts whose routers say what they choose."""
+
+    above: nn.Module
+
+    def make(self, name: str, *arguments: Any, whole: bool = True) -> nn.Module:
+        """See `JobParts.make`."""
+        part = super().make(name, *arguments, whole=whole)
+        _watch(self.above, part)
+        return part
 
 
 def _by_groups(context: StageContext, past: _Asked) -> MakeOutputs:
@@ -148,14 +215,14 @@ def _by_groups(context: StageContext, past: _Asked) -> MakeOutputs:
         int(describe(device)["memory"]), host_total()
     )
     assert turns is not None, "parts of a stage that is not in memory take turns"
-    below = JobParts(job, config, {part: source for part, source in job.initial.items() if part != HEAD})
+    below = _WatchedParts(job, config, {part: source for part, source in job.initial.items() if part != HEAD})
     whole = JobParts(job, config, job.initial)
     embedding_VD = whole.make(FRONT, None).get_parameter("embedding.weight").detach() if whole.tied else None
     head = whole.make(HEAD, None, embedding_VD)
     assert isinstance(head, Head)
-    says = past.above(head).to(device).eval()
+    says = below.above = past.above(head).to(device).eval()
     row_bytes = 4 * config.row_positions * config.model.d_model
-    make = grouped_outputs(below, turns.groups, row_bytes, turns.boundaries)
+    make = grouped_outputs(below, turns.groups, row_bytes, turns.boundaries, most_pieces=turns.pieces)
 
     def outputs(batches: Iterator[Batch], codec: Codec, device: torch.device) -> Generator[Tensor]:
         waiting: deque[Batch] = deque()

@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,9 @@ from stackwise.training.curriculum import DIFFICULTY, CurriculumOrder, ReplayOrd
 from stackwise.training.engine import WEIGHT, Engine, State
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.ranks import Ranks, SingleProcess
+from stackwise.training.routes import RouteOrder, Routes
 from stackwise.training.stage import MeanLoss, StageModel
+from stackwise.training.swap import PIECES
 from stackwise.training.trainer import MEMORY, Carried, Progress, Record, Rollback, Trainer, anchor
 
 Emit = Callable[[dict[str, Any]], None]
@@ -69,6 +71,7 @@ class StageContext:
     stop: Stop
     feed: Feed  # what enters the stage; before its boundary is filled, what is stored below it
     held_out: Feed | None = None  # the rows that the stage is evaluated on as it trains; None: none
+    routes: Routes | None = None  # the experts that its rows go to as it begins; None: they are not counted
     rolled_out: RolledOut | None = None  # the answers that it trains on; None: its rows are the data's
     ranks: Ranks = field(default_factory=SingleProcess)  # the processes that do it together
     stores: Stores = field(kw_only=True)  # theirs
@@ -115,6 +118,8 @@ def row_order(context: StageContext) -> RowOrder:
     step_rows, replay = settings.batch_size * settings.accumulation, config.training.continual
     if isinstance(replay, Replay) and job.replayed:
         return ReplayOrder(order, job.replayed, replay.share, step_rows)
+    if context.routes is not None and settings.routes == "order":
+        return RouteOrder(order, context.routes, step_rows)
     if settings.curriculum is None or (settings.curriculum.by == "loss" and DIFFICULTY not in context.feed.sources):
         return order  # by its own loss only a stage that has been trained can say what is hard
     separator = PreparedData.open(Path(job.data)).separator_id
@@ -262,6 +267,11 @@ def restored_together(ranks: Ranks, trainer: Trainer, restore: Callable[[checkpo
     return restored
 
 
+def pieces_read(observed: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """What a step of a swapped stage took of its pieces in the mean, under `pieces`; empty where there are none."""
+    return {PIECES: dict(zip(("reached", "bytes"), observed[PIECES], strict=True))} if PIECES in observed else {}
+
+
 class StageHooks:
     """What a stage in training reports and asks: events, checkpoints by step or clock, held-out loss, ways back."""
 
@@ -310,6 +320,7 @@ class StageHooks:
             **({"terms": terms} if terms else {}),
             **({"phases": dict(progress.phases)} if progress.phases else {}),
             **experts_used(progress.observed),
+            **pieces_read(progress.observed),
         )
 
     def _emit_grown(self) -> None:
