@@ -1,10 +1,11 @@
-"""Ranks on one machine: a step beside the same step by plain DDP, bytes on the wire, and what compression costs.
+"""Ranks on one machine: a step beside that of plain DDP and FSDP2 loops, bytes sent, and what compression costs.
 
     python -m benchmarks.scaling [--ranks 1,2] [--rounds 9] [--write]
 
 Processes with a thread each, over gloo. In each round each way takes some steps, the order turning; ratios are within a
-round. Bytes are those that the first rank's process has written, beside the least that a ring's all-reduce sends. Then
-small racks learn bytes of the Python standard library, their gradients compressed, from several seeds.
+round, by the clock and by the processor time of all ranks. Bytes are those that the first rank's process has written,
+beside the least that a ring's all-reduce sends. Then small racks learn bytes of the Python standard library, their
+gradients compressed, from several seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,7 +37,14 @@ if TYPE_CHECKING:
     from stackwise.training.stage import StageModel
 
 VOCABULARY, SEQUENCE = 257, 128  # bytes, and the mask token
-WAYS = {"ordered": "in the order of microbatches", "plain": "one all-reduce", "ddp": "plain DDP loop"}
+WAYS = {
+    "ordered": "in the order of microbatches",
+    "plain": "one all-reduce",
+    "ddp": "plain DDP loop",
+    "shard": "divided, ZeRO-3",
+    "fsdp2": "plain FSDP2 loop",
+}
+BESIDE = {"shard": "fsdp2"}  # the plain loop that a way stands beside; of others it is `ddp`
 KINDS = {
     "none": ("none", 4),
     "fp16": ("fp16", 4),
@@ -165,62 +173,127 @@ def _engine(model: StageModel, ranks: Ranks, settings: StageTraining, seed: int)
     return ResidentEngine(model, settings, seed=(seed, 0), device=torch.device("cpu"), ranks=ranks)
 
 
-def _timed(communicator: Communicator, options: dict[str, Any]) -> Result:
-    """Seconds and bytes of a step, by way."""
-    import numpy as np
+def _ways(communicator: Communicator, width: int, mine: list[Batch]) -> dict[str, Callable[[int], Any]]:
+    """What takes a step of this rank's microbatches, by way."""
+    import torch
 
     from stackwise.training.ranks import RankGroup, SingleProcess
+
+    size, settings = communicator.size, _settings(len(mine) * communicator.size)
+    ways: dict[str, Callable[[int], Any]] = {}
+    for way in ("ordered", "plain") if size > 1 else ("ordered",):
+        ranks: Ranks = RankGroup(communicator, ordered=way == "ordered") if size > 1 else SingleProcess()
+        ways[way] = partial(_step, _engine(_model(width, 4, 0), ranks, settings, 0), mine)
+    ways["ddp"] = _plain_loop(_model(width, 4, 0), mine, size)
+    if size > 1:
+        from stackwise.training.sharding import Division, ShardedEngine
+
+        parts, group, cpu = _Parts(width, 4), RankGroup(communicator), torch.device("cpu")
+        engine = ShardedEngine(parts, settings, division=Division(shard=size), seed=(0, 0), device=cpu, ranks=group)
+        ways["shard"] = partial(_step, engine, mine)
+    ways["fsdp2"] = _plain_loop(_model(width, 4, 0), mine, size, divided=True)
+    return ways
+
+
+def _timed(communicator: Communicator, options: dict[str, Any]) -> Result:
+    """Seconds by the clock and of all processors, and bytes, of a step, by way."""
+    import numpy as np
+    import torch
 
     size, steps = communicator.size, options["steps"]
     tokens = np.random.default_rng(0).integers(0, VOCABULARY - 1, 1 << 16)
     mine = [_batch(tokens, communicator.rank + 100 * number, 4) for number in range(4)]
-    settings = _settings(4 * size)
-    takes: dict[str, Callable[[int], Any]] = {}
-    for way in ("ordered", "plain") if size > 1 else ("ordered",):
-        ranks: Ranks = RankGroup(communicator, ordered=way == "ordered") if size > 1 else SingleProcess()
-        engine = _engine(_model(options["width"], 4, 0), ranks, settings, 0)
-        takes[way] = partial(_step, engine, mine)
-    model = _model(options["width"], 4, 0)
-    takes["ddp"] = _plain_loop(model, mine, size)
-    parameters = sum(p.numel() for p in model.parameters())
-    seconds: dict[str, list[float]] = {way: [] for way in takes}
-    written: dict[str, list[float]] = {way: [] for way in takes}
+    takes = _ways(communicator, options["width"], mine)
+    figures: dict[str, dict[str, list[float]]] = {way: {"seconds": [], "cpu": [], "bytes": []} for way in takes}
     order = list(takes)
     for number in range(options["rounds"] + 1):
         for way in order:
             communicator.barrier()
-            begun, before = time.perf_counter(), _written()
+            begun, worked, before = time.perf_counter(), time.process_time(), _written()
             for step in range(steps):
                 takes[way](number * steps + step)
+            worked = time.process_time() - worked
             communicator.barrier()
+            seconds, written = time.perf_counter() - begun, _written() - before
+            every = torch.tensor([worked], dtype=torch.float64)
+            communicator.all_reduce(every)
             if number:  # the first one warms up
-                seconds[way].append((time.perf_counter() - begun) / steps)
-                written[way].append((_written() - before) / steps)
+                for kind, value in (("seconds", seconds), ("cpu", every.item()), ("bytes", written)):
+                    figures[way][kind].append(value / steps)
         order = order[1:] + order[:1]
     if communicator.rank == 0:
-        say(f"{size} ranks: " + ", ".join(f"{way} {statistics.median(seconds[way]):.3f} s" for way in takes))
+        shown = (
+            f"{way} {statistics.median(kinds['seconds']):.3f} s ({statistics.median(kinds['cpu']):.3f} s of processors)"
+            for way, kinds in figures.items()
+        )
+        say(f"{size} ranks: {', '.join(shown)}")
+    parameters = sum(p.numel() for p in _model(options["width"], 4, 0).parameters())
     least = 2 * (size - 1) / size * 4 * parameters
     return {
         "ranks": size,
         "parameters": parameters,
         "ways": {
             way: {
-                "seconds": Spread.of(seconds[way]).plain(),
-                "of_ddp": Spread.of(a / b for a, b in zip(seconds[way], seconds["ddp"], strict=True)).plain(),
-                "bytes": statistics.median(written[way]),
-                "of_least": statistics.median(written[way]) / least if least else None,
+                "seconds": Spread.of(kinds["seconds"]).plain(),
+                "of_loop": _of(figures, way, "seconds"),
+                "of_loop_cpu": _of(figures, way, "cpu"),
+                "bytes": statistics.median(kinds["bytes"]),
+                "of_least": statistics.median(kinds["bytes"]) / least if least else None,
             }
-            for way in takes
+            for way, kinds in figures.items()
         },
     }
+
+
+def _of(figures: dict[str, dict[str, list[float]]], way: str, kind: str) -> Any:
+    """A way's figures by those of the plain loop beside it, round by round."""
+    loop = figures[BESIDE.get(way, "ddp")][kind]
+    return Spread.of(a / b for a, b in zip(figures[way][kind], loop, strict=True)).plain()
 
 
 def _step(engine: Engine, mine: list[Batch], number: int) -> float:
     return float(engine.step(mine, number, 1e-3).loss)
 
 
-def _plain_loop(model: StageModel, mine: list[Batch], size: int) -> Callable[[int], float]:
-    """A step as one writes it by hand: DDP, no sync but with the last microbatch, clipping, fused AdamW."""
+class _Parts:
+    """The parts of the model, one after another (see `sharding.DividedParts`)."""
+
+    precision, tied = "fp32", False
+
+    def __init__(self, width: int, blocks: int) -> None:
+        self._whole = _model(width, blocks, 0)
+        self._made = {f"block/{number}": block for number, block in enumerate(self._whole.blocks)}
+        names: Sequence[str] = ["front", *self._made, "head"]
+        self.names, self.order, self.trains = names, names, names
+
+    def pieces(self, name: str) -> Sequence[str]:
+        return ()
+
+    def piece(self, name: str, path: str) -> dict[str, Any]:
+        return {}
+
+    def make(self, name: str, trained: Any, embedding_VD: Any = None, *, whole: bool = True) -> Any:
+        return {"front": self._whole.front, "head": self._whole.head, **self._made}[name]
+
+    def outline(self, name: str) -> Any:
+        from stackwise.training.sharding import without_values
+
+        return without_values(self.make(name, None))
+
+    def model(self, parts: Mapping[str, Any]) -> StageModel:
+        from stackwise.training.stage import StageModel
+
+        blocks = [part for name, part in parts.items() if name in self._made]
+        return StageModel(parts.get("front"), blocks, parts.get("head"), self._whole.objective, "fp32")
+
+
+def _plain_loop(model: StageModel, mine: list[Batch], size: int, *, divided: bool = False) -> Callable[[int], float]:
+    """A step as one writes it by hand: DDP, no sync but with the last microbatch, clipping, fused AdamW.
+
+    Args:
+        divided: By `fully_shard`, each block and the whole, as its documentation has it; gradients are divided with
+            each microbatch.
+    """
     import contextlib
 
     import torch
@@ -237,7 +310,15 @@ def _plain_loop(model: StageModel, mine: list[Batch], size: int) -> Callable[[in
             return loss
 
     loss_of: Any = Loss()
-    if size > 1:
+    if divided:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (size,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(loss_of, mesh=mesh)
+    elif size > 1:
         loss_of = nn.parallel.DistributedDataParallel(loss_of, forward_sync_buffers=False)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), fused=True)
@@ -246,7 +327,7 @@ def _plain_loop(model: StageModel, mine: list[Batch], size: int) -> Callable[[in
         total = 0.0
         for at, batch in enumerate(mine):
             last = at == len(mine) - 1
-            with contextlib.nullcontext() if last or size == 1 else loss_of.no_sync():
+            with contextlib.nullcontext() if last or size == 1 or divided else loss_of.no_sync():
                 loss = loss_of(batch) / len(mine)
                 loss.backward()
             total += loss.item()
@@ -305,8 +386,10 @@ def _section(result: Result) -> Section:
             name = "plain loop" if way == "ddp" and ranks["ranks"] == 1 else WAYS[way]
             name = "StackWise" if way == "ordered" and ranks["ranks"] == 1 else name
             seconds = shown(figures["seconds"], lambda value: f"{value:.3f} s")
-            rows.append([str(ranks["ranks"]), name, seconds, shown(figures["of_ddp"], lambda v: f"{v:.3f}"), wire])
-    steps = table(["ranks", "gradients", "a step", "of the plain loop", "bytes sent, of the least"], rows)
+            ratios = [shown(figures[kind], lambda value: f"{value:.3f}") for kind in ("of_loop", "of_loop_cpu")]
+            rows.append([str(ranks["ranks"]), name, seconds, *ratios, wire])
+    columns = ["ranks", "gradients", "a step", "of the plain loop", "processor time of it", "bytes sent, of the least"]
+    steps = table(columns, rows)
     plain = result["losses"]["none"]
     learned = []
     for kind, losses in result["losses"].items():
@@ -319,12 +402,14 @@ def _section(result: Result) -> Section:
     text = (
         f"Above: a rack of 4 blocks and {size} parameters, 4 microbatches of 4 rows of {SEQUENCE} tokens a rank, a "
         f"thread for each; {words.plural(result['rounds'], 'round')} of {words.plural(result['steps'], 'step')} of "
-        "each way, the order turning; medians, smallest to largest in brackets, ratios within a round. The plain loop "
-        "is by hand: DDP (which sends while it computes), no sync but with the last microbatch, clipping, fused "
-        "AdamW. Bytes are what rank 0's process wrote; the least is what a ring's all-reduce sends once a step. In the "
-        "order of microbatches gradients travel after each of them. Below: 2 ranks, racks of 2 blocks of width 64 "
-        f"that learn bytes of the Python standard library for {result['learn']} steps of 16 rows, over "
-        f"{words.plural(result['seeds'], 'seed')}; means, and the standard error of the differences."
+        "each way, the order turning; medians, smallest to largest in brackets, ratios within a round, by the clock "
+        "and by the processor time of all ranks. Plain loops are by hand: DDP (which sends while it computes), no sync "
+        "but with the last microbatch, clipping, fused AdamW; FSDP2, each block and the whole by fully_shard, beside "
+        "which a divided stage stands, all else beside DDP. Bytes are what rank 0's process wrote; the least is what a "
+        "ring's all-reduce sends once a step. In the order of microbatches gradients travel after each of them. Below: "
+        f"2 ranks, racks of 2 blocks of width 64 that learn bytes of the Python standard library for {result['learn']} "
+        f"steps of 16 rows, over {words.plural(result['seeds'], 'seed')}; means, and the standard error of the "
+        "differences."
     )
     return Section("scaling", "Ranks beside plain DDP, and compression", text, f"{steps}\n\n{costs}", "CPU", result)
 

@@ -159,12 +159,23 @@ class SlurmConfig(Section):
     """What a job asks for (`stackwise run --engine slurm`); it changes no result."""
 
     partition: Text | None = Field(None, description="partition that jobs go to; null: the cluster's default")
-    nodelist: Text | None = Field(None, description="the node that has the store; null: the machine that submits")
+    nodes: Small = Field(
+        1, description="nodes of a job, each with as many of the ranks of parallel.*; more than one: see nodelist"
+    )
+    nodelist: Text | None = Field(
+        None, description="the node that has the store, or all of `nodes`; null: the machine that submits"
+    )
     minutes: Size = Field(1440, description="time limit of a job; one that reaches it saves and is queued again")
     signal_seconds: Size = Field(120, description="seconds before the limit that a job is told to save")
-    gpus: Count | None = Field(None, description="GPUs of a job; null: 1, or none where device is cpu")
-    cpus: Size | None = Field(None, description="CPUs of a job; null: the cluster's default")
-    memory_gb: Positive | None = Field(None, description="memory of a job, in GB; null: the cluster's default")
+    gpus: Count | None = Field(
+        None, description="GPUs of each node; null: one for each rank there, none where device is cpu"
+    )
+    cpus: Size | None = Field(
+        None, description="CPUs of a job, of several nodes: of each rank; null: the cluster's default"
+    )
+    memory_gb: Positive | None = Field(
+        None, description="memory of a job on each node, in GB; null: the cluster's default"
+    )
     account: Text | None = Field(None, description="account that jobs are charged to; null: the user's default")
     qos: Text | None = Field(None, description="quality of service; null: the user's default")
     parameters: dict[Text, Text | int | bool] = Field(

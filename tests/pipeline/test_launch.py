@@ -22,7 +22,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.yaml_files import dump
 from stackwise.errors import UsageError
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.pipeline.runner.launch import first_host, launched
+from stackwise.pipeline.runner.launch import launched, named_hosts
 from tests.conftest import Micro, run
 from tests.pipeline.test_run import weights
 
@@ -206,7 +206,12 @@ def test_what_launchers_say() -> None:
     elastic = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
     assert launched(None, elastic).port == 29501  # type: ignore[union-attr]
     hosts = {"gpu[07-09,12]-ib,login": "gpu07-ib", "a,b": "a", "n[1,3]": "n1", "one": "one"}
-    assert {text: first_host(text) for text in hosts} == hosts
+    assert {text: named_hosts(text)[0] for text in hosts} == hosts
+    assert named_hosts("r[1-2]n[08-10]x,end", most=9) == [
+        *(f"r{r}n{n}x" for r in "12" for n in ("08", "09", "10")),
+        "end",
+    ]
+    assert len(named_hosts("gpu[0-999999999]", most=3)) == 4
 
 
 def test_two_numbers_of_ranks_are_refused(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from stackwise.config import StackWiseConfig
-    from stackwise.pipeline.batch.cluster import BatchSystem
+    from stackwise.pipeline.batch.resources import BatchSystem
     from stackwise.pipeline.runner.hosts import Hosts
 
 

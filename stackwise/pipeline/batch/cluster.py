@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -20,12 +19,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from stackwise.config import AUTO, StackWiseConfig
 from stackwise.config.yaml_files import dump
 from stackwise.durable import FileLock, write_bytes, write_json
 from stackwise.errors import BusyError, InterruptedRun, StackWiseError, UsageError
+from stackwise.pipeline.batch.resources import BatchSystem, resources
 from stackwise.pipeline.device import python_command
 from stackwise.pipeline.run import RunDirectory, job_file, job_state, pending, with_absolute_paths
 from stackwise.pipeline.schedule import Stage, schedule
@@ -33,11 +33,9 @@ from stackwise.pipeline.tracking.trackers import check_installed
 from stackwise.store import ActivationStore
 from stackwise.text import check_plain
 
-BatchSystem = Literal["slurm", "local", "ray"]
 Job = dict[str, Any]
 REQUEUES = 1000  # how often a job may reach its time limit and go on
 SECONDS = 0.2  # between two looks at the job before
-OPTION = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # the name of an option of sbatch
 
 
 class JobFailed(StackWiseError):
@@ -69,6 +67,8 @@ class JobCommand:
             self._write_state("done")
             return "done"
         saved = code == InterruptedRun.exit_code
+        if saved and _task():  # the first task says what becomes of the job
+            return "interrupted"
         self._write_state("interrupted" if saved else "failed", code=code)
         raise JobFailed("interrupted after saving" if saved else f"the command ended with code {code}")
 
@@ -102,9 +102,16 @@ class JobCommand:
             time.sleep(SECONDS)
 
     def _write_state(self, state: str, **values: Any) -> None:
+        if _task():
+            return
         path = Path(self.state)
         path.parent.mkdir(exist_ok=True)
         write_json(path, {"state": state, "host": socket.gethostname(), "pid": os.getpid(), **values})
+
+
+def _task() -> int:
+    """Which of a job's tasks this is; where it has several nodes each task is a rank, and the first speaks for all."""
+    return int(os.environ.get("SLURM_PROCID", "0"))
 
 
 def _await_end(pid: int) -> None:
@@ -176,7 +183,7 @@ def submit_alone(config: StackWiseConfig, run: RunDirectory, engine: BatchSystem
     Raises:
         UsageError, BusyError, StackWiseError: As `submit`.
     """
-    parameters = job_parameters(config, run, engine)
+    parameters = job_parameters(config, run, engine, alone=True)
     run.create()
     with FileLock(run.path / "jobs.lock", f"the jobs of {run.path}"):
         _refuse_second(run)
@@ -185,15 +192,22 @@ def submit_alone(config: StackWiseConfig, run: RunDirectory, engine: BatchSystem
         return _handed_over(run, engine, parameters, [(job, command)])[0]
 
 
-def job_parameters(config: StackWiseConfig, run: RunDirectory, engine: BatchSystem) -> dict[str, Any]:
+def job_parameters(
+    config: StackWiseConfig, run: RunDirectory, engine: BatchSystem, *, alone: bool = False
+) -> dict[str, Any]:
     """What a job of a run asks for, as submitit names it.
+
+    Args:
+        alone: The job is a trial of a search, whose command does not look for other ranks.
 
     Raises:
         UsageError: See `submit`.
     """
     check_installed(config)
+    if alone and engine == "slurm" and config.slurm.nodes > 1:
+        raise UsageError("slurm.nodes: a trial of a search is on one node", hint="leave it out, or set it to 1")
     check_plain(str(run.path), "run directory")  # it is part of the script, as is the job's name, its last part
-    parameters = _parameters(config, engine)
+    parameters = resources(config, engine)
     package, extra = ("ray", "ray") if engine == "ray" else ("submitit", "slurm")
     if importlib.util.find_spec(package) is None:
         raise UsageError(
@@ -284,40 +298,6 @@ def _command(run: RunDirectory, stage: int | None, window: int | None) -> list[s
     what = ["run"] if stage is None else ["stage", "run", "--depth", str(stage)]
     what += [] if window is None else ["--window", str(window)]
     return [*python_command("stackwise"), *what, str(run.config_file), "--run", str(run.path)]
-
-
-def _parameters(config: StackWiseConfig, engine: BatchSystem) -> dict[str, Any]:
-    """What a job asks for, as submitit names it."""
-    slurm = config.slurm
-    if engine == "ray":
-        return {"cpus": slurm.cpus, "gpus": slurm.gpus, "gpu": config.device != "cpu"}
-    gpus = slurm.gpus if slurm.gpus is not None else int(config.device != "cpu")
-    if engine == "local":
-        return {"timeout_min": slurm.minutes, "gpus_per_node": gpus}
-    for key in slurm.parameters:
-        if not OPTION.fullmatch(check_plain(key, "slurm.parameters")):
-            raise UsageError(f"slurm.parameters: {key!r} is no option of sbatch", hint="as in {constraint: nvme}")
-    extra = {key.replace("_", "-"): value for key, value in slurm.parameters.items()}
-    parameters: dict[str, Any] = {
-        "timeout_min": slurm.minutes,
-        "nodes": 1,
-        "tasks_per_node": 1,
-        "gpus_per_node": gpus or None,
-        "cpus_per_task": slurm.cpus,
-        "mem_gb": slurm.memory_gb,
-        "slurm_partition": slurm.partition,
-        "slurm_nodelist": slurm.nodelist or socket.gethostname().split(".")[0],
-        "slurm_account": slurm.account,
-        "slurm_qos": slurm.qos,
-        "slurm_signal_delay_s": slurm.signal_seconds,
-        # What depends on a job that failed leaves the queue, and a preempted job comes back to it.
-        "slurm_additional_parameters": {"kill-on-invalid-dep": "yes", "requeue": True} | extra,
-    }
-    values = {key: value for key, value in parameters.items() if value is not None}
-    for key, value in (values | extra).items():
-        if isinstance(value, str):  # a line of the script each
-            check_plain(value, f"slurm.{key.removeprefix('slurm_')}")
-    return values
 
 
 def active_jobs(run: RunDirectory) -> list[Job]:

@@ -5,10 +5,11 @@ Rank 0 drives the run. Every other process only starts and watches its rank's wo
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from stackwise.errors import UsageError
@@ -16,6 +17,8 @@ from stackwise.errors import UsageError
 HERE = "127.0.0.1"
 PORTS = range(15000, 30000)
 """Where a launcher names no port: one of these, by the job's id; below those that a system gives out by itself."""
+
+BRACKETS = 8  # in a name of hosts: it is read bracket by bracket
 
 
 @dataclass(frozen=True)
@@ -119,16 +122,37 @@ def _address(names: _Names, size: int, environment: Mapping[str, str]) -> str:
     if one_host or (names.nodes is not None and _number(names, names.nodes, environment, 0) == 1):
         return HERE
     if names.hosts is not None and (hosts := environment.get(names.hosts)):
-        return first_host(hosts)
+        return (named_hosts(hosts) or [hosts])[0]
     raise UsageError(
         f"{names.launcher}: the ranks are on several hosts, and nothing says which is that of rank 0",
         hint="set MASTER_ADDR to its name in the environment of every rank (mpirun -x MASTER_ADDR=HOST …)",
     )
 
 
-def first_host(hosts: str) -> str:
-    """The first of a list of hosts as Slurm writes it: `gpu[07-09,12]-ib,login` is gpu07-ib and others."""
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", hosts)[0])
+def named_hosts(hosts: str, most: int = 1) -> list[str]:
+    """A list of hosts as Slurm writes it: `gpu[07-09,12]-ib,login` is gpu07-ib and others.
+
+    Args:
+        most: No more than one above this many are listed: a range may be of any length.
+    """
+    names: list[str] = []
+    for group in re.split(r",(?![^\[]*\])", hosts):
+        few = group.count("[") <= BRACKETS
+        names += itertools.islice(_expanded(group) if few else [group], most + 1 - len(names))
+    return names
+
+
+def _expanded(group: str) -> Iterator[str]:
+    before, bracket, rest = group.partition("[")
+    if not bracket:
+        yield group
+        return
+    inside, _, after = rest.partition("]")
+    for part in inside.split(","):
+        first, _, last = part.partition("-")
+        is_range = re.fullmatch(r"[0-9]{1,9}-[0-9]{1,9}", part) is not None
+        for number in range(int(first), int(last) + 1) if is_range else [first]:
+            yield from (f"{before}{number:0>{len(first)}}{tail}" for tail in _expanded(after))
 
 
 def _port(names: _Names, environment: Mapping[str, str]) -> int:

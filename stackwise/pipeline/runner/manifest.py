@@ -105,6 +105,10 @@ class EventLog:
                 raise
 
 
+ALONE: dict[str, Any] = {"ranks": [], "slowest": 0}
+"""What is said of the ranks of a stage that one process trains."""
+
+
 class Manifest:
     """Keeps `run.json` level with what happens.
 
@@ -122,7 +126,7 @@ class Manifest:
         self.boundaries: list[str] = list(before.get("boundaries", []))
         """The boundaries that this run wrote and that are still there."""
         self._written = 0.0
-        self._group: dict[str, Any] = {"ranks": [], "slowest": 0}
+        self._group: dict[str, Any] = before.get("group") or dict(ALONE)  # a run that trains nothing keeps what it says
         self._stages = [self._pending(stage) for stage in plan.stages]
 
     def observe(self, event: Event) -> None:
@@ -136,6 +140,7 @@ class Manifest:
                 stage |= {"state": "running", "step": 0, "steps": event["steps"], "reason": event["reason"]}
                 stage |= {"recipe": event["recipe"], "trunk": event["trunk"], "weights": None}
                 stage |= {"held_out": None, "divergences": 0}
+                self._group = dict(ALONE)
                 for name in ("experts", "routes", "pieces", "adaptation", "tasks"):
                     stage.pop(name, None)
                 self.save()

@@ -84,7 +84,7 @@ def begin(
     objectives = {name: objective(name) for name in typed.objectives or tune.objectives}
     check_optuna(tune.sampler)
     if typed.engine != "here":
-        job_parameters(base, RunDirectory(directory), typed.engine)
+        job_parameters(base, RunDirectory(directory), typed.engine, alone=True)
     if read_record(directory) is None:  # a broken one is refused at once
         present = [name for name in (BASE, "run.json") if (directory / name).exists()]
         if present:

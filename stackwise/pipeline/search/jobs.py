@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from stackwise.config import StackWiseConfig
 from stackwise.errors import BusyError, InterruptedRun, StackWiseError
-from stackwise.pipeline.batch.cluster import BatchSystem, Job, active_jobs, end_job, submit_alone
+from stackwise.pipeline.batch.cluster import Job, active_jobs, end_job, submit_alone
+from stackwise.pipeline.batch.resources import BatchSystem
 from stackwise.pipeline.device import python_command
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.run import RunDirectory, job_file, job_state
