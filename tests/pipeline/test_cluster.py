@@ -139,6 +139,11 @@ def test_what_slurm_is_asked_for(micro: Micro, tmp_path: Path, slurm: Callable[[
     config.slurm.nodelist = "node7"
     cluster.submit(config, run, "slurm")
     assert "#SBATCH --nodelist=node7\n" in (place / "script-3").read_text()
+    several = {"slurm.nodes": 2, "slurm.nodelist": "gpu[1-2]", "parallel.data": 4, "store.path": "/disk/{host}"}
+    cluster.submit(micro(training__batch_size=4, **several), run, "slurm")
+    script = (place / "script-6").read_text()
+    asked = ["nodes=2", "ntasks-per-node=2", "gpus-per-node=2", "nodelist='gpu[1-2]'"]
+    assert all(f"#SBATCH --{line}\n" in script for line in asked), script
 
 
 @pytest.mark.parametrize(
