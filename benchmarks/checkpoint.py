@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint, and what a checkpoint on its way costs the steps beside it.
+"""How long training pauses for a checkpoint, and what a checkpoint on its way costs the steps beside it.
 
     python -m benchmarks.checkpoint [--parameters 200000000] [--rounds 5]
 
@@ -156,11 +156,11 @@ def _section(result: Result) -> Section:
 
     factor = BILLION / result["parameters"]
     rows = [
-        ["training stands still", shown(result["stopped"], seconds), shown(result["share_stopped"], percent),
+        ["training pauses", shown(result["stopped"], seconds), shown(result["share_stopped"], percent),
          percent(factor * result["share_stopped"]["median"])],
         ["and what steps beside the writing lose", shown(result["lost_beside"], seconds),
          shown(result["share_lost"], percent), percent(factor * result["share_lost"]["median"])],
-        ["if it stood still until all is on the disk", shown(result["written"], seconds),
+        ["if it paused until all is on the disk", shown(result["written"], seconds),
          shown(result["share_waiting"], percent), percent(factor * result["share_waiting"]["median"])],
     ]  # fmt: skip
     text = (

@@ -337,7 +337,7 @@ def _section(result: Result) -> Section:
         ["failures", *(f"{site['gpus']:,} GPUs" for site in sites)],
         [
             row("a day", lambda one: f"{one['failures_a_day']:.2f}"),
-            row("a checkpoint: training stands still", lambda one: words.duration(one["stopped"])),
+            row("a checkpoint: training pauses", lambda one: words.duration(one["stopped"])),
             row("a checkpoint: on the disk after", lambda one: words.duration(one["written"])),
             row("from a failure to the next step", lambda one: words.duration(one["again"])),
             row("time lost, by the formula", lambda one: f"{100 * one['lost']:.2f}%"),

@@ -120,21 +120,21 @@ def adapter_faults(config: Settings) -> Iterator[Fault]:
     elif training.mode.apart:
         yield key, f"the frozen blocks of a model stand on each other, and {training.mode.name} takes them apart"
     if training.growth:
-        yield "training.growth", "blocks that are new with an expansion would stand still: leave it out"
+        yield "training.growth", "blocks that are new with an expansion would stay frozen: leave it out"
     if training.plan.finds_size:
         yield "training.mode.block_size", "auto tries out fresh racks, and adapters are for a model: give a number"
     if training.fusion.head_alone:
-        yield "training.fusion", f"{training.fusion.name} trains the head alone, which stands still: nothing trains"
+        yield "training.fusion", f"{training.fusion.name} trains the head alone, which is frozen: nothing trains"
     if training.lookahead.name == "auxiliary":
         yield "training.lookahead", "auxiliary has fresh blocks, and nothing but adapters trains: choose another"
     for depth in range(config.n_stages):
         if config.stage_training(depth).quantization is not None:
-            text = "weights that stand still are not trained for integers: training.adapters.precision packs them"
+            text = "frozen weights are not trained for integers: training.adapters.precision packs them"
             yield f"stages.{depth}.training.quantization" if depth in config.stages else "training.quantization", text
             break
     for depth, overrides in config.stages.items():
         if overrides.precision is not None:
-            text = "the blocks stand still beside adapters: training.adapters.precision says how all of them are held"
+            text = "the blocks are frozen beside adapters: training.adapters.precision says how all of them are held"
             yield f"stages.{depth}.precision", text
             break
 

@@ -222,7 +222,7 @@ def _stages(config: Settings) -> Iterator[Fault]:
     for depth in [*apart, *(depth for depth in range(count) if depth not in config.stages)]:
         settings = config.stage_training(depth)
         key = f"stages.{depth}.training" if depth in config.stages else "training"
-        if settings.heeds_held_out and settings.eval_every is None:
+        if settings.uses_held_out and settings.eval_every is None:
             which = "patience" if settings.patience is not None else "keep_best"
             yield f"{key}.{which}", "needs held-out losses: set training.eval_every too"
             break
@@ -481,7 +481,7 @@ def _sharding(config: Settings) -> Iterator[Fault]:
     if training.compile:
         yield "training.compile", f"{divided} is not compiled"
     if training.adapters is not None:
-        yield "training.adapters", f"{divided} has no adapters: what stands still is packed"
+        yield "training.adapters", f"{divided} has no adapters: frozen weights are packed"
     if training.progressive.enabled or any(overrides.precision is not None for overrides in config.stages.values()):
         yield "training.progressive.enabled", f"{divided} has all of its blocks in the run's precision"
     if isinstance(training.fusion, AdaptiveFusion):

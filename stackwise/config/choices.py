@@ -288,7 +288,7 @@ class Fusion(Kind):
     default: ClassVar[str] = "none"
 
     head_alone: ClassVar[bool] = False
-    """Whether the blocks stand still and only the head trains."""
+    """Whether the blocks are frozen and only the head trains."""
     probes: ClassVar[bool] = False
     """Whether the section that trains is found by probes, on held-out loss."""
 
@@ -342,7 +342,7 @@ class FrozenFusion(TrainableFusion):
     head_alone: ClassVar[bool] = True
 
     def groups(self, sections: list[Span]) -> list[Span]:
-        """See `Fusion.groups`; what stands still below the last section is read as its boundary."""
+        """See `Fusion.groups`; what is frozen below the last section is read as its boundary."""
         return [sections[-1]]
 
 

@@ -17,7 +17,7 @@ FORMATS = {"fp8": "fp8", "nvfp4": "nvfp4", "qlora": "nf4"}
 """Precisions that put weights into a narrow format by themselves, and the format's name."""
 
 HELD_FORMATS = {"held-bf16": "bf16"}
-"""The same of those that only weights which stand still are held in."""
+"""The same of those that only frozen weights are held in."""
 
 BITS = {"bf16": 16.0, "fp8": 8.0, "nvfp4": 4.5, "nf4": 4.127}
 """Bits of a packed weight in each format, its scales included but for a row's."""

@@ -444,7 +444,7 @@ class Settings(Section):
 
     @property
     def bottom(self) -> int:
-        """The lowest block of any stage; those below it stand still, and what leaves them is stored."""
+        """The lowest block of any stage; those below it are frozen, and what leaves them is stored."""
         adapters = self.training.adapters
         return 0 if adapters is None else min(adapters.above, self.model.n_blocks - 1)
 
@@ -481,10 +481,10 @@ class Settings(Section):
         """Whether a last stage turns the rack causal."""
         return isinstance(self.training.adaptation, CausalAdaptation)
 
-    def heeds_held_out(self, depth: int) -> bool:
+    def uses_held_out(self, depth: int) -> bool:
         """Whether what stage `depth` commits depends on held-out loss."""
         fused = self.n_sections <= depth < self.n_sections + len(self.fusions)
-        return (fused and self.training.fusion.probes) or self.stage_training(depth).heeds_held_out
+        return (fused and self.training.fusion.probes) or self.stage_training(depth).uses_held_out
 
     def stage_training(self, depth: int) -> StageTraining:
         """How stage `depth` trains: the defaults of `training`, with its own overrides."""

@@ -51,7 +51,7 @@ class Quantization(Section):
         "extremes", description="scales follow from the weights' extremes at every step, or are trained beside them"
     )
     trains: Literal["all", "scales"] = Field(
-        "all", description="what trains: all, or the scales of weights whose codes stand still (and nothing else)"
+        "all", description="what trains: all, or the scales of weights whose codes are frozen (and nothing else)"
     )
     activations: Annotated[int, Field(ge=2, le=8)] | None = Field(
         None, description="bits of what enters a layer; null: it stays as it is"
@@ -232,13 +232,13 @@ class StageTraining(Section):
         unused |= {"decay"} if self.lr_schedule != "wsd" or self.decay is None else set()
         unused |= {name for name in ("curriculum", "meta") if getattr(self, name) is None}
         unused |= set() if self.routes == "order" else {"routes"}  # to count changes nothing
-        unused |= set() if self.heeds_held_out else {"eval_every"}
+        unused |= set() if self.uses_held_out else {"eval_every"}
         values = self.model_dump(exclude=unused)
         kinds = {name: kind for name in values if isinstance(kind := getattr(self, name), Kind)}
         if self.curriculum is not None:
             values["curriculum"] = self.curriculum.specification
         if self.meta is not None:
-            values["meta"] = self.meta.specification(judged=self.heeds_held_out)
+            values["meta"] = self.meta.specification(judged=self.uses_held_out)
         return values | {name: values[name] | kind.code for name, kind in kinds.items()}
 
     @property
@@ -247,7 +247,7 @@ class StageTraining(Section):
         return self.eval_every is not None or self.meta is not None
 
     @property
-    def heeds_held_out(self) -> bool:
+    def uses_held_out(self) -> bool:
         """Whether what is committed depends on held-out loss."""
         return self.patience is not None or self.keep_best
 
@@ -343,7 +343,7 @@ class ProgressiveConfig(Section):
     building_mode: Literal["append", "prepend"] = Field(
         "append",
         description="append: a new stack goes above those there are; prepend: below them, above the front, and they "
-        "stand still",
+        "are frozen",
     )
 
     def partition(self, model: ModelConfig) -> list[Span]:

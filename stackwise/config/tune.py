@@ -42,7 +42,7 @@ def _whole(value: Any) -> Any:
 
 
 class TuneConfig(Section):
-    """A search (`stackwise tune`); a run without one heeds none of it."""
+    """A search (`stackwise tune`); a run without one uses none of it."""
 
     space: dict[Text, Annotated[SearchedKey, BeforeValidator(_whole)]] = Field(
         default_factory=dict,

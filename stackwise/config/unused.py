@@ -23,7 +23,7 @@ NO_BOUNDARY = "no stage of this schedule reads a boundary"
 
 def reading_depths(config: Settings) -> list[int]:
     """The stages that read a boundary. The schedule says so stage by stage; tests hold the two against each other."""
-    if config.bottom:  # what stands still below all of them makes one
+    if config.bottom:  # what is frozen below all of them makes one
         return list(range(config.n_stages))
     reads = config.has_windows and not config.training.plan.whole
     sections = range(1, config.n_sections) if reads else ()
@@ -39,7 +39,7 @@ def has_blocks_above(config: Settings) -> bool:
 
 
 def trains_heads_apart(config: Settings) -> bool:
-    """Whether some stage trains a head while the front that it may be tied to stands still."""
+    """Whether some stage trains a head while the front that it may be tied to is frozen."""
     if config.training.adapters is not None:  # both do
         return False
     sections = config.n_sections > 1 and not config.prepends and not config.grows

@@ -66,7 +66,7 @@ class FP8:
 
 
 class BF16:
-    """bfloat16: 16 bits a weight, for those that stand still; a checkpoint's of that dtype are kept exactly."""
+    """bfloat16: 16 bits a weight, for frozen weights; a checkpoint's of that dtype are kept exactly."""
 
     def layout(self, outputs: int, inputs: int) -> Layout:
         """`codes` bfloat16 [O, I]."""

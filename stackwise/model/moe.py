@@ -216,7 +216,7 @@ class MoE(FeedForward):
     def faults_in(self, config: Settings) -> Iterator[Fault]:
         """See `BlockPart.faults_in`."""
         if self.balance == "bias" and config.training.adapters is not None:
-            yield "balance", "bias: under training.adapters the router stands still, and nothing moves it: take none"
+            yield "balance", "bias: under training.adapters the router is frozen, and nothing moves it: take none"
         for depth in range(config.n_stages if self.capacity_factor is not None else 0):
             rows = config.stage_training(depth).batch_size
             tokens = rows * config.row_positions

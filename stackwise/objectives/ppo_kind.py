@@ -24,7 +24,7 @@ class KL(Section):
     target: Positive | None = Field(
         None,
         description="nats an answer that the divergence is drawn to: the coefficient rises above it and falls below "
-        "(arXiv 1909.08593, section 2.2); null: the coefficient stands still",
+        "(arXiv 1909.08593, section 2.2); null: the coefficient is fixed",
     )
     horizon: Size = Field(1000, description="answers over which the coefficient follows; fewer: faster")
 

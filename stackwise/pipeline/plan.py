@@ -191,19 +191,19 @@ class Plan:
     def recipe(self, stage: Stage, versions: Versions) -> Recipe:
         """The recipe of a stage above committed ones."""
         rowset, rows = self.rowset(stage.rowset)
-        heeds = self.config.heeds_held_out(stage.depth)
+        uses_held_out = self.config.uses_held_out(stage.depth)
         reads = Reads(
             rowset,
             rows,
             {part: source.digest for part, source in starts(stage, versions).items()},
             self.trunk(stage, versions),
-            self._inputs(stage, held_out=heeds),
-            self.rowset(HELD_OUT)[0] if heeds else None,
+            self._inputs(stage, held_out=uses_held_out),
+            self.rowset(HELD_OUT)[0] if uses_held_out else None,
         )
         return stage_recipe(self.config, stage, self.forward, self.span(stage), reads)
 
     def _inputs(self, stage: Stage, *, held_out: bool) -> dict[str, str]:
-        """Digests of what is read: columns, those of the held-out side where it is heeded, of a teacher, of tasks."""
+        """Digests of what is read: columns, those of the held-out side where the result depends on it, of a teacher, of tasks."""
         names = self.config.objective.inputs
         inputs = {name: self.data.train.column_digest(name) for name in names}
         if held_out:

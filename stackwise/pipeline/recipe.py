@@ -107,7 +107,7 @@ class Reads:
     initial: Mapping[str, Hex | None]
     trunk: Hex | None  # the id of what made the boundary that it reads; None where it reads tokens
     inputs: Mapping[str, Hex]  # digests of the columns that the objective needs beside tokens and masks, by name
-    held_out: Hex | None = None  # the rowset that the stage is evaluated on, where the result heeds it
+    held_out: Hex | None = None  # the rowset that the stage is evaluated on, where the result depends on it
 
 
 def stage_recipe(config: StackWiseConfig, stage: Stage, forward: Mapping[str, Any], span: Span, reads: Reads) -> Recipe:

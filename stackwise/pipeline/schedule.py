@@ -181,7 +181,7 @@ class Stage:
 
     @property
     def commits(self) -> tuple[str, ...]:
-        """What it leaves in the store: the parts that train, the fresh blocks that stand still under adapters, and what
+        """What it leaves in the store: the parts that train, the fresh blocks that are frozen under adapters, and what
         its next window takes up."""
         return (*self.trains, *self.commits_frozen, *self.states_out)
 
@@ -210,7 +210,7 @@ class Stage:
         return f"{self.depth}, window {self.window}" if self.window or self.states_out else str(self.depth)
 
     def packs(self, part: str) -> bool:
-        """Whether it packs a block's weights where these are in a narrow format: their codes stand still."""
+        """Whether it packs a block's weights where these are in a narrow format: their codes are frozen."""
         return self.scales_alone or part not in self.trains
 
     def pieces(self, config: StackWiseConfig, part: str) -> list[str]:
@@ -300,7 +300,7 @@ def _in_its_window(config: StackWiseConfig, stage: Stage) -> Stage:
     tail = isinstance(config.training.lookahead, Tail) and stage.depth < config.n_sections
     shared = tail or config.training.plan.whole
     starts_from = {HEAD: head_version(stage.depth)} if HEAD in stage.trains and not shared else {}
-    # What was fresh in the first window is not in the next; what stands still is committed already.
+    # What was fresh in the first window is not in the next; what is frozen is committed already.
     return dataclasses.replace(
         stage, starts_from=starts_from, states_in=states, states_out=states_out, fresh=(), commits_frozen=()
     )
@@ -389,7 +389,7 @@ def _stacked(config: StackWiseConfig) -> Iterator[Stage]:
 
 
 def _prepended(config: StackWiseConfig) -> Iterator[Stage]:
-    """The highest section first, each new one below those there are and above the front, which all stand still."""
+    """The highest section first, each new one below those there are and above the front, which are all frozen."""
     top = config.model.n_blocks - 1
     for depth, (first, last) in enumerate(reversed(config.partition)):
         ends = ((FRONT,), (HEAD,)) if depth == 0 else ((), ())
@@ -444,7 +444,7 @@ def _lookahead(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...
 
 
 def _with_formats(config: StackWiseConfig, stage: Stage, homes: Mapping[str, int]) -> Stage:
-    """A stage with the formats of its blocks; where weights stand still under adapters, these train in their place."""
+    """A stage with the formats of its blocks; where weights are frozen under adapters, these train in their place."""
     below = block_parts(0, stage.first - 1) if stage.reads_boundary else ()
     formats = {
         part: form
@@ -472,7 +472,7 @@ def _with_formats(config: StackWiseConfig, stage: Stage, homes: Mapping[str, int
         commits_frozen = []  # they stay where they are: among the files of the model
     quantization = config.stage_training(stage.depth).quantization
     alone = quantization is not None and quantization.trains == "scales"
-    if alone:  # arXiv 2407.11062, section 3.3: codes, norms, front and head stand still
+    if alone:  # arXiv 2407.11062, section 3.3: codes, norms, front and head are frozen
         trains = [part for part in trains if part in stage.blocks]
     return dataclasses.replace(
         stage, formats=formats, trains=tuple(trains), commits_frozen=tuple(commits_frozen), scales_alone=alone

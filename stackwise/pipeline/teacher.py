@@ -101,7 +101,7 @@ class Teacher:
             if (width := self.match(stage)) is not None and HEAD not in stage.trains:
                 raise UsageError(
                     f"{self._key}: the hidden states of {where} have width {width}, those of the model "
-                    f"{self._student.model.d_model}; the layer between them would stand still with the head of stage "
+                    f"{self._student.model.d_model}; the layer between them would be frozen with the head of stage "
                     f"{stage.depth}, where adapters train alone (training.adapters)",
                     hint="set distillation.match: none, or training.mode: end_to_end, drawn to the teacher's tokens",
                 )

@@ -34,7 +34,7 @@ class Adaptation:
     A task is a microbatch: its first `meta.support` rows, and the query rows after them.
 
     Args:
-        parameters: Those that adapt, by their name in the model; what a rule moves (`steered`) stands still.
+        parameters: Those that adapt, by their name in the model; what a rule moves (`steered`) is frozen.
         device: Where the model computes.
     """
 

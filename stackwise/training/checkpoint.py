@@ -279,7 +279,7 @@ class Saved:
     """A checkpoint that is on the disk."""
 
     step: int
-    stopped: float  # seconds that training stood still for it
+    stopped: float  # seconds that training paused for it
     seconds: float  # seconds that writing it took, the standstill among them
 
 

@@ -299,7 +299,7 @@ class PartLoader:
     def begun(self, name: str, carried: Mapping[str, State]) -> dict[str, Tensor]:
         """The state that a part or a piece begins with where it goes on: what was committed is then the mean."""
         part, path = self.owners.get(name, (name, None))
-        if part not in carried:  # it stands still, and has no state
+        if part not in carried:  # it is frozen, and has no state
             return {}
 
         def mine(key: str) -> bool:

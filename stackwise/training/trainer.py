@@ -1,4 +1,4 @@
-"""The one trainer: the loop over a stage's steps, with what is told, saved and decided between them.
+"""The one trainer: the loop over a stage's steps, with what is reported, saved and decided between them.
 
 Randomness is a pure function of (seed, stage, step, microbatch), so a trainer restored at step n goes on as one that
 was never stopped: its state is the engine's, the step and the record. Whatever is decided follows from these.
@@ -32,7 +32,7 @@ LEAST = 8  # losses before which there is no median to go by
 
 @dataclass
 class Progress:
-    """How a stage's training stands.
+    """Progress of a stage's training.
 
     Args:
         terms: Where the loss has several, the mean of each since the last report.
@@ -102,7 +102,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Carried:
-    """What of a stage's windows before its trainer heeds, beside the engine's state."""
+    """What a trainer takes over from the stage's windows before, beside the engine's state."""
 
     rollbacks: int = 0  # how often training went back, at a lower learning rate each time
     losses: Sequence[float | None] = ()  # the last ones; None for a step that was refused
@@ -120,10 +120,10 @@ class Carried:
 
 
 class Hooks(Protocol):
-    """What a trainer tells, and asks, as it goes."""
+    """What a trainer calls as it goes: to report, and to ask."""
 
     def report(self, progress: Progress) -> None:
-        """How it stands; a few times a second."""
+        """Report progress; called a few times a second."""
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether to save after this step."""
@@ -181,7 +181,7 @@ class Trainer:
         self.step, self.record = step, record
 
     def carry(self) -> Carried:
-        """What a later window heeds."""
+        """What a later window takes over."""
         losses = [*self.carried.losses, *self.record.losses][-MEMORY:]
         return Carried(self.carried.rollbacks + self.record.rollbacks, losses)
 

@@ -45,7 +45,7 @@ Watch = Callable[["Combination"], contextlib.AbstractContextManager[Observer]]
 
 @dataclass
 class Member:
-    """How a combination stands."""
+    """The status of a combination."""
 
     combination: Combination
     decisions: list[Decision] = field(default_factory=list)

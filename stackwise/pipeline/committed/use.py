@@ -317,7 +317,7 @@ def _raised(
                     entering, times = objective.shown(batch), objective.times(batch)
                     x_BSD = enter(front, entering, times, causal=objective.causal).to(stream)
                     carried.append(torch.empty(0))
-                else:  # between blocks that stand still below the lowest stage nothing is stored
+                else:  # between frozen blocks below the lowest stage nothing is stored
                     x_BSD = carried[place] if stage.depth < 0 else codec.round_trip(carried[place])
                     x_BSD = x_BSD.to(rack.device, stream)
                 carried[place] = stage.forward(x_BSD, _segments(rack, samples_R[index], seq_len)).cpu()

@@ -22,7 +22,7 @@ LEAST_USED = 0.05
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an experiment stands.
+    """The verdict on an experiment.
 
     Args:
         loss: Mean held-out cross entropy over its seeds, in nats; dense: that of the dense racks.
@@ -53,7 +53,7 @@ def evaluate_success_criteria(
     *,
     quiet: bool = False,
 ) -> dict[str, Verdict]:
-    """Judge experiments, and print how each stands.
+    """Judge experiments, and print each verdict.
 
     Both are compared seed by seed: a seed draws weights and rows for both alike, and what it does to both says nothing
     of either. An experiment passes where it is below the dense rack with every seed, in the mean by more than the

@@ -132,7 +132,7 @@ def _train_and_write(context: StageContext) -> None:
                     train_and_commit(above, engine)
     if not job.writes and not job.writes_held_out:
         return
-    # What stands still has the digest of its file, however it is held.
+    # What is frozen has the digest of its file, however it is held.
     sources = committed_sources(job, context.store.stage(job.recipe_id) if job.train else None)
     outputs: Callable[[Sequence[StageModel]], Sequence[StageModel] | MakeOutputs]
     if model is not None:
