@@ -37,10 +37,10 @@ def kind_of(device: str) -> str:
 
 
 @dataclass(frozen=True)
-class Turns:
-    """How parts of a stage that is not in memory take turns."""
+class Grouping:
+    """How a pass without training holds a stage that does not fit: in groups of blocks, one after another."""
 
-    groups: int  # groups that its blocks take turns in
+    groups: int  # groups that its blocks are divided into
     boundaries: int  # bytes of activations between groups that stay in memory
     pieces: int | None = None  # experts of a block in memory at once; None: all that rows reach
 
@@ -49,7 +49,7 @@ class Turns:
 class Swap:
     """How a stage that does not fit is swapped."""
 
-    groups: int  # groups that its blocks take turns in
+    groups: int  # groups that its blocks are divided into
     boundaries: int  # bytes of a step's boundaries that stay in memory
     memory: int  # about the bytes that it takes, boundaries included
     disk: int  # about the bytes of disk: weights, moments and gradients, and what is left of a step's boundaries
@@ -237,11 +237,11 @@ class Estimate:
         products = (2 * projection + 6 * rows * self.vocab_size) if half else 4 * rows * self.vocab_size
         return max(8 * rows * self.vocab_size + several * gradient, products + gradient)
 
-    def turns(self, memory: int, host: int | None = None) -> Turns | None:
+    def grouping(self, memory: int, host: int | None = None) -> Grouping | None:
         """How passes without training hold the stage; None: whole, as it is in training. See `swap`."""
         if not self.config.parallel.divides:
             swap = self.swap(memory, host)
-            return None if swap is None else Turns(swap.groups, swap.boundaries, swap.pieces)
+            return None if swap is None else Grouping(swap.groups, swap.boundaries, swap.pieces)
         # As few groups as may be, two of which are in memory: on a CPU the ranks of a host share it.
         apart, ranks = self.device == "cuda", self.config.parallel.ranks
         limit = SHARE * min(memory if apart else memory // ranks, self.config.training.memory or memory)
@@ -249,7 +249,7 @@ class Estimate:
         blocks = size * sum(map(self.parameters, self.stage.blocks))
         most = max(1, len(self.stage.blocks))
         groups = next((n for n in range(1, most) if 2 * blocks / n <= limit / 2), most)
-        return Turns(groups, int((host or memory) // ranks // 8))
+        return Grouping(groups, int((host or memory) // ranks // 8))
 
     def swap(self, memory: int, host: int | None = None) -> Swap | None:
         """How it is swapped; None where it is resident. It decides nothing about the result.

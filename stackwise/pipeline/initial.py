@@ -289,8 +289,8 @@ def _contradictions(config: StackWiseConfig, theirs: ModelConfig) -> Iterator[st
         learned = theirs.positions == "learned"
         if model.max_seq_len > theirs.max_seq_len or (learned and model.max_seq_len != theirs.max_seq_len):
             where = f"and {theirs.max_seq_len} in the checkpoint"
-            remedy = "leave it out" if learned else "leave it out, or lower it"
-            yield f"model.max_seq_len: is {model.max_seq_len}, {where}: {remedy}"
+            advice = "leave it out" if learned else "leave it out, or lower it"
+            yield f"model.max_seq_len: is {model.max_seq_len}, {where}: {advice}"
 
 
 def _differences(key: str, ours: Section, theirs: Section) -> Iterator[tuple[str, Any, Any]]:

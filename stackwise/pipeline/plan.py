@@ -203,7 +203,7 @@ class Plan:
         return stage_recipe(self.config, stage, self.forward, self.span(stage), reads)
 
     def _inputs(self, stage: Stage, *, held_out: bool) -> dict[str, str]:
-        """Digests of what is read: columns, those of the held-out side where the result depends on it, of a teacher, of tasks."""
+        """Digests of what is read: columns (held-out ones where the result depends on them), a teacher, tasks."""
         names = self.config.objective.inputs
         inputs = {name: self.data.train.column_digest(name) for name in names}
         if held_out:

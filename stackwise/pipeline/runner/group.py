@@ -192,12 +192,12 @@ class Group:
                 raise self._failure()
             if rank.heard - last_report >= FIGURES_SECONDS and all(rank.figures for rank in self._ranks):
                 last_report = rank.heard
-                yield self._fare(job)
+                yield self._rank_figures(job)
             self._check_alive()
         if any(rank.failure is not None for rank in self._ranks):
             raise self._failure()
         if all(rank.figures for rank in self._ranks):
-            yield self._fare(job)
+            yield self._rank_figures(job)
 
     def _give(self, rank: int, job: dict[str, Any], port: int) -> None:
         place = {
@@ -213,8 +213,8 @@ class Group:
         }
         self._ranks[rank].worker.give({**job, "ranks": place})
 
-    def _fare(self, job: dict[str, Any]) -> Event:
-        """How the ranks fare; slowest is the one that waits least for the others."""
+    def _rank_figures(self, job: dict[str, Any]) -> Event:
+        """The event of the ranks' rates; slowest is the one that waits least for the others."""
         size = len(self._ranks)
         shown = [
             {"rank": rank.number, **rank.figures, "tokens_per_second": rank.figures["tokens_per_second"] / size}

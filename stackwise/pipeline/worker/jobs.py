@@ -118,11 +118,11 @@ def _compare_data(job: StageJob, ranks: Ranks) -> None:
 def _train_and_write(context: StageContext) -> None:
     """Train a stage, in memory, swapped or divided; then write boundaries with what it has become."""
     job, config, device = context.job, context.config, context.device
-    turns = Estimate(config, job.vocab_size, job.stage, device.type).turns(
+    grouping = Estimate(config, job.vocab_size, job.stage, device.type).grouping(
         int(describe(device)["memory"]), host_total()
     )
     frozen = [frozen_stage(below, job, config).to(device) for below in job.recomputed]
-    model = stage_model(job, config).to(device) if turns is None else None
+    model = stage_model(job, config).to(device) if grouping is None else None
     if job.train:
         with entering(context, frozen) as entered, beside_past(entered, model) as above:
             if model is not None:
@@ -145,11 +145,13 @@ def _train_and_write(context: StageContext) -> None:
         model.head, model.beyond = None, nn.ModuleList()
         outputs = partial(_above, model)
     else:
-        assert turns is not None, "parts of a stage that is not in memory take turns"
+        assert grouping is not None, "a stage that is not in memory goes in groups"
         parts = JobParts(job, config, sources)
         digests = [parts.digest(part) for part in job.stage.forward_parts]
         row_bytes = 4 * config.row_positions * config.model.d_model
-        outputs = partial(grouped_outputs, parts, turns.groups, row_bytes, turns.boundaries, most_pieces=turns.pieces)
+        outputs = partial(
+            grouped_outputs, parts, grouping.groups, row_bytes, grouping.boundaries, most_pieces=grouping.pieces
+        )
     gc.collect()
     if job.writes:
         write_above(context, outputs(frozen), digests)

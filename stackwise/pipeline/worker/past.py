@@ -211,10 +211,10 @@ class _WatchedParts(JobParts):
 def _by_groups(context: StageContext, past: _Asked) -> MakeOutputs:
     """The same of a stage of which one group is in memory at a time, and the head."""
     job, config, device = context.job, context.config, context.device
-    turns = Estimate(config, job.vocab_size, job.stage, device.type).turns(
+    grouping = Estimate(config, job.vocab_size, job.stage, device.type).grouping(
         int(describe(device)["memory"]), host_total()
     )
-    assert turns is not None, "parts of a stage that is not in memory take turns"
+    assert grouping is not None, "a stage that is not in memory goes in groups"
     below = _WatchedParts(job, config, {part: source for part, source in job.initial.items() if part != HEAD})
     whole = JobParts(job, config, job.initial)
     embedding_VD = whole.make(FRONT, None).get_parameter("embedding.weight").detach() if whole.tied else None
@@ -222,7 +222,7 @@ def _by_groups(context: StageContext, past: _Asked) -> MakeOutputs:
     assert isinstance(head, Head)
     says = below.above = past.above(head).to(device).eval()
     row_bytes = 4 * config.row_positions * config.model.d_model
-    make = grouped_outputs(below, turns.groups, row_bytes, turns.boundaries, most_pieces=turns.pieces)
+    make = grouped_outputs(below, grouping.groups, row_bytes, grouping.boundaries, most_pieces=grouping.pieces)
 
     def outputs(batches: Iterator[Batch], codec: Codec, device: torch.device) -> Generator[Tensor]:
         waiting: deque[Batch] = deque()
