@@ -123,6 +123,23 @@ def test_every_edit_of_what_a_layer_reaches_is_another_identity() -> None:
     assert len(seen) == len(EDITS) + 3
 
 
+def test_what_was_put_in_place_of_torchs_own_functions_is_another_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {identity(made(PLAIN))}
+    for owner, name, other in (
+        (nn.functional, "leaky_relu", torch.tanh),
+        (nn.functional, "leaky_relu", lambda x, slope: x),
+        (nn.functional, "linear", lambda x, weight, bias: x),  # which the layer reaches through torch alone
+        (nn.Linear, "forward", lambda self, x: x),
+        (nn.Module, "__call__", lambda self, x: self.forward(x)),
+        (torch.Tensor, "split", lambda self, size: [self]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, other)
+            seen.add(identity(made(PLAIN)))
+    assert len(seen) == 7
+    assert identity(made(PLAIN)) in seen
+
+
 def test_which_names_are_one_parameter_is_in_the_identity() -> None:
     apart, tied = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
     tied[1].weight = tied[0].weight

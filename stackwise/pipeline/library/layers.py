@@ -3,7 +3,8 @@
 A result may be reused only where it would come out the same. What a layer computes follows from its code and all that
 it closes over, so both are in its identity: the bytecode of its class and of every function, class and module that it
 reaches outside installed packages, defaults, closures, globals, attributes, buffers and hooks. What is installed counts
-by name and version. Where something cannot be described so, the layer has no identity, and nothing is reused.
+by name and version, and by what other code put in its place. Where something cannot be described so, the layer has no
+identity, and nothing is reused.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _OUTSIDE = {"__import__", "eval", "exec", "globals", "input", "open", "vars"}
 """Builtins that reach further than the names in the code."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(Ellipsis))
 _CALLED = (types.FunctionType, staticmethod, classmethod, property)
+_TORCH = (torch, nn.functional, torch.Tensor)
+"""Where torch keeps the functions that its own modules call."""
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 """Of a module's attributes those that are described apart, or are digested as its initial weights."""
 
@@ -49,8 +52,12 @@ def identity(module: nn.Module) -> str:
         Undescribed: It reaches something whose behaviour does not follow from what can be read.
     """
     everywhere = {key: value for key, value in vars(nn.modules.module).items() if key.startswith("_global_") and value}
+    describer = _Describer()
+    for place in _TORCH:
+        patches = {name: value for name, value in _replaced(place).items() if describer.is_own(value)}
+        everywhere |= {place.__name__: patches} if patches else {}
     try:
-        described = _Describer().of([module, everywhere])  # hooks on all modules are hooks on this one
+        described = describer.of([module, everywhere])  # hooks on all modules are hooks on this one
     except RecursionError:
         raise Undescribed("it is nested too deeply") from None
     return digest(repr((sys.version_info[:2], torch.__version__, described)).encode("utf-8", "surrogatepass"))
@@ -114,6 +121,10 @@ class _Describer:
                 return self._builtin(value)
         return self._object(value)
 
+    def is_own(self, value: Any) -> bool:
+        """Whether it is a function of code that is not installed."""
+        return isinstance(value, types.FunctionType) and self._installed(_module_of(value)) is None
+
     def _remember(self, value: object) -> None:
         self._seen[id(value)] = len(self._seen)
         self._alive.append(value)
@@ -156,7 +167,8 @@ class _Describer:
     def _class(self, kind: type) -> Any:
         name = f"{kind.__module__}.{kind.__qualname__}"
         if (installed := self._installed(kind.__module__)) is not None:
-            return ("class", installed, kind.__qualname__)
+            patches = {base.__qualname__: entries for base in kind.__mro__ if (entries := _replaced(base))}
+            return ("class", installed, kind.__qualname__, *([self.of(patches)] if patches else []))
         if id(kind) in self._seen:
             return ("again", self._seen[id(kind)])
         self._remember(kind)
@@ -177,7 +189,7 @@ class _Describer:
         )
 
     def _function(self, function: types.FunctionType) -> Any:
-        where = str(function.__globals__.get("__name__"))
+        where = _module_of(function)
         if (installed := self._installed(where)) is not None and function.__closure__ is None:
             return ("function", installed, function.__qualname__)
         cells = []
@@ -219,14 +231,24 @@ class _Describer:
             raise Undescribed("operators of torch.ops")
         if value is np.random or (value is np and "random" in names):
             raise Undescribed("the module numpy.random")
-        if (installed := self._installed(value.__name__)) is not None:
-            return ("module", installed)
         members = sorted(name for name in names if name in vars(value))
+        if (installed := self._installed(value.__name__)) is not None:
+            return ("module", installed, *self._patches(value, names))
         return (
             "module",
             value.__name__,
             *((name, self._reached(vars(value)[name], names - {name})) for name in members),
         )
+
+    def _patches(self, module: types.ModuleType, names: set[str]) -> tuple[Any, ...]:
+        """What was put in place of functions of an installed module that the names can mean."""
+        replaced, patches = _replaced(module), list[tuple[str, Any]]()
+        for name in sorted(names & vars(module).keys()):
+            if name in replaced:
+                patches.append((name, self.of(replaced[name])))
+            elif isinstance(inner := vars(module)[name], types.ModuleType):
+                patches += self._patches(inner, names - {name})
+        return tuple(patches)
 
     def _builtin(self, value: Any) -> Any:
         owner = getattr(value, "__self__", None)
@@ -283,6 +305,25 @@ class _Describer:
         callable_, arguments, *state = reduced
         parts = [list(part) if isinstance(part, Iterator) else part for part in state]
         return ("object", self._class(kind), self.of(callable_), self.of(arguments), *map(self.of, parts))
+
+
+def _module_of(function: types.FunctionType) -> str:
+    return str(function.__globals__.get("__name__"))
+
+
+def _replaced(place: types.ModuleType | type) -> dict[str, Any]:
+    """Functions of an installed module or class that another program put there, or that stand under another's name."""
+    package = (place.__module__ if isinstance(place, type) else place.__name__).partition(".")[0]
+    replaced = {}
+    for name, value in vars(place).items():
+        if isinstance(value, types.FunctionType):
+            other = _module_of(value).partition(".")[0] != package
+            other |= isinstance(place, types.ModuleType) and vars(place).get(value.__name__, value) is not value
+        else:
+            other = isinstance(value, types.BuiltinFunctionType) and value.__name__ != name
+        if other:
+            replaced[name] = value
+    return replaced
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
