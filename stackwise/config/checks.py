@@ -67,8 +67,11 @@ def _sizes(config: Settings) -> Iterator[Fault]:
 
 def _model(config: Settings) -> Iterator[Fault]:
     model, data = config.model, config.data
+    yield from ((f"model.{key}", text) for key, text in model.stream.faults(model))
+    model = model.column
     if model.head_size is None and model.d_model % model.n_heads:
-        text = f"{model.n_heads} heads do not divide d_model {model.d_model}: take a divisor of it"
+        width = "d_model" if config.model.stream.columns == 1 else "a column's width"
+        text = f"{model.n_heads} heads do not divide {width} {model.d_model}: take a divisor of it"
         yield "model.n_heads", f"{text}, or set model.head_size"
     elif model.positions == "rope" and model.head_dim % 2:
         key = "model.n_heads" if model.head_size is None else "model.head_size"
@@ -108,6 +111,8 @@ def _data(config: Settings) -> Iterator[Fault]:
         yield "data.paths", "data.tasks names what is read already: leave one of both out"
     if config.tasks_in_turn:
         yield from _continual(config)
+    if config.model.stream.columns > 1 and not config.training.continual.columns:
+        yield "model.stream", "columns are learned one a task: set training.continual: columns, or leave it out"
 
 
 def _continual(config: Settings) -> Iterator[Fault]:
@@ -128,12 +133,31 @@ def _continual(config: Settings) -> Iterator[Fault]:
         yield key, f"objective {config.objective.name} is of answers: tasks in turn are of text"
     if any(config.stage_training(depth).meta is not None for depth in range(config.n_stages)):
         yield key, "training.meta learns all tasks at once: leave one of both out"
+    if training.continual.columns:
+        yield from _columns(config)
     if training.continual.name == "lwf" and config.distillation.teacher is not None:
         yield key, "lwf is its own teacher: leave distillation.teacher out"
     if training.continual.name == "replay" and any(config.stage_training(d).curriculum for d in range(config.n_stages)):
         yield key, "replay has an order of rows of its own: leave training.curriculum out"
     if training.continual.measures and config.parallel.ranks > 1:
         yield key, f"{training.continual.name} measures weights on one rank: leave parallel out"
+
+
+def _columns(config: Settings) -> Iterator[Fault]:
+    """What a column a task cannot be combined with."""
+    training, tasks, key = config.training, len(config.data.tasks), "training.continual"
+    if tasks and config.model.stream.columns != tasks:
+        text = f"{config.model.stream.columns} columns, and data.tasks has {tasks} tasks"
+        yield "model.stream", f"{text}: leave it out, there is one a task"
+    if config.init.weights is not None:
+        yield "init.weights", "columns begin fresh: no model elsewhere has them; leave one of both out"
+    if training.adapters is not None or training.progressive.enabled:
+        yield key, "columns train as they are: leave training.adapters and training.progressive out"
+    settings = [config.stage_training(depth) for depth in range(config.n_stages)]
+    if any(one.quantization is not None for one in settings) or any(s.precision for s in config.stages.values()):
+        yield key, "columns are in the run's precision: leave training.quantization and stages.K.precision out"
+    if config.parallel.divides or config.parallel.divided:
+        yield "parallel", "columns are not divided over ranks: take parallel.data alone"
 
 
 def _distillation(config: Settings) -> Iterator[Fault]:

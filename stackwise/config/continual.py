@@ -15,7 +15,7 @@ CONTINUALS: Registry[type[Any]] = Registry(
     "continual method",
     f"{__name__}:Continual",
     __name__,
-    {"none": "AllAtOnce", "naive": "Naive", "replay": "Replay", "ewc": "EWC", "lwf": "LwF"},
+    {"none": "AllAtOnce", "naive": "Naive", "replay": "Replay", "ewc": "EWC", "lwf": "LwF", "columns": "Columns"},
 )
 
 
@@ -29,6 +29,9 @@ class Continual(Kind):
     """Whether a task is over before the next one begins."""
     measures: ClassVar[bool] = False
     """Whether a stage leaves something about its weights, beside them, for its next task."""
+
+    columns: ClassVar[bool] = False
+    """Whether each task has a column of its own (`model.stream`), which alone trains, from a fresh optimizer state."""
 
     def later(self) -> Mapping[str, Any]:
         """What of it shapes a stage in every task but the first, beside its rows."""
@@ -97,3 +100,13 @@ class LwF(Continual):
     def later(self) -> Mapping[str, Any]:
         """See `Continual.later`."""
         return self.plain()
+
+
+class Columns(Continual):
+    """Progressive networks: a column of the rack a task, those of earlier tasks stand still (arXiv 1606.04671)."""
+
+    columns: ClassVar[bool] = True
+
+    def later(self) -> Mapping[str, Any]:
+        """See `Continual.later`."""
+        return {"method": self.name}

@@ -57,6 +57,9 @@ ROPE_SCALINGS: Registry[type[RopeScaling]] = Registry(
         "yarn": "YarnScaling",
     },
 )
+STREAMS: Registry[type[Stream]] = Registry(
+    "stream", f"{__name__}:Stream", "stackwise.model.streams", {"whole": "Whole", "columns": "Columns"}
+)
 HEADS: Registry[type[HeadKind]] = Registry(
     "head", f"{__name__}:HeadKind", "stackwise.model.kinds", {"linear": "LinearHead", "transform": "TransformHead"}
 )
@@ -370,6 +373,53 @@ class FeedForward(BlockPart):
     @abc.abstractmethod
     def build(self, model: ModelConfig) -> nn.Module:
         """The module: [..., D] to [..., D]."""
+
+
+class Stream(Kind):
+    """How the residual stream is divided, and what of blocks, front and head follows from it."""
+
+    registry: ClassVar[Registry[Any]] = STREAMS
+    tag: ClassVar[str] = "kind"
+    default: ClassVar[str] = "whole"
+
+    @property
+    def columns(self) -> int:
+        """Columns of one width that it is divided into."""
+        return 1
+
+    def parts(self, attention: Attention, ffn: FeedForward) -> tuple[Attention, FeedForward]:
+        """The attention and the feed-forward of a block over the whole stream, of those of a column."""
+        return attention, ffn
+
+    def column_parameters(self, model: ModelConfig, column: int) -> int:
+        """Parameters of a column in one block, counted from 0."""
+        return model.block_parameters
+
+    def specification(self) -> dict[str, Any]:
+        """What of it shapes a forward pass; empty where it is whole, whose recipes are older."""
+        return {}
+
+    def norm(self, model: ModelConfig) -> nn.Module:
+        """A norm over the stream."""
+        from stackwise.model.layers import norm_of
+
+        return norm_of(model)
+
+    def front(self, model: ModelConfig, vocab_size: int, seq_len: int) -> Any:
+        """The front (`stackwise.model.Front`)."""
+        from stackwise.model.rack import Front
+
+        return Front(model, vocab_size, seq_len)
+
+    def head(self, model: ModelConfig, vocab_size: int, embedding: Tensor | None) -> Any:
+        """The plain head (`stackwise.model.Head`)."""
+        from stackwise.model.rack import Head
+
+        return Head(model, vocab_size, embedding)
+
+    def faults(self, model: ModelConfig) -> Iterator[Fault]:
+        """What the model cannot have with it, by the model's keys."""
+        yield from ()
 
 
 class RopeScaling(Kind):

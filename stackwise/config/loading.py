@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from stackwise.config.checks import faults as contradictions
 from stackwise.config.fields import Section
-from stackwise.config.kinds import Kind
+from stackwise.config.kinds import Kind, Stream
 from stackwise.config.schema import PATTERNS, Settings
 from stackwise.config.training import STACK_PRECISION
 from stackwise.config.translations import translate
@@ -123,6 +123,8 @@ def resolve(config: Settings) -> None:
         architecture.n_stacks = (progressive.max_stacks if progressive.enabled else None) or 1
     elif progressive.enabled and progressive.max_stacks is not None:
         architecture.n_stacks = min(architecture.n_stacks, progressive.max_stacks)
+    if config.training.continual.columns and config.data.tasks and "stream" not in config.model.model_fields_set:
+        config.model.stream = Stream.of({"kind": "columns", "count": len(config.data.tasks)})
     precision = STACK_PRECISION.get(progressive.new_stack_precision) if progressive.enabled else None
     if precision is not None and config.precision == "auto":
         config.precision = precision

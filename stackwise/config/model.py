@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from stackwise.config.fields import Positive, Probability, Section, Size, Small
-from stackwise.config.kinds import Attention, FeedForward, HeadKind, Kind, RopeScaling, choice
+from stackwise.config.kinds import Attention, FeedForward, HeadKind, Kind, RopeScaling, Stream, choice
 from stackwise.registry import Registry
 
 TIME_KNOTS = 65
@@ -69,6 +69,9 @@ class ModelConfig(Section):
 
     vocab_size: Size | None = Field(None, description="token ids that the model knows; null: the tokenizer's")
     d_model: Size = Field(256, description="width of the residual stream")
+    stream: Stream = choice(
+        Stream, "how the residual stream is divided; in columns, heads and d_ff are those of a column"
+    )
     n_heads: Size = Field(4, description="attention heads; they divide d_model where head_size is null")
     head_size: Size | None = Field(None, description="width of an attention head; null: d_model / n_heads")
     d_ff: Size | None = Field(None, description="width inside the feed-forward; null: what model.ffn takes")
@@ -121,7 +124,7 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.head_size or self.d_model // self.n_heads
+        return self.head_size or self.d_model // self.stream.columns // self.n_heads
 
     @property
     def heads_width(self) -> int:
@@ -136,7 +139,16 @@ class ModelConfig(Section):
     @property
     def ffn_width(self) -> int:
         """Width inside the feed-forward, resolved."""
-        return self.d_ff or self.ffn.width(self.d_model)
+        return self.d_ff or self.ffn.width(self.d_model // self.stream.columns)
+
+    @property
+    def column(self) -> ModelConfig:
+        """The settings of one column of the stream, as of a rack of its own."""
+        if self.stream.columns == 1:
+            return self
+        attention, ffn = (getattr(part, "inner", part) for part in (self.attention, self.ffn))
+        width, stream = self.d_model // self.stream.columns, Stream.of(Stream.default)
+        return self.model_copy(update={"d_model": width, "stream": stream, "attention": attention, "ffn": ffn})
 
     @property
     def block_parameters(self) -> int:
@@ -183,7 +195,8 @@ class ModelConfig(Section):
         Args:
             block: Its place in the rack, 0 the lowest.
         """
-        attention, ffn, normed = self.attention.in_block(block), self.ffn.in_block(block), self.first_norm or block > 0
+        attention, ffn = self.stream.parts(self.attention.in_block(block), self.ffn.in_block(block))
+        normed = self.first_norm or block > 0
         if attention is self.attention and ffn is self.ffn and normed == self.first_norm:
             return self
         return self.model_copy(update={"attention": attention, "ffn": ffn, "first_norm": normed})
@@ -220,4 +233,5 @@ class ModelConfig(Section):
         later |= {"norm_bias": self.norm_bias or self.norm != "layernorm"}
         spec |= {key: value for key, value in later.items() if value != type(self).model_fields[key].default}
         spec |= {"rope_scaling": scaling} if (scaling := self.rope_scaling.specification()) else {}
+        spec |= {"stream": stream} if (stream := self.stream.specification()) else {}
         return spec | ({"head": head} if (head := self.head.specification()) else {})

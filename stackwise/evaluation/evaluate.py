@@ -59,13 +59,14 @@ def score(head: nn.Module, x_nD: Tensor, targets_n: Tensor) -> tuple[Tensor, Ten
 class _Carried:
     """One pass on its way up: the activations of all samples at the depth reached."""
 
-    def __init__(self, way: Pass, front: nn.Module, how: Measure) -> None:
+    def __init__(self, way: Pass, front: nn.Module, how: Measure, tasks_N: ArrayLike | None) -> None:
         self.way, self.batch_size, self.device, self.narrow = (
             way,
             how.batch_size,
             torch.device(how.device),
             how.autocast,
         )
+        self.tasks_N = None if tasks_N is None else torch.from_numpy(np.asarray(tasks_N, dtype=np.int64))
         self.x_NSD = torch.empty(0)
         self.start(front)
 
@@ -73,7 +74,8 @@ class _Carried:
         """All samples through a front."""
         for part in self._parts():
             ids_BS, times = tensor(self.way.ids_NS[part], self.device), self.way.times_of(part)
-            x_BSD = enter(front, ids_BS, times, causal=self.way.causal)
+            tasks = None if self.tasks_N is None else self.tasks_N[part]
+            x_BSD = enter(front, ids_BS, times, causal=self.way.causal, tasks=tasks)
             if not self.x_NSD.numel():
                 self.x_NSD = torch.empty((len(self.way.ids_NS), *x_BSD.shape[1:]), dtype=self.narrow or x_BSD.dtype)
             self.x_NSD[part] = x_BSD.to(self.x_NSD)
@@ -156,7 +158,7 @@ def evaluate(
     who = [None if exit_of is None else exit_of(way.scored_NS.sum(1)) for way in passes]
     width = how.vocab_size or 0
     with evaluating(front), narrow:
-        carried = [_Carried(way, front, how) for way in passes]
+        carried = [_Carried(way, front, how, samples.tasks_N) for way in passes]
     del front  # its memory is the blocks'
     done, of_stage = 0, sum(pass_.batches for pass_ in carried)
 

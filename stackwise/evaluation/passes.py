@@ -202,6 +202,7 @@ class HeldOut:
         segments_NS: Attention stays within equal values; None: it does not.
         targets_NS: For a custom objective: what each position is to say; negative: nothing.
         separator_id: The separator, which a causal rack's first token follows.
+        tasks_N: The task of each, where the rack answers tasks by columns of their own; None: it does not.
         columns: What an objective from outside needs beside these, by name.
     """
 
@@ -210,6 +211,7 @@ class HeldOut:
     segments_NS: NDArray[Any] | None = None
     targets_NS: NDArray[Any] | None = None
     separator_id: int | None = None
+    tasks_N: ArrayLike | None = None
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -114,7 +114,7 @@ def build_front(
         dtype: Of its weights; None: float32.
     """
     with on_meta():
-        front = Front(config, vocab_size, seq_len)
+        front: Front = config.stream.front(config, vocab_size, seq_len)
     _materialise(front, device, dtype)
     initialise(front, seed, "front", config.init_std)
     return front

@@ -383,9 +383,7 @@ class LinearHead(HeadKind):
 
     def build(self, model: ModelConfig, vocab_size: int, embedding: Tensor | None = None) -> nn.Module:
         """See `HeadKind.build`."""
-        from stackwise.model.rack import Head
-
-        return Head(model, vocab_size, embedding)
+        return model.stream.head(model, vocab_size, embedding)  # type: ignore[no-any-return]
 
 
 class TransformHead(HeadKind):

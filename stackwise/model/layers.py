@@ -116,7 +116,12 @@ def pull(roots: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
     torch.autograd.backward(scalars)
 
 
-def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The norm of the residual stream, as this is divided."""
+    return config.stream.norm(config)
+
+
+def norm_of(config: ModelConfig) -> RMSNorm | LayerNorm:
     """The norm that the configuration names, over d_model."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.d_model, eps=config.norm_eps)

@@ -78,7 +78,15 @@ class Front(nn.Module):
         self.norm = make_norm(config) if config.embedding_norm else None
         self.time = TimeEmbedding(config) if isinstance(config.time_embedding, Sinusoidal) else None
 
-    def forward(self, ids_BS: Tensor, time: Tensor | None = None, *, start: int = 0, paired: bool = False) -> Tensor:
+    def forward(
+        self,
+        ids_BS: Tensor,
+        time: Tensor | None = None,
+        *,
+        start: int = 0,
+        paired: bool = False,
+        tasks: Tensor | None = None,
+    ) -> Tensor:
         """Token ids (any integer dtype) [B, S] to [B, S, D] in the embedding's dtype.
 
         Args:
@@ -87,6 +95,7 @@ class Front(nn.Module):
                 no embedding of it.
             start: The first position.
             paired: The halves of a row are two copies of a sample, each from position `start` on.
+            tasks: The task of each row [B], from 0; unused where tasks have no columns of their own.
 
         Raises:
             UsageError: A sample longer than the model takes; no time where one is needed.
@@ -260,7 +269,13 @@ class Rack(nn.Module):
 
 
 def enter(
-    front: nn.Module, ids_BS: Tensor, time: Tensor | None = None, *, causal: Direction = False, start: int = 0
+    front: nn.Module,
+    ids_BS: Tensor,
+    time: Tensor | None = None,
+    *,
+    causal: Direction = False,
+    start: int = 0,
+    tasks: Tensor | None = None,
 ) -> Tensor:
     """Token ids through a front, [B, S, D]; another module than StackWise's own is given the ids alone.
 
@@ -270,12 +285,13 @@ def enter(
         time: The masked share of each row [B], or at each position [B, S].
         causal: The direction of attention, which says whether rows are pairs of copies.
         start: The first position.
+        tasks: The task of each row [B], from 0.
     """
     if not isinstance(front, Front):
         x_BSD: Tensor = front(ids_BS)
         return x_BSD
     time = None if time is None else time.to(ids_BS.device)
-    return front(ids_BS, time, start=start, paired=is_paired(causal))  # type: ignore[no-any-return]
+    return front(ids_BS, time, start=start, paired=is_paired(causal), tasks=tasks)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

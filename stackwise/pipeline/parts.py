@@ -19,6 +19,7 @@ from stackwise.identity import derive_seed
 from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
 from stackwise.model.block import COMPUTE
 from stackwise.model.build import allocate, build_match, on_meta, rebuild_tables
+from stackwise.model.columns import learn_column
 from stackwise.model.projections import (
     LEARNED,
     PACKED,
@@ -162,7 +163,7 @@ def make_front(config: StackWiseConfig, vocab_size: int, source: Source) -> Fron
     model, seq_len = config.model, config.training.seq_len
     if source.path is None:
         return build_front(model, vocab_size, config.seed, seq_len).to(dtype_of(config))
-    make = partial(Front, model, vocab_size, seq_len)
+    make = partial(model.stream.front, model, vocab_size, seq_len)
     return _loaded(make, source, dtype=dtype_of(config), vocab_size=vocab_size)
 
 
@@ -297,6 +298,8 @@ def require_gradients(part: str, module: nn.Module, stage: Stage) -> None:
         module.requires_grad_(part in stage.trains)
     for parameter in adapter_parameters(module):
         parameter.requires_grad_(adapter_part(part) in stage.trains)
+    if stage.column is not None:
+        learn_column(module, stage.column, trains=part in stage.trains)
 
 
 def set_spans(module: nn.Module, part: str, spans: Mapping[str, Tensor]) -> None:
@@ -313,6 +316,8 @@ def frozen_stage(below: Frozen, job: StageJob, config: StackWiseConfig) -> Stage
     blocks = [make_block(config, part, below.initial, stage.format(part), packed=True) for part in stage.blocks]
     objective = objective_of(config, job.mask_token, job.vocab_size, stage)
     model = StageModel(front, blocks, None, objective, config.precision)
+    if stage.column is not None:
+        learn_column(model, stage.column, trains=False)
     return model.requires_grad_(False).eval()
 
 

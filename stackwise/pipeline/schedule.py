@@ -158,6 +158,7 @@ class Stage:
     share: tuple[float, float] | None = None
     silent: tuple[str, ...] = ()  # fresh blocks that add nothing at first: what they write with is zero
     rises: Rise | None = None
+    column: int | None = None  # the column of each part (`model.stream`) that trains; None: all of a part does
 
     @property
     def holds(self) -> tuple[str, ...]:
@@ -295,6 +296,8 @@ def _in_its_window(config: StackWiseConfig, stage: Stage) -> Stage:
     states = state_names(stage.depth, [part.removeprefix(ADAPTER) for part in stage.trains])
     whole = drawn_and_window(config, stage.rowset)[1] is None
     states_out = () if whole or stage.window + 1 == config.windows else states
+    if config.training.continual.columns:
+        stage, states, states_out = dataclasses.replace(stage, column=stage.window), (), ()
     if not stage.window:
         return dataclasses.replace(stage, states_out=states_out)
     tail = isinstance(config.training.lookahead, Tail) and stage.depth < config.n_sections

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackwise.batch import ACTIVATIONS, SEGMENTS, Batch, Term
+from stackwise.batch import ACTIVATIONS, SEGMENTS, TASKS, Batch, Term
 from stackwise.errors import StackWiseError, UsageError
 from stackwise.model import Block, Stack, enter
 from stackwise.objectives import RuntimeObjective
@@ -69,7 +69,8 @@ class StageModel(nn.Module):
             objective = self.objective.at(batch.step)
             shown, times, sequences = objective.shown(batch), objective.times(batch), objective.sequences
             times = times if sequences == 1 else times.repeat_interleave(sequences, 0)
-            x_BSD = enter(self.front, _apart(shown, sequences), times, causal=objective.causal)
+            tasks = batch.tensors.get(TASKS)
+            x_BSD = enter(self.front, _apart(shown, sequences), times, causal=objective.causal, tasks=tasks)
             x_BSD = _together(x_BSD, len(shown))
             terms = added(terms or {}, of_weights(self.front, x_BSD))
         else:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from stackwise.config import StackWiseConfig
@@ -219,3 +220,53 @@ def test_figures(naive: Path) -> None:
 def test_what_cannot_be(tasks: Tasks, changes: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         StackWiseConfig.from_preset("micro", SMALL | {"data.tasks": tasks, "training.continual": "naive"} | changes)
+
+
+COLUMNS: dict[str, Any] = {"model.d_model": 48, "model.n_heads": 2, "model.tie_embeddings": False}
+
+
+Parts = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def columns(tasks: Tasks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Parts]]:
+    """A run whose tasks have a column each, and what its upper block was after each of them."""
+    directory, after = tmp_path_factory.mktemp("columns") / "run", list[Parts]()
+
+    def note(event: dict[str, Any]) -> None:
+        if event["event"] == "committed" and "block.1" in event["parts"]:
+            after.append(load_file(directory / "store" / "stages" / event["recipe"] / "block.1.safetensors"))
+
+    run_stages(settings(tasks, "columns", **COLUMNS, training__mode="layerwise"), directory, note)
+    return directory, after
+
+
+def test_columns_forget_nothing(columns: tuple[Path, list[Parts]]) -> None:
+    figures = status(RunDirectory(columns[0]))["tasks"]
+    assert figures["forgetting"] == 0.0
+    for task in range(3):  # the same bits
+        assert {row[task] for row in figures["losses"][task:]} == {figures["losses"][-1][task]}
+
+
+def test_a_task_moves_its_own_column_alone(columns: tuple[Path, list[Parts]]) -> None:
+    after = columns[1]
+    for task in (1, 2):
+        for name, tensor in after[task].items():
+            assert torch.equal(tensor, after[task - 1][name]) != (f".{task}." in name), name
+
+
+def test_columns_are_the_same_swapped_killed_and_resumed(tasks: Tasks, tmp_path: Path) -> None:
+    resident, swapped = (settings(tasks[:2], "columns", **COLUMNS, training__swap=s) for s in ("never", "always"))
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint" and event["stage"] == 1:
+            raise Killed
+
+    run_stages(resident, tmp_path / "resident")
+    with pytest.raises(Killed):
+        run_stages(swapped, tmp_path / "killed", kill)
+    events = run_stages(swapped, tmp_path / "killed")
+    assert [event["stage"] for event in named(events, "resumed")] == [1]
+    assert weights(tmp_path / "killed") == weights(tmp_path / "resident")
+    figures = [status(RunDirectory(tmp_path / name))["tasks"] for name in ("killed", "resident")]
+    assert figures[0] == figures[1]

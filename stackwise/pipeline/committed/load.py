@@ -18,6 +18,7 @@ from stackwise.data import PreparedData, Tokenizer
 from stackwise.data.tokenizer import bytes_tokenizer
 from stackwise.evaluation import StageModules
 from stackwise.model import Front, Head
+from stackwise.model.columns import learn_column
 from stackwise.objectives import RuntimeObjective
 from stackwise.pipeline.device import describe
 from stackwise.pipeline.initial import initial_sources, settle_mask, tokenizer_limit, with_checkpoint
@@ -64,7 +65,10 @@ class CommittedRack:
 
     def front(self, parts: Versions | None = None) -> Front:
         """The front, of the newest weights or of others."""
-        return make_front(self.config, self.vocab_size, (parts or self.parts)[FRONT]).to(self.device).eval()
+        front = make_front(self.config, self.vocab_size, (parts or self.parts)[FRONT])
+        if (column := self.stages[-1].column) is not None:
+            learn_column(front, column, trains=False)
+        return front.to(self.device).eval()
 
     def head(self, parts: Versions | None = None, *, scores: bool = False) -> Head:
         """The head, of the newest weights or of others; `scores`: with the layer beside its logits."""

@@ -100,6 +100,7 @@ def _evaluated(
         segments_NS=split.segments(indices, seq_len) if config.data.within_documents else None,
         targets_NS=split.targets(indices, seq_len) if "targets" in config.objective.inputs else None,
         separator_id=rack.data.tokenizer.separator_id,
+        tasks_N=split.sample_tasks(seq_len)[indices] if config.model.stream.columns > 1 and split.tasks else None,
         columns={name: split.column(name, indices, seq_len) for name in config.objective.inputs},
     )
     how = Measure(

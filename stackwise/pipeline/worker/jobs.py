@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stackwise.batch import SEGMENTS
+from stackwise.batch import SEGMENTS, TASKS
 from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
 from stackwise.durable import FileLock
@@ -185,6 +185,10 @@ def _feed(
         reader=reader,
     )
     settings = config.stage_training(job.stage.depth)
+    if held_out and job.stage.column is not None:  # rows in training are all of the newest task
+        task_R = torch.from_numpy(split.sample_tasks(config.training.seq_len)[samples_R].astype(np.int64))
+        of_row = RowSource(data.id, lambda rows_B: task_R[torch.from_numpy(rows_B)])
+        feed = replace(feed, sources={**feed.sources, TASKS: of_row})
     if settings.meta is None:
         return feed
     how = settings.meta, config.seed, settings.batch_size
