@@ -33,7 +33,15 @@ METHODS: dict[str, Any] = {
     "EWC": {"method": "ewc", "strength": 1e4},
     "EWC, online": {"method": "ewc", "strength": 1e4, "decay": 0.5},
     "LwF": {"method": "lwf"},
+    "columns, 64 wide": "columns",
+    "columns, 32 wide": "columns",
 }
+UNTIED = {"model.tie_embeddings": False}
+MORE: dict[str, dict[str, Any]] = {
+    "columns, 64 wide": UNTIED | {"model.d_model": 64 * len(LANGUAGES)},  # each as wide as the rack of the others
+    "columns, 32 wide": UNTIED | {"model.d_model": 32 * len(LANGUAGES)},  # together about as large as that
+}
+"""Settings of single methods beside those of all."""
 NAIVE = "naive"
 FIGURES = ("average_loss", "forgetting", "forward_transfer")
 
@@ -115,6 +123,7 @@ def _run(name: str, seed: int, options: argparse.Namespace, here: Path, tasks: l
         "training.learning_rate": 3e-3,
         "evaluation.samples": 64,
         "tracking.trackers": [],
+        **MORE.get(name, {}),
         **overrides(options.overrides),
     }
     run = RunDirectory(here / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")

@@ -45,8 +45,8 @@ class Batch:
         rows_B: Their numbers in the rowset.
         sample_ids_B16: Ids of their samples, uint8; None: whoever needs ids makes them of the tokens.
         tensors: By name, rows first: "tokens" [B, S]; "masks" [B, S], bool; "activations" [B, S, D], where the stage
-            reads a boundary; "segments" [B, S], where attention stays within documents; "tasks" [B], where rows of several tasks are answered by
-            columns of their own; and named columns.
+            reads a boundary; "segments" [B, S], where attention stays within documents; "tasks" [B], where tasks are
+            answered by columns of their own; and named columns.
         step: The optimizer step that it is taken for: an objective may change as training goes. None: for no training.
         passes: Passes over the stage's rows when it is read in training, counted from its first step. None: for no
             training.

@@ -156,8 +156,6 @@ def _columns(config: Settings) -> Iterator[Fault]:
     settings = [config.stage_training(depth) for depth in range(config.n_stages)]
     if any(one.quantization is not None for one in settings) or any(s.precision for s in config.stages.values()):
         yield key, "columns are in the run's precision: leave training.quantization and stages.K.precision out"
-    if config.parallel.divides or config.parallel.divided:
-        yield "parallel", "columns are not divided over ranks: take parallel.data alone"
 
 
 def _distillation(config: Settings) -> Iterator[Fault]:
@@ -475,6 +473,9 @@ def _adaptation(config: Settings) -> Iterator[Fault]:
 def _sharding(config: Settings) -> Iterator[Fault]:
     """What a stage that is divided over ranks cannot have."""
     parallel, training, model = config.parallel, config.training, config.model
+    if model.stream.columns > 1 and (parallel.divides or parallel.divided):
+        yield "parallel", "columns are not divided over ranks: take parallel.data alone"
+        return
     if parallel.compression != "none" and parallel.deterministic and not parallel.divides:
         text = f"{parallel.compression}: what ranks add up of rounded gradients depends on their number"
         yield "parallel.compression", f"{text}: set parallel.deterministic: false too"

@@ -128,7 +128,8 @@ class Block(nn.Module):
 
     def _narrow(self, x_BSD: Tensor) -> Tensor:
         """The residual stream in the weights' dtype, in which a norm gives it where norms come first."""
-        return x_BSD.to(self.ffn_norm.weight.dtype)
+        weight: Tensor = self.ffn_norm.weight  # type: ignore[assignment]  # a norm's
+        return x_BSD.to(weight.dtype)
 
     def _drop(self, y_BSD: Tensor) -> Tensor:
         return F.dropout(y_BSD, self.dropout) if self.training and self.dropout else y_BSD

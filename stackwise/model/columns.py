@@ -30,7 +30,7 @@ class ByColumn(nn.ModuleList):
 
     def split(self, x: Tensor) -> list[Tensor]:
         """The vectors of the learned columns, […, D] to […, d] each; those that stand still ask for no gradient."""
-        parts = list(x.split(x.shape[-1] // len(self), -1))
+        parts = list(torch.split(x, x.shape[-1] // len(self), -1))
         if self.learned is None:
             return parts
         return [*(part.detach() for part in parts[: self.learned - 1]), parts[self.learned - 1]]
@@ -65,7 +65,7 @@ class ColumnNorm(nn.Module):
     @property
     def weight(self) -> Tensor:
         """That of the first column, which says the dtype of all."""
-        weight: Tensor = self.columns[0]["norm"].weight  # type: ignore[index, union-attr, assignment]
+        weight: Tensor = self.columns[0]["norm"].weight  # type: ignore[index]
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class ColumnHead(Head):
         made = list[Tensor]()
         for column, part in reversed(list(zip(self.columns, parts, strict=False))):
             answers = _present(part) & ~answered
-            made.insert(0, column.norm(part) * answers)  # type: ignore[operator, union-attr]
+            made.insert(0, column.norm(part) * answers)  # type: ignore[operator]
             answered = answered | answers
         return self.columns.together(made)
 
@@ -203,5 +203,3 @@ def _present(part: Tensor) -> Tensor:
 def _where_present(y: Tensor, part: Tensor) -> Tensor:
     """What a column makes of its vectors, zero where it is not there: biases and lower columns must not wake it."""
     return y * _present(part)
-
-

@@ -75,9 +75,9 @@ class Columns(Stream):
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
         """See `Stream.faults`."""
         if model.d_model % self.count:
-            near = [n for n in (model.d_model // self.count * self.count, -(-model.d_model // self.count) * self.count)]
-            text = f"{self.count} columns do not divide d_model {model.d_model}: take {near[0] or near[1]} or {near[1]}"
-            yield "d_model", text
+            above = -(-model.d_model // self.count) * self.count
+            yield "d_model", f"{self.count} columns do not divide d_model {model.d_model}: take {above}"
+            return
         if model.tie_embeddings:
             yield "tie_embeddings", "each column projects by its own matrix: set model.tie_embeddings: false"
         if model.positions != "rope":
@@ -135,8 +135,6 @@ class ColumnAttention(Attention):
 
 class ColumnFeedForward(FeedForward):
     """A feed-forward of each column, and an adapter beside it that reads the columns below."""
-
-    divides: ClassVar[bool] = False
 
     inner: FeedForward
 

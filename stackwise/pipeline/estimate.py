@@ -88,10 +88,19 @@ class Estimate:
             return model.head_parameters(self.vocab_size, shared=shared)
         return model.at(block_number(part)).block_parameters
 
+    def trained(self, part: str) -> int:
+        """Parameters of a part that train, where it does: of a stream in columns those of one."""
+        stream, column = self.config.model.stream, self.stage.column
+        if column is None or part.startswith(ADAPTER):
+            return self.parameters(part)
+        if part in (FRONT, HEAD):
+            return self.parameters(part) // stream.columns
+        return stream.column_parameters(self.config.model.at(block_number(part)), column)
+
     @property
     def trained_parameters(self) -> int:
         """Parameters that the stage trains."""
-        return sum(self.parameters(part) for part in self.stage.trains)
+        return sum(map(self.trained, self.stage.trains))
 
     @property
     def largest_phase(self) -> Estimate:
@@ -105,7 +114,13 @@ class Estimate:
         total = 0.0
         for part in set(self.stage.holds) - set(self.stage.trains):
             total += self._frozen_bytes(part)
-        return round(total)
+        return round(total) + self._standing_bytes
+
+    @property
+    def _standing_bytes(self) -> int:
+        """Bytes of what stands still within the parts that train."""
+        whole = sum(map(self.parameters, self.stage.trains)) - self.trained_parameters
+        return whole * WEIGHT_BYTES * (2 if self.config.precision == "fp64" else 1)
 
     def _frozen_bytes(self, part: str) -> float:
         form = weight_format(self.stage.format(part).precision)
@@ -117,7 +132,7 @@ class Estimate:
 
     def _state_bytes(self, gradients: bool) -> int:
         whole = [part for part in self.stage.trains if part not in (FRONT, HEAD) and not part.startswith(ADAPTER)]
-        blocks = sum(self.parameters(part) for part in whole)
+        blocks = sum(map(self.trained, whole))
         return self._state_of(blocks, self.trained_parameters - blocks, gradients)
 
     def _state_of(self, blocks: int, rest: int, gradients: bool = False) -> int:
@@ -136,7 +151,7 @@ class Estimate:
     @property
     def files_bytes(self) -> int:
         """Bytes that its weights and optimizer state take at most once it is committed."""
-        frozen = self.frozen_bytes if self.stage.commits_frozen else 0
+        frozen = self.frozen_bytes if self.stage.commits_frozen else self._standing_bytes
         files = FILE_BYTES * (1 + 2 * len(self.stage.trains) + len(self.stage.commits_frozen))
         return self.state_bytes(gradients=False) + frozen + files
 

@@ -163,7 +163,7 @@ def make_front(config: StackWiseConfig, vocab_size: int, source: Source) -> Fron
     model, seq_len = config.model, config.training.seq_len
     if source.path is None:
         return build_front(model, vocab_size, config.seed, seq_len).to(dtype_of(config))
-    make = partial(model.stream.front, model, vocab_size, seq_len)
+    make: Callable[[], Front] = partial(model.stream.front, model, vocab_size, seq_len)
     return _loaded(make, source, dtype=dtype_of(config), vocab_size=vocab_size)
 
 

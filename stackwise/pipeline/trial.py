@@ -87,7 +87,7 @@ def make_engine(job: TrialJob, config: StackWiseConfig, model: StageModel, devic
 def make_model(job: TrialJob, config: StackWiseConfig) -> StageModel:
     """The stage's modules, with fresh weights, on torch's default device."""
     from stackwise.pipeline.job import Source
-    from stackwise.pipeline.parts import make_block, make_front, make_head, objective_of, require_gradients
+    from stackwise.pipeline.parts import make_block, make_front, make_head, objective_of, parts_of, require_gradients
     from stackwise.training.stage import StageModel
 
     stage, fresh = job.stage, Source()
@@ -102,7 +102,11 @@ def make_model(job: TrialJob, config: StackWiseConfig) -> StageModel:
     tied = front.embedding.weight if front is not None and config.model.tie_embeddings else None
     head = make_head(config, job.vocab_size, fresh, tied, projects=False, match=config.objective.score_width)
     objective = objective_of(config, job.mask_token, job.vocab_size, stage)
-    return StageModel(front, blocks, head, objective, config.precision, beyond)
+    model = StageModel(front, blocks, head, objective, config.precision, beyond)
+    if stage.column is not None:
+        for part, module in parts_of(model, stage).items():
+            require_gradients(part, module, stage)
+    return model
 
 
 def _tried(
