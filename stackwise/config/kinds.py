@@ -381,6 +381,8 @@ class Stream(Kind):
     registry: ClassVar[Registry[Any]] = STREAMS
     tag: ClassVar[str] = "kind"
     default: ClassVar[str] = "whole"
+    caches: ClassVar[bool] = True
+    """Whether attention can keep what it needs of earlier positions, where its kind can."""
 
     @property
     def columns(self) -> int:

@@ -134,7 +134,8 @@ class ModelConfig(Section):
     @property
     def keeps_cache(self) -> bool:
         """Whether what earlier positions left can be kept while a row grows: generation else goes over all of them."""
-        return self.attention.caches and self.rope_scaling.reach(1) == self.rope_scaling.reach(1 << 24)
+        steady = self.rope_scaling.reach(1) == self.rope_scaling.reach(1 << 24)
+        return self.attention.caches and self.stream.caches and steady
 
     @property
     def ffn_width(self) -> int:

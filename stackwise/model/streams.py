@@ -32,6 +32,8 @@ class Columns(Stream):
     task j has zeros in the columns above j, which stay zeros: it is answered by the highest column that it has.
     """
 
+    caches: ClassVar[bool] = False
+
     count: Small = Field(description="columns; training.continual: columns has one a task")
 
     @property
