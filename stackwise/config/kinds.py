@@ -401,23 +401,17 @@ class Stream(Kind):
         """What of it shapes a forward pass; empty where it is whole, whose recipes are older."""
         return {}
 
+    @abc.abstractmethod
     def norm(self, model: ModelConfig) -> nn.Module:
         """A norm over the stream."""
-        from stackwise.model.layers import norm_of
 
-        return norm_of(model)
-
+    @abc.abstractmethod
     def front(self, model: ModelConfig, vocab_size: int, seq_len: int) -> Any:
         """The front (`stackwise.model.Front`)."""
-        from stackwise.model.rack import Front
 
-        return Front(model, vocab_size, seq_len)
-
+    @abc.abstractmethod
     def head(self, model: ModelConfig, vocab_size: int, embedding: Tensor | None) -> Any:
         """The plain head (`stackwise.model.Head`)."""
-        from stackwise.model.rack import Head
-
-        return Head(model, vocab_size, embedding)
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
         """What the model cannot have with it, by the model's keys."""

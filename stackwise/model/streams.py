@@ -23,6 +23,24 @@ if TYPE_CHECKING:
 class Whole(Stream):
     """One stream, that every block reads and writes."""
 
+    def norm(self, model: ModelConfig) -> nn.Module:
+        """See `Stream.norm`."""
+        from stackwise.model.layers import norm_of
+
+        return norm_of(model)
+
+    def front(self, model: ModelConfig, vocab_size: int, seq_len: int) -> Any:
+        """See `Stream.front`."""
+        from stackwise.model.rack import Front
+
+        return Front(model, vocab_size, seq_len)
+
+    def head(self, model: ModelConfig, vocab_size: int, embedding: Tensor | None) -> Any:
+        """See `Stream.head`."""
+        from stackwise.model.rack import Head
+
+        return Head(model, vocab_size, embedding)
+
 
 class Columns(Stream):
     """Progressive networks (arXiv 1606.04671): x = [x_1 | x_2 | …], of which block l writes x_k by its column k alone.

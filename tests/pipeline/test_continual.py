@@ -13,8 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.yaml_files import dump
 from stackwise.data import PreparedData, prepare
 from stackwise.errors import ConfigError
+from stackwise.pipeline.committed.generate import generate
+from stackwise.pipeline.committed.load import load_rack
+from stackwise.pipeline.committed.use import evaluate_rack
+from stackwise.pipeline.estimate import Estimate
+from stackwise.pipeline.planning.trace import TraceJob, trace
 from stackwise.pipeline.rows import HELD_OUT, choose_samples, drawn_rows, task_ranges
 from stackwise.pipeline.run import RunDirectory, status, task_figures
 from stackwise.pipeline.schedule import schedule
@@ -43,6 +49,7 @@ SMALL: dict[str, Any] = {
 }
 EWC: dict[str, Any] = {"method": "ewc", "samples": 3, "strength": 300.0}
 LWF: dict[str, Any] = {"method": "lwf", "top_k": 8}
+COLUMNS: dict[str, Any] = {"model.d_model": 48, "model.n_heads": 2, "model.tie_embeddings": False}
 REPLAY: dict[str, Any] = {"method": "replay", "buffer": 6, "share": 0.5}
 
 Tasks = list[dict[str, Any]]
@@ -208,11 +215,23 @@ def test_figures(naive: Path) -> None:
         ({"training.windows": 2, "training.mode": "layerwise"}, "tasks are the windows"),
         ({"training.mode": "independent"}, "cannot take up the task before"),
         ({"training.growth": [{"blocks": 1, "until": 0.5}]}, "leave fusion, adaptation and growth out"),
-        ({"training.continual": "forget"}, "must be one of none, naive, replay, ewc, lwf"),
+        ({"training.continual": "forget"}, "must be one of none, naive, replay, ewc, lwf, columns"),
         ({"training.continual": {"method": "ewc", "strength": 0.0}}, "must be more than 0"),
         ({"training.continual": {"method": "replay", "share": 1.0}}, "less than 1"),
         ({"training.continual": {"method": "ewc", "buffer": 3}}, "buffer"),
         ({"training.continual": EWC, "precision": "fp16"}, "vanish in fp16"),
+        ({"training.continual": "columns", "model.d_model": 48}, "set model.tie_embeddings: false"),
+        (
+            {"training.continual": "columns", **COLUMNS, "model.d_model": 50},
+            "3 columns do not divide d_model 50",
+        ),
+        ({"training.continual": "columns", **COLUMNS, "model.n_heads": 3}, "3 heads do not divide a column's width 16"),
+        (
+            {"training.continual": "columns", **COLUMNS, "model.stream": {"kind": "columns", "count": 2}},
+            "there is one a task",
+        ),
+        ({"model.stream": {"kind": "columns", "count": 3}, **COLUMNS}, "set training.continual: columns"),
+        ({"training.continual": "columns", **COLUMNS, "parallel.tensor": 2}, "take parallel.data alone"),
         ({"training.continual": REPLAY, "training.curriculum": {"by": "rarity"}}, "leave training.curriculum out"),
     ],
     ids=str,
@@ -220,9 +239,6 @@ def test_figures(naive: Path) -> None:
 def test_what_cannot_be(tasks: Tasks, changes: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         StackWiseConfig.from_preset("micro", SMALL | {"data.tasks": tasks, "training.continual": "naive"} | changes)
-
-
-COLUMNS: dict[str, Any] = {"model.d_model": 48, "model.n_heads": 2, "model.tie_embeddings": False}
 
 
 Parts = dict[str, torch.Tensor]
@@ -253,6 +269,21 @@ def test_a_task_moves_its_own_column_alone(columns: tuple[Path, list[Parts]]) ->
     for task in (1, 2):
         for name, tensor in after[task].items():
             assert torch.equal(tensor, after[task - 1][name]) != (f".{task}." in name), name
+
+
+def test_a_rack_in_columns_is_evaluated_and_answers(columns: tuple[Path, list[Parts]]) -> None:
+    rack = load_rack(RunDirectory(columns[0]), torch.device("cpu"))
+    assert evaluate_rack(rack, rack.data.held_out)["stages"][1]["bits_per_byte"] > 0
+    assert generate(rack, None)  # a passage, filled in
+
+
+@pytest.mark.stress
+def test_the_estimate_knows_that_one_column_trains(tasks: Tasks) -> None:
+    large = {"model.d_model": 192, "model.vocab_size": 300, "training.batch_size": 16, "training.seq_len": 64}
+    config = settings(tasks, "columns", **COLUMNS | large)
+    for stage in schedule(config)[::2]:
+        peak = trace(TraceJob(dump(config), stage, 300, "cpu", 16, 1))["peak"]
+        assert Estimate(config, 300, stage).memory == pytest.approx(peak, rel=0.15)
 
 
 def test_columns_are_the_same_swapped_killed_and_resumed(tasks: Tasks, tmp_path: Path) -> None:
