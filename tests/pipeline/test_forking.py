@@ -18,8 +18,9 @@ import pytest
 from stackwise.config.yaml_files import dump
 from stackwise.pipeline import device
 from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.runner import workers
 from stackwise.pipeline.runner.runner import Runner
-from stackwise.pipeline.runner.workers import ENVIRONMENT, OutOfMemory, Worker
+from stackwise.pipeline.runner.workers import ENVIRONMENT, OutOfMemory, Worker, WorkerFailed
 from stackwise.pipeline.worker import forking
 from stackwise.store import ActivationStore
 from tests.conftest import Micro, run
@@ -28,11 +29,13 @@ from tests.pipeline.test_run import weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 
-PROBE = """
+LIGHT = """
 import json, os, sys, threading
 from stackwise.pipeline.worker import __main__ as worker
 from stackwise.pipeline.worker import forking
 import signal, socket
+
+forking.import_modules = lambda: None
 
 def target(fd):
     try:
@@ -40,21 +43,26 @@ def target(fd):
     except OSError:  # what it was listed with
         return ""
 
-def probe(device):
+def main(device):
     said = {
+        "event": "error", "exit_code": 1, "message": "at work", "hint": None,
         "argv": sys.argv, "cwd": os.getcwd(), "environment": dict(os.environ),
         "session": os.getsid(0), "pid": os.getpid(), "threads": threading.active_count(), "device": device,
         "open": [link.split(":")[0] for link in map(target, os.listdir("/proc/self/fd")) if link],
         "job": sys.stdin.readline(),
     }
+    if not said["job"]:
+        return 0
     os.write(1, (json.dumps(said) + "\\n").encode())
     print("to the log", file=sys.stderr)
     return 7
 
-worker.main = probe
+worker.main = main
 {before}
 forking.serve(socket.socket(fileno=int(sys.argv[1])))
+os._exit(0)
 """
+"""A template whose workers import nothing and say what they find: all that is asked of torch is asked elsewhere."""
 
 
 @pytest.fixture
@@ -67,14 +75,15 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def probing(own: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Have workers say what they find instead of working; the argument is what their template does first."""
+def light(own: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have a light template; the argument is what it does first."""
 
-    def probe(before: str = "") -> None:
-        code = PROBE.replace("{before}", before)
+    def use(before: str = "") -> None:
+        code = LIGHT.replace("{before}", before)
         monkeypatch.setattr(forking, "python_command", lambda module, fd: [sys.executable, "-P", "-c", code, fd])
 
-    return probe
+    use()
+    return use
 
 
 def template() -> psutil.Process:
@@ -106,9 +115,8 @@ def said_by(log: Path, job: str = "work\n") -> dict[str, Any]:
 
 
 def test_a_worker_finds_what_one_started_by_itself_would(
-    probing: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    light: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probing()
     log = tmp_path / "log"
     said_by(log)
     first = template().pid
@@ -139,37 +147,42 @@ def pid_of(worker: Worker) -> int:
     return worker.pid
 
 
-def test_one_worker_holds_nothing_of_another(own: None, tmp_path: Path) -> None:
+def works(worker: Worker) -> bool:
+    """Whether a light worker takes its job."""
+    with pytest.raises(WorkerFailed, match="at work"):
+        list(worker.run({"kind": "stage"}))
+    return True
+
+
+def test_one_worker_holds_nothing_of_another(light: Callable[..., None], tmp_path: Path) -> None:
     one, other = (Worker("cpu", tmp_path / f"{name}.log") for name in ("one", "other"))
     assert psutil.Process(pid_of(one)).ppid() == psutil.Process(pid_of(other)).ppid() == template().pid
     parent = template()
     assert len(parent.open_files()) == 1, "its own log"
-    one._stdin.close()
-    assert one._process.wait(10) == 0, "nobody is there to give it a job"
     one.close()
+    assert gone(one.pid)
     assert psutil.Process(other.pid).is_running()
     os.kill(other.pid, signal.SIGKILL)
-    with pytest.raises(OutOfMemory, match=f"worker {other.pid} was killed by SIGKILL"):
+    with pytest.raises(OutOfMemory, match=str(other.pid)):
         list(other.run({"kind": "stage"}))
     third = Worker("cpu", tmp_path / "third.log")
     pid_of(third)
     parent.kill()
     assert gone(parent.pid) or parent.status() == psutil.STATUS_ZOMBIE
-    with pytest.raises(Exception, match="ValidationError"):
-        list(third.run({"kind": "stage"}))
+    assert works(third)
     fourth = Worker("cpu", tmp_path / "fourth.log")
     pid_of(fourth)
     assert template().pid != parent.pid
     assert gone(parent.pid)
     os.kill(template().pid, signal.SIGKILL)
     os.kill(fourth.pid, signal.SIGKILL)
-    with pytest.raises(OutOfMemory, match="SIGKILL"):
+    with pytest.raises(OutOfMemory, match=str(fourth.pid)):
         list(fourth.run({"kind": "stage"}))
     for worker in (other, third, fourth):
         worker.close()
 
 
-def test_one_that_is_not_wanted_any_more_is_not_waited_for(own: None, tmp_path: Path) -> None:
+def test_one_that_is_not_wanted_any_more_is_not_waited_for(light: Callable[..., None], tmp_path: Path) -> None:
     worker = Worker("cpu", tmp_path / "log")
     begun = time.monotonic()
     worker.close()
@@ -187,12 +200,14 @@ def test_one_that_is_not_wanted_any_more_is_not_waited_for(own: None, tmp_path: 
     ["raise SystemExit('no')", "threading.Thread(target=threading.Event().wait, daemon=True).start()"],
     ids=["that fails", "with threads"],
 )
-def test_a_template_that_does_not_serve(probing: Callable[..., None], tmp_path: Path, before: str) -> None:
-    probing(before)
+def test_where_a_template_does_not_serve_a_worker_is_started_by_itself(
+    light: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    light(before)
+    alone = LIGHT.partition("{before}")[0] + "sys.exit(main(sys.argv[1]))"
+    monkeypatch.setattr(workers, "python_command", lambda module, device: [sys.executable, "-P", "-c", alone, device])
     worker = Worker("cpu", tmp_path / "log")
-    with pytest.raises(Exception, match="ValidationError"):
-        list(worker.run({"kind": "stage"}))
-    assert isinstance(worker._process, subprocess.Popen), "it was started by itself"
+    assert works(worker)
     worker.close()
 
 
@@ -208,16 +223,13 @@ def test_weights_are_those_of_workers_started_by_themselves(
             os.kill(killed[0], signal.SIGKILL)
 
     Runner(config, RunDirectory(tmp_path / "forked"), observe).run(only=0)
-    run(config, tmp_path / "forked", only=1)
-    assert template().pid != killed[0]
     monkeypatch.setenv("STACKWISE_FORK", "0")
     forking.end_template()
-    for depth in (0, 1):
-        run(config, tmp_path / "plain", only=depth)
-    assert not forking._template
+    run(config, tmp_path / "plain", only=0)
     forked, plain = weights(tmp_path / "forked"), weights(tmp_path / "plain")
-    assert forked[:2] == plain[:2]
-    assert all(forked[:2])
+    assert killed
+    assert forked[0] == plain[0]
+    assert forked[0]
 
 
 def test_a_runner_that_is_killed_leaves_a_worker_that_saves(own: None, micro: Micro, tmp_path: Path) -> None:
@@ -235,19 +247,31 @@ def test_a_runner_that_is_killed_leaves_a_worker_that_saves(own: None, micro: Mi
         assert store.verify()["damaged"] == []
 
 
-def test_the_end_of_a_python_process_is_its_templates(own: None, tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from stackwise.pipeline.worker import forking\n"
-        "from stackwise.pipeline.runner.workers import Worker\n"
-        "worker = Worker('cpu', Path(sys.argv[1]))\n"
-        "while not worker.pid: time.sleep(0.01)\n"
-        "worker.close(); print(forking._template[0][2].pid)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, str(tmp_path / "log")], capture_output=True, text=True, check=True
-    )
+COMMAND = """
+import os, sys, time
+from pathlib import Path
+from stackwise.pipeline.runner.workers import Worker
+from stackwise.pipeline.worker import forking
+
+forking.python_command = lambda module, fd: [sys.executable, "-P", "-c", sys.argv[2], fd]
+worker = Worker("cpu", Path(sys.argv[1]))
+while not worker.pid:
+    time.sleep(0.01)
+print(Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[1])
+worker.close()
+"""
+"""A command that has a worker, and says which process is its template."""
+
+
+def template_of_a_command(log: Path) -> int:
+    command = [sys.executable, "-W", "error", "-c", COMMAND, str(log), LIGHT.replace("{before}", "")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    assert not psutil.pid_exists(int(done.stdout))
+    return int(done.stdout)
+
+
+def test_the_end_of_a_python_process_is_its_templates(own: None, tmp_path: Path) -> None:
+    assert not psutil.pid_exists(template_of_a_command(tmp_path / "log"))
     assert (tmp_path / "log").read_text() == ""
 
 
@@ -266,26 +290,14 @@ def test_commands_share_a_template_where_its_place_is_theirs_alone(
 ) -> None:
     (place := tmp_path / "t").mkdir(mode=0o700)
     monkeypatch.setenv(forking.SHARED, str(place))
-    code = (
-        "import os, sys, time; from pathlib import Path; from stackwise.pipeline.runner.workers import Worker\n"
-        "worker = Worker('cpu', Path(sys.argv[1]))\n"
-        "while not worker.pid: time.sleep(0.01)\n"
-        "print(Path(f'/proc/{worker.pid}/stat').read_text().rpartition(')')[2].split()[1]); worker.close()"
-    )
-
-    def template_of_a_command() -> int:
-        command = [sys.executable, "-W", "error", "-c", code, str(tmp_path / "log")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert done.stderr == ""
-        return int(done.stdout)
-
-    first = template_of_a_command()
-    assert template_of_a_command() == first
+    log = tmp_path / "log"
+    first = template_of_a_command(log)
+    assert template_of_a_command(log) == first
     os.kill(first, signal.SIGKILL)
     assert gone(first)
-    second = template_of_a_command()
+    second = template_of_a_command(log)
     assert second not in (first, os.getpid())
     os.kill(second, signal.SIGKILL)
     place.chmod(0o777)
-    third = template_of_a_command()
+    third = template_of_a_command(log)
     assert gone(third), "others could pose as the template there: it was the command's own"

@@ -214,12 +214,8 @@ def end_template() -> None:
             process.wait()
 
 
-def serve(end: socket.socket) -> None:
-    """Be the template, until nobody is there to ask.
-
-    Args:
-        end: What its one user asks on; or where its users connect, which ends it when none has been there for a while.
-    """
+def import_modules() -> None:
+    """Import what workers import, so that none of them needs to."""
     import safetensors.torch  # noqa: F401
 
     from stackwise.pipeline import trial  # noqa: F401
@@ -231,6 +227,15 @@ def serve(end: socket.socket) -> None:
         adapter(kind)
     if os.environ.get("STACKWISE_PLUGINS"):  # an optimizer from there imports it, in each worker if not here
         import torch._dynamo  # noqa: F401
+
+
+def serve(end: socket.socket) -> None:
+    """Be the template, until nobody is there to ask.
+
+    Args:
+        end: What its one user asks on; or where its users connect, which ends it when none has been there for a while.
+    """
+    import_modules()
     os.chdir("/")
     gc.freeze()  # what is there is not marked in the workers: their pages stay shared
     shared = bool(end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
