@@ -102,24 +102,41 @@ def test_the_first_part_of_a_path_names_what_begins_so(compose):
     assert "experiments/bert_reproduction/bert_base_glue" in str(refusal(raised.value).hint)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["model=encoder/bert_family/tinny"],
-        ["training=growht"],
-        ["model.d_modl=3"],
-        ["training.batch_size=many"],
-        ["data=files"],
-        ["evaluation=glue"],
-        ["evaluation=lm", "suites.names=[ml]"],
-        ["--config-name=experiments/none"],
-        ["tiny"],
-    ],
-    ids=lambda arguments: arguments[0],
-)
-def test_a_wrong_override_is_a_line_and_writes_nothing(tmp_path, arguments):
-    done = train(tmp_path, *arguments)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) <= 2
-    assert "Traceback" not in done.stderr + done.stdout
+WRONG = [
+    ["model=encoder/bert_family/tinny"],
+    ["training=growht"],
+    ["model.d_modl=3"],
+    ["training.batch_size=many"],
+    ["data=files"],
+    ["evaluation=glue"],
+    ["evaluation=lm", "suites.names=[ml]"],
+    ["--config-name=experiments/none"],
+    ["tiny"],
+]
+FORKED = """
+import contextlib, io, json, os, runpy, sys
+import baselines.scripts.train
+for arguments in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    if (child := os.fork()) == 0:
+        out, errors, sys.argv[1:] = io.StringIO(), io.StringIO(), arguments
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            code = baselines.scripts.train.main()
+        print(json.dumps([arguments, code, out.getvalue(), errors.getvalue()]), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+"""The command with each of several lists of arguments; what is imported is imported once."""
+
+
+def test_a_wrong_override_is_a_line_and_writes_nothing(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FORKED, json.dumps(WRONG)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [arguments for arguments, *_ in results] == WRONG, done.stderr
+    for arguments, code, out, errors in results:
+        assert code == 2, arguments
+        assert len(errors.splitlines()) in (1, 2), arguments
+        assert "Traceback" not in errors + out
     assert not (tmp_path / "runs").exists()
