@@ -1,4 +1,4 @@
-"""`python -m benchmarks.store [read] [write] [lookup] [scale] [codecs] [beyond] [profile]`: tables in Markdown."""
+"""`python -m benchmarks.store [read] [write] [lookup] [scale] [codecs] [beyond] [profile] [large]`: Markdown tables."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from benchmarks.store import beyond, codecs, lookups, profiling, reading, scaling, writing
+from benchmarks.store import beyond, codecs, large, lookups, profiling, reading, scaling, writing
 
-WHAT = ["read", "write", "lookup", "scale", "codecs", "beyond", "profile"]
+WHAT = ["read", "write", "lookup", "scale", "codecs", "beyond", "profile", "large"]
 
 
 def main() -> None:
@@ -46,6 +46,8 @@ def main() -> None:
                 print(codecs.run(path, mib=mib, rounds=given.rounds, seeds=given.seeds, steps=given.steps), "\n")
             elif name == "beyond":
                 print(beyond.run(path, mib=4 * given.limit, limit=given.limit, rounds=given.rounds), "\n")
+            elif name == "large":
+                print(large.run(path, rows=max(8, given.mib // 32), rounds=given.rounds), "\n")
             elif name == "profile":
                 print(profiling.run(path, mib=given.mib, rounds=given.rounds), "\n")
             else:

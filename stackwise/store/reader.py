@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -22,6 +23,7 @@ from stackwise.store.layout import Lease
 from stackwise.store.memory import BufferPool, Bytes, ChunkMaps
 from stackwise.store.order import Prefetcher, RowOrder, Rows
 from stackwise.store.records import BoundaryInfo
+from stackwise.store.threads import Threads
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +33,51 @@ Batch = tuple[Rows, "torch.Tensor"]
 _OPEN_FILES = 192
 _DIRECT_ROW_BYTES = 1 << 14
 """Streaming smaller rows, one call a row costs more than copying them out of whole chunks."""
+_LARGE = 4 << 20
+"""Bytes of a row or a chunk from which several are read at once, a thread each: below, handing over costs more."""
+_PIECE = 1 << 20
+"""Bytes of a large row that are read and then digested while they lie in the processor's cache."""
 _CACHED_BYTES = 512 << 20
 _SLOW = 2e9
 """Bytes a second below which the disk, not memory, is being read, and asking ahead pays."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LargeRow:
+    """A row of an uncompressed file, and its place in a batch."""
+
+    boundary: str
+    chunk: int
+    row: int  # within the chunk
+    part: int  # which of the codec's arrays
+    place: Bytes  # uint8 [row_bytes]
+    mapped: Bytes | None  # the chunk's bytes [rows, row_bytes], checked; None: it is read
+    opened: OpenChunk
+
+    def bring(self) -> bool:
+        """Fill the place; whether it was read. Raises ChunkDamage: it is unreadable, truncated or changed."""
+        if self.mapped is not None:
+            np.copyto(self.place, self.mapped[self.row])
+            return False
+        view, size, file = self.place.data, self.place.nbytes, self.opened.files[self.part]
+        # A row with a scale beside it is checked when both are there.
+        check = len(self.opened.files) == 1 and not self.opened.checked[self.row]
+        digest = xxhash.xxh3_64()
+        for at in range(0, size, _PIECE):
+            piece = view[at : at + _PIECE]
+            try:
+                count = file.read_into(piece, self.row * size + at)
+            except OSError as error:
+                raise ChunkDamage(self.boundary, self.chunk, f"unreadable ({error.strerror or error})") from error
+            if count != len(piece):
+                raise ChunkDamage(self.boundary, self.chunk, "truncated")
+            if check:
+                digest.update(piece)
+        if check:
+            if digest.intdigest() != self.opened.digests[self.row]:
+                raise ChunkDamage(self.boundary, self.chunk, "changed")
+            self.opened.checked[self.row] = 1
+        return True
 
 
 class BoundaryReader:
@@ -58,6 +102,7 @@ class BoundaryReader:
         self._rows_read = 0
         self._maps = ChunkMaps(self._source, self._opened, None if self._codec.compression == "none" else 0)
         self._lock = threading.RLock()
+        self._threads = Threads()
         self._closed = False
 
     def read(self, rows: npt.ArrayLike, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -171,7 +216,8 @@ class BoundaryReader:
             self._from_loaded(rows, arrays)
             return
         for part, array in enumerate(arrays):
-            self._scatter(rows, array.reshape(-1).view(np.uint8), part)
+            scatter = self._scatter if self._source.row_bytes[part] < _LARGE else self._scatter_large
+            scatter(rows, array.reshape(-1).view(np.uint8), part)
         if len(arrays) == 1:
             return
         for at, row in enumerate(rows.tolist()):  # a row with a scale is checked when both are there
@@ -213,27 +259,47 @@ class BoundaryReader:
                     raise ChunkDamage(self.info.id, chunk, "changed")
                 opened.checked[row] = 1
 
+    def _scatter_large(self, rows: Rows, flat: Bytes, part: int) -> None:
+        """As `_scatter`, several rows at once: each is read, or copied out of a map, and checked by one thread."""
+        places = flat.reshape(len(rows), -1)
+        chunks, within = (of.tolist() for of in np.divmod(rows, self.info.chunk_rows))
+        mapped = self._maps.rows(chunks, within, part)
+        for first in range(0, len(rows), _OPEN_FILES):  # the files of as many rows are open at once
+            jobs = [
+                _LargeRow(self.info.id, chunk, row, part, place, mapped.get(chunk), self._opened(chunk))
+                for chunk, row, place in list(zip(chunks, within, places, strict=True))[first : first + _OPEN_FILES]
+            ]
+            self._rows_read += sum(self._threads.map(_LargeRow.bring, jobs))
+
     def _from_loaded(self, rows: Rows, arrays: list[Array]) -> None:
         """Copy rows out of whole chunks that are kept in memory."""
         chunks = rows // self.info.chunk_rows
-        for chunk in dict.fromkeys(chunks.tolist()):
-            places = np.flatnonzero(chunks == chunk)
-            within = rows[places] - chunk * self.info.chunk_rows
-            for array, loaded in zip(arrays, self._load(chunk), strict=True):
-                array[places] = loaded[within]
+        wanted = list(dict.fromkeys(chunks.tolist()))
+        large = sum(self._source.row_bytes) * self.info.chunk_rows >= _LARGE
+        at_once = min(self._threads.count, self._loaded_limit) if large else 1
+        for first in range(0, len(wanted), at_once):
+            for chunk, stored in self._load(wanted[first : first + at_once]).items():
+                places = np.flatnonzero(chunks == chunk)
+                within = rows[places] - chunk * self.info.chunk_rows
+                for array, loaded in zip(arrays, stored, strict=True):
+                    array[places] = loaded[within]
 
-    def _load(self, chunk: int) -> list[Array]:
-        loaded = self._loaded.get(chunk)
-        if loaded is None and (mapped := self._maps.whole(chunk)) is not None:
-            return mapped
-        if loaded is None:
-            # The one that was used longest ago: a window's chunks are used together.
-            while len(self._loaded) >= self._loaded_limit:
-                self._loaded.popitem(last=False)
-            loaded = self._loaded[chunk] = self._source.load(chunk)
-        else:
-            self._loaded.move_to_end(chunk)
-        return loaded
+    def _load(self, chunks: list[int]) -> dict[int, list[Array]]:
+        """Whole chunks, of which no more than `_loaded_limit` are kept; each is read and decompressed by one thread."""
+        ready: dict[int, list[Array]] = {}
+        for chunk in chunks:
+            if chunk in self._loaded:
+                ready[chunk] = self._loaded[chunk]
+                self._loaded.move_to_end(chunk)
+            elif (mapped := self._maps.whole(chunk)) is not None:
+                ready[chunk] = mapped
+        missing = [chunk for chunk in chunks if chunk not in ready]
+        # Those that were used longest ago go: a window's chunks are used together.
+        while missing and len(self._loaded) + len(missing) > self._loaded_limit:
+            self._loaded.popitem(last=False)
+        read = dict(zip(missing, self._threads.map(self._source.load, missing), strict=True))
+        self._loaded |= read
+        return ready | read
 
     def _opened(self, chunk: int) -> OpenChunk:
         opened = self._open.get(chunk)
@@ -267,6 +333,7 @@ class BoundaryReader:
             self._open.clear()
             self._loaded.clear()
             self._maps.close()
+            self._threads.close()
             self._lease.release()
 
     def __enter__(self) -> Self:

@@ -6,6 +6,7 @@ knows where weights, gradients and the optimizer's state are, and nobody asks wh
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from stackwise.config import StageTraining
 from stackwise.identity import derive_seed
 from stackwise.training.adaptation import Adaptation
 from stackwise.training.anchor import Squares, row_loss
+from stackwise.training.narrow import narrow_weights
 from stackwise.training.optim import BLOCK, Rising, make_optimizer, over_ranks, set_rates, state_tensors
 from stackwise.training.phases import BACKWARD, FORWARD, PhaseClock
 from stackwise.training.phases import OPTIMIZER as UPDATE
@@ -370,7 +372,9 @@ class ResidentEngine:
         scale = 1.0 if self.scale is None else self.scale.scale
         pulled = Microbatches(microbatches)
         losses = StepLoss(self.model.objective, partial(self._scored, pulled), self.device, self.ranks, scale)
-        with casts_held(self.device):
+        # Inner steps of meta-learning have gradients of gradients, which must reach the weights themselves.
+        narrow = narrow_weights(self.model) if self._adapting is None else contextlib.nullcontext()
+        with casts_held(self.device), narrow:
             self._passes(pulled, step, losses)
         losses.finish()
         share = losses.share

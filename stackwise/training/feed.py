@@ -162,9 +162,15 @@ def ahead(
     More lie ready where the device had to wait for one, as far as a share of the host's free memory allows. `warn` is
     told where the system pins none.
     """
-    ready = pinned(batches, warn) if device.type == "cuda" else batches
+    ready = _read_and_pinned(batches, warn) if device.type == "cuda" else batches
 
     def most(batch: Batch) -> int:
         return max(depth, min(MOST_AHEAD, int(AHEAD_SHARE * host_memory().room) // max(1, batch.nbytes)))
 
     return Prefetcher(ready, depth=depth, most=most)
+
+
+def _read_and_pinned(batches: Iterator[Batch], warn: Warn) -> Iterator[Batch]:
+    """The same batches in pinned memory: one is copied there while a thread of its own reads the next."""
+    with Prefetcher(batches, depth=1) as read:
+        yield from pinned(read, warn)

@@ -138,15 +138,18 @@ def test_a_microbatch_travels_while_the_one_before_it_is_computed_on(monkeypatch
 
 
 class Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the casts of some tensors to 16 bits."""
+    """Counts the casts of some tensors to 16 bits, and of tensors of their shapes (their gradients) from it."""
 
     def __init__(self, *tensors: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.places, self.count = {tensor.data_ptr() for tensor in tensors}, 0
+        self.shapes, self.widened = {tensor.shape for tensor in tensors}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        cast = func.overloadpacket is torch.ops.aten._to_copy and (kwargs or {}).get("dtype") is torch.bfloat16
-        self.count += bool(cast and args[0].data_ptr() in self.places)
+        if func.overloadpacket is torch.ops.aten._to_copy:
+            to = (kwargs or {}).get("dtype")
+            self.count += to is torch.bfloat16 and args[0].data_ptr() in self.places
+            self.widened += to is torch.float32 and args[0].shape in self.shapes
         return func(*args, **(kwargs or {}))
 
 
@@ -155,13 +158,15 @@ def test_a_weight_is_cast_once_a_step_and_the_step_is_the_same() -> None:
         return ResidentEngine(model(precision="bf16"), StageTraining(), seed=(0,), device=CPU)
 
     one, other = engine(), engine()
-    with Casts(*(block.ffn.gate.weight for block in one.model.blocks)) as casts:
+    with Casts(*(block.ffn.down.weight for block in one.model.blocks)) as casts:
         for step in range(2):
             one.step([batch(4 * step + number) for number in range(4)], step, 1e-2)
-    assert casts.count == 2
+    assert casts.count == 2 * len(one.model.blocks)
+    assert casts.widened == 2 * len(one.model.blocks), "gradients are added as they are: the first is widened alone"
     for step in range(2):  # without: autocast forgets its copies after each microbatch
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("stackwise.training.engine.casts_held", lambda device: contextlib.nullcontext())
+            patch.setattr("stackwise.training.engine.narrow_weights", lambda model: contextlib.nullcontext())
             other.step([batch(4 * step + number) for number in range(4)], step, 1e-2)
     state = other.state()
     assert all(torch.equal(tensor, state[name]) for name, tensor in one.state().items())
