@@ -164,6 +164,11 @@ class StageTraining(Section):
     epochs_per_layer: Positive = Field(1.0, description="passes of a stage over its rows, where steps is null")
     batch_size: AutoInt = Field(8, description="rows in a microbatch; auto: as many as fit in memory, found by trial")
     accumulation: Size = Field(1, description="microbatches in a step")
+    activation_checkpointing: bool | Small = Field(
+        False,
+        description="keep of a block only what enters it, and compute it anew on the way back: less memory, up to a "
+        "third more time, the same result; true: every block; a number: every so-many-th",
+    )
     optimizer: Optimizer = choice(Optimizer, "how parameters follow from gradients")
     learning_rate: Positive = Field(1e-3, description="peak learning rate")
     block_learning_rates: dict[Count, Positive] = Field(
@@ -226,6 +231,7 @@ class StageTraining(Section):
         """
         # Quantization is in the recipe as the format of the blocks.
         unused = {"steps", "tokens", "epochs_per_layer", "block_learning_rates", "quantization"}
+        unused |= {"activation_checkpointing"}  # what is computed anew comes out the same
         unused |= {"loss_scale"} if precision != "fp16" else set()
         unused |= {"clip_by"} if self.clip_by == "step" or not self.grad_clip else set()
         unused |= {"min_learning_rate"} if self.lr_schedule == "constant" else set()
@@ -240,6 +246,11 @@ class StageTraining(Section):
         if self.meta is not None:
             values["meta"] = self.meta.specification(judged=self.uses_held_out)
         return values | {name: values[name] | kind.code for name, kind in kinds.items()}
+
+    @property
+    def recomputed_every(self) -> int:
+        """Of how many blocks one is computed anew on the way back, the lowest first; 0: none is."""
+        return int(self.activation_checkpointing)
 
     @property
     def evaluates(self) -> bool:

@@ -114,6 +114,10 @@ def unused_settings(config: Settings) -> list[str]:
             ("swap_parts", training.swap == "never" and "training.swap is never"),
             ("swap_experts", training.swap == "never" and "training.swap is never"),
             ("swap_experts", not config.model.total(lambda m: len(m.ffn.pieces(m))) and "no block has experts"),
+            (
+                "activation_checkpointing",
+                training.swap == "always" and "training.swap is always, and swapped stages compute blocks anew anyway",
+            ),
             ("memory", training.swap == "never" and not config.finds_block_size and "training.swap is never"),
             ("tied_head", not config.model.tie_embeddings and "model.tie_embeddings is false"),
             ("tied_head", not trains_heads_apart(config) and "no stage trains a head without the front"),

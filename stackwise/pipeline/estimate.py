@@ -194,7 +194,14 @@ class Estimate:
         blocks += len(stage.lookahead)
         projection = self.vocab_size * model.d_model
         copies = 2 * (total(lambda block: block.block_parameters) + projection) if half else 0
+        every = settings.recomputed_every
+        again = 0.0  # of a block that is computed anew: all that it keeps, once it is
         kept = config.row_positions * total(self.kept_bytes)
+        if every:
+            for block, times in [*((b, share) for b in inside[::every]), *((b, 1.0) for b in beyond[::every])]:
+                of_block = config.row_positions * self.kept_bytes(block)
+                again = max(again, of_block)
+                kept -= times * (of_block - config.row_positions * self.entering_bytes)
         scored = config.row_positions * (config.training.max_mask_fraction if config.objective.masks else 1.0)
         at_head = scored * model.d_model * (10 if half else 16) + config.row_positions * model.d_model * (
             2 if half else 4
@@ -210,10 +217,13 @@ class Estimate:
                 loss = 6.0 * settings.batch_size * several * scored * self.vocab_size / 2.9
         # In the second microbatch gradients are there from the start; in an only one they come as activations go.
         gradients = state - without if settings.accumulation > 1 else 0
-        growing, beside = settings.batch_size * (kept + at_head), gradients + copies + loss
-        if growing + beside > state - without + copies + settings.batch_size * kept / max(1, blocks):
-            return without - left_out + phase.frozen_bytes + beside, kept + at_head
-        return state - left_out + phase.frozen_bytes + copies, kept / max(1, blocks)
+        held = phase.frozen_bytes + copies - left_out
+        at_end = state + held, max(again, kept / max(1, blocks))
+        peaks = [at_end, (without + held + gradients + loss, kept + at_head)]
+        if every:  # as the uppermost of those blocks is computed anew, what enters those below is there
+            of_head = WEIGHT_BYTES * projection * (HEAD in stage.trains)
+            peaks.append((without + held + max(gradients, of_head), kept + again))
+        return max(peaks, key=lambda peak: peak[0] + settings.batch_size * peak[1])
 
     def kept_bytes(self, model: ModelConfig) -> float:
         """Bytes a token that a block keeps for its backward pass, by the block's settings."""
@@ -231,6 +241,11 @@ class Estimate:
         width = 1 if self.device == "cuda" else 2 if half else 4
         dropped = 2 * model.d_model * width if model.dropout else 0
         return kept * (2 if half else 4) + dropped
+
+    @property
+    def entering_bytes(self) -> int:
+        """Bytes a token of what enters a block: of one that is computed anew, all that is kept."""
+        return self.config.model.d_model * {"fp32": 4, "fp64": 8}.get(self.config.precision, 2)
 
     def pieces_apart(self, part: str, most: int) -> int:
         """Parameters of a part's pieces that are away, where so many are in memory at once."""
@@ -405,6 +420,12 @@ def oom_advice(estimate: Estimate, measured: dict[str, Any] | None) -> str:
     length = config.training.seq_len
     if shorter := _divisor(length, length * room / (row * settings.batch_size)):
         changes.append(f"training.seq_len: {length} → {shorter}")
+    if not settings.activation_checkpointing and settings.meta is None:
+        again = config.model_copy(deep=True)
+        compute_anew(again)
+        fixed_then, row_then = replace(estimate, config=again).memory_parts()
+        if fixed_then + settings.batch_size * row_then * row / estimate.memory_parts()[1] <= SAFETY * limit - base:
+            changes.append("training.activation_checkpointing: true")
     changes += _fewer_blocks(estimate, row * settings.batch_size, SAFETY * limit - base)
     peak = ""
     if measured is not None and measured.get("peak"):
@@ -412,6 +433,12 @@ def oom_advice(estimate: Estimate, measured: dict[str, Any] | None) -> str:
     if not changes:
         return f"neither a smaller batch_size, seq_len nor block_size fits: lower model.d_model{peak}"
     return f"change {', or '.join(changes)}{peak}"
+
+
+def compute_anew(config: StackWiseConfig) -> None:
+    """Let every block of every stage be computed anew on the way back."""
+    for section in (config.training, *(overrides.training for overrides in config.stages.values())):
+        section.activation_checkpointing = True
 
 
 def _fewer_blocks(estimate: Estimate, growing: float, room: float) -> list[str]:
@@ -473,14 +500,17 @@ def _place(estimate: Estimate, place: int) -> dict[str, int]:
     if parallel.pipeline > 1:
         waiting = count if parallel.schedule == "gpipe" else min(count, parts - place)
     rows = settings.batch_size * config.row_positions
-    kept = sum(estimate.kept_bytes(config.model.at(block_number(name))) for name in mine) / parallel.tensor
+    by_block = [estimate.kept_bytes(config.model.at(block_number(name))) / parallel.tensor for name in mine]
+    every, enters = settings.recomputed_every, estimate.entering_bytes / (parallel.tensor if parallel.sequence else 1)
+    again = max(by_block[::every], default=0.0) if every else 0.0  # of the one that is computed anew
+    kept = sum(enters if every and at % every == 0 else size for at, size in enumerate(by_block))
     scored = rows * (config.training.max_mask_fraction if config.objective.masks else 1.0)
     at_head = scored * config.model.d_model * (10 if half else 16) + rows * config.model.d_model * (2 if half else 4)
     by_part = {
         "weights": wide * held,
         "gradients": wide * held,
         "optimizer": moments * held,
-        "activations": waiting * rows * kept,
+        "activations": rows * (waiting * kept + again),
         "head": at_head + estimate.loss_bytes(scored, half) if HEAD in ends else 0,
         "buffers": gathered,
     }

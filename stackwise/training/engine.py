@@ -171,6 +171,7 @@ class ResidentEngine:
     ) -> None:
         self.ranks = ranks or SingleProcess()
         self.model, self.settings, self.seed, self.device = model.train(), settings, seed, device
+        model.recomputed_every = settings.recomputed_every
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parts = dict(parts or _parts(model))
         self._places: dict[str, tuple[str, str]] = {}  # for each of `parameters` its part, and its name within it

@@ -103,6 +103,11 @@ class PipelinedEngine(ShardedEngine):
     A tied embedding is with both; each adds up both gradients, and so takes the same steps.
     """
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for part in self._parts.values():
+            part.chunk.recomputed_every = self.model.recomputed_every
+
     def _place_blocks(self) -> None:
         """See `ShardedEngine._place_blocks`."""
         division, line = self._division, self._mesh["pipeline"]

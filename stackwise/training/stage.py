@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stackwise.batch import ACTIVATIONS, SEGMENTS, TASKS, Batch, Term
+from stackwise.config.direction import Direction
 from stackwise.errors import StackWiseError, UsageError
 from stackwise.model import Block, Stack, enter
 from stackwise.objectives import RuntimeObjective
@@ -51,6 +53,8 @@ class StageModel(nn.Module):
         self.front, self.blocks, self.head = front, nn.ModuleList(blocks), head
         self.beyond = nn.ModuleList(beyond)
         self.objective, self.precision = objective, precision
+        self.recomputed_every = 0
+        """Of how many blocks one keeps only what enters it, and is computed anew on the way back; 0: none."""
         self.stream_dtype = NARROW.get(precision, torch.float64 if precision == "fp64" else torch.float32)
 
     @property
@@ -96,16 +100,15 @@ class StageModel(nn.Module):
         causal, rows, terms = objective.causal, len(x_BSD), dict(below)
         x_BSD = _apart(x_BSD, objective.sequences)
         segments_BS = None if segments_BS is None else _apart(segments_BS, objective.sequences)
-        for block in blocks:
-            is_block, modules = isinstance(block, Block | Stack), list(block.modules())
-            for module in modules:
-                if callable(prepare := getattr(module, "prepare", None)):
-                    prepare(batch)
-            x_BSD = block(x_BSD, causal=causal, segments_BS=segments_BS) if is_block else block(x_BSD)
-            for module in modules:
-                if handed_up := getattr(module, "terms", None):
-                    module.terms = {}  # type: ignore[assignment]  # its graph must not outlive the step
-                    terms = added(terms, _checked(handed_up, x_BSD))
+        every = self.recomputed_every if torch.is_grad_enabled() else 0
+        for place, block in enumerate(blocks):
+            call = _Call(block, batch, causal, segments_BS)
+            if every and place % every == 0:
+                x_BSD, handed_up = checkpoint(call, x_BSD, use_reentrant=False, preserve_rng_state=call.draws)
+            else:
+                x_BSD, handed_up = call(x_BSD)
+            for of_module in handed_up:
+                terms = added(terms, _checked(of_module, x_BSD))
             terms = added(terms, of_weights(block, x_BSD))
         return _together(x_BSD, rows), terms
 
@@ -114,6 +117,34 @@ class StageModel(nn.Module):
         """The precision that the stage computes in."""
         with torch.autocast(device.type, dtype=NARROW.get(self.precision), enabled=self.precision in NARROW):
             yield
+
+
+class _Call:
+    """A block as a batch goes through it: also anew, on the way back, when other batches have been through since."""
+
+    def __init__(self, block: nn.Module, batch: Batch, causal: Direction, segments_BS: Tensor | None) -> None:
+        self._block, self._batch, self._modules = block, batch, list(block.modules())
+        self._options: dict[str, Any] = {}
+        if isinstance(block, Block | Stack):
+            self._options = {"causal": causal, "segments_BS": segments_BS}
+
+    @property
+    def draws(self) -> bool:
+        """Whether it may draw random numbers, which must be the same when it is computed anew."""
+        return not self._options or any(getattr(module, "dropout", 0.0) for module in self._modules)
+
+    def __call__(self, x_BSD: Tensor) -> tuple[Tensor, list[Mapping[str, Term]]]:
+        """What leaves it, and the terms of its modules: what it leaves of them when computed anew counts nowhere."""
+        for module in self._modules:
+            if callable(prepare := getattr(module, "prepare", None)):
+                prepare(self._batch)
+        try:
+            x_BSD = self._block(x_BSD, **self._options)
+            return x_BSD, [terms for module in self._modules if (terms := getattr(module, "terms", None))]
+        finally:  # also where it ends early, as all that the way back needs is there again
+            for module in self._modules:
+                if getattr(module, "terms", None):
+                    module.terms = {}  # type: ignore[assignment]  # its graph must not outlive the step
 
 
 @contextlib.contextmanager

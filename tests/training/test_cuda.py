@@ -34,7 +34,7 @@ from stackwise.training import checkpoint, pinned
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.forward import write_boundary
-from stackwise.training.stage import StageModel
+from stackwise.training.stage import MeanLoss, StageModel
 from stackwise.training.swap import SwappedEngine, SwapSpace
 from stackwise.training.trainer import Trainer
 from tests.conftest import Micro, run
@@ -44,6 +44,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # it counts only if
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 PRECISIONS = ["fp32", "bf16"]
+EXPERTS: dict[str, object] = {"kind": "moe", "experts": 4, "top_k": 2}
 ROWS, WIDTH, STEPS = 48, 16, 4
 
 
@@ -104,6 +105,23 @@ def test_swapped_is_resident(device: torch.device, precision: str, tmp_path: Pat
         engine.settle()
         for name, state in state_dicts(model, parts.names).items():
             same({key: tensor.cpu() for key, tensor in state.items()}, dict(engine.weights(name)))
+
+
+@pytest.mark.parametrize(("ffn", "precision"), [("swiglu", "fp32"), ("swiglu", "bf16"), (EXPERTS, "bf16")])
+def test_blocks_computed_anew_change_no_number(
+    device: torch.device, ffn: str | dict[str, object], precision: str
+) -> None:
+    def trained(every: bool | int) -> tuple[dict[str, Tensor], MeanLoss]:
+        trainer = taken(resident(rack(precision, ffn=ffn), device, activation_checkpointing=every), device)
+        model = trainer.engine.model  # type: ignore[attr-defined]
+        assert not any(getattr(module, "terms", None) for module in model.modules())  # nor their graphs
+        return dict(model.state_dict()), trainer.engine.evaluate(microbatches(9, 2))
+
+    kept = trained(False)
+    for every in (True, 2):
+        again = trained(every)
+        same(kept[0], again[0])
+        assert kept[1] == again[1]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

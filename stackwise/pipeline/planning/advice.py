@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from stackwise.config.growth import Growth
 from stackwise.config.precision import bits_per_weight
 from stackwise.config.training import ProgressiveConfig
 from stackwise.errors import StackWiseError, UsageError
-from stackwise.pipeline.estimate import SHARE, Estimate
+from stackwise.pipeline.estimate import SHARE, Estimate, compute_anew
 from stackwise.pipeline.planning.forecast import Forecast, forecast
 from stackwise.pipeline.planning.machines import Machine
 from stackwise.pipeline.runner.auto import largest_fitting
@@ -52,6 +53,12 @@ def alternatives(planned: Forecast) -> Iterator[Alternative]:
         yield from _tried(planned, "resident stages of 1 block", lambda c: _set_mode(c, "layerwise"))
         if most > 1:
             yield from _tried(planned, f"resident stages of {most} blocks", lambda c: _blocks(c, most))
+        anew = _with_mode(config, "blockwise")
+        compute_anew(anew)
+        more = largest_fitting(anew, planned.vocab_size, int(machine.memory), machine.kind)
+        if more > most:
+            name = f"resident stages of {more} blocks that are computed anew (training.activation_checkpointing)"
+            yield from _tried(planned, name, lambda c: (_blocks(c, more), compute_anew(c)))
         yield from _tried(planned, "the whole rack end to end, swapped where it must be", _whole)
     whole = _copy(config)
     _whole(whole)
@@ -140,6 +147,7 @@ def _changes(planned: Forecast) -> Iterator[str]:
         while rows > 1:
             rows = max(1, rows // 2)
             options.append((f"training.batch_size: {rows}", lambda c, rows=rows: _rows(c, rows)))  # type: ignore[misc]
+        options.append(("training.activation_checkpointing: true", compute_anew))
         options.append(("training.swap: auto", lambda c: setattr(c.training, "swap", "auto")))
     if planned.live > machine.disk.size:
         free = machine.disk.size - planned.live + planned.boundaries
@@ -216,11 +224,12 @@ def _grown(config: StackWiseConfig, blocks: int) -> None:
 BUSY = 4  # rows of a microbatch from which a card's kernels are busy: one at a time takes up to a third longer
 
 
-def fit(config: StackWiseConfig, machine: Machine, *, trace: bool = True) -> dict[str, int]:
+def fit(config: StackWiseConfig, machine: Machine, *, trace: bool = True) -> dict[str, int | bool]:
     """The sizes of resident stages that fit into a machine's memory.
 
-    The rows of a step stay what they are. Stages are as fat as four rows a microbatch allow (fewer where not even one
-    block fits with so many), and then the microbatch as large as it goes.
+    The rows of a step stay what they are. Stages are as fat as four rows a microbatch allow (where not even one block
+    fits with so many: computed anew on the way back, then with fewer rows), and then the microbatch as large as it
+    goes.
 
     Args:
         trace: The trace has the last word; else closed forms do.
@@ -234,9 +243,13 @@ def fit(config: StackWiseConfig, machine: Machine, *, trace: bool = True) -> dic
     rows = max(1, config.training.batch_size) * config.training.accumulation
     sizes = [size for size in (1 << n for n in range(rows.bit_length())) if rows % size == 0]
     order = sorted(sizes, key=lambda size: (size < min(BUSY, rows), abs(size - BUSY)))  # four, more, then fewer
-    for size in order[:1] + [size for size in order[1:] if size < BUSY]:
+    tried = order[:1] + [size for size in order[1:] if size < BUSY]
+    can = not config.training.activation_checkpointing and config.training.meta is None
+    for size, anew in itertools.product(tried, (False, True) if can else (False,)):
         changed = _with_mode(config, "blockwise")
         _split(changed, rows, size)
+        if anew:
+            compute_anew(changed)
         vocabulary = changed.model.vocab_size or changed.data.vocab_size or 4096
         blocks = largest_fitting(changed, vocabulary, int(machine.memory), machine.kind)
         for count in range(blocks, 0, -1):
@@ -255,7 +268,7 @@ def fit(config: StackWiseConfig, machine: Machine, *, trace: bool = True) -> dic
                 "training.mode.block_size": count,
                 "training.batch_size": training.batch_size,
                 "training.accumulation": training.accumulation,
-            }
+            } | ({"training.activation_checkpointing": True} if anew else {})
     raise UsageError(
         f"--fit: not one block of {config.name} fits into {words.size(machine.memory)}, a row at a time",
         hint="plan without it: stages are swapped then; or shorten training.seq_len",

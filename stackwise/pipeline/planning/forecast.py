@@ -251,8 +251,12 @@ def _swapped(estimate: Estimate, swap: Swap) -> Traced:
     return Traced(parts | {"peak": sum(parts.values())})
 
 
-def _flops(estimate: Estimate) -> tuple[float, float]:
-    """Products of a row: of one step's passes, and of a forward pass to the boundary above."""
+def _flops(estimate: Estimate, every: int) -> tuple[float, float]:
+    """Products of a row: of one step's passes, and of a forward pass to the boundary above.
+
+    Args:
+        every: Of how many blocks one is computed anew on the way back; 0: none is.
+    """
     config, stage = estimate.config, estimate.largest_phase.stage
     trained = {part.removeprefix(ADAPTER) for part in stage.trains}
     forward = forward_flops(config, stage)
@@ -261,6 +265,7 @@ def _flops(estimate: Estimate) -> tuple[float, float]:
     lowest = next((at for at, part in enumerate(parts) if part in trained), len(parts))
     # Forward; the gradient of what enters each above the lowest that trains; that of the weights that train.
     passes = sum(1 + (at >= lowest) + (part in trained) for at, part in enumerate(parts))
+    passes += sum(at >= lowest for at in range(0, len(parts), every)) if every else 0
     scored = (
         (config.training.min_mask_fraction + config.training.max_mask_fraction) / 2 if config.objective.masks else 1
     )
@@ -287,7 +292,7 @@ def _stage(
     rows = min(training.rows or seen, seen)
     boundary = whole_boundary(config, rows)
     row = boundary / max(1, rows)
-    flops, forward = _flops(estimate)
+    flops, forward = _flops(estimate, settings.recomputed_every if swap is None else 0)
     if settings.meta is not None:
         flops *= settings.meta.work(settings.batch_size) / settings.batch_size
     state = estimate.state_bytes(gradients=False)

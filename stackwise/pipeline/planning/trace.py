@@ -204,6 +204,7 @@ def _key(config: StackWiseConfig, job: TraceJob) -> str:
         "objective": config.objective.plain() | config.objective.code,
         "training": [settings.optimizer.plain(), bool(settings.ema), config.precision, config.deterministic],
         **({} if settings.meta is None else {"meta": settings.meta.model_dump(mode="json")}),
+        **({"recomputed_every": settings.recomputed_every} if settings.recomputed_every else {}),
         "tied": config.training.tied_head,
         "documents": config.data.within_documents,
         "job": [job.vocab_size, job.device, job.rows, job.microbatches],

@@ -163,6 +163,8 @@ def conditions(config: StackWiseConfig, job: TrialJob, device: str) -> str:
     values |= {"ema": settings.ema, "most": job.most}
     if settings.accumulation > 1:  # gradients of one microbatch lie beside the next
         values["microbatches"] = 2
+    if settings.recomputed_every:
+        values["recomputed_every"] = settings.recomputed_every
     return content_id("batch size", values | {"objective": config.objective.plain(), "vocabulary": job.vocab_size})
 
 
