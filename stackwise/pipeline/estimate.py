@@ -200,7 +200,9 @@ class Estimate:
         if every:
             for block, times in [*((b, share) for b in inside[::every]), *((b, 1.0) for b in beyond[::every])]:
                 of_block = config.row_positions * self.kept_bytes(block)
-                again = max(again, of_block)
+                # Beside it the gradients that its way back has in hand: within the feed-forward, and of the stream.
+                in_hand = (block.ffn_width + block.d_model) * (2 if half else 4)
+                again = max(again, of_block + config.row_positions * in_hand)
                 kept -= times * (of_block - config.row_positions * self.entering_bytes)
         scored = config.row_positions * (config.training.max_mask_fraction if config.objective.masks else 1.0)
         at_head = scored * model.d_model * (10 if half else 16) + config.row_positions * model.d_model * (
@@ -219,6 +221,10 @@ class Estimate:
         gradients = state - without if settings.accumulation > 1 else 0
         held = phase.frozen_bytes + copies - left_out
         at_end = state + held, max(again, kept / max(1, blocks))
+        if half and settings.accumulation > 1:
+            # Weights are cast once a step, so that their 16-bit gradients are added up when all blocks are done.
+            cast = sum(phase.parameters(part) for part in stage.trains if part != FRONT)
+            at_end = at_end[0] + 2 * share * cast, at_end[1]
         peaks = [at_end, (without + held + gradients + loss, kept + at_head)]
         if every:  # as the uppermost of those blocks is computed anew, what enters those below is there
             of_head = WEIGHT_BYTES * projection * (HEAD in stage.trains)

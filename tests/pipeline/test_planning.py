@@ -47,9 +47,9 @@ def test_the_estimate_of_a_presets_stage_is_within_5_percent_of_its_traced_peak(
     presets: list[tuple[str, str, int]],
 ) -> None:
     cases = [estimate for preset, device, depth in presets for estimate in estimates(preset, device, depth)]
-    wide = {"model.architecture.n_stacks": 6, "training.mode": "end_to_end", "training.accumulation": 2}
-    cases += estimates("micro", "cpu", 0, **wide, **{"training.activation_checkpointing": True})
-    cases += estimates("micro", "cuda", 0, **wide, **{"training.activation_checkpointing": 2})
+    fat = {"training.mode.block_size": 4, "training.accumulation": 2, "training.batch_size": 64}
+    for every in (True, 3):
+        cases += estimates("bert-base", "cuda", 1, **fat, **{"training.activation_checkpointing": every})
     for estimate, found in zip(cases, traced(cases), strict=True):
         assert found.note is None
         assert sum(found.parts[part] for part in PARTS) == found.parts["peak"]

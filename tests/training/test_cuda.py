@@ -119,6 +119,7 @@ def test_blocks_computed_anew_change_no_number(
 
     kept = trained(False)
     for every in (True, 2):
+        assert settings(activation_checkpointing=every).specification(precision) == settings().specification(precision)
         again = trained(every)
         same(kept[0], again[0])
         assert kept[1] == again[1]

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 @config_argument
 @preset_option
 @click.option(
-    "--gpu", "--machine", default="auto", show_default=True, metavar="NAME", help="h200, rtx4090, …, a YAML file, or auto."
+    "--gpu",
+    "--machine",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="h200, rtx4090, …, a YAML file, or auto.",
 )
 @click.option("--disk", metavar="RATE,SIZE", help="Such as 7GB/s,15TB; with two rates the second is of writing.")
 @click.option("--ram", metavar="SIZE", help="The host's memory, such as 128GB.")
@@ -72,7 +77,8 @@ def plan(
         )
         return
     if sizes is not None:
-        say_all([["fits with: ", Styled(" ".join(f"-o {key}={str(value).lower()}" for key, value in sizes.items()), "bold")]])
+        as_options = " ".join(f"-o {key}={str(value).lower()}" for key, value in sizes.items())
+        say_all([["fits with: ", Styled(as_options, "bold")]])
     say_all(_shown(planned, source_name(config, preset), lines, others))
 
 

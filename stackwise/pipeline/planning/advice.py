@@ -57,8 +57,13 @@ def alternatives(planned: Forecast) -> Iterator[Alternative]:
         compute_anew(anew)
         more = largest_fitting(anew, planned.vocab_size, int(machine.memory), machine.kind)
         if more > most:
+
+            def fatter(config: StackWiseConfig) -> None:
+                _blocks(config, more)
+                compute_anew(config)
+
             name = f"resident stages of {more} blocks that are computed anew (training.activation_checkpointing)"
-            yield from _tried(planned, name, lambda c: (_blocks(c, more), compute_anew(c)))
+            yield from _tried(planned, name, fatter)
         yield from _tried(planned, "the whole rack end to end, swapped where it must be", _whole)
     whole = _copy(config)
     _whole(whole)
