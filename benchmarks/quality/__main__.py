@@ -18,7 +18,7 @@ from benchmarks.common import Result, overrides, parser, positive, refuse, run_c
 from benchmarks.document import Section
 from benchmarks.quality.page import body, gaps, write_gaps, write_plots
 from benchmarks.quality.results import Results, Trial, mean_loss, setting_of
-from benchmarks.quality.rows import BASE, BUDGETS, ROWS, Budget, Row, configuration, whole_share
+from benchmarks.quality.rows import BUDGETS, ROWS, WIDTH, Budget, Row, Size, configuration, whole_share
 from stackwise.config import StackWiseConfig
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=positive, default=3, metavar="N", help="seeds; default 3")
     add("--rates", default="7.5e-4,1.5e-3,3e-3", metavar="X,X", help="the grid of learning rates")
     add("--steps", type=positive, default=800, metavar="N", help="updates of each block; default 800")
-    add("--results", type=Path, default=DOCS / "quality.json", metavar="FILE", help="where results are kept")
+    add("--width", type=positive, default=WIDTH, metavar="N", help=f"width of the rack; default {WIDTH}")
+    add("--results", type=Path, metavar="FILE", help="where results are kept; default: by steps and width, in docs")
     add("--dir", metavar="DIR", help="where the temporary runs go; default: the system's temporary directory")
     add("--store", metavar="DIR", help="one store for all runs: rows that grow share their shallow phases")
     add("--report", action="store_true", help="run nothing: tables of what is there")
@@ -47,18 +48,20 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(options: argparse.Namespace) -> Section:
     rows = _chosen(options.rows)
     rates = [float(rate) for rate in options.rates.split(",")]
-    base = BASE | overrides(options.overrides)
+    size = Size(options.width, options.steps)
+    base = size.base() | overrides(options.overrides)
+    path = options.results or size.file(DOCS)
     config = StackWiseConfig.from_preset("stages", base)
-    results = Results(options.results, setting_of(base, options.steps), options.dir, options.store)
+    results = Results(path, setting_of(base, options.steps), options.dir, options.store)
     budgets: list[Budget] = [options.budget] if options.budget else list(BUDGETS)
     wanted = [(row, budget) for budget in budgets for row in rows if budget in row.budgets]
     found = [one for row, budget in wanted if (one := _row(results, row, budget, rates, options)) is not None]
     if not found:
         raise refuse("there are no results yet", "leave --report out")
-    name = options.results.stem
+    name = path.stem
     if options.write:
         write_plots(DOCS, name, found)
-        write_gaps(DOCS / "quality-gap.svg", gaps(sorted(DOCS.glob("quality*.json"))))
+        write_gaps(DOCS, gaps(sorted(DOCS.glob("quality*.json"))))
     text = (
         f"{config.model.n_blocks} blocks of width {config.model.d_model}, samples of {config.training.seq_len} tokens, "
         f"{options.steps} updates of each block, batches of {config.training.batch_size}. Losses in nats a masked "

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.common import Result, Spread, table
 from benchmarks.quality.results import mean_loss
-from benchmarks.quality.rows import BASE, BUDGETS, PLAIN
+from benchmarks.quality.rows import BUDGETS, PLAIN, WSD, Size
 from stackwise import words
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 500, 64, 300, 20, 56
@@ -29,18 +29,18 @@ def body(name: str, found: list[Result]) -> str:
         name: Of the results.
         found: The rows.
     """
-    plain = [row for row in found if row["name"] == PLAIN]
+    plain, falling = ([row for row in found if row["name"] == name] for name in (PLAIN, WSD))
     parts = []
     for budget, title in BUDGETS.items():
         rows = [row for row in found if row["budget"] == budget]
         if not rows:
             continue
-        shown = _ordered(rows, plain)
+        shown = _ordered([*rows, *(row for row in falling if row not in rows)], plain)
         header = [
-            "mode", "at 15%", "at 50%", "at 90%", "mean", "against plain", "bits per byte", "rate",
+            "mode", "at 15%", "at 50%", "at 90%", "mean", "against plain", "against wsd", "bits per byte", "rate",
             "block updates", "rows", "FLOPs", "whole rack held", "peak memory", "written", "read",
         ]  # fmt: skip
-        lines = (_cells(row, plain) for row in shown)
+        lines = (_cells(row, plain, falling) for row in shown)
         pictures = "\n".join(
             f"![{what}]({plot_name(name, what, budget)})" for what, of, _, _ in PLOTS if _known(shown, of) > 1
         )
@@ -58,61 +58,93 @@ def write_plots(docs: Path, name: str, found: list[Result]) -> None:
                 _plot(docs / plot_name(name, what, budget), rows, plain, of, axis, form)
 
 
-Gap = tuple[str, int, int, float]
-"""A row, the width of its rack, updates of each block, and its mean loss less that of plain training."""
+@dataclass(frozen=True)
+class Gap:
+    """How far a row is from plain training, after so many updates of each block.
+
+    Args:
+        rack: The width of the rack and, where it is not the demo's, the text.
+        flops: Operations of its training.
+        apart: Its mean loss less that of plain training, the median over the seeds.
+    """
+
+    name: str
+    rack: str
+    steps: int
+    flops: float
+    apart: float
 
 
 def gaps(files: list[Path]) -> list[Gap]:
     """Gaps to plain training of rows that are measured at two lengths or more, from files of results.
 
-    Files of other text, or of racks that differ by more than their width, are left out.
+    Plain training is, seed by seed, the better one of those schedules of rates that are measured there; seeds that
+    lack one of them are left out, as are files of racks that differ by more than their width and their text.
     """
-    runs: dict[tuple[str, int, int], dict[int, float]] = {}  # by seed the lowest mean loss of any rate
+    runs: dict[tuple[str, int], dict[str, dict[int, Result]]] = {}  # by rack and length, row, seed: the best rate's
     for file in files:
         known = json.loads(file.read_text(encoding="utf-8"))
-        base, steps = known["setting"]["base"], known["setting"]["steps"]
-        width = base["model.d_model"]
-        if base != BASE | {"model.d_model": width}:
+        base, steps = dict(known["setting"]["base"]), known["setting"]["steps"]
+        width, text = base["model.d_model"], base.pop("data.paths", None)
+        if base != Size(width, steps).base():
             continue
+        rows = runs.setdefault((f"{width}" + (f"-{Path(text[0]).name}" if text else ""), steps), {})
         for key, run in known["runs"].items():
             name, budget, _, seed = key.split(" | ")
-            by_seed = runs.setdefault((name if budget == "rows" else f"{name} ({budget})", width, steps), {})
-            by_seed[int(seed)] = min(mean_loss(run), by_seed.get(int(seed), math.inf))
+            by_seed = rows.setdefault(name if budget == "rows" else f"{name} ({budget})", {})
+            by_seed[int(seed)] = min(run, by_seed.get(int(seed), run), key=mean_loss)
     found = []
-    for (name, width, steps), by_seed in sorted(runs.items()):
-        plain = runs.get((PLAIN, width, steps), {})
-        apart = [loss - plain[seed] for seed, loss in by_seed.items() if seed in plain]
-        if apart:
-            found.append((name, width, steps, Spread.of(apart).median))
-    lengths = Counter((name, width) for name, width, _, _ in found)
-    return [gap for gap in found if lengths[gap[:2]] > 1]
+    for (rack, steps), rows in sorted(runs.items()):
+        plain = [rows[name] for name in (PLAIN, WSD) if name in rows]
+        seeds = set.intersection(*map(set, plain)) if plain else set()
+        best = {seed: min(mean_loss(row[seed]) for row in plain) for seed in seeds}
+        for name, by_seed in sorted(rows.items()):
+            if apart := [mean_loss(run) - best[seed] for seed, run in by_seed.items() if seed in best]:
+                flops = next(iter(by_seed.values())).get("flops", 0.0)
+                found.append(Gap(name, rack, steps, flops, Spread.of(apart).median))
+    lengths = Counter((gap.name, gap.rack) for gap in found)
+    return [gap for gap in found if lengths[gap.name, gap.rack] > 1]
 
 
-def write_gaps(path: Path, found: list[Gap]) -> None:
-    """The gap to plain training against updates of each block, a line for each row and width, as an SVG file."""
-    if not found:
+def write_gaps(docs: Path, found: list[Gap]) -> None:
+    """For each rack the gap to plain training against updates of each block, and against compute, as SVG files."""
+    for rack in sorted({gap.rack for gap in found}):
+        of_rack = [gap for gap in found if gap.rack == rack]
+        updates = [(gap, float(gap.steps)) for gap in of_rack]
+        compute = [(gap, gap.flops) for gap in of_rack if gap.flops]
+        _gap_plot(docs / f"quality-gap-{rack}.svg", updates, "updates of each block", lambda x: f"{x:,.0f}")
+        _gap_plot(docs / f"quality-gap-compute-{rack}.svg", compute, "floating-point operations", words_flops)
+
+
+def _gap_plot(path: Path, points: list[tuple[Gap, float]], axis: str, form: Callable[[float], str]) -> None:
+    """A line for each row through its lengths."""
+    if not points:
         return
-    across = _scale([math.log(steps) for _, _, steps, _ in found], LEFT, WIDTH - RIGHT)
-    up = _scale([gap for *_, gap in found], HEIGHT - BOTTOM, TOP)
-    lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
-    for name, width, steps, gap in found:
-        lines.setdefault((name, width), []).append((steps, gap))
+    across = _scale([math.log(x) for _, x in points], LEFT, WIDTH - RIGHT)
+    up = _scale([gap.apart for gap, _ in points], HEIGHT - BOTTOM, TOP)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for gap, x in points:
+        lines.setdefault(gap.name, []).append((across(math.log(x)), up(gap.apart)))
     parts = _frame(up)
-    for steps in sorted({steps for _, _, steps, _ in found}):
-        x = across(math.log(steps))
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle" fill="#555">{steps:,}</text>')
+    plain = [x for gap, x in points if gap.name in (PLAIN, WSD)]  # marks stand at the lengths of plain training
+    for mark in sorted(set(plain)):
+        x = across(math.log(mark))
+        parts.append(
+            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle" fill="#555">{form(mark)}</text>'
+        )
     parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle" fill="#333">updates of each '
-        "block</text>"
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle" fill="#333">{axis}</text>'
     )
-    ends = [up(points[-1][1]) for points in lines.values()]
-    for ((name, width), points), place in zip(lines.items(), _labels(ends), strict=True):
-        colour = "#c33" if name == PLAIN else "#357"
-        path_of = "L".join(f"{across(math.log(steps)):.1f} {up(gap):.1f}" for steps, gap in points)
-        label = html.escape(f"{name}, width {width}")
+    names = WIDTH - RIGHT + 24
+    for (name, line), place in zip(lines.items(), _labels([line[-1][1] for line in lines.values()]), strict=True):
+        colour = "#c33" if name in (PLAIN, WSD) else "#283" if name.startswith("grown") else "#357"
+        path_of = "L".join(f"{x:.1f} {y:.1f}" for x, y in line)
+        x, y = line[-1]
         parts += [
-            f'<path d="M{path_of}" fill="none" stroke="{colour}" stroke-opacity="0.6"/>',
-            f'<text x="{WIDTH - RIGHT + 24}" y="{place + 4:.1f}" fill="{colour}">{label}</text>',
+            f'<path d="M{path_of}" fill="none" stroke="{colour}" stroke-opacity="0.7"/>',
+            *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in line),
+            f'<path d="M{x + 5:.1f} {y:.1f}L{names - 4} {place:.1f}" stroke="{colour}" stroke-opacity="0.25"/>',
+            f'<text x="{names}" y="{place + 4:.1f}" fill="{colour}">{html.escape(name)}</text>',
         ]
     path.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
 
@@ -128,7 +160,7 @@ def _frame(up: _Scale) -> list[str]:
         "held-out loss against plain training, nats a masked token</text>",
     ]
     return parts + [
-        f'<text x="{LEFT - 6}" y="{up(y) + 4:.1f}" text-anchor="end" fill="#555">{y:+.2f}</text>'
+        f'<text x="{LEFT - 6}" y="{up(y) + 4:.1f}" text-anchor="end" fill="#555">{y:+.3f}</text>'
         for y in (up.at(share / 5) for share in range(6))
     ]
 
@@ -157,7 +189,7 @@ def _apart(row: Result, plain: list[Result]) -> Spread:
     return Spread.of(mean_loss(run) - other for run, other in zip(row["runs"], others, strict=False))
 
 
-def _cells(row: Result, plain: list[Result]) -> list[str]:
+def _cells(row: Result, plain: list[Result], falling: list[Result]) -> list[str]:
     runs = row["runs"]
     first = runs[0]
     losses = [_spread([run["loss"][key] for run in runs]) for key in first["loss"]]
@@ -165,7 +197,7 @@ def _cells(row: Result, plain: list[Result]) -> list[str]:
         row["name"],
         *losses,
         _spread([mean_loss(run) for run in runs]),
-        _said(_apart(row, plain), len(runs), "+.3f") if plain else "–",
+        *(_against(row, other) for other in (plain, falling)),
         _spread([run["bits_per_byte"] for run in runs]),
         words.rate(row["rate"]),
         f"{first['updates']:,}",
@@ -176,6 +208,12 @@ def _cells(row: Result, plain: list[Result]) -> list[str]:
         words.size(first["written"]),
         words.size(first["read"]),
     ]
+
+
+def _against(row: Result, other: list[Result]) -> str:
+    """How far a row is from another one, over the seeds that both have."""
+    count = min(len(row["runs"]), len(other[0]["runs"])) if other else 0
+    return _said(_apart(row, other), count, "+.3f") if count else "–"
 
 
 def _spread(values: list[float], form: str = ".3f") -> str:

@@ -12,43 +12,17 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common import Result, numbers, parser, positive, refuse, run_command, table
 from benchmarks.document import Section
 from benchmarks.quality.__main__ import DOCS
 from benchmarks.quality.results import Results, Trial, mean_loss, setting_of
-from benchmarks.quality.rows import BASE, PLAIN, ROWS
+from benchmarks.quality.rows import BASE, DEPTH, PLAIN, ROWS, WIDTH, Size
 from stackwise import words
-
-WIDTH = BASE["model.d_model"]
 
 OPTIMIZERS = {"AdamW": PLAIN, "Muon": "end to end, Muon"}
 """The row of each optimizer: both train the whole rack in a cosine of rates."""
-
-DEPTH = "model.architecture.n_stacks"
-
-
-@dataclass(frozen=True)
-class Size:
-    """What the racks of a table have in common: their width, and the updates of each block."""
-
-    width: int
-    steps: int
-
-    def base(self, depth: int) -> dict[str, Any]:
-        """The rack of so many blocks, the data and the batch; fresh weights of 1/sqrt(width)."""
-        narrow = {} if self.width == WIDTH else {"model.d_model": self.width, "model.init_std": self.width**-0.5}
-        return BASE | narrow | {DEPTH: depth}
-
-    def file(self, docs: Path, depth: int) -> Path:
-        """Where results are: of 8 blocks those of `benchmarks.quality`."""
-        parts = [str(self.steps)] if self.steps != 800 else []
-        parts += [f"width-{self.width}"] if self.width != WIDTH else []
-        parts += [f"{depth}-blocks"] if depth != BASE[DEPTH] else []
-        return docs / ("-".join(["quality", *parts]) + ".json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

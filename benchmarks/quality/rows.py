@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from stackwise.config import StackWiseConfig
@@ -19,6 +20,8 @@ BUDGETS: dict[Budget, str] = {
 }
 
 PLAIN = "end to end, plain PyTorch"
+WSD = "end to end, wsd"
+"""End to end under the schedule of rates that growth has."""
 
 BASE: dict[str, Any] = {
     "model.d_model": 96,
@@ -32,6 +35,29 @@ BASE: dict[str, Any] = {
     "device": "cpu",
 }
 """The rack: 8 blocks of width 96 on the demo's corpus, by bytes, and its samples of 128 tokens."""
+
+DEPTH = "model.architecture.n_stacks"
+WIDTH: int = BASE["model.d_model"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the racks of a table have in common: their width, and the updates of each block."""
+
+    width: int
+    steps: int
+
+    def base(self, depth: int = BASE[DEPTH]) -> dict[str, Any]:
+        """The rack of so many blocks, the data and the batch; fresh weights of 1/sqrt(width)."""
+        narrow = {} if self.width == WIDTH else {"model.d_model": self.width, "model.init_std": self.width**-0.5}
+        return BASE | narrow | {DEPTH: depth}
+
+    def file(self, docs: Path, depth: int = BASE[DEPTH]) -> Path:
+        """Where results are: of 8 blocks those of `benchmarks.quality`."""
+        parts = [str(self.steps)] if self.steps != 800 else []
+        parts += [f"width-{self.width}"] if self.width != WIDTH else []
+        parts += [f"{depth}-blocks"] if depth != BASE[DEPTH] else []
+        return docs / ("-".join(["quality", *parts]) + ".json")
 
 
 @dataclass(frozen=True)
@@ -83,7 +109,7 @@ ROWS = (
     Row("end to end", {"training.mode": "end_to_end"}, ("rows",)),
     Row("end to end, swapped", {"training.mode": "end_to_end", "training.swap": "always"}, ("rows",)),
     Row("end to end, 1/t weights", {"training.mode": "end_to_end", "training.loss_weight": "inverse_time"}, ("rows",)),
-    Row("end to end, wsd", {"training.mode": "end_to_end", "training.lr_schedule": "wsd"}, ("rows",)),
+    Row(WSD, {"training.mode": "end_to_end", "training.lr_schedule": "wsd"}, ("rows",)),
     Row("end to end, Muon", {"training.mode": "end_to_end", "training.optimizer": "muon"}, ("rows",)),
     *(
         Row(f"grown from {blocks} at {until:g}", _grown((blocks, until)), GROWS)

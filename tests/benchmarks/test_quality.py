@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality.__main__ import DOCS, main
-from benchmarks.quality.page import body, gaps, write_gaps, write_plots
+from benchmarks.quality.page import Gap, body, gaps, write_gaps, write_plots
 from benchmarks.quality.rates import Size, grids, settled, steps_apart
 from benchmarks.quality.rows import BASE, BUDGETS, PLAIN, ROWS, Budget, Row, configuration, flops, updates, whole_share
 from stackwise.pipeline.schedule import schedule
@@ -80,7 +80,10 @@ def test_tables_and_plots_name_every_row(tmp_path: Path) -> None:
 
 def test_gaps_are_of_rows_that_are_measured_at_several_lengths(tmp_path: Path) -> None:
     for steps, loss in ((10, 2.0), (40, 1.5)):
-        runs = {f"{name} | rows | 0.001 | 0": {"loss": {"0.5": of}} for name, of in ((PLAIN, 1.0), ("grown", loss))}
+        runs = {
+            f"{name} | rows | 0.001 | 0": {"loss": {"0.5": of}, "flops": 1e9 * steps}
+            for name, of in ((PLAIN, 1.0), ("grown", loss))
+        }
         runs["once | rows | 0.001 | 0"] = {"loss": {"0.5": 1.0}} if steps == 10 else runs[f"{PLAIN} | rows | 0.001 | 0"]
         runs = {key: run for key, run in runs.items() if steps == 10 or not key.startswith("once")}
         setting = {"base": BASE, "steps": steps}
@@ -88,9 +91,11 @@ def test_gaps_are_of_rows_that_are_measured_at_several_lengths(tmp_path: Path) -
     shallow = {"base": BASE | {"model.architecture.n_stacks": 2}, "steps": 40}
     (tmp_path / "shallow.json").write_text(json.dumps({"setting": shallow, "runs": runs}))
     found = gaps(sorted(tmp_path.glob("*.json")))
-    assert [gap for gap in found if gap[0] != PLAIN] == [("grown", 96, 10, 1.0), ("grown", 96, 40, 0.5)]
-    write_gaps(tmp_path / "gaps.svg", found)
-    assert "grown, width 96" in (tmp_path / "gaps.svg").read_text()
+    grown = [Gap("grown", "96", steps, 1e9 * steps, apart) for steps, apart in ((10, 1.0), (40, 0.5))]
+    assert [gap for gap in found if gap.name != PLAIN] == grown
+    write_gaps(tmp_path, found)
+    assert all("grown" in path.read_text() for path in tmp_path.glob("quality-gap*.svg"))
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"quality-gap-96.svg", "quality-gap-compute-96.svg"}
 
 
 def test_best_rates_are_compared_by_their_places_in_the_grid() -> None:
