@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> Result:
     if unknown := [name for name in wanted if name not in METHODS]:
         raise refuse(f"there is no method {unknown[0]}", f"there are {', '.join(METHODS)}")
     with _place(options.dir) as here:
-        tasks = _texts(Path(options.wiki), here)
+        tasks = texts(Path(options.wiki), here)
         figures: dict[str, list[Result]] = {name: [] for name in wanted}
         for seed in range(options.seeds):
             for name in wanted:
@@ -88,7 +88,7 @@ def _place(directory: str | None) -> Iterator[Path]:
     yield Path(directory)
 
 
-def _texts(wiki: Path, here: Path) -> list[dict[str, Any]]:
+def texts(wiki: Path, here: Path) -> list[dict[str, Any]]:
     """The summaries of each language as rows of text, each once."""
     tasks = []
     for name, language in LANGUAGES.items():

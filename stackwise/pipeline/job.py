@@ -195,6 +195,7 @@ class StageJob:
     reference: dict[str, Source] = field(default_factory=dict)  # the parts that answers are held against, if any
     round: int = 0  # of a stage that trains in rounds, which one it is: rows and dropout follow from it
     replayed: int = 0  # of its rows those at the end that are of earlier tasks
+    known: tuple[str, ...] = ()  # boundaries of earlier tasks that have these as they leave the stage, in order
     kind: str = field(default="stage", init=False)
 
     @property

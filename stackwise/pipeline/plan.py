@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.continual import Replay
 from stackwise.config.yaml_files import dump
 from stackwise.data import PreparedData, require_samples
 from stackwise.errors import DamageError, NotFound, UsageError
@@ -27,7 +28,7 @@ from stackwise.pipeline.recipe import (
     trunk_id,
 )
 from stackwise.pipeline.rows import HELD_OUT, check_tasks, drawn_rows, put_rows, rows_key, tasks_digest
-from stackwise.pipeline.schedule import FRONT, Stage, schedule, stage_below
+from stackwise.pipeline.schedule import FRONT, Stage, drawn_and_window, schedule, stage_below, window_rowset
 from stackwise.pipeline.teacher import Judge, judge_of, teacher_of
 from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
 
@@ -260,7 +261,31 @@ class Plan:
 
     def reads_stored(self, stage: Stage, *, fused: bool) -> bool:
         """Whether the boundary that enters a stage is stored before it is read; with `fused`, it may be filled."""
-        return self.stores(stage) and not (fused and self.config.store.fuse_passes)
+        return self.stores(stage) and not (fused and self.config.store.fuse_passes and not self.lends_rows(stage))
+
+    def lends_rows(self, stage: Stage) -> bool:
+        """Whether later tasks read, of the boundary that enters a stage, the rows that they replay.
+
+        So it is where all blocks below stand still, in every task: what they made of a row is what they would make.
+        """
+        standing = stage.reads_boundary and stage.first == self.config.bottom
+        return standing and isinstance(self.config.training.continual, Replay) and self.stores(stage)
+
+    def lenders(self, stage: Stage, rowset: int) -> list[int]:
+        """The rowsets of the earlier tasks whose boundaries have what a rowset replays, as it enters a stage."""
+        drawn, window = drawn_and_window(self.config, rowset)
+        if not window or not self.lends_rows(stage):
+            return []
+        return [window_rowset(self.config, drawn, earlier) for earlier in range(window)]
+
+    def lent(self, versions: Versions) -> set[str]:
+        """The boundaries that later tasks read rows of, as far as they are there."""
+        lowest = self.stages[0]
+        if not self.lends_rows(lowest):
+            return set()
+        stages = {stage.rowset for stage in self.stages}
+        there = (self.boundary(lowest, versions, rowset) for rowset in sorted(stages))
+        return {info.id for info in there if info is not None}
 
     def stores(self, stage: Stage) -> bool:
         """Whether the boundary that enters a stage is one of those that are stored."""
@@ -271,7 +296,7 @@ class Plan:
 
         One that nobody would read again is not written at all: no later stage, no later epoch, no later run.
         """
-        if not self.config.store.fuse_passes or not self.stores(stage):
+        if not self.config.store.fuse_passes or not self.stores(stage) or self.lends_rows(stage):
             return False
         rows = self.rowset(stage.rowset)[1]
         above = any(later.rowset == stage.rowset for later in self.stages[stage.place + 1 :])
@@ -315,12 +340,14 @@ class Plan:
         entry: Entry,
         writes: bool,
         rowset: int | None = None,
+        known: Sequence[str] = (),
     ) -> StageJob:
         """A worker's job at one stage.
 
         Args:
             versions: What is committed below it (to train it), or with it (to write the boundary above).
             rowset: The number of the rowset, where it is not the stage's own.
+            known: Boundaries above the stage that have the rows that this one replays.
         """
         writes_held_out = rowset is None and self.writes_held_out(stage)
         held_out = self.rowset(HELD_OUT)[0] if rowset is None and (self.evaluates(stage) or writes_held_out) else None
@@ -360,7 +387,8 @@ class Plan:
             writes_held_out=writes_held_out,
             match=self._match(stage) if train else None,
             reference=rollouts.reference_sources(stage, self.sources) if self.config.objective.rolls_out else {},
-            replayed=rows - self.drawn(stage) if train and self.config.tasks_in_turn else 0,
+            replayed=rows - int(self._rowset(number)[-1]) if self.config.tasks_in_turn and number != HELD_OUT else 0,
+            known=tuple(known),
         )
 
     def _match(self, stage: Stage) -> int | None:

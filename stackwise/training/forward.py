@@ -143,6 +143,14 @@ def _each_output(stages: Sequence[StageModel], batch: Batch, device: torch.devic
     return leaving
 
 
+@dataclass(frozen=True)
+class Known:
+    """Rows of a boundary that need not be computed: those from `first` on."""
+
+    first: int
+    read: Callable[[Rows], torch.Tensor]  # from their numbers [n] to activations [n, S, D] on the CPU
+
+
 MakeOutputs = Callable[[Iterator[Batch], Codec, torch.device], Generator[torch.Tensor]]
 """For each batch what leaves some stages, on the CPU, as `outputs` gives it."""
 
@@ -156,6 +164,7 @@ def write_boundary(
     progress: Callable[[int, int], None],
     stop: Callable[[], bool],
     spent: float | None = None,
+    known: Known | None = None,
 ) -> Pass:
     """Write every chunk that `writer` still lacks; reading, copies, computing and writing overlap.
 
@@ -164,6 +173,7 @@ def write_boundary(
             what makes their outputs.
         stop: Asked before each chunk; True ends early, and a later call goes on from there.
         spent: Seconds that the chunks which are there already took to compute; None: they took as long as these.
+        known: Rows that go through no stage, as they are known; None: all do.
 
     Returns:
         Whether the boundary is complete, and how long the pass waited for what.
@@ -174,7 +184,8 @@ def write_boundary(
         return ([x_BSD] for x_BSD in make(batches, writer.info.codec_object, device))
 
     size = forward_rows(feed.seq_len)
-    return _write(one, _ahead_by(feed, size, device), size, [writer], progress=progress, stop=stop, spent=spent)
+    read = _ahead_by(feed, size, device)
+    return _write(one, read, size, [writer], progress=progress, stop=stop, spent=spent, known=known)
 
 
 def write_each(
@@ -226,20 +237,24 @@ def _write(
     progress: Callable[[int, int], None],
     stop: Callable[[], bool],
     spent: float | None,
+    known: Known | None = None,
 ) -> Pass:
     """Write every chunk that one of `writers` lacks; for each batch `make` gives what each of them is to hold."""
     keep_freed_memory()
     lacking = [set(writer.missing) for writer in writers]
     missing, total = sorted(set().union(*lacking)), writers[0].info.chunks
     ranges = [writers[0].chunk_rows_of(chunk) for chunk in missing]
+    until = writers[0].info.rows if known is None else known.first
     begun, blocked, finished = time.perf_counter(), 0.0, True
-    with read(ranges) as batches:
+    with read([(first, min(last, until)) for first, last in ranges]) as batches:
         source = make(batches)
         for done, (chunk, (first, last)) in enumerate(zip(missing, ranges, strict=True)):
             if stop():
                 finished = False
                 break
-            chunk_states = [next(source) for _ in range(first, last, batch_rows)]
+            chunk_states = [next(source) for _ in range(first, min(last, until), batch_rows)]
+            if known is not None and last > until:
+                chunk_states.append([known.read(np.arange(max(first, until), last))] * len(writers))
             handed = time.perf_counter()
             for writer, lacks, x_BSDs in zip(writers, lacking, zip(*chunk_states, strict=True), strict=True):
                 if chunk in lacks:

@@ -11,15 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.loading import build
 from stackwise.config.yaml_files import dump
 from stackwise.data import PreparedData, prepare
 from stackwise.errors import ConfigError
+from stackwise.model import Front
 from stackwise.pipeline.committed.generate import generate
 from stackwise.pipeline.committed.load import load_rack
 from stackwise.pipeline.committed.use import evaluate_rack
 from stackwise.pipeline.estimate import Estimate
+from stackwise.pipeline.initial import with_checkpoint
 from stackwise.pipeline.planning.trace import TraceJob, trace
 from stackwise.pipeline.rows import HELD_OUT, choose_samples, drawn_rows, task_ranges
 from stackwise.pipeline.run import RunDirectory, status, task_figures
@@ -53,6 +57,7 @@ COLUMNS: dict[str, Any] = {"model.d_model": 48, "model.n_heads": 2, "model.tie_e
 REPLAY: dict[str, Any] = {"method": "replay", "buffer": 6, "share": 0.5}
 
 Tasks = list[dict[str, Any]]
+Events = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -301,3 +306,47 @@ def test_columns_are_the_same_swapped_killed_and_resumed(tasks: Tasks, tmp_path:
     assert weights(tmp_path / "killed") == weights(tmp_path / "resident")
     figures = [status(RunDirectory(tmp_path / name))["tasks"] for name in ("killed", "resident")]
     assert figures[0] == figures[1]
+
+
+@pytest.mark.stress
+def test_what_is_replayed_goes_through_no_block_that_stands_still(
+    tasks: Tasks, checkpoints: Any, tmp_path: Path
+) -> None:
+    changes = {
+        "init.weights": str(checkpoints("llama")),
+        "training.adapters": {"rank": 2, "above": 2},
+        "training.objective": "clm",
+        "training.swap": "never",
+    }
+    left_out = ("model.", "data.tokenizer")
+    plain = {key: value for key, value in (SMALL | changes).items() if not key.startswith(left_out)}
+    through: dict[str, int] = {}
+
+    def rows_through(name: str, method: Any, told: Callable[[dict[str, Any]], None] = lambda event: None) -> Events:
+        config = with_checkpoint(
+            build(StackWiseConfig, {}, plain | {"data.tasks": tasks, "training.continual": method})
+        )
+
+        def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if isinstance(module, Front):
+                through[name] = through.get(name, 0) + len(inputs[0])
+
+        hook = register_module_forward_pre_hook(count)
+        try:
+            return run_stages(config, tmp_path / name, told)
+        finally:
+            hook.remove()
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint" and event["stage"] == 1:
+            raise Killed
+
+    rows_through("naive", "naive")
+    events = rows_through("replay", REPLAY)
+    assert [event["replayed"] for event in named(events, "written") if "replayed" in event] == [6, 6]
+    assert through["replay"] == through["naive"]
+    with pytest.raises(Killed):
+        rows_through("killed", REPLAY, kill)
+    rows_through("killed", REPLAY)
+    assert through["killed"] == through["naive"]
+    assert weights(tmp_path / "killed") == weights(tmp_path / "replay")

@@ -248,6 +248,7 @@ class Boundaries:
         info = self._plan.boundary(stage, versions, number)
         if info is not None:
             return info.id
+        known = [self.made(stage, versions, earlier) for earlier in self._plan.lenders(stage, number)]
         below = stage_below(self._plan.stages, stage)
         entry = self.entry(below, versions, number, train=False)
         self.make_room(below, entry.reads)
@@ -257,7 +258,14 @@ class Boundaries:
         checkpoints = self._run.path / "checkpoints"
         self._pool.work(
             self._plan.job(
-                below, versions, checkpoints=checkpoints, train=False, entry=entry, writes=True, rowset=number
+                below,
+                versions,
+                checkpoints=checkpoints,
+                train=False,
+                entry=entry,
+                writes=True,
+                rowset=number,
+                known=known,
             )
         )
         info = self._plan.boundary(stage, versions, number)
@@ -293,7 +301,7 @@ class Boundaries:
         if following is not None:
             read = [self._plan.nearest(following, versions)]
             read += [self._plan.boundary(following, versions, HELD_OUT)] if self._plan.evaluates(following) else []
-            needed = {info.id for info in read if info is not None}
+            needed = {info.id for info in read if info is not None} | self._plan.lent(versions)
         others = {
             boundary
             for key, refs in self._plan.store.runs().items()

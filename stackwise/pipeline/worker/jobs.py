@@ -36,6 +36,7 @@ from stackwise.pipeline.worker.adaptive import fuse_adaptively
 from stackwise.pipeline.worker.engines import engine_of
 from stackwise.pipeline.worker.job_parts import JobParts
 from stackwise.pipeline.worker.past import beside_past
+from stackwise.pipeline.worker.replayed import replayed_rows
 from stackwise.pipeline.worker.rollouts import with_rollout
 from stackwise.pipeline.worker.stores import Stores, place_of
 from stackwise.pipeline.worker.teaching import beside_teacher
@@ -50,7 +51,7 @@ from stackwise.pipeline.worker.training import (
 from stackwise.pretrained.writing import ExportOptions
 from stackwise.store import ActivationStore, BoundaryReader, BoundaryWriter, codec_named
 from stackwise.training.feed import Feed, RowSource
-from stackwise.training.forward import FilledBoundary, MakeOutputs, write_boundary
+from stackwise.training.forward import FilledBoundary, Known, MakeOutputs, write_boundary
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_outputs import grouped_outputs
@@ -169,7 +170,7 @@ def _feed(
     """A rowset of the job as it is stored: tokens, masks, named columns, and the boundary that is read."""
     data = PreparedData.open(Path(job.data))
     held_out = number == HELD_OUT
-    rowset = job.held_out if held_out else job.rowset
+    rowset = job.rowset if number == job.rowset_number else job.held_out
     assert rowset is not None, "a job that reads held-out rows names them"
     split = data.held_out if held_out else data.train
     objective = objective_of(config, job.mask_token, job.vocab_size, job.stage)
@@ -277,9 +278,13 @@ def write_above(context: StageContext, stages: Sequence[StageModel] | MakeOutput
     job, stage, begun = context.job, context.stage, time.perf_counter()
     trunk = trunk_id(job.forward, [*job.trunk_digests, *digests], stage.precisions(stage.trunk_above))
     above = stage.depth + 1
-    with boundary_writer(context, trunk, above, stage.last + 1) as writer, _uncompiled(context):
+    with (
+        boundary_writer(context, trunk, above, stage.last + 1) as writer,
+        _uncompiled(context),
+        replayed_rows(context) as known,
+    ):
         context.event("writing", boundary=writer.info.id, depth=above, chunks=writer.info.chunks)
-        _write(context, stage.place, stages, writer, begun)
+        _write(context, stage.place, stages, writer, begun, known=known)
 
 
 def _uncompiled(context: StageContext) -> contextlib.AbstractContextManager[Any]:
@@ -314,6 +319,7 @@ def _write(
     writer: BoundaryWriter,
     begun: float,
     spent: float | None = None,
+    known: Known | None = None,
 ) -> None:
     """Write what a boundary lacks, emitting how far it is, and at the end what it took; each rank a share of chunks."""
     store_place = context.stores.place
@@ -324,7 +330,7 @@ def _write(
         context.emit({"event": "boundary", "stage": place, "done": done, "total": total})
 
     done = write_boundary(
-        stages, context.feed, writer, context.device, progress=progress, stop=context.stop, spent=spent
+        stages, context.feed, writer, context.device, progress=progress, stop=context.stop, spent=spent, known=known
     )
     if not context.ranks.every(done.finished):
         raise InterruptedRun(f"stage {context.stage.depth} stopped while writing boundary {info.depth}", hint=RESUME)
@@ -334,5 +340,6 @@ def _write(
     context.ranks.wait()
     info = writer.info  # as it is now that all is published
     written = {"boundary": info.id, "depth": info.depth, "bytes": info.disk_bytes, "rows": info.rows}
+    written |= {} if known is None else {"replayed": info.rows - known.first}
     waits = {"wait_fraction": done.wait_fraction, "blocked_fraction": done.blocked_fraction}
     context.emit({"event": "written", "stage": place, **written, "seconds": time.perf_counter() - begun, **waits})

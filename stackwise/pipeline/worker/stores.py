@@ -91,7 +91,7 @@ class Stores:
             self.share_stage(recipe)
         if not job.train:
             self.share_stage(job.recipe_id)
-        for boundary in (job.reads, job.held_out_reads):
+        for boundary in (job.reads, job.held_out_reads, *job.known):
             if boundary is not None:
                 self._move(boundary)
         here = partial(_moved, Path(job.store), self.place.path)
