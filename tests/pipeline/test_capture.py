@@ -10,17 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 import stackwise
 from stackwise.data.tokenizer import bytes_tokenizer
 from stackwise.errors import InterruptedRun, UsageError
-from stackwise.pipeline.committed.capture import Captured, Progress
+from stackwise.pipeline.committed.capture import Captured, Progress, Request, write_share
 from stackwise.pretrained.families import FAMILIES
 from stackwise.store import ActivationStore
 from tests.cli.conftest import COMMAND
@@ -126,6 +128,52 @@ def test_what_is_there_is_not_computed_again(llama: Path, data: str, tmp_path: P
     assert captured(llama, data, store, [2], codec="int8").computed == 0
     with ActivationStore(store) as opened:
         assert opened.gc(dry_run=True)["boundaries"] == []
+
+
+def test_shares_of_passes_give_the_same_bytes(
+    llama: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stackwise.store.codecs.CHUNK_BYTES", 1 << 14)
+    whole = captured(llama, data, tmp_path / "whole", [1, 3], codec="int8", batch_size=4)
+
+    def spread(request: Request, look: Callable[[], bool]) -> None:
+        for k in (2, 0, 1):
+            assert not look()
+            write_share(request, (k, 3))
+
+    shares = captured(llama, data, tmp_path / "shares", [1, 3], codec="int8", batch_size=4, memory=1, spread=spread)
+    assert contents(tmp_path / "whole", whole) == contents(tmp_path / "shares", shares)
+    assert shares.computed == whole.computed
+
+
+@pytest.mark.stress
+def test_tasks_of_ray_lose_a_worker_and_give_the_same_bytes(llama: Path, data: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    store, seen = tmp_path / "tasks", []
+    command = ["capture", str(llama), "--data", data, "--at", "1,3", "--codec", "int8", "--seq-len", str(SEQ)]
+    command += ["--batch-size", "4", "--device", "cpu", "--memory", "1", "--json"]
+    ray = [*command, "--store", str(store), "--engine", "ray", "--tasks", "2"]
+    small = SMALL_CHUNKS + "from stackwise.cli import main\nmain()"
+    process = subprocess.Popen([sys.executable, "-c", small, *ray], stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not seen:  # a worker of Ray, whose task has begun a command
+        time.sleep(0.02)
+        for one in psutil.process_iter(["cmdline", "ppid"]):
+            if "stackwise.pipeline.batch.ray_captures" in (one.info["cmdline"] or []):
+                seen.append(one.info["ppid"])
+                os.kill(one.info["ppid"], signal.SIGKILL)
+                break
+    printed = json.loads(process.communicate(timeout=300)[0])
+    assert process.returncode == 0
+    assert seen
+    here = [sys.executable, "-c", small, *command, "--store", str(tmp_path / "here")]
+    alone = json.loads(subprocess.run(here, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    assert [b["id"] for b in printed["boundaries"]] == [b["id"] for b in alone["boundaries"]]
+    names = [boundary["id"] for boundary in printed["boundaries"]]
+    chunks = [
+        {name: [path.read_bytes() for path in sorted((at / "boundaries" / name).rglob("c/*/*/*"))] for name in names}
+        for at in (store, tmp_path / "here")
+    ]
+    assert chunks[0] == chunks[1]
 
 
 @pytest.mark.parametrize("codec", ["int8", "fp32", pytest.param("bf16", marks=pytest.mark.stress)])

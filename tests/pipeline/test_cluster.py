@@ -208,3 +208,19 @@ def test_tasks_of_ray_lose_a_worker_and_come_to_the_same_weights(micro: Micro, t
     assert json.loads(state.read_text())["pid"] != worker
     assert named(events(there), "resumed")
     assert weights(there.path) == weights(here)
+
+
+@pytest.mark.stress
+def test_a_cluster_of_ray_that_is_gone_ends_its_jobs(micro: Micro, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    config = micro(training__steps=100000, training__checkpoint_steps=5, device="cpu")
+    run = RunDirectory(tmp_path / "run")
+    jobs = cluster.submit(config, run, "ray")
+    until(lambda: run.events_file.exists() and named(events(run), "checkpoint"))
+    submitter = psutil.Process(int(jobs[0]["job"]))
+    (head,) = [process for process in submitter.children() if process.name().startswith("gcs_server")]
+    head.kill()
+    until(ended(run), 60)
+    assert states(run) == ["failed", "not run", "not run"]
+    until(lambda: not cluster.is_alive(submitter.pid), 10)
+    until(lambda: status(run)["stages"][0]["state"] == "interrupted")  # the command has saved

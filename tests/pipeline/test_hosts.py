@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,8 +80,31 @@ def until(condition: Any) -> None:
         time.sleep(0.1)
 
 
+def goes_on(directory: Path, ranks: list[subprocess.Popen[str]]) -> None:
+    """Wait for the next checkpoint."""
+    before = sorted(directory.glob("checkpoints/*/step-*"))
+    until(lambda: sorted(directory.glob("checkpoints/*/step-*")) != before or ranks[0].poll() is not None)
+    assert ranks[0].poll() is None
+
+
+def slowed(host: str, rate: str) -> int:
+    """Let a host's link carry no more, either way; how many packets that kept waiting since it was last said."""
+    waited = 0
+    for place in ((["tc"], f"{host}v"), (["tc", "-n", host], "eth0")):
+        command, device = place
+        told = subprocess.run([*command, "-s", "qdisc", "show", "dev", device], capture_output=True, text=True).stdout
+        waited += sum(map(int, re.findall(r"qdisc tbf.*?overlimits (\d+)", told, re.DOTALL)))
+        slow = ["tbf", "rate", rate, "burst", "16kb", "latency", "400ms"]
+        done = subprocess.run([*command, "qdisc", "replace", "dev", device, "root", *slow], capture_output=True)
+        if done.returncode:
+            pytest.skip("this kernel has no tbf to slow a link with")
+    return waited
+
+
 @pytest.mark.stress
-def test_hosts_with_stores_of_their_own_and_a_link_that_drops(network: None, micro: Micro, tmp_path: Path) -> None:
+def test_hosts_with_stores_of_their_own_and_a_link_that_is_slow_and_drops(
+    network: None, micro: Micro, tmp_path: Path
+) -> None:
     """For a moment: the run goes on. For good: one line within `parallel.timeout`; the same command goes on later."""
     steps = {"training__steps": 300}
     config = micro(**SETTINGS, **steps, store__path=str(tmp_path / "stores" / "{host}"), parallel__timeout=15.0)
@@ -88,12 +112,13 @@ def test_hosts_with_stores_of_their_own_and_a_link_that_drops(network: None, mic
     path.write_text(dump(config))
     ranks = started(path, directory, 29741)
     until(lambda: list(directory.glob("checkpoints/*/step-*")))
+    slowed("swh2", "2mbit")
+    goes_on(directory, ranks)
+    assert slowed("swh2", "1gbit") > 100
     ip("link", "set", "swh2v", "down")
     time.sleep(3)
     ip("link", "set", "swh2v", "up")
-    before = sorted(directory.glob("checkpoints/*/step-*"))
-    until(lambda: sorted(directory.glob("checkpoints/*/step-*")) != before or ranks[0].poll() is not None)
-    assert ranks[0].poll() is None
+    goes_on(directory, ranks)
     ip("link", "set", "swh2v", "down")
     begun = time.monotonic()
     said = [rank.communicate(timeout=120)[1] for rank in ranks[:2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import shlex
 import signal
 import sys
@@ -18,10 +19,10 @@ from stackwise.cli.app import stopped_after_saving
 from stackwise.cli.drawing import Table, phases
 from stackwise.cli.options import COUNT, Bytes, as_json, device_option, naming_options
 from stackwise.cli.output import note, print_json, say, say_all
-from stackwise.errors import InterruptedRun
+from stackwise.errors import InterruptedRun, UsageError
 
 if TYPE_CHECKING:
-    from stackwise.pipeline.committed.capture import Progress
+    from stackwise.pipeline.committed.capture import Progress, Spread
 
 
 class Depths(click.ParamType[list[int]]):
@@ -61,18 +62,40 @@ class Depths(click.ParamType[list[int]]):
 @click.option("--rows", type=COUNT, metavar="N", help="At most so many rows, drawn at random.  [default: all]")
 @click.option("--memory", type=Bytes(), metavar="SIZE", help="Of weights at once.  [default: half of what is free]")
 @device_option
+@click.option(
+    "--engine",
+    type=click.Choice(["here", "ray"]),
+    default="here",
+    show_default=True,
+    help="ray: each pass by --tasks tasks of a Ray cluster, on this node.",
+)
+@click.option("--tasks", type=click.IntRange(1, 1024), metavar="N", help="With --engine ray.  [default: 2]")
 @as_json
-def capture(model: str, paths: tuple[str, ...], at: list[int], store: str, as_json: bool, **options: Any) -> None:
+def capture(
+    model: str,
+    paths: tuple[str, ...],
+    at: list[int],
+    store: str,
+    engine: str,
+    tasks: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Write hidden states of a pretrained MODEL at chosen depths into a store, few parts in memory at a time.
 
     MODEL is a directory in Hugging Face's layout, or an export. What is in the store already is not computed again;
     a capture that was stopped or killed goes on where it was. Train on it with `ActivationStore.dataset`.
     """
     settings: Any = {name: value for name, value in options.items() if value is not None}
+    if tasks is not None and engine != "ray":
+        raise UsageError("--tasks is for --engine ray")
     with naming_options("data"), naming_options("training"), naming_options("store"), _stopping() as stop:
-        with _progress() as progress:
+        with contextlib.ExitStack() as stack:
+            progress = stack.enter_context(_progress())
             from stackwise.pipeline.committed.capture import capture as capture_states
 
+            if engine == "ray":
+                settings["spread"] = stack.enter_context(_tasks(tasks or 2, settings.get("device", "auto")))
             try:
                 captured = capture_states(model, paths, at=at, store=store, progress=progress, stop=stop, **settings)
             except InterruptedRun:
@@ -88,6 +111,14 @@ def capture(model: str, paths: tuple[str, ...], at: list[int], store: str, as_js
     say_all(about.lines())
     speed = f"{words.count(result['tokens_per_second'])} tokens/s" if captured.computed else "all there already"
     say(f"{captured.store}: {words.count(result['tokens'])} tokens, {speed}")
+
+
+def _tasks(tasks: int, device: str) -> contextlib.AbstractContextManager[Spread]:
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("--engine ray needs ray, not installed here", hint="pip install 'stackwise[ray]'")
+    from stackwise.pipeline.batch.ray_captures import ray_tasks
+
+    return ray_tasks(tasks, device)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import contextlib
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -65,6 +65,35 @@ class Options(TypedDict, total=False):
     """Where to compute: auto, cpu, mps, cuda, cuda:N."""
     memory: int
     """Bytes that the weights of parts may take at once, if that is not less than the largest part."""
+
+
+class Pass(TypedDict):
+    """All rows through neighbouring parts."""
+
+    trunks: list[Hex]
+    """By depth, what computed the hidden states there."""
+    start: Hex | None
+    """The boundary that rows come from; None: tokens."""
+    first: int
+    """Its depth; -1: tokens."""
+    edges: list[tuple[int, str, int]]
+    """What is written: its depth, codec and rows of a chunk, of each boundary."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A pass of a capture, for another process: where it reads and writes, the capture's options, and the pass."""
+
+    model: str
+    data: list[str]
+    store: str
+    options: Options
+    one: Pass
+
+
+Spread = Callable[[Request, Callable[[], bool]], None]
+"""Has a pass computed by `write_share`, in shares that are all of it, and returns when they are there. It calls the
+second about once a second; True: end, what is published stays."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +156,7 @@ def capture(
     store: Path | str,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    spread: Spread | None = None,
     **options: Unpack[Options],
 ) -> Captured:
     """Write the hidden states of a pretrained model into a store, or find them there.
@@ -141,6 +171,7 @@ def capture(
         store: The store's directory; made where there is none.
         progress: Told how far it is.
         stop: Asked before each chunk; True ends early.
+        spread: What has passes computed elsewhere, shares of their chunks at once; None: here.
         options: See `Options`.
 
     Raises:
@@ -156,33 +187,59 @@ def capture(
             raise UsageError(f"training.{name} is {number}, not 1 or more")
     if (dtype := options.get("dtype", "auto")) not in ("auto", *LOSSLESS):
         raise UsageError(f"--dtype: {dtype} is not one of auto, {', '.join(LOSSLESS)}")
-    report = progress or (lambda _: None)
     halt = stop or (lambda: False)
     checkpoint = Checkpoint(expanded(str(model)))
     depths = _checked_depths(at, checkpoint.description.n_blocks)
+    with _opened(checkpoint, data, store, progress or (lambda _: None), halt, options) as work:
+        digests = list[Hex]()
+        for part in (FRONT, *map(block_part, range(depths[-1]))):
+            _check(halt)
+            digests.append(checkpoint.digest(part))
+            work.report(Progress("reading weights", len(digests), depths[-1] + 1))
+        forward = _forward(checkpoint, work.config, work.batch_rows)
+        work.trunks = [trunk_id(forward, digests[: depth + 1], {}) for depth in range(depths[-1] + 1)]
+        where = work.store.path
+        lock = where / "locks" / f"work-{content_id('capture', [digests[0], work.feed.rowset.id])}.lock"
+        with FileLock(lock, f"a capture into {where}"):
+            if spread is not None:
+                paths = [str(expanded(str(path)).absolute()) for path in data]
+                place = str(checkpoint.directory.absolute()), paths, str(where.absolute())
+                work.spread = lambda one, look: spread(Request(*place, options, one), look)
+            return work.run(depths)
+
+
+def write_share(request: Request, share: tuple[int, int]) -> None:
+    """Write a share of the chunks of a pass, as `capture` asks for it: the k-th of n, by (k, n).
+
+    Raises:
+        StackWiseError: As `capture`; what is published stays, and the same call goes on.
+    """
+    checkpoint, one = Checkpoint(Path(request.model)), request.one
+    with _opened(checkpoint, request.data, request.store, lambda _: None, lambda: False, request.options) as work:
+        work.trunks = one["trunks"]
+        work.write(share, one["start"], one["edges"], one["first"])
+
+
+@contextlib.contextmanager
+def _opened(
+    checkpoint: Checkpoint,
+    data: Sequence[Path | str],
+    store: Path | str,
+    report: Callable[[Progress], None],
+    stop: Callable[[], bool],
+    options: Options,
+) -> Iterator[PartwiseCapture]:
+    """A capture that has opened what it reads and writes, and knows of no trunk yet."""
     codec_named(options.get("codec", "bf16"))
     config = _configuration(checkpoint, data, options)
-    split = _samples(checkpoint, config, report, halt)
-    digests = list[Hex]()
-    for part in (FRONT, *map(block_part, range(depths[-1]))):
-        _check(halt)
-        digests.append(checkpoint.digest(part))
-        report(Progress("reading weights", len(digests), depths[-1] + 1))
+    split = _samples(checkpoint, config, report, stop)
     batch_rows = options.get("batch_size") or forward_rows(config.training.seq_len)
-    forward = _forward(checkpoint, config, batch_rows)
-    with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(ActivationStore(expanded(str(store))))
+    with ActivationStore(expanded(str(store))) as opened:
         rowset, _ = put_rows(config, split, opened, 0)
-        lock = opened.path / "locks" / f"work-{content_id('capture', [digests[0], rowset])}.lock"
-        stack.enter_context(FileLock(lock, f"a capture into {opened.path}"))
         feed = Feed.stored(
             opened, opened.rowset(rowset), split, choose_samples(config, split, 0), config.training.seq_len
         )
-        trunks = [trunk_id(forward, digests[: depth + 1], {}) for depth in range(depths[-1] + 1)]
-        work = PartwiseCapture(
-            checkpoint, config, opened, feed, trunks, batch_rows, report, halt, options.get("memory")
-        )
-        return work.run(depths)
+        yield PartwiseCapture(checkpoint, config, opened, feed, [], batch_rows, report, stop, options.get("memory"))
 
 
 @dataclass
@@ -202,6 +259,8 @@ class PartwiseCapture:
     """What is shown of each row, and how attention looks; None: the tokens, in the model's own direction."""
     between: set[Hex] = field(default_factory=set)
     """Boundaries that are there for this capture alone."""
+    spread: Callable[[Pass, Callable[[], bool]], None] | None = None
+    """What has a pass computed elsewhere; None: it is computed here."""
 
     def __post_init__(self) -> None:
         self.device = resolve_device(self.config.device)
@@ -238,33 +297,85 @@ class PartwiseCapture:
         end = end if goes_on or not taps else taps[-1]
         edges = [(depth, writers[depth]) for depth in taps]
         with contextlib.ExitStack() as stack:
-            feed = self.feed
-            if start is not None:
-                reader = stack.enter_context(self.store.reader(start[1]))
-                feed = feed.above(RowSource(reader.info.id, reader.read, reader.stream))
             if goes_on and not (taps and taps[-1] == end and self._is_exact(self.codec)):
                 edges.append((end, stack.enter_context(self._between(end, chunk_rows))))
+            if self.spread is None:
+                self._compute(edges, None if start is None else start[1], first)
+                return
+            self._spread_out(edges, None if start is None else start[1], first)
+
+    def _spread_out(self, edges: Sequence[tuple[int, BoundaryWriter]], start: Hex | None, first: int) -> None:
+        """Have a pass computed elsewhere, and finish what it wrote."""
+        assert self.spread is not None
+        writers, end = [writer for _, writer in edges], edges[-1][0]
+        left, begun = self._left(writers), time.perf_counter()
+
+        def look() -> bool:
+            self._tell(writers, first, end)
+            return self.stop()
+
+        edges_by_depth = [(depth, writer.info.codec, writer.info.chunk_rows) for depth, writer in edges]
+        self.spread({"trunks": self.trunks, "start": start, "edges": edges_by_depth, "first": first}, look)
+        _check(self.stop)
+        for writer in writers:
+            writer.finish()
+        self._count(left, writers[0].info.chunk_rows, begun, (end - first) / len(self.trunks))
+
+    def write(
+        self, share: tuple[int, int], start: Hex | None, edges: Sequence[tuple[int, str, int]], first: int
+    ) -> None:
+        """Write a share of a pass's chunks: see `write_share`."""
+        with contextlib.ExitStack() as stack:
+            writers = [
+                (depth, stack.enter_context(self._writer(depth, codec, chunk_rows)))
+                for depth, codec, chunk_rows in edges
+            ]
+            for _, writer in writers:
+                writer.share = share
+            self._compute(writers, start, first)
+
+    def _compute(self, edges: Sequence[tuple[int, BoundaryWriter]], start: Hex | None, first: int) -> None:
+        """Rows go from a boundary (None: tokens), at depth `first`, to those above it."""
+        with contextlib.ExitStack() as stack:
+            feed = self.feed
+            if start is not None:
+                reader = stack.enter_context(self.store.reader(start))
+                feed = feed.above(RowSource(reader.info.id, reader.read, reader.stream))
             stages = [self._stage(low, high) for low, high in itertools.pairwise([first, *(d for d, _ in edges)])]
-            self._write(stages, feed, [writer for _, writer in edges], first, end)
+            self._write(stages, feed, [writer for _, writer in edges], first, edges[-1][0])
 
     def _write(self, stages: list[StageModel], feed: Feed, writers: list[BoundaryWriter], first: int, end: int) -> None:
-        rows, share = feed.rowset.rows, (end - first) / len(self.trunks)
-        blocks = f"blocks {max(0, first)} to {end - 1}" if end else "the embedding"
-        lacking = len(set().union(*(writer.missing for writer in writers))) * writers[0].info.chunk_rows
-        left = min(rows, lacking)
-
-        def progress(done: int, total: int) -> None:
-            self.report(Progress(blocks, min(rows, done * writers[0].info.chunk_rows), rows, feed.seq_len))
-
-        progress(writers[0].info.chunks - lacking // writers[0].info.chunk_rows, writers[0].info.chunks)
-        begun = time.perf_counter()
+        self._tell(writers, first, end)
+        left, begun = self._left(writers), time.perf_counter()
         done = write_each(
-            stages, feed, writers, self.device, batch_rows=self.batch_rows, progress=progress, stop=self.stop
+            stages,
+            feed,
+            writers,
+            self.device,
+            batch_rows=self.batch_rows,
+            progress=lambda done, total: self._tell(writers, first, end, total - done),
+            stop=self.stop,
         )
         if not done.finished:
             _check(lambda: True)
+        self._count(left, writers[0].info.chunk_rows, begun, (end - first) / len(self.trunks))
+
+    def _left(self, writers: Sequence[BoundaryWriter]) -> int:
+        """Chunks that one of them lacks."""
+        return len(set().union(*(writer.missing for writer in writers)))
+
+    def _tell(self, writers: Sequence[BoundaryWriter], first: int, end: int, left: int | None = None) -> None:
+        """Say how far a pass is, by the chunks that are left."""
+        info = writers[0].info
+        blocks = f"blocks {max(0, first)} to {end - 1}" if end else "the embedding"
+        done = info.chunks - (self._left(writers) if left is None else left)
+        rows = self.feed.rowset.rows
+        self.report(Progress(blocks, min(rows, done * info.chunk_rows), rows, self.feed.seq_len))
+
+    def _count(self, chunks: int, chunk_rows: int, begun: float, share: float) -> None:
+        """Note what was computed of a pass that lacked so many chunks, a share of all parts, and how long it took."""
         self.seconds += time.perf_counter() - begun
-        self.computed += left * share
+        self.computed += min(self.feed.rowset.rows, chunks * chunk_rows) * share
 
     def _stage(self, low: int, high: int) -> StageModel:
         """The parts above depth `low` up to depth `high`; depth -1 is the tokens."""
