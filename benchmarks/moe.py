@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.common import Result, overrides, parser, positive, refuse, run_command, say, table
 from benchmarks.document import Section
+from benchmarks.gains import write_gains
 from benchmarks.mixtures import relative_cost, run_begun, run_stagewise
 from stackwise.durable import write_json
 from stackwise.pipeline.device import describe, resolve_device
@@ -28,6 +29,8 @@ from stackwise.pipeline.run import RunDirectory
 from stackwise.shapes import finite
 
 PAGE = Path(__file__).parent.parent / "docs" / "moe.md"
+PLOT = PAGE.with_name("moe-gains.svg")
+LENGTH = "training.rows"
 SIZES: dict[str, Any] = {
     "seq_len": 32,
     "hidden_dim": 64,
@@ -50,7 +53,14 @@ WAYS_OF = ("shared", "baseline")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command("moe", arguments, lambda given: _section(_measure(_parser().parse_args(given))), PAGE)
+    return run_command("moe", arguments, lambda given: _made(_parser().parse_args(given)), PAGE)
+
+
+def _made(options: argparse.Namespace) -> Section:
+    measured = _measure(options)
+    if options.write:
+        write_gains(PLOT, _gains(measured), "nats below a dense rack of equal FLOPs, by seed")
+    return _section(measured)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--dir", metavar="DIR", type=Path, default=Path("runs/moe"), help="default: runs/moe")
     made.add_argument("--seeds", metavar="N", type=positive, default=3, help="default: 3")
     made.add_argument("--most", metavar="N", type=int, help="new runs, at most; 0: the table of what is there")
+    made.add_argument(
+        "--other", metavar="DIR", type=Path, nargs="+", default=[], help="results of other lengths, shown beside these"
+    )
     made.add_argument("--experiments", metavar="NAME", nargs="+", choices=names, default=names, help=", ".join(names))
     return made
 
@@ -152,14 +165,58 @@ def _measure(options: argparse.Namespace) -> Result:
         experiments[name] = {"runs": runs, "ways": ways, "done": done, "wanted": wanted, "verdict": plain}
     if first := next((entry["runs"]["flops"] for entry in experiments.values() if entry["runs"]["flops"]), None):
         save_dense(Path(first[0]["run"]), options.dir / "dense_model")
-    return {"base": base, "seeds": options.seeds, "experiments": experiments}
+    lengths = {directory: _length(directory, base, options, seeds) for directory in (options.dir, *options.other)}
+    return {
+        "base": base,
+        "seeds": options.seeds,
+        "experiments": experiments,
+        "lengths": dict(sorted(lengths.values(), key=lambda entry: entry[0])),
+    }
+
+
+def _length(directory: Path, base: Result, options: argparse.Namespace, seeds: Sequence[int]) -> tuple[int, Result]:
+    """The rows that the runs of a directory train on, and by experiment the gain over dense racks with each seed."""
+    known = json.loads((directory / RESULTS).read_text(encoding="utf-8"))["base"]
+    if {**known, LENGTH: None} != {**base, LENGTH: None}:
+        raise refuse(f"{directory / RESULTS} differs in more than {LENGTH}", "name results of the same setting")
+    kept = Kept(directory, known, 0)
+    gains: Result = {}
+    for name in options.experiments:
+        pairs = [(kept.of(name, OWN, [seed]), kept.of(name, "flops", [seed])) for seed in seeds]
+        gains[name] = [dense[0]["loss"] - mine[0]["loss"] for mine, dense in pairs if mine and dense]
+    return known[LENGTH], gains
+
+
+def _gains(measured: Result) -> dict[str, list[float]]:
+    """By row of the plot its gains: experiments at each length, then the other ways to train."""
+    gains: dict[str, list[float]] = {}
+    for rows, by_name in measured["lengths"].items():
+        tokens = rows * measured["base"]["seq_len"] / 1e6
+        gains |= {f"{name}, {tokens:.2f} M tokens": values for name, values in by_name.items()}
+    for name, entry in measured["experiments"].items():
+        dense = {run["seed"]: run["loss"] for run in entry["runs"]["flops"]}
+        for way, words in WAYS.items():
+            runs = [run for run in entry["ways"].get(way, []) if run["seed"] in dense]
+            gains[f"{name}, {words}"] = [dense[run["seed"]] - run["loss"] for run in runs]
+    return gains
 
 
 def _loss(runs: Sequence[Result]) -> str:
     losses = [run["loss"] for run in runs if run["loss"] is not None]
     if not losses:
         return "–"
-    return f"{statistics.fmean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
+    spread = f" ({min(losses):.4f} to {max(losses):.4f})" if len(losses) > 1 else ", one seed"
+    return f"{statistics.fmean(losses):.4f}{spread}"
+
+
+def _lengths(measured: Result) -> str:
+    """The table of gains by length."""
+    header = ["tokens", *measured["experiments"]]
+    lines = []
+    for rows, gains in measured["lengths"].items():
+        cells = [", ".join(f"{gain:+.4f}" for gain in gains[name]) or "–" for name in measured["experiments"]]
+        lines.append([f"{rows * measured['base']['seq_len']:,}", *cells])
+    return table(header, lines)
 
 
 def _ways(found: Result) -> str:
@@ -187,6 +244,8 @@ def _section(found: Result) -> Section:
     header = ["experiment", "experts", *(f"dense, {side}" for side in SIDES.values())]
     text = table([*header, "least used expert", "tokens/s", "criteria"], lines)
     text += "\n\nThe same mixture, trained otherwise for the same products:\n\n" + _ways(found)
+    text += "\n\nBelow the dense rack of equal FLOPs, in nats, with each seed, by length:\n\n" + _lengths(found)
+    text += f"\n\n![Gains over dense racks]({PLOT.name})"
     reasons = [f"{n}: {e['verdict']['reason']}." for n, e in found["experiments"].items() if e["verdict"] is not None]
     about = [f"Held-out cross entropy in nats, mean of up to {found['seeds']} seeds (smallest to largest)."]
     about += [f"Unfinished: {', '.join(unfinished)}."] if unfinished else []
