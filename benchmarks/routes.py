@@ -137,7 +137,7 @@ def _section(found: Result) -> Section:
     first = found["runs"][BEGUN[0]]["chance"][0]
     text = (
         f"A causal rack of two blocks, the upper one with {first['of']} experts, swapped; 4 rows of 16 a step, "
-        f"{found['steps']} steps, means of {found['seeds']} seeds. Trained: ten times the steps before, in memory, then "
+        f"{found['steps']} steps, means of {found['seeds']} seeds. Trained: ten times the steps before, in memory, and "
         "these at a tenth of the rate. Foretold before the first step, reached and read in the mean of all steps; by "
         "seed: held-out loss less that of the order by chance."
     )

@@ -169,6 +169,8 @@ def _figures(event: Event) -> dict[str, float]:
     experts, terms = event.get("experts"), event.get("terms")
     for block, figures in experts.items() if isinstance(experts, dict) else ():
         values |= {f"experts_{block}/{name}": value for name, value in dict(figures).items()}
+    pieces = event.get("pieces")
+    values |= {f"pieces/{name}": value for name, value in pieces.items()} if isinstance(pieces, dict) else {}
     values |= {f"term/{name}": value for name, value in terms.items()} if isinstance(terms, dict) else {}
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 

@@ -142,7 +142,7 @@ def _foretell(context: StageContext, routes: Routes, *, swapped: bool) -> None:
         by_chance = statistics.fmean(of(row_order(replace(context, routes=None))))
     state = Estimate(context.config, job.vocab_size, context.stage, context.device.type).pieces_bytes
     read = round(reached * state / routes.pieces) if swapped and state else None
-    context.event("routes", first=counts[0], reached=reached, of=routes.pieces, by_chance=by_chance, bytes=read)
+    context.event("routes", step=0, first=counts[0], reached=reached, of=routes.pieces, by_chance=by_chance, bytes=read)
 
 
 def _written(context: StageContext, model: StageModel | None, past: _Asked) -> Hex:
