@@ -206,7 +206,7 @@ class _Way:
         from stackwise.data import PreparedData
         from stackwise.pipeline.parts import frozen_stage
         from stackwise.pipeline.rows import choose_samples
-        from stackwise.pipeline.worker.jobs import entering
+        from stackwise.pipeline.worker.boundaries import entering
         from stackwise.pipeline.worker.stores import Place, Stores
         from stackwise.pipeline.worker.training import StageContext
         from stackwise.training.feed import Feed

@@ -196,6 +196,7 @@ def _training(config: Settings) -> Iterator[Fault]:
     yield from _stages(config)
     yield from _growth(config)
     yield from _block_size(config)
+    yield from _row_groups(config)
     yield from _windows(config)
     yield from _mask_windows(config)
 
@@ -204,6 +205,20 @@ def _store(config: Settings) -> Iterator[Fault]:
     for name in re.findall(r"\{(.*?)\}", config.store.path or ""):
         if name not in ("rank", "host"):
             yield "store.path", f"{{{name}}} stands for nothing; {{rank}} is the number of a rank, {{host}} its host"
+
+
+def _row_groups(config: Settings) -> Iterator[Fault]:
+    settings = [config.stage_training(depth) for depth in range(config.n_stages)]
+    others = {
+        "continual": config.tasks_in_turn,
+        "meta": any(one.meta is not None for one in settings),
+        "curriculum": any(one.curriculum is not None for one in settings),
+        "routes": any(one.routes is not None for one in settings),
+        "objective": config.objective.rolls_out,
+    }
+    for key in others if (config.training.row_groups or 1) > 1 else ():
+        if others[key]:
+            yield "training.row_groups", f"training.{key} has an order of rows of its own: leave one of both out"
 
 
 def _curriculum(config: Settings, curriculum: Curriculum, depth: int) -> Iterator[str]:

@@ -386,6 +386,11 @@ class TrainingConfig(StageTraining):
     rows: PositiveInt | None = Field(
         None, description="rows (sample under a mask) of every boundary; null: what steps need, at most the corpus"
     )
+    row_groups: Small | None = Field(
+        None,
+        description="groups of rows, each with an order of its own; batches are of the groups in turn. With {rank} or "
+        "{host} in store.path each rank keeps the groups that its batches are of; null: one group, there 24",
+    )
     windows: AutoInt = Field(
         1,
         description="windows that the rows are trained in, one after the other through every stage, so that boundaries "

@@ -19,6 +19,7 @@ from stackwise.pipeline.device import check_free
 from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, WIDE, Estimate, committed_bytes, kind_of
 from stackwise.pipeline.plan import Plan, check_data
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, boundary_bytes, order_rows, stage_steps, whole_boundary
+from stackwise.pipeline.row_groups import GROUP_CHUNKS, disks, groups_of
 from stackwise.pipeline.rows import HELD_OUT, choose_samples, drawn_rows
 from stackwise.pipeline.schedule import Stage, schedule
 from stackwise.words import size as in_bytes
@@ -43,7 +44,10 @@ def below_memory(plan: Plan, stage: Stage) -> int:
     numbers = 4 * model.d_model + max(block.ffn.kept(block) for block in by_block)
     in_hand = max(1, 8192 // config.training.seq_len) * positions * numbers * size
     rows = plan.rowset(stage.rowset)[1]
-    shuffled = min(rows, 2 * SHUFFLED_CHUNKS * order_rows(config, rows)) * positions * model.d_model * size
+    groups = groups_of(config, stage.rowset)
+    windows, group_rows = (SHUFFLED_CHUNKS, rows) if groups == 1 else (GROUP_CHUNKS, -(-rows // groups))
+    windows *= max(1, groups // config.parallel.shares)  # as many as a rank has groups are open at once
+    shuffled = min(rows, 2 * windows * order_rows(config, group_rows)) * positions * model.d_model * size
     return WEIGHT_BYTES * weights + in_hand + shuffled
 
 
@@ -65,7 +69,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
     estimates = [Estimate(config, size, stage, kind_of(plan.device)) for stage in todo]
     # Rows in windows: those of one window, of the stages whose boundaries are stored.
     kept = [stage for stage in todo if stage.reads_boundary or plan.writes_above(stage)] if config.windows > 1 else todo
-    rows = max((plan.rowset(stage.rowset)[1] for stage in kept), default=0)
+    rows = -(-max((plan.rowset(stage.rowset)[1] for stage in kept), default=0) // disks(config))
     boundary, keep = boundary_bytes(config, rows), config.store.keep
     reading = sum(plan.stores(stage) for stage in {stage.depth: stage for stage in plan.stages}.values())
     # At a handoff two live at once: the one that is read, and the one that is written.

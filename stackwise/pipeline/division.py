@@ -13,6 +13,7 @@ from typing import Any
 from stackwise.config import StackWiseConfig
 from stackwise.config.schema import StageOverrides
 from stackwise.errors import UsageError
+from stackwise.pipeline import row_groups
 from stackwise.pipeline.schedule import schedule
 from stackwise.words import plural
 
@@ -32,7 +33,7 @@ def divide(config: StackWiseConfig, earlier: StackWiseConfig | None) -> list[str
     Raises:
         UsageError: The rows of a step do not divide; names the nearest number of ranks that does.
     """
-    parallel, lines = config.parallel, list[str]()
+    parallel, lines = config.parallel, row_groups.settle(config, earlier)
     ranks = parallel.shares * parallel.pipeline  # those with other blocks each want a microbatch at a time
     _check_blocks(config)
     config.parallel.divided |= config.parallel.divides or (earlier is not None and earlier.parallel.divided)

@@ -27,6 +27,7 @@ from stackwise.pipeline.recipe import (
     stage_span,
     trunk_id,
 )
+from stackwise.pipeline.row_groups import groups_of, put_groups
 from stackwise.pipeline.rows import HELD_OUT, check_tasks, drawn_rows, put_rows, rows_key, tasks_digest
 from stackwise.pipeline.schedule import FRONT, Stage, drawn_and_window, schedule, stage_below, window_rowset
 from stackwise.pipeline.teacher import Judge, judge_of, teacher_of
@@ -141,6 +142,7 @@ class Plan:
         self._score_model = rollouts.score_model(config, data)
         if self.teacher is not None:
             self.teacher.check(self.stages, data)
+        self._heads: dict[str, str] = {}
         self._judges: dict[int, Judge] = {}
         for stage in self.stages:  # its windows have the same
             judge = judge_of(config, stage, self.vocabulary.size, self.vocabulary.mask, data.id)
@@ -153,6 +155,15 @@ class Plan:
         """Id and rows of a rowset; it is put into the store where it is not there yet."""
         entry = self._rowset(number)
         return str(entry[0]), int(entry[1])
+
+    def head_rowset(self, number: int) -> str:
+        """The rowset that the boundaries of a rowset are found by: its first group's (`row_groups.py`), or itself."""
+        rowset, groups = self.rowset(number)[0], groups_of(self.config, number)
+        if groups == 1:
+            return rowset
+        if rowset not in self._heads or not self._stored(self._heads[rowset]):
+            self._heads[rowset] = put_groups(self.store, rowset, groups)[0]
+        return self._heads[rowset]
 
     def span(self, stage: Stage) -> Span:
         """The steps of a stage in its window. Raises UsageError: there is none."""
@@ -230,7 +241,7 @@ class Plan:
         if trunk is None:
             return None
         number = stage.rowset if rowset is None else rowset
-        info = self.store.find(trunk=trunk, rowset=self.rowset(number)[0], codec=codec_name(self.config.store))
+        info = self.store.find(trunk=trunk, rowset=self.head_rowset(number), codec=codec_name(self.config.store))
         return info if info is not None and info.state == "complete" else None
 
     def nearest(self, stage: Stage, versions: Versions) -> BoundaryInfo | None:

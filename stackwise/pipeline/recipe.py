@@ -154,6 +154,8 @@ def stage_settings(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
         values["distillation"] = distillation.model_dump(include={"match", "task_weight", "temperature"})
     if rates:
         values["block_learning_rates"] = rates
+    if (training.row_groups or 1) > 1:  # the order
+        values["row_groups"] = training.row_groups
     if settings.divergence.goes_back:  # what a rollback goes back to
         values["checkpoint_steps"] = training.checkpoint_steps
     if config.parallel.divides or config.parallel.divided:  # sums in any order, at any number of ranks

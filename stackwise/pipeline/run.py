@@ -219,7 +219,7 @@ class RunDirectory:
             path, most = store["path"], store["max_bytes"]
             plain = path is None or (isinstance(path, str) and path and not has_control(path))
             if plain and (most is None or type(most) is int):
-                return self.path / "store" if path is None else expanded(path), most
+                return self.path / "store" if path is None else store_place(path), most
         config = self.config()
         return self.store_path(config), config.store.max_bytes
 

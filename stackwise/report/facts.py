@@ -265,7 +265,7 @@ def collect(run: RunDirectory) -> Facts:
     with contextlib.suppress(StackWiseError, OSError):  # a report can do without its store
         with ActivationStore(run.store_path(config), create=False) as store:
             listed = set(manifest.get("boundaries", []))  # a store may be shared with other runs
-            present = [info for info in store.boundaries() if info.id in listed]
+            present = [info for info in store.boundaries() if info.head in listed]
             usage = store.usage()
             for stage in stages:
                 if stage.recipe is not None and stage.state == "done":
@@ -322,8 +322,19 @@ def _add_training(stage: StageFacts, committed: CommittedStage | None, curve: Cu
 
 def _boundaries(present: list[BoundaryInfo], history: History, config: StackWiseConfig) -> list[BoundaryFacts]:
     """The boundaries that are there; and at depths where none is, the last of those that the log alone knows."""
+    whole = dict[str, list[BoundaryInfo]]()
+    for info in present:  # rows in groups are one boundary
+        whole.setdefault(info.head, []).append(info)
     there = [
-        BoundaryFacts(info.id, info.depth, info.disk_bytes, info.state, info.codec, info.shape) for info in present
+        BoundaryFacts(
+            head,
+            infos[0].depth,
+            sum(info.disk_bytes for info in infos),
+            next((info.state for info in infos if info.id == head), "writing"),
+            infos[0].codec,
+            (sum(info.rows for info in infos), *infos[0].shape[1:]),
+        )
+        for head, infos in whole.items()
     ]
     ids, depths = {facts.id for facts in there}, {facts.depth for facts in there}
     gone = {

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stackwise.store.codecs import codec_names as codec_names
     from stackwise.store.codecs import default_chunk_rows as default_chunk_rows
     from stackwise.store.dataset import BoundaryDataset as BoundaryDataset
+    from stackwise.store.order import GroupedOrder as GroupedOrder
     from stackwise.store.order import Prefetcher as Prefetcher
     from stackwise.store.order import RowOrder as RowOrder
     from stackwise.store.reader import BoundaryReader as BoundaryReader
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
     from stackwise.store.records import BoundarySpec as BoundarySpec
     from stackwise.store.records import boundary_id_of as boundary_id_of
     from stackwise.store.repair import repair_store as repair_store
+    from stackwise.store.reshard import Reshard as Reshard
+    from stackwise.store.reshard import complete as complete
+    from stackwise.store.reshard import copy_boundary as copy_boundary
+    from stackwise.store.reshard import nearest as nearest
+    from stackwise.store.reshard import sibling_stores as sibling_stores
+    from stackwise.store.reshard import spec_of as spec_of
     from stackwise.store.rows import Rowset as Rowset
     from stackwise.store.rows import rowset_id_of as rowset_id_of
     from stackwise.store.stages import CommittedStage as CommittedStage
@@ -39,10 +46,11 @@ _HOMES = {
     "stackwise.store.chunks": ["ChunkDamage"],
     "stackwise.store.codecs": ["Codec", "codec_named", "codec_names", "default_chunk_rows"],
     "stackwise.store.dataset": ["BoundaryDataset"],
-    "stackwise.store.order": ["Prefetcher", "RowOrder"],
+    "stackwise.store.order": ["GroupedOrder", "Prefetcher", "RowOrder"],
     "stackwise.store.reader": ["BoundaryReader"],
     "stackwise.store.records": ["BoundaryInfo", "BoundarySpec", "boundary_id_of"],
     "stackwise.store.repair": ["repair_store"],
+    "stackwise.store.reshard": ["Reshard", "complete", "copy_boundary", "nearest", "sibling_stores", "spec_of"],
     "stackwise.store.rows": ["Rowset", "rowset_id_of"],
     "stackwise.store.stages": ["CommittedStage", "PartFile"],
     "stackwise.store.store": ["ActivationStore"],

@@ -192,6 +192,9 @@ class Boundaries:
     def remove(self, boundary_id: Hex, *, evict: bool = False) -> int:
         """Remove a boundary: first from the index, then its files; returns the bytes freed.
 
+        Where rows are stored in groups, removing the first group removes the others: after it, so that what is left by
+        a kill has no head, and is written again or collected.
+
         Args:
             boundary_id: Its id.
             evict: Remember it, so that `ensure` can recompute it.
@@ -200,6 +203,12 @@ class Boundaries:
             BusyError: It is being read or written.
             NotFound: It is not in the store.
         """
+        members = [info.id for info in self.all() if info.head == boundary_id != info.id]
+        freed = self.remove_one(boundary_id, evict=evict)
+        return freed + sum(self._removed(member, evict=evict) or 0 for member in members)
+
+    def remove_one(self, boundary_id: Hex, *, evict: bool = False) -> int:
+        """As `remove`, of the first of several groups that group alone."""
         key = bytes.fromhex(checked_id(boundary_id, "boundary"))
         # Alone: a reader has its files open, and would read what is being removed.
         lease = self._lease(boundary_id, alone=True)
@@ -240,7 +249,8 @@ class Boundaries:
         count: object = 0 if keep == "none" else keep
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             raise UsageError(f"keep is a number from 0 on, `all` or `none`, not {keep!r}")
-        infos = {info.id: info for info in sorted(self.all(), key=lambda info: (info.created, info.depth))}
+        every = [info for info in self.all() if info.head == info.id]  # of rows in groups all go with the first
+        infos = {info.id: info for info in sorted(every, key=lambda info: (info.created, info.depth))}
         candidates = [name for name in (infos if boundaries is None else boundaries) if name in infos]
         # Before they are counted: what is protected is not one of those that are kept.
         candidates = [name for name in candidates if name not in protect]
@@ -264,18 +274,20 @@ class Boundaries:
         """
         infos, allowed = self.all(), max(0, max_bytes - need)
         left = sum(info.stored_bytes for info in infos)
-        evicted, freed = [], 0
+        evicted, freed, of_head = [], 0, dict[Hex, int]()
+        for info in infos:  # rows in groups go together
+            of_head[info.head] = of_head.get(info.head, 0) + info.stored_bytes
         # Of equals the oldest goes first.
         for info in sorted(infos, key=lambda info: (info.cost / max(1, info.stored_bytes), info.created, info.id)):
             if left <= allowed:
                 break
             # One that is in use stays, and the next cheapest goes in its place.
-            if info.id in protect or (size := self._removed(info.id, evict=True)) is None:
+            if info.head != info.id or info.id in protect or (size := self._removed(info.id, evict=True)) is None:
                 continue
             evicted.append(info.id)
             freed += size
             # As it was counted above; what the files took may differ by their holes.
-            left -= info.stored_bytes
+            left -= of_head[info.id]
         return {"evicted": evicted, "freed": freed, "bytes": left, "fits": left <= allowed}
 
     def ensure(

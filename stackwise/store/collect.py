@@ -60,7 +60,7 @@ class Collector:
         # By what runs say that they need: a boundary says nothing of who reads it.
         kept = {boundary for run in runs.values() for boundary in run["boundaries"]}
         needed = {recipe for run in runs.values() for recipe in run["recipes"]}
-        doomed = [info for info in boundaries if info.id not in kept]
+        doomed = [info for info in boundaries if not kept & {info.id, info.head}]
         old = [recipe for recipe in recipes if recipe not in needed]
         total = len(doomed) + len(old) + 1
         for done, info in enumerate(doomed, 1):

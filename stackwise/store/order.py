@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -136,6 +136,25 @@ class RowOrder:
             )
             self._epoch = (epoch, chunks, ends[last])
         return self._epoch[1], self._epoch[2]
+
+
+class GroupedOrder:
+    """An endless sequence of batches from groups of rows: number b is of group b modulo their number, in its order.
+
+    Whoever takes every n-th batch, where n divides the number of groups, needs the rows of every n-th group alone.
+
+    Args:
+        orders: Of each group, over its rows numbered from 0.
+        edges: Where the groups begin among all rows, and where the last one ends.
+    """
+
+    def __init__(self, orders: Sequence[RowOrder], edges: Sequence[int]) -> None:
+        self.orders, self.edges, self.rows = orders, edges, edges[-1]
+
+    def batch(self, number: int, size: int) -> Rows:
+        """Rows int64 [size] of a batch."""
+        turn, group = divmod(number, len(self.orders))
+        return self.edges[group] + self.orders[group].batch(turn, size)
 
 
 def _permutation(count: int, *parts: int | str) -> Rows:

@@ -78,6 +78,12 @@ class BoundaryInfo(BoundarySpec):
         return (self.rows, self.seq_len, self.d_model)
 
     @property
+    def head(self) -> Hex:
+        """The boundary that it goes with: itself, or of rows that are stored in groups that of the first group."""
+        head = self.attributes.get("head")
+        return head if isinstance(head, str) and is_hex_id(head) else self.id
+
+    @property
     def dtype(self) -> str:
         """The torch dtype that reading gives, such as `bfloat16`."""
         return self.codec_object.decoded

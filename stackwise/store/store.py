@@ -112,7 +112,8 @@ class ActivationStore:
         self.lookup, self.ensure = self._boundaries.lookup, self._boundaries.ensure
         self.boundaries, self.boundary = self._boundaries.all, self._boundaries.get
         self.has, self.find, self.evicted = self._boundaries.has, self._boundaries.find, self._boundaries.evicted
-        self.drop, self.retain = self._boundaries.remove, self._boundaries.retain
+        self.drop, self.drop_one = self._boundaries.remove, self._boundaries.remove_one
+        self.retain = self._boundaries.retain
         self.enforce_quota = self._boundaries.enforce_quota
         self.commit_stage, self.stage, self.stages = self._stages.commit, self._stages.get, self._stages.names
         self.prune_stage, self.drop_stage = self._stages.prune, self._stages.drop

@@ -279,6 +279,8 @@ class BoundaryWriter:
         self._publisher = Publisher(index, files, info)
         self.share = (0, 1)
         """(k, n): of every n chunks it writes the k-th alone, as one of n processes do that together."""
+        self.completes = True
+        """Whether `finish` makes the boundary complete; False: somebody does it later, as others still write."""
         self._background: _Background | None = None
         self._began, self._lacked = time.monotonic(), info.chunks - info.published
 
@@ -384,7 +386,7 @@ class BoundaryWriter:
         info, missing = self.info, self.missing
         if missing:
             raise UsageError(f"boundary {info.id} lacks {len(missing)} of its {info.chunks} chunks")
-        if info.state == "complete" or self.share[1] > 1:
+        if info.state == "complete" or self.share[1] > 1 or not self.completes:
             return info
         # What this writer did not write is taken to have cost as much a chunk.
         measured = (time.monotonic() - self._began) * info.chunks / max(1, self._lacked) if cost is None else cost

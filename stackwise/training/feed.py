@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -17,11 +17,14 @@ from torch import Tensor
 
 from stackwise.batch import ACTIVATIONS, MASKS, SEGMENTS, TOKENS, Batch
 from stackwise.host import host_memory
-from stackwise.store import ActivationStore, BoundaryReader, Prefetcher, RowOrder, Rowset
+from stackwise.store import ActivationStore, BoundaryReader, GroupedOrder, Prefetcher, RowOrder, Rowset
 from stackwise.training.pinned import Warn, pinned
 from stackwise.training.tasks import Tasks
 
 MOST_AHEAD, AHEAD_SHARE = 128, 0.05  # batches that lie ready at most; the share of the free memory that they may take
+
+
+Order = RowOrder | GroupedOrder
 
 
 class Samples(Protocol):
@@ -57,11 +60,13 @@ class RowSource:
     Args:
         stream: Endless batches in an order, each with its rows, of so many rows, from a batch number on, every so
             many-th; None: they are read one by one.
+        groups: Of rows in groups, each group's by itself (`groups.py`); None: it is not here.
     """
 
     digest: str  # the content that it reads; a stage's recipe names it
     read: Callable[[np.ndarray], Tensor]  # from row numbers [n] to a tensor on the CPU whose first dimension is n
-    stream: Callable[[RowOrder, int, int, int], Iterator[tuple[np.ndarray, Tensor]]] | None = None
+    stream: Callable[[Any, int, int, int], Iterator[tuple[np.ndarray, Tensor]]] | None = None
+    groups: tuple[RowSource | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class Feed:
         read = {name: source.read(rows_B) for name, source in self.sources.items() if name not in known}
         return Batch(rows_B, self.rowset.sample_ids[rows_B], read | known)
 
-    def shuffled(self, order: RowOrder, batch_size: int, start: int, every: int = 1) -> Iterator[Batch]:
+    def shuffled(self, order: Order, batch_size: int, start: int, every: int = 1) -> Iterator[Batch]:
         """Endless batches in `order`, from batch number `start` on; `every`: each so-many-th alone."""
         activations, number = self.activations, start
         streamed: Iterator[tuple[np.ndarray, Tensor | None]] = iter(())

@@ -116,11 +116,13 @@ class Ranks(Protocol):
     def every(self, true: bool) -> bool:
         """Whether it is true on all ranks."""
 
-    def shared(self, value: Any) -> Any:
-        """The main rank's value, which is made of what JSON can say."""
+    def shared(self, value: Any, root: int = 0) -> Any:
+        """The value of the main rank, or of another one, which is made of what JSON can say."""
 
-    def shared_tensors(self, tensors: Mapping[str, Tensor] | None, keep: Keep = lambda _, t: t) -> Mapping[str, Tensor]:
-        """The main rank's tensors, on the CPU; the others give None.
+    def shared_tensors(
+        self, tensors: Mapping[str, Tensor] | None, keep: Keep = lambda _, t: t, root: int = 0
+    ) -> Mapping[str, Tensor]:
+        """The tensors of the main rank, or of another one, on the CPU; the others give None.
 
         Args:
             keep: What a rank keeps of one, by its name; one after another, so that only what is kept adds up.
@@ -165,11 +167,13 @@ class SingleProcess:
         """See `Ranks`."""
         return true
 
-    def shared(self, value: Any) -> Any:
+    def shared(self, value: Any, root: int = 0) -> Any:
         """See `Ranks`."""
         return value
 
-    def shared_tensors(self, tensors: Mapping[str, Tensor] | None, keep: Keep = lambda _, t: t) -> Mapping[str, Tensor]:
+    def shared_tensors(
+        self, tensors: Mapping[str, Tensor] | None, keep: Keep = lambda _, t: t, root: int = 0
+    ) -> Mapping[str, Tensor]:
         """See `Ranks`."""
         assert tensors is not None, "the only rank is the main one"
         return tensors
@@ -256,24 +260,27 @@ class RankGroup:
         self.timed(self.communicator.all_reduce, flag, "min")
         return bool(flag)
 
-    def shared(self, value: Any) -> Any:
+    def shared(self, value: Any, root: int = 0) -> Any:
         """See `Ranks`."""
-        raw = json.dumps(value).encode() if self.main else b""
+        gives = self.rank == root
+        raw = json.dumps(value).encode() if gives else b""
         length = torch.tensor([len(raw)])
-        self.timed(self.communicator.broadcast, length)
-        data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if self.main else torch.empty(int(length)).byte()
-        self.timed(self.communicator.broadcast, data)
+        self.timed(self.communicator.broadcast, length, root)
+        data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if gives else torch.empty(int(length)).byte()
+        self.timed(self.communicator.broadcast, data, root)
         return json.loads(data.numpy().tobytes())
 
-    def shared_tensors(self, tensors: Mapping[str, Tensor] | None, keep: Keep = lambda _, t: t) -> Mapping[str, Tensor]:
+    def shared_tensors(
+        self, tensors: Mapping[str, Tensor] | None, keep: Keep = lambda _, t: t, root: int = 0
+    ) -> Mapping[str, Tensor]:
         """See `Ranks`."""
         kept: dict[str, Tensor] = {}
         about = {
             name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in outlined(tensors or {}).items()
         }
-        for name, (shape, dtype) in self.shared(about).items():
+        for name, (shape, dtype) in self.shared(about, root).items():
             tensor = tensors[name].cpu().contiguous() if tensors else torch.empty(shape, dtype=getattr(torch, dtype))
-            self.timed(self.communicator.broadcast, tensor.reshape(-1).view(torch.uint8))
+            self.timed(self.communicator.broadcast, tensor.reshape(-1).view(torch.uint8), root)
             if (mine := keep(name, tensor)) is not None:
                 kept[name] = mine
         return kept

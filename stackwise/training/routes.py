@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stackwise.store import RowOrder
 from stackwise.store.order import Rows
+from stackwise.training.feed import Order
 
 Reached = npt.NDArray[np.bool_]
 FORETOLD_ROWS = 1 << 14
@@ -56,7 +57,7 @@ class Routes:
     reached: Callable[[Rows], Reached]  # from row numbers [n] to which of R pieces each reaches, [n, R]
     pieces: int  # R
 
-    def of_steps(self, order: RowOrder, first: int, steps: int, step_rows: int) -> list[int]:
+    def of_steps(self, order: Order, first: int, steps: int, step_rows: int) -> list[int]:
         """Pieces that the rows of each of some steps of an order reach together, from step `first` on."""
         steps = max(1, min(steps, FORETOLD_ROWS // step_rows))
         return [int(self.reached(order.batch(first + step, step_rows)).any(0).sum()) for step in range(steps)]

@@ -56,10 +56,12 @@ def network() -> Iterator[None]:
         without_network()
 
 
-def started(config: Path, directory: Path, meeting: int, *more: str) -> list[subprocess.Popen[str]]:
+def started(
+    config: Path, directory: Path, meeting: int, *more: str, hosts: tuple[str, ...] = HOSTS
+) -> list[subprocess.Popen[str]]:
     """The same command on each host, as srun gives it."""
     ranks = []
-    for rank, host in enumerate(HOSTS):
+    for rank, host in enumerate(hosts):
         numbers = {"PROCID": rank, "STEP_NUM_TASKS": 3, "LOCALID": 0, "STEP_ID": 0, "STEP_NUM_NODES": 3, "JOB_ID": 7}
         # A template that hosts shared would fork all workers on the first of them.
         here = {key: value for key, value in os.environ.items() if key != "STACKWISE_TEMPLATES"}
@@ -133,9 +135,23 @@ def test_hosts_with_stores_of_their_own_and_a_link_that_is_slow_and_drops(
     assert [rank.returncode for rank in ranks] == [0, 0, 0], said
     state = status(RunDirectory(directory))
     assert (state["state"], state["ranks"]) == ("done", 3)
-    run(micro(**SETTINGS, **steps), tmp_path / "alone")
+    grouped = {"training__row_groups": 24}
+    run(micro(**SETTINGS, **steps, **grouped), tmp_path / "alone")
     assert weights(directory) == weights(tmp_path / "alone")
+    # Two hosts change places: each has the rows that the other is to have, and they come over the wire.
+    ranks = started(path, directory, 29743, "-o", "stages.1.training.steps=20", hosts=(HOSTS[0], HOSTS[2], HOSTS[1]))
+    said = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0], said
+    assert "lacks rows" not in (directory / "events.jsonl").read_text()
+    run(micro(**SETTINGS, **steps, **grouped, stages={1: {"training": {"steps": 20}}}), tmp_path / "alone")
+    assert weights(directory) == weights(tmp_path / "alone")
+    kept: list[set[str]] = []
     for host in HOSTS:
         with ActivationStore(tmp_path / "stores" / host, create=False) as store:
             assert store.verify()["damaged"] == []
+            kept.append({info.id for info in store.boundaries()})
             assert all(store.stage(stage.recipe) for stage in committed(tmp_path / "alone"))
+    with ActivationStore(tmp_path / "alone" / "store", create=False) as store:
+        whole = {info.id for info in store.boundaries()}
+    everywhere = set.intersection(*kept)  # of held-out rows
+    assert sorted(name for names in kept for name in names - everywhere) == sorted(whole - everywhere)

@@ -176,8 +176,9 @@ def test_what_ranks_cannot_do_is_refused_before_anything_is_written(why: str, tm
 
 
 def test_every_rank_has_a_store_of_its_own(micro: Micro, alone: Path, tmp_path: Path) -> None:
-    """The same artefacts in each; one that is lost comes back over the wire, boundaries and weights."""
-    config = micro(**SETTINGS, parallel__data=2, store__path=str(tmp_path / "stores" / "{rank}"))
+    """With all rows: the same artefacts in each; one that is lost comes back over the wire, boundaries and weights."""
+    own = {"store__path": str(tmp_path / "stores" / "{rank}"), "training__row_groups": 1}
+    config = micro(**SETTINGS, parallel__data=2, **own)
     run(config, tmp_path / "run", only=0)
     shutil.rmtree(tmp_path / "stores" / "1")
     run(config, tmp_path / "run")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +13,7 @@ import click
 from stackwise import words
 from stackwise.cli.app import Subcommands
 from stackwise.cli.drawing import Table, progress, state
-from stackwise.cli.options import as_json, find_run, run_option
+from stackwise.cli.options import COUNT, as_json, find_run, run_option
 from stackwise.cli.output import Line, Styled, note, print_json, say, say_all
 from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.files import expanded
@@ -52,7 +52,7 @@ def store_path(run: str | None, store: str | None) -> Path:
     return path
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(run: str | None, store: str | None) -> Iterator[ActivationStore]:
     """The store, open.
 
@@ -298,6 +298,40 @@ def gc(
 
 @cache.command()
 @where
+@click.option("--ranks", type=COUNT, required=True, metavar="N", help="How many ranks are to keep the rows.")
+def reshard(run: str | None, store: str | None, as_json: bool, ranks: int) -> None:
+    """Move the rows in stores of ranks (store.path with {rank}) to so many ranks.
+
+    Rank r of N keeps every N-th group of rows (training.row_groups). What a rank lacks is copied and checked, then what
+    others have of it is dropped: interrupted at any moment, the same command goes on. `stackwise run` does the same, as
+    far as it reads them, when it finds another number of ranks. --store 'DIR/{rank}' names the stores.
+    """
+    from stackwise.store import Reshard
+
+    if run is not None and store is not None:
+        raise UsageError("--run and --store both name stores; give one")
+    with contextlib.ExitStack() as stack:
+        if store is None:
+            directory = find_run(run)
+            path = directory.config().store.path or str(directory.path / "store")
+            stack.enter_context(directory.lock())
+        else:
+            path = store
+        with progress("moving") as on_progress:
+            report = Reshard(str(expanded(path).absolute()), ranks).run(on_progress)
+    if as_json:
+        print_json(report)
+        return
+    shown = Table("rank", "store", "boundaries", right=(0, 2))
+    for rank, place in report["stores"].items():
+        shown.add_row(str(rank), place["path"], words.size(place["bytes"]))
+    say_all(shown.lines())
+    moved = words.plural(report["moved"], "group")
+    say(f"{moved} of rows moved, {words.size(report['bytes'])}; {report['dropped']:,} dropped where they were")
+
+
+@cache.command()
+@where
 def unlock(run: str | None, store: str | None, as_json: bool) -> None:
     """Free what dead processes left. A living holder's locks stay, and are named."""
     with opened(run, store) as opened_store:
@@ -359,7 +393,10 @@ def _next_boundary(
             trunk = trunk_id(
                 forward, [str(versions[part].digest) for part in stage.trunk], stage.precisions(stage.trunk)
             )
-            written = store.find(trunk=trunk, rowset=rowset, codec=codec_name(config.store))
+            if (config.training.row_groups or 1) > 1:  # the first group, which is complete last
+                written = next((one for one in store.boundaries() if one.trunk == trunk and one.head == one.id), None)
+            else:
+                written = store.find(trunk=trunk, rowset=rowset, codec=codec_name(config.store))
         if written is not None and written.state == "complete":
             continue
         begun = written.disk_bytes if written is not None else 0

@@ -29,6 +29,7 @@ from stackwise.pipeline.device import resolve_device
 from stackwise.pipeline.initial import Adapted, open_weights, with_checkpoint
 from stackwise.pipeline.parts import load_part
 from stackwise.pipeline.recipe import forward_specification, trunk_id
+from stackwise.pipeline.row_groups import edges
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import ADAPTER, HEAD, Stage
@@ -36,6 +37,7 @@ from stackwise.pretrained import Checkpoint
 from stackwise.pretrained.adapters import is_adapter
 from stackwise.pretrained.writing import Exported, ExportOptions, export, export_adapters, export_checkpoint
 from stackwise.store import ActivationStore, BoundaryInfo, Recompute
+from stackwise.store.reshard import group_of
 from stackwise.training.forward import forward_rows
 
 
@@ -280,9 +282,20 @@ def _samples(rack: CommittedRack, store: ActivationStore, info: BoundaryInfo) ->
     sample_ids = store.rowset(info.rowset).sample_ids
     for number in sorted({stage.rowset for stage in rack.stages}):
         samples_R = choose_samples(rack.config, split, number)
-        if len(samples_R) == len(sample_ids) and (split.sample_ids(seq_len)[samples_R] == sample_ids).all():
-            return samples_R
+        first, last = _span(info, len(samples_R))
+        of_rows = samples_R[first:last]
+        if len(of_rows) == len(sample_ids) and (split.sample_ids(seq_len)[of_rows] == sample_ids).all():
+            return of_rows
     raise NotFound(f"boundary {info.id} is of other rows than this run's")
+
+
+def _span(info: BoundaryInfo, rows: int) -> tuple[int, int]:
+    """Which of so many rows a boundary has: all, or those of its group."""
+    group = group_of(info)
+    if group is None or rows < group[1]:
+        return 0, rows
+    starts = edges(rows, group[1])
+    return starts[group[0]], starts[group[0] + 1]
 
 
 @torch.no_grad()

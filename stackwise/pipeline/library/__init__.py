@@ -45,7 +45,7 @@ from stackwise.pipeline.recipe import (
 from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.pipeline.run import recent_loss
 from stackwise.pipeline.schedule import HEAD, Stage, schedule
-from stackwise.pipeline.worker.jobs import write_above
+from stackwise.pipeline.worker.boundaries import write_above
 from stackwise.pipeline.worker.stores import Place, Stores
 from stackwise.pipeline.worker.training import StageContext, train_stage
 from stackwise.store import ActivationStore

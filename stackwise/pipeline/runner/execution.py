@@ -16,6 +16,7 @@ from stackwise.pipeline.decisions import REUSED, Decision, RunPreview, decide
 from stackwise.pipeline.job import Versions, with_parts
 from stackwise.pipeline.plan import Entry, Plan
 from stackwise.pipeline.recipe import boundary_bytes, codec_name, whole_boundary
+from stackwise.pipeline.row_groups import disks
 from stackwise.pipeline.rows import HELD_OUT
 from stackwise.pipeline.run import RunDirectory, held_by_live_process
 from stackwise.pipeline.runner.manifest import RunContext
@@ -278,15 +279,19 @@ class Boundaries:
         trunk = self._plan.trunk(stage, versions)
         if entry.fills and trunk is not None:
             codec = codec_name(self._plan.config.store)
-            filled = self._plan.store.find(trunk=trunk, rowset=self._plan.rowset(stage.rowset)[0], codec=codec)
+            filled = self._plan.store.find(trunk=trunk, rowset=self._plan.head_rowset(stage.rowset), codec=codec)
             at_hand += [filled.id] if filled is not None else []
-        damaged = [boundary for boundary in at_hand if boundary in error.message] or at_hand
-        if not damaged:
+        # Of rows in groups a group alone may be damaged; the first says that the others are there, so it goes too.
+        groups = {info.id: info.head for info in self._plan.store.boundaries() if info.head in at_hand}
+        damaged = [boundary for boundary in groups if boundary in error.message]
+        heads = list(dict.fromkeys(groups[boundary] for boundary in damaged)) or at_hand
+        if not heads:
             raise error
-        for boundary in damaged:
-            depth = self._plan.store.boundary(boundary).depth
+        for head in heads:
+            depth = self._plan.store.boundary(head).depth
             self._emit("warning", stage=stage.place, text=f"{error.message}: boundary {depth} is made again")
-            self._plan.store.drop(boundary)
+        for boundary in dict.fromkeys((*heads, *damaged)):
+            self._plan.store.drop_one(boundary)
 
     def retain(self, stage: Stage, versions: Versions) -> None:
         """Drop the boundaries that `store.keep` does not keep, once nothing in this run reads or writes them."""
@@ -311,7 +316,7 @@ class Boundaries:
         mine = [
             info
             for info in self._plan.store.boundaries()
-            if info.id in self._manifest.boundaries
+            if info.id in self._manifest.boundaries  # of rows in groups the first: the others go with it
             and (window_done or info.depth <= stage.depth + 1)
             and info.id not in others
         ]
@@ -329,8 +334,10 @@ class Boundaries:
         if limit is None:
             return
         present = self._plan.store.boundaries()
-        begun = [info for info in present if info.state != "complete"]
+        states = {info.id: info.state for info in present}
+        begun = [info for info in present if states.get(info.head) != "complete"]
         config, rows = self._plan.config, self._plan.rowset(stage.rowset)[1]
+        rows = -(-rows // disks(config))
         whole = boundary_bytes(config, rows) if config.windows == 1 else whole_boundary(config, rows)
         need = max(0, whole - sum(info.disk_bytes for info in begun))
         protect = [info.id for info in begun] + ([reads] if reads is not None else [])

@@ -26,9 +26,10 @@ from stackwise.pipeline.parts import parts_of, set_spans, stage_model
 from stackwise.pipeline.schedule import HEAD, block_number
 from stackwise.pipeline.worker.anchoring import anchor_part
 from stackwise.pipeline.worker.job_parts import JobParts
-from stackwise.store import RowOrder
+from stackwise.pipeline.worker.order import row_order
 from stackwise.training.checkpoint import UNREADABLE, TensorFile
 from stackwise.training.engine import Engine, ResidentEngine
+from stackwise.training.feed import Order
 from stackwise.training.optim import Rising
 from stackwise.training.stage import StageModel
 from stackwise.training.swap import SwappedEngine, SwapSpace
@@ -82,8 +83,6 @@ def resident(context: StageContext, model: StageModel) -> ResidentEngine:
     for part, module in parts.items():
         anchor_part(context.job, context.config, part, module)
     if any(unmeasured(module) for module in parts.values()):
-        from stackwise.pipeline.worker.training import row_order
-
         spans = measured_spans(context, partial(row_order, context))
         for part, module in parts.items():
             set_spans(module, part, spans)
@@ -129,8 +128,6 @@ def _divided(context: StageContext) -> ResidentEngine:
 
 
 def _parts(context: StageContext) -> JobParts:
-    from stackwise.pipeline.worker.training import row_order
-
     job, config = context.job, context.config
     spans = measured_spans(context, partial(row_order, context))
     return JobParts(job, config, job.initial, spans, partial(anchor_part, job, config))
@@ -157,7 +154,7 @@ def unmeasured(module: nn.Module) -> dict[str, QuantizedLinear]:
     return {path: layer for path, layer in layers.items() if layer.span is not None and not layer.span.any()}
 
 
-def measured_spans(context: StageContext, order: Callable[[], RowOrder]) -> dict[str, Tensor]:
+def measured_spans(context: StageContext, order: Callable[[], Order]) -> dict[str, Tensor]:
     """The ranges of a stage's layers that were not measured in an earlier stage: [2] each, "block.3/attention.q".
 
     One part is in memory at a time, whatever engine trains the stage, so that all engines train with the same ranges.

@@ -99,6 +99,10 @@ class ForkedWorker:
                 return self.returncode
             except ConnectionResetError:
                 message, descriptors = b"", []
+            except OSError:
+                if self._control.fileno() >= 0:
+                    raise
+                return self.returncode  # another thread has seen its end, and let go of it
             kind, _, number = message.decode().partition(" ")
             if kind == "pid":
                 self._itself, self.pid = descriptors[0], int(number)

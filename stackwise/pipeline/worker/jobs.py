@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from stackwise.batch import SEGMENTS, TASKS
 from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
 from stackwise.durable import FileLock
-from stackwise.errors import InterruptedRun, UsageError
+from stackwise.errors import InterruptedRun, StackWiseError, UsageError
 from stackwise.host import host_total
 from stackwise.model import part_digest
 from stackwise.pipeline.committed.generate import generate
@@ -29,19 +28,17 @@ from stackwise.pipeline.device import describe, make_deterministic
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.parts import committed_sources, frozen_stage, objective_of, part_state, parts_of, stage_model
-from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
 from stackwise.pipeline.rows import HELD_OUT, choose_samples
-from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.run import RunDirectory, store_place
 from stackwise.pipeline.worker.adaptive import fuse_adaptively
+from stackwise.pipeline.worker.boundaries import entering, stored_activations, write_above
 from stackwise.pipeline.worker.engines import engine_of
 from stackwise.pipeline.worker.job_parts import JobParts
 from stackwise.pipeline.worker.past import beside_past
-from stackwise.pipeline.worker.replayed import replayed_rows
 from stackwise.pipeline.worker.rollouts import with_rollout
 from stackwise.pipeline.worker.stores import Stores, place_of
 from stackwise.pipeline.worker.teaching import beside_teacher
 from stackwise.pipeline.worker.training import (
-    RESUME,
     Emit,
     StageContext,
     Stop,
@@ -49,9 +46,9 @@ from stackwise.pipeline.worker.training import (
     train_stage,
 )
 from stackwise.pretrained.writing import ExportOptions
-from stackwise.store import ActivationStore, BoundaryReader, BoundaryWriter, codec_named
+from stackwise.store import ActivationStore, ChunkDamage
 from stackwise.training.feed import Feed, RowSource
-from stackwise.training.forward import FilledBoundary, Known, MakeOutputs, write_boundary
+from stackwise.training.forward import MakeOutputs
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_outputs import grouped_outputs
@@ -71,7 +68,19 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, ranks
         DamageError: Something that the stage reads is not what it was.
         NoSpaceError: The disk is full; everything published stays.
     """
-    config, ranks = job.settings, ranks or SingleProcess()
+    try:
+        _run_stage(job, emit, stop, device, ranks or SingleProcess())
+    except ChunkDamage as damage:
+        # A group of rows that this rank alone keeps: the runner, which has it made again, cannot see its store.
+        path = store_place(job.settings.store.path or job.store, ranks.rank if ranks is not None else 0)
+        with contextlib.suppress(StackWiseError), ActivationStore(path, create=False) as store:
+            if store.boundary(damage.boundary).head != damage.boundary:
+                store.drop_one(damage.boundary)
+        raise
+
+
+def _run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, ranks: Ranks) -> None:
+    config = job.settings
     if config.deterministic and device.type == "cuda":
         make_deterministic()
     with contextlib.ExitStack() as stack:
@@ -83,7 +92,8 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, ranks
         _compare_data(job, ranks)
         stores = Stores(store, place, ranks)
         job = stores.level(job, config)
-        reader = stack.enter_context(store.reader(job.reads)) if job.reads else None
+        groups = stores.groups(job, config)
+        entering_it = stored_activations(stack, stores, groups, job.reads)
         context = StageContext(
             job,
             config,
@@ -91,12 +101,13 @@ def run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, ranks
             device,
             emit,
             stop,
-            _feed(job, config, store, reader, job.rowset_number),
+            _feed(job, config, store, entering_it, job.rowset_number),
+            groups=groups,
             ranks=ranks,
             stores=stores,
         )
         if job.held_out is not None:
-            entering_it = stack.enter_context(store.reader(job.held_out_reads)) if job.held_out_reads else None
+            entering_it = stored_activations(stack, stores, None, job.held_out_reads)
             context = replace(context, held_out=_feed(job, config, store, entering_it, HELD_OUT))
         context = stack.enter_context(beside_teacher(context))
         context = stack.enter_context(with_rollout(context))
@@ -157,7 +168,7 @@ def _train_and_write(context: StageContext) -> None:
     if job.writes:
         write_above(context, outputs(frozen), digests)
     if job.writes_held_out and context.held_out is not None:
-        write_above(replace(context, feed=context.held_out), outputs([]), digests)
+        write_above(replace(context, feed=context.held_out, groups=None), outputs([]), digests)
 
 
 def _above(model: StageModel, below: Sequence[StageModel]) -> Sequence[StageModel]:
@@ -165,9 +176,9 @@ def _above(model: StageModel, below: Sequence[StageModel]) -> Sequence[StageMode
 
 
 def _feed(
-    job: StageJob, config: StackWiseConfig, store: ActivationStore, reader: BoundaryReader | None, number: int
+    job: StageJob, config: StackWiseConfig, store: ActivationStore, activations: RowSource | None, number: int
 ) -> Feed:
-    """A rowset of the job as it is stored: tokens, masks, named columns, and the boundary that is read."""
+    """A rowset of the job as it is stored: tokens, masks, named columns, and the activations that enter the stage."""
     data = PreparedData.open(Path(job.data))
     held_out = number == HELD_OUT
     rowset = job.rowset if number == job.rowset_number else job.held_out
@@ -183,8 +194,9 @@ def _feed(
         samples_R,
         config.training.seq_len,
         columns=(*segments, *objective.inputs),
-        reader=reader,
     )
+    if activations is not None:
+        feed = feed.above(activations)
     settings = config.stage_training(job.stage.depth)
     if held_out and job.stage.column is not None:  # rows in training are all of the newest task
         task_R = torch.from_numpy(split.sample_tasks(config.training.seq_len)[samples_R].astype(np.int64))
@@ -227,119 +239,3 @@ def run_finish(job: FinishJob, emit: Emit, stop: Stop) -> None:
     if job.export is not None:
         out = export_rack(rack, Path(job.export), ExportOptions(overwrite=True)).directory
         emit({"event": "exported", "directory": str(out)})
-
-
-@contextlib.contextmanager
-def entering(context: StageContext, frozen: Sequence[StageModel]) -> Iterator[StageContext]:
-    """The same work with what enters the stage: what is stored, or what `frozen` stages make of it on demand.
-
-    Where the job fills the boundary, what training did not ask for is written when the block ends well.
-
-    Raises:
-        InterruptedRun: Told to stop while the rest was written.
-    """
-    if not frozen:
-        yield context
-        return
-    job, config, below, device = context.job, context.config, context.feed, context.device
-    codec, depth, place = codec_named(codec_name(config.store)), job.stage.depth, job.recomputed[-1].stage.place
-    trunk = trunk_id(job.forward, job.trunk_digests, job.stage.precisions(job.stage.trunk))
-    if not job.fills:
-        chunk_rows = boundary_chunk_rows(config, below.rowset.rows)
-        filled = FilledBoundary(below, frozen, codec=codec, chunk_rows=chunk_rows, device=device)
-        yield replace(context, feed=below.above(RowSource(trunk, filled.read, filled.stream)))
-        return
-    with (
-        boundary_writer(context, trunk, depth, job.stage.first) as writer,
-        context.store.reader(writer.info.id) as reader,
-    ):
-        begun, info = time.perf_counter(), writer.info
-        about = {"stage": place, "boundary": info.id, "depth": depth, "chunks": len(writer.missing)}
-        context.emit({"event": "filling", **about, "above": job.stage.label})
-        filled = FilledBoundary(
-            below, frozen, codec=codec, chunk_rows=info.chunk_rows, device=device, stored=(reader, writer)
-        )
-        yield replace(context, feed=below.above(RowSource(info.id, filled.read, filled.stream)))
-        writer.flush()
-        context.ranks.wait()  # what others published is not written again
-        _write(replace(context, feed=below), place, frozen, writer, begun, filled.seconds)
-
-
-def write_above(context: StageContext, stages: Sequence[StageModel] | MakeOutputs, digests: list[str]) -> None:
-    """Write what the boundary above a stage still lacks, of the rows that enter it.
-
-    Args:
-        stages: What the rows go through, the stage itself last; or what makes its outputs.
-        digests: Of the parts that the stage passes on.
-
-    Raises:
-        InterruptedRun: Told to stop.
-    """
-    job, stage, begun = context.job, context.stage, time.perf_counter()
-    trunk = trunk_id(job.forward, [*job.trunk_digests, *digests], stage.precisions(stage.trunk_above))
-    above = stage.depth + 1
-    with (
-        boundary_writer(context, trunk, above, stage.last + 1) as writer,
-        _uncompiled(context),
-        replayed_rows(context) as known,
-    ):
-        context.event("writing", boundary=writer.info.id, depth=above, chunks=writer.info.chunks)
-        _write(context, stage.place, stages, writer, begun, known=known)
-
-
-def _uncompiled(context: StageContext) -> contextlib.AbstractContextManager[Any]:
-    """What is stored must not depend on which pass made it, and those without training compile nothing."""
-    if not context.config.training.compile:
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
-def boundary_writer(context: StageContext, trunk: str, depth: int, blocks: int) -> BoundaryWriter:
-    """A writer of the boundary that enters stage `depth`, above so many blocks; it goes on with one begun before."""
-    store, config, rowset = context.store, context.config, context.feed.rowset
-    codec = codec_name(config.store)
-    begun = store.find(trunk=trunk, rowset=rowset.id, codec=codec)
-    return store.writer(
-        trunk=trunk,
-        rowset=rowset.id,
-        depth=depth,
-        seq_len=config.row_positions,
-        d_model=config.model.d_model,
-        codec=codec,
-        chunk_rows=begun.chunk_rows if begun is not None else boundary_chunk_rows(config, rowset.rows),
-        attributes={"blocks_below": blocks},
-    )
-
-
-def _write(
-    context: StageContext,
-    place: int,
-    stages: Sequence[StageModel] | MakeOutputs,
-    writer: BoundaryWriter,
-    begun: float,
-    spent: float | None = None,
-    known: Known | None = None,
-) -> None:
-    """Write what a boundary lacks, emitting how far it is, and at the end what it took; each rank a share of chunks."""
-    store_place = context.stores.place
-    writer.share = store_place.share
-    info = writer.info
-
-    def progress(done: int, total: int) -> None:
-        context.emit({"event": "boundary", "stage": place, "done": done, "total": total})
-
-    done = write_boundary(
-        stages, context.feed, writer, context.device, progress=progress, stop=context.stop, spent=spent, known=known
-    )
-    if not context.ranks.every(done.finished):
-        raise InterruptedRun(f"stage {context.stage.depth} stopped while writing boundary {info.depth}", hint=RESUME)
-    if store_place.leads:
-        writer.share = (0, 1)
-        writer.finish(done.seconds)
-    context.ranks.wait()
-    info = writer.info  # as it is now that all is published
-    written = {"boundary": info.id, "depth": info.depth, "bytes": info.disk_bytes, "rows": info.rows}
-    written |= {} if known is None else {"replayed": info.rows - known.first}
-    waits = {"wait_fraction": done.wait_fraction, "blocked_fraction": done.blocked_fraction}
-    context.emit({"event": "written", "stage": place, **written, "seconds": time.perf_counter() - begun, **waits})

@@ -16,31 +16,28 @@ import torch
 from torch import Tensor
 
 from stackwise.config import StackWiseConfig, StageTraining
-from stackwise.config.continual import Replay
-from stackwise.data import PreparedData
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.model import part_digest
 from stackwise.model.experts import experts_used
 from stackwise.pipeline.device import gpu_use, peak_memory
 from stackwise.pipeline.job import StageJob
 from stackwise.pipeline.parts import load_part, part_state, save_part
-from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
-from stackwise.pipeline.rows import stage_rows
 from stackwise.pipeline.schedule import ADAPTER, Stage
 from stackwise.pipeline.worker.anchoring import part_of_state, with_measures
 from stackwise.pipeline.worker.engines import resident
 from stackwise.pipeline.worker.held_out import held_out_loss, tasks_after, tasks_before
+from stackwise.pipeline.worker.order import row_order
 from stackwise.pipeline.worker.stores import Stores
-from stackwise.store import ActivationStore, RowOrder
+from stackwise.store import ActivationStore
 from stackwise.training import checkpoint
 from stackwise.training.adaptation import ADAPTATION
 from stackwise.training.anchor import FISHER, PLACE
 from stackwise.training.checkpoint import Checkpoints, reason
-from stackwise.training.curriculum import DIFFICULTY, CurriculumOrder, ReplayOrder, difficulties
 from stackwise.training.engine import WEIGHT, Engine, State
 from stackwise.training.feed import Feed, ahead
+from stackwise.training.groups import RowGroups
 from stackwise.training.ranks import Ranks, SingleProcess
-from stackwise.training.routes import RouteOrder, Routes
+from stackwise.training.routes import Routes
 from stackwise.training.stage import MeanLoss, StageModel
 from stackwise.training.swap import PIECES
 from stackwise.training.trainer import MEMORY, Carried, Progress, Record, Rollback, Trainer, anchor
@@ -73,6 +70,7 @@ class StageContext:
     held_out: Feed | None = None  # the rows that the stage is evaluated on as it trains; None: none
     routes: Routes | None = None  # the experts that its rows go to as it begins; None: they are not counted
     rolled_out: RolledOut | None = None  # the answers that it trains on; None: its rows are the data's
+    groups: RowGroups | None = None  # the feed's rows in groups; None: they are in one
     ranks: Ranks = field(default_factory=SingleProcess)  # the processes that do it together
     stores: Stores = field(kw_only=True)  # theirs
 
@@ -101,33 +99,6 @@ REPORTED_AGAIN = 1000  # losses reported again on resuming: the last ones before
 def train_stage(context: StageContext, model: StageModel) -> None:
     """Train a stage that is in memory from its newest checkpoint, or from the start, and commit it."""
     train_and_commit(context, resident(context, model))
-
-
-def row_order(context: StageContext) -> RowOrder:
-    """The order in which a stage takes its rows."""
-    job, config, settings = context.job, context.config, context.settings
-    order = RowOrder(
-        job.rows,
-        seed=job.order(config),
-        chunk_rows=order_rows(config, job.rows),
-        window_chunks=SHUFFLED_CHUNKS,
-        select=stage_rows(config, context.feed.rowset.sample_ids, context.stage.depth, context.stage.rowset),
-    )
-    if context.feed.tasks is not None:
-        return context.feed.tasks.order(order)
-    step_rows, replay = settings.batch_size * settings.accumulation, config.training.continual
-    if isinstance(replay, Replay) and job.replayed:
-        return ReplayOrder(order, job.replayed, replay.share, step_rows)
-    if context.routes is not None and settings.routes == "order":
-        return RouteOrder(order, context.routes, step_rows)
-    if settings.curriculum is None or (settings.curriculum.by == "loss" and DIFFICULTY not in context.feed.sources):
-        return order  # by its own loss only a stage that has been trained can say what is hard
-    separator = PreparedData.open(Path(job.data)).separator_id
-    difficulty_N = difficulties(context.feed, order.selected, settings.curriculum.by, separator)
-    begun = job.span.first - job.rows_begin  # positions that go on from window to window count it already
-    return CurriculumOrder(
-        order, difficulty_N, settings.curriculum, step_rows=step_rows, steps=job.span.steps, begun=begun
-    )
 
 
 def part_weights(engine: Engine, part: str) -> dict[str, Tensor]:
