@@ -71,7 +71,9 @@ def _measure(options: argparse.Namespace) -> Section:
         "block is in memory at once. Peak memory is what a process takes beyond what it held before its job, in a run "
         "of a few updates, by phase where the rack grows." + _unfinished(wanted, found, options.seeds)
     )
-    title = f"Modes beside end to end, {options.steps:,} updates of each block"
+    paths = base.get("data.paths")
+    rack = f"width {config.model.d_model}" + (f", {Path(paths[0]).name}" if paths else "")
+    title = f"Modes beside end to end, {rack}, {options.steps:,} updates of each block"
     return Section(name, title, text, body(name, found), "CPU", {"rows": found})
 
 

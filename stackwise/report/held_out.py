@@ -90,4 +90,8 @@ def footnote(result: Mapping[str, Any]) -> str:
     if adapted:
         kind += " (before the rack was made causal, an upper bound)"
     error = result.get("bits_per_byte_error")
-    return f"{text}; loss in nats a {token}; bits/byte is {kind}" + (f", standard error {error:.3f}" if error else "")
+    text += f"; loss in nats a {token}; bits/byte is {kind}" + (f", standard error {error:.3f}" if error else "")
+    unigram = (result.get("baselines") or {}).get("unigram", {}).get("bits_per_byte")
+    if unigram is not None and result.get("bits_per_byte") is not None and result["bits_per_byte"] > unigram:
+        text += "; the rack is behind unigram frequencies: it lacks text, or steps"
+    return text

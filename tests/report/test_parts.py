@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from stackwise import words
 from stackwise.report.charts import label, smooth, spread, thin, ticks
+from stackwise.report.held_out import footnote
 from stackwise.report.page import holes_marked
 
 
@@ -81,3 +82,10 @@ def test_runs_of_holes_are_one_mark() -> None:
     assert shown.count("<mark") == 2
     assert "a&lt;" in shown
     assert 'data-tip="2 tokens masked">▒▒<' in shown
+
+
+def test_a_rack_that_has_learned_less_than_frequencies_is_said_to_be_behind_them() -> None:
+    behind, ahead = ({"bits_per_byte": bits, "baselines": {"unigram": {"bits_per_byte": 3.0}}} for bits in (3.1, 2.9))
+    assert "behind unigram" in footnote(behind)
+    assert "behind" not in footnote(ahead)
+    assert "behind" not in footnote({"bits_per_byte": 2.9}), "there may be no baseline"
