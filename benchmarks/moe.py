@@ -165,7 +165,8 @@ def _measure(options: argparse.Namespace) -> Result:
         experiments[name] = {"runs": runs, "ways": ways, "done": done, "wanted": wanted, "verdict": plain}
     if first := next((entry["runs"]["flops"] for entry in experiments.values() if entry["runs"]["flops"]), None):
         save_dense(Path(first[0]["run"]), options.dir / "dense_model")
-    lengths = {directory: _length(directory, base, options, seeds) for directory in (options.dir, *options.other)}
+    here = [options.dir] if kept.file.exists() else []
+    lengths = {directory: _length(directory, base, options, seeds) for directory in (*here, *options.other)}
     return {
         "base": base,
         "seeds": options.seeds,

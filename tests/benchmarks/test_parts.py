@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from benchmarks import document, moe
 from benchmarks.arithmetic import matrix_parameters, work_of
 from benchmarks.common import Spread, shown, table
 from benchmarks.document import Section
+from benchmarks.gains import write_gains
 from benchmarks.setting import Setting
 from benchmarks.workbench import fresh_model, trains_projection, workbench
 from stackwise.config import StackWiseConfig
@@ -100,3 +102,24 @@ def test_mixtures_that_are_not_measured_yet_are_unfinished(tmp_path: Path, capsy
     assert all(entry["verdict"] is None for entry in entries.values())
     (tmp_path / "experiment_results.json").write_text(json.dumps({"base": {"seq_len": 1}, "runs": {}}))
     assert moe.main(["--dir", str(tmp_path), "--most", "0"]) == 2
+
+
+def test_mixtures_of_several_lengths_stand_beside_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe, "PLOT", tmp_path / "gains.svg")
+    monkeypatch.setattr(moe, "save_dense", lambda run, out: None)
+    shared = {"flops": 1.0, "vocab_size": 100, "metrics": {}, "run": "run", "seed": 0}
+    for rows, gain in ((640, -0.5), (6400, 0.25)):
+        runs = {"shared | experts | 0": shared | {"loss": 3.0 - gain}, "shared | flops | 0": shared | {"loss": 3.0}}
+        results = {"base": moe.SIZES | {"training.rows": rows}, "runs": runs}
+        (tmp_path / str(rows)).mkdir()
+        (tmp_path / str(rows) / "experiment_results.json").write_text(json.dumps(results))
+    directories = ["--dir", str(tmp_path / "6400"), "--other", str(tmp_path / "640")]
+    assert moe.main([*directories, "--most", "0", "--seeds", "2", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert {rows: gains["shared"] for rows, gains in measured["lengths"].items()} == {"640": [-0.5], "6400": [0.25]}
+    write_gains(tmp_path / "gains.svg", {"shared": [0.25, -0.5], "none": []}, "nats")
+    circles = ElementTree.parse(tmp_path / "gains.svg").findall("{http://www.w3.org/2000/svg}circle")
+    left, right = sorted(float(circle.attrib["cx"]) for circle in circles)
+    assert left < right
