@@ -132,6 +132,11 @@ def adapter_faults(config: Settings) -> Iterator[Fault]:
             text = "frozen weights are not trained for integers: training.adapters.precision packs them"
             yield f"stages.{depth}.training.quantization" if depth in config.stages else "training.quantization", text
             break
+    for depth in range(config.n_stages):
+        if config.stage_training(depth).products != "full":
+            text = "frozen weights are held by training.adapters.precision: leave products out"
+            yield f"stages.{depth}.training.products" if depth in config.stages else "training.products", text
+            break
     for depth, overrides in config.stages.items():
         if overrides.precision is not None:
             text = "the blocks are frozen beside adapters: training.adapters.precision says how all of them are held"

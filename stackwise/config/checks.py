@@ -154,8 +154,11 @@ def _columns(config: Settings) -> Iterator[Fault]:
     if training.adapters is not None or training.progressive.enabled:
         yield key, "columns train as they are: leave training.adapters and training.progressive out"
     settings = [config.stage_training(depth) for depth in range(config.n_stages)]
-    if any(one.quantization is not None for one in settings) or any(s.precision for s in config.stages.values()):
-        yield key, "columns are in the run's precision: leave training.quantization and stages.K.precision out"
+    if any(s.precision for s in config.stages.values()) or any(
+        one.quantization is not None or one.products != "full" for one in settings
+    ):
+        text = "leave training.quantization, training.products and stages.K.precision out"
+        yield key, f"columns are in the run's precision: {text}"
 
 
 def _distillation(config: Settings) -> Iterator[Fault]:
@@ -411,6 +414,12 @@ def _stacks(config: Settings) -> Iterator[Fault]:
         precision = config.stages[depth].precision if depth in config.stages else progressive.new_stack_precision
         if config.stage_training(depth).quantization and precision and weight_format(precision):
             yield f"stages.{depth}.precision", f"{precision} and training.quantization are two formats: keep one"
+        if config.stage_training(depth).products != "full":
+            where = f"stages.{depth}.training.products" if depth in config.stages else "training.products"
+            if config.stage_training(depth).quantization:
+                yield where, "fp8 and training.quantization are two ways to multiply: keep one"
+            elif precision not in (None, "full"):
+                yield where, f"fp8 and the precision {precision} are two ways to multiply: keep one"
         try:
             # Adapters that come with the stacks above are alike: those of the next one stand for all.
             adapters = stack_adapters(config, depth, min(depth + 1, config.n_sections - 1))
@@ -514,6 +523,8 @@ def _sharding(config: Settings) -> Iterator[Fault]:
         yield "training.ema", f"{divided} keeps no mean of its weights"
     if any(settings.quantization is not None for settings in stages):
         yield "training.quantization", f"{divided} is not trained for integers"
+    if any(settings.products != "full" for settings in stages):
+        yield "training.products", f"{divided} multiplies in the run's precision: leave it out"
     if training.meta is not None:
         yield "training.meta", f"{divided} takes no inner steps"
     if training.continual.measures:

@@ -123,6 +123,8 @@ def _without_inner_steps(config: Settings, settings: StageTraining) -> Iterator[
     training = config.training
     if "fp16" in (config.precision, *(stack_precision(config, depth) for depth in range(config.n_sections))):
         yield "inner steps have no loss scale, which fp16 needs: set precision: bf16"
+    if settings.products != "full":
+        yield "products in fp8 have no second gradient: leave training.products out"
     if training.compile:
         yield "inner steps run on changed copies of the weights, not on compiled blocks: leave training.compile out"
     if settings.activation_checkpointing:

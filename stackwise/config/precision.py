@@ -16,6 +16,9 @@ SYNONYMS = {"half": "fp16", "bfloat16": "bf16", "fp4": "nvfp4"}
 FORMATS = {"fp8": "fp8", "nvfp4": "nvfp4", "qlora": "nf4"}
 """Precisions that put weights into a narrow format by themselves, and the format's name."""
 
+FP8_PRODUCTS = "fp8-products"
+"""The precision of blocks that multiply in 8 bits (`training.products`): their weights are in no format."""
+
 HELD_FORMATS = {"held-bf16": "bf16"}
 """The same of those that only frozen weights are held in."""
 
@@ -41,8 +44,11 @@ def canonical(precision: str) -> str:
 
 def stack_precision(config: Settings, depth: int) -> str:
     """The precision of the blocks that are new with a stage, by its canonical name; full where it is the run's own."""
-    if integers := config.stage_training(depth).quantization:
-        return integers.name
+    settings = config.stage_training(depth)
+    if settings.quantization:
+        return settings.quantization.name
+    if settings.products == "fp8":
+        return FP8_PRODUCTS
     overrides, progressive = config.stages.get(depth), config.training.progressive
     name = (overrides.precision if overrides else None) or (
         progressive.new_stack_precision if progressive.enabled else "full"

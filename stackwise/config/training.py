@@ -197,6 +197,11 @@ class StageTraining(Section):
     quantization: Quantization | None = Field(
         None, description="train blocks for integers: {bits: 4, group: 64, scale: learned}; null: no rounding"
     )
+    products: Literal["full", "fp8"] = Field(
+        "full",
+        description="what blocks' linear layers multiply in: full (the precision), or fp8 (e4m3, a scale a row, both "
+        "ways; weights stay float32)",
+    )
     ema: Probability = Field(
         0.0, description="decay of a running mean of the weights, which is then what is committed; 0: none"
     )
@@ -229,8 +234,8 @@ class StageTraining(Section):
         Args:
             precision: The run's.
         """
-        # Quantization is in the recipe as the format of the blocks.
-        unused = {"steps", "tokens", "epochs_per_layer", "block_learning_rates", "quantization"}
+        # These two are in the recipe as the format of the blocks.
+        unused = {"steps", "tokens", "epochs_per_layer", "block_learning_rates", "quantization", "products"}
         unused |= {"activation_checkpointing"}  # what is computed anew comes out the same
         unused |= {"loss_scale"} if precision != "fp16" else set()
         unused |= {"clip_by"} if self.clip_by == "step" or not self.grad_clip else set()

@@ -47,6 +47,10 @@ WIDE = "stays_wide"
 """The mark on a linear layer that carries no adapters and no narrow format (see `Matrix.narrow`)."""
 
 
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""From what enters […, I], a weight [O, I] and a bias [O] to […, O]."""
+
+
 def projections(module: nn.Module) -> dict[str, Any]:
     """The linear layers inside a module that carry adapters and narrow formats, by dotted name."""
     layers = ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear))
@@ -82,6 +86,8 @@ class QuantizedLinear(nn.Linear):
         """Looks at what enters, which is then not rounded; None: the range is known, or not fixed."""
         self.rounding: Callable[[Tensor], Tensor] | None = None
         """What rounds the weight in training, where that is not the format itself."""
+        self.multiply: Multiply | None = None
+        """What multiplies by a weight in no format; None: torch."""
         self.steps: nn.Parameter | None = None
         self.offsets: nn.Parameter | None = None
         self.bias = base.bias
@@ -93,6 +99,7 @@ class QuantizedLinear(nn.Linear):
         else:
             self.weight = base.weight
             if isinstance(base, QuantizedLinear):
+                self.multiply = base.multiply
                 self.steps, self.offsets, self.span = base.steps, base.offsets, base.span
             self.put_into(form)
 
@@ -191,7 +198,7 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[…, I] to […, O], in autocast's dtype where that is on, else in the input's."""
         if self.form is None:
-            return super().forward(x)
+            return super().forward(x) if self.multiply is None else self.multiply(x, self.weight, self.bias)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         if self.observer is not None:
@@ -289,6 +296,16 @@ def quantize(module: nn.Module, form: str | None, *, pack: bool) -> nn.Module:
             layer.put_into(form)
         if pack:
             layer.pack()
+    return module
+
+
+def multiply_by(module: nn.Module, multiply: Multiply) -> nn.Module:
+    """Let every linear layer inside a module whose weight is in no format multiply in another way, in place."""
+    for path, layer in projections(module).items():
+        if not isinstance(layer, QuantizedLinear):
+            layer = QuantizedLinear(layer, None)
+            module.set_submodule(path, layer)
+        layer.multiply = multiply
     return module
 
 

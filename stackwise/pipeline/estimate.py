@@ -193,7 +193,9 @@ class Estimate:
         left_out = round((1 - share) / max(1, phase.trained_parameters) * parameters * state)
         blocks += len(stage.lookahead)
         projection = self.vocab_size * model.d_model
-        copies = 2 * (total(lambda block: block.block_parameters) + projection) if half else 0
+        # Products in 8 bits take the weights as they are, and make codes of one at a time.
+        cast = 0.0 if settings.products == "fp8" else total(lambda block: block.block_parameters)
+        copies = 2 * (cast + projection) if half else 0
         every = settings.recomputed_every
         again = 0.0  # of a block that is computed anew: all that it keeps, once it is
         kept = config.row_positions * total(self.kept_bytes)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.continual import LwF
-from stackwise.config.precision import weight_format
+from stackwise.config.precision import FP8_PRODUCTS, weight_format
 from stackwise.config.schema import DistillationConfig
 from stackwise.errors import DamageError
 from stackwise.identity import derive_seed
-from stackwise.model import Block, Front, Head, build_block, build_front, build_head, part_digest
+from stackwise.model import Block, Front, Head, build_block, build_front, build_head, fp8, part_digest
 from stackwise.model.block import COMPUTE
 from stackwise.model.build import allocate, build_match, on_meta, rebuild_tables
 from stackwise.model.columns import learn_column
@@ -28,6 +28,7 @@ from stackwise.model.projections import (
     adapter_state,
     base_state,
     load_adapters,
+    multiply_by,
     projections,
     put_adapters,
     quantize,
@@ -189,6 +190,8 @@ def make_block(
         block = _loaded(lambda: Block(model), source, form, dtype=dtype_of(config))
     if form is not None:
         quantize(block, form, pack=packed)
+    if how.precision == FP8_PRODUCTS:
+        multiply_by(block, fp8.linear)
     block.compute = COMPUTE.get(how.precision)
     adapters = load_part(sources.get(adapter_part(part), Source())) or {}
     for size in how.adapters:

@@ -36,7 +36,7 @@ def narrow_weights(model: StageModel) -> Iterator[None]:
         if dtype is None or dtype not in NARROW.values() or getattr(block, "anchored", None) is not None:
             continue
         for layer in projections(block).values():
-            if isinstance(layer, QuantizedLinear) and layer.form is not None:
+            if isinstance(layer, QuantizedLinear) and (layer.form is not None or layer.multiply is not None):
                 continue
             for name in ("weight", "bias"):
                 p = layer._parameters.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,16 @@ from tests.pipeline.test_run import weights
 LEARNED = {"bits": 4, "group": 8, "symmetric": False, "scale": "learned", "activations": 8}
 
 
-@pytest.mark.parametrize("mode", [pytest.param("blockwise", marks=pytest.mark.stress), "end_to_end"])
-def test_swapped_and_resident_are_the_same(mode: str, micro: Micro, tmp_path: Path) -> None:
-    settings = {"training__mode": mode, "training__quantization": LEARNED, "training__steps": 8}
+@pytest.mark.parametrize(
+    ("mode", "how"),
+    [
+        pytest.param("blockwise", {"quantization": LEARNED}, marks=pytest.mark.stress),
+        ("end_to_end", {"quantization": LEARNED}),
+        ("end_to_end", {"products": "fp8"}),
+    ],
+)
+def test_swapped_and_resident_are_the_same(mode: str, how: dict[str, Any], micro: Micro, tmp_path: Path) -> None:
+    settings = {"training__mode": mode, "training__steps": 4} | {f"training__{name}": v for name, v in how.items()}
     for swap in ("never", "always"):
         run(micro(**settings, training__swap=swap, store__path=str(tmp_path / swap / "store")), tmp_path / swap)
     assert weights(tmp_path / "never") == weights(tmp_path / "always")

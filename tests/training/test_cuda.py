@@ -242,8 +242,14 @@ def committed(directory: Path) -> list[str]:
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     "more",
-    [{}, {"training__swap": "always"}, {"training__compile": True}, {"stages": {1: {"precision": "fp8"}}}],
-    ids=["resident", "swapped", "compiled", "fp8"],
+    [
+        {},
+        {"training__swap": "always"},
+        {"training__compile": True},
+        {"stages": {1: {"precision": "fp8"}}},
+        {"training__products": "fp8"},
+    ],
+    ids=["resident", "swapped", "compiled", "fp8", "products"],
 )
 def test_a_run_that_was_killed_ends_as_one_that_was_not(micro: Micro, tmp_path: Path, more: dict[str, Any]) -> None:
     config = micro(**RUN, **more)

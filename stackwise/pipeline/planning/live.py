@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stackwise.model import Head, layers
+from stackwise.model import Head, fp8, layers
 from stackwise.objectives import cross_entropy
 from stackwise.training.stage import StageModel
 
@@ -199,12 +199,21 @@ def kernels_of_cuda(*, ordered: bool) -> Iterator[None]:
         result: Tensor = _FusedDropout.apply(x) if training and p else x  # type: ignore[no-untyped-call]
         return result
 
+    def product(a_NK: Tensor, b_OK: Tensor, dtype: torch.dtype) -> Tensor:
+        codes = [torch.empty_like(side, dtype=torch.float8_e4m3fn) for side in (a_NK, b_OK)]
+        result = a_NK.new_empty((len(a_NK), len(b_OK)), dtype=dtype)
+        del codes
+        return result
+
+    in_eight_bits = fp8.product
     kept = F.scaled_dot_product_attention, F.rms_norm, F.dropout, cross_entropy.SLICE_BYTES["cpu"]
     F.scaled_dot_product_attention, F.rms_norm, F.dropout = attention, norm, dropout  # type: ignore[assignment]
     cross_entropy.SLICE_BYTES["cpu"] = cross_entropy.SLICE_BYTES["cuda"]
     layers.FUSED_NORMS.add("cpu")
+    fp8.product = product
     try:
         yield
     finally:
         layers.FUSED_NORMS.discard("cpu")
+        fp8.product = in_eight_bits
         F.scaled_dot_product_attention, F.rms_norm, F.dropout, cross_entropy.SLICE_BYTES["cpu"] = kept

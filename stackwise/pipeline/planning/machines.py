@@ -37,7 +37,7 @@ class Machine:
 
     Args:
         memory: Bytes of the device.
-        flops: Products a second, dense, by precision; `reached` of them are taken as training's.
+        flops, fp8: Products a second, dense, in the usual precision and in 8 bits; `reached` of them are training's.
         bandwidth: Bytes a second of the device's memory.
         host: Bytes a second between host and device, one way.
         ram: Bytes of the host's memory.
@@ -50,6 +50,7 @@ class Machine:
     bandwidth: float
     host: float
     source: str
+    fp8: float = 0.0  # 0: products in 8 bits are carried out as wider ones
     ram: float = 128 * GB
     disk: Disk = Disk()
     reached: float = REACHED
@@ -61,8 +62,9 @@ class Machine:
         return self.flops * self.reached
 
 
-def _card(name: str, memory: float, tflops: float, bandwidth: float, host: float, source: str) -> Machine:
-    return Machine(name, "cuda", memory * GB, tflops * 1e12, bandwidth * TB, host * GB, source)
+def _card(name: str, memory: float, tflops: tuple[float, float], bandwidth: float, host: float, source: str) -> Machine:
+    flops, fp8 = (number * 1e12 for number in tflops)
+    return Machine(name, "cuda", memory * GB, flops, bandwidth * TB, host * GB, source, fp8)
 
 
 PCIE4, PCIE5 = 25.0, 50.0  # GB/s one way of 16 lanes, about what copies of pinned memory reach
@@ -70,16 +72,16 @@ PCIE4, PCIE5 = 25.0, 50.0  # GB/s one way of 16 lanes, about what copies of pinn
 MACHINES = {
     machine.name: machine
     for machine in (
-        _card("h200", 141, 989, 4.8, PCIE5, "NVIDIA H200 data sheet (SXM)"),
-        _card("h100", 80, 989, 3.35, PCIE5, "NVIDIA H100 data sheet (SXM)"),
-        _card("b200", 180, 2250, 8.0, PCIE5, "NVIDIA HGX B200 data sheet"),
-        _card("a100-80", 80, 312, 2.0, PCIE4, "NVIDIA A100 data sheet (80 GB SXM)"),
-        _card("a100-40", 40, 312, 1.555, PCIE4, "NVIDIA A100 data sheet (40 GB SXM)"),
-        _card("l40s", 48, 362, 0.864, PCIE4, "NVIDIA L40S data sheet"),
-        _card("a6000", 48, 155, 0.768, PCIE4, "NVIDIA RTX A6000 data sheet"),
-        _card("rtx4090", 24, 165, 1.008, PCIE4, "NVIDIA Ada architecture paper (dense, fp32 sums)"),
-        _card("rtx5090", 32, 210, 1.792, PCIE5, "NVIDIA Blackwell RTX architecture paper (dense, fp32 sums)"),
-        _card("rtx3090", 24, 71, 0.936, PCIE4, "NVIDIA Ampere GA102 paper (dense, fp32 sums)"),
+        _card("h200", 141, (989, 1979), 4.8, PCIE5, "NVIDIA H200 data sheet (SXM)"),
+        _card("h100", 80, (989, 1979), 3.35, PCIE5, "NVIDIA H100 data sheet (SXM)"),
+        _card("b200", 180, (2250, 4500), 8.0, PCIE5, "NVIDIA HGX B200 data sheet"),
+        _card("a100-80", 80, (312, 0), 2.0, PCIE4, "NVIDIA A100 data sheet (80 GB SXM)"),
+        _card("a100-40", 40, (312, 0), 1.555, PCIE4, "NVIDIA A100 data sheet (40 GB SXM)"),
+        _card("l40s", 48, (362, 733), 0.864, PCIE4, "NVIDIA L40S data sheet"),
+        _card("a6000", 48, (155, 0), 0.768, PCIE4, "NVIDIA RTX A6000 data sheet"),
+        _card("rtx4090", 24, (165, 330), 1.008, PCIE4, "NVIDIA Ada architecture paper (dense, fp32 sums)"),
+        _card("rtx5090", 32, (210, 419), 1.792, PCIE5, "NVIDIA Blackwell RTX architecture paper (dense, fp32 sums)"),
+        _card("rtx3090", 24, (71, 0), 0.936, PCIE4, "NVIDIA Ampere GA102 paper (dense, fp32 sums)"),
         Machine(
             "cpu", "cpu", 64 * GB, 1e12, 0.1 * TB, 20 * GB, "a server of 16 cores, assumed", ram=64 * GB, base=0.4e9
         ),
@@ -119,7 +121,7 @@ def described(path: Path) -> Machine:
             f"--gpu {path}: {getattr(error, 'strerror', None) or error}", hint=f"write {EXAMPLE}"
         ) from None
     required = {"memory": "", "flops": "", "bandwidth": "/s"}
-    optional = {"host": "/s", "ram": "", "disk": None, "name": None, "kind": None}
+    optional = {"host": "/s", "fp8": "", "ram": "", "disk": None, "name": None, "kind": None}
     if not isinstance(values, dict):
         raise UsageError(f"{path}: it is no mapping", hint=f"write {EXAMPLE}")
     faults = [f"{key}: there is no such key" for key in values if key not in required | optional]
@@ -144,6 +146,7 @@ def described(path: Path) -> Machine:
         bandwidth=numbers["bandwidth"],
         host=numbers.get("host", PCIE4 * GB),
         source=str(path),
+        fp8=numbers.get("fp8", 0.0),
         ram=numbers.get("ram", 128 * GB),
     )
     return replace(machine, disk=disk(str(values["disk"]), str(path))) if "disk" in values else machine

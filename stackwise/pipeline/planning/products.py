@@ -20,6 +20,7 @@ def measure() -> dict[str, Any]:
     import torch
 
     from stackwise.host import process_bytes
+    from stackwise.model import fp8
     from stackwise.pipeline.device import describe, resolve_device, warm_up
 
     device = resolve_device("auto")
@@ -45,6 +46,14 @@ def measure() -> dict[str, Any]:
         n = WIDTH[device.type] if device.type == "cuda" or dtype is torch.float32 else NARROW_WIDTH
         a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
         rates[f"products {name}"] = 2 * n**3 / seconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+    if device.type == "cuda" and fp8.by_kernel(device):
+        n = WIDTH["cuda"]
+        codes, ones = torch.ones(n, n, device=device).to(torch.float8_e4m3fn), torch.ones(n, 1, device=device)
+
+        def multiply() -> object:
+            return torch._scaled_mm(codes, codes.t(), ones, ones.t(), out_dtype=torch.bfloat16)
+
+        rates["products fp8"] = 2 * n**3 / seconds(multiply)
     big = torch.zeros(1 << 24, device=device)
     rates["memory copies"] = 2 * big.nbytes / seconds(lambda: big.add_(1.0))
     host = torch.zeros(1 << 24, pin_memory=device.type == "cuda")
