@@ -33,6 +33,9 @@ class Continual(Kind):
     columns: ClassVar[bool] = False
     """Whether each task has a column of its own (`model.stream`), which alone trains, from a fresh optimizer state."""
 
+    held_bytes: ClassVar[int] = 0
+    """Bytes of memory that each weight in training takes beside its state, in every task but the first."""
+
     def later(self) -> Mapping[str, Any]:
         """What of it shapes a stage in every task but the first, beside its rows."""
         return {}
@@ -71,6 +74,7 @@ class EWC(Continual):
     """Elastic weight consolidation: what a weight meant to earlier tasks holds it where it was (arXiv 1612.00796)."""
 
     measures: ClassVar[bool] = True
+    held_bytes: ClassVar[int] = 12  # information, place, and how far it is from there, for the way back
     strength: Positive = Field(1000.0, description="weight of the penalty")
     samples: Size = Field(64, description="rows whose squared gradients make the Fisher information of a task")
     decay: Fraction = Field(

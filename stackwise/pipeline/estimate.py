@@ -198,6 +198,7 @@ class Estimate:
         copies = 2 * (cast + projection) if half else 0
         every = settings.recomputed_every
         again = 0.0  # of a block that is computed anew: all that it keeps, once it is
+        copies += config.training.continual.held_bytes * phase.trained_parameters if stage.window else 0
         kept = config.row_positions * total(self.kept_bytes)
         if every:
             for block, times in [*((b, share) for b in inside[::every]), *((b, 1.0) for b in beyond[::every])]:

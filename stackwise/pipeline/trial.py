@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.continual import EWC
 from stackwise.config.loading import build
 from stackwise.config.yaml_files import parse_yaml
 from stackwise.host import Memory
@@ -78,10 +79,18 @@ def run_trial(job: TrialJob, device: torch.device) -> dict[str, Any]:
 def make_engine(job: TrialJob, config: StackWiseConfig, model: StageModel, device: torch.device) -> ResidentEngine:
     """The stage's engine."""
     from stackwise.pipeline.parts import parts_of
+    from stackwise.training.anchor import hold_where_it_is
     from stackwise.training.engine import ResidentEngine
 
-    settings = config.stage_training(job.stage.depth)
-    return ResidentEngine(model, settings, seed=(0,), device=device, parts=parts_of(model, job.stage))
+    settings, parts, method = (
+        config.stage_training(job.stage.depth),
+        parts_of(model, job.stage),
+        config.training.continual,
+    )
+    if isinstance(method, EWC) and job.stage.window:
+        for module in parts.values():
+            hold_where_it_is(module, method.strength)
+    return ResidentEngine(model, settings, seed=(0,), device=device, parts=parts)
 
 
 def make_model(job: TrialJob, config: StackWiseConfig) -> StageModel:

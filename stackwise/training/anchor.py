@@ -46,6 +46,14 @@ class Anchored:
         return Term(total * positions, positions, self.strength)
 
 
+def hold_where_it_is(module: nn.Module, strength: float) -> None:
+    """Hold a module's weights to what they are, by no information: what that takes is what any takes."""
+    parameters = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    tensors = {f"{FISHER}{name}": torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    tensors |= {f"{PLACE}{name}": p.float().clone() for name, p in parameters.items()}
+    module.anchored = Anchored(tensors, strength)  # type: ignore[assignment]
+
+
 def row_loss(terms: Mapping[str, Term]) -> Tensor:
     """The loss of a row by itself: the means of its terms, each times its weight; what is only looked at left out."""
     parts = [term.sum * (term.weight / max(1, term.count)) for term in terms.values() if not term.sum.ndim]

@@ -283,9 +283,10 @@ def test_a_rack_in_columns_is_evaluated_and_answers(columns: tuple[Path, list[Pa
 
 
 @pytest.mark.stress
-def test_the_estimate_knows_that_one_column_trains(tasks: Tasks) -> None:
+@pytest.mark.parametrize("method", ["columns", "ewc", "lwf"])
+def test_the_estimate_knows_what_a_method_takes(tasks: Tasks, method: str) -> None:
     large = {"model.d_model": 192, "model.vocab_size": 300, "training.batch_size": 16, "training.seq_len": 64}
-    config = settings(tasks, "columns", **COLUMNS | large)
+    config = settings(tasks, method, **COLUMNS | large)
     for stage in schedule(config)[::2]:
         peak = trace(TraceJob(dump(config), stage, 300, "cpu", 16, 1))["peak"]
         assert Estimate(config, 300, stage).memory == pytest.approx(peak, rel=0.15)
