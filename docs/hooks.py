@@ -8,7 +8,7 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from stackwise.config.presets import commented
+from stackwise.config.yaml_files import commented
 
 INTRODUCTION = """# All settings
 
