@@ -110,6 +110,22 @@ def test_ranks_with_other_settings_are_refused(configured: tuple[StackWiseConfig
     assert not (tmp_path / "run").exists()
 
 
+def test_a_port_in_use_is_said_by_every_rank(configured: tuple[StackWiseConfig, Path], tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as other:
+        meeting = other.getsockname()[1]
+        mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_PORT": str(meeting)}
+        ranks = [
+            started(configured[1], tmp_path / "run", {**mpi, "OMPI_COMM_WORLD_RANK": f"{rank}"}) for rank in (0, 1)
+        ]
+        said = [ranks[0].communicate(timeout=60)[1]]
+        connection, _ = other.accept()
+        connection.close()
+        said.append(ranks[1].communicate(timeout=60)[1])
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert all(f"{meeting}" in text and "parallel.port" in text for text in said)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.stress
 def test_ranks_with_other_numbers_of_threads_leave_nothing_behind(
     configured: tuple[StackWiseConfig, Path], tmp_path: Path

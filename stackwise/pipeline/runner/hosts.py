@@ -30,6 +30,7 @@ from stackwise.pipeline.stopping import stop_signals
 from stackwise.version import __version__
 
 MEETING_SECONDS = 120.0  # for all ranks to come together
+WELCOME_SECONDS = 30.0  # until rank 0 answers one that has come
 END_SECONDS = 10.0  # for the last words to reach the others
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 """Seconds until a silent connection is asked for, between two questions, and how many go unanswered."""
@@ -246,6 +247,7 @@ class Hosts:
             wire.close()  # somebody else's
             return
         self._hosts[rank] = Host(wire, str(hello.get("host")), rank)
+        wire.send({"welcome": rank})
         _compare(rank, hello, _greeting(self.launch, config))
 
     def host(self, rank: int) -> Host:
@@ -307,6 +309,12 @@ def serve(launch: Launch, config: StackWiseConfig) -> int:
     """
     wire, workers = Wire(_connected(launch)), dict[int, Worker]()
     wire.send(_greeting(launch, config))
+    if (wire.receive(WELCOME_SECONDS) or {}).get("welcome") != launch.rank:
+        wire.close()
+        raise UsageError(
+            f"rank {launch.rank}: who listens at {launch.address}:{launch.port} is not rank 0 of this run",
+            hint="another program has that port: set parallel.port to another one, on all ranks",
+        )
 
     def stop(came: int) -> None:  # a launcher ends a job so: this rank's worker tells all others
         for worker in list(workers.values()):
