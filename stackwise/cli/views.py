@@ -349,7 +349,7 @@ class Live(_View):
 
         super().__init__(view)
         self._console = console
-        self._drawing = Drawing(console=console, get_renderable=self._render, refresh_per_second=5, transient=False)
+        self._drawing = Drawing(console=console, get_renderable=self.render, refresh_per_second=5, transient=False)
 
     def take(self, event: Event) -> None:
         """Print above the table what it does not show."""
@@ -367,7 +367,8 @@ class Live(_View):
         self._view.end()
         self._drawing.stop()
 
-    def _render(self) -> Text:
+    def render(self) -> Text:
+        """What is to be seen now."""
         lines: list[Line] = [[], *self._stages()]
         view = self._view
         if view.activity is not None:

@@ -117,7 +117,7 @@ def test_the_live_view_follows(view: RunView) -> None:
     with Live(view, console) as live:
         for event in EVENTS:
             live(event)
-            console.print(live._render())
+            console.print(live.render())
     drawn = out.getvalue()
     assert "smoke: 3 stages in runs/smoke" in drawn
     assert "something [odd]" in drawn
@@ -132,7 +132,7 @@ def test_a_deep_rack_shows_the_stages_around_the_running_one() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
     live = Live(view, console)
     live({"event": "training", "stage": 40, "recipe": "", "reason": "not trained yet", "steps": 60, "trunk": None})
-    console.print(live._render())
+    console.print(live.render())
     drawn = console.file.getvalue()  # type: ignore[attr-defined]
     assert "32 above" in drawn
     assert "32 more" in drawn
@@ -144,7 +144,7 @@ def test_the_running_stage_has_a_bar_and_its_figures_under_it(view: RunView) -> 
     live = Live(view, console)
     for event in EVENTS[:12]:
         live(event)
-    console.print(live._render())
+    console.print(live.render())
     lines = [line.strip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     assert set(lines[-2]) <= set("━─")
     assert lines[-1].startswith("stage 1  10/60  loss 2.500  lr 2.1e-3  8,420 tokens/s  wait 1.2%  memory 612 MB  0:")
@@ -164,7 +164,7 @@ def test_ranks_are_under_the_running_stage_the_slowest_marked(
         live(event)
         lines(event)
     lines(step(60, stage=1))
-    console.print(live._render())
+    console.print(live.render())
     drawn = console.file.getvalue()  # type: ignore[attr-defined]
     rows = [line.split() for line in drawn.splitlines()]
     assert ["11", "2,100", "2.0%", "10%", "612", "MB", "slowest"] in rows

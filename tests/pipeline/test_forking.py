@@ -68,7 +68,7 @@ os._exit(0)
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A template of the test's own, gone after it."""
-    monkeypatch.setattr(forking, "_template", [])
+    forking.end_template()
     monkeypatch.delenv(forking.SHARED)
     yield
     forking.end_template()
@@ -87,8 +87,9 @@ def light(own: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def template() -> psutil.Process:
-    """The one template that there is."""
-    return psutil.Process(forking._template[0][2].pid)
+    """The one template that there is: of this process's children the one that serves."""
+    (process,) = (child for child in psutil.Process().children() if "forking" in "".join(child.cmdline()))
+    return process
 
 
 def gone(pid: int, seconds: float = 10.0) -> bool:
@@ -165,8 +166,8 @@ def test_one_worker_holds_nothing_of_another(light: Callable[..., None], tmp_pat
     os.kill(other.pid, signal.SIGKILL)
     with pytest.raises(OutOfMemory, match=str(other.pid)):
         list(other.run({"kind": "stage"}))
-    third = Worker("cpu", tmp_path / "third.log")
-    pid_of(third)
+    third, beside = (Worker("cpu", tmp_path / f"{name}.log") for name in ("third", "beside"))
+    assert pid_of(third) != pid_of(beside)
     parent.kill()
     assert gone(parent.pid) or parent.status() == psutil.STATUS_ZOMBIE
     assert works(third)
@@ -178,7 +179,7 @@ def test_one_worker_holds_nothing_of_another(light: Callable[..., None], tmp_pat
     os.kill(fourth.pid, signal.SIGKILL)
     with pytest.raises(OutOfMemory, match=str(fourth.pid)):
         list(fourth.run({"kind": "stage"}))
-    for worker in (other, third, fourth):
+    for worker in (other, third, beside, fourth):
         worker.close()
 
 

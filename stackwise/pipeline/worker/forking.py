@@ -277,7 +277,9 @@ def serve(end: socket.socket) -> None:
                 return
             control = socket.socket(fileno=ends[3])
             if (pid := os.fork()) == 0:
-                _become(json.loads(message), ends[:3], control, [*{end.fileno(), *channels}, *workers])
+                # Of other workers nothing stays open here: that one has ended is seen by the end of its socket.
+                theirs = (other.fileno() for _, other in workers.values())
+                _become(json.loads(message), ends[:3], control, [*{end.fileno(), *channels}, *workers, *theirs])
             itself = os.pidfd_open(pid)
             try:
                 socket.send_fds(control, [b"pid %d" % pid], [itself])
