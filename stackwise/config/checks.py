@@ -151,6 +151,8 @@ def _columns(config: Settings) -> Iterator[Fault]:
         yield "model.stream", f"{text}: leave it out, there is one a task"
     if config.init.weights is not None:
         yield "init.weights", "columns begin fresh: no model elsewhere has them; leave one of both out"
+    if training.save_fused_checkpoints:
+        yield "training.save_fused_checkpoints", "no format of models has columns: leave one of both out"
     if training.adapters is not None or training.progressive.enabled:
         yield key, "columns train as they are: leave training.adapters and training.progressive out"
     settings = [config.stage_training(depth) for depth in range(config.n_stages)]

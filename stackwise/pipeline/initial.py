@@ -279,6 +279,9 @@ def with_checkpoint(config: StackWiseConfig) -> StackWiseConfig:
 def _contradictions(config: StackWiseConfig, theirs: ModelConfig) -> Iterator[str]:
     """A line for each setting of `model.*` that was given and that the checkpoint has otherwise."""
     model = config.model
+    if config.training.continual.columns:
+        yield "training.continual: columns begin fresh, no model elsewhere has them: leave it out, or init.weights"
+        return
     for key, value, there in _differences("model", model, theirs):
         yield f"{key}: is {kind_of(value)}, and {kind_of(there)} in the checkpoint: leave it out"
     try:

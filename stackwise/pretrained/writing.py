@@ -139,9 +139,13 @@ def export(
         options: What else is written, and how.
 
     Raises:
-        UsageError: The directory is in use, the tokenizer is no JSON, stages that do not make up the rack.
+        UsageError: The directory is in use, the tokenizer is no JSON, stages that do not make up the rack, a rack in
+            columns.
         NoSpaceError: The disk is full; nothing is left behind.
     """
+    if model.stream.columns > 1:
+        hint = "stackwise eval and generate use the run itself (--run)"
+        raise UsageError("no format of models has a rack in columns (training.continual: columns)", hint=hint)
     options = _known_ids(options or ExportOptions(), front.embedding.num_embeddings)
     remaining = iter(stages)
     first = [stage for _, stage in zip(range(1), remaining, strict=False)]

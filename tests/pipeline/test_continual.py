@@ -17,11 +17,11 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.loading import build
 from stackwise.config.yaml_files import dump
 from stackwise.data import PreparedData, prepare
-from stackwise.errors import ConfigError
+from stackwise.errors import ConfigError, UsageError
 from stackwise.model import Front
 from stackwise.pipeline.committed.generate import generate
 from stackwise.pipeline.committed.load import load_rack
-from stackwise.pipeline.committed.use import evaluate_rack
+from stackwise.pipeline.committed.use import evaluate_rack, export_rack
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.initial import with_checkpoint
 from stackwise.pipeline.planning.trace import TraceJob, trace
@@ -280,6 +280,8 @@ def test_a_rack_in_columns_is_evaluated_and_answers(columns: tuple[Path, list[Pa
     rack = load_rack(RunDirectory(columns[0]), torch.device("cpu"))
     assert evaluate_rack(rack, rack.data.held_out)["stages"][1]["bits_per_byte"] > 0
     assert generate(rack, None)  # a passage, filled in
+    with pytest.raises(UsageError, match="no format of models has a rack in columns"):
+        export_rack(rack, columns[0] / "exported")
 
 
 @pytest.mark.stress
