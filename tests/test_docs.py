@@ -84,7 +84,7 @@ COMMANDS = sorted(
     {
         line.split("#")[0].strip()
         for name, text in blocks("") + blocks("bash") + blocks("sh")
-        for line in text.splitlines()
+        for line in text.replace("\\\n", " ").splitlines()
         if line.startswith("stackwise ")
     }
 )
