@@ -72,7 +72,7 @@ def test_each_rank_keeps_the_rows_of_its_batches(micro: Micro, alone: Path, tmp_
     ],
 )
 def test_other_ways_of_boundaries(micro: Micro, tmp_path: Path, ranks: int, settings: dict[str, Any]) -> None:
-    run(micro(**SETTINGS, **settings), tmp_path / "alone")
+    run(micro(**(SETTINGS | settings)), tmp_path / "alone")
     run(apart(micro, tmp_path, ranks, **settings), tmp_path / "run")
     assert weights(tmp_path / "run") == weights(tmp_path / "alone")
     parts = [held(path) for path in sibling_stores(str(tmp_path / "stores" / "{rank}")).values()]
@@ -110,8 +110,12 @@ def test_who_says_how_many_groups_there_are(micro: Micro) -> None:
 @pytest.mark.stress
 def test_a_damaged_group_is_made_again(micro: Micro, alone: Path, tmp_path: Path) -> None:
     run(apart(micro, tmp_path, 2), tmp_path / "run", only=0)
-    for chunk in (tmp_path / "stores" / "1").glob("boundaries/*/activations/c/0/0/0"):
-        chunk.write_bytes(bytes(chunk.stat().st_size))
+    for rank in (0, 1):
+        for chunk in (tmp_path / "stores" / str(rank)).glob("boundaries/*/activations/c/0/0/0"):
+            chunk.write_bytes(bytes(chunk.stat().st_size))
+    done = CliRunner().invoke(main, ["cache", "repair", "--run", str(tmp_path / "run"), "--json"])
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.output)["repaired"]) == GROUPS // 2  # in rank 0's store; the other's the run finds
     events = run(apart(micro, tmp_path, 2), tmp_path / "run")
     assert named(events, "warning")
     assert weights(tmp_path / "run") == weights(alone)
