@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from click.testing import CliRunner
 
 from stackwise.cli.app import main
 from stackwise.config import StackWiseConfig
+from stackwise.config.yaml_files import dump
 from stackwise.errors import StackWiseError, UsageError
 from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.planning.advice import fit
-from stackwise.pipeline.planning.forecast import forecast, streamed
+from stackwise.pipeline.planning.forecast import forecast, grown, streamed
 from stackwise.pipeline.planning.machines import MACHINES, find
 from stackwise.pipeline.planning.trace import PARTS, traced
 from stackwise.pipeline.schedule import schedule
@@ -54,6 +57,42 @@ def test_the_estimate_of_a_presets_stage_is_within_5_percent_of_its_traced_peak(
         assert found.note is None
         assert sum(found.parts[part] for part in PARTS) == found.parts["peak"]
         assert estimate.memory == pytest.approx(found.parts["peak"], rel=0.05), estimate.config.name
+
+
+GROWING = """
+import sys, torch
+from stackwise.config.loading import build
+from stackwise.config import StackWiseConfig
+from stackwise.config.yaml_files import parse_yaml
+from stackwise.host import process_bytes
+from stackwise.pipeline.device import warm_up
+from stackwise.pipeline.schedule import schedule
+from stackwise.pipeline.trial import TrialJob, make_batch, make_engine, make_model
+text, rows, vocabulary = sys.stdin.read(), int(sys.argv[1]), int(sys.argv[2])
+config = build(StackWiseConfig, parse_yaml(text, "job"))
+warm_up()
+before = process_bytes("VmRSS")
+job = TrialJob(text, schedule(config)[0], vocabulary, vocabulary - 1, rows)
+engine = make_engine(job, config, make_model(job, config), torch.device("cpu"))
+for step in range(3):
+    engine.step([make_batch(engine, job, config, rows)], step, 1e-3)
+print(before, process_bytes("VmHWM"))
+"""
+BERT = {"model.norm": "layernorm", "model.positions": "learned", "model.ffn": "gelu", "model.dropout": 0.1}
+
+
+@pytest.mark.stress
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is read from /proc")
+@pytest.mark.parametrize("settings", [BERT, {}, {"model.d_model": 256}, BERT | {"training.objective": "mlm"}])
+def test_what_a_cpu_worker_takes_is_within_15_percent_of_what_is_planned(settings: dict[str, Any]) -> None:
+    rack = {"model.d_model": 128, "model.architecture.n_stacks": 4, "training.seq_len": 128, "training.block_size": 4}
+    for rows in (1, 64):
+        (estimate,) = estimates("micro", "cpu", 0, **{**rack, **settings, "training.batch_size": rows})
+        (found,) = traced([estimate])
+        command = [sys.executable, "-c", GROWING, str(rows), str(estimate.vocab_size)]
+        done = subprocess.run(command, input=dump(estimate.config), capture_output=True, text=True, check=True)
+        before, most = map(int, done.stdout.split())
+        assert before + grown(found.parts) == pytest.approx(most, rel=0.15)
 
 
 def test_a_stage_of_many_blocks_is_traced_with_few(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ boundaries at the disk's, copies at the bus's. What overlaps in the engines coun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,10 @@ from stackwise.words import size
 
 DEFAULT_TOKENS = 10**9
 AHEAD = 3  # batches that lie ready
-HOLES = 0.5
+HOLES = 0.35
 """On a CPU, of what comes and goes in a step, what the heap of glibc takes beside it (docs/log.md)."""
+FIRST = 45e6
+"""Bytes that a CPU worker grows by at its first step, however small: pages of kernels' code, and their own buffers."""
 CACHED = 0.5  # share of the host's memory that files may stay in, to be read from there again
 COMPUTE, READ, WRITE, COPIES = "compute", "disk read", "disk write", "host copies"
 
@@ -252,6 +254,11 @@ def _swapped(estimate: Estimate, swap: Swap) -> Traced:
     return Traced(parts | {"peak": sum(parts.values())})
 
 
+def grown(parts: Mapping[str, int]) -> float:
+    """Bytes that a worker on a CPU grows by over what it has when it starts, of a stage's traced parts."""
+    return FIRST + parts["peak"] + HOLES * (parts["activations"] + parts["head"])
+
+
 def _flops(estimate: Estimate, machine: Machine, every: int) -> tuple[float, float]:
     """Products of a row: of one step's passes, and of a forward pass to the boundary above.
 
@@ -327,7 +334,7 @@ def _stage(
     else:
         host += state
         if machine.kind != "cuda":
-            host += trace.parts["peak"] + HOLES * (trace.parts["activations"] + trace.parts["head"])
+            host += grown(trace.parts)
         terms = {COMPUTE: compute, READ: cold, COPIES: copies}
         seconds = max(terms.values())
         saves = (
