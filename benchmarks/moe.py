@@ -248,7 +248,9 @@ def _section(found: Result) -> Section:
     text += "\n\nBelow the dense rack of equal FLOPs, in nats, with each seed, by length:\n\n" + _lengths(found)
     text += f"\n\n![Gains over dense racks]({PLOT.name})"
     reasons = [f"{n}: {e['verdict']['reason']}." for n, e in found["experiments"].items() if e["verdict"] is not None]
-    about = [f"Held-out cross entropy in nats, mean of up to {found['seeds']} seeds (smallest to largest)."]
+    about = [
+        f"Held-out cross entropy in nats, mean of up to {found['seeds']} seeds (smallest to largest); one seed: 0."
+    ]
     about += [f"Unfinished: {', '.join(unfinished)}."] if unfinished else []
     device = resolve_device(found["base"].get("device", "auto"))
     where = "CPU" if device.type == "cpu" else str(describe(device)["name"])
