@@ -29,7 +29,7 @@ from stackwise.pipeline.rows import choose_samples, put_rows
 from stackwise.store import ActivationStore, Prefetcher, RowOrder
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.feed import Feed
-from stackwise.training.stage import MeanLoss, StageModel
+from stackwise.training.stage import MeanLoss, StageModel, compile_blocks
 from stackwise.training.trainer import Progress, Trainer
 
 QUEUE = 4
@@ -185,8 +185,7 @@ def fresh_model(setting: Setting) -> StageModel:
     objective = objective_of(config, setting.vocab_size - 1, setting.vocab_size, setting.stage)
     model = StageModel(None, blocks, head, objective, config.precision)
     if config.training.compile:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model.blocks)
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -60,6 +61,14 @@ AutoInt = Annotated[
     WrapValidator(_number_or_auto),
     PlainSerializer(lambda value: "auto" if isinstance(value, _Auto) else value, return_type=int | str),
 ]
+
+
+AutoBool = Annotated[
+    bool | None,
+    BeforeValidator(lambda value: None if value == "auto" else value),
+    PlainSerializer(lambda value: "auto" if value is None else value, return_type=bool | str),
+]
+"""A switch that may be `auto`: None, and so off, until it is settled."""
 
 
 class Section(BaseModel):

@@ -11,6 +11,7 @@ from stackwise.config.adapters import AdaptersConfig
 from stackwise.config.choices import Adaptation, Divergence, Fusion, Lookahead, Mode, Span, cut
 from stackwise.config.continual import Continual
 from stackwise.config.fields import (
+    AutoBool,
     AutoInt,
     Count,
     Fraction,
@@ -431,7 +432,11 @@ class TrainingConfig(StageTraining):
     tied_head: Literal["copy", "frozen"] = Field(
         "copy", description="a tied projection above stage 0: a trainable copy of the embedding, or frozen"
     )
-    compile: bool = Field(False, description="torch.compile the blocks")
+    compile: AutoBool = Field(
+        None,
+        description="torch.compile the blocks, once for each shape; auto: on a GPU with Triton. Where they do not "
+        "compile they run as they are, which is said",
+    )
     swap: Literal["auto", "always", "never"] = Field(
         "auto", description="swap a stage's parts between disk and memory; auto: where it does not fit. Same result"
     )

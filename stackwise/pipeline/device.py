@@ -69,7 +69,9 @@ def describe(device: torch.device | None) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
         known = {"device": "cuda", "name": properties.name, "memory": properties.total_memory, "precision": precision}
-        return known | {"devices": torch.cuda.device_count()}
+        # What Triton's kernels need, of which a compiled block consists there.
+        compiles = properties.major >= 7 and importlib.util.find_spec("triton") is not None
+        return known | {"devices": torch.cuda.device_count(), "compiles": compiles}
     kind = "cpu" if device is None else device.type
     name = f"{os.cpu_count()} CPU cores" if kind == "cpu" else "Apple GPU"
     return {"device": kind, "name": name, "memory": host_total(), "precision": "fp32"}

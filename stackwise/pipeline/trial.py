@@ -14,7 +14,7 @@ from stackwise.config.continual import EWC
 from stackwise.config.loading import build
 from stackwise.config.yaml_files import parse_yaml
 from stackwise.host import Memory
-from stackwise.pipeline.device import is_out_of_memory, make_deterministic, memory
+from stackwise.pipeline.device import cannot_repeat, is_out_of_memory, make_deterministic, memory
 from stackwise.pipeline.schedule import Stage
 
 if TYPE_CHECKING:
@@ -39,6 +39,36 @@ class TrialJob:
     mask_token: int
     most: int  # the largest batch of use
     kind: str = field(default="trial", init=False)
+
+
+@dataclass(frozen=True)
+class CompileJob(TrialJob):
+    """A stage whose blocks are to be compiled, to see whether they can be; `most`: the rows of a microbatch."""
+
+    kind: str = field(default="compile", init=False)
+
+
+def run_compile(job: CompileJob, device: torch.device) -> dict[str, Any]:
+    """A step of a stage with its blocks compiled; returns the `fault` in a line, None where there is none.
+
+    What was compiled lies in the cache on the disk, where the workers that train find it.
+    """
+    config = build(StackWiseConfig, parse_yaml(job.config, "job"))
+    if config.deterministic and device.type == "cuda":
+        make_deterministic()
+    from stackwise.training.stage import compile_blocks
+
+    model = make_model(job, config).to(device)
+    compile_blocks((*model.blocks, *model.beyond))
+    engine = make_engine(job, config, model, device)
+    try:
+        engine.step([make_batch(engine, job, config, job.most)], 0, 0.0)
+        engine.evaluate([make_batch(engine, job, config, job.most)])
+    except Exception as error:  # a compiler has as many kinds of failure as parts
+        if is_out_of_memory(error) or cannot_repeat(error):
+            raise
+        return {"fault": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]}
+    return {"fault": None}
 
 
 def run_trial(job: TrialJob, device: torch.device) -> dict[str, Any]:

@@ -157,6 +157,19 @@ def casts_held(device: torch.device) -> Iterator[None]:
         yield
 
 
+SHAPES = 64
+"""Shapes of batches that blocks are compiled for; beyond them the compiler would give up, and numbers would change."""
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Let blocks be compiled as they are first called: once for each shape, for all that are alike."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = SHAPES
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
 def of_weights(module: nn.Module, x_BSD: Tensor) -> Mapping[str, Term]:
     """The loss of a part's weights in training, where it is held to what it was (`anchor.Anchored`)."""
     anchored = getattr(module, "anchored", None)

@@ -168,7 +168,7 @@ def _jobs(estimate: Estimate) -> list[TraceJob]:
     config, stage = estimate.config, estimate.largest_phase.stage
     blocks = stage.last - stage.first + 1
     settings = config.stage_training(stage.depth)
-    stages = [stage] if blocks <= WHOLE else [_with_blocks(stage, FEW), _with_blocks(stage, FEW + 1)]
+    stages = [stage] if blocks <= WHOLE else [with_blocks(stage, FEW), with_blocks(stage, FEW + 1)]
     microbatches = min(2, settings.accumulation)
     text = dump(config)
     return [
@@ -176,7 +176,7 @@ def _jobs(estimate: Estimate) -> list[TraceJob]:
     ]
 
 
-def _with_blocks(stage: Stage, count: int) -> Stage:
+def with_blocks(stage: Stage, count: int) -> Stage:
     """The stage with the lowest few of its blocks that train, or the lowest where none does."""
     trained = [int(part.rpartition(".")[2]) for part in stage.trains if part not in (FRONT, HEAD)]
     first = min(max(stage.first, min(trained, default=stage.first)), stage.last - count + 1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 from stackwise.config import AUTO, StackWiseConfig
@@ -23,11 +24,12 @@ from stackwise.identity import NUMERICS, content_id
 from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.events import Emit, Event, Observer
 from stackwise.pipeline.plan import check_data
+from stackwise.pipeline.planning.trace import with_blocks
 from stackwise.pipeline.schedule import Stage, schedule
-from stackwise.pipeline.trial import TrialJob
+from stackwise.pipeline.trial import CompileJob, TrialJob
 from stackwise.words import size as in_bytes
 
-KEY = "training.block_size"
+KEY, COMPILE = "training.block_size", "training.compile"
 
 SmallRun = Callable[[StackWiseConfig, str, Observer], dict[str, Any]]
 """Runs a configuration in a directory of this name; returns its evaluation."""
@@ -200,6 +202,48 @@ def settle_block_size(
     config.validate()
     emit("settled", key=KEY, value=result["blocks"])
     return before | {KEY: result}
+
+
+def settle_compile(
+    config: StackWiseConfig,
+    data: PreparedData,
+    before: Auto,
+    machine: Event,
+    work: Callable[[CompileJob], list[Event]],
+    emit: Emit,
+) -> Auto:
+    """Find whether blocks are compiled: `training.compile: auto` where the machine has what it takes.
+
+    Where it is wanted, one block of the lowest stage is compiled once, before anything is hashed: what does not compile
+    runs as it is, and the recipe says so.
+
+    Args:
+        machine: What a worker said of it (`device.describe`).
+        work: Has the trial done by a worker; returns its events.
+
+    Returns:
+        What is known by now.
+    """
+    training = config.training
+    meta = any(config.stage_training(depth).meta is not None for depth in range(config.n_stages))
+    if training.compile is None and (not machine.get("compiles") or config.parallel.divides or meta):
+        training.compile = False
+    if training.compile is False:
+        return before
+    vocabulary, stage = check_data(config, data), with_blocks(schedule(config)[0], 1)
+    rows = config.stage_training(stage.depth).batch_size
+    job = CompileJob(dump(config), stage, vocabulary.size, vocabulary.mask, rows)
+    name = content_id("compile", [conditions(config, job, machine["device"]), machine["name"], version("torch")])
+    result = before.get(COMPILE)
+    if result is None or result["conditions"] != name:
+        emit("preparing", phase="compiling a block", done=0, total=None)
+        (trial,) = (event for event in work(job) if event["event"] == "trial")
+        result = {"conditions": name, "fault": trial["fault"]}
+    training.compile = result["fault"] is None
+    if not training.compile:
+        text = f"{COMPILE}: blocks do not compile here, and run as they are: {result['fault']}"
+        emit("warning", stage=None, text=text)
+    return before | {COMPILE: result}
 
 
 def settle_batches(

@@ -29,7 +29,7 @@ from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.reasons import History
 from stackwise.pipeline.rows import limit_passes
 from stackwise.pipeline.run import RunDirectory, with_absolute_paths
-from stackwise.pipeline.runner.auto import settle_batches, settle_block_size
+from stackwise.pipeline.runner.auto import settle_batches, settle_block_size, settle_compile
 from stackwise.pipeline.runner.execution import Boundaries, Execution
 from stackwise.pipeline.runner.manifest import EventLog, Manifest, Observers, RunContext
 from stackwise.pipeline.runner.preparation import Preparation, check_store, open_store, prepare_data
@@ -186,6 +186,7 @@ class Runner:
 
         auto = settle_block_size(config, data, before.get("auto", {}), machine, small_run, self._emit)
         auto = settle_batches(config, data, auto, device, self._pool.work, self._emit)
+        auto = settle_compile(config, data, auto, machine, self._pool.work, self._emit)
         if line := limit_passes(config, data.train):
             self._emit("note", text=line)
         for line in divide(config, earlier):

@@ -100,7 +100,9 @@ class Worker:
 
     def _started_here(self, *, fork: bool) -> forking.ForkedWorker | subprocess.Popen[str]:
         errors = open_regular(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        environment = {**ENVIRONMENT, **os.environ}
+        # What a worker compiles is found by those after it, of other runs too: the compiler writes beside and renames.
+        compiled = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stackwise" / "inductor"
+        environment = {**ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **os.environ}
         if "PYTORCH_CUDA_ALLOC_CONF" in os.environ and "PYTORCH_ALLOC_CONF" not in os.environ:
             del environment["PYTORCH_ALLOC_CONF"]  # its older name: what the user says there counts
         try:

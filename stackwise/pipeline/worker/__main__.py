@@ -61,6 +61,10 @@ def main(device: str) -> int:
             what = str(error).split(" ", 1)[0]
             text = f"{what} has no kernel on this device that repeats bit for bit"
             return _report(channel, StackWiseError(text, hint="set deterministic: false, or take another kind"))
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            fault = StackWiseError(f"blocks of this stage do not compile: {text}", hint="set training.compile: false")
+            return _report(channel, fault)
         with contextlib.suppress(OSError):  # whatever keeps the log from being written, the runner is told
             traceback.print_exc()
         channel.emit({"event": "error", "exit_code": 1, **_explained(error, before[0] if before else memory())})
@@ -76,7 +80,7 @@ def _report(channel: _Channel, error: StackWiseError) -> int:
 def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], device: str) -> int:
     from stackwise.pipeline.device import describe, resolve_device, warm_up
     from stackwise.pipeline.job import FinishJob, StageJob, from_plain
-    from stackwise.pipeline.trial import TrialJob, run_trial
+    from stackwise.pipeline.trial import CompileJob, TrialJob, run_compile, run_trial
     from stackwise.pipeline.worker.group import joined, numerics
     from stackwise.pipeline.worker.jobs import run_finish, run_stage
 
@@ -95,6 +99,8 @@ def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], d
             run_stage(from_plain(StageJob, job), channel.emit, stopping.is_set, on, ranks)
     elif job["kind"] == "trial":
         channel.emit({"event": "trial", **run_trial(from_plain(TrialJob, job), on)})
+    elif job["kind"] == "compile":
+        channel.emit({"event": "trial", **run_compile(from_plain(CompileJob, job), on)})
     else:
         run_finish(from_plain(FinishJob, job), channel.emit, stopping.is_set)
     return 0

@@ -31,7 +31,7 @@ from stackwise.training.checkpoint import UNREADABLE, TensorFile
 from stackwise.training.engine import Engine, ResidentEngine
 from stackwise.training.feed import Order
 from stackwise.training.optim import Rising
-from stackwise.training.stage import StageModel
+from stackwise.training.stage import StageModel, compile_blocks
 from stackwise.training.swap import SwappedEngine, SwapSpace
 
 if TYPE_CHECKING:
@@ -77,8 +77,7 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
 def resident(context: StageContext, model: StageModel) -> ResidentEngine:
     """The engine of a stage that is in memory."""
     if context.config.training.compile:
-        for block in (*model.blocks, *model.beyond):
-            block.compile()
+        compile_blocks((*model.blocks, *model.beyond))
     parts = parts_of(model, context.stage)
     for part, module in parts.items():
         anchor_part(context.job, context.config, part, module)

@@ -25,7 +25,7 @@ from stackwise.pipeline.parts import (
     set_spans,
 )
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, adapter_part, block_number
-from stackwise.training.stage import StageModel
+from stackwise.training.stage import StageModel, compile_blocks
 
 
 class JobParts:
@@ -133,8 +133,7 @@ class JobParts:
         """Some neighbouring parts as the model of a stage, in training mode."""
         blocks = [module for name, module in parts.items() if name not in (FRONT, HEAD)]
         if self._config.training.compile:
-            for block in blocks:
-                block.compile()
+            compile_blocks(blocks)
         front, head = parts.get(FRONT), parts.get(HEAD)
         return StageModel(front, blocks, head, self._objective, self._config.precision).train()
 
