@@ -196,6 +196,14 @@ class Stage:
         unfrozen = {*self.with_adapters(block_parts(first, last)), HEAD, *((FRONT,) if first == 0 else ())}
         return dataclasses.replace(self, trains=tuple(part for part in self.trains if part in unfrozen), candidates=())
 
+    def with_blocks(self, count: int) -> Stage:
+        """The same stage with the lowest few of its blocks that train, or the lowest where none does."""
+        trained = [block_number(part) for part in self.trains if part not in (FRONT, HEAD)]
+        first = min(max(self.first, min(trained, default=self.first)), self.last - count + 1)
+        kept = {FRONT, HEAD, *block_parts(first, first + count - 1), *self.lookahead}
+        trains = tuple(part for part in self.trains if part.removeprefix(ADAPTER) in kept)
+        return dataclasses.replace(self, first=first, last=first + count - 1, trains=trains, candidates=())
+
     def precisions(self, parts: Iterable[str]) -> dict[str, str]:
         """The precision of each of these parts that is not held in the run's."""
         return {part: self.formats[part].precision for part in parts if self.format(part).precision != PLAIN.precision}

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from stackwise.errors import StackWiseError
 from stackwise.identity import NUMERICS, content_id
 from stackwise.pipeline.device import python_command
 from stackwise.pipeline.estimate import Estimate, rank_bytes
-from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, block_number, block_parts
+from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, block_number
 
 if TYPE_CHECKING:
     from stackwise.batch import Batch
@@ -168,21 +168,12 @@ def _jobs(estimate: Estimate) -> list[TraceJob]:
     config, stage = estimate.config, estimate.largest_phase.stage
     blocks = stage.last - stage.first + 1
     settings = config.stage_training(stage.depth)
-    stages = [stage] if blocks <= WHOLE else [with_blocks(stage, FEW), with_blocks(stage, FEW + 1)]
+    stages = [stage] if blocks <= WHOLE else [stage.with_blocks(FEW), stage.with_blocks(FEW + 1)]
     microbatches = min(2, settings.accumulation)
     text = dump(config)
     return [
         TraceJob(text, one, estimate.vocab_size, estimate.device, settings.batch_size, microbatches) for one in stages
     ]
-
-
-def with_blocks(stage: Stage, count: int) -> Stage:
-    """The stage with the lowest few of its blocks that train, or the lowest where none does."""
-    trained = [int(part.rpartition(".")[2]) for part in stage.trains if part not in (FRONT, HEAD)]
-    first = min(max(stage.first, min(trained, default=stage.first)), stage.last - count + 1)
-    kept = {FRONT, HEAD, *block_parts(first, first + count - 1), *stage.lookahead}
-    trains = tuple(part for part in stage.trains if part.removeprefix(ADAPTER) in kept)
-    return replace(stage, first=first, last=first + count - 1, trains=trains, candidates=())
 
 
 def _key(config: StackWiseConfig, job: TraceJob) -> str:

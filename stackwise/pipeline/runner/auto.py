@@ -24,7 +24,6 @@ from stackwise.identity import NUMERICS, content_id
 from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.events import Emit, Event, Observer
 from stackwise.pipeline.plan import check_data
-from stackwise.pipeline.planning.trace import with_blocks
 from stackwise.pipeline.schedule import Stage, schedule
 from stackwise.pipeline.trial import CompileJob, TrialJob
 from stackwise.words import size as in_bytes
@@ -230,7 +229,7 @@ def settle_compile(
         training.compile = False
     if training.compile is False:
         return before
-    vocabulary, stage = check_data(config, data), with_blocks(schedule(config)[0], 1)
+    vocabulary, stage = check_data(config, data), schedule(config)[0].with_blocks(1)
     rows = config.stage_training(stage.depth).batch_size
     job = CompileJob(dump(config), stage, vocabulary.size, vocabulary.mask, rows)
     name = content_id("compile", [conditions(config, job, machine["device"]), machine["name"], version("torch")])
