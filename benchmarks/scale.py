@@ -133,8 +133,8 @@ class Estimate:
         plain: Of one all-reduce.
         narrow: The same in 16 bits.
         reading: Reading the boundary, beside the rest.
-        forward: For each token: writing the next boundary, where each host writes all of it.
-        divided: The same where each host writes its part.
+        forward: For each token: writing the next boundary, where each host writes its part.
+        whole: The same where each host writes all of it.
         stopped: Of a checkpoint: while it is copied.
         written: Of a checkpoint: until it is on the disk.
         again: After a failure: until the first step.
@@ -149,7 +149,7 @@ class Estimate:
     narrow: float
     reading: float
     forward: float
-    divided: float
+    whole: float
     stopped: float
     written: float
     again: float
@@ -215,8 +215,8 @@ def estimate(training: Training, site: Site, measured: Measured = Measured()) ->
         plain=2 * ring * gradients / site.link + hops,
         narrow=ring * gradients / site.link + hops,
         reading=row * tokens / site.hosts / (disk.read * site.disks),
-        forward=forward(1),
-        divided=forward(site.hosts),
+        forward=forward(site.hosts),
+        whole=forward(1),
         stopped=state / machine.host,
         written=written,
         again=measured.found + measured.again + state / disk.read + state / site.link,
@@ -305,7 +305,7 @@ def _site(stage: Estimate, failures: int) -> dict[str, Any]:
         "lost": stage.lost(stage.plain),
         "simulated": simulate(stage, stage.plain, failures, seed=0),
         "days": stage.days(stage.plain, stage.forward),
-        "days_divided": stage.days(stage.plain, stage.divided),
+        "days_whole": stage.days(stage.plain, stage.whole),
         "days_ordered": stage.days(stage.ordered, stage.forward),
     }
 
@@ -352,13 +352,13 @@ def _section(result: Result) -> Section:
                 for name, key in (
                     ("both passes", "compute"),
                     ("wire, one all-reduce", "wire"),
-                    ("writing boundaries, each host all rows", "boundaries"),
+                    ("writing boundaries, each host its ranks' rows", "boundaries"),
                     ("failures and checkpoints", "lost"),
                 )
             ),
             row("all", total("days")),
             row("all, gradients in the order of microbatches", total("days_ordered")),
-            row("all, if each host wrote its ranks' rows alone (not built)", total("days_divided")),
+            row("all, where every host needs all rows", total("days_whole")),
         ],
     )
     window = words.size(result["window_bytes"])

@@ -20,11 +20,11 @@ def test_the_simulation_loses_what_the_formula_says(gpu_hours: float) -> None:
     assert lost == pytest.approx(stage.lost(stage.plain), rel=0.15)
 
 
-def test_one_gpu_has_no_wire_and_many_divide_all_but_the_boundaries() -> None:
+def test_one_gpu_has_no_wire_and_many_divide_all() -> None:
     one, some, many = (estimate(TRAINING, replace(Site(gpus), spread=0.0)) for gpus in (1, 8, 64))
     assert one.plain == one.ordered == pytest.approx(0.0, abs=0.1)
     assert one.compute == pytest.approx(8 * some.compute) == pytest.approx(64 * many.compute)
-    assert some.forward == many.forward == pytest.approx(8 * many.divided)
+    assert some.forward == some.whole == many.whole == pytest.approx(8 * many.forward)
     assert many.days(0.0, many.forward)["compute"] == pytest.approx(one.days(0.0, 0.0)["compute"] / 64)
     with pytest.raises(UsageError):
         estimate(TRAINING, Site(7))
