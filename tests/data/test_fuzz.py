@@ -45,8 +45,11 @@ def changed(data: bytes, dice: random.Random) -> bytes:
 
 
 def changed_json(data: bytes, dice: random.Random) -> bytes:
-    """Another value somewhere within a JSON document."""
-    value = at = json.loads(data)
+    """Another value somewhere within a JSON document; other bytes of one that was damaged before."""
+    try:
+        value = at = json.loads(data)
+    except ValueError:
+        return changed(data, dice)
     while True:
         key = dice.choice(list(at) if isinstance(at, dict) else list(range(len(at))))
         if not isinstance(at[key], dict | list) or not at[key] or dice.random() < 0.3:
