@@ -181,7 +181,7 @@ def _section(result: Result) -> Section:
         "at each depth with the head that its stage trained with; medians over "
         f"{words.plural(len(pairs), 'seed')}, smallest to largest in brackets. By mean loss the staged rack is "
         f"{abs(gap['median']):.3f} {ahead} (staged less {WHOLE}: {gap['min']:+.3f} to {gap['max']:+.3f}). Rows are "
-        "distinct (sample, mask) pairs, the same for both; each stage reads them anew. Seconds leave out preparation "
+        "distinct (sample, mask) pairs, the same for both; each stage reads them again. Seconds leave out preparation "
         "and evaluation."
     )
     body = f"{table(header, rows)}\n\n{table(cost_header, costs)}"

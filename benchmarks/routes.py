@@ -133,7 +133,7 @@ def _section(found: Result) -> Section:
         return [begun, order, *reached, words.size(mean("bytes")), f"{mean('loss'):.4f}", loss]
 
     lines = [row(begun, order) for begun in BEGUN for order in ORDERS]
-    header = ["weights at first", "order", "experts foretold", "reached", "read a step", "held-out loss", "by seed"]
+    header = ["weights at first", "order", "experts predicted", "reached", "read a step", "held-out loss", "by seed"]
     first = found["runs"][BEGUN[0]]["chance"][0]
     text = (
         f"A causal rack of two blocks, the upper one with {first['of']} experts, swapped; 4 rows of 16 a step, "

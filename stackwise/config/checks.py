@@ -112,7 +112,7 @@ def _data(config: Settings) -> Iterator[Fault]:
     if config.tasks_in_turn:
         yield from _continual(config)
     if config.model.stream.columns > 1 and not config.training.continual.columns:
-        yield "model.stream", "columns are learned one a task: set training.continual: columns, or leave it out"
+        yield "model.stream", "a column for each task: set training.continual: columns, or leave model.stream out"
 
 
 def _continual(config: Settings) -> Iterator[Fault]:
@@ -148,11 +148,11 @@ def _columns(config: Settings) -> Iterator[Fault]:
     training, tasks, key = config.training, len(config.data.tasks), "training.continual"
     if tasks and config.model.stream.columns != tasks:
         text = f"{config.model.stream.columns} columns, and data.tasks has {tasks} tasks"
-        yield "model.stream", f"{text}: leave it out, there is one a task"
+        yield "model.stream", f"{text}: leave model.stream out, it follows the tasks"
     if config.init.weights is not None:
-        yield "init.weights", "columns begin fresh: no model elsewhere has them; leave one of both out"
+        yield "init.weights", "columns start from fresh weights: leave one of the two out"
     if training.save_fused_checkpoints:
-        yield "training.save_fused_checkpoints", "no format of models has columns: leave one of both out"
+        yield "training.save_fused_checkpoints", "no model format has columns: leave one of the two out"
     if training.adapters is not None or training.progressive.enabled:
         yield key, "columns train as they are: leave training.adapters and training.progressive out"
     settings = [config.stage_training(depth) for depth in range(config.n_stages)]
@@ -223,7 +223,7 @@ def _row_groups(config: Settings) -> Iterator[Fault]:
     }
     for key in others if (config.training.row_groups or 1) > 1 else ():
         if others[key]:
-            yield "training.row_groups", f"training.{key} has an order of rows of its own: leave one of both out"
+            yield "training.row_groups", f"training.{key} has its own order of rows: leave one of the two out"
 
 
 def _curriculum(config: Settings, curriculum: Curriculum, depth: int) -> Iterator[str]:
@@ -245,7 +245,7 @@ def _routes(config: Settings, depth: int) -> Iterator[str]:
     if not config.model.total(lambda model: len(model.ffn.pieces(model))):
         yield "no block has experts: set model.ffn: {kind: moe, experts: 8}, or leave it out"
     if objective.rolls_out or objective.sequences > 1:
-        yield f"{objective.name} is of answers, whose routes are not counted: leave it out"
+        yield f"{objective.name} trains on answers, whose routes are not counted: leave it out"
     if not isinstance(config.training.fusion, NoFusion):
         yield "training.fusion chooses blocks while it trains: leave one of both out"
     others = {"curriculum": settings.curriculum is not None, "meta": settings.meta is not None}
@@ -419,9 +419,9 @@ def _stacks(config: Settings) -> Iterator[Fault]:
         if config.stage_training(depth).products != "full":
             where = f"stages.{depth}.training.products" if depth in config.stages else "training.products"
             if config.stage_training(depth).quantization:
-                yield where, "fp8 and training.quantization are two ways to multiply: keep one"
+                yield where, "fp8 and training.quantization exclude each other: keep one"
             elif precision not in (None, "full"):
-                yield where, f"fp8 and the precision {precision} are two ways to multiply: keep one"
+                yield where, f"fp8 and the precision {precision} exclude each other: keep one"
         try:
             # Adapters that come with the stacks above are alike: those of the next one stand for all.
             adapters = stack_adapters(config, depth, min(depth + 1, config.n_sections - 1))

@@ -365,7 +365,7 @@ class AdaptiveFusion(TrainableFusion):
     probes: ClassVar[bool] = True
 
     rounds: Size = Field(
-        1, description="how often it is probed anew which section to train; each round has its share of steps"
+        1, description="how often it is tested again which section to train; each round has its share of steps"
     )
     probe_steps: PositiveInt | None = Field(
         None, description="steps of a section's probe; null: a quarter of a round's, shared by the sections"

@@ -74,7 +74,7 @@ class EWC(Continual):
     """Elastic weight consolidation: what a weight meant to earlier tasks holds it where it was (arXiv 1612.00796)."""
 
     measures: ClassVar[bool] = True
-    held_bytes: ClassVar[int] = 12  # information, place, and how far it is from there, for the way back
+    held_bytes: ClassVar[int] = 12  # information, place, and how far it is from there, for the backward pass
     strength: Positive = Field(1000.0, description="weight of the penalty")
     samples: Size = Field(64, description="rows whose squared gradients make the Fisher information of a task")
     decay: Fraction = Field(
@@ -107,7 +107,7 @@ class LwF(Continual):
 
 
 class Columns(Continual):
-    """Progressive networks: a column of the rack a task, those of earlier tasks stand still (arXiv 1606.04671)."""
+    """Progressive networks: one column of the rack for each task; earlier ones are frozen (arXiv 1606.04671)."""
 
     columns: ClassVar[bool] = True
 

@@ -128,7 +128,7 @@ def _without_inner_steps(config: Settings, settings: StageTraining) -> Iterator[
     if training.compile:
         yield "inner steps run on changed copies of the weights, not on compiled blocks: leave training.compile out"
     if settings.activation_checkpointing:
-        yield "inner steps cannot compute a block anew with changed weights: leave activation_checkpointing out"
+        yield "inner steps cannot recompute a block with changed weights: leave activation_checkpointing out"
     if config.objective.reference is not None or config.objective.sequences > 1:
         yield f"{config.objective.name} scores pairs by a reference: choose another training.objective"
     if config.distillation.teacher is not None:

@@ -70,7 +70,7 @@ class ModelConfig(Section):
     vocab_size: Size | None = Field(None, description="token ids that the model knows; null: the tokenizer's")
     d_model: Size = Field(256, description="width of the residual stream")
     stream: Stream = choice(
-        Stream, "how the residual stream is divided; in columns, heads and d_ff are those of a column"
+        Stream, "how the residual stream is divided; with columns, n_heads and d_ff are those of one column"
     )
     n_heads: Size = Field(4, description="attention heads; they divide d_model where head_size is null")
     head_size: Size | None = Field(None, description="width of an attention head; null: d_model / n_heads")

@@ -160,10 +160,10 @@ class SlurmConfig(Section):
 
     partition: Text | None = Field(None, description="partition that jobs go to; null: the cluster's default")
     nodes: Small = Field(
-        1, description="nodes of a job, each with as many of the ranks of parallel.*; more than one: see nodelist"
+        1, description="nodes of a job, which share the ranks of parallel.* equally; more than one: set nodelist"
     )
     nodelist: Text | None = Field(
-        None, description="the node that has the store, or all of `nodes`; null: the machine that submits"
+        None, description="the node that has the store; with several nodes, all of them; null: the machine that submits"
     )
     minutes: Size = Field(1440, description="time limit of a job; one that reaches it saves and is queued again")
     signal_seconds: Size = Field(120, description="seconds before the limit that a job is told to save")
@@ -171,7 +171,7 @@ class SlurmConfig(Section):
         None, description="GPUs of each node; null: one for each rank there, none where device is cpu"
     )
     cpus: Size | None = Field(
-        None, description="CPUs of a job, of several nodes: of each rank; null: the cluster's default"
+        None, description="CPUs of a job; with several nodes, of each rank; null: the cluster's default"
     )
     memory_gb: Positive | None = Field(
         None, description="memory of a job on each node, in GB; null: the cluster's default"

@@ -167,8 +167,8 @@ class StageTraining(Section):
     accumulation: Size = Field(1, description="microbatches in a step")
     activation_checkpointing: bool | Small = Field(
         False,
-        description="keep of a block only what enters it, and compute it anew on the way back: less memory, up to a "
-        "third more time, the same result; true: every block; a number: every so-many-th",
+        description="keep only the input of a block and recompute it in the backward pass: less memory, up to a third "
+        "more time, the same result; true: every block; a number n: every n-th block",
     )
     optimizer: Optimizer = choice(Optimizer, "how parameters follow from gradients")
     learning_rate: Positive = Field(1e-3, description="peak learning rate")
@@ -200,8 +200,8 @@ class StageTraining(Section):
     )
     products: Literal["full", "fp8"] = Field(
         "full",
-        description="what blocks' linear layers multiply in: full (the precision), or fp8 (e4m3, a scale a row, both "
-        "ways; weights stay float32)",
+        description="what blocks' linear layers multiply in: full (the run's precision), or fp8 (e4m3 with a scale for "
+        "each row, forward and backward; weights stay float32)",
     )
     ema: Probability = Field(
         0.0, description="decay of a running mean of the weights, which is then what is committed; 0: none"
@@ -218,9 +218,8 @@ class StageTraining(Section):
     )
     routes: Literal["count", "order"] | None = Field(
         None,
-        description="as a stage with experts begins, its rows go over it once, and what a step will reach is said "
-        "beforehand (count); rows that reach the same experts then stand together, so that a swapped stage reads fewer "
-        "(order); null: neither",
+        description="one forward pass before a stage with experts trains; count: say how many experts a step reaches; "
+        "order: put rows that reach the same experts into one step, so that a swapped stage reads fewer; null: neither",
     )
     meta: Meta | None = Field(
         None,
@@ -394,8 +393,8 @@ class TrainingConfig(StageTraining):
     )
     row_groups: Small | None = Field(
         None,
-        description="groups of rows, each with an order of its own; batches are of the groups in turn. With {rank} or "
-        "{host} in store.path each rank keeps the groups that its batches are of; null: one group, there 24",
+        description="groups of rows, each with its own order; batches come from the groups in turn. With {rank} or "
+        "{host} in store.path each rank keeps only the groups of its own batches; null: 1, with {rank} or {host} 24",
     )
     windows: AutoInt = Field(
         1,
@@ -434,8 +433,8 @@ class TrainingConfig(StageTraining):
     )
     compile: AutoBool = Field(
         None,
-        description="torch.compile the blocks, once for each shape; auto: on a GPU with Triton. Where they do not "
-        "compile they run as they are, which is said",
+        description="torch.compile the blocks, once for each shape; auto: on a GPU with Triton. If that fails, a "
+        "warning says so and they run uncompiled",
     )
     swap: Literal["auto", "always", "never"] = Field(
         "auto", description="swap a stage's parts between disk and memory; auto: where it does not fit. Same result"

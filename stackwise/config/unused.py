@@ -116,7 +116,7 @@ def unused_settings(config: Settings) -> list[str]:
             ("swap_experts", not config.model.total(lambda m: len(m.ffn.pieces(m))) and "no block has experts"),
             (
                 "activation_checkpointing",
-                training.swap == "always" and "training.swap is always, and swapped stages compute blocks anew anyway",
+                training.swap == "always" and "training.swap is always, and swapped stages recompute blocks anyway",
             ),
             ("memory", training.swap == "never" and not config.finds_block_size and "training.swap is never"),
             ("tied_head", not config.model.tie_embeddings and "model.tie_embeddings is false"),

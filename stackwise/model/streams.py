@@ -52,7 +52,7 @@ class Columns(Stream):
 
     caches: ClassVar[bool] = False
 
-    count: Small = Field(description="columns; training.continual: columns has one a task")
+    count: Small = Field(description="columns; with training.continual: columns, one for each task")
 
     @property
     def columns(self) -> int:
@@ -101,12 +101,12 @@ class Columns(Stream):
         if model.tie_embeddings:
             yield "tie_embeddings", "each column projects by its own matrix: set model.tie_embeddings: false"
         if model.positions != "rope":
-            yield "positions", f"{model.positions} positions belong to no column: set model.positions: rope"
+            yield "positions", f"{model.positions} positions cannot be divided into columns: set model.positions: rope"
         if model.embedding_norm or model.token_types or model.time_embedding.parameters(1):
             key = "embedding_norm" if model.embedding_norm else "token_types" if model.token_types else "time_embedding"
-            yield key, "columns have token embeddings alone: leave it out"
+            yield key, "columns have only token embeddings: leave it out"
         if not isinstance(model.head, LinearHead) or not model.head.norm:
-            yield "head", "columns have a norm and a projection each: leave model.head out"
+            yield "head", "each column has its own norm and projection: leave model.head out"
         if model.ffn.upcycles:
             yield "ffn", f"{model.ffn.name}: a column has no experts: take swiglu, geglu or gelu"
 
@@ -142,7 +142,7 @@ class ColumnAttention(Attention):
         return model.stream.columns * self.inner.other_parameters(model.column)
 
     def kept(self, model: ModelConfig) -> int:
-        """What the column in training keeps; the others stand still, and the stream is kept whole before each norm."""
+        """What the column in training keeps; the others are frozen, and the stream is kept whole before each norm."""
         column = model.column
         return self.inner.kept(column) + 4 * (model.d_model - column.d_model)
 

@@ -162,7 +162,7 @@ def planned_notes(plan: Plan, swapped: Collection[int] | None) -> list[str]:
     if anew and training.swap == "auto":
         lines.append(
             f"training.activation_checkpointing is unused in swapped stages ({', '.join(anew)}): what does not wait "
-            "in memory is computed anew there as it is"
+            "in memory is recomputed there anyway"
         )
     if swapped is not None and not swapped and training.swap == "auto":
         unused = [key for key in ("swap_parts", "swap_experts") if key in changed(training)]

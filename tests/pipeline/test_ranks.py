@@ -203,7 +203,7 @@ def in_float64(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ANEW: dict[str, Any] = {"training__activation_checkpointing": True}
-"""Blocks are computed anew on the way back: beside ranks, too, it changes no number and no recipe."""
+"""Blocks are recomputed in the backward pass: with ranks, too, it changes no number and no recipe."""
 
 
 def to_rounding(directory: Path, alone: Path) -> None:

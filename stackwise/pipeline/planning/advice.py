@@ -62,7 +62,7 @@ def alternatives(planned: Forecast) -> Iterator[Alternative]:
                 _blocks(config, more)
                 compute_anew(config)
 
-            name = f"resident stages of {more} blocks that are computed anew (training.activation_checkpointing)"
+            name = f"resident stages of {more} recomputed blocks (training.activation_checkpointing)"
             yield from _tried(planned, name, fatter)
         yield from _tried(planned, "the whole rack end to end, swapped where it must be", _whole)
     whole = _copy(config)
