@@ -142,6 +142,32 @@ def test_ranks_with_other_numbers_of_threads_leave_nothing_behind(
 
 
 @pytest.mark.stress
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own for a rank: that is root's to mount")
+def test_a_rank_without_the_data_leaves_nothing_behind(
+    configured: tuple[StackWiseConfig, Path], tmp_path: Path
+) -> None:
+    (kept := tmp_path / "kept").mkdir()
+    meeting = port()
+    command = [sys.executable, "-m", "stackwise", "run", str(configured[1]), "--run", str(tmp_path / "run")]
+    command += ["-o", f"data.cache_dir={kept}"]
+    empty = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {kept} && exec "$@"', "sh"]
+    ranks = [
+        subprocess.Popen(
+            [*(empty if rank else []), *command],
+            env={**os.environ, **slurm(rank, 2, meeting)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert "data.paths: rank 1" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.stress
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_torchrun_s_own_processes_are_the_ranks(tmp_path: Path, nodes: int) -> None:
     meeting = str(port())

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from stackwise.config import StackWiseConfig
+from stackwise.data import PreparedData
 from stackwise.errors import InterruptedRun, StackWiseError, UsageError
 from stackwise.pipeline.runner.launch import Launch
 from stackwise.pipeline.runner.workers import Worker
@@ -160,6 +161,7 @@ class Host:
 
     def __init__(self, wire: Wire, name: str, rank: int) -> None:
         self.wire, self.name, self.rank = wire, name, rank
+        self.answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()  # None: its process is gone
         self._numbers = itertools.count()
         self._workers: dict[int, RemoteWorker] = {}
         self._gone = False
@@ -183,6 +185,9 @@ class Host:
             worker = self._workers.get(message.get("worker", -1))
             if worker is not None:
                 worker.hear(message)
+            elif "data" in message:
+                self.answers.put(message)
+        self.answers.put(None)
         with self._lock:
             self._gone = True
         for worker in self._workers.values():
@@ -253,6 +258,25 @@ class Hosts:
     def host(self, rank: int) -> Host:
         """The process of a rank above 0."""
         return self._hosts[rank]
+
+    def check_data(self, data: PreparedData) -> None:
+        """Compare the prepared data of all ranks, before anything is written.
+
+        Raises:
+            UsageError: A rank has other data at the same place, or none.
+            StackWiseError: The process of a rank is gone.
+        """
+        for host in self._hosts.values():
+            host.wire.send({"data": str(data.directory)})
+        for rank, host in sorted(self._hosts.items()):
+            if (answer := host.answers.get()) is None:
+                raise StackWiseError(f"the process of rank {rank} on {host.name} is gone, or the network to it")
+            if answer["data"] != data.id:
+                which = answer.get("fault", "other data")
+                raise UsageError(
+                    f"data.paths: rank {rank} on {host.name} has {which} at {data.directory}",
+                    hint="give every host the same text, prepared at the same path, or a disk that all of them see",
+                )
 
     @property
     def names(self) -> list[str]:
@@ -355,7 +379,13 @@ def _connected(launch: Launch) -> socket.socket:
 
 
 def _obey(message: Message, workers: dict[int, Worker], wire: Wire, launch: Launch) -> None:
-    """Do what rank 0 says of one worker."""
+    """Do what rank 0 says: of one worker, or say which data is at a path."""
+    if "data" in message:
+        try:
+            wire.send({"data": PreparedData.open(Path(message["data"])).id})
+        except StackWiseError:
+            wire.send({"data": None, "fault": "no prepared data"})
+        return
     number = int(message.get("worker", -1))
     if "start" in message:
         log = Path(message["log"])

@@ -71,6 +71,7 @@ class Runner:
         self.config, self.run_directory = with_absolute_paths(with_checkpoint(config)), run
         self._observe, self._resume_command = Observers([observe]), resume_command
         self._limit = None if max_time is None else TimeLimit(max_time)
+        self._hosts = hosts
         self._pool = WorkerPool(self.config, self._observe, resume_command, self._limit, hosts)
 
     def run(self, only: int | None = None, *, window: int | None = None, dry: bool = False) -> dict[str, Any]:
@@ -142,6 +143,8 @@ class Runner:
             self._observe.add(preparation.observe)
             stack.callback(self._pool.close)
             data = prepare_data(self.config, self._emit, self._pool.check)
+            if self._hosts is not None:
+                self._hosts.check_data(data)
             plan, manifest, history = self._plan(data, stack, run.logs, run.store_path(self.config))
             self._check_stage(only)
         for observer in (

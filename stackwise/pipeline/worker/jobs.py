@@ -18,7 +18,7 @@ from stackwise.batch import SEGMENTS, TASKS
 from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
 from stackwise.durable import FileLock
-from stackwise.errors import InterruptedRun, StackWiseError, UsageError
+from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.host import host_total
 from stackwise.model import part_digest
 from stackwise.pipeline.committed.generate import generate
@@ -89,7 +89,6 @@ def _run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, rank
         lock = Path(job.store) / "locks" / f"work-{job.recipe_id}.lock"
         if ranks.main:
             stack.enter_context(FileLock(lock, f"stage {job.stage.depth}"))
-        _compare_data(job, ranks)
         stores = Stores(store, place, ranks)
         job = stores.level(job, config)
         groups = stores.groups(job, config)
@@ -115,16 +114,6 @@ def _run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, rank
             fuse_adaptively(context)
         else:
             _train_and_write(context)
-
-
-def _compare_data(job: StageJob, ranks: Ranks) -> None:
-    """Raises UsageError: a rank has other data at the same place."""
-    for rank, data in enumerate(every := ranks.gathered(PreparedData.open(Path(job.data)).id)):
-        if data != every[0]:
-            raise UsageError(
-                f"data.paths: rank {rank} has other data at {job.data} than rank 0",
-                hint="give every host the same text, or a disk that all of them see",
-            )
 
 
 def _train_and_write(context: StageContext) -> None:
