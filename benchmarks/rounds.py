@@ -112,7 +112,7 @@ def forward(bench: Bench, model: StageModel) -> Result:
             codec=codec_name(config.store),
             chunk_rows=boundary_chunk_rows(config, bench.rows),
         ) as writer:
-            write_boundary([model], feed, writer, setting.device, progress=lambda done, total: None, stop=lambda: False)
+            write_boundary([model], feed, writer, setting.device)
             written = writer.info.disk_bytes
         seconds = time.perf_counter() - begun
     tokens = bench.rows * config.training.seq_len

@@ -11,7 +11,9 @@ outside register themselves:
     class Lion(Optimizer):
         beta: float = Field(0.9, description="...")
 
-The built-in kinds are in the rooms of their subjects, in modules that import no torch.
+The built-in kinds are in the rooms of their subjects, in modules that import no torch. All sorts are here together,
+although the file is long for it: it is the one that kinds from outside import from, and each sort is a list of what a
+kind may say of itself, with hardly a computation.
 """
 
 from __future__ import annotations

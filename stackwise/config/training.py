@@ -236,7 +236,7 @@ class StageTraining(Section):
         """
         # These two are in the recipe as the format of the blocks.
         unused = {"steps", "tokens", "epochs_per_layer", "block_learning_rates", "quantization", "products"}
-        unused |= {"activation_checkpointing"}  # what is computed anew comes out the same
+        unused |= {"activation_checkpointing"}  # what is recomputed comes out the same
         unused |= {"loss_scale"} if precision != "fp16" else set()
         unused |= {"clip_by"} if self.clip_by == "step" or not self.grad_clip else set()
         unused |= {"min_learning_rate"} if self.lr_schedule == "constant" else set()
@@ -254,7 +254,7 @@ class StageTraining(Section):
 
     @property
     def recomputed_every(self) -> int:
-        """Of how many blocks one is computed anew on the way back, the lowest first; 0: none is."""
+        """Of how many blocks one is recomputed in the backward pass, the lowest first; 0: none is."""
         return int(self.activation_checkpointing)
 
     @property

@@ -29,7 +29,7 @@ class ByColumn(nn.ModuleList):
     """Columns that are learned, or being learned: those above are not computed. None: all."""
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """The vectors of the learned columns, […, D] to […, d] each; those that stand still ask for no gradient."""
+        """The vectors of the learned columns, […, D] to […, d] each; those that are frozen ask for no gradient."""
         parts = list(torch.split(x, x.shape[-1] // len(self), -1))
         if self.learned is None:
             return parts

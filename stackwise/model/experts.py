@@ -77,7 +77,7 @@ class Order:
 
 
 class _Spread(torch.autograd.Function):
-    """Token rows, each K times, in the order of experts. The way back adds in a fixed order, without atomics."""
+    """Token rows, each K times, in the order of experts. The backward pass adds in a fixed order, without atomics."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order: Order, k: int) -> Tensor:

@@ -66,7 +66,7 @@ def _normed(x: Tensor, weight: Tensor, bias: Tensor | None, normalize: Normalize
 class _NarrowNorm(torch.autograd.Function):
     """A norm from and to 16 bits, computed in the weight's dtype, that keeps its 16-bit input alone.
 
-    The wide copies of input and output live while it runs; the way back makes them anew. Its gradient has a gradient.
+    The wide copies of input and output live while it runs; the backward pass makes others. Its gradient has a gradient.
     """
 
     @staticmethod

@@ -209,7 +209,7 @@ class QuantizedLinear(nn.Linear):
             x = RoundedTokens.apply(x, self.rounds)  # type: ignore[no-untyped-call]
         full = self._parameters["bias"]
         bias = None if full is None else full.to(dtype)
-        # A compiler decides by itself what to keep for the way back and what to compute anew.
+        # A compiler decides by itself what to keep for the backward pass and what to recompute.
         kept = self.packed and not any(getattr(self, name).requires_grad for name in self._names)
         if kept and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
             y = _PackedLinear.apply(x.to(dtype), self, bias)  # type: ignore[no-untyped-call]
@@ -254,7 +254,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _PackedLinear(torch.autograd.Function):
-    """x Wᵀ + b that keeps the packed weight for the way back, not the unpacked one, and gives it no gradient."""
+    """x Wᵀ + b that keeps the packed weight for the backward pass, not the unpacked one, and gives it no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, bias: Tensor | None) -> Tensor:

@@ -118,7 +118,7 @@ class Estimate:
 
     @property
     def _standing_bytes(self) -> int:
-        """Bytes of what stands still within the parts that train."""
+        """Bytes of what is frozen within the parts that train."""
         whole = sum(map(self.parameters, self.stage.trains)) - self.trained_parameters
         return whole * WEIGHT_BYTES * (2 if self.config.precision == "fp64" else 1)
 
@@ -197,13 +197,13 @@ class Estimate:
         cast = 0.0 if settings.products == "fp8" else total(lambda block: block.block_parameters)
         copies = 2 * (cast + projection) if half else 0
         every = settings.recomputed_every
-        again = 0.0  # of a block that is computed anew: all that it keeps, once it is
+        again = 0.0  # of a block that is recomputed: all that it keeps, once it is
         copies += config.training.continual.held_bytes * phase.trained_parameters if stage.window else 0
         kept = config.row_positions * total(self.kept_bytes)
         if every:
             for block, times in [*((b, share) for b in inside[::every]), *((b, 1.0) for b in beyond[::every])]:
                 of_block = config.row_positions * self.kept_bytes(block)
-                # Beside it the gradients that its way back has in hand: within the feed-forward, and of the stream.
+                # Beside it the gradients of its backward pass: within the feed-forward, and of the stream.
                 in_hand = (block.ffn_width + block.d_model) * (2 if half else 4)
                 again = max(again, of_block + config.row_positions * in_hand)
                 kept -= times * (of_block - config.row_positions * self.entering_bytes)
@@ -229,7 +229,7 @@ class Estimate:
             cast = sum(phase.parameters(part) for part in stage.trains if part != FRONT)
             at_end = at_end[0] + 2 * share * cast, at_end[1]
         peaks = [at_end, (without + held + gradients + loss, kept + at_head)]
-        if every:  # as the uppermost of those blocks is computed anew, what enters those below is there
+        if every:  # as the uppermost of those blocks is recomputed, what enters those below is there
             of_head = WEIGHT_BYTES * projection * (HEAD in stage.trains)
             peaks.append((without + held + max(gradients, of_head), kept + again))
         return max(peaks, key=lambda peak: peak[0] + settings.batch_size * peak[1])
@@ -253,7 +253,7 @@ class Estimate:
 
     @property
     def entering_bytes(self) -> int:
-        """Bytes a token of what enters a block: of one that is computed anew, all that is kept."""
+        """Bytes a token of what enters a block: of one that is recomputed, all that is kept."""
         return self.config.model.d_model * {"fp32": 4, "fp64": 8}.get(self.config.precision, 2)
 
     def pieces_apart(self, part: str, most: int) -> int:
@@ -445,7 +445,7 @@ def oom_advice(estimate: Estimate, measured: dict[str, Any] | None) -> str:
 
 
 def compute_anew(config: StackWiseConfig) -> None:
-    """Let every block of every stage be computed anew on the way back."""
+    """Let every block of every stage be recomputed in the backward pass."""
     for section in (config.training, *(overrides.training for overrides in config.stages.values())):
         section.activation_checkpointing = True
 
@@ -511,7 +511,7 @@ def _place(estimate: Estimate, place: int) -> dict[str, int]:
     rows = settings.batch_size * config.row_positions
     by_block = [estimate.kept_bytes(config.model.at(block_number(name))) / parallel.tensor for name in mine]
     every, enters = settings.recomputed_every, estimate.entering_bytes / (parallel.tensor if parallel.sequence else 1)
-    again = max(by_block[::every], default=0.0) if every else 0.0  # of the one that is computed anew
+    again = max(by_block[::every], default=0.0) if every else 0.0  # of the one that is recomputed
     kept = sum(enters if every and at % every == 0 else size for at, size in enumerate(by_block))
     scored = rows * (config.training.max_mask_fraction if config.objective.masks else 1.0)
     at_head = scored * config.model.d_model * (10 if half else 16) + rows * config.model.d_model * (2 if half else 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,14 @@ class Entry:
         recomputed: The committed stages between that and the stage, lowest first: their output is made as the stage
             asks for it.
         held_out: The held-out rows' boundary that enters a stage to train; None: tokens, or none is needed.
+        known: Boundaries above a stage that does not train which have the rows that it replays.
     """
 
     reads: str | None = None  # the boundary that is read; None: tokens
     recomputed: tuple[Stage, ...] = ()
     fills: bool = False  # whether the boundary that enters the stage is written as they make it
     held_out: str | None = None
+    known: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ class Plan:
     def lends_rows(self, stage: Stage) -> bool:
         """Whether later tasks read, of the boundary that enters a stage, the rows that they replay.
 
-        So it is where all blocks below stand still, in every task: what they made of a row is what they would make.
+        So it is where all blocks below are frozen, in every task: what they made of a row is what they would make.
         """
         standing = stage.reads_boundary and stage.first == self.config.bottom
         return standing and isinstance(self.config.training.continual, Replay) and self.stores(stage)
@@ -351,14 +353,12 @@ class Plan:
         entry: Entry,
         writes: bool,
         rowset: int | None = None,
-        known: Sequence[str] = (),
     ) -> StageJob:
         """A worker's job at one stage.
 
         Args:
             versions: What is committed below it (to train it), or with it (to write the boundary above).
             rowset: The number of the rowset, where it is not the stage's own.
-            known: Boundaries above the stage that have the rows that this one replays.
         """
         writes_held_out = rowset is None and self.writes_held_out(stage)
         held_out = self.rowset(HELD_OUT)[0] if rowset is None and (self.evaluates(stage) or writes_held_out) else None
@@ -399,7 +399,7 @@ class Plan:
             match=self._match(stage) if train else None,
             reference=rollouts.reference_sources(stage, self.sources) if self.config.objective.rolls_out else {},
             replayed=rows - int(self._rowset(number)[-1]) if self.config.tasks_in_turn and number != HELD_OUT else 0,
-            known=tuple(known),
+            known=entry.known,
         )
 
     def _match(self, stage: Stage) -> int | None:

@@ -151,6 +151,19 @@ class Known:
     read: Callable[[Rows], torch.Tensor]  # from their numbers [n] to activations [n, S, D] on the CPU
 
 
+@dataclass(frozen=True)
+class PassControl:
+    """How whoever starts a long pass follows it, and ends it early.
+
+    Args:
+        progress: Called after each chunk with the chunks that are there and all of them.
+        stop: Asked before each chunk; True ends the pass, and a later one goes on from there.
+    """
+
+    progress: Callable[[int, int], None] = lambda done, total: None
+    stop: Callable[[], bool] = lambda: False
+
+
 MakeOutputs = Callable[[Iterator[Batch], Codec, torch.device], Generator[torch.Tensor]]
 """For each batch what leaves some stages, on the CPU, as `outputs` gives it."""
 
@@ -161,8 +174,7 @@ def write_boundary(
     writer: BoundaryWriter,
     device: torch.device,
     *,
-    progress: Callable[[int, int], None],
-    stop: Callable[[], bool],
+    control: PassControl = PassControl(),
     spent: float | None = None,
     known: Known | None = None,
 ) -> Pass:
@@ -171,7 +183,7 @@ def write_boundary(
     Args:
         stages: The stages that the rows go through, lowest first, on `device`; they are left in evaluation mode. Or
             what makes their outputs.
-        stop: Asked before each chunk; True ends early, and a later call goes on from there.
+        control: Who follows the pass, and may end it.
         spent: Seconds that the chunks which are there already took to compute; None: they took as long as these.
         known: Rows that go through no stage, as they are known; None: all do.
 
@@ -185,7 +197,7 @@ def write_boundary(
 
     size = forward_rows(feed.seq_len)
     read = _ahead_by(feed, size, device)
-    return _write(one, read, size, [writer], progress=progress, stop=stop, spent=spent, known=known)
+    return _write(one, read, size, [writer], control, spent, known)
 
 
 def write_each(
@@ -195,8 +207,7 @@ def write_each(
     device: torch.device,
     *,
     batch_rows: int,
-    progress: Callable[[int, int], None],
-    stop: Callable[[], bool],
+    control: PassControl = PassControl(),
 ) -> Pass:
     """As `write_boundary`, in one pass the boundary above each stage; a stage takes what the one below it computed.
 
@@ -206,8 +217,7 @@ def write_each(
         writers: The boundary above each of them, all with the same rows in a chunk.
         device: Where `stages` are.
         batch_rows: Rows that go forward together.
-        progress: See `write_boundary`.
-        stop: See `write_boundary`.
+        control: Who follows the pass, and may end it.
     """
     for stage in stages:
         stage.eval()
@@ -217,7 +227,7 @@ def write_each(
         return _landed(lambda batch: _each_output(stages, batch, device), batches, codecs, device)
 
     batches = _ahead_by(feed, batch_rows, device)
-    return _write(each, batches, batch_rows, writers, progress=progress, stop=stop, spent=None)
+    return _write(each, batches, batch_rows, writers, control)
 
 
 Ranges = Sequence[tuple[int, int]]
@@ -233,10 +243,8 @@ def _write(
     read: ReadAhead,
     batch_rows: int,
     writers: Sequence[BoundaryWriter],
-    *,
-    progress: Callable[[int, int], None],
-    stop: Callable[[], bool],
-    spent: float | None,
+    control: PassControl,
+    spent: float | None = None,
     known: Known | None = None,
 ) -> Pass:
     """Write every chunk that one of `writers` lacks; for each batch `make` gives what each of them is to hold."""
@@ -249,7 +257,7 @@ def _write(
     with read([(first, min(last, until)) for first, last in ranges]) as batches:
         source = make(batches)
         for done, (chunk, (first, last)) in enumerate(zip(missing, ranges, strict=True)):
-            if stop():
+            if control.stop():
                 finished = False
                 break
             chunk_states = [next(source) for _ in range(first, min(last, until), batch_rows)]
@@ -260,7 +268,7 @@ def _write(
                 if chunk in lacks:
                     writer.submit(chunk, torch.cat(x_BSDs), copy=False)
             blocked += time.perf_counter() - handed
-            progress(total - len(missing) + done + 1, total)
+            control.progress(total - len(missing) + done + 1, total)
         source.close()
         waited = batches.waited
     handed = time.perf_counter()

@@ -54,7 +54,7 @@ class StageModel(nn.Module):
         self.beyond = nn.ModuleList(beyond)
         self.objective, self.precision = objective, precision
         self.recomputed_every = 0
-        """Of how many blocks one keeps only what enters it, and is computed anew on the way back; 0: none."""
+        """Of how many blocks one keeps only what enters it, and is recomputed in the backward pass; 0: none."""
         self.stream_dtype = NARROW.get(precision, torch.float64 if precision == "fp64" else torch.float32)
 
     @property
@@ -120,7 +120,7 @@ class StageModel(nn.Module):
 
 
 class _Call:
-    """A block as a batch goes through it: also anew, on the way back, when other batches have been through since."""
+    """A block as a batch goes through it: in the backward pass again, when other batches have been through since."""
 
     def __init__(self, block: nn.Module, batch: Batch, causal: Direction, segments_BS: Tensor | None) -> None:
         self._block, self._batch, self._modules = block, batch, list(block.modules())
@@ -130,18 +130,18 @@ class _Call:
 
     @property
     def draws(self) -> bool:
-        """Whether it may draw random numbers, which must be the same when it is computed anew."""
+        """Whether it may draw random numbers, which must be the same when it is recomputed."""
         return not self._options or any(getattr(module, "dropout", 0.0) for module in self._modules)
 
     def __call__(self, x_BSD: Tensor) -> tuple[Tensor, list[Mapping[str, Term]]]:
-        """What leaves it, and the terms of its modules: what it leaves of them when computed anew counts nowhere."""
+        """What leaves it, and the terms of its modules: what it leaves of them when recomputed counts nowhere."""
         for module in self._modules:
             if callable(prepare := getattr(module, "prepare", None)):
                 prepare(self._batch)
         try:
             x_BSD = self._block(x_BSD, **self._options)
             return x_BSD, [terms for module in self._modules if (terms := getattr(module, "terms", None))]
-        finally:  # also where it ends early, as all that the way back needs is there again
+        finally:  # also where it ends early, as all that the backward pass needs is there again
             for module in self._modules:
                 if getattr(module, "terms", None):
                     module.terms = {}  # type: ignore[assignment]  # its graph must not outlive the step

@@ -1,8 +1,8 @@
 """Pieces of a part that is swapped: experts that are in memory only while rows go through them.
 
 Where no more than some of a part's pieces may be in memory at once, one that goes leaves its gradient among the
-tensors of the step, and its rows alone behind: on the way back it is brought again, goes forward again from them, and
-so has the gradient that it would have had. A piece draws no random numbers.
+tensors of the step, and its rows alone behind: in the backward pass it is brought again, goes forward again from them,
+and so has the gradient that it would have had. A piece draws no random numbers.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class _Lent(torch.autograd.Function):
         ctx: Any, rows: Tensor, anchor: Tensor, lender: Lender, module: nn.Module, numerics: dict[str, Any]
     ) -> Tensor:
         ctx.lender, ctx.module, ctx.rows, ctx.numerics = lender, module, rows.detach(), numerics
-        with torch.enable_grad():  # the same operations as on the way back: kernels may round differently without
+        with torch.enable_grad():  # the same operations as in the backward pass: kernels may round differently without
             outputs: Tensor = lender.bring(module)(ctx.rows.requires_grad_(rows.requires_grad))
         return outputs.detach()
 

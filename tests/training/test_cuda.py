@@ -169,7 +169,7 @@ def test_from_the_store_is_from_memory(device: torch.device, precision: str, tmp
         codec = "bf16" if precision == "bf16" else "fp32"
         about: dict[str, Any] = {"trunk": "11" * 16, "rowset": rowset, "depth": 1, "seq_len": S, "d_model": WIDTH}
         with store.writer(**about, codec=codec, chunk_rows=8) as writer:
-            done = write_boundary([below], tokens, writer, device, progress=lambda *_: None, stop=lambda: False)
+            done = write_boundary([below], tokens, writer, device)
             assert done.finished
         with store.reader(writer.info.id) as reader:
             stored = Feed.stored(store, store.rowset(rowset), data, np.arange(ROWS), S, reader=reader)

@@ -60,7 +60,7 @@ class Bench:
 
     def written(self) -> torch.Tensor:
         with self.writer("11" * 16) as writer:  # type: ignore[attr-defined]
-            write_boundary(self.stages, self.feed, writer, CPU, progress=lambda done, total: None, stop=lambda: False)
+            write_boundary(self.stages, self.feed, writer, CPU)
             boundary = writer.info.id
         with self.store.reader(boundary) as reader:
             return reader.read(np.arange(ROWS))

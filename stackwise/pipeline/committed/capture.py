@@ -38,7 +38,7 @@ from stackwise.pretrained.checkpoint import Checkpoint
 from stackwise.store import ActivationStore, BoundaryInfo, BoundaryWriter, codec_named, default_chunk_rows
 from stackwise.store.dataset import BoundaryDataset, put_tokens
 from stackwise.training.feed import Feed, RowSource
-from stackwise.training.forward import forward_rows, write_each
+from stackwise.training.forward import PassControl, forward_rows, write_each
 from stackwise.training.stage import StageModel
 
 SEQ_LEN = 512
@@ -347,15 +347,8 @@ class PartwiseCapture:
     def _write(self, stages: list[StageModel], feed: Feed, writers: list[BoundaryWriter], first: int, end: int) -> None:
         self._tell(writers, first, end)
         left, begun = self._left(writers), time.perf_counter()
-        done = write_each(
-            stages,
-            feed,
-            writers,
-            self.device,
-            batch_rows=self.batch_rows,
-            progress=lambda done, total: self._tell(writers, first, end, total - done),
-            stop=self.stop,
-        )
+        control = PassControl(lambda done, total: self._tell(writers, first, end, total - done), self.stop)
+        done = write_each(stages, feed, writers, self.device, batch_rows=self.batch_rows, control=control)
         if not done.finished:
             _check(lambda: True)
         self._count(left, writers[0].info.chunk_rows, begun, (end - first) / len(self.trunks))

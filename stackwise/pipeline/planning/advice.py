@@ -233,7 +233,7 @@ def fit(config: StackWiseConfig, machine: Machine, *, trace: bool = True) -> dic
     """The sizes of resident stages that fit into a machine's memory.
 
     The rows of a step stay what they are. Stages are as fat as four rows a microbatch allow (where not even one block
-    fits with so many: computed anew on the way back, then with fewer rows), and then the microbatch as large as it
+    fits with so many: recomputed in the backward pass, then with fewer rows), and then the microbatch as large as it
     goes.
 
     Args:

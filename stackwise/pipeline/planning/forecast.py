@@ -265,7 +265,7 @@ def _flops(estimate: Estimate, machine: Machine, every: int) -> tuple[float, flo
     Those that a machine carries out faster in 8 bits count as so much fewer.
 
     Args:
-        every: Of how many blocks one is computed anew on the way back; 0: none is.
+        every: Of how many blocks one is recomputed in the backward pass; 0: none is.
     """
     config, stage = estimate.config, estimate.largest_phase.stage
     trained = {part.removeprefix(ADAPTER) for part in stage.trains}

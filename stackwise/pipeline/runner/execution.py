@@ -249,9 +249,9 @@ class Boundaries:
         info = self._plan.boundary(stage, versions, number)
         if info is not None:
             return info.id
-        known = [self.made(stage, versions, earlier) for earlier in self._plan.lenders(stage, number)]
+        known = tuple(self.made(stage, versions, earlier) for earlier in self._plan.lenders(stage, number))
         below = stage_below(self._plan.stages, stage)
-        entry = self.entry(below, versions, number, train=False)
+        entry = replace(self.entry(below, versions, number, train=False), known=known)
         self.make_room(below, entry.reads)
         self._emit(
             "recomputing", stage=below.place, text=f"boundary {stage.depth} is not in the store: made by forward passes"
@@ -266,7 +266,6 @@ class Boundaries:
                 entry=entry,
                 writes=True,
                 rowset=number,
-                known=known,
             )
         )
         info = self._plan.boundary(stage, versions, number)

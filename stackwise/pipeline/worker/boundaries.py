@@ -18,7 +18,7 @@ from stackwise.pipeline.worker.stores import Stores
 from stackwise.pipeline.worker.training import RESUME, StageContext
 from stackwise.store import BoundaryWriter, boundary_id_of, codec_named
 from stackwise.training.feed import Feed, RowSource
-from stackwise.training.forward import FilledBoundary, Known, MakeOutputs, Pass, write_boundary
+from stackwise.training.forward import FilledBoundary, Known, MakeOutputs, Pass, PassControl, write_boundary
 from stackwise.training.groups import RowGroups
 from stackwise.training.stage import StageModel
 
@@ -224,17 +224,9 @@ def _write(
             context.emit({"event": "boundary", "stage": place, "done": done, "total": total})
 
         took = None if spent is None else spent.get(one.group, 0.0)
+        control = PassControl(progress, context.stop)
         passes.append(
-            write_boundary(
-                stages,
-                one.feed,
-                one.writer,
-                context.device,
-                progress=progress,
-                stop=context.stop,
-                spent=took,
-                known=known,
-            )
+            write_boundary(stages, one.feed, one.writer, context.device, control=control, spent=took, known=known)
         )
         if not passes[-1].finished:
             break

@@ -167,7 +167,7 @@ def measured_spans(context: StageContext, order: Callable[[], Order]) -> dict[st
     fixed = {part: settings for part in job.stage.holds if (settings := _fixed(context, part)) is not None}
     if not fixed:
         return {}
-    with contextlib.suppress(*UNREADABLE, FileNotFoundError):  # a damaged file is measured anew, to the same ranges
+    with contextlib.suppress(*UNREADABLE, FileNotFoundError):  # a damaged file is measured again, to the same ranges
         file = TensorFile(path)
         return {key: file[key] for key in file}
     parts = JobParts(job, config, job.initial)

@@ -38,7 +38,7 @@ from stackwise.pipeline.worker.training import RESUME, StageContext
 from stackwise.store import BoundarySpec, Codec
 from stackwise.training.curriculum import DIFFICULTY, RowLosses
 from stackwise.training.feed import RowSource
-from stackwise.training.forward import MakeOutputs, write_boundary
+from stackwise.training.forward import MakeOutputs, PassControl, write_boundary
 from stackwise.training.routes import RouteCounts, Routes
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_outputs import grouped_outputs
@@ -172,7 +172,8 @@ def _written(context: StageContext, model: StageModel | None, past: _Asked) -> H
         if writer.info.state != "complete":
             context.event(past.emits, rows=rowset.rows)
             stages = _by_groups(context, past) if model is None else [_saying(model, past)]
-            done = write_boundary(stages, context.feed, writer, context.device, progress=progress, stop=context.stop)
+            control = PassControl(progress, context.stop)
+            done = write_boundary(stages, context.feed, writer, context.device, control=control)
             if model is not None:
                 _watch(None, model)
             if not done.finished:

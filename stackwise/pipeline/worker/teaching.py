@@ -31,7 +31,7 @@ from stackwise.pipeline.worker.training import RESUME, StageContext
 from stackwise.store import BoundarySpec
 from stackwise.training.curriculum import RowLosses
 from stackwise.training.feed import Feed, RowSource
-from stackwise.training.forward import forward_rows, write_boundary
+from stackwise.training.forward import PassControl, forward_rows, write_boundary
 from stackwise.training.stage import StageModel
 
 Shape = tuple[int, int]  # positions and numbers at each
@@ -138,14 +138,11 @@ class _Lesson:
             head = StageModel(None, [module], None, self.objective(), self._config.precision)
             with store.reader(hidden) as reader:
                 above = feed.above(RowSource(hidden, reader.read, reader.stream))
-                done = write_boundary(
-                    [head.requires_grad_(False).to(context.device)],
-                    above,
-                    writer,
-                    context.device,
-                    progress=lambda done, total: self._report(Progress("the teacher's tokens", done, total)),
-                    stop=context.stop,
+                control = PassControl(
+                    lambda done, total: self._report(Progress("the teacher's tokens", done, total)), context.stop
                 )
+                frozen = [head.requires_grad_(False).to(context.device)]
+                done = write_boundary(frozen, above, writer, context.device, control=control)
             if not done.finished:
                 raise InterruptedRun("stopped while a teacher's tokens were written", hint=RESUME)
         return writer.info.id
