@@ -35,6 +35,8 @@ def rows_in_e4m3(x_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 def product(a_NK: Tensor, b_OK: Tensor, dtype: torch.dtype) -> Tensor:
     """a bᵀ in 8 bits: [N, O], rounded to `dtype` once."""
+    if not a_NK.numel():  # an expert that no row reaches: a sum over no rows has no largest value to be scaled by
+        return a_NK.new_zeros((len(a_NK), len(b_OK)), dtype=dtype)
     (a, a_scales_N1), (b, b_scales_O1) = rows_in_e4m3(a_NK), rows_in_e4m3(b_OK)
     if by_kernel(a_NK.device) and dtype is torch.bfloat16 and not any(side % TILE for side in (*a.shape, *b.shape)):
         result: Tensor = torch._scaled_mm(a, b.t(), a_scales_N1, b_scales_O1.t(), out_dtype=dtype)
