@@ -63,11 +63,8 @@ AutoInt = Annotated[
 ]
 
 
-AutoBool = Annotated[
-    bool | None,
-    BeforeValidator(lambda value: None if value == "auto" else value),
-    PlainSerializer(lambda value: "auto" if value is None else value, return_type=bool | str),
-]
+AS_AUTO = PlainSerializer(lambda value: "auto" if value is None else value, return_type=bool | str)
+AutoBool = Annotated[bool | None, BeforeValidator(lambda value: None if value == "auto" else value), AS_AUTO]
 """A switch that may be `auto`: None, and so off, until it is settled."""
 
 

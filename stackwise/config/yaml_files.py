@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from stackwise.config.fields import Section
+from stackwise.config.fields import AS_AUTO, Section
 from stackwise.config.kinds import Kind
 from stackwise.config.schema import Settings
 from stackwise.errors import ConfigError, NotFound
@@ -226,6 +226,7 @@ def _section(model: type[Section], settings: dict[str, object], depth: int) -> l
         if isinstance(kind, type) and issubclass(kind, Kind):
             lines += [f"{pad}# {line}" for line in _kinds(kind, 100 - len(pad))]
         value = settings[name] if name in settings else field.get_default(call_default_factory=True)
+        value = "auto" if value is None and AS_AUTO in field.metadata else value  # a switch not settled yet
         value = value.name if isinstance(value, Kind) else value
         if isinstance(value, list):
             value = [item.name if isinstance(item, Kind) else item for item in value]
