@@ -346,7 +346,7 @@ def flex(
 ) -> Tensor:
     """The same by FlexAttention (arXiv 2412.05496), which skips the tiles in which nothing is seen.
 
-    It pays inside a compiled block on a GPU, where it becomes one kernel; by itself it makes the whole score matrix.
+    It pays inside a compiled block on a GPU, where it becomes one kernel; outside one it makes the whole score matrix.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

@@ -56,7 +56,7 @@ class Block(nn.Module):
     """One transformer layer: x + attention(norm x), then x + ffn(norm x); post-norm: norm(x + attention x), and so on.
 
     The residual stream keeps the dtype it came in; the branches compute in the weights' dtype, or in autocast's.
-    Made by itself its weights are PyTorch's defaults; `build_block` gives seeded ones.
+    Without a builder its weights are PyTorch's defaults; `build_block` gives seeded ones.
 
     Args:
         config: The rack's configuration, as this block has it (`ModelConfig.at`).

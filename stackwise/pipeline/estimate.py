@@ -431,7 +431,7 @@ def oom_advice(estimate: Estimate, measured: dict[str, Any] | None) -> str:
         changes.append(f"training.seq_len: {length} → {shorter}")
     if not settings.activation_checkpointing and settings.meta is None:
         again = config.model_copy(deep=True)
-        compute_anew(again)
+        recompute_blocks(again)
         fixed_then, row_then = replace(estimate, config=again).memory_parts()
         if fixed_then + settings.batch_size * row_then * row / estimate.memory_parts()[1] <= SAFETY * limit - base:
             changes.append("training.activation_checkpointing: true")
@@ -444,7 +444,7 @@ def oom_advice(estimate: Estimate, measured: dict[str, Any] | None) -> str:
     return f"change {', or '.join(changes)}{peak}"
 
 
-def compute_anew(config: StackWiseConfig) -> None:
+def recompute_blocks(config: StackWiseConfig) -> None:
     """Let every block of every stage be recomputed in the backward pass."""
     for section in (config.training, *(overrides.training for overrides in config.stages.values())):
         section.activation_checkpointing = True

@@ -26,6 +26,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.runner.workers import WorkerFailed
+from stackwise.pipeline.worker.forking import SHARED
 from stackwise.store import ActivationStore
 from tests.conftest import run
 
@@ -38,11 +39,18 @@ EXPECTED = (0, 1, 75, -signal.SIGKILL, -signal.SIGTERM)
 
 
 class Command:
-    """A real `stackwise run`, listened to."""
+    """A real `stackwise run`, listened to.
 
-    def __init__(self, config: Path, directory: Path, *more: str) -> None:
+    Args:
+        alone: Its workers are forked from a process of its own, as a user's are, not from the one that tests share.
+    """
+
+    def __init__(self, config: Path, directory: Path, *more: str, alone: bool = False) -> None:
         args = [sys.executable, "-W", "error", "-m", "stackwise", "run", str(config), "--run", str(directory), "--json"]
-        self.process = subprocess.Popen([*args, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        environment = {name: value for name, value in os.environ.items() if not (alone and name == SHARED)}
+        self.process = subprocess.Popen(
+            [*args, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
         self.seen: list[dict[str, Any]] = []
 
     def events(self) -> Iterator[dict[str, Any]]:
@@ -69,7 +77,7 @@ class Command:
         return self.process.returncode, err
 
     def children(self) -> list[int]:
-        """Ids of its workers, and of the process that they are forked from."""
+        """Ids of its workers, and of the process that they are forked from, where it runs `alone`."""
         try:
             return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
         except psutil.NoSuchProcess:
@@ -127,7 +135,7 @@ class Storm:
             directory = self._home / f"round-{self.rounds}"
             directory.mkdir()
             cache = ["-o", f"data.cache_dir={directory / 'cache'}"]
-            while not self._struck(Command(self._config, directory / "run", *cache), directory / "run"):
+            while not self._struck(Command(self._config, directory / "run", *cache, alone=True), directory / "run"):
                 pass
             self._check(directory / "run")
             self.rounds += 1

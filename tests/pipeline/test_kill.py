@@ -126,4 +126,5 @@ def test_two_hundred_kills_at_random_moments(
     config, expected = long_reference
     storm = Storm(config, expected, tmp_path, trial)
     storm.rage(20)
+    assert {victim for _, victim, _ in storm.kills} >= {"runner", "worker"}
     print(f"\n{storm.kills.total()} kills in {storm.rounds} runs: {dict(storm.kills)}")

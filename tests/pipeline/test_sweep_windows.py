@@ -102,7 +102,7 @@ def test_nothing_is_trained_twice(micro: Micro, tmp_path: Path) -> None:
     run_stages(alone, tmp_path / "alone")
     assert weights(directory / third) == weights(tmp_path / "alone")
 
-    # A value more: what gave way is trained again, once, and that is said before.
+    # A value more: what was removed is trained again, once, and that is said before.
     Quick.events = {}
     sweep = made(micro, directory, [1e-3, 2e-3, 3e-3, 4e-3, 5e-3])
     found = sweep.sources(order := sweep.preview())

@@ -15,7 +15,7 @@ from stackwise.config.growth import Growth
 from stackwise.config.precision import bits_per_weight
 from stackwise.config.training import ProgressiveConfig
 from stackwise.errors import StackWiseError, UsageError
-from stackwise.pipeline.estimate import SHARE, Estimate, compute_anew
+from stackwise.pipeline.estimate import SHARE, Estimate, recompute_blocks
 from stackwise.pipeline.planning.forecast import Forecast, forecast
 from stackwise.pipeline.planning.machines import Machine
 from stackwise.pipeline.runner.auto import largest_fitting
@@ -54,13 +54,13 @@ def alternatives(planned: Forecast) -> Iterator[Alternative]:
         if most > 1:
             yield from _tried(planned, f"resident stages of {most} blocks", lambda c: _blocks(c, most))
         anew = _with_mode(config, "blockwise")
-        compute_anew(anew)
+        recompute_blocks(anew)
         more = largest_fitting(anew, planned.vocab_size, int(machine.memory), machine.kind)
         if more > most:
 
             def fatter(config: StackWiseConfig) -> None:
                 _blocks(config, more)
-                compute_anew(config)
+                recompute_blocks(config)
 
             name = f"resident stages of {more} recomputed blocks (training.activation_checkpointing)"
             yield from _tried(planned, name, fatter)
@@ -152,7 +152,7 @@ def _changes(planned: Forecast) -> Iterator[str]:
         while rows > 1:
             rows = max(1, rows // 2)
             options.append((f"training.batch_size: {rows}", lambda c, rows=rows: _rows(c, rows)))  # type: ignore[misc]
-        options.append(("training.activation_checkpointing: true", compute_anew))
+        options.append(("training.activation_checkpointing: true", recompute_blocks))
         options.append(("training.swap: auto", lambda c: setattr(c.training, "swap", "auto")))
     if planned.live > machine.disk.size:
         free = machine.disk.size - planned.live + planned.boundaries
@@ -254,7 +254,7 @@ def fit(config: StackWiseConfig, machine: Machine, *, trace: bool = True) -> dic
         changed = _with_mode(config, "blockwise")
         _split(changed, rows, size)
         if anew:
-            compute_anew(changed)
+            recompute_blocks(changed)
         vocabulary = changed.model.vocab_size or changed.data.vocab_size or 4096
         blocks = largest_fitting(changed, vocabulary, int(machine.memory), machine.kind)
         for count in range(blocks, 0, -1):
