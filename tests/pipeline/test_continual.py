@@ -233,7 +233,7 @@ def test_figures(naive: Path) -> None:
         ({"training.continual": "columns", **COLUMNS, "model.n_heads": 3}, "3 heads do not divide a column's width 16"),
         (
             {"training.continual": "columns", **COLUMNS, "model.stream": {"kind": "columns", "count": 2}},
-            "there is one a task",
+            "it follows the tasks",
         ),
         ({"model.stream": {"kind": "columns", "count": 3}, **COLUMNS}, "set training.continual: columns"),
         ({"training.continual": "columns", **COLUMNS, "parallel.tensor": 2}, "take parallel.data alone"),
