@@ -85,13 +85,16 @@ def parts(bench: Bench) -> dict[str, Callable[[float], Any]]:
         common = ("--preset", shape.preset, "--device", bench.kind, *shape.options)
         return module("stage", *common, *arguments)
 
-    one = ("--blocks", "1", "--batch-size", str(shape.microbatch))
+    plain = ("--blocks", "1", "-o", "training.compile=false")  # auto compiles where there is a GPU
+    one = (*plain, "--batch-size", str(shape.microbatch))
     own = (sys.executable, "-m", "benchmarks.h200_parts")
     about = ("--preset", shape.preset, "--device", bench.kind, "--rows", str(shape.microbatch))
     return {
         "smoke": lambda seconds: _json([*own, "resume", *about], seconds),
-        "block": stage("--blocks", "1", "--batch-size", shape.rows),
-        "compile": stage(*one, "-o", "training.compile=true"),
+        "block": stage(*plain, "--batch-size", shape.rows),
+        "compile": stage("--blocks", "1", "--batch-size", str(shape.microbatch), "-o", "training.compile=true"),
+        "fp8": stage(*one, "-o", "training.products=fp8"),
+        "checkpointing": stage(*one, "-o", "training.activation_checkpointing=true"),
         "deterministic": stage(*one, "-o", "deterministic=true"),
         "undeterministic": stage(*one, "-o", "deterministic=false"),
         "fat": stage("--blocks", shape.fat, "--batch-size", str(shape.microbatch)),
@@ -210,7 +213,8 @@ def _stage_rows(name: str, result: Any) -> list[list[str]]:
 
 def _section(result: Result) -> Section:
     taken = {name: part["result"] for name, part in result["parts"].items() if "result" in part}
-    names = [name for name in ("block", "compile", "deterministic", "undeterministic", "fat") if name in taken]
+    of_stages = ("block", "compile", "fp8", "checkpointing", "deterministic", "undeterministic", "fat")
+    names = [name for name in of_stages if name in taken]
     header = ["part", "stage", "tokens/s", "share of the matrix product's", "waiting", "peak memory", "foreseen"]
     tables = [table(header, [row for name in names for row in _stage_rows(name, taken[name])])] if names else []
     facts = [

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.common import Result, Spread, numbers, say
 from benchmarks.swap import FreshParts
 from stackwise.config import StackWiseConfig, StageTraining
+from stackwise.pipeline.device import peak_memory
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +150,7 @@ def shape(options: argparse.Namespace) -> tuple[StackWiseConfig, torch.device]:
     from benchmarks.setting import resolved
 
     device = torch.device(options.device)
-    config = resolved(StackWiseConfig.from_preset(options.preset, {"model.dropout": 0.0}), device)
+    config = resolved(StackWiseConfig.from_preset(options.preset, {"model.dropout": 0.0} | options.run), device)
     config.model.tie_embeddings = False
     config.training.batch_size = options.rows[0]
     return config, device
@@ -263,7 +264,7 @@ def fsdp(options: argparse.Namespace, directory: Path) -> Result:
 
 
 def loss(options: argparse.Namespace, directory: Path) -> Result:
-    """The loss and its gradients: the slices of `objectives/cross_entropy.py` beside torch's linear_cross_entropy."""
+    """The loss and its gradients: the slices of `objectives/cross_entropy.py`, torch's linear_cross_entropy, plain."""
     import torch
     import torch.nn.functional as F
 
@@ -273,30 +274,50 @@ def loss(options: argparse.Namespace, directory: Path) -> Result:
     config, device = shape(options)
     positions, V = options.rows[0] * config.training.seq_len // 2, vocabulary(config)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    torch.manual_seed(0)
     head = Head(config.model, V).to(device)
     x_nD = torch.randn(positions, config.model.d_model, device=device, dtype=dtype, requires_grad=True)
     targets_n = torch.randint(0, V, (positions,), device=device)
 
-    def sliced(number: int) -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16):
-            total = head_cross_entropy(head, x_nD, targets_n)
-        total.backward()  # type: ignore[no-untyped-call]
+    def torchs(chunks: torch.nn.LinearCrossEntropyOptions | None) -> Tensor:
+        h_nD, weight_VD = head.features(x_nD).to(dtype), head.weight.to(dtype)
+        return F.linear_cross_entropy(h_nD, weight_VD, targets_n, reduction="sum", options=chunks)
 
-    def fused(number: int) -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16):
-            h_nD, weight_VD = head.features(x_nD).to(dtype), head.weight.to(dtype)
-            total = F.linear_cross_entropy(h_nD, weight_VD, targets_n, reduction="sum")
-        total.backward()  # type: ignore[no-untyped-call]
-
-    result: Result = {"positions": positions, "ids": V}
-    ways = {"slices": sliced} | ({"linear_cross_entropy": fused} if hasattr(F, "linear_cross_entropy") else {})
+    ways = {
+        "slices": lambda: head_cross_entropy(head, x_nD, targets_n),
+        "linear_cross_entropy in chunks": lambda: torchs(torch.nn.LinearCrossEntropyOptions()),
+        "linear_cross_entropy, whole logits": lambda: torchs(None),
+    }
+    parameters = [x_nD, *head.parameters()]
+    result: Result = {"positions": positions, "width": config.model.d_model, "ids": V}
     for name, way in ways.items():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        result[f"{name}: seconds"] = timed(way, device, REPEATS).median
-        if device.type == "cuda":
-            result[f"{name}: bytes at the peak"] = torch.cuda.max_memory_allocated(device)
+
+        def step(number: int, way: Callable[[], Tensor] = way) -> None:
+            for p in parameters:
+                p.grad = None
+            with torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16):
+                total = way()
+            total.backward()  # type: ignore[no-untyped-call]
+
+        step(0)  # what a first call keeps for ever is no part of the peak
+        for p in parameters:
+            p.grad = None
+        before = from_here(device)
+        result[f"{name}: seconds"] = timed(step, device, REPEATS).median
+        result[f"{name}: bytes at the peak above before"] = peak_memory(device) - before
     return result
+
+
+def from_here(device: torch.device) -> int:
+    """Let the peak of memory begin anew; the bytes that are held now (see `device.peak_memory`)."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak resident size is as now
+    return peak_memory(device)
 
 
 PARTS = {"resume": resume, "stages": stages, "swapped": swapped, "fsdp": fsdp, "loss": loss}

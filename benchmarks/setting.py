@@ -106,7 +106,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def resolved(config: StackWiseConfig, device: torch.device) -> StackWiseConfig:
-    """A configuration with device and precision settled, checked.
+    """A configuration with device, precision and whether blocks are compiled settled, checked.
 
     Raises:
         ConfigError: Its settings contradict each other.
@@ -114,4 +114,6 @@ def resolved(config: StackWiseConfig, device: torch.device) -> StackWiseConfig:
     config.device = device.type
     if config.precision == "auto":
         config.precision = describe(device)["precision"]
+    if config.training.compile is None:
+        config.training.compile = bool(describe(device).get("compiles"))
     return config.validate()

@@ -21,7 +21,8 @@ from benchmarks.setting import Setting
 from stackwise.batch import MASKS, SEGMENTS, TOKENS, Batch
 from stackwise.config import StackWiseConfig
 from stackwise.identity import content_id, generator
-from stackwise.model import Block, Head
+from stackwise.model import Block, Head, fp8
+from stackwise.model.projections import multiply_by
 from stackwise.pipeline.device import make_deterministic
 from stackwise.pipeline.parts import objective_of
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, boundary_chunk_rows, codec_name, order_rows
@@ -182,6 +183,9 @@ def fresh_model(setting: Setting) -> StageModel:
     if not trains_projection(config):
         assert head.projection is not None
         head.projection.requires_grad_(False)
+    if config.stage_training(setting.stage.depth).products == "fp8":
+        for block in blocks:
+            multiply_by(block, fp8.linear)
     objective = objective_of(config, setting.vocab_size - 1, setting.vocab_size, setting.stage)
     model = StageModel(None, blocks, head, objective, config.precision)
     if config.training.compile:
