@@ -14,14 +14,15 @@ import pytest
 @pytest.mark.parametrize("how", ["shard", pytest.param("pipeline", marks=pytest.mark.stress)])
 def test_no_rank_ever_has_the_whole_stage(tmp_path: Path, how: str) -> None:
     command = [sys.executable, "-m", "tests.training.divided_memory", str(tmp_path / "meeting"), "4", how]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # What is freed goes back to the system at once: holes in the heap are a third of a rank's memory here.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True, check=True)
     taken = json.loads(done.stdout)
     whole = taken["whole"]
     assert whole > 100e6
     for built, gathered in taken["ranks"]:  # a quarter, and what imports and copies on write take
-        assert built < 0.6 * whole
-        assert gathered < 0.6 * whole
+        assert built < 0.55 * whole
+        assert gathered < 0.55 * whole
 
 
 @pytest.mark.stress
