@@ -53,7 +53,11 @@ AUTO = _Auto(0)
 
 
 def _number_or_auto(value: Any, handler: ValidatorFunctionWrapHandler) -> int:
-    return AUTO if value == "auto" or isinstance(value, _Auto) else int(handler(value))
+    if value == "auto" or isinstance(value, _Auto):
+        return AUTO
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PydanticCustomError("auto_number", "must be auto or a whole number")
+    return int(handler(value))
 
 
 AutoInt = Annotated[
@@ -64,7 +68,15 @@ AutoInt = Annotated[
 
 
 AS_AUTO = PlainSerializer(lambda value: "auto" if value is None else value, return_type=bool | str)
-AutoBool = Annotated[bool | None, BeforeValidator(lambda value: None if value == "auto" else value), AS_AUTO]
+
+
+def _switch_or_auto(value: Any) -> bool | None:
+    if value is not None and value != "auto" and not isinstance(value, bool):
+        raise PydanticCustomError("auto_switch", "must be auto, true or false")
+    return None if value == "auto" else value
+
+
+AutoBool = Annotated[bool | None, BeforeValidator(_switch_or_auto), AS_AUTO]
 """A switch that may be `auto`: None, and so off, until it is settled."""
 
 

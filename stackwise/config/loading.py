@@ -191,11 +191,13 @@ def field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
     """One line a key. A union's branches report one by one; they become one line that names all that is allowed."""
     messages: dict[Key, list[str]] = {}
     values: dict[Key, Any] = {}
-    whole: set[Key] = set()
+    whole, items = set[Key](), set[Key]()
     for item in error.errors(include_url=False):
         key = _present(item["loc"], tree)
         text = _unknown(key, tree) if item["type"] in ("extra_forbidden", "invalid_key") else _allowed(dict(item))
         messages.setdefault(key, []).append(text)
+        if any(isinstance(name, int) for name in item["loc"][len(key) :]):  # a plain item: the list is what is shown
+            items.add(key)
         if item["type"] == "value_error":  # settings that do not go together: the text says which
             whole.add(key)
         if item["type"] == "kind":  # of a choice its name is at fault, not its settings
@@ -204,7 +206,7 @@ def field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
     for key, texts in messages.items():
         value = values.get(key, _at(tree, key))
         allowed = " or ".join(dict.fromkeys(texts))
-        if isinstance(value, list) and allowed.startswith("must ") and "a list" not in allowed:
+        if key in items and isinstance(value, list) and allowed.startswith("must ") and "a list" not in allowed:
             allowed = f"each item {allowed}"
         faults[key] = allowed if key in whole or allowed.startswith("unknown") else f"{allowed}, not {kind_of(value)}"
     return faults

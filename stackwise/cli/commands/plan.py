@@ -78,7 +78,7 @@ def plan(
         return
     if sizes is not None:
         as_options = " ".join(f"-o {key}={str(value).lower()}" for key, value in sizes.items())
-        say_all([["fits with: ", Styled(as_options, "bold")]])
+        say_all([["fits into memory with: ", Styled(as_options, "bold")]])
     say_all(_shown(planned, source_name(config, preset), lines, others))
 
 
