@@ -88,7 +88,8 @@ def light(own: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 def template() -> psutil.Process:
     """The one template that there is: of this process's children the one that serves."""
-    (process,) = (child for child in psutil.Process().children() if "forking" in "".join(child.cmdline()))
+    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    (process,) = (child for child in children if "forking" in "".join(child.cmdline()))
     return process
 
 

@@ -347,6 +347,8 @@ def committed(config: StackWiseConfig, run: RunDirectory) -> int:
     known = run.config()
     if settled.precision == "auto":
         settled.precision = known.precision
+    if settled.training.compile is None:
+        settled.training.compile = known.training.compile
     unrelated = {"tracking", "slurm", "tune"}
     if settled.model_dump(exclude=unrelated) != known.model_dump(exclude=unrelated):
         return 0

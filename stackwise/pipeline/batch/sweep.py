@@ -32,6 +32,7 @@ from stackwise.pipeline.initial import initial_sources, settle_mask, tokenizer_l
 from stackwise.pipeline.job import start
 from stackwise.pipeline.plan import Plan
 from stackwise.pipeline.run import RunDirectory, status, with_absolute_paths
+from stackwise.pipeline.runner.auto import may_compile
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.runner.workers import Worker
 from stackwise.pipeline.schedule import Stage
@@ -204,17 +205,19 @@ class Sweep:
         """
         for member in self.members:
             check_installed(member.combination.config)
-        settled: dict[str, StackWiseConfig] = {}
+        machines: dict[str, Event] = {}  # by the device
         prepared: dict[str, PreparedData] = {}
         data: dict[str, PreparedData] = {}  # by the run's name
         first: UsageError | DamageError | None = None
         for member in self.members:
             config = member.combination.config
             try:
+                if config.device not in machines and (config.precision == "auto" or config.training.compile is None):
+                    machines[config.device] = machine_of(config.device)
                 if config.precision == "auto":
-                    if config.device not in settled:
-                        settled[config.device] = resolved(config)
-                    config.precision = settled[config.device].precision
+                    config.precision = machines[config.device]["precision"]
+                if config.training.compile is None:
+                    config.training.compile = may_compile(config, machines[config.device])
                 columns, vocabulary = config.objective.inputs, config.model.vocab_size
                 key = content_id("data", [config.data.model_dump(), vocabulary, list(columns)])
                 if key not in prepared:
@@ -344,21 +347,18 @@ def _event(kind: str, **values: Any) -> Event:
     return {"event": kind, **values}
 
 
-def resolved(config: StackWiseConfig) -> StackWiseConfig:
-    """A copy whose precision is settled, as a worker on the configuration's device settles it.
+def machine_of(device: str) -> Event:
+    """What a worker says of a device: the precision that `auto` means on it, whether blocks compile there.
 
     Raises:
         StackWiseError: The device is not there.
     """
-    config = config.model_copy(deep=True)
-    if config.precision == "auto":
-        with tempfile.NamedTemporaryFile(prefix="stackwise-", suffix=".log") as log:
-            worker = Worker(config.device, Path(log.name))
-            try:
-                config.precision = worker.ready()["precision"]
-            finally:
-                worker.close()
-    return config
+    with tempfile.NamedTemporaryFile(prefix="stackwise-", suffix=".log") as log:
+        worker = Worker(device, Path(log.name))
+        try:
+            return worker.ready()
+        finally:
+            worker.close()
 
 
 @contextlib.contextmanager

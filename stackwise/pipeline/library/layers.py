@@ -53,9 +53,7 @@ def identity(module: nn.Module) -> str:
     """
     everywhere = {key: value for key, value in vars(nn.modules.module).items() if key.startswith("_global_") and value}
     describer = _Describer()
-    for place in _TORCH:
-        patches = {name: value for name, value in _replaced(place).items() if describer.is_own(value)}
-        everywhere |= {place.__name__: patches} if patches else {}
+    everywhere |= {place.__name__: patches for place in _TORCH if (patches := describer.patches(place))}
     try:
         described = describer.of([module, everywhere])  # hooks on all modules are hooks on this one
     except RecursionError:
@@ -121,9 +119,16 @@ class _Describer:
                 return self._builtin(value)
         return self._object(value)
 
-    def is_own(self, value: Any) -> bool:
-        """Whether it is a function of code that is not installed."""
-        return isinstance(value, types.FunctionType) and self._installed(_module_of(value)) is None
+    def patches(self, place: types.ModuleType | type) -> dict[str, types.FunctionType]:
+        """Functions of code of one's own in an installed module or class: no installed package put them there."""
+        functions = {name: value for name, value in vars(place).items() if isinstance(value, types.FunctionType)}
+        return {name: value for name, value in functions.items() if self._is_own(_module_of(value))}
+
+    def _is_own(self, module: str) -> bool:
+        try:
+            return self._installed(module) is None
+        except Undescribed:  # of the standard library
+            return False
 
     def _remember(self, value: object) -> None:
         self._seen[id(value)] = len(self._seen)
@@ -167,7 +172,7 @@ class _Describer:
     def _class(self, kind: type) -> Any:
         name = f"{kind.__module__}.{kind.__qualname__}"
         if (installed := self._installed(kind.__module__)) is not None:
-            patches = {base.__qualname__: entries for base in kind.__mro__ if (entries := _replaced(base))}
+            patches = {base.__qualname__: entries for base in kind.__mro__ if (entries := self.patches(base))}
             return ("class", installed, kind.__qualname__, *([self.of(patches)] if patches else []))
         if id(kind) in self._seen:
             return ("again", self._seen[id(kind)])
@@ -242,12 +247,14 @@ class _Describer:
 
     def _patches(self, module: types.ModuleType, names: set[str]) -> tuple[Any, ...]:
         """What was put in place of functions of an installed module that the names can mean."""
-        replaced, patches = _replaced(module), list[tuple[str, Any]]()
+        replaced, patches = self.patches(module), list[tuple[str, Any]]()
         for name in sorted(names & vars(module).keys()):
-            if name in replaced:
-                patches.append((name, self.of(replaced[name])))
-            elif isinstance(inner := vars(module)[name], types.ModuleType):
-                patches += self._patches(inner, names - {name})
+            value = vars(module)[name]
+            renamed = isinstance(value, types.BuiltinFunctionType) and value.__name__ != name
+            if name in replaced or renamed:
+                patches.append((name, self.of(value)))
+            elif isinstance(value, types.ModuleType):
+                patches += self._patches(value, names - {name})
         return tuple(patches)
 
     def _builtin(self, value: Any) -> Any:
@@ -309,21 +316,6 @@ class _Describer:
 
 def _module_of(function: types.FunctionType) -> str:
     return str(function.__globals__.get("__name__"))
-
-
-def _replaced(place: types.ModuleType | type) -> dict[str, Any]:
-    """Functions of an installed module or class that another program put there, or that stand under another's name."""
-    package = (place.__module__ if isinstance(place, type) else place.__name__).partition(".")[0]
-    replaced = {}
-    for name, value in vars(place).items():
-        if isinstance(value, types.FunctionType):
-            other = _module_of(value).partition(".")[0] != package
-            other |= isinstance(place, types.ModuleType) and vars(place).get(value.__name__, value) is not value
-        else:
-            other = isinstance(value, types.BuiltinFunctionType) and value.__name__ != name
-        if other:
-            replaced[name] = value
-    return replaced
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -203,6 +203,12 @@ def settle_block_size(
     return before | {KEY: result}
 
 
+def may_compile(config: StackWiseConfig, machine: Event) -> bool:
+    """Whether `training.compile: auto` is worth a trial, by what a worker said of its machine."""
+    meta = any(config.stage_training(depth).meta is not None for depth in range(config.n_stages))
+    return bool(machine.get("compiles")) and not config.parallel.divides and not meta
+
+
 def settle_compile(
     config: StackWiseConfig,
     data: PreparedData,
@@ -224,8 +230,7 @@ def settle_compile(
         What is known by now.
     """
     training = config.training
-    meta = any(config.stage_training(depth).meta is not None for depth in range(config.n_stages))
-    if training.compile is None and (not machine.get("compiles") or config.parallel.divides or meta):
+    if training.compile is None and not may_compile(config, machine):
         training.compile = False
     if training.compile is False:
         return before
