@@ -65,10 +65,15 @@ os._exit(0)
 """A template whose workers import nothing and say what they find: all that is asked of torch is asked elsewhere."""
 
 
+EARLIER: set[int] = set()
+"""Children of this process from before a test: the template that all tests share may be one."""
+
+
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A template of the test's own, gone after it."""
     forking.end_template()
+    EARLIER.update(child.pid for child in psutil.Process().children())
     monkeypatch.delenv(forking.SHARED)
     yield
     forking.end_template()
@@ -87,9 +92,10 @@ def light(own: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def template() -> psutil.Process:
-    """The one template that there is: of this process's children the one that serves."""
-    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    (process,) = (child for child in children if "forking" in "".join(child.cmdline()))
+    """The test's template: of this process's new children the one that serves."""
+    children = [child for child in psutil.Process().children() if child.pid not in EARLIER]
+    alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    (process,) = (child for child in alive if "forking" in "".join(child.cmdline()))
     return process
 
 
