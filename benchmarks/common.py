@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,17 @@ def positive(text: str) -> int:
     if len(found) != 1:
         raise argparse.ArgumentTypeError(f"{text!r} is more than one number")
     return found[0]
+
+
+@contextlib.contextmanager
+def place(directory: str | None) -> Iterator[Path]:
+    """Where runs go: a directory that stays, made where it is missing; None: a temporary one."""
+    if directory is None:
+        with tempfile.TemporaryDirectory(prefix="stackwise-bench-") as name:
+            yield Path(name)
+        return
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    yield Path(directory)
 
 
 def say(text: str) -> None:

@@ -11,14 +11,12 @@ seed is an ordinary run; where the benchmark was interrupted, the same `--dir` g
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Result, Spread, overrides, parser, positive, refuse, run_command, say, shown, table
+from benchmarks.common import Result, Spread, overrides, parser, place, positive, refuse, run_command, say, shown, table
 from benchmarks.document import Section
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.run import RunDirectory, status
@@ -68,7 +66,7 @@ def measure(options: argparse.Namespace) -> Result:
     wanted = options.methods or list(METHODS)
     if unknown := [name for name in wanted if name not in METHODS]:
         raise refuse(f"there is no method {unknown[0]}", f"there are {', '.join(METHODS)}")
-    with _place(options.dir) as here:
+    with place(options.dir) as here:
         tasks = texts(Path(options.wiki), here)
         figures: dict[str, list[Result]] = {name: [] for name in wanted}
         for seed in range(options.seeds):
@@ -76,16 +74,6 @@ def measure(options: argparse.Namespace) -> Result:
                 figures[name].append(_run(name, seed, options, here, tasks))
                 say(f"{name}, seed {seed}: {figures[name][-1]}")
     return {"steps": options.steps, "seeds": options.seeds, "tasks": list(LANGUAGES), "methods": figures}
-
-
-@contextlib.contextmanager
-def _place(directory: str | None) -> Iterator[Path]:
-    if directory is None:
-        with tempfile.TemporaryDirectory(prefix="stackwise-bench-") as name:
-            yield Path(name)
-        return
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    yield Path(directory)
 
 
 def texts(wiki: Path, here: Path) -> list[dict[str, Any]]:

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import sysconfig
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import Result, overrides, parser, positive, run_command, say, table
+from benchmarks.common import Result, overrides, parser, place, positive, run_command, say, table
 from benchmarks.document import Section
 from stackwise.config import StackWiseConfig
 from stackwise.pipeline.committed.load import load_rack
@@ -58,10 +57,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def measure(options: argparse.Namespace) -> Result:
     """Bits per byte of every order, by seed."""
-    if options.dir is None:
-        with tempfile.TemporaryDirectory(prefix="stackwise-bench-") as name:
-            return _measured(options, Path(name))
-    return _measured(options, Path(options.dir))
+    with place(options.dir) as here:
+        return _measured(options, here)
 
 
 def _measured(options: argparse.Namespace, here: Path) -> Result:

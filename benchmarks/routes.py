@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Result, overrides, parser, positive, run_command, say, table
+from benchmarks.common import Result, overrides, parser, place, positive, run_command, say, table
 from benchmarks.document import Section
 from benchmarks.moe import PAGE
 from stackwise import words
@@ -48,10 +47,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def measure(options: argparse.Namespace) -> Result:
     """What each order reads and comes to, by how the rack begins and by seed."""
-    if options.dir is None:
-        with tempfile.TemporaryDirectory(prefix="stackwise-bench-") as name:
-            return _measured(options, Path(name))
-    return _measured(options, Path(options.dir))
+    with place(options.dir) as here:
+        return _measured(options, here)
 
 
 def _measured(options: argparse.Namespace, here: Path) -> Result:
@@ -79,16 +76,16 @@ def _trained(path: Path, seed: int, options: argparse.Namespace) -> Path:
 
 
 def _figures(run: RunDirectory) -> Result:
-    """Of a run whose stages are one: what was foretold, what a step reached and read, the held-out loss at its end."""
+    """Of a run whose stages are one: what was predicted, what a step reached and read, the held-out loss at its end."""
     events = list(logged(run))
     steps = [event for event in events if event["event"] == "step"]
 
     def mean(name: str) -> float:
         return statistics.fmean(event["pieces"][name] for event in _each(steps))
 
-    foretold = next(event for event in events if event["event"] == "routes")
+    predicted = next(event for event in events if event["event"] == "routes")
     losses = [event["nats"] for event in events if event["event"] == "held_out"]
-    figures = {"foretold": foretold["reached"], "first": foretold["first"], "of": foretold["of"]}
+    figures = {"predicted": predicted["reached"], "first": predicted["first"], "of": predicted["of"]}
     return figures | {"reached": mean("reached"), "bytes": mean("bytes"), "loss": losses[-1]}
 
 
@@ -129,7 +126,7 @@ def _section(found: Result) -> Section:
 
         apart = [one["loss"] - other["loss"] for one, other in zip(runs, chance, strict=True)]
         loss = "" if order == "chance" else ", ".join(f"{value:+.4f}" for value in apart)
-        reached = f"{mean('foretold'):.1f}", f"{mean('reached'):.1f}"
+        reached = f"{mean('predicted'):.1f}", f"{mean('reached'):.1f}"
         return [begun, order, *reached, words.size(mean("bytes")), f"{mean('loss'):.4f}", loss]
 
     lines = [row(begun, order) for begun in BEGUN for order in ORDERS]
@@ -138,7 +135,7 @@ def _section(found: Result) -> Section:
     text = (
         f"A causal rack of two blocks, the upper one with {first['of']} experts, swapped; 4 rows of 16 a step, "
         f"{found['steps']} steps, means of {found['seeds']} seeds. Trained: ten times the steps before, in memory, and "
-        "these at a tenth of the rate. Foretold before the first step, reached and read in the mean of all steps; by "
+        "these at a tenth of the rate. Predicted before the first step, reached and read in the mean of all steps; by "
         "seed: held-out loss less that of the order by chance."
     )
     return Section("routes", "An order of rows by their experts", text, table(header, lines), "CPU", found)

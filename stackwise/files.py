@@ -161,6 +161,11 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def user_cache() -> Path:
+    """Where StackWise keeps what it can make again: `$XDG_CACHE_HOME/stackwise`, else `~/.cache/stackwise`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "stackwise"
+
+
 def make_directory(path: Path) -> None:
     """Make a directory where it is missing, its parents too.
 

@@ -296,6 +296,7 @@ class Lines(_View):
         super().__init__(view)
         self._every = every
         self._shown: dict[int, int] = {}
+        self._phase: str | None = None
         self._spoke = time.monotonic()
 
     def take(self, event: Event) -> None:
@@ -320,6 +321,11 @@ class Lines(_View):
                 self._say(line)
 
     def _say_progress(self, event: Event) -> None:
+        phase, before = event.get("phase"), self._phase
+        self._phase = phase
+        if phase not in (None, before) and event.get("total") is None:  # how long it takes is not known
+            self._say(f"{PHASES.get(phase, phase)} …")
+            return
         if time.monotonic() - self._spoke < SECONDS or not event.get("total"):
             return
         share = words.percent(event["done"] / event["total"])

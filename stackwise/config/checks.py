@@ -213,17 +213,8 @@ def _store(config: Settings) -> Iterator[Fault]:
 
 
 def _row_groups(config: Settings) -> Iterator[Fault]:
-    settings = [config.stage_training(depth) for depth in range(config.n_stages)]
-    others = {
-        "continual": config.tasks_in_turn,
-        "meta": any(one.meta is not None for one in settings),
-        "curriculum": any(one.curriculum is not None for one in settings),
-        "routes": any(one.routes is not None for one in settings),
-        "objective": config.objective.rolls_out,
-    }
-    for key in others if (config.training.row_groups or 1) > 1 else ():
-        if others[key]:
-            yield "training.row_groups", f"training.{key} has its own order of rows: leave one of the two out"
+    if (config.training.row_groups or 1) > 1 and config.own_order is not None:
+        yield "training.row_groups", f"{config.own_order} has its own order of rows: leave one of the two out"
 
 
 def _curriculum(config: Settings, curriculum: Curriculum, depth: int) -> Iterator[str]:

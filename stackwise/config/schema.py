@@ -481,6 +481,19 @@ class Settings(Section):
         """Whether a last stage turns the rack causal."""
         return isinstance(self.training.adaptation, CausalAdaptation)
 
+    @property
+    def own_order(self) -> str | None:
+        """The setting that orders rows, or draws them, in a way of its own; None: there is none."""
+        settings = [self.stage_training(depth) for depth in range(self.n_stages)]
+        with_their_own = {
+            "objective": self.objective.rolls_out,
+            "continual": self.tasks_in_turn,
+            "meta": any(one.meta is not None for one in settings),
+            "curriculum": any(one.curriculum is not None for one in settings),
+            "routes": any(one.routes is not None for one in settings),
+        }
+        return next((f"training.{key}" for key, has_one in with_their_own.items() if has_one), None)
+
     def uses_held_out(self, depth: int) -> bool:
         """Whether what stage `depth` commits depends on held-out loss."""
         fused = self.n_sections <= depth < self.n_sections + len(self.fusions)

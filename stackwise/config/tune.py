@@ -71,14 +71,8 @@ class TuneConfig(Section):
 
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-
-
 INTERVAL = re.compile(rf"\s*({NUMBER})\s*\.\.\s*({NUMBER})\s*(?::\s*(\w+)\s*)?")
-
-
 WHOLE = re.compile(r"[+-]?\d+")
-
-
 EXAMPLE = "as 1e-4..1e-2:log, 1..8, or a list 0,0.1"
 
 

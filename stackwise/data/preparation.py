@@ -306,8 +306,7 @@ class Cache:
     """
 
     def __init__(self, setting: str | None, *, optional: bool) -> None:
-        base = Path(setting) if setting else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "stackwise"
-        root = files.expanded(base).absolute()
+        root = files.expanded(setting or files.user_cache()).absolute()
         self.root: Path | None = root
         """The directory; None: it cannot be written."""
         if (why := unusable(root)) is not None:

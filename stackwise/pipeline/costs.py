@@ -158,11 +158,11 @@ def planned_notes(plan: Plan, swapped: Collection[int] | None) -> list[str]:
             f"training.clip_by is last (stages {', '.join(late)}): the clipped gradient is not exact, as a step is "
             "clipped by the norm of the one before"
         )
-    anew = [str(depth) for depth in sorted(swapped or ()) if stages[depth].activation_checkpointing]
-    if anew and training.swap == "auto":
+    recomputed = [str(depth) for depth in sorted(swapped or ()) if stages[depth].activation_checkpointing]
+    if recomputed and training.swap == "auto":
         lines.append(
-            f"training.activation_checkpointing is unused in swapped stages ({', '.join(anew)}): what does not wait "
-            "in memory is recomputed there anyway"
+            f"training.activation_checkpointing is unused in swapped stages ({', '.join(recomputed)}): what does not "
+            "wait in memory is recomputed there anyway"
         )
     if swapped is not None and not swapped and training.swap == "auto":
         unused = [key for key in ("swap_parts", "swap_experts") if key in changed(training)]

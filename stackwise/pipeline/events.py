@@ -247,7 +247,7 @@ EVENTS: dict[str, Kind] = {
     "dropped": Kind(_dropped),
     "pruned": Kind(lambda event: f"weights of an earlier window dropped, {words.size(event['bytes'])} freed"),
     # the end, good or bad
-    "warning": Kind(lambda event: f"warning: {event['text']}", "yellow"),
+    "warning": Kind(lambda event: f"warning: {event['text']}", "yellow", repeated=True),
     "stopping": Kind(_text, "yellow"),
     "interrupted": Kind(lambda event: f"interrupted: {event['text']}", "yellow"),
     "failed": Kind(_text, "red"),

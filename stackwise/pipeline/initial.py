@@ -282,6 +282,9 @@ def _contradictions(config: StackWiseConfig, theirs: ModelConfig) -> Iterator[st
     if config.training.continual.columns:
         yield "training.continual: columns begin fresh, no model elsewhere has them: leave it out, or init.weights"
         return
+    if theirs.stream.columns > 1:
+        yield "init.weights: a rack in columns is learned task by task, and nothing else begins from it: name another"
+        return
     for key, value, there in _differences("model", model, theirs):
         yield f"{key}: is {kind_of(value)}, and {kind_of(there)} in the checkpoint: leave it out"
     try:

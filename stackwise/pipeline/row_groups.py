@@ -114,17 +114,8 @@ def settle(config: StackWiseConfig, earlier: StackWiseConfig | None) -> list[str
 
 def _needs_all_rows(config: StackWiseConfig) -> str | None:
     """The setting by which a rank reads rows that are not of its batches; None: there is none."""
-    if config.objective.rolls_out:
-        return f"training.objective {config.objective.name}"
-    if config.tasks_in_turn:
-        return "training.continual"
-    settings = [config.stage_training(depth) for depth in range(config.n_stages)]
-    if any(one.meta is not None for one in settings):
-        return "training.meta"
-    if any(one.curriculum is not None for one in settings):
-        return "training.curriculum"
-    if any(one.routes is not None for one in settings):
-        return "training.routes"
+    if config.own_order is not None:
+        return config.own_order
     if config.time_as_depth and config.n_sections > 1:
         return "training.mask_schedule_over"
     forms = {weight_format(how.precision) for stage in schedule(config) for how in stage.formats.values()}

@@ -347,8 +347,8 @@ def status(run: RunDirectory) -> dict[str, Any]:
         shown = {key: stage[key] for key in STATUS_KEYS}
         if stage.get("tasks"):  # the held-out loss of each
             shown["tasks"] = dict(zip(stage["tasks"]["names"], stage["tasks"]["after"], strict=False))
-        # How a router used experts, by block; what a step was foretold to reach, and of a swapped stage what one reads;
-        # query loss on tasks held out before the inner steps and after each.
+        # How a router used experts, by block; what a step was predicted to reach; what one reads of a swapped
+        # stage; query loss on tasks held out before the inner steps and after each.
         shown |= {key: stage[key] for key in ("experts", "routes", "pieces", "adaptation") if key in stage}
         if chosen := stage.get("unfrozen"):  # by adaptive fusion
             blocks = (f"{first}" if first == last else f"{first}–{last}" for first, last in chosen)

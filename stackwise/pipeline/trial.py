@@ -112,11 +112,8 @@ def make_engine(job: TrialJob, config: StackWiseConfig, model: StageModel, devic
     from stackwise.training.anchor import hold_where_it_is
     from stackwise.training.engine import ResidentEngine
 
-    settings, parts, method = (
-        config.stage_training(job.stage.depth),
-        parts_of(model, job.stage),
-        config.training.continual,
-    )
+    settings, parts = config.stage_training(job.stage.depth), parts_of(model, job.stage)
+    method = config.training.continual
     if isinstance(method, EWC) and job.stage.window:
         for module in parts.values():
             hold_where_it_is(module, method.strength)

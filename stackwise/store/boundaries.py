@@ -203,7 +203,10 @@ class Boundaries:
             BusyError: It is being read or written.
             NotFound: It is not in the store.
         """
-        members = [info.id for info in self.all() if info.head == boundary_id != info.id]
+        members = []
+        with contextlib.suppress(NotFound, DamageError):
+            if self.get(boundary_id).group is not None:
+                members = [info.id for info in self.all() if info.head == boundary_id != info.id]
         freed = self.remove_one(boundary_id, evict=evict)
         return freed + sum(self._removed(member, evict=evict) or 0 for member in members)
 

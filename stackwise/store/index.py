@@ -25,6 +25,7 @@ import xxhash
 
 from stackwise import durable, files
 from stackwise.errors import DamageError, StackWiseError, UsageError
+from stackwise.files import user_cache
 from stackwise.store import disk
 
 Transaction = Any
@@ -182,7 +183,7 @@ def find_faults(data: Path) -> list[str]:
 
 def _key() -> bytes | None:
     """This user's secret, made where it is missing; None where it can be neither read nor made."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "stackwise" / "store-key"
+    path = user_cache() / "store-key"
     with contextlib.suppress(OSError):
         if not path.exists() or path.stat().st_size != _KEY_BYTES:
             path.parent.mkdir(parents=True, exist_ok=True)

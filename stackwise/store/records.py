@@ -84,6 +84,14 @@ class BoundaryInfo(BoundarySpec):
         return head if isinstance(head, str) and is_hex_id(head) else self.id
 
     @property
+    def group(self) -> tuple[int, int] | None:
+        """(k, n): it holds the k-th of n groups of rows; None: all rows."""
+        group = self.attributes.get("group")
+        if not (isinstance(group, list) and len(group) == 2 and all(type(number) is int for number in group)):
+            return None
+        return (group[0], group[1]) if 0 <= group[0] < group[1] else None
+
+    @property
     def dtype(self) -> str:
         """The torch dtype that reading gives, such as `bfloat16`."""
         return self.codec_object.decoded

@@ -23,14 +23,6 @@ RANK = "{rank}"
 _SLICE = 1 << 15  # rows whose masks are in memory at once
 
 
-def group_of(info: BoundaryInfo) -> tuple[int, int] | None:
-    """(k, n): a boundary holds the k-th of n groups of rows; None: all rows."""
-    group = info.attributes.get("group")
-    if not (isinstance(group, list) and len(group) == 2 and all(type(number) is int for number in group)):
-        return None
-    return (group[0], group[1]) if 0 <= group[0] < group[1] else None
-
-
 def spec_of(info: BoundaryInfo) -> BoundarySpec:
     """What a boundary is to hold, wherever it is."""
     return BoundarySpec(**{one.name: getattr(info, one.name) for one in fields(BoundarySpec)})
@@ -171,7 +163,7 @@ class Reshard:
         holders: dict[Hex, list[int]] = {}
         for rank, store in stores.items():
             for info in store.boundaries():
-                if (group := group_of(info)) is None:
+                if (group := info.group) is None:
                     continue
                 if group[1] % self._ranks:
                     raise UsageError(
@@ -184,7 +176,7 @@ class Reshard:
         return [
             (group[0] % self._ranks, info, holders.get(info.id, []))
             for info in infos.values()
-            if (group := group_of(info)) is not None
+            if (group := info.group) is not None
         ]
 
 

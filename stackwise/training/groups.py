@@ -37,7 +37,7 @@ class RowGroups:
             activations: What enters there; None: what enters the feed.
         """
         first = self.edges[group]
-        sources = {name: _from(source, first) for name, source in whole.sources.items() if name not in (ACTIVATIONS,)}
+        sources = {name: _from(source, first) for name, source in whole.sources.items() if name != ACTIVATIONS}
         if activations is None and whole.activations is not None:
             activations = whole.activations.groups[group]
             assert activations is not None, "the rows of a group that another rank keeps"

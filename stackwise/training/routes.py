@@ -1,6 +1,6 @@
 """Which pieces of a stage (experts) its rows go to, counted before it trains; an order that brings like rows together.
 
-The counts are of the stage as it begins. Its own routers move while it trains, so they foretell, and do not bind.
+The counts are of the stage as it begins. Its own routers move while it trains, so the counts predict, and do not bind.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from stackwise.store.order import Rows
 from stackwise.training.feed import Order
 
 Reached = npt.NDArray[np.bool_]
-FORETOLD_ROWS = 1 << 14
-"""Rows, about, whose routes are read to foretell what a step reaches."""
+PREDICTED_ROWS = 1 << 14
+"""Rows, about, whose routes are read to predict what a step reaches."""
 
 
 class RouteCounts(nn.Module):
@@ -59,7 +59,7 @@ class Routes:
 
     def of_steps(self, order: Order, first: int, steps: int, step_rows: int) -> list[int]:
         """Pieces that the rows of each of some steps of an order reach together, from step `first` on."""
-        steps = max(1, min(steps, FORETOLD_ROWS // step_rows))
+        steps = max(1, min(steps, PREDICTED_ROWS // step_rows))
         return [int(self.reached(order.batch(first + step, step_rows)).any(0).sum()) for step in range(steps)]
 
 

@@ -111,6 +111,14 @@ def test_plain_lines_are_seconds_apart(
     assert said == [f"stage 0: step {number}/60" for number in (1, 11, 21, 31, 41, 51, 60)]
 
 
+def test_work_of_unknown_length_is_said_as_it_begins(view: RunView, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines(view, every=10)
+    for _ in range(3):
+        lines({"event": "preparing", "phase": "compiling a block", "done": 0, "total": None})
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "compiling a block" in said
+
+
 def test_the_live_view_follows(view: RunView) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100, color_system=None)

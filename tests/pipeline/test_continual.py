@@ -282,6 +282,8 @@ def test_a_rack_in_columns_is_evaluated_and_answers(columns: tuple[Path, list[Pa
     assert generate(rack, None)  # a passage, filled in
     with pytest.raises(UsageError, match="no format of models has a rack in columns"):
         export_rack(rack, columns[0] / "exported")
+    with pytest.raises(ConfigError, match=r"init\.weights"):
+        with_checkpoint(StackWiseConfig.from_preset("micro", {"init.weights": str(columns[0])}))
 
 
 @pytest.mark.stress

@@ -43,7 +43,7 @@ def files(directory: Path) -> set[str]:
     return {str(path) for path in found if "rowsets" not in path.parts}
 
 
-def foretold(config: StackWiseConfig, directory: Path) -> list[tuple[str, str]]:
+def previewed(config: StackWiseConfig, directory: Path) -> list[tuple[str, str]]:
     """Action and reason of each stage of a dry run."""
     events: list[dict[str, Any]] = []
     Runner(config, RunDirectory(directory), events.append).run(dry=True)
@@ -62,7 +62,7 @@ def finished(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_of_a_new_run_nothing_is_left(micro: Micro, tmp_path: Path) -> None:
     config = micro(store__path=str(tmp_path / "store"))
-    assert foretold(config, tmp_path / "run") == [("train", "not trained yet")] * 2
+    assert previewed(config, tmp_path / "run") == [("train", "not trained yet")] * 2
     assert files(tmp_path) == set()
 
 
@@ -108,7 +108,7 @@ def test_the_key_that_decides_is_named(
 ) -> None:
     before = files(finished)
     config = micro(training__steps=5, **{key.replace(".", "__"): value for key, value in changes.items()})
-    assert foretold(config, finished) == expected
+    assert previewed(config, finished) == expected
     assert files(finished) == before
 
 
@@ -143,7 +143,7 @@ def test_each_setting_that_shapes_a_result_is_named_and_no_other_trains_again(
     micro: Micro, finished: Path, key: str, value: Any, trains: list[int]
 ) -> None:
     config = micro(training__steps=5, **{key.replace(".", "__"): value})
-    said = foretold(config, finished)
+    said = previewed(config, finished)
     assert [place for place, (action, _) in enumerate(said) if action == "train"] == trains
     for place in trains:
         reason = said[place][1]
@@ -187,7 +187,7 @@ def test_what_a_stage_was_trained_by_outlives_a_run_that_did_not_reach_it(
     shutil.copytree(finished, tmp_path / "run")
     run(micro(training__steps=5, training__beta2=0.9), tmp_path / "run", only=0)
     config = micro(training__steps=5, stages={1: {"training": {"warmup": 0.3}}})
-    assert foretold(config, tmp_path / "run")[1] == ("train", "changed: stages.1.training.warmup: 0.05 → 0.3")
+    assert previewed(config, tmp_path / "run")[1] == ("train", "changed: stages.1.training.warmup: 0.05 → 0.3")
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -210,12 +210,12 @@ def test_a_store_that_is_elsewhere_is_said_before_anything_trains_again(
     assert dry or kinds.index("warning") < kinds.index("training")
     # Where it is named, all of it is there again.
     config = micro(training__steps=5, store__path=str(tmp_path / "elsewhere"))
-    assert [action for action, _ in foretold(config, tmp_path / "run")] == ["reuse", "reuse"]
+    assert [action for action, _ in previewed(config, tmp_path / "run")] == ["reuse", "reuse"]
 
 
 def test_what_does_not_fit_is_said(micro: Micro, tmp_path: Path) -> None:
     with pytest.raises(NoSpaceError, match=r"store\.max_bytes"):
-        foretold(micro(store__max_bytes=1000), tmp_path / "run")
+        previewed(micro(store__max_bytes=1000), tmp_path / "run")
     assert files(tmp_path) == set()
 
 

@@ -20,6 +20,7 @@ from stackwise import words
 from stackwise.cli.options import as_json
 from stackwise.cli.output import Styled, print_json, say, say_all
 from stackwise.errors import StackWiseError
+from stackwise.files import user_cache
 from stackwise.version import __version__
 
 State = Literal["ok", "missing", "optional", "note"]
@@ -201,7 +202,7 @@ def _disk(directory: Path) -> Iterator[Check]:
 
 
 def _cache() -> Check:
-    directory = existing = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stackwise"
+    directory = existing = user_cache()
     while not existing.exists() and existing != existing.parent:  # what there is of it decides who may write
         existing = existing.parent
     writable = os.access(existing, os.W_OK)

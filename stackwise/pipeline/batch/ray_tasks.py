@@ -68,7 +68,7 @@ class Cluster:
         self._head = host.strip("[]"), int(port)
 
     def submit(self, task: Any, *arguments: Any, here: bool = False) -> Any:
-        """Submit a call; it is made anew, elsewhere, where its worker is lost.
+        """Submit a call; it is made again, elsewhere, where its worker is lost.
 
         Args:
             task: What is called.

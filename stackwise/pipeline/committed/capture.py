@@ -88,7 +88,7 @@ class Request:
     data: list[str]
     store: str
     options: Options
-    one: Pass
+    through: Pass
 
 
 Spread = Callable[[Request, Callable[[], bool]], None]
@@ -204,7 +204,7 @@ def capture(
             if spread is not None:
                 paths = [str(expanded(str(path)).absolute()) for path in data]
                 place = str(checkpoint.directory.absolute()), paths, str(where.absolute())
-                work.spread = lambda one, look: spread(Request(*place, options, one), look)
+                work.spread = lambda through, look: spread(Request(*place, options, through), look)
             return work.run(depths)
 
 
@@ -214,10 +214,10 @@ def write_share(request: Request, share: tuple[int, int]) -> None:
     Raises:
         StackWiseError: As `capture`; what is published stays, and the same call goes on.
     """
-    checkpoint, one = Checkpoint(Path(request.model)), request.one
+    checkpoint, through = Checkpoint(Path(request.model)), request.through
     with _opened(checkpoint, request.data, request.store, lambda _: None, lambda: False, request.options) as work:
-        work.trunks = one["trunks"]
-        work.write(share, one["start"], one["edges"], one["first"])
+        work.trunks = through["trunks"]
+        work.write(share, through["start"], through["edges"], through["first"])
 
 
 @contextlib.contextmanager
@@ -311,7 +311,7 @@ class PartwiseCapture:
         left, begun = self._left(writers), time.perf_counter()
 
         def look() -> bool:
-            self._tell(writers, first, end)
+            self._report(writers, first, end)
             return self.stop()
 
         edges_by_depth = [(depth, writer.info.codec, writer.info.chunk_rows) for depth, writer in edges]
@@ -345,9 +345,9 @@ class PartwiseCapture:
             self._write(stages, feed, [writer for _, writer in edges], first, edges[-1][0])
 
     def _write(self, stages: list[StageModel], feed: Feed, writers: list[BoundaryWriter], first: int, end: int) -> None:
-        self._tell(writers, first, end)
+        self._report(writers, first, end)
         left, begun = self._left(writers), time.perf_counter()
-        control = PassControl(lambda done, total: self._tell(writers, first, end, total - done), self.stop)
+        control = PassControl(lambda done, total: self._report(writers, first, end, total - done), self.stop)
         done = write_each(stages, feed, writers, self.device, batch_rows=self.batch_rows, control=control)
         if not done.finished:
             _check(lambda: True)
@@ -357,8 +357,8 @@ class PartwiseCapture:
         """Chunks that one of them lacks."""
         return len(set().union(*(writer.missing for writer in writers)))
 
-    def _tell(self, writers: Sequence[BoundaryWriter], first: int, end: int, left: int | None = None) -> None:
-        """Say how far a pass is, by the chunks that are left."""
+    def _report(self, writers: Sequence[BoundaryWriter], first: int, end: int, left: int | None = None) -> None:
+        """Report how far a pass is, by the chunks that are left."""
         info = writers[0].info
         blocks = f"blocks {max(0, first)} to {end - 1}" if end else "the embedding"
         done = info.chunks - (self._left(writers) if left is None else left)

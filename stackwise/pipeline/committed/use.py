@@ -37,7 +37,6 @@ from stackwise.pretrained import Checkpoint
 from stackwise.pretrained.adapters import is_adapter
 from stackwise.pretrained.writing import Exported, ExportOptions, export, export_adapters, export_checkpoint
 from stackwise.store import ActivationStore, BoundaryInfo, Recompute
-from stackwise.store.reshard import group_of
 from stackwise.training.forward import forward_rows
 
 
@@ -291,11 +290,11 @@ def _samples(rack: CommittedRack, store: ActivationStore, info: BoundaryInfo) ->
 
 def _span(info: BoundaryInfo, rows: int) -> tuple[int, int]:
     """Which of so many rows a boundary has: all, or those of its group."""
-    group = group_of(info)
-    if group is None or rows < group[1]:
+    if info.group is None or rows < info.group[1]:
         return 0, rows
-    starts = edges(rows, group[1])
-    return starts[group[0]], starts[group[0] + 1]
+    number, count = info.group
+    starts = edges(rows, count)
+    return starts[number], starts[number + 1]
 
 
 @torch.no_grad()

@@ -53,9 +53,9 @@ def alternatives(planned: Forecast) -> Iterator[Alternative]:
         yield from _tried(planned, "resident stages of 1 block", lambda c: _set_mode(c, "layerwise"))
         if most > 1:
             yield from _tried(planned, f"resident stages of {most} blocks", lambda c: _blocks(c, most))
-        anew = _with_mode(config, "blockwise")
-        recompute_blocks(anew)
-        more = largest_fitting(anew, planned.vocab_size, int(machine.memory), machine.kind)
+        recomputed = _with_mode(config, "blockwise")
+        recompute_blocks(recomputed)
+        more = largest_fitting(recomputed, planned.vocab_size, int(machine.memory), machine.kind)
         if more > most:
 
             def fatter(config: StackWiseConfig) -> None:
@@ -250,10 +250,10 @@ def fit(config: StackWiseConfig, machine: Machine, *, trace: bool = True) -> dic
     order = sorted(sizes, key=lambda size: (size < min(BUSY, rows), abs(size - BUSY)))  # four, more, then fewer
     tried = order[:1] + [size for size in order[1:] if size < BUSY]
     can = not config.training.activation_checkpointing and config.training.meta is None
-    for size, anew in itertools.product(tried, (False, True) if can else (False,)):
+    for size, recomputed in itertools.product(tried, (False, True) if can else (False,)):
         changed = _with_mode(config, "blockwise")
         _split(changed, rows, size)
-        if anew:
+        if recomputed:
             recompute_blocks(changed)
         vocabulary = changed.model.vocab_size or changed.data.vocab_size or 4096
         blocks = largest_fitting(changed, vocabulary, int(machine.memory), machine.kind)
@@ -273,7 +273,7 @@ def fit(config: StackWiseConfig, machine: Machine, *, trace: bool = True) -> dic
                 "training.mode.block_size": count,
                 "training.batch_size": training.batch_size,
                 "training.accumulation": training.accumulation,
-            } | ({"training.activation_checkpointing": True} if anew else {})
+            } | ({"training.activation_checkpointing": True} if recomputed else {})
     raise UsageError(
         f"--fit: not one block of {config.name} fits into {words.size(machine.memory)}, a row at a time",
         hint="plan without it: stages are swapped then; or shorten training.seq_len",

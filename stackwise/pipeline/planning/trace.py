@@ -7,7 +7,6 @@ traced is kept by what it depends on; that process is started for what is not kn
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -134,7 +133,7 @@ class Traced:
 
 def cache_directory() -> Path:
     """Where traces and measured rates are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "stackwise" / "plan"
+    return files.user_cache() / "plan"
 
 
 def traced(estimates: Sequence[Estimate], *, cache: Path | None = None) -> list[Traced]:

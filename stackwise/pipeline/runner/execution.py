@@ -259,13 +259,7 @@ class Boundaries:
         checkpoints = self._run.path / "checkpoints"
         self._pool.work(
             self._plan.job(
-                below,
-                versions,
-                checkpoints=checkpoints,
-                train=False,
-                entry=entry,
-                writes=True,
-                rowset=number,
+                below, versions, checkpoints=checkpoints, train=False, entry=entry, writes=True, rowset=number
             )
         )
         info = self._plan.boundary(stage, versions, number)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stackwise.config import StackWiseConfig
 from stackwise.durable import is_locked
 from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
-from stackwise.files import open_regular
+from stackwise.files import open_regular, user_cache
 from stackwise.host import killed_for_memory
 from stackwise.pipeline.device import describe, python_command
 from stackwise.pipeline.estimate import Estimate, kind_of, oom_advice
@@ -101,8 +101,7 @@ class Worker:
     def _started_here(self, *, fork: bool) -> forking.ForkedWorker | subprocess.Popen[str]:
         errors = open_regular(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         # What a worker compiles is found by those after it, of other runs too: the compiler writes beside and renames.
-        compiled = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stackwise" / "inductor"
-        environment = {**ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **os.environ}
+        environment = {**ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(user_cache() / "inductor"), **os.environ}
         if "PYTORCH_CUDA_ALLOC_CONF" in os.environ and "PYTORCH_ALLOC_CONF" not in os.environ:
             del environment["PYTORCH_ALLOC_CONF"]  # its older name: what the user says there counts
         try:

@@ -42,8 +42,6 @@ SECONDS = 1.0  # between two looks at the log
 RETRY_SECONDS = 20.0  # after a failure, before the next attempt
 BATCH_POINTS = 10_000  # figures after which what a tracker has taken is noted
 CLOSE_SECONDS = 20.0  # how long the end of a run waits for trackers; what they lack then is sent at the next start
-
-
 STANDS = ("plan", "training", "reused")  # events that say what the stages are now
 OUTCOMES = ("start", "done", "failed", "interrupted")  # events that say how the run ended, or that it goes on
 

@@ -8,17 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from stackwise.errors import InterruptedRun
+from stackwise.errors import InterruptedRun, NotFound
 from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
 from stackwise.pipeline.row_groups import group_attributes
-from stackwise.pipeline.worker.replayed import replayed_rows
 from stackwise.pipeline.worker.stores import Stores
 from stackwise.pipeline.worker.training import RESUME, StageContext
-from stackwise.store import BoundaryWriter, boundary_id_of, codec_named
+from stackwise.store import BoundaryReader, BoundaryWriter, Rowset, boundary_id_of, codec_named
 from stackwise.training.feed import Feed, RowSource
-from stackwise.training.forward import FilledBoundary, Known, MakeOutputs, Pass, PassControl, write_boundary
+from stackwise.training.forward import FilledBoundary, Known, MakeOutputs, Pass, PassControl, Rows, write_boundary
 from stackwise.training.groups import RowGroups
 from stackwise.training.stage import StageModel
 
@@ -130,7 +130,7 @@ def write_above(context: StageContext, stages: Sequence[StageModel] | MakeOutput
     job, stage, begun = context.job, context.stage, time.perf_counter()
     trunk = trunk_id(job.forward, [*job.trunk_digests, *digests], stage.precisions(stage.trunk_above))
     above = stage.depth + 1
-    with contextlib.ExitStack() as stack, _uncompiled(context), replayed_rows(context) as known:
+    with contextlib.ExitStack() as stack, _uncompiled(context), _replayed_rows(context) as known:
         targets = _targets(stack, context, trunk, above, stage.last + 1)
         chunks = sum(one.writer.info.chunks for one in targets.groups)
         context.event("writing", boundary=targets.head, depth=above, chunks=chunks)
@@ -143,6 +143,49 @@ def _uncompiled(context: StageContext) -> contextlib.AbstractContextManager[Any]
         return contextlib.nullcontext()
     stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+@contextlib.contextmanager
+def _replayed_rows(context: StageContext) -> Iterator[Known | None]:
+    """The rows of a boundary above a stage that earlier tasks' boundaries have; None: there are none.
+
+    A row is that of the earliest of them, in which it was computed: so what a task replays is the same bits however
+    many tasks lie between.
+
+    Raises:
+        NotFound: A boundary of an earlier task is gone, or lacks a row.
+    """
+    job = context.job
+    if not job.known or not job.replayed or context.feed.rowset.id != job.rowset:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(context.store.reader(boundary)) for boundary in job.known]
+        rowsets = [context.store.rowset(reader.info.rowset) for reader in readers]
+
+        def read(rows_B: Rows) -> torch.Tensor:
+            places = [_lender(rowsets, context.feed.rowset, int(row)) for row in rows_B]
+            return _read_lent(readers, places)
+
+        yield Known(job.rows - job.replayed, read)
+
+
+def _lender(rowsets: list[Rowset], replaying: Rowset, row: int) -> tuple[int, int]:
+    """The first of some rowsets that has a row of another one, and which row of it that is."""
+    pair = bytes(replaying.sample_ids[row]), bytes(replaying.mask_ids[row])
+    for number, rowset in enumerate(rowsets):
+        with contextlib.suppress(NotFound):
+            return number, rowset.row(*pair)
+    raise NotFound(f"row {row} is replayed, and no earlier task had it", hint="run again with another store.path")
+
+
+def _read_lent(readers: list[BoundaryReader], places: list[tuple[int, int]]) -> torch.Tensor:
+    where, rows = np.array(places, np.int64), dict[int, torch.Tensor]()
+    for number, reader in enumerate(readers):
+        at = np.flatnonzero(where[:, 0] == number)
+        if len(at):
+            rows |= zip(at.tolist(), reader.read(where[at, 1]), strict=True)
+    return torch.stack([rows[place] for place in range(len(places))])
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def beside_past(context: StageContext, model: StageModel | None) -> Iterator[Sta
             routes = Routes(partial(_reached, source), sum(_pieces(context).values()))
         entered = replace(context, routes=routes, feed=replace(context.feed, sources={**context.feed.sources, **more}))
         if routes is not None and context.ranks.main:
-            _foretell(entered, routes, swapped=model is None)
+            _emit_routes(entered, routes, swapped=model is None)
         yield entered
     if context.ranks.main:
         for boundary in boundaries:
@@ -132,7 +132,7 @@ def _reached(source: RowSource, rows_N: np.ndarray) -> np.ndarray:
     return np.asarray(source.read(rows_N).flatten(1).numpy() > 0)
 
 
-def _foretell(context: StageContext, routes: Routes, *, swapped: bool) -> None:
+def _emit_routes(context: StageContext, routes: Routes, *, swapped: bool) -> None:
     """Emit how many experts a step's rows reach together, with the weights that the stage begins with."""
     job, settings, order = context.job, context.settings, row_order(context)
     step_rows = settings.batch_size * settings.accumulation
