@@ -28,6 +28,8 @@ from stackwise.text import has_control, printable
 C = TypeVar("C", bound=Settings)
 Tree = dict[str, Any]
 Key = tuple[str | int, ...]
+ANYWHERE = {"enabled", "kind", "name"}
+"""Names that mean something beside their section alone: another section's is never the one that was meant."""
 
 
 def parse_overrides(items: tuple[str, ...] | list[str]) -> dict[str, Any]:
@@ -282,6 +284,10 @@ def sections(model: type[Section], prefix: str = "") -> dict[str, type[Section]]
     return by_prefix
 
 
+def _is_section(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
 def _section_at(key: Key, tree: Tree) -> type[Section] | None:
     """The section that a key leads to: through mappings of sections (`stages.3`), into the kind that is chosen."""
     section, here = Settings, tree  # type: Any, Any
@@ -289,13 +295,15 @@ def _section_at(key: Key, tree: Tree) -> type[Section] | None:
         here = here.get(name, {}) if isinstance(here, dict) else here[int(name)] if isinstance(here, list) else {}
         if typing.get_origin(section) in (dict, list):
             section = typing.get_args(section)[-1]
-        elif isinstance(section, type) and issubclass(section, Section) and name in section.model_fields:
+        elif _is_section(section) and name in section.model_fields:
             section = section.model_fields[str(name)].annotation
         else:
             return None
+        if typing.get_origin(section) not in (dict, list):  # of `Section | None`, the section
+            section = next((arm for arm in typing.get_args(section) if _is_section(arm)), section)
         if isinstance(section, type) and issubclass(section, Kind) and "registry" in section.__dict__:
             section = section.registry[here[section.tag]]
-    return section if isinstance(section, type) and issubclass(section, Section) else None
+    return section if _is_section(section) else None
 
 
 def _unknown(key: Key, tree: Tree) -> str:
@@ -310,11 +318,12 @@ def _unknown(key: Key, tree: Tree) -> str:
             last = next(name for name, kind in kinds.items() if kind is here)
             return f"unknown key; {last} has no {key[-1]}: it is a setting of {', '.join(having)}"
     meant = [dotted((*key[:-1], name)) for name in difflib.get_close_matches(str(key[-1]), names, n=3, cutoff=0.7)]
-    if not meant:
+    if not meant and key[-1] not in ANYWHERE:
         everywhere = {
             f"{where}.{name}" if where else name: name
             for where, section in sections(Settings).items()
             for name in section.model_fields
+            if name not in ANYWHERE
         }
         near = difflib.get_close_matches(str(key[-1]), sorted(set(everywhere.values())), n=3, cutoff=0.75)
         meant = [full for full, name in everywhere.items() if name == key[-1]]

@@ -86,7 +86,7 @@ def _spread(config: StackWiseConfig, ranks: int, requested: int | None = None, b
     """Let a run have so many ranks: as many share the rows as the other kinds of `parallel` leave.
 
     Args:
-        asked: What the same command says `parallel.data` is; None: it says nothing, and the number of ranks counts.
+        requested: What the same command says `parallel.data` is; None: it says nothing, and the number of ranks counts.
         by: Who says so.
 
     Raises:
@@ -159,8 +159,12 @@ def _preview(choice: Choice, as_json: bool) -> None:
 
 def _submit(choice: Choice, engine: str, as_json: bool) -> None:
     from stackwise.pipeline.batch.cluster import submit
+    from stackwise.pipeline.batch.resources import unused_resources
 
-    jobs = submit(choice.config, choice.run, cast("BatchSystem", engine))
+    system = cast("BatchSystem", engine)
+    if (line := unused_resources(choice.config, system)) is not None:
+        say(line)
+    jobs = submit(choice.config, choice.run, system)
     if as_json:
         print_json({"run": str(choice.run.path), "jobs": jobs})
         return

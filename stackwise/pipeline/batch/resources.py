@@ -7,6 +7,7 @@ import socket
 from typing import Any, Literal
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.fields import changed
 from stackwise.errors import UsageError
 from stackwise.pipeline.runner.launch import named_hosts
 from stackwise.text import check_plain
@@ -14,6 +15,17 @@ from stackwise.words import plural
 
 BatchSystem = Literal["slurm", "local", "ray"]
 OPTION = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # the name of an option of sbatch
+
+USED = {"local": ("minutes", "gpus"), "ray": ("cpus", "gpus")}
+"""What of `slurm.*` the other batch systems read."""
+
+
+def unused_resources(config: StackWiseConfig, engine: BatchSystem) -> str | None:
+    """A line that names the settings of `slurm.*` that were given and that this batch system has no use for."""
+    names = [name for name in changed(config.slurm) if name not in USED.get(engine, (name,))]
+    if not names:
+        return None
+    return f"slurm.{', '.join(names)}{': unused,' if len(names) > 1 else ' is unused:'} --engine is {engine}"
 
 
 def resources(config: StackWiseConfig, engine: BatchSystem) -> dict[str, Any]:
