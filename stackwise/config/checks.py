@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 
 from stackwise.config.adapters import adapter_faults
 from stackwise.config.choices import AdaptiveFusion, CausalAdaptation, HierarchicalFusion, NoFusion
+from stackwise.config.continual import continual_faults
 from stackwise.config.fields import AUTO
 from stackwise.config.growth import Grown
+from stackwise.config.kinds import Fault
 from stackwise.config.meta import meta_faults
+from stackwise.config.parallel import parallel_faults
 from stackwise.config.precision import (
     FORMATS,
     canonical,
@@ -21,9 +23,6 @@ from stackwise.config.precision import (
 from stackwise.config.schema import Settings
 from stackwise.config.training import Curriculum
 from stackwise.errors import UsageError
-
-Fault = tuple[str, str]
-"""A dotted key, and what is wrong with it."""
 
 MOST_BLOCKS = 1024
 """Blocks of a rack, at most: what is made for each block must stay cheap to list."""
@@ -44,7 +43,7 @@ def faults(config: Settings) -> list[Fault]:
         adapter_faults,
         _fusion,
         _adaptation,
-        _sharding,
+        parallel_faults,
         meta_faults,
     )
     return [fault for kind in kinds for fault in kind(config)]
@@ -110,57 +109,9 @@ def _data(config: Settings) -> Iterator[Fault]:
     if names and data.paths:
         yield "data.paths", "data.tasks names what is read already: leave one of both out"
     if config.tasks_in_turn:
-        yield from _continual(config)
+        yield from continual_faults(config)
     if config.model.stream.columns > 1 and not config.training.continual.columns:
         yield "model.stream", "a column for each task: set training.continual: columns, or leave model.stream out"
-
-
-def _continual(config: Settings) -> Iterator[Fault]:
-    """What tasks that are learned one after the other cannot be combined with."""
-    training, key = config.training, "training.continual"
-    if not config.data.tasks:
-        yield key, f"{training.continual.name} learns tasks one after the other, and data.tasks names none"
-    if training.windows != 1:
-        yield "training.windows", "tasks are the windows: leave training.windows out, or training.continual"
-    if not (config.has_windows or config.n_sections == 1) or training.plan.whole or config.grows:
-        name = training.plan.name
-        yield key, f"stages of {name} cannot take up the task before; set training.mode to layerwise or end_to_end"
-    if config.fusions or config.adapts or training.growth or config.prepends:
-        yield key, "tasks one after the other go with stages alone: leave fusion, adaptation and growth out"
-    if training.continual.measures and config.precision == "fp16":
-        yield key, f"{training.continual.name} squares gradients, which vanish in fp16: set precision: bf16 or fp32"
-    if config.objective.reference is not None or config.objective.sequences > 1 or config.objective.rolls_out:
-        yield key, f"objective {config.objective.name} is of answers: tasks in turn are of text"
-    if any(config.stage_training(depth).meta is not None for depth in range(config.n_stages)):
-        yield key, "training.meta learns all tasks at once: leave one of both out"
-    if training.continual.columns:
-        yield from _columns(config)
-    if training.continual.name == "lwf" and config.distillation.teacher is not None:
-        yield key, "lwf is its own teacher: leave distillation.teacher out"
-    if training.continual.name == "replay" and any(config.stage_training(d).curriculum for d in range(config.n_stages)):
-        yield key, "replay has an order of rows of its own: leave training.curriculum out"
-    if training.continual.measures and config.parallel.ranks > 1:
-        yield key, f"{training.continual.name} measures weights on one rank: leave parallel out"
-
-
-def _columns(config: Settings) -> Iterator[Fault]:
-    """What a column a task cannot be combined with."""
-    training, tasks, key = config.training, len(config.data.tasks), "training.continual"
-    if tasks and config.model.stream.columns != tasks:
-        text = f"{config.model.stream.columns} columns, and data.tasks has {tasks} tasks"
-        yield "model.stream", f"{text}: leave model.stream out, it follows the tasks"
-    if config.init.weights is not None:
-        yield "init.weights", "columns start from fresh weights: leave one of the two out"
-    if training.save_fused_checkpoints:
-        yield "training.save_fused_checkpoints", "no model format has columns: leave one of the two out"
-    if training.adapters is not None or training.progressive.enabled:
-        yield key, "columns train as they are: leave training.adapters and training.progressive out"
-    settings = [config.stage_training(depth) for depth in range(config.n_stages)]
-    if any(s.precision for s in config.stages.values()) or any(
-        one.quantization is not None or one.products != "full" for one in settings
-    ):
-        text = "leave training.quantization, training.products and stages.K.precision out"
-        yield key, f"columns are in the run's precision: {text}"
 
 
 def _distillation(config: Settings) -> Iterator[Fault]:
@@ -485,80 +436,3 @@ def _adaptation(config: Settings) -> Iterator[Fault]:
     if steps is not None and adaptation.anneal >= steps:
         text = f"{adaptation.anneal} of {steps} steps: at least one step is needed that is causal"
         yield f"{key}.anneal", text
-
-
-def _sharding(config: Settings) -> Iterator[Fault]:
-    """What a stage that is divided over ranks cannot have."""
-    parallel, training, model = config.parallel, config.training, config.model
-    if model.stream.columns > 1 and (parallel.divides or parallel.divided):
-        yield "parallel", "columns are not divided over ranks: take parallel.data alone"
-        return
-    if parallel.compression != "none" and parallel.deterministic and not parallel.divides:
-        text = f"{parallel.compression}: what ranks add up of rounded gradients depends on their number"
-        yield "parallel.compression", f"{text}: set parallel.deterministic: false too"
-    if parallel.compression != "none" and parallel.divides:
-        text = f"{parallel.compression}: gradients of a stage that is divided over ranks travel as they are"
-        yield "parallel.compression", f"{text}: take parallel.data alone"
-    yield from _splitting(config)
-    if parallel.offload and parallel.shard == 1:
-        yield "parallel.offload", "what is divided waits in the host's memory: set parallel.shard too, or training.swap"
-    if not parallel.divides:
-        return
-    if parallel.pipeline > 1 and model.dropout:
-        yield "parallel.pipeline", "dropout draws in one row for all blocks: set model.dropout: 0, or parallel.shard"
-    divided = "a stage that is divided over ranks (parallel)"
-    stages = [config.stage_training(depth) for depth in range(config.n_stages)]
-    for settings in stages:
-        if not settings.optimizer.divides:
-            yield "training.optimizer", f"{settings.optimizer.name} needs more than a slice of a parameter: take adamw"
-            break
-    if any(settings.ema for settings in stages):
-        yield "training.ema", f"{divided} keeps no mean of its weights"
-    if any(settings.quantization is not None for settings in stages):
-        yield "training.quantization", f"{divided} is not trained for integers"
-    if any(settings.products != "full" for settings in stages):
-        yield "training.products", f"{divided} multiplies in the run's precision: leave it out"
-    if training.meta is not None:
-        yield "training.meta", f"{divided} takes no inner steps"
-    if training.continual.measures:
-        yield "training.continual", f"{training.continual.name}: {divided} has no rank that measures whole weights"
-    if training.compile:
-        yield "training.compile", f"{divided} is not compiled"
-    if training.adapters is not None:
-        yield "training.adapters", f"{divided} has no adapters: frozen weights are packed"
-    if training.progressive.enabled or any(overrides.precision is not None for overrides in config.stages.values()):
-        yield "training.progressive.enabled", f"{divided} has all of its blocks in the run's precision"
-    if isinstance(training.fusion, AdaptiveFusion):
-        yield "training.fusion", f"adaptive tries stages, and {divided} cannot be copied"
-    if any(not model.at(block).ffn.divides for block in range(model.n_blocks)):
-        yield "model.ffn", "experts are not divided over ranks: set parallel.shard: 1"
-    if config.precision not in ("auto", "fp32", "fp64", "bf16"):
-        yield "precision", f"{config.precision}: {divided} computes in fp32, bf16 or fp64"
-
-
-def _splitting(config: Settings) -> Iterator[Fault]:
-    """What ranks cannot split (`parallel.tensor`)."""
-    model, ranks, counts = config.model, config.parallel.tensor, dict[str, int]()
-    if ranks == 1:
-        if config.parallel.sequence:
-            yield "parallel.sequence", "positions are divided over the ranks of parallel.tensor: set that too"
-        return
-    for block in range(model.n_blocks):
-        here = model.at(block)
-        for key, kind in (("model.attention", here.attention), ("model.ffn", here.ffn)):
-            plan = kind.tensor_plan(here)
-            if plan is None:
-                yield key, f"{kind.name} is not split over ranks: set parallel.tensor: 1, or take another kind"
-                return
-            counts |= plan.counts
-    if config.parallel.sequence:
-        counts["training.seq_len"] = config.row_positions
-        if model.dropout:
-            yield "parallel.sequence", "dropout draws for whole rows: set model.dropout: 0, or parallel.sequence: false"
-    amiss = [f"{key} {count}" for key, count in counts.items() if count % ranks]
-    if amiss:
-        together = math.gcd(*counts.values())
-        near = [n for n in range(1, together + 1) if together % n == 0]
-        below, above = max(n for n in near if n < ranks), min((n for n in near if n > ranks), default=None)
-        nearest = f"{below}" if above is None else f"{below} and {above}"
-        yield "parallel.tensor", f"{ranks} does not divide {', '.join(amiss)}; nearest that do: {nearest}"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stackwise.config.fields import Fraction, Positive, Size
 from stackwise.config.kinds import Kind
 from stackwise.registry import Registry
+
+if TYPE_CHECKING:
+    from stackwise.config.kinds import Fault
+    from stackwise.config.schema import Settings
 
 CONTINUALS: Registry[type[Any]] = Registry(
     "continual method",
@@ -114,3 +118,51 @@ class Columns(Continual):
     def later(self) -> Mapping[str, Any]:
         """See `Continual.later`."""
         return {"method": self.name}
+
+
+def continual_faults(config: Settings) -> Iterator[Fault]:
+    """What tasks that are learned one after the other cannot be combined with."""
+    training, key = config.training, "training.continual"
+    if not config.data.tasks:
+        yield key, f"{training.continual.name} learns tasks one after the other, and data.tasks names none"
+    if training.windows != 1:
+        yield "training.windows", "tasks are the windows: leave training.windows out, or training.continual"
+    if not (config.has_windows or config.n_sections == 1) or training.plan.whole or config.grows:
+        name = training.plan.name
+        yield key, f"stages of {name} cannot take up the task before; set training.mode to layerwise or end_to_end"
+    if config.fusions or config.adapts or training.growth or config.prepends:
+        yield key, "tasks one after the other go with stages alone: leave fusion, adaptation and growth out"
+    if training.continual.measures and config.precision == "fp16":
+        yield key, f"{training.continual.name} squares gradients, which vanish in fp16: set precision: bf16 or fp32"
+    if config.objective.reference is not None or config.objective.sequences > 1 or config.objective.rolls_out:
+        yield key, f"objective {config.objective.name} is of answers: tasks in turn are of text"
+    if any(config.stage_training(depth).meta is not None for depth in range(config.n_stages)):
+        yield key, "training.meta learns all tasks at once: leave one of both out"
+    if training.continual.columns:
+        yield from _column_faults(config)
+    if training.continual.name == "lwf" and config.distillation.teacher is not None:
+        yield key, "lwf is its own teacher: leave distillation.teacher out"
+    if training.continual.name == "replay" and any(config.stage_training(d).curriculum for d in range(config.n_stages)):
+        yield key, "replay has an order of rows of its own: leave training.curriculum out"
+    if training.continual.measures and config.parallel.ranks > 1:
+        yield key, f"{training.continual.name} measures weights on one rank: leave parallel out"
+
+
+def _column_faults(config: Settings) -> Iterator[Fault]:
+    """What a column a task cannot be combined with."""
+    training, tasks, key = config.training, len(config.data.tasks), "training.continual"
+    if tasks and config.model.stream.columns != tasks:
+        text = f"{config.model.stream.columns} columns, and data.tasks has {tasks} tasks"
+        yield "model.stream", f"{text}: leave model.stream out, it follows the tasks"
+    if config.init.weights is not None:
+        yield "init.weights", "columns start from fresh weights: leave one of the two out"
+    if training.save_fused_checkpoints:
+        yield "training.save_fused_checkpoints", "no model format has columns: leave one of the two out"
+    if training.adapters is not None or training.progressive.enabled:
+        yield key, "columns train as they are: leave training.adapters and training.progressive out"
+    settings = [config.stage_training(depth) for depth in range(config.n_stages)]
+    if any(s.precision for s in config.stages.values()) or any(
+        one.quantization is not None or one.products != "full" for one in settings
+    ):
+        text = "leave training.quantization, training.products and stages.K.precision out"
+        yield key, f"columns are in the run's precision: {text}"

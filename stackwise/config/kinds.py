@@ -587,7 +587,7 @@ class Objective(Kind):
         return rows
 
     def check_samples(self, split: Any, seq_len: int) -> None:
-        """Hold a side of the data (`stackwise.data.prepared.Split`) against the samples' length.
+        """Hold a side of the data (`stackwise.data.split.Split`) against the samples' length.
 
         Raises:
             UsageError: It cannot be.

@@ -24,6 +24,7 @@ from stackwise.config.fields import (
 )
 from stackwise.config.kinds import Objective, Tracker
 from stackwise.config.model import ModelConfig
+from stackwise.config.parallel import ParallelConfig
 from stackwise.config.training import Precision, StackPrecision, StageTraining, TrainingConfig
 from stackwise.config.tune import TuneConfig
 from stackwise.registry import CODECS
@@ -181,89 +182,6 @@ class SlurmConfig(Section):
     parameters: dict[Text, Text | int | bool] = Field(
         default_factory=dict, description="further options of sbatch by name, as {constraint: nvme}"
     )
-
-
-class ParallelConfig(Section):
-    """The processes (ranks) that train each stage together; `stackwise run --engine torchrun`, torchrun, srun, mpirun.
-
-    Their number is the product of data, shard, tensor and pipeline. With data alone the same weights come out at any
-    number of ranks, unless `deterministic` is off; of a stage that is divided, the same to rounding.
-    """
-
-    data: Small = Field(1, description="ranks that hold the whole stage, each with its share of every step's rows")
-    shard: Small = Field(
-        1, description="ranks that each copy of a stage is divided over; each has its share of the rows too. See zero"
-    )
-    zero: Literal[1, 2, 3] = Field(
-        3,
-        description="how shard divides, as ZeRO's stages. 3: weights are gathered for each pass of a block; 2: once "
-        "for both passes; 1: as 2, and gradients are divided once a step",
-    )
-    offload: bool = Field(
-        False,
-        description="with shard, on GPUs: weights, gradients and moments wait in the host's memory, and steps are "
-        "taken there; a block's weights come up for its passes",
-    )
-    tensor: Small = Field(
-        1, description="ranks that the matrices of a block are split over, by columns and rows; they share their rows"
-    )
-    sequence: bool = Field(
-        False, description="with tensor: between its matrices a block's positions are divided over the same ranks"
-    )
-    pipeline: Small = Field(
-        1,
-        description="ranks that the blocks of a stage are divided over; microbatches go through them one after another",
-    )
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = Field(
-        "1f1b",
-        description="with pipeline, the order of passes. gpipe: forward passes first; 1f1b: backward ones as soon as "
-        "may be, which keeps fewer activations; interleaved: so, and each rank has two parts of the stage",
-    )
-    deterministic: bool = Field(
-        True,
-        description="gradients are added up in the order of microbatches, as one process does; false: as is fastest, "
-        "and weights depend on the number of ranks",
-    )
-    compression: Literal["none", "fp16", "bf16", "powersgd"] = Field(
-        "none",
-        description="how gradients travel between ranks: as they are, rounded to 16 bits, or each matrix as two of low "
-        "rank (PowerSGD); needs deterministic: false",
-    )
-    compression_rank: Small = Field(4, description="with powersgd: how many columns those two have")
-    divided: bool = Field(
-        False,
-        description="weights are those of one process to rounding alone, and of a recipe of their own: true by itself "
-        "where a stage is divided, and stays so in a run that goes on with fewer ranks",
-    )
-    timeout: Positive = Field(
-        600.0, description="seconds after which a rank that does not answer is given up, and its group with it"
-    )
-    port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
-        None, description="TCP port at which ranks meet, on the host of rank 0; null: a free one"
-    )
-
-    @property
-    def ranks(self) -> int:
-        """How many there are."""
-        return self.data * self.shard * self.tensor * self.pipeline
-
-    @property
-    def shares(self) -> int:
-        """Over how many of them a step's rows are divided."""
-        return self.data * self.shard
-
-    @property
-    def compressed(self) -> dict[str, str | int]:
-        """How gradients are compressed, for recipes; empty: they are not."""
-        if self.compression == "none":
-            return {}
-        kind: dict[str, str | int] = {"compression": self.compression}
-        return kind | ({"compression_rank": self.compression_rank} if self.compression == "powersgd" else {})
-
-    @property
-    def divides(self) -> bool:
-        """Whether a rank holds less than a whole stage."""
-        return self.ranks > self.data
 
 
 class InitConfig(Section):
