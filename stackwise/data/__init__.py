@@ -2,7 +2,8 @@
 
 from stackwise.data.documents import IGNORED
 from stackwise.data.preparation import WAITING, prepare
-from stackwise.data.prepared import PreparedData, Split, is_prepared, require_samples, sample_ids
+from stackwise.data.prepared import PreparedData, is_prepared
+from stackwise.data.split import Split, require_samples, sample_ids
 from stackwise.data.tokenizer import Tokenizer, bytes_tokenizer
 
 __all__ = [

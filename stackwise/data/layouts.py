@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from stackwise.data.documents import IGNORED, PAIR, PROMPT, SCORED, TARGETS, Array, Int64s
-from stackwise.data.prepared import Split
+from stackwise.data.split import Split
 
 
 class TaskStream(Split):

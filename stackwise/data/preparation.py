@@ -17,15 +17,14 @@ from stackwise.data.corpus import Corpus, Progress, Task, open_memory, scan, tas
 from stackwise.data.documents import MASK, PAIR, PROMPT, SCORED, TARGETS, TOKENS, HeldOut, Reading
 from stackwise.data.prepared import (
     META,
-    OWN_COLUMNS,
     TOKENIZER,
     VERSION,
     PreparedData,
     describe,
-    is_column_name,
     is_prepared,
 )
 from stackwise.data.sources import Skipped, Source, find_sources
+from stackwise.data.split import OWN_COLUMNS, is_column_name
 from stackwise.data.tokenizer import Tokenizer
 from stackwise.data.vocabulary import Choice, check_fit
 from stackwise.data.writing import SIDES, NotExactError, write_splits

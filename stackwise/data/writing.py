@@ -15,7 +15,7 @@ import xxhash
 
 from stackwise.data.corpus import Corpus, Progress
 from stackwise.data.documents import IGNORED, LABELS, TARGETS, Array, Document, HeldOut, TextDocument, TokenDocument
-from stackwise.data.prepared import SUMMED_BYTES, SUMS, sealed
+from stackwise.data.split import SUMMED_BYTES, SUMS, sealed
 from stackwise.data.tokenizer import Tokenizer
 from stackwise.durable import write_bytes
 from stackwise.errors import UsageError

@@ -17,7 +17,7 @@ import numpy as np
 from stackwise.config import StackWiseConfig
 from stackwise.config.continual import Replay
 from stackwise.config.meta import Meta
-from stackwise.data.prepared import Split
+from stackwise.data.split import Split
 from stackwise.errors import UsageError
 from stackwise.identity import NUMERICS, Hex, content_id, derive_seed, generator
 from stackwise.objectives.masks import FixedMaskAssigner, MaskScheduler, child, seed_key, uniform_masks

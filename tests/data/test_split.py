@@ -110,7 +110,7 @@ def test_sample_ids(data: PreparedData) -> None:
 def test_sample_ids_are_kept_and_checked(data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
     first = data.train.sample_ids(64)
     kept = data.train.directory / "sample_ids-64.bin"
-    monkeypatch.setattr("stackwise.data.prepared.sample_ids", lambda rows: pytest.fail("computed again"))
+    monkeypatch.setattr("stackwise.data.split.sample_ids", lambda rows: pytest.fail("computed again"))
     assert np.array_equal(PreparedData.open(data.directory).train.sample_ids(64), first)
     monkeypatch.undo()
     raw = bytearray(kept.read_bytes())
@@ -126,7 +126,7 @@ def test_a_set_that_cannot_be_written_still_serves(data: PreparedData, monkeypat
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("stackwise.data.prepared.write_bytes", refuse)
+    monkeypatch.setattr("stackwise.data.split.write_bytes", refuse)
     assert len(data.train.sample_ids(32)) == data.train.n_samples(32)
 
 

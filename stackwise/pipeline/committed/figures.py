@@ -16,7 +16,7 @@ from torch import Tensor
 from stackwise.batch import MASKS, TOKENS, Batch
 from stackwise.config.kinds import Score
 from stackwise.data import Tokenizer
-from stackwise.data.prepared import Split
+from stackwise.data.split import Split
 from stackwise.errors import StackWiseError, UsageError
 from stackwise.files import expanded
 from stackwise.identity import derive_seed
