@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.adapters import layers
@@ -13,7 +11,6 @@ from stackwise.config.model import ModelConfig
 from stackwise.config.precision import bits_per_weight, weight_format
 from stackwise.pipeline.recipe import stage_steps
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, adapter_part, block_number, schedule
-from stackwise.words import size as in_bytes
 
 GATHERED = 2  # blocks whose weights are whole at once: the one that computes, and the one that comes
 WEIGHT_BYTES = 4  # of a weight in training
@@ -25,9 +22,6 @@ SLICE_BYTES = {"cpu": 32 << 20, "mps": 512 << 20, "cuda": 512 << 20}
 RECORD_BYTES, FILE_BYTES, STEP_BYTES = 6 << 10, 4 << 10, 32
 """Of a committed stage beside its weights, about: its record, the head of each file, and of each step in the record."""
 
-SAFETY = 0.9  # share of the memory that what is proposed after a failure may take
-GROWTH = 1.5
-"""What grows with the batch beside what the estimate counts: the backward pass's own buffers, batches read ahead."""
 SHARE = 0.9  # of the memory: what a stage may take of it
 
 
@@ -395,79 +389,10 @@ def committed_bytes(config: StackWiseConfig, vocab_size: int, drawn: int, *, win
     return sum(sizes) + max(sizes) + records
 
 
-def oom_advice(estimate: Estimate, measured: dict[str, Any] | None) -> str:
-    """What to change after running out of memory, in a line: each of the changes is enough alone.
-
-    What a stage takes is a fixed part (its state, and what the process held before it) and one that grows linearly
-    with batch_size and with seq_len. As the whole did not fit, the growing part is at least what the estimate leaves
-    of the limit.
-
-    Args:
-        measured: `limit`, `base` (bytes held before the stage was built), `peak` and `what`; None: nothing was, half as
-            much that grows is aimed at.
-    """
-    config, stage = estimate.config, estimate.stage
-    settings = config.stage_training(stage.depth)
-    fixed, row = estimate.memory_parts()
-    row *= GROWTH
-    if measured is not None:
-        limit, base = measured["limit"], measured["base"]
-        row = max(row, (limit - base - fixed) / settings.batch_size)
-    else:  # as if everything had just not fit
-        limit, base = (fixed + settings.batch_size * row / 2) / SAFETY, 0
-    room = SAFETY * limit - base - fixed
-    overrides = config.stages.get(stage.depth)
-    overridden = overrides is not None and "batch_size" in overrides.training.model_fields_set
-    changes = []
-    if batch := _divisor(settings.batch_size, room / row):
-        times = settings.batch_size // batch
-        key = f"stages.{stage.depth}.training" if overridden else "training"
-        changes.append(
-            f"{key}.batch_size: {settings.batch_size} → {batch} (with accumulation: {settings.accumulation} → "
-            f"{settings.accumulation * times} the step stays the same)"
-        )
-    length = config.training.seq_len
-    if shorter := _divisor(length, length * room / (row * settings.batch_size)):
-        changes.append(f"training.seq_len: {length} → {shorter}")
-    if not settings.activation_checkpointing and settings.meta is None:
-        again = config.model_copy(deep=True)
-        recompute_blocks(again)
-        fixed_then, row_then = replace(estimate, config=again).memory_parts()
-        if fixed_then + settings.batch_size * row_then * row / estimate.memory_parts()[1] <= SAFETY * limit - base:
-            changes.append("training.activation_checkpointing: true")
-    changes += _fewer_blocks(estimate, row * settings.batch_size, SAFETY * limit - base)
-    peak = ""
-    if measured is not None and measured.get("peak"):
-        peak = f" (it held {in_bytes(measured['peak'])} of {in_bytes(measured['limit'])} of {measured['what']})"
-    if not changes:
-        return f"neither a smaller batch_size, seq_len nor block_size fits: lower model.d_model{peak}"
-    return f"change {', or '.join(changes)}{peak}"
-
-
 def recompute_blocks(config: StackWiseConfig) -> None:
     """Let every block of every stage be recomputed in the backward pass."""
     for section in (config.training, *(overrides.training for overrides in config.stages.values())):
         section.activation_checkpointing = True
-
-
-def _fewer_blocks(estimate: Estimate, growing: float, room: float) -> list[str]:
-    """The stage with fewer blocks, where that is enough."""
-    config, blocks = estimate.config, estimate.stage.last - estimate.stage.first + 1
-    (ends, _), (whole, _) = estimate.memory_parts(0), estimate.memory_parts()
-    one = (whole - ends + growing) / blocks
-    fewer = min(blocks - 1, math.floor((room - ends) / one))
-    if fewer < 1:
-        return []
-    if (stages := getattr(config.training.plan, "n_stages", None)) is not None:
-        return [f"training.n_stages: {stages} → {math.ceil(config.model.n_blocks / fewer)}"]
-    if config.n_stages == 1:
-        return [f"training.mode: blockwise with training.block_size: {fewer}"]
-    return [f"training.block_size: {blocks} → {fewer}"]
-
-
-def _divisor(whole: int, most: float) -> int:
-    """The largest proper divisor of `whole` that is not more than `most`; 0 where there is none."""
-    return max((d for d in range(1, whole // 2 + 1) if whole % d == 0 and d <= most), default=0)
 
 
 def rank_bytes(estimate: Estimate) -> dict[str, int]:

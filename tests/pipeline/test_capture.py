@@ -22,7 +22,8 @@ import torch
 import stackwise
 from stackwise.data.tokenizer import bytes_tokenizer
 from stackwise.errors import InterruptedRun, UsageError
-from stackwise.pipeline.committed.capture import Captured, Progress, Request, write_share
+from stackwise.pipeline.committed.capture import Request, write_share
+from stackwise.pipeline.committed.partwise import Captured, Progress
 from stackwise.pretrained.families import FAMILIES
 from stackwise.store import ActivationStore
 from tests.cli.conftest import COMMAND

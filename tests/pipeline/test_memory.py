@@ -19,7 +19,8 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.model import ModelConfig
 from stackwise.pipeline.costs import below_memory
 from stackwise.pipeline.device import is_out_of_memory, memory
-from stackwise.pipeline.estimate import SAFETY, Estimate, oom_advice
+from stackwise.pipeline.estimate import Estimate
+from stackwise.pipeline.oom import SAFETY, oom_advice
 from stackwise.pipeline.plan import Plan, Vocabulary
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import Micro

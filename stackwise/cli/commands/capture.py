@@ -22,7 +22,8 @@ from stackwise.cli.output import note, print_json, say, say_all
 from stackwise.errors import InterruptedRun, UsageError
 
 if TYPE_CHECKING:
-    from stackwise.pipeline.committed.capture import Progress, Spread
+    from stackwise.pipeline.committed.capture import Spread
+    from stackwise.pipeline.committed.partwise import Progress
 
 
 class Depths(click.ParamType[list[int]]):

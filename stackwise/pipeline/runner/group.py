@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stackwise.config.schema import ParallelConfig
+from stackwise.config.parallel import ParallelConfig
 from stackwise.errors import InterruptedRun, StackWiseError, UsageError
 from stackwise.pipeline.division import check_alike
 from stackwise.pipeline.events import Event

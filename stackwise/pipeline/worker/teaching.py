@@ -21,7 +21,7 @@ from stackwise.objectives import RuntimeObjective, make_objective
 from stackwise.objectives.distillation import LikeliestTokens
 from stackwise.objectives.objective import Outputs
 from stackwise.objectives.preferences import side_log_probabilities
-from stackwise.pipeline.committed.capture import PartwiseCapture, Progress
+from stackwise.pipeline.committed.partwise import PartwiseCapture, Progress
 from stackwise.pipeline.job import Source
 from stackwise.pipeline.parts import load_part, make_head
 from stackwise.pipeline.recipe import boundary_chunk_rows
