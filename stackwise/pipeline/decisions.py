@@ -107,7 +107,7 @@ def preview(plan: Plan, history: History | None = None, *, replaced: Collection[
     while True:
         decisions = list(decide(plan, history, again=again, replaced=replaced))
         lost = frozenset[str]().union(*(decision.lost for decision in decisions))
-        if lost <= again:
+        if lost <= again:  # all that is missing trains again already
             return RunPreview(decisions, again)
         again |= lost  # what makes these weights trains once more, and may itself need some that are gone
 
@@ -132,7 +132,7 @@ def decide(
         check: Compare committed files with their digests.
     """
     history = history or History()
-    versions: Versions = dict(plan.sources)
+    versions: Versions = dict(plan.sources)  # weights from outside; each stage adds what it commits
     pending: dict[str, int] = {}  # recipes without weights yet: the lowest stage that makes them other than before
     meter = TrafficMeter(plan)
     for stage in plan.stages:
@@ -167,7 +167,7 @@ def decide(
             reads,
             recomputed,
             dict(versions),
-            frozenset(lost_weights(plan, stage, versions)) if trains else frozenset(),
+            frozenset(lost_weights(plan, stage, versions)) if trains else frozenset(),  # reused, it needs no weights
             plan.steps(stage),
             Estimate(plan.config, plan.vocabulary.size, stage).files_bytes,
             meter.train(stage) if trains else Traffic(),
@@ -182,6 +182,7 @@ def decide(
             digests = {part: content_id("to come", {"recipe": key, "part": part}) for part in produced(stage)}
             new = {part: Source(None, digest, key) for part, digest in digests.items()}
         if key in replaced and not repeated and plan.next_window(stage) is not None:
+            # By then its record is there and its weights are not: a path without a file says so to `lost_weights`.
             nowhere = str(plan.store.path / "stages" / "replaced" / key)
             new = {part: Source(nowhere, source.digest, key) for part, source in new.items()}
         versions |= new

@@ -66,6 +66,7 @@ def is_state(name: str, depth: int) -> bool:
 
 def window_rowset(config: StackWiseConfig, drawn: int, window: int | None) -> int:
     """The number of the rowset of a window (None: of all windows together) of rows that are drawn as number `drawn`."""
+    # Of all windows together it is below -1, which is the held-out rows' number.
     return drawn * config.windows + window if window is not None else -2 - drawn if config.windows > 1 else drawn
 
 

@@ -140,6 +140,7 @@ class Feed:
         if activations is not None and activations.stream is not None:
             streamed = iter(activations.stream(order, batch_size, start, every))
         while True:
+            # Without a stream the order alone says which rows come: it gives those that a stream would have read.
             rows_B, x_BSD = next(streamed, None) or (order.batch(number, batch_size), None)
             batch = replace(self.batch(rows_B, x_BSD), passes=number * batch_size / len(self.rowset.sample_ids))
             yield batch if self.tasks is None else self.tasks.of_microbatch(batch, number)

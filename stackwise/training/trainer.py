@@ -192,6 +192,7 @@ class Trainer:
 
     def train_step(self, microbatches: Iterable[Batch], watch: Watch | None = None) -> Stepped:
         """One optimizer step over this rank's microbatches, at the rate that the schedule gives."""
+        # Counted over all windows: the rate and the random draws of a step follow from its number.
         number = self.before + self.step
         accept = None if watch is None else watch.accept
         stepped = self.engine.step(
@@ -239,11 +240,12 @@ class Trainer:
                 self._refused(watch, hooks)
             now = time.perf_counter()
             evaluating = self._evaluation_due()
+            # All ranks end after the same step: one that went on alone would wait for the others without end.
             stopping = ranks.agreed("stop", hooks.stop) or self.step == self.steps
             saving = hooks.checkpoint_due(self.step) or stopping or evaluating or self._at_anchor()
             if saving or now - reported >= REPORT_SECONDS:
                 losses, terms = self._read(pending)
-                now = time.perf_counter()
+                now = time.perf_counter()  # once more: reading waited for the device to finish its steps
                 self.record.add(losses, terms)
                 self.record.seconds = seconds_before + now - begun
                 self.record.waited = waited_before + waited()
@@ -254,6 +256,7 @@ class Trainer:
                         raise StackWiseError(text, hint=f"{LOWER_RATE}, and run again")
                 rate, norm = self.rate(self.step - 1), float(pending[-1][0].gradient_norm)
                 for value in [float(pending[0][0].gradient_norm)] * (not self.record.norms) + [norm]:
+                    # The first stays in its place, the newest takes that of the one before.
                     self.record.norms[1:] = [value if math.isfinite(value) else None]
                 speed = tokens / (now - reported)
                 waiting, means = self.record.wait_fraction, {name: _mean(some) for name, some in terms.items()}
@@ -264,8 +267,9 @@ class Trainer:
                     Progress(self.step, self.steps, losses, rate, norm, speed, waiting, known, observed, phases)
                 )
                 pending, reported, tokens = [], now, 0
+                # The last step is not saved but committed; an evaluation never comes before the checkpoint of its step
+                # is safe.
                 if saving and (self.step < self.steps or evaluating):
-                    # An evaluation never comes before the checkpoint of its step is safe.
                     hooks.save(wait=evaluating or stopping)
             if stopping and self.step < self.steps:
                 break
@@ -301,6 +305,7 @@ class Trainer:
             )
         divergence: dict[str, Any] = {"step": self.step, "why": watch.verdict, "action": watch.policy.name}
         if self.anchor is not None:
+            # Of the steps before: were this one an anchor, its weights would be those that diverged.
             divergence["to"] = (self.step - 1) // self.anchor * self.anchor
         hooks.diverged(divergence)
         if self.anchor is not None:

@@ -80,7 +80,7 @@ class Execution:
             if decision.damage is not None:
                 text = f"{decision.damage}: stage {stage.label} is trained again"
                 self._emit("warning", stage=stage.place, text=text)
-                self._plan.store.drop_stage(decision.id)
+                self._plan.store.drop_stage(decision.id)  # or the worker would find it committed
                 self._history.damaged.add(decision.id)
             trains = decision.action == "train"
             if trains and chosen is not None:
@@ -146,9 +146,9 @@ class Execution:
         )
         writes = self._plan.writes_above(stage)
         checkpoints = self._run.checkpoints(key)
-        for attempt in (1, 2):
+        for attempt in (1, 2):  # once more where what entered the stage was damaged and had to be made anew
             entry = self._boundaries.entry(stage, versions)
-            if writes or entry.fills:
+            if writes or entry.fills:  # only what writes a boundary needs room for one
                 self._boundaries.make_room(stage, entry.reads)
             if stage.reads_boundary and (self._plan.evaluates(stage) or self._plan.writes_held_out(stage)):
                 entry = replace(entry, held_out=self._boundaries.made(stage, versions, HELD_OUT))
@@ -156,7 +156,7 @@ class Execution:
                 stage,
                 versions,
                 checkpoints=checkpoints,
-                train=self._plan.committed(key) is None,
+                train=self._plan.committed(key) is None,  # else a boundary alone was left to write
                 entry=entry,
                 writes=writes,
             )
@@ -200,6 +200,7 @@ class Execution:
                 self._pool.check()
                 time.sleep(SECONDS)
         with lock:
+            # The one that had the turn may have trained it: what was decided before the wait is looked at again.
             committed = None if decision.again else self._plan.committed(key)
             if committed is not None:
                 decision = replace(decision, action="reuse", reason=REUSED, committed=committed)

@@ -87,7 +87,7 @@ def _run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, rank
         place = place_of(job, config, ranks)
         store = stack.enter_context(ActivationStore(place.path, create=ranks.rank > 0))
         lock = Path(job.store) / "locks" / f"work-{job.recipe_id}.lock"
-        if ranks.main:
+        if ranks.main:  # which alone commits; by recipe, so that runs over one store do not train a stage twice
             stack.enter_context(FileLock(lock, f"stage {job.stage.depth}"))
         stores = Stores(store, place, ranks)
         job = stores.level(job, config)
@@ -110,7 +110,7 @@ def _run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, rank
             context = replace(context, held_out=_feed(job, config, store, entering_it, HELD_OUT))
         context = stack.enter_context(beside_teacher(context))
         context = stack.enter_context(with_rollout(context))
-        if job.train and job.stage.candidates:
+        if job.train and job.stage.candidates:  # what it trains follows from trials of its sections
             fuse_adaptively(context)
         else:
             _train_and_write(context)

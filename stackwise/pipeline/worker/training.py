@@ -119,7 +119,7 @@ def train_and_commit(context: StageContext, engine: Engine) -> None:
     more |= {} if rolled_out is None else {"rollout": dict(rolled_out.figures)}
     states = with_measures(context, engine, states_out(context, trainer))
     commit_stage(context, parts | states, trainer.step, trainer.record, gathers=engine.gathers, **more)
-    if context.ranks.main:
+    if context.ranks.main:  # not before: a kill during the commit goes on from them
         checkpoint.remove(Path(context.job.checkpoints))
 
 
@@ -139,7 +139,7 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
         before=span.first,
         budget=span.steps,
     )
-    take_up(job, trainer)
+    take_up(job, trainer)  # first: a checkpoint of this window is newer, and replaces it
     ranks, directory = context.ranks, Path(job.checkpoints) / engine.checkpoints
     restored_together(ranks, trainer, partial(checkpoint.restore_latest, directory, trainer, context.warn))
     if engine.resume(trainer):
@@ -149,7 +149,8 @@ def trained(context: StageContext, engine: Engine) -> Trainer:
         tasks_before(context, engine)
     order = row_order(context)
     with StageHooks(context, trainer) as hooks:
-        while True:
+        while True:  # again after each rollback, from the step that it goes back to
+            # This rank's first microbatch: those of all steps before are passed over, so order never needs saving.
             start = ranks.microbatch((job.rows_begin + trainer.step) * (settings.accumulation // ranks.shares))
             shuffled = context.feed.shuffled(order, settings.batch_size, start, ranks.shares)
             try:
@@ -327,7 +328,7 @@ class StageHooks:
                     pass
             return
         trainer, protect = self._trainer, set()
-        if trainer.anchor is not None:
+        if trainer.anchor is not None:  # a step that diverges goes back to the newest of these
             protect.add(trainer.step // trainer.anchor * trainer.anchor)
         if trainer.settings.keep_best and trainer.record.best is not None:
             protect.add(trainer.record.best[0])
