@@ -152,7 +152,8 @@ def _training(config: Settings) -> Iterator[Fault]:
     yield from _stages(config)
     yield from _growth(config)
     yield from _block_size(config)
-    yield from _row_groups(config)
+    if (training.row_groups or 1) > 1 and config.own_order is not None:
+        yield "training.row_groups", f"{config.own_order} has its own order of rows: leave one of the two out"
     yield from _windows(config)
     yield from _mask_windows(config)
 
@@ -161,11 +162,6 @@ def _store(config: Settings) -> Iterator[Fault]:
     for name in re.findall(r"\{(.*?)\}", config.store.path or ""):
         if name not in ("rank", "host"):
             yield "store.path", f"{{{name}}} stands for nothing; {{rank}} is the number of a rank, {{host}} its host"
-
-
-def _row_groups(config: Settings) -> Iterator[Fault]:
-    if (config.training.row_groups or 1) > 1 and config.own_order is not None:
-        yield "training.row_groups", f"{config.own_order} has its own order of rows: leave one of the two out"
 
 
 def _curriculum(config: Settings, curriculum: Curriculum, depth: int) -> Iterator[str]:

@@ -39,11 +39,6 @@ def block_parts(first: int, last: int) -> tuple[str, ...]:
     return tuple(block_part(index) for index in range(first, last + 1))
 
 
-def auxiliary_part(depth: int, index: int) -> str:
-    """The name of a block of a stage's auxiliary head."""
-    return f"auxiliary.{depth}.{index}"
-
-
 def adapter_part(block: str) -> str:
     """The name of a block's adapters as a part of their own."""
     return f"{ADAPTER}{block}"
@@ -451,7 +446,7 @@ def _lookahead(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...
         case Tail(blocks=count):
             return block_parts(max(last, top - count) + 1, top)
         case Auxiliary(blocks=count):
-            return tuple(auxiliary_part(depth, index) for index in range(count))
+            return tuple(f"auxiliary.{depth}.{index}" for index in range(count))
     return ()
 
 

@@ -257,11 +257,8 @@ def _show_repaired(report: dict[str, Any], dry_run: bool) -> None:
 
 
 def _place(item: dict[str, Any]) -> str:
-    return item["boundary"] if item["chunk"] is None else f"{item['boundary']}, {_chunk(item['chunk'])}"
-
-
-def _chunk(name: int | str) -> str:
-    return f"chunk {name}" if isinstance(name, int) else name
+    chunk = f"chunk {item['chunk']}" if isinstance(item["chunk"], int) else item["chunk"]
+    return item["boundary"] if chunk is None else f"{item['boundary']}, {chunk}"
 
 
 @cache.command()

@@ -158,14 +158,12 @@ def space_of(section: Mapping[str, SearchedKey]) -> Space:
         if inner := [other for other in section if other.startswith(f"{key}.")]:
             raise UsageError(f"{key} and {inner[0]} cannot both be searched: one is a part of the other")
     by_key = {
-        key: Searched(key, parse_range(entry.range), {k: _several(v) for k, v in entry.when.items()})
+        key: Searched(
+            key, parse_range(entry.range), {k: tuple(v) if isinstance(v, list) else (v,) for k, v in entry.when.items()}
+        )
         for key, entry in section.items()
     }
     return Space(tuple(_ordered(by_key)))
-
-
-def _several(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _ordered(by_key: Mapping[str, Searched]) -> Iterator[Searched]:
