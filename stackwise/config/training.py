@@ -443,7 +443,9 @@ class TrainingConfig(StageTraining):
         None, description="groups that a swapped stage's blocks take turns in; null: as few as fit"
     )
     swap_experts: Small | None = Field(
-        None, description="experts of a block in memory at once in a swapped stage; null: as many as fit. Same result"
+        None,
+        description="experts of a block in memory at once in a swapped stage, and from step to step; null: as many as "
+        "fit. Same result",
     )
     memory: PositiveInt | None = Field(
         None, description="bytes of memory that a stage may take before it is swapped; null: the device's"

@@ -54,6 +54,7 @@ class Swap:
     share: float = 0.0  # of a step's passes, those that do
     alive: int = 3  # groups on the device at once: those that come and go, or the one that computes alone
     early: bool = False  # whether groups are updated on the way down, where no clipping needs the whole gradient
+    kept: int = 0  # bytes of experts that stay in the host's memory beside their files; on a CPU they are in `memory`
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,8 @@ class Estimate:
         The largest of its groups is in memory three times over: one leaving, one computing, one arriving. On a GPU they
         are there if they fit, else the one that computes alone; the host's memory has what comes from the disk and goes
         there, and of the boundaries of a step as many as fit. What is left of the device's memory is for passes that
-        wait for the way down, half of it: what else takes memory is not known.
+        wait for the way down, half of it: what else takes memory is not known. Of what is then left of the host's,
+        half is for experts that stay from step to step.
 
         Args:
             memory: Bytes of the device, or on a CPU of the machine; `training.memory` comes before it.
@@ -353,26 +355,33 @@ class Estimate:
             boundaries = max(boundaries, round(SHARE * behind - 3 * group(groups)))
         kept = min(boundaries, step)
         memory = taken(groups, alive) + (0 if apart else kept)
-        waiting = round(settings.accumulation * most * activations)
+        pieced = [part for part in blocks_held if part in stage.trains and stage.pieces(config, part)]
+        waiting = round(settings.accumulation * (most - len(pieced)) * activations)  # experts go, and passes need them
         passes = min(waiting, max(0, round(SHARE * limit) - memory) // 2)
         unclipped = settings.grad_clip == 0 or settings.clip_by == "last"  # by the step's own norm
-        early = unclipped and not any(stage.pieces(config, part) for part in blocks_held)
+        early = unclipped and not pieced
         # Updated early, states before and after a step are there until it is published, and no gradients.
         disk = 2 * phase._state_bytes(False) if early else state + round(max(ends, largest))
         disk += step - kept
         beside = round(3 * group(groups)) + kept if apart else 0
+        room = (round(SHARE * behind) - beside if apart else round(SHARE * limit) - memory - passes) // 2
+        whole = per_parameter * sum(phase.pieces_apart(part, 0) for part in pieced)
+        if training.swap_experts is not None:  # as many of each block
+            whole -= per_parameter * sum(phase.pieces_apart(part, training.swap_experts) for part in pieced)
+        staying = max(0, min(round(whole), room))
         return Swap(
             groups,
             boundaries,
-            memory + passes,
+            memory + passes + (0 if apart else staying),
             disk,
-            beside,
+            beside + (staying if apart else 0),
             loss,
             pieces,
             passes=passes,
             share=passes / max(1, waiting),
             alive=alive,
             early=early,
+            kept=staying,
         )
 
 

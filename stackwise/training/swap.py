@@ -57,6 +57,7 @@ class SwapSpace:
     pieces: int | None = None  # pieces of a part (experts of a block) in memory at once; None: all that rows reach
     passes: int = 0  # bytes of the device that passes may take which wait for the way down
     ahead: bool = True  # whether the device has room for groups that come and go, beside the one that computes
+    kept: int = 0  # bytes of the host's memory in which pieces stay beside their files
 
 
 class SwappedEngine:
@@ -84,7 +85,7 @@ class SwappedEngine:
         self.groups = make_groups(parts, space.groups)
         pieces = [piece_name(part, path) for part, paths in pieces_of(parts).items() for path in paths]
         self.lane = lane_to(device)
-        self.log = RedoLog(space.directory, parts.trains, pieces, self.lane)
+        self.log = RedoLog(space.directory, parts.trains, pieces, self.lane, memory=space.kept)
         self.log.open(space.warn)
         self.spill = Spill(space.directory / "step", space.memory, self.lane)
         self.kept = KeptPasses(space.passes)
@@ -169,7 +170,7 @@ class SwappedEngine:
 
     def _read(self, reached: int) -> dict[str, Tensor]:
         """What the step in hand took of the pieces, to be looked at, under `PIECES`."""
-        read, self.loader.read_bytes = self.loader.read_bytes, 0
+        read, self.log.read_bytes = self.log.read_bytes, 0
         return {PIECES: torch.tensor([reached, read], dtype=torch.float64)} if self.loader.pieces else {}
 
     @torch.no_grad()
@@ -406,7 +407,8 @@ class SwappedEngine:
         """
         index = loaded.group.index
         following = (len(self.groups) - 2 - index) * (last + 1) + last - number
-        if index < self.lowest or not keepable([*loaded.parts.values()]) or not self.kept.room(following):
+        pieces = self.loader.pieces.keys() & loaded.parts.keys()  # they go with the group
+        if index < self.lowest or pieces or not keepable([*loaded.parts.values()]) or not self.kept.room(following):
             with model.numerics(self.device):
                 return model.run(batch, below)
         with self.kept.counting(loaded.parts) as count, model.numerics(self.device):

@@ -188,8 +188,6 @@ class PartLoader:
         self.parts, self.log, self.settings, self.device, self.rising = parts, log, settings, device, rising
         self.spill, self.most_pieces, self.lane = spill, most_pieces, log.lane
         self.pieces = pieces_of(parts)
-        self.read_bytes = 0
-        """Bytes of pieces that were read from files."""
         self.owners = {piece_name(part, path): (part, path) for part, paths in self.pieces.items() for path in paths}
 
     def load(self, group: PartGroup, *, moments: bool = False) -> Loaded:
@@ -249,18 +247,21 @@ class PartLoader:
         return part
 
     def _current(self, name: str, path: str) -> dict[str, Tensor]:
-        """The state of a piece, every update that it missed made up for."""
+        """The weights of a piece, their means and perhaps its moments, every update that it missed made up for."""
         piece, log = piece_name(name, path), self.log
-        updates, gradients, state = log.missing(piece), log.gradients(piece), log.read(piece, "") or {}
-        self.read_bytes += sum(tensor.nbytes for tensors in (gradients or {}, state) for tensor in tensors.values())
+        if not (updates := log.missing(piece)):
+            weights = log.read(piece, WEIGHT) or self.parts.piece(name, path)
+            means = (log.read(piece, MEAN) if self.settings.ema else None) or {}
+            kinds = (WEIGHT, weights), (MEAN, means)
+            return {f"{kind}{key}": value for kind, values in kinds for key, value in values.items()}
+        gradients, state = log.gradients(piece), log.read(piece, "") or {}
+        log.cache.forget(piece)  # the update is in place
         weights, state = weights_apart(state)
         weights = weights or dict(self.parts.piece(name, path))
-        if updates:
-            trained = [(name, key, nn.Parameter(value.to(self.device))) for key, value in weights.items()]
-            states = self._advance(trained, {name: state}, {name: gradients}, updates)
-            log.write_states({piece: states[name]})
-            return states[name]
-        return state | {f"{WEIGHT}{key}": value for key, value in weights.items()}
+        trained = [(name, key, nn.Parameter(value.to(self.device))) for key, value in weights.items()]
+        states = self._advance(trained, {name: state}, {name: gradients}, updates)
+        log.write_states({piece: states[name]})
+        return states[name]
 
     def named(self, group: PartGroup) -> list[str]:
         """What of a group the log knows: parts that train, and their pieces."""

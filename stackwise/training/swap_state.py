@@ -35,6 +35,7 @@ from torch import Tensor
 from stackwise import durable, files
 from stackwise.training.checkpoint import TensorFile, file_digest, reason, sealed, unsealed, write_tensors
 from stackwise.training.lanes import Lane
+from stackwise.training.swap_cache import PieceCache
 
 STATE, GRADIENTS = "state", "gradients"
 FORMAT = 2  # of the record and of what a state's tensors are called
@@ -71,17 +72,27 @@ class RedoLog:
     Args:
         pieces: What of parts is updated only where rows reach it, each as a part of its own.
         lane: The way to the device, from which what is written comes; None: it is on the CPU.
+        memory: Bytes of memory in which pieces stay beside their files.
 
     Attributes:
         at: The update that each part's state is after.
         begin: Gives the state that a part has before its first update; nothing of it where it is as it was made.
+        cache: What of pieces is in memory.
+        read_bytes: Bytes of pieces that came from files so far.
     """
 
     def __init__(
-        self, directory: Path, parts: Sequence[str], pieces: Sequence[str] = (), lane: Lane | None = None
+        self,
+        directory: Path,
+        parts: Sequence[str],
+        pieces: Sequence[str] = (),
+        lane: Lane | None = None,
+        *,
+        memory: int = 0,
     ) -> None:
         self.directory, self.parts, self.pieces = directory, tuple(parts), frozenset(pieces)
         self.lane = lane or Lane(torch.device("cpu"))
+        self.cache, self.read_bytes = PieceCache(memory), 0
         self.committed = Commit()
         self.at = dict.fromkeys((*self.parts, *pieces), 0)
         self._ahead: set[str] = set()  # parts whose state after the step in hand is handed in
@@ -314,11 +325,14 @@ class RedoLog:
         path, digests, threads = self._path(kind, part, step), list[str](), self._pieces_pool
         durable.write_durably(path, lambda temporary: digests.append(write_tensors(temporary, tensors, threads)))
         self._digests[f"{kind}/{path.name}"] = digests[0]
+        if part in self.pieces:
+            self.cache.put(part, kind, step, tensors)
 
     def _remove(self, kind: str, part: str, step: int) -> None:
         path = self._path(kind, part, step)
         path.unlink(missing_ok=True)
         self._digests.pop(f"{kind}/{path.name}", None)
+        self.cache.remove(part, kind, step)
 
     def _behind(self, write: Callable[[str, Tensors], None], tensors: Mapping[str, Tensors]) -> None:
         self.flush()
@@ -339,8 +353,13 @@ class RedoLog:
     def _read(self, kind: str, part: str, step: int, wanted: Callable[[str], bool] = lambda name: True) -> Tensors:
         if (writing := self._writing.get(part)) is not None:
             writing.result()
+        if (kept := self.cache.get(part, kind, step)) is not None:
+            return {name: tensor for name, tensor in kept.items() if wanted(name)}
         file = TensorFile(self._path(kind, part, step), self.directory)
-        return file.read([name for name in file if wanted(name)], self.lane.buffers.lend, self._pieces_pool)
+        tensors = file.read([name for name in file if wanted(name)], self.lane.buffers.lend, self._pieces_pool)
+        if part in self.pieces:
+            self.read_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        return tensors
 
 
 def _number(value: float | None) -> float:

@@ -33,7 +33,7 @@ def mixture(micro: Micro, **more: Any) -> StackWiseConfig:
 def swapped(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> tuple[StackWiseConfig, Path, list[Any]]:
     """A swapped run whose upper stage orders its rows by its experts."""
     directory = tmp_path_factory.mktemp("routes") / "run"
-    config = mixture(micro, training__routes="order")
+    config = mixture(micro, training__routes="order", training__swap_experts=4)
     return config, directory, run(config, directory)
 
 

@@ -34,7 +34,7 @@ def train(directory: Path, steps: int, kind: str) -> None:
     """From wherever the directory stands to the end; `kind`: see above."""
     experts, clip = kind == "experts", 0.0 if kind == "early" else 0.5
     parts = RackParts(3, tied=True, ffn=EXPERTS if experts else "swiglu")
-    one = engine(parts, directory / "swap", groups=3, accumulation=2 if experts else 3, grad_clip=clip)
+    one = engine(parts, directory / "swap", groups=3, accumulation=2 if experts else 3, grad_clip=clip, kept=20_000)
     for step in range(one.steps_done, steps):
         batches = few(step) if experts else microbatches(step, 3)
         one.step(batches, step, learning_rate(one.settings, step, steps))

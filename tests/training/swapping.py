@@ -151,6 +151,7 @@ def engine(
     pieces: int | None = None,
     passes: int = 0,
     ahead: bool = True,
+    kept: int = 0,
     **values: object,
 ) -> SwappedEngine:
     """A swapped engine that complains of nothing."""
@@ -158,7 +159,7 @@ def engine(
     def warn(text: str) -> None:
         raise AssertionError(text)
 
-    space = SwapSpace(directory, groups, memory, warn, pieces, passes, ahead)
+    space = SwapSpace(directory, groups, memory, warn, pieces, passes, ahead, kept)
     return SwappedEngine(parts, settings(**values), space, seed=SEED, device=CPU)
 
 

@@ -18,10 +18,10 @@ from stackwise.training import swap_state
 from stackwise.training.checkpoint import TensorFile
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.optim import learning_rate
-from stackwise.training.swap import SwappedEngine
+from stackwise.training.swap import PIECES, SwappedEngine
 from tests.training.swap_killed import EXPERTS as FFN
 from tests.training.swap_killed import few
-from tests.training.swapping import CPU, SEED, RackParts, engine, settings, state_dicts
+from tests.training.swapping import CPU, SEED, RackParts, engine, microbatches, settings, state_dicts
 
 STEPS = 6
 
@@ -48,26 +48,48 @@ def same(found: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor
     ids=["mean", "muon", "8bit"],
 )
 def test_the_bits_are_those_of_training_in_memory(tmp_path: Path, more: dict[str, Any]) -> None:
-    """A refused step, an evaluation, an engine made anew before each step: nothing of it shows."""
+    """A refused step, an evaluation, an engine made anew before each step, experts that stay: nothing of it shows."""
     more = dict(more)
     most = more.pop("pieces", None)
     parts = RackParts(3, ffn=FFN | more.pop("ffn", {}), precision=more.pop("precision", "fp32"))
     resident = ResidentEngine(parts.whole(), settings(accumulation=2, **more), seed=SEED, device=CPU)
+    space: dict[str, Any] = {"groups": 2, "accumulation": 2, "pieces": most}
+    lasting = {kept: engine(parts, tmp_path / str(kept), kept=kept, **space, **more) for kept in (10_000, 10**9)}
+    read = dict.fromkeys((0, *lasting), 0.0)
     for step in range(STEPS):
         accept = None if step != 2 else (lambda loss, norm: False)
-        swapped = engine(parts, tmp_path / "swap", groups=2, accumulation=2, pieces=most, **more)
+        swapped = engine(parts, tmp_path / "swap", **space, **more)
         one = resident.step(few(step), step, 1e-2, accept)
-        other = swapped.step(few(step), step, 1e-2, accept)
-        assert (one.loss, one.gradient_norm, one.taken) == (other.loss, other.gradient_norm, other.taken)
-        if step == 3:
-            assert resident.evaluate(few(9)) == swapped.evaluate(few(9))
+        judged = resident.evaluate(few(9)) if step == 3 else None
+        for kept, each in {0: swapped, **lasting}.items():
+            other = each.step(few(step), step, 1e-2, accept)
+            assert (one.loss, one.gradient_norm, one.taken) == (other.loss, other.gradient_norm, other.taken)
+            assert judged is None or each.evaluate(few(9)) == judged
+            assert each.log.cache.nbytes <= kept
+            read[kept] += float(other.terms[PIECES][1])
         swapped.log.close()
+    assert 0 == read[10**9] < read[10_000] < read[0]
     swapped = engine(parts, tmp_path / "swap", accumulation=2, **more)
     behind = [len(swapped.log.missing(piece)) for piece in swapped.log.pieces]
     assert max(behind) > 1, "an expert that lags by more than a step"
     found = weights(swapped, parts)
     resident.settle()
     same(found, state_dicts(resident.model, parts.names))
+    swapped.close()
+    for each in lasting.values():
+        same(weights(each, parts), found)
+        each.close()
+
+
+def test_a_block_whose_experts_are_all_reached_keeps_no_passes(tmp_path: Path) -> None:
+    parts = RackParts(3, ffn={"kind": "moe", "experts": 2, "top_k": 2, "expert_dim": 8, "at": [0, 2]})
+    resident = ResidentEngine(parts.whole(), settings(), seed=SEED, device=CPU)
+    swapped = engine(parts, tmp_path / "swap", passes=10**9, kept=10**9)
+    for step in range(2):
+        one, other = (each.step(microbatches(step, 3), step, 1e-2) for each in (resident, swapped))
+        assert (one.loss, one.gradient_norm) == (other.loss, other.gradient_norm)
+    resident.settle()
+    same(weights(swapped, parts), state_dicts(resident.model, parts.names))
     swapped.close()
 
 

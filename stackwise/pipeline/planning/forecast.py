@@ -247,6 +247,7 @@ def _swapped(estimate: Estimate, swap: Swap) -> Traced:
     parts = dict.fromkeys(PARTS, 0)
     blocks = len((*phase.stage.blocks, *phase.stage.lookahead))
     share = -(-blocks // swap.groups) / max(1, blocks) * swap.alive
+    share += 0 if swap.host else swap.kept / max(1, state)
     parts["weights"], parts["gradients"] = round(weights * share), round((state - without) * share)
     parts["optimizer"] = round((without - weights) * share)
     parts["head"] = swap.loss
@@ -398,7 +399,7 @@ def streamed(estimate: Estimate, swap: Swap) -> Streamed:
     gradients go. Where nothing is clipped, weights alone come up; on the way down they come with their moments, are
     updated, and go. A boundary goes down to the host, comes up for the group above, and again on the way down, where
     its gradient goes and comes beside. What of boundaries does not stay in the host's memory is written once and read
-    twice.
+    twice. Experts that stay there are not read.
     """
     config, phase = estimate.config, estimate.largest_phase
     settings = config.stage_training(estimate.stage.depth)
@@ -418,7 +419,7 @@ def streamed(estimate: Estimate, swap: Swap) -> Streamed:
     return Streamed(
         up=state + gradients + weights + between * (2 + again),
         down=state + gradients + 2 * between,
-        read=state + gradients + weights + spilled * (1 + again),
+        read=(state + gradients + weights) * (1 - swap.kept / max(1, state + gradients)) + spilled * (1 + again),
         written=state + gradients + spilled,
         first=(weights if swap.early else state + gradients) * lowest * per_parameter,
         last=(state if swap.early else gradients) * lowest * per_parameter,

@@ -64,6 +64,7 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
             swap.pieces,
             passes=swap.passes,
             ahead=swap.alive > 1,
+            kept=swap.kept,
         ),
         seed=job.seed(config),
         device=context.device,
