@@ -103,6 +103,7 @@ def _values(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "training.objective": "clm",
         "training.mode": "end_to_end",
         "training.swap": "always",
+        "training.swap_experts": 32,  # where all of them stay in memory, none is read
         "training.steps": options.steps,
         "training.eval_every": options.steps,
         "training.learning_rate": RATE,
