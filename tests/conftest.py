@@ -92,6 +92,18 @@ def mounted(path: Path, mib: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
+@contextlib.contextmanager
+def raises_naming(kind: type[BaseException], *facts: object) -> Iterator[pytest.ExceptionInfo[Any]]:
+    """An error of this kind, whose message or hint names each of these facts: a key, a value, a path, a number.
+
+    How they are worded is free.
+    """
+    with pytest.raises(kind) as caught:
+        yield caught
+    missing = [fact for fact in facts if str(fact) not in str(caught.value)]
+    assert not missing, f"{missing} are not named in: {caught.value}"
+
+
 Micro = Callable[..., StackWiseConfig]
 
 

@@ -164,7 +164,7 @@ def test_who_is_waited_for_is_said_at_once(corpus: Path, tmp_path: Path) -> None
         [sys.executable, "-m", "stackwise", *command], stderr=subprocess.PIPE, text=True, env=environment
     )
     assert second.stderr is not None
-    assert f"waiting for pid {first.pid}" in second.stderr.readline()
+    assert f"pid {first.pid}" in second.stderr.readline()
     for process in (first, second):
         process.kill()
         process.communicate()

@@ -18,6 +18,7 @@ import pytest
 from stackwise.config import DataConfig
 from stackwise.data import PreparedData, prepare, readers
 from stackwise.errors import NotFound, UsageError
+from tests.conftest import raises_naming
 
 from .test_sources import TEXTS, read_back, write_dataset, write_jsonl
 
@@ -103,7 +104,7 @@ def test_a_line_that_is_too_long(tmp_path: Path, settings: Settings, monkeypatch
     monkeypatch.setattr(readers, "ROW_BYTES", 1000)
     for name in ("a.jsonl", "a.json"):
         (tmp_path / name).write_text('{"text": "' + "a" * 3_000_000)
-        with pytest.raises(UsageError, match=r"longer than 1000 bytes|not JSON"):
+        with raises_naming(UsageError, tmp_path / name):
             prepare(settings(tmp_path / name, tokenizer="bytes"))
 
 
@@ -178,7 +179,7 @@ def test_patterns(tmp_path: Path, settings: Settings) -> None:
     assert names("**/*.txt") == ["[odd].txt", "a/one.txt", "a/two.txt", "b/c/three.txt"]
     assert names("[ab]") == ["a/one.txt", "a/two.txt", "b/c/three.txt", "b/four.md"]
     assert names("[odd].txt", "a/o*") == ["[odd].txt", "a/one.txt"]
-    with pytest.raises(NotFound, match="nothing fits"):
+    with raises_naming(NotFound, tmp_path / "texts" / "*.rst"):
         prepare(settings(tmp_path / "texts" / "*.rst", tokenizer="bytes"))
 
 
@@ -282,9 +283,9 @@ def test_named_columns(tmp_path: Path, settings: Settings, kind: str) -> None:
     opened = PreparedData.open(data.directory)
     assert streams(opened, "weights") == streams(data, "weights")
     assert prepare(settings(data.directory), columns=("weights",))[1]
-    with pytest.raises(UsageError, match="without the column 'rewards'"):
+    with raises_naming(UsageError, "'rewards'"):
         prepare(settings(data.directory), columns=("rewards",))
-    with pytest.raises(UsageError, match="no row brings 'rewards'"):
+    with raises_naming(UsageError, "'rewards'"):
         prepare(settings(path, tokenizer="bytes", columns=["rewards"]))
     rows[7]["weights"] = [i + 0.5 for i in range(2)]  # one value, another set
     assert prepare(settings(written(tmp_path, rows, kind), columns=["weights"], tokenizer="bytes"))[0].id != data.id
@@ -331,7 +332,7 @@ def test_text_beside_tokens_is_said(tmp_path: Path, settings: Settings) -> None:
     rows = [{"text": text, "input_ids": [1, 2]} for text in SOME]
     for kind in ("jsonl", "parquet"):
         data, _ = prepare(settings(written(tmp_path, rows, kind), tokenizer="bytes"))
-        assert any("the text is used" in note and "(60)" in note for note in data.notes)
+        assert any("input_ids" in note and "(60)" in note for note in data.notes)
 
 
 def test_parquet_that_is_faulty(tmp_path: Path, settings: Settings) -> None:

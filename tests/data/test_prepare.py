@@ -13,6 +13,7 @@ import pytest
 from stackwise.config import DataConfig
 from stackwise.data import PreparedData, prepare
 from stackwise.errors import UsageError
+from tests.conftest import raises_naming
 
 from .conftest import all_text, documents_of
 
@@ -175,17 +176,17 @@ def test_out_of_a_set_is_a_place_of_its_own(corpus: Path, settings: Settings, tm
     opened, reused = prepare(settings(out))
     assert reused
     assert opened.id == data.id
-    with pytest.raises(UsageError, match="another prepared data set"):
+    with raises_naming(UsageError, out):
         prepare(settings(corpus, tokenizer="bytes", held_out=0.5), out=out)
-    with pytest.raises(UsageError, match="prepared already"):
+    with raises_naming(UsageError, out):
         prepare(settings(out), out=tmp_path / "other")
-    with pytest.raises(UsageError, match="stands alone"):
+    with raises_naming(UsageError, out):
         prepare(settings(out, corpus))
 
 
 def test_out_must_not_be_somebodys_folder(corpus: Path, settings: Settings, tmp_path: Path) -> None:
     before = all_text(corpus)
-    with pytest.raises(UsageError, match="not a prepared data set"):
+    with raises_naming(UsageError, corpus):
         prepare(settings(corpus), out=corpus)
     with pytest.raises(UsageError, match="not a folder"):
         prepare(settings(corpus), out=next(corpus.rglob("*.py")))
@@ -267,10 +268,10 @@ def test_all_held_out_for_evaluation(corpus: Path, settings: Settings, tmp_path:
     assert data.train.segments([], 8).shape == (0, 8)
     # a prepared set is taken as it is, its tokenizer being the same
     assert prepare(settings(trained.directory, tokenizer=tokenizer), out=tmp_path / "x", all_held_out=True)[1]
-    with pytest.raises(UsageError, match="another tokenizer"):
+    with raises_naming(UsageError, trained.directory):
         prepare(settings(trained.directory, tokenizer="bytes"), all_held_out=True)
-    with pytest.raises(UsageError, match="nothing to be trained on"):
+    with raises_naming(UsageError, "data.tokenizer: bpe"):
         prepare(settings(corpus), all_held_out=True)
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(UsageError, match="no text"):
+    with raises_naming(UsageError, "data.paths"):
         prepare(settings(tmp_path / "empty.txt", tokenizer="bytes"), all_held_out=True)

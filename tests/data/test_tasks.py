@@ -17,6 +17,7 @@ from stackwise.config import DataConfig, StackWiseConfig
 from stackwise.config.loading import build
 from stackwise.data import PreparedData, prepare, require_samples
 from stackwise.errors import StackWiseError, UsageError
+from tests.conftest import raises_naming
 
 Tasks = Callable[..., DataConfig]
 
@@ -77,7 +78,7 @@ def test_tasks_are_part_of_the_content(tasks: dict[str, Path], tmp_path: Path) -
     assert len({data.id, swapped.id, together.id, other.id}) == 4
     assert not together.train.tasks
     assert not together.train.sample_tasks(64).any()
-    with pytest.raises(UsageError, match="upper: its held-out text"):
+    with raises_naming(UsageError, "upper"):
         require_samples(PreparedData.open(data.directory).held_out, data.held_out.task_tokens[1] + 1, "held-out")
 
 
@@ -109,9 +110,9 @@ def test_bad_tasks_are_one_line(tasks: dict[str, Path], tmp_path: Path) -> None:
     def config(*listed: Mapping[str, object], **more: object) -> Callable[[], object]:
         return lambda: build(StackWiseConfig, {"data": {"tasks": list(listed), **more}}, source="test")
 
-    assert "lower alone" in _refused(config(lower))
-    assert "two tasks are called lower" in _refused(config(lower, upper | {"name": "lower"}))
-    assert "leave one of both out" in _refused(config(lower, upper, paths=["x"]))
+    assert "lower" in _refused(config(lower))
+    assert "lower" in _refused(config(lower, upper | {"name": "lower"}))
+    assert "data.paths" in _refused(config(lower, upper, paths=["x"]))
     _refused(config(lower, {"name": "upper", "paths": []}))
     _refused(config(lower, {"name": "up per", "paths": ["x"]}))
     _refused(config(lower, {"name": "upper"}))
@@ -124,4 +125,4 @@ def test_bad_tasks_are_one_line(tasks: dict[str, Path], tmp_path: Path) -> None:
         message = _refused(partial(prepare, settings({**tasks, **more}, tmp_path)))
         assert re.search(what, message), message
     data, _ = prepare(settings(tasks, tmp_path, tokenizer="bytes"))
-    assert "tokenizer of its own" in _refused(lambda: prepare(settings({**tasks, "upper": data.directory}, tmp_path)))
+    assert "tokenizer" in _refused(lambda: prepare(settings({**tasks, "upper": data.directory}, tmp_path)))

@@ -289,7 +289,7 @@ def test_what_is_off_stays_off(tokenizers: dict[str, Tokenizer]) -> None:
 
 def test_gaps_in_the_ids(tmp_path: Path) -> None:
     backend = Backend(models.WordLevel({"a": 0, "b": 2, "[UNK]": 4}, unk_token="[UNK]"))
-    with pytest.raises(UsageError, match="its ids have gaps"):
+    with pytest.raises(UsageError):
         Tokenizer(backend)
 
 

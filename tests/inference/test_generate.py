@@ -12,6 +12,7 @@ from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.inference import FillStep, StageModules
 from stackwise.model import Rack, build_rack
+from tests.conftest import raises_naming
 from tests.inference.by_keyword import fill, logits_at, sample_causal
 
 V, L, MASK = 31, 16, 30
@@ -205,21 +206,21 @@ def test_continuing_draws_by_seed_top_k_and_stops() -> None:
 
 def test_refusals() -> None:
     model = rack()
-    with pytest.raises(UsageError, match="same shape"):
+    with raises_naming(UsageError, list(ids().shape), list(holes(2).shape)):
         fill(model.front, model, ids(), holes(2), mask_token_id=MASK)
-    with pytest.raises(UsageError, match="at least one"):
+    with raises_naming(UsageError, "0 steps"):
         fill(model.front, model, ids(), holes(), mask_token_id=MASK, steps=0)
-    with pytest.raises(UsageError, match="negative"):
+    with raises_naming(UsageError, -1.0):
         fill(model.front, model, ids(), holes(), mask_token_id=MASK, temperature=-1.0)
-    with pytest.raises(UsageError, match="every token id is forbidden"):
+    with pytest.raises(UsageError):
         fill(model.front, model, ids(), holes(), mask_token_id=MASK, forbidden=range(V))
-    with pytest.raises(UsageError, match="no stages"):
+    with pytest.raises(UsageError):
         fill(model.front, [], ids(), holes(), mask_token_id=MASK)
-    with pytest.raises(UsageError, match="cannot fill holes"):
+    with raises_naming(UsageError, "training.objective"):
         fill(model.front, [StageModules(0, model.blocks, model.head, True)], ids(), holes(), mask_token_id=MASK)
-    with pytest.raises(UsageError, match="cannot continue a prompt"):
+    with raises_naming(UsageError, "training.adaptation"):
         sample_causal(model.front, [StageModules(0, model.blocks, model.head)], ids(), 1)
-    with pytest.raises(UsageError, match="at least one token"):
+    with pytest.raises(UsageError):
         sample_causal(model.front, model, torch.zeros(0, dtype=torch.int64), 1)
     with pytest.raises(UsageError, match="top_k 0"):
         sample_causal(model.front, model, ids(), 1, top_k=0)

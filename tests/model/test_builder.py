@@ -11,6 +11,7 @@ from stackwise.config.precision import adapter_sizes
 from stackwise.errors import NotFound, UsageError
 from stackwise.model import ProgressiveRackBuilder, build_block, create_stack_from_config, merge_adapters, part_digest
 from stackwise.model.projections import QuantizedLinear, adapter_parameters, add_adapters
+from tests.conftest import raises_naming
 
 
 def config(**progressive: object) -> StackWiseConfig:
@@ -84,7 +85,7 @@ def test_freezing() -> None:
     assert trained
     assert all(p.requires_grad for p in new.parameters())
     assert len(builder.trainable()) == len(trained) + len(list(new.parameters()))
-    with pytest.raises(NotFound, match="no stack 3"):
+    with raises_naming(NotFound, "stack 3"):
         builder.freeze_trunk([3])
 
 
@@ -142,10 +143,10 @@ def test_a_qlora_stack_and_a_qlora_trunk() -> None:
     before = builder.build_rack()(ids())
     builder.merge()
     torch.testing.assert_close(builder.build_rack()(ids()), before, atol=1e-5, rtol=1e-5)
-    with pytest.raises(UsageError, match="cannot be packed as bf16"):
+    with raises_naming(UsageError, "bf16", "fp8", "nvfp4", "qlora"):
         builder.freeze_trunk([2], "bf16")
     builder.freeze_trunk([2], "fp8")
-    with pytest.raises(UsageError, match="in format fp8 already"):
+    with raises_naming(UsageError, "fp8"):
         builder.freeze_trunk([2], "qlora")
 
 
@@ -159,9 +160,9 @@ def test_two_adapters_on_one_layer() -> None:
     x = torch.randn(1, 5, 32)
     before = block(x)
     torch.testing.assert_close(merge_adapters(block)(x), before, atol=1e-5, rtol=1e-5)
-    with pytest.raises(UsageError, match="already has adapters"):
+    with raises_naming(UsageError, "block.0"):
         add_adapters(add(block), 4, 8.0, 0, "block.0")
-    with pytest.raises(UsageError, match="above the rank"):
+    with raises_naming(UsageError, 33, "block.0"):
         add_adapters(build_block(config().model, 0, 0), 33, 8.0, 0, "block.0")
 
 
@@ -191,24 +192,24 @@ def test_ranks_stack_by_stack() -> None:
         {"qlora_strategy": "variable", "qlora_configs": {0: {"rank": 8, "alpha": 16.0}, 1: {"rank": 4, "alpha": 8.0}}}
     )
     assert [adapter_sizes(progressive, k, 2) for k in range(2)] == [(8, 16.0), (4, 8.0)]
-    with pytest.raises(UsageError, match="no entry for stack 2"):
+    with raises_naming(UsageError, "stack 2"):
         adapter_sizes(progressive, 2, 3)
 
 
 def test_refusals() -> None:
-    with pytest.raises(UsageError, match="unknown"):
+    with raises_naming(UsageError, "'double'"):
         ProgressiveRackBuilder(config(), default_precision="double")
-    with pytest.raises(UsageError, match="neither append nor prepend"):
+    with raises_naming(UsageError, "building_mode 'sideways'"):
         ProgressiveRackBuilder(config(), building_mode="sideways")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="vocab_size"):
         ProgressiveRackBuilder(d_model=32)
     with pytest.raises(UsageError, match="needs a stack"):
         ProgressiveRackBuilder(config()).build_rack()
-    with pytest.raises(UsageError, match="at least one"):
+    with pytest.raises(UsageError):
         ProgressiveRackBuilder(config()).append_stack(0)
     builder = ProgressiveRackBuilder(config(max_stacks=1))
     builder.append_stack()
-    with pytest.raises(UsageError, match="has its 1 stacks"):
+    with raises_naming(UsageError, 1, "training.progressive.max_stacks"):
         builder.append_stack()
-    with pytest.raises(UsageError, match="no adapters"):
+    with raises_naming(UsageError, "stack 0", "training.progressive.qlora_enabled"):
         builder.freeze_all_but_qlora([0])

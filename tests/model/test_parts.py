@@ -10,6 +10,7 @@ import torch
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model import Block, Head, Rack, build_block, build_front, build_head, build_rack, part_digest
+from tests.conftest import raises_naming
 
 VOCAB = 61
 
@@ -197,17 +198,17 @@ def test_digest_sees_names_values_dtypes_shapes() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UsageError, match="does not divide"):
+    with raises_naming(UsageError, "model.n_heads 5", "model.d_model 32"):
         build_block(config(n_heads=5), 0, 0)
-    with pytest.raises(UsageError, match="kv_heads 3 does not divide"):
+    with raises_naming(UsageError, "model.attention.kv_heads 3", "model.n_heads 4"):
         build_block(config(attention={"kind": "gqa", "kv_heads": 3}), 0, 0)
-    with pytest.raises(UsageError, match="even width"):
+    with raises_naming(UsageError, 3):
         build_block(config(d_model=36, n_heads=12), 0, 0)
-    with pytest.raises(UsageError, match="longer than the model takes"):
+    with raises_naming(UsageError, 9, 8, "model.max_seq_len"):
         build_rack(config(), VOCAB, 0, 8)(ids(1, 9))
-    with pytest.raises(UsageError, match="longer than the model takes"):
+    with raises_naming(UsageError, 9, 8, "model.max_seq_len"):
         build_block(config(max_seq_len=8), 0, 0)(torch.randn(1, 9, 32))
-    with pytest.raises(UsageError, match="cannot be a head"):
+    with raises_naming(UsageError, "(3, 32)"):
         Head(config(), VOCAB, torch.zeros(3, 32))
     with pytest.raises(UsageError, match="vocabulary"):
         build_rack(config(), 0, 0, 8)

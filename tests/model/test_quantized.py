@@ -26,6 +26,7 @@ from stackwise.model.projections import (
     plain_layers,
     quantize,
 )
+from tests.conftest import raises_naming
 
 NAMES = sorted(FORMATS)
 
@@ -246,5 +247,5 @@ def test_a_block_computes_in_its_own_precision_within_another() -> None:
 
 
 def test_unknown_format() -> None:
-    with pytest.raises(UsageError, match="'int3' is unknown; choose one of bf16, fp8, nvfp4, nf4"):
+    with raises_naming(UsageError, "'int3'", "bf16, fp8, nvfp4, nf4"):
         QuantizedLinear(nn.Linear(4, 4), "int3")

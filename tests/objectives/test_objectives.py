@@ -26,6 +26,7 @@ from stackwise.objectives import (
     uniform_masks,
 )
 from stackwise.objectives.objective import HeadFunction, Outputs
+from tests.conftest import raises_naming
 
 V, L, B, MASK = 97, 24, 6, 96
 
@@ -240,7 +241,7 @@ def test_a_gradient_is_taken_once() -> None:
     model, objective = rack(), MaskDiffusionObjective(MASK)
     loss, _ = loss_of(objective, model.hidden(tokens), model.head, batch_of(tokens, masks))
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="already taken"):
+    with raises_naming(RuntimeError, "gradient"):
         loss.backward()
 
 
@@ -265,18 +266,18 @@ def test_make_objective() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UsageError, match="needs a mask token"):
+    with raises_naming(UsageError, "training.mask_token_id"):
         make_objective(TrainingConfig(), None, V, 0)
-    with pytest.raises(UsageError, match="not among"):
+    with raises_naming(UsageError, V):
         make_objective(TrainingConfig(objective=kinds.MLM()), V, V, 0)
     with pytest.raises(UsageError, match="negative"):
         MaskDiffusionObjective(-1)
     with pytest.raises(UsageError, match="shares"):
         MLMObjective(MASK, V, 0.9, 0.2)
     tokens, masks, _ = batch()
-    with pytest.raises(UsageError, match="no targets"):
+    with raises_naming(UsageError, "target"):
         CustomObjective().select(batch_of(tokens, masks))
-    with pytest.raises(UsageError, match="do not match"):
+    with raises_naming(UsageError, list(tokens[:1].shape), list(tokens.shape)):
         CustomObjective().select(batch_of(tokens, masks, tokens[:1]))
 
 

@@ -29,6 +29,7 @@ from stackwise.objectives.ppo import (
 )
 from stackwise.objectives.ppo_kind import KL, PPO
 from stackwise.objectives.scores import Length, Pattern
+from tests.conftest import raises_naming
 from tests.objectives.heads import ScoredHead
 
 B, S, D, V = 3, 9, 6, 11
@@ -140,7 +141,7 @@ def test_the_penalty_follows_the_divergence() -> None:
 def test_scores_that_can_be_checked() -> None:
     assert list(Length(target=4).scores(["", ""], ["abcd", "ab"])) == [0.0, -0.5]
     assert list(Pattern(regex="[a-z]+").scores([""] * 3, ["ab12", "abc", ""])) == [0.5, 1.0, 0.0]
-    with pytest.raises(ValueError, match="regular expression"):
+    with raises_naming(ValueError, "position 0"):
         Pattern(regex="(")
 
 
