@@ -15,12 +15,13 @@ elsewhere. What is trained with a kind from outside has the digest of its file i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -112,6 +113,15 @@ class Registry(Generic[K]):
         """The digest of the file that a kind from outside is in, for its recipe; None: it is built in."""
         self[name]
         return self._outside.get(name)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """What is registered within is known until the block ends."""
+        kinds, outside = dict(self._kinds), dict(self._outside)
+        try:
+            yield
+        finally:
+            self._kinds, self._outside = kinds, outside
 
 
 def load_plugins() -> None:

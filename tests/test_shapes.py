@@ -18,6 +18,7 @@ from stackwise.shapes import (
     record,
     text,
 )
+from tests.conftest import raises_naming
 
 SHAPE = record(
     {"name": text, "stages": array_of(record({"blocks": array(count, count), "loss": optional(number)}))},
@@ -47,10 +48,10 @@ def test_what_has_the_shape_is_taken() -> None:
     ],
 )
 def test_what_has_not_is_refused_by_its_place(change: dict[str, object], place: str) -> None:
-    with pytest.raises(UsageError, match=f"F is broken at {place}: is "):
+    with raises_naming(UsageError, "F", f" {place}: ", "remove it"):
         check_shape({"name": "x", "stages": []} | change, SHAPE, "F", "remove it")
 
 
 def test_what_is_no_object_has_no_place() -> None:
-    with pytest.raises(UsageError, match="F is broken: is no object"):
+    with raises_naming(UsageError, "F", "remove it"):
         check_shape([], SHAPE, "F", "remove it")

@@ -210,7 +210,7 @@ class MixtureFeedForward(nn.Module):
 
     def _computed(self, x_ND: Tensor, order: Order) -> Tensor:
         """Each expert over its rows."""
-        if x_ND.is_cuda and self.lend is None and (products := self._stacked(x_ND)) is not None:
+        if x_ND.is_cuda and self.lend is None and (products := self.stacked(x_ND)) is not None:
             gate_EFD, up_EFD, down_EDF = products
             x_ND = x_ND.to(gate_EFD.dtype)
             gate = F.grouped_mm(x_ND, gate_EFD.transpose(1, 2), offs=order.ends_E)
@@ -233,7 +233,7 @@ class MixtureFeedForward(nn.Module):
             outputs.append(y[: len(x)])
         return torch.cat(outputs) if outputs else x_ND
 
-    def _stacked(self, x_ND: Tensor) -> list[Tensor] | None:
+    def stacked(self, x_ND: Tensor) -> list[Tensor] | None:
         """The weights of each layer of all experts as one tensor, in the dtype that is computed in.
 
         None: they are in a narrow format or have adapters, or the device multiplies no groups of that dtype.

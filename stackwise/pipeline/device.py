@@ -79,11 +79,11 @@ def describe(device: torch.device | None) -> dict[str, Any]:
 
 def cpu_alone(device: str) -> bool:
     """Whether a device, as in the configuration, can be none but the CPU, on Linux; torch is not imported to tell."""
-    return sys.platform == "linux" and (device == "cpu" or (device == "auto" and _built_for_cpu()))
+    return sys.platform == "linux" and (device == "cpu" or (device == "auto" and built_for_cpu()))
 
 
 @functools.cache
-def _built_for_cpu() -> bool:
+def built_for_cpu() -> bool:
     """Whether PyTorch was built for no device but the CPU, by what its package says."""
     spec = importlib.util.find_spec("torch")
     version = Path(spec.origin).parent / "version.py" if spec is not None and spec.origin is not None else None

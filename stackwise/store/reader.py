@@ -33,12 +33,12 @@ Batch = tuple[Rows, "torch.Tensor"]
 _OPEN_FILES = 192
 _DIRECT_ROW_BYTES = 1 << 14
 """Streaming smaller rows, one call a row costs more than copying them out of whole chunks."""
-_LARGE = 4 << 20
+LARGE = 4 << 20
 """Bytes of a row or a chunk from which several are read at once, a thread each: below, handing over costs more."""
-_PIECE = 1 << 20
+PIECE = 1 << 20
 """Bytes of a large row that are read and then digested while they lie in the processor's cache."""
 _CACHED_BYTES = 512 << 20
-_SLOW = 2e9
+SLOW = 2e9
 """Bytes a second below which the disk, not memory, is being read, and asking ahead pays."""
 
 
@@ -63,8 +63,8 @@ class _LargeRow:
         # A row with a scale beside it is checked when both are there.
         check = len(self.opened.files) == 1 and not self.opened.checked[self.row]
         digest = xxhash.xxh3_64()
-        for at in range(0, size, _PIECE):
-            piece = view[at : at + _PIECE]
+        for at in range(0, size, PIECE):
+            piece = view[at : at + PIECE]
             try:
                 count = file.read_into(piece, self.row * size + at)
             except OSError as error:
@@ -152,7 +152,7 @@ class BoundaryReader:
             x = self._gather(rows, None, whole=whole)
             # Of a batch that lay in memory the disk knows nothing: asking ahead would only cost.
             cold = 2 * (self._rows_read - before) > len(rows) and not whole
-            slow = cold and x.nbytes / max(time.perf_counter() - began, 1e-9) < _SLOW
+            slow = cold and x.nbytes / max(time.perf_counter() - began, 1e-9) < SLOW
             yield rows, x
             # The consumer's alone now: the pool gives its memory out again when nobody has it.
             del x
@@ -216,7 +216,7 @@ class BoundaryReader:
             self._from_loaded(rows, arrays)
             return
         for part, array in enumerate(arrays):
-            scatter = self._scatter if self._source.row_bytes[part] < _LARGE else self._scatter_large
+            scatter = self._scatter if self._source.row_bytes[part] < LARGE else self._scatter_large
             scatter(rows, array.reshape(-1).view(np.uint8), part)
         if len(arrays) == 1:
             return
@@ -275,7 +275,7 @@ class BoundaryReader:
         """Copy rows out of whole chunks that are kept in memory."""
         chunks = rows // self.info.chunk_rows
         wanted = list(dict.fromkeys(chunks.tolist()))
-        large = sum(self._source.row_bytes) * self.info.chunk_rows >= _LARGE
+        large = sum(self._source.row_bytes) * self.info.chunk_rows >= LARGE
         at_once = min(self._threads.count, self._loaded_limit) if large else 1
         for first in range(0, len(wanted), at_once):
             for chunk, stored in self._load(wanted[first : first + at_once]).items():
@@ -321,7 +321,7 @@ class BoundaryReader:
         with self._lock:
             for chunk in np.unique(rows // self.info.chunk_rows).tolist():
                 for file in self._opened(chunk).files:
-                    _read_ahead(file.fd)
+                    read_ahead(file.fd)
         return end
 
     def close(self) -> None:
@@ -345,7 +345,7 @@ class BoundaryReader:
         self.close()
 
 
-def _read_ahead(fd: int) -> None:
+def read_ahead(fd: int) -> None:
     """A hint to the system that the whole file will be read soon."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)

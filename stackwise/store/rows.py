@@ -37,7 +37,7 @@ _HEADER_BYTES = _HEADER.size
 _MAGIC = b"SWROWSET"
 _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
 _WORD = (1 << 64) - 1
-_DICTIONARY_ROWS = 1 << 17
+DICTIONARY_ROWS = 1 << 17
 _K1, _K2, _K3, _K4 = _MULTIPLIERS
 _UNPACK = struct.Struct("<4Q").unpack
 
@@ -266,7 +266,7 @@ class Rowset:
         else:
             pair = bytes(sample_id) + bytes(mask_id)
         rows = self.rows
-        if rows <= _DICTIONARY_ROWS:
+        if rows <= DICTIONARY_ROWS:
             row = (self._dictionary or self._small()).get(pair, rows)
         else:
             a, b, c, d = _UNPACK(pair)

@@ -385,6 +385,11 @@ class FilledBoundary:
             self._kept = None
             self._pieces.clear()
 
+    @property
+    def rows_held(self) -> int:
+        """Rows that are in memory now."""
+        return sum(len(piece) for piece in self._pieces.values())
+
     def _turn(self, window: Rows, following: Rows) -> list[int]:
         """Let a new window begin: drop what neither it nor the one after it needs; the pieces that one still lacks."""
         next_firsts = dict.fromkeys(self._firsts(following).tolist())

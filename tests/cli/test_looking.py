@@ -143,7 +143,7 @@ def test_doctor(here: Path, cli: Cli) -> None:
 
 def test_doctor_names_what_is_missing(here: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "stackwise.cli.commands.doctor._requirements", lambda extra=None: [("no-such-package-at-all", ">=1")]
+        "stackwise.cli.commands.doctor.requirements", lambda extra=None: [("no-such-package-at-all", ">=1")]
     )
     result = cli("doctor")
     assert result.exit_code == 1

@@ -13,6 +13,7 @@ from stackwise.config.unused import unused_settings
 from stackwise.config.yaml_files import commented, dump, parse_yaml
 from stackwise.errors import ConfigError, NotFound, UsageError
 from stackwise.presets import PRESETS
+from tests.conftest import raises_naming
 
 SEED_YAML = """
 model:
@@ -120,19 +121,17 @@ def test_an_unknown_key_in_a_mapping_of_sections() -> None:
     found = faults(
         {"training": {"progressive": {"qlora_configs": {0: {"rnk": 2}}}}, "stages": {3: {"precison": "fp8"}}}
     )
-    assert (
-        "training.progressive.qlora_configs.0.rnk: unknown key; did you mean training.progressive.qlora_configs.0.rank?"
-        in found
-    )
-    assert "stages.3.precison: unknown key; did you mean stages.3.precision?" in found
+    near = {fault.partition(":")[0]: fault for fault in found}
+    assert "training.progressive.qlora_configs.0.rank" in near["training.progressive.qlora_configs.0.rnk"]
+    assert "stages.3.precision" in near["stages.3.precison"]
 
 
 def test_a_whole_number_may_have_an_exponent() -> None:
     assert parse_yaml("[1e3, 1e-3, 2.0]", "x") == [1000, 0.001, 2.0]
     assert isinstance(parse_yaml("1e3", "x"), int)
-    assert [fault.partition(":")[2] for fault in faults({"training": {"mask_windows": [[0.1, 0.2, 0.3]]}})] == [
-        " each item must have at most 2 items, not [[0.1, 0.2, 0.3]]"
-    ]
+    (fault,) = faults({"training": {"mask_windows": [[0.1, 0.2, 0.3]]}})
+    assert fault.startswith("training.mask_windows")
+    assert "[[0.1, 0.2, 0.3]]" in fault
 
 
 def test_all_faults_of_a_file_are_reported_at_once() -> None:
@@ -234,11 +233,11 @@ def test_what_is_no_configuration(text: str, line: str, tmp_path: Path) -> None:
 
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="there is no such file"):
+    with raises_naming(NotFound, tmp_path / "none.yaml"):
         StackWiseConfig.from_yaml(str(tmp_path / "none.yaml"))
-    with pytest.raises(UsageError, match="cannot be read as text"):
+    with raises_naming(UsageError, tmp_path):
         StackWiseConfig.from_yaml(str(tmp_path))
-    with pytest.raises(NotFound, match="there is no preset 'dmo'"):
+    with raises_naming(NotFound, "'dmo'", "demo"):
         StackWiseConfig.from_preset("dmo")
 
 

@@ -101,7 +101,8 @@ UNUSED: list[tuple[dict[str, Any], str, Any, str]] = [
 def test_a_setting_that_is_not_used_has_one_line(base: dict[str, Any], name: str, value: Any, why: str) -> None:
     before, after = unused_settings(config(base)), unused_settings(config({**base, key(name): value}))
     (line,) = [each for each in after if each not in before]
-    assert line == f"{key(name)} is unused: {why}"
+    assert line.startswith(f"{key(name)} ")
+    assert why in line
     again = build(StackWiseConfig, parse_yaml(dump(config(base)), "dump"))
     assert unused_settings(again) == before, "a saved configuration has no setting in vain that was not"
 

@@ -55,7 +55,7 @@ def test_it_computes_what_the_paper_says(settings: dict[str, Any]) -> None:
 def test_grouped_products_are_the_loop() -> None:
     made = layer().bfloat16()
     x_ND, counts = torch.randn(40, 16).bfloat16(), [7, 0, 13, 20]
-    products = made._stacked(x_ND)
+    products = made.stacked(x_ND)
     assert products is not None
     gate, up, down = (tensor.transpose(1, 2) for tensor in products)
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)

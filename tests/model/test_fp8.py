@@ -78,7 +78,7 @@ def test_a_stage_in_8_bits_is_another_stage_and_a_quicker_one_where_the_card_mul
     stage = schedule(one)[1]
     estimate = Estimate(one, 300, stage, "cuda")
     quick, slow = machines.MACHINES["h200"], machines.MACHINES["a100-80"]
-    assert forecast._flops(estimate, quick, 0)[0] < forecast._flops(estimate, slow, 0)[0]
+    assert forecast.products_of_a_row(estimate, quick, 0)[0] < forecast.products_of_a_row(estimate, slow, 0)[0]
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_its_settings_can_be_overridden_and_are_shown(micro: Micro) -> None:
     fused = micro(**CAUSAL, training__fusion__strategy="trainable", training__fusion__steps=9)
     assert [fused.stage_training(stage.depth).steps for stage in schedule(fused)] == [12, 12, 9, 10]
     unused = unused_settings(micro(training__adaptation_anneal=2))
-    assert "training.adaptation_anneal is unused: training.adaptation is none" in unused
+    assert any(line.startswith("training.adaptation_anneal ") for line in unused)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from stackwise.cli import main
 from stackwise.errors import BusyError, StackWiseError, UsageError
 from stackwise.pipeline.batch import cluster
 from stackwise.pipeline.run import RunDirectory, job_file, status, with_absolute_paths
-from tests.conftest import Micro, run
+from tests.conftest import Micro, raises_naming, run
 from tests.pipeline.test_run import named, weights
 
 
@@ -177,7 +177,7 @@ def test_a_refused_job_leaves_none_queued(micro: Micro, tmp_path: Path, slurm: C
 
 def test_without_slurm_or_submitit(micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.shutil, "which", lambda name: None)
-    with pytest.raises(UsageError, match="no Slurm here: sbatch and srun not found"):
+    with raises_naming(UsageError, "sbatch", "srun"):
         cluster.submit(micro(), RunDirectory(tmp_path / "run"), "slurm")
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"stackwise\[slurm\]"):

@@ -25,7 +25,7 @@ from stackwise.pretrained.writing import ExportOptions
 from stackwise.store import ActivationStore, RowOrder
 from stackwise.training.curriculum import CurriculumOrder, difficulties
 from stackwise.training.feed import Feed, RowSource
-from tests.conftest import Micro, run
+from tests.conftest import Micro, raises_naming, run
 from tests.pipeline.storm import kill_worker
 from tests.pipeline.test_passes import run_stages
 from tests.pipeline.test_run import named, weights
@@ -168,5 +168,5 @@ def test_refused(micro: Micro, values: dict[str, Any], line: str) -> None:
 
 
 def test_a_model_that_is_not_there_is_named_with_its_key(micro: Micro, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"training\.curriculum\.model: .*gone holds no checkpoint"):
+    with raises_naming(UsageError, "training.curriculum.model: ", tmp_path / "gone"):
         Judge(str(tmp_path / "gone"), micro(**CAUSAL), 300, 299, "0" * 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from stackwise import registry
 from stackwise.config import StackWiseConfig
 from stackwise.config.kinds import FEED_FORWARDS, OBJECTIVES, OPTIMIZERS
 from stackwise.data import prepare
@@ -153,24 +153,19 @@ def test_each_setting_that_shapes_a_result_is_named_and_no_other_trains_again(
 def test_the_code_of_a_kind_from_outside_is_in_the_recipe(
     micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "_loaded", False)
-    for sort in (OPTIMIZERS, OBJECTIVES, FEED_FORWARDS):
-        monkeypatch.setattr(sort, "_kinds", dict(sort._kinds))
-        monkeypatch.setattr(sort, "_outside", dict(sort._outside))
     said = []
-    for text in ("a", "b"):
+    for text in ("kinds_a", "kinds_b"):
         plugin = tmp_path / f"{text}.py"
         plugin.write_text(PLUGIN + f"# {text}\n")
-        for sort in (OPTIMIZERS, OBJECTIVES):
-            sort._kinds.pop("mine", None)
-        monkeypatch.setenv(registry.PLUGINS, str(plugin))
-        monkeypatch.setattr(registry, "_loaded", False)
-        for kind in ({"training__optimizer": "mine"}, {"training__objective": {"name": "mine", "share": 0.5}}):
-            config = micro(**kind)
-            stage = schedule(config)[0]
-            forward = forward_specification(config, 257, 256, "data")
-            reads = Reads("rows", 8, {"front": None}, None, {})
-            said.append(stage_recipe(config, stage, forward, Span(0, 5, 5), reads))
+        monkeypatch.syspath_prepend(tmp_path)
+        with OPTIMIZERS.restored(), OBJECTIVES.restored(), FEED_FORWARDS.restored():
+            importlib.import_module(text)
+            for kind in ({"training__optimizer": "mine"}, {"training__objective": {"name": "mine", "share": 0.5}}):
+                config = micro(**kind)
+                stage = schedule(config)[0]
+                forward = forward_specification(config, 257, 256, "data")
+                reads = Reads("rows", 8, {"front": None}, None, {})
+                said.append(stage_recipe(config, stage, forward, Span(0, 5, 5), reads))
     optimizer, objective, edited_optimizer, edited_objective = said
     code = optimizer["settings"]["training"]["optimizer"]["code"]
     assert code != edited_optimizer["settings"]["training"]["optimizer"]["code"]

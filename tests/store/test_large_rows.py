@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,8 +27,8 @@ ORDER = RowOrder(ROWS, seed=("test",), chunk_rows=2)
 @pytest.fixture
 def x(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     # Rows of 32 KiB are large here, and read in several pieces, the last of which is a short one.
-    monkeypatch.setattr(reading, "_LARGE", 1 << 12)
-    monkeypatch.setattr(reading, "_PIECE", 5000)
+    monkeypatch.setattr(reading, "LARGE", 1 << 12)
+    monkeypatch.setattr(reading, "PIECE", 5000)
     return values(ROWS, seq=SEQ, dim=DIM)
 
 
@@ -35,10 +38,14 @@ def stored(tmp_path: Path, x: np.ndarray, request: pytest.FixtureRequest) -> Ite
         yield store, write(store, x, codec=request.param, chunk_rows=2)
 
 
+def with_threads(count: int) -> contextlib.AbstractContextManager[object]:
+    """Readers that are opened within have so many threads, whatever this machine has."""
+    return mock.patch.object(reading, "Threads", partial(Threads, count))
+
+
 def read(store: ActivationStore, info: BoundaryInfo, threads: int) -> list[tuple[list[int], torch.Tensor]]:
     """Two epochs of batches: read, then out of maps where the codec has any."""
-    with store.reader(info.id) as reader:
-        reader._threads = Threads(threads)
+    with with_threads(threads), store.reader(info.id) as reader:
         stream = reader.stream(ORDER, 4)
         return [(rows.tolist(), x.clone()) for rows, x in (next(stream) for _ in range(6))]
 
@@ -55,8 +62,7 @@ def test_a_changed_byte_is_found_by_whichever_thread_reads_it(stored: Stored) ->
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
-    with store.reader(info.id) as reader:
-        reader._threads = Threads(3)
+    with with_threads(3), store.reader(info.id) as reader:
         with pytest.raises(ChunkDamage, match="chunk 3: changed"):
             reader.read(np.arange(ROWS))
         reader.read([0, 1, 2, 4, 5])  # the others are whole, and the reader goes on

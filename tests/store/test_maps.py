@@ -115,11 +115,11 @@ def test_small_rows_of_a_checked_chunk_are_not_loaded_again(tmp_path: Path, call
 
 
 def test_the_disk_is_not_asked_for_what_lies_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stackwise.store.reader._SLOW", float("inf"))
+    monkeypatch.setattr("stackwise.store.reader.SLOW", float("inf"))
     asked: list[Any] = []
     with ActivationStore(tmp_path / "s") as store:
         info = write(store, values(ROWS, seq=SEQ, dim=DIM))
-        monkeypatch.setattr("stackwise.store.reader._read_ahead", asked.append)
+        monkeypatch.setattr("stackwise.store.reader.read_ahead", asked.append)
         with store.reader(info.id) as reader:
             stream = reader.stream(RowOrder(ROWS, seed=(1,), chunk_rows=4, window_chunks=2), 4)
             for _ in range(ROWS // 4):

@@ -12,6 +12,7 @@ import torch
 
 from stackwise.errors import DamageError, NotFound
 from stackwise.store import ActivationStore, BoundaryInfo, repair_store
+from tests.conftest import raises_naming
 
 from .test_damage import HURTS
 from .tools import pairs, values, write
@@ -55,7 +56,7 @@ def test_what_cannot_be_recomputed_is_named_and_written_anew(store: ActivationSt
     assert report["gone"] == [{"boundary": info.id, "chunk": 1, "fault": "missing"}]
     assert store.boundary(info.id).state == "writing"
     assert store.verify()["damaged"] == []
-    with store.reader(info.id) as reader, pytest.raises(NotFound, match="not written"):
+    with store.reader(info.id) as reader, raises_naming(NotFound, info.id, "chunk 1"):
         reader.read([5])
     assert write(store, values(12), depth=9).published == 3, "a writer finds it missing"
 
@@ -65,7 +66,8 @@ def test_what_comes_out_otherwise_is_not_accepted(store: ActivationStore) -> Non
     (store.path / "boundaries" / info.id / "activations/c/1/0/0").unlink()
     report = store.repair(lambda about, chunks: ((c, values(12)[4:8] + 1) for c in chunks))
     (gone,) = report["gone"]
-    assert gone["fault"] == "missing; recomputed, it came out otherwise"
+    assert (gone["boundary"], gone["chunk"]) == (info.id, 1)
+    assert gone["fault"] != "missing", "what is more, it cannot be made again"
     write(store, values(12))
 
 

@@ -16,6 +16,7 @@ import torch
 from stackwise.errors import BusyError, DamageError, NotFound, UsageError
 from stackwise.store import ActivationStore, RowOrder, codec_named, codec_names, default_chunk_rows, repair_store
 from stackwise.store.records import boundary_id_of
+from tests.conftest import raises_naming
 
 from .tools import DIM, SEQ, TRUNK, pairs, put_rowset, values, write
 
@@ -98,7 +99,7 @@ def test_an_equal_mask_is_stored_once(store: ActivationStore) -> None:
     assert store.inspect()["masks"]["unique"] == 7
     longer = np.concatenate([masks, np.zeros((300, 1), bool)], axis=1)
     assert not (store.put_masks(longer) == ids).all(axis=1).any(), "the length is part of the id"
-    with pytest.raises(UsageError, match="different lengths"):
+    with raises_naming(UsageError, "lengths"):
         store.masks(np.stack([ids[0], store.put_masks(longer)[0]]))
     with pytest.raises(UsageError, match="12 positions"):
         store.masks(ids, seq_len=11)
@@ -123,7 +124,7 @@ def test_a_rowset_finds_every_pair(store: ActivationStore, monkeypatch: pytest.M
     assert [rowset.row(samples[r], ids[r].tobytes()) for r in range(500)] == found.tolist()
     assert rowset.find(samples[:4], ids[:4] ^ 1).tolist() == [-1] * 4
     for small in (True, False):
-        monkeypatch.setattr("stackwise.store.rows._DICTIONARY_ROWS", 1000 if small else 0)
+        monkeypatch.setattr("stackwise.store.rows.DICTIONARY_ROWS", 1000 if small else 0)
         assert [rowset.row(samples[r].tobytes(), ids[r].tobytes()) for r in range(500)] == found.tolist()
         with pytest.raises(NotFound):
             rowset.row(bytes(16), bytes(16))
@@ -185,7 +186,7 @@ def test_several_writers_resume_and_share_a_boundary(store: ActivationStore) -> 
         assert later.info.state == "writing"
         with store.reader(later.info.id) as reader:
             assert torch.equal(reader.read([4, 12]), torch.from_numpy(x[[4, 12]]))
-            with pytest.raises(NotFound, match="not written yet"):
+            with raises_naming(NotFound, later.info.id, "chunk 0"):
                 reader.read([0])
         for chunk in later.missing:
             start, stop = later.chunk_rows_of(chunk)
@@ -194,7 +195,7 @@ def test_several_writers_resume_and_share_a_boundary(store: ActivationStore) -> 
         assert later.finish() == info
     with store.reader(info.id) as reader:
         assert torch.equal(reader.read(np.arange(13)), torch.from_numpy(x))
-    with pytest.raises(UsageError, match="begun as"):
+    with raises_naming(UsageError, info.id, [13, SEQ, DIM], [13, SEQ + 1, DIM]):
         store.writer(**{**given, "seq_len": SEQ + 1})
     with pytest.raises(UsageError, match="is \\[1, "), store.writer(**given) as writer:
         writer.write_chunk(3, x[:2])
@@ -264,11 +265,11 @@ def test_inspect_says_what_the_contract_asks(store: ActivationStore) -> None:
 
 
 def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="no store"):
+    with raises_naming(NotFound, tmp_path / "none"):
         ActivationStore(tmp_path / "none", create=False)
     assert not (tmp_path / "none").exists()
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="not empty"):
+    with raises_naming(UsageError, tmp_path, "notes.txt"):
         ActivationStore(tmp_path)
     ActivationStore(tmp_path / "s").close()
     path = tmp_path / "s" / "format.json"

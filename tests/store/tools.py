@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from stackwise.errors import NotFound
 from stackwise.store import ActivationStore, BoundaryInfo
 
 TRUNK = "ab" * 16
@@ -27,6 +29,16 @@ def pairs(rows: int, seed: int = 0, patterns: int = 5, seq: int = SEQ) -> tuple[
 
 def values(rows: int, seed: int = 0, seq: int = SEQ, dim: int = DIM) -> np.ndarray:
     return np.random.default_rng(seed + 1000).standard_normal((rows, seq, dim)).astype(np.float32)
+
+
+def published(store: ActivationStore, info: BoundaryInfo) -> dict[int, np.ndarray]:
+    """The chunks of a boundary that can be read, with their rows."""
+    chunks = {}
+    with store.reader(info.id) as reader:
+        for chunk in range(info.chunks):
+            with contextlib.suppress(NotFound):
+                chunks[chunk] = reader.read(range(*info.chunk_span(chunk))).numpy().copy()
+    return chunks
 
 
 def put_rowset(store: ActivationStore, rows: int, seed: int = 0, seq: int = SEQ) -> str:

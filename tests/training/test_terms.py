@@ -19,6 +19,7 @@ from stackwise.training import checkpoint
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.stage import StageModel
 from stackwise.training.trainer import Trainer
+from tests.conftest import raises_naming
 from tests.training.swapping import CPU, MASK, SEED, RackParts, engine, microbatches, settings
 from tests.training.test_trainer import Hooks, fit
 
@@ -185,8 +186,8 @@ def test_counts_that_do_not_agree_are_refused() -> None:
     model = Parts().whole()
     model.objective = Lying(MASK)
     resident = ResidentEngine(model, settings(), seed=SEED, device=CPU)
-    with pytest.raises(StackWiseError, match="distance counted 144, not 21"):
+    with raises_naming(StackWiseError, "distance", 144, 21):
         resident.step(given(0, 3), 0, 1e-2)
     resident = ResidentEngine(Parts(count=1).whole(), settings(), seed=SEED, device=CPU)
-    with pytest.raises(UsageError, match="balance of a block counts 1, not the 48 positions"):
+    with raises_naming(UsageError, "balance", "counts 1", 48):
         resident.step(given(0, 3), 0, 1e-2)

@@ -180,7 +180,7 @@ def test_stopped_and_resumed_anywhere_ends_with_the_same_bits(tmp_path: Path) ->
 def test_a_loss_that_is_no_number_ends_training_before_it_is_saved(tmp_path: Path) -> None:
     one, hooks = trainer(learning_rate=1e15, grad_clip=0.0), Hooks()
     hooks.directory = tmp_path
-    with pytest.raises(StackWiseError, match=r"no longer a finite number at step \d+ of 12"):
+    with pytest.raises(StackWiseError, match=r"step \d+ of 12"):
         fit(one, hooks, batches())
     assert not list(tmp_path.iterdir())
 

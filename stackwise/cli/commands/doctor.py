@@ -121,7 +121,7 @@ def _python() -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
-    for name, required in _requirements():
+    for name, required in requirements():
         try:
             version = importlib.metadata.version(name)
             # Present is not enough: a broken binary shows only when it is imported.
@@ -135,7 +135,7 @@ def _packages() -> Iterator[Check]:
             yield Check(name, "ok", version)
 
 
-def _requirements(extra: str | None = None) -> list[tuple[str, str]]:
+def requirements(extra: str | None = None) -> list[tuple[str, str]]:
     """(name, version wanted) of what StackWise needs, or of an extra."""
     try:
         lines = importlib.metadata.requires("stackwise") or []
@@ -213,7 +213,7 @@ def _cache() -> Check:
 def _extras() -> Iterator[Check]:
     for extra, purpose in EXTRAS.items():
         missing = []
-        for name, _ in _requirements(extra):
+        for name, _ in requirements(extra):
             try:
                 yield Check(name, "ok", f"{importlib.metadata.version(name)} ({purpose})")
             except importlib.metadata.PackageNotFoundError:

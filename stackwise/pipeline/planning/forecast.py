@@ -260,7 +260,7 @@ def grown(parts: Mapping[str, int]) -> float:
     return FIRST + parts["peak"] + HOLES * (parts["activations"] + parts["head"])
 
 
-def _flops(estimate: Estimate, machine: Machine, every: int) -> tuple[float, float]:
+def products_of_a_row(estimate: Estimate, machine: Machine, every: int) -> tuple[float, float]:
     """Products of a row: of one step's passes, and of a forward pass to the boundary above.
 
     Those that a machine carries out faster in 8 bits count as so much fewer.
@@ -306,7 +306,7 @@ def _stage(
     rows = min(training.rows or seen, seen)
     boundary = whole_boundary(config, rows)
     row = boundary / max(1, rows)
-    flops, forward = _flops(estimate, machine, settings.recomputed_every if swap is None else 0)
+    flops, forward = products_of_a_row(estimate, machine, settings.recomputed_every if swap is None else 0)
     if settings.meta is not None:
         flops *= settings.meta.work(settings.batch_size) / settings.batch_size
     state = estimate.state_bytes(gradients=False)
