@@ -34,15 +34,16 @@ def thin(points: Points, most: int) -> Points:
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """Round numbers from low to high, about `count` of them."""
-    if high <= low:  # one value has one tick
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value, or so near that no label tells them apart
         return [low]
     rough = (high - low) / max(count, 1)
-    power = 10.0 ** math.floor(math.log10(rough))
+    exponent = math.floor(math.log10(rough))
+    power = 10.0**exponent
     step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     places = []
     while (value := first * step) <= high + step * 1e-9:
-        places.append(round(value, 10))
+        places.append(round(value, max(10, 2 - exponent)))
         first += 1
     return places
 

@@ -54,6 +54,14 @@ def test_ticks_are_round_few_and_within(low: float, width: float, count: int) ->
         assert len({label(tick, step) for tick in found}) == len(found)
 
 
+@given(st.floats(1e-6, 1e6), st.floats(0, 1e-5), st.integers(2, 10))
+def test_a_range_next_to_nothing_has_ticks_that_can_be_told_apart(low: float, share: float, count: int) -> None:
+    placed = ticks(low, low * (1 + share), count)
+    assert placed
+    assert all(b > a for a, b in itertools.pairwise(placed))
+    assert all(label(tick, b - a) for a, b in itertools.pairwise(placed) for tick in (a, b))
+
+
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8))
 def test_labels_keep_their_distance_and_order(wanted: list[float]) -> None:
     placed = spread(wanted, 10, 0, 100)
