@@ -16,7 +16,7 @@ from stackwise.host import host_total
 from stackwise.identity import content_id
 from stackwise.pipeline.decisions import Decision, separate_traffic, traffic_of
 from stackwise.pipeline.device import check_free
-from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, WIDE, Estimate, committed_bytes, kind_of
+from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, WIDE, Estimate, committed_bytes, kind_of, oom_advice
 from stackwise.pipeline.plan import Plan, check_data
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, boundary_bytes, order_rows, stage_steps, whole_boundary
 from stackwise.pipeline.row_groups import GROUP_CHUNKS, disks, groups_of
@@ -63,7 +63,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
     Raises:
         NoSpaceError: The disk is too small, or `store.max_bytes` is.
         BusyError: Other processes hold so much of the GPU that the largest stage does not fit beside them.
-        UsageError: The largest stage's weights, gradients and moments alone exceed the memory.
+        UsageError: On a CPU, a stage takes more than the machine has, with its blocks in turn where they may be.
     """
     config, size, todo = plan.config, plan.vocabulary.size, [decision.stage for decision in decisions]
     estimates = [Estimate(config, size, stage, kind_of(plan.device)) for stage in todo]
@@ -120,7 +120,8 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
             hint="raise store.max_bytes, set training.windows: auto, or lower training.rows or training.steps",
         )
     device = config.device if config.device.startswith("cuda") else plan.device
-    check_free(device, max(lines, default=0))
+    needs = max(lines, default=0)
+    check_free(device, needs)
     state *= config.parallel.data
     if plan.device == "cpu" and state > total:
         raise UsageError(
@@ -128,10 +129,18 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
             f"this machine has {in_bytes(total)} of memory",
             hint="lower training.block_size, or set training.swap: auto",
         )
+    # A GPU that is full ends the step with a line; a machine that is full ends other programs, without a word.
+    if plan.device == "cpu" and needs > total:
+        largest = estimates[lines.index(needs)]
+        raise UsageError(
+            f"stage {largest.stage.depth} takes about {in_bytes(needs)} of memory, and this machine has "
+            f"{in_bytes(total)}",
+            hint=oom_advice(largest, {"limit": total, "base": below_memory(plan, largest.stage)}),
+        )
     return {
         "disk_needed": needed,
         "disk_free": free,
-        "memory_needed": max(lines, default=0),
+        "memory_needed": needs,
         "memory_total": total,
         "swapped": {depth: swap.groups for depth, swap in swapped.items()},
         "tight": {depth: swap.memory for depth, swap in swapped.items() if swap.memory > limit},

@@ -17,11 +17,15 @@ import pytest
 
 from stackwise.config import StackWiseConfig
 from stackwise.config.model import ModelConfig
+from stackwise.errors import UsageError
+from stackwise.host import host_total
 from stackwise.pipeline.costs import below_memory
 from stackwise.pipeline.device import is_out_of_memory, memory
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.oom import SAFETY, oom_advice
 from stackwise.pipeline.plan import Plan, Vocabulary
+from stackwise.pipeline.run import RunDirectory
+from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import Micro
 
@@ -64,6 +68,18 @@ def test_what_is_proposed_is_enough(text: Path, tmp_path: Path) -> None:
         text, tmp_path / "run", 900, **{"training.batch_size": batch, "training.accumulation": accumulation}
     )
     assert again.returncode == 0, again.stderr
+
+
+def test_a_stage_beyond_the_machine_is_not_begun(micro: Micro, tmp_path: Path) -> None:
+    rows = 1 << (host_total() // 10**4).bit_length()  # a row of micro takes about 0.1 MB
+    changes = {"training__batch_size": rows, "training__rows": 64, "training__steps": 1, "training__swap": "never"}
+    with pytest.raises(UsageError) as refused:
+        Runner(micro(**changes), RunDirectory(tmp_path / "run"), lambda event: None).run(dry=True)
+    # What it says to change is enough, and the rows of a step stay.
+    batch, accumulation = map(int, re.findall(r"→ (\d+)", refused.value.hint or "")[:2])
+    assert batch * accumulation == rows
+    fewer = micro(**{**changes, "training__batch_size": batch, "training__accumulation": accumulation})
+    Runner(fewer, RunDirectory(tmp_path / "run"), lambda event: None).run(dry=True)
 
 
 @pytest.mark.parametrize(
