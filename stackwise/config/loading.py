@@ -23,6 +23,7 @@ from stackwise.config.translations import translate
 from stackwise.config.yaml_files import MOST_BYTES, MOST_DEPTH, parse_yaml, preset_path
 from stackwise.errors import ConfigError, NotFound, UsageError
 from stackwise.files import IrregularFile, read_bytes
+from stackwise.presets import PRESETS
 from stackwise.text import has_control, printable
 
 C = TypeVar("C", bound=Settings)
@@ -57,7 +58,8 @@ def load(cls: type[C], path: str, overrides: Mapping[str, Any], *, source: str |
         # The user names it, so it may be reached through links; but what it leads to is a file.
         text = read_bytes(Path(path).resolve(), limit=MOST_BYTES).decode()
     except FileNotFoundError:
-        raise NotFound(f"{path}: there is no such file", hint="`stackwise init` writes one") from None
+        hint = f"{path} is a preset: --preset {path}" if path in PRESETS else "`stackwise init` writes one"
+        raise NotFound(f"{path}: there is no such file", hint=hint) from None
     except IrregularFile as error:
         raise UsageError(f"{path}: cannot be read as text: {error.message}") from None
     except UnicodeDecodeError:

@@ -54,6 +54,8 @@ def test_version_and_module() -> None:
         (["stage", "lst"], "did you mean list?"),
         (["cache", "verfy"], "did you mean verify?"),
         (["status", "--jsn"], "--json"),
+        (["run", "micro"], "--preset micro"),
+        (["plan", "llama-1b"], "--preset llama-1b"),
     ],
 )
 def test_a_near_miss_is_answered_with_what_was_meant(args: list[str], meant: str, cli: Cli) -> None:
