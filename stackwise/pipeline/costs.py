@@ -16,7 +16,8 @@ from stackwise.host import host_total
 from stackwise.identity import content_id
 from stackwise.pipeline.decisions import Decision, separate_traffic, traffic_of
 from stackwise.pipeline.device import check_free
-from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, WIDE, Estimate, committed_bytes, kind_of, oom_advice
+from stackwise.pipeline.estimate import RECORD_BYTES, WEIGHT_BYTES, WIDE, Estimate, committed_bytes, kind_of
+from stackwise.pipeline.oom import oom_advice
 from stackwise.pipeline.plan import Plan, check_data
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, boundary_bytes, order_rows, stage_steps, whole_boundary
 from stackwise.pipeline.row_groups import GROUP_CHUNKS, disks, groups_of
