@@ -197,7 +197,8 @@ def swapped(options: argparse.Namespace, directory: Path) -> Result:
     import torch
 
     from stackwise.training.engine import ResidentEngine
-    from stackwise.training.swap import SwappedEngine, SwapSpace
+    from stackwise.training.swap import SwappedEngine
+    from stackwise.training.swap_parts import SwapSpace
 
     config, device = shape(options)
     settings, parts = StageTraining(), RealParts(config, device)

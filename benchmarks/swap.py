@@ -131,7 +131,8 @@ def engines(options: argparse.Namespace, blocks: int, directory: Path, *kinds: s
     import torch
 
     from stackwise.training.engine import ResidentEngine
-    from stackwise.training.swap import SwappedEngine, SwapSpace
+    from stackwise.training.swap import SwappedEngine
+    from stackwise.training.swap_parts import SwapSpace
 
     parts, settings, device = FreshParts(options.width, blocks, options.seq_len), StageTraining(), torch.device("cpu")
     made: list[Result] = []

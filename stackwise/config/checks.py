@@ -214,8 +214,8 @@ def _stages(config: Settings) -> Iterator[Fault]:
             break
         if depth not in config.stages:
             break  # the others are like it
-    if training.swap == "always" and config.parallel.ranks > 1:
-        yield "training.swap", "always, but a swapped stage is trained by one process: leave parallel out"
+    if training.swap == "always" and config.parallel.ranks > 1 and (why := config.swap_undivided) is not None:
+        yield "training.swap", f"always, but {why}"
     if training.swap == "always":
         for depth in range(count):
             settings = config.stage_training(depth)

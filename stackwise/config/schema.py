@@ -297,6 +297,32 @@ class Settings(Section):
         return self.training.objective
 
     @property
+    def swap_undivided(self) -> str | None:
+        """Why ranks cannot divide a stage that is swapped, and what to do; None: they can."""
+        parallel, training = self.parallel, self.training
+        stages = [self.stage_training(depth) for depth in range(self.n_stages)]
+        whys = {
+            "parallel.data alone divides a swapped stage: leave shard, tensor and pipeline out": parallel.divides,
+            "gradients of a swapped stage travel as they are: set parallel.compression: none": (
+                parallel.compression != "none"
+            ),
+            "an optimizer that needs more than a slice of a parameter cannot be divided: take adamw": not all(
+                settings.optimizer.divides for settings in stages
+            ),
+            "experts are swapped by one process: leave parallel out": bool(
+                self.model.total(lambda model: len(model.ffn.pieces(model)))
+            ),
+            "columns are swapped by one process: leave parallel out": self.model.stream.columns > 1,
+            "adapters, and stacks in a format of their own, are swapped by one process: leave parallel out": (
+                training.adapters is not None
+                or training.progressive.enabled
+                or any(settings.quantization is not None for settings in stages)
+                or any(overrides.precision is not None for overrides in self.stages.values())
+            ),
+        }
+        return next((why for why, holds in whys.items() if holds), None)
+
+    @property
     def row_positions(self) -> int:
         """Positions of a row of activations: with diffusion in blocks it is a noised and a clean copy of the sample."""
         return self.objective.positions(self.training.seq_len)

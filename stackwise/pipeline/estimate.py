@@ -12,6 +12,7 @@ from stackwise.config.precision import bits_per_weight, weight_format
 from stackwise.pipeline.recipe import stage_steps
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, adapter_part, block_number, schedule
 
+TRAVELLING = 1 << 24  # elements of gradients, or one tensor, that travel between ranks at once
 GATHERED = 2  # blocks whose weights are whole at once: the one that computes, and the one that comes
 WEIGHT_BYTES = 4  # of a weight in training
 WIDE = ("fp32", "fp64")  # precisions that are computed in without autocast
@@ -301,19 +302,24 @@ class Estimate:
         phase = self.largest_phase
         config, stage = self.config, phase.stage
         training, settings = config.training, config.stage_training(stage.depth)
-        limit = min(memory, training.memory or memory)
+        ranks, apart = config.parallel.ranks, self.device == "cuda"
+        limit = min(memory if apart else memory // ranks, training.memory or memory)  # ranks on CPUs share a host
         fits = phase.memory <= SHARE * limit
         goes_back = settings.divergence.goes_back or settings.keep_best  # which takes weights of earlier steps
-        alone = config.parallel.ranks == 1
+        divided = ranks == 1 or config.swap_undivided is None
         # Inner steps change every part at once.
-        resident = fits or goes_back or not alone or settings.meta is not None
+        resident = fits or goes_back or not divided or settings.meta is not None
         if training.swap == "never" or (training.swap == "auto" and resident):
             return None
         block = max(phase.parameters(part) for part in (*stage.blocks, *stage.lookahead))
-        half, apart = config.precision not in WIDE, self.device == "cuda"
-        behind = (host or memory) if apart else limit  # what holds groups that do not compute, and boundaries
+        half = config.precision not in WIDE
+        behind = (host or memory) // ranks if apart else limit  # what holds groups that do not compute, and boundaries
         state = phase._state_bytes(True)
         per_parameter = state / max(1, phase.trained_parameters)
+        if ranks > 1:
+            # Weights and gradients of a group are whole, and beside them is a rank's share of all of its state.
+            whole = WEIGHT_BYTES * (2 if config.precision == "fp64" else 1)
+            per_parameter = 2 * whole + per_parameter / ranks
 
         def held(part: str, pieces: int | None = None) -> float:  # bytes of a part, its adapters included
             whole = (part, *([adapter_part(part)] if stage.format(part).adapters else []))
@@ -348,21 +354,26 @@ class Estimate:
             largest = max(held(part, pieces) for part in blocks_held)
         alive = 3 if fitting(min(training.swap_parts or most, most)) else least
         groups = min(training.swap_parts or next((n for n in range(1, most) if fitting(n, alive)), most), most)
-        tokens = settings.batch_size * settings.accumulation * config.row_positions
+        microbatches = max(1, settings.accumulation // ranks)
+        tokens = settings.batch_size * microbatches * config.row_positions
         step = tokens * config.model.d_model * (2 if half else 4) * (groups + 3)
         boundaries = behind // 4
         if apart:
             boundaries = max(boundaries, round(SHARE * behind - 3 * group(groups)))
         kept = min(boundaries, step)
-        memory = taken(groups, alive) + (0 if apart else kept)
+        largest_part = max(phase.parameters(part) for part in stage.holds)
+        travelling = min(largest_part, max(TRAVELLING, self.vocab_size * config.model.d_model))
+        # Of what travels there are rows by rank, those that came, their sum, and whole tensors.
+        memory = taken(groups, alive) + 4 * WEIGHT_BYTES * travelling * (ranks > 1) + (0 if apart else kept)
         pieced = [part for part in blocks_held if part in stage.trains and stage.pieces(config, part)]
-        waiting = round(settings.accumulation * (most - len(pieced)) * activations)  # experts go, and passes need them
+        waiting = round(microbatches * (most - len(pieced)) * activations)  # experts go, and passes need them
         passes = min(waiting, max(0, round(SHARE * limit) - memory) // 2)
         unclipped = settings.grad_clip == 0 or settings.clip_by == "last"  # by the step's own norm
         early = unclipped and not pieced
         # Updated early, states before and after a step are there until it is published, and no gradients.
         disk = 2 * phase._state_bytes(False) if early else state + round(max(ends, largest))
-        disk += step - kept
+        on_disk = 1 if "{rank}" in (config.store.path or "") else ranks  # ranks whose files one disk has, at most
+        disk = on_disk * (-(-disk // ranks) + step - kept)
         beside = round(3 * group(groups)) + kept if apart else 0
         room = (round(SHARE * behind) - beside if apart else round(SHARE * limit) - memory - passes) // 2
         whole = per_parameter * sum(phase.pieces_apart(part, 0) for part in pieced)

@@ -146,6 +146,9 @@ class Engine(Protocol):
     def close(self) -> None:
         """Let go of threads and files."""
 
+    def discard(self) -> None:
+        """Remove what this rank keeps on the disk outside the checkpoints' directory; the stage is committed."""
+
 
 class ResidentEngine:
     """The whole stage on the device: weights, gradients and the optimizer's state.
@@ -335,6 +338,9 @@ class ResidentEngine:
 
     def close(self) -> None:
         """See `Engine.close`: there are none."""
+
+    def discard(self) -> None:
+        """See `Engine.discard`: there is nothing."""
 
     @torch.no_grad()
     def _average(self, step: int) -> None:

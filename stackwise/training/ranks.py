@@ -210,7 +210,7 @@ class RankGroup:
         pipeline: int = 1,
         compressed: Reducing | None = None,
     ) -> None:
-        self.communicator = communicator
+        self.communicator, self.ordered = communicator, ordered
         self._reducing = compressed or (OrderedSum if ordered else PlainSum)
         self.rank, self.size = communicator.rank, communicator.size
         alike = self.size // pipeline  # ranks with the same blocks

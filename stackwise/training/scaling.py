@@ -97,3 +97,8 @@ class LossScale:
         """Take up what `state` gave."""
         scale, good, bad = tensors[SCALER].tolist()
         self.scale, self._good, self._bad = scale, int(good), int(bad)
+
+
+def clip_factor(limit: float, norm: Tensor) -> float:
+    """What gradients are multiplied by, as `clip_grads_with_norm_` has it."""
+    return float(torch.clamp(limit / (norm + 1e-6), max=1.0))

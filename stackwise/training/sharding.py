@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from stackwise.training.optim import state_tensors
 from stackwise.training.ranks import Gathering, Reducer
 from stackwise.training.scaling import FIGURES
 from stackwise.training.stage import NARROW, StageModel
-from stackwise.training.swap_parts import FRONT, HEAD, Parts
+from stackwise.training.swap_parts import FRONT, HEAD, DividedParts
 from stackwise.training.tensor import Plan, divide_positions, split
 
 EMBEDDING = "front.embedding.weight"
@@ -67,13 +67,6 @@ class Division:
         copies = ranks // self.pipeline // self.shard // self.tensor
         names = ("pipeline", "replicate", "shard", "tensor")
         return init_device_mesh(device, (self.pipeline, copies, self.shard, self.tensor), mesh_dim_names=names)
-
-
-class DividedParts(Parts, Protocol):
-    """Makes the parts of one stage, also without values."""
-
-    def outline(self, name: str) -> nn.Module:
-        """A part on the meta device, gradients required for what trains."""
 
 
 class ShardedEngine(ResidentEngine):

@@ -12,16 +12,18 @@ The bits are those of `ResidentEngine`: the same operations on the same tensors 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from stackwise import files
 from stackwise.batch import ACTIVATIONS, Batch, Term
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
@@ -29,16 +31,30 @@ from stackwise.identity import derive_seed
 from stackwise.model.layers import pull
 from stackwise.training.anchor import Squares, row_loss
 from stackwise.training.engine import LOWER_RATE, Accept, State, Stepped
-from stackwise.training.lanes import lane_to
+from stackwise.training.lanes import generator_state, lane_to, set_generator
 from stackwise.training.optim import Rising
 from stackwise.training.phases import BACKWARD, FORWARD, OPTIMIZER, PhaseClock
-from stackwise.training.ranks import Ranks, SingleProcess
-from stackwise.training.scaling import SCALER, LastNorm, LossScale, judged
+from stackwise.training.ranks import RankGroup
+from stackwise.training.scaling import SCALER, LastNorm, LossScale, clip_factor, judged
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
 from stackwise.training.swap_kept import KeptPasses, Pass, keepable
-from stackwise.training.swap_parts import FRONT, Loaded, PartGroup, PartLoader, Parts, in_turn, make_groups, pieces_of
+from stackwise.training.swap_loader import PartLoader
+from stackwise.training.swap_moving import Moving, share_directory
+from stackwise.training.swap_parts import (
+    FRONT,
+    DividedParts,
+    Loaded,
+    PartGroup,
+    Parts,
+    SwapSpace,
+    in_turn,
+    make_groups,
+    pieces_of,
+)
 from stackwise.training.swap_pieces import piece_name
-from stackwise.training.swap_state import RedoLog, Spill, Update
+from stackwise.training.swap_ranks import RankLoader
+from stackwise.training.swap_spill import Spill
+from stackwise.training.swap_state import RedoLog, Update
 from stackwise.training.trainer import Trainer
 
 PIECES = "pieces"
@@ -46,25 +62,10 @@ PIECES = "pieces"
 Leave = Callable[[Loaded, float | None], None]
 
 
-@dataclass(frozen=True)
-class SwapSpace:
-    """Where a stage is swapped to, and in what portions."""
-
-    directory: Path  # where its state lives, its own alone; taken up where there is one
-    groups: int  # groups that its blocks make
-    memory: int  # bytes of boundaries kept in memory; the rest goes to files
-    warn: Callable[[str], None]
-    pieces: int | None = None  # pieces of a part (experts of a block) in memory at once; None: all that rows reach
-    passes: int = 0  # bytes of the device that passes may take which wait for the way down
-    ahead: bool = True  # whether the device has room for groups that come and go, beside the one that computes
-    kept: int = 0  # bytes of the host's memory in which pieces stay beside their files
-
-
 class SwappedEngine:
     """Trains a stage group by group; `before`: steps that the stage has taken already, in windows before this one."""
 
     checkpoints = "swap/record"
-    gathers = False
     """Its steps are on the disk as they are taken: a checkpoint holds the trainer's record alone."""
 
     def __init__(
@@ -79,17 +80,29 @@ class SwappedEngine:
         rising: Rising | None = None,
     ) -> None:
         self.before = before
-        self.ranks: Ranks = SingleProcess()  # its files are of one process
+        self.ranks = ranks = space.ranks
+        self.gathers = ranks.size > 1
         self.phases = PhaseClock(device)
         self.parts, self.settings, self.seed, self.device = parts, settings, seed, device
         self.groups = make_groups(parts, space.groups)
         pieces = [piece_name(part, path) for part, paths in pieces_of(parts).items() for path in paths]
         self.lane = lane_to(device)
-        self.log = RedoLog(space.directory, parts.trains, pieces, self.lane, memory=space.kept)
-        self.log.open(space.warn)
-        self.spill = Spill(space.directory / "step", space.memory, self.lane)
+        self._place = place = space.place or (lambda rank: space.directory)
+        own = share_directory(space.directory, place, ranks.rank, ranks.size)
+        names = () if ranks.size > 1 else pieces  # of several ranks experts come and go with their block
+        self.log = RedoLog(space.directory, parts.trains, names, self.lane, memory=space.kept, ranks=ranks, own=own)
+        self._moving = Moving(self.log, cast(DividedParts, parts), place, device)
+        if not self.log.open(space.warn, self._moving.find):
+            self._moving.forget()
+        self.spill = Spill(own / "step", space.memory, self.lane)
         self.kept = KeptPasses(space.passes)
-        self.loader = PartLoader(parts, self.log, settings, device, rising, spill=self.spill, most_pieces=space.pieces)
+        how: dict[str, Any] = {"spill": self.spill, "most_pieces": space.pieces}
+        if isinstance(ranks, RankGroup):
+            self.loader: PartLoader = RankLoader(
+                cast(DividedParts, parts), self.log, settings, device, rising, ranks=ranks, **how
+            )
+        else:
+            self.loader = PartLoader(parts, self.log, settings, device, rising, **how)
         self.loader.kept, self.loader.ahead = self.kept, space.ahead
         self.scale = LossScale(settings.loss_scale) if parts.precision == "fp16" else None
         self.last = LastNorm() if settings.clip_by == "last" and settings.grad_clip > 0 else None
@@ -132,7 +145,7 @@ class SwappedEngine:
         early, limit, clip = self.early, self.settings.grad_clip, None
         if early:
             if self.last is not None and self.last.norm is not None:
-                clip = _factor(limit, self.last.norm.to(torch.float32))
+                clip = clip_factor(limit, self.last.norm.to(torch.float32))
             self._catch_up([self.groups[-1]])  # where the step before was another
             ways[-1] = partial(self.loader.load, self.groups[-1], moments=True)
         down = self.groups[self.lowest : -1][::-1]
@@ -146,9 +159,9 @@ class SwappedEngine:
         in_order = [norm for name in self.parts.order for norm in norms.get(name, [])]
         norm = torch.zeros((), device=self.device)
         if in_order and losses.scored:  # from the norms of the tensors, as `clip_grad_norm_` has it
-            norm = torch.linalg.vector_norm(torch.stack(in_order))
+            norm = self.loader.over_ranks(torch.linalg.vector_norm(torch.stack(in_order)))
             if limit > 0 and not early:
-                clip = _factor(limit, norm if self.last is None else self.last.instead_of(norm))
+                clip = clip_factor(limit, norm if self.last is None else self.last.instead_of(norm))
         taken, refused = judged(loss, norm, self.scale, accept)
         if accept is None and taken and not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
             raise StackWiseError(
@@ -182,6 +195,7 @@ class SwappedEngine:
         for loaded in in_turn([partial(self.loader.load_to_update, group) for group in self.groups]):
             index = loaded.group.index
             self.loader.update(loaded)
+            self.loader.fill(loaded)
             self.loader.take_mean(loaded)
             model = self.parts.model(loaded.parts).eval()
             for number, cpu_batch in enumerate(held):
@@ -242,6 +256,7 @@ class SwappedEngine:
     def _settled(self, loaded: Loaded) -> StageModel:
         """A group with the weights that are committed, without dropout."""
         self.loader.receive(loaded)
+        self.loader.fill(loaded)
         self.loader.take_mean(loaded)
         return self.parts.model(loaded.parts).eval()
 
@@ -262,6 +277,7 @@ class SwappedEngine:
 
     def resume(self, trainer: Trainer) -> bool:
         """See `Engine.resume`: the steps on the disk may end after the record's, or before, where they were damaged."""
+        self.take_over()
         record, done = trainer.record, self.steps_done
         trainer.step, record.losses = done, self.log.losses()
         record.terms = {name: means[:done] for name, means in record.terms.items()}
@@ -274,6 +290,11 @@ class SwappedEngine:
         refused = [number for number, loss in enumerate(record.losses, 1) if loss is None and number not in recorded]
         record.divergences += [{"step": step, "why": "reported before a kill", "action": "skip"} for step in refused]
         return done > 0
+
+    def take_over(self) -> None:
+        """Let this rank have its share of a state that another number of ranks left. All ranks call it."""
+        if self._moving.needed:
+            self._moving.move(self.loader.advance)
 
     def settle(self) -> None:
         """Bring every part up to the last step published."""
@@ -308,6 +329,15 @@ class SwappedEngine:
         """See `Engine.close`."""
         self.log.close()
         self.spill.close()
+        self._moving.forget()
+
+    def discard(self) -> None:
+        """See `Engine.discard`."""
+        if self.ranks.size > 1:
+            place = self._place(self.ranks.rank)
+            files.remove_tree(place)
+            with contextlib.suppress(OSError):  # other stages of this rank, or other ranks, have theirs there
+                place.parent.rmdir()
 
     def _up(self, turns: Iterable[Loaded], microbatches: Sequence[Batch], step: int, leave: Leave) -> StepLoss:
         """Everything forward, the loss at the top and its gradient.
@@ -321,7 +351,9 @@ class SwappedEngine:
             index = loaded.group.index
             with self.phases(OPTIMIZER):  # of the step before
                 self.loader.update(loaded)
+            self.loader.fill(loaded)
             model, top, last = self.parts.model(loaded.parts), index + 1 == len(self.groups), len(microbatches) - 1
+            sums = self.loader.sums(loaded)
             for number, cpu_batch in enumerate(microbatches):
                 batch = self._entering(index, number, cpu_batch)
                 seeded = self._draw(step, index, number)
@@ -334,6 +366,7 @@ class SwappedEngine:
                         root = losses.root(terms[number], batch)
                     with self.phases(BACKWARD):
                         root.backward()  # type: ignore[no-untyped-call]
+                    sums.add()
                     losses.add(terms[number])
                     self._hand_down(index, number, batch)
                 else:
@@ -367,36 +400,49 @@ class SwappedEngine:
         for loaded in turns:
             index = loaded.group.index
             self.loader.receive(loaded)
-            model = self.parts.model(loaded.parts)
+            self.loader.fill(loaded)
+            model, sums = self.parts.model(loaded.parts), self.loader.sums(loaded)
             head = self.loader.tied_head(loaded) if self.tied and index == 0 else None
             for number, cpu_batch in enumerate(microbatches):
-                if ("g", index, number) not in self.spill and not losses.several:
-                    continue  # nothing above that trains came from it
-                if (kept := self.kept.take(index, number)) is not None:
-                    batch, leaving, terms = kept.batch, kept.leaving, dict(kept.terms)
-                else:
-                    batch = self._entering(index, number, cpu_batch)
-                    self._draw(step, index, number)
-                    with self.phases(BACKWARD), model.numerics(self.device):  # once more, for its gradient's sake
-                        leaving, terms = model.run(batch)
-                roots, slopes = [], []
-                if ("g", index, number) in self.spill:
-                    roots, slopes = [leaving], [self.spill.take(("g", index, number))]
-                if head is not None:  # once more, for the gradient that reaches the front's embedding
-                    above = self._entering(len(self.groups) - 1, number, cpu_batch, track=False)
-                    self._draw(step, len(self.groups) - 1, number)
-                    terms = self._terms(head, above, terms)
-                terms = {name: term for name, term in terms.items() if term.sum.requires_grad}
-                if terms:
-                    root = losses.root(terms, batch)
-                    roots, slopes = [*roots, root], [*slopes, torch.ones_like(root)]
-                if roots:
-                    with self.phases(BACKWARD):
-                        pull(roots, slopes)
-                    self._hand_down(index, number, batch)
-                del kept, batch, leaving, terms, roots
+                # Else nothing above that trains came from it.
+                if ("g", index, number) in self.spill or losses.several:
+                    self._back(index, model, head, (step, number, cpu_batch), losses)
+                sums.add()
             leave(loaded, losses.share)
-            del loaded, model, head
+            del loaded, model, head, sums
+
+    def _back(
+        self, index: int, model: StageModel, head: StageModel | None, which: tuple[int, int, Batch], losses: StepLoss
+    ) -> None:
+        """A microbatch down through a group.
+
+        Args:
+            head: A tied one, above the front.
+            which: Its step, its number in it, and what it is.
+        """
+        step, number, cpu_batch = which
+        if (kept := self.kept.take(index, number)) is not None:
+            batch, leaving, terms = kept.batch, kept.leaving, dict(kept.terms)
+        else:
+            batch = self._entering(index, number, cpu_batch)
+            self._draw(step, index, number)
+            with self.phases(BACKWARD), model.numerics(self.device):  # once more, for its gradient's sake
+                leaving, terms = model.run(batch)
+        roots, slopes = [], []
+        if ("g", index, number) in self.spill:
+            roots, slopes = [leaving], [self.spill.take(("g", index, number))]
+        if head is not None:  # once more, for the gradient that reaches the front's embedding
+            above = self._entering(len(self.groups) - 1, number, cpu_batch, track=False)
+            self._draw(step, len(self.groups) - 1, number)
+            terms = self._terms(head, above, terms)
+        terms = {name: term for name, term in terms.items() if term.sum.requires_grad}
+        if terms:
+            root = losses.root(terms, batch)
+            roots, slopes = [*roots, root], [*slopes, torch.ones_like(root)]
+        if roots:
+            with self.phases(BACKWARD):
+                pull(roots, slopes)
+            self._hand_down(index, number, batch)
 
     def _through(
         self, loaded: Loaded, model: StageModel, batch: Batch, below: Mapping[str, Term], number: int, last: int
@@ -443,30 +489,8 @@ class SwappedEngine:
 
     def _draw(self, step: int, index: int, number: int) -> Tensor:
         """Set the generator to where it stood when the microbatch first entered the group; returns it as seeded."""
-        torch.manual_seed(derive_seed(*self.seed, step, number, "dropout"))
+        torch.manual_seed(derive_seed(*self.seed, step, self.ranks.microbatch(number), "dropout"))
         seeded = generator_state(self.device)
         if ("draw", index, number) in self.spill:
             set_generator(self.device, self.spill.held(("draw", index, number)))
         return seeded
-
-
-def _factor(limit: float, norm: Tensor) -> float:
-    """What gradients are multiplied by, as `clip_grads_with_norm_` has it."""
-    return float(torch.clamp(limit / (norm + 1e-6), max=1.0))
-
-
-def generator_state(device: torch.device) -> Tensor:
-    """The state of the generator that draws on a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
-
-
-def set_generator(device: torch.device, state: Tensor) -> None:
-    """Let the generator that draws on a device go on from a state."""
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(state)
-    else:
-        torch.set_rng_state(state)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from stackwise.model.layers import pull
 from stackwise.training.engine import MEAN, WEIGHT
-from stackwise.training.swap_state import Spill, Tensors
+from stackwise.training.swap_spill import Spill
+from stackwise.training.swap_state import Tensors
 
 
 def piece_name(part: str, path: str) -> str:

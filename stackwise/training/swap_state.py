@@ -1,10 +1,11 @@
-"""What the swapped engine keeps outside memory: its state on disk, and tensors that live for one step.
+"""What the swapped engine keeps on the disk: the state of its stage.
 
     swap/commit.json                     steps and updates done, the last update's scale, held-out losses so far
     swap/losses                          the loss of each step, float64
     swap/updates                         of each update its step in the budget, its rate and its scale, float64
     swap/state/PART-<n>.safetensors      weights and moments after n updates
     swap/gradients/PART-<n>.safetensors  the gradients that make update n of the state after n-1
+    swap/rank-R-of-N/                    of several ranks: such states and gradients, rank R's share of each tensor
 
 Where no figure of the whole gradient decides about the update, there are no gradients: states after the step in hand
 are written beside those before it, and the record says which ones count. Else a part's state may be one update behind
@@ -12,7 +13,8 @@ the commit: the gradients then bring it up. A *piece* of a part (an expert) that
 any number of updates behind: its gradient was zero in all of them but the first, which is on the disk where rows
 reached it then. Every file is written under another name, synced and renamed; gradients stand before the commit that
 counts on them, a state before the files that it replaces go. So a kill, wherever it falls, loses the step in hand and
-nothing else.
+nothing else. Of several ranks the main one writes the record, when every rank has said that its files are there, and
+no rank removes a file before it knows that the record is.
 """
 
 from __future__ import annotations
@@ -20,13 +22,12 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,14 +36,17 @@ from torch import Tensor
 from stackwise import durable, files
 from stackwise.training.checkpoint import TensorFile, file_digest, reason, sealed, unsealed, write_tensors
 from stackwise.training.lanes import Lane
+from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.swap_cache import PieceCache
 
 STATE, GRADIENTS = "state", "gradients"
 FORMAT = 2  # of the record and of what a state's tensors are called
-THREADS = 3  # that write, that read or write pieces of files, that spill
+THREADS = 3  # that write, that read or write pieces of files
 _COMMIT, _LOSSES, _UPDATES = "commit.json", "losses", "updates"
+UNSOUND = (OSError, ValueError, KeyError, TypeError)
+"""What reading files raises that are not there, or not whole."""
 Tensors = dict[str, Tensor]
-T = TypeVar("T")
+Find = Callable[[dict[str, Any]], str | None]
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class RedoLog:
         pieces: What of parts is updated only where rows reach it, each as a part of its own.
         lane: The way to the device, from which what is written comes; None: it is on the CPU.
         memory: Bytes of memory in which pieces stay beside their files.
+        ranks: Those that train the stage, each with its share in files of its own.
+        own: Where this rank's files are; None: beside the record.
 
     Attributes:
         at: The update that each part's state is after.
@@ -89,8 +95,11 @@ class RedoLog:
         lane: Lane | None = None,
         *,
         memory: int = 0,
+        ranks: Ranks | None = None,
+        own: Path | None = None,
     ) -> None:
         self.directory, self.parts, self.pieces = directory, tuple(parts), frozenset(pieces)
+        self.ranks, self.own = ranks or SingleProcess(), own or directory
         self.lane = lane or Lane(torch.device("cpu"))
         self.cache, self.read_bytes = PieceCache(memory), 0
         self.committed = Commit()
@@ -105,17 +114,49 @@ class RedoLog:
         self._left: dict[str, threading.Event] = {}  # of the newest call, by part
         self._digests: dict[str, str] = {}  # of the files that are there, by their paths below `directory`
 
-    def open(self, warn: Callable[[str], None]) -> None:
-        """Take up what is there; what is not whole is named, and training starts anew."""
+    def open(self, warn: Callable[[str], None], find: Find | None = None) -> bool:
+        """Take up what is there; what is not whole is named, and training starts anew. All ranks call it.
+
+        Args:
+            find: Finds the files of another number of ranks, of what was published; says what is wrong with them.
+
+        Returns:
+            Whether there is anything.
+        """
+        published, why = self.ranks.shared(self._published() if self.ranks.main else None)
+        if published is not None:
+            alike = published["ranks"] == self.ranks.size
+            try:
+                commit, self._updates = read_commit(published)
+                if alike:
+                    self.take_up(commit, published["files"][self.ranks.rank])
+                else:
+                    self.committed = commit
+                    why = find(published) if find else f"{self.directory} is of other ranks"
+            except UNSOUND as error:
+                why = unsound(self.directory, error)
+        why = next((one for one in self.ranks.gathered(why) if one), None)
+        if why is not None and self.ranks.main:
+            warn(f"{why}: the stage begins again")
+        if published is None or why is not None:
+            self.reset()
+            return False
+        return True
+
+    def _published(self) -> tuple[dict[str, Any] | None, str | None]:
+        """What the record says, with its tables, in plain data; else what is wrong with it, if it is there."""
+        if not os.path.lexists(self.directory / _COMMIT):  # there was no step yet
+            return None, None
         try:
-            self._take_up()
-        except FileNotFoundError as error:
-            if os.path.lexists(self.directory / _COMMIT):  # else there was no step yet
-                warn(f"{error.filename or error} is missing: the stage begins again")
-            self._reset()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            warn(f"{self.directory} is damaged ({reason(error)}): the stage begins again")
-            self._reset()
+            record = unsealed(durable.read_json(self.directory / _COMMIT), FORMAT)
+            others = record.pop("others", [])
+            record["files"] = [record.get("files", {}), *others]
+            record["ranks"] = len(record["files"])
+            record["rows"] = self._rows(_UPDATES, 3, record["updates"])
+            self._rows(_LOSSES, 1, record["step"])
+        except UNSOUND as error:
+            return None, unsound(self.directory, error)
+        return record, None
 
     def close(self) -> None:
         """Wait for the writer, and let it go."""
@@ -242,13 +283,27 @@ class RedoLog:
         kept = [entry for entry in self.committed.held_out if entry[0] != step]
         self._publish(replace(self.committed, held_out=[*kept, (step, loss)]))
 
+    def follow(self, updates: Sequence[Update]) -> None:
+        """Know the updates that were made."""
+        self._updates = list(updates)
+
+    def republish(self) -> None:
+        """Let the last record count for the files that are there now."""
+        self._publish(self.committed)
+
     def _publish(self, record: Commit) -> None:
-        published = {"format": FORMAT, **asdict(record), "files": self._digests}
-        durable.write_json(self.directory / _COMMIT, sealed(published))
+        """Let a record count, once every rank is here; it counts when this returns."""
+        files_of, *others = self.ranks.gathered(self._digests)
+        if self.ranks.main:
+            published = {"format": FORMAT, **asdict(record), "files": files_of}
+            durable.write_json(self.directory / _COMMIT, sealed(published | ({"others": others} if others else {})))
+        self.ranks.wait()
         self.committed = record
 
     def _put(self, name: str, place: int, values: Sequence[float]) -> None:
         """Write a row of a table of float64, which is then on the disk."""
+        if not self.ranks.main:
+            return
         path, row = self.directory / name, np.array(values, np.float64).tobytes()
         with durable.explain_full_disk(path):
             fd = files.open_regular(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -271,13 +326,11 @@ class RedoLog:
 
     def losses(self) -> list[float | None]:
         """The loss of every step done, in nats; None where it was refused."""
-        return [None if math.isnan(loss) else loss for (loss,) in self._rows(_LOSSES, 1, self.committed.step)]
+        rows = self.ranks.shared(self._rows(_LOSSES, 1, self.committed.step) if self.ranks.main else None)
+        return [None if math.isnan(loss) else loss for (loss,) in rows]
 
-    def _take_up(self) -> None:
-        record = unsealed(durable.read_json(self.directory / _COMMIT), FORMAT)
-        digests: dict[str, str] = record.pop("files", {})
-        commit = Commit(**record)
-        commit = replace(commit, held_out=[(int(step), float(loss)) for step, loss in commit.held_out])
+    def take_up(self, commit: Commit, digests: Mapping[str, str]) -> None:
+        """Take up the files that a record counts on. Raises what is in `UNSOUND`: they are not there, or not whole."""
         at, paths = {}, set[Path]()
         newest = self._newest(commit.updates)
         for part in self.at:
@@ -289,37 +342,42 @@ class RedoLog:
             if at[part]:
                 paths.add(self._path(STATE, part, at[part]))
         for path in paths:
-            TensorFile(path, self.directory)  # its header says how long it must be
-        self.committed, self.at, self._digests = commit, at, digests
-        self.losses()
-        rows = self._rows(_UPDATES, 3, commit.updates)
-        self._updates = [Update(int(last), rate, None if math.isnan(clip) else clip) for last, rate, clip in rows]
+            TensorFile(path, self.own)  # its header says how long it must be
+        self.committed, self.at, self._digests = commit, at, dict(digests)
         for kind in (STATE, GRADIENTS):
-            for path in (self.directory / kind).iterdir():
+            for path in (self.own / kind).iterdir():
                 if path not in paths:
                     path.unlink()
                 # What was written after the last step was published has no digest in its record.
-                elif digests.get(f"{kind}/{path.name}", "") not in ("", file_digest(path, self.directory)):
+                elif digests.get(f"{kind}/{path.name}", "") not in ("", file_digest(path, self.own)):
                     raise ValueError(f"{path} is not what was written")
 
     def _newest(self, updates: int) -> dict[str, int]:
         """The newest state of each part that is there, of those that are committed."""
         newest: dict[str, int] = {}
-        for path in (self.directory / STATE).iterdir():
+        for path in (self.own / STATE).iterdir():
             part, _, number = path.stem.rpartition("-")
             if number.isdecimal() and int(number) <= updates:
                 newest[part] = max(newest.get(part, 0), int(number))
         return newest
 
-    def _reset(self) -> None:
-        files.remove_tree(self.directory)
-        for kind in (STATE, GRADIENTS):
-            (self.directory / kind).mkdir(parents=True)
+    def reset(self) -> None:
+        """Begin with nothing."""
+        if self.ranks.main:
+            files.remove_tree(self.directory)
+        self.ranks.wait()
+        self.begin_files()
         self.committed, self.at, self._digests = Commit(), dict.fromkeys(self.at, 0), {}
         self._updates, self._reached, self._ahead = [], set(), set()
 
+    def begin_files(self) -> None:
+        """Make room for this rank's files; there are none."""
+        for kind in (STATE, GRADIENTS):
+            files.remove_tree(self.own / kind)
+            (self.own / kind).mkdir(parents=True)
+
     def _path(self, kind: str, part: str, step: int) -> Path:
-        return self.directory / kind / f"{part}-{step:08d}.safetensors"
+        return self.own / kind / f"{part}-{step:08d}.safetensors"
 
     def _write(self, kind: str, part: str, tensors: Tensors, step: int) -> None:
         path, digests, threads = self._path(kind, part, step), list[str](), self._pieces_pool
@@ -355,7 +413,7 @@ class RedoLog:
             writing.result()
         if (kept := self.cache.get(part, kind, step)) is not None:
             return {name: tensor for name, tensor in kept.items() if wanted(name)}
-        file = TensorFile(self._path(kind, part, step), self.directory)
+        file = TensorFile(self._path(kind, part, step), self.own)
         tensors = file.read([name for name in file if wanted(name)], self.lane.buffers.lend, self._pieces_pool)
         if part in self.pieces:
             self.read_bytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -366,133 +424,16 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-class Spill:
-    """Holds tensors that live for one step: in memory up to `budget` bytes, beyond it in files that nothing syncs.
+def read_commit(published: Mapping[str, Any]) -> tuple[Commit, list[Update]]:
+    """A record and its updates of what was published. Raises TypeError, ValueError: it is none."""
+    commit = Commit(**{key: value for key, value in published.items() if key not in ("files", "ranks", "rows")})
+    updates = [Update(int(last), rate, None if math.isnan(clip) else clip) for last, rate, clip in published["rows"]]
+    held_out = [(int(step), float(loss)) for step, loss in commit.held_out]
+    return replace(commit, held_out=held_out), updates
 
-    A crash loses them, and the next one empties the directory. Threads write and read: what is handed in leaves the
-    device while that computes, and what is asked for ahead (`bring`) is there when it is needed.
-    """
 
-    def __init__(self, directory: Path, budget: int, lane: Lane | None = None) -> None:
-        self.directory, self.budget, self.lane = directory, budget, lane or Lane(torch.device("cpu"))
-        self.bytes_in_memory = 0
-        self.bytes_on_disk = 0
-        self._memory: dict[Hashable, Tensor | Future[Tensor]] = {}
-        self._files: dict[Hashable, tuple[Path, torch.dtype, torch.Size, Future[None]]] = {}
-        self._sizes: dict[Hashable, int] = {}  # of what is in memory
-        self._brought: dict[Hashable, Future[Tensor]] = {}
-        self._leaving: deque[Future[Any]] = deque()  # what is still handed over, the oldest first
-        self._made = 0
-        self._pool = ThreadPoolExecutor(THREADS, "swap-spill")
-        self.clear()
-
-    def clear(self) -> None:
-        """Drop everything."""
-        for key in [*self._memory, *self._files]:
-            self.drop(key)
-        self._leaving.clear()
-        files.remove_tree(self.directory)
-
-    def close(self) -> None:
-        """Drop everything, and let the threads go."""
-        self.clear()
-        self._pool.shutdown()
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._memory or key in self._files
-
-    def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Hold a tensor in place of what was under the key; it must not be written to any more.
-
-        Raises:
-            NoSpaceError: The disk is full (at a later call too).
-        """
-        self.drop(key)
-        tensor, on_host = tensor.detach(), tensor.device.type == "cpu"
-        mark = self.lane.mark()
-        if self.bytes_in_memory + tensor.nbytes <= self.budget:
-            self._sizes[key] = tensor.nbytes
-            self.bytes_in_memory += tensor.nbytes
-            if on_host:  # a view would keep all of what it is a view of
-                self._memory[key] = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
-            else:
-                self._memory[key] = self._left(self._pool.submit(self._down, tensor, mark))
-            return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / str(self._made)
-        self._made += 1
-        written = self._left(self._pool.submit(self._write, path, tensor, mark))
-        self._files[key] = path, tensor.dtype, tensor.shape, written
-        self.bytes_on_disk += tensor.nbytes
-
-    def bring(self, key: Hashable) -> None:
-        """Begin to bring what is under a key to the device, if anything is: `get` will ask for it soon."""
-        if key in self and key not in self._brought and not self._is_there(key):
-            self._brought[key] = self._pool.submit(self._sent, key)
-
-    def get(self, key: Hashable) -> Tensor:
-        """The tensor under a key, on the device. It must not be written to."""
-        if self._is_there(key):
-            return self.held(key)
-        brought = self._brought.pop(key, None)
-        tensor = self._sent(key) if brought is None else brought.result()
-        self.lane.use([tensor])
-        return tensor
-
-    def take(self, key: Hashable) -> Tensor:
-        """The tensor under a key, which is then dropped."""
-        tensor = self.get(key)
-        self.drop(key)
-        return tensor
-
-    def drop(self, key: Hashable) -> None:
-        """Forget what is under a key, if anything is."""
-        if (brought := self._brought.pop(key, None)) is not None:
-            wait([brought])
-        if self._memory.pop(key, None) is not None:
-            self.bytes_in_memory -= self._sizes.pop(key)
-        if (entry := self._files.pop(key, None)) is not None:
-            path, dtype, shape, written = entry
-            wait([written])
-            self.bytes_on_disk -= shape.numel() * dtype.itemsize
-            path.unlink(missing_ok=True)
-
-    def _is_there(self, key: Hashable) -> bool:
-        return key in self._memory and self.lane.device.type == "cpu"
-
-    def _left(self, leaving: Future[T]) -> Future[T]:
-        """Let no more than a few tensors be on their way; what went wrong with one is raised here."""
-        self._leaving.append(leaving)
-        while len(self._leaving) > 2 * THREADS or (self._leaving and self._leaving[0].done()):
-            self._leaving.popleft().result()
-        return leaving
-
-    def _down(self, tensor: Tensor, mark: Any) -> Tensor:
-        return self.lane.down({"": tensor}, mark)[""]
-
-    def _write(self, path: Path, tensor: Tensor, mark: Any) -> None:
-        data = self._down(tensor, mark)
-        with durable.explain_full_disk(path), path.open("wb", buffering=0) as file:
-            left = memoryview(data.reshape(-1).view(torch.uint8).numpy().data)
-            while left:
-                left = left[file.write(left) :]
-
-    def held(self, key: Hashable) -> Tensor:
-        """What is under a key, in the host's memory."""
-        if (held := self._memory.get(key)) is not None:
-            return held if isinstance(held, Tensor) else held.result()
-        path, dtype, shape, written = self._files[key]
-        written.result()
-        data = self.lane.buffers.lend(shape.numel() * dtype.itemsize)
-        with path.open("rb", buffering=0) as file:
-            left = memoryview(data.numpy().data)
-            while left:
-                if not (count := file.readinto(left)):
-                    raise ValueError(f"{path} is cut off")
-                left = left[count:]
-        return data.view(dtype).view(shape)
-
-    def _sent(self, key: Hashable) -> Tensor:
-        held = self.held(key)
-        with self.lane.sending():
-            return held.to(self.lane.device, non_blocking=True)
+def unsound(directory: Path, error: Exception) -> str:
+    """What is wrong with files, in a line."""
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename or error} is missing"
+    return f"{directory} is damaged ({reason(error)})"

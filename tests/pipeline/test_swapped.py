@@ -10,11 +10,13 @@ import pytest
 
 from stackwise.config.unused import unused_settings
 from stackwise.config.yaml_files import dump
+from stackwise.errors import UsageError
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import Micro, run
 from tests.pipeline.storm import kill_worker
 from tests.pipeline.test_kill import Command, goes_on
+from tests.pipeline.test_ranks import same, stopped
 from tests.pipeline.test_run import named, weights
 
 SMALL: dict[str, Any] = {"training__steps": 6, "training__accumulation": 2, "training__grad_clip": 0.3}
@@ -78,3 +80,47 @@ def test_a_worker_killed_in_a_swapped_stage(micro: Micro, tmp_path: Path) -> Non
     assert second.end()[0] == 75
     seen = goes_on(config, tmp_path / "run", weights(tmp_path / "resident"))
     assert named(seen, "resumed")[0]["step"] >= 6
+
+
+def test_ranks_divide_a_swapped_stage(micro: Micro, tmp_path: Path) -> None:
+    """The same artefacts as one process makes in memory; a rank that is killed, and another number that goes on."""
+    values: dict[str, Any] = {**SMALL, **END_TO_END, "model__dropout": 0.1, "training__accumulation": 4}
+    values |= {"training__eval_every": 3, "training__checkpoint_steps": 2, "training__steps": 20}
+    alone = run(micro(**values, training__swap="never"), tmp_path / "alone")
+    swapped: dict[str, Any] = {**values, "training__swap": "always", "training__swap_parts": 2}
+    stopped(micro(**swapped, parallel__data=2), tmp_path / "ranks", 1, signal.SIGKILL)
+    events = run(micro(**swapped, parallel__data=4), tmp_path / "ranks")
+    assert named(events, "resumed")[0]["step"] > 0
+    same(tmp_path / "ranks", tmp_path / "alone")
+    assert [e["recipe"] for e in named(events, "committed")] == [e["recipe"] for e in named(alone, "committed")]
+    assert not list((tmp_path / "ranks" / "checkpoints").glob("*/*"))
+
+
+@pytest.mark.stress
+def test_ranks_have_a_swapped_stage_on_disks_of_their_own(micro: Micro, tmp_path: Path) -> None:
+    """Four disks; two ranks go on with what is on them."""
+    values: dict[str, Any] = {**SMALL, **END_TO_END, "training__accumulation": 4, "training__steps": 30}
+    values["training__row_groups"] = 4
+    run(micro(**values, training__swap="never"), tmp_path / "alone")
+    swapped: dict[str, Any] = {**values, "training__swap": "always", "training__checkpoint_steps": 2}
+    swapped["store__path"] = str(tmp_path / "disk-{rank}" / "store")
+    stopped(micro(**swapped, parallel__data=4), tmp_path / "ranks", 1, signal.SIGKILL)
+    assert all(list((tmp_path / f"disk-{rank}" / "store.swap").rglob("head-*")) for rank in range(4))
+    events = run(micro(**swapped, parallel__data=2), tmp_path / "ranks")
+    assert named(events, "resumed")[0]["step"] > 0
+    assert weights(tmp_path / "ranks") == weights(tmp_path / "alone")
+    assert not list(tmp_path.glob("disk-*/store.swap/*/rank-*-of-2"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ({"parallel__shard": 2}, "parallel.data alone"),
+        ({"parallel__data": 2, "training__optimizer": "muon"}, "adamw"),
+        ({"parallel__data": 2, "model__ffn": {"kind": "moe", "experts": 4}}, "experts"),
+    ],
+)
+def test_what_ranks_cannot_swap_is_refused(micro: Micro, setting: dict[str, Any], why: str) -> None:
+    with pytest.raises(UsageError, match=r"training\.swap") as caught:
+        micro(**setting, training__accumulation=4, training__swap="always")
+    assert why in caught.value.message + str(caught.value.hint)

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch._C._distributed_c10d import FileStore
 
 from stackwise.config import StageTraining
@@ -19,20 +18,10 @@ from stackwise.host import process_bytes
 from stackwise.training.communicator import TorchCommunicator
 from stackwise.training.pipelining import PipelinedEngine
 from stackwise.training.ranks import RankGroup
-from stackwise.training.sharding import Division, ShardedEngine, without_values
+from stackwise.training.sharding import Division, ShardedEngine
 from tests.training.swapping import RackParts
 
 DEPTH, WIDTH = 36, 384
-
-
-class Outlined(RackParts):
-    """Parts that are made without values, too."""
-
-    def outline(self, name: str) -> nn.Module:
-        """See `DividedParts`."""
-        with torch.device("meta"):
-            embedding = torch.empty(self.vocab, self.config.d_model) if name == "head" and self.tied else None
-        return without_values(self.make(name, None, embedding))
 
 
 def main(file: str, size: str, how: str = "shard") -> None:
@@ -46,7 +35,7 @@ def main(file: str, size: str, how: str = "shard") -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = process_bytes("VmRSS")
     settings, device = StageTraining(accumulation=2 * ranks), torch.device("cpu")
-    engine = kind(Outlined(DEPTH, width=WIDTH), settings, seed=(0,), device=device, ranks=group, division=division)
+    engine = kind(RackParts(DEPTH, width=WIDTH), settings, seed=(0,), device=device, ranks=group, division=division)
     built = process_bytes("VmHWM") - before
     whole = 0
     for tensor in engine.state().values():  # each goes before the next one comes

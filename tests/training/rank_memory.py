@@ -22,8 +22,7 @@ from stackwise.training.communicator import TorchCommunicator
 from stackwise.training.optim import state_tensors
 from stackwise.training.ranks import RankGroup
 from stackwise.training.sharding import Division, ShardedEngine
-from tests.training.divided_memory import Outlined
-from tests.training.swapping import VOCAB, S, batch
+from tests.training.swapping import VOCAB, RackParts, S, batch
 
 DEPTH, WIDTH, ROWS = 6, 192, 32
 
@@ -58,7 +57,7 @@ def main(file: str, size: str, *settings: str) -> None:
     torch.set_num_threads(1)
     communicator = TorchCommunicator(FileStore(file, ranks), rank, ranks, device=torch.device("cpu"))
     engine = ShardedEngine(
-        Outlined(DEPTH, width=WIDTH),
+        RackParts(DEPTH, width=WIDTH),
         config.stage_training(0),
         division=Division(shard=ranks, **division),
         seed=(0,),

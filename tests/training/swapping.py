@@ -16,8 +16,11 @@ from stackwise.identity import derive_seed
 from stackwise.model import Front, build_block, build_front, build_head
 from stackwise.objectives import MaskDiffusionObjective
 from stackwise.training.optim import learning_rate, make_optimizer
+from stackwise.training.ranks import Ranks, SingleProcess
+from stackwise.training.sharding import without_values
 from stackwise.training.stage import StageModel
-from stackwise.training.swap import SwappedEngine, SwapSpace
+from stackwise.training.swap import SwappedEngine
+from stackwise.training.swap_parts import SwapSpace
 
 VOCAB, S, MASK = 24, 12, 23
 CPU = torch.device("cpu")
@@ -103,6 +106,12 @@ class RackParts:
             made.get_submodule(path).to("meta")
         return made.requires_grad_(name in self.trains)
 
+    def outline(self, name: str) -> nn.Module:
+        """See `DividedParts`."""
+        with torch.device("meta"):
+            embedding = torch.empty(self.vocab, self.config.d_model) if name == "head" and self.tied else None
+        return without_values(self.make(name, None, embedding))
+
     def model(self, parts: Mapping[str, nn.Module]) -> StageModel:
         blocks = [module for name, module in parts.items() if name.startswith("block.")]
         made = StageModel(parts.get("front"), blocks, parts.get("head"), MaskDiffusionObjective(MASK), self.precision)
@@ -152,6 +161,7 @@ def engine(
     passes: int = 0,
     ahead: bool = True,
     kept: int = 0,
+    ranks: Ranks | None = None,
     **values: object,
 ) -> SwappedEngine:
     """A swapped engine that complains of nothing."""
@@ -159,7 +169,7 @@ def engine(
     def warn(text: str) -> None:
         raise AssertionError(text)
 
-    space = SwapSpace(directory, groups, memory, warn, pieces, passes, ahead, kept)
+    space = SwapSpace(directory, groups, memory, warn, pieces, passes, ahead, kept, ranks or SingleProcess())
     return SwappedEngine(parts, settings(**values), space, seed=SEED, device=CPU)
 
 

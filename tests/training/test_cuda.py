@@ -35,7 +35,8 @@ from stackwise.training.engine import ResidentEngine
 from stackwise.training.feed import Feed, ahead
 from stackwise.training.forward import write_boundary
 from stackwise.training.stage import MeanLoss, StageModel
-from stackwise.training.swap import SwappedEngine, SwapSpace
+from stackwise.training.swap import SwappedEngine
+from stackwise.training.swap_parts import SwapSpace
 from stackwise.training.trainer import Trainer
 from tests.conftest import Micro, run
 from tests.training.swapping import MASK, SEED, VOCAB, RackParts, S, microbatches, settings, state_dicts

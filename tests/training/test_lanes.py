@@ -14,7 +14,8 @@ from torch import Tensor
 from stackwise.training import swap
 from stackwise.training.lanes import Buffers, CudaLane, Lane
 from stackwise.training.stage import StageModel
-from stackwise.training.swap_parts import Loaded, PartLoader
+from stackwise.training.swap_loader import PartLoader
+from stackwise.training.swap_parts import Loaded
 from tests.training.swapping import CPU, RackParts, engine, microbatches
 
 

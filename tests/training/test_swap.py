@@ -23,8 +23,9 @@ from stackwise.training.engine import ResidentEngine
 from stackwise.training.kinds import AdamW
 from stackwise.training.optim import learning_rate
 from stackwise.training.stage import StageModel
-from stackwise.training.swap import SwappedEngine, SwapSpace
-from stackwise.training.swap_state import Spill
+from stackwise.training.swap import SwappedEngine
+from stackwise.training.swap_parts import SwapSpace
+from stackwise.training.swap_spill import Spill
 from tests.conftest import raises_naming
 from tests.training.swapping import (
     CPU,

@@ -23,6 +23,7 @@ from stackwise.pipeline.device import describe
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.job import StageJob
 from stackwise.pipeline.parts import parts_of, set_spans, stage_model
+from stackwise.pipeline.run import store_place
 from stackwise.pipeline.schedule import HEAD, block_number
 from stackwise.pipeline.worker.anchoring import anchor_part
 from stackwise.pipeline.worker.job_parts import JobParts
@@ -32,7 +33,8 @@ from stackwise.training.engine import Engine, ResidentEngine
 from stackwise.training.feed import Order
 from stackwise.training.optim import Rising
 from stackwise.training.stage import StageModel, compile_blocks
-from stackwise.training.swap import SwappedEngine, SwapSpace
+from stackwise.training.swap import SwappedEngine
+from stackwise.training.swap_parts import SwapSpace
 
 if TYPE_CHECKING:
     from stackwise.pipeline.worker.training import StageContext
@@ -47,9 +49,8 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
     if config.parallel.divides:
         yield _divided(context)
         return
-    swap = Estimate(config, job.vocab_size, job.stage, context.device.type).swap(
-        int(describe(context.device)["memory"]), host_total()
-    )
+    memory, host = memory_of(context)
+    swap = Estimate(config, job.vocab_size, job.stage, context.device.type).swap(memory, host)
     if swap is None:
         yield resident(context, stage_model(job, config).to(context.device))
         return
@@ -65,6 +66,8 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
             passes=swap.passes,
             ahead=swap.alive > 1,
             kept=swap.kept,
+            ranks=context.ranks,
+            place=partial(_share_place, job, config),
         ),
         seed=job.seed(config),
         device=context.device,
@@ -73,6 +76,22 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
     )
     with contextlib.closing(engine):
         yield engine
+
+
+def memory_of(context: StageContext) -> tuple[int, int]:
+    """Bytes of the device and of its host: of several ranks what the one with least has, so that all decide alike."""
+    mine = [int(describe(context.device)["memory"]), host_total()]
+    every = context.ranks.gathered(mine)
+    return min(memory for memory, _ in every), min(host for _, host in every)
+
+
+def _share_place(job: StageJob, config: StackWiseConfig, rank: int) -> Path:
+    """Where a rank has its share of a swapped stage: beside its store, where that is on a disk of its own."""
+    template = config.store.path or ""
+    if "{" not in template:
+        return Path(job.checkpoints) / "swap"
+    store = store_place(template, rank)
+    return store.with_name(f"{store.name}.swap") / job.recipe_id
 
 
 def resident(context: StageContext, model: StageModel) -> ResidentEngine:

@@ -19,12 +19,11 @@ from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
 from stackwise.durable import FileLock
 from stackwise.errors import InterruptedRun, StackWiseError
-from stackwise.host import host_total
 from stackwise.model import part_digest
 from stackwise.pipeline.committed.generate import generate
 from stackwise.pipeline.committed.load import load_rack
 from stackwise.pipeline.committed.use import evaluate_rack, export_rack
-from stackwise.pipeline.device import describe, make_deterministic
+from stackwise.pipeline.device import make_deterministic
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.parts import committed_sources, frozen_stage, objective_of, part_state, parts_of, stage_model
@@ -32,7 +31,7 @@ from stackwise.pipeline.rows import HELD_OUT, choose_samples
 from stackwise.pipeline.run import RunDirectory, store_place
 from stackwise.pipeline.worker.adaptive import fuse_adaptively
 from stackwise.pipeline.worker.boundaries import entering, stored_activations, write_above
-from stackwise.pipeline.worker.engines import engine_of
+from stackwise.pipeline.worker.engines import engine_of, memory_of
 from stackwise.pipeline.worker.job_parts import JobParts
 from stackwise.pipeline.worker.past import beside_past
 from stackwise.pipeline.worker.rollouts import with_rollout
@@ -119,9 +118,7 @@ def _run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, rank
 def _train_and_write(context: StageContext) -> None:
     """Train a stage, in memory, swapped or divided; then write boundaries with what it has become."""
     job, config, device = context.job, context.config, context.device
-    grouping = Estimate(config, job.vocab_size, job.stage, device.type).grouping(
-        int(describe(device)["memory"]), host_total()
-    )
+    grouping = Estimate(config, job.vocab_size, job.stage, device.type).grouping(*memory_of(context))
     frozen = [frozen_stage(below, job, config).to(device) for below in job.recomputed]
     model = stage_model(job, config).to(device) if grouping is None else None
     if job.train:

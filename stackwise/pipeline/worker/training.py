@@ -119,6 +119,7 @@ def train_and_commit(context: StageContext, engine: Engine) -> None:
     more |= {} if rolled_out is None else {"rollout": dict(rolled_out.figures)}
     states = with_measures(context, engine, states_out(context, trainer))
     commit_stage(context, parts | states, trainer.step, trainer.record, gathers=engine.gathers, **more)
+    engine.discard()
     if context.ranks.main:  # not before: a kill during the commit goes on from them
         checkpoint.remove(Path(context.job.checkpoints))
 
