@@ -365,6 +365,7 @@ class RedoLog:
         """Begin with nothing."""
         if self.ranks.main:
             files.remove_tree(self.directory)
+            self.directory.mkdir(parents=True)
         self.ranks.wait()
         self.begin_files()
         self.committed, self.at, self._digests = Commit(), dict.fromkeys(self.at, 0), {}
