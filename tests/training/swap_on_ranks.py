@@ -38,11 +38,12 @@ def train(directory: Path, plan: dict[str, Any], ranks: Ranks, last: int) -> Non
     parts = RackParts(**rack)
     one = engine(parts, directory / "swap", ranks=ranks, **plan["training"])
     one.take_over()
-    accumulation = one.settings.accumulation
+    accumulation, norm = one.settings.accumulation, None
     width = None if "front" in parts.names else 16
     for step in range(one.steps_done, last):
         batches = microbatches(step, accumulation, width)[ranks.share :: ranks.shares]
         stepped = one.step(batches, step, learning_rate(one.settings, step, TOTAL))
+        norm = float(stepped.gradient_norm)
         if step == 2:
             one.evaluate(microbatches(100, 4, width)[ranks.share :: ranks.shares])
     if last == TOTAL:
@@ -54,7 +55,7 @@ def train(directory: Path, plan: dict[str, Any], ranks: Ranks, last: int) -> Non
         losses = one.log.losses()
         if ranks.main:
             save_file(weights | moments, directory / "weights.safetensors")
-            (directory / "losses.json").write_text(json.dumps([losses, float(stepped.gradient_norm)]))
+            (directory / "losses.json").write_text(json.dumps([losses, norm]))
     one.close()
 
 
@@ -95,7 +96,7 @@ def main() -> None:
     random.seed(plan.get("seed", 0))
     done = 0
     for number, size in enumerate(plan["worlds"]):
-        done = TOTAL if number + 1 == len(plan["worlds"]) else done + plan.get("steps", 1)
+        done = TOTAL if number + 1 == len(plan["worlds"]) else min(done + plan.get("steps", 1), TOTAL - 1)
         world(directory, plan, size, done, number)
 
 
