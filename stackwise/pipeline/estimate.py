@@ -318,8 +318,8 @@ class Estimate:
         per_parameter = state / max(1, phase.trained_parameters)
         if ranks > 1:
             # Weights and gradients of a group are whole, and beside them is a rank's share of all of its state.
-            whole = WEIGHT_BYTES * (2 if config.precision == "fp64" else 1)
-            per_parameter = 2 * whole + per_parameter / ranks
+            weight = WEIGHT_BYTES * (2 if config.precision == "fp64" else 1)
+            per_parameter = 2 * weight + per_parameter / ranks
 
         def held(part: str, pieces: int | None = None) -> float:  # bytes of a part, its adapters included
             whole = (part, *([adapter_part(part)] if stage.format(part).adapters else []))
@@ -371,9 +371,9 @@ class Estimate:
         unclipped = settings.grad_clip == 0 or settings.clip_by == "last"  # by the step's own norm
         early = unclipped and not pieced
         # Updated early, states before and after a step are there until it is published, and no gradients.
-        disk = 2 * phase._state_bytes(False) if early else state + round(max(ends, largest))
+        states = 2 * phase._state_bytes(False) if early else state + round(max(ends, largest))
         on_disk = 1 if "{rank}" in (config.store.path or "") else ranks  # ranks whose files one disk has, at most
-        disk = on_disk * (-(-disk // ranks) + step - kept)
+        disk = round(on_disk * (states / ranks + step - kept))
         beside = round(3 * group(groups)) + kept if apart else 0
         room = (round(SHARE * behind) - beside if apart else round(SHARE * limit) - memory - passes) // 2
         whole = per_parameter * sum(phase.pieces_apart(part, 0) for part in pieced)
