@@ -6,7 +6,8 @@ Everything below works on `Stage` alone: which blocks it holds, in which format,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -253,7 +254,8 @@ def schedule(config: StackWiseConfig) -> list[Stage]:
     }
     homes |= dict.fromkeys(block_parts(0, config.bottom - 1), BELOW)
     stages = (dataclasses.replace(stage, place=place) for place, stage in enumerate(_stages(config)))
-    formatted = (_with_formats(config, stage, homes) for stage in stages)
+    format_of = functools.cache(functools.partial(block_format, config))  # stages hold the same blocks in common
+    formatted = (_with_formats(config, stage, homes, format_of) for stage in stages)
     return [_in_its_window(config, stage) for stage in formatted]
 
 
@@ -450,15 +452,17 @@ def _lookahead(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...
     return ()
 
 
-def _with_formats(config: StackWiseConfig, stage: Stage, homes: Mapping[str, int]) -> Stage:
+def _with_formats(
+    config: StackWiseConfig, stage: Stage, homes: Mapping[str, int], format_of: Callable[[int, int, bool], BlockFormat]
+) -> Stage:
     """A stage with the formats of its blocks; where weights are frozen under adapters, these train in their place."""
     below = block_parts(0, stage.first - 1) if stage.reads_boundary else ()
-    formats = {
-        part: form
-        for part in (*below, *stage.blocks, *stage.lookahead)
-        if part in homes and (form := block_format(config, homes[part], stage.depth, part in stage.trains)) != PLAIN
-    }
-    progressive = config.training.progressive
+    progressive, formats = config.training.progressive, dict[str, BlockFormat]()
+    for part in (*below, *stage.blocks, *stage.lookahead):
+        if (home := homes.get(part)) is not None:
+            top = stage.depth if progressive.holds_trunk else home  # else it makes no difference
+            if (form := format_of(home, top, part in stage.trains)) != PLAIN:
+                formats[part] = form
     whole_trunk = progressive.enabled and progressive.trunk_strategy == "qlora" and stage.trains != (HEAD,)
     trains: list[str] = [FRONT] if FRONT in stage.trains else []
     commits_frozen = []

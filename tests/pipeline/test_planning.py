@@ -155,6 +155,16 @@ def test_sizes_that_fit_are_the_largest_that_do() -> None:
         fit(StackWiseConfig.from_preset("llama-1b"), replace(machine, memory=1e9), trace=False)
 
 
+def test_sizes_that_fit_are_so_by_the_trace() -> None:
+    """On a machine where the closed forms' largest stage comes near to the limit."""
+    config = StackWiseConfig.from_preset("micro", {"training.swap": "never"})
+    whole = forecast(config, MACHINES["cpu"], trace=False)
+    machine = replace(MACHINES["cpu"], memory=max(s.memory["peak"] for s in whole.stages) / SHARE)
+    sizes = fit(config, machine)
+    fitted = StackWiseConfig.from_preset("micro", {"training.mode": "blockwise", "training.swap": "never"} | sizes)
+    assert max(stage.memory["peak"] for stage in forecast(fitted, machine).stages) <= SHARE * machine.memory
+
+
 def test_what_does_not_fit_is_told_with_changes_that_help() -> None:
     config = StackWiseConfig.from_preset("llama-1b", {"training.mode.block_size": 16, "training.swap": "never"})
     small = replace(MACHINES["rtx4090"], disk=replace(MACHINES["rtx4090"].disk, size=1e11))

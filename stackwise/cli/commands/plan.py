@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stackwise import words
-from stackwise.cli.drawing import Table
+from stackwise.cli.drawing import Table, phases
 from stackwise.cli.options import Finite, as_json, config_argument, load, preset_option, source_name
 from stackwise.cli.output import Line, Styled, print_json, say_all
 
@@ -57,11 +57,15 @@ def plan(
     machine = _machine(**{key: options[key] for key in ("gpu", "disk", "ram")})
     number = tokens(options["tokens"]) if options["tokens"] is not None else None
     chosen, sizes = load(config, preset, parse_overrides(overrides)), None
-    if fits:
-        sizes = fit(chosen, machine)
-        chosen = load(config, preset, parse_overrides(overrides) | {"training.mode": "blockwise"} | sizes)
-    planned = forecast(chosen, machine, number)
-    lines, others = advise(planned, price), list(alternatives(planned))
+    with phases(unit=lambda *_: "") as doing:
+        if fits:
+            doing("finding sizes that fit", 0, None)
+            sizes = fit(chosen, machine)
+            chosen = load(config, preset, parse_overrides(overrides) | {"training.mode": "blockwise"} | sizes)
+        doing("tracing memory", 0, None)
+        planned = forecast(chosen, machine, number)
+        doing("comparing other ways", 0, None)
+        lines, others = advise(planned, price), list(alternatives(planned))
     if as_json:
         print_json(
             {
