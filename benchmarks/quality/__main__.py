@@ -83,7 +83,9 @@ def _unfinished(wanted: list[tuple[Row, Budget]], found: list[Result], seeds: in
     left = {(row.name, budget): seeds - runs.get((row.name, budget), 0) for row, budget in wanted}
     none = sorted({name for name, _ in left} - {name for name, _ in runs})
     some = sorted({name for (name, budget), count in left.items() if count > 0 and (name, budget) in runs})
-    parts = [f"not measured yet: {'; '.join(none)}"] if none else []
+    # A table of few rows names what it has: the list of all others would be longer than the table.
+    named = "; ".join(none) if len(none) <= len(runs) else f"{len(none)} other rows"
+    parts = [f"not measured yet: {named}"] if none else []
     parts += [f"fewer than {seeds} seeds: {'; '.join(some)}"] if some else []
     return f" Unfinished: {'. '.join(parts)}." if parts else ""
 

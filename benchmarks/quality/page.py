@@ -32,10 +32,9 @@ def body(name: str, found: list[Result]) -> str:
     plain, falling = ([row for row in found if row["name"] == name] for name in (PLAIN, WSD))
     parts = []
     for budget, title in BUDGETS.items():
-        rows = [row for row in found if row["budget"] == budget]
-        if not rows:
+        shown = _shown(found, budget)
+        if not shown:
             continue
-        shown = _ordered([*rows, *(row for row in falling if row not in rows)], plain)
         header = [
             "mode", "at 15%", "at 50%", "at 90%", "mean", "against plain", "against wsd", "bits per byte", "rate",
             "block updates", "rows", "FLOPs", "whole rack held", "peak memory", "written", "read",
@@ -48,11 +47,20 @@ def body(name: str, found: list[Result]) -> str:
     return "\n\n".join(parts)
 
 
+def _shown(found: list[Result], budget: str) -> list[Result]:
+    """The rows of a budget with plain training under `wsd`, best first; empty: none of the budget is measured."""
+    rows = [row for row in found if row["budget"] == budget]
+    if not rows:
+        return []
+    falling = [row for row in found if row["name"] == WSD and row not in rows]
+    return _ordered([*rows, *falling], [row for row in found if row["name"] == PLAIN])
+
+
 def write_plots(docs: Path, name: str, found: list[Result]) -> None:
     """Loss against compute and against peak memory, as SVG files beside the page."""
     plain = [row for row in found if row["name"] == PLAIN]
     for budget in BUDGETS:
-        rows = _ordered([row for row in found if row["budget"] == budget], plain)
+        rows = _shown(found, budget)
         for what, of, axis, form in PLOTS:
             if _known(rows, of) > 1:
                 _plot(docs / plot_name(name, what, budget), rows, plain, of, axis, form)
