@@ -19,7 +19,7 @@ from stackwise.errors import StackWiseError, UsageError
 from stackwise.pipeline.estimate import SHARE, Estimate
 from stackwise.pipeline.planning.advice import fit
 from stackwise.pipeline.planning.forecast import forecast, grown, streamed
-from stackwise.pipeline.planning.machines import MACHINES, find
+from stackwise.pipeline.planning.machines import EXAMPLE, MACHINES, find
 from stackwise.pipeline.planning.trace import PARTS, traced
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import raises_naming
@@ -212,7 +212,8 @@ def test_twice_the_disk_s_rate_halves_a_read_that_bounds_a_stage() -> None:
         (["--gpu", "h20"], "did you mean h200"),
         (["--gpu", "mine.yaml"], "No such file"),
         (["--gpu", "h200", "--disk", "fast"], "is no size"),
-        (["--gpu", "h200", "--disk", "7"], "holds nothing"),
+        (["--gpu", "h200", "--disk", "7"], "unit is missing"),
+        (["--gpu", "h200", "--ram", "128"], "unit is missing"),
         (["--gpu", "h200", "--disk", "1GB/s,2GB/s,3GB/s"], "one or two rates"),
         (["--gpu", "h200", "--ram", "-1"], "is no size"),
         (["--gpu", "h200", "--tokens", "many"], "no number of tokens"),
@@ -234,6 +235,17 @@ def test_a_user_s_own_machine_is_read_from_a_file(tmp_path: Path) -> None:
     path.write_text("memory: lots\nfloops: 3\n")
     with raises_naming(UsageError, "floops", "flops: ", "memory", "'lots'"):
         find(str(path))
+    path.write_text("memory: 48\nflops: 100T\nbandwidth: 900\n")  # of what, nobody can know
+    with raises_naming(UsageError, "memory", "'48'", "bandwidth", "'900'"):
+        find(str(path))
+
+
+def test_the_description_that_messages_propose_can_be_copied(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(EXAMPLE)
+    machine = find(str(path))
+    assert (machine.name, machine.memory, machine.ram, machine.host) == ("mine", 24e9, 64e9, 25e9)
+    assert (machine.disk.read, machine.disk.size) == (7e9, 4e12)
 
 
 @pytest.mark.parametrize("clip", [0.5, 0.0])

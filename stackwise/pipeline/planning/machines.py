@@ -88,7 +88,8 @@ MACHINES = {
     )
 }
 
-EXAMPLE = "name: mine, memory: 24GB, flops: 165T, bandwidth: 1TB/s, host: 25GB/s, ram: 64GB, disk: 7GB/s,4TB"
+EXAMPLE = "{name: mine, memory: 24GB, flops: 165T, bandwidth: 1TB/s, host: 25GB/s, ram: 64GB, disk: '7GB/s,4TB'}"
+"""A description as a line that can be copied into a file."""
 
 
 def find(name: str) -> Machine:
@@ -104,7 +105,7 @@ def find(name: str) -> Machine:
     meant = difflib.get_close_matches(name, MACHINES, n=1)
     raise UsageError(
         f"--gpu {name}: there is no machine of that name" + (f"; did you mean {meant[0]}?" if meant else ""),
-        hint=f"known: auto, {', '.join(MACHINES)}; or a file that describes yours: --gpu mine.yaml, with {EXAMPLE}",
+        hint=f"known: auto, {', '.join(MACHINES)}; or --gpu mine.yaml, a file such as {EXAMPLE}",
     )
 
 
@@ -152,22 +153,24 @@ def described(path: Path) -> Machine:
     return replace(machine, disk=disk(str(values["disk"]), str(path))) if "disk" in values else machine
 
 
+SMALLEST = 1e6
+"""A size or rate that means something: a number without its unit is one that does not."""
+
+
 def amount(text: str, per: str = "") -> float:
     """A size or rate in decimal units: 24GB, 7GB/s, 165T, 1B tokens.
 
     Raises:
-        ValueError: It is none, or not above 0.
+        ValueError: It is none, or so small that its unit was left out.
     """
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?(?:e\d{1,2})?)\s*([kmgtpb]?)i?b?\s*(/s)?\s*", text.lower())
     scale = {"": 1, "b": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
     value = float(match[1]) * scale[match[2]] if match else 0.0
     if not match or not 0 < value < 1e24 or (match[3] and not per):
         raise ValueError(f"{text!r} is no {'rate, such as 7GB/s' if per else 'size, such as 24GB'}")
+    if value < SMALLEST:
+        raise ValueError(f"{text!r} is too small: its unit is missing, such as {text.strip()}G")
     return value
-
-
-SMALLEST = 1e6
-"""Bytes of a disk that means something: a number without its unit is one that does not."""
 
 
 def disk(text: str, where: str = "--disk") -> Disk:
@@ -184,8 +187,6 @@ def disk(text: str, where: str = "--disk") -> Disk:
         raise UsageError(f"{where} {text}: {error}", hint="give rates and a size: 7GB/s,5GB/s,15TB") from None
     if len(rates) > 2 or len(sizes) > 1 or not parts:
         raise UsageError(f"{where} {text}: one or two rates and a size", hint="such as 7GB/s,15TB")
-    if sizes and sizes[0] < SMALLEST:
-        raise UsageError(f"{where} {text}: a disk of {sizes[0]:.0f} bytes holds nothing", hint="such as 7GB/s,15TB")
     known = Disk()
     read = rates[0] if rates else known.read
     return Disk(read, rates[1] if len(rates) > 1 else read if rates else known.write, sizes[0] if sizes else known.size)
