@@ -194,6 +194,17 @@ def test_a_rack_that_grows_is_compared_with_those_that_do_not_and_proposed_to_th
     assert any(line.startswith("training.growth: [{blocks: 1, until: 0.8}]") for line in advise(staged, None))
 
 
+def test_what_a_reader_maps_of_its_boundary_counts_as_memory_as_far_as_there_is_room() -> None:
+    def hosts(ram: float, **store: str) -> list[int]:
+        config = StackWiseConfig.from_preset("micro", {"store": store} if store else {})
+        return [s.host_memory for s in forecast(config, replace(MACHINES["cpu"], ram=ram), 10**8, trace=False).stages]
+
+    mapped, read = hosts(64e9), hosts(64e9, codec="bf16-zstd")
+    assert mapped[0] == read[0]
+    assert mapped[1] > read[1]
+    assert hosts(1.0) == hosts(1.0, codec="bf16-zstd")  # it takes no room that there is not
+
+
 def test_twice_the_disk_s_rate_halves_a_read_that_bounds_a_stage() -> None:
     config = StackWiseConfig.from_preset("llama-1b", {"training.epochs_per_layer": 1})
     slow, fast = (

@@ -17,7 +17,7 @@ from stackwise.pipeline.decisions import forward_flops
 from stackwise.pipeline.estimate import WEIGHT_BYTES, WIDE, Estimate, Swap
 from stackwise.pipeline.planning.machines import Machine
 from stackwise.pipeline.planning.trace import PARTS, Traced, estimated, traced
-from stackwise.pipeline.recipe import whole_boundary
+from stackwise.pipeline.recipe import codec_name, whole_boundary
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, schedule
 from stackwise.words import size
 
@@ -27,6 +27,8 @@ HOLES = 0.35
 """On a CPU, of what comes and goes in a step, what the heap of glibc takes beside it (docs/log.md)."""
 FIRST = 45e6
 """Bytes that a CPU worker grows by at its first step, however small: pages of kernels' code, and their own buffers."""
+MAPPED = 1 / 8
+"""Share of the memory of which a reader maps files: their pages count as its own, and go where memory is short."""
 CACHED = 0.5  # share of the host's memory that files may stay in, to be read from there again
 COMPUTE, READ, WRITE, COPIES = "compute", "disk read", "disk write", "host copies"
 
@@ -336,6 +338,8 @@ def _stage(
         host += state
         if machine.kind != "cuda":
             host += grown(trace.parts)
+            if "-" not in codec_name(config.store):  # compressed files are not mapped
+                host += max(0.0, min(reads, MAPPED * machine.ram, machine.ram - host))
         terms = {COMPUTE: compute, READ: cold, COPIES: copies}
         seconds = max(terms.values())
         saves = (
