@@ -20,6 +20,7 @@ from stackwise.config import StageTraining
 from stackwise.identity import derive_seed
 from stackwise.training.adaptation import Adaptation
 from stackwise.training.anchor import Squares, row_loss
+from stackwise.training.lanes import seed_generator
 from stackwise.training.narrow import narrow_weights
 from stackwise.training.optim import BLOCK, Rising, make_optimizer, over_ranks, set_rates, state_tensors
 from stackwise.training.phases import BACKWARD, FORWARD, PhaseClock
@@ -403,7 +404,7 @@ class ResidentEngine:
     def _passes(self, pulled: Microbatches, step: int, losses: StepLoss) -> None:
         """Both passes of all microbatches of a step: their gradients on the parameters, their terms in `losses`."""
         for number, batch in enumerate(self._arrivals.each(pulled)):
-            torch.manual_seed(derive_seed(*self.seed, step, self.ranks.microbatch(number), "dropout"))
+            seed_generator(self.device, derive_seed(*self.seed, step, self.ranks.microbatch(number), "dropout"))
             losses.add(self._gradient(batch, losses, number))
             self._reducer.add()
 

@@ -156,6 +156,18 @@ def lane_to(device: torch.device) -> Lane:
     return CudaLane(device) if device.type == "cuda" else Lane(device)
 
 
+def seed_generator(device: torch.device, seed: int) -> None:
+    """Seed what draws on a device, and on the CPU, to the numbers that `torch.manual_seed` gives.
+
+    That one formats a stack trace for each kind of device that this process does not use: 0.1 ms a call and more.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 def generator_state(device: torch.device) -> Tensor:
     """The state of the generator that draws on a device."""
     if device.type == "cuda":

@@ -31,13 +31,13 @@ from stackwise.identity import derive_seed
 from stackwise.model.layers import pull
 from stackwise.training.anchor import Squares, row_loss
 from stackwise.training.engine import LOWER_RATE, Accept, State, Stepped
-from stackwise.training.lanes import generator_state, lane_to, set_generator
+from stackwise.training.lanes import generator_state, lane_to, seed_generator, set_generator
 from stackwise.training.optim import Rising
 from stackwise.training.phases import BACKWARD, FORWARD, OPTIMIZER, PhaseClock
 from stackwise.training.ranks import RankGroup
 from stackwise.training.scaling import SCALER, LastNorm, LossScale, clip_factor, judged
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
-from stackwise.training.swap_kept import KeptPasses, Pass, keepable
+from stackwise.training.swap_kept import KeptPasses, Pass
 from stackwise.training.swap_loader import PartLoader
 from stackwise.training.swap_moving import Moving, share_directory
 from stackwise.training.swap_parts import (
@@ -454,10 +454,11 @@ class SwappedEngine:
         index = loaded.group.index
         following = (len(self.groups) - 2 - index) * (last + 1) + last - number
         pieces = self.loader.pieces.keys() & loaded.parts.keys()  # they go with the group
-        if index < self.lowest or pieces or not keepable([*loaded.parts.values()]) or not self.kept.room(following):
+        weights = self.kept.weights(index, loaded.parts)
+        if index < self.lowest or pieces or not weights.may_wait or not self.kept.room(following):
             with model.numerics(self.device):
                 return model.run(batch, below)
-        with self.kept.counting(loaded.parts) as count, model.numerics(self.device):
+        with weights.apart() as count, model.numerics(self.device):
             leaving, terms = model.run(batch, below)
         self.kept.put(index, number, Pass(batch, leaving, terms, count.nbytes))
         return leaving, terms
@@ -489,7 +490,7 @@ class SwappedEngine:
 
     def _draw(self, step: int, index: int, number: int) -> Tensor:
         """Set the generator to where it stood when the microbatch first entered the group; returns it as seeded."""
-        torch.manual_seed(derive_seed(*self.seed, step, self.ranks.microbatch(number), "dropout"))
+        seed_generator(self.device, derive_seed(*self.seed, step, self.ranks.microbatch(number), "dropout"))
         seeded = generator_state(self.device)
         if ("draw", index, number) in self.spill:
             set_generator(self.device, self.spill.held(("draw", index, number)))

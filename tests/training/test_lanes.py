@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from stackwise.identity import derive_seed
 from stackwise.training import swap
-from stackwise.training.lanes import Buffers, CudaLane, Lane
+from stackwise.training.lanes import Buffers, CudaLane, Lane, seed_generator
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_loader import PartLoader
 from stackwise.training.swap_parts import Loaded
@@ -112,3 +113,16 @@ def test_a_gpu_copies_on_streams_of_its_own() -> None:
     made = there * 2
     landed = lane.down({"made": made}, lane.mark())["made"]
     assert torch.equal(landed, host * 2)
+
+
+@pytest.mark.parametrize("seed", [0, 5, derive_seed(7, 0, "dropout"), (1 << 63) - 1])
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)], ids=str)
+def test_a_seeded_generator_draws_the_numbers_of_torch(device: torch.device, seed: int) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    torch.manual_seed(seed)
+    want = [torch.rand(9), torch.rand(9, device=device)]
+    torch.manual_seed(1)
+    seed_generator(device, seed)
+    assert torch.equal(torch.rand(9), want[0])
+    assert torch.equal(torch.rand(9, device=device), want[1])
