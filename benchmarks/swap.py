@@ -2,9 +2,10 @@
 
     python -m benchmarks.swap [--width 256] [--blocks 8] [--microbatches 1,2,4,8,16] [--depths 4,16,64]
 
-One rack, three engines, the same microbatches, in turns: in memory; swapped, every pass computed twice; swapped, with
-memory in which passes wait for the way down. The weights of all are then compared bit for bit. Memory is measured in
-processes of their own, each part of the rack a group of its own and no boundary kept in memory.
+One rack, three engines, the same microbatches, in turns: in memory; swapped, boundaries in files and every pass
+computed twice; swapped as a run does it where memory is enough, boundaries in memory and passes waiting there for the
+way down. The weights of all are then compared bit for bit. Memory is measured in processes of their own, each part of
+the rack a group of its own and no boundary kept in memory.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 VOCAB, SEED, RATE = 512, (0, 0), 1e-3
 KINDS = ("resident", "swapped", "waiting")
-WAITING = 1 << 40  # bytes that passes may take which wait for the way down: all of them do
+WAITING = 1 << 40  # bytes that boundaries may take, and passes which wait for the way down: all of them do
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,7 +142,8 @@ def engines(options: argparse.Namespace, blocks: int, directory: Path, *kinds: s
         if kind == "resident":
             engine = ResidentEngine(parts.whole(), settings, seed=SEED, device=device)
         else:
-            space = SwapSpace(directory / kind, blocks, 0, say, passes=WAITING if kind == "waiting" else 0)
+            room = WAITING if kind == "waiting" else 0
+            space = SwapSpace(directory / kind, blocks, room, say, passes=room)
             engine = SwappedEngine(parts, settings, space, seed=SEED, device=device)
         made.append({"kind": kind, "engine": engine, "parts": parts})
     return made
@@ -270,9 +272,10 @@ def _section(result: Result) -> Section:
         f"{result['repeats']} steps, smallest to largest in brackets; ratios are taken step by step, and those of "
         "processor time are of the thread that computes. Swapped, every block takes its turn alone, boundaries go to "
         "files, and each step is durable when it ends. A group's forward pass is computed again on the way down, which "
-        "is a third more work than in memory; where passes wait in memory (SwapSpace.passes, here as many bytes as "
-        "they need), it is not. Below: what two steps of four microbatches, and importing PyTorch, add to the largest "
-        "resident size of a process of their own."
+        "is a third more work than in memory. Where passes wait, it is not: as a run has it by default where memory is "
+        "enough, boundaries then stay in memory too (SwapSpace.memory and passes, here as many bytes as they need). "
+        "Below: what two steps of four microbatches, and importing PyTorch, add to the largest resident size of a "
+        "process of their own."
     )
     return Section("swap", "Swapped stages", text, f"{steps}\n\n{memory}", "CPU", result)
 
