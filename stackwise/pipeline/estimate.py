@@ -367,6 +367,8 @@ class Estimate:
         memory = taken(groups, alive) + 4 * WEIGHT_BYTES * travelling * (ranks > 1) + (0 if apart else kept)
         pieced = [part for part in blocks_held if part in stage.trains and stage.pieces(config, part)]
         waiting = round(microbatches * (most - len(pieced)) * activations)  # experts go, and passes need them
+        # Half of what is left: what else takes memory is not known (free pieces that the allocator holds, files read),
+        # and a pass that finds no room costs time alone, its forward pass once more.
         passes = min(waiting, max(0, round(SHARE * limit) - memory) // 2)
         unclipped = settings.grad_clip == 0 or settings.clip_by == "last"  # by the step's own norm
         early = unclipped and not pieced
