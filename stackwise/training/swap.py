@@ -27,6 +27,7 @@ from stackwise import files
 from stackwise.batch import ACTIVATIONS, Batch, Term
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
+from stackwise.host import keep_freed_memory
 from stackwise.identity import derive_seed
 from stackwise.model.layers import pull
 from stackwise.training.anchor import Squares, row_loss
@@ -79,6 +80,8 @@ class SwappedEngine:
         before: int = 0,
         rising: Rising | None = None,
     ) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()  # passes that wait free so much each step that the C library would give it back
         self.before = before
         self.ranks = ranks = space.ranks
         self.gathers = ranks.size > 1
