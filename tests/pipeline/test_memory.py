@@ -75,6 +75,9 @@ def test_a_stage_beyond_the_machine_is_not_begun(micro: Micro, tmp_path: Path) -
     changes = {"training__batch_size": rows, "training__rows": 64, "training__steps": 1, "training__swap": "never"}
     with pytest.raises(UsageError) as refused:
         Runner(micro(**changes), RunDirectory(tmp_path / "run"), lambda event: None).run(dry=True)
+    with pytest.raises(UsageError):
+        Runner(micro(**changes), RunDirectory(tmp_path / "runs" / "new"), lambda event: None).run()
+    assert not (tmp_path / "runs").exists(), "what was refused left something"
     # What it says to change is enough, and the rows of a step stay.
     batch, accumulation = map(int, re.findall(r"→ (\d+)", refused.value.hint or "")[:2])
     assert batch * accumulation == rows

@@ -17,7 +17,7 @@ from stackwise.config.unused import unused_settings
 from stackwise.config.yaml_files import dump
 from stackwise.data import PreparedData
 from stackwise.durable import write_bytes
-from stackwise.errors import NotFound
+from stackwise.errors import NotFound, StackWiseError
 from stackwise.identity import content_id
 from stackwise.pipeline.costs import check_fit, planned_notes, settle_windows
 from stackwise.pipeline.decisions import RunPreview, moved_store, preview
@@ -100,16 +100,16 @@ class Runner:
             check_store(self.run_directory.store_path(self.config))
             if dry:
                 plan, _, history = self._plan_apart(stack)
-                self._preview(plan, history)
+                self._show(plan, *self._preview(plan, history))
                 return {}
-            context = self._begin(stack, only)
+            context, decided, fit = self._begin(stack, only)
             manifest, boundaries = context.manifest, Boundaries(context)
             # A stage is this run's from its first step on, a boundary from its first chunk: no `cache gc` takes them.
             self._observe.add(lambda new: boundaries.register() if new["event"] in TAKEN_UP else None)
             try:
                 execution = Execution(context, boundaries, waits=self._waits)
                 chosen = execution.chosen(only, window)
-                decided = self._preview(context.plan, context.history)
+                self._show(context.plan, decided, fit)
                 execution.begin(decided)
                 manifest.save()
                 # What was tried stands in the manifest by now.
@@ -136,8 +136,8 @@ class Runner:
         if only is not None and not 0 <= only < self.config.n_stages:
             raise NotFound(f"there is no stage {only}: the schedule has 0 to {self.config.n_stages - 1}")
 
-    def _begin(self, stack: contextlib.ExitStack, only: int | None) -> RunContext:
-        """Take the run directory and the store, and plan."""
+    def _begin(self, stack: contextlib.ExitStack, only: int | None) -> tuple[RunContext, RunPreview, dict[str, Any]]:
+        """Take the run directory and the store, plan, and look whether there is room: refused, it leaves nothing."""
         run = self.run_directory
         with Preparation(run, self.config, stack) as preparation:
             self._observe.add(preparation.observe)
@@ -147,6 +147,7 @@ class Runner:
                 self._hosts.check_data(data)
             plan, manifest, history = self._plan(data, stack, run.logs, run.store_path(self.config))
             self._check_stage(only)
+            decided, fit = self._preview(plan, history)
         for observer in (
             stack.enter_context(EventLog(run)),
             stack.enter_context(Trackers(run, self.config, self._observe)),
@@ -154,7 +155,7 @@ class Runner:
         ):
             self._observe.add(observer)
         write_bytes(run.config_file, dump(self.config).encode())
-        return RunContext(run, plan, history, manifest, self._pool, self._emit)
+        return RunContext(run, plan, history, manifest, self._pool, self._emit), decided, fit
 
     def _plan_apart(self, stack: contextlib.ExitStack) -> tuple[Plan, Manifest, History]:
         """Plan without taking or making anything: where there is no store yet, one that is gone afterwards serves."""
@@ -205,24 +206,32 @@ class Runner:
         plan = Plan(config, data, opened, device=device, memory=memory, known_rowsets=rowsets, sources=sources)
         return plan, Manifest(run, plan, before, auto), history
 
-    def _preview(self, plan: Plan, history: History) -> RunPreview:
-        """Say what becomes of each stage, and whether there is room for it."""
+    def _preview(self, plan: Plan, history: History) -> tuple[RunPreview, dict[str, Any]]:
+        """What becomes of each stage, and the room that training takes. Raises StackWiseError: there is less."""
         decided = preview(plan, history)
         store = self.run_directory.store_path(plan.config)
         if warning := moved_store(history, store, decided.decisions):
             self._emit("warning", stage=None, text=warning)
+        try:
+            return decided, check_fit(plan, decided.training, store)
+        except StackWiseError:
+            self._show_stages(decided)  # what was asked for stands above the line that says why it cannot be
+            raise
+
+    def _show_stages(self, decided: RunPreview) -> None:
         self._emit("plan", stages=[decision.plain() for decision in decided.decisions])
-        todo = decided.training
-        fit = check_fit(plan, todo, store)
+
+    def _show(self, plan: Plan, decided: RunPreview, fit: dict[str, Any]) -> None:
+        """Emit what `_preview` came to."""
+        self._show_stages(decided)
         self._emit("fit", **fit)
         for depth, groups in fit["swapped"].items():
             turns = f"its blocks take turns in {groups} groups" if groups > 1 else "its blocks are one group"
             tight = fit["tight"].get(depth)
             more = "" if tight is None else f"; it takes about {in_bytes(tight)} all the same, more than it may"
             self._emit("note", text=f"stage {depth} is swapped: {turns} (training.swap){more}")
-        for line in planned_notes(plan, fit["swapped"] if todo else None):
+        for line in planned_notes(plan, fit["swapped"] if decided.training else None):
             self._emit("note", text=line)
-        return decided
 
     def _finish(self, context: RunContext) -> dict[str, Any]:
         """Held-out evaluation, a passage filled in, the export if asked; once for the same weights."""
