@@ -163,15 +163,17 @@ def test_compression_is_refused_where_sums_are_to_be_those_of_one_process(micro:
         micro(parallel__data=2, parallel__compression="bf16")
 
 
-@pytest.mark.parametrize("why", ["swapped", "port"])
+@pytest.mark.parametrize("why", ["swapped and compressed", "port"])
 def test_what_ranks_cannot_do_is_refused_before_anything_is_written(why: str, tmp_path: Path) -> None:
+    swapped = ["parallel.compression=bf16", "training.swap=always", "parallel.deterministic=false"]
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
-        option = "training.swap=always" if why == "swapped" else f"parallel.port={port}"
+        options = [f"parallel.port={port}"] if why == "port" else swapped
         arguments = ["run", "--preset", "micro", "--run", str(tmp_path / "run"), "--engine", "torchrun", "--ranks", "2"]
-        done = CliRunner().invoke(main, [*arguments, "-o", option], standalone_mode=False)
+        arguments += [word for option in options for word in ("-o", option)]
+        done = CliRunner().invoke(main, arguments, standalone_mode=False)
     assert isinstance(done.exception, UsageError)
-    assert option.partition("=")[0] in str(done.exception)
+    assert options[0].partition("=")[0] in str(done.exception)
     assert not (tmp_path / "run").exists()
 
 
