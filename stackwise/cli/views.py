@@ -51,6 +51,8 @@ class StageView:
     skipped: int = 0
     held_out: float | None = None
     last: tuple[float, int] | None = None
+    passes: Event | None = None
+    """How far the step in hand is, where it takes long."""
 
     def take_step(self, event: Event) -> None:
         """Take up the figures of a step."""
@@ -60,6 +62,7 @@ class StageView:
         if self.last is not None and event["step"] > self.last[1]:
             event["seconds_per_step"] = (now - self.last[0]) / (event["step"] - self.last[1])
         self.last, self.step, self.steps = (now, event["step"]), event["step"], event["steps"]
+        self.passes = None
         for name, share in SMOOTH.items():
             before, value = self.figures.get(name), event.get(name)
             if value is None:  # no loss where every step since was skipped
@@ -67,6 +70,11 @@ class StageView:
             elif before is not None:
                 event[name] = (1 - share) * before + share * value
         self.figures = event
+
+    @property
+    def done(self) -> float:
+        """Steps, with the share of the one in hand."""
+        return self.step + (self.passes["done"] / self.passes["total"] if self.passes is not None else 0.0)
 
     @property
     def seconds_left(self) -> float | None:
@@ -143,11 +151,13 @@ class RunView:
         match event["event"]:
             case "training":
                 stage.state, stage.steps, stage.why = "running", event["steps"], event["reason"]
-                stage.step, stage.skipped, stage.figures, stage.last = 0, 0, {}, None
+                stage.step, stage.skipped, stage.figures, stage.last, stage.passes = 0, 0, {}, None, None
             case "resumed":
                 stage.step, stage.why = event["step"], f"resumed at step {event['step']:,}"
             case "step":
                 stage.take_step(event)
+            case "passes" if event["step"] > stage.step:
+                stage.passes = event
             case "diverged":
                 stage.skipped += "to" not in event  # a rollback is no skipped step
             case "held_out":
@@ -232,6 +242,12 @@ def step_figures(figures: Event, stage: StageView) -> list[str]:
     if stage.seconds_left is not None and stage.step < (stage.steps or 0):
         parts.append(f"{words.clock(stage.seconds_left)} left")
     return parts
+
+
+def passes_made(passes: Event) -> str:
+    """How far a step is, in words."""
+    made = f"{passes['done']:,} of {passes['total']:,} passes"
+    return f"step {passes['step']:,} so far: {made}, {words.clock(passes['seconds'])}"
 
 
 def watcher(view: RunView, as_json: bool) -> contextlib.AbstractContextManager[Callable[[Event], None]]:
@@ -329,7 +345,9 @@ class Lines(_View):
         if time.monotonic() - self._spoke < SECONDS or not event.get("total"):
             return
         share = words.percent(event["done"] / event["total"])
-        if event["event"] == "boundary":
+        if event["event"] == "passes":
+            self._say(self.at(event["stage"], passes_made(event)))
+        elif event["event"] == "boundary":
             depth = self._view.stages[event["stage"]].depth
             self._say(self.at(event["stage"], f"boundary {depth + 1}: {share}"))
         else:
@@ -380,7 +398,7 @@ class Live(_View):
         if view.activity is not None:
             lines += [[], self._bar(view.done, view.total), [self._activity(view.activity)]]
         elif (stage := view.running) is not None:
-            lines += [[], self._bar(stage.step, stage.steps), self._training(stage)]
+            lines += [[], self._bar(stage.done, stage.steps), self._training(stage)]
             if view.group is not None:
                 lines += [[], *ranks_table(view.group, RANKS)]
         return drawn(lines)
@@ -407,8 +425,10 @@ class Live(_View):
 
     def _training(self, stage: StageView) -> Line:
         begun = f"stage {stage.label}  {stage.step:,}/{stage.steps or 0:,}"
+        if stage.passes is not None:
+            begun = f"{begun}  {passes_made(stage.passes)}"
         if "step" not in stage.figures:
-            return [begun, Styled("  starting", "dim")]
+            return [begun, Styled("" if stage.passes is not None else "  starting", "dim")]
         left = self._view.seconds_left if len(self._view.stages) > 1 else None
         whole = "" if left is None else f"  all stages {words.clock(left)}"
         return ["  ".join([begun, *step_figures(stage.figures, stage)]), Styled(whole, "dim")]
@@ -421,10 +441,10 @@ class Live(_View):
         unit = words.size if activity in ("reading", "tokenizer", "tokenizing") else words.count
         return f"{text}  {unit(done)}" + (f" of {unit(total)}" if total else "")
 
-    def _bar(self, done: int, total: int | None) -> Line:
+    def _bar(self, done: float, total: int | None) -> Line:
         room = min(64, self._console.width)
         if total:
-            full = room * min(done, total) // total
+            full = int(room * min(done, total) / total)
             return [Styled("━" * full, "cyan"), Styled("─" * (room - full), "dim")]
         at = int(5 * time.monotonic()) % max(1, room - 8)  # it moves where nobody knows how far there is to go
         return [Styled("─" * at, "dim"), Styled("━" * 8, "cyan"), Styled("─" * max(0, room - 8 - at), "dim")]

@@ -221,6 +221,7 @@ EVENTS: dict[str, Kind] = {
     "rolled_out": Kind(_rolled_out, figures=("score", "kl", "length", "coefficient", "ended", "seconds")),
     "resumed": Kind(lambda event: f"resumed at step {event['step']:,} of {event['steps']:,}", shown_by="table"),
     "step": Kind(shown_by="progress", figures=STEP_FIGURES),
+    "passes": Kind(shown_by="progress"),
     "ranks": Kind(shown_by="progress"),
     "checkpoint": Kind(shown_by="nothing", figures=("seconds", "written_seconds")),
     "grown": Kind(_grown),

@@ -68,7 +68,7 @@ class Engine(Protocol):
 
     device: torch.device  # where it computes
     ranks: Ranks  # those that train the stage together
-    phases: PhaseClock  # the time of its steps
+    phases: PhaseClock  # the time of its steps, and how far the one in hand is
     gathers: bool  # whether all ranks have to ask for `state` together, as each has a part of it
     checkpoints: str
     """The directory of its checkpoints below the stage's own: one kind of engine cannot take up another's."""
@@ -403,7 +403,8 @@ class ResidentEngine:
 
     def _passes(self, pulled: Microbatches, step: int, losses: StepLoss) -> None:
         """Both passes of all microbatches of a step: their gradients on the parameters, their terms in `losses`."""
-        for number, batch in enumerate(self._arrivals.each(pulled)):
+        self.phases.begin_step(self.settings.accumulation // self.ranks.shares)
+        for number, batch in self.phases.counted(self._arrivals.each(pulled)):
             seed_generator(self.device, derive_seed(*self.seed, step, self.ranks.microbatch(number), "dropout"))
             losses.add(self._gradient(batch, losses, number))
             self._reducer.add()

@@ -1,12 +1,14 @@
-"""How long the phases of a step take: forward, backward, optimizer."""
+"""How long the phases of a step take (forward, backward, optimizer), and how far the step in hand is."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
+
+from stackwise.batch import Batch
 
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 
@@ -16,7 +18,12 @@ class PhaseClock:
 
     On a GPU events mark where a phase begins and ends in the stream, so that nothing is waited for before the sums are
     read. A head whose loss leaves its gradients behind (`cross_entropy.py`) counts as forward.
+
+    A step's passes are those of its microbatches through the stage; where its parts take turns, through each group of
+    them, up and down. Another thread may look at them. On a GPU they are counted as they are queued.
     """
+
+    passes, done = 0, 0  # of the step in hand: how many it has, and how many were made
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -36,6 +43,16 @@ class PhaseClock:
         begun = self._now()
         yield
         self._seconds[phase] += self._now() - begun
+
+    def begin_step(self, passes: int) -> None:
+        """A step begins, of so many passes."""
+        self.passes, self.done = passes, 0
+
+    def counted(self, microbatches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+        """Microbatches with their numbers, each with a pass that is made when the next one is asked for."""
+        for numbered in enumerate(microbatches):
+            yield numbered
+            self.done += 1
 
     def take(self) -> dict[str, float]:
         """The seconds of each phase since the last call; waits for the device."""

@@ -93,6 +93,7 @@ class _Scheduled(nn.Module):
 
     def _backward(self, gradient: Tensor) -> None:
         engine, last = self._engine[0], len(self._engine[0].current.batches) - 1
+        engine.phases.done += 1
         engine.synchronise(self._run[0], self._gone_back == last)
         self._gone_back = 0 if self._gone_back == last else self._gone_back + 1
 
@@ -167,6 +168,7 @@ class PipelinedEngine(ShardedEngine):
         batches = [batch.to(self.device) for batch in pulled.following()]
         if self._schedule is None:
             self._schedule = self._scheduled(batches[0], len(batches))
+        self.phases.begin_step(len(batches) * len(self._parts))
         losses.sum_ahead = self._sum_counts
         self._current = _Step(batches, pulled, losses, {})
         numbers = torch.arange(len(batches), device=self.device)

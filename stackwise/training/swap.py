@@ -151,8 +151,8 @@ class SwappedEngine:
                 clip = clip_factor(limit, self.last.norm.to(torch.float32))
             self._catch_up([self.groups[-1]])  # where the step before was another
             ways[-1] = partial(self.loader.load, self.groups[-1], moments=True)
-        down = self.groups[self.lowest : -1][::-1]
-        ways += [partial(self.loader.load, group, moments=early) for group in down]
+        ways += [partial(self.loader.load, group, moments=early) for group in self.groups[self.lowest : -1][::-1]]
+        self.phases.begin_step(len(ways) * len(microbatches))
         turns = in_turn(ways)
         update = Update(last=step, rate=rate, clip=clip)
         leave = partial(self.loader.update_ahead, update=update) if early else self.loader.write_gradients
@@ -357,7 +357,7 @@ class SwappedEngine:
             self.loader.fill(loaded)
             model, top, last = self.parts.model(loaded.parts), index + 1 == len(self.groups), len(microbatches) - 1
             sums = self.loader.sums(loaded)
-            for number, cpu_batch in enumerate(microbatches):
+            for number, cpu_batch in self.phases.counted(microbatches):
                 batch = self._entering(index, number, cpu_batch)
                 seeded = self._draw(step, index, number)
                 if top:
@@ -406,7 +406,7 @@ class SwappedEngine:
             self.loader.fill(loaded)
             model, sums = self.parts.model(loaded.parts), self.loader.sums(loaded)
             head = self.loader.tied_head(loaded) if self.tied and index == 0 else None
-            for number, cpu_batch in enumerate(microbatches):
+            for number, cpu_batch in self.phases.counted(microbatches):
                 # Else nothing above that trains came from it.
                 if ("g", index, number) in self.spill or losses.several:
                     self._back(index, model, head, (step, number, cpu_batch), losses)

@@ -119,6 +119,29 @@ def test_work_of_unknown_length_is_said_as_it_begins(view: RunView, capsys: pyte
     assert "compiling a block" in said
 
 
+def test_a_step_that_takes_long_shows_its_passes(
+    view: RunView, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    lines, live = Lines(view, every=10), Live(view, console)
+    lines(EVENTS[8])
+    for made in range(1, 10):
+        now += 2.5
+        passes = {"event": "passes", "stage": 1, "step": 1, "steps": 2, "done": 100 * made, "total": 1000}
+        lines(passes | {"seconds": 2.5 * made})
+        live(passes | {"seconds": 2.5 * made})
+    said = capsys.readouterr().out.splitlines()
+    assert [made for made in range(1, 10) if any(f"{100 * made} of 1,000" in line for line in said)] == [2, 4, 6, 8]
+    console.print(live.render())
+    bar, below = console.file.getvalue().splitlines()[-2:]  # type: ignore[attr-defined]
+    assert "900 of 1,000" in below
+    assert bar.count("━") == int(64 * 0.9 / 60)  # the share of the step in hand
+    live(step(1, stage=1))
+    assert view.stages[1].passes is None
+
+
 def test_the_live_view_follows(view: RunView) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100, color_system=None)

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from stackwise.config import StackWiseConfig
@@ -58,6 +59,23 @@ def test_the_runner_killed(reference: tuple[Path, list[str]], tmp_path: Path, ev
     seen = goes_on(config, tmp_path / "run", expected)
     if stage == 1:
         assert [e["stage"] for e in seen if e["event"] == "reused"] == [0]
+
+
+def test_a_worker_does_not_outlive_its_runner_by_a_long_step(text: Path, tmp_path: Path) -> None:
+    overrides = {"data.paths": [str(text)], "training.accumulation": 20_000}  # a step of a minute and more
+    config = StackWiseConfig.from_preset("micro", overrides)
+    (tmp_path / "stackwise.yaml").write_text(dump(config))
+    command = Command(tmp_path / "stackwise.yaml", tmp_path / "run", alone=True)
+    made = [command.until("passes", 0)["done"] for _ in range(2)]
+    assert 0 <= made[0] < made[1] < 20_000
+    workers = [psutil.Process(pid) for pid in command.children()]
+    assert workers
+    command.process.kill()
+    _, left = psutil.wait_procs(workers, timeout=5)
+    assert left == []
+    command.end()
+    with ActivationStore(tmp_path / "run" / "store", create=False) as store:
+        assert store.verify()["damaged"] == []
 
 
 def test_the_worker_killed(reference: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_gradients_and_weights_are_those_of_plain_training_bit_for_bit(disk: Pat
                 assert (wanted is None) == (key not in found[part]), (part, key)
                 assert wanted is None or torch.equal(found[part][key], wanted), (part, key)
         assert float(stepped.loss) == plain.step(batches, step, 4)
+        assert swapped.phases.done == swapped.phases.passes >= len(batches) * len(swapped.groups)
     swapped.settle()
     for part, tensors in plain.weights(parts.names).items():
         for key, value in tensors.items():

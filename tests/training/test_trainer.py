@@ -155,6 +155,7 @@ def test_no_microbatch_waits_for_the_last_one() -> None:
     one.train_step(source())
     forward.remove()
     assert seen == [1, 2, 3, 4]
+    assert one.engine.phases.done == one.engine.phases.passes == 4
     other = trainer(accumulation=4)
     other.train_step([batch(number) for number in range(4)])
     for name, tensor in one.engine.state().items():

@@ -276,6 +276,6 @@ class Group:
         """See `Worker.close`."""
         deadline = time.monotonic() + CLOSE_SECONDS
         for rank in self._ranks:
-            rank.worker.end_input()
+            rank.worker.end()
         for rank in self._ranks:
             rank.worker.close(max(0.0, deadline - time.monotonic()))

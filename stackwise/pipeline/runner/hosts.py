@@ -26,7 +26,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
 from stackwise.errors import InterruptedRun, StackWiseError, UsageError
 from stackwise.pipeline.runner.launch import Launch
-from stackwise.pipeline.runner.workers import Worker
+from stackwise.pipeline.runner.workers import CLOSE_SECONDS, Worker
 from stackwise.pipeline.stopping import stop_signals
 from stackwise.version import __version__
 
@@ -36,6 +36,7 @@ END_SECONDS = 10.0  # for the last words to reach the others
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 """Seconds until a silent connection is asked for, between two questions, and how many go unanswered."""
 KILLED_SECONDS = 5.0  # that a worker of another host, which was killed, is waited for
+LOST_SECONDS = 1.0  # that a worker may go on for when rank 0 is gone: nobody waits for the rest of a long step
 
 Message = dict[str, Any]
 
@@ -345,10 +346,12 @@ def serve(launch: Launch, config: StackWiseConfig) -> int:
             if worker.has_job:
                 worker.stop(None)
 
+    patience = LOST_SECONDS
     with stop_signals(stop):
         try:
             for message in wire:
                 if "end" in message:
+                    patience = CLOSE_SECONDS
                     return int(message["end"])
                 _obey(message, workers, wire, launch)
             raise StackWiseError(
@@ -356,7 +359,7 @@ def serve(launch: Launch, config: StackWiseConfig) -> int:
             )
         finally:
             for worker in workers.values():
-                worker.close()
+                worker.close(patience)
             wire.close()
 
 
@@ -405,7 +408,7 @@ def _obey(message: Message, workers: dict[int, Worker], wire: Wire, launch: Laun
     elif message.get("input"):
         worker.give(json.loads(message["input"]))
     elif "input" in message:
-        worker.end_input()
+        worker.end()
     elif message.get("signal") == signal.SIGTERM:
         worker.stop(None)
     elif "signal" in message:

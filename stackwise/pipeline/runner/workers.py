@@ -39,7 +39,7 @@ with the long spin of libgomp itself one keeps the core that another needs as so
 (docs/log.md). A GPU's memory comes in segments that grow, so that stages of odd sizes leave no holes in it."""
 CLOSE_SECONDS = 120.0  # how long a worker that was told to stop may take for the step in hand and its checkpoint
 LOCK_PATIENCE = 20.0  # seconds to wait for the worker of a runner that was killed: it saves and leaves by itself
-PROGRESS = ("step", "boundary", "evaluating")  # events that only say how far a job is
+PROGRESS = ("step", "passes", "boundary", "evaluating")  # events that only say how far a job is
 
 
 class WorkerFailed(StackWiseError):
@@ -211,22 +211,19 @@ class Worker:
         self._stopped = True
         if event is not None:
             self._events.put(event)
-        self._process.send_signal(signal.SIGTERM if self.has_job else signal.SIGKILL)
+        self.end()
 
     def kill(self) -> None:
         """End it at once."""
         self._process.send_signal(signal.SIGKILL)
 
-    def end_input(self) -> None:
+    def end(self) -> None:
         """Let it end: at once without a job; one with a job saves first."""
-        if not self.has_job:
-            self.kill()
-        with contextlib.suppress(OSError):
-            self._stdin.close()
+        self._process.send_signal(signal.SIGTERM if self.has_job else signal.SIGKILL)
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Let go of it, once it has ended; it may take so many seconds."""
-        self.end_input()
+        self.end()
         try:
             self._process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -322,6 +319,8 @@ class TimeLimit:
                 seconds = max(value for key, value in event.items() if key.endswith("seconds"))
                 rate = self._bytes / max(seconds, 1e-3)
                 self._rate = rate if self._rate is None else min(rate, self._rate)
+            case "passes":
+                return  # of a step that has not ended
             case "committed":
                 self._bytes = 0  # what follows is the boundary, chunk by chunk
         self._heard, self._measures = now, False  # what lies between was no step

@@ -1,8 +1,9 @@
 """A worker process: `python -m stackwise.pipeline.worker`. One job in, events out, one JSON object a line.
 
 It imports torch before it asks for its job, so that a worker started early takes over at once. It ends when its
-job is done, when it is told to (SIGTERM: the step in hand is finished and saved), or when whoever started it is
-gone (its standard input closes).
+job is done, or when it is told to (SIGTERM: the step in hand is finished and saved). When whoever started it is gone
+(its standard input closes), it saves only if the step ends at once: nobody waits for the rest of a long one, and the
+next run goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +23,37 @@ from stackwise.durable import is_full_disk, no_space
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.host import Memory
 from stackwise.pipeline.device import cannot_repeat, is_out_of_memory, memory
+
+ORPHAN_SECONDS = 1.0
+"""How long a worker whose runner is gone may go on before it asks whether to stop."""
+SAVING_SECONDS = 120.0
+"""How long it may take from then on to save, and end by itself."""
+
+
+class _Stop:
+    """Whether to stop, as the work asks between two steps, or two chunks."""
+
+    def __init__(self) -> None:
+        self._wanted, self._heard = threading.Event(), threading.Event()
+
+    def want(self) -> None:
+        """Let it be true from now on. May be called by a signal handler."""
+        self._wanted.set()
+
+    def __call__(self) -> bool:
+        """Ask."""
+        if self._wanted.is_set():
+            self._heard.set()
+        return self._heard.is_set()
+
+    def watch_parent(self) -> None:
+        """Wait for the end of standard input, and see to it that this process ends then."""
+        sys.stdin.read()
+        self.want()
+        if self._heard.wait(ORPHAN_SECONDS):
+            time.sleep(SAVING_SECONDS)
+        # Wherever it is: what is published is whole, and what is not is as if it had not begun.
+        leave(InterruptedRun.exit_code)
 
 
 class _Channel:
@@ -44,13 +77,13 @@ class _Channel:
 
 def main(device: str) -> int:
     """Serve one job on a device, as in the configuration; the exit code is that of `StackWiseError`, 0 when done."""
-    stopping = threading.Event()
+    stop = _Stop()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the runner, which tells its workers
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    signal.signal(signal.SIGTERM, lambda *_: stop.want())
     channel = _Channel()
     before: list[Memory] = []
     try:
-        return _serve(channel, stopping, before, device)
+        return _serve(channel, stop, before, device)
     except StackWiseError as error:
         return _report(channel, error)
     except Exception as error:
@@ -77,7 +110,7 @@ def _report(channel: _Channel, error: StackWiseError) -> int:
     return error.exit_code
 
 
-def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], device: str) -> int:
+def _serve(channel: _Channel, stop: _Stop, before: list[Memory], device: str) -> int:
     from stackwise.pipeline.device import describe, resolve_device, warm_up
     from stackwise.pipeline.job import FinishJob, StageJob, from_plain
     from stackwise.pipeline.trial import CompileJob, TrialJob, run_compile, run_trial
@@ -90,25 +123,20 @@ def _serve(channel: _Channel, stopping: threading.Event, before: list[Memory], d
     line = sys.stdin.readline()
     if not line:
         return 0
-    threading.Thread(target=_watch_parent, args=(stopping,), daemon=True).start()
+    threading.Thread(target=stop.watch_parent, name="parent", daemon=True).start()
     job = json.loads(line)
     place = job.pop("ranks", None)
     before.append(memory(on))
     if job["kind"] == "stage":
         with joined(place, on, channel.emit) as ranks:
-            run_stage(from_plain(StageJob, job), channel.emit, stopping.is_set, on, ranks)
+            run_stage(from_plain(StageJob, job), channel.emit, stop, on, ranks)
     elif job["kind"] == "trial":
         channel.emit({"event": "trial", **run_trial(from_plain(TrialJob, job), on)})
     elif job["kind"] == "compile":
         channel.emit({"event": "trial", **run_compile(from_plain(CompileJob, job), on)})
     else:
-        run_finish(from_plain(FinishJob, job), channel.emit, stopping.is_set)
+        run_finish(from_plain(FinishJob, job), channel.emit, stop)
     return 0
-
-
-def _watch_parent(stopping: threading.Event) -> None:
-    sys.stdin.read()
-    stopping.set()
 
 
 def _explained(error: Exception, base: Memory) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -93,6 +94,7 @@ class StageContext:
         self.event("warning", text=text)
 
 
+PASSES_SECONDS = 2.0  # between two events on how far a step is
 REPORTED_AGAIN = 1000  # losses reported again on resuming: the last ones before a kill may have reached no one
 
 
@@ -257,17 +259,35 @@ class StageHooks:
         # A clock that is set back or forward must not matter.
         self._saved = time.monotonic()
         self._waited = time.perf_counter(), context.ranks.waited
+        self._reported = time.monotonic()
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch_step, name="step", daemon=True)
 
     def __enter__(self) -> Self:
+        if self._ranks.main:
+            self._watcher.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._over.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
         self._checkpoints.__exit__(kind, error, trace)
         if kind is None:
             self._emit_saved()
 
+    def _watch_step(self) -> None:
+        """Emit how far the step in hand is, where it takes long: beside it, as one pass may take minutes."""
+        while not self._over.wait(PASSES_SECONDS):
+            seconds, trainer = time.monotonic() - self._reported, self._trainer
+            passes, done = trainer.engine.phases.passes, trainer.engine.phases.done
+            if seconds >= PASSES_SECONDS and done < passes:
+                of = {"step": trainer.step + 1, "steps": trainer.steps}
+                self._context.event("passes", **of, done=done, total=passes, seconds=round(seconds, 1))
+
     def report(self, progress: Progress) -> None:
         """See `Hooks.report`: a step event."""
+        self._reported = time.monotonic()
         self._emit_saved()
         if not self._prepared:
             self._prepared = True
