@@ -47,7 +47,6 @@ class Batch:
         tensors: By name, rows first: "tokens" [B, S]; "masks" [B, S], bool; "activations" [B, S, D], where the stage
             reads a boundary; "segments" [B, S], where attention stays within documents; "tasks" [B], where tasks are
             answered by columns of their own; and named columns.
-        step: The optimizer step that it is taken for: an objective may change as training goes. None: for no training.
         passes: Passes over the stage's rows when it is read in training, counted from its first step. None: for no
             training.
     """
@@ -55,7 +54,6 @@ class Batch:
     rows_B: np.ndarray
     sample_ids_B16: np.ndarray | None
     tensors: Mapping[str, Tensor]
-    step: int | None = None
     passes: float | None = None
 
     def __getitem__(self, name: str) -> Tensor:

@@ -46,7 +46,7 @@ def listing(config: StackWiseConfig) -> list[Row]:
                 "adapters": _adapters(stage),
                 "steps": known_steps(config, stage),
                 "steps_of_all_windows": settings.steps,
-                "causal_from": stage.causal_from,
+                "causal": stage.causal,
                 "learning_rate": settings.learning_rate,
             }
         )
@@ -67,7 +67,7 @@ def schedule_table(config: StackWiseConfig, source: str, stages: list[Row], note
             stage_label(row, stages),
             words.span(*row["blocks"]),
             row["reads"] + (", rows of its own" if row["own_rows"] else ""),
-            _parts(row["trains"]) + ("" if row["causal_from"] is None else ", to be causal"),
+            _parts(row["trains"]) + (", to be causal" if row["causal"] else ""),
             *(of(row) for of in extra.values()),
             _steps(row),
             words.rate(row["learning_rate"]),

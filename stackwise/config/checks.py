@@ -425,10 +425,3 @@ def _adaptation(config: Settings) -> Iterator[Fault]:
         yield key, f"causal: {why}"
     if config.stands_apart:
         yield key, "causal: independent stages do not stand on each other; choose another training.mode"
-    if not config.model.attention.anneals and adaptation.anneal:
-        text = f"{config.model.attention.name} attention has no way between both directions: set it to 0"
-        yield f"{key}.anneal", text
-    steps = config.stage_training(config.n_stages - 1).steps
-    if steps is not None and adaptation.anneal >= steps:
-        text = f"{adaptation.anneal} of {steps} steps: at least one step is needed that is causal"
-        yield f"{key}.anneal", text

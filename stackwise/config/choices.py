@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stackwise.config.fields import AUTO, AutoInt, Count, Fraction, PositiveInt, Size, Small
+from stackwise.config.fields import AUTO, AutoInt, Fraction, PositiveInt, Size, Small
 from stackwise.config.kinds import Fault, Kind
 from stackwise.registry import Registry
 
@@ -400,6 +400,3 @@ class CausalAdaptation(Adaptation):
     """From bidirectional to causal: it then continues text."""
 
     steps: PositiveInt | None = Field(None, description="optimizer steps of this stage; null: as many as any stage")
-    anneal: Count = Field(
-        0, description="first steps, on which what follows is hidden bit by bit; 0: all of it from the first step"
-    )

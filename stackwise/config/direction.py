@@ -19,21 +19,5 @@ class BlockCausal:
     paired: bool = False
 
 
-@dataclass(frozen=True)
-class Annealed:
-    """Between bidirectional and causal: of the positions that follow, each one sees a random share.
-
-    After arXiv 2410.17891, section 3.2, which goes the other way. Which they are is a function of (key, pair of
-    positions), the same for every row, head and block.
-
-    Attributes:
-        visible: The share, 0 (causal) to 1 (bidirectional).
-        key: What the draw follows from.
-    """
-
-    visible: float
-    key: int
-
-
-Direction = bool | BlockCausal | Annealed
+Direction = bool | BlockCausal
 """False: every position sees all others. True: none sees those that follow."""

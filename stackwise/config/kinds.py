@@ -302,8 +302,6 @@ class Attention(BlockPart):
     registry: ClassVar[Registry[Any]] = ATTENTIONS
     default: ClassVar[str] = "mha"
     residual: ClassVar[tuple[str, ...]] = ("o.weight",)
-    anneals: ClassVar[bool] = True
-    """Whether it can be between bidirectional and causal."""
     caches: ClassVar[bool] = True
     """Whether it can keep what it needs of earlier positions; generation else goes over all of them for each token."""
     scales_scores: ClassVar[bool] = False

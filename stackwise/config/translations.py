@@ -60,7 +60,7 @@ TABLE = (
     Moved("training.rollback_factor", "training.divergence.rate_factor", 0.5),
     Moved("training.lookahead_blocks", "training.lookahead.blocks", 1),
     Moved("training.adaptation_steps", "training.adaptation.steps"),
-    Moved("training.adaptation_anneal", "training.adaptation.anneal", 0),
+    *(Moved(f"training.adaptation{sign}anneal", None, 0, "a rack is made causal at once") for sign in "_."),
     # Earlier runs wrote these out whatever the strategy.
     Moved("training.fusion.steps", "training.fusion.steps"),
     Moved("training.fusion.rounds", "training.fusion.rounds", 1),

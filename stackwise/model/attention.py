@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackwise.config import kinds
-from stackwise.config.direction import Annealed, BlockCausal, Direction
+from stackwise.config.direction import BlockCausal, Direction
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model.kinds import Latent, Projected, Windowed
 from stackwise.model.layers import RMSNorm, Rotary
 from stackwise.model.projections import weight_of
-
-_LOW = 0xFFFFFFFF
 
 
 def sees(
@@ -31,9 +29,8 @@ def sees(
     """Whether position q sees position k, bool in the shape that the two broadcast to.
 
     A window limits how far back a causal position sees. Of one that looks back alone, what is seen in both directions
-    has none: a block of block-causal attention as a whole, and the share that annealed attention sees whatever its
-    place. So attention that is annealed from bidirectional to causal, or whose blocks grow to the row, ends where the
-    other one is. So does a window to both sides, which limits everything that is seen.
+    has none: a block of block-causal attention as a whole. So attention whose blocks grow to the row ends where
+    bidirectional attention is. A window to both sides limits everything that is seen.
 
     Args:
         direction: The rule.
@@ -59,18 +56,7 @@ def sees(
         return same_half | ((k >= half) & before)
     if direction is False:
         return torch.ones_like(q == k)
-    back = k <= q if window is None else (k <= q) & (q - k < window)
-    if isinstance(direction, Annealed):
-        return back | (_hash(q, k, direction.key) < int(direction.visible * (_LOW + 1)))
-    return back
-
-
-def _hash(q: Tensor, k: Tensor, key: int) -> Tensor:
-    """32 bits of each pair of positions: Wellons' lowbias32, in int64 whose low half wraps as it must."""
-    x = (q * 0x9E3779B1 + k * 0x85EBCA77 + (key & _LOW)) & _LOW
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _LOW
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _LOW
-    return x ^ (x >> 16)
+    return k <= q if window is None else (k <= q) & (q - k < window)
 
 
 @dataclass(frozen=True)

@@ -234,8 +234,6 @@ class Latent(Windowed):
 class Linear(Projected):
     """Linear attention (arXiv 2006.16236): a feature map in place of the softmax."""
 
-    anneals: ClassVar[bool] = False
-
     kv_heads: Size | None = Field(None, description="heads of keys and values; null: n_heads")
     feature_map: Literal["elu", "relu", "performer"] = Field(
         "elu", description="what stands for the softmax: elu (+ 1), relu, performer (random features)"

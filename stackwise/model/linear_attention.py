@@ -15,7 +15,6 @@ from torch import Tensor
 
 from stackwise.config.direction import BlockCausal
 from stackwise.config.model import ModelConfig
-from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
 from stackwise.model.attention import AttentionPattern, Cache, SoftmaxAttention, sees
 from stackwise.model.kinds import Linear
@@ -93,14 +92,8 @@ def projection(width: int, features: int) -> Tensor:
 def summed(
     q_BHSF: Tensor, k_BHSF: Tensor, v_BHSV: Tensor, pattern: AttentionPattern, cache: Cache | None = None
 ) -> Tensor:
-    """For each position the sum of (q · k) v over what it sees, [B, H, S, V].
-
-    Raises:
-        UsageError: A direction whose mask has no such sums.
-    """
+    """For each position the sum of (q · k) v over what it sees, [B, H, S, V]."""
     direction, segments_BS = pattern.direction, pattern.segments_BS
-    if not isinstance(direction, bool | BlockCausal):
-        raise UsageError("linear attention cannot anneal its direction", hint="switch it at once: adaptation_anneal 0")
     if direction is False and segments_BS is None:
         return q_BHSF @ (k_BHSF.transpose(-1, -2) @ v_BHSV)
     size = CHUNK if isinstance(direction, bool) else direction.size * max(1, CHUNK // direction.size)

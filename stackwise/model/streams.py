@@ -128,11 +128,6 @@ class ColumnAttention(Attention):
         """See `BlockPart.residual`."""
         return tuple(f"columns.*.{name}" for name in self.inner.residual)
 
-    @property
-    def anneals(self) -> bool:  # type: ignore[override]
-        """See `Attention.anneals`."""
-        return self.inner.anneals
-
     def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
         """See `BlockPart.matrices`."""
         return _by_column(self.inner.matrices(model.column), model.stream.columns)

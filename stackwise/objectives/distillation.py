@@ -37,11 +37,6 @@ class DistillationObjective(RuntimeObjective):
         self.name, self.causal, self.likelihood, self.inputs = task.name, task.causal, task.likelihood, task.inputs
         self.sequences = task.sequences
 
-    def at(self, step: int | None) -> RuntimeObjective:
-        """See `RuntimeObjective.at`."""
-        task = self.task.at(step)
-        return self if task is self.task else DistillationObjective(task, self.settings, self.weight)
-
     def shown(self, batch: Batch) -> Tensor:
         """See `RuntimeObjective.shown`."""
         return self.task.shown(batch)

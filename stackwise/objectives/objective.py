@@ -53,14 +53,6 @@ class RuntimeObjective(abc.ABC):
     inputs: tuple[str, ...] = ()
     """The named columns that it needs of each batch, beside tokens and masks."""
 
-    def at(self, step: int | None) -> RuntimeObjective:
-        """The objective of an optimizer step, counted from 0: the same at all of them, but for one that changes.
-
-        Args:
-            step: The step; None: what holds when training is done.
-        """
-        return self
-
     @abc.abstractmethod
     def shown(self, batch: Batch) -> Tensor:
         """The ids shown to the front, int64 [B, S] on the tokens' device."""

@@ -335,15 +335,15 @@ def objective_of(config: StackWiseConfig, mask_token: int, vocab_size: int, stag
     if isinstance(past, LwF) and stage.window:
         settings = DistillationConfig(task_weight=1.0, temperature=past.temperature)
         return DistillationObjective(task, settings, past.weight)
-    if config.distillation.teacher is None or stage.causal_from is not None:
+    if config.distillation.teacher is None or stage.causal:
         return task
     return DistillationObjective(task, config.distillation)
 
 
 def task_of(config: StackWiseConfig, mask_token: int, vocab_size: int, stage: Stage) -> RuntimeObjective:
     """What a stage is asked for, by which it is scored."""
-    if stage.causal_from is not None:
-        return AdaptationObjective(mask_token, stage.causal_from, config.seed)
+    if stage.causal:
+        return AdaptationObjective()
     return make_objective(config.training, mask_token, vocab_size, config.seed)
 
 

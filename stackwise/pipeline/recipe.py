@@ -198,7 +198,7 @@ def _plain_stage(config: StackWiseConfig, stage: Stage) -> dict[str, Any]:
         "lookahead": list(stage.lookahead),
         "formats": {part: stage.formats[part].plain() for part in parts if part in stage.formats},
         "candidates": [list(section) for section in stage.candidates],
-        "causal_from": stage.causal_from,
+        "causal_from": 0 if stage.causal else None,  # as recipes say it since there were steps that led there
         **({"scales_alone": True} if stage.scales_alone else {}),
         **({"silent": list(stage.silent)} if stage.silent else {}),
         **(

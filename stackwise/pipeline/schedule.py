@@ -126,8 +126,7 @@ class Stage:
     Args:
         starts_from: Parts that start from other weights than the newest of that name, and the name these go by.
         formats: How it holds its blocks, and how those below are held, where that is not plainly, by part.
-        causal_from: The step from which on it trains the rack causally, whatever the stages before it did; None: it
-            trains as they did.
+        causal: Whether it trains the rack causally, whatever the stages before it did.
         share: Where it begins and ends in a budget that it has in common with others, as shares of its steps; they
             go through one stream of rows. None: its budget is its own.
         candidates: First and last block of the sections of which it unfreezes one at a time, the one that gains most;
@@ -149,7 +148,7 @@ class Stage:
     states_in: tuple[str, ...] = ()  # optimizer states that it takes up from its window before, by part
     states_out: tuple[str, ...] = ()  # optimizer states that it commits for its next window
     formats: Mapping[str, BlockFormat] = field(default_factory=dict)
-    causal_from: int | None = None
+    causal: bool = False
     scales_alone: bool = False  # whether of its blocks' packed weights the scales alone train
     candidates: tuple[tuple[int, int], ...] = ()
     share: tuple[float, float] | None = None
@@ -430,13 +429,12 @@ def _fusions(config: StackWiseConfig) -> Iterator[Stage]:
 
 
 def _adaptation(config: StackWiseConfig) -> Iterator[Stage]:
-    """The whole rack once more, from tokens, to be causal from some step on."""
-    adaptation = config.training.adaptation
-    if isinstance(adaptation, CausalAdaptation):
+    """The whole rack once more, from tokens, to be causal."""
+    if isinstance(config.training.adaptation, CausalAdaptation):
         depth, top = config.n_stages - 1, config.model.n_blocks - 1
         trains = (FRONT, *block_parts(0, top), HEAD)
         rowset = depth if config.fresh_masks else 0
-        yield Stage(depth, 0, top, trains, False, rowset, causal_from=adaptation.anneal)
+        yield Stage(depth, 0, top, trains, False, rowset, causal=True)
 
 
 def _lookahead(config: StackWiseConfig, depth: int, last: int) -> tuple[str, ...]:

@@ -72,12 +72,12 @@ class RowLosses(nn.Module):
 
     Args:
         head: The head.
-        objective: What is scored, as it is when training is done.
+        objective: What is scored.
     """
 
     def __init__(self, head: nn.Module, objective: RuntimeObjective) -> None:
         super().__init__()
-        self.head, self._objective = head, objective.at(None)
+        self.head, self._objective = head, objective
         self._batch: Batch | None = None
 
     def prepare(self, batch: Batch) -> None:

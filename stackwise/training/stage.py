@@ -70,7 +70,7 @@ class StageModel(nn.Module):
             terms: Those of the blocks below, which they are added to; None: none.
         """
         if self.front is not None:
-            objective = self.objective.at(batch.step)
+            objective = self.objective
             shown, times, sequences = objective.shown(batch), objective.times(batch), objective.sequences
             times = times if sequences == 1 else times.repeat_interleave(sequences, 0)
             tasks = batch.tensors.get(TASKS)
@@ -90,13 +90,13 @@ class StageModel(nn.Module):
         assert self.head is not None, "a stage without a head has no loss"
         x_BSD, of_blocks = self.run(batch, terms)
         x_BSD, of_blocks = self._run_blocks(self.beyond, x_BSD, batch, of_blocks)
-        scored = self.objective.at(batch.step).loss(Outputs(x_BSD, self.head), batch)
+        scored = self.objective.loss(Outputs(x_BSD, self.head), batch)
         return added(scored, added(of_blocks, of_weights(self.head, x_BSD)))
 
     def _run_blocks(
         self, blocks: nn.ModuleList, x_BSD: Tensor, batch: Batch, below: Mapping[str, Term]
     ) -> tuple[Tensor, dict[str, Term]]:
-        objective, segments_BS = self.objective.at(batch.step), batch.tensors.get(SEGMENTS)
+        objective, segments_BS = self.objective, batch.tensors.get(SEGMENTS)
         causal, rows, terms = objective.causal, len(x_BSD), dict(below)
         x_BSD = _apart(x_BSD, objective.sequences)
         segments_BS = None if segments_BS is None else _apart(segments_BS, objective.sequences)
@@ -349,7 +349,7 @@ class StepLoss:
             return {}
         counts = dict.fromkeys(terms, 0)
         for one in (batch, *self._following()):
-            known = self._objective.at(one.step).counts(one)
+            known = self._objective.counts(one)
             for name, term in terms.items():
                 # A block's term counts positions, in every microbatch as many for a token.
                 positions = term.count * one.tokens_BS.numel() // batch.tokens_BS.numel()

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -195,9 +195,7 @@ class Trainer:
         # Counted over all windows: the rate and the random draws of a step follow from its number.
         number = self.before + self.step
         accept = None if watch is None else watch.accept
-        stepped = self.engine.step(
-            (replace(batch, step=number) for batch in microbatches), number, self.rate(self.step), accept
-        )
+        stepped = self.engine.step(microbatches, number, self.rate(self.step), accept)
         self.step += 1
         return stepped
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stackwise.config.direction import Annealed, BlockCausal, Direction
+from stackwise.config.direction import BlockCausal, Direction
 from stackwise.config.kinds import Attention, RopeScaling
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.errors import UsageError
@@ -42,7 +42,6 @@ DIRECTIONS: dict[str, Direction] = {
     "blocks": BlockCausal(4),
     "wide": BlockCausal(100),
     "paired": BlockCausal(4, paired=True),
-    "annealed": Annealed(0.4, 7),
 }
 
 
@@ -225,31 +224,9 @@ def test_the_latent_cache_holds_the_latent_alone() -> None:
     assert [list(t.shape) for t in cache.kept] == [[2, H, E, E + 1]], "a state, whatever the length"
 
 
-@pytest.mark.parametrize("kind", ["mha", "window", "local"])
-def test_annealing_runs_from_both_ways_to_one(kind: str) -> None:
-    made, x = block(kind), stream(40)
-    torch.testing.assert_close(made(x, causal=Annealed(1.0, 3)), made(x))
-    torch.testing.assert_close(made(x, causal=Annealed(0.0, 3)), made(x, causal=True))
-    mask = AttentionPattern(Annealed(0.3, 11)).mask(200, torch.device("cpu"))
-    assert mask is not None
-    ahead = mask[0, 0].float().triu(1).sum() / (200 * 199 / 2)
-    assert ahead.item() == pytest.approx(0.3, abs=0.02)
-    assert mask[0, 0].tril().sum() == 200 * 201 / 2
-    near = AttentionPattern(Annealed(0.3, 11), window=5).mask(200, torch.device("cpu"))
-    assert near is not None
-    assert not (near & ~mask).any(), "what lies beyond the window is seen as what follows is: by its share"
-    behind = near[0, 0].float().tril(-5).sum() / (195 * 196 / 2)
-    assert behind.item() == pytest.approx(0.3, abs=0.02)
-    other = AttentionPattern(Annealed(0.3, 12)).mask(200, torch.device("cpu"))
-    assert other is not None
-    assert not torch.equal(mask, other)
-    with raises_naming(UsageError, "adaptation_anneal"):
-        block("elu")(x, causal=Annealed(0.5, 1))
-
-
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("way", ["causal", "blocks", "paired", "annealed"])
+@pytest.mark.parametrize("way", ["causal", "blocks", "paired"])
 def test_flex_attention_follows_the_same_rule(way: str, window: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 32, 16, generator=generator) for heads in (4, 2, 2))

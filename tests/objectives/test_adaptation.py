@@ -1,25 +1,21 @@
-"""A bidirectional rack made causal: what is seen, shown and scored on the way, and that what was learnt is of use."""
+"""A bidirectional rack made causal: what is seen, shown and scored, and that what was learnt is of use."""
 
 from __future__ import annotations
 
 import copy
 
 import numpy as np
-import pytest
 import torch
 
 from stackwise.batch import Batch
 from stackwise.config import StageTraining
-from stackwise.config.direction import Annealed
 from stackwise.config.model import ArchitectureConfig, ModelConfig
-from stackwise.errors import UsageError
 from stackwise.inference import LoadedModel, StageModules, sample_causal
 from stackwise.model import Rack, build_rack
 from stackwise.objectives import AdaptationObjective, CLMObjective, MaskDiffusionObjective, RuntimeObjective
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.stage import StageModel
 from stackwise.training.trainer import Trainer
-from tests.conftest import raises_naming
 
 V, L, MASK = 18, 16, 17
 
@@ -52,38 +48,22 @@ def causal_loss(rack: Rack) -> float:
     return float(term.sum) / term.count
 
 
-def test_steps_lead_from_both_ways_to_one() -> None:
-    objective = AdaptationObjective(MASK, anneal_steps=4, seed=3)
-    directions = [objective.at(step).causal for step in range(6)]
-    shares = [direction.visible for direction in directions if isinstance(direction, Annealed)]
-    assert shares == pytest.approx([0.8, 0.6, 0.4, 0.2])
-    assert directions[4:] == [True, True]
-    assert objective.at(None) is objective
-    assert objective.at(2).causal == AdaptationObjective(MASK, 4, 3).at(2).causal != objective.at(1).causal
-    assert AdaptationObjective(MASK, 0).at(0).causal is True
-    with raises_naming(UsageError, -1):
-        AdaptationObjective(MASK, -1)
-
-
-def test_nothing_that_is_to_be_said_is_shown() -> None:
-    rows = batch(8, 0)
-    on_the_way = AdaptationObjective(MASK, 10).at(0)
-    shown = on_the_way.shown(rows)
-    scored, targets = on_the_way.select(rows)
+def test_nothing_is_masked_and_every_position_says_the_next_token() -> None:
+    rows, objective = batch(8, 0), AdaptationObjective()
+    scored, targets = objective.select(rows)
+    assert objective.causal is True
+    assert torch.equal(objective.shown(rows), rows.tokens_BS)
+    assert (objective.times(rows) == 0).all()
+    assert scored[:, :-1].all()
     assert not scored[:, -1].any()
-    after = scored.roll(1, 1)
-    assert (shown[after] == MASK).all()
-    assert torch.equal(rows.tokens_BS[after], targets)
-    done = AdaptationObjective(MASK, 10)
-    assert torch.equal(done.shown(rows), rows.tokens_BS)
-    assert (done.times(rows) == 0).all()
+    assert torch.equal(targets, rows.tokens_BS[:, 1:].flatten())
 
 
 def test_a_short_stage_makes_a_bidirectional_rack_causal() -> None:
     config = ModelConfig(d_model=48, n_heads=4, architecture=ArchitectureConfig(n_stacks=2), tie_embeddings=False)
     rack = train(build_rack(config, V, 0, L), MaskDiffusionObjective(MASK), 200, 0)
     before = causal_loss(rack)
-    adapted = train(copy.deepcopy(rack), AdaptationObjective(MASK, 15), 60, 1000)
+    adapted = train(copy.deepcopy(rack), AdaptationObjective(), 60, 1000)
     scratch = train(build_rack(config, V, 0, L), CLMObjective(), 60, 1000)
     assert causal_loss(adapted) < 0.8 * causal_loss(scratch)
     assert causal_loss(adapted) < 0.5 * before

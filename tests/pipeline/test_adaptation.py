@@ -15,7 +15,6 @@ import torch
 
 from stackwise.cli.tables import listing
 from stackwise.config import StackWiseConfig
-from stackwise.config.unused import unused_settings
 from stackwise.errors import ConfigError, StackWiseError, UsageError
 from stackwise.evaluation import HeldOut, evaluate
 from stackwise.objectives import CLMObjective
@@ -33,7 +32,7 @@ from tests.pipeline.test_modes import committed
 from tests.pipeline.test_run import named, weights
 
 PLAIN: dict[str, Any] = {"training__steps": 12, "model__dropout": 0.1}
-CAUSAL = PLAIN | {"training__adaptation": "causal", "training__adaptation_steps": 10, "training__adaptation_anneal": 3}
+CAUSAL = PLAIN | {"training__adaptation": "causal", "training__adaptation_steps": 10}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_it_starts_from_what_the_stages_came_to_and_trains_all_of_it(adapted: Pa
     assert last.record["recipe"]["initial"] == parts
     assert set(last.record["parts"]) == set(parts)
     assert not set(last.record["parts"].values()) & set(parts.values())
-    assert last.record["recipe"]["stage"]["causal_from"] == 3
+    assert last.record["recipe"]["stage"]["causal_from"] == 0
     assert last.record["steps"] == 10
     assert below[1].record["recipe"]["stage"]["causal_from"] is None
 
@@ -118,11 +117,9 @@ def test_its_settings_can_be_overridden_and_are_shown(micro: Micro) -> None:
     config = micro(**CAUSAL, stages__2__training__learning_rate=1e-4, stages__2__training__steps=7)
     row = listing(config)[2]
     assert (row["blocks"], row["reads"], row["steps"], row["learning_rate"]) == ([0, 1], "tokens", 7, 1e-4)
-    assert row["causal_from"] == 3
+    assert row["causal"]
     fused = micro(**CAUSAL, training__fusion__strategy="trainable", training__fusion__steps=9)
     assert [fused.stage_training(stage.depth).steps for stage in schedule(fused)] == [12, 12, 9, 10]
-    unused = unused_settings(micro(training__adaptation_anneal=2))
-    assert any(line.startswith("training.adaptation_anneal ") for line in unused)
 
 
 @pytest.mark.parametrize(
@@ -132,11 +129,6 @@ def test_its_settings_can_be_overridden_and_are_shown(micro: Micro) -> None:
         ({"training": {"objective": "custom"}}, "does not say tokens"),
         ({"training": {"objective": {"name": "mask_diffusion", "block": 8}}}, "with a cache as it is"),
         ({"training": {"mode": "independent"}}, "do not stand on each other"),
-        (
-            {"model": {"attention": "linear"}, "training": {"adaptation": {"kind": "causal", "anneal": 1}}},
-            "set it to 0",
-        ),
-        ({"training": {"adaptation": {"kind": "causal", "steps": 3, "anneal": 3}}}, "at least one step"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(settings: dict[str, Any], said: str) -> None:

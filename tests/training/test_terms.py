@@ -79,7 +79,7 @@ def given(step: int, accumulation: int) -> list[Batch]:
     batches = []
     for number, one in enumerate(microbatches(step, accumulation)):
         targets = torch.randn(one.tokens_BS.shape, generator=torch.Generator().manual_seed(10 * step + number))
-        batches.append(replace(one, tensors={**one.tensors, "targets": targets}, step=step))
+        batches.append(replace(one, tensors={**one.tensors, "targets": targets}))
     return batches
 
 

@@ -68,7 +68,7 @@ def evaluate_rack(
         nothing: dict[str, Any] = {"bits_per_byte": None, "bits_per_byte_error": None, "likelihood": None}
         nothing |= {"loss": {}, "accuracy": {}, "stages": [], "baselines": {}}
         return nothing | sizes | {"of": rack.config.objective.evaluated, "figures": figures}
-    bidirectional, causal = ([s for s in rack.stages if (s.causal_from is None) is both] for both in (True, False))
+    bidirectional, causal = ([s for s in rack.stages if s.causal is not both] for both in (True, False))
     results = [
         _evaluated(rack, rack.exits(stages), stages, split, progress) for stages in (bidirectional, causal) if stages
     ]
