@@ -199,6 +199,8 @@ def field_faults(error: ValidationError, tree: Tree) -> dict[Key, str]:
     for item in error.errors(include_url=False):
         key = _present(item["loc"], tree)
         text = _unknown(key, tree) if item["type"] in ("extra_forbidden", "invalid_key") else _allowed(dict(item))
+        if "[key]" in item["loc"]:  # of a mapping a key is at fault: a stage's number
+            text, values[key] = f"its key {text}", item["loc"][item["loc"].index("[key]") - 1]
         messages.setdefault(key, []).append(text)
         if any(isinstance(name, int) for name in item["loc"][len(key) :]):  # a plain item: the list is what is shown
             items.add(key)

@@ -4,6 +4,7 @@ earlier runs, overrides on the command line. Nothing else knows the old keys.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -146,6 +147,7 @@ class _Translation:
 
     def __init__(self, root: type[Section], reading: Reading) -> None:
         self.choices = dict(_choices(root, ""))
+        self.lists = set(_lists(root, ""))
         self.reading = reading
         self.written: dict[str, tuple[str, Any]] = {}
 
@@ -340,10 +342,11 @@ class _Translation:
         names = key.split(".")
         for depth, (name, following) in enumerate(pairwise(names), 1):
             place, above = _at(section, name), ".".join(names[:depth])
-            if isinstance(section, dict) and section.get(place) is None and above != "stages" and following.isdecimal():
+            absent = isinstance(section, dict) and section.get(place) is None
+            if absent and following.isdecimal() and _base(above) in self.lists:
                 self.reading.faults.append((key, f"{above} has no list to change item {following} of: give the list"))
                 return
-            if isinstance(section, dict) and section.get(place) is None:
+            if absent:
                 section[place] = {}
             section = section[place]
             if isinstance(section, list) and not (following.isdecimal() and int(following) < len(section)):
@@ -399,6 +402,19 @@ def _choices(section: type[Section], prefix: str) -> Iterator[tuple[str, type[Ki
             yield from _choices(kind, f"{prefix}{name}.")
 
 
+def _lists(section: type[Section], prefix: str) -> Iterator[str]:
+    """Each setting that is a list, by its dotted key; other settings with numbered items are mappings."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if list in (typing.get_origin(arm) for arm in (kind, *typing.get_args(kind))):
+            yield f"{prefix}{name}"
+        elif isinstance(kind, type) and issubclass(kind, Kind):
+            for chosen in kind.registry.names():
+                yield from _lists(kind.registry[chosen], f"{prefix}{name}.")
+        elif isinstance(kind, type) and issubclass(kind, Section):
+            yield from _lists(kind, f"{prefix}{name}.")
+
+
 def _base(key: str) -> str:
     """The run's key that a stage's own stands for."""
     parts = key.split(".")
@@ -415,7 +431,7 @@ def _spread(key: str, tree: Tree) -> Iterator[str]:
 
 def _at(section: Any, name: str) -> Any:
     """A name as the mapping or list has it: numbers of stages, and of a list's items, are whole numbers."""
-    return int(name) if name.isdecimal() and name not in section else name
+    return int(name) if name.removeprefix("-").isdecimal() and name not in section else name
 
 
 def _get(tree: Any, key: str) -> Any:

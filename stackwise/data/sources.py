@@ -150,6 +150,11 @@ def find_sources(
             finder.pattern(path)
         else:
             finder.path(path)
+    if not finder.sources and not finder.skipped.reasons:
+        raise UsageError(
+            f"{setting}: there is no file in {', '.join(map(str, paths))}",
+            hint="put UTF-8 text, jsonl, json or parquet there, or name another folder",
+        )
     return list(finder.sources.values()), finder.skipped
 
 

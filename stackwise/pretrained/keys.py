@@ -19,6 +19,10 @@ LARGEST = 1 << 24
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
 
 
+INEXACT = "a model that asks for more is not exact"
+BROKEN = "no model has that: correct config.json, or get the checkpoint again"
+
+
 class Keys:
     """The keys of one config.json, each asked for by name and type; those that nobody asked for are refused at last.
 
@@ -46,21 +50,21 @@ class Keys:
         """A length of an axis, or a number of things."""
         value = self.get(key, default)
         if type(value) is not int or not 1 <= value <= LARGEST:
-            raise self.refusal(key, value, f"a whole number from 1 to {LARGEST}")
+            raise self.refusal(key, value, f"a whole number from 1 to {LARGEST}", BROKEN)
         return value
 
     def number(self, key: str, default: float | None, most: float = 1e15) -> float:
         """A finite number above zero."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-            raise self.refusal(key, value, f"a number above 0, at most {most:g}")
+            raise self.refusal(key, value, f"a number above 0, at most {most:g}", BROKEN)
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise self.refusal(key, value, "true or false")
+            raise self.refusal(key, value, "true or false", BROKEN)
         return value
 
     def token(self, key: str) -> int | None:
@@ -70,7 +74,7 @@ class Keys:
         if value is None or (type(value) is int and value < 0):  # some write -1 for none
             return None
         if type(value) is not int or value > LARGEST:
-            raise self.refusal(key, value, "the id of a token")
+            raise self.refusal(key, value, "the id of a token", BROKEN)
         return value
 
     def choice(self, key: str, default: str, choices: Mapping[str, str]) -> str:
@@ -119,10 +123,10 @@ class Keys:
                 )
 
     @staticmethod
-    def refusal(key: str, value: Any, allowed: str) -> UsageError:
-        """The error for a value that is not done."""
+    def refusal(key: str, value: Any, allowed: str, hint: str = INEXACT) -> UsageError:
+        """The error for a value that is not done; `hint`: what to do then."""
         there = "is missing" if value is None else f"is {as_json(value)}"
-        return UsageError(f"{key} {there}; StackWise reads {allowed}", hint="a model that asks for more is not exact")
+        return UsageError(f"{key} {there}; StackWise reads {allowed}", hint=hint)
 
 
 def as_json(value: Any) -> str:

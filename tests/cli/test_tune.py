@@ -215,6 +215,22 @@ def test_refused_before_anything_is_written(
     assert not any(here.iterdir())
 
 
+@pytest.mark.parametrize(("engine", "used", "unused"), [("local", "minutes", "partition"), ("ray", "cpus", "minutes")])
+def test_what_an_engine_does_not_read_of_slurm_is_named(
+    engine: str, used: str, unused: str, base: list[str], here: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stackwise.pipeline.search.study import Study
+
+    monkeypatch.setattr(Study, "run", lambda *_: None)
+    monkeypatch.setattr("stackwise.pipeline.batch.cluster.job_parameters", lambda *_, **__: {})
+    values = {"minutes": "9", "partition": "x", "cpus": "3"}
+    given = [word for name in (used, unused) for word in ("-o", f"slurm.{name}={values[name]}")]
+    done = cli("tune", *base, *given, "--trials", "2", "-s", f"{RATE}=1,2", "--engine", engine)
+    (line,) = [line for line in done.output.splitlines() if "--engine" in line]
+    assert f"slurm.{unused}" in line
+    assert used not in line
+
+
 def test_without_optuna_the_extra_is_named(
     base: list[str], here: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,12 +7,16 @@ import math
 import os
 import random
 import time
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.fields import Section
+from stackwise.config.kinds import Kind
 from stackwise.config.loading import build, leaves, parse_overrides
 from stackwise.config.translations import TABLE
 from stackwise.config.unused import unused_settings
@@ -61,7 +65,7 @@ HOSTILE = {
     "a key that is true": ("true: 1", "True is no key"),
     "a key that is null": ("null: 1", "None is no key"),
     "a key that is a fraction": ("1.5: 2", "1.5 is no key"),
-    "a stage that is no number": ("stages: {x: {}}", "stages.x: must be a whole number"),
+    "a stage that is no number": ("stages: {x: {}}", "stages.x"),
     "a stage beyond the schedule": ("stages: {99999999: {}}", "there is no such stage"),
     "a line break in a value": ('slurm: {partition: "a\\nb"}', "slurm.partition: must be one line"),
     "a line break in a key": ('slurm: {parameters: {"a\\nb": 1}}', "must be one line"),
@@ -140,6 +144,52 @@ def test_an_unknown_key_names_what_is_near_and_never_all_there_is() -> None:
     assert "model.d_model" in said
 
 
+@pytest.mark.parametrize("key", ["-1", "x", "9999999999999999"])
+def test_a_stage_that_cannot_be_is_named_by_its_key(key: str) -> None:
+    for overrides in ({f"stages.{key}.training.steps": 3}, {"stages": parse_yaml(f"{{{key}: {{}}}}", "c.yaml")}):
+        with raises_naming(ConfigError, "stages", key) as refused:
+            StackWiseConfig.from_preset("micro", overrides)
+        assert "{" not in str(refused.value), "what it says of the stage is not at fault"
+
+
+def optional_keys(section: type[Section], prefix: str, tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """A configuration, and a key of each section that may be null, is one of a list, or of a numbered mapping."""
+    for name, field in section.model_fields.items():
+        kinds, key = [field.annotation, *typing.get_args(field.annotation)], f"{prefix}{name}"
+        here = next(
+            (k for k in kinds if isinstance(k, type) and issubclass(k, Section) and not issubclass(k, Kind)), None
+        )
+        if here is None:
+            continue
+        if typing.get_origin(field.annotation) is dict:
+            key = f"{key}.0"
+        if typing.get_origin(field.annotation) is list:
+            required = {name: "x" for name, one in here.model_fields.items() if one.is_required()}
+            tree, key = tree | {key: [required]}, f"{key}.0"
+        if here is not field.annotation or prefix.startswith("stages."):
+            yield from ((tree, f"{key}.{last}") for last in here.model_fields)
+        yield from optional_keys(here, f"{key}.", tree)
+
+
+OPTIONAL = {key: tree for tree, key in optional_keys(StackWiseConfig, "", {})}
+
+
+def test_keys_of_sections_that_may_be_null_or_are_numbered_are_found() -> None:
+    assert {"training.meta.inner_steps", "stages.0.training.learning_rate", "training.growth.0.until"} <= set(OPTIONAL)
+    assert len(OPTIONAL) > 50
+    lost = []
+    for key, tree in OPTIONAL.items():
+        above, _, name = key.rpartition(".")
+        wrong = f"{above}.{name[:2]}{name[3:]}" if len(name) > 4 else f"{above}.{name}{name[-1]}"
+        try:
+            StackWiseConfig.from_preset("micro", tree | {wrong: 1})
+        except ConfigError as refused:
+            about = [fault.removeprefix(wrong) for fault in refused.faults if fault.startswith(f"{wrong}: ")]
+            if not any(key in fault for fault in about):
+                lost.append((wrong, refused.faults))
+    assert lost == []
+
+
 VALUES: list[Any] = [
     *(
         None,
@@ -191,3 +241,12 @@ def test_whatever_is_written_is_read_or_refused(trials: int, tmp_path: Path) -> 
             continue
         unused_settings(config)
         assert build(StackWiseConfig, parse_yaml(dump(config), "saved")) == config, overrides
+
+
+def test_numbered_mappings_take_single_items() -> None:
+    given = {"training.block_learning_rates.0": 1e-4, "stages.1.training.block_learning_rates.3": 1e-5}
+    config = StackWiseConfig.from_preset("micro", given)
+    assert config.training.block_learning_rates == {0: 1e-4}
+    assert config.stages[1].training.block_learning_rates == {3: 1e-5}
+    with raises_naming(ConfigError, "training.growth", "list"):
+        StackWiseConfig.from_preset("micro", {"training.growth.0.until": 0.5})

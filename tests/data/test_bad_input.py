@@ -77,7 +77,7 @@ def test_faulty_files(tmp_path: Path, settings: Settings, name: str) -> None:
 
 def test_an_empty_folder(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "nothing").mkdir()
-    with raises_naming(UsageError, "data.paths", "0 files"):
+    with raises_naming(UsageError, "data.paths", tmp_path / "nothing"):
         prepare(settings(tmp_path / "nothing"))
     assert not (tmp_path / "cache").exists()
 

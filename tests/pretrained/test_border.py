@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from stackwise.data.tokenizer import bytes_tokenizer
 from stackwise.errors import UsageError
 from stackwise.pretrained import Checkpoint
+from tests.conftest import raises_naming
 from tests.pretrained.models import make
 
 Change = Callable[[Path], object]
@@ -85,6 +86,7 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"num_hidden_layers": 5000}, "n_stacks"),
     ("llama", {"num_attention_heads": 10**6}, "has shape"),
     ("llama", {"num_hidden_layers": True}, "num_hidden_layers"),
+    ("llama", {"num_hidden_layers": 0}, "num_hidden_layers"),
     ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
     ("llama", {"vocab_size": 100}, "has shape"),
     ("llama", {"intermediate_size": 49}, "has shape"),
@@ -401,3 +403,13 @@ def test_run_and_eval_name_the_tensor_that_holds_no_numbers(tmp_path: Path) -> N
         assert "tensor model.norm.weight has values that are nan" in done.stderr
         assert "Traceback" not in done.stderr
     assert not run.exists()
+
+
+def test_a_value_that_no_model_has_is_to_be_corrected_not_called_inexact(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    directory = copied(models["llama"], tmp_path / "model")
+    configured(directory, num_hidden_layers=0)
+    with raises_naming(UsageError, "num_hidden_layers", "config.json") as caught:
+        Checkpoint(directory, str(tmp_path / "cache"))
+    assert "config.json" in str(caught.value.hint)

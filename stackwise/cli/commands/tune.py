@@ -70,6 +70,7 @@ def tune(
     """
     from stackwise.cli.search_view import watcher
     from stackwise.config.loading import parse_overrides
+    from stackwise.pipeline.batch.resources import unused_resources
     from stackwise.pipeline.search.begin import BASE, Typed, begin
 
     if config is None and preset is None and run is not None and (Path(run) / "study.json").is_file():
@@ -90,6 +91,8 @@ def tune(
         )
     keep_going_without_output()
     if not as_json:
+        if typed["engine"] != "here" and (line := unused_resources(base, typed["engine"])) is not None:
+            say(line)
         shared = f", {ahead.common} of them the same in all" if ahead.common else ""
         trials = words.plural(study.search.trials, "trial")
         say(f"{trials} of {words.plural(len(ahead.depths), 'stage')}{shared}, in {place}")
