@@ -244,9 +244,9 @@ def test_whatever_is_written_is_read_or_refused(trials: int, tmp_path: Path) -> 
 
 
 def test_numbered_mappings_take_single_items() -> None:
-    given = {"training.block_learning_rates.0": 1e-4, "stages.1.training.block_learning_rates.3": 1e-5}
+    given = {"training.block_learning_rates.0": 1e-4, "stages.1.training.block_learning_rates.1": 1e-5}
     config = StackWiseConfig.from_preset("micro", given)
     assert config.training.block_learning_rates == {0: 1e-4}
-    assert config.stages[1].training.block_learning_rates == {3: 1e-5}
+    assert config.stages[1].training.block_learning_rates == {1: 1e-5}
     with raises_naming(ConfigError, "training.growth", "list"):
         StackWiseConfig.from_preset("micro", {"training.growth.0.until": 0.5})
