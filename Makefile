@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
+TIMES ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu lint format stress bench docs clean
@@ -34,8 +35,8 @@ format: .venv/.dev ## let ruff put things in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-stress: .venv/.dev ## the long tests: many kills, many rows
-	$(BIN)/python -m pytest -q -m stress
+stress: .venv/.dev ## the long tests: many kills, many rows; TIMES=10: ten times as many random trials
+	$(BIN)/python -m pytest -q -m stress --times $(TIMES)
 
 test-gpu: .venv/.dev ## the tests of what a GPU must keep; skipped where there is none
 	$(BIN)/python -m pytest -q -rs tests/training/test_cuda.py tests/training/test_lanes.py

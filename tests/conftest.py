@@ -18,6 +18,17 @@ from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the stress tests go on: `make stress TIMES=10` makes ten times as many random trials."""
+    parser.addoption("--times", type=int, default=1, help="stress: so many times as many random trials")
+
+
+@pytest.fixture(scope="session")
+def times(request: pytest.FixtureRequest) -> int:
+    """What the number of random trials of a stress test is multiplied by."""
+    return int(request.config.getoption("--times"))
+
+
 def pytest_configure() -> None:
     """Write to memory where there is plenty: half of a small run is waiting for the disk, which is what fsync is for.
 

@@ -99,6 +99,8 @@ def test_a_changed_file_of_a_store(finished: Path, tmp_path: Path, seed: int) ->
 
 
 @pytest.mark.stress
-def test_thousands_of_changed_files(finished: Path, tmp_path: Path) -> None:
-    faults = [fault for seed in seeds(2000) if (fault := trial(finished, tmp_path / str(seed), seed)) is not None]
+def test_many_changed_files(finished: Path, tmp_path: Path, times: int) -> None:
+    faults = [
+        fault for seed in seeds(200 * times) if (fault := trial(finished, tmp_path / str(seed), seed)) is not None
+    ]
     assert faults == []
