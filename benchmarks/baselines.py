@@ -25,7 +25,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.data import prepare
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
-from stackwise.report.paired import Samples, paired
+from stackwise.report.groups import Samples, paired
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -22,7 +22,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.search.begin import Typed, begin
-from stackwise.pipeline.search.objectives import objective
+from stackwise.pipeline.search.record import objective
 from stackwise.report.tuning import result
 
 

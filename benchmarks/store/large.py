@@ -13,8 +13,7 @@ import torch
 from benchmarks.store.measure import ratio, table
 from benchmarks.store.reading import evict_cache
 from stackwise.store import ActivationStore, RowOrder
-from stackwise.store.memory import BufferPool
-from stackwise.store.threads import Threads
+from stackwise.store.memory import BufferPool, Threads
 
 SEQ, DIM, BATCH = 2048, 8192, 4  # a row of 32 MiB in bfloat16, four a microbatch
 THREADS = (1, 2, 4)

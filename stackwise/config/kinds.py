@@ -80,16 +80,16 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
         "mlm": "MLM",
         "clm": "CLM",
         "custom": "Custom",
-        "sft": "stackwise.objectives.preference_kinds:SFT",
-        "dpo": "stackwise.objectives.preference_kinds:DPO",
-        "reward": "stackwise.objectives.preference_kinds:Reward",
-        "ppo": "stackwise.objectives.ppo_kind:PPO",
+        "sft": "SFT",
+        "dpo": "DPO",
+        "reward": "Reward",
+        "ppo": "PPO",
     },
 )
 SCORES: Registry[type[Score]] = Registry(
     "score",
     f"{__name__}:Score",
-    "stackwise.objectives.scores",
+    "stackwise.objectives.kinds",
     {"length": "Length", "pattern": "Pattern", "model": "RewardModel"},
 )
 TRACKERS: Registry[type[Tracker]] = Registry(

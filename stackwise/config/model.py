@@ -1,8 +1,9 @@
-"""The rack's settings, and the sizes that follow from them."""
+"""The rack's settings, and the sizes that follow from them; in which direction attention looks. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -10,6 +11,25 @@ from pydantic import Field
 from stackwise.config.fields import Positive, Probability, Section, Size, Small
 from stackwise.config.kinds import Attention, FeedForward, HeadKind, Kind, RopeScaling, Stream, choice
 from stackwise.registry import Registry
+
+
+@dataclass(frozen=True)
+class BlockCausal:
+    """Attention within blocks of positions, and causal between them (BD3-LM, arXiv 2503.09573, section 3).
+
+    Attributes:
+        size: Positions in a block.
+        paired: A row is a noised copy of the sample followed by the clean one. A noised position sees its own noised
+            block and the clean blocks before it; a clean position sees the clean blocks up to its own.
+    """
+
+    size: int
+    paired: bool = False
+
+
+Direction = bool | BlockCausal
+"""False: every position sees all others. True: none sees those that follow."""
+
 
 TIME_KNOTS = 65
 """Shares of masked positions that a learned time embedding has a vector for, evenly from 0 to 1."""

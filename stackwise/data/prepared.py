@@ -1,23 +1,221 @@
-"""A prepared data set: its two sides (`split.py`), its tokenizer, and what it says of itself.
+"""A prepared data set: two sides (`split.py`), a tokenizer, what it says of itself; samples of whole documents.
 
 It may be a copy that somebody else made: what lies in it is opened as regular files alone, and compared with digests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from stackwise import files
-from stackwise.data.documents import Int64s
-from stackwise.data.layouts import split_of
-from stackwise.data.split import DamagedColumnError
+from stackwise.data.documents import IGNORED, PAIR, PROMPT, SCORED, TARGETS, Array, Int64s
+from stackwise.data.split import DamagedColumnError, Split
 from stackwise.data.tokenizer import Tokenizer
 from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.identity import Hex, content_id, digest, is_hex_id
 from stackwise.text import printable
+
+
+class TaskStream(Split):
+    """A stream whose samples never hold two tasks: the tail of each task that fills no sample is left."""
+
+    def __init__(self, directory: Path, meta: Mapping[str, Any], byte_table: Callable[[], Int64s | None]) -> None:
+        super().__init__(directory, meta, byte_table)
+        self._tokens_at = np.append(np.asarray(self.documents, np.int64), self.n_tokens)[self._task_edges]
+
+    def _counts(self, seq_len: int) -> Int64s:
+        """Samples of each task."""
+        return np.diff(self._tokens_at) // seq_len
+
+    def n_samples(self, seq_len: int) -> int:
+        """See `Split.n_samples`."""
+        return int(self._counts(seq_len).sum())
+
+    def sample_tasks(self, seq_len: int) -> Int64s:
+        """See `Split.sample_tasks`."""
+        return np.repeat(np.arange(len(self.tasks)), self._counts(seq_len))
+
+    def _begins(self, samples: Int64s, seq_len: int) -> Int64s:
+        edges = np.append(0, np.cumsum(self._counts(seq_len)))  # at which sample each task begins
+        task = np.searchsorted(edges, samples, side="right") - 1
+        return np.asarray(self._tokens_at[task] + (samples - edges[task]) * seq_len)
+
+    def _rows(self, column: str, indices: Any, seq_len: int) -> Array:
+        begins = self._begins(self._checked(indices, seq_len), seq_len)
+        return np.asarray(self._columns[column][begins[:, None] + np.arange(seq_len)])
+
+
+class WholeDocuments(Split):
+    """A split whose samples hold whole documents, cut to the sample's length, and padding after them.
+
+    Padding is the separator, a segment of its own, with nothing scored.
+    """
+
+    name = ""
+
+    def __init__(self, directory: Path, meta: Mapping[str, Any], byte_table: Callable[[], Int64s | None]) -> None:
+        super().__init__(directory, meta, byte_table)
+        self._laid: dict[int, list[list[tuple[int, int, int]]]] = {}
+        self._shortened: dict[int, int] = {}  # by the sample's length, documents of which not all is there
+        self._padding = {"tokens": int(self.tokens[-1]) if len(self.tokens) else 0, TARGETS: IGNORED}
+
+    def places(self, seq_len: int) -> list[list[tuple[int, int, int]]]:
+        """For each sample its runs: where one begins in the sample, where in the stream, how many tokens."""
+        if seq_len not in self._laid:
+            self._shortened[seq_len] = 0
+            runs = zip(self._task_edges[:-1].tolist(), self._task_edges[1:].tolist(), strict=True)
+            self._laid[seq_len] = [sample for first, last in runs for sample in self._lay(seq_len, first, last)]
+        return self._laid[seq_len]
+
+    def sample_tasks(self, seq_len: int) -> Int64s:
+        """See `Split.sample_tasks`."""
+        begins = np.array([runs[0][1] for runs in self.places(seq_len)], np.int64)
+        return np.searchsorted(np.asarray(self.documents)[self._task_edges[1:-1]], begins, side="right")
+
+    def n_samples(self, seq_len: int) -> int:
+        """Samples of `seq_len` tokens."""
+        return len(self.places(seq_len))
+
+    def remarks(self, seq_len: int) -> list[str]:
+        """What samples of a length lack of the documents, a line each."""
+        here = sum(map(self._documents_in, self.places(seq_len)))
+        lines = {
+            "are cut": self._shortened[seq_len],
+            "are left out, as nothing scored is left of them,": self.n_documents - here,
+        }
+        return [
+            f"{count} of {self.n_documents} rows {what} at {seq_len} tokens" for what, count in lines.items() if count
+        ]
+
+    def _documents_in(self, runs: list[tuple[int, int, int]]) -> int:
+        return len(runs)
+
+    def segments(self, indices: Any, seq_len: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """See `Split.segments`; padding is a document of its own."""
+        samples = self._checked(indices, seq_len)
+        marks = np.zeros((len(samples), seq_len), np.int32)
+        for row, index in enumerate(samples):
+            runs = self.places(seq_len)[index]
+            marks[row] = len(runs)
+            for number, (at, _, length) in enumerate(runs):
+                marks[row, at : at + length] = number
+        return marks
+
+    def _rows(self, column: str, indices: Any, seq_len: int) -> Array:
+        values, samples = self._columns[column], self._checked(indices, seq_len)
+        rows = np.full((len(samples), seq_len), self._padding.get(column, 0), values.dtype)
+        for row, index in enumerate(samples):
+            for at, start, length in self.places(seq_len)[index]:
+                rows[row, at : at + length] = values[start : start + length]
+        return rows
+
+    def _edges(self) -> Int64s:
+        return np.append(np.asarray(self.documents, np.int64), self.n_tokens)
+
+    def _lay(self, seq_len: int, first: int, last: int) -> list[list[tuple[int, int, int]]]:
+        """The samples of documents `first` to `last`, the latter excluded: a task's, or all."""
+        raise TypeError(f"{type(self).__name__} does not say how samples are laid out")
+
+
+class PackedSplit(WholeDocuments):
+    """Documents packed into samples, the longest first, each where the least room is left (best fit, decreasing).
+
+    One of which nothing scored would be left is left out.
+    """
+
+    name = "packed"
+
+    def _lay(self, seq_len: int, first: int, last: int) -> list[list[tuple[int, int, int]]]:
+        edges, scored = self._edges()[first : last + 1], np.flatnonzero(self._columns[SCORED])
+        starts, lengths = edges[:-1], np.minimum(np.diff(edges), seq_len)
+        any_scored = np.searchsorted(scored, starts) < np.searchsorted(scored, starts + lengths)
+        self._shortened[seq_len] += int((np.diff(edges) > seq_len)[any_scored].sum())
+        # The number of a document breaks ties: the layout is a function of the documents and the length alone.
+        order = np.lexsort((np.arange(len(starts)), -lengths))
+        samples: list[list[tuple[int, int, int]]] = []
+        room: list[int] = []  # the different amounts of room that are left, sorted
+        with_room: dict[int, list[int]] = {}  # samples by the room that is left, the lowest first
+        for document in order[any_scored[order]].tolist():
+            start, length = int(starts[document]), int(lengths[document])
+            place = bisect_left(room, length)
+            if place == len(room):
+                number, left = len(samples), seq_len
+                samples.append([])
+            else:
+                left = room[place]
+                number = heapq.heappop(with_room[left])
+                if not with_room[left]:
+                    del with_room[left], room[place]
+            samples[number].append((seq_len - left, start, length))
+            if (after := left - length) > 0:
+                if after not in with_room:
+                    insort(room, after)
+                heapq.heappush(with_room.setdefault(after, []), number)
+        return samples
+
+
+class PairSplit(WholeDocuments):
+    """A pair a sample: the chosen side in its first half, the rejected one in its second.
+
+    A pair is left out where a side keeps nothing that is scored.
+    """
+
+    name = "pairs"
+
+    def _lay(self, seq_len: int, first: int, last: int) -> list[list[tuple[int, int, int]]]:
+        edges, marks, half = self._edges()[first : last + 1], np.asarray(self._columns[PAIR]), seq_len // 2
+        samples, shortened = [], 0
+        for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            of_pair = marks[start:stop]
+            second = np.flatnonzero(of_pair >= 2)
+            if not len(second):
+                continue
+            at, end = int(second[0]), int(second[-1]) + 1
+            chosen, rejected = min(at, half), min(end - at, half)
+            if (of_pair[:chosen] == 1).any() and (of_pair[at : at + rejected] == 3).any():
+                samples.append([(0, start, chosen), (half, start + at, rejected)])
+                shortened += chosen + rejected < end
+        self._shortened[seq_len] += shortened
+        return samples
+
+    def _documents_in(self, runs: list[tuple[int, int, int]]) -> int:
+        return 1
+
+
+class PromptSplit(WholeDocuments):
+    """A prompt a sample, at its beginning; one that is longer than a sample is cut."""
+
+    name = "prompts"
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt."""
+        marks = np.asarray(self._columns[PROMPT])
+        return int(np.add.reduceat(marks, self.documents).max(initial=0)) if len(marks) else 0
+
+    def _lay(self, seq_len: int, first: int, last: int) -> list[list[tuple[int, int, int]]]:
+        edges = self._edges()[first : last + 1]
+        lengths = np.diff(edges)
+        self._shortened[seq_len] += int((lengths > seq_len).sum())
+        ends = np.minimum(lengths, seq_len).tolist()
+        return [[(0, start, length)] for start, length in zip(edges[:-1].tolist(), ends, strict=True) if length]
+
+
+def split_of(directory: Path, meta: Mapping[str, Any], byte_table: Callable[[], Int64s | None]) -> Split:
+    """A side of a prepared set, its samples as its columns say: pairs, packed conversations, prompts, or a stream."""
+    columns = meta["columns"]
+    stream = TaskStream if "tasks" in meta else Split
+    kinds = {PAIR: PairSplit, SCORED: PackedSplit, PROMPT: PromptSplit}
+    kind = next((kind for name, kind in kinds.items() if name in columns), stream)
+    return kind(directory, meta, byte_table)
+
 
 FORMAT, VERSION = "stackwise prepared data", 1
 META, TOKENIZER = "meta.json", "tokenizer.json"

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from stackwise.batch import MASKS, TOKENS, Batch
-from stackwise.config.direction import Direction
+from stackwise.config.model import Direction
 from stackwise.errors import UsageError
 from stackwise.identity import generator
 from stackwise.objectives.masks import Bools, child, seed_key, uniform_masks

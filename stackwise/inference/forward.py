@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stackwise.config.direction import BlockCausal, Direction
+from stackwise.config.model import BlockCausal, Direction
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
 from stackwise.model.attention import Caches

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stackwise.config.direction import BlockCausal
+from stackwise.config.model import BlockCausal
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
 from stackwise.inference.forward import LoadedModel, choose, forbid

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackwise.config import kinds
-from stackwise.config.direction import BlockCausal, Direction
-from stackwise.config.model import ModelConfig
+from stackwise.config.model import BlockCausal, Direction, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model.kinds import Latent, Projected, Windowed
 from stackwise.model.layers import RMSNorm, Rotary

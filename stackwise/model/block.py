@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stackwise.config.direction import Direction
-from stackwise.config.model import ModelConfig
+from stackwise.config.model import Direction, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model.attention import Cache, is_paired
 from stackwise.model.layers import make_norm

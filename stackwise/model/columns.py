@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stackwise.config.direction import Direction
+from stackwise.config.model import Direction
 from stackwise.model.attention import Cache
 from stackwise.model.layers import make_norm, too_long
 from stackwise.model.rack import Front, Head

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stackwise.config.direction import BlockCausal
-from stackwise.config.model import ModelConfig
+from stackwise.config.model import BlockCausal, ModelConfig
 from stackwise.identity import derive_seed
 from stackwise.model.attention import AttentionPattern, Cache, SoftmaxAttention, sees
 from stackwise.model.kinds import Linear

@@ -26,10 +26,10 @@ from stackwise.config.training import Quantization
 from stackwise.errors import UsageError
 from stackwise.identity import derive_seed
 from stackwise.model.formats import Format, Integers, Layout, format_named
-from stackwise.model.observers import Observer
 from stackwise.model.rounding import (
     FakeQuantized,
     Learned,
+    Observer,
     RoundedTokens,
     learned_grid,
     rounded_in_range,

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stackwise.config.direction import Direction
-from stackwise.config.model import TIME_KNOTS, LearnedTime, ModelConfig, Sinusoidal
+from stackwise.config.model import TIME_KNOTS, Direction, LearnedTime, ModelConfig, Sinusoidal
 from stackwise.errors import UsageError
 from stackwise.model import kinds
 from stackwise.model.attention import Cache, is_paired

@@ -1,14 +1,26 @@
-"""The kinds of objective: their settings and facts. No torch here."""
+"""The kinds of objective and of score: their settings and facts. No torch here.
+
+Objectives over masked or next tokens, over conversations and pairs of answers, and over the rack's own answers; and
+what such an answer is worth: functions that can be checked, and a reward model that a run has trained. A score of your
+own is one class in a file that `STACKWISE_PLUGINS` names:
+
+    @SCORES.register("polite")
+    class Polite(Score):
+        def scores(self, prompts, answers):
+            return [float("please" in answer) for answer in answers]
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from stackwise.config.fields import Size
-from stackwise.config.kinds import Fault, Objective
+from stackwise.config.fields import Positive, Section, Size, Text
+from stackwise.config.kinds import Fault, Objective, Score, choice
+from stackwise.errors import UsageError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -149,3 +161,264 @@ class Custom(Objective):
         from stackwise.objectives.objectives import CustomObjective
 
         return CustomObjective(causal=self.causal)
+
+
+class Causal(Objective):
+    """What these objectives have in common: each position says the next token, and nothing is masked."""
+
+    masks: ClassVar[bool] = False
+    shows_mask: ClassVar[bool] = False
+    continued_as: ClassVar[str | None] = "clm"
+
+    @property
+    def causal(self) -> bool:
+        """See `Objective.causal`."""
+        return True
+
+    def specification(self, seed: int) -> dict[str, Any]:
+        """See `Objective.specification`: tokens are shown as they are, sequence by sequence."""
+        return {} if self.sequences == 1 else {"sequences": self.sequences}
+
+    def unadaptable(self) -> str | None:
+        """See `Objective.unadaptable`."""
+        return f"with training.objective {self.name} the rack is causal from the start"
+
+
+class SFT(Causal):
+    """Supervised fine-tuning: the answers of conversations are learnt, what they answer is only read."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("completion_mask",)
+    packs: ClassVar[bool] = True
+
+    def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
+        """See `Objective.build`."""
+        from stackwise.objectives.preferences import SFTObjective
+
+        return SFTObjective()
+
+
+class _Pairs(Causal):
+    """Pairs: two answers to one prompt, of which one was preferred."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("pair_mask", "margin")
+    sequences: ClassVar[int] = 2
+    watched: ClassVar[Mapping[str, tuple[str, ...]]] = {"preference": ("accuracy", "margin", "chosen", "rejected")}
+
+    def faults(self, seq_len: int) -> Iterator[Fault]:
+        """See `Objective.faults`."""
+        if seq_len % 2:
+            yield "name", f"{self.name}: each side of a pair has half of training.seq_len, and {seq_len} is odd"
+
+
+class DPO(_Pairs):
+    """Direct preference optimisation (arXiv 2305.18290): likelier answers than a reference finds them, by pairs."""
+
+    beta: Positive = Field(0.1, description="how dear it is to leave the reference; of ipo tau")
+    loss: Literal["sigmoid", "robust", "ipo"] = Field(
+        "sigmoid",
+        description="sigmoid: of the margin (DPO); robust: unbiased by labels that are smoothed away; ipo: the squared "
+        "distance of the margin, a token, from 1/(2 beta)",
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        0.0, description="share of pairs that are taken to be labelled the wrong way round; of no effect with ipo"
+    )
+    reference_model: Text | None = Field(
+        None,
+        description="the reference: a Hugging Face directory or an export; null: what the run begins from "
+        "(init.weights)",
+    )
+
+    @property
+    def reference(self) -> str | None:
+        """See `Objective.reference`."""
+        return self.reference_model or ""
+
+    def placed(self, absolute: Callable[[str], str]) -> Self:
+        """See `Kind.placed`."""
+        if self.reference_model is None:
+            return self
+        return self.model_copy(update={"reference_model": absolute(self.reference_model)})
+
+    def scoring(self) -> dict[str, Any]:
+        """See `Objective.scoring`: which reference it is, is among the inputs, by content."""
+        smoothing = {"label_smoothing": self.label_smoothing} if self.loss != "ipo" else {}
+        return {"name": self.name, "beta": self.beta, "loss": self.loss} | smoothing
+
+    def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
+        """See `Objective.build`."""
+        from stackwise.objectives.preferences import DPOObjective
+
+        return DPOObjective(self.beta, self.label_smoothing, self.loss)
+
+
+class Reward(_Pairs):
+    """A reward model (Bradley-Terry): a score at an answer's end, higher for the preferred one."""
+
+    score_width: ClassVar[int | None] = 1
+    evaluated: ClassVar[Literal["text", "pairs", "answers"]] = "pairs"
+
+    margin: bool = Field(True, description="the chosen score is to be ahead by the row's margin (arXiv 2307.09288)")
+    centered: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="weight of the squared sum of both scores, which draws scores to a mean of 0"
+    )
+
+    def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
+        """See `Objective.build`."""
+        from stackwise.objectives.preferences import RewardObjective
+
+        return RewardObjective(margin=self.margin, centered=self.centered)
+
+
+class KL(Section):
+    """How dear it is to leave the reference, in score a nat; and how that follows the divergence that is measured."""
+
+    coefficient: Annotated[float, Field(ge=0.0)] = Field(
+        0.1, description="what a nat of divergence from the reference costs, in the first window"
+    )
+    target: Positive | None = Field(
+        None,
+        description="nats an answer that the divergence is drawn to: the coefficient rises above it and falls below "
+        "(arXiv 1909.08593, section 2.2); null: the coefficient is fixed",
+    )
+    horizon: Size = Field(1000, description="answers over which the coefficient follows; fewer: faster")
+
+    def following(self, coefficient: float, measured: float, answers: int) -> float:
+        """The coefficient of the next window (arXiv 1909.08593, equation after 2).
+
+        Args:
+            coefficient: That of this window.
+            measured: The mean divergence of this window's answers, in nats an answer.
+            answers: How many they are.
+        """
+        if self.target is None:
+            return coefficient
+        error = min(max(measured / self.target - 1.0, -0.2), 0.2)
+        return coefficient * (1.0 + error * answers / self.horizon)
+
+
+class PPO(Causal):
+    """Proximal policy optimisation (arXiv 1707.06347) on scored answers, near a reference (arXiv 1909.08593).
+
+    Each window of the schedule (`training.windows`) is a phase: the rack answers prompts, the answers are scored and
+    kept in the store, and the stage trains on them for some passes.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ("prompt_mask",)
+    score_width: ClassVar[int | None] = 1
+    rolls_out: ClassVar[bool] = True
+    evaluated: ClassVar[Literal["text", "pairs", "answers"]] = "answers"
+    watched: ClassVar[Mapping[str, tuple[str, ...]]] = {"ppo": ("clipped", "moved")}
+
+    score: Score = choice(Score, "what an answer is worth")
+    new_tokens: Size = Field(32, description="tokens of an answer, at most; its prompt has what is left of seq_len")
+    temperature: Positive = Field(1.0, description="of the distribution that answers are drawn from, and trained")
+    passes: Size = Field(4, description="passes over a window's answers")
+    kl: KL = Field(default_factory=KL, description="the penalty on divergence from the reference")
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.2, description="how far a token's probability may move, as a share, before it counts no more"
+    )
+    clip_value: Positive = Field(0.2, description="how far a value may move from that of the rollout")
+    value_weight: Annotated[float, Field(ge=0.0)] = Field(0.1, description="weight of the loss of the values")
+    discount: Share = Field(1.0, description="gamma: what a token later counts")
+    gae: Share = Field(0.95, description="lambda of generalised advantage estimation (arXiv 1506.02438)")
+    whiten_scores: bool = Field(False, description="bring a window's rewards to a variance of 1, their mean kept")
+    unended: float | None = Field(
+        None, allow_inf_nan=False, description="the score of an answer that does not end by itself; null: as any other"
+    )
+
+    def placed(self, absolute: Callable[[str], str]) -> Self:
+        """See `Kind.placed`."""
+        return self.model_copy(update={"score": self.score.placed(absolute)})
+
+    def window_rows(self, rows: int) -> int:
+        """See `Objective.window_rows`."""
+        return max(1, rows // self.passes)
+
+    def rollout(self) -> dict[str, Any]:
+        """What of it shapes the answers that are drawn, for identities."""
+        return {"new_tokens": self.new_tokens, "temperature": self.temperature}
+
+    def scoring(self) -> dict[str, Any]:
+        """See `Objective.scoring`."""
+        kl = self.kl.model_dump()
+        if self.kl.target is None:
+            del kl["horizon"]
+        values = {name: getattr(self, name) for name in type(self).model_fields if name not in ("kl", "score")}
+        return {"name": self.name, "kl": kl, "score": self.score.plain() | self.score.code} | values
+
+    def faults(self, seq_len: int) -> Iterator[Fault]:
+        """See `Objective.faults`."""
+        if self.new_tokens >= seq_len:
+            text = f"{self.new_tokens} leave no token of training.seq_len {seq_len} to a prompt"
+            yield "new_tokens", f"{text}: give at most {seq_len - 1}"
+
+    def check_samples(self, split: Any, seq_len: int) -> None:
+        """See `Objective.check_samples`: prompts must leave room for an answer."""
+        longest = split.longest_prompt
+        if longest + self.new_tokens > seq_len:
+            raise UsageError(
+                f"the longest prompt has {longest} tokens, and with {self.new_tokens} of an answer (training.objective."
+                f"new_tokens) it does not fit into training.seq_len {seq_len}",
+                hint=f"set training.seq_len to {longest + self.new_tokens} or more, or shorten the prompts",
+            )
+
+    def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
+        """See `Objective.build`."""
+        from stackwise.objectives.ppo import PPOObjective
+
+        return PPOObjective(self.clip, self.clip_value, self.value_weight, self.temperature)
+
+
+class Length(Score):
+    """Answers of a given length: the distance from it, as a share of it, with a minus sign."""
+
+    target: Size = Field(64, description="characters that an answer is to have")
+
+    def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[float]:
+        """See `Score.scores`."""
+        return [-abs(len(answer) - self.target) / self.target for answer in answers]
+
+
+class Pattern(Score):
+    """Answers of a given style: the share of an answer's characters that a regular expression matches."""
+
+    regex: Text = Field("[a-z]+", description="a regular expression of Python, searched for from left to right")
+
+    @field_validator("regex")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"is no regular expression ({error})") from None
+        return value
+
+    def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[float]:
+        """See `Score.scores`; an empty answer is worth nothing."""
+        pattern = re.compile(self.regex)
+        return [
+            sum(len(match.group()) for match in pattern.finditer(answer)) / max(1, len(answer)) for answer in answers
+        ]
+
+
+class RewardModel(Score):
+    """The score of a reward model: a finished run with `training.objective: reward`, of the same tokenizer."""
+
+    path: Text = Field(description="the directory of the run")
+
+    @property
+    def run(self) -> str | None:
+        """See `Score.run`."""
+        return self.path
+
+    def placed(self, absolute: Callable[[str], str]) -> Self:
+        """See `Kind.placed`."""
+        return self.model_copy(update={"path": absolute(self.path)})
+
+    def plain(self) -> dict[str, Any]:
+        """Its name alone: which weights they are is among the inputs of a stage, by content."""
+        return {self.tag: self.name}
+
+    def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[float]:
+        """See `Score.scores`."""
+        raise UsageError(f"score {self.name}: tokens are scored by the run's weights, not text")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stackwise.batch import Batch, Term, sent
-from stackwise.config.direction import Direction
+from stackwise.config.model import Direction
 from stackwise.objectives.cross_entropy import head_cross_entropy
 
 HeadFunction = Callable[[Tensor], Tensor]

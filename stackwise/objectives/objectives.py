@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stackwise.batch import Batch, on_host, sent
-from stackwise.config.direction import BlockCausal
+from stackwise.config.model import BlockCausal
 from stackwise.config.training import TrainingConfig
 from stackwise.errors import UsageError
 from stackwise.objectives.masks import check_shares, corrupt

@@ -13,7 +13,7 @@ from stackwise.config.yaml_files import dump
 from stackwise.data import PreparedData, require_samples
 from stackwise.errors import DamageError, NotFound, UsageError
 from stackwise.identity import content_id
-from stackwise.pipeline import rollouts
+from stackwise.pipeline.division import groups_of, put_groups
 from stackwise.pipeline.initial import MOST_ADDED
 from stackwise.pipeline.job import Frozen, Source, StageJob, Versions, starts
 from stackwise.pipeline.recipe import (
@@ -27,10 +27,9 @@ from stackwise.pipeline.recipe import (
     stage_span,
     trunk_id,
 )
-from stackwise.pipeline.row_groups import groups_of, put_groups
 from stackwise.pipeline.rows import HELD_OUT, check_tasks, drawn_rows, put_rows, rows_key, tasks_digest
 from stackwise.pipeline.schedule import FRONT, Stage, drawn_and_window, schedule, stage_below, window_rowset
-from stackwise.pipeline.teacher import Judge, judge_of, teacher_of
+from stackwise.pipeline.teacher import Judge, judge_of, reference_sources, rollout_inputs, score_model, teacher_of
 from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
 
 
@@ -141,7 +140,7 @@ class Plan:
         self.known_rowsets = known_rowsets if known_rowsets is not None else {}
         self.sources = dict(sources or {})
         self.teacher = teacher_of(config, self.vocabulary.size, self.vocabulary.mask, data.id)
-        self._score_model = rollouts.score_model(config, data)
+        self._score_model = score_model(config, data)
         if self.teacher is not None:
             self.teacher.check(self.stages, data)
         self._heads: dict[str, str] = {}
@@ -159,7 +158,7 @@ class Plan:
         return str(entry[0]), int(entry[1])
 
     def head_rowset(self, number: int) -> str:
-        """The rowset that the boundaries of a rowset are found by: its first group's (`row_groups.py`), or itself."""
+        """The rowset that the boundaries of a rowset are found by: its first group's (`division.py`), or itself."""
         rowset, groups = self.rowset(number)[0], groups_of(self.config, number)
         if groups == 1:
             return rowset
@@ -225,7 +224,7 @@ class Plan:
         if (meta := self.config.stage_training(stage.depth).meta) is not None:
             inputs |= {"tasks": tasks_digest(meta, self.data)}
         if self.config.objective.rolls_out:
-            inputs |= rollouts.inputs(stage, self.sources, self._score_model)
+            inputs |= rollout_inputs(stage, self.sources, self._score_model)
         if (judge := self._judges.get(stage.depth)) is not None:
             inputs |= judge.inputs(stage)
         return inputs | (self.teacher.inputs(stage) if self.teacher is not None else {})
@@ -397,7 +396,7 @@ class Plan:
             held_out_reads=entry.held_out,
             writes_held_out=writes_held_out,
             match=self._match(stage) if train else None,
-            reference=rollouts.reference_sources(stage, self.sources) if self.config.objective.rolls_out else {},
+            reference=reference_sources(stage, self.sources) if self.config.objective.rolls_out else {},
             replayed=rows - int(self._rowset(number)[-1]) if self.config.tasks_in_turn and number != HELD_OUT else 0,
             known=entry.known,
         )

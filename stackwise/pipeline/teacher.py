@@ -1,16 +1,20 @@
-"""A teacher beside a run: which of its numbers each stage is drawn to, by content; written before the stage trains.
+"""Models beside a run (a teacher, a reference, what scores answers): which of their numbers a stage reads, by content.
 
-They are boundaries like any other, of the same rows under the same masks: hidden states at a depth, or the likeliest
-tokens. One that is there is found again by whatever stage, run or sweep asks for it. No torch is imported here before
-something is to be written.
+They are boundaries like any other, of the same rows under the same masks, written before the stage trains: hidden
+states at a depth, or the likeliest tokens. One that is there is found again by any stage, run or sweep.
+So are answers that a rack draws itself, one row a prompt: the tokens with what the policy said of them, what the
+reference says of them, and the scores; a kill costs a part of one. No torch is imported here before something is to be
+written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.kinds import Score
 from stackwise.config.model import ModelConfig
 from stackwise.config.schema import DistillationConfig
 from stackwise.data import PreparedData
@@ -19,13 +23,16 @@ from stackwise.data.tokenizer import Tokenizer
 from stackwise.errors import UsageError, under
 from stackwise.files import expanded
 from stackwise.identity import Hex, content_id
+from stackwise.pipeline.job import Source, Versions
 from stackwise.pipeline.recipe import forward_specification, lossless_codec, trunk_id
+from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import FRONT, HEAD, Stage, block_part
 from stackwise.pretrained.adapters import is_adapter
 from stackwise.pretrained.checkpoint import Checkpoint
 
 TEACHER, LOGITS, REFERENCE, DIFFICULTY = "teacher", "teacher_logits", "reference", "difficulty"
 """The inputs of a batch (see `objectives.distillation`, `objectives.preferences`, `training.curriculum`)."""
+SCORES = "scores"  # names, beside REFERENCE, the reward model that a stage reads
 
 PROBE = "Stages are trained one at a time; 1,234 tokens are 5% of 24,680. Straße, naïve, 東京, λ(x)\n\tdef f(x): ..."
 """Text that two tokenizers are compared on."""
@@ -255,3 +262,76 @@ def teacher_of(config: StackWiseConfig, vocab_size: int, mask_token: int, data: 
     if config.objective.reference is not None:
         return Reference(config, vocab_size, mask_token, data)
     return None if config.distillation.teacher is None else Teacher(config, vocab_size, mask_token, data)
+
+
+def reference_sources(stage: Stage, sources: Versions) -> dict[str, Source]:
+    """The parts of the reference: what the run begins from."""
+    return {part: sources.get(part, Source()) for part in stage.holds}
+
+
+def rollout_inputs(stage: Stage, sources: Versions, scores: Hex | None) -> dict[str, Hex]:
+    """What a stage's result follows from beside its rows and weights: names, and content ids.
+
+    Args:
+        scores: What `score_model` returns.
+    """
+    digests = {part: source.digest for part, source in reference_sources(stage, sources).items()}
+    return {REFERENCE: content_id("reference", digests)} | ({} if scores is None else {SCORES: scores})
+
+
+def score_model(config: StackWiseConfig, data: PreparedData) -> Hex | None:
+    """The id of the reward model that says the scores; None: a function does, or nothing is scored.
+
+    Raises:
+        NotFound: There is no such run.
+        UsageError: It is no reward model, is not finished, has another tokenizer, or takes less than a row; or the run
+            begins from nothing.
+    """
+    if not config.objective.rolls_out:
+        return None
+    if config.init.weights is None:
+        raise UsageError(
+            f"training.objective: {config.objective.name} needs init.weights, which is its reference too",
+            hint="fine-tune first (training.objective: sft), and name that run or its export",
+        )
+    kind: Score = getattr(config.objective, "score")  # noqa: B009  # an objective that rolls out has one
+    if kind.run is None:
+        return None
+    key, run = "training.objective.score", RunDirectory(expanded(kind.run))
+    with under(key):
+        theirs, manifest = run.config(), run.manifest()
+    if theirs.objective.name != "reward":
+        raise UsageError(
+            f"{key}: {run.path} was trained with {theirs.objective.name}, and gives no scores",
+            hint="name a run with training.objective: reward",
+        )
+    stages = manifest["stages"]
+    if not stages or any(stage["state"] != "done" for stage in stages):
+        done = sum(stage["state"] == "done" for stage in stages)
+        raise UsageError(
+            f"{key}: {done} of {len(stages)} stages of {run.path} are committed",
+            hint=f"stackwise run --run {run.path} finishes it",
+        )
+    if PreparedData.open(Path(manifest["data"]["directory"])).tokenizer_id != data.tokenizer_id:
+        raise UsageError(
+            f"{key}: {run.path} has another tokenizer than this run",
+            hint="train the reward model from the same weights as the policy, or with the same data.tokenizer",
+        )
+    longest = theirs.model.max_seq_len or theirs.training.seq_len
+    if longest < config.training.seq_len:
+        raise UsageError(
+            f"{key}: {run.path} takes at most {longest} tokens, and a row here has {config.training.seq_len}",
+            hint=f"set training.seq_len to {longest} or less, or train it on longer rows",
+        )
+    return content_id("reward model", [stage["recipe"] for stage in stages])
+
+
+def rollout_trunk(forward: Mapping[str, Any], objective: Mapping[str, Any], policy: Mapping[str, Hex | None]) -> Hex:
+    """What answers of a policy are known by, beside their rows.
+
+    Args:
+        forward: The forward specification of the run.
+        objective: How they are drawn, and the seed.
+        policy: The digest of each of its parts.
+    """
+    return content_id("rollout", {"forward": dict(forward), "drawn": dict(objective), "policy": dict(policy)})

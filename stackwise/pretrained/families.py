@@ -43,7 +43,7 @@ FAMILIES: Registry[type[Family]] = Registry(
         "gpt2": "GPT2",
         "bert": "stackwise.pretrained.bert:Bert",
         "roberta": "stackwise.pretrained.bert:Roberta",
-        "modernbert": "stackwise.pretrained.modernbert:ModernBert",
+        "modernbert": "stackwise.pretrained.bert:ModernBert",
         "stackwise": "StackWise",
     },
 )

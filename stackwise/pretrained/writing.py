@@ -26,14 +26,6 @@ from stackwise.model.projections import QuantizedLinear, plain_layers
 from stackwise.model.rack import Front, Head, StageModules
 from stackwise.pretrained.adapters import SETTINGS, as_peft, peft_settings, peft_tensors
 from stackwise.pretrained.checkpoint import Checkpoint
-from stackwise.pretrained.compressed import (
-    KINDS,
-    PACKED,
-    CompressedPart,
-    compressed_part,
-    compressed_refs,
-    quantization_config,
-)
 from stackwise.pretrained.families import (
     BLOCK,
     FRONT,
@@ -46,7 +38,19 @@ from stackwise.pretrained.families import (
 )
 from stackwise.pretrained.keys import SPECIAL
 from stackwise.pretrained.reading import ADAPTER_WEIGHTS
-from stackwise.pretrained.shards import OURS, SHARD_BYTES, ShardWriter, published, write_content
+from stackwise.pretrained.shards import (
+    KINDS,
+    OURS,
+    PACKED,
+    SHARD_BYTES,
+    CompressedPart,
+    ShardWriter,
+    compressed_part,
+    compressed_refs,
+    published,
+    quantization_config,
+    write_content,
+)
 from stackwise.version import __version__
 
 BESIDE = (

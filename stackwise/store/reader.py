@@ -20,10 +20,9 @@ from stackwise.store.chunks import Array, ChunkDamage, ChunkSource, OpenChunk
 from stackwise.store.disk import BoundaryFiles
 from stackwise.store.index import Index
 from stackwise.store.layout import Lease
-from stackwise.store.memory import BufferPool, Bytes, ChunkMaps
+from stackwise.store.memory import BufferPool, Bytes, ChunkMaps, Threads
 from stackwise.store.order import Prefetcher, RowOrder, Rows
 from stackwise.store.records import BoundaryInfo
-from stackwise.store.threads import Threads
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from stackwise.config.meta import Meta
 from stackwise.model import Head
 from stackwise.objectives.cross_entropy import ProjectionHead, whole_graph
 from stackwise.training.optim import steered_in
-from stackwise.training.phases import BACKWARD, FORWARD, PhaseClock
+from stackwise.training.scaling import BACKWARD, FORWARD, PhaseClock
 from stackwise.training.stage import StageModel, StepLoss
 
 Weights = Mapping[str, Tensor]

@@ -1,18 +1,32 @@
-"""Whether a step moves the weights: the scale of the loss in half precision, and what clips a gradient."""
+"""What a step in 16 bits takes: copies of its weights, the scale of its loss; what clips a gradient; a step's seconds.
+
+Autocast keeps its copies of weights too (`stage.casts_held`), but from the second microbatch on their gradients are
+added up last of all: a graph is gone through newest first, and the copies are as old as the step. Until then all the
+16-bit gradients of a pass are alive, and then each is made a wide tensor before it is added. Here a copy is a leaf: its
+gradient is there when its product is, is added to the weight's own in place, and is freed before the next one is made.
+The numbers are the same, bit for bit: a 16-bit number is widened exactly, and microbatches are added in their order.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stackwise.batch import Batch
 from stackwise.errors import StackWiseError
+from stackwise.model.projections import QuantizedLinear, projections
+from stackwise.training.stage import NARROW, StageModel
 
 if TYPE_CHECKING:
     from stackwise.training.engine import Accept
+
 
 FIGURES = SCALER, CLIP = "scaler/state", "clip/last"  # what an engine's state has beside tensors of parameters
 FIRST_SCALE, HIGHEST_SCALE = 2.0**16, 2.0**24
@@ -102,3 +116,113 @@ class LossScale:
 def clip_factor(limit: float, norm: Tensor) -> float:
     """What gradients are multiplied by, as `clip_grads_with_norm_` has it."""
     return float(torch.clamp(limit / (norm + 1e-6), max=1.0))
+
+
+@contextlib.contextmanager
+def narrow_weights(model: StageModel) -> Iterator[None]:
+    """Within it, linear layers that compute in 16 bits have 16-bit weights; float32 weights must stay as they are.
+
+    Layers that a block keeps wide, weights in formats of their own and those that ranks share out stay as they are:
+    autocast casts what is left.
+    """
+    places: list[tuple[nn.Module, str, nn.Parameter]] = []
+    copies: dict[int, nn.Parameter] = {}  # a weight that several layers share has one
+    for block in (*model.blocks, *model.beyond):
+        dtype: torch.dtype | None = getattr(block, "compute", None) or NARROW.get(model.precision)
+        # Where a block's weights are held to what they were, the loss is of the wide ones.
+        if dtype is None or dtype not in NARROW.values() or getattr(block, "anchored", None) is not None:
+            continue
+        for layer in projections(block).values():
+            if isinstance(layer, QuantizedLinear) and (layer.form is not None or layer.multiply is not None):
+                continue
+            for name in ("weight", "bias"):
+                p = layer._parameters.get(name)
+                if type(p) is nn.Parameter and p.dtype is torch.float32:
+                    places.append((layer, name, p))
+                    if id(p) not in copies:
+                        copies[id(p)] = _copy(p, dtype)
+    for layer, name, p in places:
+        layer._parameters[name] = copies[id(p)]
+    try:
+        yield
+    finally:
+        for layer, name, p in places:
+            layer._parameters[name] = p
+
+
+def _copy(p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    copy = nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad)
+    if p.requires_grad:
+        hook: Any = copy.register_post_accumulate_grad_hook
+        hook(partial(_hand_over, p))
+    return copy
+
+
+@torch.no_grad()
+def _hand_over(p: nn.Parameter, copy: Tensor) -> None:
+    """Add a copy's gradient to the weight's own, and free it."""
+    gradient, copy.grad = copy.grad, None
+    assert gradient is not None
+    p.grad = gradient.to(p.dtype) if p.grad is None else p.grad.add_(gradient)
+    for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values():  # as if autograd had added it
+        hook(p)
+
+
+FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
+
+
+class PhaseClock:
+    """Adds up the seconds of phases, on the device where that is asynchronous.
+
+    On a GPU events mark where a phase begins and ends in the stream, so that nothing is waited for before the sums are
+    read. A head whose loss leaves its gradients behind (`cross_entropy.py`) counts as forward.
+
+    A step's passes are those of its microbatches through the stage; where its parts take turns, through each group of
+    them, up and down. Another thread may look at them. On a GPU they are counted as they are queued.
+    """
+
+    passes, done = 0, 0  # of the step in hand: how many it has, and how many were made
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = dict.fromkeys((FORWARD, BACKWARD, OPTIMIZER), 0.0)
+        self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count what is done inside for a phase."""
+        if self._device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            yield
+            end.record()
+            self._marks.append((phase, begin, end))
+            return
+        begun = self._now()
+        yield
+        self._seconds[phase] += self._now() - begun
+
+    def begin_step(self, passes: int) -> None:
+        """A step begins, of so many passes."""
+        self.passes, self.done = passes, 0
+
+    def counted(self, microbatches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+        """Microbatches with their numbers, each with a pass that is made when the next one is asked for."""
+        for numbered in enumerate(microbatches):
+            yield numbered
+            self.done += 1
+
+    def take(self) -> dict[str, float]:
+        """The seconds of each phase since the last call; waits for the device."""
+        if self._marks:
+            self._marks[-1][2].synchronize()
+        for phase, begin, end in self._marks:
+            self._seconds[phase] += begin.elapsed_time(end) / 1000
+        seconds, self._marks = self._seconds, []
+        self._seconds = dict.fromkeys(seconds, 0.0)
+        return seconds
+
+    def _now(self) -> float:
+        if self._device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()

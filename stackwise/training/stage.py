@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stackwise.batch import ACTIVATIONS, SEGMENTS, TASKS, Batch, Term
-from stackwise.config.direction import Direction
+from stackwise.config.model import Direction
 from stackwise.errors import StackWiseError, UsageError
 from stackwise.model import Block, Stack, enter
 from stackwise.objectives import RuntimeObjective

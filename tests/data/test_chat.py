@@ -14,7 +14,7 @@ import pytest
 from stackwise.config import DataConfig
 from stackwise.data import PreparedData, prepare
 from stackwise.data.chat import TEMPLATES
-from stackwise.data.layouts import PackedSplit, PairSplit
+from stackwise.data.prepared import PackedSplit, PairSplit
 from stackwise.errors import UsageError
 
 SFT, PAIRS = ("completion_mask",), ("pair_mask", "margin")

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stackwise.config.direction import BlockCausal
-from stackwise.config.model import ArchitectureConfig, ModelConfig
+from stackwise.config.model import ArchitectureConfig, BlockCausal, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.inference import FillStep, StageModules
 from stackwise.model import Caches, Rack, build_rack

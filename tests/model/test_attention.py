@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stackwise.config.direction import BlockCausal, Direction
 from stackwise.config.kinds import Attention, RopeScaling
-from stackwise.config.model import ArchitectureConfig, ModelConfig
+from stackwise.config.model import ArchitectureConfig, BlockCausal, Direction, ModelConfig
 from stackwise.errors import UsageError
 from stackwise.model import Block, Cache, build_block, build_rack, part_digest
 from stackwise.model.attention import AttentionPattern, flex

@@ -11,8 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from stackwise.config.direction import Direction
-from stackwise.config.model import ModelConfig
+from stackwise.config.model import Direction, ModelConfig
 from stackwise.model import Rack, build_rack
 
 VOCAB, S, D, H = 40, 24, 32, 4

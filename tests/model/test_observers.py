@@ -11,9 +11,8 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.training import Quantization
 from stackwise.errors import ConfigError
 from stackwise.model.formats import Integers
-from stackwise.model.observers import observer
 from stackwise.model.projections import QuantizedLinear
-from stackwise.model.rounding import rounded_in_range
+from stackwise.model.rounding import observer, rounded_in_range
 
 BATCHES = [torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(k)) * (k + 1) for k in range(4)]
 VALUES = np.stack([batch.numpy().ravel() for batch in BATCHES])

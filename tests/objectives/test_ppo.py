@@ -14,6 +14,7 @@ from torch import nn
 
 from stackwise.batch import MASKS, TOKENS, Batch
 from stackwise.errors import UsageError
+from stackwise.objectives.kinds import KL, PPO, Length, Pattern
 from stackwise.objectives.objective import Outputs
 from stackwise.objectives.ppo import (
     ADVANTAGES,
@@ -27,8 +28,6 @@ from stackwise.objectives.ppo import (
     estimated,
     whitened,
 )
-from stackwise.objectives.ppo_kind import KL, PPO
-from stackwise.objectives.scores import Length, Pattern
 from tests.conftest import raises_naming
 from tests.objectives.heads import ScoredHead
 

@@ -19,10 +19,9 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.model import ModelConfig
 from stackwise.errors import UsageError
 from stackwise.host import host_total
-from stackwise.pipeline.costs import below_memory
+from stackwise.pipeline.costs import SAFETY, below_memory, oom_advice
 from stackwise.pipeline.device import is_out_of_memory, memory
 from stackwise.pipeline.estimate import Estimate
-from stackwise.pipeline.oom import SAFETY, oom_advice
 from stackwise.pipeline.plan import Plan, Vocabulary
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner

@@ -25,9 +25,9 @@ from stackwise.inference import Continuing, LoadedModel, sample_causal
 from stackwise.inference.answers import Answers, draw_answers, likelihoods
 from stackwise.pipeline.committed.figures import make_scorer
 from stackwise.pipeline.committed.load import load_model
-from stackwise.pipeline.rollouts import score_model
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
+from stackwise.pipeline.teacher import score_model
 from stackwise.store import ActivationStore
 from tests.conftest import run
 from tests.pipeline.storm import killed

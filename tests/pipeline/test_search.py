@@ -13,11 +13,9 @@ from stackwise.config.tune import Choices, Interval, SearchedKey, parse_range
 from stackwise.errors import ConfigError, StackWiseError, UsageError
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.search.begin import Typed, begin
-from stackwise.pipeline.search.effects import outlook
-from stackwise.pipeline.search.objectives import objective
-from stackwise.pipeline.search.record import StudyRecord, Trial
+from stackwise.pipeline.search.record import StudyRecord, Trial, objective
 from stackwise.pipeline.search.samplers import Past, Sampling
-from stackwise.pipeline.search.space import Space, merged, space_of
+from stackwise.pipeline.search.space import Space, merged, outlook, space_of
 from tests.conftest import Micro, raises_naming
 
 RATE, DECAY, STEPS = "training.learning_rate", "stages.1.training.weight_decay", "training.steps"
@@ -176,7 +174,7 @@ def test_a_record_of_another_search_or_a_broken_one_is_refused(tmp_path: Path) -
 def test_the_live_view_has_every_figure_of_a_search(micro: Micro, tmp_path: Path) -> None:
     from rich.console import Console
 
-    from stackwise.cli.search_view import Live
+    from stackwise.cli.commands.tune import Live
 
     study, _ = begin(
         lambda settings: micro(**settings), Typed([f"{DECAY}=0,0.1,0.2"], "grid"), tmp_path / "new", "again"

@@ -10,8 +10,7 @@ import pytest
 from scipy import stats
 
 from stackwise.errors import UsageError
-from stackwise.report.groups import Measured, group_cells, groups, plot
-from stackwise.report.paired import Samples, figure, paired
+from stackwise.report.groups import Measured, Samples, figure, group_cells, groups, paired, plot
 from tests.conftest import raises_naming
 
 RNG = np.random.default_rng(0)

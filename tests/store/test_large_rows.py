@@ -15,7 +15,7 @@ import torch
 
 from stackwise.store import ActivationStore, BoundaryInfo, ChunkDamage, RowOrder
 from stackwise.store import reader as reading
-from stackwise.store.threads import Threads
+from stackwise.store.memory import Threads
 
 from .tools import values, write
 

@@ -22,9 +22,9 @@ from stackwise.files import expanded
 from stackwise.identity import derive_seed
 from stackwise.inference import Continuing, LoadedModel
 from stackwise.inference.answers import Answers, draw_answers, likelihoods
+from stackwise.objectives.kinds import PPO
 from stackwise.objectives.objective import Outputs
 from stackwise.objectives.ppo import PROMPT
-from stackwise.objectives.ppo_kind import PPO
 from stackwise.pipeline.committed.generate import resident_stages
 from stackwise.pipeline.committed.load import CommittedRack, load_rack
 from stackwise.pipeline.initial import initial_sources

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import torch
 
-from stackwise.config.direction import BlockCausal
+from stackwise.config.model import BlockCausal
 from stackwise.data import Tokenizer, require_samples
 from stackwise.errors import UsageError
 from stackwise.identity import generator

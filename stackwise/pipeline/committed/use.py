@@ -26,10 +26,10 @@ from stackwise.model import enter
 from stackwise.pipeline.committed.figures import answer_figures, pair_figures
 from stackwise.pipeline.committed.load import CommittedRack, load_model, load_rack
 from stackwise.pipeline.device import resolve_device
+from stackwise.pipeline.division import edges
 from stackwise.pipeline.initial import Adapted, open_weights, with_checkpoint
 from stackwise.pipeline.parts import load_part
 from stackwise.pipeline.recipe import forward_specification, trunk_id
-from stackwise.pipeline.row_groups import edges
 from stackwise.pipeline.rows import choose_samples
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.schedule import ADAPTER, HEAD, Stage

@@ -13,10 +13,10 @@ from stackwise.durable import FileLock, is_locked
 from stackwise.errors import BusyError, DamageError, NoSpaceError, NotFound, StackWiseError, UsageError
 from stackwise.pipeline.costs import boundary_budget
 from stackwise.pipeline.decisions import REUSED, Decision, RunPreview, decide
+from stackwise.pipeline.division import disks
 from stackwise.pipeline.job import Versions, with_parts
 from stackwise.pipeline.plan import Entry, Plan
 from stackwise.pipeline.recipe import boundary_bytes, codec_name, whole_boundary
-from stackwise.pipeline.row_groups import disks
 from stackwise.pipeline.rows import HELD_OUT
 from stackwise.pipeline.run import RunDirectory, held_by_live_process
 from stackwise.pipeline.runner.manifest import RunContext

@@ -20,11 +20,11 @@ from stackwise.durable import is_locked
 from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
 from stackwise.files import open_regular, user_cache
 from stackwise.host import killed_for_memory
+from stackwise.pipeline.costs import oom_advice
 from stackwise.pipeline.device import describe, python_command
 from stackwise.pipeline.estimate import Estimate, kind_of
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.job import FinishJob, StageJob
-from stackwise.pipeline.oom import oom_advice
 from stackwise.pipeline.stopping import STOPPING, stop_signals
 from stackwise.pipeline.worker import forking
 

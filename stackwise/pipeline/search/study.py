@@ -28,12 +28,10 @@ from stackwise.pipeline.batch.sweep import placed
 from stackwise.pipeline.events import Event, Observer
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
-from stackwise.pipeline.search.effects import Make
 from stackwise.pipeline.search.jobs import BUSY_SECONDS, Engine, JobRunner
-from stackwise.pipeline.search.objectives import Measured, measure
-from stackwise.pipeline.search.record import StudyRecord, Trial, Watched, logged
+from stackwise.pipeline.search.record import Measured, StudyRecord, Trial, Watched, logged, measure
 from stackwise.pipeline.search.samplers import Past, Sampling
-from stackwise.pipeline.search.space import Settings
+from stackwise.pipeline.search.space import Make, Settings
 from stackwise.pipeline.stopping import STOPPING, stop_signals
 from stackwise.store import ActivationStore
 

@@ -84,7 +84,7 @@ def run_suites(
 
 def _language_modelling(rack: CommittedRack, options: SuiteOptions, say: Callable[[str], None]) -> dict[str, Any]:
     from stackwise.pipeline.committed.use import prepared
-    from stackwise.pipeline.suites.lm import language_modelling
+    from stackwise.pipeline.suites.harness import language_modelling
     from stackwise.pipeline.suites.scoring import Scorer
 
     scorer = Scorer(rack)

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 
 from stackwise.errors import InterruptedRun, NotFound
+from stackwise.pipeline.division import group_attributes
 from stackwise.pipeline.recipe import boundary_chunk_rows, codec_name, trunk_id
-from stackwise.pipeline.row_groups import group_attributes
 from stackwise.pipeline.worker.stores import Stores
 from stackwise.pipeline.worker.training import RESUME, StageContext
 from stackwise.store import BoundaryReader, BoundaryWriter, Rowset, boundary_id_of, codec_named
-from stackwise.training.feed import Feed, RowSource
+from stackwise.training.feed import Feed, RowGroups, RowSource
 from stackwise.training.forward import FilledBoundary, Known, MakeOutputs, Pass, PassControl, Rows, write_boundary
-from stackwise.training.groups import RowGroups
 from stackwise.training.stage import StageModel
 
 

@@ -31,8 +31,7 @@ from stackwise.pipeline.rows import HELD_OUT, choose_samples
 from stackwise.pipeline.run import RunDirectory, store_place
 from stackwise.pipeline.worker.adaptive import fuse_adaptively
 from stackwise.pipeline.worker.boundaries import entering, stored_activations, write_above
-from stackwise.pipeline.worker.engines import engine_of, memory_of
-from stackwise.pipeline.worker.job_parts import JobParts
+from stackwise.pipeline.worker.engines import JobParts, engine_of, memory_of
 from stackwise.pipeline.worker.past import beside_past
 from stackwise.pipeline.worker.rollouts import with_rollout
 from stackwise.pipeline.worker.stores import Stores, place_of

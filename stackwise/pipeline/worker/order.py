@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from stackwise.config.continual import Replay
 from stackwise.data import PreparedData
+from stackwise.pipeline.division import GROUP_CHUNKS
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
-from stackwise.pipeline.row_groups import GROUP_CHUNKS
 from stackwise.pipeline.rows import stage_rows
 from stackwise.store import GroupedOrder, RowOrder
 from stackwise.training.curriculum import DIFFICULTY, CurriculumOrder, ReplayOrder, difficulties
-from stackwise.training.feed import Order
-from stackwise.training.groups import RowGroups
+from stackwise.training.feed import Order, RowGroups
 from stackwise.training.routes import RouteOrder
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.parts import task_of
 from stackwise.pipeline.recipe import boundary_chunk_rows
 from stackwise.pipeline.schedule import FRONT, HEAD, block_number
-from stackwise.pipeline.worker.job_parts import JobParts
+from stackwise.pipeline.worker.engines import JobParts
 from stackwise.pipeline.worker.order import row_order
 from stackwise.pipeline.worker.training import RESUME, StageContext
 from stackwise.store import BoundarySpec, Codec

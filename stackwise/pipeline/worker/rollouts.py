@@ -25,16 +25,16 @@ from stackwise.host import host_total
 from stackwise.identity import Hex, content_id, derive_seed
 from stackwise.inference import Continuing, LoadedModel, StageModules
 from stackwise.inference.answers import Answers, draw_answers, likelihoods, likelihoods_and_values
+from stackwise.objectives.kinds import PPO
 from stackwise.objectives.ppo import ADVANTAGES, PROMPT, ROLLOUT, TOKEN, Rewards, log_ratios
-from stackwise.objectives.ppo_kind import PPO
 from stackwise.pipeline.committed.figures import make_scorer
 from stackwise.pipeline.device import describe
 from stackwise.pipeline.estimate import Estimate
 from stackwise.pipeline.job import Source
 from stackwise.pipeline.parts import load_part
-from stackwise.pipeline.rollouts import SCORES, rollout_trunk, score_model
 from stackwise.pipeline.schedule import FRONT, HEAD, STATE
-from stackwise.pipeline.worker.job_parts import JobParts
+from stackwise.pipeline.teacher import SCORES, rollout_trunk, score_model
+from stackwise.pipeline.worker.engines import JobParts
 from stackwise.pipeline.worker.training import RESUME, RolledOut, StageContext
 from stackwise.store import BoundarySpec
 from stackwise.training.feed import RowSource

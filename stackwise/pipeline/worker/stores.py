@@ -1,6 +1,6 @@
 """Stores of ranks: one for all, or several (`store.path` with `{rank}` or `{host}`).
 
-With several, only gradients cross the wire while a stage trains. Rows are in groups (`row_groups.py`), and a store has
+With several, only gradients cross the wire while a stage trains. Rows are in groups (`division.py`), and a store has
 those of its ranks' batches; where they are in one, each store has all rows. Rank 0's store is the one that a run knows.
 Before each job the others are brought level with it: rows and masks follow from the data and are made again; what was
 committed, and chunks of held-out rows that a store lacks, come over the wire as they are stored; and so do groups,
@@ -23,13 +23,13 @@ from stackwise.config import StackWiseConfig
 from stackwise.data import PreparedData
 from stackwise.errors import DamageError, StackWiseError
 from stackwise.files import expanded
+from stackwise.pipeline.division import edges, groups_of, put_groups
 from stackwise.pipeline.job import Frozen, Source, StageJob
-from stackwise.pipeline.row_groups import edges, groups_of, put_groups
 from stackwise.pipeline.rows import HELD_OUT, put_rows
 from stackwise.pipeline.run import store_place
 from stackwise.store import ActivationStore, boundary_id_of, complete, copy_boundary, sibling_stores, spec_of
 from stackwise.store.reshard import RANK
-from stackwise.training.groups import RowGroups
+from stackwise.training.feed import RowGroups
 from stackwise.training.ranks import Ranks, SingleProcess
 
 PIECE = 64 << 20  # bytes of a file that travel at once

@@ -35,8 +35,7 @@ from stackwise.training.adaptation import ADAPTATION
 from stackwise.training.anchor import FISHER, PLACE
 from stackwise.training.checkpoint import Checkpoints, reason
 from stackwise.training.engine import WEIGHT, Engine, State
-from stackwise.training.feed import Feed, ahead
-from stackwise.training.groups import RowGroups
+from stackwise.training.feed import Feed, RowGroups, ahead
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.routes import Routes
 from stackwise.training.stage import MeanLoss, StageModel
