@@ -6,6 +6,8 @@ import ast
 import re
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,30 @@ def test_a_room_of_the_pipeline_imports_only_from_below(path: Path) -> None:
 def test_torch_is_imported_where_it_is_used(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def documented(node: ast.ClassDef, method: str, classes: Mapping[str, Sequence[ast.ClassDef]]) -> bool:
+    """Whether a class or what it is derived from says what a method does (`help` shows the inherited words)."""
+    own = (m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == method)
+    if any(ast.get_docstring(m) for m in own):
+        return True
+    # `Base`, `module.Base` and `Base[T]` are known by their last name.
+    bases = [ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases]
+    return any(documented(above, method, classes) for base in bases for above in classes.get(base, ()))
+
+
+def test_every_public_method_says_what_it_does_where_it_is_defined_first() -> None:
+    nodes = [node for path in ROOT.rglob("*.py") for node in ast.parse(path.read_text()).body]
+    classes = defaultdict(list)
+    for node in nodes:
+        if isinstance(node, ast.ClassDef):
+            classes[node.name].append(node)
+    silent = {
+        f"{node.name}.{method.name}"
+        for same_name in classes.values()
+        for node in same_name
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and not method.name.startswith("_") and not node.name.startswith("_")
+        if not documented(node, method.name, classes)
+    }
+    assert not silent

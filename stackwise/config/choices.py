@@ -114,7 +114,6 @@ class EndToEnd(Mode):
     """One stage, which trains the whole rack."""
 
     def partition(self, model: ModelConfig) -> list[Span]:
-        """See `Mode.partition`."""
         return cut(model.n_blocks, model.n_blocks)
 
 
@@ -122,7 +121,6 @@ class Layerwise(Mode):
     """Stages of one block."""
 
     def partition(self, model: ModelConfig) -> list[Span]:
-        """See `Mode.partition`."""
         return cut(model.n_blocks, 1)
 
 
@@ -140,11 +138,9 @@ class Blockwise(Mode):
 
     @property
     def finds_size(self) -> bool:
-        """See `Mode.finds_size`."""
         return self.block_size == AUTO and self.n_stages is None and self.block_sizes is None  # these say the sizes
 
     def partition(self, model: ModelConfig) -> list[Span]:
-        """See `Mode.partition`."""
         n_blocks = model.n_blocks
         if self.block_sizes is not None and sum(self.block_sizes) == n_blocks:  # `faults` reports others
             ends = list(itertools.accumulate(self.block_sizes))
@@ -156,7 +152,6 @@ class Blockwise(Mode):
         return [(first, end - 1) for first, end in itertools.pairwise(edges)]
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `Mode.faults`."""
         if self.n_stages is not None and self.n_stages > model.n_blocks:
             yield "n_stages", f"{self.n_stages} stages are more than the {model.n_blocks} blocks of the model"
         if self.block_sizes is not None and (total := sum(self.block_sizes)) != model.n_blocks:
@@ -189,7 +184,6 @@ class InTurn(Blockwise):
     whole: ClassVar[bool] = True
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `Mode.faults`."""
         yield from super().faults(model)
         if self.finds_size:
             yield "block_size", f"auto: {self.name} stages hold all blocks, whatever the size; give a number"
@@ -204,12 +198,10 @@ class Fused(Blockwise):
 
     @property
     def grows(self) -> bool:
-        """See `Mode.grows`."""
         return self.fusion_mode == "trainable"
 
     @property
     def own_rows(self) -> bool:
-        """See `Mode.own_rows`."""
         return self.fusion_mode == "frozen"
 
 
@@ -254,7 +246,6 @@ class Rollback(Skip):
     rate_factor: Fraction = Field(0.5, description="factor on the learning rate at each rollback")
 
     def lowered(self, rollbacks: int) -> float:
-        """See `Divergence.lowered`."""
         return float(self.rate_factor**rollbacks)  # it falls further with each one
 
 
@@ -310,7 +301,6 @@ class NoFusion(Fusion):
     """None."""
 
     def groups(self, sections: list[Span]) -> list[Span]:
-        """See `Fusion.groups`."""
         return []
 
 
@@ -328,11 +318,9 @@ class TrainableFusion(Fusion):
 
     @property
     def budget(self) -> int | None:
-        """See `Fusion.budget`."""
         return self.steps
 
     def groups(self, sections: list[Span]) -> list[Span]:
-        """See `Fusion.groups`."""
         return [(sections[0][0], sections[-1][1])]
 
 
@@ -350,7 +338,6 @@ class HierarchicalFusion(TrainableFusion):
     """Neighbours first, then pairs of pairs, up to the whole."""
 
     def groups(self, sections: list[Span]) -> list[Span]:
-        """See `Fusion.groups`."""
         groups: list[Span] = []
         while len(sections) > 1:  # an odd one out goes up a level as it is
             pairs = [sections[start : start + 2] for start in range(0, len(sections), 2)]

@@ -88,11 +88,9 @@ class EWC(Continual):
     )
 
     def later(self) -> Mapping[str, Any]:
-        """See `Continual.later`."""
         return {"method": self.name, "strength": self.strength}
 
     def earlier(self) -> Mapping[str, Any]:
-        """See `Continual.earlier`."""
         return {"method": self.name, "samples": self.samples, "decay": self.decay}
 
 
@@ -106,7 +104,6 @@ class LwF(Continual):
     )
 
     def later(self) -> Mapping[str, Any]:
-        """See `Continual.later`."""
         return self.plain()
 
 
@@ -116,7 +113,6 @@ class Columns(Continual):
     columns: ClassVar[bool] = True
 
     def later(self) -> Mapping[str, Any]:
-        """See `Continual.later`."""
         return {"method": self.name}
 
 

@@ -65,7 +65,6 @@ class Sinusoidal(TimeEmbedding):
     width: Size = Field(256, description="width of the features, which two layers take to d_model")
 
     def parameters(self, d_model: int) -> int:
-        """See `TimeEmbedding.parameters`."""
         return self.width * d_model + d_model + d_model * d_model + d_model
 
 
@@ -73,7 +72,6 @@ class LearnedTime(Sinusoidal):
     """A table of vectors at even shares, linear in between, and two layers."""
 
     def parameters(self, d_model: int) -> int:
-        """See `TimeEmbedding.parameters`."""
         return super().parameters(d_model) + TIME_KNOTS * self.width
 
 

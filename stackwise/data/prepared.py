@@ -35,11 +35,9 @@ class TaskStream(Split):
         return np.diff(self._tokens_at) // seq_len
 
     def n_samples(self, seq_len: int) -> int:
-        """See `Split.n_samples`."""
         return int(self._counts(seq_len).sum())
 
     def sample_tasks(self, seq_len: int) -> Int64s:
-        """See `Split.sample_tasks`."""
         return np.repeat(np.arange(len(self.tasks)), self._counts(seq_len))
 
     def _begins(self, samples: Int64s, seq_len: int) -> Int64s:
@@ -75,7 +73,6 @@ class WholeDocuments(Split):
         return self._laid[seq_len]
 
     def sample_tasks(self, seq_len: int) -> Int64s:
-        """See `Split.sample_tasks`."""
         begins = np.array([runs[0][1] for runs in self.places(seq_len)], np.int64)
         return np.searchsorted(np.asarray(self.documents)[self._task_edges[1:-1]], begins, side="right")
 

@@ -265,7 +265,6 @@ class SoftmaxAttention(SelfAttention):
     def heads_of(
         self, x_BSD: Tensor, tables: tuple[Tensor, Tensor] | None, pattern: AttentionPattern, cache: Cache | None
     ) -> Tensor:
-        """See `SelfAttention.heads_of`."""
         B, S, _ = x_BSD.shape
         q_BSHE = self.q(x_BSD).view(B, S, -1, self.width)  # of the heads that this rank has
         k_BSKE = self.k(x_BSD).view(B, S, -1, self.width)
@@ -377,7 +376,6 @@ class LatentAttention(SelfAttention):
     def heads_of(
         self, x_BSD: Tensor, tables: tuple[Tensor, Tensor] | None, pattern: AttentionPattern, cache: Cache | None
     ) -> Tensor:
-        """See `SelfAttention.heads_of`."""
         B, S, _ = x_BSD.shape
         c_BSQ = x_BSD
         if self.q_down is not None and self.q_norm is not None:

@@ -177,7 +177,6 @@ class ColumnHead(Head):
 
     @property
     def tied(self) -> bool:
-        """See `Head.tied`."""
         return False
 
     @property

@@ -43,14 +43,12 @@ class Windowed(Attention):
     )
 
     def in_block(self, block: int) -> Attention:
-        """See `Attention.in_block`."""
         if self.window_blocks is None:
             return self
         unset = {} if block in self.window_blocks else dict.fromkeys(("window", "window_rope_theta"))
         return self.model_copy(update={**unset, "window_blocks": None})
 
     def chosen(self, blocks: Sequence[int]) -> Attention:
-        """See `Attention.chosen`."""
         if self.window_blocks is None:
             return self
         places = [place for place, block in enumerate(blocks) if block in self.window_blocks]
@@ -66,11 +64,9 @@ class Windowed(Attention):
         return {"window": self.window} | spec
 
     def rope_theta(self, model: ModelConfig) -> float:
-        """See `Attention.rope_theta`."""
         return self.window_rope_theta or super().rope_theta(model)
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `Attention.faults`."""
         if self.window is None:
             fields = type(self).model_fields
             for key in ("window_blocks", "window_sides", "window_rope_theta"):
@@ -100,7 +96,6 @@ class Projected(Attention):
         return self.bias != "none", self.bias == "all"
 
     def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
-        """See `BlockPart.matrices`."""
         d, heads, kv = model.d_model, model.heads_width, self.key_heads(model) * model.head_dim
         inner, outer = self.biases(model)
         return {
@@ -142,7 +137,6 @@ class MultiHead(Windowed, Projected):
         return TensorPlan(layers | norms, counts)
 
     def build(self, model: ModelConfig) -> nn.Module:
-        """See `Attention.build`."""
         from stackwise.model.attention import SoftmaxAttention
 
         return SoftmaxAttention(model, self)
@@ -159,11 +153,9 @@ class GroupedQuery(MultiHead):
     kv_heads: Size = Field(description="heads of keys and values; they divide n_heads")
 
     def key_heads(self, model: ModelConfig) -> int:
-        """See `Attention.key_heads`."""
         return self.kv_heads
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `Attention.faults`."""
         yield from _divides(self.kv_heads, model)
         yield from super().faults(model)
 
@@ -186,7 +178,6 @@ class Latent(Windowed):
         return self.kv_rank or min(4 * model.head_dim, model.d_model)
 
     def rotary_width(self, model: ModelConfig) -> int:
-        """See `Attention.rotary_width`."""
         if model.positions != "rope":
             return 0
         return self.rope_head_dim or max(2, model.head_dim // 4 * 2)
@@ -213,19 +204,16 @@ class Latent(Windowed):
         return numbers + 2 * (self.latent_rank(model) + (self.q_rank or 0)) + model.heads_width
 
     def build(self, model: ModelConfig) -> nn.Module:
-        """See `Attention.build`."""
         from stackwise.model.attention import LatentAttention
 
         return LatentAttention(model, self)
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
-        """See `Attention.specification`."""
         spec = {"kind": self.name, "q_rank": self.q_rank}
         spec |= {"kv_rank": self.latent_rank(model), "rope_head_dim": self.rotary_width(model)}
         return spec | self.window_specification()
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `Attention.faults`."""
         if self.rotary_width(model) % 2:
             yield "rope_head_dim", f"rotary positions need an even width, not {self.rotary_width(model)}"
         yield from super().faults(model)
@@ -243,7 +231,6 @@ class Linear(Projected):
     )
 
     def key_heads(self, model: ModelConfig) -> int:
-        """See `Attention.key_heads`."""
         return self.kv_heads or model.n_heads
 
     def features(self, model: ModelConfig) -> int:
@@ -255,18 +242,15 @@ class Linear(Projected):
         return super().kept(model) + 3 * (model.heads_width + self.features(model) * model.n_heads)
 
     def build(self, model: ModelConfig) -> nn.Module:
-        """See `Attention.build`."""
         from stackwise.model.linear_attention import LinearAttention
 
         return LinearAttention(model, self)
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
-        """See `Attention.specification`."""
         spec = {"kind": self.name, "kv_heads": self.key_heads(model), "feature_map": self.feature_map}
         return spec | {"random_features": self.features(model)} | self.projected_specification(model)
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `Attention.faults`."""
         yield from _divides(self.key_heads(model), model)
 
 
@@ -286,19 +270,16 @@ class Biased(FeedForward):
         return model.bias if self.bias is None else self.bias
 
     def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
-        """See `BlockPart.matrices`."""
         d, f, bias = model.d_model, model.ffn_width, self.has_bias(model)
         return {"up": Matrix(f, d, bias), "down": Matrix(d, f, bias)}
 
     def tensor_plan(self, model: ModelConfig) -> TensorPlan:
-        """See `BlockPart.tensor_plan`."""
         layers: dict[str, Literal["column", "row"]] = {
             name: "row" if name == "down" else "column" for name in self.matrices(model)
         }
         return TensorPlan(layers, {"model.d_ff": model.ffn_width})
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
-        """See `BlockPart.specification`."""
         spec = {"bias": self.bias} if self.has_bias(model) != model.bias else {}
         return {"kind": self.name} | spec
 
@@ -311,7 +292,6 @@ class Gated(Biased):
         return -(-8 * d_model // 3 // 32) * 32
 
     def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
-        """See `BlockPart.matrices`."""
         return {"gate": Matrix(model.ffn_width, model.d_model, self.has_bias(model))} | super().matrices(model)
 
     def kept(self, model: ModelConfig) -> int:
@@ -323,7 +303,6 @@ class SwiGLU(Gated):
     """Its activation is SiLU."""
 
     def build(self, model: ModelConfig) -> nn.Module:
-        """See `FeedForward.build`."""
         from stackwise.model import layers
 
         return layers.GatedFeedForward(model.d_model, model.ffn_width, bias=self.has_bias(model))
@@ -335,13 +314,11 @@ class GeGLU(Gated):
     activation: Activation = Field("gelu", description=ACTIVATIONS)
 
     def build(self, model: ModelConfig) -> nn.Module:
-        """See `FeedForward.build`."""
         from stackwise.model import layers
 
         return layers.GatedFeedForward(model.d_model, model.ffn_width, self.activation, bias=self.has_bias(model))
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
-        """See `BlockPart.specification`."""
         return super().specification(model) | {"activation": self.activation}
 
 
@@ -351,7 +328,6 @@ class GELU(Biased):
     activation: Activation = Field("gelu", description=ACTIVATIONS)
 
     def build(self, model: ModelConfig) -> nn.Module:
-        """See `FeedForward.build`."""
         from stackwise.model import layers
 
         return layers.GELUFeedForward(model, self)
@@ -361,7 +337,6 @@ class GELU(Biased):
         return 2 * model.ffn_width
 
     def specification(self, model: ModelConfig) -> dict[str, Any]:
-        """See `BlockPart.specification`."""
         spec = super().specification(model)
         return spec if self.activation == "gelu" else spec | {"activation": self.activation}
 
@@ -372,15 +347,12 @@ class LinearHead(HeadKind):
     norm: bool = Field(True, description="the norm before the projection; false: none")
 
     def parameters(self, model: ModelConfig, vocab_size: int) -> int:
-        """See `HeadKind.parameters`."""
         return model.norm_parameters if self.norm else 0
 
     def specification(self) -> dict[str, Any]:
-        """See `HeadKind.specification`."""
         return {} if self.norm else super().specification()
 
     def build(self, model: ModelConfig, vocab_size: int, embedding: Tensor | None = None) -> nn.Module:
-        """See `HeadKind.build`."""
         return model.stream.head(model, vocab_size, embedding)  # type: ignore[no-any-return]
 
 
@@ -393,7 +365,6 @@ class TransformHead(HeadKind):
     bias: bool = Field(True, description="a bias of the projection")
 
     def parameters(self, model: ModelConfig, vocab_size: int) -> int:
-        """See `HeadKind.parameters`."""
         layer = model.d_model * (model.d_model + self.layer_bias)
         return layer + (1 + self.input_norm) * model.norm_parameters + self.bias * vocab_size
 
@@ -403,7 +374,6 @@ class TransformHead(HeadKind):
         return {key: value for key, value in super().specification().items() if later.get(key) != value}
 
     def build(self, model: ModelConfig, vocab_size: int, embedding: Tensor | None = None) -> nn.Module:
-        """See `HeadKind.build`."""
         from stackwise.model.rack import TransformHead
 
         return TransformHead(model, self, vocab_size, embedding)

@@ -123,7 +123,6 @@ class MoE(FeedForward):
         return resolved
 
     def chosen(self, blocks: Sequence[int]) -> FeedForward:
-        """See `FeedForward.chosen`."""
         if self.at is None:
             return self
         places = [place for place, block in enumerate(blocks) if block in self.at]
@@ -164,12 +163,10 @@ class MoE(FeedForward):
         return self.experts if self.balance == "bias" else 0
 
     def active_parameters(self, model: ModelConfig) -> int:
-        """See `BlockPart.active_parameters`."""
         idle = (self.experts - min(self.top_k, self.experts)) * 3 * model.d_model * self.expert_width(model)
         return self.parameters(model) - idle
 
     def pieces(self, model: ModelConfig) -> tuple[str, ...]:
-        """See `BlockPart.pieces`."""
         return tuple(f"experts.{number}" for number in range(self.experts))
 
     def kept(self, model: ModelConfig) -> int:
@@ -193,12 +190,10 @@ class MoE(FeedForward):
         return spec if every else spec | {"at": sorted(set(self.at or ()))}
 
     def training_specification(self, model: ModelConfig) -> dict[str, Any]:
-        """See `BlockPart.training_specification`."""
         used = {"loss": {"aux_weight"}, "bias": {"balance_rate"}, "none": set[str]()}[self.balance]
         return self.model_dump(include={"capacity_factor", "balance", "router_z", "noise", "temperature"} | used)
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `BlockPart.faults`."""
         if self.top_k > self.experts:
             yield "top_k", f"{self.top_k} is more than the {self.experts} experts: take at most {self.experts}"
         beyond = [block for block in self.at or () if block >= model.n_blocks]
@@ -214,7 +209,6 @@ class MoE(FeedForward):
                 yield key, "there are no shared experts: set model.ffn.shared_experts too"
 
     def faults_in(self, config: Settings) -> Iterator[Fault]:
-        """See `BlockPart.faults_in`."""
         if self.balance == "bias" and config.training.adapters is not None:
             yield "balance", "bias: under training.adapters the router is frozen, and nothing moves it: take none"
         for depth in range(config.n_stages if self.capacity_factor is not None else 0):
@@ -254,7 +248,6 @@ class MoE(FeedForward):
         return state
 
     def unused(self) -> Iterator[tuple[str, str | bool]]:
-        """See `BlockPart.unused`."""
         for name, of in (("aux_weight", "loss"), ("balance_rate", "bias")):
             yield name, self.balance != of and f"model.ffn.balance is {self.balance}"
 
@@ -263,7 +256,6 @@ class MoE(FeedForward):
         return int((self.capacity_factor or 0.0) * tokens * self.top_k / self.experts)
 
     def build(self, model: ModelConfig) -> nn.Module:
-        """See `FeedForward.build`."""
         from stackwise.model.experts import MixtureFeedForward
 
         return MixtureFeedForward(model, self)

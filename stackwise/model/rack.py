@@ -214,7 +214,6 @@ class TransformHead(Head):
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if kind.bias else None
 
     def features(self, x: Tensor) -> Tensor:
-        """See `Head.features`."""
         inner: Tensor = self.input_norm(x).to(self.dense.weight.dtype)
         normed: Tensor = self.norm(ACTIVATIONS[self.activation](self.dense(inner)))
         return normed

@@ -152,19 +152,17 @@ class Observer(Protocol):
         """The lowest and the highest value of the range, float32 [2]."""
 
 
-class MinMax:
+class MinMax(Observer):
     """The extremes of all batches."""
 
     def __init__(self) -> None:
         self._span: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        """See `Observer.add`."""
         span = torch.stack(x.detach().float().aminmax())
         self._span = span if self._span is None else self._joined(self._span, span)
 
     def span(self) -> Tensor:
-        """See `Observer.span`."""
         assert self._span is not None
         return self._span
 
@@ -187,7 +185,7 @@ class MovingAverage(MinMax):
         return torch.lerp(before, span, self._share)
 
 
-class Percentile:
+class Percentile(Observer):
     """The percentiles p and 100 - p of all values, exactly, interpolated linearly between two values.
 
     Args:
@@ -201,7 +199,6 @@ class Percentile:
         self._high: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        """See `Observer.add`."""
         values = x.detach().flatten().float()
         self._seen += len(values)
         # All that is above the percentile, were every batch as long as this one, and the value below.
@@ -214,7 +211,6 @@ class Percentile:
         return joined.topk(min(above, len(joined)), largest=largest).values
 
     def span(self) -> Tensor:
-        """See `Observer.span`."""
         assert self._low is not None
         assert self._high is not None
         place = (self._seen - 1) * (1 - self._percentile / 100)  # counted from the end

@@ -21,11 +21,9 @@ class Unscaled(RopeScaling):
     """Wavelengths from 2 pi to 2 pi theta (RoFormer, arXiv 2104.09864)."""
 
     def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
-        """See `RopeScaling.frequencies`."""
         return _frequencies(width, theta), 1.0
 
     def specification(self) -> dict[str, Any]:
-        """See `RopeScaling.specification`."""
         return {}
 
 
@@ -35,7 +33,6 @@ class Scaled(RopeScaling):
     factor: Annotated[float, Field(ge=1.0, le=1e6)] = Field(description="how many times longer rows may be")
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `RopeScaling.faults`."""
         if model.positions != "rope":
             yield "kind", f"{self.name}: model.positions is {model.positions}: there is nothing to scale"
 
@@ -44,7 +41,6 @@ class LinearScaling(Scaled):
     """Positions are divided by the factor (position interpolation, arXiv 2306.15595)."""
 
     def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
-        """See `RopeScaling.frequencies`."""
         return _frequencies(width, theta) / self.factor, 1.0
 
 
@@ -58,7 +54,6 @@ class DynamicScaling(Scaled):
     original_max_position_embeddings: Size = Field(description="longest row of the model's first training")
 
     def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
-        """See `RopeScaling.frequencies`."""
         import torch
 
         # in float32 as transformers has it, so that the tables are the same to the last bit
@@ -67,11 +62,9 @@ class DynamicScaling(Scaled):
         return _frequencies(width, theta * stretch ** (width / (width - 2))), 1.0
 
     def reach(self, length: int) -> int:
-        """See `RopeScaling.reach`."""
         return max(length, self.original_max_position_embeddings)
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `RopeScaling.faults`."""
         yield from super().faults(model)
         if model.attention.rotary_width(model) == 2:
             yield "kind", "dynamic: a rotary part of width 2 has a single wavelength, which it cannot stretch"
@@ -85,7 +78,6 @@ class Llama3Scaling(Scaled):
     high_freq_factor: Positive = Field(4.0, description="wavelengths below original / this are not stretched")
 
     def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
-        """See `RopeScaling.frequencies`."""
         import torch
 
         plain, original = _frequencies(width, theta), self.original_max_position_embeddings
@@ -98,7 +90,6 @@ class Llama3Scaling(Scaled):
         return torch.where(medium, between, scaled), 1.0
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `RopeScaling.faults`."""
         yield from super().faults(model)
         if self.high_freq_factor <= self.low_freq_factor:
             yield "high_freq_factor", f"{self.high_freq_factor:g} is not above low_freq_factor {self.low_freq_factor:g}"
@@ -131,7 +122,6 @@ class YarnScaling(Scaled):
         return scale(1.0)
 
     def frequencies(self, width: int, theta: float, length: int) -> tuple[Tensor, float]:
-        """See `RopeScaling.frequencies`."""
         import torch
 
         def dimension(turns: float) -> float:
@@ -148,7 +138,6 @@ class YarnScaling(Scaled):
         return 1.0 / (self.factor * wavelengths) * (1 - stays) + 1.0 / wavelengths * stays, self.scores
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `RopeScaling.faults`."""
         yield from super().faults(model)
         if self.beta_fast <= self.beta_slow:
             yield "beta_fast", f"{self.beta_fast:g} is not above beta_slow {self.beta_slow:g}"

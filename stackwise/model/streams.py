@@ -24,19 +24,16 @@ class Whole(Stream):
     """One stream, that every block reads and writes."""
 
     def norm(self, model: ModelConfig) -> nn.Module:
-        """See `Stream.norm`."""
         from stackwise.model.layers import norm_of
 
         return norm_of(model)
 
     def front(self, model: ModelConfig, vocab_size: int, seq_len: int) -> Any:
-        """See `Stream.front`."""
         from stackwise.model.rack import Front
 
         return Front(model, vocab_size, seq_len)
 
     def head(self, model: ModelConfig, vocab_size: int, embedding: Tensor | None) -> Any:
-        """See `Stream.head`."""
         from stackwise.model.rack import Head
 
         return Head(model, vocab_size, embedding)
@@ -56,44 +53,36 @@ class Columns(Stream):
 
     @property
     def columns(self) -> int:
-        """See `Stream.columns`."""
         return self.count
 
     def parts(self, attention: Attention, ffn: FeedForward) -> tuple[Attention, FeedForward]:
-        """See `Stream.parts`."""
         return ColumnAttention(inner=attention), ColumnFeedForward(inner=ffn)
 
     def column_parameters(self, model: ModelConfig, column: int) -> int:
-        """See `Stream.column_parameters`."""
         inner = model.column
         lateral = _lateral(inner.d_model, column)
         matrices = sum(matrix.outputs * matrix.inputs for matrix in lateral.values())
         return inner.block_parameters + matrices
 
     def specification(self) -> dict[str, Any]:
-        """See `Stream.specification`."""
         return self.plain()
 
     def norm(self, model: ModelConfig) -> nn.Module:
-        """See `Stream.norm`."""
         from stackwise.model.columns import ColumnNorm
 
         return ColumnNorm(model)
 
     def front(self, model: ModelConfig, vocab_size: int, seq_len: int) -> Any:
-        """See `Stream.front`."""
         from stackwise.model.columns import ColumnFront
 
         return ColumnFront(model, vocab_size, seq_len)
 
     def head(self, model: ModelConfig, vocab_size: int, embedding: Tensor | None) -> Any:
-        """See `Stream.head`."""
         from stackwise.model.columns import ColumnHead
 
         return ColumnHead(model, vocab_size)
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
-        """See `Stream.faults`."""
         if model.d_model % self.count:
             above = -(-model.d_model // self.count) * self.count
             yield "d_model", f"{self.count} columns do not divide d_model {model.d_model}: take {above}"
@@ -129,11 +118,9 @@ class ColumnAttention(Attention):
         return tuple(f"columns.*.{name}" for name in self.inner.residual)
 
     def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
-        """See `BlockPart.matrices`."""
         return _by_column(self.inner.matrices(model.column), model.stream.columns)
 
     def other_parameters(self, model: ModelConfig) -> int:
-        """See `BlockPart.other_parameters`."""
         return model.stream.columns * self.inner.other_parameters(model.column)
 
     def kept(self, model: ModelConfig) -> int:
@@ -142,7 +129,6 @@ class ColumnAttention(Attention):
         return self.inner.kept(column) + 4 * (model.d_model - column.d_model)
 
     def build(self, model: ModelConfig) -> nn.Module:
-        """See `Attention.build`."""
         from stackwise.model.columns import ColumnAttention as Module
 
         return Module(model, self)
@@ -164,7 +150,6 @@ class ColumnFeedForward(FeedForward):
         return (*(f"columns.*.{name}" for name in self.inner.residual), "lateral.*.out.weight")
 
     def matrices(self, model: ModelConfig) -> dict[str, Matrix]:
-        """See `BlockPart.matrices`."""
         count, width = model.stream.columns, model.column.d_model
         lateral = {
             f"lateral.{k}.{name}": matrix for k in range(1, count) for name, matrix in _lateral(width, k).items()
@@ -172,7 +157,6 @@ class ColumnFeedForward(FeedForward):
         return _by_column(self.inner.matrices(model.column), count) | lateral
 
     def other_parameters(self, model: ModelConfig) -> int:
-        """See `BlockPart.other_parameters`."""
         return model.stream.columns * self.inner.other_parameters(model.column)
 
     def kept(self, model: ModelConfig) -> int:
@@ -181,7 +165,6 @@ class ColumnFeedForward(FeedForward):
         return self.inner.kept(column) + model.d_model + 2 * column.d_model
 
     def build(self, model: ModelConfig) -> nn.Module:
-        """See `FeedForward.build`."""
         from stackwise.model.columns import ColumnFeedForward as Module
 
         return Module(model, self)

@@ -38,27 +38,21 @@ class DistillationObjective(RuntimeObjective):
         self.sequences = task.sequences
 
     def shown(self, batch: Batch) -> Tensor:
-        """See `RuntimeObjective.shown`."""
         return self.task.shown(batch)
 
     def times(self, batch: Batch) -> Tensor:
-        """See `RuntimeObjective.times`."""
         return self.task.times(batch)
 
     def positions(self, batch: Batch) -> Tensor:
-        """See `RuntimeObjective.positions`."""
         return self.task.positions(batch)
 
     def targets(self, batch: Batch) -> Tensor:
-        """See `RuntimeObjective.targets`."""
         return self.task.targets(batch)
 
     def factors(self, batch: Batch) -> Tensor | None:
-        """See `RuntimeObjective.factors`."""
         return self.task.factors(batch)
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """See `RuntimeObjective.counts`."""
         counts = self.task.counts(batch)
         if TEACHER in batch:
             counts["hidden"] = batch.masks_BS.numel()

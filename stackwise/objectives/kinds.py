@@ -47,20 +47,16 @@ class MaskDiffusion(Masking):
         return seq_len if self.block is None else 2 * seq_len
 
     def unadaptable(self) -> str | None:
-        """See `Objective.unadaptable`."""
         return None if self.block is None else "in blocks the rack generates with a cache as it is"
 
     def specification(self, seed: int) -> dict[str, Any]:
-        """See `Objective.specification`."""
         return {} if self.block is None else {"block": self.block}
 
     def faults(self, seq_len: int) -> Iterator[Fault]:
-        """See `Objective.faults`."""
         if self.block is not None and seq_len % self.block:
             yield "block", f"{self.block} does not divide training.seq_len {seq_len}: take a divisor of it"
 
     def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
-        """See `Objective.build`."""
         from stackwise.objectives.objectives import BlockDiffusionObjective, MaskDiffusionObjective
 
         weighted = self.weight == "inverse_time"
@@ -78,17 +74,14 @@ class MLM(Masking):
     random_share: Share = Field(0.1, description="share of them that show a random token; the rest shows itself")
 
     def specification(self, seed: int) -> dict[str, Any]:
-        """See `Objective.specification`."""
         return {"mask_share": self.mask_share, "random_share": self.random_share, "seed": seed}
 
     def faults(self, seq_len: int) -> Iterator[Fault]:
-        """See `Objective.faults`."""
         if self.mask_share + self.random_share > 1:
             total = self.mask_share + self.random_share
             yield "random_share", f"with mask_share it makes {total:g}, more than 1"
 
     def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
-        """See `Objective.build`."""
         from stackwise.objectives.objectives import MLMObjective
 
         weighted = self.weight == "inverse_time"
@@ -107,7 +100,6 @@ class CLM(Objective):
 
     @property
     def causal(self) -> bool:
-        """See `Objective.causal`."""
         return True
 
     def specification(self, seed: int) -> dict[str, Any]:
@@ -115,15 +107,12 @@ class CLM(Objective):
         return {}
 
     def scoring(self) -> dict[str, Any]:
-        """See `Objective.scoring`."""
         return self.model_dump(exclude_defaults=True) | {"name": self.name}
 
     def unadaptable(self) -> str | None:
-        """See `Objective.unadaptable`."""
         return "with training.objective clm the rack is causal from the start"
 
     def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
-        """See `Objective.build`."""
         from stackwise.objectives.objectives import CLMObjective
 
         return CLMObjective(self.label_smoothing)
@@ -141,7 +130,6 @@ class Custom(Objective):
 
     @property
     def causal(self) -> bool:
-        """See `Objective.causal`."""
         return self.attention == "causal"
 
     def specification(self, seed: int) -> dict[str, Any]:
@@ -153,11 +141,9 @@ class Custom(Objective):
         return {"name": self.name}
 
     def unadaptable(self) -> str | None:
-        """See `Objective.unadaptable`."""
         return "a rack of custom targets does not say tokens; use mask_diffusion or mlm"
 
     def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
-        """See `Objective.build`."""
         from stackwise.objectives.objectives import CustomObjective
 
         return CustomObjective(causal=self.causal)
@@ -172,7 +158,6 @@ class Causal(Objective):
 
     @property
     def causal(self) -> bool:
-        """See `Objective.causal`."""
         return True
 
     def specification(self, seed: int) -> dict[str, Any]:
@@ -180,7 +165,6 @@ class Causal(Objective):
         return {} if self.sequences == 1 else {"sequences": self.sequences}
 
     def unadaptable(self) -> str | None:
-        """See `Objective.unadaptable`."""
         return f"with training.objective {self.name} the rack is causal from the start"
 
 
@@ -191,7 +175,6 @@ class SFT(Causal):
     packs: ClassVar[bool] = True
 
     def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
-        """See `Objective.build`."""
         from stackwise.objectives.preferences import SFTObjective
 
         return SFTObjective()
@@ -205,7 +188,6 @@ class _Pairs(Causal):
     watched: ClassVar[Mapping[str, tuple[str, ...]]] = {"preference": ("accuracy", "margin", "chosen", "rejected")}
 
     def faults(self, seq_len: int) -> Iterator[Fault]:
-        """See `Objective.faults`."""
         if seq_len % 2:
             yield "name", f"{self.name}: each side of a pair has half of training.seq_len, and {seq_len} is odd"
 
@@ -230,11 +212,9 @@ class DPO(_Pairs):
 
     @property
     def reference(self) -> str | None:
-        """See `Objective.reference`."""
         return self.reference_model or ""
 
     def placed(self, absolute: Callable[[str], str]) -> Self:
-        """See `Kind.placed`."""
         if self.reference_model is None:
             return self
         return self.model_copy(update={"reference_model": absolute(self.reference_model)})
@@ -245,7 +225,6 @@ class DPO(_Pairs):
         return {"name": self.name, "beta": self.beta, "loss": self.loss} | smoothing
 
     def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
-        """See `Objective.build`."""
         from stackwise.objectives.preferences import DPOObjective
 
         return DPOObjective(self.beta, self.label_smoothing, self.loss)
@@ -263,7 +242,6 @@ class Reward(_Pairs):
     )
 
     def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
-        """See `Objective.build`."""
         from stackwise.objectives.preferences import RewardObjective
 
         return RewardObjective(margin=self.margin, centered=self.centered)
@@ -327,11 +305,9 @@ class PPO(Causal):
     )
 
     def placed(self, absolute: Callable[[str], str]) -> Self:
-        """See `Kind.placed`."""
         return self.model_copy(update={"score": self.score.placed(absolute)})
 
     def window_rows(self, rows: int) -> int:
-        """See `Objective.window_rows`."""
         return max(1, rows // self.passes)
 
     def rollout(self) -> dict[str, Any]:
@@ -339,7 +315,6 @@ class PPO(Causal):
         return {"new_tokens": self.new_tokens, "temperature": self.temperature}
 
     def scoring(self) -> dict[str, Any]:
-        """See `Objective.scoring`."""
         kl = self.kl.model_dump()
         if self.kl.target is None:
             del kl["horizon"]
@@ -347,7 +322,6 @@ class PPO(Causal):
         return {"name": self.name, "kl": kl, "score": self.score.plain() | self.score.code} | values
 
     def faults(self, seq_len: int) -> Iterator[Fault]:
-        """See `Objective.faults`."""
         if self.new_tokens >= seq_len:
             text = f"{self.new_tokens} leave no token of training.seq_len {seq_len} to a prompt"
             yield "new_tokens", f"{text}: give at most {seq_len - 1}"
@@ -363,7 +337,6 @@ class PPO(Causal):
             )
 
     def build(self, mask_token: int, vocab_size: int, seed: int) -> Any:
-        """See `Objective.build`."""
         from stackwise.objectives.ppo import PPOObjective
 
         return PPOObjective(self.clip, self.clip_value, self.value_weight, self.temperature)
@@ -375,7 +348,6 @@ class Length(Score):
     target: Size = Field(64, description="characters that an answer is to have")
 
     def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[float]:
-        """See `Score.scores`."""
         return [-abs(len(answer) - self.target) / self.target for answer in answers]
 
 
@@ -408,11 +380,9 @@ class RewardModel(Score):
 
     @property
     def run(self) -> str | None:
-        """See `Score.run`."""
         return self.path
 
     def placed(self, absolute: Callable[[str], str]) -> Self:
-        """See `Kind.placed`."""
         return self.model_copy(update={"path": absolute(self.path)})
 
     def plain(self) -> dict[str, Any]:
@@ -420,5 +390,4 @@ class RewardModel(Score):
         return {self.tag: self.name}
 
     def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[float]:
-        """See `Score.scores`."""
         raise UsageError(f"score {self.name}: tokens are scored by the run's weights, not text")

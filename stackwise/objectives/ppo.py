@@ -70,7 +70,6 @@ class PPOObjective(RuntimeObjective):
         return dict.fromkeys((POLICY, VALUES, WATCHED), int(self.positions(batch).sum()))
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Term]:
-        """See `RuntimeObjective.loss`."""
         x_BSD = outputs.x_BSD
         index_n = flat_index(self.positions(batch), x_BSD.device)
 

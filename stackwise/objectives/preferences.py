@@ -137,7 +137,6 @@ class RewardObjective(PairObjective):
         self.margin, self.centered = margin, centered
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Term]:
-        """See `RuntimeObjective.loss`."""
         scores_B2 = side_scores(outputs, batch)
         apart = scores_B2[:, 0] - scores_B2[:, 1]
         ahead = apart - batch[MARGIN][:, 0].to(apart) if self.margin else apart

@@ -55,7 +55,7 @@ class Weights(Protocol):
         ...
 
 
-class Pretrained:
+class Pretrained(Weights):
     """A checkpoint: a directory of Hugging Face's layout, or an export."""
 
     def __init__(self, directory: Path, cache_dir: str | None) -> None:
@@ -74,7 +74,7 @@ class Pretrained:
         return Source(str(self.checkpoint.directory), digest, names=names)
 
 
-class Committed:
+class Committed(Weights):
     """A finished run: its committed weights, in the store where they are."""
 
     notes: tuple[str, ...] = ()
@@ -94,11 +94,10 @@ class Committed:
         self.objective = "clm" if config.adapts else config.objective.continued_as or config.objective.name
 
     def source(self, part: str, *, hashed: bool = True) -> Source:
-        """See `Weights.source`."""
         return self._versions[part]
 
 
-class Shallower:
+class Shallower(Weights):
     """Some blocks of another model, with its front and its head: what a student of it begins from.
 
     Args:
@@ -121,13 +120,12 @@ class Shallower:
         self.checkpoint = getattr(whole, "checkpoint", None)
 
     def source(self, part: str, *, hashed: bool = True) -> Source:
-        """See `Weights.source`."""
         if part.startswith(BLOCK):
             part = block_part(self._blocks[int(part.removeprefix(BLOCK))])
         return self._whole.source(part, hashed=hashed)
 
 
-class Adapted:
+class Adapted(Weights):
     """A checkpoint with adapters of peft: merged into its weights, or to train on beside them.
 
     Args:
@@ -428,7 +426,7 @@ def settle_mask(config: StackWiseConfig, tokenizer: Tokenizer) -> str | None:
     return f"{added}: its row of embedding and head is the mean of the others"
 
 
-class Upcycled:
+class Upcycled(Weights):
     """Dense models as one with experts: of one (sparse upcycling, arXiv 2212.05055), or of several.
 
     Several, each trained on a cluster of the data, whose feed-forwards become the experts, are the way of MoE-DisCo
@@ -463,7 +461,6 @@ class Upcycled:
         self.tokenizer_json, self.objective, self.notes = first.tokenizer_json, first.objective, first.notes
 
     def source(self, part: str, *, hashed: bool = True) -> Source:
-        """See `Weights.source`."""
         sources = tuple(model.source(part, hashed=hashed) for model in self._models)
         changed = part.startswith(BLOCK) and self.model.at(block_number(part)).ffn.upcycles
         if any(source.path is None for source in sources):

@@ -199,7 +199,6 @@ class Reference(Teacher):
         return init.weights, "init.weights"
 
     def inputs(self, stage: Stage) -> dict[str, Hex]:
-        """See `Teacher.inputs`."""
         head = self.checkpoint.digest(HEAD)
         about = {"trunk": self.trunk(self.n_blocks), "head": head, "ids": self.vocab_size, "data": self._data}
         return {REFERENCE: content_id("reference log-probabilities", about)}
@@ -227,7 +226,6 @@ class Judge(Reference):
             raise UsageError(f"{self._key}: {self.checkpoint.directory} has no head, so it has no loss")
 
     def named(self, config: StackWiseConfig) -> tuple[str | None, str]:
-        """See `Teacher.named`."""
         key = "training.curriculum.model"
         if (expanded(self._path) / "run.json").exists():
             hint = f"export it (stackwise export --run {self._path} --format hf --out DIR), and name that directory"
@@ -235,7 +233,6 @@ class Judge(Reference):
         return self._path, key
 
     def inputs(self, stage: Stage) -> dict[str, Hex]:
-        """See `Teacher.inputs`."""
         objective = self._student.objective
         about = {"trunk": self.trunk(self.n_blocks), "head": self.checkpoint.digest(HEAD), "data": self._data}
         return {DIFFICULTY: content_id("losses of rows", about | {"objective": objective.scoring() | objective.code})}

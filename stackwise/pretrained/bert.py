@@ -51,7 +51,6 @@ class Bert(Family):
     """Whether positions are counted from behind the id of padding."""
 
     def read(self, config: Mapping[str, Any]) -> Description:
-        """See `Family.read`."""
         keys = Keys(config)
         padding = keys.token("pad_token_id")
         offset = (1 if padding is None else padding) + 1 if self.offset else 0
@@ -97,7 +96,6 @@ class Bert(Family):
         )
 
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
-        """See `Family.write`."""
         offset = model.position_offset
         if not isinstance(model.head, TransformHead) or not isinstance(model.ffn, GELU) or model.token_types < 1:
             return None
@@ -131,11 +129,9 @@ class Bert(Family):
         return refs
 
     def copies(self, description: Description) -> dict[str, str]:
-        """See `Family.copies`."""
         return {} if description.config.tie_embeddings else {self.other_bias: self.task_names["bias"]}
 
     def tied(self, description: Description) -> list[str]:
-        """See `Family.tied`."""
         return [*super().tied(description), re.escape(self.other_bias), re.escape(self.task_names["bias"])]
 
 
@@ -191,7 +187,6 @@ class ModernBert(Family):
     unused: ClassVar[Sequence[str]] = (r"classifier\..*",)
 
     def read(self, config: Mapping[str, Any]) -> Description:
-        """See `Family.read`."""
         keys = Keys(config)
         blocks, seq_len = keys.size("num_hidden_layers"), keys.size("max_position_embeddings", 8192)
         attention_bias, ffn = keys.flag("attention_bias", False), keys.flag("mlp_bias", False)
@@ -272,7 +267,6 @@ class ModernBert(Family):
         return window, rope[GLOBAL] | {"rope_theta": bases[GLOBAL]}
 
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
-        """See `Family.write`."""
         attention, head = model.attention, model.head
         if not isinstance(attention, MultiHead) or not isinstance(model.ffn, GeGLU) or model.kv_heads != model.n_heads:
             return None

@@ -41,7 +41,6 @@ class Rotary(Family):
         """Settings of the family: those of the attention beside its heads, and those of the model."""
 
     def read(self, config: Mapping[str, Any]) -> Description:
-        """See `Family.read`."""
         keys = Keys(config)
         width, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
         blocks, seq_len = keys.size("num_hidden_layers"), keys.size("max_position_embeddings", self.positions)
@@ -73,7 +72,6 @@ class Rotary(Family):
         return null if left_out is None or keys.is_null(key) else left_out
 
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
-        """See `Family.write`."""
         if model.norm != "rmsnorm" or model.positions != "rope":
             return None
         if not isinstance(model.attention, MultiHead) or not isinstance(model.ffn, self.kinds):
@@ -105,13 +103,11 @@ class Llama(Rotary):
     architecture: ClassVar[str] = "LlamaForCausalLM"
 
     def own(self, keys: Keys, blocks: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `Rotary.own`."""
         keys.ignore("pretraining_tp")  # how products are cut, not what they are
         attention, ffn = keys.flag("attention_bias", False), keys.flag("mlp_bias", False)
         return {}, {"bias": attention} | ({} if attention == ffn else {"ffn": {"kind": "swiglu", "bias": ffn}})
 
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
-        """See `Family.write`."""
         if (config := super().write(model, description)) is None:
             return None
         return config | {"attention_bias": attention_biases(model)[0], "mlp_bias": ffn_bias(model)}
@@ -126,13 +122,11 @@ class Mistral(Rotary):
     kv_heads: ClassVar[int | None] = 8
 
     def own(self, keys: Keys, blocks: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `Rotary.own`."""
         window = None if keys.is_null("sliding_window") else keys.size("sliding_window", 4096)
         keys.ignore("sliding_window")
         return {} if window is None else {"window": window}, {}
 
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
-        """See `Family.write`."""
         if (config := super().write(model, description)) is None:
             return None
         return config | {"sliding_window": windows(model)[0]}
@@ -147,7 +141,6 @@ class Qwen2(Rotary):
     kv_heads: ClassVar[int | None] = 32
 
     def own(self, keys: Keys, blocks: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `Rotary.own`."""
         return {"bias": "qkv"} | self.window(keys, blocks), {}
 
     @staticmethod
@@ -172,7 +165,6 @@ class Qwen2(Rotary):
         return {"window": size} | ({} if len(having) == blocks else {"window_blocks": having})
 
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
-        """See `Family.write`."""
         if (config := super().write(model, description)) is None:
             return None
         size, having = windows(model)
@@ -189,12 +181,10 @@ class Qwen3(Qwen2):
     head_dim: ClassVar[int | None] = 128
 
     def own(self, keys: Keys, blocks: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `Rotary.own`."""
         bias = {"bias": "all"} if keys.flag("attention_bias", False) else {}
         return {"qk_norm": True} | bias | self.window(keys, blocks), {}
 
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
-        """See `Family.write`."""
         config = super().write(model, description)
         return None if config is None else config | {"attention_bias": attention_biases(model)[0]}
 
@@ -223,7 +213,6 @@ class GPT2(Family):
     ignored: ClassVar[Sequence[str]] = (r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",)
 
     def read(self, config: Mapping[str, Any]) -> Description:
-        """See `Family.read`."""
         keys = Keys(config)
         width, seq_len = keys.size("n_embd"), keys.size("n_positions", 1024)
         keys.ignore("n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels")
@@ -251,7 +240,6 @@ class GPT2(Family):
         return Description(model, keys.size("vocab_size"), seq_len, causal, special_ids=special_ids(keys), notes=notes)
 
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
-        """See `Family.write`."""
         if model.norm != "layernorm" or model.positions != "learned" or not isinstance(model.ffn, GELU):
             return None
         return {
@@ -270,7 +258,6 @@ class GPT2(Family):
         }
 
     def refs(self, description: Description, part: str, base: str, stored: Iterable[str] = ()) -> dict[str, TensorRef]:
-        """See `Family.refs`."""
         refs, width = super().refs(description, part, base, stored), description.config.d_model
         if not part.startswith(BLOCK):
             return refs
@@ -315,7 +302,6 @@ class StackWise(Family):
     native: ClassVar[bool] = True
 
     def read(self, config: Mapping[str, Any]) -> Description:
-        """See `Family.read`."""
         entry = config.get("stackwise")
         if not isinstance(entry, dict):
             raise UsageError("it has no stackwise entry", hint="export it again")
@@ -352,9 +338,7 @@ class StackWise(Family):
         return {name.removeprefix(place): TensorRef("", name) for name in names}
 
     def own_names(self, part: str, names: Iterable[str]) -> list[str]:
-        """See `Family.own_names`."""
         return [f"{part.replace(BLOCK, 'blocks.')}.{name}" for name in names]
 
     def tied(self, description: Description) -> list[str]:
-        """See `Family.tied`."""
         return []

@@ -25,7 +25,6 @@ class Mixture(Rotary):
     """What their names begin with."""
 
     def block_name(self, stem: str) -> str:
-        """See `Family.block_name`."""
         if (match := _EXPERT.fullmatch(stem)) is None:
             return super().block_name(stem)
         return f"{self.expert_base}experts.{match[1]}.{self.expert_names[match[2]]}"
@@ -65,13 +64,11 @@ class Mixtral(Mixture):
     block_names: ClassVar[Mapping[str, str]] = {**Rotary.block_names, "ffn.router": "block_sparse_moe.gate"}
 
     def own(self, keys: Keys, blocks: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `Rotary.own`."""
         keys.ignore("router_jitter_noise")  # of training
         window = {} if keys.get("sliding_window") is None else {"window": keys.size("sliding_window")}
         return window, {"ffn": self.router(keys, "num_local_experts") | {"normalize": True}}
 
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
-        """See `Family.write`."""
         if (config := super().write(model, description)) is None or not isinstance(model.ffn, MoE):
             return None
         size = windows(model)[0]
@@ -117,7 +114,6 @@ class QwenMixture(Mixture, Qwen2):
         return {}
 
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
-        """See `Family.write`."""
         if (config := super().write(model, description)) is None or not isinstance(model.ffn, MoE):
             return None
         kind, blocks = model.ffn, range(model.n_blocks)
@@ -135,14 +131,12 @@ class Qwen2Moe(QwenMixture):
     kv_heads: ClassVar[int | None] = 16
 
     def own(self, keys: Keys, blocks: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `Rotary.own`."""
         shared = {"shared_experts": 1, "shared_dim": keys.size("shared_expert_intermediate_size", 5632)}
         bias = {"bias": "qkv"} if keys.flag("qkv_bias", True) else {}
         ffn = self.experts(keys, blocks) | shared | {"shared_gate": True}
         return bias | self.window(keys, blocks), {"ffn": ffn}
 
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
-        """See `Family.write`."""
         if (config := super().write(model, description)) is None or not isinstance(model.ffn, MoE):
             return None
         if not model.ffn.shared_gate:
@@ -159,13 +153,11 @@ class Qwen3Moe(QwenMixture):
     kv_heads: ClassVar[int | None] = 4
 
     def own(self, keys: Keys, blocks: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `Rotary.own`."""
         keys.only("use_sliding_window", False)
         bias = {"bias": "all"} if keys.flag("attention_bias", False) else {}
         return {"qk_norm": True} | bias | self.window(keys, blocks), {"ffn": self.experts(keys, blocks)}
 
     def write(self, model: ModelConfig, description: Description) -> dict[str, Any] | None:
-        """See `Family.write`."""
         if (config := super().write(model, description)) is None or windows(model)[0] is not None:
             return None
         config = {key: value for key, value in config.items() if key not in ("layer_types", "max_window_layers")}

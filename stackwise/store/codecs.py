@@ -183,7 +183,6 @@ class _Plain(Codec):
     direct = True
 
     def encode(self, x: torch.Tensor | Array) -> list[Array]:
-        """See `Codec.encode`."""
         import numpy as np
 
         if isinstance(x, np.ndarray):  # without torch: who writes numpy arrays need not wait for its import
@@ -245,7 +244,6 @@ class FP16(_Plain):
         return half
 
     def check(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """See `Codec.check`."""
         if x.dtype is not y.dtype and bool((y.isinf() & x.isfinite().to(y.device)).any()):
             raise self._too_large()
 
@@ -263,7 +261,6 @@ class _Scaled(Codec):
     largest: ClassVar[float]
 
     def encode(self, x: torch.Tensor | Array) -> list[Array]:
-        """See `Codec.encode`."""
         import numpy as np
         import torch
 
@@ -281,7 +278,6 @@ class _Scaled(Codec):
         return [self._quantized(y / divisor).contiguous().numpy(), scale.contiguous().numpy()]
 
     def decode(self, stored: list[Array], out: torch.Tensor) -> None:
-        """See `Codec.decode`."""
         import torch
 
         q, scale = self._numbers(torch.from_numpy(stored[0])), torch.from_numpy(stored[1]).unsqueeze(-1)

@@ -69,7 +69,7 @@ class Communicator(Protocol):
         """Leave the group."""
 
 
-class TorchCommunicator:
+class TorchCommunicator(Communicator):
     """Over torch.distributed: gloo for tensors on the CPU, NCCL for those on a GPU.
 
     Args:
@@ -90,7 +90,6 @@ class TorchCommunicator:
         )
 
     def all_reduce(self, tensor: Tensor, operation: Operation = "sum") -> None:
-        """See `Communicator`."""
         if tensor.dtype is torch.bool:  # of which gloo and NCCL make different things
             number = tensor.to(torch.uint8)
             dist.all_reduce(number, _OPERATIONS["max" if operation == "sum" else operation])
@@ -99,42 +98,34 @@ class TorchCommunicator:
         dist.all_reduce(tensor, _OPERATIONS[operation])
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """See `Communicator`."""
         gathered = tensor.new_empty((self.size * tensor.numel(),))
         dist.all_gather_single(gathered, tensor.reshape(-1))
         return gathered.view(self.size, *tensor.shape)
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        """See `Communicator`."""
         number = tensor.to(torch.int32) if tensor.dtype is torch.bool else tensor
         mine = number.new_empty(tensor.shape[1:])
         dist.reduce_scatter_single(mine.view(-1), number.reshape(-1))
         return mine.to(tensor.dtype)
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
-        """See `Communicator`."""
         received = torch.empty_like(tensor)
         dist.all_to_all_single(received, tensor)
         return received
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
-        """See `Communicator`."""
         dist.broadcast(tensor, root)
 
     def send(self, tensor: Tensor, to: int) -> None:
-        """See `Communicator`."""
         dist.send(tensor, to)
 
     def recv(self, tensor: Tensor, source: int) -> None:
-        """See `Communicator`."""
         dist.recv(tensor, source)
 
     def barrier(self) -> None:
-        """See `Communicator`."""
         self.all_reduce(torch.zeros(1, dtype=torch.int32))  # on the CPU: a GPU's barrier would wait for its kernels
 
     def close(self) -> None:
-        """See `Communicator`."""
         dist.destroy_process_group()
 
 

@@ -83,7 +83,6 @@ class PowerSGD(Reducer):
 
     @torch.no_grad()
     def finish(self, share: float) -> None:
-        """See `Reducer`."""
         self._rest.finish(share)
         if not self._narrowed:
             return
@@ -126,7 +125,6 @@ class PowerSGD(Reducer):
         return state
 
     def outline(self) -> dict[str, Tensor]:
-        """See `Reducer`."""
         shapes = {
             f"{ERROR}{number}": torch.empty(self._ranks.size, *error.shape, device="meta")
             for number, error in enumerate(self._errors)
@@ -134,7 +132,6 @@ class PowerSGD(Reducer):
         return shapes | {f"{BASIS}{number}": basis for number, basis in enumerate(self._bases)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Reducer`."""
         for number, (error, basis) in enumerate(zip(self._errors, self._bases, strict=True)):
             self._errors[number] = tensors[f"{ERROR}{number}"][self._ranks.rank].to(error.device)
             self._bases[number] = tensors[f"{BASIS}{number}"].to(basis.device)

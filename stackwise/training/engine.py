@@ -149,7 +149,7 @@ class Engine(Protocol):
         """Remove what this rank keeps on the disk outside the checkpoints' directory; the stage is committed."""
 
 
-class ResidentEngine:
+class ResidentEngine(Engine):
     """The whole stage on the device: weights, gradients and the optimizer's state.
 
     Args:
@@ -193,7 +193,6 @@ class ResidentEngine:
         self._trained: dict[str, Tensor] = {}  # what lies under a mean that is committed
 
     def step(self, microbatches: Iterable[Batch], step: int, rate: float, accept: Accept | None = None) -> Stepped:
-        """See `Engine.step`."""
         set_rates(self.optimizer.param_groups, rate, step)
         losses, norm = self._gradients(microbatches, step)
         loss = losses.total()
@@ -212,7 +211,6 @@ class ResidentEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> MeanLoss:
-        """See `Engine.evaluate`."""
         tally = Tally()
         self.model.eval()
         self._exchange()
@@ -232,7 +230,6 @@ class ResidentEngine:
         return tally.mean(self.ranks)
 
     def squared_gradients(self, batches: Sequence[Batch]) -> dict[str, dict[str, Tensor]]:
-        """See `Engine.squared_gradients`."""
         squares = Squares()
         self.model.eval()
         for cpu_batch in batches:
@@ -254,7 +251,6 @@ class ResidentEngine:
         return tensors | self._reducer.state()
 
     def outline(self) -> dict[str, Tensor]:
-        """See `Engine.outline`."""
         tensors = {f"{WEIGHT}{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"{MEAN}{name}": mean for name, mean in self._mean.items()}
         return tensors | self._figures() | self._reducer.outline()
@@ -303,11 +299,9 @@ class ResidentEngine:
         return trainer.step > 0
 
     def weights(self, part: str) -> dict[str, Tensor]:
-        """See `Engine.weights`."""
         return self.parts[part].state_dict()
 
     def carried(self) -> dict[str, State]:
-        """See `Engine.carried`."""
         by_part: dict[str, dict[str, Tensor]] = {"": self._figures()}
         for name, (part, within) in self._places.items():
             state = state_tensors(self.optimizer, self.parameters[name])
@@ -319,7 +313,6 @@ class ResidentEngine:
 
     @torch.no_grad()
     def take_up(self, carried: Mapping[str, State]) -> None:
-        """See `Engine.take_up`."""
         for figure in (self.scale, self.last):
             if figure is not None:
                 figure.restore(carried[""]())

@@ -43,7 +43,6 @@ class AdamW8bit(AdamW):
         return 2 * (blocks + rest)
 
     def build(self, groups: list[dict[str, Any]]) -> Any:
-        """See `Optimizer.build`."""
         from stackwise.training.optim import QuantizedAdamW, eager
 
         return eager(QuantizedAdamW)(groups, betas=(self.beta1, self.beta2), eps=self.eps)
@@ -65,11 +64,9 @@ class Muon(AdamW):
         return 4 * blocks + 8 * rest
 
     def family(self, part: str, dimensions: int) -> str:
-        """See `Optimizer.family`."""
         return "matrices" if dimensions == 2 and part not in ("front", "head") else ""
 
     def build(self, groups: list[dict[str, Any]]) -> Any:
-        """See `Optimizer.build`."""
         import torch
 
         from stackwise.training.optim import Both, eager

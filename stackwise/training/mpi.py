@@ -17,7 +17,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from stackwise.training.communicator import Operation
+from stackwise.training.communicator import Communicator, Operation
 
 _TYPES = {
     torch.float64: MPI.DOUBLE,
@@ -36,7 +36,7 @@ _HALVES: dict[Operation, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-class MpiCommunicator:
+class MpiCommunicator(Communicator):
     """See `stackwise.training.communicator.Communicator`; tensors on a GPU travel by way of host memory.
 
     Args:
@@ -50,52 +50,43 @@ class MpiCommunicator:
         self._operations: dict[tuple[torch.dtype, Operation], MPI.Op] = {}
 
     def all_reduce(self, tensor: Tensor, operation: Operation = "sum") -> None:
-        """See `Communicator`."""
         here = _host(tensor)
         self._world.Allreduce(MPI.IN_PLACE, self._numbers(here), self._operation(tensor.dtype, operation))
         _back(here, tensor)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """See `Communicator`."""
         gathered = torch.empty((self.size, *tensor.shape), dtype=tensor.dtype)
         self._world.Allgather(_bytes(_host(tensor)), _bytes(gathered))
         return gathered.to(tensor.device)
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        """See `Communicator`."""
         mine = torch.empty(tensor.shape[1:], dtype=tensor.dtype)
         whole = self._numbers(_host(tensor), mine.numel())  # mpi4py wants the count of a block
         self._world.Reduce_scatter_block(whole, self._numbers(mine), self._operation(tensor.dtype, "sum"))
         return mine.to(tensor.device)
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
-        """See `Communicator`."""
         received = torch.empty(tensor.shape, dtype=tensor.dtype)
         self._world.Alltoall(_bytes(_host(tensor)), _bytes(received))
         return received.to(tensor.device)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
-        """See `Communicator`."""
         here = _host(tensor)
         self._world.Bcast(_bytes(here), root)
         _back(here, tensor)
 
     def send(self, tensor: Tensor, to: int) -> None:
-        """See `Communicator`."""
         self._world.Send(_bytes(_host(tensor)), to)
 
     def recv(self, tensor: Tensor, source: int) -> None:
-        """See `Communicator`."""
         here = _host(tensor)
         self._world.Recv(_bytes(here), source)
         _back(here, tensor)
 
     def barrier(self) -> None:
-        """See `Communicator`."""
         self._world.Barrier()
 
     def close(self) -> None:
-        """See `Communicator`."""
         for operation in self._operations.values():
             operation.Free()
         self._half.Free()

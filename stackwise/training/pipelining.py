@@ -110,7 +110,6 @@ class PipelinedEngine(ShardedEngine):
             part.chunk.recomputed_every = self.model.recomputed_every
 
     def _place_blocks(self) -> None:
-        """See `ShardedEngine._place_blocks`."""
         division, line = self._division, self._mesh["pipeline"]
         self._line, self._place = line.get_group(), line.get_local_rank()
         self._count = count = division.pipeline * PARTS[division.schedule]
@@ -129,7 +128,6 @@ class PipelinedEngine(ShardedEngine):
         return self._place == self._division.pipeline - 1
 
     def _held(self, here: Mapping[str, nn.Module], bare: StageModel) -> StageModel:
-        """See `ShardedEngine._held`."""
         count, blocks = self._count, [here.get(name) for name in self._blocks]
         lent = here[FRONT].get_submodule("embedding") if self._tied is not None and self._last_place else None
         self._parts: dict[int, _Part] = {}

@@ -138,21 +138,18 @@ class Ranks(Protocol):
         """Return when every rank has called it."""
 
 
-class SingleProcess:
+class SingleProcess(Ranks):
     """The only rank: sums are what they are."""
 
     rank, size, share, shares, main, waited = 0, 1, 0, 1, True, 0.0
 
     def microbatch(self, number: int) -> int:
-        """See `Ranks`."""
         return number
 
     def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """See `Ranks`."""
         return dict(counts)
 
     def in_order(self, values: Tensor) -> Tensor:
-        """See `Ranks`."""
         return values
 
     def reducer(self, parameters: Sequence[Tensor]) -> Reducer:
@@ -160,37 +157,31 @@ class SingleProcess:
         return Reducer()
 
     def agreed(self, name: str, ask: Ask) -> bool:
-        """See `Ranks`."""
         return ask()
 
     def every(self, true: bool) -> bool:
-        """See `Ranks`."""
         return true
 
     def shared(self, value: Any, root: int = 0) -> Any:
-        """See `Ranks`."""
         return value
 
     def shared_tensors(
         self, tensors: Mapping[str, Tensor] | None, keep: Keep = lambda _, t: t, root: int = 0
     ) -> Mapping[str, Tensor]:
-        """See `Ranks`."""
         assert tensors is not None, "the only rank is the main one"
         return tensors
 
     def gathered(self, value: Any) -> list[Any]:
-        """See `Ranks`."""
         return [value]
 
     def of_shares(self, value: Any) -> list[Any]:
-        """See `Ranks`."""
         return [value]
 
     def wait(self) -> None:
         """See `Ranks`."""
 
 
-class RankGroup:
+class RankGroup(Ranks):
     """Several ranks, over a communicator.
 
     Args:
@@ -222,15 +213,12 @@ class RankGroup:
 
     @property
     def main(self) -> bool:
-        """See `Ranks`."""
         return self.rank == 0
 
     def microbatch(self, number: int) -> int:
-        """See `Ranks`."""
         return number * self.shares + self.share
 
     def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """See `Ranks`."""
         counted = (
             counts.values() if self.rank in range(self.size)[self._counting] else [0] * len(counts)
         )  # each row once
@@ -241,27 +229,22 @@ class RankGroup:
         return dict(zip(counts, sums, strict=False))
 
     def in_order(self, values: Tensor) -> Tensor:
-        """See `Ranks`."""
         by_rank: Tensor = self.timed(self.communicator.all_gather, values)
         return by_rank[self._counting].transpose(0, 1).flatten(0, 1)
 
     def reducer(self, parameters: Sequence[Tensor]) -> Reducer:
-        """See `Ranks`."""
         return self._reducing(self, parameters)
 
     def agreed(self, name: str, ask: Ask) -> bool:
-        """See `Ranks`."""
         self._asked[name] = ask
         return self._agreed.get(name, False)
 
     def every(self, true: bool) -> bool:
-        """See `Ranks`."""
         flag = torch.tensor([int(true)])
         self.timed(self.communicator.all_reduce, flag, "min")
         return bool(flag)
 
     def shared(self, value: Any, root: int = 0) -> Any:
-        """See `Ranks`."""
         gives = self.rank == root
         raw = json.dumps(value).encode() if gives else b""
         length = torch.tensor([len(raw)])
@@ -273,7 +256,6 @@ class RankGroup:
     def shared_tensors(
         self, tensors: Mapping[str, Tensor] | None, keep: Keep = lambda _, t: t, root: int = 0
     ) -> Mapping[str, Tensor]:
-        """See `Ranks`."""
         kept: dict[str, Tensor] = {}
         about = {
             name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in outlined(tensors or {}).items()
@@ -286,7 +268,6 @@ class RankGroup:
         return kept
 
     def gathered(self, value: Any) -> list[Any]:
-        """See `Ranks`."""
         raw = json.dumps(value).encode()
         lengths = self.timed(self.communicator.all_gather, torch.tensor([len(raw)])).reshape(-1).tolist()
         padded = torch.frombuffer(bytearray(raw.ljust(max(lengths))), dtype=torch.uint8)
@@ -294,11 +275,9 @@ class RankGroup:
         return [json.loads(text.numpy().tobytes()) for text in texts]
 
     def of_shares(self, value: Any) -> list[Any]:
-        """See `Ranks`."""
         return self.gathered(value)[self._counting]
 
     def wait(self) -> None:
-        """See `Ranks`."""
         self.timed(self.communicator.barrier)
 
     def timed(self, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -376,7 +355,6 @@ class OrderedSum(Reducer):
         self._has = [[False] * len(bucket.parameters) for bucket in self._buckets]
 
     def add(self) -> None:
-        """See `Reducer`."""
         ranks = self._ranks
         for at, bucket in enumerate(self._buckets):
             slices = bucket.filled(self._has[at]).view(ranks.size, -1)
@@ -385,7 +363,6 @@ class OrderedSum(Reducer):
                 self._sums[at] = one.clone() if total is None else total.add_(one)
 
     def finish(self, share: float) -> None:
-        """See `Reducer`."""
         ranks = self._ranks
         for at, bucket in enumerate(self._buckets):
             total = self._sums[at]
@@ -401,7 +378,6 @@ class PlainSum(Reducer):
         self._ranks, self._buckets = ranks, list(_buckets(parameters, ranks.size))
 
     def finish(self, share: float) -> None:
-        """See `Reducer`."""
         for bucket in self._buckets:
             has = [False] * len(bucket.parameters)
             flat = bucket.filled(has)

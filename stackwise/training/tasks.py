@@ -111,12 +111,10 @@ class PermutedTasks(Tasks):
 
     @property
     def training(self) -> int:
-        """See `Tasks.training`."""
         return self.meta.permutations
 
     @property
     def held(self) -> int:
-        """See `Tasks.held`."""
         return self.meta.tasks_held_out(by_data=False)
 
     def order(self, plain: RowOrder) -> RowOrder:
@@ -124,7 +122,6 @@ class PermutedTasks(Tasks):
         return plain
 
     def rows_of(self, task: int, feed: Feed) -> Rows:
-        """See `Tasks.rows_of`."""
         return np.arange(feed.rowset.rows)
 
     def show(self, batch: Batch, task: int) -> Batch:
@@ -161,12 +158,10 @@ class DataTasks(Tasks):
 
     @property
     def training(self) -> int:
-        """See `Tasks.training`."""
         return self.count - self.held
 
     @property
     def held(self) -> int:
-        """See `Tasks.held`."""
         return self.meta.tasks_held_out(by_data=True)
 
     def order(self, plain: RowOrder) -> RowOrder:
@@ -174,7 +169,6 @@ class DataTasks(Tasks):
         return TaskOrder(plain, self)
 
     def rows_of(self, task: int, feed: Feed) -> Rows:
-        """See `Tasks.rows_of`."""
         return np.flatnonzero(self.task_R == task)
 
     def show(self, batch: Batch, task: int) -> Batch:

@@ -79,7 +79,6 @@ class TensorBoard(Tracker):
     named: ClassVar[bool] = False
 
     def build(self) -> TrackerClient:
-        """See `Tracker.build`."""
         return _EventFiles()
 
 
@@ -91,11 +90,9 @@ class WeightsAndBiases(Tracker):
     )
 
     def packages(self) -> dict[str, str]:
-        """See `Tracker.packages`."""
         return {"wandb": "stackwise[wandb]"}
 
     def build(self) -> TrackerClient:
-        """See `Tracker.build`."""
         return _WandbRun(self.mode)
 
 
@@ -105,14 +102,12 @@ class MLflow(Tracker):
     uri: Text = Field(description="a server, a database, or a directory")
 
     def packages(self) -> dict[str, str]:
-        """See `Tracker.packages`."""
         database = self.uri.split(":")[0].split("+")[0] in DATABASES
         return {"mlflow": "stackwise[mlflow]"} | (
             dict.fromkeys(("sqlalchemy", "alembic"), "mlflow") if database else {}
         )
 
     def placed(self, absolute: Callable[[str], str]) -> Self:
-        """See `Kind.placed`."""
         scheme, colon, rest = self.uri.partition("://")
         if not colon and scheme != "databricks":
             return self.model_copy(update={"uri": absolute(scheme)})
@@ -121,7 +116,6 @@ class MLflow(Tracker):
         return self
 
     def build(self) -> TrackerClient:
-        """See `Tracker.build`."""
         return _MLflowRun(self.uri)
 
 
@@ -134,11 +128,9 @@ class ClearML(Tracker):
     )
 
     def packages(self) -> dict[str, str]:
-        """See `Tracker.packages`."""
         return {"clearml": "stackwise[clearml]"}
 
     def build(self) -> TrackerClient:
-        """See `Tracker.build`."""
         return _ClearMLTask(self.mode)
 
 

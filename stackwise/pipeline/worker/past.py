@@ -204,7 +204,6 @@ class _WatchedParts(JobParts):
     above: nn.Module
 
     def make(self, name: str, *arguments: Any, whole: bool = True) -> nn.Module:
-        """See `JobParts.make`."""
         part = super().make(name, *arguments, whole=whole)
         _watch(self.above, part)
         return part
