@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (templates := path / "t").mkdir(mode=0o700, exist_ok=True)
     os.environ["STACKWISE_TEMPLATES"] = str(templates)
     return path
+
+
+@pytest.fixture
+def real_disk() -> Iterator[Path]:
+    """A directory that is not in memory, whose files can go past the page cache."""
+    from stackwise.training.tensor_files import passes_cache
+
+    made = Path(tempfile.mkdtemp(prefix="stackwise-", dir="/var/tmp"))
+    if not passes_cache(made):
+        pytest.skip("the file system keeps all files in its cache")
+    yield made
+    shutil.rmtree(made)
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
     Returns:
         `disk_needed`, `disk_free`, `memory_needed` (the estimate of the largest stage), `memory_total`, in bytes;
         `swapped`: the groups by stage; `tight`: bytes of a stage that even swapped takes more than it may;
+        `past_cache`: bytes of disk of a stage whose files are more than the page cache can keep;
         `traffic`: bytes of boundaries that are `read` and `written`, and `flops` of forward passes beside training;
         `separate`: the same with every boundary stored, each by a pass of its own.
 
@@ -155,6 +156,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
         "memory_needed": needs,
         "memory_total": total,
         "swapped": {depth: swap.groups for depth, swap in swapped.items()},
+        "past_cache": {depth: swap.disk for depth, swap in swapped.items() if swap.direct},
         "tight": {depth: swap.memory for depth, swap in swapped.items() if swap.memory > limit},
         "boundary": boundary,
         "traffic": traffic_of(decisions).plain(),

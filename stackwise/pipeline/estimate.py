@@ -56,6 +56,7 @@ class Swap:
     alive: int = 3  # groups on the device at once: those that come and go, or the one that computes alone
     early: bool = False  # whether groups are updated on the way down, where no clipping needs the whole gradient
     kept: int = 0  # bytes of experts that stay in the host's memory beside their files; on a CPU they are in `memory`
+    direct: bool = False  # whether its files are more than the page cache can keep, so that they go past it
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,8 @@ class Estimate:
             return None
         block = max(phase.parameters(part) for part in (*stage.blocks, *stage.lookahead))
         half = config.precision not in WIDE
-        behind = (host or memory) // ranks if apart else limit  # what holds groups that do not compute, and boundaries
+        of_host = host or memory
+        behind = of_host // ranks if apart else limit  # what holds groups that do not compute, and boundaries
         state = phase._state_bytes(True)
         per_parameter = state / max(1, phase.trained_parameters)
         if ranks > 1:
@@ -375,19 +377,22 @@ class Estimate:
         # Updated early, states before and after a step are there until it is published, and no gradients.
         states = 2 * phase._state_bytes(False) if early else state + round(max(ends, largest))
         on_disk = 1 if "{rank}" in (config.store.path or "") else ranks  # ranks whose files one disk has, at most
-        disk = round(on_disk * (states / ranks + step - kept))
+        of_state, of_step = on_disk * states / ranks, on_disk * (step - kept)
         beside = round(3 * group(groups)) + kept if apart else 0
         room = (round(SHARE * behind) - beside if apart else round(SHARE * limit) - memory - passes) // 2
         whole = per_parameter * sum(phase.pieces_apart(part, 0) for part in pieced)
         if training.swap_experts is not None:  # as many of each block
             whole -= per_parameter * sum(phase.pieces_apart(part, training.swap_experts) for part in pieced)
         staying = max(0, min(round(whole), room))
+        memory += passes + (0 if apart else staying)
+        beside += staying if apart else 0
+        cache = SHARE * of_host - ranks * (beside if apart else memory)  # the rest of the host's memory
         return Swap(
             groups,
             boundaries,
-            memory + passes + (0 if apart else staying),
-            disk,
-            beside + (staying if apart else 0),
+            memory,
+            round(of_state + of_step),
+            beside,
             loss,
             pieces,
             passes=passes,
@@ -395,6 +400,7 @@ class Estimate:
             alive=alive,
             early=early,
             kept=staying,
+            direct=of_state > cache,
         )
 
 

@@ -41,8 +41,9 @@ from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, PLAIN, BlockFormat
 from stackwise.pretrained.adapters import merge, read_pairs
 from stackwise.pretrained.reading import read_part
 from stackwise.store import CommittedStage
-from stackwise.training.checkpoint import TensorFile, reason
+from stackwise.training.checkpoint import reason
 from stackwise.training.stage import StageModel
+from stackwise.training.tensor_files import TensorFile
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -7,42 +7,28 @@ filled under a temporary name and renamed. The newest few are kept, so that a da
 from __future__ import annotations
 
 import contextlib
-import io
-import itertools
 import json
-import math
 import os
 import secrets
-import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, wait
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-import xxhash
 from torch import Tensor
 
 from stackwise import durable, files
 from stackwise.errors import StackWiseError
 from stackwise.host import host_memory
 from stackwise.identity import digest
-from stackwise.training.pinned import ALIGNED, HostCopy
+from stackwise.training.pinned import HostCopy
 from stackwise.training.ranks import outlined
+from stackwise.training.tensor_files import TensorFile, file_digest, write_tensors
 from stackwise.training.trainer import Record, Trainer
-
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL",
-}  # fmt: skip
-_NAMES = {name: dtype for dtype, name in _DTYPES.items()}
-_WAITING = 16  # pieces that may wait for the disk
-_PIECE = 16 << 20  # bytes that go to the file at once: hashing them and writing them leave the interpreter to others
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,197 +59,6 @@ def reason(error: BaseException) -> str:
     """What was wrong with a file, in one line."""
     text = error.message if isinstance(error, StackWiseError) else str(error)
     return (text.splitlines() or [type(error).__name__])[0]
-
-
-def file_digest(path: Path, root: Path | None = None) -> str:
-    """xxh3-128 of a regular file. Raises IrregularFile: it is a link, a FIFO, a device, a directory."""
-    hashed, piece = xxhash.xxh3_128(), memoryview(bytearray(_PIECE))
-    with io.FileIO(files.open_regular(path, root=root), "rb") as file:
-        while count := file.readinto(piece):
-            hashed.update(piece[:count])
-    return hashed.hexdigest()
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], threads: Executor | None = None) -> str:
-    """Write a safetensors file, flushed to the disk; one tensor at a time is copied off its device.
-
-    Args:
-        threads: Write large tensors, while this thread takes their digest; None: it does both.
-
-    Returns:
-        xxh3-128 of the whole file.
-    """
-    table: dict[str, Any] = {}
-    offset = 0
-    for name, tensor in outlined(tensors).items():
-        end = offset + tensor.numel() * tensor.element_size()
-        table[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    header = json.dumps(table).encode()
-    header += b" " * (-len(header) % 8)
-    hashed = xxhash.xxh3_128()
-    with path.open("wb", buffering=0) as file:
-        head = struct.pack("<Q", len(header)) + header
-        hashed.update(head)
-        _write_at(file.fileno(), memoryview(head), 0)
-        place, writing = len(head), list[Future[None]]()
-        for tensor in tensors.values():
-            view = memoryview(_bytes(tensor.detach().cpu().contiguous()))
-            for begin in range(0, view.nbytes, _PIECE):
-                piece = view[begin : begin + _PIECE]
-                if threads is not None and view.nbytes > _PIECE:
-                    writing.append(threads.submit(_write_at, file.fileno(), piece, place))
-                    hashed.update(piece)
-                else:
-                    hashed.update(piece)
-                    _write_at(file.fileno(), piece, place)
-                place += piece.nbytes
-            wait(writing[:-_WAITING])  # a tensor that is made for this goes once it is written
-        wait(writing)  # all of them, before the file is closed
-        for piece_written in writing:
-            piece_written.result()
-        os.fsync(file.fileno())
-    return hashed.hexdigest()
-
-
-def _write_at(fd: int, view: memoryview, place: int) -> None:
-    while view.nbytes:
-        count = os.pwrite(fd, view, place)
-        view, place = view[count:], place + count
-
-
-class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for.
-
-    The file may come from elsewhere: it is a regular file, every tensor lies within it, and nothing is taken on trust.
-
-    Args:
-        root: A directory above it, below which there may be no links (see `files.open_regular`).
-
-    Raises:
-        ValueError: It is no safetensors file, or it is cut off.
-        IrregularFile: It is a link, a FIFO, a device, a directory.
-    """
-
-    def __init__(self, path: Path, root: Path | None = None) -> None:
-        self._path, self._root = path, root
-        with self._opened() as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if length > min(size - 8, files.METADATA_BYTES):
-                raise ValueError(f"{path} is cut off, or no safetensors file")
-            table = files.parse_json(file.read(length))
-            self._begin = 8 + length
-        if not isinstance(table, dict):
-            raise ValueError(f"{path} is no safetensors file")
-        table.pop("__metadata__", None)
-        self._table: dict[str, tuple[torch.dtype, list[int], int]] = {}
-        for name, entry in table.items():
-            self._table[name] = self._checked(name, entry, size - self._begin)
-
-    @property
-    def outline(self) -> dict[str, Tensor]:
-        """Tensors of the same shapes and dtypes on the meta device."""
-        return {name: torch.empty(s, dtype=d, device="meta") for name, (d, s, _) in self._table.items()}
-
-    def shape(self, name: str) -> list[int]:
-        """The shape of a tensor, which is not read."""
-        return list(self._table[name][1])
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor, which is not read."""
-        return self._table[name][0]
-
-    def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, begin = self._table[name]
-        tensor = torch.empty(shape, dtype=dtype)
-        with self._opened() as file:
-            file.seek(self._begin + begin)
-            view = memoryview(_bytes(tensor))
-            while view.nbytes:
-                if not (count := file.readinto(view)):
-                    raise ValueError(f"{self._path} is cut off")
-                view = view[count:]
-        return tensor
-
-    def read(
-        self, names: Sequence[str], lend: Callable[[int], Tensor], threads: Executor | None = None
-    ) -> dict[str, Tensor]:
-        """Some of its tensors, in one piece of memory.
-
-        Args:
-            lend: Gives memory, uint8 of so many bytes.
-            threads: Read large tensors, several pieces at once; None: this thread does.
-        """
-        ends = list(itertools.accumulate(-(-self._size(name) // ALIGNED) * ALIGNED for name in names))
-        memory, tensors = lend(ends[-1] if ends else 0), dict[str, Tensor]()
-        pieces: list[tuple[int, list[memoryview]]] = []  # what one call reads: where in the file, and to where
-        end = -1
-        for name, begin in zip(names, [0, *ends], strict=False):
-            dtype, shape, place = self._table[name]
-            flat = memory[begin : begin + self._size(name)]
-            tensors[name] = flat.view(dtype).view(shape)
-            view, place = memoryview(_bytes(flat)), self._begin + place
-            for at in range(0, view.nbytes, _PIECE):
-                piece = view[at : at + _PIECE]
-                if place + at != end or sum(map(len, pieces[-1][1])) + len(piece) > _PIECE or len(pieces[-1][1]) > 500:
-                    pieces.append((place + at, []))
-                pieces[-1][1].append(piece)
-                end = place + at + len(piece)
-        with self._opened() as file:
-            fill = partial(self._fill, file.fileno())
-            if threads is None or len(pieces) < 2:
-                for one in pieces:
-                    fill(*one)
-            else:
-                reading = [threads.submit(fill, *one) for one in pieces]
-                wait(reading)  # all of them, before the file is closed
-                for piece_read in reading:
-                    piece_read.result()
-        return tensors
-
-    def _fill(self, fd: int, place: int, views: list[memoryview]) -> None:
-        while views:
-            if not (count := os.preadv(fd, views, place)):
-                raise ValueError(f"{self._path} is cut off")
-            place += count
-            while views and count >= len(views[0]):
-                count -= len(views.pop(0))
-            if count:
-                views[0] = views[0][count:]
-
-    def _size(self, name: str) -> int:
-        dtype, shape, _ = self._table[name]
-        return math.prod(shape) * dtype.itemsize
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._table)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def _opened(self) -> io.FileIO:
-        return io.FileIO(files.open_regular(self._path, root=self._root), "rb")
-
-    def _checked(self, name: str, entry: Any, size: int) -> tuple[torch.dtype, list[int], int]:
-        try:
-            dtype, shape, (begin, end) = _NAMES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            numbers = [*shape, begin, end]
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{self._path} says of {name} what no tensor can be") from None
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise ValueError(f"{self._path} says of {name} what no tensor can be")
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{self._path}: {name} takes other bytes than its shape and dtype say")
-        if end > size:
-            raise ValueError(f"{self._path} is cut off")
-        return dtype, shape, begin
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """The bytes of a tensor on the CPU, shared with it."""
-    return tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
 
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)

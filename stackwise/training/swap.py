@@ -12,7 +12,6 @@ The bits are those of `ResidentEngine`: the same operations on the same tensors 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +22,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from stackwise import files
 from stackwise.batch import ACTIVATIONS, Batch, Term
 from stackwise.config import StageTraining
 from stackwise.errors import StackWiseError
@@ -49,7 +47,7 @@ from stackwise.training.scaling import (
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
 from stackwise.training.swap_kept import KeptPasses, Pass
 from stackwise.training.swap_loader import PartLoader
-from stackwise.training.swap_moving import Moving, share_directory
+from stackwise.training.swap_moving import Moving, remove_shares, share_directory
 from stackwise.training.swap_parts import (
     FRONT,
     DividedParts,
@@ -106,6 +104,8 @@ class SwappedEngine:
         self._moving = Moving(self.log, cast(DividedParts, parts), place, device)
         if not self.log.open(space.warn, self._moving.find):
             self._moving.forget()
+        if space.direct:
+            self.log.pass_cache()
         self.spill = Spill(own / "step", space.memory, self.lane)
         self.kept = KeptPasses(space.passes)
         how: dict[str, Any] = {"spill": self.spill, "most_pieces": space.pieces}
@@ -290,18 +290,9 @@ class SwappedEngine:
     def resume(self, trainer: Trainer) -> bool:
         """See `Engine.resume`: the steps on the disk may end after the record's, or before, where they were damaged."""
         self.take_over()
-        record, done = trainer.record, self.steps_done
-        trainer.step, record.losses = done, self.log.losses()
-        record.terms = {name: means[:done] for name, means in record.terms.items()}
-        held_out = {step: loss for step, loss in (*record.held_out, *self.log.committed.held_out) if step <= done}
-        record.held_out = sorted(held_out.items())
-        kept = {name: [one for one in means if one[0] <= done] for name, means in record.held_out_terms.items()}
-        record.held_out_terms = kept
-        record.divergences = [entry for entry in record.divergences if entry["step"] <= done]
-        recorded = {entry["step"] for entry in record.divergences}
-        refused = [number for number, loss in enumerate(record.losses, 1) if loss is None and number not in recorded]
-        record.divergences += [{"step": step, "why": "reported before a kill", "action": "skip"} for step in refused]
-        return done > 0
+        trainer.step = self.steps_done
+        trainer.record.correct(self.log.losses(), self.log.committed.held_out)
+        return self.steps_done > 0
 
     def take_over(self) -> None:
         """Let this rank have its share of a state that another number of ranks left. All ranks call it."""
@@ -346,10 +337,7 @@ class SwappedEngine:
     def discard(self) -> None:
         """See `Engine.discard`."""
         if self.ranks.size > 1:
-            place = self._place(self.ranks.rank)
-            files.remove_tree(place)
-            with contextlib.suppress(OSError):  # other stages of this rank, or other ranks, have theirs there
-                place.parent.rmdir()
+            remove_shares(self._place(self.ranks.rank))
 
     def _up(self, turns: Iterable[Loaded], microbatches: Sequence[Batch], step: int, leave: Leave) -> StepLoss:
         """Everything forward, the loss at the top and its gradient.

@@ -6,6 +6,7 @@ ranks. Each brings them up to date, and hands them round one by one; every rank 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,13 @@ from stackwise.training.swap_state import GRADIENTS, STATE, UNSOUND, RedoLog, Te
 def share_directory(directory: Path, place: Callable[[int], Path], rank: int, size: int) -> Path:
     """Where a rank's files are: one process has them beside the record."""
     return directory if size == 1 else place(rank) / f"rank-{rank}-of-{size}"
+
+
+def remove_shares(place: Path) -> None:
+    """Remove what ranks have at their place."""
+    files.remove_tree(place)
+    with contextlib.suppress(OSError):  # other stages of this rank, or other ranks, have theirs there
+        place.parent.rmdir()
 
 
 class Moving:

@@ -36,6 +36,7 @@ class SwapSpace:
     ahead: bool = True  # whether the device has room for groups that come and go, beside the one that computes
     kept: int = 0  # bytes of the host's memory in which pieces stay beside their files
     ranks: Ranks = field(default_factory=SingleProcess)  # those that train it together
+    direct: bool = False  # whether files go past the page cache, where the file system can
     place: Callable[[int], Path] | None = None  # where the files of a rank of several are; None: in `directory`
 
 

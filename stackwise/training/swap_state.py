@@ -34,10 +34,11 @@ import torch
 from torch import Tensor
 
 from stackwise import durable, files
-from stackwise.training.checkpoint import TensorFile, file_digest, reason, sealed, unsealed, write_tensors
-from stackwise.training.lanes import Lane
+from stackwise.training.checkpoint import reason, sealed, unsealed
+from stackwise.training.lanes import Buffers, Lane
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.swap_cache import PieceCache
+from stackwise.training.tensor_files import TensorFile, aligned_first, file_digest, passes_cache, write_tensors
 
 STATE, GRADIENTS = "state", "gradients"
 FORMAT = 2  # of the record and of what a state's tensors are called
@@ -85,6 +86,7 @@ class RedoLog:
         begin: Gives the state that a part has before its first update; nothing of it where it is as it was made.
         cache: What of pieces is in memory.
         read_bytes: Bytes of pieces that came from files so far.
+        staging: Lends the memory from which files go past the page cache; None: they go through it.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class RedoLog:
         self.ranks, self.own = ranks or SingleProcess(), own or directory
         self.lane = lane or Lane(torch.device("cpu"))
         self.cache, self.read_bytes = PieceCache(memory), 0
+        self.staging: Buffers | None = None
         self.committed = Commit()
         self.at = dict.fromkeys((*self.parts, *pieces), 0)
         self._ahead: set[str] = set()  # parts whose state after the step in hand is handed in
@@ -157,6 +160,10 @@ class RedoLog:
         except UNSOUND as error:
             return None, unsound(self.directory, error)
         return record, None
+
+    def pass_cache(self) -> None:
+        """Write and read files past the page cache from now on, where the file system can; they are as any others."""
+        self.staging = Buffers() if passes_cache(self.own / STATE) else None
 
     def close(self) -> None:
         """Wait for the writer, and let it go."""
@@ -381,8 +388,9 @@ class RedoLog:
         return self.own / kind / f"{part}-{step:08d}.safetensors"
 
     def _write(self, kind: str, part: str, tensors: Tensors, step: int) -> None:
-        path, digests, threads = self._path(kind, part, step), list[str](), self._pieces_pool
-        durable.write_durably(path, lambda temporary: digests.append(write_tensors(temporary, tensors, threads)))
+        path, digests = self._path(kind, part, step), list[str]()
+        ordered, how = aligned_first(tensors), (self._pieces_pool, self.staging)
+        durable.write_durably(path, lambda temporary: digests.append(write_tensors(temporary, ordered, *how)))
         self._digests[f"{kind}/{path.name}"] = digests[0]
         if part in self.pieces:
             self.cache.put(part, kind, step, tensors)
@@ -415,7 +423,8 @@ class RedoLog:
         if (kept := self.cache.get(part, kind, step)) is not None:
             return {name: tensor for name, tensor in kept.items() if wanted(name)}
         file = TensorFile(self._path(kind, part, step), self.own)
-        tensors = file.read([name for name in file if wanted(name)], self.lane.buffers.lend, self._pieces_pool)
+        names, lend = [name for name in file if wanted(name)], self.lane.buffers.lend
+        tensors = file.read(names, lend, self._pieces_pool, direct=self.staging is not None)
         if part in self.pieces:
             self.read_bytes += sum(tensor.nbytes for tensor in tensors.values())
         return tensors

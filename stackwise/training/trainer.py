@@ -99,6 +99,25 @@ class Record:
             known += [*[None] * (len(self.losses) - len(known)), *means]
         self.losses += losses
 
+    def correct(self, losses: Sequence[float | None], held_out: Iterable[tuple[int, float]]) -> None:
+        """Say of the steps that were done what is known of them, where that is other steps than are recorded.
+
+        Args:
+            losses: Of every step done; None: it was refused.
+            held_out: More evaluations.
+        """
+        done = len(losses)
+        self.losses = list(losses)
+        self.terms = {name: means[:done] for name, means in self.terms.items()}
+        self.held_out = sorted({step: loss for step, loss in (*self.held_out, *held_out) if step <= done}.items())
+        self.held_out_terms = {
+            name: [one for one in means if one[0] <= done] for name, means in self.held_out_terms.items()
+        }
+        self.divergences = [entry for entry in self.divergences if entry["step"] <= done]
+        recorded = {entry["step"] for entry in self.divergences}
+        refused = [step for step, loss in enumerate(losses, 1) if loss is None and step not in recorded]
+        self.divergences += [{"step": step, "why": "reported before a kill", "action": "skip"} for step in refused]
+
 
 @dataclass(frozen=True)
 class Carried:

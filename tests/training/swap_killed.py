@@ -1,6 +1,6 @@
 """Trains swapped in children of its own, killing them with SIGKILL at random moments until one reaches the end.
 
-    python -m tests.training.swap_killed DIRECTORY SEED KILLS STEPS [experts|early]
+    python -m tests.training.swap_killed DIRECTORY SEED KILLS STEPS [experts|early|direct]
 
 Prints how many were killed in the middle of a step, then the digest of each part.
 """
@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,8 @@ def train(directory: Path, steps: int, kind: str) -> None:
     """From wherever the directory stands to the end; `kind`: see above."""
     experts, clip = kind == "experts", 0.0 if kind == "early" else 0.5
     parts = RackParts(3, tied=True, ffn=EXPERTS if experts else "swiglu")
-    one = engine(parts, directory / "swap", groups=3, accumulation=2 if experts else 3, grad_clip=clip, kept=20_000)
+    how: dict[str, Any] = {"accumulation": 2 if experts else 3, "grad_clip": clip, "direct": kind == "direct"}
+    one = engine(parts, directory / "swap", groups=3, kept=20_000, **how)
     for step in range(one.steps_done, steps):
         batches = few(step) if experts else microbatches(step, 3)
         one.step(batches, step, learning_rate(one.settings, step, steps))

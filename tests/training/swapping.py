@@ -161,6 +161,7 @@ def engine(
     passes: int = 0,
     ahead: bool = True,
     kept: int = 0,
+    direct: bool = False,
     ranks: Ranks | None = None,
     **values: object,
 ) -> SwappedEngine:
@@ -169,7 +170,9 @@ def engine(
     def warn(text: str) -> None:
         raise AssertionError(text)
 
-    space = SwapSpace(directory, groups, memory, warn, pieces, passes, ahead, kept, ranks or SingleProcess())
+    space = SwapSpace(
+        directory, groups, memory, warn, pieces, passes, ahead, kept, ranks or SingleProcess(), direct=direct
+    )
     return SwappedEngine(parts, settings(**values), space, seed=SEED, device=CPU)
 
 

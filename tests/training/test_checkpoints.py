@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from stackwise.errors import NoSpaceError
 from stackwise.training import checkpoint
-from stackwise.training.checkpoint import Checkpoints, TensorFile, file_digest, sealed, write_tensors
+from stackwise.training.checkpoint import Checkpoints, sealed
+from stackwise.training.tensor_files import TensorFile, write_tensors
 from tests.training.test_trainer import batch, resident, save, trainer
 
 
@@ -200,24 +201,6 @@ def test_restoring_reads_one_tensor_at_a_time_into_the_memory_that_is_there(tmp_
     checkpoint.restore_step(tmp_path, one, 1)
     assert {name: one.engine.state()[name].data_ptr() for name in places} == places
     assert one.step == 1
-
-
-def test_files_are_safetensors(tmp_path: Path) -> None:
-    state = {
-        "a/b": torch.randn(3, 5),
-        "scalar": torch.tensor(2.5, dtype=torch.float64),
-        "half": torch.randn(7).bfloat16(),
-        "bytes": torch.arange(9, dtype=torch.uint8),
-        "none": torch.zeros(0, 4),
-        "sliced": torch.randn(8, 8)[:, ::2],
-    }
-    digest = write_tensors(tmp_path / "x", state)
-    assert digest == file_digest(tmp_path / "x")
-    for back in (load_file(tmp_path / "x"), TensorFile(tmp_path / "x")):
-        assert set(back) == set(state)
-        for name, tensor in state.items():
-            assert back[name].dtype == tensor.dtype
-            assert torch.equal(back[name], tensor)
 
 
 def test_what_a_checkpoint_holds_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -50,6 +51,7 @@ def disk() -> Iterator[Path]:
     shutil.rmtree(made)
 
 
+WAYS = ("early", "direct")  # other ways of swapping that are killed
 SHAPES: list[dict[str, Any]] = [
     {"depth": 1, "tied": True},
     {"depth": 3, "tied": True, "groups": 2, "passes": 1 << 30},
@@ -166,10 +168,48 @@ def test_it_goes_on_after_every_step_and_in_other_groups(disk: Path) -> None:
     assert not (disk / "step").exists()
 
 
-@pytest.mark.parametrize("kind", ["clipped", pytest.param("early", marks=pytest.mark.stress)])
+@pytest.mark.parametrize("clip", [0.5, 0.0])
+def test_files_past_the_page_cache_are_as_those_in_it(real_disk: Path, clip: float) -> None:
+    parts = RackParts(1, width=20)  # whose vectors leave what is behind them unaligned
+    plain = Plain(parts, grad_clip=clip)
+    for step, direct in enumerate((True, False, True)):
+        swapped = engine(parts, real_disk / "swap", direct=direct, grad_clip=clip)
+        assert (swapped.log.staging is not None) == direct
+        stepped = swapped.step(microbatches(step, 3), step, learning_rate(swapped.settings, step, 3))
+        assert float(stepped.loss) == plain.step(microbatches(step, 3), step, 3)
+        swapped.log.close()  # as a kill leaves it
+    swapped = engine(parts, real_disk / "swap", grad_clip=clip)
+    swapped.settle()
+    for part, tensors in plain.weights(parts.names).items():
+        for key, value in tensors.items():
+            assert torch.equal(swapped.weights(part)[key], value), (part, key)
+    assert not list((real_disk / "swap").rglob(".tmp-*"))
+    swapped.close()
+
+
+def test_where_the_file_system_refuses_it_files_go_through_the_page_cache(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def refusing(path: Any, flags: int, *more: Any, **names: Any) -> int:
+        if flags & os.O_DIRECT == os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+        return opened(path, flags, *more, **names)
+
+    monkeypatch.setattr(os, "open", refusing)
+    parts = RackParts(1)
+    plain, swapped = Plain(parts), engine(parts, disk, direct=True)
+    for step in range(2):
+        loss = swapped.step(microbatches(step, 3), step, learning_rate(swapped.settings, step, 2)).loss
+        assert float(loss) == plain.step(microbatches(step, 3), step, 2)
+    swapped.close()
+
+
+@pytest.mark.parametrize("kind", ["clipped", *(pytest.param(kind, marks=pytest.mark.stress) for kind in WAYS)])
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.stress) for seed in range(2, 12))])
 def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path, seed: int, kind: str) -> None:
-    """Also where groups are updated on the way down."""
+    """Also where groups are updated on the way down, and where files go past the page cache."""
     steps = 8
     command = [sys.executable, "-W", "error", "-m", "tests.training.swap_killed"]
     command += [str(tmp_path), str(seed), "4", str(steps), kind]

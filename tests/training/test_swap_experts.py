@@ -101,9 +101,9 @@ def test_what_rows_do_not_reach_is_neither_read_nor_written(tmp_path: Path, monk
             read.add(path.name.rpartition("-")[0])
             super().__init__(path, root)
 
-    def write(path: Path, tensors: dict[str, Tensor], threads: Any) -> str:
+    def write(path: Path, tensors: dict[str, Tensor], *how: Any) -> str:
         written.add(path.name.lstrip(".").partition("-0")[0])
-        return write_tensors(path, tensors, threads)
+        return write_tensors(path, tensors, *how)
 
     write_tensors = swap_state.write_tensors
     monkeypatch.setattr(swap_state, "TensorFile", Watched)

@@ -229,6 +229,8 @@ class Runner:
             turns = f"its blocks take turns in {groups} groups" if groups > 1 else "its blocks are one group"
             tight = fit["tight"].get(depth)
             more = "" if tight is None else f"; it takes about {in_bytes(tight)} all the same, more than it may"
+            if (past := fit["past_cache"].get(depth)) is not None:
+                more += f"; its files, {in_bytes(past)}, go past the page cache, which cannot keep them"
             self._emit("note", text=f"stage {depth} is swapped: {turns} (training.swap){more}")
         for line in planned_notes(plan, fit["swapped"] if decided.training else None):
             self._emit("note", text=line)

@@ -46,13 +46,14 @@ from stackwise.pipeline.run import store_place
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, adapter_part, block_number
 from stackwise.pipeline.worker.anchoring import anchor_part
 from stackwise.pipeline.worker.order import row_order
-from stackwise.training.checkpoint import UNREADABLE, TensorFile
+from stackwise.training.checkpoint import UNREADABLE
 from stackwise.training.engine import Engine, ResidentEngine
 from stackwise.training.feed import Order
 from stackwise.training.optim import Rising
 from stackwise.training.stage import StageModel, compile_blocks
 from stackwise.training.swap import SwappedEngine
 from stackwise.training.swap_parts import SwapSpace
+from stackwise.training.tensor_files import TensorFile
 
 if TYPE_CHECKING:
     from stackwise.pipeline.worker.training import StageContext
@@ -236,6 +237,7 @@ def engine_of(context: StageContext) -> Iterator[Engine]:
             passes=swap.passes,
             ahead=swap.alive > 1,
             kept=swap.kept,
+            direct=swap.direct,
             ranks=context.ranks,
             place=partial(_share_place, job, config),
         ),
