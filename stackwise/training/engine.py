@@ -24,7 +24,16 @@ from stackwise.training.lanes import seed_generator
 from stackwise.training.optim import BLOCK, Rising, make_optimizer, over_ranks, set_rates, state_tensors
 from stackwise.training.pinned import Arrivals
 from stackwise.training.ranks import Ranks, Reducer, SingleProcess
-from stackwise.training.scaling import BACKWARD, FORWARD, LastNorm, LossScale, PhaseClock, judged, narrow_weights
+from stackwise.training.scaling import (
+    BACKWARD,
+    FORWARD,
+    LastNorm,
+    LossScale,
+    PhaseClock,
+    clip_factor,
+    judged,
+    narrow_weights,
+)
 from stackwise.training.scaling import OPTIMIZER as UPDATE
 from stackwise.training.stage import MeanLoss, Microbatches, StageModel, StepLoss, Tally, casts_held
 
@@ -388,7 +397,8 @@ class ResidentEngine(Engine):
             norm = self._norm(gradients)
             if self.settings.grad_clip > 0:
                 by = norm if self.last is None else self.last.instead_of(norm)
-                for group in alike(self.parameters.values()):
+                small = clip_factor(self.settings.grad_clip, by) == 1.0  # then each would be read for a product by 1
+                for group in () if small else alike(self.parameters.values()):
                     torch.nn.utils.clip_grads_with_norm_(group, self.settings.grad_clip, by)
         return losses, norm
 

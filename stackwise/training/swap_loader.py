@@ -286,7 +286,7 @@ class PartLoader:
     def _take(self, optimizer: Stepper, trained: list[nn.Parameter], means: list[Tensor], update: Update) -> None:
         """One update by the gradients that are there, and the weights' means after it."""
         gradients = [p.grad for p in trained if p.grad is not None]
-        if gradients and update.clip is not None:
+        if gradients and update.clip not in (None, 1.0):  # by 1 they would be what they are
             torch._foreach_mul_(gradients, torch.tensor(update.clip, dtype=gradients[0].dtype, device=self.device))
         set_rates(optimizer.param_groups, update.rate, update.last)
         optimizer.step()

@@ -57,7 +57,7 @@ SHAPES: list[dict[str, Any]] = [
     {"depth": 3, "tied": True, "groups": 2, "passes": 1 << 30},
     {"depth": 4, "tied": False, "groups": 3, "memory": 1 << 30, "passes": 300_000},
     {"depth": 3, "tied": True, "groups": 3, "precision": "bf16", "passes": 1 << 30},
-    {"depth": 3, "tied": True, "groups": 2, "dropout": 0.0, "accumulation": 1},
+    {"depth": 3, "tied": True, "groups": 2, "dropout": 0.0, "accumulation": 1, "grad_clip": 1e9},
     {"depth": 3, "tied": False, "groups": 2, "grad_clip": 0.0, "ahead": False},
     {"depth": 3, "tokens": False, "groups": 2, "tied": False},
     {"depth": 3, "tokens": False, "groups": 3, "tied": True, "fixed_head": True},
