@@ -11,13 +11,14 @@ import errno
 import fcntl
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from stackwise import files
-from stackwise.errors import BusyError, NoSpaceError
+from stackwise.errors import BusyError, NoSpaceError, StackWiseError
 
 TEMPORARY = ".tmp-"
 """Prefix of names that are being written. Whatever bears it and has no living writer is garbage."""
@@ -30,6 +31,11 @@ def temporary(path: Path) -> Path:
 
 def unusable(path: Path) -> str | None:
     """Why a directory cannot be written, or made where it is missing; None where it can."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return error.strerror
     there = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.lexists(parent))
     if not there.is_dir():
         return f"{there} is not a directory" if there != path.absolute() else "it is not a directory"
@@ -49,13 +55,37 @@ def fsync_directory(path: Path) -> None:
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says of a disk, or a user's share of it, that is full."""
+FAILING = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN)
+"""What it says of a disk that fails, that can only be read (as it is once it has failed), or that is gone."""
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The number of what the system said; libraries written in Rust raise errors of their own, with the number."""
+    if isinstance(error, OSError):
+        return errno.ENOSPC if isinstance(error, NoSpaceError) else error.errno
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return None if number is None else int(number[1])
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a full disk is what went wrong. Libraries written in Rust raise errors of their own, with the number."""
-    if isinstance(error, OSError):
-        return error.errno in FULL or isinstance(error, NoSpaceError)
-    return any(f"(os error {number})" in str(error) for number in FULL)
+    """Whether a full disk is what went wrong."""
+    return _system_error(error) in FULL
+
+
+def disk_fault(error: BaseException) -> StackWiseError | None:
+    """What a full or failing disk is called, and what to do; None: something else went wrong."""
+    number, name = _system_error(error), getattr(error, "filename", None)
+    # The name that it is to have, not the one that it is written under.
+    path = None if name is None else Path(re.sub(rf"{TEMPORARY}\d+-[0-9a-f]+-", "", os.fsdecode(name)))
+    if number in FULL:
+        return no_space(path)
+    if number not in FAILING or (path is None and number in (errno.EACCES, errno.EPERM)):
+        return None
+    return StackWiseError(
+        f"{path or 'the disk'}: {os.strerror(number)}",
+        hint="see to the disk (`dmesg` says more where it fails) and to who may write there, then run the same "
+        "command again",
+    )
 
 
 def no_space(path: Path | None) -> NoSpaceError:

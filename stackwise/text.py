@@ -43,5 +43,6 @@ def check_plain(text: str, what: str) -> str:
         UsageError: It has some.
     """
     if has_control(text):
-        raise UsageError(f"{what}: {printable(text)!r} has control characters", hint="write it in one plain line")
+        fault = "is not UTF-8" if any("\ud800" <= one <= "\udfff" for one in text) else "has control characters"
+        raise UsageError(f"{what}: {printable(text)!r} {fault}", hint="write it in one plain line of UTF-8")
     return text

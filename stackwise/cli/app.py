@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from stackwise.cli.output import Standard, note, open_streams
-from stackwise.errors import InterruptedRun, NoSpaceError, StackWiseError
+from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.text import printable
 from stackwise.version import __version__
 
@@ -168,8 +168,10 @@ def explain(error: BaseException, *, debug: bool = False) -> int:
         import traceback
 
         note("".join(traceback.format_exception(error)).rstrip())
-    from stackwise.durable import is_full_disk
+    from stackwise.durable import disk_fault, is_full_disk
 
+    if not isinstance(error, StackWiseError):
+        error = disk_fault(error) or error
     if is_full_disk(error):
         import threading
 
@@ -185,10 +187,7 @@ def explain(error: BaseException, *, debug: bool = False) -> int:
             return 1
         case OSError() if error.filename is not None:
             _refuse(f"{os.fsdecode(error.filename)}: {error.strerror or error}")
-            return NoSpaceError.exit_code if is_full_disk(error) else 1
-        case _ if is_full_disk(error):
-            _refuse("no space left on the disk", "`stackwise cache du` shows what the store holds")
-            return NoSpaceError.exit_code
+            return 1
         case RecursionError():
             _refuse("something is nested too deeply", "flatten the configuration, the text or the layers")
             return 2

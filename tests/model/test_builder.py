@@ -203,7 +203,7 @@ def test_refusals() -> None:
         ProgressiveRackBuilder(config(), building_mode="sideways")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="vocab_size"):
         ProgressiveRackBuilder(d_model=32)
-    with pytest.raises(UsageError, match="needs a stack"):
+    with pytest.raises(UsageError):
         ProgressiveRackBuilder(config()).build_rack()
     with pytest.raises(UsageError):
         ProgressiveRackBuilder(config()).append_stack(0)

@@ -19,7 +19,7 @@ from stackwise.pipeline.recipe import Reads, Span, forward_specification, stage_
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.schedule import schedule
-from tests.conftest import Micro, run
+from tests.conftest import Micro, raises_naming, run
 
 PLUGIN = """
 from stackwise.config.kinds import OBJECTIVES, OPTIMIZERS, Objective
@@ -220,13 +220,16 @@ def test_a_place_that_cannot_be_used_is_refused_before_data_is_prepared(
 ) -> None:
     (tmp_path / "file").write_text("")
     cache = tmp_path / "cache"
-    for change in ({}, {"store__path": str(tmp_path / "file")}):
-        directory = tmp_path / "run" if change else tmp_path / "file" / "run"
-        with pytest.raises(UsageError, match="is not a directory"):
+    (tmp_path / "loop").symlink_to("loop")
+    there = sorted(os.listdir(tmp_path))
+    for place in (tmp_path / "file" / "run", tmp_path / ("y" * 300), tmp_path / "loop", tmp_path / "store"):
+        change = {} if place.name != "store" else {"store__path": str(tmp_path / "file")}
+        directory = tmp_path / "run" if change else place
+        with raises_naming(UsageError, tmp_path / "file" if change else place):
             Runner(micro(data__cache_dir=str(cache), **change), RunDirectory(directory), lambda event: None).run(
                 dry=dry
             )
-    assert sorted(os.listdir(tmp_path)) == ["file"]
+    assert sorted(os.listdir(tmp_path)) == there
 
 
 @pytest.mark.parametrize(

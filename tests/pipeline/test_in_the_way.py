@@ -20,12 +20,12 @@ import torch
 from stackwise.config import StackWiseConfig
 from stackwise.config.yaml_files import dump
 from stackwise.durable import FileLock, is_locked, write_durably
-from stackwise.errors import BusyError, NoSpaceError, UsageError
+from stackwise.errors import BusyError, NoSpaceError, StackWiseError, UsageError
 from stackwise.pipeline.parts import save_part
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.manifest import EventLog
 from stackwise.pipeline.runner.runner import Runner
-from tests.conftest import Micro, mounted, run
+from tests.conftest import Micro, mounted, raises_naming, run
 from tests.pipeline.storm import Command, retrained
 from tests.pipeline.test_run import weights
 
@@ -73,7 +73,7 @@ def test_a_disk_that_can_only_be_read(micro: Micro, disk: Path, tmp_path: Path, 
     directory = disk / "run" if place == "run" else tmp_path / "run"
     before = sorted(os.listdir(tmp_path))
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    with pytest.raises(UsageError, match=r"cannot be used: .* cannot be written") as refused:
+    with raises_naming(UsageError, disk) as refused:
         Runner(config, RunDirectory(directory), lambda event: None).run()
     assert "\n" not in refused.value.message
     assert sorted(os.listdir(tmp_path)) == before, "nothing was prepared, nothing was made"
@@ -185,10 +185,31 @@ def test_a_disk_that_fills_up_in_the_middle(
     assert json.loads(done.stdout)["damaged"] == []
 
 
+@pytest.mark.parametrize("place", ["checkpoints", "store/stages", "store/boundaries"])
+def test_a_disk_that_turns_read_only_is_a_line(micro: Micro, tmp_path: Path, place: str) -> None:
+    """As one does that fails. What a worker meets is told without a traceback, and the run goes on from there."""
+    config = micro(training__checkpoint_steps=5)
+    (part := tmp_path / "run" / place).mkdir(parents=True)
+    if subprocess.run(["mount", "--bind", str(part), str(part)], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(part)], check=True)
+        with raises_naming(StackWiseError, part) as failed:
+            run(config, tmp_path / "run")
+    finally:
+        subprocess.run(["umount", "-l", str(part)], check=True)
+    assert failed.value.exit_code == 1
+    assert ".tmp-" not in str(failed.value), "a name that a user does not know"
+    assert "Error" not in failed.value.message
+    assert "\n" not in failed.value.message
+    run(config, tmp_path / "run")
+    assert {stage["state"] for stage in status(RunDirectory(tmp_path / "run"))["stages"]} == {"done"}
+
+
 def test_weights_on_a_full_disk(disk: Path) -> None:
     """What the library of safetensors says of it is understood, and nothing is left behind."""
     ballast = fill(disk)
-    with pytest.raises(NoSpaceError, match="no space left on the disk that holds"):
+    with raises_naming(NoSpaceError, disk / "part"):
         write_durably(disk / "part", partial(save_part, {"weight": torch.zeros(4096)}))
     assert list(disk.iterdir()) == [ballast]
 
@@ -199,6 +220,6 @@ def test_a_lock_on_a_full_disk(disk: Path) -> None:
     path = disk / "lock"
     with FileLock(path, "it"):
         assert is_locked(path)
-        with pytest.raises(BusyError, match="held by another process"):
+        with raises_naming(BusyError, path):
             FileLock(path, "it").acquire()
     assert not is_locked(path)

@@ -18,7 +18,7 @@ from stackwise.pipeline.runner.runner import Runner
 from tests.conftest import Micro, run
 from tests.pipeline.test_ranks import ROW, SETTINGS, same, to_rounding
 
-KILLS = int(os.environ.get("STACKWISE_KILLS", "10"))
+KILLS = 10
 """Of each test here: five, so 50 in all."""
 
 DIVIDED: dict[str, Any] = ROW | {"training__steps": 30, "training__accumulation": 8, "training__checkpoint_steps": 1}
@@ -36,16 +36,16 @@ DIVIDED: dict[str, Any] = ROW | {"training__steps": 30, "training__accumulation"
     ],
     ids=["data", "shard", "tensor", "pipeline", "all"],
 )
-def test_random_ranks_are_killed(micro: Micro, tmp_path: Path, meshes: list[dict[str, Any]]) -> None:
+def test_random_ranks_are_killed(micro: Micro, tmp_path: Path, meshes: list[dict[str, Any]], times: int) -> None:
     """Saved at one number of ranks, gone on with at another; at the end the weights of a run that was never killed."""
     alone = meshes[0].keys() == {"data"}
     settings = SETTINGS | {"training__steps": 60} if alone else DIVIDED
     run(micro(**settings), tmp_path / "alone")
-    draw, killed, begun = random.Random(7), 0, 0
-    while killed < KILLS:
+    draw, killed, begun, wanted = random.Random(7), 0, 0, KILLS * times
+    while killed < wanted:
         mesh = {f"parallel__{name}": value for name, value in meshes[begun % len(meshes)].items()}
         begun += 1
-        assert begun < 6 * KILLS, f"{killed} kills in {begun} runs"
+        assert begun < 6 * wanted, f"{killed} kills in {begun} runs"
         directory = tmp_path / f"killed-{begun // 12}"  # a run that is done is followed by a new one
         wait, fired = draw.uniform(0.0, 1.2), threading.Event()
 

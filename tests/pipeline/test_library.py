@@ -113,7 +113,7 @@ def test_custom_targets(data: torch.Tensor, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_said_in_a_line(batch: Any, line: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=line):
         UnifiedTrainer(config(), store=tmp_path / "s").train_all_layers([batch], layers(1))
-    with pytest.raises(UsageError, match="no layers"):
+    with pytest.raises(UsageError):
         UnifiedTrainer(config(), store=tmp_path / "s").train_all_layers([batch], [])
 
 

@@ -12,7 +12,7 @@ from stackwise.pipeline.batch.grid import combinations, label, parse_axes
 from stackwise.pipeline.batch.sweep import Sweep, sources
 from stackwise.pipeline.run import RunDirectory
 from stackwise.report.compare import Entry, compare, markdown
-from tests.conftest import Micro
+from tests.conftest import Micro, raises_naming
 
 
 @pytest.mark.parametrize(
@@ -48,11 +48,11 @@ def test_the_grid(micro: Micro) -> None:
     assert "/" not in odd.name
     assert " " not in odd.name
     assert label("stages.3.training.grad_clip") == "stage3.grad_clip"
-    with pytest.raises(UsageError, match="several values"):
+    with pytest.raises(UsageError):
         combinations({"training.steps": [5]}, lambda o: micro(**o))
     with pytest.raises(ConfigError, match="learning_rate"):
         combinations({"training.learning_rate": [1e-3, -1.0]}, lambda o: micro(**o))
-    with pytest.raises(UsageError, match="needs KEY="):
+    with raises_naming(UsageError, "training.steps"):
         parse_axes(["training.steps"])
 
 
@@ -78,7 +78,7 @@ def test_what_a_sweep_would_share_is_known_before_and_nothing_is_written(micro: 
 
 def test_no_combination_that_can_run(micro: Micro, tmp_path: Path) -> None:
     found = combinations({"training.learning_rate": [1e-3, 2e-3]}, lambda o: micro(model__vocab_size=100, **o))
-    with pytest.raises(UsageError, match="vocab_size: 100 is too small"):
+    with raises_naming(UsageError, "model.vocab_size", 100):
         Sweep(found, tmp_path / "sweep", "again").preview()
 
 

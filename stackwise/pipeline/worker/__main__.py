@@ -16,10 +16,9 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 from typing import Any, NoReturn
 
-from stackwise.durable import is_full_disk, no_space
+from stackwise.durable import disk_fault
 from stackwise.errors import InterruptedRun, StackWiseError
 from stackwise.host import Memory
 from stackwise.pipeline.device import cannot_repeat, is_out_of_memory, memory
@@ -87,9 +86,8 @@ def main(device: str) -> int:
     except StackWiseError as error:
         return _report(channel, error)
     except Exception as error:
-        if is_full_disk(error):
-            name = getattr(error, "filename", None)
-            return _report(channel, no_space(None if name is None else Path(os.fsdecode(name))))
+        if (of_disk := disk_fault(error)) is not None:
+            return _report(channel, of_disk)
         if cannot_repeat(error):
             what = str(error).split(" ", 1)[0]
             text = f"{what} has no kernel on this device that repeats bit for bit"
