@@ -376,11 +376,14 @@ class Estimate:
         early = unclipped and not pieced
         # Updated early, states before and after a step are there until it is published, and no gradients.
         states = 2 * phase._state_bytes(False) if early else state + round(max(ends, largest))
+        # What rows reach of experts, all of them at most, is written beside what the step before left.
+        pieced_bytes = per_parameter * sum(phase.pieces_apart(part, 0) for part in pieced)
+        states += round(pieced_bytes) if ranks == 1 else 0
         on_disk = 1 if "{rank}" in (config.store.path or "") else ranks  # ranks whose files one disk has, at most
         of_state, of_step = on_disk * states / ranks, on_disk * (step - kept)
         beside = round(3 * group(groups)) + kept if apart else 0
         room = (round(SHARE * behind) - beside if apart else round(SHARE * limit) - memory - passes) // 2
-        whole = per_parameter * sum(phase.pieces_apart(part, 0) for part in pieced)
+        whole = pieced_bytes
         if training.swap_experts is not None:  # as many of each block
             whole -= per_parameter * sum(phase.pieces_apart(part, training.swap_experts) for part in pieced)
         staying = max(0, min(round(whole), room))

@@ -95,11 +95,11 @@ class SwappedEngine:
         self.phases = PhaseClock(device)
         self.parts, self.settings, self.seed, self.device = parts, settings, seed, device
         self.groups = make_groups(parts, space.groups)
-        pieces = [piece_name(part, path) for part, paths in pieces_of(parts).items() for path in paths]
+        pieces = {piece_name(part, path): part for part, paths in pieces_of(parts).items() for path in paths}
         self.lane = lane_to(device)
         self._place = place = space.place or (lambda rank: space.directory)
         own = share_directory(space.directory, place, ranks.rank, ranks.size)
-        names = () if ranks.size > 1 else pieces  # of several ranks experts come and go with their block
+        names = None if ranks.size > 1 else pieces  # of several ranks experts come and go with their block
         self.log = RedoLog(space.directory, parts.trains, names, self.lane, memory=space.kept, ranks=ranks, own=own)
         self._moving = Moving(self.log, cast(DividedParts, parts), place, device)
         if not self.log.open(space.warn, self._moving.find):

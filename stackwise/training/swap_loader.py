@@ -20,7 +20,7 @@ from stackwise.training.ranks import Reducer
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_kept import KeptPasses
 from stackwise.training.swap_parts import FRONT, HEAD, Loaded, PartGroup, Parts, lend, lender_of, pieces_of
-from stackwise.training.swap_pieces import Lender, piece_name
+from stackwise.training.swap_pieces import Lender, parameter_of, piece_name
 from stackwise.training.swap_spill import Spill
 from stackwise.training.swap_state import RedoLog, Tensors, Update
 
@@ -29,12 +29,6 @@ def weights_apart(state: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
     """The weights of a part's state by their names, and the rest of it."""
     weights = {key.removeprefix(WEIGHT): value for key, value in state.items() if key.startswith(WEIGHT)}
     return weights, {key: value for key, value in state.items() if not key.startswith(WEIGHT)}
-
-
-def _within(key: str) -> str:
-    """The name in its part of the parameter that a tensor of a state is of."""
-    kind, _, rest = key.partition("/")
-    return rest.partition("/")[2] if f"{kind}/" == OPTIMIZER else rest
 
 
 class PartLoader:
@@ -192,7 +186,7 @@ class PartLoader:
         def mine(key: str) -> bool:
             return key.startswith(f"{path}.") if path is not None else not self._in_piece(part, key)
 
-        state = {key: value for key, value in carried[part]().items() if mine(_within(key))}
+        state = {key: value for key, value in carried[part]().items() if mine(parameter_of(key))}
         if any(key.startswith(WEIGHT) for key in state):
             committed = dict(self.make(part, None).named_parameters()) if path is None else self.parts.piece(part, path)
             state |= {
@@ -352,6 +346,7 @@ class PartLoader:
                 else:  # nothing reached the part at all, and so no update moves it: not one by a gradient of zero
                     self._current(part, path)
                 self.log.write_gradients({piece: of_piece})
+            self.log.sync_pieces(part)
         for part, name, p in loaded.parameters():
             if (norm := norms_of.get((part, name))) is not None:
                 norms.setdefault(part, []).append(norm)

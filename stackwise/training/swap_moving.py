@@ -7,7 +7,7 @@ ranks. Each brings them up to date, and hands them round one by one; every rank 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,20 @@ from torch import Tensor, nn
 from stackwise import files
 from stackwise.training.engine import WEIGHT
 from stackwise.training.ranks import Ranks
-from stackwise.training.swap_parts import FRONT, HEAD, DividedParts
+from stackwise.training.swap_parts import FRONT, HEAD, DividedParts, pieces_of
+from stackwise.training.swap_pieces import parameter_of, piece_name
 from stackwise.training.swap_ranks import EMBEDDING, share_length, share_of, whole_shape
-from stackwise.training.swap_state import GRADIENTS, STATE, UNSOUND, RedoLog, Tensors, Update, read_commit, unsound
+from stackwise.training.swap_state import (
+    GRADIENTS,
+    PIECES,
+    STATE,
+    UNSOUND,
+    RedoLog,
+    Tensors,
+    Update,
+    read_commit,
+    unsound,
+)
 
 
 def share_directory(directory: Path, place: Callable[[int], Path], rank: int, size: int) -> Path:
@@ -45,6 +56,7 @@ class Moving:
 
     def __init__(self, log: RedoLog, parts: DividedParts, place: Callable[[int], Path], device: torch.device) -> None:
         self._log, self._parts, self._place, self._device = log, parts, place, device
+        self._pieces = pieces_of(parts)  # one process has them in files of their own, several ranks with their part
         self._size = 0
         self._updates: list[Update] = []
         self._roots: dict[int, int] = {}  # by rank of those before, which of today's reads its files
@@ -71,7 +83,9 @@ class Moving:
                 return f"{directories[rank]} is missing, of rank {rank} of {size}"
             self._roots[rank] = root
             if root == ranks.rank:
-                old = self._logs[rank] = RedoLog(log.directory, log.parts, lane=log.lane, own=directories[rank])
+                pieces = {piece_name(*owner): owner[0] for owner in self._owners(log.parts)} if size == 1 else None
+                old = RedoLog(log.directory, log.parts, pieces, lane=log.lane, own=directories[rank])
+                self._logs[rank] = old
                 try:
                     old.take_up(commit, published["files"][rank])
                 except UNSOUND as error:
@@ -95,17 +109,24 @@ class Moving:
             for part in log.parts:
                 if old.missing(part):
                     old.write_states(self._caught_up(old, part, rank, advance))
+            for part, path in self._owners(log.parts) if old.pieces else ():
+                if old.missing(piece_name(part, path)):
+                    old.write_states(self._piece_caught_up(old, part, path, advance))
             old.flush()
         log.begin_files()
         for part in log.parts if updates else ():
-            log.write_states({part: self._moved(part)})
+            moved = self._moved(part)
+            for path in self._pieces.get(part, ()) if log.pieces else ():
+                of_piece = [key for key in moved if parameter_of(key).startswith(f"{path}.")]
+                log.write_states({piece_name(part, path): {key: moved.pop(key) for key in of_piece}})
+            log.write_states({part: moved})
         log.flush()
         log.republish()
         old_logs, size = list(self._logs.values()), self._size
         self.forget()
         for old in old_logs:
-            for path in (old.own / STATE, old.own / GRADIENTS) if size == 1 else (old.own,):
-                files.remove_tree(path)
+            for kind in (STATE, GRADIENTS, PIECES) if size == 1 else ("",):
+                files.remove_tree(old.own / kind)
 
     def forget(self) -> None:
         """There is nothing to be moved."""
@@ -132,6 +153,25 @@ class Moving:
             return {part: {}}
         return advance(trained, {part: beside}, {part: old.gradients(part)}, old.missing(part))
 
+    def _piece_caught_up(
+        self, old: RedoLog, part: str, path: str, advance: Callable[..., dict[str, Tensors]]
+    ) -> dict[str, Tensors]:
+        """The same of a piece."""
+        piece = piece_name(part, path)
+        weights = old.read(piece, WEIGHT) or self._parts.piece(part, path)
+        trained = [(part, key, nn.Parameter(value.to(self._device))) for key, value in weights.items()]
+        states, gradients = {part: old.beside(piece, WEIGHT)}, {part: old.gradients(piece)}
+        return {piece: advance(trained, states, gradients, old.missing(piece))[part]}
+
+    def _whole(self, old: RedoLog, part: str) -> Tensors:
+        """The state of a part, its pieces among it."""
+        pieces = [piece_name(part, path) for path in self._pieces.get(part, ())] if old.pieces else []
+        return {key: tensor for name in (part, *pieces) for key, tensor in (old.read(name, "") or {}).items()}
+
+    def _owners(self, parts: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """The part and the path of each piece."""
+        yield from ((part, path) for part in parts for path in self._pieces.get(part, ()))
+
     def _moved(self, part: str) -> Tensors:
         """This rank's share of a part's state, from the shares there were."""
         ranks, outline = self._log.ranks, self._parts.outline(part)
@@ -150,7 +190,7 @@ class Moving:
                 return flat[max(0, first - begin) : max(0, first + length - begin)].clone()
 
             old = self._logs.get(before)
-            tensors = None if old is None else old.read(part, "") or {}
+            tensors = None if old is None else self._whole(old, part)
             for name, mine in _shared(ranks, tensors, keep, self._roots[before]).items():
                 pieces.setdefault(name, []).append(mine)
         moved: Tensors = {}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.model.layers import pull
-from stackwise.training.engine import MEAN, WEIGHT
+from stackwise.training.engine import MEAN, OPTIMIZER, WEIGHT
 from stackwise.training.swap_spill import Spill
 from stackwise.training.swap_state import Tensors
 
@@ -23,6 +23,12 @@ from stackwise.training.swap_state import Tensors
 def piece_name(part: str, path: str) -> str:
     """What a piece is called in the log."""
     return f"{part}.{path}"
+
+
+def parameter_of(key: str) -> str:
+    """The name in its part of the parameter that a tensor of a state is of."""
+    kind, _, rest = key.partition("/")
+    return rest.partition("/")[2] if f"{kind}/" == OPTIMIZER else rest
 
 
 class Lender:

@@ -5,16 +5,18 @@
     swap/updates                         of each update its step in the budget, its rate and its scale, float64
     swap/state/PART-<n>.safetensors      weights and moments after n updates
     swap/gradients/PART-<n>.safetensors  the gradients that make update n of the state after n-1
+    swap/pieces/PART.state, .gradients   the same of the pieces of a part (experts of a block), see `swap_extents`
     swap/rank-R-of-N/                    of several ranks: such states and gradients, rank R's share of each tensor
 
 Where no figure of the whole gradient decides about the update, there are no gradients: states after the step in hand
 are written beside those before it, and the record says which ones count. Else a part's state may be one update behind
 the commit: the gradients then bring it up. A *piece* of a part (an expert) that rows did not reach is left as it is,
 any number of updates behind: its gradient was zero in all of them but the first, which is on the disk where rows
-reached it then. Every file is written under another name, synced and renamed; gradients stand before the commit that
-counts on them, a state before the files that it replaces go. So a kill, wherever it falls, loses the step in hand and
-nothing else. Of several ranks the main one writes the record, when every rank has said that its files are there, and
-no rank removes a file before it knows that the record is.
+reached it then. Every file of a part is written under another name, synced and renamed; gradients stand before the
+commit that counts on them, a state before the files that it replaces go. Pieces lie in files together, which are synced
+before a record says what lies where in them; what the record before it says is left alone until then. So a kill,
+wherever it falls, loses the step in hand and nothing else. Of several ranks the main one writes the record, when every
+rank has said that its files are there, and no rank removes a file before it knows that the record is.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -38,9 +40,10 @@ from stackwise.training.checkpoint import reason, sealed, unsealed
 from stackwise.training.lanes import Buffers, Lane
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.swap_cache import PieceCache
+from stackwise.training.swap_extents import PieceFiles, Table
 from stackwise.training.tensor_files import TensorFile, aligned_first, file_digest, passes_cache, write_tensors
 
-STATE, GRADIENTS = "state", "gradients"
+STATE, GRADIENTS, PIECES = "state", "gradients", "pieces"
 FORMAT = 2  # of the record and of what a state's tensors are called
 THREADS = 3  # that write, that read or write pieces of files
 _COMMIT, _LOSSES, _UPDATES = "commit.json", "losses", "updates"
@@ -65,7 +68,7 @@ class Commit:
 
     step: int = 0  # steps done
     updates: int = 0  # those of them that moved the weights
-    reached: Mapping[str, int] = field(default_factory=dict)  # of a piece, the last update that it has gradients of
+    pieces: Table = field(default_factory=dict)  # where they lie
     scaler: list[float] | None = None  # the state of the loss scale, where there is one
     norm: float | None = None  # the gradient norm that clips the next step, where a step's own does not
     held_out: Sequence[tuple[int, float]] = ()  # held-out losses, each with the steps done before it
@@ -75,7 +78,7 @@ class RedoLog:
     """The files of one stage. Writing happens behind, in threads, with at most one call's files waiting.
 
     Args:
-        pieces: What of parts is updated only where rows reach it, each as a part of its own.
+        pieces: What of parts is updated only where rows reach it, each as a part of its own: of each its part.
         lane: The way to the device, from which what is written comes; None: it is on the CPU.
         memory: Bytes of memory in which pieces stay beside their files.
         ranks: Those that train the stage, each with its share in files of its own.
@@ -93,20 +96,21 @@ class RedoLog:
         self,
         directory: Path,
         parts: Sequence[str],
-        pieces: Sequence[str] = (),
+        pieces: Mapping[str, str] | None = None,
         lane: Lane | None = None,
         *,
         memory: int = 0,
         ranks: Ranks | None = None,
         own: Path | None = None,
     ) -> None:
-        self.directory, self.parts, self.pieces = directory, tuple(parts), frozenset(pieces)
+        self.directory, self.parts, self.pieces = directory, tuple(parts), frozenset(pieces or ())
         self.ranks, self.own = ranks or SingleProcess(), own or directory
+        self._piece_files = PieceFiles(self.own / PIECES, self.own, pieces or {})
         self.lane = lane or Lane(torch.device("cpu"))
         self.cache, self.read_bytes = PieceCache(memory), 0
         self.staging: Buffers | None = None
         self.committed = Commit()
-        self.at = dict.fromkeys((*self.parts, *pieces), 0)
+        self.at = dict.fromkeys((*self.parts, *self.pieces), 0)
         self._ahead: set[str] = set()  # parts whose state after the step in hand is handed in
         self._reached: set[str] = set()  # pieces with gradients of the step in hand
         self._updates: list[Update] = []
@@ -114,7 +118,7 @@ class RedoLog:
         self._pool = ThreadPoolExecutor(THREADS, "swap-writer")
         self._pieces_pool = ThreadPoolExecutor(THREADS, "swap-pieces")  # of large tensors, both ways
         self._writing: dict[str, Future[None]] = {}  # by part, the newest call's
-        self._left: dict[str, threading.Event] = {}  # of the newest call, by part
+        self._left: dict[str, threading.Event] = {}  # of those on their way from the device, by part
         self._digests: dict[str, str] = {}  # of the files that are there, by their paths below `directory`
 
     def open(self, warn: Callable[[str], None], find: Find | None = None) -> bool:
@@ -200,8 +204,10 @@ class RedoLog:
         Those of the updates after that one, which only a piece can lack, are zero.
         """
         following = self.at.get(part, self.committed.updates) + 1
-        there = self.committed.reached.get(part, 0) if part in self.pieces else self.committed.updates
-        return self._read(GRADIENTS, part, following) if following <= there else None
+        if following > self.committed.updates:
+            return None
+        there = part not in self.pieces or self._piece_files.at(GRADIENTS, part) == following
+        return self._read(GRADIENTS, part, following) if there else None
 
     def write_states(self, states: Mapping[str, Tensors]) -> None:
         """Write parts' states after the last update, behind; what they replace is then removed.
@@ -234,7 +240,22 @@ class RedoLog:
 
     def flush(self) -> None:
         """Wait until everything handed in is on the disk. Raises NoSpaceError: the disk is full."""
-        for part in list(self._writing):
+        self._wait(list(self._writing))
+        self._piece_files.sync()
+
+    def sync_pieces(self, part: str) -> None:
+        """Let what was handed in of a part's pieces be made durable, behind."""
+        before = [self._writing[one] for one in self._writing if one in self.pieces]
+
+        def behind() -> None:
+            for writing in before:  # those whose turn came earlier, so they wait for nobody who waits for this
+                writing.result()
+            self._piece_files.sync([part])
+
+        self._writing[f"{part} {PIECES}"] = self._pool.submit(behind)
+
+    def _wait(self, parts: Iterable[str]) -> None:
+        for part in parts:
             self._writing[part].result()
             del self._writing[part]  # not before: the loader waits for it too
 
@@ -268,17 +289,17 @@ class RedoLog:
         if taken:
             updates = before.updates + 1
             self._put(_UPDATES, before.updates, (update.last, update.rate, _number(update.clip)))
-            reached = {**before.reached, **dict.fromkeys(sorted(self._reached), updates)}
-            record = replace(record, updates=updates, reached=reached)
+            record = replace(record, updates=updates)
+        else:  # a piece that the next step does not reach would keep them
+            for piece in self._reached:
+                self._remove(GRADIENTS, piece, before.updates + 1)
         self._publish(record)
         if taken:
             self._updates.append(update)
             for part in self._ahead:
                 old, self.at[part] = self.at[part], record.updates
                 self._remove(STATE, part, old)
-        else:  # a piece that the next step does not reach would keep them
-            for piece in self._reached:
-                self._remove(GRADIENTS, piece, before.updates + 1)
+        else:
             for part in self._ahead:
                 self._remove(STATE, part, before.updates + 1)
         self._reached, self._ahead = set(), set()
@@ -300,11 +321,13 @@ class RedoLog:
 
     def _publish(self, record: Commit) -> None:
         """Let a record count, once every rank is here; it counts when this returns."""
+        record = replace(record, pieces=self._piece_files.table())
         files_of, *others = self.ranks.gathered(self._digests)
         if self.ranks.main:
             published = {"format": FORMAT, **asdict(record), "files": files_of}
             durable.write_json(self.directory / _COMMIT, sealed(published | ({"others": others} if others else {})))
         self.ranks.wait()
+        self._piece_files.publish()
         self.committed = record
 
     def _put(self, name: str, place: int, values: Sequence[float]) -> None:
@@ -339,13 +362,16 @@ class RedoLog:
     def take_up(self, commit: Commit, digests: Mapping[str, str]) -> None:
         """Take up the files that a record counts on. Raises what is in `UNSOUND`: they are not there, or not whole."""
         at, paths = {}, set[Path]()
+        self._piece_files.take_up(commit.pieces)
         newest = self._newest(commit.updates)
         for part in self.at:
-            # What it has gradients of; where its state is not after them, they bring it up.
-            last = commit.reached.get(part, 0) if part in self.pieces else commit.updates
-            at[part] = max(newest.get(part, 0), last - 1)
-            if at[part] < last:
-                paths.add(self._path(GRADIENTS, part, last))
+            if part in self.pieces:
+                at[part] = self._piece_files.at(STATE, part)
+                continue
+            # Where its state is not after the last update, gradients bring it up.
+            at[part] = max(newest.get(part, 0), commit.updates - 1)
+            if at[part] < commit.updates:
+                paths.add(self._path(GRADIENTS, part, commit.updates))
             if at[part]:
                 paths.add(self._path(STATE, part, at[part]))
         for path in paths:
@@ -383,29 +409,35 @@ class RedoLog:
         for kind in (STATE, GRADIENTS):
             files.remove_tree(self.own / kind)
             (self.own / kind).mkdir(parents=True)
+        self._piece_files.reset()
 
     def _path(self, kind: str, part: str, step: int) -> Path:
         return self.own / kind / f"{part}-{step:08d}.safetensors"
 
     def _write(self, kind: str, part: str, tensors: Tensors, step: int) -> None:
+        if part in self.pieces:
+            self._piece_files.write(kind, part, step, aligned_first(tensors), self._pieces_pool, self.staging)
+            self.cache.put(part, kind, step, tensors)
+            return
         path, digests = self._path(kind, part, step), list[str]()
         ordered, how = aligned_first(tensors), (self._pieces_pool, self.staging)
         durable.write_durably(path, lambda temporary: digests.append(write_tensors(temporary, ordered, *how)))
         self._digests[f"{kind}/{path.name}"] = digests[0]
-        if part in self.pieces:
-            self.cache.put(part, kind, step, tensors)
 
     def _remove(self, kind: str, part: str, step: int) -> None:
+        if part in self.pieces:
+            self._piece_files.remove(kind, part, step)
+            self.cache.remove(part, kind, step)
+            return
         path = self._path(kind, part, step)
         path.unlink(missing_ok=True)
         self._digests.pop(f"{kind}/{path.name}", None)
-        self.cache.remove(part, kind, step)
 
     def _behind(self, write: Callable[[str, Tensors], None], tensors: Mapping[str, Tensors]) -> None:
-        self.flush()
-        mark, leaving = self.lane.mark(), dict(tensors)
-        self._left = {part: threading.Event() for part in tensors}
-        left = self._left
+        small = self.pieces.issuperset(tensors)  # they do not wait until larger files are durable
+        self._wait([part for part in self._writing if not small or part in self.pieces])
+        mark, leaving, left = self.lane.mark(), dict(tensors), {part: threading.Event() for part in tensors}
+        self._left = {part: event for part, event in self._left.items() if not event.is_set()} | left
 
         def behind(part: str) -> None:
             try:
@@ -415,19 +447,20 @@ class RedoLog:
                 left[part].set()
             write(part, landed)
 
-        self._writing = {part: self._pool.submit(behind, part) for part in tensors}
+        self._writing |= {part: self._pool.submit(behind, part) for part in tensors}
 
     def _read(self, kind: str, part: str, step: int, wanted: Callable[[str], bool] = lambda name: True) -> Tensors:
         if (writing := self._writing.get(part)) is not None:
             writing.result()
         if (kept := self.cache.get(part, kind, step)) is not None:
             return {name: tensor for name, tensor in kept.items() if wanted(name)}
-        file = TensorFile(self._path(kind, part, step), self.own)
-        names, lend = [name for name in file if wanted(name)], self.lane.buffers.lend
-        tensors = file.read(names, lend, self._pieces_pool, direct=self.staging is not None)
+        how: dict[str, Any] = {"threads": self._pieces_pool, "direct": self.staging is not None}
         if part in self.pieces:
+            tensors = self._piece_files.read(kind, part, wanted, self.lane.buffers.lend, **how)
             self.read_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        return tensors
+            return tensors
+        file = TensorFile(self._path(kind, part, step), self.own)
+        return file.read([name for name in file if wanted(name)], self.lane.buffers.lend, **how)
 
 
 def _number(value: float | None) -> float:
@@ -436,7 +469,10 @@ def _number(value: float | None) -> float:
 
 def read_commit(published: Mapping[str, Any]) -> tuple[Commit, list[Update]]:
     """A record and its updates of what was published. Raises TypeError, ValueError: it is none."""
-    commit = Commit(**{key: value for key, value in published.items() if key not in ("files", "ranks", "rows")})
+    if published.get("reached"):
+        raise ValueError("its experts lie in files of their own, as an earlier version of StackWise has them")
+    besides = "files", "ranks", "rows", "reached"
+    commit = Commit(**{key: value for key, value in published.items() if key not in besides})
     updates = [Update(int(last), rate, None if math.isnan(clip) else clip) for last, rate, clip in published["rows"]]
     held_out = [(int(step), float(loss)) for step, loss in commit.held_out]
     return replace(commit, held_out=held_out), updates

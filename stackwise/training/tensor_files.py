@@ -61,12 +61,19 @@ def passes_cache(directory: Path) -> bool:
         path.unlink(missing_ok=True)
 
 
-def file_digest(path: Path, root: Path | None = None) -> str:
-    """xxh3-128 of a regular file. Raises IrregularFile: it is a link, a FIFO, a device, a directory."""
-    hashed, piece = xxhash.xxh3_128(), memoryview(bytearray(_PIECE))
+def file_digest(path: Path, root: Path | None = None, *, begin: int = 0, nbytes: int | None = None) -> str:
+    """xxh3-128 of a regular file, or of some of its bytes.
+
+    Raises:
+        IrregularFile: It is a link, a FIFO, a device, a directory.
+    """
+    hashed, left = xxhash.xxh3_128(), math.inf if nbytes is None else nbytes
+    piece = memoryview(bytearray(int(min(_PIECE, left))))
     with io.FileIO(files.open_regular(path, root=root), "rb") as file:
-        while count := file.readinto(piece):
+        file.seek(begin)
+        while left and (count := file.readinto(piece[: int(min(_PIECE, left))])):
             hashed.update(piece[:count])
+            left -= count
     return hashed.hexdigest()
 
 
@@ -87,20 +94,44 @@ def write_tensors(
     Returns:
         xxh3-128 of the whole file.
     """
-    direct, flags = staging is not None, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    hashed, writing, size = xxhash.xxh3_128(), deque[Future[None]](), 0
-    header, of_tensors = _header(tensors)
-    fd = files.open_regular(path, flags | (os.O_DIRECT if direct else 0))
+    size, flags = nbytes_of(tensors), os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    fd = files.open_regular(path, flags | (os.O_DIRECT if staging is not None else 0))
     try:
-        if direct:
+        if staging is not None:
             with contextlib.suppress(OSError):  # a quarter faster; not every file system has it
-                os.posix_fallocate(fd, 0, _whole(len(header) + of_tensors, PAGE))
+                os.posix_fallocate(fd, 0, _whole(size, PAGE))
+        written = write_within(fd, 0, tensors, threads, staging)
+        if staging is not None:
+            os.ftruncate(fd, size)  # what was written is whole pages
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return written
+
+
+def nbytes_of(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a file of some tensors."""
+    header, of_tensors = _header(tensors)
+    return len(header) + of_tensors
+
+
+def write_within(
+    fd: int, begin: int, tensors: Mapping[str, Tensor], threads: Executor | None = None, staging: Buffers | None = None
+) -> str:
+    """Write what would be a file of its own into one that is open, from a page on (see `write_tensors`).
+
+    Returns:
+        xxh3-128 of what was written; the rest of its last page may be zeros then.
+    """
+    hashed, writing, size = xxhash.xxh3_128(), deque[Future[None]](), 0
+    header, _ = _header(tensors)
+    try:
         for views in _pieces(header, tensors):
             nbytes = sum(view.nbytes for view in views)
             if threads is not None and size + nbytes >= _PIECE:
-                writing.append(threads.submit(_write, fd, views, size, staging))
+                writing.append(threads.submit(_write, fd, views, begin + size, staging))
             else:
-                _write(fd, views, size, staging)
+                _write(fd, views, begin + size, staging)
             for view in views:
                 hashed.update(view)
             size += nbytes
@@ -108,12 +139,8 @@ def write_tensors(
                 writing.popleft().result()
         for piece_written in writing:
             piece_written.result()
-        if direct:
-            os.ftruncate(fd, size)  # what was written is whole pages
-        os.fsync(fd)
     finally:
         wait(writing)  # all of them, before the file is closed
-        os.close(fd)
     return hashed.hexdigest()
 
 
@@ -168,28 +195,29 @@ class TensorFile(Mapping[str, Tensor]):
 
     Args:
         root: A directory above it, below which there may be no links (see `files.open_regular`).
+        begin: Where in the file it begins (see `write_within`).
 
     Raises:
         ValueError: It is no safetensors file, or it is cut off.
         IrregularFile: It is a link, a FIFO, a device, a directory.
     """
 
-    def __init__(self, path: Path, root: Path | None = None) -> None:
+    def __init__(self, path: Path, root: Path | None = None, *, begin: int = 0) -> None:
         self._path, self._root = path, root
         with self._opened() as file:
-            size = os.fstat(file.fileno()).st_size
+            size = os.fstat(file.fileno()).st_size - file.seek(begin)
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if length > min(size - 8, files.METADATA_BYTES):
                 raise ValueError(f"{path} is cut off, or no safetensors file")
             table = files.parse_json(file.read(length))
-            self._begin = 8 + length
+            self._begin = begin + 8 + length
         if not isinstance(table, dict):
             raise ValueError(f"{path} is no safetensors file")
         table.pop("__metadata__", None)
         self._table: dict[str, tuple[torch.dtype, list[int], int]] = {}
         for name, entry in table.items():
-            self._table[name] = self._checked(name, entry, size - self._begin)
+            self._table[name] = self._checked(name, entry, size - 8 - length)
 
     @property
     def outline(self) -> dict[str, Tensor]:

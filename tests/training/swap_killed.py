@@ -1,18 +1,22 @@
 """Trains swapped in children of its own, killing them with SIGKILL at random moments until one reaches the end.
 
-    python -m tests.training.swap_killed DIRECTORY SEED KILLS STEPS [experts|early|direct]
+    python -m tests.training.swap_killed DIRECTORY SEED KILLS STEPS [experts|early|direct] [power]
 
+With `power` a moment is one between two calls that write or sync, and what was not synced then is lost.
 Prints how many were killed in the middle of a step, then the digest of each part.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +50,68 @@ def train(directory: Path, steps: int, kind: str) -> None:
     one.close()
 
 
+def lose_power(calls: int) -> None:
+    """Kill this process before one of its calls that write or sync; what it wrote in place and did not sync is garbage.
+
+    Args:
+        calls: Those before it.
+    """
+    written: dict[Path, list[tuple[int, int]]] = {}
+    left = [calls]
+    pwrite, syncs = os.pwrite, {"fsync": os.fsync, "fdatasync": os.fdatasync}
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*given: Any, **named: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                for path, ranges in written.items():
+                    with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+                        for place, count in ranges:
+                            pwrite(file.fileno(), os.urandom(count), place)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*given, **named)
+
+        return counting
+
+    def path_of(fd: int) -> Path:
+        return Path(f"/proc/self/fd/{fd}").readlink()
+
+    def write(fd: int, data: Any, place: int) -> int:
+        count = pwrite(fd, data, place)
+        written.setdefault(path_of(fd), []).append((place, count))
+        return count
+
+    def synced(sync: Callable[[int], None], fd: int) -> None:
+        sync(fd)
+        written.pop(path_of(fd), None)
+
+    counted_ones = {"pwrite": write, "replace": os.replace} | {
+        name: partial(synced, sync) for name, sync in syncs.items()
+    }
+    for name, call in counted_ones.items():
+        setattr(os, name, counted(call))
+
+
 def main() -> None:
     """Kill, and kill again; then let it end."""
     directory, seed, kills, steps = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     torch.set_num_threads(1)
     draw = random.Random(seed)
-    killed = 0
+    killed, how = 0, sys.argv[5:]
+    power = "power" in how
     for number in range(kills + 1):
+        calls = draw.randrange(1, 120)
         child = os.fork()
         if not child:
             try:
-                train(directory, steps, "".join(sys.argv[5:]))
+                if power and number < kills:
+                    lose_power(calls)
+                train(directory, steps, "".join(one for one in how if one != "power"))
             except BaseException as error:
                 print(error, file=sys.stderr, flush=True)
                 os._exit(1)
             os._exit(0)
-        if number < kills:
+        if number < kills and not power:
             time.sleep(draw.uniform(0.02, 0.8))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)

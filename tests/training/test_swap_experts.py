@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from stackwise.batch import Batch
 from stackwise.model import part_digest
 from stackwise.model.experts import MixtureFeedForward
-from stackwise.training import swap_state
-from stackwise.training.checkpoint import TensorFile
 from stackwise.training.engine import ResidentEngine
 from stackwise.training.optim import learning_rate
 from stackwise.training.swap import PIECES, SwappedEngine
 from tests.training.swap_killed import EXPERTS as FFN
 from tests.training.swap_killed import few
-from tests.training.swapping import CPU, SEED, RackParts, engine, microbatches, settings, state_dicts
+from tests.training.swapping import CPU, SEED, RackParts, batch, engine, microbatches, settings, state_dicts
 
 STEPS = 6
 
@@ -58,7 +59,7 @@ def test_the_bits_are_those_of_training_in_memory(tmp_path: Path, more: dict[str
     read = dict.fromkeys((0, *lasting), 0.0)
     for step in range(STEPS):
         accept = None if step != 2 else (lambda loss, norm: False)
-        swapped = engine(parts, tmp_path / "swap", **space, **more)
+        swapped = engine(parts, tmp_path / "swap", direct=step % 2 == 1, **space, **more)
         one = resident.step(few(step), step, 1e-2, accept)
         judged = resident.evaluate(few(9)) if step == 3 else None
         for kept, each in {0: swapped, **lasting}.items():
@@ -93,21 +94,48 @@ def test_a_block_whose_experts_are_all_reached_keeps_no_passes(tmp_path: Path) -
     swapped.close()
 
 
-def test_what_rows_do_not_reach_is_neither_read_nor_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, written = set[str](), set[str]()
+def one_token(number: int) -> list[Batch]:
+    return [batch(number, rows=1, seq_len=1)]
 
-    class Watched(TensorFile):
-        def __init__(self, path: Path, root: Path | None = None) -> None:
-            read.add(path.name.rpartition("-")[0])
-            super().__init__(path, root)
 
-    def write(path: Path, tensors: dict[str, Tensor], *how: Any) -> str:
-        written.add(path.name.lstrip(".").partition("-0")[0])
-        return write_tensors(path, tensors, *how)
+def test_what_rows_do_not_reach_is_neither_read_nor_written(tmp_path: Path) -> None:
+    """A step of a token reaches one expert of eight: it moves that one's bytes, whatever the others' are."""
+    parts = RackParts(2, ffn=FFN | {"experts": 8, "at": [1]})
+    one = engine(parts, tmp_path / "swap", accumulation=1)
+    for step in range(12):
+        one.step(one_token(step), step, 1e-2)
+    before, directory = one.log.committed.pieces, tmp_path / "swap" / "pieces"
+    files = {path: path.read_bytes() for path in sorted(directory.iterdir())}
+    assert len(files) == 2, "one of states, one of gradients"
+    assert len([name for name in before if name.startswith("state/")]) > 2
+    shutil.copytree(tmp_path / "swap", tmp_path / "copy")
+    other = engine(parts, tmp_path / "copy", accumulation=1)
+    stepped = one.step(one_token(12), 12, 1e-2)
+    after = one.log.committed.pieces
+    (piece,) = {name.partition("/")[2] for name in after if after[name] != before.get(name)}
 
-    write_tensors = swap_state.write_tensors
-    monkeypatch.setattr(swap_state, "TensorFile", Watched)
-    monkeypatch.setattr(swap_state, "write_tensors", write)
+    mine = [(name, extent) for name, extent in (*before.items(), *after.items()) if name.endswith(f"/{piece}")]
+    read = sum(int(nbytes) for name, (_, _, nbytes, _) in before.items() if name.endswith(f"/{piece}"))
+    assert stepped.terms[PIECES][0] == 1
+    assert 0 <= float(stepped.terms[PIECES][1]) <= read
+    for path, data in files.items():
+        kept, now = bytearray(data), bytearray(path.read_bytes()[: len(data)])
+        for name, (_, begin, nbytes, _) in mine:
+            if f".{name.partition('/')[0]}" == path.suffix:
+                kept[int(begin) : int(begin) + int(nbytes)] = now[int(begin) : int(begin) + int(nbytes)] = b""
+        assert kept == now, "bytes of experts that it does not reach"
+    one.close()
+
+    for name, (_, begin, nbytes, _) in before.items():
+        if not name.endswith(f"/{piece}"):
+            with (tmp_path / "copy" / "pieces" / f"block.1.{name.partition('/')[0]}").open("r+b") as file:
+                file.seek(int(begin))
+                file.write(b"\xff" * int(nbytes))
+    assert other.step(one_token(12), 12, 1e-2).loss == stepped.loss
+    other.close()
+
+
+def test_one_expert_of_a_block_is_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looped, held = MixtureFeedForward.looped, list[int]()
 
     def counted(self: MixtureFeedForward, x_ND: Tensor, counts: list[int]) -> Tensor:
@@ -116,39 +144,58 @@ def test_what_rows_do_not_reach_is_neither_read_nor_written(tmp_path: Path, monk
         return y_ND
 
     monkeypatch.setattr(MixtureFeedForward, "looped", counted)
-    parts = RackParts(3, ffn=FFN)
-    swapped = engine(parts, tmp_path / "swap", accumulation=2, pieces=1)
-    for step in range(STEPS):
-        read.clear()
-        written.clear()
-        reached = set[str]()
-        put = swapped.log.write_gradients
-
-        def watch(gradients: dict[str, dict[str, Tensor]], put: Any = put, reached: set[str] = reached) -> None:
-            reached |= set(gradients)
-            put(gradients)
-
-        monkeypatch.setattr(swapped.log, "write_gradients", watch)
-        swapped.step(few(step), step, 1e-2)
-        experts = {name for name in reached if "experts" in name}
-        assert 0 < len(experts) < len(swapped.log.pieces) / 2
-        assert read & swapped.log.pieces <= experts
-        assert written & swapped.log.pieces <= experts
-    assert set(held) == {1}, "experts of a block in memory together"
+    swapped = engine(RackParts(3, ffn=FFN), tmp_path / "swap", accumulation=2, pieces=1)
+    for step in range(2):
+        assert swapped.step(few(step), step, 1e-2).terms[PIECES][0] > 1
+    assert set(held) == {1}
     swapped.close()
+
+
+def test_a_step_syncs_once_a_block_however_many_experts_it_reaches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fdatasync = list[str](), os.fdatasync
+
+    def counted(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", counted)
+    swapped = engine(RackParts(3, ffn=FFN), tmp_path / "swap", accumulation=2)
+    for step in range(3):
+        synced.clear()
+        assert swapped.step(few(step), step, 1e-2).terms[PIECES][0] > 2
+    assert sorted(synced) == ["block.0.gradients", "block.0.state", "block.2.gradients", "block.2.state"]
+    swapped.close()
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.stress) for seed in range(1, 4))])
+def test_killed_between_two_calls_with_what_was_not_synced_lost(tmp_path: Path, seed: int) -> None:
+    result = killed(tmp_path, seed, kills=4, how=["experts", "power"])
+    assert result["killed"] > 2
+    same_as_in_memory(result)
 
 
 @pytest.mark.stress
 def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path) -> None:
+    same_as_in_memory(killed(tmp_path, 3, kills=3, how=["experts"]))
+
+
+def killed(directory: Path, seed: int, kills: int, how: list[str]) -> dict[str, Any]:
+    """What training comes to that is killed as often."""
+    given = [str(directory), str(seed), str(kills), str(STEPS), *how]
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.training.swap_killed", str(tmp_path), "3", "3", "6", "experts"],
+        [sys.executable, "-W", "error", "-m", "tests.training.swap_killed", *given],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def same_as_in_memory(result: dict[str, Any]) -> None:
     parts = RackParts(3, ffn=FFN)
     resident = ResidentEngine(parts.whole(), settings(accumulation=2), seed=SEED, device=CPU)
     losses = [float(resident.step(few(n), n, learning_rate(resident.settings, n, STEPS)).loss) for n in range(STEPS)]
-    result = json.loads(done.stdout)
     assert result["losses"] == losses
     states = state_dicts(resident.model, parts.names)
     assert result["digests"] == {name: part_digest(state) for name, state in states.items()}

@@ -37,8 +37,11 @@ def trained(directory: Path, worlds: list[int], **plan: Any) -> tuple[dict[str, 
     return load_file(directory / "weights.safetensors"), json.loads((directory / "losses.json").read_text())
 
 
+EXPERTS = {"kind": "moe", "experts": 8, "top_k": 1, "expert_dim": 8, "at": [1]}
 SHAPES: list[Any] = [
     ([2, 4, 1, 2], {"depth": 3}, {"groups": 2}),
+    ([2, 1, 2], {"depth": 2, "ffn": EXPERTS}, {"groups": 2}),
+    pytest.param([1, 2, 1], {"depth": 3, "ffn": EXPERTS}, {"groups": 3, "ema": 0.9}, marks=pytest.mark.stress),
     pytest.param([4], {"depth": 3}, {"groups": 3, "passes": 1 << 30}, marks=pytest.mark.stress),
     pytest.param([4, 2, 1], {"depth": 3, "tied": False}, {"groups": 2, "grad_clip": 0.0}, marks=pytest.mark.stress),
     pytest.param([2, 1, 4], {"depth": 3, "precision": "bf16"}, {"groups": 2, "ema": 0.9}, marks=pytest.mark.stress),
