@@ -450,7 +450,7 @@ class Settings(Section):
         adaptation, fusion = self.training.adaptation, self.training.fusion
         if isinstance(adaptation, CausalAdaptation) and depth == self.n_stages - 1:
             values["steps"] = adaptation.steps or values["steps"]
-        elif depth >= self.n_sections and fusion.budget is not None:  # the budget is shared by the fusion stages
+        elif fusion.budget is not None and depth >= self.n_sections:  # the budget is shared by the fusion stages
             values["steps"] = max(1, fusion.budget // len(self.fusions))
         grown = self.training.grown
         if grown is not None and depth == len(grown.phases) and values["decay"] is None:

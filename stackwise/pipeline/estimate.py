@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -50,6 +51,7 @@ class Swap:
     disk: int  # about the bytes of disk: weights, moments and gradients, and what is left of a step's boundaries
     host: int  # about the bytes that it takes of the host's memory, where the device has its own
     loss: int  # of `memory`, what the loss takes
+    group: int  # bytes of the state of the largest of its groups, front and head being some of their own
     pieces: int | None = None  # experts of a block in memory at once; None: all that rows reach
     passes: int = 0  # of `memory`, bytes of passes that wait for the way down, and are not computed again
     share: float = 0.0  # of a step's passes, those that do
@@ -94,7 +96,7 @@ class Estimate:
             return self.parameters(part) // stream.columns
         return stream.column_parameters(self.config.model.at(block_number(part)), column)
 
-    @property
+    @functools.cached_property  # asked for by nearly every figure
     def trained_parameters(self) -> int:
         """Parameters that the stage trains."""
         return sum(map(self.trained, self.stage.trains))
@@ -397,6 +399,7 @@ class Estimate:
             round(of_state + of_step),
             beside,
             loss,
+            round(group(groups)),
             pieces,
             passes=passes,
             share=passes / max(1, waiting),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.yaml_files import dump
 from stackwise.errors import StackWiseError, UsageError
 from stackwise.pipeline.estimate import SHARE, Estimate
-from stackwise.pipeline.planning.advice import fit
+from stackwise.pipeline.planning.fit import fit
 from stackwise.pipeline.planning.forecast import forecast, grown, streamed
 from stackwise.pipeline.planning.machines import EXAMPLE, MACHINES, find
-from stackwise.pipeline.planning.trace import PARTS, traced
+from stackwise.pipeline.planning.trace import PARTS, Tracer
 from stackwise.pipeline.schedule import schedule
 from tests.conftest import raises_naming
 
@@ -30,6 +31,13 @@ VOCABULARY = {"micro": 258, "smoke": 258, "stages": 4096}
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "planning"))
+
+
+@pytest.fixture(scope="module")
+def tracer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracer]:
+    """One process for all."""
+    with Tracer(tmp_path_factory.mktemp("traces")) as tracer:
+        yield tracer
 
 
 def estimates(preset: str, device: str, *depths: int, **settings: object) -> list[Estimate]:
@@ -48,13 +56,14 @@ MORE = [
 
 @pytest.mark.parametrize("presets", [SOME, pytest.param(MORE, marks=pytest.mark.stress)], ids=["some", "more"])
 def test_the_estimate_of_a_presets_stage_is_within_5_percent_of_its_traced_peak(
-    presets: list[tuple[str, str, int]],
+    presets: list[tuple[str, str, int]], tracer: Tracer
 ) -> None:
     cases = [estimate for preset, device, depth in presets for estimate in estimates(preset, device, depth)]
     fat = {"training.mode.block_size": 4, "training.accumulation": 2, "training.batch_size": 64}
     for every in (True, 3):
         cases += estimates("bert-base", "cuda", 1, **fat, **{"training.activation_checkpointing": every})
-    for estimate, found in zip(cases, traced(cases), strict=True):
+    for estimate in cases:
+        found = tracer.traced(estimate)
         assert found.note is None
         assert sum(found.parts[part] for part in PARTS) == found.parts["peak"]
         assert estimate.memory == pytest.approx(found.parts["peak"], rel=0.05), estimate.config.name
@@ -85,30 +94,45 @@ BERT = {"model.norm": "layernorm", "model.positions": "learned", "model.ffn": "g
 @pytest.mark.stress
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is read from /proc")
 @pytest.mark.parametrize("settings", [BERT, {}, {"model.d_model": 256}, BERT | {"training.objective": "mlm"}])
-def test_what_a_cpu_worker_takes_is_within_15_percent_of_what_is_planned(settings: dict[str, Any]) -> None:
+def test_what_a_cpu_worker_takes_is_within_15_percent_of_what_is_planned(
+    settings: dict[str, Any], tracer: Tracer
+) -> None:
     rack = {"model.d_model": 128, "model.architecture.n_stacks": 4, "training.seq_len": 128, "training.block_size": 4}
     for rows in (1, 64):
         (estimate,) = estimates("micro", "cpu", 0, **{**rack, **settings, "training.batch_size": rows})
-        (found,) = traced([estimate])
+        found = tracer.traced(estimate)
         command = [sys.executable, "-c", GROWING, str(rows), str(estimate.vocab_size)]
         done = subprocess.run(command, input=dump(estimate.config), capture_output=True, text=True, check=True)
         before, most = map(int, done.stdout.split())
         assert before + grown(found.parts) == pytest.approx(most, rel=0.15)
 
 
-def test_a_stage_of_many_blocks_is_traced_with_few(tmp_path: Path) -> None:
+def test_a_stage_of_many_blocks_is_traced_with_few_and_each_shape_once(tmp_path: Path) -> None:
     settings = {"model.architecture.n_stacks": 12, "model.architecture.blocks_per_stack": 1}
     (twelve,) = estimates("micro", "cpu", 0, **settings, **{"training.mode": "end_to_end"})
-    (found,) = traced([twelve], cache=tmp_path)
+    alike = estimates("micro", "cpu", 1, 2, **settings)
+    told: list[str] = []
+    with Tracer(tmp_path, told.append) as tracer:
+        found = tracer.traced(twelve)
+        assert len({tracer.traced(one).parts["peak"] for one in alike}) == 1
+    assert len(told) == len(list(tmp_path.iterdir())) == 3
     assert twelve.memory == pytest.approx(found.parts["peak"], rel=0.05)
     assert found.parts["weights"] >= 4 * twelve.trained_parameters
-    assert traced([twelve], cache=tmp_path) == [found]  # from the cache
+    with Tracer(tmp_path, told.append) as tracer:
+        assert tracer.traced(twelve) == found
+    assert len(told) == 3  # from the cache
+
+
+def test_a_tracer_whose_process_ends_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Tracer(tmp_path) as tracer, raises_naming(StackWiseError, "ended with 1"):
+        tracer.traced(estimates("micro", "cpu", 0)[0])
 
 
 @pytest.mark.stress
-def test_a_stage_of_seventy_billion_parameters_is_traced_as_it_is() -> None:
+def test_a_stage_of_seventy_billion_parameters_is_traced_as_it_is(tracer: Tracer) -> None:
     cases = estimates("llama-70b", "cuda", 0, 1)
-    first, other = traced(cases)
+    first, other = map(tracer.traced, cases)
     assert first.parts["gradients"] == pytest.approx(4 * cases[0].trained_parameters, rel=1e-3)
     for estimate, found in zip(cases, (first, other), strict=True):
         assert estimate.memory == pytest.approx(found.parts["peak"], rel=0.01)
@@ -144,31 +168,61 @@ def test_sizes_that_fit_are_the_largest_that_do() -> None:
     def peak(**changes: int) -> int:
         given = {"training.mode": "blockwise", "training.swap": "never"} | sizes | changes
         config = StackWiseConfig.from_preset("llama-1b", given)
-        return max(stage.memory["peak"] for stage in forecast(config, machine, trace=False).stages)
+        return max(stage.memory["peak"] for stage in forecast(config, machine).stages)
 
-    sizes = fit(StackWiseConfig.from_preset("llama-1b"), machine, trace=False)
+    sizes = fit(StackWiseConfig.from_preset("llama-1b"), machine)
     assert sizes["training.batch_size"] * sizes["training.accumulation"] == 4 * 8
     assert peak() <= SHARE * machine.memory
     assert peak(**{"training.mode.block_size": sizes["training.mode.block_size"] + 1}) > SHARE * machine.memory
     assert peak(**{"training.batch_size": 2 * sizes["training.batch_size"]}) > SHARE * machine.memory
     with pytest.raises(UsageError):
-        fit(StackWiseConfig.from_preset("llama-1b"), replace(machine, memory=1e9), trace=False)
+        fit(StackWiseConfig.from_preset("llama-1b", {"training.swap": "never"}), replace(machine, memory=1e9))
+    with pytest.raises(UsageError):
+        fit(StackWiseConfig.from_preset("llama-1b"), replace(machine, memory=1e8))
 
 
-def test_sizes_that_fit_are_so_by_the_trace() -> None:
+@pytest.mark.parametrize(("name", "blocks"), [("rtx4090", 80), ("l40s", 1), ("a100-80", 3), ("h200", 6)])
+def test_sizes_of_seventy_billion_parameters_for_a_card_fit_it_and_its_disk(name: str, blocks: int) -> None:
+    """Where not one block fits, stages are swapped; where two boundaries of all rows do not, rows come in windows."""
+    machine = MACHINES[name]
+    sizes = fit(StackWiseConfig.from_preset("llama-70b"), machine, 10**9)
+    assert sizes["training.mode.block_size"] == blocks
+    planned = forecast(StackWiseConfig.from_preset("llama-70b", sizes), machine, 10**9)
+    assert planned.fits
+    assert all(stage.memory["peak"] <= SHARE * machine.memory for stage in planned.stages)
+    assert all((stage.swap is not None) == (blocks == 80) for stage in planned.stages)
+    assert ("training.windows" in sizes) == (blocks < 80)
+
+
+def test_what_a_swapped_stage_takes_is_the_sum_of_its_parts_and_no_more_than_its_plan() -> None:
+    """A stage of one block, whose head and block take turns."""
+    config = StackWiseConfig.from_preset("llama-70b", {"training.mode": "layerwise"})
+    for stage in forecast(config, MACHINES["rtx4090"], 10**9).stages[::79]:
+        assert stage.swap is not None
+        assert stage.memory["peak"] == pytest.approx(stage.swap.memory, rel=0.01)
+
+
+def test_stages_that_take_too_much_are_named_together() -> None:
+    config = StackWiseConfig.from_preset("llama-70b", {"training.mode": "layerwise", "training.swap": "never"})
+    lines = forecast(config, MACHINES["rtx4090"], 10**6).misfits()
+    assert [line.split(" take")[0] for line in lines] == ["stage 0", "stages 1–79"]
+
+
+def test_sizes_that_fit_are_so_by_the_trace(tracer: Tracer) -> None:
     """On a machine where the closed forms' largest stage comes near to the limit."""
     config = StackWiseConfig.from_preset("micro", {"training.swap": "never"})
-    whole = forecast(config, MACHINES["cpu"], trace=False)
+    whole = forecast(config, MACHINES["cpu"])
     machine = replace(MACHINES["cpu"], memory=max(s.memory["peak"] for s in whole.stages) / SHARE)
-    sizes = fit(config, machine)
+    sizes = fit(config, machine, tracer=tracer)
     fitted = StackWiseConfig.from_preset("micro", {"training.mode": "blockwise", "training.swap": "never"} | sizes)
-    assert max(stage.memory["peak"] for stage in forecast(fitted, machine).stages) <= SHARE * machine.memory
+    planned = forecast(fitted, machine, tracer=tracer)
+    assert max(stage.memory["peak"] for stage in planned.stages) <= SHARE * machine.memory
 
 
 def test_what_does_not_fit_is_told_with_changes_that_help() -> None:
     config = StackWiseConfig.from_preset("llama-1b", {"training.mode.block_size": 16, "training.swap": "never"})
     small = replace(MACHINES["rtx4090"], disk=replace(MACHINES["rtx4090"].disk, size=1e11))
-    whole = forecast(config, small, 10**9, trace=False)
+    whole = forecast(config, small, 10**9)
     assert not whole.fits
     from stackwise.pipeline.planning.advice import advise, alternatives
 
@@ -185,19 +239,19 @@ def test_a_rack_that_grows_is_compared_with_those_that_do_not_and_proposed_to_th
 
     machine = replace(MACHINES["cpu"], disk=replace(MACHINES["cpu"].disk, size=1e6))
     growing = forecast(
-        StackWiseConfig.from_preset("micro", {"training.growth": [{"blocks": 1, "until": 0.5}]}), machine, trace=False
+        StackWiseConfig.from_preset("micro", {"training.growth": [{"blocks": 1, "until": 0.5}]}), machine
     )
     others = {other.name: other for other in alternatives(growing)}
     assert others["resident stages of 1 block"].memory < max(s.memory["peak"] for s in growing.stages)
     assert not any(line.startswith("store.") for line in advise(growing, None)), "it stores no boundary"
-    staged = forecast(StackWiseConfig.from_preset("micro"), machine, trace=False)
+    staged = forecast(StackWiseConfig.from_preset("micro"), machine)
     assert any(line.startswith("training.growth: [{blocks: 1, until: 0.8}]") for line in advise(staged, None))
 
 
 def test_what_a_reader_maps_of_its_boundary_counts_as_memory_as_far_as_there_is_room() -> None:
     def hosts(ram: float, **store: str) -> list[int]:
         config = StackWiseConfig.from_preset("micro", {"store": store} if store else {})
-        return [s.host_memory for s in forecast(config, replace(MACHINES["cpu"], ram=ram), 10**8, trace=False).stages]
+        return [s.host_memory for s in forecast(config, replace(MACHINES["cpu"], ram=ram), 10**8).stages]
 
     mapped, read = hosts(64e9), hosts(64e9, codec="bf16-zstd")
     assert mapped[0] == read[0]
@@ -208,9 +262,7 @@ def test_what_a_reader_maps_of_its_boundary_counts_as_memory_as_far_as_there_is_
 def test_twice_the_disk_s_rate_halves_a_read_that_bounds_a_stage() -> None:
     config = StackWiseConfig.from_preset("llama-1b", {"training.epochs_per_layer": 1})
     slow, fast = (
-        forecast(
-            config, replace(MACHINES["h200"], disk=replace(MACHINES["h200"].disk, read=rate, write=rate)), trace=False
-        )
+        forecast(config, replace(MACHINES["h200"], disk=replace(MACHINES["h200"].disk, read=rate, write=rate)))
         for rate in (1e7, 2e7)
     )
     assert {stage.bound for stage in slow.stages[1:-1]} <= {"disk read", "disk write"}
@@ -297,12 +349,12 @@ def test_70b_streams_at_more_than_60_percent_of_its_speed_in_memory() -> None:
             "llama-70b",
             {"training.mode": "end_to_end", "training.batch_size": 8, "training.accumulation": accumulation},
         )
-        (stage,) = forecast(config, machine, trace=False).stages
+        (stage,) = forecast(config, machine).stages
         assert stage.swap is not None
         assert stage.memory["peak"] < machine.memory
         assert stage.host_memory < machine.ram
         speeds.append(stage.reached or 0.0)
-        slower = forecast(config, replace(machine, host=machine.host / 40), trace=False).stages[0]
+        slower = forecast(config, replace(machine, host=machine.host / 40)).stages[0]
         assert slower.bound == "host copies"
     assert speeds[0] > 0.6 > speeds[1]
 
@@ -314,7 +366,8 @@ def test_of_a_divided_stage_the_rank_that_takes_most_is_planned(tmp_path: Path) 
 
     def planned(**parallel: object) -> dict[str, int]:
         one = estimates("llama-8b", "cuda", 1, parallel=parallel)[0]
-        parts = traced([one], cache=tmp_path)[0].parts
+        with Tracer(tmp_path) as tracer:
+            parts = tracer.traced(one).parts
         assert parts["peak"] == one.memory
         return parts
 

@@ -50,20 +50,26 @@ def plan(
     values.
     """
     from stackwise.config.loading import parse_overrides
-    from stackwise.pipeline.planning.advice import advise, alternatives, fit
+    from stackwise.pipeline.planning.advice import advise, alternatives
+    from stackwise.pipeline.planning.fit import fit
     from stackwise.pipeline.planning.forecast import forecast
     from stackwise.pipeline.planning.machines import tokens
+    from stackwise.pipeline.planning.trace import Tracer
 
     machine = _machine(**{key: options[key] for key in ("gpu", "disk", "ram")})
     number = tokens(options["tokens"]) if options["tokens"] is not None else None
     chosen, sizes = load(config, preset, parse_overrides(overrides)), None
     with phases(unit=lambda *_: "") as doing:
-        if fits:
-            doing("finding sizes that fit", 0, None)
-            sizes = fit(chosen, machine)
-            chosen = load(config, preset, parse_overrides(overrides) | {"training.mode": "blockwise"} | sizes)
-        doing("tracing memory", 0, None)
-        planned = forecast(chosen, machine, number)
+
+        def tracing(what: str) -> None:
+            doing("tracing memory", 0, None, what)
+
+        with Tracer(progress=tracing) as tracer:
+            if fits:
+                doing("finding sizes that fit", 0, None)
+                sizes = fit(chosen, machine, number, tracer=tracer)
+                chosen = load(config, preset, parse_overrides(overrides) | {"training.mode": "blockwise"} | sizes)
+            planned = forecast(chosen, machine, number, tracer=tracer)
         doing("comparing other ways", 0, None)
         lines, others = advise(planned, price), list(alternatives(planned))
     if as_json:
@@ -82,7 +88,7 @@ def plan(
         return
     if sizes is not None:
         as_options = " ".join(f"-o {key}={str(value).lower()}" for key, value in sizes.items())
-        say_all([["fits into memory with: ", Styled(as_options, "bold")]])
+        say_all([["fits with: ", Styled(as_options, "bold")]])
     say_all(_shown(planned, source_name(config, preset), lines, others))
 
 

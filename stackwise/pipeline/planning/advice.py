@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,14 +9,12 @@ from dataclasses import dataclass
 from stackwise import words
 from stackwise.config import StackWiseConfig
 from stackwise.config.adapters import layers
-from stackwise.config.choices import Mode
 from stackwise.config.growth import Growth
 from stackwise.config.precision import bits_per_weight
-from stackwise.config.training import ProgressiveConfig
-from stackwise.errors import StackWiseError, UsageError
-from stackwise.pipeline.estimate import SHARE, Estimate, recompute_blocks
+from stackwise.errors import StackWiseError
+from stackwise.pipeline.estimate import SHARE, WIDE, Estimate, recompute_blocks
+from stackwise.pipeline.planning.fit import set_blocks, set_mode, windows_that_fit, with_mode
 from stackwise.pipeline.planning.forecast import Forecast, forecast
-from stackwise.pipeline.planning.machines import Machine
 from stackwise.pipeline.runner.auto import largest_fitting
 from stackwise.pipeline.schedule import schedule
 
@@ -48,24 +45,24 @@ class Alternative:
 def alternatives(planned: Forecast) -> Iterator[Alternative]:
     """Other ways to train the same rack on the same machine, from closed forms; sharding by arithmetic."""
     config, machine = planned.config, planned.machine
-    most = largest_fitting(_with_mode(config, "blockwise"), planned.vocab_size, int(machine.memory), machine.kind)
+    most = largest_fitting(with_mode(config, "blockwise"), planned.vocab_size, int(machine.memory), machine.kind)
     if config.model.n_blocks > 1:
-        yield from _tried(planned, "resident stages of 1 block", lambda c: _set_mode(c, "layerwise"))
+        yield from _tried(planned, "resident stages of 1 block", lambda c: set_mode(c, "layerwise"))
         if most > 1:
-            yield from _tried(planned, f"resident stages of {most} blocks", lambda c: _blocks(c, most))
-        recomputed = _with_mode(config, "blockwise")
+            yield from _tried(planned, f"resident stages of {most} blocks", lambda c: set_blocks(c, most))
+        recomputed = with_mode(config, "blockwise")
         recompute_blocks(recomputed)
         more = largest_fitting(recomputed, planned.vocab_size, int(machine.memory), machine.kind)
         if more > most:
 
             def fatter(config: StackWiseConfig) -> None:
-                _blocks(config, more)
+                set_blocks(config, more)
                 recompute_blocks(config)
 
             name = f"resident stages of {more} recomputed blocks (training.activation_checkpointing)"
             yield from _tried(planned, name, fatter)
         yield from _tried(planned, "the whole rack end to end, swapped where it must be", _whole)
-    whole = _copy(config)
+    whole = config.model_copy(deep=True)
     _whole(whole)
     whole.training.swap = "never"
     (stage,) = schedule(whole)[:1]
@@ -78,14 +75,20 @@ def _sharded(planned: Forecast, estimate: Estimate) -> Iterator[Alternative]:
     """Parameters, gradients, moments and 16-bit copies divided (ZeRO-3, arXiv 1910.02054)."""
     config, machine = estimate.config, planned.machine
     state, block = estimate.state_bytes(gradients=True), config.model.block_parameters
-    fixed, row = estimate.memory_parts()
-    beside = row + 6.0 * block + max(0.0, fixed - state - 2 * estimate.trained_parameters)
+    beside = _row_bytes(estimate) + 6.0 * block
     room = SHARE * machine.memory - beside
     if room > 0 and state > room:
         ranks = 2 ** math.ceil(math.log2(state / room))
         seconds = _seconds(planned, config) / ranks
         name = f"the whole rack sharded over {ranks} × {machine.name}, a row each, without the network's time"
         yield Alternative(name, state / ranks + beside, 3.0 * state, 3.0 * state, seconds, True)
+
+
+def _row_bytes(estimate: Estimate) -> float:
+    """What one row takes in the whole rack: what all blocks keep of it, and its loss."""
+    config = estimate.config
+    kept = config.row_positions * config.model.total(estimate.kept_bytes)
+    return kept + estimate.loss_bytes(config.row_positions, config.precision not in WIDE)
 
 
 RANK = 16  # of the adapters
@@ -99,7 +102,7 @@ def _adapted(planned: Forecast, estimate: Estimate) -> Alternative:
     blocks = model.total(lambda block: block.block_parameters)
     ends = estimate.trained_parameters - blocks
     weights = bits_per_weight("nf4") / 8 * blocks + 2 * ends
-    memory = weights + adapters + estimate.memory_parts()[1] + 2 * model.block_parameters
+    memory = weights + adapters + _row_bytes(estimate) + 2 * model.block_parameters
     # The products that give the weights' gradients fall away.
     seconds = 2 / 3 * _seconds(planned, config)
     name = f"QLoRA end to end, a row at a time, adapters of rank {RANK}, from pretrained weights"
@@ -108,7 +111,7 @@ def _adapted(planned: Forecast, estimate: Estimate) -> Alternative:
 
 def _seconds(planned: Forecast, config: StackWiseConfig) -> float:
     """Of a configuration whose stages are held whole, whether they fit or not."""
-    return forecast(config, planned.machine, planned.tokens, trace=False).seconds
+    return forecast(config, planned.machine, planned.tokens).seconds
 
 
 def advise(planned: Forecast, price: float | None) -> list[str]:
@@ -146,8 +149,8 @@ def _changes(planned: Forecast) -> Iterator[str]:
     settings = config.training
     options: list[tuple[str, Callable[[StackWiseConfig], object]]] = []
     if memory:
-        most = largest_fitting(_with_mode(config, "blockwise"), planned.vocab_size, int(machine.memory), machine.kind)
-        options.append((f"training.mode.block_size: {most}", lambda c: _blocks(c, most)))
+        most = largest_fitting(with_mode(config, "blockwise"), planned.vocab_size, int(machine.memory), machine.kind)
+        options.append((f"training.mode.block_size: {most}", lambda c: set_blocks(c, most)))
         rows = settings.batch_size
         while rows > 1:
             rows = max(1, rows // 2)
@@ -155,9 +158,8 @@ def _changes(planned: Forecast) -> Iterator[str]:
         options.append(("training.activation_checkpointing: true", recompute_blocks))
         options.append(("training.swap: auto", lambda c: setattr(c.training, "swap", "auto")))
     if planned.live > machine.disk.size:
-        free = machine.disk.size - planned.live + planned.boundaries
-        if config.has_windows and free > 0:
-            windows = math.ceil(planned.boundaries * planned.windows / free)
+        windows = windows_that_fit(planned)
+        if windows is not None:
             yield (
                 f"training.windows: {windows} leaves {words.size(planned.boundaries * planned.windows / windows)} of "
                 "boundaries at once"
@@ -184,36 +186,15 @@ def _changes(planned: Forecast) -> Iterator[str]:
 
 def _tried(planned: Forecast, name: str, change: Callable[[StackWiseConfig], object]) -> Iterator[Alternative]:
     """The same with a change; nothing where the configuration does not allow it."""
-    config = _copy(planned.config)
+    config = planned.config.model_copy(deep=True)
     try:
         change(config)
         config.validate()
-        other = forecast(config, planned.machine, planned.tokens, trace=False)
+        other = forecast(config, planned.machine, planned.tokens)
     except (StackWiseError, ValueError):
         return
     memory = max(stage.memory["peak"] for stage in other.stages)
     yield Alternative(name, memory, other.live, other.written, other.seconds, other.fits)
-
-
-def _copy(config: StackWiseConfig) -> StackWiseConfig:
-    return config.model_copy(deep=True)
-
-
-def _set_mode(config: StackWiseConfig, name: str) -> None:
-    config.training.progressive = ProgressiveConfig()
-    config.training.growth = []  # a rack that grows has no other mode
-    config.training.mode = Mode.of(name)
-
-
-def _with_mode(config: StackWiseConfig, name: str) -> StackWiseConfig:
-    config = _copy(config)
-    _set_mode(config, name)
-    return config
-
-
-def _blocks(config: StackWiseConfig, blocks: int) -> None:
-    _set_mode(config, "blockwise")
-    config.training.block_size = blocks
 
 
 def _rows(config: StackWiseConfig, rows: int) -> None:
@@ -226,82 +207,6 @@ def _grown(config: StackWiseConfig, blocks: int) -> None:
     config.training.growth = [Growth(blocks=blocks, until=GROWS_AT)]
 
 
-BUSY = 4  # rows of a microbatch from which a card's kernels are busy: one at a time takes up to a third longer
-
-
-def fit(config: StackWiseConfig, machine: Machine, *, trace: bool = True) -> dict[str, int | bool]:
-    """The sizes of resident stages that fit into a machine's memory.
-
-    The rows of a step stay what they are. Stages are as fat as four rows a microbatch allow (where not even one block
-    fits with so many: recomputed in the backward pass, then with fewer rows), and then the microbatch as large as it
-    goes.
-
-    Args:
-        trace: The trace has the last word; else closed forms do.
-
-    Returns:
-        Settings by key, for `-o`; `batch_size` of a stage's own stays as it is.
-
-    Raises:
-        UsageError: Not one block fits, a row at a time.
-    """
-    rows = max(1, config.training.batch_size) * config.training.accumulation
-    sizes = [size for size in (1 << n for n in range(rows.bit_length())) if rows % size == 0]
-    order = sorted(sizes, key=lambda size: (size < min(BUSY, rows), abs(size - BUSY)))  # four, more, then fewer
-    tried = order[:1] + [size for size in order[1:] if size < BUSY]
-    can = not config.training.activation_checkpointing and config.training.meta is None
-    for size, recomputed in itertools.product(tried, (False, True) if can else (False,)):
-        changed = _with_mode(config, "blockwise")
-        _split(changed, rows, size)
-        if recomputed:
-            recompute_blocks(changed)
-        vocabulary = changed.model.vocab_size or changed.data.vocab_size or 4096
-        blocks = largest_fitting(changed, vocabulary, int(machine.memory), machine.kind)
-        for count in range(blocks, 0, -1):
-            _blocks(changed, count)
-            changed.training.swap = "never"
-            if not _in_memory(changed, machine, trace):
-                continue
-            for larger in sorted(other for other in sizes if other > size):
-                before = changed.training.batch_size
-                _split(changed, rows, larger)
-                if not _in_memory(changed, machine, trace):
-                    _split(changed, rows, before)
-                    break
-            if trace and _peak(changed, machine, trace=True) > SHARE * machine.memory:
-                _split(changed, rows, size)
-                continue  # of a layer that closed forms do not know well
-            training = changed.training
-            return {
-                "training.mode.block_size": count,
-                "training.batch_size": training.batch_size,
-                "training.accumulation": training.accumulation,
-            } | ({"training.activation_checkpointing": True} if recomputed else {})
-    raise UsageError(
-        f"--fit: not one block of {config.name} fits into {words.size(machine.memory)}, a row at a time",
-        hint="plan without it: stages are swapped then; or shorten training.seq_len",
-    )
-
-
-def _split(config: StackWiseConfig, rows: int, size: int) -> None:
-    config.training.batch_size, config.training.accumulation = size, rows // size
-
-
-NEAR = 0.1  # of the limit: so near to it a trace decides, which takes seconds; closed forms are held to 5%
-
-
-def _in_memory(config: StackWiseConfig, machine: Machine, trace: bool) -> bool:
-    limit, peak = SHARE * machine.memory, _peak(config, machine, trace=False)
-    if trace and abs(peak - limit) < NEAR * limit:
-        peak = _peak(config, machine, trace=True)
-    return peak <= limit
-
-
-def _peak(config: StackWiseConfig, machine: Machine, *, trace: bool) -> int:
-    """Bytes of the device that the stages' largest takes."""
-    return max(stage.memory["peak"] for stage in forecast(config, machine, trace=trace).stages)
-
-
 def _whole(config: StackWiseConfig) -> None:
-    _set_mode(config, "end_to_end")
+    set_mode(config, "end_to_end")
     config.training.swap = "auto"

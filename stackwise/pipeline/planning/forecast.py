@@ -6,6 +6,7 @@ boundaries at the disk's, copies at the bus's. What overlaps in the engines coun
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,10 @@ from stackwise.config.precision import FP8_PRODUCTS
 from stackwise.pipeline.decisions import forward_flops
 from stackwise.pipeline.estimate import WEIGHT_BYTES, WIDE, Estimate, Swap
 from stackwise.pipeline.planning.machines import Machine
-from stackwise.pipeline.planning.trace import PARTS, Traced, estimated, traced
+from stackwise.pipeline.planning.trace import PARTS, Traced, Tracer, estimated
 from stackwise.pipeline.recipe import codec_name, whole_boundary
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, schedule
-from stackwise.words import size
+from stackwise.words import size, span
 
 DEFAULT_TOKENS = 10**9
 AHEAD = 3  # batches that lie ready
@@ -62,6 +63,7 @@ class StageForecast:
         memory: Bytes of the device by part, and `peak`.
         train, write: Its training, and the pass that writes the boundary above it.
         boundary: Bytes of the boundary that it reads; 0: it reads tokens.
+        commits: Bytes of its weights and its optimizer's state.
         written: Bytes that it writes beside boundaries: checkpoints, what is committed, what is swapped.
     """
 
@@ -74,6 +76,7 @@ class StageForecast:
     write: Phase | None
     boundary: int
     state: int
+    commits: int
     written: float
     note: str | None = None
     reached: float | None = None  # of a stage that is streamed, its speed over what it would be in memory
@@ -140,25 +143,34 @@ class Forecast:
 
     @property
     def committed(self) -> int:
-        """Bytes of weights in the store at the end."""
-        return sum(WEIGHT_BYTES * stage.parameters for stage in self.stages)
+        """Bytes of weights in the store at the end; beside them, of rows in windows, the optimizer's state."""
+        return sum(stage.commits if self.windows > 1 else WEIGHT_BYTES * stage.parameters for stage in self.stages)
 
     @property
     def written(self) -> float:
-        """Bytes written to the disk in all."""
-        return sum(stage.boundary + stage.written for stage in self.stages)
+        """Bytes written to the disk in all; each window commits anew."""
+        return sum(stage.boundary + stage.written + (self.windows - 1) * stage.commits for stage in self.stages)
+
+    def out_of_memory(self) -> list[str]:
+        """The stages that take more memory than there is, a line for neighbours that take the same."""
+        machine, lines = self.machine, []
+        for key, group in itertools.groupby(self.stages, lambda stage: (stage.memory["peak"], stage.host_memory)):
+            peak, host = key
+            depths = [stage.stage.depth for stage in group]
+            many = len(depths) > 1
+            name = f"stages {span(depths[0], depths[-1])} take" if many else f"stage {depths[0]} takes"
+            each = " each" if many else ""
+            if peak > machine.memory:
+                lines.append(f"{name} {size(peak)}{each} of {size(machine.memory)} of {machine.name}")
+            if host > machine.ram:
+                lines.append(f"{name} {size(host)}{each} of {size(machine.ram)} of host memory")
+        return lines
 
     def misfits(self) -> list[str]:
         """What does not fit, a line each."""
-        machine, lines = self.machine, []
-        for stage in self.stages:
-            name = f"stage {stage.stage.depth}"
-            if stage.memory["peak"] > machine.memory:
-                lines.append(f"{name} takes {size(stage.memory['peak'])} of {size(machine.memory)} of {machine.name}")
-            if stage.host_memory > machine.ram:
-                lines.append(f"{name} takes {size(stage.host_memory)} of {size(machine.ram)} of host memory")
-        if self.live > machine.disk.size:
-            lines.append(f"the disk holds {size(machine.disk.size)}, and {size(self.live)} live on it at once")
+        lines = self.out_of_memory()
+        if self.live > self.machine.disk.size:
+            lines.append(f"the disk holds {size(self.machine.disk.size)}, and {size(self.live)} live on it at once")
         return lines
 
     @property
@@ -167,28 +179,46 @@ class Forecast:
         return not self.misfits()
 
 
-def forecast(config: StackWiseConfig, machine: Machine, tokens: int | None = None, *, trace: bool = True) -> Forecast:
-    """What a configuration takes on a machine.
-
-    Args:
-        tokens: That each stage trains on; None: as the configuration says, else 10^9.
-        trace: Trace memory, where a stage is held whole; else estimate it.
+def settled(config: StackWiseConfig, machine: Machine) -> tuple[StackWiseConfig, list[str]]:
+    """A configuration for a machine, with numbers for what is `auto`; and a line for each of them.
 
     Raises:
         UsageError: Not a block fits, where `training.block_size` is auto.
     """
     config, notes = config.model_copy(deep=True), list[str]()
-    vocab_size = (
-        config.model.vocab_size or config.data.vocab_size or (257 if config.data.tokenizer == "bytes" else 4096)
-    )
     if config.precision == "auto":
         config.precision = "bf16" if machine.kind == "cuda" else "fp32"
-    _settle(config, machine, vocab_size, notes)
+    _settle(config, machine, vocabulary_size(config), notes)
+    return config, notes
+
+
+def vocabulary_size(config: StackWiseConfig) -> int:
+    """The vocabulary that a run will have, as far as it is known before there is data."""
+    known = config.model.vocab_size or config.data.vocab_size
+    return known or (257 if config.data.tokenizer == "bytes" else 4096)
+
+
+def estimates(config: StackWiseConfig, machine: Machine) -> list[Estimate]:
+    """Of a settled configuration's stages, by depth; of one with several windows its first."""
     first = {stage.depth: stage for stage in reversed(schedule(config))}
-    estimates = [Estimate(config, vocab_size, first[depth], machine.kind) for depth in sorted(first)]
-    swaps = [estimate.swap(int(machine.memory), int(machine.ram)) for estimate in estimates]
-    resident = [estimate for estimate, swap in zip(estimates, swaps, strict=True) if swap is None]
-    traces = iter(traced(resident) if trace else [Traced(estimated(estimate)) for estimate in resident])
+    return [Estimate(config, vocabulary_size(config), first[depth], machine.kind) for depth in sorted(first)]
+
+
+def forecast(
+    config: StackWiseConfig, machine: Machine, tokens: int | None = None, *, tracer: Tracer | None = None
+) -> Forecast:
+    """What a configuration takes on a machine.
+
+    Args:
+        tokens: That each stage trains on; None: as the configuration says, else 10^9.
+        tracer: Traces the memory of stages that are held whole; None: it is estimated.
+
+    Raises:
+        UsageError: Not a block fits, where `training.block_size` is auto.
+    """
+    config, notes = settled(config, machine)
+    vocab_size, of_stages = vocabulary_size(config), estimates(config, machine)
+    at = {estimate.stage.depth: estimate.stage for estimate in of_stages}
     settings = config.stage_training(0)
     rowed = settings.batch_size * settings.accumulation * config.training.seq_len
     if tokens is None:
@@ -197,9 +227,13 @@ def forecast(config: StackWiseConfig, machine: Machine, tokens: int | None = Non
         tokens = DEFAULT_TOKENS
         notes.append("training.steps and training.tokens are null: 1 G tokens a stage are taken (--tokens says others)")
     stages = []
-    for estimate, swap in zip(estimates, swaps, strict=True):
-        memory = _swapped(estimate, swap) if swap is not None else next(traces)
-        stages.append(_stage(estimate, swap, memory, machine, tokens, _place(config, first, estimate.stage)))
+    for estimate in of_stages:
+        swap = estimate.swap(int(machine.memory), int(machine.ram))
+        if swap is not None:
+            memory = _swapped(estimate, swap)
+        else:
+            memory = tracer.traced(estimate) if tracer is not None else Traced(estimated(estimate))
+        stages.append(_stage(estimate, swap, memory, machine, tokens, _place(config, at, estimate.stage)))
     if speeds := [stage.reached for stage in stages if stage.reached is not None]:
         of_step = f"{rowed:,} tokens a step"
         notes.append(f"what is streamed reaches {min(speeds):.0%} of its speed in memory, with {of_step}")
@@ -247,9 +281,7 @@ def _swapped(estimate: Estimate, swap: Swap) -> Traced:
     state, without = phase.state_bytes(gradients=True), phase.state_bytes(gradients=False)
     weights = WEIGHT_BYTES * phase.trained_parameters
     parts = dict.fromkeys(PARTS, 0)
-    blocks = len((*phase.stage.blocks, *phase.stage.lookahead))
-    share = -(-blocks // swap.groups) / max(1, blocks) * swap.alive
-    share += 0 if swap.host else swap.kept / max(1, state)
+    share = (swap.alive * swap.group + (0 if swap.host else swap.kept)) / max(1, state)
     parts["weights"], parts["gradients"] = round(weights * share), round((state - without) * share)
     parts["optimizer"] = round((without - weights) * share)
     parts["head"] = swap.loss
@@ -368,6 +400,7 @@ def _stage(
         write=write,
         boundary=reads,
         state=3 * state if swap is None else swap.disk,
+        commits=state,
         written=written,
         note=trace.note,
         reached=reached,

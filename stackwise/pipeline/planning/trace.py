@@ -1,7 +1,7 @@
 """The memory of a stage, traced: its real modules and its engine's real steps, on tensors without values.
 
-Run as a program, it takes jobs as a line of JSON and prints what they come to: a planner imports no torch. What was
-traced is kept by what it depends on; that process is started for what is not known yet.
+Run as a program, it takes jobs, a line of JSON each, and prints what each comes to: a planner imports no torch. What
+was traced is kept by what it depends on; that process is started for what is not known yet.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from stackwise.identity import NUMERICS, content_id
 from stackwise.pipeline.device import python_command
 from stackwise.pipeline.estimate import Estimate, rank_bytes
 from stackwise.pipeline.schedule import ADAPTER, FRONT, HEAD, Stage, block_number
+from stackwise.words import plural
 
 if TYPE_CHECKING:
     from stackwise.batch import Batch
@@ -36,11 +38,7 @@ WHOLE, FEW = 8, 3
 
 @dataclass(frozen=True)
 class TraceJob:
-    """A stage, as it trains on a kind of device.
-
-    Args:
-        blocks: Blocks of the lowest that it has, where it is traced with fewer than it has; None: all.
-    """
+    """A stage, as it trains on a kind of device."""
 
     config: str
     stage: Stage
@@ -88,10 +86,10 @@ def trace(job: TraceJob) -> dict[str, int]:
         blocks = [*model.blocks, *model.beyond]
         (blocks[-1] if blocks else model.front).register_forward_hook(now("head"))  # type: ignore[union-attr]
         model.register_forward_hook(now("activations"))
-        for step in range(2):
+        for step, microbatches in enumerate((1, job.microbatches)):  # the first one makes the optimizer's state
             live.peak = 0
             live.tag = "buffers"
-            engine.step(_batches(job, config, trial, engine), step, 0.0)
+            engine.step(_batches(job, config, trial, engine, microbatches), step, 0.0)
             live.note_peak()
             live.own("optimizer", *(value for kept in engine.optimizer.state.values() for value in kept.values()))
     sums = dict.fromkeys(PARTS, 0)
@@ -100,7 +98,7 @@ def trace(job: TraceJob) -> dict[str, int]:
     return sums | {"peak": sum(sums.values())}
 
 
-def _batches(job: TraceJob, config: Any, trial: Any, engine: Any) -> Iterator[Batch]:
+def _batches(job: TraceJob, config: Any, trial: Any, engine: Any, microbatches: int) -> Iterator[Batch]:
     """Microbatches whose tokens and masks have values, and whose activations have none."""
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -108,7 +106,7 @@ def _batches(job: TraceJob, config: Any, trial: Any, engine: Any) -> Iterator[Ba
     from stackwise.batch import ACTIVATIONS
     from stackwise.pipeline.trial import make_batch
 
-    for _ in range(job.microbatches):
+    for _ in range(microbatches):
         with unset_fake_temporarily():
             batch = make_batch(engine, trial, config, job.rows, activations=False)
         if engine.model.front is None:
@@ -136,31 +134,80 @@ def cache_directory() -> Path:
     return files.user_cache() / "plan"
 
 
-def traced(estimates: Sequence[Estimate], *, cache: Path | None = None) -> list[Traced]:
-    """The memory of stages, each as its configuration trains it; those of one shape are traced once.
+class Tracer:
+    """Traces stages, each as its configuration trains it; those of one shape once.
 
-    What cannot be traced (a layer from outside that needs values) is estimated.
+    Its process is started when something is not known yet, and ends with the context.
+
+    Args:
+        cache: Where traces are kept; None: in the user's cache directory.
+        progress: Told which stage is traced, before it is.
     """
-    directory = cache_directory() if cache is None else cache
-    todo: dict[str, TraceJob] = {}
-    names: list[list[str]] = []
-    for estimate in (estimate for estimate in estimates if not estimate.config.parallel.divides):
-        jobs = {_key(estimate.config, job): job for job in _jobs(estimate)}
-        todo |= jobs
-        names.append(list(jobs))
-    known = {key: kept for key in todo if (kept := _read(directory / f"{key}.json")) is not None}
-    missing = [key for key in todo if key not in known]
-    if missing:
-        for key, result in zip(missing, _trace([todo[key] for key in missing]), strict=True):
-            known[key] = {"fault": result} if isinstance(result, str) else result
-            _keep(directory / f"{key}.json", known[key])
-    keys = iter(names)
-    return [
-        Traced(estimated(estimate))
-        if estimate.config.parallel.divides
-        else _combined(estimate, [known[key] for key in next(keys)])
-        for estimate in estimates
-    ]
+
+    def __init__(self, cache: Path | None = None, progress: Callable[[str], None] = lambda _: None) -> None:
+        self._cache, self._progress = cache_directory() if cache is None else cache, progress
+        self._known: dict[str, dict[str, Any]] = {}
+        self._process: subprocess.Popen[str] | None = None
+        self._errors: Any = None
+
+    def __enter__(self) -> Tracer:
+        """Nothing is started yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()  # it holds nothing
+            self._process.communicate()
+            self._errors.close()
+
+    def traced(self, estimate: Estimate) -> Traced:
+        """The memory of a stage. What cannot be traced (a layer from outside that needs values) is estimated.
+
+        Raises:
+            StackWiseError: The process ended.
+        """
+        if estimate.config.parallel.divides:
+            return Traced(estimated(estimate))
+        return _combined(estimate, [self._trace(estimate, job) for job in _jobs(estimate)])
+
+    def _trace(self, estimate: Estimate, job: TraceJob) -> dict[str, Any]:
+        key = _key(estimate.config, job)
+        if key not in self._known:
+            path = self._cache / f"{key}.json"
+            kept = _read(path)
+            if kept is None:
+                kept = self._ask(job)
+                _keep(path, kept)
+            self._known[key] = kept
+        return self._known[key]
+
+    def _ask(self, job: TraceJob) -> dict[str, Any]:
+        """Have the process trace a job."""
+        blocks = job.stage.last - job.stage.first + 1
+        self._progress(f"{plural(blocks, 'block')}, {plural(job.rows, 'row')} at a time")
+        if self._process is None:
+            self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+            self._process = subprocess.Popen(
+                python_command("stackwise.pipeline.planning.trace"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+            self._process.stdin.flush()
+            result: dict[str, Any] = json.loads(self._process.stdout.readline())
+        except (OSError, ValueError):
+            code = self._process.wait()
+            self._errors.seek(0)
+            last = (self._errors.read().strip().splitlines() or [f"its process ended with {code}"])[-1]
+            hint = "`stackwise doctor` checks torch"
+            raise StackWiseError(f"memory could not be traced: {last}", hint=hint) from None
+        return result
 
 
 def _jobs(estimate: Estimate) -> list[TraceJob]:
@@ -200,19 +247,6 @@ def _key(config: StackWiseConfig, job: TraceJob) -> str:
         "job": [job.vocab_size, job.device, job.rows, job.microbatches],
     }
     return content_id("trace", values)
-
-
-def _trace(jobs: Sequence[TraceJob]) -> list[dict[str, int] | str]:
-    """What the jobs come to, in a process of their own; a line of text for one that cannot be traced."""
-    command = python_command("stackwise.pipeline.planning.trace")
-    line = json.dumps([asdict(job) for job in jobs]) + "\n"
-    done = subprocess.run(command, input=line, capture_output=True, text=True, check=False)
-    try:
-        results: list[dict[str, int] | str] = json.loads(done.stdout.splitlines()[-1])["traced"]
-    except (IndexError, ValueError, KeyError):
-        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-        raise StackWiseError(f"memory could not be traced: {last}", hint="`stackwise doctor` checks torch") from None
-    return results
 
 
 def _combined(estimate: Estimate, traces: list[dict[str, Any]]) -> Traced:
@@ -261,24 +295,20 @@ def _keep(path: Path, trace: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Trace the jobs of a line of standard input; print what they come to, and what this process itself takes."""
+    """Trace the job of each line of standard input, and print what it comes to, or its `fault`."""
     import warnings
 
-    from stackwise.host import process_bytes
-    from stackwise.pipeline.device import warm_up
     from stackwise.pipeline.job import from_plain
 
     warnings.simplefilter("ignore")
-    jobs = [from_plain(TraceJob, plain) for plain in json.loads(sys.stdin.readline())]
-    warm_up()
-    base = process_bytes("VmRSS") if sys.platform == "linux" else 0
-    traced: list[dict[str, int] | str] = []
-    for job in jobs:
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a kind from outside prints is no answer
+    for line in sys.stdin:
+        job, result = from_plain(TraceJob, json.loads(line)), dict[str, Any]()
         try:
-            traced.append(trace(job))
+            result = dict(trace(job))
         except Exception as error:  # a kind from outside may do what cannot be done without values
-            traced.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-    print(json.dumps({"base": base, "traced": traced}))
+            result = {"fault": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+        print(json.dumps(result), file=answers, flush=True)
 
 
 if __name__ == "__main__":
