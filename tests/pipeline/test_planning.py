@@ -166,7 +166,7 @@ def test_sizes_that_fit_are_the_largest_that_do() -> None:
     machine = MACHINES["rtx4090"]
 
     def peak(**changes: int) -> int:
-        given = {"training.mode": "blockwise", "training.swap": "never"} | sizes | changes
+        given = {"training.swap": "never"} | sizes | changes
         config = StackWiseConfig.from_preset("llama-1b", given)
         return max(stage.memory["peak"] for stage in forecast(config, machine).stages)
 
@@ -194,6 +194,20 @@ def test_sizes_of_seventy_billion_parameters_for_a_card_fit_it_and_its_disk(name
     assert ("training.windows" in sizes) == (blocks < 80)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"training.mode": "layerwise"},
+        {"training.growth": [{"blocks": 1, "until": 0.5}]},
+        {"training.mode": {"name": "blockwise", "n_stages": 2}},
+    ],
+)
+def test_sizes_that_fit_come_with_the_mode_that_has_them(settings: dict[str, Any]) -> None:
+    sizes = fit(StackWiseConfig.from_preset("micro", settings), MACHINES["cpu"], 10**6)
+    (stage,) = forecast(StackWiseConfig.from_preset("micro", settings | sizes), MACHINES["cpu"], 10**6).stages
+    assert (stage.stage.first, stage.stage.last) == (0, 1)
+
+
 def test_what_a_swapped_stage_takes_is_the_sum_of_its_parts_and_no_more_than_its_plan() -> None:
     """A stage of one block, whose head and block take turns."""
     config = StackWiseConfig.from_preset("llama-70b", {"training.mode": "layerwise"})
@@ -214,7 +228,7 @@ def test_sizes_that_fit_are_so_by_the_trace(tracer: Tracer) -> None:
     whole = forecast(config, MACHINES["cpu"])
     machine = replace(MACHINES["cpu"], memory=max(s.memory["peak"] for s in whole.stages) / SHARE)
     sizes = fit(config, machine, tracer=tracer)
-    fitted = StackWiseConfig.from_preset("micro", {"training.mode": "blockwise", "training.swap": "never"} | sizes)
+    fitted = StackWiseConfig.from_preset("micro", {"training.swap": "never"} | sizes)
     planned = forecast(fitted, machine, tracer=tracer)
     assert max(stage.memory["peak"] for stage in planned.stages) <= SHARE * machine.memory
 

@@ -68,7 +68,7 @@ def plan(
             if fits:
                 doing("finding sizes that fit", 0, None)
                 sizes = fit(chosen, machine, number, tracer=tracer)
-                chosen = load(config, preset, parse_overrides(overrides) | {"training.mode": "blockwise"} | sizes)
+                chosen = load(config, preset, parse_overrides(overrides) | sizes)
             planned = forecast(chosen, machine, number, tracer=tracer)
         doing("comparing other ways", 0, None)
         lines, others = advise(planned, price), list(alternatives(planned))

@@ -87,7 +87,7 @@ def _sharded(planned: Forecast, estimate: Estimate) -> Iterator[Alternative]:
 def _row_bytes(estimate: Estimate) -> float:
     """What one row takes in the whole rack: what all blocks keep of it, and its loss."""
     config = estimate.config
-    kept = config.row_positions * config.model.total(estimate.kept_bytes)
+    kept = config.row_positions * config.model.total(lambda block: round(estimate.kept_bytes(block)))
     return kept + estimate.loss_bytes(config.row_positions, config.precision not in WIDE)
 
 

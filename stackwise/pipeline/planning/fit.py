@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 from stackwise import words
 from stackwise.config import StackWiseConfig
-from stackwise.config.choices import Mode
+from stackwise.config.choices import Blockwise, Mode
 from stackwise.config.training import ProgressiveConfig
 from stackwise.errors import StackWiseError, UsageError
 from stackwise.pipeline.estimate import SHARE, recompute_blocks
@@ -19,7 +20,7 @@ from stackwise.pipeline.runner.auto import largest_fitting
 
 BUSY = 4  # rows of a microbatch from which a card's kernels are busy: one at a time takes up to a third longer
 
-Sizes = dict[str, int | bool]  # by key, for `-o`
+Sizes = dict[str, Any]  # by key, for `-o`
 
 
 def fit(config: StackWiseConfig, machine: Machine, tokens: int | None = None, *, tracer: Tracer | None = None) -> Sizes:
@@ -34,7 +35,8 @@ def fit(config: StackWiseConfig, machine: Machine, tokens: int | None = None, *,
         tracer: Has the last word of stages in memory; None: closed forms do.
 
     Returns:
-        Settings by key; `batch_size` of a stage's own stays as it is.
+        Settings by key, with the mode that has them where the configuration's is another one; `batch_size` of a stage's
+        own stays as it is.
 
     Raises:
         UsageError: Nothing fits.
@@ -53,24 +55,36 @@ def fit(config: StackWiseConfig, machine: Machine, tokens: int | None = None, *,
             + ("" if never else ", nor swapped"),
             hint=("set training.swap: auto, or " if never else "") + "shorten training.seq_len",
         )
-    chosen = _with_sizes(config, sizes)
-    windows = windows_that_fit(forecast(chosen, machine, tokens))
-    if windows is not None and config.training.windows == 1:
-        chosen.training.windows = windows
-        try:
-            chosen.validate()
-        except StackWiseError:  # with another setting; the plan says what else helps
-            return sizes
-        return sizes | {"training.windows": windows}
-    return sizes
+    return _of_mode(config) | sizes | _windows(config, sizes, machine, tokens)
 
 
-def _with_sizes(config: StackWiseConfig, sizes: Sizes) -> StackWiseConfig:
-    """A configuration with sizes that were found."""
-    changed = with_mode(config, "blockwise")
+def _of_mode(config: StackWiseConfig) -> Sizes:
+    """What lets a configuration have stages of so many blocks; nothing where it does."""
+    training, keys = config.training, Sizes()
+    if training.growth:
+        keys["training.growth"] = []
+    if training.progressive.enabled:
+        keys["training.progressive.enabled"] = False
+    mode = training.mode
+    if not isinstance(mode, Blockwise) or mode.n_stages is not None or mode.block_sizes is not None:
+        keys["training.mode"] = "blockwise"
+    return keys
+
+
+def _windows(config: StackWiseConfig, sizes: Sizes, machine: Machine, tokens: int | None) -> Sizes:
+    """Windows of the rows, where a disk is too small for two boundaries of all; nothing where it is not."""
+    chosen = with_mode(config, "blockwise")
     for key, value in sizes.items():
-        setattr(changed.training, key.rpartition(".")[2], value)
-    return changed
+        setattr(chosen.training, key.rpartition(".")[2], value)
+    windows = windows_that_fit(forecast(chosen, machine, tokens))
+    if windows is None or config.training.windows != 1:
+        return {}
+    chosen.training.windows = windows
+    try:
+        chosen.validate()
+    except StackWiseError:  # with another setting; the plan says what else helps
+        return {}
+    return {"training.windows": windows}
 
 
 def _step_sizes(config: StackWiseConfig) -> list[int]:
