@@ -425,7 +425,9 @@ class TrainingConfig(StageTraining):
         "masks for each sample; null: steps as they are",
     )
     masks_per_sample: Size = Field(1, description="masks that each sample is seen under, at every depth")
-    mask_pool: Count = Field(0, description="distinct masks to draw from; 0: a fresh one for each row")
+    mask_pool: Annotated[int, Field(ge=0, le=1 << 24)] = Field(
+        0, description="distinct masks to draw from; 0: a fresh one for each row"
+    )
     mask_token_id: Count | None = Field(None, description="id shown at masked positions; null: the tokenizer's")
     lookahead: Lookahead = choice(Lookahead, "blocks between a stage's own and its head, training along")
     tied_head: Literal["copy", "frozen"] = Field(

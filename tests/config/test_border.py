@@ -37,6 +37,7 @@ HOSTILE = {
     ),
     "parameters by product": ("model: {d_model: 16000000, n_heads: 1000000}", "model.d_model"),
     "an embedding by product": ("model: {d_model: 1000000, n_heads: 10, vocab_size: 16000000}", "model.vocab_size"),
+    "a pool of masks beyond any memory": ("training: {mask_pool: 1099511627776}", "training.mask_pool"),
     "a batch by product": ("training: {seq_len: 16000000, batch_size: 16000000}", "training.batch_size"),
     "a number of 5000 digits": ("seed: " + "9" * 5000, "line 1, column 7"),
     "a hexadecimal number without end": ("seed: 0x" + "f" * 5000, "line 1, column 7"),

@@ -22,7 +22,7 @@ from stackwise.pipeline.committed.load import CommittedRack, load_model, load_ra
 from stackwise.pipeline.committed.use import export_model, export_rack, export_run_adapters
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pretrained.writing import ExportOptions
-from tests.conftest import run
+from tests.conftest import raises_naming, run
 from tests.pipeline.test_initial import configuration, loop_of_transformers, losses_of, wide_norm
 
 pytestmark = [
@@ -242,11 +242,11 @@ def test_what_cannot_be_taken_up_is_refused(case: str, adapters: Any, text: Path
 
 
 def test_settings_beside_them_that_contradict_are_refused(checkpoints: Any, adapters: Any, text: Path) -> None:
-    with pytest.raises(ConfigError, match=r"training.adapters.rank: is 3, and 4 in"):
+    with raises_naming(ConfigError, "training.adapters.rank", 3, 4):
         configuration(adapters("llama"), text, **{"training.adapters": {"rank": 3}})
-    with pytest.raises(UsageError, match="is no layer of a block"):  # those of another model
+    with raises_naming(UsageError, adapters("llama")):  # those of another model
         configuration(checkpoints("gpt2"), text, **{"init.adapters": [str(adapters("llama"))]})
-    with pytest.raises(NotFound, match="holds no adapters"):
+    with raises_naming(NotFound, "init.adapters", text):
         configuration(checkpoints("gpt2"), text, **{"init.adapters": [str(text)]})
 
 

@@ -29,7 +29,7 @@ from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.teacher import score_model
 from stackwise.store import ActivationStore
-from tests.conftest import run
+from tests.conftest import raises_naming, run
 from tests.pipeline.storm import killed
 from tests.pipeline.test_run import named, weights
 from tests.pretrained.models import make
@@ -207,9 +207,9 @@ def test_a_reward_model_scores_a_policy_with_adapters(
     with pytest.raises(UsageError, match="another tokenizer"):
         score_model(_config(settings), other)
     gone = {"score": {"name": "model", "path": str(tmp_path / "gone")}}
-    with pytest.raises(UsageError, match=r"training\.objective\.score: .*gone: there is no run here"):
+    with raises_naming(UsageError, "training.objective.score", tmp_path / "gone"):
         score_model(_config(_settings(model, prompts, gone)), other)
-    with pytest.raises(UsageError, match="ppo, and gives no scores"):
+    with raises_naming(UsageError, "ppo", ppo[0]):
         score_model(_config(_settings(model, prompts, {"score": {"name": "model", "path": str(ppo[0])}})), other)
 
 

@@ -25,7 +25,7 @@ from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.schedule import schedule
 from stackwise.store import ActivationStore, RowOrder
 from stackwise.training.optim import learning_rate
-from tests.conftest import Micro
+from tests.conftest import Micro, raises_naming
 from tests.pipeline.test_passes import run_stages
 from tests.pipeline.test_run import named, weights
 
@@ -372,12 +372,12 @@ def test_one_stage_at_a_time_takes_its_next_window(micro: Micro, finished: Finis
     def step(depth: int, window: int | None = None) -> None:
         run_stages(config, tmp_path / "run", only=depth, window=window)
 
-    with pytest.raises(UsageError, match="stage 0, window 0, which stage 1 stands on, is not committed") as error:
+    with raises_naming(UsageError, "stage 0", "window 0", "stage 1") as error:
         step(1)
     assert error.value.exit_code == 2
     for depth in (0, 1):
         step(depth)
-    with pytest.raises(UsageError, match="stage 2, window 0, which stage 0 stands on") as error:
+    with raises_naming(UsageError, "stage 2", "window 0", "stage 0") as error:
         step(0)
     assert "--depth 2" in str(error.value.hint)
     for depth in (2, 0, 1, 2, 0, 1):
