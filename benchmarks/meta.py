@@ -116,10 +116,10 @@ def _adapted(run: Path, domains: bool) -> list[float]:
     """The loss on tasks held out after each of `SHOTS`, each at the rate that is best on other tasks."""
     import torch
 
-    from stackwise.config.meta import Meta
+    from stackwise.config.continual import Meta
     from stackwise.pipeline.committed.load import load_rack
     from stackwise.pipeline.run import RunDirectory
-    from stackwise.training.adaptation import ADAPTATION, Adaptation
+    from stackwise.training.tasks import ADAPTATION, Adaptation
 
     device = torch.device("cpu")
     rack = load_rack(RunDirectory(run), device)
@@ -160,7 +160,7 @@ def _tasks(rack: CommittedRack, counts: bool) -> Iterator[Batch]:
     import torch
 
     from stackwise.batch import MASKS, TOKENS, Batch
-    from stackwise.config.meta import Meta
+    from stackwise.config.continual import Meta
     from stackwise.identity import generator
     from stackwise.training.tasks import PermutedTasks
 

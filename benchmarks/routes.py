@@ -20,10 +20,9 @@ from benchmarks.document import Section
 from benchmarks.moe import PAGE
 from stackwise import words
 from stackwise.config import StackWiseConfig
-from stackwise.pipeline.events import Event
+from stackwise.pipeline.events import Event, read_log
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
-from stackwise.pipeline.search.record import logged
 
 ORDERS = {"chance": "count", "experts": "order"}
 """Orders of rows, and the setting of each."""
@@ -77,7 +76,7 @@ def _trained(path: Path, seed: int, options: argparse.Namespace) -> Path:
 
 def _figures(run: RunDirectory) -> Result:
     """Of a run whose stages are one: what was predicted, what a step reached and read, the held-out loss at its end."""
-    events = list(logged(run))
+    events = [event for event, _ in read_log(run.events_file)]
     steps = [event for event in events if event["event"] == "step"]
 
     def mean(name: str) -> float:

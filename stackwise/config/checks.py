@@ -7,11 +7,10 @@ from collections.abc import Iterator
 
 from stackwise.config.adapters import adapter_faults
 from stackwise.config.choices import AdaptiveFusion, CausalAdaptation, HierarchicalFusion, NoFusion
-from stackwise.config.continual import continual_faults
+from stackwise.config.continual import continual_faults, meta_faults
 from stackwise.config.fields import AUTO
 from stackwise.config.growth import Grown
 from stackwise.config.kinds import Fault
-from stackwise.config.meta import meta_faults
 from stackwise.config.parallel import parallel_faults
 from stackwise.config.precision import (
     FORMATS,

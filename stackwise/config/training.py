@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from stackwise.config.adapters import AdaptersConfig
 from stackwise.config.choices import Adaptation, Divergence, Fusion, Lookahead, Mode, Span, cut
-from stackwise.config.continual import Continual
+from stackwise.config.continual import Continual, Meta
 from stackwise.config.fields import (
     AutoBool,
     AutoInt,
@@ -27,7 +27,6 @@ from stackwise.config.fields import (
 )
 from stackwise.config.growth import Grown, Growth
 from stackwise.config.kinds import Kind, Objective, Optimizer, choice
-from stackwise.config.meta import Meta
 
 if TYPE_CHECKING:
     from stackwise.config.model import ModelConfig

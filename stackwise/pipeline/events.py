@@ -6,13 +6,20 @@ that has no row is refused where it is emitted.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from stackwise import words
 from stackwise.errors import StackWiseError
+from stackwise.files import METADATA_BYTES, open_regular, parse_json
 
 Event = dict[str, Any]
 Observer = Callable[[Event], None]
@@ -42,6 +49,61 @@ def event(name: str, /, **values: Any) -> Event:
     if name not in EVENTS:
         raise StackWiseError(f"there is no event {name}", hint="add it to EVENTS in stackwise/pipeline/events.py")
     return {"event": name, **values}
+
+
+def read_log(
+    path: Path, offset: int = 0, end: int | None = None, kinds: tuple[str, ...] = ()
+) -> Iterator[tuple[Event, int]]:
+    """The events of a run's log, oldest first, each with the offset behind it; none where there is no log.
+
+    Lines that are no events are passed over: what a kill cut off, what is still being written, what a stranger left.
+
+    Args:
+        path: The log.
+        offset: Bytes of it that are passed over.
+        end: Bytes of it that are read; None: all.
+        kinds: The kinds of events that are asked for; none: all.
+
+    Raises:
+        IrregularFile: Something else lies there.
+    """
+    marks = [f'"{kind}"'.encode() for kind in kinds]
+    with contextlib.suppress(FileNotFoundError), os.fdopen(open_regular(path), "rb") as file:
+        file.seek(offset)
+        # Of a bounded length: a line without an end would take memory without one.
+        for line in iter(partial(file.readline, METADATA_BYTES), b""):
+            if end is not None and offset >= end:
+                return
+            offset += len(line)
+            # Most lines are steps: where these are not asked for they are not parsed.
+            if not line.endswith(b"\n") or (marks and not any(mark in line for mark in marks)):
+                continue
+            event: Any = None
+            with contextlib.suppress(ValueError):
+                event = parse_json(line)
+            named = isinstance(event, dict) and isinstance(event.get("event"), str)
+            if named and (not kinds or event["event"] in kinds):
+                yield event, offset
+
+
+class Pace:
+    """Lets events on how far something is pass every now and then alone.
+
+    Args:
+        at_once: The first one passes, whenever it comes.
+        seconds: Between two of them.
+    """
+
+    def __init__(self, *, at_once: bool = False, seconds: float = 0.25) -> None:
+        self._seconds, self._last = seconds, -math.inf if at_once else time.perf_counter()
+
+    def due(self) -> bool:
+        """Whether one may pass now; asked for no other reason."""
+        now = time.perf_counter()
+        if now - self._last <= self._seconds:
+            return False
+        self._last = now
+        return True
 
 
 def wording(event: Event) -> str | None:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.continual import Replay
-from stackwise.config.meta import Meta
+from stackwise.config.continual import Meta, Replay
 from stackwise.data.split import Split
 from stackwise.errors import UsageError
 from stackwise.identity import NUMERICS, Hex, content_id, derive_seed, generator

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,13 +12,10 @@ from typing import Any
 
 from stackwise.config import StackWiseConfig
 from stackwise.errors import StackWiseError
-from stackwise.files import METADATA_BYTES as LINE_BYTES
-from stackwise.files import open_regular, parse_json
+from stackwise.pipeline.events import Event, read_log
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.shapes import Shape, anything, array, array_of, count, number, optional, record, text
 from stackwise.store import ActivationStore, BoundaryInfo, CommittedStage
-
-Event = dict[str, Any]
 
 PHASES = ("preparation", "training", "writing boundaries", "evaluation", "starting and handing off")
 _PHASE_OF = {
@@ -105,16 +101,8 @@ def read_history(path: Path) -> History:
 
 def _events(path: Path) -> Iterator[Event]:
     """The events of a log, each of the shape that is needed of it."""
-    try:
-        fd = open_regular(path)
-    except OSError:  # there is none, or something else lies there: the report does without
-        return
-    with os.fdopen(fd, "rb") as file:
-        while line := file.readline(LINE_BYTES):
-            try:
-                event = parse_json(line)
-            except ValueError:
-                continue
+    with contextlib.suppress(OSError):  # something else lies there, or it cannot be read: the report does without
+        for event, _ in read_log(path):
             if _NAMED(event) is None and _SHAPES.get(event["event"], anything)(event) is None:
                 yield event
 

@@ -69,6 +69,10 @@ class RowOrder:
         self._epoch: tuple[int, Rows, Rows] = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
         self._windows: dict[tuple[int, int], Rows] = {}
 
+    def settings(self) -> dict[str, Any]:
+        """What makes an order like it, beside the rows that it is of: `RowOrder(order.rows, **order.settings())`."""
+        return {"seed": self.seed, "chunk_rows": self.chunk_rows, "window_chunks": self.window_chunks}
+
     @property
     def selected(self) -> Rows:
         """The rows that it is made of, sorted."""

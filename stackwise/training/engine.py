@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from stackwise.batch import Batch, Term
 from stackwise.config import StageTraining
 from stackwise.identity import derive_seed
-from stackwise.training.adaptation import Adaptation
 from stackwise.training.anchor import Squares, row_loss
 from stackwise.training.lanes import seed_generator
 from stackwise.training.optim import BLOCK, Rising, make_optimizer, over_ranks, set_rates, state_tensors
@@ -36,6 +35,7 @@ from stackwise.training.scaling import (
 )
 from stackwise.training.scaling import OPTIMIZER as UPDATE
 from stackwise.training.stage import MeanLoss, Microbatches, StageModel, StepLoss, Tally, casts_held
+from stackwise.training.tasks import Adaptation
 
 if TYPE_CHECKING:
     from stackwise.training.trainer import Trainer

@@ -1,8 +1,11 @@
 """A stage whose weights, gradients and optimizer's state are divided over ranks.
 
 By ZeRO (arXiv 1910.02054, FSDP2): each rank has its own rows and of each parameter a slice along its first dimension;
-the whole of a block is together while it computes. By tensor parallelism (`tensor.py`): ranks that share their rows
-each compute a part of every block. Checkpoints hold whole tensors, so any other number of ranks takes them up.
+the whole of a block is together while it computes. By tensor parallelism (Megatron, arXiv 1909.08053): ranks that
+share their rows each compute a part of every block, whose matrices are split by DTensor as their kinds say. A pair of
+matrices, the first by its outputs and the second by its inputs, is one sum over ranks in each direction. The residual
+stream is the same on all of them, or, with `sequence`, each has some of its positions (arXiv 2205.05198; shapes:
+B rows, S positions, D model width). Checkpoints hold whole tensors, so any other number of ranks takes them up.
 
 No rank ever has the whole stage: parts are made one at a time and divided at once, and leave for checkpoints and
 commits a tensor at a time.
@@ -21,7 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from stackwise.batch import Batch
 from stackwise.model.layers import LayerNorm, RMSNorm
@@ -31,7 +42,52 @@ from stackwise.training.ranks import Gathering, Reducer
 from stackwise.training.scaling import FIGURES
 from stackwise.training.stage import NARROW, StageModel
 from stackwise.training.swap_parts import FRONT, HEAD, DividedParts
-from stackwise.training.tensor import Plan, divide_positions, split
+
+POSITIONS, HEADS = 1, 2  # dimensions of [B, S, D] and of [B, S, H, E]
+
+Plan = Mapping[str, Mapping[str, str]]
+"""Of a block: by the module that a part of it is in, how each of its layers is split (`TensorPlan.layers`)."""
+
+
+def split(block: nn.Module, plan: Plan, mesh: DeviceMesh, *, sequence: bool) -> None:
+    """Split a block's matrices over the ranks of a mesh of one dimension; in place."""
+    stream = Shard(POSITIONS) if sequence else Replicate()
+    styles: dict[str, ParallelStyle] = {}
+    for part, layers in plan.items():
+        # What enters is gathered once for all layers that read it, and so are its gradients.
+        styles[part] = PrepareModuleInput(input_layouts=(stream,), desired_input_layouts=(Replicate(),))
+        for layer, way in layers.items():
+            styles[f"{part}.{layer}"] = _style(way, stream)
+        if sequence:
+            styles[f"{part}_norm"] = SequenceParallel(sequence_dim=POSITIONS, use_local_output=True)
+    parallelize_module(block, mesh, styles)
+
+
+def divide_positions(blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+    """Let blocks that follow each other work on some positions each: they are divided before the first, and gathered
+    after the last."""
+
+    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_laid(arguments[0], Replicate(), Shard(POSITIONS), mesh), *arguments[1:])
+
+    def leave(module: nn.Module, arguments: tuple[Any, ...], x_BSD: Tensor) -> Tensor:
+        return _laid(x_BSD, Shard(POSITIONS), Replicate(), mesh)
+
+    blocks[0].register_forward_pre_hook(enter)
+    blocks[-1].register_forward_hook(leave)
+
+
+def _style(way: str, stream: Replicate | Shard) -> ParallelStyle:
+    if way == "column":
+        return ColwiseParallel()
+    if way == "row":
+        return RowwiseParallel(output_layouts=stream)
+    return SequenceParallel(sequence_dim=HEADS, use_local_output=True)
+
+
+def _laid(x_BSD: Tensor, before: Replicate | Shard, after: Replicate | Shard, mesh: DeviceMesh) -> Tensor:
+    return DTensor.from_local(x_BSD, mesh, [before], run_check=False).redistribute(placements=[after]).to_local()
+
 
 EMBEDDING = "front.embedding.weight"
 """The parameter of a stage that a tied head projects with."""

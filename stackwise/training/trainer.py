@@ -20,10 +20,10 @@ from stackwise.batch import Batch
 from stackwise.config import StageTraining
 from stackwise.config.choices import Skip
 from stackwise.errors import StackWiseError
-from stackwise.training.adaptation import ADAPTATION
 from stackwise.training.engine import LOWER_RATE, Engine, Stepped
 from stackwise.training.optim import learning_rate
 from stackwise.training.stage import MeanLoss
+from stackwise.training.tasks import ADAPTATION
 
 REPORT_SECONDS = 0.25  # losses are read off the device at most this often, so that reporting never stalls it
 MEMORY = 32  # losses that the running median is taken over

@@ -13,9 +13,9 @@ import stackwise
 from stackwise import ExperimentConfig, Trainer, evaluate_success_criteria, run_single_experiment
 from stackwise.errors import UsageError
 from stackwise.model import build_rack
+from stackwise.pipeline.events import read_log
 from stackwise.pipeline.experiments import main
 from stackwise.pipeline.run import RunDirectory, status
-from stackwise.pipeline.search.record import logged
 from stackwise.pretrained import load_rack
 from tests.conftest import raises_naming
 from tests.pipeline.test_run import weights
@@ -61,7 +61,7 @@ def test_a_stage_that_is_reused_has_the_figures_of_its_training(
     store = {"store.path": str(run.store_path(run.config())), "seed": 0}
     result = run_single_experiment(SMALL, base_config=base | store, directory=tmp_path)
     again = result["metrics"]
-    assert not [event for event in logged(RunDirectory(Path(result["run"]))) if event["event"] == "step"]
+    assert not list(read_log(RunDirectory(Path(result["run"])).events_file, kinds=("step",)))
     names = [f"{split}_{kind}" for split in ("train", "val") for kind in ("losses", "ce_losses", "aux_losses")]
     assert {name: again[name] for name in names} == {name: first["metrics"][name] for name in names}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stackwise.batch import TOKENS, Batch
-from stackwise.config.meta import Meta
+from stackwise.config.continual import Meta
 from stackwise.errors import UsageError
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.training.tasks import PermutedTasks

@@ -14,7 +14,7 @@ from stackwise.errors import UsageError
 from stackwise.model import build_block
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.store import RowOrder
-from stackwise.training.routes import RouteCounts, RouteOrder, Routes, grouped
+from stackwise.training.curriculum import RouteCounts, RouteOrder, Routes, grouped
 from tests.conftest import Micro, run
 from tests.pipeline.storm import killed
 from tests.pipeline.test_run import named, weights

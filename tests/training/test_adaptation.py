@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stackwise.batch import Batch, Term
 from stackwise.config import ModelConfig, StageTraining
-from stackwise.training.adaptation import ADAPTATION
 from stackwise.training.engine import ResidentEngine
+from stackwise.training.tasks import ADAPTATION
 from tests.training.swapping import CPU, SEED, RackParts, batch, settings
 
 META = {"inner_steps": 2, "inner_rate": 0.2, "support": 3}

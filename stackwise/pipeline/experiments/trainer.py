@@ -15,11 +15,10 @@ from stackwise.config.yaml_files import dump, parse_yaml
 from stackwise.data import prepare
 from stackwise.errors import InterruptedRun, UsageError
 from stackwise.pipeline.decisions import forward_flops
-from stackwise.pipeline.events import Event
+from stackwise.pipeline.events import Event, read_log
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.schedule import schedule
-from stackwise.pipeline.search.record import logged
 from stackwise.store import ActivationStore
 
 CROSS_ENTROPY = "cross_entropy"  # the term's name in `objectives/objective.py`, which imports torch
@@ -353,7 +352,7 @@ def courses(run: RunDirectory) -> list[Course]:
     every step's terms whatever happened to the runner. The record wins.
     """
     by_stage: dict[int, Course] = {}
-    for event in logged(run):
+    for event, _ in read_log(run.events_file):
         if not isinstance(number := event.get("stage"), int):
             continue
         if event["event"] == "training" and event["recipe"] != by_stage.get(number, Course()).recipe:

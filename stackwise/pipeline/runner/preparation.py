@@ -17,7 +17,7 @@ from stackwise.data import WAITING, PreparedData, is_prepared, prepare
 from stackwise.durable import unusable, write_bytes
 from stackwise.errors import BusyError, InterruptedRun, StackWiseError, UsageError
 from stackwise.files import read_bytes
-from stackwise.pipeline.events import Emit, Event
+from stackwise.pipeline.events import Emit, Event, Pace
 from stackwise.pipeline.initial import open_weights, settle_mask, tokenizer_limit
 from stackwise.pipeline.plan import check_data
 from stackwise.pipeline.run import PREPARING, RunDirectory
@@ -130,16 +130,15 @@ def open_store(path: Path) -> ActivationStore:
 
 def prepare_data(config: StackWiseConfig, emit: Emit, check: Callable[[], None]) -> PreparedData:
     """Prepare the data that a configuration names, or find it prepared; `check` may end that now and then."""
-    begun = emitted = time.perf_counter()
-    before = ""
+    begun, pace, before = time.perf_counter(), Pace(seconds=PROGRESS_SECONDS), ""
 
     def progress(phase: str, done: int, total: int | None) -> None:
-        nonlocal emitted, before
+        nonlocal before
         check()
         if phase.startswith(WAITING) and phase != before:
             emit("note", text=f"{phase}, which prepares the same data")
-        if phase != before or time.perf_counter() - emitted > PROGRESS_SECONDS:
-            emitted, before = time.perf_counter(), phase
+        if pace.due() or phase != before:
+            before = phase
             emit("preparing", phase=phase, done=done, total=total)
 
     data, reused = prepare(

@@ -7,20 +7,19 @@ files, so it may be killed meanwhile: the job goes on, and the search that comes
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from stackwise.config import StackWiseConfig
 from stackwise.errors import BusyError, InterruptedRun, StackWiseError
 from stackwise.pipeline.batch.cluster import Job, active_jobs, end_job, submit_alone
 from stackwise.pipeline.batch.resources import BatchSystem
 from stackwise.pipeline.device import python_command
-from stackwise.pipeline.events import Event, Observer
+from stackwise.pipeline.events import Event, Observer, read_log
 from stackwise.pipeline.run import RunDirectory, job_file, job_state
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.text import printable
@@ -107,19 +106,9 @@ class JobRunner:
             time.sleep(LOOK_SECONDS)
 
     def _news(self) -> Iterator[Event]:
-        """Events that the log has, whole lines, since the last look."""
-        try:
-            with self._run.events_file.open("rb") as file:
-                file.seek(self._read)
-                lines, end, _ = file.read().rpartition(b"\n")
-        except FileNotFoundError:
-            return
-        self._read += len(lines) + len(end)
-        for line in lines.splitlines():
-            with contextlib.suppress(ValueError):
-                event: Any = json.loads(line)
-                if isinstance(event, dict) and isinstance(event.get("event"), str):
-                    yield event
+        """Events that the log has since the last look."""
+        for event, self._read in read_log(self._run.events_file, self._read):  # noqa: B020
+            yield event
 
 
 def _said(job: Job) -> str | None:

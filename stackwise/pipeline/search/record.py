@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -133,22 +133,6 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         raise UsageError(f"{path} is broken: its trials are not numbered from 0", hint=hint)
     record: dict[str, Any] = value
     return record
-
-
-def logged(run: RunDirectory) -> Iterator[dict[str, Any]]:
-    """The events in a run's log, oldest first; a line that a kill cut off is left out."""
-    try:
-        file = run.events_file.open(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return
-    with file:
-        for line in file:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
-                yield event
 
 
 class Watched:

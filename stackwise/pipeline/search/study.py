@@ -25,11 +25,11 @@ from stackwise.config.tune import TuneConfig
 from stackwise.durable import FileLock
 from stackwise.errors import BusyError, ConfigError, InterruptedRun, NoSpaceError, StackWiseError
 from stackwise.pipeline.batch.sweep import placed
-from stackwise.pipeline.events import Event, Observer
+from stackwise.pipeline.events import Event, Observer, read_log
 from stackwise.pipeline.run import RunDirectory, status
 from stackwise.pipeline.runner.runner import Runner
 from stackwise.pipeline.search.jobs import BUSY_SECONDS, Engine, JobRunner
-from stackwise.pipeline.search.record import Measured, StudyRecord, Trial, Watched, logged, measure
+from stackwise.pipeline.search.record import Measured, StudyRecord, Trial, Watched, measure
 from stackwise.pipeline.search.samplers import Past, Sampling
 from stackwise.pipeline.search.space import Make, Settings
 from stackwise.pipeline.stopping import STOPPING, stop_signals
@@ -335,7 +335,7 @@ class Study:
 
     def _resume(self, trial: Trial, run: RunDirectory, watched: Watched) -> None:
         """Take up what a trial's log has of sittings before; what was decided in them is decided again."""
-        for event in logged(run):
+        for event, _ in read_log(run.events_file):
             if watched.observe(event):
                 self._judge(trial, watched)
 

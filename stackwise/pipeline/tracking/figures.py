@@ -175,8 +175,6 @@ def _figures(event: Event) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 
-def is_event(value: Any) -> bool:
-    """Whether a line of the log is an event that figures can be taken from."""
-    if not isinstance(value, dict) or not isinstance(value.get("event"), str) or value["event"] not in EVENTS:
-        return False
-    return _LINES.get(value["event"], record({}, _AT))(value) is None
+def is_event(event: Event) -> bool:
+    """Whether an event of the log is one that figures can be taken from."""
+    return event["event"] in EVENTS and _LINES.get(event["event"], record({}, _AT))(event) is None

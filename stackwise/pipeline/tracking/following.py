@@ -28,9 +28,9 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.kinds import Tracker
 from stackwise.durable import FileLock, write_json
 from stackwise.errors import BusyError
-from stackwise.files import make_directory, open_regular, read_json
+from stackwise.files import make_directory, read_json
 from stackwise.pipeline.device import python_command
-from stackwise.pipeline.events import Event
+from stackwise.pipeline.events import Event, read_log
 from stackwise.pipeline.events import event as event_of
 from stackwise.pipeline.run import RunDirectory
 from stackwise.pipeline.tracking.figures import SHAPE, Taken, is_event
@@ -190,21 +190,8 @@ class Follower:
         return None
 
     def _events(self, offset: int, end: int | None = None, kinds: tuple[str, ...] = ()) -> Iterator[tuple[Event, int]]:
-        """Events of the log's whole lines, of some kinds alone if `kinds` names any, each with the offset after it."""
-        marks = [f'"{kind}"'.encode() for kind in kinds]
-        with contextlib.suppress(FileNotFoundError), os.fdopen(open_regular(self._log), "rb") as file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n") or (end is not None and offset >= end):
-                    break  # a line that is still being written is read next time
-                offset += len(line)
-                if marks and not any(mark in line for mark in marks):  # most lines are steps: they are not parsed
-                    continue
-                event: Any = None
-                with contextlib.suppress(ValueError):
-                    event = json.loads(line)
-                if is_event(event) and (not kinds or event["event"] in kinds):
-                    yield event, offset
+        """Events of the log that figures can be taken from (see `read_log`)."""
+        return (found for found in read_log(self._log, offset, end, kinds) if is_event(found[0]))
 
 
 class Trackers:

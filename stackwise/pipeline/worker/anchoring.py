@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from stackwise.batch import Batch
 from stackwise.config import StackWiseConfig
 from stackwise.config.continual import EWC
 from stackwise.errors import InterruptedRun
+from stackwise.pipeline.events import Pace
 from stackwise.pipeline.job import StageJob
 from stackwise.pipeline.parts import load_part
 from stackwise.pipeline.schedule import ADAPTER, STATE
@@ -22,8 +22,6 @@ from stackwise.training.engine import Engine, State
 
 if TYPE_CHECKING:
     from stackwise.pipeline.worker.training import StageContext
-
-PROGRESS_SECONDS = 0.25
 
 
 def part_of_state(state: str) -> str:
@@ -74,12 +72,11 @@ def _rows(context: StageContext, samples: int) -> list[Batch]:
     """Rows of the task alone, spread over all of them, each a batch of its own."""
     new = context.job.rows - context.job.replayed
     rows = np.unique(np.linspace(0, new - 1, min(samples, new)).astype(np.int64))
-    batches, emitted = list[Batch](), time.perf_counter()
+    batches, pace = list[Batch](), Pace()
     for number, row in enumerate(rows):
         if context.stop():
             raise InterruptedRun(f"stage {context.stage.label} stopped while its weights were measured")
         batches.append(context.feed.batch(np.array([row])))
-        if time.perf_counter() - emitted > PROGRESS_SECONDS:
-            emitted = time.perf_counter()
+        if pace.due():
             context.event("boundary", done=number, total=len(rows))
     return batches

@@ -25,6 +25,7 @@ from stackwise.pipeline.committed.load import load_rack
 from stackwise.pipeline.committed.use import evaluate_rack, export_rack
 from stackwise.pipeline.device import make_deterministic
 from stackwise.pipeline.estimate import Estimate
+from stackwise.pipeline.events import Pace
 from stackwise.pipeline.job import FinishJob, StageJob
 from stackwise.pipeline.parts import committed_sources, frozen_stage, objective_of, part_state, parts_of, stage_model
 from stackwise.pipeline.rows import HELD_OUT, choose_samples
@@ -51,8 +52,6 @@ from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_outputs import grouped_outputs
 from stackwise.training.tasks import DataTasks, PermutedTasks
-
-PROGRESS_SECONDS = 0.25  # between two events on how far the evaluation is
 
 
 def run_stage(job: StageJob, emit: Emit, stop: Stop, device: torch.device, ranks: Ranks | None = None) -> None:
@@ -204,15 +203,13 @@ def run_finish(job: FinishJob, emit: Emit, stop: Stop) -> None:
         InterruptedRun: `stop` said so; what is committed stays, and the same command goes on.
     """
     rack = load_rack(RunDirectory(Path(job.run)), torch.device(job.device))
-    begun = emitted = time.perf_counter()
+    begun, pace = time.perf_counter(), Pace()
     emit({"event": "evaluating", "samples": rack.config.evaluation.samples})
 
     def progress(done: int, total: int) -> None:
-        nonlocal emitted
         if stop():
             raise InterruptedRun("stopped during the evaluation", hint="the same command evaluates again")
-        if time.perf_counter() - emitted > PROGRESS_SECONDS:
-            emitted = time.perf_counter()
+        if pace.due():
             emit({"event": "evaluating", "done": done, "total": total})
 
     result = evaluate_rack(rack, rack.data.held_out, progress)

@@ -12,9 +12,8 @@ from stackwise.pipeline.division import GROUP_CHUNKS
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, order_rows
 from stackwise.pipeline.rows import stage_rows
 from stackwise.store import GroupedOrder, RowOrder
-from stackwise.training.curriculum import DIFFICULTY, CurriculumOrder, ReplayOrder, difficulties
+from stackwise.training.curriculum import DIFFICULTY, CurriculumOrder, ReplayOrder, RouteOrder, difficulties
 from stackwise.training.feed import Order, RowGroups
-from stackwise.training.routes import RouteOrder
 
 if TYPE_CHECKING:
     from stackwise.pipeline.worker.training import StageContext

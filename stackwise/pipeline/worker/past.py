@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from stackwise.model.rack import Head
 from stackwise.objectives.distillation import LOGITS, LikeliestTokens
 from stackwise.pipeline.device import describe
 from stackwise.pipeline.estimate import Estimate
+from stackwise.pipeline.events import Pace
 from stackwise.pipeline.parts import task_of
 from stackwise.pipeline.recipe import boundary_chunk_rows
 from stackwise.pipeline.schedule import FRONT, HEAD, block_number
@@ -36,14 +36,12 @@ from stackwise.pipeline.worker.engines import JobParts
 from stackwise.pipeline.worker.order import row_order
 from stackwise.pipeline.worker.training import RESUME, StageContext
 from stackwise.store import BoundarySpec, Codec
-from stackwise.training.curriculum import DIFFICULTY, RowLosses
+from stackwise.training.curriculum import DIFFICULTY, RouteCounts, Routes, RowLosses
 from stackwise.training.feed import RowSource
 from stackwise.training.forward import MakeOutputs, PassControl, write_boundary
-from stackwise.training.routes import RouteCounts, Routes
 from stackwise.training.stage import StageModel
 from stackwise.training.swap_outputs import grouped_outputs
 
-PROGRESS_SECONDS = 0.25
 ROUTES = "routes"
 """The name of the experts that each row goes to, among what a stage says."""
 
@@ -148,7 +146,7 @@ def _emit_routes(context: StageContext, routes: Routes, *, swapped: bool) -> Non
 
 def _written(context: StageContext, model: StageModel | None, past: _Asked) -> Hex:
     """The boundary with what a stage is asked for of its rows."""
-    job, config, rowset, begun = context.job, context.config, context.feed.rowset, time.perf_counter()
+    job, config, rowset = context.job, context.config, context.feed.rowset
     name, shaped = past.trunk
     about = {"initial": job.recipe["initial"], "reads": job.recipe["reads"], "forward": job.forward}
     spec = BoundarySpec(
@@ -160,12 +158,10 @@ def _written(context: StageContext, model: StageModel | None, past: _Asked) -> H
         codec="fp32",  # an id must stay whole
         chunk_rows=boundary_chunk_rows(config, rowset.rows),
     )
-    emitted = begun
+    pace = Pace()
 
     def progress(done: int, total: int) -> None:
-        nonlocal emitted
-        if time.perf_counter() - emitted > PROGRESS_SECONDS:
-            emitted = time.perf_counter()
+        if pace.due():
             context.event("boundary", done=done, total=total)
 
     with context.store.writer(spec) as writer:

@@ -30,6 +30,7 @@ from stackwise.objectives.ppo import ADVANTAGES, PROMPT, ROLLOUT, TOKEN, Rewards
 from stackwise.pipeline.committed.figures import make_scorer
 from stackwise.pipeline.device import describe
 from stackwise.pipeline.estimate import Estimate
+from stackwise.pipeline.events import Pace
 from stackwise.pipeline.job import Source
 from stackwise.pipeline.parts import load_part
 from stackwise.pipeline.schedule import FRONT, HEAD, STATE
@@ -44,7 +45,6 @@ from stackwise.training.stage import NARROW
 COEFFICIENT = "kl_coefficient"
 """What the coefficient of the next window is called in the trainer's state."""
 
-PROGRESS_SECONDS = 0.25  # between two events on how far the answers are
 
 Rows = tuple[int, int]  # the first one, and the row after the last
 Make = Callable[[Rows], Tensor]
@@ -85,7 +85,7 @@ class _Phase:
         self._context, self._stack, self._objective = context, stack, objective
         self._job, self._config, self._feed = context.job, context.config, context.feed
         self._data = PreparedData.open(Path(self._job.data))
-        self._rows, self._emitted = context.feed.rowset.rows, 0.0
+        self._rows, self._pace = context.feed.rowset.rows, Pace(at_once=True)
         self._boundaries: list[Hex] = []
         self._drawn = ""  # the boundary with the answers
 
@@ -188,8 +188,7 @@ class _Phase:
     def _report(self, done: int) -> None:
         if self._context.stop():
             raise InterruptedRun("stopped while answers were drawn", hint=RESUME)
-        if time.perf_counter() - self._emitted > PROGRESS_SECONDS:
-            self._emitted = time.perf_counter()
+        if self._pace.due():
             self._context.event("boundary", done=done, total=self._rows)
 
     def _answering(self) -> Make:

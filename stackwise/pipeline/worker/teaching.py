@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from stackwise.objectives.distillation import LikeliestTokens
 from stackwise.objectives.objective import Outputs
 from stackwise.objectives.preferences import side_log_probabilities
 from stackwise.pipeline.committed.partwise import PartwiseCapture, Progress
+from stackwise.pipeline.events import Pace
 from stackwise.pipeline.job import Source
 from stackwise.pipeline.parts import load_part, make_head
 from stackwise.pipeline.recipe import boundary_chunk_rows
@@ -35,8 +35,6 @@ from stackwise.training.forward import PassControl, forward_rows, write_boundary
 from stackwise.training.stage import StageModel
 
 Shape = tuple[int, int]  # positions and numbers at each
-
-PROGRESS_SECONDS = 0.25  # between two events on how far the teacher is
 
 
 @contextlib.contextmanager
@@ -76,7 +74,7 @@ class _Lesson:
     def __init__(self, context: StageContext, teacher: Teacher) -> None:
         self._context, self.teacher = context, teacher
         self._config = teacher.config.model_copy(update={"device": context.device.type})
-        self._emitted = 0.0
+        self._pace = Pace(at_once=True)
 
     def added(self, stack: contextlib.ExitStack, feed: Feed) -> Feed:
         """A feed with the teacher's sources beside its own."""
@@ -167,8 +165,7 @@ class _Lesson:
     def _report(self, progress: Progress) -> None:
         if self._context.stop():
             raise InterruptedRun("stopped while the teacher went over the rows", hint=RESUME)
-        if time.perf_counter() - self._emitted > PROGRESS_SECONDS:
-            self._emitted = time.perf_counter()
+        if self._pace.due():
             self._context.event("boundary", done=progress.done, total=progress.total)
 
 

@@ -31,15 +31,15 @@ from stackwise.pipeline.worker.order import row_order
 from stackwise.pipeline.worker.stores import Stores
 from stackwise.store import ActivationStore
 from stackwise.training import checkpoint
-from stackwise.training.adaptation import ADAPTATION
 from stackwise.training.anchor import FISHER, PLACE
 from stackwise.training.checkpoint import Checkpoints, reason
+from stackwise.training.curriculum import Routes
 from stackwise.training.engine import WEIGHT, Engine, State
 from stackwise.training.feed import Feed, RowGroups, ahead
 from stackwise.training.ranks import Ranks, SingleProcess
-from stackwise.training.routes import Routes
 from stackwise.training.stage import MeanLoss, StageModel
 from stackwise.training.swap import PIECES
+from stackwise.training.tasks import ADAPTATION
 from stackwise.training.trainer import MEMORY, Carried, Progress, Record, Rollback, Trainer, anchor
 
 Emit = Callable[[dict[str, Any]], None]
