@@ -370,13 +370,10 @@ class SwappedEngine:
                     losses.add(terms[number])
                     self._hand_down(index, number, batch)
                 else:
-                    with self.phases(FORWARD):
-                        leaving, handed_up = self._through(loaded, model, batch, terms[number], number, last)
-                    terms[number] = {name: replace(term, sum=term.sum.detach()) for name, term in handed_up.items()}
+                    terms[number] = self._through(loaded, model, batch, terms[number], number, last)
                     drawn = generator_state(self.device)
                     if not torch.equal(drawn, seeded):  # else the group above begins as this one did
                         self.spill.put(("draw", index + 1, number), drawn)
-                    self.spill.put(("x", index + 1, number), leaving.detach())
                 if index < self.lowest:
                     self.spill.drop(("x", index, number))
             if top:  # the true count is known only now
@@ -446,22 +443,25 @@ class SwappedEngine:
 
     def _through(
         self, loaded: Loaded, model: StageModel, batch: Batch, below: Mapping[str, Term], number: int, last: int
-    ) -> tuple[Tensor, dict[str, Term]]:
+    ) -> dict[str, Term]:
         """A microbatch up through a group; its pass is kept where there is room.
 
-        Where it is not, its graph is what the way down will make too, so that both are the same operations.
+        Where it is not, its graph is what the way down will make too, so that both are the same operations. It ends
+        here: it would keep the group's weights while the next one arrives.
         """
         index = loaded.group.index
         following = (len(self.groups) - 2 - index) * (last + 1) + last - number
         pieces = self.loader.pieces.keys() & loaded.parts.keys()  # they go with the group
         weights = self.kept.weights(index, loaded.parts)
         if index < self.lowest or pieces or not weights.may_wait or not self.kept.room(following):
-            with model.numerics(self.device):
-                return model.run(batch, below)
-        with weights.apart() as count, model.numerics(self.device):
-            leaving, terms = model.run(batch, below)
-        self.kept.put(index, number, Pass(batch, leaving, terms, count.nbytes))
-        return leaving, terms
+            with self.phases(FORWARD), model.numerics(self.device):
+                leaving, terms = model.run(batch, below)
+        else:
+            with self.phases(FORWARD), weights.apart() as count, model.numerics(self.device):
+                leaving, terms = model.run(batch, below)
+            self.kept.put(index, number, Pass(batch, leaving, terms, count.nbytes))
+        self.spill.put(("x", index + 1, number), leaving.detach())
+        return {name: replace(term, sum=term.sum.detach()) for name, term in terms.items()}
 
     def _terms(self, model: StageModel, batch: Batch, of_blocks: Mapping[str, Term]) -> dict[str, Term]:
         """The terms of the loss at the top, with those that the blocks below handed up."""

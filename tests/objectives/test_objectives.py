@@ -25,7 +25,7 @@ from stackwise.objectives import (
     make_objective,
     uniform_masks,
 )
-from stackwise.objectives.objective import HeadFunction, Outputs
+from stackwise.objectives.objective import HeadFunction, Outputs, flat_index
 from tests.conftest import raises_naming
 
 V, L, B, MASK = 97, 24, 6, 96
@@ -171,6 +171,34 @@ def test_mlm_shows_mask_random_and_same_in_its_shares() -> None:
     assert mask not in seen
     assert len(seen) == vocab - 1
     assert counts.std() / counts.mean() < 0.2, "random tokens are not uniform"
+
+
+@pytest.mark.parametrize("objective", [MaskDiffusionObjective(3), MLMObjective(3, 40)])
+def test_nothing_is_fetched_from_the_device_to_know_what_is_shown_and_scored(objective: RuntimeObjective) -> None:
+    device = torch.device("meta")  # which has no values: whoever asks it for some fails
+    tokens_BS, masks_BS = torch.arange(12).view(2, 6) % 5, torch.tensor([[True, False] * 3] * 2)
+    there = Batch(np.arange(2), np.zeros((2, 16), np.uint8), {"tokens": tokens_BS, "masks": masks_BS}).to(device)
+    assert objective.shown(there).device == device
+    assert len(flat_index(objective.positions(there), device)) == 6
+
+
+def test_an_index_goes_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pins, sends = list[Tensor](), list[tuple[Tensor, bool]]()
+
+    def pin(self: Tensor) -> Tensor:
+        pins.append(self.clone())
+        return pins[-1]
+
+    def to(self: Tensor, device: torch.device, *, non_blocking: bool = False) -> Tensor:
+        sends.append((self, non_blocking))
+        return self
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    assert flat_index(torch.tensor([[False, True, True]]), torch.device("cuda")).tolist() == [1, 2]
+    (sent, waits_not), (pinned,) = sends[0], pins
+    assert sent is pinned
+    assert waits_not
 
 
 def test_corruption_is_a_function_of_seed_sample_and_mask() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -54,6 +56,19 @@ def test_three_threads_read_what_one_reads_in_the_same_order(stored: Stored) -> 
     one, three = read(*stored, 1), read(*stored, 3)
     assert [rows for rows, _ in one] == [rows for rows, _ in three]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one, three, strict=True))
+
+
+def test_large_rows_are_read_and_digested_at_the_same_time(tmp_path: Path, x: np.ndarray) -> None:
+    together, bring = threading.Barrier(3), reading._LargeRow.bring
+
+    def brought(row: Any) -> Any:
+        together.wait(20)  # until so many threads are here, each with a row
+        return bring(row)
+
+    with ActivationStore(tmp_path / "s") as store, mock.patch.object(reading._LargeRow, "bring", brought):
+        info = write(store, x, codec="fp32", chunk_rows=1)
+        with with_threads(3), store.reader(info.id) as reader:
+            assert torch.equal(next(reader.stream(ORDER, 6))[1], torch.from_numpy(x[ORDER.at(0, 6)]))
 
 
 def test_a_changed_byte_is_found_by_whichever_thread_reads_it(stored: Stored) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -97,6 +100,55 @@ def test_the_next_group_comes_while_one_computes_or_when_it_has_gone(
         swapped.step(microbatches(step, 3), step, 1e-3)
         assert (lane.moves, lane.turn) == (turns, turns)
         assert lane.downs >= 5 * (1 + step)
+    swapped.close()
+
+
+class Device(FakeLane):
+    """One with memory of its own, which counts bytes of groups in it: now, at most, and of the largest one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = self.most = self.largest = 0
+
+    def count(self, nbytes: int) -> None:
+        with self.moved:
+            self.used += nbytes
+            self.most = max(self.most, self.used)
+
+    def up(self, loaded: Loaded) -> None:
+        taken = list[Tensor]()
+
+        def copied(tensor: Tensor) -> Tensor:
+            memory = np.empty(tensor.nbytes, np.uint8)
+            self.count(tensor.nbytes)
+            weakref.finalize(memory, self.count, -tensor.nbytes)
+            taken.append(torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape).copy_(tensor))
+            return taken[-1]
+
+        for module in loaded.parts.values():
+            module._apply(copied)
+        for tensors in (*loaded.states.values(), *loaded.gradients.values()):
+            tensors |= {name: copied(tensor) for name, tensor in tensors.items()}
+        self.largest = max(self.largest, sum(tensor.nbytes for tensor in taken))
+
+    def down(self, tensors: Mapping[str, Tensor], mark: Any) -> dict[str, Tensor]:
+        time.sleep(0.02)  # it is slower than what computes: a group that is not waited for would still be there
+        return {name: tensor.clone() for name, tensor in super().down(tensors, mark).items()}
+
+
+@pytest.mark.parametrize("clip", [0.5, 0.0])
+@pytest.mark.parametrize(("ahead", "groups"), [(False, 1), (True, 3)])
+def test_so_many_groups_are_on_the_device_also_while_they_are_updated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool, groups: int, clip: float
+) -> None:
+    device = Device()
+    monkeypatch.setattr(swap, "lane_to", lambda where: device)
+    monkeypatch.setattr(Loaded, "to", lambda loaded, where: device.up(loaded))
+    swapped = engine(RackParts(4, width=32), tmp_path / "swap", groups=4, ahead=ahead, grad_clip=clip)
+    for step in range(3):
+        swapped.step(microbatches(step, 2), step, 1e-3)
+    swapped.settle()
+    assert device.largest <= device.most <= groups * device.largest
     swapped.close()
 
 

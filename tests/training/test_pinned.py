@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from stackwise.config import StageTraining
 from stackwise.model import layers
 from stackwise.training import pinned
 from stackwise.training.engine import ResidentEngine
+from stackwise.training.feed import ahead
 from stackwise.training.pinned import Arrivals, HostCopy
 from tests.training.test_trainer import CPU, batch, model
 
@@ -62,6 +65,33 @@ def test_memory_that_cannot_be_pinned_is_ordinary_memory_and_said(monkeypatch: p
     assert list(pinned.pinned(iter(batches), said.append)) == batches  # type: ignore[arg-type]
     assert [one.tries for one in batches] == [1, 0]
     assert len(said) == 2
+
+
+def test_one_batch_is_pinned_while_another_thread_reads_the_next() -> None:
+    """Of large rows both take long."""
+    reads, threads = [threading.Event() for _ in range(4)], set[tuple[str, int]]()
+
+    class Read:
+        nbytes = 1
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def pinned(self) -> Any:
+            threads.add(("pins", threading.get_ident()))
+            assert self.number == 3 or reads[self.number + 1].wait(20)
+            return self
+
+    def batches() -> Iterator[Any]:
+        for number, read in enumerate(reads):
+            threads.add(("reads", threading.get_ident()))
+            read.set()
+            yield Read(number)
+
+    with ahead(batches(), torch.device("cuda"), warn=pytest.fail) as ready:
+        assert [read.number for read in ready] == list(range(4))  # type: ignore[attr-defined]
+    assert len(threads) == len({thread for _, thread in threads}) == 2
+    assert threading.get_ident() not in {thread for _, thread in threads}
 
 
 COPY, COMPUTE, LAUNCH = 3.0, 10.0, 0.1
@@ -113,7 +143,11 @@ class Travelling:
         return self
 
 
-def test_a_microbatch_travels_while_the_one_before_it_is_computed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("aside", [False, True])
+def test_a_microbatch_travels_while_the_one_before_it_is_computed_on(
+    monkeypatch: pytest.MonkeyPatch, aside: bool
+) -> None:
+    """Also where what computes is on a stream of its own."""
     clock = Clock()
 
     @contextlib.contextmanager
@@ -124,12 +158,13 @@ def test_a_microbatch_travels_while_the_one_before_it_is_computed_on(monkeypatch
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(clock))
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(clock))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: clock.computing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: clock.current)
     monkeypatch.setattr(torch.cuda, "stream", on)
     arrivals = Arrivals(torch.device("cuda"))
-    for _ in range(2):  # steps
-        for _ in arrivals.each(Travelling(clock) for _ in range(4)):  # type: ignore[misc]
-            clock.launch("compute", COMPUTE)
+    with on(Stream(clock) if aside else clock.computing):
+        for _ in range(2):  # steps
+            for _ in arrivals.each(Travelling(clock) for _ in range(4)):  # type: ignore[misc]
+                clock.launch("compute", COMPUTE)
     copies, computed = ([event[1:] for event in clock.events if event[0] == what] for what in ("copy", "compute"))
     assert all(end <= begun for (_, end), (begun, _) in zip(copies, computed, strict=True))
     assert [end for _, end in computed[:-1]] == [begun for begun, _ in computed[1:]], "the device never waits"
