@@ -10,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import stat
 from pathlib import Path
 from typing import IO, Any
 
+import xxhash
+
 from stackwise.errors import DamageError
 
 METADATA_BYTES = 64 << 20
 """Most bytes that a file of metadata (JSON, YAML, a mark) may have."""
+PIECE_BYTES = 8 << 20  # that are hashed at once: meanwhile other threads have the interpreter
 
 
 class IrregularFile(DamageError, OSError):
@@ -99,6 +103,31 @@ def open_to_write(path: Path, *, append: bool = False, root: Path | None = None)
     """A file object that writes a regular file, made where it is missing: from its start anew, or at its end."""
     how = os.O_APPEND if append else os.O_TRUNC
     return os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT | how, root=root), "ab" if append else "wb")
+
+
+def file_digest(path: Path, root: Path | None = None, *, begin: int = 0, nbytes: int | None = None) -> str:
+    """xxh3-128 of a regular file, or of some of its bytes, read in pieces.
+
+    Args:
+        path: The file.
+        root: See `open_regular`.
+        begin: The first byte.
+        nbytes: How many; None: all to the end.
+
+    Raises:
+        IrregularFile: It is a link, a FIFO, a device, a directory.
+        OSError: It is missing, or cannot be read.
+    """
+    hashed, left = xxhash.xxh3_128(), math.inf if nbytes is None else nbytes
+    with open(open_regular(path, root=root), "rb", buffering=0) as file:
+        # No more memory than there is to read: most files are small.
+        size = int(min(PIECE_BYTES, left, max(1, os.fstat(file.fileno()).st_size)))
+        piece = memoryview(bytearray(size))
+        file.seek(begin)
+        while left and (count := file.readinto(piece[: int(min(size, left))])):
+            hashed.update(piece[:count])
+            left -= count
+    return hashed.hexdigest()
 
 
 def read_bytes(path: Path, *, limit: int = METADATA_BYTES, root: Path | None = None) -> bytes:

@@ -61,14 +61,12 @@ ADAPTATIONS: Registry[type[Any]] = Registry(
 )
 
 
-class Mode(Kind):
-    """The schedule: which blocks become new with each stage, and what a stage holds, trains and reads.
+class ScheduleFacts(abc.ABC):
+    """What decides the schedule (a mode, growth, progressive training) says of it.
 
     A stage trains its blocks above the boundary that the stages below have made, unless a fact says otherwise.
     """
 
-    registry: ClassVar[Registry[Any]] = MODES
-    default: ClassVar[str] = "blockwise"
     apart: ClassVar[bool] = False
     """Whether no section of the rack stands on another: each trains between the front and a head of its own."""
     whole: ClassVar[bool] = False
@@ -79,7 +77,7 @@ class Mode(Kind):
     @property
     def grows(self) -> bool:
         """Whether each stage trains all the blocks so far, from tokens."""
-        return False
+        return self.joint
 
     @property
     def own_rows(self) -> bool:
@@ -94,6 +92,13 @@ class Mode(Kind):
     @abc.abstractmethod
     def partition(self, model: ModelConfig) -> list[Span]:
         """First and last block of each part of the rack that becomes new with a stage, lowest first."""
+
+
+class Mode(ScheduleFacts, Kind):
+    """The schedule: which blocks become new with each stage, and what a stage holds, trains and reads."""
+
+    registry: ClassVar[Registry[Any]] = MODES
+    default: ClassVar[str] = "blockwise"
 
     def faults(self, model: ModelConfig) -> Iterator[Fault]:
         """What of its settings the model cannot have."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from stackwise.config.choices import Span
+from stackwise.config.choices import ScheduleFacts, Span
 from stackwise.config.fields import Section, Share, Small
 
 if TYPE_CHECKING:
@@ -60,17 +60,12 @@ class Growth(Section):
 
 
 @dataclass(frozen=True)
-class Grown:
-    """The schedule of a rack that grows: it says what a `Mode` says (see `choices.Mode`)."""
+class Grown(ScheduleFacts):
+    """The schedule of a rack that grows."""
 
     phases: Sequence[Growth]
 
     name: ClassVar[str] = "growth"
-    apart: ClassVar[bool] = False
-    grows: ClassVar[bool] = True
-    own_rows: ClassVar[bool] = False
-    whole: ClassVar[bool] = False
-    finds_size: ClassVar[bool] = False
     joint: ClassVar[bool] = True
 
     def partition(self, model: ModelConfig) -> list[Span]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from stackwise.config.adapters import AdaptersConfig
-from stackwise.config.choices import Adaptation, Divergence, Fusion, Lookahead, Mode, Span, cut
+from stackwise.config.choices import Adaptation, Divergence, Fusion, Lookahead, Mode, ScheduleFacts, Span, cut
 from stackwise.config.continual import Continual, Meta
 from stackwise.config.fields import (
     AutoBool,
@@ -280,19 +280,10 @@ class QLoRAConfig(Section):
     alpha: Positive = Field(32.0, description="its scale is alpha / rank")
 
 
-class ProgressiveConfig(Section):
-    """Progressive training: the rack grows stack by stack. Where enabled, it wins over `training.mode`.
-
-    It says of the schedule what a `Mode` says.
-    """
+class ProgressiveConfig(ScheduleFacts, Section):
+    """Progressive training: the rack grows stack by stack. Where enabled, it wins over `training.mode`."""
 
     name: ClassVar[str] = "progressive"
-    apart: ClassVar[bool] = False
-    grows: ClassVar[bool] = False
-    own_rows: ClassVar[bool] = False
-    whole: ClassVar[bool] = False
-    finds_size: ClassVar[bool] = False
-    joint: ClassVar[bool] = False
 
     enabled: bool = Field(False, description="grow the rack stack by stack")
     trunk_strategy: Literal["frozen", "qlora"] = Field(
@@ -362,7 +353,6 @@ class ProgressiveConfig(Section):
     )
 
     def partition(self, model: ModelConfig) -> list[Span]:
-        """See `Mode.partition`."""
         return cut(model.n_blocks, model.architecture.blocks_per_stack)
 
     @property

@@ -28,7 +28,7 @@ from stackwise.store.layout import Layout, Lease
 from stackwise.store.metadata import describe, read_digests, read_rows, write_metadata
 from stackwise.store.records import BoundaryInfo, State, parse_run
 from stackwise.store.store import ActivationStore
-from stackwise.store.verify import Progress, Verifier, faulty_records
+from stackwise.store.upkeep import Progress, Verifier, faulty_records
 from stackwise.store.writer import Publisher
 
 Digests = npt.NDArray[np.uint64]

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from stackwise import durable
 from stackwise.errors import DamageError, UsageError
-from stackwise.files import IrregularFile, open_regular, read_json, remove_tree
+from stackwise.files import IrregularFile, file_digest, open_regular, read_json, remove_tree
 from stackwise.identity import Hex, content_id, digest, is_hex_id
 from stackwise.store import disk
 from stackwise.store.index import Index
@@ -30,7 +28,6 @@ from stackwise.store.records import parse_run
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,100}")
 _RECORD_BYTES = 256 << 20
-_READ = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -244,16 +241,6 @@ class Stages:
 
     def _lease(self, recipe: Hex) -> Lease:
         return Lease(self._layout.lock(f"stage-{recipe}"), f"stage {recipe}", alone=True)
-
-
-def file_digest(path: Path) -> Hex:
-    """xxh3-128 of a file's bytes, read in pieces."""
-    state = xxhash.xxh3_128()
-    with open(open_regular(path), "rb", buffering=0) as file:
-        buffer = memoryview(bytearray(max(1, min(_READ, os.fstat(file.fileno()).st_size))))
-        while count := file.readinto(buffer):
-            state.update(buffer[:count])
-    return state.hexdigest()
 
 
 def _write_part(directory: Path, part: str, write: Callable[[Path], None]) -> PartFile:

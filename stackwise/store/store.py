@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # numpy, and what works on rows, is imported when a row is: l
 
     from stackwise.store.dataset import BoundaryDataset
     from stackwise.store.rows import Ids, Rows, Rowset
-    from stackwise.store.verify import Progress
+    from stackwise.store.upkeep import Progress
 
 
 class ActivationStore:
@@ -262,7 +262,7 @@ class ActivationStore:
             `{"checked_chunks", "damaged": [{"boundary", "chunk", "fault"}], "orphans"}`, and beside these
             `checked_stages`, `unreadable` (what this user may not read) and `complete` (whether time sufficed).
         """
-        from stackwise.store.verify import Verifier
+        from stackwise.store.upkeep import Verifier
 
         return Verifier(self, progress=progress, fast=fast, subset=subset, max_duration=max_duration).run()
 
@@ -322,7 +322,7 @@ class ActivationStore:
         Raises:
             UsageError: No run is registered, and `all` was not said.
         """
-        from stackwise.store.collect import Collector
+        from stackwise.store.upkeep import Collector
 
         return Collector(self, dry_run=dry_run, all=all, forget_missing=forget_missing, progress=progress).run()
 
@@ -334,7 +334,7 @@ class ActivationStore:
         Returns:
             `{"stale_readers", "removed": [names], "held": [names]}`.
         """
-        from stackwise.store.collect import free_locks
+        from stackwise.store.upkeep import free_locks
 
         return free_locks(self)
 

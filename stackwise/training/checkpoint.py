@@ -23,11 +23,12 @@ from torch import Tensor
 
 from stackwise import durable, files
 from stackwise.errors import StackWiseError
+from stackwise.files import file_digest
 from stackwise.host import host_memory
 from stackwise.identity import digest
 from stackwise.training.pinned import HostCopy
 from stackwise.training.ranks import outlined
-from stackwise.training.tensor_files import TensorFile, file_digest, write_tensors
+from stackwise.training.tensor_files import TensorFile, write_tensors
 from stackwise.training.trainer import Record, Trainer
 
 

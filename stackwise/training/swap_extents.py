@@ -19,9 +19,10 @@ from pathlib import Path
 from torch import Tensor
 
 from stackwise import durable, files
+from stackwise.files import file_digest
 from stackwise.training.lanes import Buffers
 from stackwise.training.pinned import PAGE
-from stackwise.training.tensor_files import TensorFile, file_digest, nbytes_of, write_within
+from stackwise.training.tensor_files import TensorFile, nbytes_of, write_within
 
 Tensors = dict[str, Tensor]
 Key = tuple[str, str]  # of a file: a kind and a part; of what lies in it: a kind and a piece

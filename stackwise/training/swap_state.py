@@ -36,12 +36,13 @@ import torch
 from torch import Tensor
 
 from stackwise import durable, files
+from stackwise.files import file_digest
 from stackwise.training.checkpoint import reason, sealed, unsealed
 from stackwise.training.lanes import Buffers, Lane
 from stackwise.training.ranks import Ranks, SingleProcess
 from stackwise.training.swap_cache import PieceCache
 from stackwise.training.swap_extents import PieceFiles, Table
-from stackwise.training.tensor_files import TensorFile, aligned_first, file_digest, passes_cache, write_tensors
+from stackwise.training.tensor_files import TensorFile, aligned_first, passes_cache, write_tensors
 
 STATE, GRADIENTS, PIECES = "state", "gradients", "pieces"
 FORMAT = 2  # of the record and of what a state's tensors are called

@@ -61,22 +61,6 @@ def passes_cache(directory: Path) -> bool:
         path.unlink(missing_ok=True)
 
 
-def file_digest(path: Path, root: Path | None = None, *, begin: int = 0, nbytes: int | None = None) -> str:
-    """xxh3-128 of a regular file, or of some of its bytes.
-
-    Raises:
-        IrregularFile: It is a link, a FIFO, a device, a directory.
-    """
-    hashed, left = xxhash.xxh3_128(), math.inf if nbytes is None else nbytes
-    piece = memoryview(bytearray(int(min(_PIECE, left))))
-    with io.FileIO(files.open_regular(path, root=root), "rb") as file:
-        file.seek(begin)
-        while left and (count := file.readinto(piece[: int(min(_PIECE, left))])):
-            hashed.update(piece[:count])
-            left -= count
-    return hashed.hexdigest()
-
-
 def aligned_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors in an order in which most can be used where a file has them, without a copy."""
     return dict(sorted(tensors.items(), key=lambda one: one[1].nbytes % ALIGNED != 0))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from stackwise.cli.commands.look import status as status_command
+from stackwise.cli.commands.use import status as status_command
 from stackwise.config import StackWiseConfig
 from stackwise.config.yaml_files import dump
 from stackwise.errors import BusyError, InterruptedRun, StackWiseError, UsageError

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stackwise.files import file_digest
 from stackwise.training.lanes import Buffers
-from stackwise.training.tensor_files import TensorFile, aligned_first, file_digest, passes_cache, write_tensors
+from stackwise.training.tensor_files import TensorFile, aligned_first, passes_cache, write_tensors
 
 WAYS = ("cached", "direct")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stackwise import words
-from stackwise.cli.commands.look import show_comparison
+from stackwise.cli.commands.use import show_comparison
 from stackwise.cli.drawing import Table, phases
 from stackwise.cli.options import RUNS, as_json, config_argument, load, max_time_option, preset_option
 from stackwise.cli.output import keep_going_without_output, print_event, print_json, say, say_all
