@@ -86,16 +86,19 @@ def test_plain_lines(view: RunView, capsys: pytest.CaptureFixture[str]) -> None:
     for event in EVENTS:
         lines(event)
     said = [line[9:] for line in capsys.readouterr().out.splitlines()]
-    assert "note: a setting is unused" in said
-    assert "stage 0: reuse (the same)" in said
-    assert "stages 1–2: train, 60 steps (not trained yet)" in said
-    assert "stage 0: reused (committed: the recipe is the same)" in said
-    assert "stage 1: training, 60 steps (changed: [x] → y)" in said
-    assert "stage 1: boundary written: 8.00 MB in 2.00 s, 4.00 MB/s" in said
+    for facts in (
+        ("a setting is unused",),
+        ("stage 0", "(the same)"),
+        ("stages 1–2", "60", "(not trained yet)"),
+        ("stage 0", "(committed: the recipe is the same)"),
+        ("stage 1", "60", "(changed: [x] → y)"),
+        ("stage 1", "8.00 MB", "2.00 s", "4.00 MB/s"),
+        ("1:15",),
+    ):
+        assert any(all(fact in line for fact in facts) for line in said), facts
     steps = [line for line in said if "step " in line and "loss" in line]
     assert [line.split("  ")[0] for line in steps] == ["stage 1: step 9/60", "stage 1: step 60/60"]
-    assert "lr 2.1e-3  8,420 tokens/s  wait 1.2%  memory 612 MB" in steps[0]
-    assert "done in 1:15" in said
+    assert all(figure in steps[0] for figure in ("2.1e-3", "8,420", "1.2%", "612 MB"))
 
 
 def test_plain_lines_are_seconds_apart(
@@ -178,7 +181,9 @@ def test_the_running_stage_has_a_bar_and_its_figures_under_it(view: RunView) -> 
     console.print(live.render())
     lines = [line.strip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     assert set(lines[-2]) <= set("━─")
-    assert lines[-1].startswith("stage 1  10/60  loss 2.500  lr 2.1e-3  8,420 tokens/s  wait 1.2%  memory 612 MB  0:")
+    assert all(
+        figure in lines[-1] for figure in ("stage 1", "10/60", "2.500", "2.1e-3", "8,420", "1.2%", "612 MB", "0:")
+    )
 
 
 def test_ranks_are_under_the_running_stage_the_slowest_marked(
@@ -200,7 +205,7 @@ def test_ranks_are_under_the_running_stage_the_slowest_marked(
     rows = [line.split() for line in drawn.splitlines()]
     assert ["11", "2,100", "2.0%", "10%", "612", "MB", "slowest"] in rows
     assert ["…", "4", "more"] in rows
-    assert "slowest rank 11, others wait up to 40%" in capsys.readouterr().out
+    assert any("11" in line and "40%" in line for line in capsys.readouterr().out.splitlines())
 
 
 def test_time_left_follows_the_pace(view: RunView, monkeypatch: pytest.MonkeyPatch) -> None:

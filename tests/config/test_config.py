@@ -147,63 +147,61 @@ def test_all_faults_of_a_file_are_reported_at_once() -> None:
             "stages": {0: {"training": {"seq_len": 2}}},
         }
     )
-    said = "\n".join(found)
-    for line in (
-        "modle: unknown key; did you mean model?",
-        "learning_rate: unknown key; did you mean training.learning_rate?",
-        "training.lerning_rate: unknown key; did you mean training.learning_rate or training.",
-        "training.mode: must be one of layerwise, blockwise, fused, independent, end_to_end, in_turn, not 'x'",
-        "training.min_mask_fraction: must be more than 0.0, not 0",
-        "training.steps: must be a whole number, not '3'",
-        "training.batch_size: must be at least 1, not 0",
-        "model.n_heads: 3 heads do not divide d_model 64",
-        "stages.0.training.seq_len: unknown key; did you mean training.seq_len?",
-    ):
-        assert line in said
+    at_fault = dict(fault.split(": ", 1) for fault in found)
+    for key, value in {
+        "training.mode": "'x'", "training.min_mask_fraction": "0", "training.steps": "'3'", "training.batch_size": "0",
+        "model.n_heads": "64", "store.keep": "-1", "data.paths": "[1]", "device": "'gpu'",
+    }.items():  # fmt: skip
+        assert value in at_fault[key]
+    for key, meant in {
+        "modle": "model", "learning_rate": "training.learning_rate", "training.lerning_rate": "training.learning_rate",
+        "stages.0.training.seq_len": "training.seq_len",
+    }.items():  # fmt: skip
+        assert meant in at_fault[key]
     assert len(found) == 12
 
 
 @pytest.mark.parametrize(
-    ("overrides", "line"),
+    ("overrides", "key"),
     [
-        ({"training__max_mask_fraction": 1.5}, "training.max_mask_fraction: must be at most 1.0, not 1.5"),
-        ({"training__min_mask_fraction": 0.95}, "is more than max_mask_fraction"),
-        ({"model__ffn": {"kind": "moe", "experts": 2, "at": [1, 1]}}, "block 1 is named twice"),
-        ({"training__n_stages": 9}, "9 stages are more than the 4 blocks"),
-        ({"stages": {7: {}}}, "stages.7: there is no such stage: the schedule has 2 (0 to 1)"),
-        ({"model__n_kv_heads": 3}, "3 key and value heads do not divide 4 heads"),
-        ({"model__head_size": 7}, "model.head_size: rotary positions need an even head width, not 7"),
-        ({"model__position_offset": 2}, "model.position_offset: 2, but only learned positions have a table"),
+        ({"training__max_mask_fraction": 1.5}, "training.max_mask_fraction"),
+        ({"training__min_mask_fraction": 0.95}, "training.min_mask_fraction"),
+        ({"model__ffn": {"kind": "moe", "experts": 2, "at": [1, 1]}}, "model.ffn.at"),
+        ({"training__n_stages": 9}, "training.mode.n_stages"),
+        ({"stages": {7: {}}}, "stages.7"),
+        ({"model__n_kv_heads": 3}, "model.attention.kv_heads"),
+        ({"model__head_size": 7}, "model.head_size"),
+        ({"model__position_offset": 2}, "model.position_offset"),
         (
             {"model__attention": {"kind": "linear", "window": 4}},
-            "linear has no window: it is a setting of mha, gqa, mla",
+            "model.attention.window",
         ),
-        ({"model__attention": {"kind": "mla", "qk_norm": True}}, "mla has no qk_norm: it is a setting of mha, gqa"),
-        ({"model__attention": {"kind": "mha", "window_blocks": [1]}}, "there is no window"),
-        ({"model__attention": {"kind": "mha", "window": 3, "window_blocks": [4]}}, "there is no block 4"),
-        ({"model__rope_scaling": {"kind": "longrope"}}, "must be one of none, linear, dynamic, llama3, yarn"),
+        ({"model__attention": {"kind": "mla", "qk_norm": True}}, "model.attention.qk_norm"),
+        ({"model__attention": {"kind": "mha", "window_blocks": [1]}}, "model.attention.window_blocks"),
+        ({"model__attention": {"kind": "mha", "window": 3, "window_blocks": [4]}}, "model.attention.window_blocks"),
+        ({"model__rope_scaling": {"kind": "longrope"}}, "model.rope_scaling"),
         (
             {"model__positions": "learned", "model__rope_scaling": {"kind": "linear", "factor": 2.0}},
-            "there is nothing to scale",
+            "model.rope_scaling.kind",
         ),
         (
             {
                 "model__attention": "mla",
                 "model__rope_scaling": {"kind": "yarn", "factor": 2.0, "original_max_position_embeddings": 8},
             },
-            "mla attention has no place for a factor on all scores",
+            "model.rope_scaling.attention_factor",
         ),
-        ({"data__vocab_size": 100}, "less than 258"),
-        ({"training__learning_rate": float("nan")}, "training.learning_rate: must be"),
-        ({"store__keep": "some"}, "store.keep: must be one of all, none"),
-        ({"seed": -1}, "seed: must be at least 0"),
-        ({"name": "../up"}, "name: must be letters, digits"),
-        ({"training": 3}, "training: must be a section of settings"),
+        ({"data__vocab_size": 100}, "data.vocab_size"),
+        ({"training__learning_rate": float("nan")}, "training.learning_rate"),
+        ({"store__keep": "some"}, "store.keep"),
+        ({"seed": -1}, "seed"),
+        ({"name": "../up"}, "name"),
+        ({"training": 3}, "training"),
     ],
 )
-def test_faults(overrides: dict[str, Any], line: str) -> None:
+def test_faults(overrides: dict[str, Any], key: str) -> None:
     tree = {"model": {"architecture": {"n_stacks": 4}}, "training": {"block_size": 2}}
-    assert any(line in fault for fault in faults(tree, **overrides)), faults(tree, **overrides)
+    assert [fault.partition(": ")[0] for fault in faults(tree, **overrides)] == [key]
 
 
 def test_numbers_in_scientific_notation_are_numbers() -> None:
@@ -211,24 +209,24 @@ def test_numbers_in_scientific_notation_are_numbers() -> None:
         "training.learning_rate": 1e-3,
         "a": [1000.0, "x"],
     }
-    with pytest.raises(UsageError, match="needs KEY=VALUE"):
+    with raises_naming(UsageError, "training.learning_rate"):
         parse_overrides(["training.learning_rate"])
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("text", "where"),
     [
         ("a: [1", "line 1"),
-        ("name: x\nname: y\n", "line 2, column 1: key 'name' is given twice"),
-        ("- 1\n", "a mapping of settings was expected"),
-        ("? [1]\n: 2\n", "is no key"),
-        ("a: !!python/object/apply:os.system [ls]\n", "tags are not read here"),
+        ("name: x\nname: y\n", "line 2, column 1"),
+        ("- 1\n", "[1]"),
+        ("? [1]\n: 2\n", "line 1, column 3"),
+        ("a: !!python/object/apply:os.system [ls]\n", "line 1, column 4"),
     ],
 )
-def test_what_is_no_configuration(text: str, line: str, tmp_path: Path) -> None:
+def test_what_is_no_configuration(text: str, where: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=line.replace("[", r"\[")):
+    with raises_naming(ConfigError, where):
         StackWiseConfig.from_yaml(str(path))
 
 
