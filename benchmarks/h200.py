@@ -9,8 +9,10 @@ follow from the device's memory; on a CPU they are the smallest, so that the com
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +27,8 @@ from stackwise import durable, files, words
 
 LEAST = 20.0
 """Seconds below which a part is not begun any more."""
+GRACE = 20.0
+"""Seconds that a part has to clean up once it is ended."""
 
 
 @dataclass(frozen=True)
@@ -181,10 +185,26 @@ def _json(command: Sequence[str], seconds: float) -> Any:
         ValueError: It failed; the last line that it said.
         TimeoutExpired: It took longer.
     """
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=dict(os.environ))
-    if done.returncode:
-        raise ValueError((done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1])
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, errors = process.communicate(timeout=seconds)
+    except BaseException:  # the time is up, or Ctrl-C: runs that it has started would go on, and hold the device
+        _end(process)
+        raise
+    if process.returncode:
+        raise ValueError((errors.strip().splitlines() or [f"it ended with {process.returncode}"])[-1])
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a part and what it has started: first as Ctrl-C does, so that its directory goes."""
+    for ending in (signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, ending)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=GRACE)
 
 
 def _settings(result: Any) -> list[Result]:

@@ -33,7 +33,7 @@ from stackwise.pipeline.estimate import (
 from stackwise.pipeline.plan import Plan, check_data
 from stackwise.pipeline.recipe import SHUFFLED_CHUNKS, boundary_bytes, order_rows, stage_steps, whole_boundary
 from stackwise.pipeline.rows import HELD_OUT, choose_samples, drawn_rows
-from stackwise.pipeline.schedule import Stage, schedule
+from stackwise.pipeline.schedule import HEAD, Stage, schedule
 from stackwise.words import size as in_bytes
 
 KEY = "training.windows"
@@ -85,8 +85,7 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
     rows = -(-max((plan.rowset(stage.rowset)[1] for stage in kept), default=0) // disks(config))
     boundary, keep = boundary_bytes(config, rows), config.store.keep
     reading = sum(plan.stores(stage) for stage in {stage.depth: stage for stage in plan.stages}.values())
-    # At a handoff two live at once: the one that is read, and the one that is written.
-    live = reading if keep == "all" else min(reading, 2 if keep == "none" else 2 + int(keep))
+    live = _at_once(reading, keep)
     present = sum(info.disk_bytes for info in plan.store.boundaries())
     boundaries = max(0, boundary * live - present) if todo else 0
     weights = sum(estimate.trained_parameters for estimate in estimates) * WEIGHT_BYTES
@@ -115,15 +114,18 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
     state = max((estimate.state_bytes(gradients=True) for estimate in resident), default=0)
     if needed > free:
         # What takes most decides what helps.
-        ways = {
-            boundaries: "lower training.rows or training.steps, set store.keep: none or training.windows",
-            weights: "take fewer, larger stages (training.mode.block_size): each keeps a head of its own",
-            checkpoints: "take smaller stages (training.mode.block_size)",
-        }
+        most = max(boundaries, weights, checkpoints)
+        if most == boundaries:
+            ways = _smaller_boundaries(plan, estimates, boundaries, free - checkpoints)
+        elif most == weights:
+            heads = (len(estimates) - 1) * WEIGHT_BYTES * estimates[-1].parameters(HEAD)
+            ways = [f"take larger stages (training.mode.block_size): {in_bytes(heads)} are heads"] if heads else []
+        else:
+            ways = ["take smaller stages (training.mode.block_size)"]
         raise NoSpaceError(
             f"the run needs {in_bytes(needed)} of disk (boundaries {in_bytes(boundaries)}, committed weights "
             f"{in_bytes(weights)}, checkpoints {in_bytes(checkpoints)}) and {disk} has {in_bytes(free)} free",
-            hint=f"{ways[max(ways)]}, or name a larger disk with store.path",
+            hint="; ".join([*ways, "name a larger disk with store.path"]),
         )
     if todo and config.store.max_bytes is not None and allowed is not None and boundary * min(live, 2) > allowed:
         beside = f" beside {in_bytes(weights)} of committed stages" if config.windows > 1 else ""
@@ -162,6 +164,38 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
         "traffic": traffic_of(decisions).plain(),
         "separate": separate_traffic(plan, decisions).plain(),
     }
+
+
+def _smaller_boundaries(plan: Plan, estimates: Sequence[Estimate], boundaries: int, free: int) -> list[str]:
+    """What makes the boundaries of a run smaller, each change with the bytes that they then take.
+
+    Args:
+        boundaries: Bytes of those that live at once.
+        free: Bytes of the disk for them and for committed weights.
+    """
+    config, ways, stages = plan.config, list[str](), {stage.depth: stage for stage in plan.stages}.values()
+    if config.has_windows and config.windows == 1:
+        room = free - committed_bytes(config, plan.vocabulary.size, plan.drawn(plan.stages[0]), windows=2)
+        if room > 0:
+            windows = max(2, math.ceil(boundaries / room))
+            ways.append(f"training.windows: {windows} leaves {in_bytes(boundaries / windows)} of boundaries")
+    rows = boundaries / max(1, boundary_bytes(config, 1))
+    for key, value in (("keep", "none"), ("codec", "int8"), ("every", 2)):
+        other = config.model_copy(deep=True)
+        setattr(other.store, key, value)
+        stored = [sum(s.reads_boundary and one.stores_boundary(s.depth) for s in stages) for one in (config, other)]
+        alive = [_at_once(count, one.store.keep) for count, one in zip(stored, (config, other), strict=True)]
+        left = rows * boundary_bytes(other, 1) * alive[1] / max(1, alive[0])
+        if left < 0.98 * boundaries:
+            ways.append(f"store.{key}: {value} leaves {in_bytes(left)}")
+    if config.training.grown is None and len(estimates) > 1:
+        ways.append("training.growth stores none")
+    return [*ways, "lower training.rows or training.steps"]
+
+
+def _at_once(stored: int, keep: int | str) -> int:
+    """Boundaries that live at once: at a handoff two, one that is read and one that is written; and those kept."""
+    return stored if keep == "all" else min(stored, 2 if keep == "none" else 2 + int(keep))
 
 
 def planned_notes(plan: Plan, swapped: Collection[int] | None) -> list[str]:

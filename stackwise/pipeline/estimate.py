@@ -222,12 +222,16 @@ class Estimate:
         # In the second microbatch gradients are there from the start; in an only one they come as activations go.
         gradients = state - without if settings.accumulation > 1 else 0
         held = phase.frozen_bytes + copies - left_out
-        at_end = state + held, max(again, kept / max(1, blocks))
+        of_lowest = max(again, kept / max(1, blocks))
+        peaks = [(without + held + gradients + loss, kept + at_head)]
         if half and settings.accumulation > 1:
-            # Weights are cast once a step, so that their 16-bit gradients are added up when all blocks are done.
-            cast = sum(phase.parameters(part) for part in stage.trains if part != FRONT)
-            at_end = at_end[0] + 2 * share * cast, at_end[1]
-        peaks = [at_end, (without + held + gradients + loss, kept + at_head)]
+            # Weights are cast once a step, so that their 16-bit gradients are added up when all blocks are done: as the
+            # lowest goes back those of the others are there, and then its own in place of what it kept.
+            cast = share * sum(phase.parameters(part) for part in stage.trains if part != FRONT)
+            lowest = min(cast, parameters / present)
+            peaks += [(state + held + 2 * (cast - lowest), of_lowest), (state + held + 2 * cast, 0.0)]
+        else:
+            peaks.append((state + held, of_lowest))
         if every:  # as the uppermost of those blocks is recomputed, what enters those below is there
             of_head = WEIGHT_BYTES * projection * (HEAD in stage.trains)
             peaks.append((without + held + max(gradients, of_head), kept + again))

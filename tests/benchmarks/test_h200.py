@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks import document, h200
@@ -57,6 +59,22 @@ def test_results_are_kept_and_the_same_command_goes_on(
     kept["device"] = "another"
     (tmp_path / "out" / "results.json").write_text(json.dumps(kept))
     assert h200.main(given[:4]) == 2
+
+
+def test_a_part_whose_time_is_up_takes_what_it_started_with_it(tmp_path: Path) -> None:
+    """Else a run goes on, and holds the card that the next part is to be measured on."""
+    script = f"""
+import subprocess, sys, tempfile, pathlib
+with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):
+    run = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(run.pid))
+    run.wait()
+"""
+    with pytest.raises(subprocess.TimeoutExpired):
+        h200._json([sys.executable, "-c", script], 5.0)
+    run = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(run) or psutil.Process(run).status() == psutil.STATUS_ZOMBIE
+    assert [path.name for path in tmp_path.iterdir()] == ["pid"]
 
 
 def test_every_device_has_a_shape_and_every_part_a_command() -> None:

@@ -6,6 +6,7 @@ import importlib
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,6 +212,40 @@ def test_a_store_that_is_elsewhere_is_said_before_anything_trains_again(
 def test_what_does_not_fit_is_said(micro: Micro, tmp_path: Path) -> None:
     with pytest.raises(NoSpaceError, match=r"store\.max_bytes"):
         previewed(micro(store__max_bytes=1000), tmp_path / "run")
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("settings", "free", "helps", "others"),
+    [
+        (
+            {"training__steps": 400}, 2_500_000,
+            ("windows: ", "keep: none", "codec: int8", "every: 2", "growth"), ("block_size",),
+        ),
+        (
+            {"training__steps": 400, "store__codec": "int8", "store__keep": "none"}, 10,
+            ("growth",), ("codec", "keep", "windows"),
+        ),
+        ({"training__steps": 1}, 20_000, (), ("windows", "codec", "growth")),
+    ],
+)  # fmt: skip
+def test_a_disk_that_is_too_small_is_refused_with_what_each_change_comes_to(
+    micro: Micro,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    free: int,
+    helps: tuple[str, ...],
+    others: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=free, used=0, free=free))
+    with pytest.raises(NoSpaceError) as refused:
+        previewed(micro(model__architecture__n_stacks=4, **settings), tmp_path / "run")
+    hint = str(refused.value.hint)
+    for way in (*helps, "store.path"):
+        assert way in hint, hint
+    for other in others:
+        assert other not in hint, hint
     assert files(tmp_path) == set()
 
 

@@ -62,6 +62,8 @@ def test_the_estimate_of_a_presets_stage_is_within_5_percent_of_its_traced_peak(
     fat = {"training.mode.block_size": 4, "training.accumulation": 2, "training.batch_size": 64}
     for every in (True, 3):
         cases += estimates("bert-base", "cuda", 1, **fat, **{"training.activation_checkpointing": every})
+    one = {"training.mode": "layerwise", "training.activation_checkpointing": True}
+    cases += estimates("llama-70b", "cuda", 1, **one)
     for estimate in cases:
         found = tracer.traced(estimate)
         assert found.note is None
@@ -243,6 +245,10 @@ def test_what_does_not_fit_is_told_with_changes_that_help() -> None:
     lines = advise(whole, None)
     assert any(line.startswith("training.mode.block_size: ") for line in lines)
     assert any(line.startswith("training.swap: auto") for line in lines)
+    for size in (2e11, 1e9):  # enough for some windows, and not even for weights
+        on = replace(small, disk=replace(small.disk, size=size))
+        staged = forecast(StackWiseConfig.from_preset("llama-1b"), on, 10**9)
+        assert any(line.startswith("training.windows: ") for line in advise(staged, None))
     others = {other.name.split(",")[0].split(" over")[0]: other for other in alternatives(whole)}
     assert {"resident stages of 1 block", "the whole rack end to end", "QLoRA end to end"} <= set(others)
     assert others["resident stages of 1 block"].memory < max(s.memory["peak"] for s in whole.stages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stackwise import words
 from stackwise.config import StackWiseConfig
@@ -164,6 +164,10 @@ def _changes(planned: Forecast) -> Iterator[str]:
                 f"training.windows: {windows} leaves {words.size(planned.boundaries * planned.windows / windows)} of "
                 "boundaries at once"
             )
+        elif config.has_windows:
+            in_two = replace(planned, windows=2)
+            beside = words.size(in_two.live - in_two.boundaries)
+            yield f"training.windows: in windows weights, moments and checkpoints alone take {beside} of the disk"
         options += [
             ("store.keep: none", lambda c: setattr(c.store, "keep", "none")),
             ("store.codec: int8", lambda c: setattr(c.store, "codec", "int8")),
