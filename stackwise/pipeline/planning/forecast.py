@@ -226,17 +226,19 @@ def forecast(
     if tokens is None:
         tokens = DEFAULT_TOKENS
         notes.append("training.steps and training.tokens are null: 1 G tokens a stage are taken (--tokens says others)")
-    stages = []
+    stages, direct = [], False
     for estimate in of_stages:
         swap = estimate.swap(int(machine.memory), int(machine.ram))
         if swap is not None:
-            memory = _swapped(estimate, swap)
+            memory, direct = _swapped(estimate, swap), direct or swap.direct
         else:
             memory = tracer.traced(estimate) if tracer is not None else Traced(estimated(estimate))
         stages.append(_stage(estimate, swap, memory, machine, tokens, _place(config, at, estimate.stage)))
     if speeds := [stage.reached for stage in stages if stage.reached is not None]:
         of_step = f"{rowed:,} tokens a step"
         notes.append(f"what is streamed reaches {min(speeds):.0%} of its speed in memory, with {of_step}")
+    if direct:
+        notes.append("files of what is streamed go past the page cache, which cannot keep them")
     whole = Forecast(config, machine, vocab_size, tokens, stages, config.windows, notes)
     if config.has_windows and config.training.windows == AUTO and whole.boundaries:
         limit = min(machine.disk.size, config.store.max_bytes or machine.disk.size) - whole.live + whole.boundaries
