@@ -206,10 +206,7 @@ class SwappedEngine:
         self.spill.clear()
         for loaded in in_turn([partial(self.loader.load_to_update, group) for group in self.groups]):
             index = loaded.group.index
-            self.loader.update(loaded)
-            self.loader.fill(loaded)
-            self.loader.take_mean(loaded)
-            model = self.parts.model(loaded.parts).eval()
+            model = self._settled(loaded, self.loader.update)
             for number, cpu_batch in enumerate(held):
                 batch = self._entering(index, number, cpu_batch, track=False)
                 self.spill.drop(("x", index, number))
@@ -231,7 +228,7 @@ class SwappedEngine:
         self.spill.clear()
         for loaded in in_turn([partial(self.loader.load, group) for group in self.groups]):
             index = loaded.group.index
-            model = self._settled(loaded)
+            model = self._settled(loaded, self.loader.receive)
             for number, cpu_batch in enumerate(batches):
                 batch = self._entering(index, number, cpu_batch)
                 if index == top:
@@ -242,9 +239,10 @@ class SwappedEngine:
                 with torch.no_grad(), model.numerics(self.device):
                     leaving, terms[number] = model.run(batch, terms[number])
                 self.spill.put(("x", index + 1, number), leaving)
+            del loaded, model
         for loaded in in_turn([partial(self.loader.load, group) for group in self.groups[self.lowest : -1][::-1]]):
             index = loaded.group.index
-            model = self._settled(loaded)
+            model = self._settled(loaded, self.loader.receive)
             head = self.loader.tied_head(loaded) if self.tied and index == 0 else None
             for number, cpu_batch in enumerate(batches):
                 batch = self._entering(index, number, cpu_batch)
@@ -262,12 +260,14 @@ class SwappedEngine:
                     pull(roots, slopes)
                     squares.take(loaded.parameters())
                     self._hand_down(index, number, batch)
+                del leaving, of_blocks, roots  # whose graphs have the weights
+            del loaded, model, head
         self.spill.clear()
         return squares.means(len(batches))
 
-    def _settled(self, loaded: Loaded) -> StageModel:
-        """A group with the weights that are committed, without dropout."""
-        self.loader.receive(loaded)
+    def _settled(self, loaded: Loaded, begin: Callable[[Loaded], None]) -> StageModel:
+        """A group, once it is updated or received, with the weights that are committed, without dropout."""
+        begin(loaded)
         self.loader.fill(loaded)
         self.loader.take_mean(loaded)
         return self.parts.model(loaded.parts).eval()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,16 @@ def test_so_many_groups_are_on_the_device_also_while_they_are_updated(
     monkeypatch.setattr(swap, "lane_to", lambda where: device)
     monkeypatch.setattr(Loaded, "to", lambda loaded, where: device.up(loaded))
     swapped = engine(RackParts(4, width=32), tmp_path / "swap", groups=4, ahead=ahead, grad_clip=clip)
-    for step in range(3):
-        swapped.step(microbatches(step, 2), step, 1e-3)
-    swapped.settle()
-    assert device.largest <= device.most <= groups * device.largest
+    works: list[Callable[[], object]] = [
+        *(partial(swapped.step, microbatches(step, 2), step, 1e-3) for step in range(3)),
+        swapped.settle,
+        lambda: swapped.evaluate(microbatches(5, 2)),
+        lambda: swapped.squared_gradients(microbatches(6, 2)),
+    ]
+    for work in works:
+        device.most = device.largest = 0
+        work()
+        assert device.largest <= device.most <= groups * device.largest
     swapped.close()
 
 
