@@ -86,3 +86,14 @@ def under(key: str) -> Iterator[None]:
     except StackWiseError as error:
         error.message = f"{key}: {error.message}"
         raise
+
+
+def line_of(error: BaseException, otherwise: str | None = None) -> str:
+    """The first line of what an error of another package says: its text may be a page.
+
+    Args:
+        error: The error.
+        otherwise: What stands for a text that is empty; None: the name of its class.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__ if otherwise is None else otherwise

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from stackwise.errors import NotFound, UsageError
+from stackwise.errors import NotFound, UsageError, line_of
 from stackwise.files import read_bytes
 from stackwise.identity import Hex, digest
 
@@ -148,7 +148,7 @@ def _import(what: str, load: Callable[[], object]) -> None:
     except UsageError as error:  # of a kind that it registers
         raise UsageError(f"plugin {what}: {error.message}", hint=error.hint) from error
     except (Exception, SystemExit) as error:
-        line = (str(error).splitlines() or [""])[0]
+        line = line_of(error, "")
         raise UsageError(
             f"plugin {what} cannot be imported: {type(error).__name__}: {line}", hint=f"mend it, or unset {PLUGINS}"
         ) from error

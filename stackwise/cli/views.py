@@ -13,7 +13,7 @@ from stackwise import words
 from stackwise.cli.drawing import Table, drawn, state
 from stackwise.cli.output import Line, Styled, is_live, print_event, say
 from stackwise.cli.tables import ranks_table
-from stackwise.pipeline.events import EVENTS, PHASES, wording
+from stackwise.pipeline.events import EVENTS, PHASES, Event, wording
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from stackwise.config import StackWiseConfig
 
-Event = dict[str, Any]
+
 SECONDS = 5.0
 """Between two lines of progress, and between two lines on skipped steps."""
 ROWS = 16

@@ -23,7 +23,7 @@ from stackwise.data import documents
 from stackwise.data.documents import CHAT_COLUMNS, PAIR, SCORED, Document, TokenDocument, repair, token_document
 from stackwise.data.tokenizer import Tokenizer
 from stackwise.durable import write_bytes
-from stackwise.errors import NotFound, StackWiseError, UsageError
+from stackwise.errors import NotFound, StackWiseError, UsageError, line_of
 from stackwise.identity import digest
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ class Chat:
         try:
             text = self._compiled.render(messages=messages, add_generation_prompt=ask, **self.specials)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            what = (str(error).splitlines() or ["?"])[0][:200]
+            what = line_of(error, "?")[:200]
             raise UsageError(f"{where}: the chat template cannot take these messages ({what})") from None
         return repair(text)
 

@@ -40,7 +40,7 @@ from stackwise.data.documents import (
     missing_column,
     text_document,
 )
-from stackwise.errors import StackWiseError, UsageError
+from stackwise.errors import StackWiseError, UsageError, line_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -345,7 +345,7 @@ def _arrow_faults(path: Path, kind: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else (str(error).splitlines() or ["?"])[0]
+        what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else line_of(error, "?")
         raise UsageError(f"{path}: not a readable {kind} file ({what})") from None
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from stackwise import files
 from stackwise.durable import write_bytes, write_json
-from stackwise.errors import NotFound, StackWiseError, UsageError
+from stackwise.errors import NotFound, StackWiseError, UsageError, line_of
 from stackwise.identity import Hex, digest
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def _library(message: str, hint: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, MemoryError, StackWiseError):
         raise
     except BaseException as error:
-        reason = (str(error).splitlines() or ["unreadable"])[0]
+        reason = line_of(error, "unreadable")
         raise UsageError(f"{message} ({reason})", hint=hint) from None
 
 

@@ -18,11 +18,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
-from stackwise.config.fields import Positive, Section, Size, Text
+from stackwise.config.fields import Positive, Section, Share, Size, Text
 from stackwise.config.kinds import Fault, Objective, Score, choice
 from stackwise.errors import UsageError
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Masking(Objective):

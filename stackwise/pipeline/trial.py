@@ -13,6 +13,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.continual import EWC
 from stackwise.config.loading import build
 from stackwise.config.yaml_files import parse_yaml
+from stackwise.errors import line_of
 from stackwise.host import Memory
 from stackwise.pipeline.device import cannot_repeat, is_out_of_memory, make_deterministic, memory
 from stackwise.pipeline.schedule import Stage
@@ -67,7 +68,7 @@ def run_compile(job: CompileJob, device: torch.device) -> dict[str, Any]:
     except Exception as error:  # a compiler has as many kinds of failure as parts
         if is_out_of_memory(error) or cannot_repeat(error):
             raise
-        return {"fault": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]}
+        return {"fault": f"{type(error).__name__}: {line_of(error, '')}"[:200]}
     return {"fault": None}
 
 

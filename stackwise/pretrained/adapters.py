@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from stackwise import files
 from stackwise.config.adapters import LORA, is_target, layers
-from stackwise.errors import NotFound, UsageError
+from stackwise.errors import NotFound, UsageError, line_of
 from stackwise.files import expanded
 from stackwise.identity import Hex, content_id
 from stackwise.pretrained.checkpoint import Checkpoint
@@ -108,7 +108,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
     try:
         settings = files.read_json(path, limit=CONFIG_BYTES)
     except (OSError, ValueError) as error:
-        why = getattr(error, "message", None) or (str(error).splitlines() or ["it is no JSON"])[0]
+        why = getattr(error, "message", None) or line_of(error, "it is no JSON")
         raise UsageError(f"{path} cannot be read: {printable(why)}", hint="get the adapter again") from None
     if not isinstance(settings, dict):
         raise UsageError(f"{path} cannot be read: it is no mapping", hint="get the adapter again")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from stackwise import files
 from stackwise.data.preparation import Cache
 from stackwise.durable import write_json
-from stackwise.errors import NotFound, UsageError
+from stackwise.errors import NotFound, UsageError, line_of
 from stackwise.identity import Hex, content_id, is_hex_id
 from stackwise.pretrained.families import (
     BLOCK,
@@ -171,7 +171,7 @@ class Checkpoint:
             what = "there is no config.json" if self.directory.is_dir() else "there is no such directory"
             raise NotFound(f"{printable(str(self.directory))} holds no checkpoint: {what}") from None
         except (OSError, ValueError) as error:
-            why = getattr(error, "message", None) or (str(error).splitlines() or ["it is no JSON"])[0]
+            why = getattr(error, "message", None) or line_of(error, "it is no JSON")
             hint = COPY if path.is_symlink() else AGAIN
             raise UsageError(f"{path} cannot be read: {printable(why)}", hint=hint) from None
         if not isinstance(config, dict):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stackwise import files
-from stackwise.errors import UsageError
+from stackwise.errors import UsageError, line_of
 from stackwise.identity import Hex, content_id, digest, digest_of_pieces
 from stackwise.pretrained.families import TensorRef
 from stackwise.text import printable
@@ -109,7 +109,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
-        raise broken((str(error).splitlines() or [type(error).__name__])[0]) from None
+        raise broken(line_of(error)) from None
     if not isinstance(table, dict):
         raise broken("its header is no table of tensors")
     table.pop("__metadata__", None)

@@ -19,7 +19,7 @@ import click
 from stackwise import words
 from stackwise.cli.options import as_json
 from stackwise.cli.output import Styled, print_json, say, say_all
-from stackwise.errors import StackWiseError
+from stackwise.errors import StackWiseError, line_of
 from stackwise.files import user_cache
 from stackwise.version import __version__
 
@@ -129,7 +129,7 @@ def _packages() -> Iterator[Check]:
         except importlib.metadata.PackageNotFoundError:
             yield Check(name, "missing", "not installed", f"pip install '{name}{required}'")
         except Exception as error:  # whatever a broken package raises
-            state = f"{version}, but it does not import: {(str(error).splitlines() or [''])[0]}"
+            state = f"{version}, but it does not import: {line_of(error, '')}"
             yield Check(name, "missing", state, f"pip install --force-reinstall {name}")
         else:
             yield Check(name, "ok", version)

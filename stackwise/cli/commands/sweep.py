@@ -6,7 +6,7 @@ import contextlib
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,8 +21,7 @@ from stackwise.errors import StackWiseError
 if TYPE_CHECKING:
     from stackwise.pipeline.batch.grid import Combination
     from stackwise.pipeline.batch.sweep import Member, Sweep
-
-Event = dict[str, Any]
+    from stackwise.pipeline.events import Event
 
 
 @click.command()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from stackwise.errors import StackWiseError
+from stackwise.errors import StackWiseError, line_of
 from stackwise.pipeline.batch.cluster import JobFailed
 from stackwise.pipeline.batch.ray_tasks import THREADS, Cluster, command_environment, end_together
 from stackwise.pipeline.device import python_command
@@ -41,7 +41,7 @@ def ray_tasks(tasks: int, device: str) -> Iterator[Spread]:
     try:
         cluster = Cluster({"cpus": None, "gpus": None, "gpu": device != "cpu"})
     except Exception as error:  # Ray's own, of many kinds
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = line_of(error)
         raise StackWiseError(f"Ray: {line}", hint="see RAY_ADDRESS") from error
 
     def spread(request: Request, look: Callable[[], bool]) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from stackwise.durable import write_json
-from stackwise.errors import BusyError, InterruptedRun
+from stackwise.errors import BusyError, InterruptedRun, line_of
 from stackwise.pipeline.batch.cluster import Job, JobCommand, JobFailed
 from stackwise.pipeline.device import python_command
 from stackwise.pipeline.run import RunDirectory, job_file, job_state
@@ -198,7 +198,7 @@ def _submit(request: dict[str, Any], answer: TextIO) -> None:
     try:
         cluster = Cluster(request["parameters"])
     except Exception as error:  # Ray's own, of many kinds
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = line_of(error)
         _say(answer, f"Ray: {line}")
         return
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))

@@ -17,7 +17,7 @@ from stackwise.batch import MASKS, TOKENS, Batch
 from stackwise.config.kinds import Score
 from stackwise.data import Tokenizer
 from stackwise.data.split import Split
-from stackwise.errors import StackWiseError, UsageError
+from stackwise.errors import StackWiseError, UsageError, line_of
 from stackwise.files import expanded
 from stackwise.identity import derive_seed
 from stackwise.inference import Continuing, LoadedModel
@@ -141,7 +141,7 @@ def _of_texts(kind: Score, tokenizer: Tokenizer) -> Callable[[Answers], Sequence
         try:
             return kind.scores(prompts, texts)
         except Exception as error:  # of a user's own: whatever it is
-            line = (str(error).splitlines() or [""])[0][:200]
+            line = line_of(error, "")[:200]
             raise UsageError(f"score {kind.name} failed: {type(error).__name__}: {line}") from error
 
     return judge

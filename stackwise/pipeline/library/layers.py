@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stackwise.errors import UsageError
+from stackwise.errors import UsageError, line_of
 from stackwise.identity import NUMERICS, digest
 
 UNFORESEEABLE = {"ctypes", "datetime", "importlib", "os", "random", "secrets", "socket", "subprocess", "time", "uuid"}
@@ -382,7 +382,7 @@ def probe(
                 with _restored(module, device) as changes:
                     returned = module(x_BSD)
             except Exception as error:
-                line = (str(error).strip().splitlines() or [""])[0]
+                line = line_of(error, "")
                 described = f"{str(x_BSD.dtype).removeprefix('torch.')} {list(x_BSD.shape)}"
                 raise UsageError(
                     f"{name} raises {type(error).__name__} where it is given {described}: {line}",

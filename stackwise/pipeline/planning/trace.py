@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from stackwise import durable, files
 from stackwise.config import StackWiseConfig
 from stackwise.config.yaml_files import dump
-from stackwise.errors import StackWiseError
+from stackwise.errors import StackWiseError, line_of
 from stackwise.identity import NUMERICS, content_id
 from stackwise.pipeline.device import python_command
 from stackwise.pipeline.estimate import Estimate, rank_bytes
@@ -307,7 +307,7 @@ def main() -> None:
         try:
             result = dict(trace(job))
         except Exception as error:  # a kind from outside may do what cannot be done without values
-            result = {"fault": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+            result = {"fault": f"{type(error).__name__}: {line_of(error, '')}"}
         print(json.dumps(result), file=answers, flush=True)
 
 

@@ -27,8 +27,6 @@ RECORD_SECONDS = 1.0  # between two records in the manifest of how far one thing
 PROGRESS_SECONDS = 0.2  # between two events on how far the preparation of the data is
 STARTING = {"phase": "starting", "done": 0, "total": None}
 
-Auto = dict[str, Any]  # what `auto` settings came to, by their keys, each with the conditions of its trial
-
 
 class Preparation:
     """Takes a run's directory, and keeps its manifest level with what is prepared or tried until there is a plan.

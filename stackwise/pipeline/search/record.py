@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 from stackwise import durable
 from stackwise.config.tune import Measure
-from stackwise.errors import StackWiseError, UsageError
+from stackwise.errors import StackWiseError, UsageError, line_of
 from stackwise.files import read_json
 from stackwise.pipeline.events import Event
 from stackwise.pipeline.run import RunDirectory
@@ -201,7 +201,7 @@ def objective(name: str) -> Measured:
     try:
         call: Any = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:
-        line = (str(error).splitlines() or [""])[0]
+        line = line_of(error, "")
         raise UsageError(f"--objective {name} cannot be imported: {type(error).__name__}: {line}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
@@ -212,7 +212,7 @@ def objective(name: str) -> Measured:
         try:
             value = call(run.path)
         except Exception as error:
-            line = (str(error).splitlines() or [""])[0]
+            line = line_of(error, "")
             raise StackWiseError(f"objective {name}: {type(error).__name__}: {line}") from error
         try:
             number = float(value)

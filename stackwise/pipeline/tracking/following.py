@@ -27,7 +27,7 @@ from typing import Any, Self
 from stackwise.config import StackWiseConfig
 from stackwise.config.kinds import Tracker
 from stackwise.durable import FileLock, write_json
-from stackwise.errors import BusyError
+from stackwise.errors import BusyError, line_of
 from stackwise.files import make_directory, read_json
 from stackwise.pipeline.device import python_command
 from stackwise.pipeline.events import Event, read_log
@@ -90,7 +90,7 @@ class Follower:
         except Exception as error:  # whatever a tracker's package or its server comes up with
             if not self._warned:
                 self._warned = True
-                line = (str(error).strip().splitlines() or [""])[0][:200]
+                line = line_of(error, "")[:200]
                 self._warn(
                     f"{self.name} takes no figures ({type(error).__name__}: {printable(line)}); training goes on, "
                     "and what is missing is sent when the tracker answers again, or at the run's next start"

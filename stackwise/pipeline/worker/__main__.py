@@ -19,7 +19,7 @@ import traceback
 from typing import Any, NoReturn
 
 from stackwise.durable import disk_fault
-from stackwise.errors import InterruptedRun, StackWiseError
+from stackwise.errors import InterruptedRun, StackWiseError, line_of
 from stackwise.host import Memory
 from stackwise.pipeline.device import cannot_repeat, is_out_of_memory, memory
 
@@ -93,7 +93,7 @@ def main(device: str) -> int:
             text = f"{what} has no kernel on this device that repeats bit for bit"
             return _report(channel, StackWiseError(text, hint="set deterministic: false, or take another kind"))
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            text = line_of(error)
             fault = StackWiseError(f"blocks of this stage do not compile: {text}", hint="set training.compile: false")
             return _report(channel, fault)
         with contextlib.suppress(OSError):  # whatever keeps the log from being written, the runner is told

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from stackwise.errors import StackWiseError, UsageError
+from stackwise.errors import StackWiseError, UsageError, line_of
 from stackwise.pipeline.division import check_alike
 from stackwise.training.communicator import TorchCommunicator
 from stackwise.training.compression import compressed
@@ -51,7 +51,7 @@ def joined(place: Mapping[str, Any] | None, device: torch.device, emit: Emit) ->
         try:
             communicator = TorchCommunicator(store, place["rank"], place["size"], device=device)
         except (RuntimeError, ValueError) as error:
-            raise StackWiseError(f"rank {place['rank']} could not join the others: {_line(error)}") from error
+            raise StackWiseError(f"rank {place['rank']} could not join the others: {line_of(error)}") from error
         ranks = RankGroup(
             communicator,
             ordered=place["deterministic"],
@@ -80,7 +80,7 @@ def _meeting_place(place: Mapping[str, Any], emit: Emit) -> TCPStore:
             hint = "set parallel.port to another one, or leave it out: then a free one is taken"
             raise UsageError(f"parallel.port: {port} is in use on {address}", hint=hint) from None
         raise StackWiseError(
-            f"rank {place['rank']} does not reach rank 0 at {address}:{port}: {_line(error)}"
+            f"rank {place['rank']} does not reach rank 0 at {address}:{port}: {line_of(error)}"
         ) from error
     if main:
         emit({"event": "meeting", "port": store.port})
@@ -95,7 +95,3 @@ def numerics() -> dict[str, Any]:
         "numpy": np.__version__,
         "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
     }
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
