@@ -216,7 +216,7 @@ def _stage_rows(name: str, result: Any) -> list[list[str]]:
     lines = []
     for one in _settings(result):
         training = one["training"]
-        what = f"{words.plural(one['blocks'], 'block')}, {one['batch_size']} rows of {one['seq_len']:,}"
+        what = f"{words.plural(one['blocks'], 'block')}, {words.plural(one['batch_size'], 'row')} of {one['seq_len']:,}"
         lines.append(
             [
                 name,

@@ -119,7 +119,8 @@ def check_fit(plan: Plan, decisions: Sequence[Decision], disk: Path) -> dict[str
             ways = _smaller_boundaries(plan, estimates, boundaries, free - checkpoints)
         elif most == weights:
             heads = (len(estimates) - 1) * WEIGHT_BYTES * estimates[-1].parameters(HEAD)
-            ways = [f"take larger stages (training.mode.block_size): {in_bytes(heads)} are heads"] if heads else []
+            less = [f"take larger stages (training.mode.block_size): {in_bytes(heads)} are heads"]
+            ways = less if needed - heads <= free else []
         else:
             ways = ["take smaller stages (training.mode.block_size)"]
         raise NoSpaceError(

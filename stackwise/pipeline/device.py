@@ -239,5 +239,5 @@ def check_free(device: str, needed: int) -> None:
     raise BusyError(
         f"device {device}: {in_bytes(held)} of its {in_bytes(total)} are held by others ({who}), and the largest stage "
         f"takes about {in_bytes(needed)}",
-        hint="wait for them, name another device, or set training.memory to what is free",
+        hint=f"wait for them, name another device, or set training.memory to what is free: {total - held}",
     )

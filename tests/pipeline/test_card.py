@@ -30,6 +30,7 @@ def test_a_card_that_others_hold_is_refused(card: Path) -> None:
     assert refused.value.exit_code == 4
     for part in ("process 1", "8.39 GB", "18"):
         assert part in refused.value.message
+    assert str((24576 - 9000) * 2**20) in str(refused.value.hint)  # what is free, as training.memory takes it
     assert "\x1b" not in refused.value.message, "a process's name does not reach the terminal as it is"
 
 
