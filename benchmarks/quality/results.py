@@ -67,10 +67,11 @@ class Results:
             self._save()
         return self.runs[trial.key]
 
-    def memory_of(self, row: Row) -> list[int]:
+    def memory_of(self, row: Row) -> list[int] | None:
         """By phase the most bytes that a process holds beyond what it held before its job; a short run where not known.
 
         Phases are depths of the schedule; where each takes as much, or only the largest is known, there is one figure.
+        None: a resting process was larger than one at work, as on a machine short of memory, and nothing follows.
 
         Short, as what a process holds is there after some steps; what grows are the mapped pages of a boundary that it
         has read, which the system takes back at will. Workers are started by themselves, as the plain loop's process
@@ -78,7 +79,10 @@ class Results:
         """
         if row.name not in self.memory:
             say(f"{row.name} | memory")
-            self.memory[row.name] = _memory(row, self.setting, self.directory)
+            measured = _memory(row, self.setting, self.directory)
+            if min(measured) <= 0:
+                return None
+            self.memory[row.name] = measured
             self._save()
         return self.memory[row.name]
 
