@@ -143,7 +143,9 @@ def parallel_faults(config: Settings) -> Iterator[Fault]:
     if isinstance(training.fusion, AdaptiveFusion):
         yield "training.fusion", f"adaptive tries stages, and {divided} cannot be copied"
     if any(not model.at(block).ffn.divides for block in range(model.n_blocks)):
-        yield "model.ffn", "experts are not divided over ranks: set parallel.shard: 1"
+        for key in ("shard", "pipeline"):  # of `tensor` each kind has said it itself
+            if getattr(parallel, key) > 1:
+                yield f"parallel.{key}", f"experts are not divided over ranks: set parallel.{key}: 1"
     if config.precision not in ("auto", "fp32", "fp64", "bf16"):
         yield "precision", f"{config.precision}: {divided} computes in fp32, bf16 or fp64"
 

@@ -422,7 +422,11 @@ class RedoLog:
             return
         path, digests = self._path(kind, part, step), list[str]()
         ordered, how = aligned_first(tensors), (self._pieces_pool, self.staging)
-        durable.write_durably(path, lambda temporary: digests.append(write_tensors(temporary, ordered, *how)))
+
+        def write(temporary: Path) -> None:
+            digests.append(write_tensors(temporary, ordered, *how, sync=False))
+
+        durable.write_durably(path, write)  # which syncs it
         self._digests[f"{kind}/{path.name}"] = digests[0]
 
     def _remove(self, kind: str, part: str, step: int) -> None:

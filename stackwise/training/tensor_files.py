@@ -67,13 +67,19 @@ def aligned_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], threads: Executor | None = None, staging: Buffers | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    threads: Executor | None = None,
+    staging: Buffers | None = None,
+    *,
+    sync: bool = True,
 ) -> str:
-    """Write a safetensors file, flushed to the disk; one tensor at a time is copied off its device.
+    """Write a safetensors file; one tensor at a time is copied off its device.
 
     Args:
         threads: Write a large file, while this thread takes its digest; None: it does both.
         staging: Lends the memory from which it goes past the page cache (see `passes_cache`); None: it goes through it.
+        sync: Flush it to the disk; else whoever publishes it does.
 
     Returns:
         xxh3-128 of the whole file.
@@ -87,7 +93,8 @@ def write_tensors(
         written = write_within(fd, 0, tensors, threads, staging)
         if staging is not None:
             os.ftruncate(fd, size)  # what was written is whole pages
-        os.fsync(fd)
+        if sync:
+            os.fsync(fd)
     finally:
         os.close(fd)
     return written

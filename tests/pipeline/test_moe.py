@@ -128,6 +128,14 @@ def test_the_estimate_is_what_it_keeps(micro: Micro, top_k: int) -> None:
     assert kept == pytest.approx(taken / rows, rel=0.15)
 
 
+@pytest.mark.parametrize("key", ["tensor", "shard", "pipeline"])
+def test_ranks_that_would_divide_experts_are_refused_by_their_key(key: str, micro: Micro) -> None:
+    with pytest.raises(UsageError) as refused:
+        micro(model__ffn=FFN, model__dropout=0.0, **{f"parallel__{key}": 2})
+    (line,) = [line for line in str(refused.value).splitlines() if "experts" in line or "moe" in line]
+    assert f"parallel.{key}: 1" in line
+
+
 @pytest.mark.parametrize(
     ("ffn", "fault"),
     [
