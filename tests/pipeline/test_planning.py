@@ -179,7 +179,7 @@ def test_sizes_that_fit_are_the_largest_that_do() -> None:
     assert peak(**{"training.batch_size": 2 * sizes["training.batch_size"]}) > SHARE * machine.memory
     with pytest.raises(UsageError):
         fit(StackWiseConfig.from_preset("llama-1b", {"training.swap": "never"}), replace(machine, memory=1e9))
-    with pytest.raises(UsageError):
+    with raises_naming(UsageError, "stage 0", "100 MB"):
         fit(StackWiseConfig.from_preset("llama-1b"), replace(machine, memory=1e8))
 
 
@@ -221,7 +221,7 @@ def test_what_a_swapped_stage_takes_is_the_sum_of_its_parts_and_no_more_than_its
 def test_stages_that_take_too_much_are_named_together() -> None:
     config = StackWiseConfig.from_preset("llama-70b", {"training.mode": "layerwise", "training.swap": "never"})
     lines = forecast(config, MACHINES["rtx4090"], 10**6).misfits()
-    assert [line.split(" take")[0] for line in lines] == ["stage 0", "stages 1–79"]
+    assert [line.split(" take")[0] for line in lines] == ["stage 0", "each of stages 1–79"]
 
 
 def test_sizes_that_fit_are_so_by_the_trace(tracer: Tracer) -> None:

@@ -49,13 +49,22 @@ def fit(config: StackWiseConfig, machine: Machine, tokens: int | None = None, *,
     if sizes is None and config.training.swap != "never":
         sizes = _in_turn(config, machine, tokens)
     if sizes is None:
-        never = config.training.swap == "never"
-        raise UsageError(
-            f"--fit: not one block of {config.name} fits into {words.size(machine.memory)}, a row at a time"
-            + ("" if never else ", nor swapped"),
-            hint=("set training.swap: auto, or " if never else "") + "shorten training.seq_len",
-        )
+        raise _nothing_fits(config, machine, tokens)
     return _of_mode(config) | sizes | _windows(config, sizes, machine, tokens)
+
+
+def _nothing_fits(config: StackWiseConfig, machine: Machine, tokens: int | None) -> UsageError:
+    """Says why, of one block and one row."""
+    said = f"--fit: not one block of {config.name} fits into {words.size(machine.memory)}, a row at a time"
+    if config.training.swap == "never":
+        return UsageError(said, hint="set training.swap: auto, or shorten training.seq_len")
+    smallest = with_mode(config, "layerwise")
+    _split(smallest, 1)
+    why = forecast(smallest, machine, tokens).out_of_memory()
+    return UsageError(
+        f"{said}, nor swapped" + (f": {why[0]}" if why else ""),
+        hint="plan for more memory, narrower blocks (model.d_model, model.d_ff) or shorter rows (training.seq_len)",
+    )
 
 
 def _of_mode(config: StackWiseConfig) -> Sizes:

@@ -157,13 +157,11 @@ class Forecast:
         for key, group in itertools.groupby(self.stages, lambda stage: (stage.memory["peak"], stage.host_memory)):
             peak, host = key
             depths = [stage.stage.depth for stage in group]
-            many = len(depths) > 1
-            name = f"stages {span(depths[0], depths[-1])} take" if many else f"stage {depths[0]} takes"
-            each = " each" if many else ""
+            name = f"each of stages {span(depths[0], depths[-1])}" if len(depths) > 1 else f"stage {depths[0]}"
             if peak > machine.memory:
-                lines.append(f"{name} {size(peak)}{each} of {size(machine.memory)} of {machine.name}")
+                lines.append(f"{name} takes {size(peak)} of {size(machine.memory)} of {machine.name}")
             if host > machine.ram:
-                lines.append(f"{name} {size(host)}{each} of {size(machine.ram)} of host memory")
+                lines.append(f"{name} takes {size(host)} of {size(machine.ram)} of host memory")
         return lines
 
     def misfits(self) -> list[str]:
