@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plan
 from benchmarks.common import Result, parser, positive, refuse, run_command, say, table
 from benchmarks.document import Section
 from stackwise import durable, files, words
@@ -239,12 +240,14 @@ def _section(result: Result) -> Section:
     tables = [table(header, [row for name in names for row in _stage_rows(name, taken[name])])] if names else []
     facts = [
         [name, str(key), _shown(value)]
-        for name in ("smoke", "swapped", "stages", "loss", "peers", "checkpoint", "plan")
+        for name in ("smoke", "swapped", "stages", "loss", "peers", "checkpoint")
         for key, value in taken.get(name, {}).items()
         if not isinstance(value, dict | list)
     ]
     if facts:
         tables.append(table(["part", "figure", ""], facts))
+    if "plan" in taken:
+        tables.append(plan.beside(taken["plan"]))
     times = [
         [name, words.duration(part["seconds"]), part.get("fault", "measured")] for name, part in result["parts"].items()
     ]

@@ -108,7 +108,8 @@ def _command(given: Sequence[str], environment: Mapping[str, str], directory: st
     return done.stdout
 
 
-def _section(result: Result) -> Section:
+def beside(result: Result) -> str:
+    """What was planned beside what was measured, as a table."""
     rows = [
         [
             name,
@@ -124,6 +125,10 @@ def _section(result: Result) -> Section:
         for number, one in enumerate(stages)
     ]
     header = ["run", "stage", "memory, planned", "measured", "off by", "time, planned", "measured", "off by"]
+    return table(header, rows)
+
+
+def _section(result: Result) -> Section:
     text = (
         "The preset smoke with other widths, batches and modes, each planned with the rates that `stackwise doctor "
         "--measure` found just before, then run. Memory on a CPU is the worker's largest resident size, Python and "
@@ -132,7 +137,7 @@ def _section(result: Result) -> Section:
     )
     where = "GPU" if result["device_type"] == "cuda" else "CPU"
     title = f"What a plan says, and what the run took ({where})"
-    return Section(f"plan on a {where}", title, text, table(header, rows), result["device"], result)
+    return Section(f"plan on a {where}", title, text, beside(result), result["device"], result)
 
 
 if __name__ == "__main__":

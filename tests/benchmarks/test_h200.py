@@ -27,6 +27,8 @@ def test_results_are_kept_and_the_same_command_goes_on(
 ) -> None:
     asked: list[str] = []
     fails = {"swapped", "loss"}
+    took = {"planned_memory": 5_000_000, "memory": 4_000_000, "planned_seconds": 1.0, "seconds": 2.0}
+    planned = {"device_type": "cpu", "cases": {"wide": [took]}}
 
     def faked(bench: h200.Bench) -> dict[str, Callable[[float], Any]]:
         def part(name: str) -> Callable[[float], Any]:
@@ -34,20 +36,21 @@ def test_results_are_kept_and_the_same_command_goes_on(
                 asked.append(name)
                 if name in fails:
                     raise ValueError("out of luck") if name == "swapped" else subprocess.TimeoutExpired("it", 1)
-                return {"same weights": True}
+                return planned if name == "plan" else {"same weights": True}
 
             return take
 
-        return {name: part(name) for name in ("smoke", "swapped", "loss", "peers")}
+        return {name: part(name) for name in ("smoke", "swapped", "loss", "plan", "peers")}
 
     monkeypatch.setattr(h200, "parts", faked)
     given = ["--device", "cpu", "--out", str(tmp_path / "out"), "--skip", "peers", "--write"]
     assert h200.main(given) == 0
-    assert asked == ["smoke", "swapped", "loss"]
+    assert asked == ["smoke", "swapped", "loss", "plan"]
     kept = json.loads((tmp_path / "out" / "results.json").read_text())
     assert kept["parts"]["smoke"]["result"] == {"same weights": True}
     assert [kept["parts"][name]["fault"] for name in ("swapped", "loss")] == ["out of luck", "the time was up"]
-    assert "out of luck" in own_document.read_text()
+    for shown in ("out of luck", "+25%", "-50%"):  # the last two: by how much the plan is off
+        assert shown in own_document.read_text()
 
     asked.clear()
     fails.clear()
