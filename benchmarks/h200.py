@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -186,22 +187,28 @@ def _json(command: Sequence[str], seconds: float) -> Any:
         ValueError: It failed; the last line that it said.
         TimeoutExpired: It took longer.
     """
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        out, errors = process.communicate(timeout=seconds)
-    except BaseException:  # the time is up, or Ctrl-C: runs that it has started would go on, and hold the device
-        _end(process)
-        raise
+    with tempfile.TemporaryDirectory(prefix="stackwise-h200-") as scratch:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"TMPDIR": scratch},  # a part that is ended does not remove its directory
+        )
+        try:
+            out, errors = process.communicate(timeout=seconds)
+        except BaseException:  # the time is up, or Ctrl-C: runs that it has started would go on, and hold the device
+            _end(process)
+            raise
     if process.returncode:
         raise ValueError((errors.strip().splitlines() or [f"it ended with {process.returncode}"])[-1])
     return json.loads(out.strip().splitlines()[-1])
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End a part and what it has started: first as Ctrl-C does, so that its directory goes."""
-    for ending in (signal.SIGINT, signal.SIGKILL):
+    """End a part and what it has started: first so that a run ends its workers."""
+    for ending in (signal.SIGTERM, signal.SIGKILL):  # not SIGINT: what a script starts in the background ignores it
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, ending)
         with contextlib.suppress(subprocess.TimeoutExpired):
