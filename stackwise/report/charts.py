@@ -167,7 +167,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     while (value := first * step) <= high + step * 1e-9:
         places.append(round(value, max(10, 2 - exponent)))
         first += 1
-    return places
+    return places or ticks(low, high, 2 * count)  # no multiple of so large a step lies between them
 
 
 def label(value: float, step: float) -> str:

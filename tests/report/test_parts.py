@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stackwise import words
@@ -55,6 +55,7 @@ def test_ticks_are_round_few_and_within(low: float, width: float, count: int) ->
 
 
 @given(st.floats(1e-6, 1e6), st.floats(0, 1e-5), st.integers(2, 10))
+@example(213726.0625, 1.8734328075513522e-06, 2)  # no multiple of the first step lies within
 def test_a_range_next_to_nothing_has_ticks_that_can_be_told_apart(low: float, share: float, count: int) -> None:
     placed = ticks(low, low * (1 + share), count)
     assert placed
