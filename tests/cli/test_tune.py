@@ -164,8 +164,9 @@ pkill -TERM --parent "$(cat {place}/pid-$1)"
 }
 
 
+@pytest.mark.parametrize("ended", [False, True], ids=["while they run", "after they end"])
 def test_trials_as_jobs_of_slurm_which_go_on_when_the_search_is_killed(
-    args: list[str], whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ended: bool, args: list[str], whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a Slurm of a few lines, which runs what it is given."""
     tools, queue, place = tmp_path / "bin", tmp_path / "queue", tmp_path / "jobs"
@@ -181,6 +182,8 @@ def test_trials_as_jobs_of_slurm_which_go_on_when_the_search_is_killed(
         while time.monotonic() < end and len(list(place.glob("trials/*/jobs.json"))) < 2:  # both known as queued
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
+    while ended and time.monotonic() < end and list(queue.glob("job-*")):
+        time.sleep(0.05)
     done = stackwise(*command, "--json")
     assert done.code == 0, done.err
     trials = json.loads(done.out)["trials"]

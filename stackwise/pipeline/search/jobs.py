@@ -63,7 +63,7 @@ class JobRunner:
             InterruptedRun: It was ended, and saved.
             StackWiseError: It failed, or the batch system lost it.
         """
-        job = next(iter(active_jobs(self._run)), None)
+        job = next(iter(active_jobs(self._run)), None) or self._finished(only)
         if job is None:
             with contextlib.suppress(FileNotFoundError):
                 self._read = self._run.events_file.stat().st_size
@@ -84,6 +84,13 @@ class JobRunner:
     def stop(self, text: str, *, at_once: bool = False) -> None:
         """From another thread: have the job save and end; a job alone decides how long that takes."""
         self._stopped.set()
+
+    def _finished(self, only: int | None) -> Job | None:
+        """The job of this very trial that ended well when no search followed it, if there is one."""
+        for job in self._run.jobs():
+            if job["stage"] == only and job_state(job_file(self._run, job)) == "done":
+                return job  # its figures are in the run's log: queued again, it would wait to find nothing to do
+        return None
 
     def _follow(self, job: Job) -> str:
         """Pass on what the run logs until the job ends; returns its state, `gone` where the batch system lost it."""
