@@ -21,19 +21,11 @@ from stackwise.identity import derive_seed
 from stackwise.training.anchor import Squares, row_loss
 from stackwise.training.lanes import seed_generator
 from stackwise.training.optim import BLOCK, Rising, make_optimizer, over_ranks, set_rates, state_tensors
+from stackwise.training.phases import BACKWARD, FORWARD, PhaseClock
+from stackwise.training.phases import OPTIMIZER as UPDATE
 from stackwise.training.pinned import Arrivals
 from stackwise.training.ranks import Ranks, Reducer, SingleProcess
-from stackwise.training.scaling import (
-    BACKWARD,
-    FORWARD,
-    LastNorm,
-    LossScale,
-    PhaseClock,
-    clip_factor,
-    judged,
-    narrow_weights,
-)
-from stackwise.training.scaling import OPTIMIZER as UPDATE
+from stackwise.training.scaling import LastNorm, LossScale, clip_factor, judged, narrow_weights
 from stackwise.training.stage import MeanLoss, Microbatches, StageModel, StepLoss, Tally, casts_held
 from stackwise.training.tasks import Adaptation
 

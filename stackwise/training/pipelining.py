@@ -19,8 +19,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from stackwise.batch import Batch, Term
 from stackwise.errors import UsageError
+from stackwise.training.phases import BACKWARD
 from stackwise.training.ranks import Gathering
-from stackwise.training.scaling import BACKWARD
 from stackwise.training.sharding import ShardedEngine
 from stackwise.training.stage import Microbatches, StageModel, StepLoss
 from stackwise.training.swap_parts import FRONT, HEAD

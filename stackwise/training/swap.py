@@ -32,18 +32,9 @@ from stackwise.training.anchor import Squares, row_loss
 from stackwise.training.engine import LOWER_RATE, Accept, State, Stepped
 from stackwise.training.lanes import generator_state, lane_to, seed_generator, set_generator
 from stackwise.training.optim import Rising
+from stackwise.training.phases import BACKWARD, FORWARD, OPTIMIZER, PhaseClock
 from stackwise.training.ranks import RankGroup
-from stackwise.training.scaling import (
-    BACKWARD,
-    FORWARD,
-    OPTIMIZER,
-    SCALER,
-    LastNorm,
-    LossScale,
-    PhaseClock,
-    clip_factor,
-    judged,
-)
+from stackwise.training.scaling import SCALER, LastNorm, LossScale, clip_factor, judged
 from stackwise.training.stage import MeanLoss, StageModel, StepLoss, Tally
 from stackwise.training.swap_kept import KeptPasses, Pass
 from stackwise.training.swap_loader import PartLoader

@@ -30,7 +30,7 @@ from stackwise.objectives.cross_entropy import ProjectionHead, whole_graph
 from stackwise.store import RowOrder
 from stackwise.store.order import Rows
 from stackwise.training.optim import steered_in
-from stackwise.training.scaling import BACKWARD, FORWARD, PhaseClock
+from stackwise.training.phases import BACKWARD, FORWARD, PhaseClock
 from stackwise.training.stage import StageModel, StepLoss
 
 if TYPE_CHECKING:
