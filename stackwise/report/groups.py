@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from stackwise.errors import UsageError
 from stackwise.identity import generator
 from stackwise.pipeline.batch.grid import label, shown
-from stackwise.report.charts import Html, tag, ticks
+from stackwise.report.charts import ticks
+from stackwise.report.html import Html, tag
 
 DRAWS = 2000
 LEVEL = 0.95

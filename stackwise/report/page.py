@@ -10,26 +10,10 @@ from typing import Any
 
 from stackwise import words
 from stackwise.config.yaml_files import dump
-from stackwise.report.charts import (
-    Axes,
-    Bar,
-    Html,
-    Line,
-    Points,
-    bars,
-    data_table,
-    hue_of,
-    join,
-    line_chart,
-    padded_range,
-    settled_range,
-    smooth,
-    soft,
-    tag,
-    thin,
-)
+from stackwise.report.charts import Axes, Line, Points, line_chart, padded_range, settled_range, smooth, thin
 from stackwise.report.facts import BoundaryFacts, Facts, StageFacts
 from stackwise.report.held_out import baselines_of, depth_name, footnote, rows, scored, stages_of
+from stackwise.report.html import Bar, Html, bars, data_table, hue_of, join, soft, tag
 from stackwise.version import __version__
 
 _HERE = Path(__file__).parent

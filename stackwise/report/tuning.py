@@ -13,7 +13,7 @@ from stackwise.pipeline.batch.grid import label, shown
 from stackwise.pipeline.search.record import Trial
 from stackwise.pipeline.search.space import Searched
 from stackwise.pipeline.search.study import Study
-from stackwise.report.charts import Bar, Html, bars, colour, data_table, join, soft, tag
+from stackwise.report.html import Bar, Html, bars, colour, data_table, join, soft, tag
 from stackwise.report.page import document
 from stackwise.text import printable
 
